@@ -1,0 +1,48 @@
+"""Shardwise: which parallel strategy, what it costs, the proof that it computes the same, and the run itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardwise.api import TrainedModel, parallelize, train, train_parallel
+    from shardwise.errors import ShardwiseError
+    from shardwise.strategy import Strategy
+    from shardwise.workload.workload import Evaluation, Workload
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Evaluation",
+    "ShardwiseError",
+    "Strategy",
+    "TrainedModel",
+    "Workload",
+    "parallelize",
+    "train",
+    "train_parallel",
+]
+
+_HOMES = {
+    "Evaluation": "shardwise.workload.workload",
+    "ShardwiseError": "shardwise.errors",
+    "Strategy": "shardwise.strategy",
+    "TrainedModel": "shardwise.api",
+    "Workload": "shardwise.workload.workload",
+    "parallelize": "shardwise.api",
+    "train": "shardwise.api",
+    "train_parallel": "shardwise.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that `import shardwise` is quick and needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shardwise' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,70 @@
+"""Every error that Shardwise raises on purpose, and the exit status of each.
+
+ShardwiseError                      exit 1: the work itself failed
+├── WorkerFailed                    a worker process died; carries its rank and its own traceback
+├── NotVerified                     a verification that does not hold
+└── RequestError                    exit 2: the request is wrong; found before any worker starts
+    ├── StrategyError               unknown axis, wrong degree, cannot work for this model
+    ├── WorkloadError               cannot be imported, built or traced; unknown parameter
+    ├── DataError                   nothing in the folder, samples of the wrong kind
+    ├── RunFolderError              an output folder that holds another run, a run that is not there
+    └── CheckpointError             a checkpoint that is damaged, cut short or of another model
+
+Messages are one line: what is wrong, the value, what would do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ShardwiseError(Exception):
+    """The work itself failed."""
+
+    exit_status = 1
+
+
+class WorkerFailed(ShardwiseError):
+    """A worker process died. `rank` says which, `traceback` is its own (may be empty)."""
+
+    def __init__(self, message: str, *, rank: int, traceback: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.traceback = traceback
+
+
+class NotVerified(ShardwiseError):
+    """A parallel run that does not equal one process."""
+
+
+class RequestError(ShardwiseError):
+    """The request is wrong: one line says what, the value, and what would do."""
+
+    exit_status = 2
+
+
+class StrategyError(RequestError):
+    """A strategy that cannot be, or cannot work for this model and these workers."""
+
+
+class WorkloadError(RequestError):
+    """A workload that cannot be imported, built or traced."""
+
+
+class DataError(RequestError):
+    """Data that is missing or of the wrong kind."""
+
+
+class RunFolderError(RequestError):
+    """A run folder that is in the way, or is not there."""
+
+
+class CheckpointError(RequestError):
+    """A checkpoint that is damaged, cut short, or of another model."""
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """"; did you mean 'x'?" when a known word is close to `value`, else an empty string."""
+    matches = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,130 @@
+"""Which part of a global tensor a worker holds: what checkpoints, verification and export read and write by.
+
+A local tensor is a set of tiles. A tile is a box of the global tensor and the box of the local tensor that holds it:
+
+    global (6, 4), rows [q q | k k | v v], tp=2, rank 1            local (3, 4)
+        tile offsets (1, 0) sizes (1, 4)  <->  start (0, 0)
+        tile offsets (3, 0) sizes (1, 4)  <->  start (1, 0)
+        tile offsets (5, 0) sizes (1, 4)  <->  start (2, 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+Box = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A box of a global tensor (`offsets`, `sizes`) held from `start` on in the local tensor (same `sizes`)."""
+
+    offsets: Box
+    sizes: Box
+    start: Box
+
+    def view(self, local: Tensor) -> Tensor:
+        """The part of `local` that this tile is: a view, so that writing to it fills the local tensor."""
+        for dim, (start, size) in enumerate(zip(self.start, self.sizes, strict=True)):
+            local = local.narrow(dim, start, size)
+        return local
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape of a global tensor and the tiles of it that are held here."""
+
+    shape: Box
+    tiles: tuple[Tile, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Layout:
+        """All of a tensor is held here."""
+        shape = tuple(shape)
+        return cls(shape, (Tile(shape and (0,) * len(shape), shape, (0,) * len(shape)),))
+
+    @classmethod
+    def split(cls, shape: Sequence[int], dim: int, segments: Sequence[int], rank: int, ranks: int) -> Layout:
+        """Part `rank` of `ranks` along `dim`, each of the consecutive `segments` of that dimension cut by itself.
+
+        A fused query, key, value weight has three segments: each worker holds its heads of all three.
+        """
+        shape = tuple(shape)
+        tiles = []
+        segment_start = local_start = 0
+        for size in segments:
+            part = size // ranks
+            offsets, sizes, start = [0] * len(shape), list(shape), [0] * len(shape)
+            offsets[dim], sizes[dim], start[dim] = segment_start + rank * part, part, local_start
+            tiles.append(Tile(tuple(offsets), tuple(sizes), tuple(start)))
+            segment_start += size
+            local_start += part
+        return cls(shape, tuple(tiles))
+
+    @property
+    def local_shape(self) -> Box:
+        """Shape of the local tensor that holds the tiles."""
+        if not self.tiles:
+            return (0, *self.shape[1:])
+        ends = [[s + n for s, n in zip(t.start, t.sizes, strict=True)] for t in self.tiles]
+        return tuple(max(end) for end in zip(*ends, strict=True))
+
+    @property
+    def elements(self) -> int:
+        """Elements held here."""
+        return sum(prod(tile.sizes) for tile in self.tiles)
+
+    def rows(self, start: int, stop: int) -> Layout:
+        """What is left when only the rows `start` to `stop` (first dimension) of the local tensor are kept."""
+        tiles = []
+        for tile in self.tiles:
+            first, last = max(start, tile.start[0]), min(stop, tile.start[0] + tile.sizes[0])
+            if first < last:
+                skipped = first - tile.start[0]
+                tiles.append(
+                    Tile(
+                        (tile.offsets[0] + skipped, *tile.offsets[1:]),
+                        (last - first, *tile.sizes[1:]),
+                        (first - start, *tile.start[1:]),
+                    )
+                )
+        return Layout(self.shape, tuple(tiles))
+
+    def cut(self, full: Tensor) -> Tensor:
+        """The local tensor of a full one; a new tensor that shares no memory with it."""
+        local = full.new_empty(self.local_shape)
+        for tile in self.tiles:
+            source = full
+            for dim, (offset, size) in enumerate(zip(tile.offsets, tile.sizes, strict=True)):
+                source = source.narrow(dim, offset, size)
+            tile.view(local).copy_(source)
+        return local
+
+    def paste(self, local: Tensor, full: Tensor) -> None:
+        """Writes the local tensor into its places in a full one."""
+        for tile in self.tiles:
+            target = full
+            for dim, (offset, size) in enumerate(zip(tile.offsets, tile.sizes, strict=True)):
+                target = target.narrow(dim, offset, size)
+            target.copy_(tile.view(local))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """This worker's part of a named global tensor.
+
+    Attributes:
+        name: `model/<parameter or buffer>` or `optimizer/<parameter>/<state>`, the same under every strategy.
+        local: the tensor held here; reading a checkpoint writes into it.
+        layout: where `local` lies in the global tensor.
+        writes: whether this worker is the one to write it, where several hold the same part.
+    """
+
+    name: str
+    local: Tensor
+    layout: Layout
+    writes: bool

@@ -1,0 +1,199 @@
+"""How a training step is split over workers: the value at the centre of everything.
+
+    >>> Strategy.parse("dp=2,tp=2").workers
+    4
+    >>> str(Strategy.parse("tp=2, pp=2, microbatches=8, schedule=1f1b"))
+    'tp=2,pp=2,microbatches=8'
+
+Axes, outermost first: `dp` (replicas), `fsdp` (replicas that share parameters), `pp` (stages), `tp` (shards of a layer).
+Ranks are numbered with `tp` fastest, because its messages are the most frequent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from shardwise.errors import StrategyError, nearest
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+RECOMPUTE = ("none", "full")
+PRECISIONS = ("float32", "bf16")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "schedule": SCHEDULES,
+    "recompute": RECOMPUTE,
+    "precision": PRECISIONS,
+}
+_INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strategy:
+    """An immutable way to split a training step; cannot exist when it is wrong in itself.
+
+    Attributes:
+        dp: replicas of the model, each with its share of the batch (torch DDP).
+        fsdp: replicas that also split the parameters between them (ZeRO; Rajbhandari et al. 2020).
+        zero: what `fsdp` splits: 1 optimizer state, 2 also gradients, 3 also parameters.
+        tp: shards of each layer (Megatron-LM; Shoeybi et al. 2019).
+        sp: activations between sharded layers are split along the sequence (Korthikanti et al. 2022); needs `tp`.
+        pp: pipeline stages, each with its share of the layers.
+        microbatches: pieces that each worker's batch is cut into; gradients accumulate over them. 0: chosen from the batch.
+        schedule: order of the microbatches in the pipeline.
+        stages: pipeline stages per worker; 0: two for `interleaved`, else one.
+        recompute: activations that are dropped and computed again in the backward pass.
+        precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
+
+    Raises:
+        StrategyError: a degree below one, an unknown word, an option without its axis.
+    """
+
+    dp: int = 1
+    fsdp: int = 1
+    zero: int = 3
+    tp: int = 1
+    sp: int = 0
+    pp: int = 1
+    microbatches: int = 0
+    schedule: str = "1f1b"
+    stages: int = 0
+    recompute: str = "none"
+    precision: str = ""
+
+    def __post_init__(self) -> None:
+        for axis in ("dp", "fsdp", "tp", "pp"):
+            if getattr(self, axis) < 1:
+                raise StrategyError(f"{axis}={getattr(self, axis)}: a degree is 1 or more")
+        if self.microbatches < 0:
+            raise StrategyError(f"microbatches={self.microbatches}: must be 1 or more")
+        if self.zero not in (1, 2, 3):
+            raise StrategyError(f"zero={self.zero}: must be 1, 2 or 3")
+        if self.sp not in (0, 1):
+            raise StrategyError(f"sp={self.sp}: must be 0 or 1")
+        for key, known in _CHOICES.items():
+            value = getattr(self, key)
+            if value not in known and not (key == "precision" and value == ""):
+                raise StrategyError(f"{key}={value}: known are {', '.join(known)}{nearest(value, known)}")
+        if self.sp and self.tp == 1:
+            raise StrategyError("sp=1 needs tp=2 or more: it splits activations between the tensor shards")
+        if self.zero != 3 and self.fsdp == 1:
+            raise StrategyError(f"zero={self.zero} needs fsdp=2 or more: it says what fsdp splits")
+        if self.schedule != "1f1b" and self.pp == 1:
+            raise StrategyError(f"schedule={self.schedule} needs pp=2 or more: it orders a pipeline")
+        if self.stages < 0 or (self.stages > 0 and self.pp == 1):
+            raise StrategyError(f"stages={self.stages} needs pp=2 or more and stages=1 or more")
+        if self.stages > 1 and self.schedule != "interleaved":
+            raise StrategyError(f"stages={self.stages} needs schedule=interleaved, not {self.schedule}")
+
+    @classmethod
+    def parse(cls, text: str) -> Strategy:
+        """Reads `single` or `axis=degree,...,option=word`. Raises StrategyError naming the nearest known word."""
+        known = [field.name for field in fields(cls)]
+        values: dict[str, Any] = {}
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts:
+            raise StrategyError(f"strategy {text!r} is empty; for example: single, dp=2, tp=2,pp=2")
+        for part in parts:
+            if part == "single":
+                continue
+            key, equals, value = (piece.strip() for piece in part.partition("="))
+            if key not in known:
+                raise StrategyError(
+                    f"unknown axis {key!r} in strategy {text!r}: known are single, {', '.join(known)}"
+                    + nearest(key, [*known, "single"])
+                )
+            if not equals or not value:
+                raise StrategyError(f"{part!r} in strategy {text!r} has no value; write {key}=...")
+            if key in values:
+                raise StrategyError(f"{key} is given twice in strategy {text!r}")
+            values[key] = _integer(key, value) if key in _INTEGERS else value
+        strategy = cls(**values)
+        if "single" in parts and strategy.workers > 1:
+            raise StrategyError(f"strategy {text!r}: single is one worker, the degrees make {strategy.workers}")
+        return strategy
+
+    @property
+    def workers(self) -> int:
+        """Number of worker processes: the product of the degrees."""
+        return self.dp * self.fsdp * self.tp * self.pp
+
+    @property
+    def replicas(self) -> int:
+        """Number of shares that a batch is cut into: dp times fsdp."""
+        return self.dp * self.fsdp
+
+    @property
+    def stages_per_worker(self) -> int:
+        """Pipeline stages that one worker holds: more than one where the schedule interleaves."""
+        return self.stages or (2 if self.schedule == "interleaved" else 1)
+
+    def with_(self, **changes: Any) -> Strategy:
+        """A copy with some fields changed, checked again."""
+        return replace(self, **changes)
+
+    def check_workers(self, workers: int) -> None:
+        """Raises StrategyError where the degrees do not multiply to `workers`."""
+        if self.workers != workers:
+            raise StrategyError(
+                f"strategy {self} needs {self.workers} workers, there are {workers}: "
+                f"use --workers {self.workers}, or degrees whose product is {workers}"
+            )
+
+    def for_batch(self, batch_size: int) -> Strategy:
+        """The strategy with the number of microbatches settled for a global batch of `batch_size` samples.
+
+        A pipeline gets the largest number up to twice its stages that divides the batch of one replica.
+
+        Raises:
+            StrategyError: the batch does not divide by replicas times microbatches.
+        """
+        if batch_size % self.replicas:
+            raise StrategyError(
+                f"batch_size={batch_size} does not divide by the {self.replicas} replicas of {self}: "
+                f"use {_multiples(batch_size, self.replicas)}"
+            )
+        share = batch_size // self.replicas
+        count = self.microbatches
+        if count == 0:
+            wanted = 1 if self.pp == 1 else 2 * self.pp * self.stages_per_worker
+            count = max(number for number in range(1, wanted + 1) if share % number == 0)
+        if share % count:
+            unit = count * self.replicas
+            raise StrategyError(
+                f"batch_size={batch_size} does not divide into {count} microbatches on {self.replicas} replicas: "
+                f"use {_multiples(batch_size, unit)}, or microbatches={_divisors(share)}"
+            )
+        if self.schedule == "interleaved" and count % self.pp:
+            fitting = [n for n in range(self.pp, share + 1, self.pp) if share % n == 0]
+            hint = f"use microbatches={' or '.join(map(str, fitting[:4]))}" if fitting else "use another batch_size"
+            raise StrategyError(
+                f"schedule=interleaved needs microbatches that divide by pp={self.pp}, not {count}: {hint}"
+            )
+        return self.with_(microbatches=count)
+
+    def __str__(self) -> str:
+        default = Strategy()
+        shown = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(default, field.name)
+        ]
+        if self.workers == 1:
+            shown.insert(0, "single")
+        return ",".join(shown)
+
+
+def _integer(key: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise StrategyError(f"{key}={value}: must be a whole number") from None
+
+
+def _multiples(batch_size: int, unit: int) -> str:
+    below = batch_size // unit * unit
+    return f"batch_size={below} or {below + unit}" if below else f"batch_size={unit}"
+
+
+def _divisors(number: int) -> str:
+    return " or ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -1,0 +1,37 @@
+"""Bytes, seconds and rates, as people read them. Values inside Shardwise are always plain bytes, seconds, per second."""
+
+from __future__ import annotations
+
+
+def format_bytes(value: float) -> str:
+    """1536 -> '1.5 KiB'. Binary multiples, as memory is sold and allocated."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def format_seconds(value: float) -> str:
+    """0.0123 -> '12.3 ms'; 75 -> '1 min 15 s'."""
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} us"
+    if value < 1:
+        return f"{value * 1e3:.1f} ms"
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def format_rate(value: float) -> str:
+    """1234.5 -> '1,234' per second; small rates keep a digit."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def format_share(value: float) -> str:
+    """0.123 -> '12%'."""
+    return f"{value * 100:.0f}%"

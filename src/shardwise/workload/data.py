@@ -1,0 +1,172 @@
+"""Which sample goes where: the order of an epoch, and how a global batch is cut into shares and microbatches.
+
+The order depends on the seed and the epoch alone, never on the number of workers: the same samples make up step n under
+every strategy, each sample is seen exactly once per epoch, and a last batch that is smaller is cut as evenly as it can be.
+A global batch is first cut into microbatches (rows), each row into replicas (cells):
+
+    batch of 8, 2 microbatches, 2 replicas        row 0: [0 1 | 2 3]    row 1: [4 5 | 6 7]
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from shardwise.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Samples that go through the model together on one replica.
+
+    `samples` is 0 where a replica has none of a small last batch: `data` is then one sample that only keeps the
+    replica in step with the others and counts for nothing.
+    """
+
+    data: Any
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one replica does in one step, and how many samples all replicas have together."""
+
+    microbatches: tuple[Microbatch, ...]
+    samples: int
+
+
+def cut_batch(samples: int, replicas: int, microbatches: int, *, uniform: bool = False) -> list[list[range]]:
+    """Positions of a batch of `samples`: rows of microbatches, each with one range per replica.
+
+    With `uniform` all cells of a row group have one size (a pipeline's shapes are fixed): what does not divide goes
+    into rows of one sample per replica at the end. Cells without a sample are empty ranges.
+
+        >>> cut_batch(8, 2, 2)
+        [[range(0, 2), range(2, 4)], [range(4, 6), range(6, 8)]]
+        >>> cut_batch(5, 2, 2, uniform=True)
+        [[range(0, 1), range(1, 2)], [range(2, 3), range(3, 4)], [range(4, 5), range(5, 5)]]
+    """
+    if not uniform:
+        return [_split(row, replicas) for row in _split(range(samples), microbatches)]
+    size = samples // (replicas * microbatches)
+    even = size * replicas * microbatches
+    rows = [_split(row, replicas) for row in _split(range(even), microbatches)] if size else []
+    rows += [
+        [range(min(start + r, samples), min(start + r + 1, samples)) for r in range(replicas)]
+        for start in range(even, samples, replicas)
+    ]
+    return rows
+
+
+def _split(whole: range, parts: int) -> list[range]:
+    """Cuts a range into `parts` whose sizes differ by one at most, the larger ones first."""
+    size, larger = divmod(len(whole), parts)
+    ends = itertools.accumulate((size + (part < larger) for part in range(parts)), initial=whole.start)
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> list[int]:
+    """The permutation of one epoch: the same on every machine and for every number of workers."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(samples, generator=generator).tolist()
+    return order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """Loads this replica's shares of the batches of an epoch; only its own samples are read.
+
+    Attributes:
+        dataset: map-style or iterable. An iterable one keeps its own order and is read through by every replica.
+        batch_size: global samples per step.
+        collate: list of samples -> batch; None: torch's default.
+        seed: of the order.
+        shuffle: a fresh order in each epoch (map-style only).
+        replica, replicas: which share is ours.
+        microbatches: rows per batch.
+        uniform: fixed shapes, see `cut_batch`.
+    """
+
+    dataset: Any
+    batch_size: int
+    collate: Callable[[list[Any]], Any] | None = None
+    seed: int = 0
+    shuffle: bool = True
+    replica: int = 0
+    replicas: int = 1
+    microbatches: int = 1
+    uniform: bool = False
+
+    @property
+    def batches(self) -> int | None:
+        """Steps per epoch; None for an iterable dataset of unknown length."""
+        return -(-len(self.dataset) // self.batch_size) if hasattr(self.dataset, "__len__") else None
+
+    def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
+        """This replica's shares of epoch `epoch`, from batch `start` on; the next one loads while this one is used."""
+        source = self._mapped(epoch, start) if hasattr(self.dataset, "__getitem__") else self._streamed(start)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardwise-loader") as pool:
+            pending = pool.submit(next, source, None)
+            while (share := pending.result()) is not None:
+                pending = pool.submit(next, source, None)
+                yield share
+
+    def _mapped(self, epoch: int, start: int) -> Iterator[Share]:
+        count = len(self.dataset)
+        if count == 0:
+            raise DataError("the dataset is empty: there is nothing to train on")
+        order = epoch_order(count, self.seed, epoch) if self.shuffle else list(range(count))
+        for first in range(start * self.batch_size, count, self.batch_size):
+            indices = order[first : first + self.batch_size]
+            yield self._share(indices, self._fetch)
+
+    def _streamed(self, start: int) -> Iterator[Share]:
+        stream = iter(self.dataset)
+        batches = iter(lambda: list(itertools.islice(stream, self.batch_size)), [])
+        for samples in itertools.islice(batches, start, None):
+            yield self._share(samples, list)
+
+    def _fetch(self, indices: list[int]) -> list[Any]:
+        fetch_many = getattr(self.dataset, "__getitems__", None)
+        return list(fetch_many(indices)) if fetch_many else [self.dataset[i] for i in indices]
+
+    def _share(self, batch: list[Any], fetch: Callable[[list[Any]], list[Any]]) -> Share:
+        collate = self.collate or default_collate
+        rows = cut_batch(len(batch), self.replicas, self.microbatches, uniform=self.uniform)
+        cells = [row[self.replica] for row in rows]
+        loaded = [collate(fetch([batch[i] for i in cell] or batch[:1])) for cell in cells]
+        return Share(tuple(Microbatch(d, len(c)) for d, c in zip(loaded, cells, strict=True)), len(batch))
+
+
+def batch_samples(batch: Any) -> int:
+    """Samples in a batch: the size of the first dimension of its tensors.
+
+    Raises:
+        DataError: the batch holds no tensor.
+    """
+    for leaf in torch.utils._pytree.tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor) and leaf.dim():
+            return int(leaf.shape[0])
+    raise DataError(f"a batch must hold tensors with samples along the first dimension, not {type(batch).__name__}")
+
+
+def take(batch: Any, cell: range) -> Any:
+    """The samples `cell` of a global batch, every tensor of it cut along its first dimension."""
+    def cut(leaf: Any) -> Any:
+        return leaf[cell.start : cell.stop] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+    return torch.utils._pytree.tree_map(cut, batch)
+
+
+def share_of(batch: Any, loader: Loader) -> Share:
+    """Cuts a global batch, the same on every worker, into the share of `loader`'s replica."""
+    samples = batch_samples(batch)
+    rows = cut_batch(samples, loader.replicas, loader.microbatches, uniform=loader.uniform)
+    cells = [row[loader.replica] for row in rows]
+    return Share(tuple(Microbatch(take(batch, c if len(c) else range(1)), len(c)) for c in cells), samples)

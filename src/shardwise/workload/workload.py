@@ -1,0 +1,96 @@
+"""What is trained: a frozen value that names a plain model, its loss, its data and its optimizer.
+
+No word about parallelism is in it. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shardwise.errors import WorkloadError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.optim.lr_scheduler import LRScheduler
+
+    Batch = Any  # a tensor, or a tuple, list or dict of tensors, samples along the first dimension
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What is measured on held-out data.
+
+    Attributes:
+        dataset: map-style dataset of held-out samples, of the kind the workload trains on.
+        metric: name under which the value is reported, `accuracy` say.
+        measure: (model output, batch) -> scalar tensor, the mean over the samples of `batch`.
+        batch_size: samples per evaluation batch over all workers; 0: the workload's.
+        higher_is_better: whether a larger value is a better model.
+    """
+
+    dataset: Any
+    metric: str
+    measure: Callable[[Any, Batch], Tensor]
+    batch_size: int = 0
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A model, its loss, its data, its optimizer and the global batch.
+
+    Attributes:
+        name: what runs and reports call it.
+        model: builds the plain `nn.Module`; called on each worker with the random seed set.
+        dataset: map-style (`__len__`, `__getitem__`) or iterable; samples are tensors, tuples or dicts of tensors.
+        inputs: batch -> what the model is called with: a tensor, a tuple (args) or a dict (kwargs).
+        loss: (model output, batch) -> scalar tensor, the mean over the samples of `batch` (or over its `weight`).
+        optimizer: parameters -> torch optimizer.
+        batch_size: global: samples per optimizer step over all workers.
+        weight: batch -> what the loss averages over where that is not the number of samples (tokens that are not
+            padding, say); the global loss and gradient are then the true weighted mean.
+        collate: list of samples -> batch; None: torch's default.
+        schedule: optimizer -> learning-rate scheduler, stepped once per optimizer step.
+        evaluation: held-out data and a named metric.
+        clip_norm: largest global norm of the gradient; None: no clipping.
+        precision: `float32` or `bf16` computation; a strategy's own precision goes first.
+        seed: of the weights, the order of the data and dropout.
+    """
+
+    name: str
+    model: Callable[[], torch.nn.Module]
+    dataset: Any
+    inputs: Callable[[Batch], Any]
+    loss: Callable[[Any, Batch], Tensor]
+    optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+    batch_size: int
+    weight: Callable[[Batch], Any] | None = None
+    collate: Callable[[list[Any]], Batch] | None = None
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
+    evaluation: Evaluation | None = None
+    clip_norm: float | None = None
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise WorkloadError(f"batch_size={self.batch_size}: must be 1 or more")
+        if self.precision not in ("float32", "bf16"):
+            raise WorkloadError(f"precision={self.precision}: known are float32, bf16")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise WorkloadError(f"clip_norm={self.clip_norm}: must be above 0, or None for no clipping")
+        for field in ("model", "inputs", "loss", "optimizer"):
+            if not callable(getattr(self, field)):
+                raise WorkloadError(f"{field} of workload {self.name!r} must be a function, is {getattr(self, field)!r}")
+
+
+def call_model(model: Any, inputs: Any) -> Any:
+    """Calls `model` with what `Workload.inputs` gave: a tensor, a tuple of arguments or a mapping of keywords."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
