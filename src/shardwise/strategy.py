@@ -5,7 +5,7 @@
     >>> str(Strategy.parse("tp=2, pp=2, microbatches=8, schedule=1f1b"))
     'tp=2,pp=2,microbatches=8'
 
-Axes, outermost first: `dp` (replicas), `fsdp` (replicas that share parameters), `pp` (stages), `tp` (shards of a layer).
+Axes, outermost first: `dp` (replicas), `fsdp` (replicas that share parameters), `pp` (stages), `tp` (layer shards).
 Ranks are numbered with `tp` fastest, because its messages are the most frequent.
 """
 
@@ -38,7 +38,7 @@ class Strategy:
         tp: shards of each layer (Megatron-LM; Shoeybi et al. 2019).
         sp: activations between sharded layers are split along the sequence (Korthikanti et al. 2022); needs `tp`.
         pp: pipeline stages, each with its share of the layers.
-        microbatches: pieces that each worker's batch is cut into; gradients accumulate over them. 0: chosen from the batch.
+        microbatches: pieces that each replica's batch is cut into; gradients accumulate over them. 0: chosen.
         schedule: order of the microbatches in the pipeline.
         stages: pipeline stages per worker; 0: two for `interleaved`, else one.
         recompute: activations that are dropped and computed again in the backward pass.
@@ -74,6 +74,10 @@ class Strategy:
             value = getattr(self, key)
             if value not in known and not (key == "precision" and value == ""):
                 raise StrategyError(f"{key}={value}: known are {', '.join(known)}{nearest(value, known)}")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """An option without the axis that it belongs to is a mistake, not a wish."""
         if self.sp and self.tp == 1:
             raise StrategyError("sp=1 needs tp=2 or more: it splits activations between the tensor shards")
         if self.zero != 3 and self.fsdp == 1:

@@ -1,4 +1,4 @@
-"""Bytes, seconds and rates, as people read them. Values inside Shardwise are always plain bytes, seconds, per second."""
+"""Bytes, seconds and rates, as people read them. Inside Shardwise values are plain bytes, seconds, per second."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""How worker processes come to life."""

@@ -1,0 +1,1 @@
+"""The program that trains: one file per axis, assembled in `program`."""

@@ -115,7 +115,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """This worker's part of a named global tensor.
+    """One worker's part of a named global tensor.
 
     Attributes:
         name: `model/<parameter or buffer>` or `optimizer/<parameter>/<state>`, the same under every strategy.

@@ -1,0 +1,1 @@
+"""Views of results: text only, no arithmetic."""

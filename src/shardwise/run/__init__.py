@@ -1,0 +1,1 @@
+"""The training loop, checkpoints, measurements: what happens on disk and in time."""

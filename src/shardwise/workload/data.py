@@ -1,7 +1,7 @@
 """Which sample goes where: the order of an epoch, and how a global batch is cut into shares and microbatches.
 
-The order depends on the seed and the epoch alone, never on the number of workers: the same samples make up step n under
-every strategy, each sample is seen exactly once per epoch, and a last batch that is smaller is cut as evenly as it can be.
+The order depends on the seed and the epoch alone, never on the number of workers: the same samples make up step n
+under every strategy, each sample is seen exactly once per epoch, and a last, smaller batch is cut as evenly as it can be.
 A global batch is first cut into microbatches (rows), each row into replicas (cells):
 
     batch of 8, 2 microbatches, 2 replicas        row 0: [0 1 | 2 3]    row 1: [4 5 | 6 7]
@@ -26,11 +26,13 @@ class Microbatch:
     """Samples that go through the model together on one replica.
 
     `samples` is 0 where a replica has none of a small last batch: `data` is then one sample that only keeps the
-    replica in step with the others and counts for nothing.
+    replica in step with the others and counts for nothing. `first` is the position of its first sample in the global
+    batch: what is drawn at random for a sample depends on that position, not on the worker.
     """
 
     data: Any
     samples: int
+    first: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Loader:
         return -(-len(self.dataset) // self.batch_size) if hasattr(self.dataset, "__len__") else None
 
     def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
-        """This replica's shares of epoch `epoch`, from batch `start` on; the next one loads while this one is used."""
+        """Shares of epoch `epoch` from batch `start` on, for our replica; the next one loads while one is used."""
         source = self._mapped(epoch, start) if hasattr(self.dataset, "__getitem__") else self._streamed(start)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardwise-loader") as pool:
             pending = pool.submit(next, source, None)
@@ -141,7 +143,7 @@ class Loader:
         rows = cut_batch(len(batch), self.replicas, self.microbatches, uniform=self.uniform)
         cells = [row[self.replica] for row in rows]
         loaded = [collate(fetch([batch[i] for i in cell] or batch[:1])) for cell in cells]
-        return Share(tuple(Microbatch(d, len(c)) for d, c in zip(loaded, cells, strict=True)), len(batch))
+        return Share(tuple(Microbatch(d, len(c), c.start) for d, c in zip(loaded, cells, strict=True)), len(batch))
 
 
 def batch_samples(batch: Any) -> int:
@@ -158,6 +160,7 @@ def batch_samples(batch: Any) -> int:
 
 def take(batch: Any, cell: range) -> Any:
     """The samples `cell` of a global batch, every tensor of it cut along its first dimension."""
+
     def cut(leaf: Any) -> Any:
         return leaf[cell.start : cell.stop] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
 
@@ -169,4 +172,4 @@ def share_of(batch: Any, loader: Loader) -> Share:
     samples = batch_samples(batch)
     rows = cut_batch(samples, loader.replicas, loader.microbatches, uniform=loader.uniform)
     cells = [row[loader.replica] for row in rows]
-    return Share(tuple(Microbatch(take(batch, c if len(c) else range(1)), len(c)) for c in cells), samples)
+    return Share(tuple(Microbatch(take(batch, c if len(c) else range(1)), len(c), c.start) for c in cells), samples)

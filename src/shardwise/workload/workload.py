@@ -84,7 +84,9 @@ class Workload:
             raise WorkloadError(f"clip_norm={self.clip_norm}: must be above 0, or None for no clipping")
         for field in ("model", "inputs", "loss", "optimizer"):
             if not callable(getattr(self, field)):
-                raise WorkloadError(f"{field} of workload {self.name!r} must be a function, is {getattr(self, field)!r}")
+                raise WorkloadError(
+                    f"{field} of workload {self.name!r} must be a function, not {getattr(self, field)!r}"
+                )
 
 
 def call_model(model: Any, inputs: Any) -> Any:

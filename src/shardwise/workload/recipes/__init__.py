@@ -1,0 +1,1 @@
+"""Workloads on real data that ships in packages."""

@@ -1,0 +1,87 @@
+"""What a program needs from the part that computes: two engines offer it.
+
+`parallel.data.ModuleEngine` runs the module as it is (single, dp, fsdp). `parallel.staged.GraphEngine` runs the traced
+graph of the module (tp, pp and their products). The program above them owns the optimizer, clipping and the schedule,
+and does not know which of the two it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from shardwise.parallel.layout import Layout
+from shardwise.workload.data import Microbatch, Share
+
+
+@dataclass(slots=True)
+class Position:
+    """Where in the training the engine is: what dropout is drawn from. Set before every microbatch.
+
+    Attributes:
+        seed: of the workload.
+        step: optimizer steps done before this one.
+        first: position of the microbatch's first sample in the global batch.
+        samples: samples that go through the model here (a sample that only keeps step counts as one).
+        counted: samples that count; 0 for a sample that only keeps step.
+    """
+
+    seed: int = 0
+    step: int = 0
+    first: int = 0
+    samples: int = 1
+    counted: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How one named tensor (parameter or buffer) lies on this worker.
+
+    Attributes:
+        tensor: the parameter or buffer itself; a DTensor under `fully_shard`.
+        layout: where its local part lies in the global tensor.
+        holders: number of workers that hold each element (1 where it is split over all of them).
+        writes: whether this worker is the one to write it to a checkpoint.
+        sharded: whether tensor parallelism split it.
+    """
+
+    tensor: Tensor
+    layout: Layout
+    holders: int
+    writes: bool
+    sharded: bool = False
+
+
+class Engine(Protocol):
+    """Computes gradients; see the module's docstring."""
+
+    position: Position
+    parameters: dict[str, nn.Parameter]
+    """Trained parameters held here, by their name in the plain module (a tied one once, by its first name)."""
+    held: dict[str, Held]
+    """Every parameter (also frozen ones) and persistent buffer held here."""
+    aliases: dict[str, str]
+    """Further names of tied parameters and buffers -> the name in `held`. The same on all workers."""
+    notes: tuple[str, ...]
+    """What a person should know: what stayed replicated and why, one line each."""
+    uniform: bool
+    """Whether microbatches must have one size (see `cut_batch`)."""
+
+    def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
+        """Gradient of the sum over all replicas and microbatches of `scale * loss`, left in `.grad` of `parameters`.
+
+        `scales` has one 0-d tensor per microbatch of the share. Returns a 0-d tensor, detached: this worker's part of
+        that sum, such that adding up the values of all workers gives it (0 where a worker does not hold the loss).
+        """
+        ...
+
+    def evaluate(self, microbatch: Microbatch) -> Tensor:
+        """(loss, metric) of a microbatch in evaluation mode, shape (2,), detached; zeros where not held here.
+
+        Adding up the values of the workers that share one replica gives the replica's. The metric is 0 without an
+        evaluation in the workload.
+        """
+        ...

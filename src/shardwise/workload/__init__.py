@@ -1,0 +1,1 @@
+"""What is trained: the value, its data, its traced graph, the recipes."""
