@@ -1,0 +1,81 @@
+"""Where this worker stands among all of them: its coordinate and its process group along every axis.
+
+dp=2,tp=2      rank 0: dp 0, tp 0    rank 1: dp 0, tp 1    rank 2: dp 1, tp 0    rank 3: dp 1, tp 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shardwise.strategy import Strategy
+
+AXES = ("dp", "fsdp", "pp", "tp")
+"""Outermost first: `tp` varies fastest over the ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The workers of a strategy as a grid with the axes dp, fsdp, pp, tp.
+
+    Attributes:
+        strategy: its degrees are the sizes of the grid.
+        device: where this worker computes.
+        rank: this worker's number.
+        grid: torch's device mesh; None for one worker, which needs no process group.
+    """
+
+    strategy: Strategy
+    device: torch.device
+    rank: int
+    grid: DeviceMesh | None
+
+    @classmethod
+    def build(cls, strategy: Strategy, device: torch.device | None = None) -> Mesh:
+        """The mesh of the default process group, whose size must be `strategy.workers` (StrategyError)."""
+        device = device or default_device()
+        if strategy.workers == 1 and not dist.is_initialized():
+            return cls(strategy, device, 0, None)
+        strategy.check_workers(dist.get_world_size())
+        degrees = tuple(getattr(strategy, axis) for axis in AXES)
+        grid = init_device_mesh(device.type, degrees, mesh_dim_names=AXES)
+        if strategy.dp > 1 and strategy.fsdp > 1:
+            grid["dp", "fsdp"]._flatten("replicas")
+        return cls(strategy, device, dist.get_rank(), grid)
+
+    def coordinate(self, axis: str) -> int:
+        """This worker's place along `axis`."""
+        return 0 if self.grid is None else self.grid.get_local_rank(axis)
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """The workers that differ from this one in `axis` only; None where that is this worker alone."""
+        if self.grid is None or getattr(self.strategy, axis) == 1:
+            return None
+        return self.grid.get_group(axis)
+
+    @property
+    def replica(self) -> int:
+        """Which share of the batch this worker computes: 0 to strategy.replicas - 1."""
+        return self.coordinate("dp") * self.strategy.fsdp + self.coordinate("fsdp")
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The workers that hold the same part of the model and compute other shares of the batch; None: this alone."""
+        if self.strategy.dp > 1 and self.strategy.fsdp > 1:
+            return None if self.grid is None else self.grid["replicas"].get_group()
+        return self.group("dp") or self.group("fsdp")
+
+    @property
+    def world(self) -> dist.ProcessGroup | None:
+        """All workers; None where this is the only one."""
+        return None if self.strategy.workers == 1 else dist.group.WORLD
+
+
+def default_device() -> torch.device:
+    """The accelerator of this worker's local rank where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
