@@ -1,6 +1,6 @@
 """Where this worker stands among all of them: its coordinate and its process group along every axis.
 
-dp=2,tp=2      rank 0: dp 0, tp 0    rank 1: dp 0, tp 1    rank 2: dp 1, tp 0    rank 3: dp 1, tp 1
+For dp=2,tp=2: rank 0: dp 0, tp 0    rank 1: dp 0, tp 1    rank 2: dp 1, tp 0    rank 3: dp 1, tp 1
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Mesh:
     device: torch.device
     rank: int
     grid: DeviceMesh | None
+    replicas: DeviceMesh | None = None
+    """dp and fsdp flattened into one axis, where both are used."""
 
     @classmethod
     def build(cls, strategy: Strategy, device: torch.device | None = None) -> Mesh:
@@ -42,9 +44,9 @@ class Mesh:
         strategy.check_workers(dist.get_world_size())
         degrees = tuple(getattr(strategy, axis) for axis in AXES)
         grid = init_device_mesh(device.type, degrees, mesh_dim_names=AXES)
-        if strategy.dp > 1 and strategy.fsdp > 1:
-            grid["dp", "fsdp"]._flatten("replicas")
-        return cls(strategy, device, dist.get_rank(), grid)
+        both = strategy.dp > 1 and strategy.fsdp > 1
+        replicas = grid["dp", "fsdp"]._flatten("replicas") if both else None
+        return cls(strategy, device, dist.get_rank(), grid, replicas)
 
     def coordinate(self, axis: str) -> int:
         """This worker's place along `axis`."""
@@ -64,8 +66,8 @@ class Mesh:
     @property
     def replica_group(self) -> dist.ProcessGroup | None:
         """The workers that hold the same part of the model and compute other shares of the batch; None: this alone."""
-        if self.strategy.dp > 1 and self.strategy.fsdp > 1:
-            return None if self.grid is None else self.grid["replicas"].get_group()
+        if self.replicas is not None:
+            return self.replicas.get_group()
         return self.group("dp") or self.group("fsdp")
 
     @property
