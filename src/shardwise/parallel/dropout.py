@@ -1,0 +1,252 @@
+"""Dropout that does not depend on who computes it.
+
+What is drawn for an element depends on the seed, the step, the place in the model (the site), the position of the
+sample in the global batch and the index of the element within its sample: a counter hash, no generator with a state.
+So one process and any number of replicas drop the same elements, the shards of a tensor agree, and recomputation in
+the backward pass draws again what it drew before.
+
+Sites are numbered by the calls that draw (p above 0, in training) in the order of one forward pass; attention with
+dropout on its probabilities is one site. The index of an element is its flat (row-major) place within its sample.
+
+The hash is murmur3's finaliser (Appleby 2011) in wrapping int32 arithmetic, which is fast on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardwise.parallel.engine import Position
+
+_WORD = 0xFFFFFFFF
+_FIRST, _SECOND = 0x85EBCA6B - (1 << 32), 0xC2B2AE35 - (1 << 32)
+"""The two multipliers of murmur3's 32-bit finaliser, as signed integers."""
+
+
+def keep(position: Position, site: int, index: Tensor, samples: int, p: float) -> Tensor:
+    """What dropout multiplies with: 0 with probability `p`, else 1 / (1 - p).
+
+    Args:
+        position: seed, step and the place of the first of the `samples` in the global batch.
+        site: number of the drawing call in the model's forward pass.
+        index: integer tensor: the index of each element within its sample, on the device of the result.
+        samples: size of the result's first dimension; sample n is number `position.first + n` of the global batch.
+        p: probability of dropping an element, 0 to 1.
+
+    Returns:
+        float32, shape (samples, *index.shape).
+    """
+    if p >= 1:
+        return torch.zeros((samples, *index.shape), device=index.device)
+    low, high = _key(position.seed, position.step, site)
+    places = torch.arange(position.first, position.first + samples, device=index.device)
+    by_sample = _mix(_mix(places.to(torch.int32) ^ _signed(high)) + _signed(low))
+    by_index = _mix(_mix(index.to(torch.int32) ^ _signed(low)) + _signed(high))
+    bits = by_sample.view(samples, *(1,) * index.dim()) ^ by_index
+    bits.mul_(_FIRST).bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_SECOND)
+    kept = bits >= min(round(p * 2**32), _WORD) - 2**31
+    return kept * (1.0 / (1.0 - p))
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """Murmur3's finaliser, a bijection of the 32-bit integers. Overwrites `bits`; a masked shift is a logical one."""
+    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_FIRST)
+    bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF)).mul_(_SECOND)
+    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
+
+
+def _key(*numbers: int) -> tuple[int, int]:
+    """Two 32-bit keys of some integers: the steps of splitmix64 (Steele et al. 2014)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & _WORD, state >> 32
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+class KeyedDropout:
+    """Replaces what draws in a forward pass; `handlers` maps torch's function to ours.
+
+    Which dimension counts the samples is told by its size: the first one where it fits; the second (sequences first);
+    the first again where it is a multiple (samples and heads or tokens in one dimension); any other that fits. A
+    tensor with none of these belongs to no sample (a weight, say): it is drawn alike on all workers.
+
+    Attributes:
+        position: where the training is; the engine keeps it up to date.
+        site: number of the next call that draws; the engine sets it to 0 before every forward pass.
+    """
+
+    def __init__(self, position: Position, site: int = 0) -> None:
+        self.position = position
+        self.site = site
+        self._many_heads = _with_globals(F.multi_head_attention_forward, self._globals())
+        self.handlers: dict[Callable[..., Any], Callable[..., Any]] = {
+            F.dropout: self.dropout,
+            torch.dropout: self._native,
+            torch.dropout_: self._native_,
+            F.dropout1d: self._features(1),
+            F.dropout2d: self._features(2),
+            F.dropout3d: self._features(3),
+            F.alpha_dropout: self._alpha,
+            F.feature_alpha_dropout: self._feature_alpha,
+            F.scaled_dot_product_attention: self.attention,
+            F.multi_head_attention_forward: self._many_heads,
+        }
+
+    def mask(self, shape: torch.Size, p: float, device: torch.device, *, merged: bool = False) -> Tensor:
+        """The next site's `keep` for a tensor of this shape; `merged`: its first dimension is samples times heads."""
+        samples, dim = self.position.samples, 0 if merged else _sample_dim(shape, self.position.samples)
+        site, self.site = self.site, self.site + 1
+        if dim is None:
+            common = Position(seed=self.position.seed, step=self.position.step)
+            return keep(common, site, _indices(shape, device), 1, p)[0]
+        rest = (shape[0] // samples, *shape[1:]) if dim == 0 else (*shape[:dim], *shape[dim + 1 :])
+        drawn = keep(self.position, site, _indices(rest, device), samples, p)
+        return drawn.reshape(shape) if dim == 0 else drawn.movedim(0, dim)
+
+    def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
+        """`torch.nn.functional.dropout`, keyed."""
+        return self._drop(input, p, training, inplace, input.shape)
+
+    def _drop(
+        self, x: Tensor, p: float, training: bool, inplace: bool, shape: torch.Size, *, merged: bool = False
+    ) -> Tensor:
+        _check(p)
+        if not training or p == 0:
+            return x
+        mask = self.mask(shape, p, x.device, merged=merged).to(x.dtype)
+        mask = mask.view(*shape, *(1,) * (x.dim() - len(shape)))
+        return x.mul_(mask) if inplace else x * mask
+
+    def _native(self, input: Tensor, p: float, train: bool) -> Tensor:  # noqa: A002
+        return self.dropout(input, p, train)
+
+    def _native_(self, input: Tensor, p: float, train: bool) -> Tensor:  # noqa: A002
+        return self.dropout(input, p, train, inplace=True)
+
+    def _features(self, dims: int) -> Callable[..., Tensor]:
+        """dropout1d, 2d, 3d: whole channels of `dims` dimensions."""
+
+        def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
+            # (samples, channels, ...), where torch's dropout1d and 3d also take one sample without its dimension
+            lead = 1 if input.dim() == dims + 1 and dims != 2 else 2
+            return self._drop(input, p, training, inplace, input.shape[:lead])
+
+        return drop
+
+    def _alpha(self, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:  # noqa: A002
+        return self._drop_alpha(input, p, training, inplace, input.shape)
+
+    def _feature_alpha(self, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:  # noqa: A002
+        return self._drop_alpha(input, p, training, inplace, input.shape[:2])
+
+    def _drop_alpha(self, x: Tensor, p: float, training: bool, inplace: bool, shape: torch.Size) -> Tensor:
+        """Keeps mean and variance of self-normalising networks (Klambauer et al. 2017), as torch computes it."""
+        _check(p)
+        if not training or p == 0:
+            return x
+        alpha = 1.7580993408473766
+        scale = 0.0 if p == 1 else 1 / math.sqrt((alpha * alpha * p + 1) * (1 - p))
+        kept = (self.mask(shape, p, x.device) > 0).to(x.dtype).view(*shape, *(1,) * (x.dim() - len(shape)))
+        shift = (kept - 1) * (alpha * scale) + alpha * scale * p
+        return x.mul_(kept * scale).add_(shift) if inplace else x * (kept * scale) + shift
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`scaled_dot_product_attention`; with dropout as plain matrices, for only then are its probabilities ours."""
+        if dropout_p == 0:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        probabilities = attention_probabilities(query, key, attn_mask, is_causal, scale, enable_gqa)
+        mask = self.mask(probabilities.shape, dropout_p, query.device).to(probabilities.dtype)
+        if enable_gqa:
+            value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
+        return (probabilities * mask).to(value.dtype) @ value
+
+    def _globals(self) -> dict[str, Any]:
+        def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
+            # here torch has samples and heads in one dimension, whatever the sizes look like
+            return self._drop(input, p, training, inplace, input.shape, merged=True)
+
+        return {
+            "dropout": dropout,
+            "scaled_dot_product_attention": self.attention,
+            "has_torch_function": lambda _: False,
+        }
+
+
+def attention_probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, grouped: bool
+) -> Tensor:
+    """softmax(q k^T * scale + mask), shape (..., queries, keys), as torch documents it; `scale` None: 1/sqrt(size).
+
+    `causal` lets query n see the keys up to n. `grouped`: several query heads share a key head.
+    """
+    if grouped:
+        key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
+    factor = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+    scores = (query * factor) @ key.transpose(-2, -1)
+    if causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1)
+
+
+def _sample_dim(shape: torch.Size, samples: int) -> int | None:
+    """The dimension that counts the samples; 0 also where it is a multiple of them; None: no dimension does."""
+    if not shape:
+        return None
+    if shape[0] == samples:
+        return 0
+    # samples == 1 fits every dimension: then all of the tensor belongs to the one sample
+    if len(shape) > 2 and samples > 1 and shape[1] == samples:
+        return 1
+    if shape[0] % samples == 0 and shape[0]:
+        return 0
+    return next((dim for dim, size in enumerate(shape) if size == samples), None)
+
+
+def _indices(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.int32, device=device).view(shape)
+
+
+def _check(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+
+
+def _with_globals(function: Any, replaced: dict[str, Any]) -> Any:
+    """A copy of a Python function that finds other functions under some of the names that it calls."""
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **replaced},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
