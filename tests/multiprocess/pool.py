@@ -1,0 +1,180 @@
+"""Worker processes that stay for the whole test session: starting them anew for every test would take seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+TIMEOUT_SECONDS = 120.0
+GRACE_SECONDS = 10.0
+"""How long the other workers of a failed call have to end it: their connections to the failed one break."""
+
+
+class RemoteTraceback(Exception):
+    """The traceback of a worker, as text: the cause of the exception that the test sees."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+class Pools:
+    """Pools by their number of workers, each started when it is first asked for.
+
+        results = workers(4, function, *args)       # function(*args) on each worker -> results by rank
+
+    The function runs with a fresh default process group (gloo) and one thread; functions and arguments travel by
+    cloudpickle. The first exception of a worker is raised here. One worker is this process, without a process group.
+    """
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def __call__(
+        self, count: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_SECONDS
+    ) -> list[Any]:
+        if count == 1:
+            return [function(*args)]
+        pool = self._pools.get(count)
+        if pool is None or pool.broken:
+            if pool is not None:
+                pool.close()
+            pool = self._pools[count] = Pool(count)
+        return pool.call(function, args, timeout)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+
+class Pool:
+    """A fixed number of spawned processes that each run what they are sent."""
+
+    def __init__(self, count: int) -> None:
+        self.broken = False
+        self._calls = 0
+        self._folder = tempfile.TemporaryDirectory(prefix="shardwise-pool-")
+        context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, count, theirs, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        self._calls += 1
+        store = str(Path(self._folder.name, f"store-{self._calls}"))
+        message = cloudpickle.dumps((function, args))
+        for _, pipe in self._workers:
+            pipe.send((sys.path, store, message))
+        results: dict[int, Any] = {}
+        error: BaseException | None = None
+        deadline = time.monotonic() + timeout
+        while len(results) < len(self._workers):
+            waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers) if rank not in results}
+            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                missing = sorted(waiting.values())
+                raise error or TimeoutError(f"workers {missing} did not answer within {timeout:.0f} s")
+            for pipe in ready:
+                rank = waiting[pipe]  # type: ignore[index]
+                results[rank], failure = self._receive(rank)
+                if failure is not None and error is None:
+                    error, deadline = failure, min(deadline, time.monotonic() + GRACE_SECONDS)
+        if error is not None:
+            raise error
+        return [results[rank] for rank in range(len(self._workers))]
+
+    def _receive(self, rank: int) -> tuple[Any, BaseException | None]:
+        process, pipe = self._workers[rank]
+        try:
+            ok, payload = pipe.recv()
+        except EOFError:
+            process.join(5)
+            self.broken = True
+            return None, RuntimeError(f"worker {rank} died with exit code {process.exitcode}")
+        if ok:
+            return cloudpickle.loads(payload), None
+        exception, text = cloudpickle.loads(payload)
+        exception.__cause__ = RemoteTraceback(f"worker {rank}: {text}")
+        return None, exception
+
+    def close(self) -> None:
+        self.broken = True
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._folder.cleanup()
+
+
+def serve(rank: int, count: int, pipe: Connection, parent: int) -> None:
+    """What a worker does: runs what it is sent until its pipe closes."""
+    die_with_parent(parent)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            path, store, message = pipe.recv()
+            sys.path[:] = path
+            pipe.send(answer(rank, count, store, message))
+
+
+def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, bytes]:
+    """(True, pickled result) or (False, pickled exception and traceback)."""
+    import torch.distributed as dist
+
+    try:
+        dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count)
+        try:
+            function, args = cloudpickle.loads(message)
+            return True, cloudpickle.dumps(function(*args))
+        finally:
+            dist.destroy_process_group()
+            forget_groups()
+    except BaseException as error:
+        text = traceback.format_exc()
+        try:
+            payload = cloudpickle.dumps((error, text))
+            cloudpickle.loads(payload)
+        except Exception:
+            payload = cloudpickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))
+        return False, payload
+
+
+def forget_groups() -> None:
+    """DTensor remembers the meshes of earlier calls, whose groups are gone."""
+    from torch.distributed.tensor import debug
+
+    debug._clear_sharding_prop_cache()
+    with contextlib.suppress(AttributeError):
+        debug._clear_fast_path_sharding_prop_cache()
+
+
+def die_with_parent(parent: int) -> None:
+    """Linux ends this process when the one that started it ends, however that happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
