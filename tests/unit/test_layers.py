@@ -1,0 +1,123 @@
+"""The flow has one direction: every floor of src/shardwise imports only from the floors below it.
+
+Read from the syntax tree, so that imports inside functions and for type checkers count too.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "shardwise"
+
+VALUES = {"errors", "units", "strategy", "collective"}
+FLOORS: dict[str, set[str]] = {
+    "errors": set(),
+    "units": set(),
+    "strategy": {"errors"},
+    "collective": {"errors", "units"},
+    "launch": VALUES,
+    "report": VALUES,
+    "cluster": VALUES,
+    "workload": VALUES | {"cluster"},
+    "parallel": VALUES | {"cluster", "workload"},
+    "predict": VALUES | {"cluster", "workload", "parallel"},
+    "plan": VALUES | {"cluster", "workload", "parallel", "predict"},
+    "run": VALUES | {"cluster", "workload", "parallel", "predict", "plan", "launch", "report"},
+    "api": VALUES | {"cluster", "workload", "parallel", "predict", "plan", "launch", "report", "run"},
+    "cli": VALUES | {"report", "api"},
+    "__main__": {"cli"},
+    "__init__": VALUES | {"workload", "api"},
+}
+"""Module or folder -> the others that it may import."""
+
+WITHOUT_TORCH = ("shardwise", "shardwise.cli", "shardwise.launch.local", "shardwise.workload.workload")
+"""Modules that are imported before it is known whether torch is needed."""
+
+
+def floor_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_modules(tree: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
+    """Dotted names that a module imports; `package` is where it lies, for imports that start with a dot."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (start, node.module) if part)
+            if base == "shardwise":
+                yield from (f"shardwise.{alias.name}" for alias in node.names)
+            else:
+                yield base
+
+
+def floors_imported(path: Path) -> set[str]:
+    package = ("shardwise", *path.relative_to(SOURCE).parent.parts)
+    names = imported_modules(ast.parse(path.read_text()), package)
+    return {name.split(".")[1] for name in names if name.startswith("shardwise.")}
+
+
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {floor_of(path) for path in MODULES} <= set(FLOORS)
+
+
+def test_floors_have_no_circle() -> None:
+    seen: set[str] = set()
+    for floor, below in FLOORS.items():
+        assert below <= seen, f"{floor} may import {below - seen}, which stand above it"
+        seen.add(floor)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_only_from_below(path: Path) -> None:
+    floor = floor_of(path)
+    public = {"__version__"} if floor != "__init__" else set()
+    wrong = floors_imported(path) - FLOORS[floor] - {floor} - public
+    assert not wrong, f"{path.relative_to(SOURCE)} is on floor {floor!r}, which does not import {sorted(wrong)}"
+
+
+def test_reads_every_kind_of_import() -> None:
+    source = (
+        "import shardwise.a\nfrom shardwise.b import x\nfrom shardwise import c\nfrom . import d\nfrom ..e import y"
+    )
+    package = ("shardwise", "run")
+    assert list(imported_modules(ast.parse(source), package)) == [
+        "shardwise.a",
+        "shardwise.b",
+        "shardwise.c",
+        "shardwise.run",
+        "shardwise.e",
+    ]
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_import_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[sys.executable, "-c", "import shardwise"], [str(Path(sys.executable).with_name("shardwise")), "--help"]],
+    ids=["import", "--help"],
+)
+def test_starts_quickly(command: list[str]) -> None:
+    # processor time of the quickest of three: other work on the machine does not count
+    resource = pytest.importorskip("resource")
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) < 0.3
