@@ -35,9 +35,9 @@ format: $(STAMP) ## lets ruff lay out and sort the code
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## runs the benchmarks; results go to benchmarks/results
-	$(BIN)/python benchmarks/digits.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python -m benchmarks.digits
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.scaling
 
 clean: ## removes what the targets made, except runs/
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

@@ -1,0 +1,83 @@
+"""What README and docs show is run as shown; blocks of a page run in order in one folder, as a reader would."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from blocks import PAGES, ROOT, TWIN, Block, blocks, commands, run_command
+
+RUN = [block for page in PAGES for block in blocks(page) if block.language in ("python", "bash", "console")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
+    return {page: tmp_path_factory.mktemp(page.stem) for page in PAGES}
+
+
+@pytest.mark.parametrize("block", RUN, ids=lambda block: block.name)
+def test_block(block: Block, folders: dict[Path, Path]) -> None:
+    if block.not_run:
+        pytest.skip(block.not_run)
+    folder = folders[block.page]
+    if block.language == "python":
+        run_python(block, folder)
+    else:
+        run_shell(block, folder)
+
+
+def run_python(block: Block, folder: Path) -> None:
+    path = folder / (block.saved_as or f"block_{block.line}.py")
+    path.write_text(block.code)
+    if not block.saved_as:
+        result = run_command(f"python {path.name}", folder)
+        assert result.returncode == 0, result.stdout
+
+
+def run_shell(block: Block, folder: Path) -> None:
+    for command, expected in commands(block):
+        if command.startswith("make"):
+            targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert command.split()[1] in targets
+            continue
+        result = run_command(command, folder)
+        if block.language == "bash":
+            assert result.returncode == 0, f"{command}\n{result.stdout}"
+        for line in expected:
+            shown = line.removesuffix("...").rstrip()
+            assert shown in result.stdout, f"{command} does not print {shown!r} but\n{result.stdout}"
+
+
+def test_there_is_something_to_run() -> None:
+    assert any(block.language == "python" for block in RUN)
+    assert any(block.language == "bash" for block in RUN)
+
+
+def test_twin_has_the_same_code() -> None:
+    def code(page: Path) -> list[str]:
+        return [re.sub(r"#.*", "#", block.code) for block in blocks(page)]
+
+    assert code(TWIN) == code(PAGES[0])
+
+
+def test_twin_has_the_same_sections() -> None:
+    def levels(page: Path) -> list[str]:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        return re.findall(r"^(#+) ", prose, re.MULTILINE)
+
+    assert levels(TWIN) == levels(PAGES[0])
+
+
+@pytest.mark.parametrize("page", [*PAGES, TWIN, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left(folders: dict[Path, Path]):
+    yield
+    for folder in folders.values():
+        shutil.rmtree(folder, ignore_errors=True)
