@@ -15,8 +15,8 @@ from shardwise import Workload
 @dataclass(frozen=True)
 class Size:
     layers: int = 4
-    hidden: int = 256
-    heads: int = 8
+    hidden: int = 192
+    heads: int = 6
     sequence: int = 128
     vocabulary: int = 512
     batch: int = 16
