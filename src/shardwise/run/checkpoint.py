@@ -1,0 +1,248 @@
+"""Checkpoints of a run: written while the training goes on, read under any strategy and by any number of workers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load as read_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from shardwise.errors import CheckpointError, RunFolderError
+from shardwise.parallel.engine import Engine
+from shardwise.parallel.layout import Piece, Tile
+from shardwise.run.folder import damage, final_path, newest_whole
+from shardwise.run.index import Index, Stored
+from shardwise.run.storage import PIECES, FolderReader, FolderWriter, Stager, TileLoadPlanner, TileSavePlanner
+from shardwise.run.tensorfile import write_tensors
+from shardwise.run.workers import Workers
+
+
+class Checkpointed(Protocol):
+    """What a checkpoint needs of the program; `parallel.program.Program` is one."""
+
+    steps: int
+
+    @property
+    def engine(self) -> Engine: ...  # noqa: D102
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None: ...  # noqa: D102
+    def pieces(self) -> list[Piece]: ...  # noqa: D102
+    def optimizer_piece(  # noqa: D102
+        self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
+    ) -> Piece | None: ...
+    def state(self) -> dict[str, Any]: ...  # noqa: D102
+    def load_state(self, state: dict[str, Any]) -> None: ...  # noqa: D102
+
+
+class Checkpoints:
+    """The checkpoints of one run, in its folder `checkpoints`, which all workers must see.
+
+    At most one is being written at a time. `save`, `wait` and `load` are for all workers together; `latest` is for any
+    process alone.
+
+    Attributes:
+        folder: where the checkpoints are.
+        keep: how many of the newest stay.
+
+    Raises:
+        CheckpointError: `keep` is below 1.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        if keep < 1:
+            raise CheckpointError(f"keep={keep}: at least the newest checkpoint stays, use 1 or more")
+        self.folder, self.keep = Path(folder) / "checkpoints", keep
+        self._stager = Stager()
+        self._pending: Future[Any] | None = None
+        self._met: Workers | None = None
+
+    def save(self, program: Checkpointed, progress: dict[str, Any]) -> None:
+        """Copies the program's tensors, and writes them while the training goes on.
+
+        Waits for the checkpoint before, and raises what failed there (see `wait`). `progress` is JSON-able.
+        """
+        self.wait()
+        workers, optimizer = self._workers(), program.optimizer
+        index = Index(
+            tensors={},
+            aliases=dict(program.engine.aliases),
+            progress=json.loads(json.dumps(progress)),  # a copy: the training goes on to change it
+            state=json.loads(json.dumps(program.state())),
+            optimizer="" if optimizer is None else type(optimizer).__name__,
+            random=bytes(torch.get_rng_state().tolist()).hex(),
+        )
+        writer = FolderWriter(final_path(self.folder, program.steps), index, self.keep, workers)
+        self._pending = _start(program.pieces(), writer, self._stager)
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is complete on disk.
+
+        Raises:
+            ShardwiseError: it could not be written (on all workers): which worker, and why.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint; None where there is none at all. Warns about each damaged one that it skips.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged.
+        """
+        return newest_whole(self.folder)
+
+    def load(self, program: Checkpointed, path: Path) -> dict[str, Any]:
+        """Fills the program from a checkpoint, whatever strategy wrote it; returns the progress given to `save`.
+
+        The generator of random numbers of torch's CPU goes on from where it was.
+
+        Raises:
+            CheckpointError: a file is damaged, or the checkpoint is of another model or optimizer: nothing is changed.
+        """
+        self.wait()
+        workers = self._workers()
+        workers.raise_first(damage(path, workers.rank, workers.count), CheckpointError)
+        index = Index.read(path)
+        pieces = {piece.name: piece for piece in program.pieces()}
+        workers.raise_first(_mismatch(path, index, pieces, program.optimizer), CheckpointError)
+        _check_all_held(path, index, pieces, workers)
+        _read(path, index, pieces | _optimizer_pieces(index, program))
+        program.load_state(index.state)
+        torch.set_rng_state(torch.tensor(list(bytes.fromhex(index.random)), dtype=torch.uint8))
+        return index.progress
+
+    def _workers(self) -> Workers:
+        """Created at the first use: `latest` needs no other worker."""
+        if self._met is None:
+            self._met = Workers()
+        return self._met
+
+
+def _start(pieces: list[Piece], writer: FolderWriter, stager: Stager) -> Future[Any]:
+    _expect_single_process()
+    response = async_save(
+        {PIECES: pieces},
+        storage_writer=writer,
+        planner=TileSavePlanner(),
+        process_group=writer.workers.group,
+        async_stager=stager,
+        use_collectives=False,  # torch's would unpickle what other workers send
+    )
+    assert isinstance(response, Future)
+    return response
+
+
+def _read(path: Path, index: Index, pieces: dict[str, Piece]) -> None:
+    _expect_single_process()
+    # each worker plans and reads for itself, as a single process does
+    read_checkpoint(
+        {PIECES: list(pieces.values())},
+        storage_reader=FolderReader(path, index),
+        planner=TileLoadPlanner(),
+        no_dist=True,
+    )
+
+
+def _expect_single_process() -> None:
+    """Silences torch's remark that it works as a single process: here that is meant."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _optimizer_pieces(index: Index, program: Checkpointed) -> dict[str, Piece]:
+    """The optimizer states of the checkpoint that this worker holds, made where there are none yet."""
+    found = {}
+    for name, stored in index.tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "optimizer":
+            parameter, _, state = rest.rpartition("/")
+            piece = program.optimizer_piece(parameter, state, stored.spec.shape, stored.spec.dtype)
+            if piece is not None:
+                found[name] = piece
+    return found
+
+
+def _mismatch(path: Path, index: Index, pieces: Mapping[str, Piece], optimizer: torch.optim.Optimizer | None) -> str:
+    """One line on the first thing that does not fit this worker; empty where all does."""
+    for name, piece in pieces.items():
+        plain, stored = name.removeprefix("model/"), index.tensors.get(name)
+        if stored is None:
+            return f"checkpoint {path} is of another model: it has no {plain}, here of shape {piece.layout.shape}"
+        if stored.spec.shape != piece.layout.shape:
+            return (
+                f"checkpoint {path} is of another model: {plain} has shape {stored.spec.shape} there "
+                f"and {piece.layout.shape} here"
+            )
+        if stored.spec.dtype != piece.local.dtype:
+            return f"checkpoint {path} has {plain} as {stored.spec.dtype}, here it is {piece.local.dtype}"
+    name = "" if optimizer is None else type(optimizer).__name__
+    if name and index.optimizer and name != index.optimizer:
+        return f"checkpoint {path} is of a training with {index.optimizer}, here it is {name}"
+    return ""
+
+
+def _check_all_held(path: Path, index: Index, pieces: Mapping[str, Piece], workers: Workers) -> None:
+    """Raises CheckpointError where the checkpoint has a tensor of the model that no worker holds. Collective."""
+    names = [name for name in index.tensors if name.startswith("model/")]
+    held = workers.anywhere([name in pieces for name in names])
+    for name, somewhere in zip(names, held, strict=True):
+        if not somewhere:
+            plain, shape = name.removeprefix("model/"), index.tensors[name].spec.shape
+            raise CheckpointError(
+                f"checkpoint {path} is of another model: it has {plain} of shape {shape}, which is not here"
+            )
+
+
+def export_safetensors(run: Path, out: Path) -> None:
+    """Writes the full plain weights of a run's newest checkpoint to one file, tied ones under each of their names.
+
+    `model.load_state_dict(safetensors.torch.load_file(out))` reads it. Memory is bounded by the largest tensor.
+
+    Raises:
+        RunFolderError: the run is not there or holds no checkpoint, or `out` is there already.
+        CheckpointError: all its checkpoints are damaged.
+    """
+    run, out = Path(run), Path(out)
+    if not run.is_dir():
+        raise RunFolderError(f"run folder {run} is not there: give the folder that a training wrote")
+    if out.exists():
+        raise RunFolderError(f"{out} is there already: remove it, or give another name")
+    folder = newest_whole(run / "checkpoints")
+    if folder is None:
+        raise RunFolderError(f"run folder {run} holds no checkpoint: train until the first one is written")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        _export(folder, partial)
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _export(folder: Path, out: Path) -> None:
+    index = Index.read(folder)
+    prefix = "model/"
+    stored = {name.removeprefix(prefix): entry for name, entry in index.tensors.items() if name.startswith(prefix)}
+    stored |= {alias: stored[name] for alias, name in index.aliases.items()}
+    # a checkpoint of thousands of workers has more files than a process may have open
+    opened = lru_cache(maxsize=64)(lambda name: safe_open(folder / name, "pt"))
+    specs = {name: entry.spec for name, entry in stored.items()}
+    write_tensors(out, specs, lambda name: _assemble(stored[name], opened), {"format": "pt"})
+
+
+def _assemble(stored: Stored, opened: Callable[[str], Any]) -> Tensor:
+    """The full tensor of its chunks."""
+    full = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
+    for chunk in stored.chunks:
+        Tile(chunk.offsets, chunk.sizes, start=chunk.offsets).view(full).copy_(opened(chunk.file).get_tensor(chunk.key))
+    return full

@@ -1,0 +1,366 @@
+"""How torch's distributed checkpoint writes and reads tiles: safetensors files and a JSON index instead of a pickle.
+
+Every worker plans for itself (a piece says which worker writes it), so plans are not gathered, which would unpickle
+them; workers meet only to agree that all have written. Steps of a save, on all workers:
+
+    stage       copies what this worker writes to buffers; training goes on after it
+    set up      one worker makes the partial folder
+    write       this worker's file, until it is on disk
+    finish      one worker reads the headers of all files, writes index and manifest, renames the folder into place
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from io import BytesIO
+from json import dumps, loads
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from shardwise.errors import ShardwiseError
+from shardwise.parallel.layout import Box, Layout, Piece, Tile
+from shardwise.run.folder import begin, hidden_path, prune, publish, write_manifest
+from shardwise.run.index import INDEX, Chunk, Index, Stored, chunk_key, merge_files, tensors_metadata
+from shardwise.run.tensorfile import FileSum, TensorSpec, write_file, write_tensors
+from shardwise.run.workers import Workers
+
+PIECES = "pieces"
+"""The one key of the dicts that torch hands around: it logs something for each key, which takes longer than a copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What this worker writes of a global tensor: copies of its tiles, by their offsets."""
+
+    shape: Box
+    tiles: dict[Box, Tensor]
+
+
+class Stager(AsyncStager):
+    """Copies the pieces that this worker writes to buffers in main memory, the same ones for every checkpoint."""
+
+    _synchronize_after_execute = False
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, Box], Tensor] = {}
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """List of pieces -> `Staged` by name, both under `PIECES`. The copies are done when it returns."""
+        pieces: list[Piece] = [piece for piece in state_dict[PIECES] if piece.writes]
+        earlier, self._buffers = self._buffers, {}
+        staged = {piece.name: Staged(piece.layout.shape, self._copy(piece, earlier)) for piece in pieces}
+        if any(piece.local.is_cuda for piece in pieces):
+            torch.cuda.synchronize()
+        return {PIECES: staged}
+
+    def synchronize_staging(self) -> None:
+        """Nothing is left to wait for after `stage`."""
+        return
+
+    def close(self) -> None:
+        """Lets go of the buffers."""
+        self._buffers.clear()
+
+    def _copy(self, piece: Piece, earlier: dict[tuple[str, Box], Tensor]) -> dict[Box, Tensor]:
+        local = piece.local.detach()
+        for tile in stored_tiles(piece.layout):
+            key = (piece.name, tile.offsets)
+            buffer = earlier.get(key)
+            if buffer is None or (buffer.dtype, tuple(buffer.shape)) != (local.dtype, tile.sizes):
+                buffer = torch.empty(tile.sizes, dtype=local.dtype, pin_memory=local.is_cuda)
+            self._buffers[key] = buffer.copy_(tile.view(local), non_blocking=True)
+        return {tile.offsets: self._buffers[piece.name, tile.offsets] for tile in stored_tiles(piece.layout)}
+
+
+def stored_tiles(layout: Layout) -> list[Tile]:
+    """The tiles that are worth a chunk: those with elements, and that of a tensor which has none at all."""
+    return [tile for tile in layout.tiles if prod(tile.sizes) or not prod(layout.shape)]
+
+
+class TileSavePlanner(SavePlanner):
+    """One write per tile of what `Stager` staged."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """`state_dict` is what `Stager` gave."""
+        self._staged: dict[str, Staged] = state_dict[PIECES]
+
+    def create_local_plan(self) -> SavePlan:
+        """What this worker writes."""
+        return SavePlan([_write_item(n, s.shape, o, t) for n, s in self._staged.items() for o, t in s.tiles.items()])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Nothing to settle between workers; the index takes the place of the metadata."""
+        return all_plans, Metadata({})
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """The local plan stays as it is."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
+        """The copy of the tile that `write_item` is about."""
+        return self._staged[write_item.index.fqn].tiles[tuple(write_item.index.offset or ())]
+
+
+def _write_item(name: str, shape: Box, offsets: Box, tensor: Tensor) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(offsets), tensor.shape)
+    data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), torch.Size(shape))
+    return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+class FolderWriter(StorageWriter):
+    """Writes one checkpoint; every method is called on all workers, in the background.
+
+    Workers that fail still meet the others, and then all raise the first failure: none is left waiting.
+
+    Attributes:
+        final: where the folder will be.
+        index: everything but the tensors.
+        keep: how many checkpoints stay.
+        workers: who writes.
+    """
+
+    def __init__(self, final: Path, index: Index, keep: int, workers: Workers) -> None:
+        self.final, self.index, self.keep, self.workers = final, index, keep, workers
+        self._written: FileSum | None = None
+        self._problem = ""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing: there is one writer for each checkpoint."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """One worker makes the folder, before any writes to it."""
+        if self.workers.rank == 0:
+            try:
+                begin(self.final)
+            except OSError as error:
+                self._problem = self._says(error)
+        self.workers.raise_first(self._problem, ShardwiseError)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan stays as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """The plans stay as they are."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """This worker's file, on disk when it returns; what fails is told to all in `finish`."""
+        try:
+            self._written = self._write(plan, planner) if plan.items else None
+        except Exception as error:
+            self._problem = self._says(error)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])
+        return done
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> FileSum:
+        path = self._file(self.workers.rank)
+        stored = stored_by(plan, path.name)
+        items = {_key(item): item for item in plan.items}
+        specs = {
+            chunk.key: TensorSpec(entry.spec.dtype, chunk.sizes) for entry in stored.values() for chunk in entry.chunks
+        }
+
+        def read(key: str) -> Tensor:
+            tensor = planner.resolve_data(items[key])
+            assert isinstance(tensor, Tensor)
+            return tensor
+
+        return write_tensors(path, specs, read, tensors_metadata(stored))
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Called on all workers: once all have written, one completes the checkpoint."""
+        written = self._written
+        report = {"problem": self._problem, "file": None if written is None else [written.bytes, written.crc32]}
+        reports = [loads(text) for text in self.workers.exchange(dumps(report))]
+        for entry in reports:
+            if entry["problem"]:
+                raise ShardwiseError(entry["problem"])
+        if self.workers.rank == 0:
+            try:
+                self._complete({r: FileSum(*entry["file"]) for r, entry in enumerate(reports) if entry["file"]})
+            except Exception as error:
+                self._problem = self._says(error)
+        self.workers.raise_first(self._problem, ShardwiseError)
+
+    def _complete(self, sums: dict[int, FileSum]) -> None:
+        """Writes index and manifest over the files of the workers, and lets the checkpoint be seen."""
+        partial = hidden_path(self.final, "partial")
+        index = replace(self.index, tensors=merge_files(self._file(rank) for rank in sums))
+        files = {self._file(rank).name: entry for rank, entry in sums.items()}
+        files[INDEX] = write_file(partial / INDEX, iter([index.text().encode()]))
+        write_manifest(partial, files)
+        publish(self.final)
+        prune(self.final, self.keep)
+
+    def _file(self, rank: int) -> Path:
+        return hidden_path(self.final, "partial") / f"rank-{rank:05d}.safetensors"
+
+    def _says(self, error: Exception) -> str:
+        return f"checkpoint {self.final} could not be written by worker {self.workers.rank}: {error}"
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """False: torch is never to choose this class by a path."""
+        return False
+
+
+def _key(item: WriteItem) -> str:
+    data = item.tensor_data
+    assert data is not None
+    return chunk_key(item.index.fqn, tuple(data.chunk.offsets), data.chunk.sizes == data.size)
+
+
+def stored_by(plan: SavePlan, file: str) -> dict[str, Stored]:
+    """The tensors of a plan, with its own chunks of them only, which all go to `file`."""
+    stored: dict[str, Stored] = {}
+    for item in plan.items:
+        data = item.tensor_data
+        assert data is not None
+        chunk = Chunk(file, _key(item), tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+        spec = TensorSpec(data.properties.dtype, tuple(data.size))
+        earlier = stored.get(item.index.fqn, Stored(spec, ()))
+        stored[item.index.fqn] = Stored(spec, (*earlier.chunks, chunk))
+    return stored
+
+
+class TileLoadPlanner(LoadPlanner):
+    """One read per overlap of a tile held here with a stored chunk, straight into the tile."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """`state_dict` has the list of pieces."""
+        assert metadata is not None
+        self._stored = metadata.state_dict_metadata
+        self._pieces: list[Piece] = state_dict[PIECES]
+        self._views = {
+            MetadataIndex(piece.name, torch.Size(tile.offsets)): tile.view(piece.local.detach())
+            for piece in self._pieces
+            for tile in stored_tiles(piece.layout)
+        }
+
+    def create_local_plan(self) -> LoadPlan:
+        """What this worker reads."""
+        items: list[ReadItem] = []
+        for piece in self._pieces:
+            stored = self._stored[piece.name]
+            assert isinstance(stored, TensorStorageMetadata)
+            boxes = [(torch.Size(tile.offsets), torch.Size(tile.sizes)) for tile in stored_tiles(piece.layout)]
+            items += create_read_items_for_chunk_list(piece.name, stored, [ChunkStorageMetadata(*box) for box in boxes])
+        return LoadPlan([item for item in items if prod(item.lengths)])
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Nothing to settle between workers."""
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        """The local plan stays as it is."""
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        """Never called: our checkpoints hold tensors and JSON only."""
+        raise NotImplementedError
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """A view of the part of the tile that `read_item` fills."""
+        view = self._views[read_item.dest_index]
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            view = view.narrow(dim, start, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: `resolve_tensor` gave a view."""
+
+
+class FolderReader(StorageReader):
+    """Reads from a complete checkpoint only the slices that a plan asks for."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.folder, self.index = folder, index
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing: there is one reader for each checkpoint."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index in torch's words."""
+        tensors: dict[str, Any] = {}
+        places: dict[MetadataIndex, Chunk] = {}
+        for name, stored in self.index.tensors.items():
+            chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in stored.chunks]
+            properties = TensorProperties(dtype=stored.spec.dtype)
+            tensors[name] = TensorStorageMetadata(properties, torch.Size(stored.spec.shape), chunks)
+            places |= {MetadataIndex(name, torch.Size(chunk.offsets)): chunk for chunk in stored.chunks}
+        return Metadata(tensors, storage_data=places)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Keeps where the chunks are."""
+        self._places: dict[MetadataIndex, Chunk] = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan stays as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans stay as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copies every slice of the plan into its place; done when it returns."""
+        by_file: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
+        for item in plan.items:
+            chunk = self._places[item.storage_index]
+            by_file[chunk.file].append((chunk, item))
+        for name, reads in by_file.items():
+            with safe_open(self.folder / name, "pt") as file:
+                for chunk, item in reads:
+                    view = planner.resolve_tensor(item)
+                    view.copy_(read_slice(file, chunk.key, tuple(item.storage_offsets), tuple(item.lengths)))
+                    planner.commit_tensor(item, view)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """False: torch is never to choose this class by a path."""
+        return False
+
+
+def read_slice(file: Any, key: str, offsets: Box, sizes: Box) -> Tensor:
+    """A box of a stored tensor; only its bytes are read."""
+    box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+    tensor: Tensor = file.get_slice(key)[box]
+    return tensor

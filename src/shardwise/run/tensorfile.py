@@ -1,0 +1,141 @@
+"""Writes safetensors files one tensor at a time, so that memory is bounded by the largest tensor, not by the file.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header of
+`{name: {"dtype", "shape", "data_offsets"}}`, then the bytes of the tensors without gaps. Reading is left to the
+safetensors package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardwise.errors import ShardwiseError
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a tensor looks like, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class FileSum:
+    """Size in bytes and CRC-32 of a file: tells damage by accident, not by intent."""
+
+    bytes: int
+    crc32: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileSum:
+        """Reads the file once."""
+        size = crc = 0
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                size += len(block)
+                crc = zlib.crc32(block, crc)
+        return cls(size, crc)
+
+
+def write_tensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> FileSum:
+    """Writes a safetensors file and waits until it is on disk.
+
+    Args:
+        path: the new file.
+        specs: dtype and shape of every tensor in the file.
+        read: name -> the tensor; called once for each when it is written; any device, any strides.
+        metadata: texts to store in the header.
+
+    Raises:
+        ShardwiseError: a dtype that the format does not have.
+        OSError: the disk is full, say.
+    """
+    # wide elements first: then every tensor begins at a multiple of its element size, which readers rely on
+    names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    return write_file(path, _blocks(names, specs, read, metadata))
+
+
+def write_file(path: Path, blocks: Iterator[memoryview | bytes]) -> FileSum:
+    """Writes blocks to a new file and waits until they are on disk."""
+    size = crc = 0
+    with path.open("xb") as file:
+        for block in blocks:
+            file.write(block)
+            size += len(block)
+            crc = zlib.crc32(block, crc)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileSum(size, crc)
+
+
+def _blocks(
+    names: list[str],
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None,
+) -> Iterator[memoryview | bytes]:
+    yield _header(names, specs, metadata)
+    for name in names:
+        tensor, spec = read(name), specs[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            raise ShardwiseError(
+                f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not {spec.dtype} {spec.shape}"
+            )
+        if tensor.numel():
+            # numpy has no bfloat16, so the bytes go by way of uint8
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _header(names: list[str], specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in names:
+        spec = specs[name]
+        if spec.dtype not in _CODES:
+            raise ShardwiseError(f"tensor {name} is {spec.dtype}, which safetensors files cannot hold")
+        end = offset + spec.bytes
+        header[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,54 @@
+"""What the workers tell each other about checkpoints: short texts, as bytes in tensors, so nothing is unpickled."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.errors import ShardwiseError
+
+
+class Workers:
+    """All workers of the default process group, on a group of their own.
+
+    A thread in the background talks on it while the training talks on its groups: they must not mix. It is a gloo group
+    on every machine, because what is said is small and lies in main memory. Creating it is collective.
+    """
+
+    def __init__(self) -> None:
+        together = dist.is_initialized()
+        self.group: dist.ProcessGroup | None = (
+            dist.new_group(backend="gloo", group_desc="checkpoints") if together else None
+        )
+        self.rank = dist.get_rank() if together else 0
+        self.count = dist.get_world_size() if together else 1
+
+    def exchange(self, text: str) -> list[str]:
+        """Everybody's text, by rank. Collective."""
+        if self.count == 1:
+            return [text]
+        data = text.encode()
+        lengths = self._gather(torch.tensor([len(data)]))
+        longest = max(int(length) for length in lengths)
+        padded = torch.frombuffer(bytearray(data.ljust(max(longest, 1), b"\0")), dtype=torch.uint8)
+        parts = self._gather(padded)
+        return [bytes(part[: int(n)].tolist()).decode() for part, n in zip(parts, lengths, strict=True)]
+
+    def raise_first(self, problem: str, error: type[ShardwiseError]) -> None:
+        """Raises `error` on all workers where one of them has a `problem` (not empty): the first one's. Collective."""
+        for found in self.exchange(problem):
+            if found:
+                raise error(found)
+
+    def anywhere(self, flags: list[bool]) -> list[bool]:
+        """For each flag, whether it is set on any worker; all have as many flags. Collective."""
+        union = torch.tensor(flags, dtype=torch.uint8)
+        if self.count > 1:
+            dist.all_reduce(union, dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in union.tolist()]
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        dist.all_gather(parts, tensor, group=self.group)
+        return parts

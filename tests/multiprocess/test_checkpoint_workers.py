@@ -1,0 +1,199 @@
+"""Checkpoints of several workers: any way to split is read by any other."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pools
+from safetensors.torch import load_file
+from standin import Split, StandIn, adam_like, whole
+from torch import Tensor
+
+from shardwise.errors import CheckpointError, ShardwiseError
+from shardwise.parallel.layout import Layout
+from shardwise.run import storage
+from shardwise.run.checkpoint import Checkpoints, export_safetensors
+
+Held = tuple[Layout, bool] | None
+
+
+def replicated(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held:
+    return Layout.whole(shape), rank == 0
+
+
+def rows(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held:
+    """As `fully_shard` does it: the last workers may hold no row."""
+    if not shape:
+        return replicated(rank, ranks, name, shape)
+    size = -(-shape[0] // ranks)
+    start = min(rank * size, shape[0])
+    return Layout.whole(shape).rows(start, min(start + size, shape[0])), True
+
+
+def heads(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held:
+    """As tensor parallelism does it: the fused projection by its three segments, the next weight by columns."""
+    if shape == (24, 6):
+        return Layout.split(shape, 0, (8, 8, 8), rank, ranks), True
+    if shape == (6, 8):
+        return Layout.split(shape, 1, (8,), rank, ranks), True
+    return replicated(rank, ranks, name, shape)
+
+
+def stages(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held:
+    owner = sum(map(ord, name.split("/")[1])) % ranks
+    return (Layout.whole(shape), True) if owner == rank else None
+
+
+def pairs(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held:
+    """Two replicas of two tensor shards."""
+    held = heads(rank % 2, 2, name, shape)
+    assert held is not None
+    return held[0], held[1] and rank < 2
+
+
+def here(split: Any) -> Split:
+    return lambda name, shape: split(dist.get_rank(), dist.get_world_size(), name, shape)
+
+
+def save(run: Path, split: Any) -> None:
+    checkpoints = Checkpoints(run)
+    checkpoints.save(StandIn(*adam_like(6), split=here(split), steps=6), {"epoch": 2})
+    checkpoints.wait()
+
+
+def zeros(split: Split) -> StandIn:
+    return StandIn({name: torch.zeros_like(tensor) for name, tensor in adam_like()[0].items()}, split=split)
+
+
+def check_load(run: Path, split: Split) -> None:
+    checkpoints, program = Checkpoints(run), zeros(split)
+    path = checkpoints.latest()
+    assert path is not None
+    assert checkpoints.load(program, path) == {"epoch": 2}
+    expected = StandIn(*adam_like(6), split=split).locals()
+    assert program.locals().keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert program.locals()[name].dtype == tensor.dtype
+        assert torch.equal(program.locals()[name], tensor), name
+
+
+def check_loads(run: Path, splits: list[Any]) -> None:
+    for split in splits:
+        check_load(run, here(split))
+
+
+SPLITS = [(2, replicated), (2, rows), (2, heads), (4, rows), (4, stages), (4, pairs)]
+
+
+@pytest.mark.parametrize(("count", "split"), SPLITS)
+def test_any_split_is_read_by_any_other(workers: Pools, tmp_path: Path, count: int, split: Any) -> None:
+    workers(count, save, tmp_path, split)
+    check_load(tmp_path, whole)
+    for other_count in (2, 4):
+        workers(other_count, check_loads, tmp_path, [other for n, other in SPLITS if n == other_count])
+    export_safetensors(tmp_path, tmp_path / "out.safetensors")
+    exported = load_file(tmp_path / "out.safetensors")
+    assert exported.keys() == adam_like(6)[0].keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in adam_like(6)[0].items())
+
+
+def test_replicas_write_each_tensor_once(workers: Pools, tmp_path: Path) -> None:
+    workers(4, save, tmp_path, pairs)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert names == ["rank-00000.safetensors", "rank-00001.safetensors"]
+
+
+def test_writing_does_not_mix_with_the_collectives_of_the_training(workers: Pools, tmp_path: Path) -> None:
+    def train() -> list[float]:
+        checkpoints, sums = Checkpoints(tmp_path), []
+        program = StandIn(*adam_like(6), split=here(rows))
+        for step in range(40):
+            program.steps = step
+            if step % 8 == 0:
+                checkpoints.save(program, {"epoch": 2})
+            total = torch.tensor(float(dist.get_rank() + step))
+            dist.all_reduce(total)
+            sums.append(total.item())
+        checkpoints.wait()
+        return sums
+
+    assert workers(2, train) == [[2.0 * step + 1 for step in range(40)]] * 2
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        f"step-{step:08d}" for step in (16, 24, 32)
+    ]
+    check_load(tmp_path, whole)
+
+
+def test_write_that_fails_on_one_worker_fails_on_all(workers: Pools, tmp_path: Path) -> None:
+    def fail() -> str:
+        if dist.get_rank() == 1:
+            storage.write_tensors, kept = _no_space, storage.write_tensors
+        try:
+            save(tmp_path, rows)
+        except ShardwiseError as error:
+            return str(error)
+        finally:
+            if dist.get_rank() == 1:
+                storage.write_tensors = kept
+        return ""
+
+    messages = workers(2, fail)
+    assert messages[0] == messages[1]
+    assert "could not be written by worker 1: [Errno 28] No space left on device" in messages[0]
+    assert Checkpoints(tmp_path).latest() is None
+    workers(2, save, tmp_path, rows)
+    check_load(tmp_path, whole)
+
+
+def _no_space(*args: Any) -> Any:
+    time.sleep(0.05)
+    raise OSError(28, "No space left on device")
+
+
+def test_other_model_on_one_worker_is_refused_on_all(workers: Pools, tmp_path: Path) -> None:
+    workers(2, save, tmp_path, rows)
+
+    def load(wrong: dict[str, Tensor | None]) -> tuple[str, bool]:
+        model = {name: torch.zeros_like(tensor) for name, tensor in adam_like()[0].items()}
+        if dist.get_rank() == 1:
+            model |= {name: tensor for name, tensor in wrong.items() if tensor is not None}
+        model = {name: tensor for name, tensor in model.items() if wrong.get(name, tensor) is not None}
+        program, checkpoints = StandIn(model, split=here(rows)), Checkpoints(tmp_path)
+        path = checkpoints.latest()
+        assert path is not None
+        with pytest.raises(CheckpointError) as info:
+            checkpoints.load(program, path)
+        return str(info.value), not any(bool(tensor.any()) for tensor in program.locals().values())
+
+    for wrong, message in [
+        ({"odd": torch.zeros(4, dtype=torch.int8)}, "odd has shape (3,) there and (4,) here"),
+        ({"more": torch.zeros(2)}, "it has no more, here of shape (2,)"),
+        ({"mask": None}, "it has mask of shape (5, 3), which is not here"),
+    ]:
+        first, second = workers(2, load, wrong)
+        assert first == second
+        assert message in first[0]
+        assert first[1], "something was changed"
+
+
+def test_damage_is_found_by_whichever_worker_reads_the_file(workers: Pools, tmp_path: Path) -> None:
+    workers(4, save, tmp_path, rows)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    path = folder / "rank-00002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+    def load() -> str:
+        with pytest.raises(CheckpointError) as info:
+            Checkpoints(tmp_path).load(zeros(here(rows)), folder)
+        return str(info.value)
+
+    for message in workers(2, load):
+        assert message == f"checkpoint {folder} is damaged: the checksum of rank-00002.safetensors is wrong"
