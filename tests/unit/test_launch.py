@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardwise.errors import CheckpointError, StrategyError, WorkerFailed
+from shardwise.launch.local import join, run_local, threads_per_worker
+from shardwise.launch.switchboard import Ending
+
+SECONDS = 20.0
+"""Longest that a failing run may take; it is a few seconds, nearly all of it the start, on a quiet machine."""
+
+
+def processes_with(mark: str) -> list[int]:
+    """Processes that carry `mark` in their environment, but for this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and int(folder.name) != os.getpid() and mark in (folder / "environ").read_text():
+                found.append(int(folder.name))
+        except (OSError, UnicodeDecodeError):
+            continue
+    return found
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    value = f"mark-{os.getpid()}-{time.monotonic_ns()}"
+    monkeypatch.setenv("SHARDWISE_TEST_MARK", value)
+    return value
+
+
+def test_each_worker_calls_the_function_and_rank_0_returns() -> None:
+    def add_ranks(more: int) -> dict[str, Any]:  # a closure: travels by value
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(float(dist.get_rank() + more))
+        dist.all_reduce(total)
+        return {"total": total, "threads": torch.get_num_threads(), "rank": dist.get_rank()}
+
+    result = run_local(add_ranks, (10,), workers=2, threads=1)
+    assert result["total"].item() == 21
+    assert result["rank"] == 0
+    assert result["threads"] == int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+def fail(how: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    for step in range(100):
+        if step == 3 and dist.get_rank() == 1:
+            if how == "exit":
+                os._exit(3)
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise {"error": ValueError, "request": CheckpointError}[how]("number 7 is wrong")
+        dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("error", "worker 1 failed: ValueError: number 7 is wrong"),
+        ("exit", "worker 1 ended with exit status 3"),
+        ("kill", "worker 1 was killed by SIGKILL"),
+    ],
+)
+def test_a_worker_that_dies_ends_the_run(how: str, message: str, mark: str, capfd: pytest.CaptureFixture[str]) -> None:
+    begin = time.monotonic()
+    with pytest.raises(WorkerFailed) as caught:
+        run_local(fail, (how,), workers=2)
+    assert time.monotonic() - begin < SECONDS
+    assert str(caught.value).startswith(message)
+    assert caught.value.rank == 1
+    assert ("in fail" in caught.value.traceback) == (how == "error")
+    assert "Connection" not in caught.value.traceback
+    assert processes_with(mark) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_wrong_request_comes_back_as_itself() -> None:
+    with pytest.raises(CheckpointError, match=r"^number 7 is wrong$"):
+        run_local(fail, ("request",), workers=2)
+
+
+def test_signal_handlers_and_environment_stay() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    environment = dict(os.environ)
+    run_local(int, workers=1)
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    assert dict(os.environ) == environment
+
+
+SCRIPT = """
+    import sys, time
+    from shardwise.launch.local import run_local
+    class Here:                                   # defined in the script, which has no __main__ guard
+        def __init__(self, value): self.value = value
+    def work(here):
+        print("noise")
+        if here.value == "wait":
+            print("ready", file=sys.stderr, flush=True)
+            time.sleep(60)
+        return Here(here.value + 1)
+    print(run_local(work, (Here({value}),), workers=2).value)
+"""
+
+
+def script(value: str) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(SCRIPT).format(value=value)]
+
+
+def test_a_plain_script_without_a_guard() -> None:
+    done = subprocess.run(script("41"), capture_output=True, text=True, check=True)
+    assert done.stdout == "42\n"  # what workers print goes to standard error
+    assert "noise" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_no_worker_outlives_the_parent(number: signal.Signals, mark: str) -> None:
+    process = subprocess.Popen(script("'wait'"), stderr=subprocess.PIPE, text=True, bufsize=1)
+    assert process.stderr is not None
+    seen = 0
+    while seen < 2:
+        seen += process.stderr.readline() == "ready\n"
+    process.send_signal(number)
+    process.wait(timeout=SECONDS)
+    process.stderr.close()
+    expected = {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+    assert process.returncode == expected[number]
+    deadline = time.monotonic() + 5
+    while processes_with(mark) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_with(mark) == []
+
+
+def test_under_another_launcher_the_numbers_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(StrategyError, match="2 workers are asked for, the launcher started 4"):
+        join(2)
+
+
+def test_threads_share_the_cores() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    assert threads_per_worker(1) == cores
+    assert threads_per_worker(10 * cores) == 1
+
+
+def report(error: str) -> dict[str, Any]:
+    return {"error": error, "message": "", "traceback": ""}
+
+
+@pytest.mark.parametrize(
+    ("endings", "exits"),
+    [
+        pytest.param([Ending(0, 1.0, report("RuntimeError")), Ending(1, 1.1, None)], {0: 1, 1: -9}, id="killed"),
+        pytest.param([Ending(0, 1.0, report("RuntimeError")), Ending(1, 1.1, None)], {0: -15, 1: -15}, id="terminated"),
+        pytest.param([Ending(0, 1.6, None), Ending(1, 1.0, report("ValueError"))], {0: -15, 1: 1}, id="other stopped"),
+        pytest.param([Ending(0, 1.0, None), Ending(1, 1.0, None)], {0: -15, 1: 3}, id="other stopped at once"),
+        pytest.param([Ending(0, 1.2, report("RuntimeError")), Ending(1, 1.1, report("E"))], {0: 1, 1: 1}, id="errors"),
+        pytest.param([], {0: -15, 1: 127}, id="never connected"),
+    ],
+)
+def test_the_first_failure_is_the_one_that_is_told(endings: list[Ending], exits: dict[int, int]) -> None:
+    from shardwise.launch.local import _failure
+
+    failure = _failure(endings, exits)
+    assert isinstance(failure, WorkerFailed)
+    assert failure.rank == 1
