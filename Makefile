@@ -8,11 +8,12 @@ STAMP := $(VENV)/.installed
 .PHONY: help setup demo test check format bench clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
 
 setup: $(STAMP) ## makes .venv with the exact versions of requirements.txt
 
 $(STAMP): requirements.txt pyproject.toml
+	@echo "Setting up $(VENV) as requirements.txt says (torch is a large download the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
