@@ -182,6 +182,40 @@ def test_other_model_on_one_worker_is_refused_on_all(workers: Pools, tmp_path: P
         assert first[1], "something was changed"
 
 
+def test_only_what_is_held_is_read(workers: Pools, tmp_path: Path) -> None:
+    workers(4, save, tmp_path, rows)
+
+    def elements_read() -> tuple[int, int]:
+        kept, elements = storage.read_slice, [0]
+
+        def counted(*args: Any) -> Tensor:
+            tensor = kept(*args)
+            elements[0] += tensor.numel()
+            return tensor
+
+        storage.read_slice = counted
+        program, checkpoints = zeros(here(heads)), Checkpoints(tmp_path)
+        path = checkpoints.latest()
+        assert path is not None
+        checkpoints.load(program, path)
+        storage.read_slice = kept
+        return elements[0], sum(tensor.numel() for tensor in program.locals().values())
+
+    for read, held in workers(2, elements_read):
+        assert read == held
+
+
+def test_folder_that_not_all_workers_see(workers: Pools, tmp_path: Path) -> None:
+    def fail() -> str:
+        with pytest.raises(ShardwiseError) as info:
+            save(tmp_path / str(dist.get_rank()), rows)
+        return str(info.value)
+
+    (tmp_path / "1" / "checkpoints" / ".step-00000006.partial").mkdir(parents=True)
+    for message in workers(2, fail):
+        assert "rank-00001.safetensors is not to be seen there: all workers must share the file system" in message
+
+
 def test_damage_is_found_by_whichever_worker_reads_the_file(workers: Pools, tmp_path: Path) -> None:
     workers(4, save, tmp_path, rows)
     (folder,) = (tmp_path / "checkpoints").iterdir()

@@ -217,6 +217,10 @@ class FolderWriter(StorageWriter):
 
     def _complete(self, sums: dict[int, FileSum]) -> None:
         """Writes index and manifest over the files of the workers, and lets the checkpoint be seen."""
+        for rank, entry in sums.items():
+            if not self._file(rank).exists() or self._file(rank).stat().st_size != entry.bytes:
+                name = self._file(rank).name
+                raise ShardwiseError(f"{name} is not to be seen there: all workers must share the file system")
         partial = hidden_path(self.final, "partial")
         index = replace(self.index, tensors=merge_files(self._file(rank) for rank in sums))
         files = {self._file(rank).name: entry for rank, entry in sums.items()}
@@ -278,6 +282,7 @@ class TileLoadPlanner(LoadPlanner):
         for piece in self._pieces:
             stored = self._stored[piece.name]
             assert isinstance(stored, TensorStorageMetadata)
+            assert tuple(stored.size) == piece.layout.shape, piece.name
             boxes = [(torch.Size(tile.offsets), torch.Size(tile.sizes)) for tile in stored_tiles(piece.layout)]
             items += create_read_items_for_chunk_list(piece.name, stored, [ChunkStorageMetadata(*box) for box in boxes])
         return LoadPlan([item for item in items if prod(item.lengths)])
