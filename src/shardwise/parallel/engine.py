@@ -65,10 +65,21 @@ class Engine(Protocol):
     """Every parameter (also frozen ones) and persistent buffer held here."""
     aliases: dict[str, str]
     """Further names of tied parameters and buffers -> the name in `held`. The same on all workers."""
-    notes: tuple[str, ...]
-    """What a person should know: what stayed replicated and why, one line each."""
     uniform: bool
     """Whether microbatches must have one size (see `cut_batch`)."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know: what stayed replicated and why, one line each."""
+        ...
+
+    @property
+    def unused(self) -> Sequence[str]:
+        """Names of `parameters` that got no gradient here in the last `forward_backward`: `.grad` is None or zero.
+
+        Only those whose use may differ between replicas: empty where the graph is the same on all.
+        """
+        ...
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Gradient of the sum over all replicas and microbatches of `scale * loss`, left in `.grad` of `parameters`.

@@ -1,0 +1,31 @@
+"""The norm of a gradient that lies on many workers, and scaling it down to a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.parallel.engine import Held
+from shardwise.parallel.sharded import local
+
+
+def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The parts of the gradients that are held here, sharing their memory."""
+    return {name: local(parameter.grad) for name, parameter in parameters.items() if parameter.grad is not None}
+
+
+def squared_norm(gradients: Mapping[str, Tensor], held: Mapping[str, Held], device: torch.device) -> Tensor:
+    """This worker's part of the squared global norm, 0-d: adding up those of all workers counts each element once."""
+    if not gradients:
+        return torch.zeros((), device=device)
+    norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+    holders = torch.tensor([held[name].holders for name in gradients], dtype=norms.dtype, device=norms.device)
+    return (norms.square() / holders).sum()
+
+
+def clip(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+    """Scales gradients of global norm `norm` down to `limit`, as `torch.nn.utils.clip_grad_norm_` does."""
+    if gradients:
+        torch._foreach_mul_(list(gradients), (limit / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype))

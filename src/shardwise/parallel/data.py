@@ -1,0 +1,225 @@
+"""Runs a plain module as it is, on its share of the batch: `single`, `dp`, `fsdp` and `dp` times `fsdp`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import default_collate
+
+from shardwise.errors import WorkloadError
+from shardwise.parallel.blocks import count_calls, repeated_blocks
+from shardwise.parallel.buffers import Buffers
+from shardwise.parallel.deal import deal
+from shardwise.parallel.engine import Held, Position
+from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.model import aliases_of, build_model, evaluating
+from shardwise.parallel.operations import Operations
+from shardwise.parallel.replicated import Replicated
+from shardwise.parallel.sharded import Sharded, row_layout
+from shardwise.parallel.values import map_tensors, to_device
+from shardwise.strategy import Strategy
+from shardwise.workload.data import Microbatch, Share
+from shardwise.workload.workload import Workload, call_model
+
+
+class ModuleEngine:
+    """Runs the module of a workload, whole or sharded; see `engine.Engine` for what each attribute means.
+
+    Raises:
+        WorkloadError: the model has nothing to train, or is not the same on all workers.
+        StrategyError: the model cannot be sharded.
+    """
+
+    uniform = False
+
+    def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh) -> None:
+        self._workload, self._strategy, self._mesh = workload, strategy, mesh
+        self.position = Position(seed=workload.seed)
+        model = build_model(workload, mesh)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.aliases = aliases_of(model)
+        self._buffers = Buffers(model, mesh.replica_group)
+        self._operations = Operations(
+            self.position,
+            mesh.device,
+            dist.new_group if mesh.replica_group is not None else None,
+            recompute=strategy.recompute == "full",
+        )
+        self._operations.install(model)
+        self._notes: list[str] = []
+        self._replicas = self._split(model, names)
+        self.model = model
+        held = dict(model.named_parameters())
+        self.parameters = {name: held[name] for name in names}
+        self.held = self._lay_out({**held, **self._buffers.persistent})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know, one line each."""
+        drawn = ["the model draws random numbers outside of dropout: these differ from those of one worker"]
+        unkeyed = self._operations.draws_unkeyed and self._mesh.world is not None
+        return (*self._notes, *self._buffers.notes, *(drawn if unkeyed else ()))
+
+    @property
+    def unused(self) -> Sequence[str]:
+        """Names of parameters without a gradient on this worker."""
+        return self._replicas.unused
+
+    def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
+        """Gradients of a share, see `Engine.forward_backward`."""
+        total = torch.zeros((), device=self._mesh.device)
+        last = len(share.microbatches) - 1
+        for number, (microbatch, scale) in enumerate(zip(share.microbatches, scales, strict=True)):
+            data = self._enter(microbatch)
+            with self._replicas.microbatch(number == 0, number == last):
+                with self._operations.training_pass():
+                    output = self._forward(self._replicas.call, data)
+                loss = self._loss(self._guarded(output, scale), data)
+                # what adds up the replicas' gradients divides by their number
+                loss.backward((scale * self._strategy.replicas).to(loss.dtype))  # type: ignore[no-untyped-call]
+            part = loss.detach() * scale
+            total = total + (part if self._workload.weight is None else part.where(scale != 0, 0))
+        self._buffers.settle()
+        return total
+
+    def evaluate(self, microbatch: Microbatch) -> Tensor:
+        """(loss, metric) of a microbatch, see `Engine.evaluate`."""
+        data = self._enter(microbatch)
+        evaluation = self._workload.evaluation
+        with evaluating(self.model), torch.no_grad():
+            output = self._forward(self.model, data)
+            loss = self._loss(output, data)
+            metric = torch.zeros_like(loss) if evaluation is None else evaluation.measure(output, data)
+        if isinstance(self._replicas, Sharded):
+            self._replicas.reshard()
+        return torch.stack([loss.double(), torch.as_tensor(metric, device=loss.device).double()])
+
+    def _enter(self, microbatch: Microbatch) -> Any:
+        """Notes where the microbatch stands; returns its data on our device."""
+        data = to_device(microbatch.data, self._mesh.device)
+        self.position.first = microbatch.first
+        self.position.samples = microbatch.samples or 1
+        self.position.counted = microbatch.samples
+        return data
+
+    def _forward(self, call: Any, data: Any) -> Any:
+        inputs = self._workload.inputs(data)
+        if not self._half:
+            return call_model(call, inputs)
+        with torch.autocast(self._mesh.device.type, torch.bfloat16):
+            output = call_model(call, inputs)
+        return map_tensors(lambda tensor: tensor.float() if tensor.dtype == torch.bfloat16 else tensor, output)
+
+    def _loss(self, output: Any, data: Any) -> Tensor:
+        loss = self._workload.loss(output, data)
+        if loss.dim():
+            raise WorkloadError(
+                f"loss of workload {self._workload.name!r} has shape {tuple(loss.shape)}: must be a scalar, the mean "
+                "over the samples of the batch"
+            )
+        return loss
+
+    @property
+    def _half(self) -> bool:
+        return (self._strategy.precision or self._workload.precision) == "bf16"
+
+    def _guarded(self, output: Any, scale: Tensor) -> Any:
+        """Keeps the gradient of a microbatch without weight at zero, also where its mean is one over nothing."""
+        if self._workload.weight is None:
+            return output
+
+        def guard(tensor: Tensor) -> Tensor:
+            guarded: Tensor = _Guard.apply(tensor, scale) if tensor.requires_grad else tensor  # type: ignore[no-untyped-call]
+            return guarded
+
+        return map_tensors(guard, output)
+
+    def _split(self, model: nn.Module, names: Sequence[str]) -> Alone | Replicated | Sharded:
+        """Wraps the model as the strategy wants it."""
+        strategy, group = self._strategy, self._mesh.replica_group
+        sharded = strategy.fsdp > 1 and strategy.zero > 1
+        blocks = self._find_blocks(model) if sharded or strategy.recompute == "full" else []
+        if strategy.recompute == "full":
+            for block in blocks:
+                self._operations.recompute(block)
+        if group is None:
+            return Alone(model)
+        if sharded:
+            return Sharded(model, blocks, self._mesh)
+        parameters = dict(model.named_parameters())
+        return Replicated(model, {name: parameters[name] for name in names}, group)
+
+    def _find_blocks(self, model: nn.Module) -> list[nn.Module]:
+        data = first_batch(self._workload, self._strategy)
+        if data is None:
+            self._notes.append("the dataset can be read only once: no pass to find repeated blocks, the model is one")
+            return []
+        data = to_device(data, self._mesh.device)
+        with evaluating(model), torch.random.fork_rng():
+            blocks = repeated_blocks(model, count_calls(model, lambda: self._forward(model, data)))
+        if not blocks:
+            kinds = {"fsdp": self._strategy.fsdp > 1, "recompute=full": self._strategy.recompute == "full"}
+            wanted = " and ".join(kind for kind, used in kinds.items() if used)
+            self._notes.append(f"no repeated blocks in the model: {wanted} treats it as one, which saves less memory")
+        return blocks
+
+    def _lay_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Held]:
+        """How each tensor lies here. Which replica writes it is dealt out, so that they share the work."""
+        strategy, mesh = self._strategy, self._mesh
+        sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+        by_all, by_rows = deal(sizes, strategy.replicas), deal(sizes, strategy.dp)
+        held = {}
+        for name, tensor in tensors.items():
+            layout = row_layout(tensor)
+            if isinstance(tensor, DTensor):
+                held[name] = Held(tensor, layout, strategy.dp, by_rows[name] == mesh.coordinate("dp"))
+            else:
+                held[name] = Held(tensor, layout, strategy.replicas, by_all[name] == mesh.replica)
+        return held
+
+
+class Alone:
+    """One worker: nothing to exchange."""
+
+    unused: Sequence[str] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.call = model
+
+    def microbatch(self, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Surrounds forward and backward pass of a microbatch."""
+        return nullcontext()
+
+
+class _Guard(torch.autograd.Function):
+    """The same value; its gradient is zero where the scale of the microbatch is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return gradients[0].where(scale != 0, 0), None
+
+
+def first_batch(workload: Workload, strategy: Strategy) -> Any:
+    """One replica's first microbatch in the dataset's own order; None where that would use up an iterable dataset."""
+    count = max(1, workload.batch_size // (strategy.replicas * max(strategy.microbatches, 1)))
+    dataset = workload.dataset
+    if hasattr(dataset, "__getitem__"):
+        samples = [dataset[index] for index in range(min(count, len(dataset)))]
+    else:
+        stream = iter(dataset)
+        if stream is dataset:
+            return None
+        samples = [sample for sample, _ in zip(stream, range(count), strict=False)]
+    return (workload.collate or default_collate)(samples)

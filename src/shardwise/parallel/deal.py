@@ -1,0 +1,59 @@
+"""Dealing whole tensors to workers: who updates which under ZeRO-1, who writes which to a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import _broadcast_coalesced
+
+BUCKET_BYTES = 64 * 2**20
+"""Tensors are sent together up to this size."""
+
+
+def deal(sizes: Mapping[str, int], workers: int) -> dict[str, int]:
+    """Name -> worker, such that the workers get about the same: the largest first, each to who has least so far.
+
+    >>> deal({"a": 4, "b": 3, "c": 2}, 2)
+    {'a': 0, 'b': 1, 'c': 1}
+    """
+    loads = [0] * workers
+    owners = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owner = loads.index(min(loads))
+        owners[name] = owner
+        loads[owner] += max(sizes[name], 1)
+    return owners
+
+
+class DealtParameters:
+    """ZeRO-1: each replica updates the parameters dealt to it and sends them to the others.
+
+    Whole parameters are dealt, not slices of them, so that every optimizer that treats parameters one by one stays
+    what it is, also one that uses a parameter's shape or norm.
+
+    Attributes:
+        mine: names of the parameters that this replica updates; may be empty.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
+        owners = deal({name: parameter.numel() for name, parameter in parameters.items()}, group.size())
+        self.mine = [name for name in parameters if owners[name] == group.rank()]
+        self._group = group
+        self._by_owner: list[list[Tensor]] = [
+            [parameters[name].detach() for name in parameters if owners[name] == owner] for owner in range(group.size())
+        ]
+
+    def exchange(self) -> None:
+        """Sends every replica's updated parameters to all others. Collective over the replicas."""
+        for owner, tensors in enumerate(self._by_owner):
+            broadcast(tensors, self._group, owner)
+
+
+def broadcast(tensors: Sequence[Tensor], group: dist.ProcessGroup, source: int) -> None:
+    """Overwrites `tensors` with those of worker `source` of the group, many in one message."""
+    if tensors:
+        with torch.no_grad():
+            _broadcast_coalesced(group, list(tensors), BUCKET_BYTES, source)

@@ -1,0 +1,71 @@
+"""Collects values of all workers: small ones as JSON (nothing that arrives is unpickled), tensors piece by piece."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.parallel.layout import Layout, Piece, Tile
+
+
+def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
+    """The JSON-able `value` of every worker of `group`, by rank. Collective."""
+    content = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([content.numel()], device=device)
+    sizes = [torch.empty_like(size) for _ in range(group.size())]
+    dist.all_gather(sizes, size, group=group)
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: content.numel()] = content
+    contents = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(contents, padded, group=group)
+    return [json.loads(bytes(content[: int(size)].tolist())) for content, size in zip(contents, sizes, strict=True)]
+
+
+def gather_full(pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> dict[str, Tensor] | None:
+    """Full tensors on the CPU, by name, on worker 0; None elsewhere. Collective.
+
+    Every worker gives the pieces that it holds; those that it `writes` are sent.
+    """
+    mine = [piece for piece in pieces if piece.writes and piece.layout.tiles]
+    full: dict[str, Tensor] = {}
+    if group is None or group.rank() == 0:
+        for piece in mine:
+            _paste(full, piece.name, piece.layout, piece.local.cpu())
+    if group is None:
+        return full
+    device = pieces[0].local.device if pieces else torch.device("cpu")
+    tables = gather_json([_describe(piece) for piece in mine], group, device)
+    if group.rank() > 0:
+        for piece in mine:
+            dist.send(piece.local.contiguous(), group=group, group_dst=0)
+        return None
+    for rank, table in enumerate(tables[1:], start=1):
+        for description in table:
+            name, layout, dtype = _understand(description)
+            received = torch.empty(layout.local_shape, dtype=dtype, device=device)
+            dist.recv(received, group=group, group_src=rank)
+            _paste(full, name, layout, received.cpu())
+    return full
+
+
+def _paste(full: dict[str, Tensor], name: str, layout: Layout, local: Tensor) -> None:
+    if name not in full:
+        full[name] = torch.empty(layout.shape, dtype=local.dtype)
+    layout.paste(local, full[name])
+
+
+def _describe(piece: Piece) -> list[Any]:
+    tiles = [[tile.offsets, tile.sizes, tile.start] for tile in piece.layout.tiles]
+    return [piece.name, piece.layout.shape, tiles, str(piece.local.dtype).removeprefix("torch.")]
+
+
+def _understand(description: list[Any]) -> tuple[str, Layout, torch.dtype]:
+    name, shape, tiles, dtype = description
+    layout = Layout(tuple(shape), tuple(Tile(tuple(o), tuple(n), tuple(s)) for o, n, s in tiles))
+    return name, layout, getattr(torch, dtype)

@@ -1,0 +1,235 @@
+"""The operations of a plain module that depend on who computes what: dropout, batch normalisation, recomputation.
+
+They are replaced on the modules of torch that do them (`nn.Dropout`, `nn.BatchNorm2d`, `nn.MultiheadAttention`, ...),
+by a `forward` on the instance: classes and state-dict names stay. What a model calls as a function (`F.dropout`, say)
+is caught by a torch function mode. That costs about a microsecond per operation, so it is on in the first training pass
+and stays on only if it caught something. Dropout that a model starts later is noticed by torch's random state moving;
+from the next pass on it is caught too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from shardwise.parallel.batchnorm import batch_norm
+from shardwise.parallel.dropout import KeyedDropout
+from shardwise.parallel.engine import Position
+
+Handlers = dict[Callable[..., Any], Callable[..., Any]]
+
+_DROPOUTS: Handlers = {
+    nn.Dropout.forward: F.dropout,
+    nn.Dropout1d.forward: F.dropout1d,
+    nn.Dropout2d.forward: F.dropout2d,
+    nn.Dropout3d.forward: F.dropout3d,
+    nn.AlphaDropout.forward: F.alpha_dropout,
+    nn.FeatureAlphaDropout.forward: F.feature_alpha_dropout,
+}
+"""A module's forward -> the function that it calls."""
+
+
+class Operations:
+    """Replaces the operations of one model.
+
+    Args:
+        position: where the training is; the engine keeps it up to date.
+        device: where the model computes.
+        make_group: the replicas that a batch is split over, in a process group that nothing else uses (the order of
+            its collectives must not depend on when a gradient bucket happens to be ready), made at the first batch
+            norm on all of them; None: one replica.
+        recompute: whether blocks are computed again, see `recompute`.
+
+    Attributes:
+        draws_unkeyed: whether the model draws random numbers that are not dropout's.
+    """
+
+    def __init__(
+        self,
+        position: Position,
+        device: torch.device,
+        make_group: Callable[[], dist.ProcessGroup] | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        self.draws_unkeyed = False
+        self._position = position
+        self._make_group = make_group
+        self._device = device
+        self._keyed = KeyedDropout(position)
+        self._handlers: Handlers = {**self._keyed.handlers, F.batch_norm: self._batch_norm}
+        self._recomputing = False
+        self._everywhere: bool | None = None
+        """Whether the mode is on in all of a pass; None before the first one, which tells."""
+        self._caught = False
+        self._replaced = 0
+        self._own_normalisation = make_group is not None or recompute
+
+    def install(self, model: nn.Module) -> None:
+        """Replaces the forward of the modules of `model` that do such an operation."""
+        for module in model.modules():
+            forward = self._replacement(module)
+            if forward is not None:
+                module.forward = forward
+
+    def recompute(self, block: nn.Module) -> None:
+        """Makes `block` drop its activations and compute them again in the backward pass, drawing the same dropout."""
+        original = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            return checkpoint(original, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+
+        block.forward = forward
+
+    @contextmanager
+    def training_pass(self) -> Iterator[None]:
+        """Surrounds each forward pass in training."""
+        self._keyed.site = 0
+        before = self._random_state()
+        with self._mode() if self._everywhere is not False else nullcontext():
+            yield
+        moved = not torch.equal(before, self._random_state())
+        if self._everywhere is None:
+            self._everywhere = self._caught
+        elif moved and not self._everywhere:
+            self._everywhere = True
+            moved = False  # by dropout, perhaps: the next pass tells
+        self.draws_unkeyed |= moved
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup | None:
+        return None if self._make_group is None else self._make_group()
+
+    def _random_state(self) -> Tensor:
+        """What moves when torch draws on our device. On a GPU a counter that the CPU keeps: nothing waits."""
+        if self._device.type == "cuda":
+            return torch.tensor(torch.cuda.default_generators[self._device.index or 0].get_offset())
+        return torch.get_rng_state()
+
+    def _mode(self) -> _Handled:
+        return _Handled(self._handlers, self._watch)
+
+    def _watch(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the handler of `function`; notes when that made a difference."""
+        before = self._keyed.site + self._replaced
+        output = self._handlers[function](*args, **kwargs)
+        self._caught |= self._keyed.site + self._replaced != before
+        return output
+
+    def _replacement(self, module: Any) -> Callable[..., Any] | None:
+        """Our forward for `module`; None where its class has a forward of its own."""
+        forward = type(module).forward
+        if forward in _DROPOUTS:
+            return self._dropout(module, self._handlers[_DROPOUTS[forward]])
+        if forward is nn.SyncBatchNorm.forward or (self._own_normalisation and forward is _BatchNorm.forward):
+            return self._normalisation(module)
+        if forward is nn.MultiheadAttention.forward and module.dropout > 0:
+            return self._attention(module)
+        return None
+
+    def _dropout(self, module: Any, handler: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:  # noqa: A002
+            output: Tensor = handler(input, module.p, module.training, module.inplace)
+            return output
+
+        return forward
+
+    def _attention(self, module: nn.MultiheadAttention) -> Callable[..., Any]:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _Handled(self._keyed.handlers) if module.training else nullcontext():
+                return original(*args, **kwargs)
+
+        return forward
+
+    def _normalisation(self, module: Any) -> Callable[[Tensor], Tensor]:
+        """`_BatchNorm.forward`, with the statistics of all replicas and no second update when it is recomputed."""
+
+        def forward(input: Tensor) -> Tensor:  # noqa: A002
+            if isinstance(module, nn.SyncBatchNorm):
+                module._check_non_zero_input_channels(input)
+            else:
+                module._check_input_dim(input)
+            tracked = module.training and module.track_running_stats
+            momentum = 0.0 if module.momentum is None else module.momentum
+            if tracked and module.num_batches_tracked is not None and not self._recomputing:
+                module.num_batches_tracked.add_(1)
+                if module.momentum is None:  # a cumulative average
+                    momentum = 1.0 / float(module.num_batches_tracked)
+            mean, var = module.running_mean, module.running_var
+            own = module.training or (mean is None and var is None)
+            if module.training and not module.track_running_stats:
+                mean = var = None
+            return self._batch_norm(input, mean, var, module.weight, module.bias, own, momentum, module.eps)
+
+        return forward
+
+    def _batch_norm(
+        self,
+        input: Tensor,  # noqa: A002
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`torch.nn.functional.batch_norm`; `training` says whether the batch's own statistics are used."""
+        if not training or not self._own_normalisation:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        self._replaced += 1
+        if self._recomputing:
+            running_mean = running_var = None
+        if self._group is None:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        counted = self._position.counted > 0
+        return batch_norm(input, weight, bias, running_mean, running_var, momentum, eps, self._group, counted)
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What surrounds a block's forward, and its recomputation."""
+        return nullcontext(), self._again(self._keyed.site)
+
+    @contextmanager
+    def _again(self, site: int) -> Iterator[None]:
+        """Draws from `site` on what was drawn there before. The backward pass may run in another thread."""
+        later, self._keyed.site, self._recomputing = self._keyed.site, site, True
+        try:
+            with self._mode() if self._everywhere is not False else nullcontext():
+                yield
+        finally:
+            self._keyed.site, self._recomputing = later, False
+
+
+class _Handled(TorchFunctionMode):
+    """Calls `watch`, or else the handler itself, instead of every torch function that has a handler."""
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        watch: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self._handlers = handlers
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = self._handlers.get(func)
+        if handler is None:
+            return func(*args, **(kwargs or {}))
+        if self._watch is not None:
+            return self._watch(func, args, kwargs or {})
+        return handler(*args, **(kwargs or {}))

@@ -1,0 +1,179 @@
+"""The state of an optimizer as named pieces, and what of it and of a scheduler is plain numbers.
+
+State that has the shape of its parameter lies as the parameter does. State of any other shape (a step count, a factored
+moment) is the same on all workers that update the parameter, so it must belong to a parameter that lies here whole, or
+be a single number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from shardwise.errors import CheckpointError
+from shardwise.parallel.engine import Held
+from shardwise.parallel.layout import Layout, Piece
+from shardwise.parallel.sharded import local
+
+
+class OptimizerState:
+    """The state of `optimizer` for the parameters that it updates here.
+
+    Args:
+        optimizer: built over `parameters`.
+        parameters: by name.
+        held: how each lies here.
+        writes: names of the parameters whose state this worker writes.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        held: Mapping[str, Held],
+        writes: set[str],
+    ) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._held = held
+        self._writes = writes
+
+    def pieces(self) -> list[Piece]:
+        """`optimizer/<parameter>/<state>` for every entry that there is."""
+        return [
+            self._piece(name, key, value)
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+            if isinstance(value, (Tensor, int, float))
+        ]
+
+    def piece(self, name: str, key: str, shape: Sequence[int], dtype: torch.dtype) -> Piece | None:
+        """The piece of one entry, made of zeros where there is none yet; None for a parameter not updated here.
+
+        Raises:
+            CheckpointError: the entry has a shape that cannot be cut as its parameter is.
+        """
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            return None
+        state = self._optimizer.state[parameter]
+        if not isinstance(state.get(key), Tensor):
+            state[key] = self._zeros(name, key, tuple(shape), dtype)
+        return self._piece(name, key, state[key])
+
+    def _zeros(self, name: str, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        parameter = self._parameters[name]
+        if shape == self._held[name].layout.shape:
+            return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        if shape and not self._is_whole(name):
+            raise self._cannot_cut(name, key, shape)
+        return torch.zeros(shape, dtype=dtype, device=parameter.device if shape else self._number_device(parameter))
+
+    def _number_device(self, parameter: Tensor) -> torch.device:
+        """Where torch's optimizers keep their step counts: on the CPU, but for fused and capturable ones."""
+        for group in self._optimizer.param_groups:
+            if any(member is parameter for member in group["params"]):
+                beside = group.get("capturable") or group.get("fused")
+                return parameter.device if beside else torch.device("cpu")
+        raise AssertionError("a parameter in no group")
+
+    def _piece(self, name: str, key: str, value: Tensor | float) -> Piece:
+        held = self._held[name]
+        if not isinstance(value, Tensor):
+            value = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+        entry = f"optimizer/{name}/{key}"
+        writes = name in self._writes
+        if isinstance(value, DTensor) or tuple(value.shape) == held.layout.local_shape:
+            part = local(value)
+            if tuple(part.shape) != held.layout.local_shape:
+                raise self._cannot_cut(name, key, tuple(value.shape))
+            return Piece(entry, part, held.layout, writes)
+        if value.dim() and not self._is_whole(name):
+            raise self._cannot_cut(name, key, tuple(value.shape))
+        # of those that share a parameter, the one with its first element
+        return Piece(entry, value.detach(), Layout.whole(value.shape), writes and _has_origin(held.layout))
+
+    def _is_whole(self, name: str) -> bool:
+        layout = self._held[name].layout
+        return layout.local_shape == layout.shape
+
+    def _cannot_cut(self, name: str, key: str, shape: tuple[int, ...]) -> CheckpointError:
+        return CheckpointError(
+            f"optimizer state {key!r} of {name} has shape {shape}, its parameter {self._held[name].layout.shape}: it "
+            "cannot be split with the parameter; use dp or fsdp with zero=1 for this optimizer"
+        )
+
+
+def _has_origin(layout: Layout) -> bool:
+    return any(not any(tile.offsets) for tile in layout.tiles)
+
+
+def schedule_state(optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
+    """JSON-able: what a scheduler has counted, and the numbers of the optimizer's groups (learning rates, ...)."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return {
+        "groups": [_plain({key: value for key, value in group.items() if key != "params"}) for group in groups],
+        "scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
+    }
+
+
+def load_schedule_state(
+    optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None, state: Mapping[str, Any]
+) -> None:
+    """Puts the result of `schedule_state` back.
+
+    Raises:
+        CheckpointError: another number of parameter groups.
+    """
+    if scheduler is not None and state["scheduler"] is not None:
+        scheduler.load_state_dict(_like(scheduler.state_dict(), state["scheduler"]))
+    if optimizer is None:
+        return
+    if len(state["groups"]) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"the checkpoint has {len(state['groups'])} parameter groups, the workload's optimizer makes "
+            f"{len(optimizer.param_groups)}: use the same optimizer function"
+        )
+    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        for key, value in saved.items():
+            if isinstance(group.get(key), Tensor):
+                group[key].fill_(value)
+            elif key in group:
+                group[key] = _like(group[key], value)
+
+
+_UNKNOWN = object()
+
+
+def _plain(value: Any) -> Any:
+    """The part of a value that JSON can hold: numbers, texts, and lists and dicts of them."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, Mapping):
+        plain = {str(key): _plain(item) for key, item in value.items()}
+        return {key: item for key, item in plain.items() if item is not _UNKNOWN}
+    if isinstance(value, (list, tuple)):
+        return [None if (item := _plain(entry)) is _UNKNOWN else item for entry in value]
+    return _UNKNOWN
+
+
+def _like(model: Any, value: Any) -> Any:
+    """A plain value in the types of `model`: JSON knows neither tuples nor numbers as keys; what it left out stays."""
+    if isinstance(model, Mapping) and isinstance(value, Mapping):
+        names = {str(key): key for key in model}
+        restored = {names.get(key, key): _like(model.get(names.get(key, key)), item) for key, item in value.items()}
+        return type(model)({**model, **restored})  # type: ignore[call-arg]
+    if isinstance(model, (list, tuple)) and isinstance(value, list):
+        if len(model) != len(value):
+            return type(model)(value)
+        return type(model)(_like(old, new) for old, new in zip(model, value, strict=True))
+    if isinstance(model, Tensor):
+        return torch.full_like(model, value)
+    return model if value is None and callable(model) else value

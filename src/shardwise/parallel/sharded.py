@@ -1,0 +1,140 @@
+"""Fully sharded data parallel: torch's `fully_shard`, block by block, with the root last.
+
+A parameter is split along its first dimension over the workers of the `fsdp` axis; `dp` above it makes replicas of that
+(HSDP). Gradients come out as means over all of them, each worker with its own rows.
+
+Parameters without a dimension cannot be split: they stay whole, and their gradients are averaged here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from shardwise.errors import StrategyError
+from shardwise.parallel.layout import Layout
+from shardwise.parallel.mesh import Mesh
+
+
+class Sharded:
+    """A model whose parameters are split. `call` is what to call: the model itself."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh) -> None:
+        assert mesh.grid is not None
+        _check_dtypes(model, mesh)
+        whole = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 0}
+        strategy = mesh.strategy
+        options: dict[str, Any] = {
+            "mesh": mesh.grid["dp", "fsdp"] if strategy.dp > 1 else mesh.grid["fsdp"],
+            "ignored_params": set(whole.values()) or None,
+        }
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=strategy.zero == 3, **options)
+        # by torch's default the root alone is kept after its forward pass: its backward pass starts right then
+        fully_shard(model, reshard_after_forward=None if strategy.zero == 3 else False, **options)
+        self.call = model
+        self._group = mesh.replica_group
+        self._whole = {name: parameter for name, parameter in whole.items() if parameter.requires_grad}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._used: set[str] = set()
+        self.unused: list[str] = []
+        for group in _parameter_groups(model):
+            group.post_backward = self._filled(group, group.post_backward)
+
+    @contextmanager
+    def microbatch(self, first: bool, last: bool) -> Iterator[None]:
+        """Surrounds forward and backward pass of a microbatch; each reduces its gradients, so that they stay split."""
+        if first:
+            self._used.clear()
+        yield
+        if last:
+            self._average_whole()
+            trained = (name for parameter, name in self._names.items() if parameter.requires_grad)
+            self.unused = [name for name in trained if name not in self._used]
+
+    def reshard(self) -> None:
+        """Frees gathered parameters, which would be out of date once the split ones are written to."""
+        for module in self.call.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _average_whole(self) -> None:
+        """Averages the gradients of parameters without a dimension. Collective over the replicas."""
+        if not self._whole:
+            return
+        self._used.update(name for name, parameter in self._whole.items() if parameter.grad is not None)
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._whole.values()]
+        together = torch.stack(gradients)
+        dist.all_reduce(together, group=self._group)
+        for parameter, gradient in zip(self._whole.values(), together / dist.get_world_size(self._group), strict=True):
+            parameter.grad = gradient.clone()
+
+    def _filled(self, group: Any, post_backward: Callable[..., None]) -> Callable[..., None]:
+        """Gives parameters that a replica did not use a gradient of zero before the replicas add theirs up.
+
+        Without it the replicas would send messages of different lengths.
+        """
+
+        def filled(*unused: Any) -> None:
+            if group.is_unsharded:
+                for part in group.fsdp_params:
+                    self._fill(part)
+            post_backward(*unused)
+
+        return filled
+
+    def _fill(self, part: Any) -> None:
+        parameter = getattr(part, "_unsharded_param", None)  # not there before the first forward pass
+        if parameter is None or not parameter.requires_grad:
+            return
+        if parameter.grad is not None or part.unsharded_accumulated_grad is not None:
+            self._used.add(self._names[part.sharded_param])
+        else:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _parameter_groups(model: nn.Module) -> list[Any]:
+    """Torch's groups of parameters that are gathered together (one per module before torch 2.12)."""
+    groups: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            several = getattr(state, "_fsdp_param_groups", None)
+            groups += [state._fsdp_param_group] if several is None else several
+    return [group for group in groups if group is not None]
+
+
+def _check_dtypes(model: nn.Module, mesh: Mesh) -> None:
+    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad})
+    if len(dtypes) > 1:
+        raise StrategyError(
+            f"fsdp={mesh.strategy.fsdp} needs trained parameters of one dtype, the model has {' and '.join(dtypes)}: "
+            f"use dp={mesh.strategy.workers}, or one dtype"
+        )
+
+
+def row_layout(tensor: Tensor) -> Layout:
+    """Where the local part of a tensor lies: the rows of a DTensor, all of a plain tensor."""
+    whole = Layout.whole(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        return whole
+    mesh = tensor.device_mesh
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            size = -(-tensor.shape[0] // mesh.size(axis))
+            start = min(mesh.get_local_rank(axis) * size, tensor.shape[0])
+            return whole.rows(start, min(start + size, tensor.shape[0]))
+    return whole
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is held here, sharing its memory."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,0 +1,35 @@
+"""Walks over the values that batches, inputs and outputs are made of: containers and dataclasses of tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` of its tensors; tuples, lists, dicts, registered classes and dataclasses are entered."""
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            changed = copy.copy(leaf)
+            for field in dataclasses.fields(leaf):
+                object.__setattr__(changed, field.name, map_tensors(function, getattr(leaf, field.name)))
+            return changed
+        return leaf
+
+    return tree_map(convert, value)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch on `device`; on the CPU, where it is already, the batch itself."""
+    if device.type == "cpu":
+        return batch
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
