@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.parallel.layout import Layout
-from shardwise.run import storage
+from shardwise.run import reading, saving
 from shardwise.run.checkpoint import Checkpoints, export_safetensors
 
 Held = tuple[Layout, bool] | None
@@ -133,14 +133,14 @@ def test_writing_does_not_mix_with_the_collectives_of_the_training(workers: Pool
 def test_write_that_fails_on_one_worker_fails_on_all(workers: Pools, tmp_path: Path) -> None:
     def fail() -> str:
         if dist.get_rank() == 1:
-            storage.write_tensors, kept = _no_space, storage.write_tensors
+            saving.write_tensors, kept = _no_space, saving.write_tensors
         try:
             save(tmp_path, rows)
         except ShardwiseError as error:
             return str(error)
         finally:
             if dist.get_rank() == 1:
-                storage.write_tensors = kept
+                saving.write_tensors = kept
         return ""
 
     messages = workers(2, fail)
@@ -186,19 +186,19 @@ def test_only_what_is_held_is_read(workers: Pools, tmp_path: Path) -> None:
     workers(4, save, tmp_path, rows)
 
     def elements_read() -> tuple[int, int]:
-        kept, elements = storage.read_slice, [0]
+        kept, elements = reading.read_slice, [0]
 
         def counted(*args: Any) -> Tensor:
             tensor = kept(*args)
             elements[0] += tensor.numel()
             return tensor
 
-        storage.read_slice = counted
+        reading.read_slice = counted
         program, checkpoints = zeros(here(heads)), Checkpoints(tmp_path)
         path = checkpoints.latest()
         assert path is not None
         checkpoints.load(program, path)
-        storage.read_slice = kept
+        reading.read_slice = kept
         return elements[0], sum(tensor.numel() for tensor in program.locals().values())
 
     for read, held in workers(2, elements_read):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from shardwise.errors import CheckpointError, RunFolderError, ShardwiseError
 from shardwise.parallel.layout import Layout, Tile
-from shardwise.run import storage
+from shardwise.run import saving
 from shardwise.run.checkpoint import Checkpoints, export_safetensors
+from shardwise.run.index import Index
 from shardwise.run.tensorfile import TensorSpec, write_tensors
 
 TESTS = Path(__file__).parents[1]
@@ -89,7 +90,7 @@ def test_training_may_change_the_tensors_while_they_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    monkeypatch.setattr(storage, "begin", _held_up(storage.begin, go))
+    monkeypatch.setattr(saving, "begin", _held_up(saving.begin, go))
     checkpoints, program = Checkpoints(tmp_path), StandIn(*adam_like(3), steps=3)
     progress = {"losses": [1.0]}
     checkpoints.save(program, progress)
@@ -113,7 +114,7 @@ def test_one_save_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         running.pop()
         return write_tensors(*args)
 
-    monkeypatch.setattr(storage, "write_tensors", slow)
+    monkeypatch.setattr(saving, "write_tensors", slow)
     saved(tmp_path, 1, 2, 3)
     assert len(folders(tmp_path)) == 3
 
@@ -243,7 +244,7 @@ def test_format_of_a_later_version(tmp_path: Path) -> None:
     index = json.loads((path / "index.json").read_text())
     (path / "index.json").write_text(json.dumps(index | {"format": 2}))
     with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
-        storage.Index.read(path)
+        Index.read(path)
 
 
 def shuffled(name: str, shape: tuple[int, ...]) -> tuple[Layout, bool]:
@@ -289,7 +290,7 @@ def test_a_failed_write_is_raised_and_the_next_one_works(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_tensors", full)
+        patch.setattr(saving, "write_tensors", full)
         checkpoints.save(StandIn(*adam_like(2), steps=2), {})
         with pytest.raises(ShardwiseError, match=r"step-00000002 could not be written by worker 0: .*No space left"):
             checkpoints.wait()

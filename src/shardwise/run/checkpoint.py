@@ -21,7 +21,8 @@ from shardwise.parallel.engine import Engine
 from shardwise.parallel.layout import Piece, Tile
 from shardwise.run.folder import damage, final_path, newest_whole
 from shardwise.run.index import Index, Stored
-from shardwise.run.storage import PIECES, FolderReader, FolderWriter, Stager, TileLoadPlanner, TileSavePlanner
+from shardwise.run.reading import FolderReader, TileLoadPlanner
+from shardwise.run.saving import PIECES, FolderWriter, Stager, TileSavePlanner
 from shardwise.run.tensorfile import write_tensors
 from shardwise.run.workers import Workers
 
@@ -186,7 +187,7 @@ def _mismatch(path: Path, index: Index, pieces: Mapping[str, Piece], optimizer: 
             return f"checkpoint {path} has {plain} as {stored.spec.dtype}, here it is {piece.local.dtype}"
     name = "" if optimizer is None else type(optimizer).__name__
     if name and index.optimizer and name != index.optimizer:
-        return f"checkpoint {path} is of a training with {index.optimizer}, here it is {name}"
+        return f"checkpoint {path} is of a training with {index.optimizer}, here it is {name}: use the same optimizer"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""How torch's distributed checkpoint writes and reads tiles: safetensors files and a JSON index instead of a pickle.
+"""How torch's distributed checkpoint writes tiles: safetensors files and a JSON index instead of a pickle.
 
 Every worker plans for itself (a piece says which worker writes it), so plans are not gathered, which would unpickle
 them; workers meet only to agree that all have written. Steps of a save, on all workers:
@@ -12,7 +12,6 @@ them; workers meet only to agree that all have written. Steps of a save, on all 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from io import BytesIO
 from json import dumps, loads
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -29,21 +27,10 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     StorageMeta,
     TensorProperties,
-    TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardwise.errors import ShardwiseError
@@ -55,6 +42,11 @@ from shardwise.run.workers import Workers
 
 PIECES = "pieces"
 """The one key of the dicts that torch hands around: it logs something for each key, which takes longer than a copy."""
+
+
+def stored_tiles(layout: Layout) -> list[Tile]:
+    """The tiles that are worth a chunk: those with elements, and that of a tensor which has none at all."""
+    return [tile for tile in layout.tiles if prod(tile.sizes) or not prod(layout.shape)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +91,6 @@ class Stager(AsyncStager):
                 buffer = torch.empty(tile.sizes, dtype=local.dtype, pin_memory=local.is_cuda)
             self._buffers[key] = buffer.copy_(tile.view(local), non_blocking=True)
         return {tile.offsets: self._buffers[piece.name, tile.offsets] for tile in stored_tiles(piece.layout)}
-
-
-def stored_tiles(layout: Layout) -> list[Tile]:
-    """The tiles that are worth a chunk: those with elements, and that of a tensor which has none at all."""
-    return [tile for tile in layout.tiles if prod(tile.sizes) or not prod(layout.shape)]
 
 
 class TileSavePlanner(SavePlanner):
@@ -205,9 +192,8 @@ class FolderWriter(StorageWriter):
         written = self._written
         report = {"problem": self._problem, "file": None if written is None else [written.bytes, written.crc32]}
         reports = [loads(text) for text in self.workers.exchange(dumps(report))]
-        for entry in reports:
-            if entry["problem"]:
-                raise ShardwiseError(entry["problem"])
+        for problem in filter(None, (entry["problem"] for entry in reports)):
+            raise ShardwiseError(problem)
         if self.workers.rank == 0:
             try:
                 self._complete({r: FileSum(*entry["file"]) for r, entry in enumerate(reports) if entry["file"]})
@@ -233,7 +219,8 @@ class FolderWriter(StorageWriter):
         return hidden_path(self.final, "partial") / f"rank-{rank:05d}.safetensors"
 
     def _says(self, error: Exception) -> str:
-        return f"checkpoint {self.final} could not be written by worker {self.workers.rank}: {error}"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"checkpoint {self.final} could not be written by worker {self.workers.rank}: {reason}"
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -258,114 +245,3 @@ def stored_by(plan: SavePlan, file: str) -> dict[str, Stored]:
         earlier = stored.get(item.index.fqn, Stored(spec, ()))
         stored[item.index.fqn] = Stored(spec, (*earlier.chunks, chunk))
     return stored
-
-
-class TileLoadPlanner(LoadPlanner):
-    """One read per overlap of a tile held here with a stored chunk, straight into the tile."""
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        """`state_dict` has the list of pieces."""
-        assert metadata is not None
-        self._stored = metadata.state_dict_metadata
-        self._pieces: list[Piece] = state_dict[PIECES]
-        self._views = {
-            MetadataIndex(piece.name, torch.Size(tile.offsets)): tile.view(piece.local.detach())
-            for piece in self._pieces
-            for tile in stored_tiles(piece.layout)
-        }
-
-    def create_local_plan(self) -> LoadPlan:
-        """What this worker reads."""
-        items: list[ReadItem] = []
-        for piece in self._pieces:
-            stored = self._stored[piece.name]
-            assert isinstance(stored, TensorStorageMetadata)
-            assert tuple(stored.size) == piece.layout.shape, piece.name
-            boxes = [(torch.Size(tile.offsets), torch.Size(tile.sizes)) for tile in stored_tiles(piece.layout)]
-            items += create_read_items_for_chunk_list(piece.name, stored, [ChunkStorageMetadata(*box) for box in boxes])
-        return LoadPlan([item for item in items if prod(item.lengths)])
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to settle between workers."""
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """The local plan stays as it is."""
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        """Never called: our checkpoints hold tensors and JSON only."""
-        raise NotImplementedError
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """A view of the part of the tile that `read_item` fills."""
-        view = self._views[read_item.dest_index]
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            view = view.narrow(dim, start, length)
-        return view
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: `resolve_tensor` gave a view."""
-
-
-class FolderReader(StorageReader):
-    """Reads from a complete checkpoint only the slices that a plan asks for."""
-
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder, self.index = folder, index
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: there is one reader for each checkpoint."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index in torch's words."""
-        tensors: dict[str, Any] = {}
-        places: dict[MetadataIndex, Chunk] = {}
-        for name, stored in self.index.tensors.items():
-            chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in stored.chunks]
-            properties = TensorProperties(dtype=stored.spec.dtype)
-            tensors[name] = TensorStorageMetadata(properties, torch.Size(stored.spec.shape), chunks)
-            places |= {MetadataIndex(name, torch.Size(chunk.offsets)): chunk for chunk in stored.chunks}
-        return Metadata(tensors, storage_data=places)
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Keeps where the chunks are."""
-        self._places: dict[MetadataIndex, Chunk] = metadata.storage_data
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan stays as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The plans stay as they are."""
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copies every slice of the plan into its place; done when it returns."""
-        by_file: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
-        for item in plan.items:
-            chunk = self._places[item.storage_index]
-            by_file[chunk.file].append((chunk, item))
-        for name, reads in by_file.items():
-            with safe_open(self.folder / name, "pt") as file:
-                for chunk, item in reads:
-                    view = planner.resolve_tensor(item)
-                    view.copy_(read_slice(file, chunk.key, tuple(item.storage_offsets), tuple(item.lengths)))
-                    planner.commit_tensor(item, view)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """False: torch is never to choose this class by a path."""
-        return False
-
-
-def read_slice(file: Any, key: str, offsets: Box, sizes: Box) -> Tensor:
-    """A box of a stored tensor; only its bytes are read."""
-    box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
-    tensor: Tensor = file.get_slice(key)[box]
-    return tensor
