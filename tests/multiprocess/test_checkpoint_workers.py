@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -231,3 +233,24 @@ def test_damage_is_found_by_whichever_worker_reads_the_file(workers: Pools, tmp_
 
     for message in workers(2, load):
         assert message == f"checkpoint {folder} is damaged: the checksum of rank-00002.safetensors is wrong"
+
+
+def test_worker_killed_while_it_writes(workers: Pools, tmp_path: Path) -> None:
+    workers(2, save, tmp_path, rows)
+
+    def die() -> None:
+        checkpoints = Checkpoints(tmp_path)
+        if dist.get_rank() == 1:
+            saving.write_tensors = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        checkpoints.save(StandIn(*adam_like(7), split=here(rows), steps=7), {})
+        checkpoints.wait()
+
+    with pytest.raises(Exception, match=r"worker 1 died|[Cc]onnection"):
+        workers(2, die)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        ".step-00000007.partial",
+        "step-00000006",
+    ]
+    check_load(tmp_path, whole)
+    workers(2, save, tmp_path, heads)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
