@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.parallel.layout import Layout
-from shardwise.run import reading, saving
+from shardwise.run import folder, reading, saving
 from shardwise.run.checkpoint import Checkpoints, export_safetensors
 
 Held = tuple[Layout, bool] | None
@@ -62,9 +63,9 @@ def here(split: Any) -> Split:
     return lambda name, shape: split(dist.get_rank(), dist.get_world_size(), name, shape)
 
 
-def save(run: Path, split: Any) -> None:
+def save(run: Path, split: Any, step: int = 6) -> None:
     checkpoints = Checkpoints(run)
-    checkpoints.save(StandIn(*adam_like(6), split=here(split), steps=6), {"epoch": 2})
+    checkpoints.save(StandIn(*adam_like(step), split=here(split), steps=step), {"epoch": 2})
     checkpoints.wait()
 
 
@@ -106,8 +107,8 @@ def test_any_split_is_read_by_any_other(workers: Pools, tmp_path: Path, count: i
 
 def test_replicas_write_each_tensor_once(workers: Pools, tmp_path: Path) -> None:
     workers(4, save, tmp_path, pairs)
-    (folder,) = (tmp_path / "checkpoints").iterdir()
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    (found,) = (tmp_path / "checkpoints").iterdir()
+    names = sorted(path.name for path in found.glob("*.safetensors"))
     assert names == ["rank-00000.safetensors", "rank-00001.safetensors"]
 
 
@@ -220,19 +221,38 @@ def test_folder_that_not_all_workers_see(workers: Pools, tmp_path: Path) -> None
 
 def test_damage_is_found_by_whichever_worker_reads_the_file(workers: Pools, tmp_path: Path) -> None:
     workers(4, save, tmp_path, rows)
-    (folder,) = (tmp_path / "checkpoints").iterdir()
-    path = folder / "rank-00002.safetensors"
+    (found,) = (tmp_path / "checkpoints").iterdir()
+    path = found / "rank-00002.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
 
     def load() -> str:
         with pytest.raises(CheckpointError) as info:
-            Checkpoints(tmp_path).load(zeros(here(rows)), folder)
+            Checkpoints(tmp_path).load(zeros(here(rows)), found)
         return str(info.value)
 
     for message in workers(2, load):
-        assert message == f"checkpoint {folder} is damaged: the checksum of rank-00002.safetensors is wrong"
+        assert message == f"checkpoint {found} is damaged: the checksum of rank-00002.safetensors is wrong"
+    assert workers(2, warnings_of_latest, tmp_path) == [(0, "no checkpoint"), (0, "no checkpoint")]
+    workers(2, save, tmp_path, rows, 5)
+    assert workers(2, warnings_of_latest, tmp_path) == [(1, "step-00000005"), (0, "step-00000005")]
+
+
+def warnings_of_latest(run: Path) -> tuple[int, str]:
+    """(lines warned here, the checkpoint that is found or the beginning of what is raised)."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    folder.logger.addHandler(handler)
+    try:
+        path = Checkpoints(run).latest()
+    except CheckpointError as error:
+        return 0, str(error)[:13]
+    finally:
+        folder.logger.removeHandler(handler)
+    assert path is not None
+    return len(lines), path.name
 
 
 def test_worker_killed_while_it_writes(workers: Pools, tmp_path: Path) -> None:

@@ -47,8 +47,7 @@ class Checkpointed(Protocol):
 class Checkpoints:
     """The checkpoints of one run, in its folder `checkpoints`, which all workers must see.
 
-    At most one is being written at a time. `save`, `wait` and `load` are for all workers together; `latest` is for any
-    process alone.
+    At most one is being written at a time. Every method but `wait` is collective where there is a process group.
 
     Attributes:
         folder: where the checkpoints are.
@@ -97,10 +96,21 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest whole checkpoint; None where there is none at all. Warns about each damaged one that it skips.
 
+        One worker looks, so that all take the same one and its bytes are read once.
+
         Raises:
             CheckpointError: there are checkpoints, and all are damaged.
         """
-        return newest_whole(self.folder)
+        workers, found, problem = self._workers(), "", ""
+        if workers.rank == 0:
+            try:
+                path = newest_whole(self.folder)
+                found = "" if path is None else path.name
+            except CheckpointError as error:
+                problem = str(error)
+        workers.raise_first(problem, CheckpointError)
+        found = workers.exchange(found)[0]
+        return self.folder / found if found else None
 
     def load(self, program: Checkpointed, path: Path) -> dict[str, Any]:
         """Fills the program from a checkpoint, whatever strategy wrote it; returns the progress given to `save`.
@@ -123,7 +133,7 @@ class Checkpoints:
         return index.progress
 
     def _workers(self) -> Workers:
-        """Created at the first use: `latest` needs no other worker."""
+        """Created at the first use, which all workers come to."""
         if self._met is None:
             self._met = Workers()
         return self._met
