@@ -53,7 +53,7 @@ class Part:
 def train(
     workers: Pools, factory: Factory, strategy: str, steps: int = 3, *, evaluate: bool = False, before: Any = None
 ) -> Result:
-    """Runs `steps` steps of the first epoch under `strategy` in the pool. `before(program)` runs on each worker first."""
+    """Runs `steps` steps under `strategy` in the pool. `before(program)` runs on each worker first."""
     count = Strategy.parse(strategy).workers
     return merge(workers(count, train_part, factory, strategy, steps, evaluate, before))
 
@@ -187,6 +187,6 @@ def assert_equal(
 ) -> None:
     """Fails naming every kind of number whose error is above the tolerance."""
     found = errors(actual, expected)
-    limits = {kind: tolerance for kind in found} | {"gradient": gradient_tolerance or tolerance}
+    limits = dict.fromkeys(found, tolerance) | {"gradient": gradient_tolerance or tolerance}
     wrong = {kind: value for kind, value in found.items() if not value[0] <= limits[kind]}
     assert not wrong, f"beyond the tolerance {tolerance}: {wrong}; all: {found}"

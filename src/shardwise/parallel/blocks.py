@@ -18,20 +18,30 @@ _MADE_OF = 2 / 3
 """A module is made of inner blocks where these hold at least this share of its parameters."""
 
 
-def repeated_blocks(model: nn.Module, calls: Counter[nn.Module]) -> list[nn.Module]:
+def repeated_blocks(model: nn.Module, called: set[nn.Module]) -> list[nn.Module]:
     """The blocks of `model` in the order of its modules, none inside another.
 
     Args:
         model: plain modules.
-        calls: how often each module's forward is called in one pass, see `count_calls`. A block is called exactly
-            once (a container that is only iterated over has no forward to hook) and shares no parameter with others.
+        called: modules whose forward every pass calls once, see `called_once`: a block is one of them (the hooks of
+            what is only iterated over never run) and shares no parameter with other modules.
     """
-    found = _descend(model, _fit(model, calls, composite=True)) or _descend(model, _fit(model, calls, composite=False))
+    found = _descend(model, _fit(model, called, composite=True))
+    found = found or _descend(model, _fit(model, called, composite=False))
     whole = _elements(model.parameters())
     shares: Counter[type] = Counter()
     for block in found:
         shares[type(block)] += _elements(block.parameters())
     return [block for block in found if shares[type(block)] >= _REAL_SHARE * whole]
+
+
+def called_once(model: nn.Module, passes: Iterable[Callable[[], object]]) -> set[nn.Module]:
+    """The modules inside `model` that every one of some passes calls once: no experts, no branches."""
+    modules = set(model.modules())
+    for run in passes:
+        calls = count_calls(model, run)
+        modules = {module for module in modules if calls[module] == 1}
+    return modules
 
 
 def count_calls(model: nn.Module, run: Callable[[], object]) -> Counter[nn.Module]:
@@ -50,13 +60,14 @@ def count_calls(model: nn.Module, run: Callable[[], object]) -> Counter[nn.Modul
     return calls
 
 
-def _fit(model: nn.Module, calls: Counter[nn.Module], *, composite: bool) -> set[nn.Module]:
-    """Modules that could be blocks: of a repeated class, called once, with parameters that nobody else uses."""
+def _fit(model: nn.Module, called: set[nn.Module], *, composite: bool) -> set[nn.Module]:
+    """Modules that could be blocks: of a repeated class, always called, with parameters that nobody else uses."""
     owners = _owners(model)
+    optional = _optional(model, called)
     modules = [
         module
         for module in model.modules()
-        if module is not model and calls[module] == 1 and (_is_composite(module) or not composite)
+        if module is not model and module in called - optional and (_is_composite(module) or not composite)
     ]
     repeats = Counter(type(module) for module in modules)
 
@@ -66,6 +77,15 @@ def _fit(model: nn.Module, calls: Counter[nn.Module], *, composite: bool) -> set
         return bool(parameters) and all(owners[parameter] <= inside for parameter in parameters)
 
     return {module for module in modules if repeats[type(module)] > 1 and alone(module)}
+
+
+def _optional(model: nn.Module, called: set[nn.Module]) -> set[nn.Module]:
+    """Modules with a sibling of their class that was not always called: experts, of which each sample takes some."""
+    optional: set[nn.Module] = set()
+    for parent in model.modules():
+        skipped = {type(child) for child in parent.children() if child not in called}
+        optional.update(child for child in parent.children() if type(child) in skipped)
+    return optional
 
 
 def _owners(model: nn.Module) -> dict[Tensor, set[nn.Module]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 
 from shardwise.errors import WorkloadError
-from shardwise.parallel.blocks import count_calls, repeated_blocks
+from shardwise.parallel.blocks import called_once, repeated_blocks
 from shardwise.parallel.buffers import Buffers
 from shardwise.parallel.deal import deal
 from shardwise.parallel.engine import Held, Position
@@ -26,6 +28,10 @@ from shardwise.parallel.values import map_tensors, to_device
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share
 from shardwise.workload.workload import Workload, call_model
+
+
+_ALONE = 4
+"""Samples that are looked at alone when blocks are looked for."""
 
 
 class ModuleEngine:
@@ -156,13 +162,13 @@ class ModuleEngine:
         return Replicated(model, {name: parameters[name] for name in names}, group)
 
     def _find_blocks(self, model: nn.Module) -> list[nn.Module]:
-        data = first_batch(self._workload, self._strategy)
-        if data is None:
+        batches = [to_device(batch, self._mesh.device) for batch in first_batches(self._workload, self._strategy)]
+        if not batches:
             self._notes.append("the dataset can be read only once: no pass to find repeated blocks, the model is one")
             return []
-        data = to_device(data, self._mesh.device)
+        passes = [partial(self._forward, model, batch) for batch in batches]
         with evaluating(model), torch.random.fork_rng():
-            blocks = repeated_blocks(model, count_calls(model, lambda: self._forward(model, data)))
+            blocks = repeated_blocks(model, called_once(model, passes))
         if not blocks:
             kinds = {"fsdp": self._strategy.fsdp > 1, "recompute=full": self._strategy.recompute == "full"}
             wanted = " and ".join(kind for kind, used in kinds.items() if used)
@@ -211,15 +217,19 @@ class _Guard(torch.autograd.Function):
         return gradients[0].where(scale != 0, 0), None
 
 
-def first_batch(workload: Workload, strategy: Strategy) -> Any:
-    """One replica's first microbatch in the dataset's own order; None where that would use up an iterable dataset."""
+def first_batches(workload: Workload, strategy: Strategy) -> list[Any]:
+    """One replica's first microbatch in the dataset's own order, and its first samples each alone.
+
+    Samples alone show what not every batch calls. Empty where that would use up an iterable dataset.
+    """
     count = max(1, workload.batch_size // (strategy.replicas * max(strategy.microbatches, 1)))
+    wanted = max(count, _ALONE)
     dataset = workload.dataset
     if hasattr(dataset, "__getitem__"):
-        samples = [dataset[index] for index in range(min(count, len(dataset)))]
+        samples = [dataset[index] for index in range(min(wanted, len(dataset)))]
+    elif iter(dataset) is dataset:
+        return []
     else:
-        stream = iter(dataset)
-        if stream is dataset:
-            return None
-        samples = [sample for sample, _ in zip(stream, range(count), strict=False)]
-    return (workload.collate or default_collate)(samples)
+        samples = list(itertools.islice(dataset, wanted))
+    collate = workload.collate or default_collate
+    return [collate(part) for part in (samples[:count], *([sample] for sample in samples[:_ALONE]))]

@@ -192,8 +192,9 @@ class Operations:
         if not training or not self._own_normalisation:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         self._replaced += 1
-        if self._recomputing:
-            running_mean = running_var = None
+        if self._recomputing:  # they have been updated; copies, for what is saved must be as many tensors as before
+            running_mean = None if running_mean is None else running_mean.clone()
+            running_var = None if running_var is None else running_var.clone()
         if self._group is None:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         counted = self._position.counted > 0
