@@ -1,0 +1,268 @@
+"""What scripts and notebooks call, and all that the command line does: each function reads as the flow.
+
+request -> checked -> workers -> program -> run -> summary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardwise.errors import RequestError, StrategyError
+from shardwise.launch.local import threads_per_worker, under_torchrun
+from shardwise.strategy import Strategy
+from shardwise.workload.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from shardwise.parallel.program import Program
+    from shardwise.run.job import Job
+    from shardwise.run.result import Trained
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    """What `train_parallel` returns.
+
+    Attributes:
+        model: the trained module, plain and on the CPU.
+        metrics: the last evaluation: loss and metric on held-out data; empty without one.
+        history: one entry per step: step, epoch, loss, learning_rate, gradient_norm, samples, seconds.
+        summary: the document of `shardwise train --json`: speed, memory, share of time spent communicating.
+        run: the run's folder; None where none was asked for.
+    """
+
+    model: nn.Module
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    run: Path | None
+
+
+def train(
+    workload: str | Workload | Callable[..., Workload],
+    *,
+    strategy: str | Strategy | None = None,
+    workers: int | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    checkpoint_every: int = 0,
+    keep: int = 3,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Trains a workload on local workers, or as one of the workers of an outer torchrun.
+
+    Args:
+        workload: a recipe's name, `file.py:function`, `module:function`, a `Workload`, or a function that returns one.
+        strategy: how to split it; None: `dp` over all workers.
+        workers: number of workers; None: what the strategy needs, else 1.
+        steps: optimizer steps, those before a resume included.
+        epochs: passes over the dataset; with neither steps nor epochs there is one.
+        out: the run's folder; None: a new one in runs/.
+        resume: go on with the run in `out` (None: the newest of this workload), under any strategy.
+        settings: parameters of the workload's function.
+        seed: of weights, data order and dropout; None: the workload's own.
+        checkpoint_every: optimizer steps between checkpoints; 0: one after each epoch.
+        keep: how many checkpoints stay.
+        quiet: no progress bar.
+
+    Returns:
+        The document that `shardwise train --json` prints.
+
+    Raises:
+        RequestError: the request is wrong; found before any worker starts, but for a checkpoint that does not fit.
+        WorkerFailed: a worker died.
+    """
+    from shardwise.run.job import Job, run_job
+    from shardwise.run.request import check, settle_folder, settle_options, settle_source, settle_strategy
+
+    source, settled = settle_source(workload, settings, seed), settle_strategy(strategy, workers)
+    options = settle_options(
+        steps=steps, epochs=epochs, checkpoint_every=checkpoint_every, keep=keep, resume=resume, quiet=quiet
+    )
+    loaded = source.load()
+    check(loaded, settled)
+    job = Job(source=source, strategy=settled, options=options)
+    return run_job(replace(job, folder=settle_folder(out, loaded, job))).summary
+
+
+def train_parallel(
+    model: nn.Module | Callable[[], nn.Module],
+    dataset: Any,
+    loss: Callable[..., Any],
+    *,
+    batch_size: int,
+    workers: int | None = None,
+    strategy: str | Strategy | None = None,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    inputs: Callable[[Any], Any] | None = None,
+    evaluation: Any = None,
+    metric: str | Callable[..., Any] = "loss",
+    out: str | Path | None = None,
+    quiet: bool = False,
+    **fields: Any,
+) -> TrainedModel:
+    """Trains a plain model in parallel, from a script or a notebook, and returns it.
+
+        loss = nn.CrossEntropyLoss()
+        trained = train_parallel(model, (images, labels), loss, batch_size=64, strategy="dp=2", epochs=3)
+
+    Args:
+        model: the module to train (it stays as it is; a copy is trained), or a function that makes one.
+        dataset: a torch dataset, or a pair of tensors: data and labels, one of each per sample.
+        loss: of (output, labels), `nn.CrossEntropyLoss()` or `F.cross_entropy` say, where samples are pairs (data,
+            label). Of (output, batch) where `inputs` is given, or where its second parameter is called `batch`.
+            The mean over the samples.
+        batch_size: global: samples per optimizer step over all workers.
+        workers: number of workers; None: what the strategy needs, else 1.
+        strategy: how to split it; None: `dp` over all workers.
+        optimizer: parameters -> torch optimizer; None: AdamW with lr=1e-3.
+        steps: optimizer steps.
+        epochs: passes over the dataset; with neither steps nor epochs there is one.
+        inputs: batch -> what the model is called with; None: samples are pairs, the model gets the first part.
+        evaluation: held-out data, like `dataset`, or an `Evaluation`.
+        metric: what to measure on it besides the loss: `accuracy`, or a function like `loss`.
+        out: the run's folder; None: nothing is written to disk.
+        quiet: no progress bar.
+        fields: further fields of `Workload`: weight, collate, schedule, clip_norm, precision, seed.
+
+    Raises:
+        RequestError: the request is wrong; found before any worker starts.
+        WorkerFailed: a worker died.
+    """
+    from shardwise.run.job import Job, run_job
+    from shardwise.run.request import check, settle_folder, settle_options, settle_source, settle_strategy
+    from shardwise.workload.plain import plain_workload
+
+    plain = plain_workload(
+        model,
+        dataset,
+        loss,
+        batch_size=batch_size,
+        inputs=inputs,
+        optimizer=optimizer,
+        evaluation=evaluation,
+        metric=metric,
+        **fields,
+    )
+    settled = settle_strategy(strategy, workers)
+    options = settle_options(steps=steps, epochs=epochs, quiet=quiet, weights=True)
+    check(plain, settled)
+    job = Job(source=settle_source(plain), strategy=settled, options=options)
+    if out is not None:
+        job = replace(job, folder=settle_folder(out, plain, job))
+    return _trained_model(plain, job, run_job(job))
+
+
+def parallelize(workload: str | Workload | Callable[..., Workload], strategy: str | Strategy = "single") -> Program:
+    """The parallel program of a workload, for those who keep their own training loop; collective.
+
+    To be called in each process that torchrun (or another launcher) started; `single` needs none.
+
+        program = parallelize(workload, "dp=2")
+        for batch in batches:                   # a global batch, the same on all workers
+            loss = program.step(batch)
+
+    Raises:
+        RequestError: the request is wrong, or there are not as many workers as the strategy needs.
+    """
+    from shardwise.parallel.program import Program
+    from shardwise.run.job import join_launcher
+    from shardwise.run.request import check, settle_source, settle_strategy
+
+    settled = settle_strategy(strategy, None)
+    if under_torchrun():
+        join_launcher(settled.workers)
+    elif settled.workers > 1:
+        raise StrategyError(
+            f"strategy {settled} needs {settled.workers} workers, this is one process: "
+            f"start it with torchrun --nproc-per-node {settled.workers}"
+        )
+    loaded = settle_source(workload).load()
+    check(loaded, settled)
+    return Program.build(loaded, settled)
+
+
+def compare(
+    workload: str | Workload | Callable[..., Workload],
+    strategies: Sequence[str | Strategy] = (),
+    *,
+    workers: int | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    out: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Trains a workload under one strategy after another, from the same weights on the same data, and measures each.
+
+    Without strategies: one worker, and every single axis over `workers` (None: 2) workers that can be. `out` gets one
+    run's folder per strategy; None: nothing is written to disk. Everything else is as in `train`.
+
+    Returns:
+        The document that `shardwise compare --json` prints.
+
+    Raises:
+        RequestError: the request is wrong, a strategy that was asked for included; found before any worker starts.
+        WorkerFailed: a worker died.
+    """
+    from shardwise.run.compare import comparison
+    from shardwise.run.job import Job, enough_gpus, run_job
+    from shardwise.run.log import finite
+    from shardwise.run.request import settle_compared, settle_options, settle_source
+
+    if under_torchrun():
+        raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
+    source, options = settle_source(workload, settings, seed), settle_options(steps=steps, epochs=epochs, quiet=quiet)
+    loaded = source.load()
+    compared, refused = settle_compared(loaded, strategies, workers)
+    jobs = [Job(source=source, strategy=settled, options=options) for settled in compared]
+    if out is not None:
+        jobs = [replace(job, folder=_folder_in(Path(out), loaded, job)) for job in jobs]
+    most = max(settled.workers for settled in compared)
+    threads, gpus = threads_per_worker(most), enough_gpus(most)  # the same for all: a worker is a worker
+    trained = [run_job(job, threads=threads, gpus=gpus) for job in jobs]
+    document: dict[str, Any] = finite(comparison(trained, refused, threads))
+    return document
+
+
+def export(run: str | Path, out: str | Path) -> None:
+    """Writes the plain full weights of a run's newest checkpoint to the safetensors file `out`.
+
+    Raises:
+        RunFolderError: there is no run in the folder `run`.
+        CheckpointError: it has no checkpoint that is whole.
+    """
+    from shardwise.run.checkpoint import export_safetensors
+
+    export_safetensors(Path(run), Path(out))
+
+
+def _folder_in(parent: Path, workload: Workload, job: Job) -> Path:
+    from shardwise.run.request import settle_folder
+
+    return settle_folder(parent / str(job.strategy).replace("=", "").replace(",", "-"), workload, job)
+
+
+def _trained_model(workload: Workload, job: Job, trained: Trained) -> TrainedModel:
+    """The plain module with the trained weights, on all workers where an outer launcher started several."""
+    from shardwise.run.weights import filled_model
+
+    return TrainedModel(
+        model=filled_model(workload, trained.weights),
+        metrics=trained.summary["metrics"],
+        history=[asdict(step) for step in trained.steps],
+        summary=trained.summary,
+        run=job.folder,
+    )

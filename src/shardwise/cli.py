@@ -1,0 +1,188 @@
+"""The commands: parse, call the API, print. Torch is not imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from shardwise import __version__, api
+from shardwise.errors import RequestError, ShardwiseError, WorkerFailed, nearest
+from shardwise.report.text import comparison_table, training_summary
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0: done, 1: the work failed, 2: the request is wrong, 130: interrupted."""
+    options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        options.run(options)
+    except ShardwiseError as error:
+        _say_error(error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        sys.stderr.write("shardwise: interrupted, all workers have ended\n")
+        return INTERRUPTED
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    document = api.train(
+        options.workload,
+        strategy=options.strategy,
+        workers=options.workers,
+        steps=options.steps,
+        epochs=options.epochs,
+        out=options.out,
+        resume=options.resume,
+        settings=dict(options.set),
+        seed=options.seed,
+        checkpoint_every=options.checkpoint_every,
+        keep=options.keep,
+        quiet=options.quiet,
+    )
+    _print(options, document, training_summary)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    document = api.compare(
+        options.workload,
+        options.strategy,
+        workers=options.workers,
+        steps=options.steps,
+        epochs=options.epochs,
+        out=options.out,
+        settings=dict(options.set),
+        seed=options.seed,
+        quiet=options.quiet,
+    )
+    _print(options, document, comparison_table)
+
+
+def _export(options: argparse.Namespace) -> None:
+    api.export(options.folder, options.file)
+    _print(options, {"run": options.folder, "file": options.file}, lambda document: f"wrote {document['file']}")
+
+
+def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable[[dict[str, Any]], str]) -> None:
+    """The document on standard output and its view on standard error with --json, else the view on standard output."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if options.json:
+        sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+    if not (options.json and options.quiet):
+        (sys.stderr if options.json else sys.stdout).write(view(document) + "\n")
+
+
+def _say_error(error: ShardwiseError) -> None:
+    """One line; the traceback of a worker that died before it. A wrong request is told by one worker only."""
+    if isinstance(error, WorkerFailed) and error.traceback:
+        sys.stderr.write(f"{error.traceback.rstrip()}\nshardwise: worker {error.rank} failed, all workers have ended\n")
+    elif not (isinstance(error, RequestError) and os.environ.get("RANK", "0") != "0"):
+        sys.stderr.write(f"shardwise: {error}\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest known word where one is wrong."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        """Usage and one line on standard error, exit status 2."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            what = "command" if isinstance(action, argparse._SubParsersAction) else action.dest
+            self.error(f"unknown {what} {value!r}: known are {known}{nearest(str(value), map(str, action.choices))}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser, commands = _parsers()
+    options, unknown = parser.parse_known_args(arguments)
+    command = commands.get(options.command or "", parser)
+    if unknown:
+        word = unknown[0]
+        kind = "option" if word.startswith("-") else "argument"
+        command.error(f"unknown {kind} {word!r}{nearest(word.partition('=')[0], command._option_string_actions)}")
+    if options.command is None:
+        parser.error(f"no command: known are {', '.join(commands)}")
+    return options
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(prog="shardwise", description="Trains one plain PyTorch model under any parallel strategy.")
+    parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    train = commands.add_parser("train", help="train a workload", description="Trains a workload on local workers.")
+    _add_workload(train)
+    train.add_argument("--strategy", metavar="SPEC", help="single, dp=2, tp=2,pp=2, ... (default: dp over all workers)")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out, under any strategy")
+    train.add_argument(
+        "--checkpoint-every", type=_whole, default=0, metavar="N", help="steps between checkpoints (default: an epoch)"
+    )
+    train.add_argument("--keep", type=_whole, default=3, metavar="K", help="checkpoints that stay (default: 3)")
+    train.set_defaults(run=_train)
+    compare = commands.add_parser(
+        "compare", help="train under several strategies", description="Measures one strategy after another."
+    )
+    _add_workload(compare)
+    compare.add_argument(
+        "--strategy",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="one to compare; give several (default: each axis)",
+    )
+    compare.set_defaults(run=_compare)
+    export = commands.add_parser("export", help="write the plain weights of a run", description="Writes safetensors.")
+    export.add_argument("folder", metavar="RUN", help="a run's folder")
+    export.add_argument("file", metavar="FILE", help="the safetensors file to write")
+    _add_output(export)
+    export.set_defaults(run=_export)
+    return parser, {"train": train, "compare": compare, "export": export}
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "workload", metavar="WORKLOAD", help="image, language, medical, file.py:function, module:function"
+    )
+    parser.add_argument(
+        "--workers", type=_whole, metavar="N", help="local processes (default: what the strategy needs)"
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=_whole, metavar="N", help="optimizer steps in all")
+    length.add_argument("--epochs", type=_whole, metavar="N", help="passes over the data in all (default: 1)")
+    parser.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="a parameter of the workload"
+    )
+    parser.add_argument("--seed", type=_whole, metavar="N", help="of weights, data order and dropout")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: a new one in runs/)")
+    _add_output(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    return key, value

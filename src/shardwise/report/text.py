@@ -1,0 +1,100 @@
+"""What a person reads in a terminal: summaries and tables of the documents that `--json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardwise.units import format_bytes, format_rate, format_seconds, format_share
+
+UNKNOWN = "-"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others, which are numbers, to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "  ".join([cells[0].ljust(widths[0]), *numbers]).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def training_summary(document: Mapping[str, Any]) -> str:
+    """How a training ended, in a few lines."""
+    workers = f"{document['workers']} worker" + ("s" if document["workers"] != 1 else "")
+    alpha, exposed = document["alpha"], document["exposed_alpha"]
+    lines = [
+        ("loss", _number(document["loss"])),
+        *(
+            (name if name != "loss" else "held-out loss", _metric(name, value))
+            for name, value in document["metrics"].items()
+        ),
+        ("speed", f"{_rate(document['samples_per_second'])}, {_seconds(document['step_seconds'])} per step"),
+        ("memory", f"{_bytes(document['memory_bytes'])} per worker"),
+        (
+            "communication",
+            f"{_share(document['communication_share'])} of a step, alpha {_number(alpha)}, exposed {_number(exposed)}",
+        ),
+        *([("run", document["run"])] if document["run"] else []),
+    ]
+    width = max(len(name) for name, _ in lines)
+    title = f"{document['workload']} under {document['strategy']}: {document['steps']} steps on {workers}"
+    return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in lines)])
+
+
+def comparison_table(document: Mapping[str, Any]) -> str:
+    """One row per strategy."""
+    metrics = list(dict.fromkeys(name for row in document["results"] for name in row["metrics"] if name != "loss"))
+    header = ["strategy", "workers", "loss", *metrics, "samples/s", "step", "memory/worker", "communication"]
+    header += ["speed", "loss difference"]
+    rows = [
+        [
+            row["strategy"],
+            str(row["workers"]),
+            _number(row["loss"]),
+            *(_metric(name, row["metrics"].get(name)) for name in metrics),
+            UNKNOWN if row["samples_per_second"] is None else format_rate(row["samples_per_second"]),
+            _seconds(row["measured_seconds"]),
+            _bytes(row["measured_memory_bytes"]),
+            _share(row["communication_share"]),
+            UNKNOWN if row["speedup"] is None else f"{row['speedup']:.2f}x",
+            UNKNOWN if row["loss_difference"] is None else f"{row['loss_difference']:.1e}",
+        ]
+        for row in document["results"]
+    ]
+    threads = f"{document['threads']} thread" + ("s" if document["threads"] != 1 else "")
+    notes = [
+        f"Each worker computes with {threads}. communication: share of a step in which nothing but that happens.",
+        "speed: samples/s over one worker's. loss difference: the largest relative one to one worker's in the first",
+        "20 steps.",
+        *(f"{entry['strategy']} cannot be: {entry['reason']}" for entry in document["rejected"]),
+    ]
+    return "\n".join([table(header, rows), "", *notes])
+
+
+def _number(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.4g}"
+
+
+def _metric(name: str, value: float | None) -> str:
+    if value is None:
+        return UNKNOWN
+    return f"{value:.2%}" if name == "accuracy" else f"{value:.4g}"
+
+
+def _rate(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{format_rate(value)} samples/s"
+
+
+def _seconds(value: float | None) -> str:
+    return UNKNOWN if value is None else format_seconds(value)
+
+
+def _bytes(value: float | None) -> str:
+    return UNKNOWN if value is None else format_bytes(value)
+
+
+def _share(value: float | None) -> str:
+    return UNKNOWN if value is None else format_share(value)

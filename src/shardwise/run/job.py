@@ -1,0 +1,135 @@
+"""One training as each worker gets it, and how it gets there. What computes is imported by the workers only."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shardwise.errors import WorkerFailed
+from shardwise.launch.local import join, run_local, under_torchrun
+from shardwise.run.result import Trained
+from shardwise.run.runfolder import discard_unused
+from shardwise.strategy import Strategy
+from shardwise.workload.load import load_workload
+from shardwise.workload.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a workload comes from. Workers load it themselves where it has a name, so that no data is sent around.
+
+    Attributes:
+        workload: its name (see `workload.load`), or itself.
+        settings: parameter -> value for the function of that name.
+        seed: goes before the workload's own.
+    """
+
+    workload: str | Workload
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+    def load(self) -> Workload:
+        """The workload. Raises WorkloadError or DataError."""
+        named = self.workload
+        workload = load_workload(named, self.settings) if isinstance(named, str) else named
+        return workload if self.seed is None else replace(workload, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How long to train and what to keep.
+
+    Attributes:
+        steps: optimizer steps at the end, those before a resume included; None: as many as the epochs have.
+        epochs: passes over the dataset at the end; None: as many as the steps need.
+        checkpoint_every: optimizer steps between two checkpoints; 0: one after each epoch. The last step has one too.
+        keep: how many checkpoints stay.
+        resume: go on from the newest checkpoint in the run's folder, where there is one.
+        quiet: no progress bar.
+        weights: give back the trained weights.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    checkpoint_every: int = 0
+    keep: int = 3
+    resume: bool = False
+    quiet: bool = False
+    weights: bool = False
+
+    def total(self, batches: int | None) -> int | None:
+        """Optimizer steps at the end, of epochs of `batches` steps; None where that is not known before."""
+        by_epochs = None if self.epochs is None or batches is None else self.epochs * batches
+        return min((count for count in (self.steps, by_epochs) if count is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A training, the same on every worker. Without a folder nothing is written to disk."""
+
+    source: Source
+    strategy: Strategy
+    options: Options
+    folder: Path | None = None
+
+
+def run_job(job: Job, *, threads: int | None = None, gpus: bool | None = None) -> Trained:
+    """Does a job on local workers, or as one of the workers of an outer launcher.
+
+    Args:
+        job: what to do.
+        threads: of each local worker; None: the cores shared out evenly.
+        gpus: whether local workers use GPUs; None: where there is one for each.
+
+    Raises:
+        WorkerFailed: a local worker died.
+        RequestError: a worker found the request wrong.
+    """
+    if under_torchrun():
+        join_launcher(job.strategy.workers)
+        return work(job)
+    workers = job.strategy.workers
+    try:
+        trained: Trained = run_local(
+            work, (job,), workers=workers, threads=threads, gpus=enough_gpus(workers) if gpus is None else gpus
+        )
+    except WorkerFailed:
+        if job.folder is not None:
+            discard_unused(job.folder)
+        raise
+    return trained
+
+
+def work(job: Job) -> Trained:
+    """Does a job, as one of its workers. Collective."""
+    from shardwise.parallel.program import Program
+    from shardwise.run.train import train
+
+    program = Program.build(job.source.load(), job.strategy)
+    return train(program, job)
+
+
+def join_launcher(workers: int) -> None:
+    """Makes this process one of the `workers` of the launcher that started it, until it ends."""
+    join(workers)
+    atexit.register(_leave_at_exit)
+
+
+def _leave_at_exit() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def enough_gpus(workers: int) -> bool:
+    """Whether there is a GPU for each worker; says so where there are some, but too few."""
+    count = torch.cuda.device_count()
+    if 0 < count < workers:
+        sys.stderr.write(f"{count} GPU for {workers} workers: they compute on the CPU\n")
+    return count >= workers

@@ -1,0 +1,120 @@
+"""What a run says while it goes on: a progress bar, `metrics.jsonl`, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from shardwise.run.result import Step
+from shardwise.units import format_rate
+
+METRICS = "metrics.jsonl"
+
+
+class Log:
+    """The log of a run, kept by one worker; a context manager.
+
+    Args:
+        folder: of the run; None: nothing is written to disk.
+        title: what the progress bar begins with.
+        done: steps before this log begins.
+        total: steps at the end; None: unknown.
+        quiet: no progress bar.
+    """
+
+    def __init__(self, folder: Path | None, title: str, done: int, total: int | None, *, quiet: bool) -> None:
+        self._file = None if folder is None else _open_metrics(folder / METRICS, done)
+        self._board = None if folder is None else _open_board(folder / "tensorboard", done)
+        tqdm.monitor_interval = 0  # no thread of its own
+        self._bar = tqdm(
+            desc=title,
+            initial=done,
+            total=total,
+            unit="step",
+            disable=quiet,
+            mininterval=0.2 if sys.stderr.isatty() else 5.0,
+            dynamic_ncols=True,
+        )
+
+    def step(self, step: Step) -> None:
+        """A step that is complete."""
+        record = {
+            "step": step.step,
+            "epoch": step.epoch,
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "gradient_norm": step.gradient_norm,
+            "samples": step.samples,
+            "seconds": step.seconds,
+            "samples_per_second": step.samples_per_second,
+        }
+        self._write(record, {key: value for key, value in record.items() if key not in ("step", "epoch", "samples")})
+        speed = "" if step.samples_per_second is None else f", {format_rate(step.samples_per_second)} samples/s"
+        self._bar.set_postfix_str(f"loss {step.loss:.4g}{speed}", refresh=False)
+        self._bar.update()
+
+    def evaluation(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """What was measured on held-out data after `step`."""
+        record = {"step": step, "epoch": epoch, "evaluation": dict(values)}
+        self._write(record, {f"evaluation/{name}": value for name, value in values.items()})
+
+    def say(self, line: str) -> None:
+        """One line for a person, above the progress bar."""
+        if not self._bar.disable:
+            self._bar.clear()
+            sys.stderr.write(line + "\n")
+            self._bar.refresh()
+
+    def _write(self, record: dict[str, Any], scalars: Mapping[str, float | None]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(finite(record)) + "\n")
+        if self._board is not None:
+            for name, value in scalars.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, record["step"])
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON cannot say: infinite, or not a number."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _open_metrics(path: Path, done: int) -> IO[str]:
+    """Opens metrics.jsonl to append to, without what an earlier run wrote after the step at which this one goes on."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+        path.write_text("".join(kept))
+    return path.open("a", buffering=1)
+
+
+def _open_board(folder: Path, done: int) -> Any:
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=done + 1 if done else None)

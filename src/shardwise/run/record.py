@@ -1,0 +1,169 @@
+"""What happens beside the training loop: timing, logs, evaluation, checkpoints, and the summary at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from shardwise.parallel.program import Program
+from shardwise.run.checkpoint import Checkpoints
+from shardwise.run.job import Job
+from shardwise.run.log import Log, finite
+from shardwise.run.metrics import Clock, Sampler, measure, sampled_steps, summarize, typical
+from shardwise.run.result import NOT_PREDICTED, Step, Trained
+from shardwise.run.runfolder import write_summary
+from shardwise.run.workers import Workers
+
+
+@dataclass(slots=True)
+class Running:
+    """A step that is being taken; the loop puts the loss in."""
+
+    loss: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Record:
+    """The record of one run, on each of its workers. Only rank 0 writes and times; the rest takes all of them."""
+
+    program: Program
+    job: Job
+    _checkpoints: Checkpoints | None = field(init=False, default=None)
+    _log: Log | None = field(init=False, default=None)
+    _clock: Clock = field(init=False)
+    _sampler: Sampler = field(init=False)
+    _steps: list[Step] = field(init=False, default_factory=list)
+    _evaluations: dict[int, dict[str, float]] = field(init=False, default_factory=dict)
+    _first: int = field(init=False, default=0)
+    _saved: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if self.job.folder is not None:
+            self._checkpoints = Checkpoints(self.job.folder, self.job.options.keep)
+        self._clock = Clock(self.program.mesh.device)
+
+    def load(self) -> dict[str, Any] | None:
+        """Fills the program from the newest checkpoint, and returns the progress in it; None where there is none."""
+        path = None if self._checkpoints is None else self._checkpoints.latest()
+        if self._checkpoints is None or path is None:
+            return None
+        progress = self._checkpoints.load(self.program, path)
+        self._first = self._saved = self.program.steps
+        return progress
+
+    @contextmanager
+    def open(self, total: int | None) -> Iterator[None]:
+        """Surrounds the training, which ends after step `total` (None: not known)."""
+        self._sampler = Sampler(self.program.mesh.device, sampled_steps(None if total is None else total - self._first))
+        if self.program.mesh.rank != 0:
+            yield
+            return
+        job = self.job
+        with Log(job.folder, str(job.strategy), self._first, total, quiet=job.options.quiet) as self._log:
+            for note in self.program.engine.notes:
+                self._log.say(note)
+            self._clock.resume()
+            yield
+
+    @contextmanager
+    def step(self, epoch: int, samples: int) -> Iterator[Running]:
+        """Surrounds one optimizer step of `samples` samples over all workers."""
+        running, rate = Running(), self._learning_rate()
+        number = self.program.steps - self._first
+        with self._sampler.step(number):
+            yield running
+        if self._log is None or running.loss is None:
+            return
+        profiled = number in self._sampler.steps
+        step = Step(self.program.steps, epoch, 0.0, rate, None, samples, None)
+        self._note(self._clock.add(step, running.loss, self.program.gradient_norm, timed=not profiled))
+        if profiled:
+            self._pause()
+
+    def loss(self) -> float | None:
+        """The loss of the last step, on rank 0; None elsewhere, and where there was no step."""
+        self._pause()
+        return self._steps[-1].loss if self._steps else None
+
+    def evaluate(self, epoch: int, before: dict[str, float]) -> dict[str, float]:
+        """Measures on held-out data; `before` where no step has been taken since."""
+        step = self.program.steps
+        if step == self._first or step in self._evaluations:
+            return before
+        values = self.program.evaluate()
+        if values:
+            self._evaluations[step] = values
+            if self._log is not None:
+                self._log.evaluation(step, epoch, values)
+        self._clock.resume()
+        return values
+
+    def save(self, progress: Mapping[str, Any]) -> None:
+        """Begins to write a checkpoint with `progress` (JSON-able) in it, unless the last one is of this step."""
+        if self._checkpoints is None or self.program.steps == self._saved:
+            return
+        self._checkpoints.save(self.program, finite(dict(progress)))
+        self._saved = self.program.steps
+        self._clock.resume()
+
+    def close(self, loss: float | None, metrics: dict[str, float]) -> Trained:
+        """Waits until everything is on disk, and sums up."""
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+        measured = [json.loads(text) for text in Workers().exchange(json.dumps(measure(self._sampler)))]
+        summary = self._summary(loss, metrics, summarize(measured))
+        if self._log is not None and self.job.folder is not None:
+            write_summary(self.job.folder, summary)
+        full = self.program.full_state_dict() if self.job.options.weights else None
+        return Trained(summary, tuple(self._steps), self._evaluations, full)
+
+    def _summary(self, loss: float | None, metrics: dict[str, float], measured: dict[str, Any]) -> dict[str, Any]:
+        seconds, rate = typical(self._steps)
+        strategy, folder = self.job.strategy, self.job.folder
+        reasons = {"predicted_seconds": NOT_PREDICTED}
+        if loss is None:
+            reasons["loss"] = "no step was taken"
+        if seconds is None:
+            reasons["step_seconds"] = reasons["samples_per_second"] = "no step was timed"
+        if measured["alpha"] is None:
+            reasons["alpha"] = "measured in runs of three steps or more"
+        summary: dict[str, Any] = finite(
+            {
+                "workload": self.program.workload.name,
+                "strategy": str(strategy),
+                "microbatches": self.program.strategy.microbatches,
+                "workers": strategy.workers,
+                "steps": self.program.steps,
+                "loss": loss,
+                "metrics": metrics,
+                "samples_per_second": rate,
+                "step_seconds": seconds,
+                "predicted_seconds": None,
+                **measured,
+                "run": None if folder is None else str(folder),
+                "notes": list(self.program.engine.notes),
+                "reasons": reasons,
+            }
+        )
+        return summary
+
+    def _pause(self) -> None:
+        """Completes the steps so far; the time from here on is no step's until the clock goes on."""
+        if self._log is not None:
+            self._note(self._clock.drain())
+        self._clock.resume()
+
+    def _note(self, steps: list[Step]) -> None:
+        self._steps.extend(steps)
+        for step in steps:
+            if self._log is not None:
+                self._log.step(step)
+
+    def _learning_rate(self) -> float | None:
+        optimizer = self.program.optimizer
+        return None if optimizer is None else float(optimizer.param_groups[0]["lr"])

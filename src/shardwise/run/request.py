@@ -1,0 +1,130 @@
+"""From what a user asks for to what workers can do: checked before any of them starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardwise.errors import DataError, RequestError, StrategyError, WorkloadError
+from shardwise.launch.local import under_torchrun
+from shardwise.run.job import Job, Options, Source
+from shardwise.run.runfolder import create_run, reopen_run
+from shardwise.run.workers import Workers
+from shardwise.strategy import Strategy
+from shardwise.workload.workload import Workload
+
+AnyWorkload = str | Workload | Callable[..., Workload]
+"""A name (see `workload.load`), a workload, or a function that returns one."""
+
+DEFAULT_COMPARED = 2
+"""Workers of the strategies that `compare` takes when none are given."""
+
+
+def settle_source(workload: AnyWorkload, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> Source:
+    """Where the workers get their workload from. Raises WorkloadError where it cannot be one."""
+    if isinstance(workload, str):
+        return Source(workload=workload, settings=settings or {}, seed=seed)
+    if isinstance(workload, Workload) and settings:
+        raise WorkloadError(f"settings {sorted(settings)} need the function that makes workload {workload.name!r}")
+    made = workload if isinstance(workload, Workload) else workload(**(settings or {}))
+    if not isinstance(made, Workload):
+        raise WorkloadError(f"workload must be a name, a Workload or a function that returns one, not {workload!r}")
+    return Source(workload=made, seed=seed)
+
+
+def settle_strategy(strategy: str | Strategy | None, workers: int | None) -> Strategy:
+    """The strategy to use; `dp` over all workers where none is given.
+
+    Raises:
+        StrategyError: it cannot be, or it does not fit the number of workers.
+    """
+    if workers is not None and workers < 1:
+        raise StrategyError(f"workers={workers}: must be 1 or more")
+    if workers is None and under_torchrun():
+        workers = int(os.environ["WORLD_SIZE"])
+    if strategy is None:
+        return Strategy(dp=workers or 1)
+    settled = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+    if workers is not None:
+        settled.check_workers(workers)
+    return settled
+
+
+def settle_options(**values: Any) -> Options:
+    """The options of a training; one epoch where neither steps nor epochs are given. Raises RequestError."""
+    options = Options(**values)
+    for name, least in (("steps", 1), ("epochs", 1), ("checkpoint_every", 0), ("keep", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise RequestError(f"{name}={value}: must be {least} or more")
+    if options.steps is None and options.epochs is None:
+        return Options(**{**values, "epochs": 1})
+    return options
+
+
+def check(workload: Workload, strategy: Strategy) -> None:
+    """Whether a workload can be trained under a strategy.
+
+    Raises:
+        StrategyError: the batch does not divide, or the model cannot be split like this.
+        DataError: there is no data.
+    """
+    if hasattr(workload.dataset, "__len__") and len(workload.dataset) == 0:
+        raise DataError(f"the dataset of workload {workload.name!r} is empty: there is nothing to train on")
+    strategy.for_batch(workload.batch_size)
+    if strategy.tp > 1 or strategy.pp > 1:
+        from shardwise.parallel.check import check_strategy
+
+        check_strategy(workload, strategy)
+
+
+def settle_folder(out: str | Path | None, workload: Workload, job: Job) -> Path:
+    """The run's folder: a new one, or the one to go on in. Collective under an outer launcher.
+
+    Raises:
+        RunFolderError: it is in use, or there is none to go on in.
+    """
+    description = {
+        "workload": workload.name,
+        "source": job.source.workload if isinstance(job.source.workload, str) else None,
+        "settings": {name: str(value) for name, value in job.source.settings.items()},
+        "seed": workload.seed,
+        "strategy": str(job.strategy),
+        "workers": job.strategy.workers,
+        "steps": job.options.steps,
+        "epochs": job.options.epochs,
+    }
+    make = reopen_run if job.options.resume else create_run
+    path = None if out is None else Path(out)
+    if not under_torchrun():
+        return make(path, description)
+    mine = str(make(path, description)) if os.environ["RANK"] == "0" else ""
+    return Path(Workers().exchange(mine)[0])
+
+
+def settle_compared(
+    workload: Workload, strategies: Sequence[str | Strategy], workers: int | None
+) -> tuple[list[Strategy], list[tuple[str, str]]]:
+    """The strategies to compare, and (strategy, reason) of those that were not asked for by name and cannot be.
+
+    Raises:
+        StrategyError: one that was asked for cannot be.
+    """
+    if strategies:
+        settled = [settle_strategy(strategy, None) for strategy in strategies]
+        for strategy in settled:
+            check(workload, strategy)
+        return settled, []
+    count = settle_strategy(None, workers or DEFAULT_COMPARED).workers
+    fitting, refused = [], []
+    axes = ("dp", "fsdp", "tp", "pp") if count > 1 else ()
+    for strategy in [Strategy(), *(Strategy.parse(f"{axis}={count}") for axis in axes)]:
+        try:
+            check(workload, strategy)
+        except StrategyError as error:
+            refused.append((str(strategy), str(error)))
+        else:
+            fitting.append(strategy)
+    return fitting, refused

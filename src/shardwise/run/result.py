@@ -1,0 +1,51 @@
+"""What a training gives back: plain values that travel from the workers to their parent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+NOT_PREDICTED = "this version makes no predictions"
+"""Why predicted values are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step as it is written to metrics.jsonl.
+
+    `seconds` is the time since the step before it; None where that was not measured (see `metrics.Clock`).
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float | None
+    gradient_norm: float | None
+    samples: int
+    seconds: float | None
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Global samples per second; None where the step was not timed."""
+        return self.samples / self.seconds if self.seconds else None
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training gives back.
+
+    Attributes:
+        summary: the document that `train --json` prints.
+        steps: the steps of this run; on rank 0 only.
+        evaluations: step -> what was measured on held-out data after it.
+        weights: the plain model's weights by name, on rank 0 only and if they were asked for.
+    """
+
+    summary: dict[str, Any]
+    steps: tuple[Step, ...]
+    evaluations: dict[int, dict[str, float]]
+    weights: dict[str, Tensor] | None = None

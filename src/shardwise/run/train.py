@@ -1,0 +1,78 @@
+"""The training loop, read top to bottom. What is written and measured beside it is in `run.record`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from shardwise.errors import CheckpointError, DataError
+from shardwise.parallel.program import Program
+from shardwise.run.job import Job
+from shardwise.run.record import Record
+from shardwise.run.result import Trained
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a training is: `batch` of `epoch` is the next. Travels with checkpoints.
+
+    `loss` (of the last step) and `metrics` (of the last evaluation) are the last known; `batch_size` is what `batch`
+    counts in.
+    """
+
+    batch_size: int
+    epoch: int = 0
+    batch: int = 0
+    loss: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def train(program: Program, job: Job) -> Trained:
+    """Trains until the steps or epochs that `job` asks for are done. Collective; all workers must see the run's folder.
+
+    Raises:
+        DataError: the dataset is empty.
+        CheckpointError: the run cannot be resumed from its checkpoint.
+    """
+    options, loader = job.options, program.loader()
+    record = Record(program, job)
+    progress = _start(record, program, resume=options.resume)
+    total = options.total(loader.batches)
+    with record.open(total):
+        while program.steps != total and progress.epoch != options.epochs:
+            for share in loader.shares(progress.epoch, progress.batch):
+                with record.step(progress.epoch, share.samples) as step:
+                    step.loss = program.step_share(share)
+                progress = replace(progress, batch=progress.batch + 1)
+                if program.steps == total:
+                    break
+                if options.checkpoint_every and program.steps % options.checkpoint_every == 0:
+                    record.save(asdict(replace(progress, loss=record.loss())))
+            else:
+                progress = _next_epoch(progress)
+            progress = replace(progress, loss=record.loss(), metrics=record.evaluate(progress.epoch, progress.metrics))
+            if not options.checkpoint_every or program.steps == total:
+                record.save(asdict(progress))
+        record.save(asdict(progress))
+        return record.close(progress.loss, progress.metrics)
+
+
+def _start(record: Record, program: Program, *, resume: bool) -> Progress:
+    """Where the newest checkpoint left off; the beginning where there is none."""
+    fresh = Progress(program.workload.batch_size)
+    saved = record.load() if resume else None
+    if saved is None:
+        return fresh
+    progress = Progress(**saved)
+    if progress.batch and progress.batch_size != fresh.batch_size:
+        raise CheckpointError(
+            f"the run stopped within an epoch of batches of {progress.batch_size} samples: "
+            f"resume it with batch_size={progress.batch_size}, not {fresh.batch_size}"
+        )
+    return replace(progress, batch_size=fresh.batch_size)
+
+
+def _next_epoch(progress: Progress) -> Progress:
+    if progress.batch == 0:
+        raise DataError("the dataset gave no sample: there is nothing to train on")
+    return replace(progress, epoch=progress.epoch + 1, batch=0)
