@@ -29,7 +29,6 @@ from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share
 from shardwise.workload.workload import Workload, call_model
 
-
 _ALONE = 4
 """Samples that are looked at alone when blocks are looked for."""
 
@@ -159,7 +158,8 @@ class ModuleEngine:
         if sharded:
             return Sharded(model, blocks, self._mesh)
         parameters = dict(model.named_parameters())
-        return Replicated(model, {name: parameters[name] for name in names}, group)
+        trained = {name: parameters[name] for name in names}
+        return Replicated(model, trained, group, accumulates=strategy.microbatches > 1)
 
     def _find_blocks(self, model: nn.Module) -> list[nn.Module]:
         batches = [to_device(batch, self._mesh.device) for batch in first_batches(self._workload, self._strategy)]

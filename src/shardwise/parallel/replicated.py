@@ -20,12 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 class Replicated:
     """A model on all replicas. `call` is what to call instead of the model; its gradients are means."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        group: dist.ProcessGroup,
+        *,
+        accumulates: bool,
+    ) -> None:
         self.call = DistributedDataParallel(
             model,
             process_group=group,
             broadcast_buffers=False,
             init_sync=False,  # the engine has made the replicas equal
+            # saves a copy; but gradients that are parts of one bucket would all look changed when one is (see below)
+            gradient_as_bucket_view=not accumulates,
         )
         self._parameters = parameters
         self._before: dict[str, tuple[Tensor, int]] = {}

@@ -1,0 +1,169 @@
+"""Where a step may be cut into consecutive parts, and where it is best cut.
+
+A part may begin before any call that uses a parameter; between two such calls the place with the least to send is
+taken. Places are known by the parameter use that follows them, so that every shape of a step (training, evaluation, the
+last small batch) is cut alike. What is computed from the batch alone (masks, positions) is not sent: each part that needs
+it computes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import prod
+
+import torch
+from torch import fx
+
+from shardwise.parallel.tensor import LocalGraph
+
+Use = tuple[str, int]
+"""The n-th use of a parameter in a step: (name, n)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place where a step may be cut: before call `position`, which is `bytes` in `values` to send onwards."""
+
+    use: Use
+    position: int
+    bytes: int
+    values: int
+
+
+def calls(graph: fx.Graph) -> list[fx.Node]:
+    """The calls of a graph, in order."""
+    return [node for node in graph.nodes if node.op == "call_function"]
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a call changes its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name.endswith("_") and not schema.name.endswith("__")
+
+
+def from_batch(local: LocalGraph) -> set[fx.Node]:
+    """Nodes that depend on the batch and on constants only, so that any worker can compute them."""
+    tensors = set(local.step.tensors)
+    found: set[fx.Node] = set()
+    changed = {node.args[0] for node in calls(local.graph) if writes_in_place(node)}
+    for node in local.graph.nodes:
+        if node.op == "placeholder":
+            if node.name not in tensors:
+                found.add(node)
+        elif node.op == "call_function" and not writes_in_place(node) and node not in changed:
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            if not random and all(argument in found for argument in node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def uses(graph: fx.Graph, tensors: Mapping[str, str], parameters: Collection[str]) -> dict[fx.Node, list[Use]]:
+    """Which uses of parameters each call is; `tensors` names those that placeholders stand for."""
+    names = {node: tensors.get(node.name) for node in graph.nodes if node.op == "placeholder"}
+    counts: dict[str, int] = {}
+    found: dict[fx.Node, list[Use]] = {}
+    for node in calls(graph):
+        for argument in node.all_input_nodes:
+            name = names.get(argument)
+            if name is not None and name in parameters:
+                found.setdefault(node, []).append((name, counts.get(name, 0)))
+                counts[name] = counts.get(name, 0) + 1
+    return found
+
+
+def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
+    """All places where the step may be cut, in order."""
+    sequence = calls(local.graph)
+    used = uses(local.graph, local.step.tensors, parameters)
+    live = _crossing(local, sequence)
+    found: list[Place] = []
+    start = None
+    for index, node in enumerate(sequence):
+        if node not in used:
+            continue
+        if start is not None:
+            options = [i for i in range(start + 1, index + 1) if live[i] is not None and live[i][1]]
+            if options:
+                best = min(options, key=lambda i: live[i][0])
+                found.append(Place(used[node][0], best, *live[best]))
+        start = index
+    return found
+
+
+def _crossing(local: LocalGraph, sequence: list[fx.Node]) -> list[tuple[int, int] | None]:
+    """Before each call: (bytes, number) of the values that are made before and used after; None: no cut is possible."""
+    batch = from_batch(local)
+    number = {node: index for index, node in enumerate(sequence)}
+    starts: list[list[fx.Node]] = [[] for _ in range(len(sequence) + 2)]
+    ends: list[list[fx.Node]] = [[] for _ in range(len(sequence) + 2)]
+    for node in sequence:
+        if node in batch:
+            continue
+        last = max((number.get(user, len(sequence)) for user in node.users if user not in batch), default=-1)
+        if last > number[node]:
+            starts[number[node] + 1].append(node)
+            ends[last + 1].append(node)
+    crossing: list[tuple[int, int] | None] = []
+    size = count = tuples = 0
+    for index in range(len(sequence) + 1):
+        for sign, nodes in ((1, starts[index]), (-1, ends[index])):
+            for node in nodes:
+                whole = node.meta.get("shape") is None
+                tuples += sign * whole
+                count += sign * (not whole)
+                size += 0 if whole else sign * prod(node.meta["shape"]) * node.meta["dtype"].itemsize
+        crossing.append(None if tuples else (size, count))
+    return crossing
+
+
+def balanced(costs: Sequence[float], sends: Sequence[float], parts: int) -> list[int]:
+    """Cuts a chain into consecutive parts such that the most expensive part is as cheap as can be.
+
+    Dynamic programming over (parts, end): O(parts * n^2).
+
+    Args:
+        costs: of each link of the chain, at least as many as `parts`.
+        sends: what it costs to begin a part at each link but the first (what arrives there), in the same unit.
+        parts: their number.
+
+    Returns:
+        the first link of each part but the first.
+
+        >>> balanced([1, 1, 1, 3], [0, 0, 0], 2)
+        [3]
+    """
+    count = len(costs)
+    until = list(accumulate(costs, initial=0.0))
+    entry = [0.0, *sends]
+    best = [(until[end], 0.0) for end in range(count + 1)]
+    choices: list[list[int]] = []
+    for part in range(1, parts):
+        row = [(float("inf"), float("inf"))] * (count + 1)
+        choice = [0] * (count + 1)
+        for end in range(part + 1, count + 1):
+            for start in range(part, end):
+                worst, sent = best[start]
+                cost = max(worst, until[end] - until[start] + entry[start]), sent + entry[start]
+                if cost < row[end]:
+                    row[end], choice[end] = cost, start
+        best = row
+        choices.append(choice)
+    cuts: list[int] = []
+    end = count
+    for choice in reversed(choices):
+        end = choice[end]
+        cuts.append(end)
+    return cuts[::-1]
+
+
+def positions(local: LocalGraph, cut: Sequence[Use], parameters: Collection[str]) -> list[int]:
+    """Where the places `cut` are in another shape of the step, as numbers of calls."""
+    found = {place.use: place.position for place in places(local, parameters)}
+    return [found[use] for use in cut]
+
+
+def ranges(local: LocalGraph, at: Sequence[int]) -> list[range]:
+    """The calls of each part when a step is cut before the calls `at`."""
+    return [range(start, end) for start, end in pairwise([0, *at, len(calls(local.graph))])]

@@ -1,0 +1,197 @@
+"""Gradients of weights computed apart from those of inputs: what lets a zero-bubble pipeline fill its bubbles.
+
+While a backward pass is split, linear layers and convolutions give the gradient of their input at once and keep what
+they need for that of their weight (Qi et al. 2023, section 2); everything else computes both at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
+Key = tuple[int, int]
+
+
+class WeightGradients:
+    """Work on weights that was put off, by (stage, microbatch)."""
+
+    def __init__(self) -> None:
+        self._open: Key | None = None
+        self._pending: dict[Key, list[Callable[[], None]]] = {}
+
+    @property
+    def deferring(self) -> bool:
+        """Whether the backward pass that runs is split."""
+        return self._open is not None
+
+    def begin(self, key: Key | None) -> None:
+        """From here on work is put off under `key`; None: it is done at once."""
+        self._open = key
+
+    def defer(self, work: Callable[[], None]) -> None:
+        """Puts off a piece of work."""
+        assert self._open is not None
+        self._pending.setdefault(self._open, []).append(work)
+
+    def compute(self, key: Key) -> None:
+        """Does what was put off under `key`."""
+        with torch.no_grad():
+            for work in self._pending.pop(key, []):
+                work()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`torch.nn.functional.linear`."""
+        output: Tensor = _Linear.apply(self, x, weight, bias)  # type: ignore[no-untyped-call]
+        return output
+
+    def convolution(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        transposed: bool,
+        output_padding: list[int],
+        groups: int,
+    ) -> Tensor:
+        """`torch.convolution`."""
+        options = (stride, padding, dilation, transposed, output_padding, groups)
+        output: Tensor = _Convolution.apply(self, x, weight, bias, options)  # type: ignore[no-untyped-call]
+        return output
+
+
+def defer_weights(graph: fx.Graph, store: WeightGradients, tensors: Collection[str]) -> None:
+    """Makes linear layers and convolutions of a graph put off the gradients of weights that are placeholders."""
+    for node in graph.nodes:
+        if node.op != "call_function" or len(node.args) < 2 or not _is_tensor(node.args[1], tensors):
+            continue
+        bias = node.args[2] if len(node.args) > 2 else None
+        if bias is not None and not _is_tensor(bias, tensors):
+            continue
+        if node.target is aten.linear.default:
+            node.target = store.linear
+        elif node.target in CONVOLUTIONS and not isinstance((*node.args, None, None, None)[4], str):
+            node.args = _convolution_arguments(node)
+            node.target = store.convolution
+
+
+def _is_tensor(argument: Any, tensors: Collection[str]) -> bool:
+    return isinstance(argument, fx.Node) and argument.op == "placeholder" and argument.name in tensors
+
+
+def _convolution_arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Arguments of `torch.convolution` for a call of conv1d, 2d, 3d or their transposes."""
+    transposed = "transpose" in str(node.target)
+    space = len(node.args[1].meta["shape"]) - 2  # type: ignore[union-attr]
+    defaults: tuple[Any, ...] = (None, 1, 0, 0, 1, 1) if transposed else (None, 1, 0, 1, 1)
+    x, weight, bias, stride, padding, *rest = (*node.args, *defaults[len(node.args) - 2 :])
+    output_padding, groups, dilation = rest if transposed else (0, rest[1], rest[0])
+
+    def each(value: Any) -> list[Any]:
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        return values * space if len(values) == 1 else values
+
+    return x, weight, bias, each(stride), each(padding), each(dilation), transposed, each(output_padding), groups
+
+
+def accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """Adds to `.grad` as autograd does."""
+    gradient = gradient.to(parameter.dtype)
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, store: WeightGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output = F.linear(x, weight, bias)
+        ctx.save_for_backward(x, weight)
+        ctx.store, ctx.bias = store, bias
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        gradient, bias, store = gradients[0], ctx.bias, ctx.store
+        to_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+
+        def of_weight() -> Tensor:
+            flat = gradient.flatten(0, -2) if gradient.dim() > 2 else gradient.view(-1, gradient.size(-1))
+            return flat.t() @ x.reshape(-1, x.size(-1)).to(flat.dtype)
+
+        def of_bias() -> Tensor:
+            return gradient.sum(tuple(range(gradient.dim() - 1)))
+
+        return (None, to_x, *_now_or_later(ctx, store, weight, of_weight, bias, of_bias))
+
+
+def _now_or_later(
+    ctx: Any,
+    store: WeightGradients,
+    weight: Tensor,
+    of_weight: Callable[[], Tensor],
+    bias: Tensor | None,
+    of_bias: Callable[[], Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias, or None where they are put off."""
+    wanted = [
+        (tensor, compute)
+        for tensor, compute, needed in (
+            (weight, of_weight, ctx.needs_input_grad[2]),
+            (bias, of_bias, ctx.needs_input_grad[3]),
+        )
+        if tensor is not None and needed
+    ]
+    if store.deferring:
+        for tensor, compute in wanted:
+            store.defer(lambda t=tensor, c=compute: accumulate(t, c()))  # type: ignore[misc]
+        return None, None
+    results = {id(tensor): compute().to(tensor.dtype) for tensor, compute in wanted}
+    return results.get(id(weight)), results.get(id(bias))
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, store: WeightGradients, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
+    ) -> Tensor:
+        output = torch.convolution(x, weight, bias, *options)
+        ctx.save_for_backward(x, weight)
+        ctx.store, ctx.bias, ctx.options = store, bias, options
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        gradient, bias = gradients[0], ctx.bias
+        wide, narrow = x.to(gradient.dtype), weight.to(gradient.dtype)
+        sizes = None if bias is None else list(bias.shape)
+
+        def part(*mask: bool) -> list[Tensor]:
+            results: list[Tensor] = torch.ops.aten.convolution_backward(
+                gradient, wide, narrow, sizes, *ctx.options, list(mask)
+            )
+            return results
+
+        to_x = part(True, False, False)[0].to(x.dtype) if ctx.needs_input_grad[1] else None
+        kept = _now_or_later(
+            ctx, ctx.store, weight, lambda: part(False, True, False)[1], bias, lambda: part(False, False, True)[2]
+        )
+        return (None, to_x, *kept, None)

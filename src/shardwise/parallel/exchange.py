@@ -1,0 +1,168 @@
+"""How tensor-parallel workers hand values to each other, forwards and backwards.
+
+The gradient of a replicated value is replicated, of a sharded value sharded, of a partial value replicated. So every
+exchange has its mirror image in the backward pass (the f and g of Megatron-LM; Shoeybi et al. 2019, section 3):
+
+    exchange         forward                        backward
+    enter            -                              all-reduce     a replicated value enters sharded work
+    reduce           all-reduce                     -              a partial value becomes replicated
+    gather           all-gather                     slice          a sharded value becomes replicated
+    slice            slice                          all-gather     a replicated value becomes sharded
+    gather_enter     all-gather                     reduce-scatter gather, then enter
+    reduce_scatter   reduce-scatter                 all-gather     a partial value becomes sharded
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Segments = tuple[int, ...]
+
+
+class Exchange:
+    """The exchanges among the workers of one tensor-parallel group.
+
+    Attributes:
+        group: the workers; None only where nothing is executed.
+        rank: this worker's place among them.
+        ranks: their number.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, rank: int, ranks: int) -> None:
+        self.group = group
+        self.rank = rank
+        self.ranks = ranks
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The same value; its gradient is the sum of the workers' contributions."""
+        return _apply(_Enter, self, x)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum over the workers."""
+        return _apply(_Reduce, self, x)
+
+    def gather(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        """All of a value that is sharded along `dim`."""
+        return _apply(_Gather, self, x, dim, segments)
+
+    def slice(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        """This worker's part along `dim`."""
+        return _apply(_Slice, self, x, dim, segments)
+
+    def gather_enter(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        """All of a sharded value, whose gradient is the sum of the workers' contributions."""
+        return _apply(_GatherEnter, self, x, dim, segments)
+
+    def reduce_scatter(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        """This worker's part along `dim` of the sum over the workers."""
+        return _apply(_ReduceScatter, self, x, dim, segments)
+
+    def summed(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """All-reduce into a new tensor, without a gradient."""
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, op=op, group=self.group)
+        return total
+
+    def cut(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        """This worker's part along `dim`, without a gradient: of each segment its piece."""
+        if len(segments) == 1:
+            part = segments[0] // self.ranks
+            return x.narrow(dim, self.rank * part, part)
+        pieces, start = [], 0
+        for size in segments:
+            part = size // self.ranks
+            pieces.append(x.narrow(dim, start + self.rank * part, part))
+            start += size
+        return torch.cat(pieces, dim)
+
+    def joined(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        """All workers' parts along `dim` in their places, without a gradient."""
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.ranks)]
+        dist.all_gather(parts, x, group=self.group)
+        if len(segments) == 1:
+            return torch.cat(parts, dim)
+        sizes = [size // self.ranks for size in segments]
+        pieces = [part.split(sizes, dim) for part in parts]
+        return torch.cat([pieces[r][s] for s in range(len(sizes)) for r in range(self.ranks)], dim)
+
+    def scattered(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        """Reduce-scatter along `dim`, without a gradient."""
+        parts = [Exchange(None, r, self.ranks).cut(x, dim, segments).contiguous() for r in range(self.ranks)]
+        output = torch.empty_like(parts[0])
+        dist.reduce_scatter(output, parts, group=self.group)
+        return output
+
+
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    output: Tensor = function.apply(*arguments)
+    return output
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, x: Tensor) -> Tensor:
+        ctx.exchange = exchange
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.exchange.summed(gradients[0])
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, x: Tensor) -> Tensor:
+        return exchange.summed(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, gradients[0]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        ctx.exchange, ctx.where = exchange, (dim, segments)
+        return exchange.joined(x, dim, segments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.exchange.cut(gradients[0], *ctx.where), None, None
+
+
+class _Slice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        ctx.exchange, ctx.where = exchange, (dim, segments)
+        return exchange.cut(x, dim, segments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.exchange.joined(gradients[0], *ctx.where), None, None
+
+
+class _GatherEnter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        ctx.exchange, ctx.where = exchange, (dim, segments)
+        return exchange.joined(x, dim, segments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.exchange.scattered(gradients[0], *ctx.where), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, x: Tensor, dim: int, segments: Segments) -> Tensor:
+        ctx.exchange, ctx.where = exchange, (dim, segments)
+        return exchange.scattered(x, dim, segments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.exchange.joined(gradients[0], *ctx.where), None, None

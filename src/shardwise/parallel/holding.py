@@ -1,0 +1,259 @@
+"""What one worker holds of a module that is cut over workers, and how the gradients of it are added up.
+
+cut by tensor parallelism        gradients of the parts are whole; of replicated tensors used in parts: summed over tp
+on several replicas              summed over them in buckets, or sharded by `fully_shard`, which averages
+on several stages (tied)         summed over the workers that hold it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from shardwise.errors import StrategyError
+from shardwise.parallel.deal import deal
+from shardwise.parallel.engine import Held
+from shardwise.parallel.exchange import Exchange
+from shardwise.parallel.keyed import KeyedOperations
+from shardwise.parallel.layout import Layout
+from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.placement import Placement, Sharded
+from shardwise.parallel.reduce import GradientReducer, sum_gradients
+from shardwise.parallel.sharded import local, row_layout
+from shardwise.parallel.stage import Stage, Work
+from shardwise.parallel.tensor import LocalGraph
+from shardwise.strategy import Strategy
+
+
+class Holding:
+    """The stages of one worker with their tensors.
+
+    Attributes:
+        stages: by number.
+        sharded: whether `fully_shard` splits the parameters.
+        loss_factor: what losses are multiplied with, because gradients are averaged where they should be added.
+        final_pass: whether the pass that runs is the last of its step.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        tensors: Mapping[str, Tensor],
+        graph: LocalGraph,
+        strategy: Strategy,
+        mesh: Mesh,
+        exchange: Exchange,
+        keyed: KeyedOperations,
+        *,
+        half: bool,
+    ) -> None:
+        self._strategy, self._mesh, self._half = strategy, mesh, half
+        self._placements, self._shapes = graph.placements, {name: t.shape for name, t in tensors.items()}
+        self._homes = _homes(work, tensors)
+        self.sharded = strategy.fsdp > 1 and strategy.zero > 1
+        self.loss_factor = strategy.replicas if self.sharded else 1
+        self.final_pass = True
+        count = len(work.stages)
+        own = range(mesh.coordinate("pp"), count, strategy.pp)
+        mine = {name: _cut(tensors[name], graph.placements.get(name), exchange) for name in self._on(own)}
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        self.stages = {stage: self._build(stage, len(work.stages[stage].blocks), mine, keyed) for stage in own}
+        self._twice = self._on_several(own)
+        self._tied = self._tied_groups(count)
+        self._whole = [name for name in mine if self.sharded and mine[name].dim() == 0]
+        if self.sharded:
+            self._shard(mine)
+        self._reducers = self._make_reducers()
+
+    # ---- which tensors where ----------------------------------------------------------------------------------------
+
+    def _on(self, stages: Iterable[int]) -> list[str]:
+        """Names of the tensors that any of these stages uses, in the order of the module."""
+        wanted = set(stages)
+        return [name for name, homes in self._homes.items() if any(stage in wanted for stage, _ in homes)]
+
+    def _on_several(self, own: Iterable[int]) -> list[str]:
+        """Names of the tensors that several stages of this worker use."""
+        stages = set(own)
+        found = [n for n, homes in self._homes.items() if len({s for s, _ in homes if s in stages}) > 1]
+        if found and self.sharded:
+            raise StrategyError(
+                f"{found[0]} is used in several stages of one worker: fsdp cannot shard it twice: use zero=1, or "
+                "schedule=1f1b"
+            )
+        return found
+
+    def _build(self, stage: int, blocks: int, mine: Mapping[str, Tensor], keyed: KeyedOperations) -> Stage:
+        own: list[dict[str, Tensor]] = [{} for _ in range(blocks)]
+        shared: dict[str, Tensor] = {}
+        for name in mine:
+            here = {block for home, block in self._homes[name] if home == stage}
+            if len(here) == 1:
+                own[here.pop()][name] = mine[name]
+            elif here:
+                shared[name] = mine[name]
+        module = Stage(own, shared, keyed, recompute=self._strategy.recompute == "full", half=self._half)
+        for holder in (*module.blocks, module):
+            for name, attribute in holder.attributes.items():  # type: ignore[union-attr, operator]
+                self._places[name] = (holder, attribute)
+        return module
+
+    def _tensor(self, name: str) -> Tensor:
+        module, attribute = self._places[name]
+        tensor: Tensor = getattr(module, attribute)
+        return tensor
+
+    def trained(self, names: Collection[str]) -> dict[str, nn.Parameter]:
+        """The parameters with a gradient, by name."""
+        return {name: self._tensor(name) for name in self._places if name in names}  # type: ignore[misc]
+
+    def held(self) -> dict[str, Held]:
+        """How every tensor lies here."""
+        sizes = {name: self._tensor(name).numel() for name in self._places}
+        strategy = self._strategy
+        by_all, by_rows = deal(sizes, strategy.replicas), deal(sizes, strategy.dp)
+        return {name: self._lay_out(name, by_all[name], by_rows[name]) for name in self._places}
+
+    def _lay_out(self, name: str, replica: int, row: int) -> Held:
+        strategy, mesh = self._strategy, self._mesh
+        tensor, placement = self._tensor(name), self._placements.get(name)
+        shape = tuple(self._shapes[name])
+        cut = isinstance(placement, Sharded)
+        layout = Layout.whole(shape)
+        if isinstance(placement, Sharded):
+            layout = Layout.split(shape, placement.dim, placement.segments, mesh.coordinate("tp"), strategy.tp)
+        workers = self._workers_of(name)
+        holders = len(workers) * (1 if cut else strategy.tp)
+        writes = workers[0] == mesh.coordinate("pp") and (cut or mesh.coordinate("tp") == 0)
+        if isinstance(tensor, DTensor):
+            rows = row_layout(tensor).tiles
+            start = rows[0].offsets[0] if rows else 0
+            layout = layout.rows(start, start + (rows[0].sizes[0] if rows else 0))
+            return Held(tensor, layout, holders * strategy.dp, writes and row == mesh.coordinate("dp"), cut)
+        return Held(tensor, layout, holders * strategy.replicas, writes and replica == mesh.replica, cut)
+
+    def _workers_of(self, name: str) -> list[int]:
+        """Pipeline workers that hold a tensor."""
+        return sorted({stage % self._strategy.pp for stage, _ in self._homes[name]})
+
+    # ---- gradients --------------------------------------------------------------------------------------------------
+
+    def _tied_groups(self, stages: int) -> dict[tuple[int, ...], dist.ProcessGroup]:
+        """A group for every set of pipeline workers that share a parameter. Collective over all workers."""
+        groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        sets = sorted({tuple(self._workers_of(name)) for name in self._homes})
+        for workers in (each for each in sets if len(each) > 1):
+            assert self._mesh.grid is not None
+            ranks = self._mesh.grid.mesh
+            columns = ranks.movedim(2, -1).reshape(-1, ranks.shape[2])  # (dp, fsdp, pp, tp) -> one row per pipeline
+            for column in columns.tolist():
+                members = [column[worker] for worker in workers]
+                group = dist.new_group(members)
+                if self._mesh.rank in members:
+                    groups[workers] = group
+        return groups
+
+    def _shard(self, mine: Mapping[str, Tensor]) -> None:
+        """Splits the parameters over the fsdp axis, block by block."""
+        strategy, grid = self._strategy, self._mesh.grid
+        assert grid is not None
+        mesh = grid["dp", "fsdp"] if strategy.dp > 1 else grid["fsdp"]
+        whole = {mine[name] for name in self._whole if isinstance(mine[name], nn.Parameter)}
+        _check_dtypes(mine, strategy)
+        for stage in self.stages.values():
+            for block in stage.blocks:
+                fully_shard(block, mesh=mesh, reshard_after_forward=strategy.zero == 3, ignored_params=whole or None)
+            keep = None if strategy.zero == 3 else False
+            fully_shard(stage, mesh=mesh, reshard_after_forward=keep, ignored_params=whole or None)
+
+    def _make_reducers(self) -> dict[int, GradientReducer]:
+        """One per stage; -1: for what several stages of this worker use, complete only at the end."""
+        group = self._mesh.replica_group
+        if group is None:
+            return {}
+        reducers = {}
+        for key, stages in {**{stage: [stage] for stage in self.stages}, -1: []}.items():
+            names = self._twice if key == -1 else [n for n in self._on(stages) if n not in self._twice]
+            if self.sharded:
+                names = [name for name in names if name in self._whole]
+            parameters = [
+                p for p in (self._tensor(n) for n in names) if isinstance(p, nn.Parameter) and p.requires_grad
+            ]
+            if parameters:
+                reducers[key] = GradientReducer(parameters, group)
+        return reducers
+
+    def before_backward(self, stage: int, final: bool) -> None:
+        """Called before each backward pass of a stage; `final`: it is the last one of its pass."""
+        last = final and self.final_pass
+        module = self.stages[stage]
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last)
+            module.set_is_last_backward(last)
+            module.set_reshard_after_backward(last)
+        if last and stage in self._reducers:
+            self._reducers[stage].arm()
+
+    def after_backward(self, stage: int) -> None:
+        """Called after the last backward pass of a stage."""
+
+    def after_evaluation(self) -> None:
+        """Frees gathered parameters, which would be out of date once the split ones are written to."""
+        for stage in self.stages.values():
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def reduce(self, summed: Collection[str]) -> None:
+        """Adds gradients up over all workers that contribute to them. Collective."""
+        for reducer in self._reducers.values():
+            reducer.finish()
+        if self.sharded:
+            for name in self._whole:  # summed above, where fully_shard averages
+                gradient = self._tensor(name).grad
+                if gradient is not None:
+                    gradient /= self._strategy.replicas
+        group = self._mesh.group("tp")
+        if group is not None:
+            self._sum([name for name in self._places if name in summed], group)
+        for workers, tied in self._tied.items():
+            self._sum([n for n in self._homes if n in self._places and tuple(self._workers_of(n)) == workers], tied)
+
+    def _sum(self, names: Iterable[str], group: dist.ProcessGroup) -> None:
+        parameters = [self._tensor(name) for name in names]
+        gradients = [local(p.grad) for p in parameters if p.requires_grad and p.grad is not None]
+        if gradients:
+            sum_gradients(gradients, group)
+
+
+def _homes(work: Work, tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[int, int]]]:
+    """Where each tensor is used: (stage, block). What the step does not use lies in the first block."""
+    homes: dict[str, list[tuple[int, int]]] = {name: [] for name in tensors}
+    for stage, each in enumerate(work.stages):
+        for block, piece in enumerate(each.blocks):
+            for name in piece.section.tensors:
+                homes[name].append((stage, block))
+    return {name: found or [(0, 0)] for name, found in homes.items()}
+
+
+def _cut(tensor: Tensor, placement: Placement | None, exchange: Exchange) -> Tensor:
+    """This worker's part of a parameter or buffer, in memory of its own."""
+    part = tensor.detach()
+    if isinstance(placement, Sharded):
+        part = exchange.cut(part, placement.dim, placement.segments)
+    part = part.clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
+
+
+def _check_dtypes(mine: Mapping[str, Tensor], strategy: Strategy) -> None:
+    dtypes = sorted({str(t.dtype) for t in mine.values() if isinstance(t, nn.Parameter) and t.requires_grad})
+    if len(dtypes) > 1:
+        raise StrategyError(
+            f"fsdp={strategy.fsdp} needs trained parameters of one dtype, the model has {' and '.join(dtypes)}: "
+            "use dp, or one dtype"
+        )

@@ -1,0 +1,121 @@
+"""Operations of a step that draw at random or look at the whole batch, for the graph of one worker.
+
+The module's own dropout is replaced where it runs as it is (`parallel.dropout`); in a graph each drawing call knows its
+site, the shape of the whole tensor and which part of it lies here, so shards of one tensor drop what one process drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.parallel.batchnorm import batch_norm
+from shardwise.parallel.dropout import KeyedDropout, attention_probabilities, keep
+from shardwise.parallel.dropout import _sample_dim as sample_dim
+from shardwise.parallel.engine import Position
+from shardwise.parallel.exchange import Exchange
+from shardwise.parallel.placement import REPLICATED, Placement, Sharded
+
+Shape = tuple[int, ...]
+
+
+class KeyedOperations:
+    """Dropout, attention with dropout and batch norm of a graph.
+
+    Attributes:
+        position: where the training is; the engine keeps it up to date.
+        exchange: the tensor-parallel workers.
+        replicas: the workers over which a batch norm goes; None: this one alone.
+    """
+
+    def __init__(self, position: Position, exchange: Exchange, replicas: dist.ProcessGroup | None) -> None:
+        self.position = position
+        self.exchange = exchange
+        self.replicas = replicas
+
+    @contextmanager
+    def at(self, position: Position) -> Iterator[None]:
+        """Draws as at another position: that of a microbatch that is computed again."""
+        current, self.position = self.position, position
+        try:
+            yield
+        finally:
+            self.position = current
+
+    def mask(
+        self, site: int, shape: Shape, p: float, placement: Placement, device: torch.device, merged: bool
+    ) -> Tensor:
+        """What the part at `placement` of a tensor of `shape` is multiplied with."""
+        position = self.position
+        shape = torch.Size(shape)
+        if not isinstance(placement, Sharded):
+            return KeyedDropout(position, site).mask(shape, p, device, merged=merged)
+        dim = 0 if merged else sample_dim(shape, position.samples)
+        if dim is None or placement.dim == dim:
+            whole = KeyedDropout(position, site).mask(shape, p, device, merged=merged)
+            return self.exchange.cut(whole, placement.dim, placement.segments)
+        lead = shape[0] // position.samples
+        rest = (lead, *shape[1:]) if dim == 0 else (*shape[:dim], *shape[dim + 1 :])
+        along = placement.dim if dim == 0 else placement.dim - (placement.dim > dim)
+        index = torch.arange(torch.Size(rest).numel(), dtype=torch.int32, device=device).view(rest)
+        drawn = keep(position, site, self.exchange.cut(index, along, placement.segments), position.samples, p)
+        return drawn.flatten(0, 1) if dim == 0 else drawn.movedim(0, dim)
+
+    def dropout(
+        self, x: Tensor, p: float, site: int, shape: Shape, placement: Placement, features: int, merged: bool
+    ) -> Tensor:
+        """Dropout of the part at `placement` of a tensor of `shape`.
+
+        Args:
+            x: this worker's part.
+            p: probability of dropping.
+            site: number of the drawing call in the step.
+            shape: of the whole tensor.
+            placement: of the part.
+            features: 0: every element is drawn; n: only the first n dimensions are, the rest follow (whole channels).
+            merged: the first dimension is samples times heads.
+        """
+        lead = features or len(shape)
+        if isinstance(placement, Sharded) and placement.dim >= lead:
+            mask = self.mask(site, shape[:lead], p, REPLICATED, x.device, merged)
+        else:
+            mask = self.mask(site, shape[:lead], p, placement, x.device, merged)
+        return x * mask.to(x.dtype).view(*x.shape[:lead], *(1,) * (x.dim() - lead))
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        p: float,
+        is_causal: bool,
+        scale: float | None,
+        site: int,
+        shape: Shape,
+        placement: Placement,
+    ) -> Tensor:
+        """Attention whose probabilities, of `shape` in the whole, are dropped; see `KeyedDropout.attention`."""
+        probabilities = attention_probabilities(query, key, attn_mask, is_causal, scale, False)
+        mask = self.mask(site, shape, p, placement, query.device, False).to(probabilities.dtype)
+        return (probabilities * mask).to(value.dtype) @ value
+
+    def batch_norm(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Batch norm in training, over the samples of all replicas that count."""
+        counted = self.position.counted > 0
+        if self.replicas is None and counted:
+            return torch.batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps, False)
+        return batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, self.replicas, counted=counted)

@@ -1,0 +1,247 @@
+"""Executes a pipeline's table of actions: computes, sends and receives.
+
+A value goes straight from the stage that makes it to each stage that uses it, and its gradient comes back the same way: a
+skip connection that crosses several stages is one message, not one per stage. Receives are posted one action ahead, sends
+are not waited for until the step is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from shardwise.parallel.deferred import WeightGradients
+from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
+from shardwise.parallel.stage import Stage, Work
+
+
+MOST_STAGES = 256
+"""More stages would make two messages look alike."""
+
+
+@dataclass(slots=True)
+class Inflight:
+    """What is kept of a microbatch on a stage between its forward and its backward pass."""
+
+    inputs: dict[fx.Node, Tensor]
+    outputs: dict[fx.Node, Tensor]
+    gradients: dict[fx.Node, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Microbatches of one shape that go through the pipeline together.
+
+    Attributes:
+        work: what the stages compute.
+        actions: of this worker.
+        given: per microbatch, the batch and constants by placeholder.
+        scales: per microbatch, what its loss is multiplied with.
+        enter: called with the number of a microbatch before its forward pass.
+        before_backward: called with (stage, whether it is the stage's last backward of this pass).
+        after_backward: called with the stage after its last backward of this pass.
+    """
+
+    work: Work
+    actions: Sequence[Action]
+    given: Sequence[Mapping[str, Any]]
+    scales: Sequence[Tensor]
+    enter: Callable[[int], None]
+    before_backward: Callable[[int, bool], None]
+    after_backward: Callable[[int], None]
+
+
+class Pipeline:
+    """This worker's stages and its connections to the others.
+
+    Attributes:
+        stages: by number, the worker's own.
+        worker, workers: its place in the pipeline; stage s lies on worker s % workers.
+        group: the workers of the pipeline; None: this one alone.
+        device: where it computes.
+        weights: what split backward passes put off.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, Stage],
+        worker: int,
+        workers: int,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        weights: WeightGradients,
+    ) -> None:
+        self.stages = stages
+        self.worker = worker
+        self.workers = workers
+        self.group = group
+        self.device = device
+        self.weights = weights
+        self._inflight: dict[tuple[int, int], Inflight] = {}
+        self._arriving: dict[Action, list[tuple[fx.Node, Tensor, Any]]] = {}
+        self._here: dict[tuple[Action, int, fx.Node], Tensor] = {}
+        self._sent: list[tuple[Any, Tensor]] = []
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def run(self, work: Pass) -> Tensor:
+        """Gradients of a pass, left in `.grad`; returns the sum of scale times loss that this worker computed."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        last = {action.stage: index for index, action in enumerate(work.actions) if action.kind != FORWARD}
+        for index, action in enumerate(work.actions):
+            self._post(work.work, action)
+            for ahead in work.actions[index + 1 : index + 2]:
+                self._post(work.work, ahead)
+            final = last[action.stage] == index
+            if action.kind == FORWARD:
+                loss = self._forward(work, action)
+                total = total if loss is None else total + loss
+            elif action.kind == WEIGHT:
+                self.weights.compute((action.stage, action.microbatch))
+            else:
+                work.before_backward(action.stage, final)
+                self._backward(work, action)
+            if final:
+                work.after_backward(action.stage)
+        self._finish()
+        return total
+
+    def _forward(self, work: Pass, action: Action) -> Tensor | None:
+        stage, microbatch = action.stage, action.microbatch
+        work.enter(microbatch)
+        stage_work = work.work.stages[stage]
+        received = self._received(work.work, action)
+        inputs = {node: received[node].detach().requires_grad_(node.meta["grad"]) for node in stage_work.inputs}
+        results = self.stages[stage](stage_work, work.given[microbatch], [inputs[node] for node in stage_work.inputs])
+        kept = Inflight(inputs, dict(zip(stage_work.outputs, results, strict=True)))
+        self._inflight[stage, microbatch] = kept
+        if stage == len(work.work.stages) - 1:
+            scale = work.scales[microbatch]
+            kept.loss = (results[0] * scale).where(scale != 0, 0)  # without weight, a mean over nothing counts nothing
+            return kept.loss.detach()
+        for target in range(stage + 1, len(work.work.stages)):
+            nodes = work.work.messages(stage, target)
+            self._send(action, target, nodes, [kept.outputs[node] for node in nodes])
+        return None
+
+    def _backward(self, work: Pass, action: Action) -> None:
+        stage, microbatch = action.stage, action.microbatch
+        kept = self._inflight.pop((stage, microbatch))
+        gradients = self._received(work.work, action)
+        self.weights.begin((stage, microbatch) if action.kind == INPUT else None)
+        if kept.loss is not None:
+            kept.loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            targets = [node for node in gradients if kept.outputs[node].requires_grad]
+            outputs = [kept.outputs[node] for node in targets]
+            arrived = [gradients[node].to(out.dtype) for node, out in zip(targets, outputs, strict=True)]
+            torch.autograd.backward(outputs, arrived)
+        self.weights.begin(None)
+        for source in range(stage):
+            nodes = [node for node in work.work.messages(source, stage) if node.meta["grad"]]
+            self._send(action, source, nodes, [_gradient(kept.inputs[node]) for node in nodes])
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(self, work: Work, given: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+        """The results of the step, on the worker of the last stage; None elsewhere."""
+        results = None
+        for stage in sorted(self.stages):
+            action = Action(FORWARD, stage, 0)
+            self._post(work, action)
+            received = self._received(work, action)
+            stage_work = work.stages[stage]
+            outputs = self.stages[stage](stage_work, given, [received[node] for node in stage_work.inputs])
+            if stage == len(work.stages) - 1:
+                results = outputs
+                continue
+            values = dict(zip(stage_work.outputs, outputs, strict=True))
+            for target in range(stage + 1, len(work.stages)):
+                nodes = work.messages(stage, target)
+                self._send(action, target, nodes, [values[node] for node in nodes])
+        self._finish()
+        return results
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    def _sources(self, work: Work, action: Action) -> list[tuple[int, list[fx.Node]]]:
+        """The stages that an action hears from, and what."""
+        if action.kind == FORWARD:
+            pairs = [(source, work.messages(source, action.stage)) for source in range(action.stage)]
+        elif action.kind in (BACKWARD, INPUT):
+            later = range(action.stage + 1, len(work.stages))
+            pairs = [(t, [n for n in work.messages(action.stage, t) if n.meta["grad"]]) for t in later]
+        else:
+            pairs = []
+        return [(stage, nodes) for stage, nodes in pairs if nodes]
+
+    def _post(self, work: Work, action: Action) -> None:
+        """Posts the receives of an action."""
+        if action in self._arriving:
+            return
+        arriving = []
+        for source, nodes in self._sources(work, action):
+            if self._on(source) == self.worker:
+                continue
+            tag = self._tag(action, source, action.stage)
+            for node in nodes:
+                buffer = torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device=self.device)
+                arriving.append((node, buffer, dist.irecv(buffer, self._rank(source), self.group, tag)))
+        self._arriving[action] = arriving
+
+    def _received(self, work: Work, action: Action) -> dict[fx.Node, Tensor]:
+        """What has arrived for an action: values by node; gradients of one value from several stages added up."""
+        values: dict[fx.Node, Tensor] = {}
+        for node, buffer, handle in self._arriving.pop(action):
+            handle.wait()
+            values[node] = buffer if node not in values else values[node] + buffer
+        for source, nodes in self._sources(work, action):
+            if self._on(source) == self.worker:
+                for node in nodes:
+                    value = self._here.pop((_key(action), source, node))
+                    values[node] = value if node not in values else values[node] + value
+        return values
+
+    def _send(self, action: Action, target: int, nodes: Sequence[fx.Node], tensors: Sequence[Tensor]) -> None:
+        """Sends values, or their gradients, from the stage of an action to another."""
+        arrival = Action(action.kind, target, action.microbatch)
+        for node, tensor in zip(nodes, tensors, strict=True):
+            message = tensor.detach().to(node.meta["dtype"])
+            if self._on(target) == self.worker:
+                self._here[_key(arrival), action.stage, node] = message
+                continue
+            message = message.contiguous()
+            tag = self._tag(action, action.stage, target)
+            self._sent.append((dist.isend(message, self._rank(target), self.group, tag), message))
+
+    def _finish(self) -> None:
+        for handle, _ in self._sent:
+            handle.wait()
+        self._sent.clear()
+
+    def _on(self, stage: int) -> int:
+        return stage % self.workers
+
+    def _rank(self, stage: int) -> int:
+        assert self.group is not None
+        return dist.get_global_rank(self.group, self._on(stage))
+
+    def _tag(self, action: Action, source: int, target: int) -> int:
+        """One number per group of messages, the same on both sides; within it they arrive in order."""
+        direction = 0 if action.kind == FORWARD else 1
+        return ((action.microbatch * 2 + direction) * MOST_STAGES + source) * MOST_STAGES + target
+
+
+def _key(action: Action) -> Action:
+    """An action without the difference between kinds of backward passes."""
+    return action if action.kind == FORWARD else Action(BACKWARD, action.stage, action.microbatch)
+
+
+def _gradient(value: Tensor) -> Tensor:
+    return torch.zeros_like(value) if value.grad is None else value.grad

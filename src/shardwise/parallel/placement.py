@@ -1,0 +1,170 @@
+"""How a value of the step lies over the tensor-parallel workers.
+
+replicated   every worker has all of it
+sharded      every worker has its part along one dimension; the dimension may consist of several consecutive
+             segments, each cut by itself: a fused query, key, value output has three
+partial      every worker has a summand of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The dimension of a parameter that a sharded dimension comes from; one index of it is `unit` indices there."""
+
+    tensor: str
+    dim: int
+    unit: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """Every worker has all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Every worker has a summand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """Every worker has its part along `dim`, of each of the consecutive `segments` (in elements of that dimension)."""
+
+    dim: int
+    segments: tuple[int, ...]
+    origin: Origin | None = None
+
+    def fits(self, ranks: int) -> bool:
+        """Whether every segment can be cut into `ranks` equal parts."""
+        return all(size % ranks == 0 for size in self.segments)
+
+    def at(self, dim: int) -> Sharded:
+        """The same along another dimension."""
+        return Sharded(dim, self.segments, self.origin)
+
+
+Placement = Replicated | Partial | Sharded
+REPLICATED = Replicated()
+PARTIAL = Partial()
+
+
+def local_shape(shape: Sequence[int], placement: Placement, ranks: int) -> tuple[int, ...]:
+    """Shape of what one worker has of a tensor of `shape`."""
+    if not isinstance(placement, Sharded):
+        return tuple(shape)
+    return tuple(size // ranks if dim == placement.dim else size for dim, size in enumerate(shape))
+
+
+def cut_segments(segments: Sequence[int], boundaries: Iterable[int]) -> tuple[int, ...]:
+    """The segments, cut further at `boundaries`.
+
+    >>> cut_segments((12,), (4, 8))
+    (4, 4, 4)
+    """
+    ends = set(boundaries)
+    position = 0
+    for size in segments:
+        position += size
+        ends.add(position)
+    inner = sorted(end for end in ends if 0 < end <= position)
+    return tuple(end - start for start, end in zip([0, *inner], inner, strict=False))
+
+
+def between(segments: Sequence[int], start: int, end: int) -> tuple[int, ...] | None:
+    """The segments that make up the range `start` to `end`; None where it cuts through one."""
+    position, inside = 0, []
+    for size in segments:
+        if start <= position and position + size <= end:
+            inside.append(size)
+        elif position < end and position + size > start:
+            return None
+        position += size
+    return tuple(inside) if sum(inside) == end - start else None
+
+
+def regroup(shape: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Which dimensions of `shape` become which of `new` in a reshape, in the smallest groups.
+
+    >>> regroup((4, 8, 48), (32, 3, 16))
+    [([0, 1], [0]), ([2], [1, 2])]
+    """
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(shape) or j < len(new):
+        left, right = [], []
+        a = b = 1
+        while not left and not right or a != b:
+            if (a <= b and i < len(shape)) or j >= len(new):
+                left.append(i)
+                a *= shape[i]
+                i += 1
+            else:
+                right.append(j)
+                b *= new[j]
+                j += 1
+        groups.append((left, right))
+    return groups
+
+
+def reshaped(
+    placement: Sharded, shape: Sequence[int], new: Sequence[int], ranks: int
+) -> tuple[Sharded | None, tuple[int, ...] | None]:
+    """Where a sharded dimension is after a reshape from `shape` to `new`.
+
+    Returns:
+        (placement, None) where it can be followed; (None, segments) where it could be if the dimension had those
+        segments; (None, None) where it is lost.
+    """
+    group = next((g for g in regroup(shape, new) if placement.dim in g[0]), None)
+    if group is None:
+        return None, None
+    left, right = group
+    outer = prod(shape[d] for d in left if d < placement.dim)
+    inner = prod(shape[d] for d in left if d > placement.dim)
+    flat = tuple(size * inner for size in placement.segments) * outer
+    for dim in right:
+        found = _pattern(flat, prod(new[d] for d in right if d < dim), prod(new[d] for d in right if d > dim), ranks)
+        if found:
+            return Sharded(dim, found, _follow(placement, inner, outer, new, right, dim)), None
+    if outer == inner == 1 and len(placement.segments) == 1:
+        return None, _wanted(placement.segments[0], new, right, ranks)
+    return None, None
+
+
+def _pattern(flat: tuple[int, ...], outer: int, inner: int, ranks: int) -> tuple[int, ...] | None:
+    """The segments of a dimension with `outer` before it and `inner` behind it, if `flat` are its segments."""
+    if len(flat) % outer:
+        return None
+    first = flat[: len(flat) // outer]
+    if first * outer != flat or any(size % (inner * ranks) for size in first):
+        return None
+    return tuple(size // inner for size in first)
+
+
+def _wanted(size: int, new: Sequence[int], right: list[int], ranks: int) -> tuple[int, ...] | None:
+    """Segments of a dimension of `size` with which one of the dimensions `right` that it is cut into could be sharded."""
+    outer = 1
+    for dim in right:
+        if outer > 1 and new[dim] % ranks == 0:
+            return (size // outer,) * outer
+        outer *= new[dim]
+    return None
+
+
+def _follow(
+    placement: Sharded, inner: int, outer: int, new: Sequence[int], right: list[int], dim: int
+) -> Origin | None:
+    """The origin in units of the new dimension, while every index of it is a whole run of the origin's."""
+    origin = placement.origin
+    after = prod(new[d] for d in right if d > dim)
+    before = prod(new[d] for d in right if d < dim)
+    if origin is None or outer > 1 or before > 1:
+        return None
+    unit = origin.unit * after
+    return Origin(origin.tensor, origin.dim, unit // inner) if unit % inner == 0 else None

@@ -1,0 +1,182 @@
+"""Divides a step into pipeline stages and blocks, by what its layers cost.
+
+Costs are measured: worker 0 runs the operations of the forward pass one by one (a backward pass costs about twice as much,
+for all of them alike). All workers take its numbers, so that all cut alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from shardwise.errors import StrategyError
+from shardwise.parallel.cuts import Place, Use, balanced, calls, places, uses
+from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.tensor import LocalGraph
+from shardwise.strategy import Strategy
+from shardwise.workload.graph import StepGraph, batch_leaves
+
+BYTES_PER_SECOND = 1e9
+"""Assumed of a message between stages, only to choose between cuts: gloo between processes reaches about that."""
+
+MOST_BLOCKS = 16
+"""Per stage: what is gathered, freed and recomputed together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """Where a step is cut.
+
+    Attributes:
+        cut: all places, by the parameter use that follows them.
+        blocks: of each stage.
+        costs: share of each stage in the measured time of a forward pass; empty where nothing was measured.
+    """
+
+    cut: tuple[Use, ...]
+    blocks: tuple[int, ...]
+    costs: tuple[float, ...] = ()
+
+
+def divide(
+    step: StepGraph,
+    local: LocalGraph,
+    tensors: Mapping[str, Tensor],
+    data: Any,
+    strategy: Strategy,
+    mesh: Mesh,
+    parameters: Collection[str],
+) -> Division:
+    """Cuts a step into the stages of `strategy`, and those into blocks where it gathers or recomputes. Collective.
+
+    Raises:
+        StrategyError: the step cannot be cut into that many stages.
+    """
+    found = places(local, parameters)
+    stages = strategy.pp * strategy.stages_per_worker
+    check_stages(strategy, len(found))
+    in_blocks = strategy.recompute == "full" or (strategy.fsdp > 1 and strategy.zero > 1)
+    if stages == 1 and not in_blocks:
+        return Division((), (1,))
+    costs = _links(step, found, _measured(step, tensors, data, parameters, mesh), parameters)
+    sends = [place.bytes / BYTES_PER_SECOND for place in found]
+    starts = balanced(costs, sends, stages)
+    bounds = [0, *starts, len(costs)]
+    cut: list[int] = []
+    blocks = []
+    for first, end in zip(bounds, bounds[1:], strict=False):
+        inner = _block_starts(costs, found, first, end) if in_blocks else []
+        cut += [*([first] if first else []), *inner]
+        blocks.append(len(inner) + 1)
+    total = sum(costs) or 1.0
+    shares = tuple(sum(costs[a:b]) / total for a, b in zip(bounds, bounds[1:], strict=False))
+    return Division(tuple(found[link - 1].use for link in cut), tuple(blocks), shares)
+
+
+def check_stages(strategy: Strategy, places_found: int) -> None:
+    """Raises StrategyError where a step with so many places to cut has fewer parts than `strategy` has stages."""
+    stages = strategy.pp * strategy.stages_per_worker
+    if stages > places_found + 1:
+        per_worker = f" with {strategy.stages_per_worker} stages each" if strategy.stages_per_worker > 1 else ""
+        most = (places_found + 1) // strategy.stages_per_worker
+        raise StrategyError(
+            f"pp={strategy.pp}{per_worker}: the model's graph can be cut into {places_found + 1} stages at most: "
+            f"use pp={max(most, 1)} or fewer"
+        )
+
+
+def _block_starts(costs: Sequence[float], found: Sequence[Place], first: int, end: int) -> list[int]:
+    """Links within a stage at which blocks begin: places with as little to keep as any, evenly spread by cost."""
+    inner = range(first + 1, end)
+    least = min((found[link - 1].bytes for link in inner), default=0)
+    narrow = [link for link in inner if found[link - 1].bytes <= least]
+    if not narrow:
+        return []
+    bounds = [first, *narrow, end]
+    merged = [sum(costs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    count = min(MOST_BLOCKS, len(merged))
+    return [bounds[start] for start in balanced(merged, [0.0] * (len(merged) - 1), count)]
+
+
+def _links(
+    step: StepGraph, found: Sequence[Place], costs: Mapping[Use, float], parameters: Collection[str]
+) -> list[float]:
+    """Cost between each two places."""
+    starts = {place.use: index + 1 for index, place in enumerate(found)}
+    links = [0.0] * (len(found) + 1)
+    current = 0
+    for used in uses(step.graph, step.tensors, parameters).values():
+        for use in used:
+            current = starts.get(use, current)
+            links[current] += costs.get(use, 0.0)
+    return links
+
+
+def _measured(
+    step: StepGraph, tensors: Mapping[str, Tensor], data: Any, parameters: Collection[str], mesh: Mesh
+) -> dict[Use, float]:
+    """Seconds of the forward pass from each use of a parameter to the next, as worker 0 measures them."""
+    used = uses(step.graph, step.tensors, parameters)
+    keys = [use[0] for use in used.values()]
+    seconds = torch.zeros(len(keys), dtype=torch.float64, device=mesh.device)
+    if mesh.rank == 0:
+        seconds = torch.tensor(_timed(step, tensors, data, used), dtype=torch.float64, device=mesh.device)
+    if mesh.world is not None:
+        dist.broadcast(seconds, 0)
+    return dict(zip(keys, seconds.tolist(), strict=True))
+
+
+@torch.no_grad()
+def _timed(
+    step: StepGraph, tensors: Mapping[str, Tensor], data: Any, used: Mapping[fx.Node, list[Use]], repeats: int = 3
+) -> list[float]:
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
+    best = [float("inf")] * len(used)
+    with torch.random.fork_rng():
+        for _ in range(repeats):
+            for index, seconds in enumerate(_timed_once(step, tensors, data, used)):
+                best[index] = min(best[index], seconds)
+    for name, value in kept.items():  # batch norm's statistics are as before
+        tensors[name].data.copy_(value)
+    return best
+
+
+def _timed_once(
+    step: StepGraph, tensors: Mapping[str, Tensor], data: Any, used: Mapping[fx.Node, list[Use]]
+) -> list[float]:
+    leaves = dict(zip(step.leaves, batch_leaves(data), strict=True))
+    values: dict[fx.Node, Any] = {}
+    for node in step.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = _given(step, node.name, tensors, leaves)
+    seconds = [0.0] * len(used)
+    current = -1
+    last = {argument: node for node in calls(step.graph) for argument in node.all_input_nodes}
+    for node in calls(step.graph):
+        current += node in used
+        args = fx.node.map_arg((node.args, node.kwargs), lambda argument: values[argument])
+        start = time.perf_counter()
+        values[node] = node.target(*args[0], **args[1])  # type: ignore[operator]
+        _synchronize(values[node])
+        seconds[max(current, 0)] += time.perf_counter() - start
+        for argument in node.all_input_nodes:
+            if last[argument] is node:
+                values.pop(argument, None)
+    return seconds
+
+
+def _given(step: StepGraph, name: str, tensors: Mapping[str, Tensor], leaves: Mapping[str, Any]) -> Any:
+    if name in step.tensors:
+        return tensors[step.tensors[name]].detach()
+    return step.constants[name] if name in step.constants else leaves[name]
+
+
+def _synchronize(value: Any) -> None:
+    if isinstance(value, Tensor) and value.is_cuda:
+        torch.cuda.synchronize(value.device)

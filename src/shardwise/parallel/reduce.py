@@ -1,0 +1,93 @@
+"""Adds gradients up over replicas while the backward pass goes on, in buckets; and over other groups when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES = 25 * 2**20
+"""As large as DDP's: large enough for bandwidth, small enough to overlap."""
+
+
+class GradientReducer:
+    """Sums the gradients of some parameters over a group, bucket by bucket as they become complete.
+
+    Gradients appear roughly in the reverse order of the parameters, so that is the order of the buckets.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._buckets = _buckets(parameters)
+        self._missing: list[int] = []
+        self._running: list[tuple[list[nn.Parameter], Tensor, Any]] = []
+        self._launched: set[int] = set()
+        self._armed = False
+        for index, bucket in enumerate(self._buckets):
+            for parameter in bucket:
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._ready(index))
+
+    def arm(self) -> None:
+        """From here on gradients are complete when they appear: the last backward pass begins."""
+        self._armed = True
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._launched.clear()
+
+    def _ready(self, index: int) -> None:
+        if not self._armed:
+            return
+        self._missing[index] -= 1
+        if self._missing[index] == 0:
+            self._launch(index)
+
+    def _launch(self, index: int) -> None:
+        bucket = self._buckets[index]
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self._running.append((bucket, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
+        self._launched.add(index)
+
+    def finish(self) -> None:
+        """Reduces what is left. Collective."""
+        for index in range(len(self._buckets)):
+            if index not in self._launched:
+                self._launch(index)
+        for bucket, flat, handle in self._running:
+            handle.wait()
+            _scatter(flat, bucket)
+        self._running.clear()
+        self._launched.clear()
+        self._armed = False
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    buckets: list[list[nn.Parameter]] = []
+    size, dtype = 0, None
+    for parameter in reversed(list(parameters)):
+        bytes_ = parameter.numel() * parameter.element_size()
+        if not buckets or size + bytes_ > BUCKET_BYTES or parameter.dtype != dtype:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter)
+        size, dtype = size + bytes_, parameter.dtype
+    return buckets
+
+
+def _scatter(flat: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Writes a flat sum back into gradients."""
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        if parameter.grad is not None:  # else no replica has one: the graph is the same on all
+            parameter.grad.copy_(part.view_as(parameter))
+
+
+def sum_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sums tensors over a group in place, in one message per dtype. Collective."""
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        chosen = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.reshape(-1) for gradient in chosen])
+        dist.all_reduce(flat, group=group)
+        for gradient, part in zip(chosen, flat.split([g.numel() for g in chosen]), strict=True):
+            gradient.copy_(part.view_as(gradient))

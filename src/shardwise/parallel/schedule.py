@@ -1,0 +1,123 @@
+"""The order in which a pipeline worker computes: pure tables, which the runner executes and a simulator can replay.
+
+With P workers, stage s lies on worker s % P. For P = 3 workers and 4 microbatches, F forward, B backward:
+
+    gpipe (Huang et al. 2019)              1f1b (Narayanan et al. 2019)
+    0  F0 F1 F2 F3 B0 B1 B2 B3             0  F0 F1 F2 B0 F3 B1 B2 B3
+    1  F0 F1 F2 F3 B0 B1 B2 B3             1  F0 F1 B0 F2 B1 F3 B2 B3
+    2  F0 F1 F2 F3 B0 B1 B2 B3             2  F0 B0 F1 B1 F2 B2 F3 B3
+
+    interleaved (Narayanan et al. 2021)    several stages per worker: smaller bubbles, more messages
+    zero-bubble (ZB-H1; Qi et al. 2023)    the backward pass in two: I for the inputs, which others wait for, and W for
+                                           the weights, which fills the bubbles
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORWARD = "F"
+BACKWARD = "B"
+INPUT = "I"
+WEIGHT = "W"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One piece of work: `kind` F, B, I or W of a microbatch on a stage."""
+
+    kind: str
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+
+def order(
+    schedule: str, worker: int, workers: int, stages_per_worker: int, microbatches: int, *, last_whole: bool = False
+) -> list[Action]:
+    """What worker `worker` of a pipeline does in one step, in its order.
+
+    Args:
+        schedule: gpipe, 1f1b, interleaved or zero-bubble.
+        worker: its place in the pipeline.
+        workers: their number.
+        stages_per_worker: 1, or more for interleaved.
+        microbatches: a multiple of `workers` for interleaved; other numbers (the tail of an epoch) go as in gpipe.
+        last_whole: the last backward of a stage is not split, and all others are complete before it (gradients that are
+            reduced as they appear need that).
+    """
+    if workers == 1:
+        return [action for m in range(microbatches) for action in _alone(stages_per_worker, m)]
+    if schedule == "gpipe" or (schedule == "interleaved" and microbatches % workers):
+        return gpipe(worker, workers, stages_per_worker, microbatches)
+    if schedule == "interleaved":
+        return interleaved(worker, workers, stages_per_worker, microbatches)
+    if schedule == "zero-bubble":
+        return zero_bubble(worker, workers, microbatches, last_whole=last_whole)
+    return one_forward_one_backward(worker, workers, microbatches)
+
+
+def _alone(stages: int, microbatch: int) -> list[Action]:
+    forward = [Action(FORWARD, s, microbatch) for s in range(stages)]
+    return forward + [Action(BACKWARD, s, microbatch) for s in reversed(range(stages))]
+
+
+def gpipe(worker: int, workers: int, stages_per_worker: int, microbatches: int) -> list[Action]:
+    """All forwards, then all backwards."""
+    stages = [worker + chunk * workers for chunk in range(stages_per_worker)]
+    forward = [Action(FORWARD, s, m) for s in stages for m in range(microbatches)]
+    return forward + [Action(BACKWARD, s, m) for s in reversed(stages) for m in range(microbatches)]
+
+
+def one_forward_one_backward(worker: int, workers: int, microbatches: int) -> list[Action]:
+    """Forwards to fill the pipeline, then one backward for each forward: at most `workers` activations are kept."""
+    ahead = min(workers - worker - 1, microbatches)
+    forward = [Action(FORWARD, worker, m) for m in range(microbatches)]
+    backward = [Action(BACKWARD, worker, m) for m in range(microbatches)]
+    return _alternate(forward, backward, ahead)
+
+
+def interleaved(worker: int, workers: int, stages_per_worker: int, microbatches: int) -> list[Action]:
+    """Several stages per worker, in rounds of `workers` microbatches."""
+    total = microbatches * stages_per_worker
+
+    def action(kind: str, k: int) -> Action:
+        chunk = k // workers % stages_per_worker
+        if kind == BACKWARD:
+            chunk = stages_per_worker - 1 - chunk
+        microbatch = k // (workers * stages_per_worker) * workers + k % workers
+        return Action(kind, chunk * workers + worker, microbatch)
+
+    ahead = min(total, 2 * (workers - worker - 1) + (stages_per_worker - 1) * workers)
+    forward = [action(FORWARD, k) for k in range(total)]
+    backward = [action(BACKWARD, k) for k in range(total)]
+    return _alternate(forward, backward, ahead)
+
+
+def _alternate(forward: list[Action], backward: list[Action], ahead: int) -> list[Action]:
+    """`ahead` forwards, then pairs of a forward and a backward, then the backwards that are left."""
+    actions = forward[:ahead]
+    for f, b in zip(forward[ahead:], backward, strict=False):
+        actions += [f, b]
+    return actions + backward[len(forward) - ahead :]
+
+
+def zero_bubble(worker: int, workers: int, microbatches: int, *, last_whole: bool = False) -> list[Action]:
+    """1f1b with the weights' gradients `worker` microbatches later than the inputs', as many as fit into bubbles."""
+    actions: list[Action] = []
+    pending: list[int] = []
+    last = microbatches - 1
+    for action in one_forward_one_backward(worker, workers, microbatches):
+        if action.kind == FORWARD:
+            actions.append(action)
+            continue
+        if last_whole and action.microbatch == last:
+            actions += [Action(WEIGHT, worker, m) for m in pending]
+            return [*actions, Action(BACKWARD, worker, last)]
+        actions.append(Action(INPUT, worker, action.microbatch))
+        pending.append(action.microbatch)
+        if len(pending) > worker:
+            actions.append(Action(WEIGHT, worker, pending.pop(0)))
+    return actions + [Action(WEIGHT, worker, m) for m in pending]

@@ -1,0 +1,154 @@
+"""Consecutive parts of a worker's graph, as Python functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shardwise.parallel.cuts import calls, from_batch, ranges, writes_in_place
+from shardwise.parallel.tensor import LocalGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a step.
+
+    Attributes:
+        nodes: its calls, with those that it repeats because they need the batch only.
+        tensors: names of the parameters and buffers that it uses.
+        given: placeholders of the batch and of constants that it uses.
+        inputs: values that come from earlier sections.
+        outputs: values that later sections use, or that the step returns.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    tensors: tuple[str, ...]
+    given: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+def sections(local: LocalGraph, at: Sequence[int]) -> list[Section]:
+    """The sections of a graph that is cut before the calls `at`."""
+    sequence = calls(local.graph)
+    batch = from_batch(local)
+    results = next(node for node in local.graph.nodes if node.op == "output").args[0]
+    parts = ranges(local, at)
+    last = len(parts) - 1
+    home = {
+        node: index for index, part in enumerate(parts) for node in (sequence[i] for i in part) if node not in batch
+    }
+    found = []
+    for index, part in enumerate(parts):
+        own = [sequence[i] for i in part if sequence[i] not in batch]
+        returned = list(results) if index == last else []
+        nodes = _with_batch_nodes(own, returned, batch, sequence)
+        arguments = _unique(argument for node in nodes for argument in node.all_input_nodes)
+        holders = [a for a in arguments if a.op == "placeholder"]
+        inputs = [a for a in (*arguments, *returned) if a in home and home[a] != index]
+        outputs = [n for n in own if any(home.get(user, index) != index for user in n.users)]
+        outputs += [n for n in own if n in results and index != last and n not in outputs]
+        found.append(
+            Section(
+                tuple(nodes),
+                tuple(_unique(local.step.tensors[a.name] for a in holders if a.name in local.step.tensors)),
+                tuple(a for a in holders if a.name not in local.step.tensors),
+                tuple(_unique(inputs)),
+                tuple(returned) if index == last else tuple(_unique(outputs)),
+            )
+        )
+    return found
+
+
+def _unique(items: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(items))
+
+
+def _with_batch_nodes(
+    own: list[fx.Node], returned: list[fx.Node], batch: set[fx.Node], sequence: list[fx.Node]
+) -> list[fx.Node]:
+    """The section's calls and what they need that comes from the batch alone, in the order of the step."""
+    needed = set(own)
+    stack = [a for node in own for a in node.all_input_nodes if a in batch] + [n for n in returned if n in batch]
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and node not in needed:
+            needed.add(node)
+            stack += node.all_input_nodes
+    return [node for node in sequence if node in needed]
+
+
+def compiled(section: Section, local: LocalGraph) -> Callable[..., tuple[Any, ...]]:
+    """The section as a function: (tensors, given and inputs, in their order) -> outputs.
+
+    Straight-line Python; a value is dropped after its last use, so that what autograd does not keep is freed.
+    """
+    named = {name: f"t{index}" for index, name in enumerate(section.tensors)}
+    names: dict[fx.Node, str] = {}
+    for node in local.graph.nodes:
+        if node.op == "placeholder" and node.name in local.step.tensors:
+            names[node] = named.get(local.step.tensors[node.name], "")
+    for index, node in enumerate((*section.given, *section.inputs)):
+        names[node] = f"x{index}"
+    arguments = [*named.values(), *(f"x{i}" for i in range(len(section.given) + len(section.inputs)))]
+    writer = _Writer(names)
+    if any(writes_in_place(node) and node.args[0] not in _tensor_nodes(local) for node in section.nodes):
+        for node in section.inputs:  # a received value must not be overwritten
+            writer.lines.append(f"{names[node]} = {names[node]}.clone()")
+    last = {argument: node for node in section.nodes for argument in node.all_input_nodes}
+    for index, node in enumerate(section.nodes):
+        names[node] = f"v{index}"
+        writer.call(node, [a for a in node.all_input_nodes if last[a] is node and a not in section.outputs])
+        if node not in last and node not in section.outputs:
+            writer.lines.append(f"del v{index}")
+    results = "".join(f"{names[node]}, " for node in section.outputs)
+    source = "\n    ".join([f"def section({', '.join(arguments)}):", *writer.lines, f"return ({results})"])
+    exec(compile(source, "<section of a step>", "exec"), writer.scope)
+    function: Callable[..., tuple[Any, ...]] = writer.scope["section"]
+    return function
+
+
+def _tensor_nodes(local: LocalGraph) -> set[fx.Node]:
+    return {node for node in local.graph.nodes if node.op == "placeholder" and node.name in local.step.tensors}
+
+
+class _Writer:
+    """Writes calls as lines of Python; what has no literal form is looked up by name."""
+
+    def __init__(self, names: dict[fx.Node, str]) -> None:
+        self.names = names
+        self.lines: list[str] = []
+        self.scope: dict[str, Any] = {}
+        self._known: dict[int, str] = {}
+
+    def call(self, node: fx.Node, dead: list[fx.Node]) -> None:
+        arguments = [self.literal(argument) for argument in node.args]
+        arguments += [f"{key}={self.literal(value)}" for key, value in node.kwargs.items()]
+        self.lines.append(f"{self.names[node]} = {self.constant(node.target)}({', '.join(arguments)})")
+        if dead:
+            self.lines.append("del " + ", ".join(self.names[argument] for argument in dead))
+
+    def literal(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self.names[value]
+        if isinstance(value, (list, tuple)):
+            inner = "".join(f"{self.literal(item)}, " for item in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        if value is None or isinstance(value, (bool, int, str)):
+            return repr(value)
+        return self.constant(value)
+
+    def constant(self, value: Any) -> str:
+        if id(value) not in self._known:
+            self._known[id(value)] = f"c{len(self._known)}"
+            self.scope[self._known[id(value)]] = value
+        return self._known[id(value)]
+
+
+def example(node: fx.Node, device: torch.device) -> Tensor:
+    """An empty tensor of the shape and dtype that a node has on this worker."""
+    return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device=device)

@@ -1,0 +1,212 @@
+"""Runs the traced graph of a module, cut over workers: tensor parallel, pipeline, and their products with dp and fsdp.
+
+    trace the step -> each worker's part of every operation (`tensor`) -> cut into stages and blocks (`planning`)
+        -> modules that hold this worker's tensors (`holding`) -> executed by `pipeline`
+
+A graph has fixed shapes: the last small batch of an epoch and the evaluation have graphs of their own, cut alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.errors import WorkloadError
+from shardwise.parallel.deferred import WeightGradients, defer_weights
+from shardwise.parallel.engine import Held, Position
+from shardwise.parallel.exchange import Exchange
+from shardwise.parallel.holding import Holding
+from shardwise.parallel.keyed import KeyedOperations
+from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.model import aliases_of, build_model, persistent_buffers
+from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
+from shardwise.parallel.placement import Placement, Sharded
+from shardwise.parallel.planning import divide
+from shardwise.parallel.schedule import order
+from shardwise.parallel.stage import Work, prepare
+from shardwise.parallel.tensor import LocalGraph, Replacements, partition
+from shardwise.parallel.values import to_device
+from shardwise.strategy import Strategy
+from shardwise.workload.data import Microbatch, Share, batch_samples
+from shardwise.workload.graph import StepGraph, batch_leaves, example, trace
+from shardwise.workload.workload import Workload
+
+Key = tuple[Any, ...]
+"""What a graph is made for: training or evaluation, shapes and dtypes of the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A microbatch with its data on our device and the number it has in its share."""
+
+    number: int
+    microbatch: Microbatch
+    data: Any
+    key: Key
+
+
+class GraphEngine:
+    """See the module's docstring, and `engine.Engine` for what each attribute means.
+
+    Raises:
+        WorkloadError: the step cannot be traced.
+        StrategyError: the strategy cannot work for this module.
+    """
+
+    unused: Sequence[str] = ()
+
+    def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh) -> None:
+        self._workload, self._strategy, self._mesh = workload, strategy, mesh
+        self.position = Position(seed=workload.seed)
+        self.uniform = strategy.pp > 1
+        self._exchange = Exchange(mesh.group("tp"), mesh.coordinate("tp"), strategy.tp)
+        self._keyed = KeyedOperations(self.position, self._exchange, mesh.replica_group)
+        self._weights = WeightGradients()
+        self._works: dict[Key, Work] = {}
+        model = build_model(workload, mesh)
+        self.aliases = aliases_of(model)
+        named = dict(model.named_parameters())
+        self._parameters = frozenset(named)
+        self._trained = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
+        data = self._example()
+        step = trace(workload, model, data)
+        local = self._partition(step, None)
+        tensors: dict[str, Tensor] = {**named, **persistent_buffers(model)}
+        self._placements, self._summed = local.placements, local.summed
+        self._division = divide(step, local, tensors, data, strategy, mesh, self._parameters)
+        work = self._works[self._key(True, data)] = self._prepare(local)
+        half = (strategy.precision or workload.precision) == "bf16"
+        self._holding = Holding(work, tensors, local, strategy, mesh, self._exchange, self._keyed, half=half)
+        self.parameters: dict[str, nn.Parameter] = self._holding.trained(self._trained)
+        self.held: dict[str, Held] = self._holding.held()
+        self._pipeline = Pipeline(
+            self._holding.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
+        )
+        self.notes = local.notes
+        self.sharded_parameter_share = sharded_share(named, local.placements)
+
+    # ---- graphs -----------------------------------------------------------------------------------------------------
+
+    def _example(self) -> Any:
+        """A microbatch as this worker trains on."""
+        strategy = self._strategy
+        share = self._workload.batch_size // strategy.replicas
+        return to_device(example(self._workload, share // strategy.microbatches), self._mesh.device)
+
+    def _key(self, training: bool, data: Any) -> Key:
+        leaves = batch_leaves(data)
+        return training, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
+
+    def _partition(self, step: StepGraph, placements: Mapping[str, Placement] | None) -> LocalGraph:
+        replacements = Replacements(self._keyed.dropout, self._keyed.attention, self._keyed.batch_norm)
+        local, _ = partition(
+            step,
+            self._exchange,
+            replacements,
+            trained=self._trained,
+            sequence=bool(self._strategy.sp),
+            placements=placements,
+        )
+        if self._strategy.schedule == "zero-bubble":
+            defer_weights(local.graph, self._weights, step.tensors)
+        return local
+
+    def _prepare(self, local: LocalGraph) -> Work:
+        division, strategy = self._division, self._strategy
+        assert len(division.blocks) < MOST_STAGES
+        own = range(self._mesh.coordinate("pp"), len(division.blocks), strategy.pp)
+        return prepare(local, division.cut, division.blocks, self._parameters, own)
+
+    def _work(self, key: Key, data: Any) -> Work:
+        """What is computed for batches of these shapes; traced when they come for the first time."""
+        if key not in self._works:
+            with torch.random.fork_rng():
+                torch.manual_seed(self._workload.seed)
+                model = self._workload.model().to(self._mesh.device)
+            if not model.training:
+                model.train()
+            step = trace(self._workload, model, data, training=key[0])
+            local = self._partition(step, self._placements)
+            if key[0] and local.summed != self._summed:
+                odd = ", ".join(sorted(local.summed ^ self._summed))
+                raise WorkloadError(f"the step uses {odd} differently for another batch size: tp cannot train it")
+            self._works[key] = self._prepare(local)
+        return self._works[key]
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
+        """Gradients of a share, see `Engine.forward_backward`."""
+        total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        passes = list(self._passes(share, scales))
+        for number, work in enumerate(passes):
+            last = number == len(passes) - 1
+            self._holding.final_pass = last
+            total = total + self._pipeline.run(work)
+        self._holding.reduce(self._summed)
+        return total if self._mesh.coordinate("tp") == 0 else torch.zeros_like(total)
+
+    def _passes(self, share: Share, scales: Sequence[Tensor]) -> Iterator[Pass]:
+        """Microbatches of one shape after each other go through the pipeline together."""
+        entries = []
+        for number, microbatch in enumerate(share.microbatches):
+            data = to_device(microbatch.data, self._mesh.device)
+            entries.append(_Entry(number, microbatch, data, self._key(True, data)))
+        for key, group in groupby(entries, lambda entry: entry.key):
+            yield self._pass(key, list(group), scales)
+
+    def _pass(self, key: Key, entries: list[_Entry], scales: Sequence[Tensor]) -> Pass:
+        strategy, mesh = self._strategy, self._mesh
+        work = self._work(key, entries[0].data)
+        actions = order(
+            strategy.schedule,
+            mesh.coordinate("pp"),
+            strategy.pp,
+            strategy.stages_per_worker,
+            len(entries),
+            last_whole=self._holding.sharded,
+        )
+        return Pass(
+            work,
+            actions,
+            [self._given(work, entry.data) for entry in entries],
+            [scales[entry.number] * self._holding.loss_factor for entry in entries],
+            enter=lambda number: self._enter(entries[number].microbatch, entries[number].data),
+            before_backward=self._holding.before_backward,
+            after_backward=self._holding.after_backward,
+        )
+
+    def _enter(self, microbatch: Microbatch, data: Any) -> None:
+        self.position.first = microbatch.first
+        self.position.samples = microbatch.samples or batch_samples(data)
+        self.position.counted = microbatch.samples
+
+    def _given(self, work: Work, data: Any) -> dict[str, Any]:
+        """The batch and the module's constants, by placeholder."""
+        step = work.local.step
+        return {**dict(zip(step.leaves, batch_leaves(data), strict=True)), **step.constants}
+
+    @torch.no_grad()
+    def evaluate(self, microbatch: Microbatch) -> Tensor:
+        """(loss, metric) of a microbatch, see `Engine.evaluate`."""
+        data = to_device(microbatch.data, self._mesh.device)
+        self._enter(microbatch, data)
+        work = self._work(self._key(False, data), data)
+        results = self._pipeline.evaluate(work, self._given(work, data))
+        self._holding.after_evaluation()
+        values = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
+        if results is not None and self._mesh.coordinate("tp") == 0:
+            values[: len(results)] = torch.stack([result.double() for result in results])
+        return values
+
+
+def sharded_share(parameters: Mapping[str, nn.Parameter], placements: Mapping[str, Placement]) -> float:
+    """Share of a model's parameters that tensor parallelism splits, 0 to 1."""
+    total = sum(parameter.numel() for parameter in parameters.values())
+    cut = sum(p.numel() for name, p in parameters.items() if isinstance(placements.get(name), Sharded))
+    return cut / total if total else 0.0

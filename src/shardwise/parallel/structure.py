@@ -1,0 +1,224 @@
+"""Tensor-parallel rules of operations that move elements and compute nothing: reshapes, permutations, cuts, joins.
+
+A sharded dimension is followed through them. Where it could be followed if a parameter's dimension were cut into other
+segments (the query, key and value of one fused matrix), the partitioner learns that for its next pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shardwise.parallel.placement import Placement, Sharded, between, cut_segments, local_shape, reshaped
+from shardwise.parallel.tensor import Obstacle, Partitioner, Value
+
+aten = torch.ops.aten
+Rule = Callable[[Partitioner, fx.Node, list[Any], dict[str, Any]], Any]
+
+
+def reshape(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    """view, reshape, flatten, unflatten, squeeze, unsqueeze: all are a reshape to the traced shape."""
+    x, like = p.settled(args[0]), node.meta["val"]
+    placement: Placement = x.placement
+    if isinstance(placement, Sharded) and like.numel() > 0:
+        followed, wanted = reshaped(placement, x.shape, tuple(like.shape), p.ranks)
+        if followed is None:
+            _missed(p, x, placement, tuple(like.shape), wanted)
+            x = p.replicated(x)
+        placement = followed or x.placement
+    shape = local_shape(tuple(like.shape), placement, p.ranks)
+    return p.emit(aten.reshape.default, (x, shape), like=like, placement=placement)
+
+
+def _missed(p: Partitioner, x: Value, placement: Sharded, new: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
+    """Learns the segments that would do; else notes a number of heads that the degree does not divide."""
+    if wanted is not None:
+        p.learn(placement.origin, wanted)
+        return
+    size = x.shape[placement.dim]
+    start = prod(x.shape[: placement.dim])
+    for dim in range(len(new)):
+        if prod(new[:dim]) == start and 1 < new[dim] < size and size % new[dim] == 0:
+            p.obstacles.append(Obstacle("heads", new[dim]))
+
+
+def permute(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    """permute, transpose, t, movedim: where each dimension goes is read off a small tensor of the same rank."""
+    x, like = p.settled(args[0]), node.meta["val"]
+    probe = torch.empty(tuple(range(2, 2 + len(x.shape))), device="meta")
+    order = node.target(probe, *args[1:], **kwargs).shape  # type: ignore[operator]
+    placement: Placement = x.placement
+    if isinstance(placement, Sharded):
+        placement = placement.at(list(order).index(placement.dim + 2))
+    return p.emit(node.target, (x, *args[1:]), kwargs, like=like, placement=placement)  # type: ignore[arg-type]
+
+
+def expand(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    """Repeats dimensions of size one; the sharded one moves by the dimensions that are new."""
+    x, like = p.settled(args[0]), node.meta["val"]
+    placement: Placement = x.placement
+    if isinstance(placement, Sharded):
+        placement = placement.at(placement.dim + like.dim() - len(x.shape))
+    shape = local_shape(tuple(like.shape), placement, p.ranks)
+    return p.emit(aten.expand.default, (x, shape), like=like, placement=placement)
+
+
+def repeat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """repeat: possible on the parts where the sharded dimension is not the one that is repeated."""
+    x, like = p.settled(args[0]), node.meta["val"]
+    placement = x.placement
+    if not isinstance(placement, Sharded):
+        return p.emit(node.target, (x, *args[1:]), kwargs, like=like)  # type: ignore[arg-type]
+    dim = placement.dim + like.dim() - len(x.shape)
+    if args[1][dim] != 1:
+        return p.fallback(node, args, kwargs, "repeat along a sharded dimension")
+    return p.emit(node.target, (x, *args[1:]), kwargs, like=like, placement=placement.at(dim))  # type: ignore[arg-type]
+
+
+def repeat_interleave(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """repeat_interleave(x, n, dim): the segments grow n times."""
+    x, like = p.settled(args[0]), node.meta["val"]
+    times, dim = args[1], args[2] if len(args) > 2 else kwargs.get("dim")
+    placement = x.placement
+    if isinstance(times, Value) or dim is None or not isinstance(placement, Sharded):
+        return p.fallback(node, args, kwargs, "repeat_interleave by a tensor")
+    if dim % len(x.shape) == placement.dim:
+        placement = Sharded(placement.dim, tuple(size * times for size in placement.segments))
+    return p.emit(aten.repeat_interleave.self_int, (x, times, dim), like=like, placement=placement)
+
+
+def select(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """x[:, i]: the dimension goes."""
+    x, like = p.settled(args[0]), node.meta["val"]
+    dim, placement = args[1] % len(x.shape), x.placement
+    if isinstance(placement, Sharded):
+        if placement.dim == dim:
+            p.learn(placement.origin, (1,) * x.shape[dim])
+            return p.fallback(node, args, kwargs, "one index of a sharded dimension is taken")
+        placement = placement.at(placement.dim - (placement.dim > dim))
+    return p.emit(node.target, (x, *args[1:]), kwargs, like=like, placement=placement)  # type: ignore[arg-type]
+
+
+def slice_(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """x[:, start:end:step]."""
+    x, like = p.settled(args[0]), node.meta["val"]
+    dim = (args[1] if len(args) > 1 else 0) % len(x.shape)
+    placement = x.placement
+    if not isinstance(placement, Sharded) or placement.dim != dim:
+        return p.emit(node.target, (x, *args[1:]), kwargs, like=like, placement=placement)  # type: ignore[arg-type]
+    size, step = x.shape[dim], args[4] if len(args) > 4 else 1
+    start, end = (_clamped(args[i] if len(args) > i else None, size, other) for i, other in ((2, 0), (3, size)))
+    inside = between(placement.segments, start, end) if step == 1 else None
+    if inside is None:
+        if step == 1:
+            p.learn(placement.origin, cut_segments(placement.segments, (start, end)))
+        return p.fallback(node, args, kwargs, "a slice of a sharded dimension")
+    origin = placement.origin if (start, end) == (0, size) else None
+    local = (start // p.ranks, end // p.ranks)
+    return p.emit(aten.slice.Tensor, (x, dim, *local), like=like, placement=Sharded(dim, inside, origin))
+
+
+def _clamped(value: int | None, size: int, default: int) -> int:
+    if value is None:
+        return default
+    return max(0, min(size, value + size if value < 0 else value))
+
+
+def split(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """split, chunk, split_with_sizes: along a sharded dimension where the parts are whole segments."""
+    x, likes = args[0], list(node.meta["val"])
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(x.shape)
+    sizes = [like.shape[dim] for like in likes]
+    if p.ranks > 1 and p.undecided(x) and len(x.shape) > 1 and all(size % p.ranks == 0 for size in sizes):
+        x = p.sharded(x, dim, tuple(sizes))  # a weight that is cut before it is used: its parts by output features
+    x = p.settled(x)
+    placement = x.placement
+    if not isinstance(placement, Sharded) or placement.dim != dim:
+        return p.emit_many(
+            aten.split_with_sizes.default, (x, sizes, dim), like=likes, placements=[placement] * len(likes)
+        )
+    bounds = list(accumulate(sizes, initial=0))
+    parts = [between(placement.segments, start, end) for start, end in pairwise(bounds)]
+    if any(part is None or not Sharded(dim, part).fits(p.ranks) for part in parts):
+        p.learn(placement.origin, cut_segments(placement.segments, bounds))
+        x = p.replicated(x)
+        return p.emit_many(
+            aten.split_with_sizes.default, (x, sizes, dim), like=likes, placements=[x.placement] * len(likes)
+        )
+    local = [size // p.ranks for size in sizes]
+    placements = [Sharded(dim, part) for part in parts if part is not None]
+    return p.emit_many(aten.split_with_sizes.default, (x, local, dim), like=likes, placements=placements)
+
+
+def unbind(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """unbind: every index of a dimension that must not be sharded."""
+    x, likes = p.settled(args[0]), list(node.meta["val"])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(x.shape)
+    placement = x.placement
+    if isinstance(placement, Sharded) and placement.dim == dim:
+        p.learn(placement.origin, (1,) * x.shape[dim])
+        x = p.replicated(x)
+        placement = x.placement
+    if isinstance(placement, Sharded):
+        placement = placement.at(placement.dim - (placement.dim > dim))
+    return p.emit_many(aten.unbind.int, (x, dim), like=likes, placements=[placement] * len(likes))
+
+
+def cat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    """cat: along the sharded dimension the segments follow each other."""
+    like = node.meta["val"]
+    values = [p.settled(value) for value in args[0] if tuple(value.shape) != (0,)]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % like.dim()
+    first = next((v.placement for v in values if isinstance(v.placement, Sharded)), None)
+    if first is not None and first.dim == dim:
+        segments = [v.placement.segments if isinstance(v.placement, Sharded) else (v.shape[dim],) for v in values]
+        if all(size % p.ranks == 0 for each in segments for size in each):
+            parts = [p.sharded(v, dim, s) for v, s in zip(values, segments, strict=True)]
+            joined = Sharded(dim, tuple(size for each in segments for size in each))
+            return p.emit(aten.cat.default, (parts, dim), like=like, placement=joined)
+        first = None
+    if first is not None:
+        parts = [p.sharded(v, first.dim, first.segments, first.origin) for v in values]
+        return p.emit(aten.cat.default, (parts, dim), like=like, placement=first)
+    return p.emit(aten.cat.default, ([p.replicated(v) for v in values], dim), like=like)
+
+
+def stack(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    """stack: a new dimension, never sharded."""
+    like = node.meta["val"]
+    values = [p.settled(value) for value in args[0]]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % like.dim()
+    first = next((v.placement for v in values if isinstance(v.placement, Sharded)), None)
+    if first is None:
+        return p.emit(aten.stack.default, (values, dim), like=like)
+    parts = [p.sharded(v, first.dim, first.segments, first.origin) for v in values]
+    return p.emit(aten.stack.default, (parts, dim), like=like, placement=first.at(first.dim + (first.dim >= dim)))
+
+
+def shapes(values: Sequence[Any]) -> list[tuple[int, ...]]:
+    """Shapes of the tensors among `values`."""
+    return [tuple(value.shape) for value in values if isinstance(value, (Tensor, Value))]
+
+
+RESHAPES = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
+PERMUTATIONS = ("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "mT", "adjoint")
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(RESHAPES, reshape),
+    **dict.fromkeys(PERMUTATIONS, permute),
+    **dict.fromkeys(("expand", "expand_as"), expand),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split"), split),
+    "repeat": repeat,
+    "repeat_interleave": repeat_interleave,
+    "select": select,
+    "slice": slice_,
+    "unbind": unbind,
+    "cat": cat,
+    "concat": cat,
+    "concatenate": cat,
+    "stack": stack,
+}

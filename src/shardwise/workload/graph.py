@@ -1,0 +1,227 @@
+"""The traced graph of one training or evaluation step of a plain module: what feeds what.
+
+`torch.export` runs the module and its loss once on tensors without data and writes down the operations (ATen, before
+autograd; composite ones such as `linear` or `scaled_dot_product_attention` stay whole). Shapes are fixed in the graph,
+so there is one graph per batch shape; nothing else of the trace is used as a fact about the data.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+from torch.utils.data import default_collate
+
+from shardwise.errors import DataError, WorkloadError
+from shardwise.workload.workload import Workload, call_model
+
+_SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+_SET_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+_ASSERTS = (
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraph:
+    """One step as a graph.
+
+    Attributes:
+        graph: placeholders, calls of ATen operations, one output node with a tuple of values: (loss,) in training,
+            (loss, metric) in evaluation. Each node's `meta["val"]` is a tensor without data, or a tuple of them.
+        tensors: placeholder name -> name of the parameter or persistent buffer of the module.
+        constants: placeholder name -> tensor that the module holds but does not save.
+        leaves: names of the placeholders of the batch, in the order of `pytree.tree_leaves(batch)`.
+        training: whether the module was in training mode.
+    """
+
+    graph: fx.Graph
+    tensors: dict[str, str]
+    constants: dict[str, Tensor]
+    leaves: tuple[str, ...]
+    training: bool
+
+
+class _Step(nn.Module):
+    """Model, loss and metric as one module, so that the graph reaches from the batch to the loss."""
+
+    def __init__(self, workload: Workload, model: nn.Module, measure: Callable[[Any, Any], Tensor] | None) -> None:
+        super().__init__()
+        self.model = model
+        self._workload = workload
+        self._measure = measure
+
+    def forward(self, batch: Any) -> tuple[Tensor, ...]:
+        output = call_model(self.model, self._workload.inputs(batch))
+        loss = self._workload.loss(output, batch)
+        if self._measure is None:
+            return (loss,)
+        return loss, torch.as_tensor(self._measure(output, batch))
+
+
+def trace(workload: Workload, model: nn.Module, batch: Any, *, training: bool = True) -> StepGraph:
+    """The graph of one step on batches shaped like `batch`; with the workload's metric where not `training`.
+
+    In training every part of the module is in the mode that it is in. The module keeps its modes and its tensors.
+
+    Raises:
+        WorkloadError: the module or its loss cannot be traced, or the loss is not a scalar.
+    """
+    evaluation = workload.evaluation
+    measure = evaluation.measure if evaluation is not None and not training else None
+    modes = {module: module.training for module in model.modules()}
+    step = _Step(workload, model, measure)
+    if not training:
+        step.eval()
+    try:
+        with _quiet():
+            program = torch.export.export(step, (batch,), strict=False)
+    except Exception as error:
+        raise WorkloadError(f"workload {workload.name!r} cannot be traced: {_first_line(error)}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    graph = _inlined(program.graph_module)
+    _check_loss(workload, graph)
+    return _named(program, graph, model, training)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export warns of things that do not concern a person who trains."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _check_loss(workload: Workload, graph: fx.Graph) -> None:
+    output = next(node for node in graph.nodes if node.op == "output")
+    loss = output.args[0][0]
+    shape = tuple(loss.meta["val"].shape) if isinstance(loss, fx.Node) else None
+    if shape != ():
+        raise WorkloadError(f"the loss of workload {workload.name!r} has shape {shape}: it must be a scalar, a mean")
+
+
+def _inlined(module: fx.GraphModule) -> fx.Graph:
+    """A flat copy of the graph: bodies of `no_grad` and `autocast` regions in place, checks left out."""
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            continue  # the body of a region
+        _copy(node, module, graph, values)
+    return graph
+
+
+def _copy(node: fx.Node, owner: fx.GraphModule, graph: fx.Graph, values: dict[fx.Node, Any]) -> None:
+    if node.target in _ASSERTS:
+        return
+    if node.target in (_SET_GRAD, _SET_AUTOCAST):
+        first = 1 if node.target is _SET_GRAD else 4
+        body = getattr(owner, node.args[first].target)
+        operands = [values[argument] for argument in node.args[first + 1 :]]
+        results = _inline(body, operands, graph)
+        if node.target is _SET_GRAD and node.args[0] is False:
+            results = tuple(_detached(result, graph) for result in results)
+        values[node] = results
+    elif node.target is operator.getitem and not isinstance(values[node.args[0]], fx.Node):
+        values[node] = values[node.args[0]][node.args[1]]
+    else:
+        values[node] = graph.node_copy(node, lambda argument: values[argument])
+
+
+def _inline(body: fx.GraphModule, operands: list[Any], graph: fx.Graph) -> tuple[Any, ...]:
+    values: dict[fx.Node, Any] = {}
+    inputs = iter(operands)
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(inputs)
+        elif node.op == "output":
+            results = fx.node.map_arg(node.args[0], lambda argument: values[argument])
+            return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+        elif node.op != "get_attr":
+            _copy(node, body, graph, values)
+    raise AssertionError("a region without an output")
+
+
+def _detached(result: Any, graph: fx.Graph) -> Any:
+    """What leaves a `no_grad` region carries no gradient."""
+    if not isinstance(result, fx.Node) or not isinstance(result.meta.get("val"), Tensor):
+        return result
+    node = graph.call_function(torch.ops.aten.detach.default, (result,))
+    node.meta["val"] = result.meta["val"].detach()
+    return node
+
+
+def _named(program: torch.export.ExportedProgram, graph: fx.Graph, model: nn.Module, training: bool) -> StepGraph:
+    """Placeholders by what they are. A tied tensor has one name: its first in the module."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        names[name] = first.setdefault(id(tensor), name)
+    tensors: dict[str, str] = {}
+    constants: dict[str, Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        target = (spec.target or "").removeprefix("model.")
+        if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
+            tensors[spec.arg.name] = names[target]
+        elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            constants[spec.arg.name] = program.constants[spec.target or ""]
+        elif spec.kind is not InputKind.USER_INPUT:
+            raise WorkloadError(
+                f"the module holds {spec.target!r} of kind {spec.kind.name}: only tensors can be traced"
+            )
+    leaves = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
+    return StepGraph(graph, tensors, constants, leaves, training)
+
+
+def example(workload: Workload, samples: int) -> Any:
+    """A batch of the dataset's first `samples` samples.
+
+    Raises:
+        DataError: the dataset is empty.
+        WorkloadError: reading it would use up what training needs.
+    """
+    dataset = workload.dataset
+    if hasattr(dataset, "__getitem__"):
+        chosen = [dataset[index] for index in range(min(samples, len(dataset)))]
+    elif iter(dataset) is dataset:
+        raise WorkloadError(
+            f"the dataset of workload {workload.name!r} can be read only once, and tp and pp look at a batch first: "
+            "give an iterable whose iter() starts anew"
+        )
+    else:
+        chosen = list(islice(dataset, samples))
+    if not chosen:
+        raise DataError(f"the dataset of workload {workload.name!r} is empty: there is nothing to train on")
+    return (workload.collate or default_collate)(chosen)
+
+
+def batch_leaves(batch: Any) -> list[Any]:
+    """The values of a batch in the order of `StepGraph.leaves`."""
+    leaves: list[Any] = pytree.tree_leaves(batch)
+    return leaves
