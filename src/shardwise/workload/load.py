@@ -1,0 +1,173 @@
+"""From what a user writes to a `Workload`: a recipe's name, `path/to/file.py:function` or `package.module:function`.
+
+Every mistake is one line. Importing this module does not import torch; loading a recipe does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from shardwise.errors import RequestError, WorkloadError, nearest
+from shardwise.workload.settings import convert_settings, parameters_of
+from shardwise.workload.workload import Workload
+
+RECIPES = ("image", "language", "medical")
+_FORMS = f"a recipe ({', '.join(RECIPES)}), path/to/file.py:function or package.module:function"
+
+
+def load_workload(spec: str, settings: Mapping[str, Any] | None = None) -> Workload:
+    """The workload that `spec` names, with `settings` for the parameters of its function.
+
+    Args:
+        spec: a recipe, `path/to/file.py:function` or `package.module:function`; the function returns a `Workload`.
+        settings: parameter -> text (converted by the parameter's annotation or default) or value.
+
+    Raises:
+        WorkloadError: it cannot be found, imported or built, or a setting is wrong.
+        DataError: its data is missing or of the wrong kind.
+    """
+    function = _find_function(spec)
+    arguments = convert_settings(f"workload {spec!r}", _parameters(spec, function), settings or {})
+    try:
+        workload = function(**arguments)
+    except RequestError:
+        raise
+    except Exception as error:
+        raise WorkloadError(f"workload {spec!r} cannot be built: {_one_line(error)}{_place(error)}") from error
+    if not isinstance(workload, Workload):
+        raise WorkloadError(
+            f"{spec!r} returned {_kind(workload)}, not a Workload: the function must return a shardwise.Workload"
+        )
+    return workload
+
+
+def workload_parameters(spec: str) -> dict[str, inspect.Parameter]:
+    """The parameters of the function that `spec` names, by name, with resolved annotations. Raises WorkloadError."""
+    return _parameters(spec, _find_function(spec))
+
+
+def _parameters(spec: str, function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    try:
+        return parameters_of(function)
+    except (TypeError, ValueError) as error:
+        raise WorkloadError(f"the parameters of {spec!r} cannot be read: {_one_line(error)}") from error
+
+
+def _find_function(spec: str) -> Callable[..., Any]:
+    if spec in RECIPES:
+        return _function_of(_import_module(f"shardwise.workload.recipes.{spec}"), spec, spec)
+    source, colon, name = spec.rpartition(":")
+    if not colon:
+        raise WorkloadError(_unknown(spec))
+    if not source or not name:
+        raise WorkloadError(f"workload {spec!r}: write path/to/file.py:function or package.module:function")
+    is_file = source.endswith(".py") or os.sep in source
+    module = _import_file(Path(source)) if is_file else _import_module(source)
+    return _function_of(module, name, source)
+
+
+def _unknown(spec: str) -> str:
+    path = Path(spec)
+    if path.is_file():
+        return f"workload {spec!r} names no function: write {spec}:FUNCTION"
+    if path.is_dir():
+        return f"workload {spec!r} is a folder: give {_FORMS}"
+    return f"unknown workload {spec!r}: give {_FORMS}{nearest(spec, RECIPES)}"
+
+
+def _function_of(module: ModuleType, name: str, source: str) -> Callable[..., Any]:
+    function = getattr(module, name, None)
+    if callable(function):
+        found: Callable[..., Any] = function
+        return found
+    if hasattr(module, name):
+        raise WorkloadError(f"{name!r} in {source} is {_kind(function)}, not a function that returns a Workload")
+    known = [
+        key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
+    listed = f"its functions are {', '.join(known)}" if known else "it has no functions"
+    raise WorkloadError(f"no function {name!r} in {source}: {listed}{nearest(name, known)}")
+
+
+def _import_module(name: str) -> ModuleType:
+    """An importable module; the working directory counts, as it does for `python -m`."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except RequestError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise WorkloadError(f"there is no module {error.name!r} to import {name!r} from") from None
+        raise WorkloadError(f"{name} cannot be imported: {_one_line(error)}{_place(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise WorkloadError(f"{name} cannot be imported: {_one_line(error)}{_place(error)}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Runs a file as a module, with its folder on the import path as when Python runs a script."""
+    path = path.expanduser()
+    if not path.is_file():
+        raise WorkloadError(f"there is no file {str(path)!r}{_nearest_file(path)}")
+    path = path.resolve()
+    name = f"shardwise_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    specification = importlib.util.spec_from_file_location(name, path)
+    if specification is None or specification.loader is None:
+        raise WorkloadError(f"{str(path)!r} is not a Python file: its name must end in .py")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    try:
+        specification.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        if isinstance(error, RequestError):
+            raise
+        raise WorkloadError(f"{path.name} cannot be imported: {_one_line(error)}{_place(error, path)}") from error
+    _travel_by_value(module)
+    return module
+
+
+def _travel_by_value(module: ModuleType) -> None:
+    """Lets a workload of this file reach worker processes, which cannot import the file by its made-up name."""
+    import cloudpickle
+
+    cloudpickle.register_pickle_by_value(module)
+
+
+def _nearest_file(path: Path) -> str:
+    neighbours = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    return nearest(str(path), neighbours)
+
+
+def _place(error: BaseException, within: Path | None = None) -> str:
+    """Where the error comes from: ' (file.py, line 3)', the innermost frame of the file `within` if there is one."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if within is not None and Path(frame.filename) == within]
+    outside = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    frame = next(iter(inside[-1:] or outside[-1:]), None)
+    return f" ({frame.filename}, line {frame.lineno})" if frame else ""
+
+
+def _one_line(error: BaseException) -> str:
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    text = " ".join(str(message).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"

@@ -1,0 +1,89 @@
+"""Arrays that are made once and then memory-mapped: all workers of a machine share one copy in memory.
+
+Files lie in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, there `shardwise`) under a name that says what they
+were made from, and are written beside their place and renamed, so that one cut short is never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class LazyArray:
+    """An array that is opened when it is first used, and opened again by each process that gets it pickled."""
+
+    def __init__(self, open_array: Callable[[], Array]) -> None:
+        self._open = open_array
+        self._array: Array | None = None
+
+    @property
+    def array(self) -> Array:
+        """The array, read-only where it is memory-mapped."""
+        if self._array is None:
+            self._array = self._open()
+        return self._array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_open": self._open, "_array": None}
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """What files are there: their places, sizes and times of change."""
+    states = ((str(path), path.stat()) for path in paths)
+    lines = [f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def cached(name: str, key: Sequence[object], build: Callable[[], Array]) -> Array:
+    """The array that `build` makes, from the cache where it is there already.
+
+    Args:
+        name: start of the file's name.
+        key: everything that the array depends on.
+        build: makes the array. Where the cache folder cannot be written, its result is used as it is.
+    """
+    digest = hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:20]
+    path = cache_folder() / f"{name}-{digest}.npy"
+    with contextlib.suppress(OSError, ValueError):  # not there, or not whole: made (again) below
+        return _opened(path)
+    array = build()
+    with contextlib.suppress(OSError):
+        _write(path, array)
+        return _opened(path)
+    return array
+
+
+def cache_folder() -> Path:
+    """Where arrays are kept; may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "shardwise"
+
+
+def _opened(path: Path) -> Array:
+    array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def _write(path: Path, array: Array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".npy")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

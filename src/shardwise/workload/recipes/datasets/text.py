@@ -1,0 +1,212 @@
+"""Text as tokens: Python's own standard library, the user's text files byte by byte, or files of token ids.
+
+What a user gives as `data`:
+
+    folder with train.bin and val.bin (or .npy)    token ids, one split each
+    file.bin                                       token ids without a header, little-endian uint16 (nanoGPT's
+                                                   convention) or what `token_dtype` says; its last tenth is held out
+    file.npy                                       token ids, a one-dimensional array of integers; its last tenth too
+    any other file, a folder, a pattern (*.txt)    text, one token per byte; of several files about a twentieth are
+                                                   held out, of one its last tenth
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from shardwise.errors import DataError
+from shardwise.workload.recipes.datasets.cache import Array, LazyArray, cached, fingerprint
+from shardwise.workload.recipes.datasets.splits import split_names
+
+_TOKENS = (".bin", ".npy")
+_SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
+_BYTES = 256
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Both splits of a text as one-dimensional arrays of tokens: what `array[first:last]` of each holds."""
+
+    train: Span
+    held_out: Span
+    vocabulary: int
+    unit: str
+    """What a token is: `byte` or `token`."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens from `first` to before `last` of an array."""
+
+    tokens: LazyArray
+    first: int
+    last: int
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Pieces of `sequence + 1` tokens, so that each token but the first is the target of those before it.
+
+    With `count` None they follow each other, so that every token is a target once; else `count` of them lie evenly
+    over the span. Samples: `tokens`, int64 (sequence + 1,).
+
+    Raises:
+        DataError: the span is shorter than one piece.
+    """
+
+    def __init__(self, span: Span, sequence: int, count: int | None = None) -> None:
+        tokens = span.last - span.first
+        if tokens < sequence + 1:
+            raise DataError(f"sequence={sequence}: the text has only {tokens} tokens; use {max(1, tokens - 1)} or less")
+        self.span = span
+        self.sequence = sequence
+        self.count = (tokens - 1) // sequence
+        self.stride = sequence
+        if count is not None and count < self.count:
+            self.count = count
+            self.stride = (tokens - sequence - 1) // max(1, count - 1)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        start = self.span.first + index * self.stride
+        window = self.span.tokens.array[start : start + self.sequence + 1]
+        return {"tokens": torch.from_numpy(window.astype(np.int64))}
+
+
+def standard_library() -> Corpus:
+    """The `.py` files of the running interpreter's standard library, byte by byte. Raises DataError without any."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in _walk(root) if path.suffix == ".py"]
+    if len(files) < 2:
+        raise DataError(f"Python's standard library has no source files in {root}: give text of your own with data=")
+    return _texts("standard-library", root, files)
+
+
+def user_corpus(data: str, token_dtype: str, vocabulary: int | None) -> Corpus:
+    """The user's text or tokens, see the module's docstring. `vocabulary` None: what the tokens need.
+
+    Raises:
+        DataError: nothing there, no text in it, tokens that are no ids below `vocabulary`.
+    """
+    path = Path(data).expanduser()
+    pair = _token_pair(path)
+    if pair is not None:
+        return _tokens([_open_tokens(file, token_dtype) for file in pair], vocabulary, data)
+    if path.is_file() and path.suffix in _TOKENS:
+        return _tokens([_open_tokens(path, token_dtype)], vocabulary, data)
+    corpus = _user_text(path, data)
+    if vocabulary is not None and vocabulary < _BYTES:
+        raise DataError(f"vocabulary={vocabulary}: text is read byte by byte and needs {_BYTES}")
+    return corpus if vocabulary is None else Corpus(corpus.train, corpus.held_out, vocabulary, corpus.unit)
+
+
+def _token_pair(folder: Path) -> tuple[Path, Path] | None:
+    pairs = ((folder / f"train{suffix}", folder / f"val{suffix}") for suffix in _TOKENS)
+    return next((pair for pair in pairs if all(path.is_file() for path in pair)), None)
+
+
+def _user_text(path: Path, data: str) -> Corpus:
+    if path.is_dir():
+        files = [file for file in _walk(path) if _is_text(file)]
+    else:
+        found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        files = [file for file in found if file.is_file()]
+    if not files:
+        missing = "no text files in it" if path.is_dir() else "there is no such file, and no file fits it as a pattern"
+        raise DataError(f"data={data}: {missing}")
+    if len(files) > 1:
+        root = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
+        return _texts("text", root, files)
+    lazy = _joined("text", files)
+    return _last_tenth(lazy, _BYTES, "byte")
+
+
+def _walk(root: Path) -> list[Path]:
+    """All files below a folder, sorted; hidden ones and installed packages are left out."""
+    files: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("."))
+        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    return files
+
+
+def _is_text(path: Path) -> bool:
+    """As git tells: no NUL among the first bytes."""
+    with path.open("rb") as file:
+        head = file.read(8000)
+    return bool(head) and b"\0" not in head
+
+
+def _texts(name: str, root: Path, files: list[Path]) -> Corpus:
+    by_name = {path.relative_to(root).as_posix(): path for path in files}
+    train, held_out = ([by_name[key] for key in names] for names in split_names(list(by_name), share=0.05))
+    return Corpus(_whole(_joined(name, train)), _whole(_joined(f"{name}-held-out", held_out)), _BYTES, "byte")
+
+
+def _joined(name: str, files: list[Path]) -> LazyArray:
+    key = [sys.implementation.cache_tag, fingerprint(files)]
+    return LazyArray(partial(cached, name, key, partial(_join, files)))
+
+
+def _join(files: list[Path]) -> Array:
+    return np.frombuffer(b"\n".join(path.read_bytes() for path in files), dtype=np.uint8)
+
+
+def _whole(tokens: LazyArray) -> Span:
+    return Span(tokens, 0, len(tokens.array))
+
+
+def _last_tenth(tokens: LazyArray, vocabulary: int, unit: str) -> Corpus:
+    count = len(tokens.array)
+    cut = count - max(1, count // 10)
+    return Corpus(Span(tokens, 0, cut), Span(tokens, cut, count), vocabulary, unit)
+
+
+def _open_tokens(path: Path, dtype: str) -> LazyArray:
+    opened: Callable[[], Array] = partial(np.load, path, mmap_mode="r", allow_pickle=False)
+    if path.suffix == ".bin":
+        opened = partial(np.memmap, path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
+    lazy = LazyArray(opened)
+    try:
+        array = lazy.array
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as tokens: {' '.join(str(error).split())}") from error
+    if array.ndim != 1 or array.dtype.kind not in "ui" or not len(array):
+        raise DataError(f"{path} must hold integers in one dimension, not {array.dtype} of shape {array.shape}")
+    return lazy
+
+
+def _tokens(splits: list[LazyArray], vocabulary: int | None, data: str) -> Corpus:
+    needed = 1 + max(_largest(split.array) for split in splits)
+    if vocabulary is not None and needed > vocabulary:
+        raise DataError(f"vocabulary={vocabulary}: {data} holds token {needed - 1}; use {needed} or more")
+    # a multiple of 64 divides between workers and runs fast; ids above the largest are never seen
+    size = -(-needed // 64) * 64 if vocabulary is None else vocabulary
+    if len(splits) == 1:
+        return _last_tenth(splits[0], size, "token")
+    train, held_out = splits
+    return Corpus(_whole(train), _whole(held_out), size, "token")
+
+
+def _largest(tokens: Array) -> int:
+    """The largest id. Reads a memory-mapped file piece by piece. Raises DataError for negative ids."""
+    pieces = [tokens[start : start + _CHUNK] for start in range(0, len(tokens), _CHUNK)]
+    if tokens.dtype.kind == "i" and min(int(piece.min()) for piece in pieces) < 0:
+        raise DataError("token ids must be 0 or more: there is a negative one")
+    return max(int(piece.max()) for piece in pieces)

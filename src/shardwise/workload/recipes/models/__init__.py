@@ -1,0 +1,1 @@
+"""The recipes' models: ordinary PyTorch, nothing in it knows how it will be split."""

@@ -1,0 +1,46 @@
+"""The optimizer and the learning-rate schedule that the recipes share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def adamw(
+    learning_rate: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+    """AdamW that decays matrices and kernels, but neither norms nor biases."""
+
+    def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        parameters = list(parameters)
+        # both groups are always there, so that state saved with one set of parameters fits any other
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return AdamW(groups, lr=learning_rate, betas=betas)
+
+    return build
+
+
+def warmup_cosine(steps: int, warmup: float = 0.1, floor: float = 0.02) -> Callable[[Optimizer], LambdaLR]:
+    """A schedule of `steps` optimizer steps; after them the rate stays at its floor.
+
+    Args:
+        steps: length of the schedule, 1 or more.
+        warmup: share of the steps in which the rate rises linearly.
+        floor: share of the learning rate that is left at the end.
+    """
+    rising = max(1, round(steps * warmup))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        progress = min(1.0, (step - rising) / max(1, steps - rising))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return lambda optimizer: LambdaLR(optimizer, factor)
