@@ -1,9 +1,9 @@
 """Where a step may be cut into consecutive parts, and where it is best cut.
 
 A part may begin before any call that uses a parameter; between two such calls the place with the least to send is
-taken. Places are known by the parameter use that follows them, so that every shape of a step (training, evaluation, the
-last small batch) is cut alike. What is computed from the batch alone (masks, positions) is not sent: each part that needs
-it computes it again.
+taken. Places are known by the parameter use that follows them, so that every shape of a step (training, evaluation,
+the last small batch) is cut alike. What is computed from the batch alone (masks, positions) is not sent: each part
+that needs it computes it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import fx
 
-from shardwise.parallel.tensor import LocalGraph
+from shardwise.parallel.partitioner import LocalGraph, writes_in_place
 
 Use = tuple[str, int]
 """The n-th use of a parameter in a step: (name, n)."""
@@ -35,12 +35,6 @@ class Place:
 def calls(graph: fx.Graph) -> list[fx.Node]:
     """The calls of a graph, in order."""
     return [node for node in graph.nodes if node.op == "call_function"]
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    """Whether a call changes its first argument."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.name.endswith("_") and not schema.name.endswith("__")
 
 
 def from_batch(local: LocalGraph) -> set[fx.Node]:
@@ -84,10 +78,10 @@ def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
         if node not in used:
             continue
         if start is not None:
-            options = [i for i in range(start + 1, index + 1) if live[i] is not None and live[i][1]]
+            options = [(*crossing, i) for i in range(start + 1, index + 1) if (crossing := live[i]) and crossing[1]]
             if options:
-                best = min(options, key=lambda i: live[i][0])
-                found.append(Place(used[node][0], best, *live[best]))
+                size, count, position = min(options, key=lambda option: (option[0], option[2]))
+                found.append(Place(used[node][0], position, size, count))
         start = index
     return found
 

@@ -134,7 +134,8 @@ class _Linear(torch.autograd.Function):
 
         def of_weight() -> Tensor:
             flat = gradient.flatten(0, -2) if gradient.dim() > 2 else gradient.view(-1, gradient.size(-1))
-            return flat.t() @ x.reshape(-1, x.size(-1)).to(flat.dtype)
+            weights: Tensor = flat.t() @ x.reshape(-1, x.size(-1)).to(flat.dtype)
+            return weights
 
         def of_bias() -> Tensor:
             return gradient.sum(tuple(range(gradient.dim() - 1)))

@@ -87,7 +87,7 @@ class Exchange:
         if len(segments) == 1:
             return torch.cat(parts, dim)
         sizes = [size // self.ranks for size in segments]
-        pieces = [part.split(sizes, dim) for part in parts]
+        pieces = [torch.split(part, sizes, dim) for part in parts]
         return torch.cat([pieces[r][s] for s in range(len(sizes)) for r in range(self.ranks)], dim)
 
     def scattered(self, x: Tensor, dim: int, segments: Segments) -> Tensor:

@@ -22,11 +22,11 @@ from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.partitioner import LocalGraph
 from shardwise.parallel.placement import Placement, Sharded
 from shardwise.parallel.reduce import GradientReducer, sum_gradients
 from shardwise.parallel.sharded import local, row_layout
 from shardwise.parallel.stage import Stage, Work
-from shardwise.parallel.tensor import LocalGraph
 from shardwise.strategy import Strategy
 
 
@@ -50,9 +50,9 @@ class Holding:
         exchange: Exchange,
         keyed: KeyedOperations,
         *,
-        half: bool,
+        bf16: bool,
     ) -> None:
-        self._strategy, self._mesh, self._half = strategy, mesh, half
+        self._strategy, self._mesh, self._bf16 = strategy, mesh, bf16
         self._placements, self._shapes = graph.placements, {name: t.shape for name, t in tensors.items()}
         self._homes = _homes(work, tensors)
         self.sharded = strategy.fsdp > 1 and strategy.zero > 1
@@ -97,9 +97,9 @@ class Holding:
                 own[here.pop()][name] = mine[name]
             elif here:
                 shared[name] = mine[name]
-        module = Stage(own, shared, keyed, recompute=self._strategy.recompute == "full", half=self._half)
+        module = Stage(own, shared, keyed, recompute=self._strategy.recompute == "full", bf16=self._bf16)
         for holder in (*module.blocks, module):
-            for name, attribute in holder.attributes.items():  # type: ignore[union-attr, operator]
+            for name, attribute in holder.attributes.items():
                 self._places[name] = (holder, attribute)
         return module
 
@@ -163,7 +163,7 @@ class Holding:
         strategy, grid = self._strategy, self._mesh.grid
         assert grid is not None
         mesh = grid["dp", "fsdp"] if strategy.dp > 1 else grid["fsdp"]
-        whole = {mine[name] for name in self._whole if isinstance(mine[name], nn.Parameter)}
+        whole = {tensor for name in self._whole if isinstance(tensor := mine[name], nn.Parameter)}
         _check_dtypes(mine, strategy)
         for stage in self.stages.values():
             for block in stage.blocks:

@@ -1,8 +1,8 @@
 """Executes a pipeline's table of actions: computes, sends and receives.
 
-A value goes straight from the stage that makes it to each stage that uses it, and its gradient comes back the same way: a
-skip connection that crosses several stages is one message, not one per stage. Receives are posted one action ahead, sends
-are not waited for until the step is over.
+A value goes straight from the stage that makes it to each stage that uses it, and its gradient comes back the same
+way: a skip connection that crosses several stages is one message, not one per stage. Receives are posted one action
+ahead, sends are not waited for until the pass is over.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from shardwise.parallel.deferred import WeightGradients
 from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.parallel.stage import Stage, Work
-
 
 MOST_STAGES = 256
 """More stages would make two messages look alike."""

@@ -97,9 +97,10 @@ def regroup(shape: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], l
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(shape) or j < len(new):
-        left, right = [], []
+        left: list[int] = []
+        right: list[int] = []
         a = b = 1
-        while not left and not right or a != b:
+        while (not left and not right) or a != b:
             if (a <= b and i < len(shape)) or j >= len(new):
                 left.append(i)
                 a *= shape[i]
@@ -148,7 +149,7 @@ def _pattern(flat: tuple[int, ...], outer: int, inner: int, ranks: int) -> tuple
 
 
 def _wanted(size: int, new: Sequence[int], right: list[int], ranks: int) -> tuple[int, ...] | None:
-    """Segments of a dimension of `size` with which one of the dimensions `right` that it is cut into could be sharded."""
+    """Segments of a dimension of `size` with which one of the dimensions `right` that it becomes could be sharded."""
     outer = 1
     for dim in right:
         if outer > 1 and new[dim] % ranks == 0:

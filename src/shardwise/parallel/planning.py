@@ -1,7 +1,7 @@
 """Divides a step into pipeline stages and blocks, by what its layers cost.
 
-Costs are measured: worker 0 runs the operations of the forward pass one by one (a backward pass costs about twice as much,
-for all of them alike). All workers take its numbers, so that all cut alike.
+Costs are measured: worker 0 runs the operations of the forward pass one by one (a backward pass costs about twice as
+much, for all of them alike). All workers take its numbers, so that all cut alike.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from shardwise.errors import StrategyError
 from shardwise.parallel.cuts import Place, Use, balanced, calls, places, uses
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.tensor import LocalGraph
+from shardwise.parallel.partitioner import LocalGraph
 from shardwise.strategy import Strategy
 from shardwise.workload.graph import StepGraph, batch_leaves
 
@@ -70,12 +71,12 @@ def divide(
     bounds = [0, *starts, len(costs)]
     cut: list[int] = []
     blocks = []
-    for first, end in zip(bounds, bounds[1:], strict=False):
+    for first, end in pairwise(bounds):
         inner = _block_starts(costs, found, first, end) if in_blocks else []
         cut += [*([first] if first else []), *inner]
         blocks.append(len(inner) + 1)
     total = sum(costs) or 1.0
-    shares = tuple(sum(costs[a:b]) / total for a, b in zip(bounds, bounds[1:], strict=False))
+    shares = tuple(sum(costs[a:b]) / total for a, b in pairwise(bounds))
     return Division(tuple(found[link - 1].use for link in cut), tuple(blocks), shares)
 
 
@@ -99,7 +100,7 @@ def _block_starts(costs: Sequence[float], found: Sequence[Place], first: int, en
     if not narrow:
         return []
     bounds = [first, *narrow, end]
-    merged = [sum(costs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    merged = [sum(costs[a:b]) for a, b in pairwise(bounds)]
     count = min(MOST_BLOCKS, len(merged))
     return [bounds[start] for start in balanced(merged, [0.0] * (len(merged) - 1), count)]
 

@@ -1,8 +1,9 @@
-"""Adds gradients up over replicas while the backward pass goes on, in buckets; and over other groups when it is done."""
+"""Adds gradients up: over replicas in buckets while the backward pass goes on, over other groups when it is done."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class GradientReducer:
         self._armed = False
         for index, bucket in enumerate(self._buckets):
             for parameter in bucket:
-                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self._ready(index))
+                parameter.register_post_accumulate_grad_hook(partial(self._ready, index))  # type: ignore[no-untyped-call]
 
     def arm(self) -> None:
         """From here on gradients are complete when they appear: the last backward pass begins."""
@@ -36,7 +37,7 @@ class GradientReducer:
         self._missing = [len(bucket) for bucket in self._buckets]
         self._launched.clear()
 
-    def _ready(self, index: int) -> None:
+    def _ready(self, index: int, _: Tensor) -> None:
         if not self._armed:
             return
         self._missing[index] -= 1
@@ -78,7 +79,7 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def _scatter(flat: Tensor, parameters: Sequence[nn.Parameter]) -> None:
     """Writes a flat sum back into gradients."""
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
         if parameter.grad is not None:  # else no replica has one: the graph is the same on all
             parameter.grad.copy_(part.view_as(parameter))
 
@@ -89,5 +90,5 @@ def sum_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None
         chosen = [gradient for gradient in gradients if gradient.dtype == dtype]
         flat = torch.cat([gradient.reshape(-1) for gradient in chosen])
         dist.all_reduce(flat, group=group)
-        for gradient, part in zip(chosen, flat.split([g.numel() for g in chosen]), strict=True):
+        for gradient, part in zip(chosen, torch.split(flat, [g.numel() for g in chosen]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -8,6 +8,7 @@ a replica that left parameters out gives a gradient of zero for them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -28,14 +29,17 @@ class Replicated:
         *,
         accumulates: bool,
     ) -> None:
-        self.call = DistributedDataParallel(
-            model,
-            process_group=group,
-            broadcast_buffers=False,
-            init_sync=False,  # the engine has made the replicas equal
-            # saves a copy; but gradients that are parts of one bucket would all look changed when one is (see below)
-            gradient_as_bucket_view=not accumulates,
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 wants `forward_sync_buffers` instead, which torch 2.9 does not know
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.call = DistributedDataParallel(
+                model,
+                process_group=group,
+                broadcast_buffers=False,
+                init_sync=False,  # the engine has made the replicas equal
+                # saves a copy; but gradients that are parts of one bucket all look changed when one is (see below)
+                gradient_as_bucket_view=not accumulates,
+            )
         self._parameters = parameters
         self._before: dict[str, tuple[Tensor, int]] = {}
         self.unused: list[str] = []

@@ -6,7 +6,6 @@ summed over (`Partitioner.labelled`). Replacements without a rule are computed o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from shardwise.parallel import structure, vocabulary
+from shardwise.parallel.partitioner import Labels, Obstacle, Partitioner, Rule, Value, bound, writes_in_place
 from shardwise.parallel.placement import PARTIAL, Partial, Sharded
-from shardwise.parallel.tensor import Labels, Obstacle, Partitioner, Value, bound
 
 aten = torch.ops.aten
 
@@ -27,9 +26,9 @@ def apply_rule(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
         return p.fallback(node, args, kwargs, f"{target} has no tensor-parallel rule")
     name = target._schema.name.removeprefix("aten::")
     rule = RULES.get(name) or structure.RULES.get(name)
-    if rule is None and name.removesuffix("_") in SAME_PLACE or torch.Tag.pointwise in target.tags and rule is None:
+    if (rule is None and name.removesuffix("_") in SAME_PLACE) or (torch.Tag.pointwise in target.tags and rule is None):
         rule = pointwise
-    if rule is None or name == "view" and target is aten.view.dtype:
+    if rule is None or (name == "view" and target is aten.view.dtype):
         return p.fallback(node, args, kwargs, f"{name} has no tensor-parallel rule")
     return rule(p, node, args, kwargs)
 
@@ -50,7 +49,7 @@ def pointwise(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
     inputs = {i: aligned(arg.shape, like.shape) for i, arg in enumerate(args) if isinstance(arg, Value)}
     if not inputs:
         return p.fallback(node, args, kwargs, "")
-    writes = node.target._schema.name.endswith("_")  # type: ignore[union-attr]
+    writes = writes_in_place(node)
     if _sums(node, args, like):
         return p.emit(node.target, args, kwargs, like=like, placement=PARTIAL)  # type: ignore[arg-type]
     return p.labelled(
@@ -75,7 +74,7 @@ def _sums(node: fx.Node, args: list[Any], like: Tensor) -> bool:
 
 
 def linear(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """x (..., i) times weight (o, i), plus bias (o)."""
+    """X (..., i) times weight (o, i), plus bias (o)."""
     x, weight, bias = _padded(args, 3)
     like = node.meta["val"]
     batch = tuple(f"b{dim}" for dim in range(len(x.shape) - 1))
@@ -113,7 +112,7 @@ def _product(
 
 
 def matmul(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """a (..., m, k) times b (..., k, n)."""
+    """A (..., m, k) times b (..., k, n)."""
     a, b = args[:2]
     if len(a.shape) < 2 or len(b.shape) < 2:
         return p.fallback(node, args, kwargs, "a product with a vector")
@@ -133,7 +132,7 @@ def _is_weight(value: Value) -> bool:
 
 
 def addmm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """bias + a (m, k) times b (k, n)."""
+    """Bias + a (m, k) times b (k, n)."""
     bias, a, b = args[:3]
     if kwargs or len(args) > 3:
         return p.fallback(node, args, kwargs, "addmm with factors")
@@ -232,7 +231,7 @@ def embedding(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
 
 
 def attention(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """query (..., heads, t, d), key and value (..., heads, s, d), mask broadcast to (..., heads, t, s)."""
+    """Query (..., heads, t, d), key and value (..., heads, s, d), mask broadcast to (..., heads, t, s)."""
     query, key, value, mask, dropout, causal = _padded(args, 6, (None, None, None, None, 0.0, False))
     dropout, causal = kwargs.get("dropout_p", dropout), kwargs.get("is_causal", causal)
     mask = kwargs.get("attn_mask", mask)
@@ -252,6 +251,9 @@ def attention(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
     if mask is not None:
         inputs[3] = (*aligned(mask.shape, scores)[:-2], None, None)
     full = [query, key, value, mask]
+    heads = query.shape[-3] if len(query.shape) > 3 else 1
+    if p.ranks > 1 and heads > 1 and not isinstance(query.placement, Sharded):
+        p.obstacles.append(Obstacle("query heads", heads))
     if dropout and p.step.training:
         return _attention_with_dropout(p, full, inputs, (*lead, None, None), like, scores, dropout, causal, scale)
     function = bound(_attention, causal, scale)
@@ -451,12 +453,6 @@ def _padded(args: list[Any], count: int, defaults: Sequence[Any] | None = None) 
     return [*args, *defaults[len(args) :]]
 
 
-def heads_in_the_way(obstacles: Sequence[Obstacle], ranks: int) -> list[int]:
-    """Numbers of heads that `ranks` does not divide and that do not divide it either."""
-    sizes = {obstacle.size for obstacle in obstacles if obstacle.what == "heads"}
-    return sorted(size for size in sizes if size % ranks and ranks % size and math.gcd(size, ranks) < ranks)
-
-
 SAME_PLACE = {
     "to", "_to_copy", "contiguous", "clone", "detach", "alias", "type_as", "lift_fresh_copy", "lift_fresh", "masked_fill",
     "zeros_like", "ones_like", "full_like", "empty_like", "where", "fill", "zero", "float", "type", "gelu", "silu", "relu",
@@ -488,7 +484,7 @@ _SPATIAL = (
 )
 _RANDOM = ("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "multinomial",
            "normal", "normal_", "uniform_", "alpha_dropout", "feature_alpha_dropout", "rrelu", "randperm")  # fmt: skip
-RULES: dict[str, structure.Rule] = {
+RULES: dict[str, Rule] = {
     "linear": linear,
     "matmul": matmul,
     "mm": matmul,

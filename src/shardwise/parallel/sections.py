@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardwise.parallel.cuts import calls, from_batch, ranges, writes_in_place
-from shardwise.parallel.tensor import LocalGraph
+from shardwise.parallel.cuts import calls, from_batch, ranges
+from shardwise.parallel.partitioner import LocalGraph, writes_in_place
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ Parameters without a dimension cannot be split: they stay whole, and their gradi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.errors import StrategyError
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.values import map_tensors
 
 
 class Sharded:
@@ -36,7 +38,10 @@ class Sharded:
             "ignored_params": set(whole.values()) or None,
         }
         for block in blocks:
+            _return_no_views(block)
             fully_shard(block, reshard_after_forward=strategy.zero == 3, **options)
+        # what the loss does with the model's own output is not done in place
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         # by torch's default the root alone is kept after its forward pass: its backward pass starts right then
         fully_shard(model, reshard_after_forward=None if strategy.zero == 3 else False, **options)
         self.call = model
@@ -98,6 +103,20 @@ class Sharded:
             self._used.add(self._names[part.sharded_param])
         else:
             parameter.grad = torch.zeros_like(parameter)
+
+
+def _return_no_views(block: nn.Module) -> None:
+    """Copies an output that is a view: an operation in place on it would silently drop the hook that gathers again."""
+    original = block.forward
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor._is_view() and tensor.requires_grad else tensor
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        return own(output) if isinstance(output, Tensor) else map_tensors(own, output)
+
+    block.forward = forward
 
 
 def _parameter_groups(model: nn.Module) -> list[Any]:

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shardwise.parallel.cuts import Use, positions
 from shardwise.parallel.keyed import KeyedOperations
+from shardwise.parallel.partitioner import LocalGraph
 from shardwise.parallel.sections import Section, compiled, sections
-from shardwise.parallel.tensor import LocalGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class Stage(nn.Module):
         shared: tensors that several of the blocks use.
         keyed: random operations, which recomputation must draw again.
         recompute: keep only what blocks hand to each other, and compute the rest again in the backward pass.
-        half: compute in bfloat16 where torch's autocast says so.
+        bf16: compute in bfloat16 where torch's autocast says so.
     """
 
     def __init__(
@@ -136,18 +136,18 @@ class Stage(nn.Module):
         keyed: KeyedOperations,
         *,
         recompute: bool,
-        half: bool,
+        bf16: bool,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(tensors) for tensors in blocks)
         self.attributes = register(self, shared)
         self.keyed = keyed
         self.recompute = recompute
-        self.half = half
+        self.bf16 = bf16
 
     def forward(self, work: StageWork, given: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         """The stage's outputs. `given`: the batch and constants by placeholder; `inputs`: as in `work.inputs`."""
-        if not self.half:
+        if not self.bf16:
             return self._forward(work, given, inputs)
         device = next(self.parameters()).device
         with torch.autocast(device.type, torch.bfloat16):
@@ -179,8 +179,8 @@ class Stage(nn.Module):
                 result: tuple[Any, ...] = block(piece, shared, values)
                 return result
 
-        result = checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return result
+        output: tuple[Any, ...] = checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return output
 
 
 class _kept:  # noqa: N801  a context manager

@@ -24,12 +24,13 @@ from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.model import aliases_of, build_model, persistent_buffers
+from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
 from shardwise.parallel.placement import Placement, Sharded
 from shardwise.parallel.planning import divide
 from shardwise.parallel.schedule import order
 from shardwise.parallel.stage import Work, prepare
-from shardwise.parallel.tensor import LocalGraph, Replacements, partition
+from shardwise.parallel.tensor import partition
 from shardwise.parallel.values import to_device
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, batch_samples
@@ -80,8 +81,8 @@ class GraphEngine:
         self._placements, self._summed = local.placements, local.summed
         self._division = divide(step, local, tensors, data, strategy, mesh, self._parameters)
         work = self._works[self._key(True, data)] = self._prepare(local)
-        half = (strategy.precision or workload.precision) == "bf16"
-        self._holding = Holding(work, tensors, local, strategy, mesh, self._exchange, self._keyed, half=half)
+        bf16 = (strategy.precision or workload.precision) == "bf16"
+        self._holding = Holding(work, tensors, local, strategy, mesh, self._exchange, self._keyed, bf16=bf16)
         self.parameters: dict[str, nn.Parameter] = self._holding.trained(self._trained)
         self.held: dict[str, Held] = self._holding.held()
         self._pipeline = Pipeline(
@@ -149,6 +150,7 @@ class GraphEngine:
             self._holding.final_pass = last
             total = total + self._pipeline.run(work)
         self._holding.reduce(self._summed)
+        total = total / self._holding.loss_factor
         return total if self._mesh.coordinate("tp") == 0 else torch.zeros_like(total)
 
     def _passes(self, share: Share, scales: Sequence[Tensor]) -> Iterator[Pass]:

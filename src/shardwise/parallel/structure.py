@@ -6,19 +6,17 @@ segments (the query, key and value of one fused matrix), the partitioner learns 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from shardwise.parallel.partitioner import Obstacle, Partitioner, Rule, Value
 from shardwise.parallel.placement import Placement, Sharded, between, cut_segments, local_shape, reshaped
-from shardwise.parallel.tensor import Obstacle, Partitioner, Value
 
 aten = torch.ops.aten
-Rule = Callable[[Partitioner, fx.Node, list[Any], dict[str, Any]], Any]
 
 
 def reshape(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
@@ -198,11 +196,6 @@ def stack(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
         return p.emit(aten.stack.default, (values, dim), like=like)
     parts = [p.sharded(v, first.dim, first.segments, first.origin) for v in values]
     return p.emit(aten.stack.default, (parts, dim), like=like, placement=first.at(first.dim + (first.dim >= dim)))
-
-
-def shapes(values: Sequence[Any]) -> list[tuple[int, ...]]:
-    """Shapes of the tensors among `values`."""
-    return [tuple(value.shape) for value in values if isinstance(value, (Tensor, Value))]
 
 
 RESHAPES = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")

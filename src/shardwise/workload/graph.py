@@ -142,14 +142,16 @@ def _copy(node: fx.Node, owner: fx.GraphModule, graph: fx.Graph, values: dict[fx
         return
     if node.target in (_SET_GRAD, _SET_AUTOCAST):
         first = 1 if node.target is _SET_GRAD else 4
-        body = getattr(owner, node.args[first].target)
-        operands = [values[argument] for argument in node.args[first + 1 :]]
+        arguments: list[Any] = list(node.args)
+        body = getattr(owner, arguments[first].target)
+        operands = [values[argument] for argument in arguments[first + 1 :]]
         results = _inline(body, operands, graph)
         if node.target is _SET_GRAD and node.args[0] is False:
             results = tuple(_detached(result, graph) for result in results)
         values[node] = results
-    elif node.target is operator.getitem and not isinstance(values[node.args[0]], fx.Node):
-        values[node] = values[node.args[0]][node.args[1]]
+    elif node.target is operator.getitem and not isinstance(values[node.all_input_nodes[0]], fx.Node):
+        index: Any = node.args[1]
+        values[node] = values[node.all_input_nodes[0]][index]
     else:
         values[node] = graph.node_copy(node, lambda argument: values[argument])
 

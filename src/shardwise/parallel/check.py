@@ -1,0 +1,100 @@
+"""Whether a strategy can work for a model, found from its graph before any worker starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.errors import StrategyError, WorkloadError
+from shardwise.parallel.cuts import places
+from shardwise.parallel.exchange import Exchange
+from shardwise.parallel.partitioner import LocalGraph, Obstacle, Replacements
+from shardwise.parallel.placement import Sharded
+from shardwise.parallel.planning import check_stages
+from shardwise.parallel.tensor import partition
+from shardwise.strategy import Strategy
+from shardwise.workload.graph import StepGraph, example, trace
+from shardwise.workload.workload import Workload
+
+LEAST_SHARED = 0.5
+"""A tensor degree that cuts less than this share of the parameters is refused."""
+
+DEGREES = (2, 3, 4, 6, 8, 12, 16)
+"""Tensor degrees that are proposed in place of one that does not fit."""
+
+
+def check_strategy(workload: Workload, strategy: Strategy) -> None:
+    """Raises StrategyError where `strategy` cannot work for this model; WorkloadError where it cannot be traced.
+
+    Traces the model in this process; starts nothing.
+    """
+    strategy = strategy.for_batch(workload.batch_size)
+    if strategy.tp == strategy.pp == 1:
+        return
+    model = _build(workload)
+    step = trace(workload, model, example(workload, workload.batch_size // strategy.replicas // strategy.microbatches))
+    parameters = dict(model.named_parameters())
+    trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
+    if strategy.tp > 1:
+        _check_degree(strategy, step, parameters, trained)
+    if strategy.pp > 1:
+        whole, _ = split(step, 1, trained)
+        check_stages(strategy, len(places(whole, parameters)))
+
+
+def _build(workload: Workload) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(workload.seed)
+        model = workload.model()
+    if not isinstance(model, nn.Module):
+        raise WorkloadError(f"model of workload {workload.name!r} must build an nn.Module, not {type(model).__name__}")
+    if not model.training:
+        model.train()
+    return model
+
+
+def split(
+    step: StepGraph, ranks: int, trained: frozenset[str], *, sequence: bool = False
+) -> tuple[LocalGraph, tuple[Obstacle, ...]]:
+    """The graph of the first of `ranks` tensor-parallel workers, to look at: nothing of it can run."""
+    nothing = Replacements(_never, _never, _never)
+    return partition(step, Exchange(None, 0, ranks), nothing, trained=trained, sequence=sequence)
+
+
+def _never(*_: Any) -> Tensor:
+    raise AssertionError("this graph is for looking at")
+
+
+def _check_degree(
+    strategy: Strategy, step: StepGraph, parameters: dict[str, nn.Parameter], trained: frozenset[str]
+) -> None:
+    """Raises StrategyError where the tensor degree does not divide heads, or most of the features."""
+
+    def reason(degree: int) -> str | None:
+        local, obstacles = split(step, degree, trained, sequence=bool(strategy.sp))
+        return _in_the_way(degree, local, obstacles, parameters)
+
+    wrong = reason(strategy.tp)
+    if wrong is not None:
+        fitting = [str(degree) for degree in DEGREES if reason(degree) is None]
+        hint = f"use tp={' or '.join(fitting)}" if fitting else "no tensor degree fits this model, use dp, fsdp or pp"
+        raise StrategyError(f"tp={strategy.tp} does not divide {wrong}: {hint}")
+
+
+def _in_the_way(
+    degree: int, local: LocalGraph, obstacles: Sequence[Obstacle], parameters: dict[str, nn.Parameter]
+) -> str | None:
+    """What a tensor degree fails to divide so that it is of no use; None where it is."""
+    for obstacle in obstacles:
+        # fewer key heads than workers are copied; query heads are what there is to cut
+        if obstacle.what == "query heads" or (obstacle.what == "heads" and degree % obstacle.size):
+            return f"the {obstacle.size} attention heads"
+    total = sum(parameter.numel() for parameter in parameters.values())
+    cut = sum(p.numel() for name, p in parameters.items() if isinstance(local.placements.get(name), Sharded))
+    features = [o.what for o in obstacles if o.what not in ("heads", "query heads")]
+    if cut < LEAST_SHARED * total:
+        return features[0] if features else "anything: no layer of the model can be cut"
+    return None

@@ -1,0 +1,466 @@
+"""Takes the operations of a step one by one and makes their inputs fit: the machinery that the rules are written in.
+
+See `tensor` for what tensor parallelism is made of.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shardwise.parallel.exchange import Exchange
+from shardwise.parallel.placement import (
+    PARTIAL,
+    REPLICATED,
+    Origin,
+    Partial,
+    Placement,
+    Sharded,
+    local_shape,
+)
+from shardwise.workload.graph import StepGraph
+
+Labels = tuple[str | None, ...]
+"""One name per dimension of a value; dimensions of one name are cut alike; None: cannot be cut in this operation."""
+
+
+Rule = Callable[["Partitioner", fx.Node, list[Any], dict[str, Any]], Any]
+"""(partitioner, call of the step, its arguments, by name) -> the result: a Value, a tuple of them, None."""
+
+
+@dataclass(slots=True, eq=False)
+class Value:
+    """A value of the step as it lies on the workers.
+
+    Attributes:
+        node: what computes this worker's part.
+        placement: how the parts make up the whole.
+        shape: of the whole.
+        dtype: of its elements.
+        grad: whether a gradient flows back through it.
+        tensor: the parameter or buffer that it is, if it is one.
+    """
+
+    node: fx.Node
+    placement: Placement
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    grad: bool
+    tensor: str | None = None
+    exchanged: dict[Any, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Replacements:
+    """What replaces operations of the step that draw at random or look at the whole batch; see `parallel.keyed`."""
+
+    dropout: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+    batch_norm: Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalGraph:
+    """What one worker computes of a step.
+
+    Attributes:
+        graph: placeholders (named as in `step`), calls, one output. `meta` of each node: `shape`, `dtype` (of what lies
+            here), `grad`.
+        step: the whole step.
+        placements: of every parameter and buffer that the step uses.
+        summed: parameters whose gradients here are summands: to be added up over the tensor-parallel workers.
+        notes: why something is not sharded, one line each.
+    """
+
+    graph: fx.Graph
+    step: StepGraph
+    placements: dict[str, Placement]
+    summed: frozenset[str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """A dimension that the tensor degree does not divide."""
+
+    what: str
+    size: int
+
+
+class Partitioner:
+    """One pass over a step; `partition` makes as many as it takes.
+
+    Attributes:
+        exchange: the workers.
+        replacements: what replaces random operations.
+        sequence: whether sums are scattered along the sequence.
+        wanted: segments that a parameter's dimension should have, by what was learnt in earlier passes.
+        learnt: the same for the next pass.
+        obstacles: dimensions in the way of sharding.
+    """
+
+    def __init__(
+        self,
+        step: StepGraph,
+        exchange: Exchange,
+        replacements: Replacements,
+        rule: Rule,
+        *,
+        trained: frozenset[str],
+        sequence: bool = False,
+        placements: Mapping[str, Placement] | None = None,
+        wanted: Mapping[tuple[str, int], tuple[int, ...]] | None = None,
+    ) -> None:
+        self.step = step
+        self._rule = rule
+        self.exchange = exchange
+        self.ranks = exchange.ranks
+        self.replacements = replacements
+        self.sequence = sequence
+        self.trained = trained
+        self.fixed = placements is not None
+        self.placements: dict[str, Placement] = dict(placements or {})
+        self.wanted = dict(wanted or {})
+        self.learnt = dict(self.wanted)
+        self.obstacles: list[Obstacle] = []
+        self.notes: dict[str, None] = {}
+        self.sites = 0
+        self.graph = fx.Graph()
+        self.values: dict[fx.Node, Any] = {}
+        self._tensors: dict[str, fx.Node] = {}
+        self._entered: dict[str, fx.Node] = {}
+        self._direct: set[str] = set()
+
+    # ---- the pass ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> LocalGraph:
+        """The graph of this worker."""
+        for node in self.step.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self._placeholder(node)
+            elif node.op == "output":
+                results = [self.replicated(self._value(item)) for item in node.args[0]]
+                self.graph.output(tuple(value.node for value in results))
+            else:
+                self.values[node] = self._call(node)
+        return self._finish()
+
+    def _placeholder(self, node: fx.Node) -> Value | None:
+        val = node.meta["val"]
+        if not isinstance(val, Tensor):
+            return None  # a number or text in the batch, fixed in the graph
+        name = self.step.tensors.get(node.name)
+        copy = self._tensors.get(name or "") or self.graph.placeholder(node.name)
+        value = Value(copy, REPLICATED, tuple(val.shape), val.dtype, name in self.trained, name)
+        if name is not None:
+            self._tensors[name] = copy
+        self._describe(value)
+        return value
+
+    def _value(self, item: Any) -> Any:
+        """What the argument of a step's call is here; a parameter with the placement decided by now."""
+        if not isinstance(item, fx.Node):
+            return item
+        value = self.values[item]
+        if isinstance(value, Value) and value.tensor in self.placements:
+            value.placement = self.placements[value.tensor]
+        return value
+
+    def _call(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            return self._value(node.args[0])[node.args[1]]
+        args = fx.node.map_aggregate(node.args, self._value)
+        kwargs = fx.node.map_aggregate(node.kwargs, self._value)
+        result = self._rule(self, node, list(args), dict(kwargs))
+        first = node.args[0] if node.args else None
+        if writes_in_place(node) and isinstance(first, fx.Node):
+            self.values[first] = result  # what was changed in place is now this
+        return result
+
+    def _finish(self) -> LocalGraph:
+        summed = set()
+        for name, node in self._entered.items():
+            if name not in self._direct:  # one all-reduce of all such gradients is cheaper than one each
+                node.replace_all_uses_with(self._tensors[name])
+                self.graph.erase_node(node)
+                summed.add(name)
+        for name in self._tensors:
+            self.placements.setdefault(name, REPLICATED)
+        return LocalGraph(self.graph, self.step, self.placements, frozenset(summed), tuple(self.notes))
+
+    # ---- what rules are made of -------------------------------------------------------------------------------------
+
+    def undecided(self, value: Any) -> bool:
+        """Whether it is a parameter or buffer whose placement is still free."""
+        return isinstance(value, Value) and value.tensor is not None and value.tensor not in self.placements
+
+    def decide(self, value: Value, placement: Placement) -> None:
+        """Settles how a parameter or buffer lies."""
+        assert value.tensor is not None
+        if self.fixed and isinstance(placement, Sharded):
+            placement = REPLICATED  # the step that training was planned by does not use it
+        self.placements[value.tensor] = placement
+        value.placement = placement
+        self._describe(value)
+
+    def segments(self, value: Value, dim: int) -> tuple[int, ...]:
+        """The segments in which dimension `dim` of a free parameter is best cut, as far as is known."""
+        return self.wanted.get((value.tensor or "", dim), (value.shape[dim],))
+
+    def learn(self, origin: Origin | None, segments: Sequence[int]) -> None:
+        """Notes for the next pass that a dimension should have been cut into these segments."""
+        if origin is not None and not self.fixed:
+            self.learnt[origin.tensor, origin.dim] = tuple(size * origin.unit for size in segments)
+
+    def note(self, text: str) -> None:
+        """A line for people on what is not sharded."""
+        self.notes.setdefault(text)
+
+    def emit(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        like: Any,
+        placement: Placement = REPLICATED,
+        grad: bool | None = None,
+    ) -> Value:
+        """Calls `function` on the workers' parts; the whole result has shape and dtype of `like`."""
+        values = [item for item in _leaves((args, kwargs or {})) if isinstance(item, Value)]
+        for item in values:
+            self._use(item)
+        node = self.graph.call_function(function, _nodes(tuple(args)), _nodes(dict(kwargs or {})))
+        floating = like.dtype.is_floating_point
+        carries = floating and any(v.grad for v in values) if grad is None else grad
+        value = Value(node, placement, tuple(like.shape), like.dtype, carries)
+        self._describe(value)
+        return value
+
+    def emit_many(
+        self, function: Callable[..., Any], args: Sequence[Any], *, like: Sequence[Any], placements: Sequence[Placement]
+    ) -> tuple[Value, ...]:
+        """The same for a function that returns several values."""
+        values = [item for item in _leaves(args) if isinstance(item, Value)]
+        for each in values:
+            self._use(each)
+        node = self.graph.call_function(function, _nodes(tuple(args)))
+        node.meta.update(shape=None, dtype=None, grad=False)
+        carries = any(v.grad for v in values)
+        results = []
+        for index, (val, placement) in enumerate(zip(like, placements, strict=True)):
+            item = self.graph.call_function(operator.getitem, (node, index))
+            grad = carries and val.dtype.is_floating_point
+            results.append(Value(item, placement, tuple(val.shape), val.dtype, grad))
+            self._describe(results[-1])
+        return tuple(results)
+
+    def _use(self, value: Value) -> None:
+        if value.tensor is not None and value.node is self._tensors[value.tensor]:
+            self._direct.add(value.tensor)
+
+    def _describe(self, value: Value) -> None:
+        value.node.meta.update(
+            shape=local_shape(value.shape, value.placement, self.ranks), dtype=value.dtype, grad=value.grad
+        )
+
+    # ---- making values fit ------------------------------------------------------------------------------------------
+
+    def settled(self, value: Value) -> Value:
+        """The value without open sums; undecided parameters become replicated."""
+        if self.undecided(value):
+            self.decide(value, REPLICATED)
+        if not isinstance(value.placement, Partial):
+            return value
+        if self.sequence and len(value.shape) == 3 and value.shape[1] % self.ranks == 0:
+            return self._exchanged(value, "reduce_scatter", Sharded(1, (value.shape[1],)))
+        return self._exchanged(value, "reduce", REPLICATED)
+
+    def replicated(self, value: Value) -> Value:
+        """All of the value on every worker."""
+        if isinstance(value.placement, Partial):
+            return self._exchanged(value, "reduce", REPLICATED)
+        value = self.settled(value)
+        return self._exchanged(value, "gather", REPLICATED) if isinstance(value.placement, Sharded) else value
+
+    def entered(self, value: Value) -> Value:
+        """All of the value on every worker, where each worker uses it for its part of something only."""
+        value = self.settled(value)
+        if not value.grad:
+            return self.replicated(value)
+        if isinstance(value.placement, Sharded):
+            return self._exchanged(value, "gather_enter", REPLICATED)
+        return self._exchanged(value, "enter", REPLICATED)
+
+    def sharded(self, value: Value, dim: int, segments: tuple[int, ...], origin: Origin | None = None) -> Value:
+        """The value cut along `dim`; a free parameter is decided so."""
+        target = Sharded(dim, segments, origin)
+        if self.undecided(value):
+            self.decide(value, Sharded(dim, segments, Origin(value.tensor or "", dim)))
+            if isinstance(value.placement, Sharded):
+                return value
+        if isinstance(value.placement, Sharded) and (value.placement.dim, value.placement.segments) == (dim, segments):
+            return value
+        return self._exchanged(self.replicated(value), "slice", target)
+
+    def _exchanged(self, value: Value, kind: str, target: Placement) -> Value:
+        key = (kind, target)
+        if key not in value.exchanged:
+            where = value.placement if isinstance(value.placement, Sharded) else target
+            extra = (where.dim, where.segments) if isinstance(where, Sharded) else ()
+            if kind != "enter":
+                self._use(value)
+            function = getattr(self.exchange, kind)
+            node = self.graph.call_function(function, (value.node, *extra))
+            result = Value(node, target, value.shape, value.dtype, value.grad)
+            self._describe(result)
+            value.exchanged[key] = result
+            if kind == "enter" and value.tensor is not None:
+                self._entered[value.tensor] = node
+        return value.exchanged[key]
+
+    # ---- the general rule -------------------------------------------------------------------------------------------
+
+    def labelled(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        inputs: Mapping[int, Labels],
+        output: Labels,
+        *,
+        like: Any,
+        weights: Sequence[str] = (),
+        keep: int | None = None,
+    ) -> Value:
+        """Calls `function` with the dimension of one label cut on all workers.
+
+        Args:
+            function: computes the same on the parts as on the whole, but for the cut.
+            args: Values and literals.
+            kwargs: the same by name.
+            inputs: position in `args` of each Value -> its labels.
+            output: labels of the result; a label that is missing there is summed over.
+            like: the whole result.
+            weights: labels along which a free parameter may be cut, the best first.
+            keep: position of the input whose placement decides, where it must not change (it is written to).
+        """
+        args = list(args)
+        label, segments, origin = self.choose(args, inputs, weights, keep)
+        if label is None:
+            converted = {index: self.replicated(args[index]) for index in inputs}
+            return self.emit(function, _replaced(args, converted), kwargs, like=like)
+        converted = {}
+        for index, labels in inputs.items():
+            value = args[index]
+            if label in labels:
+                converted[index] = self.sharded(value, labels.index(label), segments, origin)
+            else:
+                converted[index] = self.entered(value)
+        placement = Sharded(output.index(label), segments, origin) if label in output else PARTIAL
+        return self.emit(function, _replaced(args, converted), kwargs, like=like, placement=placement)
+
+    def choose(
+        self, args: list[Any], inputs: Mapping[int, Labels], weights: Sequence[str], keep: int | None
+    ) -> tuple[str | None, tuple[int, ...], Origin | None]:
+        """The label to cut, its segments and where they come from."""
+        for index in inputs:
+            if not self.undecided(args[index]):
+                args[index] = self.settled(args[index])
+        if self.ranks == 1:
+            return None, (), None
+        found: dict[str, Sharded] = {}
+        for index, labels in inputs.items():
+            placement = args[index].placement
+            label = labels[placement.dim] if isinstance(placement, Sharded) else None
+            if label is not None and isinstance(placement, Sharded) and (keep is None or index == keep):
+                found.setdefault(label, placement)
+        free = [index for index in inputs if self.undecided(args[index]) and len(args[index].shape) > 1]
+        for label in weights:
+            if label in found:
+                return label, found[label].segments, found[label].origin
+        if free and weights:
+            for index in free:
+                for label in weights:
+                    dim = inputs[index].index(label) if label in inputs[index] else None
+                    segments = self.segments(args[index], dim) if dim is not None else ()
+                    if dim is not None and Sharded(dim, segments).fits(self.ranks):
+                        return label, segments, Origin(args[index].tensor, dim)
+            self._obstacle(args[free[0]], inputs[free[0]], weights)
+        for label, placement in found.items():
+            return label, self._common(label, args, inputs, placement), placement.origin
+        return None, (), None
+
+    def _common(self, label: str, args: list[Any], inputs: Mapping[int, Labels], first: Sharded) -> tuple[int, ...]:
+        """Segments for a label that several inputs may have cut differently; learns to cut them alike."""
+        others = [
+            args[i].placement
+            for i, labels in inputs.items()
+            if isinstance(args[i].placement, Sharded) and labels[args[i].placement.dim] == label
+        ]
+        finest = max((p.segments for p in others), key=len, default=first.segments)
+        for placement in others:
+            if placement.segments != finest:
+                self.learn(placement.origin, finest)
+        return finest
+
+    def _obstacle(self, value: Value, labels: Labels, weights: Sequence[str]) -> None:
+        sizes = [value.shape[labels.index(label)] for label in weights if label in labels]
+        self.obstacles.append(Obstacle(f"{value.tensor} (features {' and '.join(map(str, sizes))})", sizes[0]))
+        self.note(f"{value.tensor}: tp={self.ranks} divides none of its features {sizes}")
+
+    def fallback(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], why: str) -> Any:
+        """Computes on every worker, from gathered inputs."""
+        big = [v.tensor for v in _leaves((args, kwargs)) if self.undecided(v) and len(v.shape) > 1]
+        for name in big:
+            self.note(f"{name}: {why}")
+
+        def whole(item: Any) -> Any:
+            return self.replicated(item) if isinstance(item, Value) else item
+
+        args, kwargs = fx.node.map_aggregate(args, whole), fx.node.map_aggregate(kwargs, whole)
+        val = node.meta.get("val")
+        if isinstance(val, Tensor):
+            return self.emit(node.target, args, kwargs, like=val)  # type: ignore[arg-type]
+        if isinstance(val, (tuple, list)):
+            target: Any = node.target
+            function = bound(target, **_nodes(kwargs)) if kwargs else target
+            return self.emit_many(function, args, like=val, placements=[REPLICATED] * len(val))
+        self.graph.call_function(node.target, _nodes(tuple(args)), _nodes(kwargs)).meta.update(  # type: ignore[arg-type]
+            shape=None, dtype=None, grad=False
+        )
+        return None
+
+
+def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """`functools.partial` with a name, which a graph asks for."""
+    result = partial(function, *args, **kwargs)
+    result.__name__ = getattr(function, "__name__", "operation")  # type: ignore[attr-defined]
+    return result
+
+
+def _replaced(args: Sequence[Any], converted: Mapping[int, Value]) -> list[Any]:
+    return [converted.get(index, item) for index, item in enumerate(args)]
+
+
+def _leaves(tree: Any) -> list[Any]:
+    found: list[Any] = []
+    fx.node.map_aggregate(tree, lambda item: found.append(item))
+    return found
+
+
+def _nodes(tree: Any) -> Any:
+    """Values by what computes them."""
+    return fx.node.map_aggregate(tree, lambda item: item.node if isinstance(item, Value) else item)
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a call changes its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name.endswith("_") and not schema.name.endswith("__")
