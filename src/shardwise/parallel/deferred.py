@@ -99,7 +99,8 @@ def _convolution_arguments(node: fx.Node) -> tuple[Any, ...]:
     transposed = "transpose" in str(node.target)
     space = len(node.args[1].meta["shape"]) - 2  # type: ignore[union-attr]
     defaults: tuple[Any, ...] = (None, 1, 0, 0, 1, 1) if transposed else (None, 1, 0, 1, 1)
-    x, weight, bias, stride, padding, *rest = (*node.args, *defaults[len(node.args) - 2 :])
+    given: tuple[Any, ...] = (*node.args, *defaults[len(node.args) - 2 :])
+    x, weight, bias, stride, padding, *rest = given
     output_padding, groups, dilation = rest if transposed else (0, rest[1], rest[0])
 
     def each(value: Any) -> list[Any]:

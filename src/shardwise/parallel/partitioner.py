@@ -381,21 +381,31 @@ class Partitioner:
             label = labels[placement.dim] if isinstance(placement, Sharded) else None
             if label is not None and isinstance(placement, Sharded) and (keep is None or index == keep):
                 found.setdefault(label, placement)
-        free = [index for index in inputs if self.undecided(args[index]) and len(args[index].shape) > 1]
         for label in weights:
             if label in found:
                 return label, found[label].segments, found[label].origin
-        if free and weights:
-            for index in free:
-                for label in weights:
-                    dim = inputs[index].index(label) if label in inputs[index] else None
-                    segments = self.segments(args[index], dim) if dim is not None else ()
-                    if dim is not None and Sharded(dim, segments).fits(self.ranks):
-                        return label, segments, Origin(args[index].tensor, dim)
-            self._obstacle(args[free[0]], inputs[free[0]], weights)
+        free = self._free(args, inputs, weights)
+        if free is not None:
+            return free
         for label, placement in found.items():
             return label, self._common(label, args, inputs, placement), placement.origin
         return None, (), None
+
+    def _free(
+        self, args: list[Any], inputs: Mapping[int, Labels], weights: Sequence[str]
+    ) -> tuple[str, tuple[int, ...], Origin] | None:
+        """The best label along which a parameter that is still free can be cut."""
+        free = [index for index in inputs if self.undecided(args[index]) and len(args[index].shape) > 1]
+        if not free or not weights:
+            return None
+        for index in free:
+            for label in weights:
+                dim = inputs[index].index(label) if label in inputs[index] else None
+                segments = self.segments(args[index], dim) if dim is not None else ()
+                if dim is not None and Sharded(dim, segments).fits(self.ranks):
+                    return label, segments, Origin(args[index].tensor, dim)
+        self._obstacle(args[free[0]], inputs[free[0]], weights)
+        return None
 
     def _common(self, label: str, args: list[Any], inputs: Mapping[int, Labels], first: Sharded) -> tuple[int, ...]:
         """Segments for a label that several inputs may have cut differently; learns to cut them alike."""

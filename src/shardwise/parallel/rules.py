@@ -453,37 +453,25 @@ def _padded(args: list[Any], count: int, defaults: Sequence[Any] | None = None) 
     return [*args, *defaults[len(args) :]]
 
 
-SAME_PLACE = {
-    "to", "_to_copy", "contiguous", "clone", "detach", "alias", "type_as", "lift_fresh_copy", "lift_fresh", "masked_fill",
-    "zeros_like", "ones_like", "full_like", "empty_like", "where", "fill", "zero", "float", "type", "gelu", "silu", "relu",
-    "leaky_relu", "elu", "hardtanh", "hardswish", "softplus", "prelu", "rsub", "square",
-}  # fmt: skip
+SAME_PLACE = set(
+    "to _to_copy contiguous clone detach alias type_as lift_fresh_copy lift_fresh masked_fill zeros_like ones_like "
+    "full_like empty_like where fill zero float type gelu silu relu leaky_relu elu hardtanh hardswish softplus prelu "
+    "rsub square".split()
+)
 """Element by element, but not tagged so by torch."""
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _ALONG = ("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "roll", "flip")
-_REDUCTIONS = (
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "var",
-    "std",
-    "prod",
-    "argmax",
-    "argmin",
-    "any",
-    "all",
-    "norm",
-    "logsumexp",
-)
+_REDUCTIONS = tuple("sum mean amax amin var std prod argmax argmin any all norm logsumexp".split())
 _SPATIAL = (
     *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
-    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d", "trilinear3d")),
+    *(f"upsample_{kind}" for kind in "nearest1d nearest2d nearest3d bilinear2d bicubic2d trilinear3d".split()),
 )
-_RANDOM = ("rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "multinomial",
-           "normal", "normal_", "uniform_", "alpha_dropout", "feature_alpha_dropout", "rrelu", "randperm")  # fmt: skip
+_RANDOM = tuple(
+    "rand randn randint rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal normal_ uniform_ "
+    "alpha_dropout feature_alpha_dropout rrelu randperm".split()
+)
 RULES: dict[str, Rule] = {
     "linear": linear,
     "matmul": matmul,
