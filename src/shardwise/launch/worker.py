@@ -52,7 +52,6 @@ def _work(setup: dict[str, Any], work: bytes) -> bytes:
     sys.path[:] = setup["path"]
     os.environ.setdefault("OMP_NUM_THREADS", str(setup["threads"]))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if not setup["gpus"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import cloudpickle

@@ -24,7 +24,7 @@ from shardwise.parallel.placement import (
     Sharded,
     local_shape,
 )
-from shardwise.workload.graph import StepGraph
+from shardwise.workload.graph import StepGraph, outside_model
 
 Labels = tuple[str | None, ...]
 """One name per dimension of a value; dimensions of one name are cut alike; None: cannot be cut in this operation."""
@@ -71,7 +71,7 @@ class LocalGraph:
 
     Attributes:
         graph: placeholders (named as in `step`), calls, one output. `meta` of each node: `shape`, `dtype` (of what lies
-            here), `grad`.
+            here), `grad`, `outside` (of the module: the loss).
         step: the whole step.
         placements: of every parameter and buffer that the step uses.
         summed: parameters whose gradients here are summands: to be added up over the tensor-parallel workers.
@@ -136,6 +136,7 @@ class Partitioner:
         self._tensors: dict[str, fx.Node] = {}
         self._entered: dict[str, fx.Node] = {}
         self._direct: set[str] = set()
+        self._outside = False
 
     # ---- the pass ---------------------------------------------------------------------------------------------------
 
@@ -173,6 +174,7 @@ class Partitioner:
         return value
 
     def _call(self, node: fx.Node) -> Any:
+        self._outside = outside_model(node)
         if node.target is operator.getitem:
             return self._value(node.args[0])[node.args[1]]
         args = fx.node.map_aggregate(node.args, self._value)
@@ -267,7 +269,10 @@ class Partitioner:
 
     def _describe(self, value: Value) -> None:
         value.node.meta.update(
-            shape=local_shape(value.shape, value.placement, self.ranks), dtype=value.dtype, grad=value.grad
+            shape=local_shape(value.shape, value.placement, self.ranks),
+            dtype=value.dtype,
+            grad=value.grad,
+            outside=self._outside,
         )
 
     # ---- making values fit ------------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def attention(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
         2: (*aligned(value.shape[:-2], batch), None, None),
     }
     if mask is not None:
-        inputs[3] = (*aligned(mask.shape, scores)[:-2], None, None)
+        inputs[3] = (*aligned(mask.shape[:-2], batch), None, None)
     full = [query, key, value, mask]
     heads = query.shape[-3] if len(query.shape) > 3 else 1
     if p.ranks > 1 and heads > 1 and not isinstance(query.placement, Sharded):

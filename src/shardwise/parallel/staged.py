@@ -28,6 +28,7 @@ from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
 from shardwise.parallel.placement import Placement, Sharded
 from shardwise.parallel.planning import divide
+from shardwise.parallel.precision import widen_loss
 from shardwise.parallel.schedule import order
 from shardwise.parallel.stage import Work, prepare
 from shardwise.parallel.tensor import partition
@@ -68,6 +69,7 @@ class GraphEngine:
         self._exchange = Exchange(mesh.group("tp"), mesh.coordinate("tp"), strategy.tp)
         self._keyed = KeyedOperations(self.position, self._exchange, mesh.replica_group)
         self._weights = WeightGradients()
+        self._bf16 = (strategy.precision or workload.precision) == "bf16"
         self._works: dict[Key, Work] = {}
         model = build_model(workload, mesh)
         self.aliases = aliases_of(model)
@@ -81,8 +83,7 @@ class GraphEngine:
         self._placements, self._summed = local.placements, local.summed
         self._division = divide(step, local, tensors, data, strategy, mesh, self._parameters)
         work = self._works[self._key(True, data)] = self._prepare(local)
-        bf16 = (strategy.precision or workload.precision) == "bf16"
-        self._holding = Holding(work, tensors, local, strategy, mesh, self._exchange, self._keyed, bf16=bf16)
+        self._holding = Holding(work, tensors, local, strategy, mesh, self._exchange, self._keyed, bf16=self._bf16)
         self.parameters: dict[str, nn.Parameter] = self._holding.trained(self._trained)
         self.held: dict[str, Held] = self._holding.held()
         self._pipeline = Pipeline(
@@ -115,6 +116,8 @@ class GraphEngine:
         )
         if self._strategy.schedule == "zero-bubble":
             defer_weights(local.graph, self._weights, step.tensors)
+        if self._bf16:
+            widen_loss(local.graph, self._mesh.device)
         return local
 
     def _prepare(self, local: LocalGraph) -> Work:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch.distributed as dist
 
 from shardwise.errors import WorkerFailed
 from shardwise.launch.local import join, run_local, under_torchrun
-from shardwise.run.result import Trained
+from shardwise.run.result import Step, Trained
 from shardwise.run.runfolder import discard_unused
+from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 from shardwise.workload.workload import Workload
@@ -94,7 +96,7 @@ def run_job(job: Job, *, threads: int | None = None, gpus: bool | None = None) -
     """
     if under_torchrun():
         join_launcher(job.strategy.workers)
-        return work(job)
+        return _everywhere(work(job))
     workers = job.strategy.workers
     try:
         trained: Trained = run_local(
@@ -116,10 +118,18 @@ def work(job: Job) -> Trained:
     return train(program, job)
 
 
+def _everywhere(trained: Trained) -> Trained:
+    """What rank 0 knows about the steps, on all workers of an outer launcher. Collective."""
+    mine = json.dumps({"summary": trained.summary, "steps": [asdict(step) for step in trained.steps]})
+    first = json.loads(Workers().exchange(mine)[0])
+    return replace(trained, summary=first["summary"], steps=tuple(Step(**step) for step in first["steps"]))
+
+
 def join_launcher(workers: int) -> None:
     """Makes this process one of the `workers` of the launcher that started it, until it ends."""
+    if not dist.is_initialized():
+        atexit.register(_leave_at_exit)
     join(workers)
-    atexit.register(_leave_at_exit)
 
 
 def _leave_at_exit() -> None:

@@ -10,6 +10,7 @@ Steps are timed one by one; a few of them are profiled instead and not timed, fo
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import statistics
 import sys
@@ -135,6 +136,7 @@ class Sampler:
         if number not in self.steps:
             yield
             return
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints that it starts and stops
         gpu = self.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
             begin = self._now()

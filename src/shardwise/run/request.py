@@ -9,7 +9,7 @@ from typing import Any
 
 from shardwise.errors import DataError, RequestError, StrategyError, WorkloadError
 from shardwise.launch.local import under_torchrun
-from shardwise.run.job import Job, Options, Source
+from shardwise.run.job import Job, Options, Source, join_launcher
 from shardwise.run.runfolder import create_run, reopen_run
 from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
@@ -100,6 +100,7 @@ def settle_folder(out: str | Path | None, workload: Workload, job: Job) -> Path:
     path = None if out is None else Path(out)
     if not under_torchrun():
         return make(path, description)
+    join_launcher(job.strategy.workers)
     mine = str(make(path, description)) if os.environ["RANK"] == "0" else ""
     return Path(Workers().exchange(mine)[0])
 

@@ -1,7 +1,8 @@
 """Which sample goes where: the order of an epoch, and how a global batch is cut into shares and microbatches.
 
 The order depends on the seed and the epoch alone, never on the number of workers: the same samples make up step n
-under every strategy, each sample is seen exactly once per epoch, and a last, smaller batch is cut as evenly as it can be.
+under every strategy, each sample is seen exactly once per epoch, and a last, smaller batch is cut as evenly as it can
+be.
 A global batch is first cut into microbatches (rows), each row into replicas (cells):
 
     batch of 8, 2 microbatches, 2 replicas        row 0: [0 1 | 2 3]    row 1: [4 5 | 6 7]

@@ -223,6 +223,12 @@ def example(workload: Workload, samples: int) -> Any:
     return (workload.collate or default_collate)(chosen)
 
 
+def outside_model(node: fx.Node) -> bool:
+    """Whether a call of a step is part of the loss, the metric or the inputs, not of the module."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return not any(path == "model" or path.startswith("model.") for path, _ in stack.values())
+
+
 def batch_leaves(batch: Any) -> list[Any]:
     """The values of a batch in the order of `StepGraph.leaves`."""
     leaves: list[Any] = pytree.tree_leaves(batch)

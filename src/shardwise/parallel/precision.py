@@ -1,0 +1,28 @@
+"""bfloat16 under autocast for the module, float32 for the loss, in a graph as around a module that is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shardwise.parallel.partitioner import bound
+from shardwise.parallel.values import map_tensors
+
+
+def widen_loss(graph: fx.Graph, device: torch.device) -> None:
+    """Makes the calls of a graph that are not the module's compute in float32 also under autocast."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.meta.get("outside"):
+            node.target = bound(_wide, device.type, node.target)
+
+
+def _wide(device: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast(device, enabled=False):
+        return function(*map_tensors(_widened, args), **map_tensors(_widened, kwargs))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
