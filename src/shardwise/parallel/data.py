@@ -46,6 +46,7 @@ class ModuleEngine:
     def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh) -> None:
         self._workload, self._strategy, self._mesh = workload, strategy, mesh
         self.position = Position(seed=workload.seed)
+        self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
         model = build_model(workload, mesh)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.aliases = aliases_of(model)
@@ -78,7 +79,7 @@ class ModuleEngine:
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Gradients of a share, see `Engine.forward_backward`."""
-        total = torch.zeros((), device=self._mesh.device)
+        total: Tensor | None = None
         last = len(share.microbatches) - 1
         for number, (microbatch, scale) in enumerate(zip(share.microbatches, scales, strict=True)):
             data = self._enter(microbatch)
@@ -86,11 +87,12 @@ class ModuleEngine:
                 with self._operations.training_pass():
                     output = self._forward(self._replicas.call, data)
                 loss = self._loss(self._guarded(output, scale), data)
-                # what adds up the replicas' gradients divides by their number
-                loss.backward((scale * self._strategy.replicas).to(loss.dtype))  # type: ignore[no-untyped-call]
+                loss.backward(self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
             part = loss.detach() * scale
-            total = total + (part if self._workload.weight is None else part.where(scale != 0, 0))
+            part = part if self._workload.weight is None else part.where(scale != 0, 0)
+            total = part if total is None else total + part
         self._buffers.settle()
+        assert total is not None
         return total
 
     def evaluate(self, microbatch: Microbatch) -> Tensor:
@@ -104,6 +106,15 @@ class ModuleEngine:
         if isinstance(self._replicas, Sharded):
             self._replicas.reshard()
         return torch.stack([loss.double(), torch.as_tensor(metric, device=loss.device).double()])
+
+    def _gradient_of(self, loss: Tensor, scale: Tensor) -> Tensor:
+        """What the backward pass starts from: what adds up the replicas' gradients divides by their number."""
+        if self._workload.weight is not None:
+            return (scale * self._strategy.replicas).to(loss.dtype)
+        # the scales of a training run are few, always the same objects: every small operation costs time
+        if id(scale) not in self._gradients:
+            self._gradients[id(scale)] = (scale, (scale * self._strategy.replicas).to(loss.dtype))
+        return self._gradients[id(scale)][1]
 
     def _enter(self, microbatch: Microbatch) -> Any:
         """Notes where the microbatch stands; returns its data on our device."""

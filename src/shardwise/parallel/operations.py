@@ -100,7 +100,8 @@ class Operations:
         before = self._random_state()
         with self._mode() if self._everywhere is not False else nullcontext():
             yield
-        moved = not torch.equal(before, self._random_state())
+        after = self._random_state()
+        moved = before != after if isinstance(before, int) else not torch.equal(before, after)
         if self._everywhere is None:
             self._everywhere = self._caught
         elif moved and not self._everywhere:
@@ -112,10 +113,10 @@ class Operations:
     def _group(self) -> dist.ProcessGroup | None:
         return None if self._make_group is None else self._make_group()
 
-    def _random_state(self) -> Tensor:
+    def _random_state(self) -> Any:
         """What moves when torch draws on our device. On a GPU a counter that the CPU keeps: nothing waits."""
         if self._device.type == "cuda":
-            return torch.tensor(torch.cuda.default_generators[self._device.index or 0].get_offset())
+            return torch.cuda.default_generators[self._device.index or 0].get_offset()
         return torch.get_rng_state()
 
     def _mode(self) -> _Handled:
