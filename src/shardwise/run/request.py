@@ -124,7 +124,7 @@ def settle_compared(
     for strategy in [Strategy(), *(Strategy.parse(f"{axis}={count}") for axis in axes)]:
         try:
             check(workload, strategy)
-        except StrategyError as error:
+        except (StrategyError, WorkloadError) as error:
             refused.append((str(strategy), str(error)))
         else:
             fitting.append(strategy)

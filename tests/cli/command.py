@@ -1,0 +1,30 @@
+"""The command as tests start it, and what it leaves running."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+"""The fixture `run`."""
+
+
+def command(*arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, *launcher, "-m", "shardwise", *arguments]
+
+
+def processes_with(mark: str) -> list[int]:
+    """Living processes that carry `mark` in their environment, but for this one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            marked = mark.encode() in (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if marked and state != "Z" and int(process.name) != os.getpid():
+            found.append(int(process.name))
+    return found

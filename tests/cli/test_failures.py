@@ -1,0 +1,63 @@
+"""What ends a run ends all of it, within seconds, and is told once."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from command import Run, command, processes_with
+
+SECONDS = 15.0
+"""Longest from the failure to the end of everything, on a machine that has other things to do; else it is two."""
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_a_worker_that_dies(how: str, run: Run, folder: Path, mark: str) -> None:
+    done = run("train", "work.py:small", "--strategy", "dp=2", "--set", f"fail={how}", "--out", "out", status=1)
+    (failed,) = re.findall(r"failing at ([\d.]+)\n", done.stderr)
+    assert time.time() - float(failed) < SECONDS
+    assert processes_with(mark) == []
+    assert done.stdout == ""
+    assert "Connection" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    if how == "raise":
+        assert done.stderr.count("Traceback") == 1
+        assert done.stderr.count("ValueError: sample 17 is odd") == 1
+        assert "work.py" in done.stderr
+        assert last == "shardwise: worker 1 failed, all workers have ended"
+    else:
+        assert "Traceback" not in done.stderr
+        assert last.startswith("shardwise: worker 1 was killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
+)
+def test_a_signal_to_the_command(number: signal.Signals, status: int, folder: Path, mark: str) -> None:
+    process = subprocess.Popen(
+        command("train", "work.py:small", "--strategy", "dp=2", "--set", "fail=wait", "--quiet"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    while process.stderr.readline() != "waiting\n":
+        assert process.poll() is None
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    assert output == ""
+    assert processes_with(mark) == []
+
+
+def test_a_run_that_failed_before_its_first_step_is_not_in_the_way(run: Run, folder: Path) -> None:
+    text = (folder / "work.py").read_text().replace("nn.Sequential(", "no_weights() or nn.Sequential(")
+    (folder / "work.py").write_text(text + "\ndef no_weights():\n    raise OSError('no such weights')\n")
+    done = run("train", "work.py:small", "--out", "out", "--steps", "1", status=1)
+    assert done.stderr.count("OSError: no such weights") == 1
+    assert not (folder / "out").exists()

@@ -1,0 +1,114 @@
+"""Wrong requests: one line, exit status 2, and no worker starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardwise.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr("shardwise.run.job.run_local", refuse)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (folder / "empty").mkdir()
+    (folder / "other").mkdir()
+    (folder / "other" / "run.json").write_text('{"workload": "other"}')
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.txt").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--strategy dp=2 --workers 3", "strategy dp=2 needs 2 workers, there are 3: use --workers 2, or degrees"),
+        ("--strategy dpp=2", "unknown axis 'dpp' in strategy 'dpp=2'"),
+        (
+            "--strategy pp=2,schedule=gpip",
+            "schedule=gpip: known are gpipe, 1f1b, interleaved, zero-bubble; did you mean",
+        ),
+        ("--strategy dp=3", "batch_size=8 does not divide by the 3 replicas of dp=3: use batch_size=6 or 9"),
+        ("--workers 0", "workers=0: must be 1 or more"),
+        ("--steps 0", "steps=0: must be 1 or more"),
+        ("--keep 0", "keep=0: must be 1 or more"),
+        ("--set bach_size=4", "did you mean 'batch_size'?"),
+        ("--set samples=0", "the dataset of workload 'small' is empty"),
+        ("--out other", "other holds another run: use --resume to go on with it, or another --out"),
+        ("--out full", "full is not empty"),
+        ("--out work.py", "work.py is a file"),
+        ("--out empty --resume", "empty holds no run to resume"),
+        ("--out missing --resume", "missing holds no run to resume"),
+        ("--resume", "holds no run of workload 'small' to resume"),
+        ("--out other --resume", "other holds a run of workload 'other', not 'small'"),
+    ],
+)
+def test_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "work.py:small", *arguments.split()]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert message in errors
+    assert errors.startswith("shardwise: ")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "workload", ["imgae", "work.py:smal", "work.py:broken", "work.py:nothing", "no/file.py:x", "no_such_module:x"]
+)
+def test_a_workload_that_cannot_be_imported(workload: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", workload]) == 2
+    errors = capsys.readouterr().err
+    assert workload.rpartition(":")[0] in errors or workload in errors
+    assert errors.count("\n") == 1
+
+
+def test_compare_refuses_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "work.py:small", "--strategy", "single", "--strategy", "dp=3"]) == 2
+    assert "does not divide by the 3 replicas" in capsys.readouterr().err
+
+
+def test_export_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "empty", "model.safetensors"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian work.py:small", "unknown command 'trian': known are train, compare, export; did you mean 'train'?"),
+        ("train work.py:small --world-size 2", "unknown option '--world-size'"),
+        ("train work.py:small --worker 2", "unknown option '--worker'; did you mean '--workers'?"),
+        ("train work.py:small --workers two", "'two' is not a whole number"),
+        ("train work.py:small --set depth", "'depth' is not of the form key=value"),
+        ("train work.py:small --steps 3 --epochs 2", "not allowed with"),
+        ("train work.py:small more", "unknown argument 'more'"),
+        ("train", "required: WORKLOAD"),
+        ("", "no command: known are train, compare, export"),
+    ],
+)
+def test_misuse(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("usage: shardwise")
+    assert message in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_does_not_import_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys, shardwise.cli
+try: shardwise.cli.main({arguments})
+except SystemExit as end: assert not end.code
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from shardwise.report.text import comparison_table, table, training_summary
+
+TRAINED = {
+    "workload": "image",
+    "strategy": "dp=2",
+    "workers": 2,
+    "steps": 120,
+    "loss": 0.12345,
+    "metrics": {"loss": 0.2, "accuracy": 0.978},
+    "samples_per_second": 1234.5,
+    "step_seconds": 0.0512,
+    "alpha": 0.31,
+    "exposed_alpha": 0.14,
+    "communication_share": 0.123,
+    "memory_bytes": 312 * 2**20,
+    "run": "runs/image-dp2-1",
+}
+
+
+def test_table_is_aligned() -> None:
+    assert table(["name", "n"], [["a", "100"], ["longer", "2"]]).splitlines() == [
+        "name      n",
+        "------  ---",
+        "a       100",
+        "longer    2",
+    ]
+
+
+def test_training_summary() -> None:
+    assert training_summary(TRAINED).splitlines() == [
+        "image under dp=2: 120 steps on 2 workers",
+        "  loss           0.1235",
+        "  held-out loss  0.2",
+        "  accuracy       97.80%",
+        "  speed          1,234 samples/s, 51.2 ms per step",
+        "  memory         312.0 MiB per worker",
+        "  communication  12% of a step, alpha 0.31, exposed 0.14",
+        "  run            runs/image-dp2-1",
+    ]
+
+
+def test_what_is_unknown_shows_as_a_dash() -> None:
+    unknown = dict.fromkeys(("loss", "samples_per_second", "step_seconds", "alpha", "exposed_alpha", "run"))
+    text = training_summary({**TRAINED, **unknown, "communication_share": None, "workers": 1, "metrics": {}})
+    assert "on 1 worker\n" in text
+    assert "speed          -, - per step" in text
+    assert "communication  - of a step, alpha -, exposed -" in text
+    assert "None" not in text
+
+
+def test_comparison_table() -> None:
+    row = {
+        "strategy": "dp=2",
+        "workers": 2,
+        "loss": 0.5,
+        "metrics": {"loss": 0.6, "accuracy": 0.9},
+        "samples_per_second": 1000.0,
+        "measured_seconds": 0.064,
+        "measured_memory_bytes": 2**30,
+        "communication_share": 0.25,
+        "speedup": 1.8,
+        "loss_difference": 1.2e-7,
+    }
+    unknown = {**row, "strategy": "single", "workers": 1, "metrics": {}, "speedup": None, "loss_difference": None}
+    document = {"results": [unknown, row], "threads": 1, "rejected": [{"strategy": "tp=3", "reason": "16 heads"}]}
+    lines = comparison_table(document).splitlines()
+    assert lines[0].split("  ")[0] == "strategy"
+    assert "accuracy" in lines[0]
+    assert lines[2].split() == ["single", "1", "0.5", "-", "1,000", "64.0", "ms", "1.0", "GiB", "25%", "-", "-"]
+    assert lines[3].split() == [
+        "dp=2",
+        "2",
+        "0.5",
+        "90.00%",
+        "1,000",
+        "64.0",
+        "ms",
+        "1.0",
+        "GiB",
+        "25%",
+        "1.80x",
+        "1.2e-07",
+    ]
+    assert lines[-1] == "tp=3 cannot be: 16 heads"
