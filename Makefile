@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+STRATEGIES := single dp=2 fsdp=2 tp=2 pp=2 dp=2,tp=2 fsdp=2,pp=2
+DEMO = $(BIN)/shardwise compare image --epochs 10 $(foreach strategy,$(STRATEGIES),--strategy '$(strategy)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo readme test check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1 - /'
@@ -20,7 +22,12 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $@
 
 demo: $(STAMP) ## trains one model under every kind of strategy and prints one table
-	$(BIN)/python examples/demo.py
+	$(DEMO)
+
+readme: $(STAMP) ## runs the demo and puts its table into README.md and its twin
+	mkdir -p build
+	$(DEMO) > build/demo.txt
+	$(BIN)/python docs/insert_demo.py build/demo.txt README.md README.zh-CN.md
 
 test: $(STAMP) ## runs all tests
 	$(BIN)/python -m pytest

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from benchmarks.transformer import Transformer, token_loss
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,6 +24,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.transformer import Transformer, token_loss
 
 Step = Callable[[Tensor, Tensor], Tensor | None]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

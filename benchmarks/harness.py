@@ -45,12 +45,14 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def environment() -> dict[str, Any]:
-    """What a number depends on besides the code."""
+def environment(threads: int) -> dict[str, Any]:
+    """What a number depends on besides the code. Sets the threads of each worker, above what the user's shell says."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "cpus": os.cpu_count(),
+        "threads_per_worker": threads,
         "load_before": round(os.getloadavg()[0], 2),
         "processor": _processor(),
         "python": platform.python_version(),
@@ -70,9 +72,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     keys = list(rows[0])
     cells = [keys, *[[_text(row[key]) for key in keys] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(keys))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    return "\n".join(lines)
+    cells.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 def _text(value: Any) -> str:

@@ -93,13 +93,13 @@ def main() -> None:
     parser.add_argument("--name", default="overhead", help="of the files in results/")
     options = parser.parse_args()
     size = Size(hidden=options.hidden, layers=options.layers)
-    before = environment()
+    before = environment(threads=1)
     measured: dict[str, list[dict[str, Any]]] = {spec: [] for spec in options.strategy or STRATEGIES}
     for repeat in range(options.repeats):
         for spec, repeats in measured.items():
             repeats.append(run_local(measure, (spec, size, options.rounds, repeat), workers=2, threads=1))
     rows = [summarize(spec, repeats) for spec, repeats in measured.items()]
-    settings = {**asdict(size), "workers": 2, "threads": 1, "rounds": options.rounds, "repeats": options.repeats}
+    settings = {**asdict(size), "workers": 2, "rounds": options.rounds, "repeats": options.repeats}
     record(options.name, {**settings, "target": TARGET}, rows, measured, before)
 
 

@@ -24,6 +24,7 @@ from benchmarks.transformer import Size
 from shardwise.launch.local import run_local
 
 TARGET = 1.8
+WHAT = ("one worker", "two workers, dp=2", "control: two alone")
 
 
 def measure(size: Size, rounds: int) -> list[list[float]]:
@@ -57,6 +58,17 @@ def measure(size: Size, rounds: int) -> list[list[float]]:
     return alternate([one, two, control], rounds)
 
 
+def _row(name: str, batch: int, repeats: list[list[list[float]]], place: int) -> dict[str, Any]:
+    ratios = [median([row[0] / row[place] for row in rounds]) for rounds in repeats]
+    return {
+        "what": name,
+        "samples_per_second": batch / median([row[place] for rounds in repeats for row in rounds]),
+        "speedup": median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
@@ -67,24 +79,10 @@ def main() -> None:
     parser.add_argument("--name", default="scaling", help="of the files in results/")
     options = parser.parse_args()
     size = Size(hidden=options.hidden, layers=options.layers, batch=options.batch)
-    before = environment()
+    before = environment(threads=1)
     repeats = [run_local(measure, (size, options.rounds), workers=2, threads=1) for _ in range(options.repeats)]
-    rows = []
-    for place, name in ((1, "two workers, dp=2"), (2, "control: two alone")):
-        ratios = [median([row[0] / row[place] for row in rounds]) for rounds in repeats]
-        seconds = median([row[place] for rounds in repeats for row in rounds])
-        rows.append(
-            {
-                "what": name,
-                "samples_per_second": size.batch / seconds,
-                "speedup": median(ratios),
-                "lowest": min(ratios),
-                "highest": max(ratios),
-            }
-        )
-    single = median([row[0] for rounds in repeats for row in rounds])
-    rows.insert(0, {"what": "one worker", "samples_per_second": size.batch / single, "speedup": 1.0, "lowest": 1.0, "highest": 1.0})
-    settings = {**asdict(size), "threads": 1, "rounds": options.rounds, "repeats": options.repeats, "target": TARGET}
+    rows = [_row(name, size.batch, repeats, place) for place, name in enumerate(WHAT)]
+    settings = {**asdict(size), "rounds": options.rounds, "repeats": options.repeats, "target": TARGET}
     record(options.name, settings, rows, repeats, before)
 
 
