@@ -65,6 +65,6 @@ class CheckpointError(RequestError):
 
 
 def nearest(value: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" when a known word is close to `value`, else an empty string."""
+    """Gives "; did you mean 'x'?" when a known word is close to `value`, else an empty string."""
     matches = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
