@@ -26,7 +26,7 @@ from shardwise.parallel.replicated import Replicated
 from shardwise.parallel.sharded import Sharded, row_layout
 from shardwise.parallel.values import map_tensors, to_device
 from shardwise.strategy import Strategy
-from shardwise.workload.data import Microbatch, Share
+from shardwise.workload.data import Microbatch, Share, is_map_style
 from shardwise.workload.workload import Workload, call_model
 
 _ALONE = 4
@@ -236,7 +236,7 @@ def first_batches(workload: Workload, strategy: Strategy) -> list[Any]:
     count = max(1, workload.batch_size // (strategy.replicas * max(strategy.microbatches, 1)))
     wanted = max(count, _ALONE)
     dataset = workload.dataset
-    if hasattr(dataset, "__getitem__"):
+    if is_map_style(dataset):
         samples = [dataset[index] for index in range(min(wanted, len(dataset)))]
     elif iter(dataset) is dataset:
         return []

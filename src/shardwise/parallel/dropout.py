@@ -81,7 +81,8 @@ class KeyedDropout:
 
     Which dimension counts the samples is told by its size: the first one where it fits; the second (sequences first);
     the first again where it is a multiple (samples and heads or tokens in one dimension); any other that fits. A
-    tensor with none of these belongs to no sample (a weight, say): it is drawn alike on all workers.
+    tensor with none of these belongs to no sample (a weight, say): it is drawn alike on all workers. Where two
+    dimensions happen to have that size, the wrong one may be taken: dropout is then right, but not one process's.
 
     Attributes:
         position: where the training is; the engine keeps it up to date.
@@ -107,7 +108,8 @@ class KeyedDropout:
 
     def mask(self, shape: torch.Size, p: float, device: torch.device, *, merged: bool = False) -> Tensor:
         """The next site's `keep` for a tensor of this shape; `merged`: its first dimension is samples times heads."""
-        samples, dim = self.position.samples, 0 if merged else _sample_dim(shape, self.position.samples)
+        samples = self.position.samples
+        dim = 0 if merged and shape[0] % samples == 0 else _sample_dim(shape, samples)
         site, self.site = self.site, self.site + 1
         if dim is None:
             common = Position(seed=self.position.seed, step=self.position.step)
@@ -202,7 +204,8 @@ def attention_probabilities(
 ) -> Tensor:
     """softmax(q k^T * scale + mask), shape (..., queries, keys), as torch documents it; `scale` None: 1/sqrt(size).
 
-    `causal` lets query n see the keys up to n. `grouped`: several query heads share a key head.
+    `causal` lets query n see the keys up to n. `grouped`: several query heads share a key head. A query that sees no
+    key at all (padding) has probabilities of zero, as in torch's own attention.
     """
     if grouped:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
@@ -211,9 +214,11 @@ def attention_probabilities(
     if causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(~allowed, -math.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1)
+    if mask is None:
+        return torch.softmax(scores, -1)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    probabilities: Tensor = torch._safe_softmax(scores, -1)
+    return probabilities
 
 
 def _sample_dim(shape: torch.Size, samples: int) -> int | None:

@@ -133,16 +133,19 @@ class Operations:
         """Our forward for `module`; None where its class has a forward of its own."""
         forward = type(module).forward
         if forward in _DROPOUTS:
-            return self._dropout(module, self._handlers[_DROPOUTS[forward]])
+            return self._dropout(module, _DROPOUTS[forward])
         if forward is nn.SyncBatchNorm.forward or (self._own_normalisation and forward is _BatchNorm.forward):
             return self._normalisation(module)
         if forward is nn.MultiheadAttention.forward and module.dropout > 0:
             return self._attention(module)
         return None
 
-    def _dropout(self, module: Any, handler: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+    def _dropout(self, module: Any, function: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        handler = self._handlers[function]
+        in_place = module.inplace and function not in (F.alpha_dropout, F.feature_alpha_dropout)
+
         def forward(input: Tensor) -> Tensor:  # noqa: A002
-            output: Tensor = handler(input, module.p, module.training, module.inplace)
+            output: Tensor = handler(input, module.p, module.training, in_place)
             return output
 
         return forward

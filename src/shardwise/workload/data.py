@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from shardwise.errors import DataError
 
@@ -113,7 +113,7 @@ class Loader:
 
     def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
         """Shares of epoch `epoch` from batch `start` on, for our replica; the next one loads while one is used."""
-        source = self._mapped(epoch, start) if hasattr(self.dataset, "__getitem__") else self._streamed(start)
+        source = self._mapped(epoch, start) if is_map_style(self.dataset) else self._streamed(start)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardwise-loader") as pool:
             pending = pool.submit(next, source, None)
             while (share := pending.result()) is not None:
@@ -145,6 +145,11 @@ class Loader:
         cells = [row[self.replica] for row in rows]
         loaded = [collate(fetch([batch[i] for i in cell] or batch[:1])) for cell in cells]
         return Share(tuple(Microbatch(d, len(c), c.start) for d, c in zip(loaded, cells, strict=True)), len(batch))
+
+
+def is_map_style(dataset: Any) -> bool:
+    """Whether samples are read by index; torch's `IterableDataset` has a `__getitem__` too, which raises."""
+    return hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 def batch_samples(batch: Any) -> int:
