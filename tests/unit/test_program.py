@@ -172,14 +172,15 @@ def test_state_goes_through_json(schedule: Callable[..., Any]) -> None:
 
 
 def test_state_of_another_optimizer_is_refused() -> None:
-    state = program().state()
-
     def groups(parameters: Any) -> torch.optim.Optimizer:
         parameters = list(parameters)
-        return torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=0.1)
+        return torch.optim.SGD([{"params": parameters[:1], "lr": 0.2}, {"params": parameters[1:]}], lr=0.1)
 
-    with pytest.raises(CheckpointError, match="1 parameter groups, the workload's optimizer makes 2"):
-        program(optimizer=groups).load_state(state)
+    grouped = program(optimizer=groups)
+    grouped.load_state(program().state())  # one rate for all of them
+    assert [group["lr"] for group in grouped.optimizer.param_groups] == [0.1, 0.1]
+    with pytest.raises(CheckpointError, match="2 parameter groups, the workload's optimizer makes 1"):
+        program().load_state(program(optimizer=groups).state())
 
 
 class Counting(torch.optim.Optimizer):
@@ -225,9 +226,13 @@ def test_model_in_evaluation_mode_is_trained() -> None:
     assert program(model=lambda: model().eval()).engine.model.training
 
 
+USED = program()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model": lambda: USED.engine.model}, "must build a new one at each call"),
         ({"model": lambda: 3}, "must build an nn.Module, not int"),
         ({"model": lambda: nn.ReLU()}, "no parameter to train"),
         ({"model": lambda: nn.LazyLinear(3)}, "parameter weight of workload 'unit' has no shape yet"),

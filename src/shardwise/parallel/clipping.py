@@ -18,11 +18,13 @@ def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]
 
 def squared_norm(gradients: Mapping[str, Tensor], held: Mapping[str, Held], device: torch.device) -> Tensor:
     """This worker's part of the squared global norm, 0-d: adding up those of all workers counts each element once."""
-    if not gradients:
-        return torch.zeros((), device=device)
-    norms = torch.stack(torch._foreach_norm(list(gradients.values())))
-    holders = torch.tensor([held[name].holders for name in gradients], dtype=norms.dtype, device=norms.device)
-    return (norms.square() / holders).sum()
+    by_holders: dict[int, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        by_holders.setdefault(held[name].holders, []).append(gradient)
+    total = torch.zeros((), device=device)
+    for holders, several in by_holders.items():
+        total = total + torch.stack(torch._foreach_norm(several)).square().sum() / holders
+    return total
 
 
 def clip(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:

@@ -178,7 +178,8 @@ class ModuleEngine:
             self._notes.append("the dataset can be read only once: no pass to find repeated blocks, the model is one")
             return []
         passes = [partial(self._forward, model, batch) for batch in batches]
-        with evaluating(model), torch.random.fork_rng():
+        devices = [self._mesh.device] if self._mesh.device.type == "cuda" else []
+        with evaluating(model), torch.random.fork_rng(devices):
             blocks = repeated_blocks(model, called_once(model, passes))
         if not blocks:
             kinds = {"fsdp": self._strategy.fsdp > 1, "recompute=full": self._strategy.recompute == "full"}

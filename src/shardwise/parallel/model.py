@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from shardwise.parallel.deal import broadcast
 from shardwise.parallel.gather import gather_json
 from shardwise.parallel.mesh import Mesh
 from shardwise.workload.workload import Workload
+
+_BUILT: WeakSet[nn.Module] = WeakSet()
+"""Modules of programs: they are changed in place, so that none can be used twice."""
 
 
 def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
@@ -33,6 +37,7 @@ def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
     if not model.training:
         model.train()
     _check(model, workload)
+    _BUILT.add(model)
     model.to(mesh.device)
     if mesh.world is not None:
         _make_equal(model, workload, mesh)
@@ -41,6 +46,11 @@ def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
 
 
 def _check(model: nn.Module, workload: Workload) -> None:
+    if model in _BUILT:
+        raise WorkloadError(
+            f"model of workload {workload.name!r} gave a module that is in use already: it must build a new one at "
+            "each call, copy.deepcopy(module) for example"
+        )
     lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
     if lazy is not None:
         raise WorkloadError(

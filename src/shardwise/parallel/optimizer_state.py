@@ -134,17 +134,25 @@ def load_schedule_state(
         scheduler.load_state_dict(_like(scheduler.state_dict(), state["scheduler"]))
     if optimizer is None:
         return
-    if len(state["groups"]) != len(optimizer.param_groups):
+    groups = _fitted(list(state["groups"]), len(optimizer.param_groups))
+    if len(groups) != len(optimizer.param_groups):
         raise CheckpointError(
-            f"the checkpoint has {len(state['groups'])} parameter groups, the workload's optimizer makes "
-            f"{len(optimizer.param_groups)}: use the same optimizer function"
+            f"the checkpoint has {len(groups)} parameter groups, the workload's optimizer makes "
+            f"{len(optimizer.param_groups)}: use an optimizer function that makes the same groups for any parameters"
         )
-    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
         for key, value in saved.items():
             if isinstance(group.get(key), Tensor):
                 group[key].fill_(value)
             elif key in group:
                 group[key] = _like(group[key], value)
+
+
+def _fitted(values: list[Any], count: int) -> list[Any]:
+    """As many as `count`, where all are the same: a worker with few parameters may have fewer groups of them."""
+    if values and len(values) != count and all(value == values[0] for value in values):
+        return values[:1] * count
+    return values
 
 
 _UNKNOWN = object()
@@ -171,6 +179,7 @@ def _like(model: Any, value: Any) -> Any:
         restored = {names.get(key, key): _like(model.get(names.get(key, key)), item) for key, item in value.items()}
         return type(model)({**model, **restored})  # type: ignore[call-arg]
     if isinstance(model, (list, tuple)) and isinstance(value, list):
+        value = _fitted(value, len(model))
         if len(model) != len(value):
             return type(model)(value)
         return type(model)(_like(old, new) for old, new in zip(model, value, strict=True))

@@ -111,15 +111,18 @@ class Program:
             parameter.grad = None
         self.engine.position.step = self.steps
         loss = self.engine.forward_backward(share, self._scales(share))
-        square = self._squared_norm()
+        gradients = {} if self.workload.clip_norm is None else local_gradients(self.engine.parameters)
+        square = self._squared_norm(gradients)
         report = self._report(loss, square)
         pending = None if self.mesh.world is None else dist.all_reduce(report, group=self.mesh.world, async_op=True)
-        if pending is not None and (self.engine.unused or (square is not None and not self._whole_everywhere)):
+        together = self.workload.clip_norm is not None and not self._whole_everywhere
+        if pending is not None and (together or self.engine.unused):
             pending.wait()
         if self.engine.unused:
             self._forget_unused(report)
-        if square is not None:
-            self._clip(square if self._whole_everywhere else report[1])
+        if self.workload.clip_norm is not None:
+            self.gradient_norm = (report[1] if together else square).sqrt()
+            clip(list(gradients.values()), self.gradient_norm, self.workload.clip_norm)
         self._update()
         if pending is not None:
             pending.wait()  # it ran beside the optimizer
@@ -255,22 +258,17 @@ class Program:
             self._constants[value] = torch.tensor(value, dtype=torch.float64, device=self.mesh.device)
         return self._constants[value]
 
-    def _squared_norm(self) -> Tensor | None:
-        """With clipping: our part of the squared norm, or all of it where every worker has whole gradients."""
-        if self.workload.clip_norm is None:
-            return None
-        square = squared_norm(local_gradients(self.engine.parameters), self.engine.held, self.mesh.device)
+    def _squared_norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Our part of the squared norm, or all of it where every worker has whole gradients."""
+        if not gradients:
+            return self._constant(0.0)
+        square = squared_norm(gradients, self.engine.held, self.mesh.device)
         return square * self.strategy.workers if self._whole_everywhere else square
 
-    def _clip(self, square: Tensor) -> None:
-        assert self.workload.clip_norm is not None
-        self.gradient_norm = square.sqrt()
-        clip(list(local_gradients(self.engine.parameters).values()), self.gradient_norm, self.workload.clip_norm)
-
-    def _report(self, loss: Tensor, square: Tensor | None) -> Tensor:
+    def _report(self, loss: Tensor, square: Tensor) -> Tensor:
         """What all workers add up in one message: loss, squared norm, how many workers left parameters unused."""
         unused = self._constant(float(bool(self.engine.unused)))
-        return torch.stack([loss.double(), self._constant(0.0) if square is None else square.double(), unused])
+        return torch.stack([loss.double(), square.double(), unused])
 
     def _forget_unused(self, report: Tensor) -> None:
         """Takes the gradient of zero from parameters that no replica used: an optimizer passes over those.

@@ -60,15 +60,12 @@ class Replicated:
         return {n: (p.grad, p.grad._version) for n, p in self._parameters.items() if p.grad is not None}
 
     def _complete(self) -> None:
-        missing = [name for name, parameter in self._parameters.items() if self._is_missing(name, parameter.grad)]
+        missing = [name for name, parameter in self._parameters.items() if parameter.grad is None]
+        for name, (gradient, version) in self._before.items():
+            if self._parameters[name].grad is gradient and gradient._version == version:
+                missing.append(name)
         self.unused = [name for name in missing if self._parameters[name].grad is None]
         if missing:
             # a backward pass of its own, in which DDP's hooks see the gradients that they wait for
             left_out = [self._parameters[name] for name in missing]
             torch.autograd.backward(left_out, [torch.zeros_like(parameter) for parameter in left_out])
-
-    def _is_missing(self, name: str, gradient: Tensor | None) -> bool:
-        if gradient is None:
-            return True
-        before = self._before.get(name)
-        return before is not None and before[0] is gradient and before[1] == gradient._version

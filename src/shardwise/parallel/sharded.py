@@ -3,7 +3,9 @@
 A parameter is split along its first dimension over the workers of the `fsdp` axis; `dp` above it makes replicas of that
 (HSDP). Gradients come out as means over all of them, each worker with its own rows.
 
-Parameters without a dimension cannot be split: they stay whole, and their gradients are averaged here.
+Parameters without a dimension cannot be split: they stay whole, and their gradients are averaged here. Parameters that
+a replica does not use are filled in, but each block must run on all replicas or on none: whether it does may not
+depend on the samples, for the replicas gather it together (`blocks` leaves out what it sees some samples skip).
 """
 
 from __future__ import annotations
