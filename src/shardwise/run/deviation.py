@@ -1,0 +1,76 @@
+"""How far the tensors of one run are from those of another, relative to their size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """The largest relative error over some tensors, and the tensor that has it. Infinite: missing, or another kind."""
+
+    error: float = 0.0
+    tensor: str = ""
+    why: str = ""
+
+    def __or__(self, other: Deviation) -> Deviation:
+        """The larger one."""
+        return other if other.error > self.error else self
+
+
+def typical_size(tensors: Mapping[str, Tensor]) -> float:
+    """Root mean square over all elements of the floating-point tensors."""
+    floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    elements = sum(tensor.numel() for tensor in floats)
+    squares = sum(float(tensor.double().square().sum()) for tensor in floats)
+    return math.sqrt(squares / elements) if elements else 0.0
+
+
+def deviation(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, counted: Mapping[str, Tensor] | None = None
+) -> Deviation:
+    """||a - b|| / max(||b||, what a tensor of its size typically has), the largest over tensors.
+
+    A tensor that is zero but for rounding is held against the typical size of the others. Integers must be equal.
+
+    Args:
+        actual: by name.
+        expected: by name.
+        counted: elements that count, where not all do.
+    """
+    typical = typical_size(expected)
+    worst = Deviation()
+    for name, why in _of_other_kind(actual, expected):
+        worst |= Deviation(math.inf, name, why)
+    for name in sorted(actual.keys() & expected.keys()):
+        a, b = actual[name], expected[name]
+        if a.shape == b.shape:
+            mask = None if counted is None else counted.get(name)
+            worst |= Deviation(_error(a, b, mask, typical), name)
+    return worst
+
+
+def _of_other_kind(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    for name in sorted(actual.keys() ^ expected.keys()):
+        yield name, "is there in parallel only" if name in actual else "is missing in parallel"
+    for name in sorted(actual.keys() & expected.keys()):
+        if actual[name].shape != expected[name].shape:
+            yield name, f"has shape {tuple(actual[name].shape)}, not {tuple(expected[name].shape)}"
+
+
+def _error(actual: Tensor, expected: Tensor, mask: Tensor | None, typical: float) -> float:
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else math.inf
+    a, b = actual.double(), expected.double()
+    if mask is not None:
+        a, b = a[mask], b[mask]
+    scale = max(float(b.norm()), typical * math.sqrt(b.numel()))
+    difference = float((a - b).norm())
+    if math.isnan(difference):
+        return 0.0 if torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) else math.inf
+    return difference / scale if scale else difference

@@ -1,0 +1,277 @@
+"""The proof that a parallel run is the same training: the same steps in one process and in parallel, held side by side.
+
+    one worker:  initial weights, then per step loss, gradients, weights -> files
+    in parallel: from the same initial weights, the same steps; worker 0 gathers full tensors and compares with them
+
+How far rounding alone may take the two apart follows from the dtype and the longest sum in a step: summands are added
+in another order, which leaves an error that grows with the square root of their number (Higham 1993, section 4), for
+each of the operations that follow each other.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from shardwise.errors import WorkloadError
+from shardwise.launch.local import run_local
+from shardwise.run.deviation import Deviation, deviation, typical_size
+from shardwise.run.job import Source, enough_gpus
+from shardwise.strategy import Strategy
+from shardwise.workload.float64 import in_float64
+from shardwise.workload.workload import Workload
+
+SAFETY = 16.0
+"""Times the expected growth of rounding errors that is still taken for rounding."""
+
+HALF_TOLERANCE = 0.1
+"""For bf16: eight bits of a number survive every operation, and steps drift apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One strategy to verify, the same on every worker.
+
+    Attributes:
+        source: the workload.
+        strategy: with the number of microbatches settled.
+        steps: optimizer steps.
+        float64: in double precision.
+        folder: where one worker's steps are.
+    """
+
+    source: Source
+    strategy: Strategy
+    steps: int
+    float64: bool
+    folder: str
+
+    def load(self) -> Workload:
+        """The workload, in the precision of the trial."""
+        workload = self.source.load()
+        return in_float64(workload) if self.float64 else workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """How far a strategy is from one process: the largest errors over the steps."""
+
+    strategy: Strategy
+    steps: int
+    loss: Deviation
+    gradient: Deviation
+    parameter: Deviation
+    tolerance: float
+    sharded_share: float
+    notes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is within the tolerance."""
+        return all(each.error <= self.tolerance for each in (self.loss, self.gradient, self.parameter))
+
+
+def verify(
+    source: Source, strategies: Sequence[Strategy], *, steps: int, float64: bool, threads: int
+) -> list[tuple[Proof, str]]:
+    """Verifies strategies one by one; (proof, axis most likely at fault, empty where it holds).
+
+    Raises:
+        WorkloadError: the dataset does not give the same samples each time.
+        WorkerFailed: a worker died.
+    """
+    with tempfile.TemporaryDirectory(prefix="shardwise-verify-") as folder:
+        prover = _Prover(source, steps, float64, threads, Path(folder))
+        return [prover.prove_and_blame(strategy) for strategy in strategies]
+
+
+class _Prover:
+    """Runs trials; one worker's steps are kept for all strategies that cut the batch alike."""
+
+    def __init__(self, source: Source, steps: int, float64: bool, threads: int, folder: Path) -> None:
+        self._trial = Trial(source=source, strategy=Strategy(), steps=steps, float64=float64, folder="")
+        self._threads = threads
+        self._folder = folder
+        self._batch_size = source.load().batch_size
+        self._recorded: set[str] = set()
+
+    def prove_and_blame(self, strategy: Strategy) -> tuple[Proof, str]:
+        proof = self.prove(strategy)
+        return proof, "" if proof.passed else self._blame(strategy)
+
+    def prove(self, strategy: Strategy) -> Proof:
+        settled = strategy.for_batch(self._batch_size)
+        alone = Strategy(microbatches=settled.microbatches, precision=settled.precision)
+        folder = self._folder / str(alone)
+        if str(alone) not in self._recorded:
+            folder.mkdir()
+            self._run(record, replace(self._trial, strategy=alone, folder=str(folder)))
+            self._recorded.add(str(alone))
+        proof: Proof = self._run(compare, replace(self._trial, strategy=settled, folder=str(folder)))
+        return replace(proof, strategy=strategy)
+
+    def _run(self, function: Any, trial: Trial) -> Any:
+        workers = trial.strategy.workers
+        return run_local(function, (trial,), workers=workers, threads=self._threads, gpus=enough_gpus(workers))
+
+    def _blame(self, strategy: Strategy) -> str:
+        """The axis that fails alone; all of them where each alone holds."""
+        degrees = {axis: getattr(strategy, axis) for axis in ("dp", "fsdp", "tp", "pp") if getattr(strategy, axis) > 1}
+        if len(degrees) < 2:
+            return next(iter(degrees), "")
+        count = strategy.for_batch(self._batch_size).microbatches
+        for axis in degrees:
+            others = {other: 1 for other in degrees if other != axis}
+            alone = strategy.with_(**others, **_without_options(axis), microbatches=count)
+            if not self.prove(alone).passed:
+                return axis
+        return " with ".join(degrees)
+
+
+def _without_options(axis: str) -> dict[str, Any]:
+    """Options of the other axes at their defaults."""
+    default = Strategy()
+    options = {"fsdp": ("zero",), "tp": ("sp",), "pp": ("schedule", "stages")}
+    return {key: getattr(default, key) for other, keys in options.items() if other != axis for key in keys}
+
+
+# ---- what workers do ------------------------------------------------------------------------------------------------
+
+
+def record(trial: Trial) -> None:
+    """One worker's steps, into files."""
+    from shardwise.parallel.program import Program
+
+    program = Program.build(trial.load(), trial.strategy)
+    folder = Path(trial.folder)
+    _check_repeatable(program)
+    save_file(_model(program), folder / "initial.safetensors")
+    for step, share in enumerate(_shares(program, trial.steps)):
+        loss = program.step_share(share)
+        gradients = {
+            f"gradient/{piece.name.partition('/')[2]}": piece.local.cpu() for piece in program.gradient_pieces()
+        }
+        tensors = {**gradients, **_model(program), "loss": loss.cpu().double()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"step-{step}.safetensors")
+
+
+def compare(trial: Trial) -> Proof | None:
+    """The same steps in parallel, compared on worker 0. Collective."""
+    from shardwise.parallel.gather import gather_full
+    from shardwise.parallel.program import Program
+
+    program = Program.build(trial.load(), trial.strategy)
+    folder = Path(trial.folder)
+    _start_from(program, load_file(folder / "initial.safetensors"))
+    tolerance = rounding(program, trial)
+    loss = gradient = parameter = Deviation()
+    counted: dict[str, Tensor] = {}
+    for step, share in enumerate(_shares(program, trial.steps)):
+        value = program.step_share(share)
+        pieces = [*program.gradient_pieces(), *(p for p in program.pieces() if p.name.startswith("model/"))]
+        full = gather_full(pieces, program.mesh.world)
+        if full is None:
+            continue
+        expected = load_file(folder / f"step-{step}.safetensors")
+        alone = float(expected.pop("loss"))
+        loss |= Deviation(_relative(float(value), alone), f"step {step + 1}")
+        gradient |= deviation(_kind(full, "gradient"), _kind(expected, "gradient"))
+        _count(counted, _kind(expected, "gradient"), tolerance)
+        parameter |= deviation(_kind(full, "model"), _kind(expected, "model"), counted=counted)
+    if program.mesh.rank != 0:
+        return None
+    return Proof(
+        strategy=trial.strategy,
+        steps=trial.steps,
+        loss=loss,
+        gradient=gradient,
+        parameter=parameter,
+        tolerance=tolerance,
+        sharded_share=float(getattr(program.engine, "sharded_parameter_share", 0.0)),
+        notes=tuple(program.engine.notes),
+    )
+
+
+def rounding(program: Any, trial: Trial) -> float:
+    """The relative error up to which two runs are taken for the same: SAFETY * eps * sqrt(summands) * sqrt(layers)."""
+    precision = trial.strategy.precision or program.workload.precision
+    if precision == "bf16":
+        return HALF_TOLERANCE
+    shapes = [held.layout.shape for held in program.engine.held.values()]
+    widest = max((max(shape, default=1) for shape in shapes), default=1)
+    first = next(iter(program.loader().shares(0)))
+    leaves = [leaf for m in first.microbatches for leaf in tree_leaves(m.data) if isinstance(leaf, Tensor)]
+    positions = max((leaf.numel() for leaf in leaves), default=1) * program.strategy.replicas
+    layers = sum(len(shape) > 1 for shape in shapes) * program.strategy.pp
+    eps = torch.finfo(torch.float64 if trial.float64 else torch.float32).eps
+    return SAFETY * eps * math.sqrt(max(widest, positions)) * math.sqrt(max(layers, 1))
+
+
+def _relative(value: float, expected: float) -> float:
+    error = abs(value - expected) / max(abs(expected), 1e-30)
+    if math.isnan(error):
+        return 0.0 if math.isnan(value) and math.isnan(expected) else math.inf
+    return error
+
+
+def _shares(program: Any, steps: int) -> Any:
+    """The shares of the first steps, from as many epochs as they take."""
+    left, epoch = steps, 0
+    while left > 0:
+        for share in program.loader().shares(epoch):
+            yield share
+            left -= 1
+            if left == 0:
+                return
+        epoch += 1
+
+
+def _model(program: Any) -> dict[str, Tensor]:
+    return {p.name: p.local.cpu().contiguous() for p in program.pieces() if p.name.startswith("model/")}
+
+
+def _kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{kind}/")}
+
+
+def _start_from(program: Any, initial: dict[str, Tensor]) -> None:
+    """Overwrites this worker's parts of the model."""
+    with torch.no_grad():
+        for piece in program.pieces():
+            if piece.name in initial:
+                piece.local.copy_(piece.layout.cut(initial[piece.name]))
+
+
+def _count(counted: dict[str, Tensor], gradients: dict[str, Tensor], tolerance: float) -> None:
+    """Marks elements whose gradient is more than rounding in every step.
+
+    An optimizer that divides by the gradient's size (Adam) makes a whole step out of a gradient that is nothing but
+    rounding: such an element says nothing about the parallel run. Its gradient is compared all the same.
+    """
+    noise = tolerance * typical_size(gradients)
+    for name, gradient in gradients.items():
+        told = gradient.abs() > noise
+        counted[name] = counted[name] & told if name in counted else told
+
+
+def _check_repeatable(program: Any) -> None:
+    """Raises WorkloadError where the dataset gives other samples when it is read again."""
+    first, second = (tree_leaves([m.data for m in next(iter(program.loader().shares(0))).microbatches]) for _ in "12")
+    same = len(first) == len(second) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in zip(first, second, strict=True)
+    )
+    if not same:
+        raise WorkloadError(
+            f"the dataset of workload {program.workload.name!r} gives other samples each time it is read: two runs can "
+            "only be compared on the same data; seed what it draws by the index of the sample"
+        )

@@ -1,0 +1,75 @@
+"""A workload in double precision: what differs then differs by more than rounding.
+
+Parameters, buffers and batches are converted. Modules that ask for float32 in so many words (a norm that computes wider
+than bfloat16, a softmax with a dtype) would round to it in the middle: they get float64 as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torch.utils.data import default_collate
+
+from shardwise.workload.workload import Workload
+
+
+def in_float64(workload: Workload) -> Workload:
+    """The same workload with all floating-point numbers in float64; without evaluation."""
+    collate = workload.collate or default_collate
+    return replace(
+        workload,
+        model=lambda: _wide_model(workload),
+        collate=lambda samples: to_float64(collate(samples)),
+        loss=_wide(workload.loss),
+        evaluation=None,
+        precision="float32",
+    )
+
+
+def to_float64(values: Any) -> Any:
+    """The floating-point tensors among `values` in float64."""
+
+    def convert(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(convert, values)
+
+
+def _wide_model(workload: Workload) -> nn.Module:
+    model = workload.model().double()
+    model.forward = _wide(model.forward)
+    return model
+
+
+def _wide(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with _Float64():
+                return function(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(default)
+
+    return call
+
+
+class _Float64(TorchFunctionMode):
+    """Reads float32 as float64 wherever a function is asked for it."""
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if function is Tensor.float:
+            function, args = Tensor.double, args[:1]
+        return function(*map(_widened, args), **{key: _widened(value) for key, value in (kwargs or {}).items()})
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
