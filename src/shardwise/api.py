@@ -67,7 +67,8 @@ def train(
         steps: optimizer steps, those before a resume included.
         epochs: passes over the dataset; with neither steps nor epochs there is one.
         out: the run's folder; None: a new one in runs/.
-        resume: go on with the run in `out` (None: the newest of this workload), under any strategy.
+        resume: go on with the run in `out` (None: the newest of this workload). What is not given is as the run had
+            it; another strategy may be given.
         settings: parameters of the workload's function.
         seed: of weights, data order and dropout; None: the workload's own.
         checkpoint_every: optimizer steps between checkpoints; 0: one after each epoch.
@@ -81,17 +82,35 @@ def train(
         RequestError: the request is wrong; found before any worker starts, but for a checkpoint that does not fit.
         WorkerFailed: a worker died.
     """
+    from shardwise.run import request
     from shardwise.run.job import Job, run_job
-    from shardwise.run.request import check, settle_folder, settle_options, settle_source, settle_strategy
 
-    source, settled = settle_source(workload, settings, seed), settle_strategy(strategy, workers)
-    options = settle_options(
-        steps=steps, epochs=epochs, checkpoint_every=checkpoint_every, keep=keep, resume=resume, quiet=quiet
+    asked = request.Asked(
+        workload=workload,
+        settings=settings or {},
+        seed=seed,
+        strategy=strategy,
+        workers=workers,
+        steps=steps,
+        epochs=epochs,
+    )
+    resumed = request.run_to_resume(out, asked) if resume else None
+    if resumed is not None:
+        asked = request.as_before(asked, resumed)
+    source = request.settle_source(asked.workload, asked.settings, asked.seed)
+    settled = request.settle_strategy(asked.strategy, asked.workers)
+    options = request.settle_options(
+        steps=asked.steps,
+        epochs=asked.epochs,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        resume=resume,
+        quiet=quiet,
     )
     loaded = source.load()
-    check(loaded, settled)
-    job = Job(source=source, strategy=settled, options=options)
-    return run_job(replace(job, folder=settle_folder(out, loaded, job))).summary
+    request.check(loaded, settled)
+    job = Job(source=source, strategy=settled, options=options, folder=resumed)
+    return run_job(replace(job, folder=request.settle_folder(out, loaded, job))).summary
 
 
 def train_parallel(
@@ -234,6 +253,56 @@ def compare(
     threads, gpus = threads_per_worker(most), enough_gpus(most)  # the same for all: a worker is a worker
     trained = [run_job(job, threads=threads, gpus=gpus) for job in jobs]
     document: dict[str, Any] = finite(comparison(trained, refused, threads))
+    return document
+
+
+def verify(
+    workload: str | Workload | Callable[..., Workload],
+    strategies: Sequence[str | Strategy],
+    *,
+    steps: int = 3,
+    dtype: str = "float32",
+    settings: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Shows that training under each strategy is the same training as on one worker, or what differs.
+
+    The same steps from the same weights on the same data, on one worker and in parallel; losses, all gradients and all
+    updated parameters and buffers are compared as full tensors.
+
+    Args:
+        workload: as in `train`.
+        strategies: what to verify, one after the other.
+        steps: optimizer steps.
+        dtype: float32, or float64 for a strict pass, where nothing but a mistake can hide behind rounding.
+        settings: parameters of the workload's function.
+        seed: of weights, data order and dropout; None: the workload's own.
+
+    Returns:
+        The document that `shardwise verify --json` prints.
+
+    Raises:
+        RequestError: the request is wrong; found before any worker starts.
+        WorkerFailed: a worker died.
+    """
+    from shardwise.run.log import finite
+    from shardwise.run.request import check, settle_source, settle_strategy, settle_verified
+    from shardwise.run.verify import verification
+    from shardwise.run.verify import verify as verify_each
+
+    if under_torchrun():
+        raise RequestError("verify starts its own workers, as many as each strategy needs: run it without torchrun")
+    source = settle_source(workload, settings, seed)
+    steps, dtype = settle_verified(steps, dtype)
+    loaded = source.load()
+    settled = [settle_strategy(strategy, None) for strategy in strategies]
+    if not settled:
+        raise RequestError("nothing to verify: give a strategy, for example --strategy dp=2")
+    for strategy in settled:
+        check(loaded, strategy)
+    threads = threads_per_worker(max(strategy.workers for strategy in settled))
+    proofs = verify_each(source, settled, steps=steps, float64=dtype == "float64", threads=threads)
+    document: dict[str, Any] = finite(verification(loaded.name, proofs, dtype))
     return document
 
 

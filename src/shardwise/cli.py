@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from shardwise import __version__, api
-from shardwise.errors import RequestError, ShardwiseError, WorkerFailed, nearest
-from shardwise.report.text import comparison_table, training_summary
+from shardwise.errors import NotVerified, RequestError, ShardwiseError, WorkerFailed, nearest
+from shardwise.report.text import comparison_table, training_summary, verification_table
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
@@ -62,6 +62,21 @@ def _compare(options: argparse.Namespace) -> None:
         quiet=options.quiet,
     )
     _print(options, document, comparison_table)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    document = api.verify(
+        options.workload,
+        options.strategy,
+        steps=options.steps,
+        dtype=options.dtype,
+        settings=dict(options.set),
+        seed=options.seed,
+    )
+    _print(options, document, verification_table)
+    failed = [row["strategy"] for row in document["results"] if not row["passed"]]
+    if failed:
+        raise NotVerified(f"{', '.join(failed)}: not the same training as on one worker")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -143,28 +158,45 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         help="one to compare; give several (default: each axis)",
     )
     compare.set_defaults(run=_compare)
+    verify = commands.add_parser(
+        "verify",
+        help="show that strategies compute the same as one worker",
+        description="Compares losses, gradients and updated parameters with those of one worker.",
+    )
+    _add_source(verify)
+    verify.add_argument(
+        "--strategy", action="append", default=[], metavar="SPEC", help="one to verify; give several", required=True
+    )
+    verify.add_argument("--steps", type=_whole, default=3, metavar="N", help="optimizer steps (default: 3)")
+    verify.add_argument("--dtype", default="float32", metavar="DTYPE", help="float32, or float64 for a strict pass")
+    _add_output(verify)
+    verify.set_defaults(run=_verify)
     export = commands.add_parser("export", help="write the plain weights of a run", description="Writes safetensors.")
     export.add_argument("folder", metavar="RUN", help="a run's folder")
     export.add_argument("file", metavar="FILE", help="the safetensors file to write")
     _add_output(export)
     export.set_defaults(run=_export)
-    return parser, {"train": train, "compare": compare, "export": export}
+    return parser, {"train": train, "verify": verify, "compare": compare, "export": export}
 
 
-def _add_workload(parser: argparse.ArgumentParser) -> None:
+def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "workload", metavar="WORKLOAD", help="image, language, medical, file.py:function, module:function"
     )
+    parser.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="a parameter of the workload"
+    )
+    parser.add_argument("--seed", type=_whole, metavar="N", help="of weights, data order and dropout")
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    _add_source(parser)
     parser.add_argument(
         "--workers", type=_whole, metavar="N", help="local processes (default: what the strategy needs)"
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_whole, metavar="N", help="optimizer steps in all")
     length.add_argument("--epochs", type=_whole, metavar="N", help="passes over the data in all (default: 1)")
-    parser.add_argument(
-        "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="a parameter of the workload"
-    )
-    parser.add_argument("--seed", type=_whole, metavar="N", help="of weights, data order and dropout")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: a new one in runs/)")
     _add_output(parser)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ def _no_worker_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     (folder / "empty").mkdir()
     (folder / "other").mkdir()
-    (folder / "other" / "run.json").write_text('{"workload": "other"}')
+    description = {"workload": "other", "source": None, "settings": {}, "seed": 0, "strategy": "single"}
+    (folder / "other" / "run.json").write_text(json.dumps({**description, "steps": None, "epochs": 1}))
+    (folder / "torn").mkdir()
+    (folder / "torn" / "run.json").write_text('{"workload": "small"')
     (folder / "full").mkdir()
     (folder / "full" / "thesis.txt").write_text("")
 
@@ -46,7 +50,8 @@ def _no_worker_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--out work.py", "work.py is a file"),
         ("--out empty --resume", "empty holds no run to resume"),
         ("--out missing --resume", "missing holds no run to resume"),
-        ("--resume", "holds no run of workload 'small' to resume"),
+        ("--out torn --resume", "torn/run.json is not the description of a run"),
+        ("--resume", "holds no run of workload 'work.py:small' to resume"),
         ("--out other --resume", "other holds a run of workload 'other', not 'small'"),
     ],
 )

@@ -200,12 +200,11 @@ def _quiet_agent() -> Iterator[None]:
 @contextlib.contextmanager
 def _restored_signals() -> Iterator[None]:
     """Puts signal handlers and the environment back as they were: the agent leaves its own behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     variable = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-    handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in _HANDLED}
     before = os.environ.get(variable)
+    numbers = [getattr(signal, name) for name in _HANDLED]
+    in_main = threading.current_thread() is threading.main_thread()  # else the agent sets none
+    handlers = {number: signal.getsignal(number) for number in numbers} if in_main else {}
     try:
         yield
     finally:

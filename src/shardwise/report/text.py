@@ -44,6 +44,43 @@ def training_summary(document: Mapping[str, Any]) -> str:
     return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in lines)])
 
 
+def verification_table(document: Mapping[str, Any]) -> str:
+    """One row per strategy, what differs where one fails, and what is not sharded."""
+    header = [
+        "strategy",
+        "workers",
+        "loss error",
+        "gradient error",
+        "parameter error",
+        "tolerance",
+        "tp shards",
+        "same",
+    ]
+    rows = [
+        [
+            row["strategy"],
+            str(row["workers"]),
+            *(_error(row[f"{kind}_error"]) for kind in ("loss", "gradient", "parameter")),
+            _error(row["tolerance"]),
+            format_share(row["sharded_parameter_share"]),
+            "yes" if row["passed"] else "NO",
+        ]
+        for row in document["results"]
+    ]
+    steps = document["results"][0]["steps"]
+    lines = [
+        f"{document['workload']} in {document['dtype']}, {steps} steps: the largest relative error over all tensors",
+        table(header, rows),
+        *(f"{row['strategy']}: {row['failure']}" for row in document["results"] if row["failure"]),
+        *(f"{row['strategy']}: note: {note}" for row in document["results"] for note in row["notes"]),
+    ]
+    return "\n".join(lines)
+
+
+def _error(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.1e}"
+
+
 def comparison_table(document: Mapping[str, Any]) -> str:
     """One row per strategy."""
     metrics = list(dict.fromkeys(name for row in document["results"] for name in row["metrics"] if name != "loss"))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardwise.errors import WorkerFailed
 from shardwise.launch.local import join, run_local, under_torchrun
 from shardwise.run.result import Step, Trained
 from shardwise.run.runfolder import discard_unused
@@ -102,8 +101,8 @@ def run_job(job: Job, *, threads: int | None = None, gpus: bool | None = None) -
         trained: Trained = run_local(
             work, (job,), workers=workers, threads=threads, gpus=enough_gpus(workers) if gpus is None else gpus
         )
-    except WorkerFailed:
-        if job.folder is not None:
+    except BaseException:
+        if job.folder is not None and not job.options.resume:
             discard_unused(job.folder)
         raise
     return trained

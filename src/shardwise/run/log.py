@@ -14,9 +14,8 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from shardwise.run.result import Step
+from shardwise.run.runfolder import METRICS, TENSORBOARD
 from shardwise.units import format_rate
-
-METRICS = "metrics.jsonl"
 
 
 class Log:
@@ -32,7 +31,7 @@ class Log:
 
     def __init__(self, folder: Path | None, title: str, done: int, total: int | None, *, quiet: bool) -> None:
         self._file = None if folder is None else _open_metrics(folder / METRICS, done)
-        self._board = None if folder is None else _open_board(folder / "tensorboard", done)
+        self._board = None if folder is None else _open_board(folder / TENSORBOARD, done)
         tqdm.monitor_interval = 0  # no thread of its own
         self._bar = tqdm(
             desc=title,
@@ -108,7 +107,9 @@ def _open_metrics(path: Path, done: int) -> IO[str]:
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-        path.write_text("".join(kept))
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
     return path.open("a", buffering=1)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shardwise.errors import DataError, RequestError, StrategyError, WorkloadError
+from shardwise.errors import DataError, RequestError, StrategyError, WorkloadError, nearest
 from shardwise.launch.local import under_torchrun
 from shardwise.run.job import Job, Options, Source, join_launcher
-from shardwise.run.runfolder import create_run, reopen_run
+from shardwise.run.runfolder import create_run, find_run, last_request, read_run, reopen_run
 from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
@@ -20,6 +21,43 @@ AnyWorkload = str | Workload | Callable[..., Workload]
 
 DEFAULT_COMPARED = 2
 """Workers of the strategies that `compare` takes when none are given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A training as it is asked for; what is left open is None or empty."""
+
+    workload: AnyWorkload
+    settings: Mapping[str, Any]
+    seed: int | None
+    strategy: str | Strategy | None
+    workers: int | None
+    steps: int | None
+    epochs: int | None
+
+
+def as_before(asked: Asked, folder: Path) -> Asked:
+    """What is left open as the run in `folder` had it. Raises RunFolderError where that cannot be read."""
+    before = last_request(read_run(folder))
+    named = isinstance(asked.workload, str) and before["source"] is not None
+    same_length = asked.steps is None and asked.epochs is None
+    same_split = asked.strategy is None and asked.workers is None and not under_torchrun()
+    return replace(
+        asked,
+        settings={**before["settings"], **asked.settings} if named else asked.settings,
+        seed=before["seed"] if asked.seed is None else asked.seed,
+        strategy=before["strategy"] if same_split else asked.strategy,
+        steps=before["steps"] if same_length else asked.steps,
+        epochs=before["epochs"] if same_length else asked.epochs,
+    )
+
+
+def run_to_resume(out: str | Path | None, asked: Asked) -> Path:
+    """The run's folder to go on in; see `runfolder.find_run`."""
+    if out is not None:
+        return find_run(Path(out), "")
+    source = settle_source(asked.workload, asked.settings).workload
+    return find_run(None, source if isinstance(source, str) else source.name)
 
 
 def settle_source(workload: AnyWorkload, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> Source:
@@ -81,10 +119,10 @@ def check(workload: Workload, strategy: Strategy) -> None:
 
 
 def settle_folder(out: str | Path | None, workload: Workload, job: Job) -> Path:
-    """The run's folder: a new one, or the one to go on in. Collective under an outer launcher.
+    """The run's folder: a new one, or the job's, which is gone on in. Collective under an outer launcher.
 
     Raises:
-        RunFolderError: it is in use, or there is none to go on in.
+        RunFolderError: it is in use, or is a run of another workload.
     """
     description = {
         "workload": workload.name,
@@ -96,13 +134,25 @@ def settle_folder(out: str | Path | None, workload: Workload, job: Job) -> Path:
         "steps": job.options.steps,
         "epochs": job.options.epochs,
     }
-    make = reopen_run if job.options.resume else create_run
-    path = None if out is None else Path(out)
+
+    def make() -> Path:
+        if job.folder is not None:
+            return reopen_run(job.folder, description)
+        return create_run(None if out is None else Path(out), description)
+
     if not under_torchrun():
-        return make(path, description)
+        return make()
     join_launcher(job.strategy.workers)
-    mine = str(make(path, description)) if os.environ["RANK"] == "0" else ""
-    return Path(Workers().exchange(mine)[0])
+    return Path(Workers().exchange(str(make()) if os.environ["RANK"] == "0" else "")[0])
+
+
+def settle_verified(steps: int, dtype: str) -> tuple[int, str]:
+    """How to verify. Raises RequestError."""
+    if steps < 1:
+        raise RequestError(f"steps={steps}: must be 1 or more")
+    if dtype not in ("float32", "float64"):
+        raise RequestError(f"dtype={dtype}: known are float32, float64{nearest(dtype, ('float32', 'float64'))}")
+    return steps, dtype
 
 
 def settle_compared(

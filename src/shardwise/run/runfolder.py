@@ -3,6 +3,7 @@
 runs/image-dp2-1/
     run.json         what was asked for: workload, strategy, workers, options, versions
     metrics.jsonl    one line per step and per evaluation
+    tensorboard/     the same for TensorBoard, where it is installed
     checkpoints/     see `run.checkpoint`
     summary.json     how it ended: what `train --json` prints
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -20,7 +22,7 @@ from typing import Any
 
 from shardwise.errors import RunFolderError
 
-DESCRIPTION, SUMMARY = "run.json", "summary.json"
+DESCRIPTION, SUMMARY, METRICS, TENSORBOARD = "run.json", "summary.json", "metrics.jsonl", "tensorboard"
 RUNS = Path("runs")
 
 
@@ -39,15 +41,29 @@ def create_run(out: Path | None, description: Mapping[str, Any]) -> Path:
     return folder
 
 
-def reopen_run(out: Path | None, description: Mapping[str, Any]) -> Path:
-    """The folder of a run that goes on: `out`, or the newest in runs/ of the same workload.
+def find_run(out: Path | None, workload: str) -> Path:
+    """The folder of a run to go on with: `out`, or the newest in runs/ of `workload` (its name, or where it is from).
 
     Raises:
-        RunFolderError: there is none, or it is a run of another workload.
+        RunFolderError: there is none.
     """
-    folder = out or _newest(description["workload"])
-    if not (folder / DESCRIPTION).is_file():
-        raise RunFolderError(f"{folder} holds no run to resume: give --out a run's folder, or leave --resume out")
+    if out is None:
+        described = [folder for folder in RUNS.glob("*") if (folder / DESCRIPTION).is_file()]
+        runs = [folder for folder in described if workload in (read_run(folder)[key] for key in ("source", "workload"))]
+        if not runs:
+            raise RunFolderError(f"{RUNS}/ holds no run of workload {workload!r} to resume: give its folder with --out")
+        return max(runs, key=lambda folder: (folder / DESCRIPTION).stat().st_mtime)
+    if not (out / DESCRIPTION).is_file():
+        raise RunFolderError(f"{out} holds no run to resume: give --out a run's folder, or leave --resume out")
+    return out
+
+
+def reopen_run(folder: Path, description: Mapping[str, Any]) -> Path:
+    """Notes in a run's folder that it goes on, and how.
+
+    Raises:
+        RunFolderError: it is a run of another workload.
+    """
     before = read_run(folder)
     if before["workload"] != description["workload"]:
         raise RunFolderError(
@@ -67,9 +83,15 @@ def read_run(folder: Path) -> dict[str, Any]:
     """What a run's run.json says. Raises RunFolderError where it cannot be read."""
     try:
         content: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{folder / DESCRIPTION} cannot be read: {error}") from error
+        _ = [content[key] for key in ("workload", "source", "settings", "seed", "strategy", "steps", "epochs")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{folder / DESCRIPTION} is not the description of a run: {error}") from error
     return content
+
+
+def last_request(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was last asked for: at its beginning, or when it was last resumed."""
+    return {**description, **(description.get("resumes") or [{}])[-1]}
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -79,9 +101,10 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def discard_unused(folder: Path) -> None:
     """Removes a new run's folder in which no step was taken, so that the same command can be given again."""
-    if {path.name for path in folder.iterdir()} == {DESCRIPTION}:
-        (folder / DESCRIPTION).unlink()
-        folder.rmdir()
+    metrics = folder / METRICS
+    unused = not metrics.exists() or metrics.stat().st_size == 0
+    if unused and {path.name for path in folder.iterdir()} <= {DESCRIPTION, METRICS, TENSORBOARD}:
+        shutil.rmtree(folder)
 
 
 def _empty(out: Path) -> Path:
@@ -106,14 +129,6 @@ def _numbered(workload: str, strategy: str) -> Path:
             number += 1
         else:
             return RUNS / f"{name}-{number}"
-
-
-def _newest(workload: str) -> Path:
-    described = [folder for folder in RUNS.glob("*") if (folder / DESCRIPTION).is_file()]
-    runs = [folder for folder in described if read_run(folder)["workload"] == workload]
-    if not runs:
-        raise RunFolderError(f"{RUNS}/ holds no run of workload {workload!r} to resume: give its folder with --out")
-    return max(runs, key=lambda folder: (folder / DESCRIPTION).stat().st_mtime)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -16,11 +16,12 @@ from shardwise.run.result import Trained
 class Progress:
     """How far a training is: `batch` of `epoch` is the next. Travels with checkpoints.
 
-    `loss` (of the last step) and `metrics` (of the last evaluation) are the last known; `batch_size` is what `batch`
-    counts in.
+    `batch_size` and `seed` say which samples that batch has; `loss` (of the last step) and `metrics` (of the last
+    evaluation) are the last known.
     """
 
     batch_size: int
+    seed: int
     epoch: int = 0
     batch: int = 0
     loss: float | None = None
@@ -59,17 +60,18 @@ def train(program: Program, job: Job) -> Trained:
 
 def _start(record: Record, program: Program, *, resume: bool) -> Progress:
     """Where the newest checkpoint left off; the beginning where there is none."""
-    fresh = Progress(program.workload.batch_size)
+    fresh = Progress(program.workload.batch_size, program.workload.seed)
     saved = record.load() if resume else None
     if saved is None:
         return fresh
     progress = Progress(**saved)
-    if progress.batch and progress.batch_size != fresh.batch_size:
-        raise CheckpointError(
-            f"the run stopped within an epoch of batches of {progress.batch_size} samples: "
-            f"resume it with batch_size={progress.batch_size}, not {fresh.batch_size}"
-        )
-    return replace(progress, batch_size=fresh.batch_size)
+    for name in ("batch_size", "seed") if progress.batch else ():
+        before, now = getattr(progress, name), getattr(fresh, name)
+        if before != now:
+            raise CheckpointError(
+                f"the run stopped within an epoch with {name}={before}: resume it with that, not {now}"
+            )
+    return replace(progress, batch_size=fresh.batch_size, seed=fresh.seed)
 
 
 def _next_epoch(progress: Progress) -> Progress:
