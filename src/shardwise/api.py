@@ -82,35 +82,12 @@ def train(
         RequestError: the request is wrong; found before any worker starts, but for a checkpoint that does not fit.
         WorkerFailed: a worker died.
     """
-    from shardwise.run import request
-    from shardwise.run.job import Job, run_job
+    from shardwise.run.job import run_job
+    from shardwise.run.request import Asked, settle
 
-    asked = request.Asked(
-        workload=workload,
-        settings=settings or {},
-        seed=seed,
-        strategy=strategy,
-        workers=workers,
-        steps=steps,
-        epochs=epochs,
-    )
-    resumed = request.run_to_resume(out, asked) if resume else None
-    if resumed is not None:
-        asked = request.as_before(asked, resumed)
-    source = request.settle_source(asked.workload, asked.settings, asked.seed)
-    settled = request.settle_strategy(asked.strategy, asked.workers)
-    options = request.settle_options(
-        steps=asked.steps,
-        epochs=asked.epochs,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-        resume=resume,
-        quiet=quiet,
-    )
-    loaded = source.load()
-    request.check(loaded, settled)
-    job = Job(source=source, strategy=settled, options=options, folder=resumed)
-    return run_job(replace(job, folder=request.settle_folder(out, loaded, job))).summary
+    asked = Asked(workload, settings or {}, seed, strategy, workers, steps, epochs)
+    job = settle(asked, out, resume=resume, checkpoint_every=checkpoint_every, keep=keep, quiet=quiet)
+    return run_job(job).summary
 
 
 def train_parallel(
@@ -159,8 +136,8 @@ def train_parallel(
         RequestError: the request is wrong; found before any worker starts.
         WorkerFailed: a worker died.
     """
-    from shardwise.run.job import Job, run_job
-    from shardwise.run.request import check, settle_folder, settle_options, settle_source, settle_strategy
+    from shardwise.run.job import run_job
+    from shardwise.run.request import Asked, settle
     from shardwise.workload.plain import plain_workload
 
     plain = plain_workload(
@@ -174,12 +151,8 @@ def train_parallel(
         metric=metric,
         **fields,
     )
-    settled = settle_strategy(strategy, workers)
-    options = settle_options(steps=steps, epochs=epochs, quiet=quiet, weights=True)
-    check(plain, settled)
-    job = Job(source=settle_source(plain), strategy=settled, options=options)
-    if out is not None:
-        job = replace(job, folder=settle_folder(out, plain, job))
+    asked = Asked(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs)
+    job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True)
     return _trained_model(plain, job, run_job(job))
 
 

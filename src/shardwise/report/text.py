@@ -103,9 +103,10 @@ def comparison_table(document: Mapping[str, Any]) -> str:
     ]
     threads = f"{document['threads']} thread" + ("s" if document["threads"] != 1 else "")
     notes = [
-        f"Each worker computes with {threads}. communication: share of a step in which nothing but that happens.",
-        "speed: samples/s over one worker's. loss difference: the largest relative one to one worker's in the first",
-        "20 steps.",
+        f"Each worker computes with {threads}.",
+        "communication: share of a step spent on nothing else, waiting for others included.",
+        "speed: samples/s over one worker's.",
+        "loss difference: the largest relative one to one worker's loss in the first 20 steps.",
         *(f"{entry['strategy']} cannot be: {entry['reason']}" for entry in document["rejected"]),
     ]
     return "\n".join([table(header, rows), "", *notes])

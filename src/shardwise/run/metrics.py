@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -168,7 +167,7 @@ def communicating(events: Iterable[FunctionEvent], device: torch.device) -> tupl
     for event in events:
         interval = (event.time_range.start * 1e-6, event.time_range.end * 1e-6)
         if device.type == "cuda":
-            if event.device_type == DeviceType.CUDA:
+            if event.device_type.name == "CUDA":
                 (communication if "nccl" in event.name.lower() else compute).append(interval)
         elif event.name.startswith(("gloo:", "c10d::", "_c10d_functional::")):
             communication.append(interval)

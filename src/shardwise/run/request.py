@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,34 @@ DEFAULT_COMPARED = 2
 """Workers of the strategies that `compare` takes when none are given."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Asked:
-    """A training as it is asked for; what is left open is None or empty."""
+    """A training as it is asked for; what is left open is None or empty. `api.train` says what each is."""
 
     workload: AnyWorkload
-    settings: Mapping[str, Any]
-    seed: int | None
-    strategy: str | Strategy | None
-    workers: int | None
-    steps: int | None
-    epochs: int | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    strategy: str | Strategy | None = None
+    workers: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+
+
+def settle(asked: Asked, out: str | Path | None, *, resume: bool = False, on_disk: bool = True, **options: Any) -> Job:
+    """The job that was asked for, checked; its folder is `out` (None: a new one in runs/), unless it is not `on_disk`.
+
+    Raises:
+        RequestError: it cannot be done; says which part of it is wrong.
+    """
+    resumed = run_to_resume(out, asked) if resume else None
+    asked = asked if resumed is None else as_before(asked, resumed)
+    source = settle_source(asked.workload, asked.settings, asked.seed)
+    strategy = settle_strategy(asked.strategy, asked.workers)
+    settled = settle_options(steps=asked.steps, epochs=asked.epochs, resume=resume, **options)
+    workload = source.load()
+    check(workload, strategy)
+    job = Job(source=source, strategy=strategy, options=settled, folder=resumed)
+    return replace(job, folder=settle_folder(out, workload, job)) if on_disk else job
 
 
 def as_before(asked: Asked, folder: Path) -> Asked:
