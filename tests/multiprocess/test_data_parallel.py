@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -351,6 +351,55 @@ def test_replicas_start_and_stay_equal(workers: Pools, strategy: str) -> None:
     assert result.state["frozen.num_batches_tracked"] == 0
     assert any("buffer seen" in note for note in result.notes)
     assert any("random numbers" in note for note in result.notes)
+
+
+@dataclass
+class Hidden:
+    x: Tensor
+    name: str = ""
+
+
+class Passing(nn.Module):
+    """Takes and returns a dataclass; changes its input in place, or leaves a view for its caller to change."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.linear, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.in_place = in_place
+
+    def forward(self, hidden: Hidden) -> Hidden:
+        if self.in_place:
+            hidden.x += 1
+        return Hidden(self.out(torch.tanh(self.linear(hidden.x))).view(-1, 6))
+
+
+class Dataclasses(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Passing(in_place) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Hidden:
+        hidden = Hidden(x * 1.0)
+        for block in self.blocks:
+            before = hidden.x
+            hidden = block(hidden)
+            hidden.x += before
+        return hidden
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "fsdp=2", "fsdp=2,recompute=full"])
+def test_dataclasses_and_work_in_place_between_blocks(workers: Pools, strategy: str) -> None:
+    for in_place in (True, False):
+
+        def factory(in_place: bool = in_place) -> Workload:
+            return make(
+                lambda: Dataclasses(in_place),
+                loss=lambda output, batch: classify(output.x[:, :3], batch),
+                evaluation=None,
+            )
+
+        result = train(workers, factory, strategy)
+        assert_equal(result, train(workers, factory, "single"), DOUBLE)
 
 
 class Mixed(nn.Module):

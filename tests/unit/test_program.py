@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from shardwise.errors import CheckpointError, WorkloadError
-from shardwise.parallel.blocks import called_once, repeated_blocks
+from shardwise.parallel.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.deal import deal
 from shardwise.parallel.model import aliases_of, persistent_buffers
 from shardwise.parallel.program import Program
@@ -377,7 +377,7 @@ class Shared(nn.Module):
 
 def blocks(model: nn.Module) -> list[str]:
     inputs = [torch.ones(2, 4), torch.ones(1, 4), -torch.ones(1, 4)]
-    called = called_once(model, [lambda x=x: model(x) for x in inputs])
+    called = steady_modules(model, [lambda x=x: model(x) for x in inputs])
     names = {module: name for name, module in model.named_modules()}
     return [names[block] for block in repeated_blocks(model, called)]
 
@@ -396,6 +396,12 @@ def test_blocks_are_found_by_structure() -> None:
     assert blocks(nn.Sequential(Routed(), Routed())) == ["0", "1"]
     assert blocks(Routed()) == []
     assert "layers.0" not in blocks(Shared())
+
+
+def test_modules_that_write_to_their_input_are_seen() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Sequential(nn.Hardtanh(inplace=True)), nn.ReLU())
+    steady = steady_modules(model, [lambda: model(torch.ones(1, 4))])
+    assert steady == {model, model[0], model[3]}
 
 
 def test_notes_say_what_was_not_possible() -> None:

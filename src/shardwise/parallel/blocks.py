@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
+
+from shardwise.parallel.values import tensors_of
 
 _REAL_SHARE = 0.1
 """A class of blocks that holds less of the parameters than this stays with the root."""
@@ -23,8 +26,8 @@ def repeated_blocks(model: nn.Module, called: set[nn.Module]) -> list[nn.Module]
 
     Args:
         model: plain modules.
-        called: modules whose forward every pass calls once, see `called_once`: a block is one of them (the hooks of
-            what is only iterated over never run) and shares no parameter with other modules.
+        called: see `steady_modules`: a block is one of them (the hooks of what is only iterated over never run), and
+            shares no parameter with other modules.
     """
     found = _descend(model, _fit(model, called, composite=True))
     found = found or _descend(model, _fit(model, called, composite=False))
@@ -35,29 +38,34 @@ def repeated_blocks(model: nn.Module, called: set[nn.Module]) -> list[nn.Module]
     return [block for block in found if shares[type(block)] >= _REAL_SHARE * whole]
 
 
-def called_once(model: nn.Module, passes: Iterable[Callable[[], object]]) -> set[nn.Module]:
-    """The modules inside `model` that every one of some passes calls once: no experts, no branches."""
-    modules = set(model.modules())
+def steady_modules(model: nn.Module, passes: Iterable[Callable[[], object]]) -> set[nn.Module]:
+    """The modules that can be called in another way than `model` does it, as some passes through it show.
+
+    Each pass calls them exactly once (no experts, no branches), and they leave alone the tensors that they are called
+    with: what a caller sees of such a change would be lost where a block is computed again or its inputs are hooked.
+    """
+    called, overwriting = set(model.modules()), set()
     for run in passes:
-        calls = count_calls(model, run)
-        modules = {module for module in modules if calls[module] == 1}
-    return modules
+        calls: Counter[nn.Module] = Counter()
+        before: dict[nn.Module, list[tuple[Tensor, int]]] = {}
 
+        def enter(module: nn.Module, args: Any, kwargs: Any, calls: Any = calls, before: Any = before) -> None:
+            calls[module] += 1
+            before[module] = [(tensor, tensor._version) for tensor in tensors_of((args, kwargs))]
 
-def count_calls(model: nn.Module, run: Callable[[], object]) -> Counter[nn.Module]:
-    """How often each module inside `model` is called while `run` runs."""
-    calls: Counter[nn.Module] = Counter()
+        def leave(module: nn.Module, *_: Any, before: Any = before) -> None:
+            if any(tensor._version != version for tensor, version in before.pop(module, ())):
+                overwriting.add(module)
 
-    def count(module: nn.Module, _: object) -> None:
-        calls[module] += 1
-
-    handles = [module.register_forward_pre_hook(count) for module in model.modules()]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+        handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
+        handles += [module.register_forward_hook(leave) for module in model.modules()]
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        called = {module for module in called if calls[module] == 1}
+    return called - overwriting
 
 
 def _fit(model: nn.Module, called: set[nn.Module], *, composite: bool) -> set[nn.Module]:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 
 from shardwise.errors import WorkloadError
-from shardwise.parallel.blocks import called_once, repeated_blocks
+from shardwise.parallel.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.buffers import Buffers
 from shardwise.parallel.deal import deal
 from shardwise.parallel.engine import Held, Position
@@ -175,12 +175,12 @@ class ModuleEngine:
     def _find_blocks(self, model: nn.Module) -> list[nn.Module]:
         batches = [to_device(batch, self._mesh.device) for batch in first_batches(self._workload, self._strategy)]
         if not batches:
-            self._notes.append("the dataset can be read only once: no pass to find repeated blocks, the model is one")
+            self._notes.append("the dataset can be read only once: no pass to look for repeated blocks in the model")
             return []
         passes = [partial(self._forward, model, batch) for batch in batches]
         devices = [self._mesh.device] if self._mesh.device.type == "cuda" else []
         with evaluating(model), torch.random.fork_rng(devices):
-            blocks = repeated_blocks(model, called_once(model, passes))
+            blocks = repeated_blocks(model, steady_modules(model, passes))
         if not blocks:
             kinds = {"fsdp": self._strategy.fsdp > 1, "recompute=full": self._strategy.recompute == "full"}
             wanted = " and ".join(kind for kind, used in kinds.items() if used)

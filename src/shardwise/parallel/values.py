@@ -28,6 +28,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return tree_map(convert, value)
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors that `map_tensors` finds."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, value)
+    return found
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch on `device`; on the CPU, where it is already, the batch itself."""
     if device.type == "cpu":
