@@ -81,3 +81,14 @@ def _nothing_left(folders: dict[Path, Path]):
     yield
     for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_both_pages_show_what_the_demo_printed() -> None:
+    def shown(page: Path) -> str:
+        found = re.search(r"demo: start [^\n]*\n(.*?)<!-- demo: end", page.read_text(), re.DOTALL)
+        return found[1] if found else ""
+
+    strategies = re.search(r"^STRATEGIES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert strategies
+    assert all(f"\n{strategy} " in shown(PAGES[0]) for strategy in strategies[1].split())
+    assert shown(TWIN) == shown(PAGES[0])
