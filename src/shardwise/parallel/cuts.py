@@ -16,7 +16,8 @@ from math import prod
 import torch
 from torch import fx
 
-from shardwise.parallel.partitioner import LocalGraph, writes_in_place
+from shardwise.parallel.memory import roots, together, writes_in_place
+from shardwise.parallel.partitioner import LocalGraph
 
 Use = tuple[str, int]
 """The n-th use of a parameter in a step: (name, n)."""
@@ -41,12 +42,15 @@ def from_batch(local: LocalGraph) -> set[fx.Node]:
     """Nodes that depend on the batch and on constants only, so that any worker can compute them."""
     tensors = set(local.step.tensors)
     found: set[fx.Node] = set()
-    changed = {node.args[0] for node in calls(local.graph) if writes_in_place(node)}
+    where = roots(local.graph)
+    changed = {where[node] for node in calls(local.graph) if writes_in_place(node)}
     for node in local.graph.nodes:
+        if where[node] in changed:
+            continue
         if node.op == "placeholder":
             if node.name not in tensors:
                 found.add(node)
-        elif node.op == "call_function" and not writes_in_place(node) and node not in changed:
+        elif node.op == "call_function":
             random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             if not random and all(argument in found for argument in node.all_input_nodes):
                 found.add(node)
@@ -72,6 +76,9 @@ def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
     sequence = calls(local.graph)
     used = uses(local.graph, local.step.tensors, parameters)
     live = _crossing(local, sequence)
+    for first, end in _uncut(local, parameters):
+        for index in range(sequence.index(first) + 1, sequence.index(end) + 1):
+            live[index] = None
     found: list[Place] = []
     start = None
     for index, node in enumerate(sequence):
@@ -84,6 +91,12 @@ def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
                 found.append(Place(used[node][0], position, size, count))
         start = index
     return found
+
+
+def _uncut(local: LocalGraph, parameters: Collection[str]) -> list[tuple[fx.Node, fx.Node]]:
+    """(first, last) calls that must stay in one part."""
+    buffers = {placeholder for placeholder, name in local.step.tensors.items() if name not in parameters}
+    return together(local.graph, buffers)
 
 
 def _crossing(local: LocalGraph, sequence: list[fx.Node]) -> list[tuple[int, int] | None]:

@@ -7,7 +7,7 @@ on several stages (tied)         summed over the workers that hold it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,7 @@ class Holding:
         self.stages = {stage: self._build(stage, len(work.stages[stage].blocks), mine, keyed) for stage in own}
         self._twice = self._on_several(own)
         self._tied = self._tied_groups(count)
+        self._given: dict[dist.ProcessGroup, list[str]] = {}
         self._whole = [name for name in mine if self.sharded and mine[name].dim() == 0]
         if self.sharded:
             self._shard(mine)
@@ -222,7 +223,26 @@ class Holding:
         if group is not None:
             self._sum([name for name in self._places if name in summed], group)
         for workers, tied in self._tied.items():
-            self._sum([n for n in self._homes if n in self._places and tuple(self._workers_of(n)) == workers], tied)
+            names = [n for n in self._homes if n in self._places and tuple(self._workers_of(n)) == workers]
+            self._sum(self._complete(names, tied), tied)
+
+    def _complete(self, names: Sequence[str], group: dist.ProcessGroup) -> list[str]:
+        """The parameters that have a gradient on any worker of `group`; it is made of zeros where it is missing here.
+
+        A stage may use a tied parameter in a way that no gradient flows back through.
+        """
+        trained = [name for name in names if self._tensor(name).requires_grad]
+        if group not in self._given:  # the same in every step
+            found = torch.tensor(
+                [int(self._tensor(name).grad is not None) for name in trained], device=self._mesh.device
+            )
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+            self._given[group] = [name for name, given in zip(trained, found.tolist(), strict=True) if given]
+        for name in self._given[group]:
+            tensor = self._tensor(name)
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        return self._given[group]
 
     def _sum(self, names: Iterable[str], group: dist.ProcessGroup) -> None:
         parameters = [self._tensor(name) for name in names]

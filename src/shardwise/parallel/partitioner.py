@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from shardwise.parallel.exchange import Exchange
+from shardwise.parallel.memory import changed_under_another_name, roots, writes_in_place
 from shardwise.parallel.placement import (
     PARTIAL,
     REPLICATED,
@@ -137,6 +138,8 @@ class Partitioner:
         self._entered: dict[str, fx.Node] = {}
         self._direct: set[str] = set()
         self._outside = False
+        self._roots = roots(step.graph)
+        self._changed = changed_under_another_name(step.graph, self._roots)
 
     # ---- the pass ---------------------------------------------------------------------------------------------------
 
@@ -162,6 +165,8 @@ class Partitioner:
         if name is not None:
             self._tensors[name] = copy
         self._describe(value)
+        if node in self._changed and name is not None:
+            self.decide(value, REPLICATED)
         return value
 
     def _value(self, item: Any) -> Any:
@@ -180,10 +185,20 @@ class Partitioner:
         args = fx.node.map_aggregate(node.args, self._value)
         kwargs = fx.node.map_aggregate(node.kwargs, self._value)
         result = self._rule(self, node, list(args), dict(kwargs))
+        if self._roots[node] in self._changed:  # its views must stay views of it
+            parts = [self.replicated(part) for part in _leaves(result) if isinstance(part, Value)]
+            result = parts[0] if isinstance(result, Value) else tuple(parts)
+            self._forget_exchanged(node)
         first = node.args[0] if node.args else None
         if writes_in_place(node) and isinstance(first, fx.Node):
             self.values[first] = result  # what was changed in place is now this
         return result
+
+    def _forget_exchanged(self, written: fx.Node) -> None:
+        """What was exchanged of a value before it was changed in place is not what it is now."""
+        for node, value in self.values.items():
+            if self._roots[node] is self._roots[written] and isinstance(value, Value) and writes_in_place(written):
+                value.exchanged.clear()
 
     def _finish(self) -> LocalGraph:
         summed = set()
@@ -473,9 +488,3 @@ def _leaves(tree: Any) -> list[Any]:
 def _nodes(tree: Any) -> Any:
     """Values by what computes them."""
     return fx.node.map_aggregate(tree, lambda item: item.node if isinstance(item, Value) else item)
-
-
-def writes_in_place(node: fx.Node) -> bool:
-    """Whether a call changes its first argument."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.name.endswith("_") and not schema.name.endswith("__")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from shardwise.parallel import structure, vocabulary
-from shardwise.parallel.partitioner import Labels, Obstacle, Partitioner, Rule, Value, bound, writes_in_place
+from shardwise.parallel.memory import writes_in_place
+from shardwise.parallel.partitioner import Labels, Obstacle, Partitioner, Rule, Value, bound
 from shardwise.parallel.placement import PARTIAL, Partial, Sharded
 
 aten = torch.ops.aten
@@ -316,20 +317,26 @@ def layer_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
 
 def group_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """group_norm(x (n, c, ...), groups, weight, bias, eps, cudnn): a worker's channels are whole groups."""
-    x, groups = p.settled(args[0]), args[1]
-    where, local = x.placement, groups
-    if isinstance(where, Sharded) and where.dim == 1:
-        size = x.shape[1] // groups * p.ranks
-        if all(segment % size == 0 for segment in where.segments):
-            local = groups // p.ranks
-        else:
-            x = p.replicated(x)
+    x, groups, like = p.settled(args[0]), args[1], node.meta["val"]
     labels = ("n", "c", *(None,) * (len(x.shape) - 2))
     inputs: dict[int, Labels] = {0: labels}
-    for index in (2, 3):
-        if index < len(args) and isinstance(args[index], Value):
-            inputs[index] = ("c",)
-    return p.labelled(node.target, [x, local, *args[2:]], kwargs, inputs, labels, like=node.meta["val"])  # type: ignore[arg-type]
+    inputs.update({i: ("c",) for i in (2, 3) if i < len(args) and isinstance(args[i], Value)})
+    full = [x, *args[1:]]
+    label, segments, _ = p.choose(list(full), inputs, (), None)
+    if label == "c":
+        size = x.shape[1] // groups * p.ranks
+        if any(segment % size for segment in segments):
+            return p.fallback(node, full, kwargs, "")
+        full[1] = groups // p.ranks
+    return p.labelled(node.target, full, kwargs, inputs, labels, like=like)  # type: ignore[arg-type]
+
+
+def prelu(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """prelu(x (n, c, ...), weight (c) or (1))."""
+    x, weight = args[:2]
+    labels: Labels = ("n", "c", *(None,) * (len(x.shape) - 2)) if len(x.shape) > 1 else (None,)
+    inputs: dict[int, Labels] = {0: labels, 1: ("c",) if weight.shape[0] > 1 and len(x.shape) > 1 else (None,)}
+    return p.labelled(node.target, args, kwargs, inputs, labels, like=node.meta["val"])  # type: ignore[arg-type]
 
 
 def batch_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -484,6 +491,7 @@ RULES: dict[str, Rule] = {
     "layer_norm": layer_norm,
     "rms_norm": layer_norm,
     "group_norm": group_norm,
+    "prelu": prelu,
     "batch_norm": batch_norm,
     "instance_norm": instance_norm,
     "pad": pad,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from shardwise.parallel.cuts import calls, from_batch, ranges
-from shardwise.parallel.partitioner import LocalGraph, writes_in_place
+from shardwise.parallel.memory import writes_in_place
+from shardwise.parallel.partitioner import LocalGraph
 
 
 @dataclass(frozen=True, slots=True)

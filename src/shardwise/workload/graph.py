@@ -65,11 +65,24 @@ class _Step(nn.Module):
         self._measure = measure
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
-        output = call_model(self.model, self._workload.inputs(batch))
+        with _assignments_copied(self.model):
+            output = call_model(self.model, self._workload.inputs(batch))
         loss = self._workload.loss(output, batch)
         if self._measure is None:
             return (loss,)
         return loss, torch.as_tensor(self._measure(output, batch))
+
+
+@contextmanager
+def _assignments_copied(model: nn.Module) -> Iterator[None]:
+    """Copies what a module assigns to a buffer into it: torch traces an assignment in the outermost module only."""
+    held = [(module, key, buffer) for module in model.modules() for key, buffer in module._buffers.items()]
+    yield
+    for module, key, buffer in held:
+        assigned = module._buffers.get(key)
+        if buffer is not None and assigned is not None and assigned is not buffer:
+            buffer.copy_(assigned)
+            module._buffers[key] = buffer
 
 
 def trace(workload: Workload, model: nn.Module, batch: Any, *, training: bool = True) -> StepGraph:

@@ -1,0 +1,111 @@
+"""Which values of a step share memory: what is changed in place under one name may be read under another."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+
+from torch import fx
+
+Roots = dict[fx.Node, fx.Node]
+
+_NORMALISATIONS = ("aten::batch_norm", "aten::instance_norm")
+"""They change their running statistics, which their schemas do not say."""
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a call changes its first argument."""
+    name = _name(node)
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else str(schema.name)
+
+
+def roots(graph: fx.Graph) -> Roots:
+    """The value in whose memory each value is: for a view what it is a view of, else the value itself."""
+    found: Roots = {}
+    for node in graph.nodes:
+        source = _source(node)
+        found[node] = node if source is None else found[source]
+    return found
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """What a value is a view of, as the schema of its operation says."""
+    first = node.args[0] if node.args else None
+    if node.op != "call_function" or not isinstance(first, fx.Node):
+        return None
+    if node.target is operator.getitem:
+        return first if _source(first) is not None else None
+    schema = getattr(node.target, "_schema", None)
+    return first if schema is not None and any(result.alias_info for result in schema.returns) else None
+
+
+def changed_under_another_name(graph: fx.Graph, where: Roots) -> set[fx.Node]:
+    """The roots of values that are changed in place under one name and read under another afterwards."""
+    number = {node: index for index, node in enumerate(graph.nodes)}
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node, root in where.items():
+        members.setdefault(root, []).append(node)
+    found = set()
+    for node in graph.nodes:
+        written = node.args[0] if writes_in_place(node) else None
+        if not isinstance(written, fx.Node):
+            continue
+        for other in members[where[node]]:
+            older = other is not written and number[other] < number[node]
+            if older and any(number[user] > number[node] for user in other.users) and not _apart(written, other):
+                found.add(where[node])
+    return found
+
+
+def _apart(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two views begin with different parts of one split."""
+    for x, y in zip(_lineage(a), _lineage(b), strict=False):
+        if x is not y:
+            return operator.getitem is x.target is y.target and x.args[0] is y.args[0] and x.args[1] != y.args[1]
+    return False
+
+
+def _lineage(node: fx.Node) -> list[fx.Node]:
+    line = [node]
+    while (source := _source(line[-1])) is not None:
+        line.append(source)
+    return line[::-1]
+
+
+def together(graph: fx.Graph, buffers: Collection[str]) -> list[tuple[fx.Node, fx.Node]]:
+    """(first, last) calls between which a step must not be cut, for a change in place would not reach the other side.
+
+    Args:
+        graph: of a step.
+        buffers: placeholders of buffers. Each worker that uses a placeholder has a copy of its own.
+    """
+    where = roots(graph)
+    changed = changed_under_another_name(graph, where)
+    ranges = []
+    for root in dict.fromkeys(where.values()):
+        members = [node for node, at in where.items() if at is root]
+        if root.op == "placeholder":
+            changes = _changes if root.name in buffers else writes_in_place
+            users = {user for member in members for user in member.users if user.op == "call_function"}
+            if any(changes(user) for user in users):
+                ranges.append(_ends(graph, users))
+        elif root in changed:
+            ranges.append(_ends(graph, {node for node in members if node is root or writes_in_place(node)}))
+    return ranges
+
+
+def _changes(node: fx.Node) -> bool:
+    """Whether a call may change a tensor that it is given; a call without a schema may (the batch norm of replicas)."""
+    return node.op == "call_function" and (
+        writes_in_place(node) or _name(node) in _NORMALISATIONS or not hasattr(node.target, "_schema")
+    )
+
+
+def _ends(graph: fx.Graph, nodes: Collection[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    ordered = [node for node in graph.nodes if node in nodes]
+    return ordered[0], ordered[-1]
