@@ -45,6 +45,8 @@ def run_shell(block: Block, folder: Path) -> None:
         result = run_command(command, folder)
         if block.language == "bash":
             assert result.returncode == 0, f"{command}\n{result.stdout}"
+        if any(line.startswith("shardwise: ") for line in expected):
+            assert result.returncode == 2, f"{command} ends with {result.returncode}"
         for line in expected:
             shown = line.removesuffix("...").rstrip()
             assert shown in result.stdout, f"{command} does not print {shown!r} but\n{result.stdout}"
