@@ -66,6 +66,9 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(run: Run, folder: Pa
     run("train", "work.py:small", "--resume")  # the newest run of this workload, as it was asked for then
     assert losses(only) == expected
     assert json.loads((only / "run.json").read_text())["resumes"]
+    done = run("train", "work.py:small", "--resume", "--steps", "2")  # it has more already
+    assert done.stdout.startswith("small under single: 6 steps on 1 worker\n  loss ")
+    assert losses(only) == expected
 
 
 def test_under_torchrun(run: Run, folder: Path) -> None:

@@ -60,8 +60,8 @@ def fail(how: str) -> None:
 
     for step in range(100):
         if step == 3 and dist.get_rank() == 1:
-            if how == "exit":
-                os._exit(3)
+            if how in ("0", "3"):
+                os._exit(int(how))
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise {"error": ValueError, "request": CheckpointError}[how]("number 7 is wrong")
@@ -72,7 +72,8 @@ def fail(how: str) -> None:
     ("how", "message"),
     [
         ("error", "worker 1 failed: ValueError: number 7 is wrong"),
-        ("exit", "worker 1 ended with exit status 3"),
+        ("3", "worker 1 ended with exit status 3"),
+        ("0", "worker 1 ended with exit status 0"),
         ("kill", "worker 1 was killed by SIGKILL"),
     ],
 )

@@ -71,8 +71,8 @@ def run_local(
     switchboard = Switchboard(setup, cloudpickle.dumps((function, args)))
     try:
         exits = _run_agent(switchboard.address, workers)
-        if exits:
-            switchboard.settle()
+        switchboard.settle()
+        if exits or switchboard.endings or switchboard.returned is None:
             raise _failure(switchboard.endings, exits)
         return cloudpickle.loads(switchboard.returned)
     finally:
@@ -222,8 +222,8 @@ def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
     """
     stopped = -signal.SIGTERM  # how the agent ends those that are left
     if not endings:
-        rank = min(exits, key=lambda rank: (exits[rank] == stopped, rank))
-        return WorkerFailed(f"worker {rank} {_ended(exits[rank])} before it was ready", rank=rank)
+        rank = min(exits, key=lambda rank: (exits[rank] == stopped, rank), default=0)
+        return WorkerFailed(f"worker {rank} {_ended(exits.get(rank, 0))} before it was ready", rank=rank)
 
     soon = min(ending.time for ending in endings) + LINGER_SECONDS
     first = min(
@@ -231,7 +231,7 @@ def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
         key=lambda ending: (ending.report is not None, exits.get(ending.rank) == stopped, ending.time),
     )
     if first.report is None:
-        return WorkerFailed(f"worker {first.rank} {_ended(exits.get(first.rank, 1))}", rank=first.rank)
+        return WorkerFailed(f"worker {first.rank} {_ended(exits.get(first.rank, 0))}", rank=first.rank)
     return _reported(first.rank, first.report)
 
 

@@ -83,8 +83,8 @@ class Switchboard:
             end.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def settle(self, seconds: float = 1.0) -> None:
-        """Waits, `seconds` at most, until the ends of all workers that were there have been seen."""
+    def settle(self, seconds: float = 30.0) -> None:
+        """Waits, `seconds` at most, until the last words of all workers have been heard; they have ended already."""
         deadline = time.monotonic() + seconds
         while self._ranks and time.monotonic() < deadline:
             time.sleep(0.005)

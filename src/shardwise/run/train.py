@@ -40,19 +40,19 @@ def train(program: Program, job: Job) -> Trained:
     progress = _start(record, program, resume=options.resume)
     total = options.total(loader.batches)
     with record.open(total):
-        while program.steps != total and progress.epoch != options.epochs:
+        while not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
             for share in loader.shares(progress.epoch, progress.batch):
                 with record.step(progress.epoch, share.samples) as step:
                     step.loss = program.step_share(share)
                 progress = replace(progress, batch=progress.batch + 1)
-                if program.steps == total:
+                if _done(program.steps, total):
                     break
                 if options.checkpoint_every and program.steps % options.checkpoint_every == 0:
                     record.save(asdict(replace(progress, loss=record.loss())))
             else:
                 progress = _next_epoch(progress)
             progress = replace(progress, loss=record.loss(), metrics=record.evaluate(progress.epoch, progress.metrics))
-            if not options.checkpoint_every or program.steps == total:
+            if not options.checkpoint_every:
                 record.save(asdict(progress))
         record.save(asdict(progress))
         return record.close(progress.loss, progress.metrics)
@@ -72,6 +72,11 @@ def _start(record: Record, program: Program, *, resume: bool) -> Progress:
                 f"the run stopped within an epoch with {name}={before}: resume it with that, not {now}"
             )
     return replace(progress, batch_size=fresh.batch_size, seed=fresh.seed)
+
+
+def _done(count: int, wanted: int | None) -> bool:
+    """Whether as much is done as is wanted (None: no end), or more: a run can be resumed with less than it has."""
+    return wanted is not None and count >= wanted
 
 
 def _next_epoch(progress: Progress) -> Progress:
