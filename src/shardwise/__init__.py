@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardwise.api import TrainedModel, parallelize, train, train_parallel
+    from shardwise.api import TrainedModel, parallelize, train, train_parallel, verify
     from shardwise.errors import ShardwiseError
     from shardwise.strategy import Strategy
     from shardwise.workload.workload import Evaluation, Workload
@@ -21,6 +21,7 @@ __all__ = [
     "parallelize",
     "train",
     "train_parallel",
+    "verify",
 ]
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "parallelize": "shardwise.api",
     "train": "shardwise.api",
     "train_parallel": "shardwise.api",
+    "verify": "shardwise.api",
 }
 
 

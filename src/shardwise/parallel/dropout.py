@@ -29,7 +29,9 @@ _FIRST, _SECOND = 0x85EBCA6B - (1 << 32), 0xC2B2AE35 - (1 << 32)
 """The two multipliers of murmur3's 32-bit finaliser, as signed integers."""
 
 
-def keep(position: Position, site: int, index: Tensor, samples: int, p: float) -> Tensor:
+def keep(
+    position: Position, site: int, index: Tensor, samples: int, p: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """What dropout multiplies with: 0 with probability `p`, else 1 / (1 - p).
 
     Args:
@@ -38,12 +40,13 @@ def keep(position: Position, site: int, index: Tensor, samples: int, p: float) -
         index: integer tensor: the index of each element within its sample, on the device of the result.
         samples: size of the result's first dimension; sample n is number `position.first + n` of the global batch.
         p: probability of dropping an element, 0 to 1.
+        dtype: of the result.
 
     Returns:
-        float32, shape (samples, *index.shape).
+        shape (samples, *index.shape).
     """
     if p >= 1:
-        return torch.zeros((samples, *index.shape), device=index.device)
+        return torch.zeros((samples, *index.shape), dtype=dtype, device=index.device)
     low, high = _key(position.seed, position.step, site)
     places = torch.arange(position.first, position.first + samples, device=index.device)
     by_sample = _mix(_mix(places.to(torch.int32) ^ _signed(high)) + _signed(low))
@@ -51,7 +54,7 @@ def keep(position: Position, site: int, index: Tensor, samples: int, p: float) -
     bits = by_sample.view(samples, *(1,) * index.dim()) ^ by_index
     bits.mul_(_FIRST).bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_SECOND)
     kept = bits >= min(round(p * 2**32), _WORD) - 2**31
-    return kept * (1.0 / (1.0 - p))
+    return kept.to(dtype).mul_(1.0 / (1.0 - p))
 
 
 def _mix(bits: Tensor) -> Tensor:
@@ -106,16 +109,19 @@ class KeyedDropout:
             F.multi_head_attention_forward: self._many_heads,
         }
 
-    def mask(self, shape: torch.Size, p: float, device: torch.device, *, merged: bool = False) -> Tensor:
-        """The next site's `keep` for a tensor of this shape; `merged`: its first dimension is samples times heads."""
+    def mask(self, shape: torch.Size, p: float, like: Tensor, *, merged: bool = False) -> Tensor:
+        """The next site's `keep` for a tensor of this shape, of the kind of `like`.
+
+        `merged`: its first dimension is samples times heads.
+        """
         samples = self.position.samples
         dim = 0 if merged and shape[0] % samples == 0 else _sample_dim(shape, samples)
         site, self.site = self.site, self.site + 1
         if dim is None:
             common = Position(seed=self.position.seed, step=self.position.step)
-            return keep(common, site, _indices(shape, device), 1, p)[0]
+            return keep(common, site, _indices(shape, like.device), 1, p, like.dtype)[0]
         rest = (shape[0] // samples, *shape[1:]) if dim == 0 else (*shape[:dim], *shape[dim + 1 :])
-        drawn = keep(self.position, site, _indices(rest, device), samples, p)
+        drawn = keep(self.position, site, _indices(rest, like.device), samples, p, like.dtype)
         return drawn.reshape(shape) if dim == 0 else drawn.movedim(0, dim)
 
     def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
@@ -128,7 +134,7 @@ class KeyedDropout:
         _check(p)
         if not training or p == 0:
             return x
-        mask = self.mask(shape, p, x.device, merged=merged).to(x.dtype)
+        mask = self.mask(shape, p, x, merged=merged)
         mask = mask.view(*shape, *(1,) * (x.dim() - len(shape)))
         return x.mul_(mask) if inplace else x * mask
 
@@ -161,7 +167,7 @@ class KeyedDropout:
             return x
         alpha = 1.7580993408473766
         scale = 0.0 if p == 1 else 1 / math.sqrt((alpha * alpha * p + 1) * (1 - p))
-        kept = (self.mask(shape, p, x.device) > 0).to(x.dtype).view(*shape, *(1,) * (x.dim() - len(shape)))
+        kept = (self.mask(shape, p, x) > 0).to(x.dtype).view(*shape, *(1,) * (x.dim() - len(shape)))
         shift = (kept - 1) * (alpha * scale) + alpha * scale * p
         return x.mul_(kept * scale).add_(shift) if inplace else x * (kept * scale) + shift
 
@@ -182,7 +188,7 @@ class KeyedDropout:
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         probabilities = attention_probabilities(query, key, attn_mask, is_causal, scale, enable_gqa)
-        mask = self.mask(probabilities.shape, dropout_p, query.device).to(probabilities.dtype)
+        mask = self.mask(probabilities.shape, dropout_p, probabilities)
         if enable_gqa:
             value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
         return (probabilities * mask).to(value.dtype) @ value

@@ -46,23 +46,23 @@ class KeyedOperations:
         finally:
             self.position = current
 
-    def mask(
-        self, site: int, shape: Shape, p: float, placement: Placement, device: torch.device, merged: bool
-    ) -> Tensor:
+    def mask(self, site: int, shape: Shape, p: float, placement: Placement, like: Tensor, merged: bool) -> Tensor:
         """What the part at `placement` of a tensor of `shape` is multiplied with."""
         position = self.position
         shape = torch.Size(shape)
         if not isinstance(placement, Sharded):
-            return KeyedDropout(position, site).mask(shape, p, device, merged=merged)
+            return KeyedDropout(position, site).mask(shape, p, like, merged=merged)
         dim = 0 if merged else sample_dim(shape, position.samples)
         if dim is None or placement.dim == dim:
-            whole = KeyedDropout(position, site).mask(shape, p, device, merged=merged)
+            whole = KeyedDropout(position, site).mask(shape, p, like, merged=merged)
             return self.exchange.cut(whole, placement.dim, placement.segments)
         lead = shape[0] // position.samples
         rest = (lead, *shape[1:]) if dim == 0 else (*shape[:dim], *shape[dim + 1 :])
         along = placement.dim if dim == 0 else placement.dim - (placement.dim > dim)
-        index = torch.arange(torch.Size(rest).numel(), dtype=torch.int32, device=device).view(rest)
-        drawn = keep(position, site, self.exchange.cut(index, along, placement.segments), position.samples, p)
+        index = torch.arange(torch.Size(rest).numel(), dtype=torch.int32, device=like.device).view(rest)
+        drawn = keep(
+            position, site, self.exchange.cut(index, along, placement.segments), position.samples, p, like.dtype
+        )
         return drawn.flatten(0, 1) if dim == 0 else drawn.movedim(0, dim)
 
     def dropout(
@@ -81,10 +81,10 @@ class KeyedOperations:
         """
         lead = features or len(shape)
         if isinstance(placement, Sharded) and placement.dim >= lead:
-            mask = self.mask(site, shape[:lead], p, REPLICATED, x.device, merged)
+            mask = self.mask(site, shape[:lead], p, REPLICATED, x, merged)
         else:
-            mask = self.mask(site, shape[:lead], p, placement, x.device, merged)
-        return x * mask.to(x.dtype).view(*x.shape[:lead], *(1,) * (x.dim() - lead))
+            mask = self.mask(site, shape[:lead], p, placement, x, merged)
+        return x * mask.view(*x.shape[:lead], *(1,) * (x.dim() - lead))
 
     def attention(
         self,
@@ -101,7 +101,7 @@ class KeyedOperations:
     ) -> Tensor:
         """Attention whose probabilities, of `shape` in the whole, are dropped; see `KeyedDropout.attention`."""
         probabilities = attention_probabilities(query, key, attn_mask, is_causal, scale, False)
-        mask = self.mask(site, shape, p, placement, query.device, False).to(probabilities.dtype)
+        mask = self.mask(site, shape, p, placement, probabilities, False)
         return (probabilities * mask).to(value.dtype) @ value
 
     def batch_norm(

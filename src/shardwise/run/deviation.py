@@ -32,7 +32,11 @@ def typical_size(tensors: Mapping[str, Tensor]) -> float:
 
 
 def deviation(
-    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, counted: Mapping[str, Tensor] | None = None
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    counted: Mapping[str, Tensor] | None = None,
+    typical: float | None = None,
 ) -> Deviation:
     """||a - b|| / max(||b||, what a tensor of its size typically has), the largest over tensors.
 
@@ -42,8 +46,9 @@ def deviation(
         actual: by name.
         expected: by name.
         counted: elements that count, where not all do.
+        typical: size of an element; None: as in `expected`.
     """
-    typical = typical_size(expected)
+    typical = typical_size(expected) if typical is None else typical
     worst = Deviation()
     for name, why in _of_other_kind(actual, expected):
         worst |= Deviation(math.inf, name, why)

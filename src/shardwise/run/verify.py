@@ -33,6 +33,9 @@ from shardwise.workload.workload import Workload
 SAFETY = 16.0
 """Times the expected growth of rounding errors that is still taken for rounding."""
 
+TELLING = 1e-3
+"""Updates are compared of elements whose gradient is at least this share of the typical one."""
+
 HALF_TOLERANCE = 0.1
 """For bf16: eight bits of a number survive every operation, and steps drift apart."""
 
@@ -92,6 +95,45 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="shardwise-verify-") as folder:
         prover = _Prover(source, steps, float64, threads, Path(folder))
         return [prover.prove_and_blame(strategy) for strategy in strategies]
+
+
+def verification(workload: str, proofs: Sequence[tuple[Proof, str]], dtype: str) -> dict[str, Any]:
+    """The document that `verify --json` prints. Errors that are not finite are none: `failure` says what it is."""
+    return {
+        "workload": workload,
+        "dtype": dtype,
+        "workers": max(proof.strategy.workers for proof, _ in proofs),
+        "results": [_row(proof, axis) for proof, axis in proofs],
+    }
+
+
+def _row(proof: Proof, axis: str) -> dict[str, Any]:
+    return {
+        "strategy": str(proof.strategy),
+        "workers": proof.strategy.workers,
+        "steps": proof.steps,
+        "loss_error": proof.loss.error,
+        "gradient_error": proof.gradient.error,
+        "parameter_error": proof.parameter.error,
+        "worst_gradient": proof.gradient.tensor,
+        "worst_parameter": proof.parameter.tensor,
+        "tolerance": proof.tolerance,
+        "sharded_parameter_share": proof.sharded_share,
+        "passed": proof.passed,
+        "failure": None if proof.passed else _failure(proof, axis),
+        "axis_at_fault": axis or None,
+        "notes": list(proof.notes),
+    }
+
+
+def _failure(proof: Proof, axis: str) -> str:
+    """What differs first in the course of a step: gradient, then parameter, then the loss."""
+    for kind, found in (("gradient of", proof.gradient), ("", proof.parameter), ("loss of", proof.loss)):
+        if not found.error <= proof.tolerance:
+            what = f"{kind} {found.tensor}".strip()
+            how = found.why or f"differs by {found.error:.1e}, more than {proof.tolerance:.1e}"
+            return f"{what} {how}; most likely at fault: {axis}"
+    raise AssertionError("a proof that holds")
 
 
 class _Prover:
@@ -165,8 +207,10 @@ def record(trial: Trial) -> None:
 
 
 def compare(trial: Trial) -> Proof | None:
-    """The same steps in parallel, compared on worker 0. Collective."""
-    from shardwise.parallel.gather import gather_full
+    """The same steps in parallel, each from the weights that one worker had, compared on worker 0. Collective.
+
+    Each step starts anew so that what one step does to numbers that are nothing but rounding is not in the next.
+    """
     from shardwise.parallel.program import Program
 
     program = Program.build(trial.load(), trial.strategy)
@@ -174,19 +218,15 @@ def compare(trial: Trial) -> Proof | None:
     _start_from(program, load_file(folder / "initial.safetensors"))
     tolerance = rounding(program, trial)
     loss = gradient = parameter = Deviation()
-    counted: dict[str, Tensor] = {}
     for step, share in enumerate(_shares(program, trial.steps)):
-        value = program.step_share(share)
-        pieces = [*program.gradient_pieces(), *(p for p in program.pieces() if p.name.startswith("model/"))]
-        full = gather_full(pieces, program.mesh.world)
-        if full is None:
-            continue
+        value = float(program.step_share(share))
         expected = load_file(folder / f"step-{step}.safetensors")
         alone = float(expected.pop("loss"))
-        loss |= Deviation(_relative(float(value), alone), f"step {step + 1}")
-        gradient |= deviation(_kind(full, "gradient"), _kind(expected, "gradient"))
-        _count(counted, _kind(expected, "gradient"), tolerance)
-        parameter |= deviation(_kind(full, "model"), _kind(expected, "model"), counted=counted)
+        counted = _told(_kind(expected, "gradient"), tolerance)
+        loss |= Deviation(_relative(value, alone), f"step {step + 1}")
+        gradient |= _of_all(program, program.gradient_pieces(), expected, "gradient", None)
+        parameter |= _of_all(program, _model_pieces(program), expected, "model", counted)
+        _start_from(program, expected)
     if program.mesh.rank != 0:
         return None
     return Proof(
@@ -235,8 +275,12 @@ def _shares(program: Any, steps: int) -> Any:
         epoch += 1
 
 
+def _model_pieces(program: Any) -> list[Any]:
+    return [piece for piece in program.pieces() if piece.name.startswith("model/")]
+
+
 def _model(program: Any) -> dict[str, Tensor]:
-    return {p.name: p.local.cpu().contiguous() for p in program.pieces() if p.name.startswith("model/")}
+    return {piece.name: piece.local.cpu().contiguous() for piece in _model_pieces(program)}
 
 
 def _kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -251,16 +295,40 @@ def _start_from(program: Any, initial: dict[str, Tensor]) -> None:
                 piece.local.copy_(piece.layout.cut(initial[piece.name]))
 
 
-def _count(counted: dict[str, Tensor], gradients: dict[str, Tensor], tolerance: float) -> None:
-    """Marks elements whose gradient is more than rounding in every step.
+def _told(gradients: dict[str, Tensor], tolerance: float) -> dict[str, Tensor]:
+    """The elements whose gradient is large enough for their update to tell something.
 
-    An optimizer that divides by the gradient's size (Adam) makes a whole step out of a gradient that is nothing but
-    rounding: such an element says nothing about the parallel run. Its gradient is compared all the same.
+    An optimizer that divides by the gradient's size (Adam) makes much of a gradient that is next to nothing: what
+    becomes of such an element tells of rounding, not of the parallel run. Its gradient is compared all the same.
     """
-    noise = tolerance * typical_size(gradients)
-    for name, gradient in gradients.items():
-        told = gradient.abs() > noise
-        counted[name] = counted[name] & told if name in counted else told
+    least = max(tolerance, TELLING) * typical_size(gradients)
+    return {name: gradient.abs() > least for name, gradient in gradients.items()}
+
+
+def _of_all(
+    program: Any, pieces: list[Any], expected: dict[str, Tensor], kind: str, counted: dict[str, Tensor] | None
+) -> Deviation:
+    """The deviation of the full tensors, and of every copy of a part that some worker holds. Collective."""
+    from shardwise.parallel.gather import gather_full, gather_json
+
+    alone = _kind(expected, kind)
+    typical = typical_size(alone)
+    full = gather_full(pieces, program.mesh.world)
+    found = Deviation() if full is None else deviation(_kind(full, kind), alone, counted=counted)
+    copies = [piece for piece in pieces if not piece.writes and piece.name.partition("/")[2] in alone]
+    for piece in copies:
+        name = piece.name.partition("/")[2]
+        mask = counted and counted.get(name)
+        found |= deviation(
+            {name: piece.local.cpu()},
+            {name: piece.layout.cut(alone[name])},
+            counted=None if mask is None else {name: piece.layout.cut(mask)},
+            typical=typical,
+        )
+    if program.mesh.world is None:
+        return found
+    everybody = gather_json([found.error, found.tensor, found.why], program.mesh.world, program.mesh.device)
+    return max((Deviation(*each) for each in everybody), key=lambda each: each.error)
 
 
 def _check_repeatable(program: Any) -> None:

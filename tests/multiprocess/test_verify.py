@@ -1,0 +1,212 @@
+"""Verification passes where the run is right and fails where it is made wrong on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pool import Pools
+from torch import Tensor, nn
+
+from shardwise import Strategy, Workload
+from shardwise.run import verify
+from shardwise.run.job import Source
+
+Break = Callable[[], None]
+
+
+class Everything(nn.Module):
+    """Convolutions with batch norm, a skip connection, channel dropout, attention, tied and frozen parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(2, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.inner = nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.Conv2d(16, 8, 1)
+        self.drop = nn.Dropout(0.2)
+        self.attention = nn.MultiheadAttention(8, 4, dropout=0.1, batch_first=True)
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.first.bias.requires_grad = False
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = F.relu(self.norm(self.down(x)))
+        deep = F.relu(self.inner(F.max_pool2d(skip, 2)))
+        wide = self.up(torch.cat([skip, F.interpolate(deep, scale_factor=2.0)], 1))
+        tokens = self.drop(wide.flatten(2).transpose(1, 2))
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.head(self.second(F.gelu(self.first(tokens))).mean(1))
+
+
+def everything() -> Workload:
+    generator = torch.Generator().manual_seed(3)
+    data = [(torch.randn(2, 4, 4, generator=generator), n % 6) for n in range(20)]
+    return Workload(
+        name="everything",
+        model=Everything,
+        dataset=data,
+        inputs=lambda batch: batch[0],
+        loss=lambda output, batch: F.cross_entropy(output, batch[1]),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        batch_size=8,
+        clip_norm=0.5,
+    )
+
+
+def trial(folder: Path, strategy: str, *, float64: bool = True) -> verify.Trial:
+    settled = Strategy.parse(strategy).for_batch(8)
+    return verify.Trial(
+        source=Source(workload=everything()), strategy=settled, steps=3, float64=float64, folder=str(folder)
+    )
+
+
+@pytest.fixture(scope="module")
+def recorded(workers: Pools, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """One worker's steps, recorded once for each number of microbatches."""
+    folders: dict[Any, Path] = {}
+
+    def get(strategy: str, *, float64: bool = True) -> Path:
+        count = Strategy.parse(strategy).for_batch(8).microbatches
+        if (count, float64) not in folders:
+            folders[count, float64] = tmp_path_factory.mktemp("alone")
+            workers(1, verify.record, trial(folders[count, float64], f"microbatches={count}", float64=float64))
+        return folders[count, float64]
+
+    return get
+
+
+def proof(workers: Pools, folder: Path, strategy: str, *, float64: bool = True, sabotage: Break | None = None) -> Any:
+    count = Strategy.parse(strategy).workers
+    return workers(count, compare, trial(folder, strategy, float64=float64), sabotage)[0]
+
+
+def compare(work: verify.Trial, sabotage: Break | None) -> Any:
+    if sabotage is None:
+        return verify.compare(work)
+    with pytest.MonkeyPatch.context() as patch:
+        sabotage(patch)  # type: ignore[call-arg]
+        return verify.compare(work)
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "fsdp=2", "tp=2", "tp=2,sp=1", "pp=2", "dp=2,tp=2", "tp=2,pp=2"])
+def test_what_is_right_passes(strategy: str, workers: Pools, recorded: Callable[..., Path]) -> None:
+    found = proof(workers, recorded(strategy), strategy)
+    assert found.passed, found
+    assert max(found.loss.error, found.gradient.error, found.parameter.error) < 1e-10
+    assert found.tolerance < 1e-10
+    if "tp=2" in strategy:
+        assert found.sharded_share > 0.9
+
+
+def test_float32_has_a_wider_tolerance(workers: Pools, recorded: Callable[..., Path]) -> None:
+    found = proof(workers, recorded("tp=2", float64=False), "tp=2", float64=False)
+    assert found.passed, found
+    assert 1e-6 < found.tolerance < 1e-2
+
+
+def skip_a_sum(patch: pytest.MonkeyPatch) -> None:
+    from shardwise.parallel.exchange import Exchange
+
+    patch.setattr(Exchange, "reduce", lambda self, x: x)
+
+
+def skip_a_gradient_sum(patch: pytest.MonkeyPatch) -> None:
+    from shardwise.parallel.exchange import Exchange
+
+    patch.setattr(Exchange, "enter", lambda self, x: x)
+
+
+def scale_by_the_wrong_degree(patch: pytest.MonkeyPatch) -> None:
+    from shardwise.parallel.program import Program
+
+    right = Program._scales
+    patch.setattr(Program, "_scales", lambda self, share: [scale * 2 for scale in right(self, share)])
+
+
+def leave_batch_norm_alone(patch: pytest.MonkeyPatch) -> None:
+    from shardwise.parallel import keyed
+
+    right = keyed.KeyedOperations.__init__
+    patch.setattr(
+        keyed.KeyedOperations,
+        "__init__",
+        lambda self, position, exchange, replicas: right(self, position, exchange, None),
+    )
+
+
+def drop_differently_on_shards(patch: pytest.MonkeyPatch) -> None:
+    from shardwise.parallel import keyed
+
+    right = keyed.KeyedOperations.mask
+    patch.setattr(
+        keyed.KeyedOperations,
+        "mask",
+        lambda self, site, *rest: right(self, site + 1000 * self.exchange.rank, *rest),
+    )
+
+
+def lose_the_last_microbatch(patch: pytest.MonkeyPatch) -> None:
+    from shardwise.parallel.staged import GraphEngine
+
+    right = GraphEngine._passes
+
+    def passes(self: Any, share: Any, scales: Any) -> Any:
+        from dataclasses import replace
+
+        return right(self, replace(share, microbatches=share.microbatches[:-1]), scales)
+
+    patch.setattr(GraphEngine, "_passes", passes)
+
+
+def lose_a_skip_connection(patch: pytest.MonkeyPatch) -> None:
+    """The gradient that comes back from the later stage, for the value that skips."""
+    from shardwise.parallel import pipeline
+
+    right = pipeline._gradient
+    patch.setattr(pipeline, "_gradient", lambda value: right(value) * (value.dim() != 4 or value.shape[1] != 8))
+
+
+def leave_tied_weights_apart(patch: pytest.MonkeyPatch) -> None:
+    from shardwise.parallel.holding import Holding
+
+    patch.setattr(Holding, "_sum", lambda self, names, group: None)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sabotage"),
+    [
+        ("tp=2", skip_a_sum),
+        ("tp=2", skip_a_gradient_sum),
+        ("dp=2", scale_by_the_wrong_degree),
+        ("tp=2", scale_by_the_wrong_degree),
+        ("dp=2,tp=2", leave_batch_norm_alone),
+        ("tp=2", drop_differently_on_shards),
+        ("pp=2", lose_the_last_microbatch),
+        ("pp=4", lose_a_skip_connection),
+        ("pp=4", leave_tied_weights_apart),
+    ],
+)
+def test_what_is_made_wrong_fails(
+    strategy: str, sabotage: Break, workers: Pools, recorded: Callable[..., Path]
+) -> None:
+    found = proof(workers, recorded(strategy), strategy, sabotage=sabotage)
+    assert not found.passed, f"{sabotage.__name__} was not noticed: {found}"
+
+
+def test_data_that_changes_is_refused(workers: Pools, tmp_path: Path) -> None:
+    class Fresh(list):  # type: ignore[type-arg]
+        def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+            return torch.randn(2, 4, 4), 0
+
+    from dataclasses import replace
+
+    work = replace(trial(tmp_path, "single"), source=Source(workload=replace(everything(), dataset=Fresh([0] * 8))))
+    with pytest.raises(Exception, match="gives other samples each time it is read"):
+        workers(1, verify.record, work)
