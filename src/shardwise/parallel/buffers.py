@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,34 +14,26 @@ from shardwise.parallel.gather import gather_json
 from shardwise.parallel.model import persistent_buffers
 
 
-class Buffers:
-    """The persistent buffers of a model that is trained on the replicas of `group` (None: one).
+class ReplicaBuffers:
+    """Buffers that every replica of `group` (None: there is one) has a copy of.
 
     Batch norm's are the same on all replicas by themselves, and so are counters. A buffer that a forward pass changes
     otherwise follows the samples of its replica. Which do is seen after the first step; as under DDP the others then
     take those of the first replica, in every step.
 
     Attributes:
-        persistent: the buffers by name; a model that assigns a new tensor gets it copied into the old one.
         notes: what a person should know, one line each.
     """
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
-        self.persistent = persistent_buffers(model)
+    def __init__(self, buffers: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
         self.notes: list[str] = []
+        self._buffers = buffers
         self._group = group
-        self._places = [(model.get_submodule(name.rpartition(".")[0]), name) for name in self.persistent]
-        self._versions = {name: buffer._version for name, buffer in self.persistent.items()}
+        self._versions = {name: buffer._version for name, buffer in buffers.items()}
         self._drifting: list[Tensor] | None = None
 
     def settle(self) -> None:
         """After a step's passes. Collective over the replicas."""
-        for module, name in self._places:
-            key, buffer = name.rpartition(".")[2], self.persistent[name]
-            assigned = module._buffers.get(key)
-            if assigned is not buffer and assigned is not None and assigned.shape == buffer.shape:
-                buffer.copy_(assigned.detach())
-                module._buffers[key] = buffer
         if self._group is None:
             return
         if self._drifting is None:
@@ -50,18 +43,41 @@ class Buffers:
     def _find_drifting(self, group: dist.ProcessGroup) -> list[Tensor]:
         """The buffers that changed and are not the same on all replicas."""
         digests = {
-            name: _digest(buffer) for name, buffer in self.persistent.items() if buffer._version != self._versions[name]
+            name: _digest(buffer) for name, buffer in self._buffers.items() if buffer._version != self._versions[name]
         }
-        device = next((buffer.device for buffer in self.persistent.values()), None)
+        device = next((buffer.device for buffer in self._buffers.values()), None)
         if device is None:
             return []
         everybody = gather_json(digests, group, device)
-        names = [n for n in self.persistent if len({digests.get(n) for digests in everybody}) > 1]
+        names = [n for n in self._buffers if len({digests.get(n) for digests in everybody}) > 1]
         self.notes += [
             f"buffer {name} follows the samples of a replica: all take the first one's, which differs from one worker's"
             for name in names
         ]
-        return [self.persistent[name] for name in names]
+        return [self._buffers[name] for name in names]
+
+
+class Buffers(ReplicaBuffers):
+    """The persistent buffers of a model that is trained on the replicas of `group`.
+
+    Attributes:
+        persistent: the buffers by name; a model that assigns a new tensor gets it copied into the old one.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
+        self.persistent = persistent_buffers(model)
+        self._places = [(model.get_submodule(name.rpartition(".")[0]), name) for name in self.persistent]
+        super().__init__(self.persistent, group)
+
+    def settle(self) -> None:
+        """After a step's passes. Collective over the replicas."""
+        for module, name in self._places:
+            key, buffer = name.rpartition(".")[2], self.persistent[name]
+            assigned = module._buffers.get(key)
+            if assigned is not buffer and assigned is not None and assigned.shape == buffer.shape:
+                buffer.copy_(assigned.detach())
+                module._buffers[key] = buffer
+        super().settle()
 
 
 def _digest(tensor: Tensor) -> str:

@@ -93,6 +93,20 @@ def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
     return found
 
 
+def common(training: Sequence[Place], evaluation: Sequence[Place]) -> list[Place]:
+    """The places of a training step that are in its evaluation too, in the same order; all where there is none."""
+    if not evaluation:
+        return list(training)
+    position = {place.use: place.position for place in evaluation}
+    found: list[Place] = []
+    last = -1
+    for place in training:
+        if position.get(place.use, -1) > last:
+            found.append(place)
+            last = position[place.use]
+    return found
+
+
 def _uncut(local: LocalGraph, parameters: Collection[str]) -> list[tuple[fx.Node, fx.Node]]:
     """(first, last) calls that must stay in one part."""
     buffers = {placeholder for placeholder, name in local.step.tensors.items() if name not in parameters}

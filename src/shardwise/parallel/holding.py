@@ -42,7 +42,7 @@ class Holding:
 
     def __init__(
         self,
-        work: Work,
+        works: Sequence[Work],
         tensors: Mapping[str, Tensor],
         graph: LocalGraph,
         strategy: Strategy,
@@ -54,10 +54,11 @@ class Holding:
     ) -> None:
         self._strategy, self._mesh, self._bf16 = strategy, mesh, bf16
         self._placements, self._shapes = graph.placements, {name: t.shape for name, t in tensors.items()}
-        self._homes = _homes(work, tensors)
+        self._homes = _homes(works, tensors)
         self.sharded = strategy.fsdp > 1 and strategy.zero > 1
         self.loss_factor = strategy.replicas if self.sharded else 1
         self.final_pass = True
+        work = works[0]
         count = len(work.stages)
         own = range(mesh.coordinate("pp"), count, strategy.pp)
         mine = {name: _cut(tensors[name], graph.placements.get(name), exchange) for name in self._on(own)}
@@ -251,14 +252,15 @@ class Holding:
             sum_gradients(gradients, group)
 
 
-def _homes(work: Work, tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[int, int]]]:
-    """Where each tensor is used: (stage, block). What the step does not use lies in the first block."""
-    homes: dict[str, list[tuple[int, int]]] = {name: [] for name in tensors}
-    for stage, each in enumerate(work.stages):
-        for block, piece in enumerate(each.blocks):
-            for name in piece.section.tensors:
-                homes[name].append((stage, block))
-    return {name: found or [(0, 0)] for name, found in homes.items()}
+def _homes(works: Sequence[Work], tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[int, int]]]:
+    """Where each tensor is used: (stage, block). What no work uses lies in the first block."""
+    homes: dict[str, set[tuple[int, int]]] = {name: set() for name in tensors}
+    for work in works:
+        for stage, each in enumerate(work.stages):
+            for block, piece in enumerate(each.blocks):
+                for name in piece.section.tensors:
+                    homes[name].add((stage, block))
+    return {name: sorted(found) or [(0, 0)] for name, found in homes.items()}
 
 
 def _cut(tensor: Tensor, placement: Placement | None, exchange: Exchange) -> Tensor:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.cuts import Place, Use, balanced, calls, places, uses
+from shardwise.parallel.cuts import Place, Use, balanced, calls, common, places, uses
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.partitioner import LocalGraph
 from shardwise.strategy import Strategy
@@ -53,16 +53,19 @@ def divide(
     strategy: Strategy,
     mesh: Mesh,
     parameters: Collection[str],
+    evaluation: LocalGraph | None = None,
 ) -> Division:
     """Cuts a step into the stages of `strategy`, and those into blocks where it gathers or recomputes. Collective.
+
+    The graph of an evaluation, which may leave out parts of the training step, is cut at the same places.
 
     Raises:
         StrategyError: the step cannot be cut into that many stages.
     """
-    found = places(local, parameters)
+    found = common(places(local, parameters), [] if evaluation is None else places(evaluation, parameters))
     stages = strategy.pp * strategy.stages_per_worker
     check_stages(strategy, len(found))
-    in_blocks = strategy.recompute == "full" or (strategy.fsdp > 1 and strategy.zero > 1)
+    in_blocks = cuts_blocks(strategy)
     if stages == 1 and not in_blocks:
         return Division((), (1,))
     costs = _links(step, found, _measured(step, tensors, data, parameters, mesh), parameters)
@@ -78,6 +81,11 @@ def divide(
     total = sum(costs) or 1.0
     shares = tuple(sum(costs[a:b]) / total for a, b in pairwise(bounds))
     return Division(tuple(found[link - 1].use for link in cut), tuple(blocks), shares)
+
+
+def cuts_blocks(strategy: Strategy) -> bool:
+    """Whether a strategy gathers or recomputes a stage in parts."""
+    return strategy.recompute == "full" or (strategy.fsdp > 1 and strategy.zero > 1)
 
 
 def check_stages(strategy: Strategy, places_found: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import WorkloadError
+from shardwise.parallel.buffers import ReplicaBuffers
 from shardwise.parallel.deferred import WeightGradients, defer_weights
 from shardwise.parallel.engine import Held, Position
 from shardwise.parallel.exchange import Exchange
@@ -27,7 +28,7 @@ from shardwise.parallel.model import aliases_of, build_model, persistent_buffers
 from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
 from shardwise.parallel.placement import Placement, Sharded
-from shardwise.parallel.planning import divide
+from shardwise.parallel.planning import cuts_blocks, divide
 from shardwise.parallel.precision import widen_loss
 from shardwise.parallel.schedule import order
 from shardwise.parallel.stage import Work, prepare
@@ -81,16 +82,28 @@ class GraphEngine:
         local = self._partition(step, None)
         tensors: dict[str, Tensor] = {**named, **persistent_buffers(model)}
         self._placements, self._summed = local.placements, local.summed
-        self._division = divide(step, local, tensors, data, strategy, mesh, self._parameters)
+        evaluation = self._evaluation(model, data)
+        self._division = divide(step, local, tensors, data, strategy, mesh, self._parameters, evaluation)
         work = self._works[self._key(True, data)] = self._prepare(local)
-        self._holding = Holding(work, tensors, local, strategy, mesh, self._exchange, self._keyed, bf16=self._bf16)
+        works = [work]
+        if evaluation is not None:
+            works.append(self._prepare(evaluation))
+            self._works[self._key(False, data)] = works[1]
+        self._holding = Holding(works, tensors, local, strategy, mesh, self._exchange, self._keyed, bf16=self._bf16)
         self.parameters: dict[str, nn.Parameter] = self._holding.trained(self._trained)
         self.held: dict[str, Held] = self._holding.held()
         self._pipeline = Pipeline(
             self._holding.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
         )
-        self.notes = local.notes
+        self._local_notes = local.notes
+        held = {name: held.tensor for name, held in self.held.items() if not isinstance(held.tensor, nn.Parameter)}
+        self._buffers = ReplicaBuffers(held, mesh.replica_group)
         self.sharded_parameter_share = sharded_share(named, local.placements)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know, see `Engine.notes`."""
+        return (*self._local_notes, *self._buffers.notes)
 
     # ---- graphs -----------------------------------------------------------------------------------------------------
 
@@ -99,6 +112,13 @@ class GraphEngine:
         strategy = self._strategy
         share = self._workload.batch_size // strategy.replicas
         return to_device(example(self._workload, share // strategy.microbatches), self._mesh.device)
+
+    def _evaluation(self, model: nn.Module, data: Any) -> LocalGraph | None:
+        """The graph of an evaluation, where it has a say in where the step is cut."""
+        cut = self._strategy.pp > 1 or cuts_blocks(self._strategy)
+        if self._workload.evaluation is None or not cut:
+            return None
+        return self._partition(trace(self._workload, model, data, training=False), self._placements)
 
     def _key(self, training: bool, data: Any) -> Key:
         leaves = batch_leaves(data)
@@ -153,6 +173,7 @@ class GraphEngine:
             self._holding.final_pass = last
             total = total + self._pipeline.run(work)
         self._holding.reduce(self._summed)
+        self._buffers.settle()
         total = total / self._holding.loss_factor
         return total if self._mesh.coordinate("tp") == 0 else torch.zeros_like(total)
 
