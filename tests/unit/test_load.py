@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 
 def make(layers: int = 2, rate: float = 0.1, kind: OnlyForCheckers = "a") -> Workload:
-    return Workload(
-        name=f"{layers}-{rate}-{kind}", model=lambda: None, dataset=[], inputs=len, loss=len, optimizer=len, batch_size=4
-    )
+    name = f"{layers}-{rate}-{kind}"
+    return Workload(name=name, model=len, dataset=[], inputs=len, loss=len, optimizer=len, batch_size=4)
 
 
 def needs(width: int) -> Workload:
@@ -95,7 +94,7 @@ def test_workload_of_a_file_travels(good: Path) -> None:
 
 def test_file_imports_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "neighbour_of_workload.py").write_text("NAME = 'beside'")
-    text = GOOD.replace('name=f"{layers}-{rate}-{kind}"', "name=NAME") + "\nfrom neighbour_of_workload import NAME\n"
+    text = GOOD.replace("name=name", "name=NAME") + "\nfrom neighbour_of_workload import NAME\n"
     (tmp_path / "mine.py").write_text(text)
     assert load_workload(f"{tmp_path / 'mine.py'}:make").name == "beside"
 
@@ -249,7 +248,9 @@ def test_parameters(good: Path) -> None:
 
 def test_recipe_parameter_errors() -> None:
     assert "did you mean 'vit'" in message("image", {"model": "vitt"})
-    assert "hidden=30: use 28 or 32, a multiple of heads=4" in message("image", {"hidden": "30"})
+    assert "hidden=30: use 28 or 32, a multiple of 4" in message("image", {"hidden": "30"})
+    assert "hidden=36: use 32 or 40, a multiple of heads=8" in message("image", {"hidden": "36", "heads": "8"})
+    assert "patch=4: levels=3 leave a single voxel" in message("medical", {"patch": "4"})
     assert "did you mean 'heads'" in message("language", {"head": "2"})
     assert "patch=10: use 8 or 12" in message("medical", {"patch": "10"})
     assert "batch_size=0" in message("image", {"batch_size": "0"})

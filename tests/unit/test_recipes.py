@@ -262,10 +262,9 @@ def test_image_folder_errors(tmp_path: Path) -> None:
     broken.write_bytes(b"not an image")
     workload = load_workload("image", {"data": str(tmp_path)})
     assert workload.evaluation is not None
+    samples = [(d, i) for d in (workload.dataset, workload.evaluation.dataset) for i in range(len(d))]
     with pytest.raises(DataError, match=r"2\.png cannot be read as an image"):
-        for dataset in (workload.dataset, workload.evaluation.dataset):
-            for index in range(len(dataset)):
-                dataset[index]
+        list(dataset[index] for dataset, index in samples)  # noqa: C400
 
 
 TINY_GPT = {"layers": "1", "hidden": "16", "heads": "2", "sequence": "8"}
@@ -324,7 +323,7 @@ def test_token_files(tmp_path: Path) -> None:
         ({"data": "all.bin", "vocabulary": "100"}, "holds token 299; use 300 or more"),
         ({"data": "odd.bin"}, "cannot be read as tokens"),
         ({"data": "float.npy"}, "must hold integers in one dimension"),
-        ({"data": "negative.npy"}, "token ids must be 0 or more"),
+        ({"data": "negative.npy"}, "holds -1: token ids are 0 or more"),
     ],
 )
 def test_text_errors(tmp_path: Path, settings: dict[str, str], message: str) -> None:

@@ -86,11 +86,11 @@ def _check(model: str, size: int, patch: int, layers: int, hidden: int, heads: i
     if model not in ("vit", "resnet"):
         raise WorkloadError(f"model={model}: must be vit or resnet")
     check_positive(image_size=size, patch_size=patch, layers=layers, heads=heads)
+    check_divides("hidden", hidden, 4, "4, for the first layers have a quarter and a half of it")
     if model == "vit":
         check_divides("image_size", size, patch, f"patch_size={patch}")
         check_divides("hidden", hidden, heads, f"heads={heads}")
         return
-    check_divides("hidden", hidden, 4, "4, for its stages have a quarter, a half and all of it")
     if layers < 3:
         raise WorkloadError(f"layers={layers}: a residual network needs 3 or more, for it has three stages")
 

@@ -25,7 +25,7 @@ def language(
     heads: int = 4,
     dropout: float = 0.0,
     tied: bool = False,
-    batch_size: int = 32,
+    batch_size: int = 16,
     learning_rate: float = 3e-3,
     weight_decay: float = 0.1,
     schedule_steps: int = 500,

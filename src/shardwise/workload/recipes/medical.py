@@ -19,7 +19,7 @@ from shardwise.workload.workload import Evaluation, Workload
 
 def medical(
     data: Path | None = None,
-    patch: int = 32,
+    patch: int = 24,
     channels: int = 8,
     levels: int = 3,
     norm: Literal["instance", "batch"] = "instance",
@@ -27,7 +27,7 @@ def medical(
     batch_size: int = 8,
     learning_rate: float = 3e-3,
     weight_decay: float = 1e-3,
-    schedule_epochs: int = 2,
+    schedule_steps: int = 100,
     clip_norm: float | None = 1.0,
 ) -> Workload:
     """Gives every voxel a class; scored by the mean Dice coefficient of the classes on held-out patches.
@@ -43,18 +43,19 @@ def medical(
         batch_size: samples per step over all workers.
         learning_rate: largest one, after the warm-up.
         weight_decay: AdamW's, of kernels.
-        schedule_epochs: epochs over which the learning rate rises and falls.
+        schedule_steps: steps over which the learning rate rises and falls.
         clip_norm: largest norm of the gradient; None: no clipping.
     """
     check_positive(channels=channels, levels=levels, batch_size=batch_size)
-    check_positive(learning_rate=learning_rate, schedule_epochs=schedule_epochs)
+    check_positive(learning_rate=learning_rate, schedule_steps=schedule_steps)
     check_share(dropout=dropout)
     check_divides("patch", patch, 2 ** (levels - 1), f"{2 ** (levels - 1)}, for levels={levels} halve it")
+    if patch < 2**levels:
+        raise WorkloadError(f"patch={patch}: levels={levels} leave a single voxel of it; use patch={2**levels} or more")
     if norm not in ("instance", "batch"):
         raise WorkloadError(f"norm={norm}: must be instance or batch")
     volumes = volume_folder(data, patch) if data else mni_brain(patch)
     inputs, classes = volumes.channels, volumes.classes
-    steps = schedule_epochs * -(-len(volumes.train) // batch_size)
     return Workload(
         name="medical",
         model=lambda: UNet3d(
@@ -65,7 +66,7 @@ def medical(
         loss=segmentation_loss,
         optimizer=adamw(learning_rate, weight_decay),
         batch_size=batch_size,
-        schedule=warmup_cosine(steps),
+        schedule=warmup_cosine(schedule_steps),
         evaluation=Evaluation(dataset=volumes.held_out, metric="dice", measure=dice),
         clip_norm=clip_norm,
     )

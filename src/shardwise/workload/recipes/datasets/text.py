@@ -107,9 +107,9 @@ def user_corpus(data: str, token_dtype: str, vocabulary: int | None) -> Corpus:
     path = Path(data).expanduser()
     pair = _token_pair(path)
     if pair is not None:
-        return _tokens([_open_tokens(file, token_dtype) for file in pair], vocabulary, data)
+        return _tokens(list(pair), token_dtype, vocabulary)
     if path.is_file() and path.suffix in _TOKENS:
-        return _tokens([_open_tokens(path, token_dtype)], vocabulary, data)
+        return _tokens([path], token_dtype, vocabulary)
     corpus = _user_text(path, data)
     if vocabulary is not None and vocabulary < _BYTES:
         raise DataError(f"vocabulary={vocabulary}: text is read byte by byte and needs {_BYTES}")
@@ -192,10 +192,17 @@ def _open_tokens(path: Path, dtype: str) -> LazyArray:
     return lazy
 
 
-def _tokens(splits: list[LazyArray], vocabulary: int | None, data: str) -> Corpus:
-    needed = 1 + max(_largest(split.array) for split in splits)
-    if vocabulary is not None and needed > vocabulary:
-        raise DataError(f"vocabulary={vocabulary}: {data} holds token {needed - 1}; use {needed} or more")
+def _tokens(files: list[Path], dtype: str, vocabulary: int | None) -> Corpus:
+    splits = [_open_tokens(path, dtype) for path in files]
+    needed = 0
+    for path, split in zip(files, splits, strict=True):
+        key = [fingerprint([path]), dtype]
+        lowest, highest = map(int, cached("token-range", key, partial(_range, split)))
+        if lowest < 0:
+            raise DataError(f"{path} holds {lowest}: token ids are 0 or more")
+        if vocabulary is not None and highest >= vocabulary:
+            raise DataError(f"vocabulary={vocabulary}: {path} holds token {highest}; use {highest + 1} or more")
+        needed = max(needed, highest + 1)
     # a multiple of 64 divides between workers and runs fast; ids above the largest are never seen
     size = -(-needed // 64) * 64 if vocabulary is None else vocabulary
     if len(splits) == 1:
@@ -204,9 +211,7 @@ def _tokens(splits: list[LazyArray], vocabulary: int | None, data: str) -> Corpu
     return Corpus(_whole(train), _whole(held_out), size, "token")
 
 
-def _largest(tokens: Array) -> int:
-    """The largest id. Reads a memory-mapped file piece by piece. Raises DataError for negative ids."""
-    pieces = [tokens[start : start + _CHUNK] for start in range(0, len(tokens), _CHUNK)]
-    if tokens.dtype.kind == "i" and min(int(piece.min()) for piece in pieces) < 0:
-        raise DataError("token ids must be 0 or more: there is a negative one")
-    return max(int(piece.max()) for piece in pieces)
+def _range(tokens: LazyArray) -> Array:
+    """The smallest and the largest id, int64 (2,). A memory-mapped file is read piece by piece."""
+    pieces = [tokens.array[start : start + _CHUNK] for start in range(0, len(tokens.array), _CHUNK)]
+    return np.array([min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)])

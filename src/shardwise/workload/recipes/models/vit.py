@@ -1,7 +1,9 @@
 """A vision transformer (Dosovitskiy et al. 2021) in the plain form of Beyer et al. 2022: pre-norm, averaged patches.
 
-Shapes: B samples, T patches, C hidden size, H heads. Queries, keys and values have no biases (ViT-22B, Dehghani et al.
-2023): that of the keys has no effect.
+Two small convolutions come before the patches (Xiao et al. 2021): with few images they are worth a point of accuracy.
+Queries, keys and values have no biases (ViT-22B, Dehghani et al. 2023): that of the keys has no effect.
+
+Shapes: B samples, T patches, C hidden size, H heads.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class ViT(nn.Module):
         channels: colours of an image.
         classes: number of labels.
         layers: transformer blocks.
-        hidden: features per patch (C), a multiple of `heads`.
+        hidden: features per patch (C), a multiple of `heads` and of 4.
         heads: attention heads (H).
         dropout: share of activations dropped in training.
     """
@@ -78,7 +80,7 @@ class ViT(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.embedding = nn.Conv2d(channels, hidden, kernel_size=patch_size, stride=patch_size)
+        self.embedding = _patches(channels, hidden, patch_size)
         self.position = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2, hidden))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList([Block(hidden, heads, dropout) for _ in range(layers)])
@@ -95,6 +97,19 @@ class ViT(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x).mean(dim=1))
         return logits
+
+
+def _patches(channels: int, hidden: int, patch_size: int) -> nn.Sequential:
+    """Convolutions from pixels to patches: (B, channels, S, S) -> (B, C, S / patch_size, S / patch_size)."""
+    stride = 2 if patch_size % 4 == 0 else 1  # large patches: most of the way down is done in the cheap first layers
+    last = patch_size // stride**2
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden // 4, 3, stride=stride, padding=1),
+        nn.GELU(),
+        nn.Conv2d(hidden // 4, hidden // 2, 3, stride=stride, padding=1),
+        nn.GELU(),
+        nn.Conv2d(hidden // 2, hidden, last, stride=last),
+    )
 
 
 def _initialise(module: nn.Module) -> None:
