@@ -54,6 +54,9 @@ number = 5
 """
 
 
+RAISES = 1 + GOOD.splitlines().index('    raise KeyError("first\\nsecond")')
+
+
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
     path = tmp_path / "good.py"
@@ -114,7 +117,7 @@ def test_module(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("mak", ["no function 'mak'", "make, needs", "did you mean 'make'"]),
         ("number", ["'number'", "a value of type int", "not a function"]),
         ("wrong", ["returned a value of type int", "not a Workload"]),
-        ("fails", ["cannot be built: KeyError: 'first\\nsecond'", "good.py, line 25"]),
+        ("fails", ["cannot be built: KeyError: 'first\\nsecond'", f"good.py, line {RAISES}"]),
         ("incomplete", ["cannot be built: TypeError", "model"]),
         ("refused", ["batch_size=0: must be 1 or more"]),
         ("needs", ["needs a value for 'width'", "--set width=VALUE"]),
