@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
+from shardwise.workload.data import is_map_style
 from shardwise.workload.workload import Workload, call_model
 
 _SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -222,7 +223,7 @@ def example(workload: Workload, samples: int) -> Any:
         WorkloadError: reading it would use up what training needs.
     """
     dataset = workload.dataset
-    if hasattr(dataset, "__getitem__"):
+    if is_map_style(dataset):
         chosen = [dataset[index] for index in range(min(samples, len(dataset)))]
     elif iter(dataset) is dataset:
         raise WorkloadError(
