@@ -14,10 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
+from torch.autograd.profiler import record_function
 
 from shardwise.parallel.deferred import WeightGradients
 from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.parallel.stage import Stage, Work
+
+WAIT = "shardwise::wait"
+"""Name under which a profiler finds the time spent waiting for messages."""
 
 MOST_STAGES = 256
 """More stages would make two messages look alike."""
@@ -198,7 +202,8 @@ class Pipeline:
         """What has arrived for an action: values by node; gradients of one value from several stages added up."""
         values: dict[fx.Node, Tensor] = {}
         for node, buffer, handle in self._arriving.pop(action):
-            handle.wait()
+            with record_function(WAIT):
+                handle.wait()
             values[node] = buffer if node not in values else values[node] + buffer
         for source, nodes in self._sources(work, action):
             if self._on(source) == self.worker:
@@ -220,8 +225,9 @@ class Pipeline:
             self._sent.append((dist.isend(message, self._rank(target), self.group, tag), message))
 
     def _finish(self) -> None:
-        for handle, _ in self._sent:
-            handle.wait()
+        with record_function(WAIT):
+            for handle, _ in self._sent:
+                handle.wait()
         self._sent.clear()
 
     def _on(self, stage: int) -> int:

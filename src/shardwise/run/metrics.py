@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
+from shardwise.parallel.pipeline import WAIT
 from shardwise.run.result import Step
 
 Interval = tuple[float, float]
@@ -35,6 +36,10 @@ SETTLED = 3
 
 PROFILED = 2
 """Steps that are profiled, where the run is long enough."""
+
+
+MESSAGES = ("gloo:recv", "gloo:send", "c10d::recv", "c10d::send")
+"""Events of messages between pipeline stages."""
 
 
 @dataclass(slots=True)
@@ -163,18 +168,27 @@ class Sampler:
 def communicating(events: Iterable[FunctionEvent], device: torch.device) -> tuple[float, float]:
     """Seconds in which a collective is under way, and those of them in which nothing is computed."""
     communication: list[Interval] = []
+    messages: list[Interval] = []
+    waits: list[Interval] = []
     compute: list[Interval] = []
     for event in events:
         interval = (event.time_range.start * 1e-6, event.time_range.end * 1e-6)
         if device.type == "cuda":
             if event.device_type.name == "CUDA":
                 (communication if "nccl" in event.name.lower() else compute).append(interval)
+        elif event.name == WAIT:
+            waits.append(interval)
+        elif event.name.startswith(MESSAGES):
+            messages.append(interval)
         elif event.name.startswith(("gloo:", "c10d::", "_c10d_functional::")):
             communication.append(interval)
         elif event.name.startswith("aten::") and not event.cpu_children and not event.is_async:
             compute.append(interval)  # only the innermost: what encloses them may wait for others in between
-    communication = merged(communication)
-    return length(communication), length(communication) - overlap(communication, merged(compute))
+    collectives, waiting = merged(communication), merged(waits)
+    exposed = length(collectives) - overlap(collectives, merged(compute))
+    # a message is posted long before it is needed: only waiting for it costs time
+    exposed += length(waiting) - overlap(waiting, collectives)
+    return length(merged([*communication, *messages, *waits])), exposed
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
