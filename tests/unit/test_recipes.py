@@ -318,7 +318,8 @@ def test_token_files(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"data": "empty"}, "no text files in it"),
-        ({"data": "none*.txt"}, "there is no such file, and no file fits it"),
+        ({"data": "none*.txt"}, "there is no such file"),
+        ({"data": "nothing.txt"}, "there is no such file with anything in it"),
         ({"data": "short.txt"}, "the text has only 9 tokens; use 8 or less"),
         ({"data": "all.bin", "vocabulary": "100"}, "holds token 299; use 300 or more"),
         ({"data": "odd.bin"}, "cannot be read as tokens"),
@@ -328,6 +329,7 @@ def test_token_files(tmp_path: Path) -> None:
 )
 def test_text_errors(tmp_path: Path, settings: dict[str, str], message: str) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "nothing.txt").touch()
     (tmp_path / "short.txt").write_text("0123456789")
     (np.arange(1000) % 300).astype("<u2").tofile(tmp_path / "all.bin")
     (tmp_path / "odd.bin").write_bytes(b"")

@@ -61,7 +61,7 @@ def image(
             return _resnet(images, layers, hidden, dropout)
         return _vit(images, patch, layers, hidden, heads, dropout)
 
-    steps = schedule_epochs * -(-len(images.train) // batch_size)  # type: ignore[arg-type]
+    steps = schedule_epochs * -(-len(images.train) // batch_size)
     return Workload(
         name=f"image-{model}",
         model=build,

@@ -58,7 +58,7 @@ def cached(name: str, key: Sequence[object], build: Callable[[], Array]) -> Arra
     with contextlib.suppress(OSError, ValueError):  # not there, or not whole: made (again) below
         return _opened(path)
     array = build()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         _write(path, array)
         return _opened(path)
     return array

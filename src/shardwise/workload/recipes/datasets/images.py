@@ -28,17 +28,6 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's colours, the field's convention for photographs."""
 
 
-@dataclass(frozen=True)
-class Images:
-    """Both splits of a classification task; samples are `Sample`s."""
-
-    train: Dataset[Sample]
-    held_out: Dataset[Sample]
-    size: int
-    channels: int
-    classes: int
-
-
 class ImageTensors(Dataset[Sample]):
     """Images that fit in memory: (samples, channels, size, size) and labels (samples,)."""
 
@@ -68,6 +57,17 @@ class ImageFiles(Dataset[Sample]):
         pixels = torch.from_numpy(_read(path, self.size)).permute(2, 0, 1).float() / 255
         mean, std = torch.tensor(_MEAN).view(3, 1, 1), torch.tensor(_STD).view(3, 1, 1)
         return {"image": (pixels - mean) / std, "label": torch.tensor(label)}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Both splits of a classification task; samples are `Sample`s."""
+
+    train: ImageTensors | ImageFiles
+    held_out: ImageTensors | ImageFiles
+    size: int
+    channels: int
+    classes: int
 
 
 def _read(path: Path, size: int) -> Array:
@@ -146,6 +146,7 @@ def _labelled(top: Path, classes: list[str]) -> list[tuple[Path, int]]:
             raise DataError(
                 f"{folder}: class {folder.name!r} has no images to train on; known are {', '.join(classes)}"
             )
-        found = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+        visible = (path for path in folder.rglob("*") if not path.name.startswith("."))
+        found = (path for path in visible if path.suffix.lower() in _SUFFIXES)
         files += [(path, classes.index(folder.name)) for path in sorted(found)]
     return files

@@ -126,9 +126,9 @@ def _user_text(path: Path, data: str) -> Corpus:
         files = [file for file in _walk(path) if _is_text(file)]
     else:
         found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-        files = [file for file in found if file.is_file()]
+        files = [file for file in found if file.is_file() and file.stat().st_size]
     if not files:
-        missing = "no text files in it" if path.is_dir() else "there is no such file, and no file fits it as a pattern"
+        missing = "no text files in it" if path.is_dir() else "there is no such file with anything in it"
         raise DataError(f"data={data}: {missing}")
     if len(files) > 1:
         root = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
