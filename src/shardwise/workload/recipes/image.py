@@ -1,4 +1,20 @@
-"""Image classification: a vision transformer or a residual network on handwritten digits, or the user's own images."""
+"""Image classification: a vision transformer or a residual network on handwritten digits, or the user's own images.
+
+Its parameters, for --set:
+    model: `vit` or `resnet`.
+    data: folder with one sub-folder of images per class; None: scikit-learn's 1,797 digits.
+    image_size: side of the images in pixels; None: 8 for the digits, 64 for a folder.
+    patch_size: side of the transformer's patches; None: an eighth of the image, but at least 2.
+    layers: transformer blocks, or basic blocks of the residual network (3 or more).
+    hidden: features per patch, or channels of the last stage.
+    heads: attention heads of the transformer.
+    dropout: share of activations dropped in training.
+    batch_size: samples per step over all workers.
+    learning_rate: largest one, after the warm-up.
+    weight_decay: AdamW's, of matrices and kernels.
+    schedule_epochs: epochs over which the learning rate rises and falls.
+    clip_norm: largest norm of the gradient; None: no clipping.
+"""
 
 from __future__ import annotations
 
@@ -32,23 +48,7 @@ def image(
     schedule_epochs: int = 10,
     clip_norm: float | None = 1.0,
 ) -> Workload:
-    """Classifies images; scored by accuracy on held-out ones.
-
-    Args:
-        model: `vit` or `resnet`.
-        data: folder with one sub-folder of images per class; None: scikit-learn's 1,797 digits.
-        image_size: side of the images in pixels; None: 8 for the digits, 64 for a folder.
-        patch_size: side of the transformer's patches; None: an eighth of the image, but at least 2.
-        layers: transformer blocks, or basic blocks of the residual network (3 or more).
-        hidden: features per patch, or channels of the last stage.
-        heads: attention heads of the transformer.
-        dropout: share of activations dropped in training.
-        batch_size: samples per step over all workers.
-        learning_rate: largest one, after the warm-up.
-        weight_decay: AdamW's, of matrices and kernels.
-        schedule_epochs: epochs over which the learning rate rises and falls.
-        clip_norm: largest norm of the gradient; None: no clipping.
-    """
+    """Classifies images; scored by accuracy on held-out ones."""
     size = (64 if data else 8) if image_size is None else image_size
     patch = max(2, size // 8) if patch_size is None else patch_size
     _check(model, size, patch, layers, hidden, heads)

@@ -1,4 +1,23 @@
-"""Language modelling: a GPT with rotary attention on the standard library's source, or the user's own text."""
+"""Language modelling: a GPT with rotary attention on the standard library's source, or the user's own text.
+
+Its parameters, for --set:
+    data: text files (a file, a folder, a pattern such as `texts/*.txt`), token ids (`file.bin`, `file.npy`, or a
+        folder with `train.bin` and `val.bin`); None: the source of Python's standard library.
+    token_dtype: of the ids in a `.bin` file.
+    vocabulary: number of tokens; None: 256 for text, for token ids the largest one rounded up to 64.
+    sequence: tokens per sample.
+    layers: transformer blocks.
+    hidden: features per token.
+    heads: attention heads.
+    dropout: share of activations dropped in training.
+    tied: whether the output layer shares the weight of the token embedding.
+    batch_size: samples per step over all workers.
+    learning_rate: largest one, after the warm-up.
+    weight_decay: AdamW's, of matrices.
+    schedule_steps: steps over which the learning rate rises and falls.
+    clip_norm: largest norm of the gradient; None: no clipping.
+    evaluation_samples: held-out pieces that are scored.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +51,7 @@ def language(
     clip_norm: float | None = 1.0,
     evaluation_samples: int = 256,
 ) -> Workload:
-    """Predicts the next byte (or token); scored in bits per byte on held-out files.
-
-    Args:
-        data: text files (a file, a folder, a pattern such as `texts/*.txt`), token ids (`file.bin`, `file.npy`, or a
-            folder with `train.bin` and `val.bin`); None: the source of Python's standard library.
-        token_dtype: of the ids in a `.bin` file.
-        vocabulary: number of tokens; None: 256 for text, for token ids the largest one rounded up to 64.
-        sequence: tokens per sample.
-        layers: transformer blocks.
-        hidden: features per token.
-        heads: attention heads.
-        dropout: share of activations dropped in training.
-        tied: whether the output layer shares the weight of the token embedding.
-        batch_size: samples per step over all workers.
-        learning_rate: largest one, after the warm-up.
-        weight_decay: AdamW's, of matrices.
-        schedule_steps: steps over which the learning rate rises and falls.
-        clip_norm: largest norm of the gradient; None: no clipping.
-        evaluation_samples: held-out pieces that are scored.
-    """
+    """Predicts the next byte (or token); scored in bits per byte on held-out files."""
     check_positive(sequence=sequence, layers=layers, heads=heads, schedule_steps=schedule_steps)
     check_positive(learning_rate=learning_rate, evaluation_samples=evaluation_samples)
     check_share(dropout=dropout)

@@ -1,4 +1,19 @@
-"""Medical segmentation: a 3-D U-Net finds grey and white matter in a brain volume, or labels the user's own volumes."""
+"""Medical segmentation: a 3-D U-Net finds grey and white matter in a brain volume, or labels the user's own volumes.
+
+Its parameters, for --set:
+    data: folder with `imagesTr/` and `labelsTr/`, or `images/` and `labels/`, of NIfTI volumes; None: the MNI152
+        brain with grey and white matter.
+    patch: side of the cubes that the volumes are cut into, in voxels.
+    channels: features of the first level of the U-Net; each further level has twice as many.
+    levels: resolutions of the U-Net.
+    norm: `instance` or `batch`.
+    dropout: share of channels dropped in training.
+    batch_size: samples per step over all workers.
+    learning_rate: largest one, after the warm-up.
+    weight_decay: AdamW's, of kernels.
+    schedule_steps: steps over which the learning rate rises and falls.
+    clip_norm: largest norm of the gradient; None: no clipping.
+"""
 
 from __future__ import annotations
 
@@ -30,22 +45,7 @@ def medical(
     schedule_steps: int = 100,
     clip_norm: float | None = 1.0,
 ) -> Workload:
-    """Gives every voxel a class; scored by the mean Dice coefficient of the classes on held-out patches.
-
-    Args:
-        data: folder with `imagesTr/` and `labelsTr/`, or `images/` and `labels/`, of NIfTI volumes; None: the MNI152
-            brain with grey and white matter.
-        patch: side of the cubes that the volumes are cut into, in voxels.
-        channels: features of the first level of the U-Net; each further level has twice as many.
-        levels: resolutions of the U-Net.
-        norm: `instance` or `batch`.
-        dropout: share of channels dropped in training.
-        batch_size: samples per step over all workers.
-        learning_rate: largest one, after the warm-up.
-        weight_decay: AdamW's, of kernels.
-        schedule_steps: steps over which the learning rate rises and falls.
-        clip_norm: largest norm of the gradient; None: no clipping.
-    """
+    """Gives every voxel a class; scored by the mean Dice coefficient of the classes on held-out patches."""
     check_positive(channels=channels, levels=levels, batch_size=batch_size)
     check_positive(learning_rate=learning_rate, schedule_steps=schedule_steps)
     check_share(dropout=dropout)
