@@ -16,6 +16,7 @@ from math import prod
 import torch
 from torch import fx
 
+from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.memory import roots, together, writes_in_place
 from shardwise.parallel.partitioner import LocalGraph
 
@@ -60,9 +61,13 @@ def from_batch(local: LocalGraph) -> set[fx.Node]:
 def uses(graph: fx.Graph, tensors: Mapping[str, str], parameters: Collection[str]) -> dict[fx.Node, list[Use]]:
     """Which uses of parameters each call is; `tensors` names those that placeholders stand for."""
     names = {node: tensors.get(node.name) for node in graph.nodes if node.op == "placeholder"}
+    passed_on = (Exchange.enter, Exchange.divide)
     counts: dict[str, int] = {}
     found: dict[fx.Node, list[Use]] = {}
     for node in calls(graph):
+        if getattr(node.target, "__func__", None) in passed_on:  # the same tensor
+            names[node] = names.get(node.all_input_nodes[0])
+            continue
         for argument in node.all_input_nodes:
             name = names.get(argument)
             if name is not None and name in parameters:

@@ -41,6 +41,10 @@ class Exchange:
         """The same value; its gradient is the sum of the workers' contributions."""
         return _apply(_Enter, self, x)
 
+    def divide(self, x: Tensor) -> Tensor:
+        """The same value; its gradient is this worker's equal part of a gradient that all of them have."""
+        return _apply(_Divide, self, x)
+
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over the workers."""
         return _apply(_Reduce, self, x)
@@ -112,6 +116,17 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.exchange.summed(gradients[0])
+
+
+class _Divide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, x: Tensor) -> Tensor:
+        ctx.ranks = exchange.ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, gradients[0] / ctx.ranks
 
 
 class _Reduce(torch.autograd.Function):

@@ -116,6 +116,7 @@ class Partitioner:
         trained: frozenset[str],
         sequence: bool = False,
         placements: Mapping[str, Placement] | None = None,
+        summed: frozenset[str] | None = None,
         wanted: Mapping[tuple[str, int], tuple[int, ...]] | None = None,
     ) -> None:
         self.step = step
@@ -126,6 +127,7 @@ class Partitioner:
         self.sequence = sequence
         self.trained = trained
         self.fixed = placements is not None
+        self._settled_summed = summed
         self.placements: dict[str, Placement] = dict(placements or {})
         self.wanted = dict(wanted or {})
         self.learnt = dict(self.wanted)
@@ -202,14 +204,29 @@ class Partitioner:
 
     def _finish(self) -> LocalGraph:
         summed = set()
+        settled = self._settled_summed
         for name, node in self._entered.items():
-            if name not in self._direct:  # one all-reduce of all such gradients is cheaper than one each
+            # one all-reduce of all such gradients is cheaper than one each
+            if name not in self._direct and (settled is None or name in settled):
                 node.replace_all_uses_with(self._tensors[name])
                 self.graph.erase_node(node)
                 summed.add(name)
+        for name in (settled or frozenset()) - summed:
+            self._divide(name)
         for name in self._tensors:
             self.placements.setdefault(name, REPLICATED)
         return LocalGraph(self.graph, self.step, self.placements, frozenset(summed), tuple(self.notes))
+
+    def _divide(self, name: str) -> None:
+        """Makes a gradient that is whole on every worker one that is added up over them: another shape has it so."""
+        node = self._tensors.get(name)
+        if node is None:
+            return
+        for user in list(node.users):
+            with self.graph.inserting_before(user):
+                part = self.graph.call_function(self.exchange.divide, (node,))
+            part.meta.update(node.meta)
+            user.replace_input_with(node, part)
 
     # ---- what rules are made of -------------------------------------------------------------------------------------
 

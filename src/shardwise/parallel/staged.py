@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.errors import WorkloadError
 from shardwise.parallel.buffers import ReplicaBuffers
 from shardwise.parallel.deferred import WeightGradients, defer_weights
 from shardwise.parallel.engine import Held, Position
@@ -79,7 +78,7 @@ class GraphEngine:
         self._trained = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
         data = self._example()
         step = trace(workload, model, data)
-        local = self._partition(step, None)
+        local = self._partition(step, first=True)
         tensors: dict[str, Tensor] = {**named, **persistent_buffers(model)}
         self._placements, self._summed = local.placements, local.summed
         evaluation = self._evaluation(model, data)
@@ -118,13 +117,14 @@ class GraphEngine:
         cut = self._strategy.pp > 1 or cuts_blocks(self._strategy)
         if self._workload.evaluation is None or not cut:
             return None
-        return self._partition(trace(self._workload, model, data, training=False), self._placements)
+        return self._partition(trace(self._workload, model, data, training=False), first=False)
 
     def _key(self, training: bool, data: Any) -> Key:
         leaves = batch_leaves(data)
         return training, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
 
-    def _partition(self, step: StepGraph, placements: Mapping[str, Placement] | None) -> LocalGraph:
+    def _partition(self, step: StepGraph, *, first: bool) -> LocalGraph:
+        """Our part of a step; `first`: of the one that decides how tensors lie."""
         replacements = Replacements(self._keyed.dropout, self._keyed.attention, self._keyed.batch_norm)
         local, _ = partition(
             step,
@@ -132,7 +132,8 @@ class GraphEngine:
             replacements,
             trained=self._trained,
             sequence=bool(self._strategy.sp),
-            placements=placements,
+            placements=None if first else self._placements,
+            summed=None if first else self._summed,
         )
         if self._strategy.schedule == "zero-bubble":
             defer_weights(local.graph, self._weights, step.tensors)
@@ -155,11 +156,7 @@ class GraphEngine:
             if not model.training:
                 model.train()
             step = trace(self._workload, model, data, training=key[0])
-            local = self._partition(step, self._placements)
-            if key[0] and local.summed != self._summed:
-                odd = ", ".join(sorted(local.summed ^ self._summed))
-                raise WorkloadError(f"the step uses {odd} differently for another batch size: tp cannot train it")
-            self._works[key] = self._prepare(local)
+            self._works[key] = self._prepare(self._partition(step, first=False))
         return self._works[key]
 
     # ---- running ----------------------------------------------------------------------------------------------------

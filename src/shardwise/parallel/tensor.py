@@ -41,6 +41,7 @@ def partition(
     trained: frozenset[str],
     sequence: bool = False,
     placements: Mapping[str, Placement] | None = None,
+    summed: frozenset[str] | None = None,
 ) -> tuple[LocalGraph, tuple[Obstacle, ...]]:
     """The graph of one worker, and the dimensions that the number of workers does not divide.
 
@@ -51,6 +52,7 @@ def partition(
         trained: names of the parameters that have a gradient.
         sequence: shard activations between sharded layers along the sequence.
         placements: of parameters and buffers, where another shape of the same step has decided them.
+        summed: parameters whose gradients are added up over the workers, where another shape has decided that.
     """
     wanted: dict[tuple[str, int], tuple[int, ...]] = {}
     for _ in range(MOST_PASSES):
@@ -62,6 +64,7 @@ def partition(
             trained=trained,
             sequence=sequence,
             placements=placements,
+            summed=summed,
             wanted=wanted,
         )
         local = attempt.run()
