@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from shardwise import errors
 from shardwise.errors import ShardwiseError, StrategyError, WorkerFailed
-from shardwise.launch.switchboard import LINGER_SECONDS, Ending, Switchboard
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
+
+    from shardwise.launch.switchboard import Ending
 
 MONITOR_SECONDS = 0.05
 """How often the agent looks after its workers."""
@@ -66,6 +67,8 @@ def run_local(
         ShardwiseError: one that a worker raised comes back as the same class.
     """
     import cloudpickle
+
+    from shardwise.launch.switchboard import Switchboard  # what it imports would slow down `shardwise --help`
 
     setup = {"path": sys.path, "threads": threads or threads_per_worker(workers), "gpus": gpus}
     switchboard = Switchboard(setup, cloudpickle.dumps((function, args)))
@@ -224,6 +227,8 @@ def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
     if not endings:
         rank = min(exits, key=lambda rank: (exits[rank] == stopped, rank), default=0)
         return WorkerFailed(f"worker {rank} {_ended(exits.get(rank, 0))} before it was ready", rank=rank)
+
+    from shardwise.launch.switchboard import LINGER_SECONDS
 
     soon = min(ending.time for ending in endings) + LINGER_SECONDS
     first = min(
