@@ -152,7 +152,7 @@ def _now_or_later(
     bias: Tensor | None,
     of_bias: Callable[[], Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and bias, or None where they are put off."""
+    """Gradients of weight and bias, or None where they are put off: only a leaf keeps what it gets later."""
     wanted = [
         (tensor, compute)
         for tensor, compute, needed in (
@@ -161,11 +161,12 @@ def _now_or_later(
         )
         if tensor is not None and needed
     ]
-    if store.deferring:
-        for tensor, compute in wanted:
+    results = {}
+    for tensor, compute in wanted:
+        if store.deferring and tensor.is_leaf:
             store.defer(lambda t=tensor, c=compute: accumulate(t, c()))  # type: ignore[misc]
-        return None, None
-    results = {id(tensor): compute().to(tensor.dtype) for tensor, compute in wanted}
+        else:
+            results[id(tensor)] = compute().to(tensor.dtype)
     return results.get(id(weight)), results.get(id(bias))
 
 
