@@ -665,7 +665,9 @@ def regression() -> Workload:
         Named,
         Pairs(24),
         inputs=lambda batch: batch["inputs"],
-        loss=lambda output, batch: F.mse_loss(output["value"], batch["target"]) + 1e-3 * output["hidden"][0].abs().mean(),
+        loss=lambda output, batch: (
+            F.mse_loss(output["value"], batch["target"]) + 1e-3 * output["hidden"][0].abs().mean()
+        ),
     )
 
 
