@@ -124,13 +124,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, store: WeightGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = F.linear(x, weight, bias)
         ctx.save_for_backward(x, weight)
-        ctx.store, ctx.bias = store, bias
+        ctx.store, ctx.weight, ctx.bias = store, weight, bias
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        gradient, bias, store = gradients[0], ctx.bias, ctx.store
+        gradient, bias = gradients[0], ctx.bias
         to_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
 
         def of_weight() -> Tensor:
@@ -141,18 +141,20 @@ class _Linear(torch.autograd.Function):
         def of_bias() -> Tensor:
             return gradient.sum(tuple(range(gradient.dim() - 1)))
 
-        return (None, to_x, *_now_or_later(ctx, store, weight, of_weight, bias, of_bias))
+        return (None, to_x, *_now_or_later(ctx, ctx.weight, of_weight, bias, of_bias))
 
 
 def _now_or_later(
     ctx: Any,
-    store: WeightGradients,
     weight: Tensor,
     of_weight: Callable[[], Tensor],
     bias: Tensor | None,
     of_bias: Callable[[], Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and bias, or None where they are put off: only a leaf keeps what it gets later."""
+    """Gradients of weight and bias, or None where they are put off: only a leaf keeps what it gets later.
+
+    `weight` is the parameter itself; what was saved of it is a copy where activations are recomputed.
+    """
     wanted = [
         (tensor, compute)
         for tensor, compute, needed in (
@@ -163,8 +165,8 @@ def _now_or_later(
     ]
     results = {}
     for tensor, compute in wanted:
-        if store.deferring and tensor.is_leaf:
-            store.defer(lambda t=tensor, c=compute: accumulate(t, c()))  # type: ignore[misc]
+        if ctx.store.deferring and tensor.is_leaf:
+            ctx.store.defer(lambda t=tensor, c=compute: accumulate(t, c()))
         else:
             results[id(tensor)] = compute().to(tensor.dtype)
     return results.get(id(weight)), results.get(id(bias))
@@ -177,7 +179,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         output = torch.convolution(x, weight, bias, *options)
         ctx.save_for_backward(x, weight)
-        ctx.store, ctx.bias, ctx.options = store, bias, options
+        ctx.store, ctx.weight, ctx.bias, ctx.options = store, weight, bias, options
         return output
 
     @staticmethod
@@ -195,6 +197,6 @@ class _Convolution(torch.autograd.Function):
 
         to_x = part(True, False, False)[0].to(x.dtype) if ctx.needs_input_grad[1] else None
         kept = _now_or_later(
-            ctx, ctx.store, weight, lambda: part(False, True, False)[1], bias, lambda: part(False, False, True)[2]
+            ctx, ctx.weight, lambda: part(False, True, False)[1], bias, lambda: part(False, False, True)[2]
         )
         return (None, to_x, *kept, None)
