@@ -76,7 +76,7 @@ def run(folder: Path) -> Run:
 
     def call(*arguments: str, status: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         line = command(*arguments, launcher=launcher)
-        done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == status, done.stderr
         return done
 

@@ -33,7 +33,7 @@ def run_script(folder: Path, body: str, workers: int = 0) -> list[Any]:
     (folder / "script.py").write_text(textwrap.dedent(MODEL) + textwrap.dedent(body))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(workers)] if workers else []
     line = [sys.executable, *launcher, "script.py"]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(text) for text in done.stdout.splitlines() if text]
 

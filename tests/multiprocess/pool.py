@@ -19,7 +19,7 @@ from typing import Any
 
 import cloudpickle
 
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 300.0
 GRACE_SECONDS = 10.0
 """How long the other workers of a failed call have to end it: their connections to the failed one break."""
 
