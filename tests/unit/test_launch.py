@@ -15,7 +15,7 @@ from shardwise.errors import CheckpointError, StrategyError, WorkerFailed
 from shardwise.launch.local import join, run_local, threads_per_worker
 from shardwise.launch.switchboard import Ending
 
-SECONDS = 20.0
+SECONDS = 60.0
 """Longest that a failing run may take; it is a few seconds, nearly all of it the start, on a quiet machine."""
 
 
