@@ -159,15 +159,38 @@ def _copy(node: fx.Node, owner: fx.GraphModule, graph: fx.Graph, values: dict[fx
         arguments: list[Any] = list(node.args)
         body = getattr(owner, arguments[first].target)
         operands = [values[argument] for argument in arguments[first + 1 :]]
-        results = _inline(body, operands, graph)
-        if node.target is _SET_GRAD and node.args[0] is False:
-            results = tuple(_detached(result, graph) for result in results)
-        values[node] = results
+        without_gradient = node.target is _SET_GRAD and node.args[0] is False
+        values[node] = (_inline_detached if without_gradient else _inline)(body, operands, graph)
     elif node.target is operator.getitem and not isinstance(values[node.all_input_nodes[0]], fx.Node):
         index: Any = node.args[1]
         values[node] = values[node.all_input_nodes[0]][index]
     else:
         values[node] = graph.node_copy(node, lambda argument: values[argument])
+
+
+def _inline_detached(body: fx.GraphModule, operands: list[Any], graph: fx.Graph) -> tuple[Any, ...]:
+    """A `no_grad` region: what it makes carries no gradient; what it changes in place is what it was, gradient too."""
+    within = [_detached(operand, graph) for operand in operands] if _changes_tensors(body) else operands
+    original = dict(zip(within, operands, strict=True))
+    results = []
+    for result in _inline(body, within, graph):
+        source = result
+        while isinstance(source, fx.Node) and source not in original and _is_in_place(source):
+            source = source.args[0]
+        changed = source is not result and source in original
+        results.append(original[source] if changed else _detached(result, graph))
+    return tuple(results)
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable and schema.name.endswith("_")
+
+
+def _changes_tensors(body: fx.GraphModule) -> bool:
+    """Whether a region writes to what it is given."""
+    targets = [node.target for node in body.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return any(target._schema.is_mutable for target in targets)
 
 
 def _inline(body: fx.GraphModule, operands: list[Any], graph: fx.Graph) -> tuple[Any, ...]:
@@ -185,11 +208,11 @@ def _inline(body: fx.GraphModule, operands: list[Any], graph: fx.Graph) -> tuple
 
 
 def _detached(result: Any, graph: fx.Graph) -> Any:
-    """What leaves a `no_grad` region carries no gradient."""
+    """What leaves a `no_grad` region, or is written to in one, carries no gradient."""
     if not isinstance(result, fx.Node) or not isinstance(result.meta.get("val"), Tensor):
         return result
     node = graph.call_function(torch.ops.aten.detach.default, (result,))
-    node.meta["val"] = result.meta["val"].detach()
+    node.meta.update(val=result.meta["val"].detach(), nn_module_stack=result.meta.get("nn_module_stack"))
     return node
 
 
