@@ -671,6 +671,188 @@ def regression() -> Workload:
     )
 
 
+# ---- what models do now and then ------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Three linear layers; `compute` says what is done with them, `setup` adds to them."""
+
+    def __init__(self, compute: Callable[[Any, Tensor], Tensor], setup: Callable[[Any], None] | None) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.compute = compute
+        if setup is not None:
+            setup(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+
+def small(
+    compute: Callable[[Any, Tensor], Tensor], setup: Callable[[Any], None] | None = None, **changes: Any
+) -> Callable[[], Workload]:
+    return lambda: make(lambda: Small(compute, setup), points(), **changes)
+
+
+def written_by_parts(m: Any, x: Tensor) -> Tensor:
+    y = torch.cat([m.a(x), m.b(m.a(x))], 1)
+    y[:, :3] = 0.5
+    y[:, 5:7].mul_(2)
+    return m.c(y[:, :8] + y[:, 8:])
+
+
+def written_by_steps(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x) * 1
+    h = m.b(y.tanh())
+    y[:, ::2].add_(h[:, ::2])
+    return m.c(y)
+
+
+def written_late(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).tanh() * 1
+    z = y[:, 2:5]
+    h = m.b(y * 1)
+    z.mul_(2)
+    return m.c(h + y)
+
+
+def written_batch(m: Any, x: Tensor) -> Tensor:
+    x[:, 0] = 0
+    return m.c(m.b(m.a(x)) + x.sum(1, keepdim=True))
+
+
+def written_without_gradient(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x).tanh() * 1
+    with torch.no_grad():
+        h.mul_(0.5)
+    return m.c(m.b(h))
+
+
+def buffer(m: Any) -> None:
+    m.register_buffer("seen", torch.zeros(8))
+    m.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+
+def updates_buffer(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    if m.training:
+        with torch.no_grad():
+            m.seen.mul_(0.9).add_(h.mean(0) * 0.1)
+        m.calls += 1
+    return m.c(m.b(h - m.seen).tanh())
+
+
+def assigns_buffer(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    if m.training:
+        m.seen = 0.9 * m.seen + 0.1 * h.detach().mean(0)
+    return m.c(m.b(h - m.seen).tanh())
+
+
+def low_rank(m: Any) -> None:
+    m.b.requires_grad_(False)
+    m.down, m.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+
+def adapted(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x).tanh()
+    return m.c(m.b(h) + m.up(m.down(h)))
+
+
+def norm(kind: Callable[[], nn.Module]) -> Callable[[Any], None]:
+    def setup(m: Any) -> None:
+        m.norm = kind()
+
+    return setup
+
+
+def parametrized(kind: Callable[[nn.Module], nn.Module]) -> Callable[[Any], None]:
+    def setup(m: Any) -> None:
+        m.b = kind(nn.Linear(8, 8))
+
+    return setup
+
+
+def parameters(m: Any) -> None:
+    m.p, m.q, m.r = (nn.Parameter(torch.randn(*size)) for size in ((8, 8), (1, 8), (1,)))
+
+
+def twin(m: Any) -> None:
+    m.d = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    m.register_buffer("gain", torch.full((4,), 1.5))
+
+
+def other_in_evaluation(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x).tanh()
+    y = m.c(m.b(h))
+    return y + m.d(h) if m.training else y * m.gain
+
+
+class Mixer(nn.Module):
+    """Mixes tokens, then features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(WORDS, WIDTH), nn.LayerNorm(WIDTH)
+        self.tokens, self.features = Feedforward(TOKENS), Feedforward(WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        return self.head(x + self.features(self.norm(x)))
+
+
+class Shared(nn.Module):
+    """One layer three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+        self.layer = Layer(Fused(), Feedforward(WIDTH), nn.LayerNorm)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for _ in range(3):
+            x = self.layer(x)
+        return self.head(x)
+
+
+class Scan(nn.Module):
+    """A gated recurrence, written as a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, 8)
+        self.enter, self.gate, self.head = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, WORDS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        u, g = self.enter(x), self.gate(x).sigmoid()
+        h, hidden = torch.zeros_like(u[:, 0]), []
+        for t in range(x.size(1)):
+            h = g[:, t] * h + (1 - g[:, t]) * u[:, t]
+            hidden.append(h)
+        return self.head(torch.stack(hidden, 1))
+
+
+class FirstToken(nn.Module):
+    """A learned token before the others, three kinds of embeddings, words picked by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.kinds, self.places = (nn.Embedding(n, WIDTH) for n in (WORDS, 2, TOKENS))
+        self.first = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.layer = Layer(Attention(), Feedforward(WIDTH), nn.LayerNorm)
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens) + self.places(torch.arange(tokens.size(1))) + self.kinds((tokens > 5).long())
+        x = self.layer(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
+        last = x[torch.arange(len(tokens)), (tokens != 0).sum(1) - 1]
+        return self.head(x[:, 1:] + x[:, :1] + last.unsqueeze(1))
+
+
 SPELLINGS: dict[str, Callable[[], Workload]] = {
     "chunk": spelled(Fused),
     "split": spelled(FusedSplit),
@@ -711,4 +893,39 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "signals": signals,
     "perceptron": perceptron,
     "regression": regression,
+}
+
+ODDITIES: dict[str, Callable[[], Workload]] = {
+    "written-by-parts": small(written_by_parts),
+    "written-by-steps": small(written_by_steps),
+    "written-late": small(written_late),
+    "written-batch": small(written_batch),
+    "written-without-gradient": small(written_without_gradient),
+    "updates-buffer": small(updates_buffer, buffer),
+    "assigns-buffer": small(assigns_buffer, buffer),
+    "low-rank": small(adapted, low_rank),
+    "without-gradient": small(lambda m, x: m.c(m.b(m.a(x)).tanh() * m.a(x).detach())),
+    "one-layer-norm": small(lambda m, x: m.c(m.norm(m.b(m.norm(m.a(x))))), norm(lambda: nn.LayerNorm(8))),
+    "one-group-norm": small(lambda m, x: m.c(m.norm(m.b(m.norm(m.norm(m.a(x)))))), norm(lambda: nn.GroupNorm(4, 8))),
+    "one-batch-norm": small(
+        lambda m, x: m.c(m.b(m.norm(m.b(m.norm(m.a(x)))))), norm(lambda: nn.BatchNorm1d(8)), optimizer=sgd
+    ),
+    "weight-norm": small(lambda m, x: m.c(m.b(m.a(x).tanh())), parametrized(nn.utils.parametrizations.weight_norm)),
+    "spectral-norm": small(lambda m, x: m.c(m.b(m.a(x).tanh())), parametrized(nn.utils.parametrizations.spectral_norm)),
+    "transposed": small(lambda m, x: m.c(F.linear(m.b(m.a(x)).tanh(), m.b.weight.t()))),
+    "parameters": small(lambda m, x: m.c(((m.a(x) @ m.p).tanh() @ m.p.T * m.q).sigmoid() * m.r), parameters),
+    "picked": small(lambda m, x: m.c(F.normalize(m.b(m.a(x)).tanh()[:, [3, 1, 2, 0, 5, 4, 7, 6]].cumsum(1), dim=-1))),
+    "moments": small(lambda m, x: m.c((m.b(m.a(x)) - m.a(x).mean(1, keepdim=True)) / m.a(x).std(1, keepdim=True))),
+    "gram": small(lambda m, x: m.c((m.a(x)[:, :, None] * m.b(m.a(x))[:, None]).softmax(2).sum(1))),
+    "penalty": small(
+        lambda m, x: (m.c(m.b(m.a(x)).tanh()), m.b.weight.square().sum()),  # type: ignore[arg-type, return-value]
+        loss=lambda output, batch: F.cross_entropy(output[0], batch[1]) + 0.1 * output[1],
+    ),
+    "other-in-evaluation": small(
+        other_in_evaluation, twin, evaluation=Evaluation(dataset=points(11), metric="accuracy", measure=accuracy)
+    ),
+    "mixer": lambda: language(Mixer),
+    "shared": lambda: language(Shared),
+    "scan": lambda: language(Scan),
+    "first-token": lambda: language(FirstToken),
 }

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from shardwise.parallel import structure, vocabulary
 from shardwise.parallel.memory import writes_in_place
 from shardwise.parallel.partitioner import Labels, Obstacle, Partitioner, Rule, Value, bound
-from shardwise.parallel.placement import PARTIAL, Partial, Sharded
+from shardwise.parallel.placement import PARTIAL, REPLICATED, Partial, Placement, Sharded
 
 aten = torch.ops.aten
 
@@ -280,9 +280,7 @@ def _attention_with_dropout(
 ) -> Value:
     site, p.sites = p.sites, p.sites + 1
     label, segments, origin = p.choose(list(full), inputs, (), None)
-    placement = p.settled(full[0]).placement
-    if label is not None:
-        placement = Sharded(inputs[0].index(label), segments, origin)
+    placement: Placement = REPLICATED if label is None else Sharded(output.index(label), segments, origin)
     args = [*full, dropout, causal, scale, site, scores, placement]
     return p.labelled(p.replacements.attention, args, None, inputs, output, like=like)
 

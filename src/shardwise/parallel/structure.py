@@ -174,7 +174,8 @@ def cat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) 
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % like.dim()
     first = next((v.placement for v in values if isinstance(v.placement, Sharded)), None)
     if first is not None and first.dim == dim:
-        segments = [v.placement.segments if isinstance(v.placement, Sharded) else (v.shape[dim],) for v in values]
+        along = [v.placement if isinstance(v.placement, Sharded) and v.placement.dim == dim else None for v in values]
+        segments = [(v.shape[dim],) if at is None else at.segments for v, at in zip(values, along, strict=True)]
         if all(size % p.ranks == 0 for each in segments for size in each):
             parts = [p.sharded(v, dim, s) for v, s in zip(values, segments, strict=True)]
             joined = Sharded(dim, tuple(size for each in segments for size in each))
