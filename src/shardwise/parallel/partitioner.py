@@ -271,7 +271,7 @@ class Partitioner:
         for item in values:
             self._use(item)
         node = self.graph.call_function(function, _nodes(tuple(args)), _nodes(dict(kwargs or {})))
-        floating = like.dtype.is_floating_point
+        floating = like.dtype.is_floating_point or like.dtype.is_complex
         carries = floating and any(v.grad for v in values) if grad is None else grad
         value = Value(node, placement, tuple(like.shape), like.dtype, carries)
         self._describe(value)
@@ -290,7 +290,7 @@ class Partitioner:
         results = []
         for index, (val, placement) in enumerate(zip(like, placements, strict=True)):
             item = self.graph.call_function(operator.getitem, (node, index))
-            grad = carries and val.dtype.is_floating_point
+            grad = carries and (val.dtype.is_floating_point or val.dtype.is_complex)
             results.append(Value(item, placement, tuple(val.shape), val.dtype, grad))
             self._describe(results[-1])
         return tuple(results)
