@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,11 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def command(*arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *launcher, "-m", "shardwise", *arguments]
+
+
+def hear_interrupts() -> None:
+    """In a child before it starts: what runs the tests in the background may have them ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def processes_with(mark: str) -> list[int]:

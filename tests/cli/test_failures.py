@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import Run, command, processes_with
+from command import Run, command, hear_interrupts, processes_with
 
 SECONDS = 60.0
 """Longest from the failure to the end of everything, on a machine that has other things to do; else it is two."""
@@ -43,6 +43,7 @@ def test_a_signal_to_the_command(number: signal.Signals, status: int, folder: Pa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_interrupts,
     )
     assert process.stderr is not None
     while process.stderr.readline() != "waiting\n":
