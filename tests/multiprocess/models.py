@@ -223,6 +223,19 @@ class Rotary(Grouped):
         return self.turn(self.norm_q(q)), self.share(self.turn(self.norm_k(k))), self.share(v)
 
 
+class RotaryComplex(Attention):
+    """Rotary positions as turns of complex numbers."""
+
+    def turn(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.size(2))[:, None] * torch.tensor([0.1, 0.3], dtype=torch.float64)
+        turned = torch.view_as_complex(x.contiguous().view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(turned * torch.polar(torch.ones_like(angles), angles)).flatten(3)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x)
+        return self.turn(q), self.turn(k), v
+
+
 class Biased(Attention):
     """A learned bias per head and distance."""
 
@@ -870,6 +883,7 @@ SPELLINGS: dict[str, Callable[[], Workload]] = {
     "attention-dropout": spelled(partial(Attention, dropout=0.1)),
     "einsum": spelled(Einsum),
     "rotary": spelled(Rotary, norm=nn.RMSNorm),
+    "rotary-complex": spelled(RotaryComplex),
     "bias": spelled(Biased),
     "torch": spelled(TorchAttention),
     "torch-weights": spelled(partial(TorchAttention, weights=True)),

@@ -199,6 +199,15 @@ def stack(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
     return p.emit(aten.stack.default, (parts, dim), like=like, placement=first.at(first.dim + (first.dim >= dim)))
 
 
+def complex_view(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    """view_as_complex (..., 2) -> (...), view_as_real the other way: all other dimensions stay."""
+    x, like = args[0], node.meta["val"]
+    lead = min(len(x.shape), like.dim())
+    labels = tuple(f"b{dim}" for dim in range(lead))
+    inputs = {0: (*labels, *(None,) * (len(x.shape) - lead))}
+    return p.labelled(node.target, args, kwargs, inputs, (*labels, *(None,) * (like.dim() - lead)), like=like)  # type: ignore[arg-type]
+
+
 RESHAPES = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
 PERMUTATIONS = ("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "mT", "adjoint")
 RULES: dict[str, Rule] = {
@@ -215,4 +224,6 @@ RULES: dict[str, Rule] = {
     "concat": cat,
     "concatenate": cat,
     "stack": stack,
+    "view_as_complex": complex_view,
+    "view_as_real": complex_view,
 }

@@ -1,0 +1,32 @@
+"""Parallel training that is broken on purpose, to see that the comparison with one process notices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from equality import Factory, Part, errors, merge, reference, train_part
+from pool import Pools
+
+from shardwise.strategy import Strategy
+
+Breaking = Callable[[], AbstractContextManager[Any]]
+NOTICED = 1e-3
+
+
+def part_of_broken(breaking: Breaking, factory: Factory, strategy: str) -> Part:
+    """What each worker does; afterwards it is whole again, for it lives on."""
+    with breaking():
+        return train_part(factory, strategy, 3, False, None)
+
+
+def assert_noticed(workers: Pools, factory: Factory, strategy: str, breaking: Breaking) -> None:
+    """Fails where a broken training passes for a right one."""
+    expected = reference(workers, factory, strategy)
+    parts = workers(Strategy.parse(strategy).workers, part_of_broken, breaking, factory, strategy)
+    try:
+        found = errors(merge(parts), expected)
+    except AssertionError:
+        return  # the workers do not even agree with each other, or gradients are missing
+    assert max(found["gradient"][0], found["loss"][0], found["state"][0]) > NOTICED, found

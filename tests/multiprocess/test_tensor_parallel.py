@@ -1,0 +1,165 @@
+"""Tensor parallelism trains what one process trains: gradients, parameters, buffers, optimizer state, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from breaking import Breaking, assert_noticed
+from equality import assert_equal, reference, train
+from models import ODDITIES, SPELLINGS, WORKLOADS
+from pool import Pools
+from random_models import random_workload
+from torch.utils.data import Subset
+
+from shardwise.parallel import exchange
+from shardwise.parallel.dropout import KeyedDropout
+from shardwise.parallel.holding import Holding
+from shardwise.parallel.keyed import KeyedOperations
+from shardwise.workload.workload import Workload
+
+TOLERANCE = 1e-10
+ALL = {**SPELLINGS, **WORKLOADS, **ODDITIES}
+
+
+def check(workers: Pools, factory: Callable[[], Workload], strategy: str, steps: int = 3) -> None:
+    evaluate = factory().evaluation is not None
+    plain = strategy.replace(",recompute=full", "")
+    expected = reference(workers, factory, plain, steps, evaluate=evaluate)
+    assert_equal(train(workers, factory, strategy, steps, evaluate=evaluate), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_of_attention(workers: Pools, name: str) -> None:
+    check(workers, SPELLINGS[name], "tp=2")
+
+
+@pytest.mark.parametrize("name", ["grouped", "grouped-expand", "grouped-flag", "grouped-fused", "multi-query"])
+def test_fewer_key_heads_than_workers(workers: Pools, name: str) -> None:
+    check(workers, SPELLINGS[name], "tp=4")
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_model(workers: Pools, name: str) -> None:
+    check(workers, WORKLOADS[name], "tp=2")
+
+
+@pytest.mark.parametrize("name", ODDITIES)
+def test_what_models_do_now_and_then(workers: Pools, name: str) -> None:
+    check(workers, ODDITIES[name], "tp=2")
+
+
+@pytest.mark.parametrize("name", ["tied", "odd-vocabulary", "unet", "mobile", "bottlenecks"])
+def test_four_workers(workers: Pools, name: str) -> None:
+    check(workers, WORKLOADS[name], "tp=4")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chunk", "interleaved", "grouped-fused", "torch-weights", "manual", "separate", "smoothed", "encoder",
+     "translator", "unet", "first-token", "shared"],
+)  # fmt: skip
+def test_along_the_sequence(workers: Pools, name: str) -> None:
+    check(workers, ALL[name], "tp=2,sp=1")
+
+
+@pytest.mark.parametrize("name", ["tied", "encoder", "resnet"])
+def test_recomputation(workers: Pools, name: str) -> None:
+    check(workers, WORKLOADS[name], "tp=2,recompute=full")
+
+
+def first(name: str, samples: int) -> Workload:
+    """A model with fewer samples: the last batch is a small one."""
+    workload = ALL[name]()
+    return replace(workload, dataset=Subset(workload.dataset, range(samples)))
+
+
+@pytest.mark.parametrize("strategy", ["tp=2", "tp=2,microbatches=4", "tp=2,sp=1,microbatches=4"])
+@pytest.mark.parametrize("name", ["tied", "smoothed", "perceptron", "encoder-tokens-first"])
+def test_small_last_batches(workers: Pools, name: str, strategy: str) -> None:
+    check(workers, few(name, 13), strategy)
+
+
+_factories: dict[tuple[str, int], Callable[[], Workload]] = {}
+
+
+def few(name: str, samples: int) -> Callable[[], Workload]:
+    """One function for one workload, by which its reference is remembered."""
+    return _factories.setdefault((name, samples), partial(first, name, samples))
+
+
+def single(name: str) -> Workload:
+    """The model in float32, as it is used."""
+    workload = WORKLOADS[name]()
+    return replace(workload, model=lambda: workload.model().float(), optimizer=partial(torch.optim.SGD, lr=0.1))
+
+
+@pytest.mark.parametrize("strategy", ["tp=2", "tp=2,sp=1"])
+def test_half_precision(workers: Pools, strategy: str) -> None:
+    factory = partial(single, "tied")
+    assert_equal(train(workers, factory, strategy), reference(workers, factory, strategy), 1e-5)
+    half = train(workers, factory, f"{strategy},precision=bf16")
+    assert_equal(half, reference(workers, factory, f"{strategy},precision=bf16"), 0.05)
+    assert {tensor.dtype for tensor in half.state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("strategy", ["tp=2", "tp=2,sp=1"])
+@pytest.mark.parametrize("seed", range(12))
+def test_random_models(workers: Pools, seed: int, strategy: str) -> None:
+    check(workers, partial(random_workload, seed), strategy)
+
+
+# ---- broken on purpose ----------------------------------------------------------------------------------------------
+
+
+def no_reduction() -> Any:
+    return mock.patch.object(exchange._Reduce, "forward", staticmethod(lambda ctx, group, x: x.clone()))
+
+
+def no_sum_of_gradients() -> Any:
+    return mock.patch.object(exchange._Enter, "backward", staticmethod(lambda ctx, *gradients: (None, gradients[0])))
+
+
+def dropout_by_local_place() -> Any:
+    def mask(self: Any, site: int, shape: Any, p: float, placement: Any, device: Any, merged: bool) -> Any:
+        local = list(shape)
+        if hasattr(placement, "dim"):
+            local[placement.dim] //= self.exchange.ranks
+        return KeyedDropout(self.position, site).mask(torch.Size(local), p, device, merged=merged)
+
+    return mock.patch.object(KeyedOperations, "mask", mask)
+
+
+def recomputed_at_another_place() -> Any:
+    @contextmanager
+    def at(self: Any, position: Any) -> Any:
+        current = self.position
+        self.position = replace(position, step=position.step + 1)
+        yield
+        self.position = current
+
+    return mock.patch.object(KeyedOperations, "at", at)
+
+
+def parts_not_added_up() -> Any:
+    return mock.patch.object(Holding, "_sum", return_value=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "breaking"),
+    [
+        ("tied", "tp=2", no_reduction),
+        ("separate", "tp=2", no_sum_of_gradients),
+        ("manual", "tp=2", dropout_by_local_place),
+        ("encoder", "tp=2,recompute=full", recomputed_at_another_place),
+        ("separate", "tp=2,sp=1", parts_not_added_up),
+    ],
+)
+def test_comparison_notices(workers: Pools, name: str, strategy: str, breaking: Breaking) -> None:
+    assert_noticed(workers, ALL[name], strategy, breaking)
