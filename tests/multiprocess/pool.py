@@ -145,8 +145,10 @@ def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, byt
     import torch.distributed as dist
 
     try:
+        dist.distributed_c10d._world.group_count = 0  # where the last group was not made, torch goes on counting
         dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count)
         try:
+            dist.barrier()  # a worker that fails at once must not be gone before the others have connected
             function, args = cloudpickle.loads(message)
             return True, cloudpickle.dumps(function(*args))
         finally:
