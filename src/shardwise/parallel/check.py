@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import StrategyError, WorkloadError
-from shardwise.parallel.cuts import places
+from shardwise.parallel.cuts import common, places
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.partitioner import LocalGraph, Obstacle, Replacements
 from shardwise.parallel.placement import Sharded
@@ -35,14 +35,18 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
     if strategy.tp == strategy.pp == 1:
         return
     model = _build(workload)
-    step = trace(workload, model, example(workload, workload.batch_size // strategy.replicas // strategy.microbatches))
+    batch = example(workload, workload.batch_size // strategy.replicas // strategy.microbatches)
+    step = trace(workload, model, batch)
     parameters = dict(model.named_parameters())
     trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
     if strategy.tp > 1:
         _check_degree(strategy, step, parameters, trained)
     if strategy.pp > 1:
-        whole, _ = split(step, 1, trained)
-        check_stages(strategy, len(places(whole, parameters)))
+        found = places(split(step, 1, trained)[0], parameters)
+        if workload.evaluation is not None:
+            evaluation = trace(workload, model, batch, training=False)
+            found = common(found, places(split(evaluation, 1, trained)[0], parameters))
+        check_stages(strategy, len(found))
 
 
 def _build(workload: Workload) -> nn.Module:

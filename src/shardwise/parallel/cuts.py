@@ -99,9 +99,7 @@ def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
 
 
 def common(training: Sequence[Place], evaluation: Sequence[Place]) -> list[Place]:
-    """The places of a training step that are in its evaluation too, in the same order; all where there is none."""
-    if not evaluation:
-        return list(training)
+    """The places of a training step that are in its evaluation too, in the same order."""
     position = {place.use: place.position for place in evaluation}
     found: list[Place] = []
     last = -1

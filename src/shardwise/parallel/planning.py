@@ -62,7 +62,9 @@ def divide(
     Raises:
         StrategyError: the step cannot be cut into that many stages.
     """
-    found = common(places(local, parameters), [] if evaluation is None else places(evaluation, parameters))
+    found = places(local, parameters)
+    if evaluation is not None:
+        found = common(found, places(evaluation, parameters))
     stages = strategy.pp * strategy.stages_per_worker
     check_stages(strategy, len(found))
     in_blocks = cuts_blocks(strategy)
@@ -93,11 +95,19 @@ def check_stages(strategy: Strategy, places_found: int) -> None:
     stages = strategy.pp * strategy.stages_per_worker
     if stages > places_found + 1:
         per_worker = f" with {strategy.stages_per_worker} stages each" if strategy.stages_per_worker > 1 else ""
-        most = (places_found + 1) // strategy.stages_per_worker
         raise StrategyError(
             f"pp={strategy.pp}{per_worker}: the model's graph can be cut into {places_found + 1} stages at most: "
-            f"use pp={max(most, 1)} or fewer"
+            + _fewer_stages(strategy, places_found + 1)
         )
+
+
+def _fewer_stages(strategy: Strategy, most: int) -> str:
+    """What would do where a graph can be cut into `most` stages."""
+    if most == 1:
+        return "use dp, fsdp or tp"
+    if most < strategy.pp:
+        return f"use pp={most} or fewer"
+    return "use schedule=1f1b" if most < 2 * strategy.pp else f"use stages={most // strategy.pp}"
 
 
 def _block_starts(costs: Sequence[float], found: Sequence[Place], first: int, end: int) -> list[int]:

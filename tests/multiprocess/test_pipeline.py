@@ -1,0 +1,154 @@
+"""Pipelines train what one process trains, under every schedule, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+from breaking import Breaking, assert_noticed
+from equality import assert_equal, reference, train
+from models import ODDITIES, WORKLOADS
+from pool import Pools
+from random_models import random_workload
+from torch.utils.data import Subset
+
+from shardwise.parallel import staged
+from shardwise.parallel.deferred import WeightGradients
+from shardwise.parallel.holding import Holding
+from shardwise.parallel.pipeline import Pipeline
+from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT
+from shardwise.workload.workload import Workload
+
+TOLERANCE = 1e-10
+ALL = {**WORKLOADS, **ODDITIES}
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+
+
+def check(workers: Pools, factory: Callable[[], Workload], strategy: str, steps: int = 3) -> None:
+    evaluate = factory().evaluation is not None
+    plain = strategy.replace(",recompute=full", "")
+    expected = reference(workers, factory, plain, steps, evaluate=evaluate)
+    assert_equal(train(workers, factory, strategy, steps, evaluate=evaluate), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["odd-vocabulary", "recurrent", "encoder", "encoder-tokens-first", "bottlenecks", "mobile", "signals",
+     "regression", "classes-second", "smoothed", "separate"],
+)  # fmt: skip
+def test_every_model(workers: Pools, name: str) -> None:
+    check(workers, WORKLOADS[name], "pp=2")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["unet", "tied", "translator", "perceptron", "resnet"])
+def test_every_schedule(workers: Pools, name: str, schedule: str) -> None:
+    check(workers, WORKLOADS[name], f"pp=2,schedule={schedule}")
+
+
+@pytest.mark.parametrize("name", ODDITIES)
+def test_what_models_do_now_and_then(workers: Pools, name: str) -> None:
+    # a buffer that follows the samples does so microbatch by microbatch, and spectral norm by calls
+    check(workers, ODDITIES[name], "pp=2,microbatches=1")
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zero-bubble"])
+@pytest.mark.parametrize("name", ["shared", "without-gradient", "low-rank"])
+def test_tensors_of_several_stages(workers: Pools, name: str, schedule: str) -> None:
+    check(workers, ODDITIES[name], f"pp=2,schedule={schedule}")
+
+
+@pytest.mark.parametrize("strategy", ["pp=4", "pp=4,schedule=zero-bubble", "pp=2,schedule=interleaved,stages=3"])
+@pytest.mark.parametrize("name", ["unet", "tied"])
+def test_many_stages(workers: Pools, name: str, strategy: str) -> None:
+    check(workers, WORKLOADS[name], strategy)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero-bubble"])
+@pytest.mark.parametrize("name", ["tied", "unet"])
+def test_recomputation(workers: Pools, name: str, schedule: str) -> None:
+    check(workers, WORKLOADS[name], f"pp=2,schedule={schedule},recompute=full")
+
+
+def first(name: str, samples: int) -> Workload:
+    """A model with fewer samples: the last batch is a small one."""
+    workload = WORKLOADS[name]()
+    return replace(workload, dataset=Subset(workload.dataset, range(samples)))
+
+
+@pytest.mark.parametrize("strategy", ["pp=2", "pp=2,schedule=interleaved", "pp=2,schedule=zero-bubble"])
+@pytest.mark.parametrize(("name", "samples"), [("tied", 13), ("smoothed", 13), ("perceptron", 9)])
+def test_small_last_batches(workers: Pools, name: str, samples: int, strategy: str) -> None:
+    check(workers, partial(first, name, samples), strategy)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_models(workers: Pools, seed: int) -> None:
+    check(workers, partial(random_workload, seed), f"pp=2,schedule={SCHEDULES[1 + seed % 2 * 2]}")
+
+
+# ---- broken on purpose ----------------------------------------------------------------------------------------------
+
+
+def gradient_of_skip_lost() -> Any:
+    send = Pipeline._send
+
+    def lossy(self: Any, action: Any, target: int, nodes: Any, tensors: Any) -> None:
+        far = action.kind != FORWARD and action.stage - target > 1
+        send(self, action, target, nodes, [tensor * 0 for tensor in tensors] if far else tensors)
+
+    return mock.patch.object(Pipeline, "_send", lossy)
+
+
+def tied_not_added_up() -> Any:
+    return mock.patch.object(Holding, "_sum", return_value=None)
+
+
+def last_microbatch_dropped() -> Any:
+    order = staged.order
+
+    def shorter(*args: Any, **kwargs: Any) -> Any:
+        actions = order(*args, **kwargs)
+        last = max(action.microbatch for action in actions)
+        return [action for action in actions if action.microbatch != last]
+
+    return mock.patch.object(staged, "order", shorter)
+
+
+def weights_never_computed() -> Any:
+    compute = WeightGradients.compute
+
+    def some(self: Any, key: tuple[int, int]) -> None:
+        self._pending.pop(key, None) if key[1] == 1 else compute(self, key)
+
+    return mock.patch.object(WeightGradients, "compute", some)
+
+
+def one_gradient_of_several() -> Any:
+    received = Pipeline._received
+
+    def last(self: Any, work: Any, action: Any) -> Any:
+        values = received(self, work, action)
+        if action.kind not in (BACKWARD, INPUT):
+            return values
+        return {node: value / max(1, len(work.stages) - 1 - action.stage) for node, value in values.items()}
+
+    return mock.patch.object(Pipeline, "_received", last)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "breaking"),
+    [
+        ("unet", "pp=4", gradient_of_skip_lost),
+        ("unet", "pp=4", one_gradient_of_several),
+        ("tied", "pp=2", tied_not_added_up),
+        ("separate", "pp=2", last_microbatch_dropped),
+        ("separate", "pp=2,schedule=zero-bubble", weights_never_computed),
+    ],
+)
+def test_comparison_notices(workers: Pools, name: str, strategy: str, breaking: Breaking) -> None:
+    assert_noticed(workers, ALL[name], strategy, breaking)
