@@ -84,7 +84,7 @@ class Pool:
         for _, pipe in self._workers:
             pipe.send((sys.path, store, message))
         results: dict[int, Any] = {}
-        error: BaseException | None = None
+        errors: list[BaseException] = []
         deadline = time.monotonic() + timeout
         while len(results) < len(self._workers):
             waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers) if rank not in results}
@@ -92,12 +92,14 @@ class Pool:
             if not ready:
                 self.close()
                 missing = sorted(waiting.values())
-                raise error or TimeoutError(f"workers {missing} did not answer within {timeout:.0f} s")
+                raise cause(errors) or TimeoutError(f"workers {missing} did not answer within {timeout:.0f} s")
             for pipe in ready:
                 rank = waiting[pipe]  # type: ignore[index]
                 results[rank], failure = self._receive(rank)
-                if failure is not None and error is None:
-                    error, deadline = failure, min(deadline, time.monotonic() + GRACE_SECONDS)
+                if failure is not None:
+                    deadline = deadline if errors else min(deadline, time.monotonic() + GRACE_SECONDS)
+                    errors.append(failure)
+        error = cause(errors)
         if error is not None:
             raise error
         return [results[rank] for rank in range(len(self._workers))]
@@ -162,6 +164,11 @@ def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, byt
         except Exception:
             payload = cloudpickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), text))
         return False, payload
+
+
+def cause(errors: list[BaseException]) -> BaseException | None:
+    """The first error that is not what another worker's end did to a connection, which may arrive before it."""
+    return next((error for error in errors if "Connection" not in str(error)), errors[0] if errors else None)
 
 
 def forget_groups() -> None:
