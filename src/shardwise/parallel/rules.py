@@ -253,7 +253,7 @@ def attention(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
         inputs[3] = (*aligned(mask.shape[:-2], batch), None, None)
     full = [query, key, value, mask]
     heads = query.shape[-3] if len(query.shape) > 3 else 1
-    if heads > 1 and heads % p.ranks and not isinstance(query.placement, Sharded):
+    if heads > 1 and heads % p.ranks:  # cut within heads, it would be gathered
         p.obstacles.append(Obstacle("query heads", heads))
     if dropout and p.step.training:
         return _attention_with_dropout(p, full, inputs, (*lead, None, None), like, scores, dropout, causal, scale)
