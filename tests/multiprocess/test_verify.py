@@ -165,9 +165,18 @@ def lose_the_last_microbatch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GraphEngine, "_passes", passes)
 
 
+def cut_evenly(patch: pytest.MonkeyPatch) -> None:
+    """Cuts that do not depend on what was measured."""
+    from shardwise.parallel import planning
+
+    patch.setattr(planning, "_timed", lambda step, tensors, data, used, repeats=3: [1.0] * len(used))
+
+
 def lose_a_skip_connection(patch: pytest.MonkeyPatch) -> None:
     """The gradient that comes back from the later stage, for the value that skips."""
     from shardwise.parallel import pipeline
+
+    cut_evenly(patch)
 
     right = pipeline._gradient
     patch.setattr(pipeline, "_gradient", lambda value: right(value) * (value.dim() != 4 or value.shape[1] != 8))
@@ -176,6 +185,7 @@ def lose_a_skip_connection(patch: pytest.MonkeyPatch) -> None:
 def leave_tied_weights_apart(patch: pytest.MonkeyPatch) -> None:
     from shardwise.parallel.holding import Holding
 
+    cut_evenly(patch)
     patch.setattr(Holding, "_sum", lambda self, names, group: None)
 
 
