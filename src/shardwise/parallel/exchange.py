@@ -5,6 +5,7 @@ exchange has its mirror image in the backward pass (the f and g of Megatron-LM; 
 
     exchange         forward                        backward
     enter            -                              all-reduce     a replicated value enters sharded work
+    divide           -                              divide         a gradient that all have, to be added up later
     reduce           all-reduce                     -              a partial value becomes replicated
     gather           all-gather                     slice          a sharded value becomes replicated
     slice            slice                          all-gather     a replicated value becomes sharded
@@ -14,6 +15,7 @@ exchange has its mirror image in the backward pass (the f and g of Megatron-LM; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,31 +41,31 @@ class Exchange:
 
     def enter(self, x: Tensor) -> Tensor:
         """The same value; its gradient is the sum of the workers' contributions."""
-        return _apply(_Enter, self, x)
+        return _mirrored(x, _same, self.summed)
 
     def divide(self, x: Tensor) -> Tensor:
         """The same value; its gradient is this worker's equal part of a gradient that all of them have."""
-        return _apply(_Divide, self, x)
+        return _mirrored(x, _same, lambda gradient: gradient / self.ranks)
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over the workers."""
-        return _apply(_Reduce, self, x)
+        return _mirrored(x, self.summed, lambda gradient: gradient)
 
     def gather(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
         """All of a value that is sharded along `dim`."""
-        return _apply(_Gather, self, x, dim, segments)
+        return _mirrored(x, self.joined, self.cut, dim, segments)
 
     def slice(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
         """This worker's part along `dim`."""
-        return _apply(_Slice, self, x, dim, segments)
+        return _mirrored(x, self.cut, self.joined, dim, segments)
 
     def gather_enter(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
         """All of a sharded value, whose gradient is the sum of the workers' contributions."""
-        return _apply(_GatherEnter, self, x, dim, segments)
+        return _mirrored(x, self.joined, self.scattered, dim, segments)
 
     def reduce_scatter(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
         """This worker's part along `dim` of the sum over the workers."""
-        return _apply(_ReduceScatter, self, x, dim, segments)
+        return _mirrored(x, self.scattered, self.joined, dim, segments)
 
     def summed(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """All-reduce into a new tensor, without a gradient."""
@@ -102,82 +104,24 @@ class Exchange:
         return output
 
 
-def _apply(function: Any, *arguments: Any) -> Tensor:
-    output: Tensor = function.apply(*arguments)
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+def _mirrored(x: Tensor, there: Callable[..., Tensor], back: Callable[..., Tensor], *where: Any) -> Tensor:
+    """`there(x, *where)`, whose gradient goes through `back(gradient, *where)`."""
+    output: Tensor = _Mirrored.apply(x, there, back, where)  # type: ignore[no-untyped-call]
     return output
 
 
-class _Enter(torch.autograd.Function):
+class _Mirrored(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, x: Tensor) -> Tensor:
-        ctx.exchange = exchange
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.exchange.summed(gradients[0])
-
-
-class _Divide(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: Exchange, x: Tensor) -> Tensor:
-        ctx.ranks = exchange.ranks
-        return x.view_as(x)
+    def forward(
+        ctx: Any, x: Tensor, there: Callable[..., Tensor], back: Callable[..., Tensor], where: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.back, ctx.where = back, where
+        return there(x, *where)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, gradients[0] / ctx.ranks
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: Exchange, x: Tensor) -> Tensor:
-        return exchange.summed(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, gradients[0]
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: Exchange, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        ctx.exchange, ctx.where = exchange, (dim, segments)
-        return exchange.joined(x, dim, segments)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.exchange.cut(gradients[0], *ctx.where), None, None
-
-
-class _Slice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: Exchange, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        ctx.exchange, ctx.where = exchange, (dim, segments)
-        return exchange.cut(x, dim, segments)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.exchange.joined(gradients[0], *ctx.where), None, None
-
-
-class _GatherEnter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: Exchange, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        ctx.exchange, ctx.where = exchange, (dim, segments)
-        return exchange.joined(x, dim, segments)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.exchange.scattered(gradients[0], *ctx.where), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: Exchange, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        ctx.exchange, ctx.where = exchange, (dim, segments)
-        return exchange.scattered(x, dim, segments)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.exchange.joined(gradients[0], *ctx.where), None, None
+        return ctx.back(gradients[0], *ctx.where), None, None, None
