@@ -57,6 +57,47 @@ def keep(
     return kept.to(dtype).mul_(1.0 / (1.0 - p))
 
 
+def mask(
+    position: Position,
+    site: int,
+    shape: torch.Size,
+    p: float,
+    like: Tensor,
+    *,
+    merged: bool = False,
+    along: int | None = None,
+    cut: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """`keep` for a tensor of `shape`, or for the part of it that lies here.
+
+    Args:
+        position: as for `keep`; says how many samples the tensor has.
+        site: as for `keep`.
+        shape: of the whole tensor.
+        p: as for `keep`.
+        like: gives dtype and device.
+        merged: the first dimension is samples times heads.
+        along: dimension of which only a part lies here; None: all of the tensor does.
+        cut: (tensor, dimension) -> its part here; goes with `along`.
+    """
+    samples = position.samples
+    dim = 0 if merged and shape[0] % samples == 0 else _sample_dim(shape, samples)
+    if along is not None and along == dim:
+        assert cut is not None
+        return cut(mask(position, site, shape, p, like, merged=merged), along)
+    rest = (
+        shape if dim is None else (shape[0] // samples, *shape[1:]) if dim == 0 else (*shape[:dim], *shape[dim + 1 :])
+    )
+    index = _indices(rest, like.device)
+    if along is not None and cut is not None:
+        index = cut(index, along - (dim is not None and 0 < dim < along))
+    if dim is None:
+        common = Position(seed=position.seed, step=position.step)
+        return keep(common, site, index, 1, p, like.dtype)[0]
+    drawn = keep(position, site, index, samples, p, like.dtype)
+    return drawn.flatten(0, 1) if dim == 0 else drawn.movedim(0, dim)
+
+
 def _mix(bits: Tensor) -> Tensor:
     """Murmur3's finaliser, a bijection of the 32-bit integers. Overwrites `bits`; a masked shift is a logical one."""
     bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_FIRST)
@@ -110,19 +151,9 @@ class KeyedDropout:
         }
 
     def mask(self, shape: torch.Size, p: float, like: Tensor, *, merged: bool = False) -> Tensor:
-        """The next site's `keep` for a tensor of this shape, of the kind of `like`.
-
-        `merged`: its first dimension is samples times heads.
-        """
-        samples = self.position.samples
-        dim = 0 if merged and shape[0] % samples == 0 else _sample_dim(shape, samples)
+        """The next site's mask for a tensor of this shape."""
         site, self.site = self.site, self.site + 1
-        if dim is None:
-            common = Position(seed=self.position.seed, step=self.position.step)
-            return keep(common, site, _indices(shape, like.device), 1, p, like.dtype)[0]
-        rest = (shape[0] // samples, *shape[1:]) if dim == 0 else (*shape[:dim], *shape[dim + 1 :])
-        drawn = keep(self.position, site, _indices(rest, like.device), samples, p, like.dtype)
-        return drawn.reshape(shape) if dim == 0 else drawn.movedim(0, dim)
+        return mask(self.position, site, shape, p, like, merged=merged)
 
     def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
         """`torch.nn.functional.dropout`, keyed."""

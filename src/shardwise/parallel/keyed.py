@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.parallel.batchnorm import batch_norm
-from shardwise.parallel.dropout import KeyedDropout, attention_probabilities, keep
-from shardwise.parallel.dropout import _sample_dim as sample_dim
+from shardwise.parallel.dropout import attention_probabilities
+from shardwise.parallel.dropout import mask as draw_mask
 from shardwise.parallel.engine import Position
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.placement import REPLICATED, Placement, Sharded
@@ -48,22 +48,15 @@ class KeyedOperations:
 
     def mask(self, site: int, shape: Shape, p: float, placement: Placement, like: Tensor, merged: bool) -> Tensor:
         """What the part at `placement` of a tensor of `shape` is multiplied with."""
-        position = self.position
-        shape = torch.Size(shape)
+        whole = torch.Size(shape)
         if not isinstance(placement, Sharded):
-            return KeyedDropout(position, site).mask(shape, p, like, merged=merged)
-        dim = 0 if merged else sample_dim(shape, position.samples)
-        if dim is None or placement.dim == dim:
-            whole = KeyedDropout(position, site).mask(shape, p, like, merged=merged)
-            return self.exchange.cut(whole, placement.dim, placement.segments)
-        lead = shape[0] // position.samples
-        rest = (lead, *shape[1:]) if dim == 0 else (*shape[:dim], *shape[dim + 1 :])
-        along = placement.dim if dim == 0 else placement.dim - (placement.dim > dim)
-        index = torch.arange(torch.Size(rest).numel(), dtype=torch.int32, device=like.device).view(rest)
-        drawn = keep(
-            position, site, self.exchange.cut(index, along, placement.segments), position.samples, p, like.dtype
-        )
-        return drawn.flatten(0, 1) if dim == 0 else drawn.movedim(0, dim)
+            return draw_mask(self.position, site, whole, p, like, merged=merged)
+        segments = placement.segments
+
+        def cut(tensor: Tensor, dim: int) -> Tensor:
+            return self.exchange.cut(tensor, dim, segments)
+
+        return draw_mask(self.position, site, whole, p, like, merged=merged, along=placement.dim, cut=cut)
 
     def dropout(
         self, x: Tensor, p: float, site: int, shape: Shape, placement: Placement, features: int, merged: bool
