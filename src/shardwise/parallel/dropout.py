@@ -85,10 +85,7 @@ def mask(
     if along is not None and along == dim:
         assert cut is not None
         return cut(mask(position, site, shape, p, like, merged=merged), along)
-    rest = (
-        shape if dim is None else (shape[0] // samples, *shape[1:]) if dim == 0 else (*shape[:dim], *shape[dim + 1 :])
-    )
-    index = _indices(rest, like.device)
+    index = _indices(_within_sample(shape, dim, samples), like.device)
     if along is not None and cut is not None:
         index = cut(index, along - (dim is not None and 0 < dim < along))
     if dim is None:
@@ -270,6 +267,15 @@ def _sample_dim(shape: torch.Size, samples: int) -> int | None:
     if shape[0] % samples == 0 and shape[0]:
         return 0
     return next((dim for dim, size in enumerate(shape) if size == samples), None)
+
+
+def _within_sample(shape: torch.Size, dim: int | None, samples: int) -> tuple[int, ...]:
+    """The shape of one sample's elements where dimension `dim` counts the samples, or a multiple of them."""
+    if dim is None:
+        return shape
+    if dim == 0:
+        return (shape[0] // samples, *shape[1:])
+    return (*shape[:dim], *shape[dim + 1 :])
 
 
 def _indices(shape: tuple[int, ...], device: torch.device) -> Tensor:
