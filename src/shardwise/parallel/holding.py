@@ -65,7 +65,7 @@ class Holding:
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self.stages = {stage: self._build(stage, len(work.stages[stage].blocks), mine, keyed) for stage in own}
         self._twice = self._on_several(own)
-        self._tied = self._tied_groups(count)
+        self._tied = self._tied_groups()
         self._given: dict[dist.ProcessGroup, list[str]] = {}
         self._whole = [name for name in mine if self.sharded and mine[name].dim() == 0]
         if self.sharded:
@@ -145,7 +145,7 @@ class Holding:
 
     # ---- gradients --------------------------------------------------------------------------------------------------
 
-    def _tied_groups(self, stages: int) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    def _tied_groups(self) -> dict[tuple[int, ...], dist.ProcessGroup]:
         """A group for every set of pipeline workers that share a parameter. Collective over all workers."""
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         sets = sorted({tuple(self._workers_of(name)) for name in self._homes})
@@ -200,9 +200,6 @@ class Holding:
             module.set_reshard_after_backward(last)
         if last and stage in self._reducers:
             self._reducers[stage].arm()
-
-    def after_backward(self, stage: int) -> None:
-        """Called after the last backward pass of a stage."""
 
     def after_evaluation(self) -> None:
         """Frees gathered parameters, which would be out of date once the split ones are written to."""

@@ -190,7 +190,8 @@ class Partitioner:
         if self._roots[node] in self._changed:  # its views must stay views of it
             parts = [self.replicated(part) for part in _leaves(result) if isinstance(part, Value)]
             result = parts[0] if isinstance(result, Value) else tuple(parts)
-            self._forget_exchanged(node)
+            if writes_in_place(node):
+                self._forget_exchanged(node)
         first = node.args[0] if node.args else None
         if writes_in_place(node) and isinstance(first, fx.Node):
             self.values[first] = result  # what was changed in place is now this
@@ -199,7 +200,7 @@ class Partitioner:
     def _forget_exchanged(self, written: fx.Node) -> None:
         """What was exchanged of a value before it was changed in place is not what it is now."""
         for node, value in self.values.items():
-            if self._roots[node] is self._roots[written] and isinstance(value, Value) and writes_in_place(written):
+            if self._roots[node] is self._roots[written] and isinstance(value, Value):
                 value.exchanged.clear()
 
     def _finish(self) -> LocalGraph:
@@ -264,15 +265,13 @@ class Partitioner:
         *,
         like: Any,
         placement: Placement = REPLICATED,
-        grad: bool | None = None,
     ) -> Value:
         """Calls `function` on the workers' parts; the whole result has shape and dtype of `like`."""
         values = [item for item in _leaves((args, kwargs or {})) if isinstance(item, Value)]
         for item in values:
             self._use(item)
         node = self.graph.call_function(function, _nodes(tuple(args)), _nodes(dict(kwargs or {})))
-        floating = like.dtype.is_floating_point or like.dtype.is_complex
-        carries = floating and any(v.grad for v in values) if grad is None else grad
+        carries = _differentiable(like.dtype) and any(v.grad for v in values)
         value = Value(node, placement, tuple(like.shape), like.dtype, carries)
         self._describe(value)
         return value
@@ -290,7 +289,7 @@ class Partitioner:
         results = []
         for index, (val, placement) in enumerate(zip(like, placements, strict=True)):
             item = self.graph.call_function(operator.getitem, (node, index))
-            grad = carries and (val.dtype.is_floating_point or val.dtype.is_complex)
+            grad = carries and _differentiable(val.dtype)
             results.append(Value(item, placement, tuple(val.shape), val.dtype, grad))
             self._describe(results[-1])
         return tuple(results)
@@ -490,6 +489,10 @@ def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[.
     result = partial(function, *args, **kwargs)
     result.__name__ = getattr(function, "__name__", "operation")  # type: ignore[attr-defined]
     return result
+
+
+def _differentiable(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _replaced(args: Sequence[Any], converted: Mapping[int, Value]) -> list[Any]:

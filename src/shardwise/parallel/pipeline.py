@@ -48,7 +48,6 @@ class Pass:
         scales: per microbatch, what its loss is multiplied with.
         enter: called with the number of a microbatch before its forward pass.
         before_backward: called with (stage, whether it is the stage's last backward of this pass).
-        after_backward: called with the stage after its last backward of this pass.
     """
 
     work: Work
@@ -57,7 +56,6 @@ class Pass:
     scales: Sequence[Tensor]
     enter: Callable[[int], None]
     before_backward: Callable[[int, bool], None]
-    after_backward: Callable[[int], None]
 
 
 class Pipeline:
@@ -110,8 +108,6 @@ class Pipeline:
             else:
                 work.before_backward(action.stage, final)
                 self._backward(work, action)
-            if final:
-                work.after_backward(action.stage)
         self._finish()
         return total
 

@@ -37,12 +37,10 @@ class Division:
     Attributes:
         cut: all places, by the parameter use that follows them.
         blocks: of each stage.
-        costs: share of each stage in the measured time of a forward pass; empty where nothing was measured.
     """
 
     cut: tuple[Use, ...]
     blocks: tuple[int, ...]
-    costs: tuple[float, ...] = ()
 
 
 def divide(
@@ -80,9 +78,7 @@ def divide(
         inner = _block_starts(costs, found, first, end) if in_blocks else []
         cut += [*([first] if first else []), *inner]
         blocks.append(len(inner) + 1)
-    total = sum(costs) or 1.0
-    shares = tuple(sum(costs[a:b]) / total for a, b in pairwise(bounds))
-    return Division(tuple(found[link - 1].use for link in cut), tuple(blocks), shares)
+    return Division(tuple(found[link - 1].use for link in cut), tuple(blocks))
 
 
 def cuts_blocks(strategy: Strategy) -> bool:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from shardwise.parallel.cuts import calls, from_batch, ranges
 from shardwise.parallel.memory import writes_in_place
@@ -148,8 +147,3 @@ class _Writer:
             self._known[id(value)] = f"c{len(self._known)}"
             self.scope[self._known[id(value)]] = value
         return self._known[id(value)]
-
-
-def example(node: fx.Node, device: torch.device) -> Tensor:
-    """An empty tensor of the shape and dtype that a node has on this worker."""
-    return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device=device)

@@ -201,7 +201,6 @@ class GraphEngine:
             [scales[entry.number] * self._holding.loss_factor for entry in entries],
             enter=lambda number: self._enter(entries[number].microbatch, entries[number].data),
             before_backward=self._holding.before_backward,
-            after_backward=self._holding.after_backward,
         )
 
     def _enter(self, microbatch: Microbatch, data: Any) -> None:
