@@ -44,12 +44,18 @@ def _source(node: fx.Node) -> fx.Node | None:
     return first if schema is not None and any(result.alias_info for result in schema.returns) else None
 
 
-def changed_under_another_name(graph: fx.Graph, where: Roots) -> set[fx.Node]:
-    """The roots of values that are changed in place under one name and read under another afterwards."""
-    number = {node: index for index, node in enumerate(graph.nodes)}
+def _members(where: Roots) -> dict[fx.Node, list[fx.Node]]:
+    """The values in the memory of each root."""
     members: dict[fx.Node, list[fx.Node]] = {}
     for node, root in where.items():
         members.setdefault(root, []).append(node)
+    return members
+
+
+def changed_under_another_name(graph: fx.Graph, where: Roots) -> set[fx.Node]:
+    """The roots of values that are changed in place under one name and read under another afterwards."""
+    number = {node: index for index, node in enumerate(graph.nodes)}
+    members = _members(where)
     found = set()
     for node in graph.nodes:
         written = node.args[0] if writes_in_place(node) else None
@@ -87,8 +93,7 @@ def together(graph: fx.Graph, buffers: Collection[str]) -> list[tuple[fx.Node, f
     where = roots(graph)
     changed = changed_under_another_name(graph, where)
     ranges = []
-    for root in dict.fromkeys(where.values()):
-        members = [node for node, at in where.items() if at is root]
+    for root, members in _members(where).items():
         if root.op == "placeholder":
             changes = _changes if root.name in buffers else writes_in_place
             users = {user for member in members for user in member.users if user.op == "call_function"}
