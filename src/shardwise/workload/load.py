@@ -51,6 +51,11 @@ def load_workload(spec: str, settings: Mapping[str, Any] | None = None) -> Workl
     return workload
 
 
+def workload_parameters(spec: str) -> dict[str, inspect.Parameter]:
+    """The parameters of the function that `spec` names, by name, with resolved annotations. Raises WorkloadError."""
+    return _parameters(spec, _find_function(spec))
+
+
 def _parameters(spec: str, function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     try:
         return parameters_of(function)
