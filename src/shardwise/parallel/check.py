@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.errors import StrategyError, WorkloadError
+from shardwise.errors import StrategyError
 from shardwise.parallel.cuts import common, places
 from shardwise.parallel.exchange import Exchange
+from shardwise.parallel.model import plain_model
 from shardwise.parallel.partitioner import LocalGraph, Obstacle, Replacements
-from shardwise.parallel.placement import Sharded
 from shardwise.parallel.planning import check_stages
 from shardwise.parallel.tensor import partition
 from shardwise.strategy import Strategy
@@ -34,7 +34,8 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
     strategy = strategy.for_batch(workload.batch_size)
     if strategy.tp == strategy.pp == 1:
         return
-    model = _build(workload)
+    with torch.random.fork_rng():
+        model = plain_model(workload)
     batch = example(workload, workload.batch_size // strategy.replicas // strategy.microbatches)
     step = trace(workload, model, batch)
     parameters = dict(model.named_parameters())
@@ -47,17 +48,6 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
             evaluation = trace(workload, model, batch, training=False)
             found = common(found, places(split(evaluation, 1, trained)[0], parameters))
         check_stages(strategy, len(found))
-
-
-def _build(workload: Workload) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(workload.seed)
-        model = workload.model()
-    if not isinstance(model, nn.Module):
-        raise WorkloadError(f"model of workload {workload.name!r} must build an nn.Module, not {type(model).__name__}")
-    if not model.training:
-        model.train()
-    return model
 
 
 def split(
@@ -96,9 +86,7 @@ def _in_the_way(
         # fewer key heads than workers are copied; query heads are what there is to cut
         if obstacle.what == "query heads" or (obstacle.what == "heads" and degree % obstacle.size):
             return f"the {obstacle.size} attention heads"
-    total = sum(parameter.numel() for parameter in parameters.values())
-    cut = sum(p.numel() for name, p in parameters.items() if isinstance(local.placements.get(name), Sharded))
     features = [o.what for o in obstacles if o.what not in ("heads", "query heads")]
-    if cut < LEAST_SHARED * total:
+    if parameters and local.sharded_share(parameters) < LEAST_SHARED:
         return features[0] if features else "anything: no layer of the model can be cut"
     return None

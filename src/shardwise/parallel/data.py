@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -26,7 +25,7 @@ from shardwise.parallel.replicated import Replicated
 from shardwise.parallel.sharded import Sharded, row_layout
 from shardwise.parallel.values import map_tensors, to_device
 from shardwise.strategy import Strategy
-from shardwise.workload.data import Microbatch, Share, is_map_style
+from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.workload import Workload, call_model
 
 _ALONE = 4
@@ -235,13 +234,8 @@ def first_batches(workload: Workload, strategy: Strategy) -> list[Any]:
     Samples alone show what not every batch calls. Empty where that would use up an iterable dataset.
     """
     count = max(1, workload.batch_size // (strategy.replicas * max(strategy.microbatches, 1)))
-    wanted = max(count, _ALONE)
-    dataset = workload.dataset
-    if is_map_style(dataset):
-        samples = [dataset[index] for index in range(min(wanted, len(dataset)))]
-    elif iter(dataset) is dataset:
+    samples = first_samples(workload.dataset, max(count, _ALONE))
+    if samples is None:
         return []
-    else:
-        samples = list(itertools.islice(dataset, wanted))
     collate = workload.collate or default_collate
     return [collate(part) for part in (samples[:count], *([sample] for sample in samples[:_ALONE]))]

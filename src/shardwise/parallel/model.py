@@ -30,18 +30,28 @@ def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
     Raises:
         WorkloadError: no module, nothing to train, parameters without a shape, or another structure on some worker.
     """
-    torch.manual_seed(workload.seed)
-    model = workload.model()
-    if not isinstance(model, nn.Module):
-        raise WorkloadError(f"model of workload {workload.name!r} must build an nn.Module, not {type(model).__name__}")
-    if not model.training:
-        model.train()
+    model = plain_model(workload)
     _check(model, workload)
     _BUILT.add(model)
     model.to(mesh.device)
     if mesh.world is not None:
         _make_equal(model, workload, mesh)
     torch.manual_seed(workload.seed + mesh.replica)
+    return model
+
+
+def plain_model(workload: Workload) -> nn.Module:
+    """The module as its factory builds it from the workload's seed, in training mode. Sets torch's random state.
+
+    Raises:
+        WorkloadError: the factory builds no module.
+    """
+    torch.manual_seed(workload.seed)
+    model = workload.model()
+    if not isinstance(model, nn.Module):
+        raise WorkloadError(f"model of workload {workload.name!r} must build an nn.Module, not {type(model).__name__}")
+    if not model.training:
+        model.train()
     return model
 
 

@@ -85,6 +85,12 @@ class LocalGraph:
     summed: frozenset[str]
     notes: tuple[str, ...]
 
+    def sharded_share(self, parameters: Mapping[str, Tensor]) -> float:
+        """Share of the elements of a model's parameters that are sharded, 0 to 1."""
+        total = sum(parameter.numel() for parameter in parameters.values())
+        cut = sum(p.numel() for name, p in parameters.items() if isinstance(self.placements.get(name), Sharded))
+        return cut / total if total else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:

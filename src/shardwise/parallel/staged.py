@@ -8,7 +8,7 @@ A graph has fixed shapes: the last small batch of an epoch and the evaluation ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -23,10 +23,9 @@ from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.model import aliases_of, build_model, persistent_buffers
+from shardwise.parallel.model import aliases_of, build_model, persistent_buffers, plain_model
 from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
-from shardwise.parallel.placement import Placement, Sharded
 from shardwise.parallel.planning import cuts_blocks, divide
 from shardwise.parallel.precision import widen_loss
 from shardwise.parallel.schedule import order
@@ -97,7 +96,7 @@ class GraphEngine:
         self._local_notes = local.notes
         held = {name: held.tensor for name, held in self.held.items() if not isinstance(held.tensor, nn.Parameter)}
         self._buffers = ReplicaBuffers(held, mesh.replica_group)
-        self.sharded_parameter_share = sharded_share(named, local.placements)
+        self.sharded_parameter_share = local.sharded_share(named)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -151,10 +150,7 @@ class GraphEngine:
         """What is computed for batches of these shapes; traced when they come for the first time."""
         if key not in self._works:
             with torch.random.fork_rng():
-                torch.manual_seed(self._workload.seed)
-                model = self._workload.model().to(self._mesh.device)
-            if not model.training:
-                model.train()
+                model = plain_model(self._workload).to(self._mesh.device)
             step = trace(self._workload, model, data, training=key[0])
             self._works[key] = self._prepare(self._partition(step, first=False))
         return self._works[key]
@@ -225,10 +221,3 @@ class GraphEngine:
         if results is not None and self._mesh.coordinate("tp") == 0:
             values[: len(results)] = torch.stack([result.double() for result in results])
         return values
-
-
-def sharded_share(parameters: Mapping[str, nn.Parameter], placements: Mapping[str, Placement]) -> float:
-    """Share of a model's parameters that tensor parallelism splits, 0 to 1."""
-    total = sum(parameter.numel() for parameter in parameters.values())
-    cut = sum(p.numel() for name, p in parameters.items() if isinstance(placements.get(name), Sharded))
-    return cut / total if total else 0.0

@@ -152,6 +152,13 @@ def is_map_style(dataset: Any) -> bool:
     return hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
+def first_samples(dataset: Any, count: int) -> list[Any] | None:
+    """The first samples in the dataset's own order; None where that would use up an iterable that is read only once."""
+    if is_map_style(dataset):
+        return [dataset[index] for index in range(min(count, len(dataset)))]
+    return None if iter(dataset) is dataset else list(itertools.islice(dataset, count))
+
+
 def batch_samples(batch: Any) -> int:
     """Samples in a batch: the size of the first dimension of its tensors.
 

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
-from shardwise.workload.data import is_map_style
+from shardwise.workload.data import first_samples
 from shardwise.workload.workload import Workload, call_model
 
 _SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -245,16 +244,12 @@ def example(workload: Workload, samples: int) -> Any:
         DataError: the dataset is empty.
         WorkloadError: reading it would use up what training needs.
     """
-    dataset = workload.dataset
-    if is_map_style(dataset):
-        chosen = [dataset[index] for index in range(min(samples, len(dataset)))]
-    elif iter(dataset) is dataset:
+    chosen = first_samples(workload.dataset, samples)
+    if chosen is None:
         raise WorkloadError(
             f"the dataset of workload {workload.name!r} can be read only once, and tp and pp look at a batch first: "
             "give an iterable whose iter() starts anew"
         )
-    else:
-        chosen = list(islice(dataset, samples))
     if not chosen:
         raise DataError(f"the dataset of workload {workload.name!r} is empty: there is nothing to train on")
     return (workload.collate or default_collate)(chosen)
