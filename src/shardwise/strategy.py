@@ -127,6 +127,15 @@ class Strategy:
         return self.dp * self.fsdp
 
     @property
+    def splits_parameters(self) -> bool:
+        """Whether replicas keep slices of the parameters and gather them (`fsdp` with zero=2 or 3)."""
+        return self.fsdp > 1 and self.zero > 1
+
+    def in_bf16(self, precision: str) -> bool:
+        """Whether a workload of `precision` computes in bfloat16 here: the strategy's own precision goes first."""
+        return (self.precision or precision) == "bf16"
+
+    @property
     def stages_per_worker(self) -> int:
         """Pipeline stages that one worker holds: more than one where the schedule interleaves."""
         return self.stages or (2 if self.schedule == "interleaved" else 1)

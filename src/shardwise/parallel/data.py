@@ -118,9 +118,7 @@ class ModuleEngine:
     def _enter(self, microbatch: Microbatch) -> Any:
         """Notes where the microbatch stands; returns its data on our device."""
         data = to_device(microbatch.data, self._mesh.device)
-        self.position.first = microbatch.first
-        self.position.samples = microbatch.samples or 1
-        self.position.counted = microbatch.samples
+        self.position.enter(microbatch)
         return data
 
     def _forward(self, call: Any, data: Any) -> Any:
@@ -142,7 +140,7 @@ class ModuleEngine:
 
     @property
     def _half(self) -> bool:
-        return (self._strategy.precision or self._workload.precision) == "bf16"
+        return self._strategy.in_bf16(self._workload.precision)
 
     def _guarded(self, output: Any, scale: Tensor) -> Any:
         """Keeps the gradient of a microbatch without weight at zero, also where its mean is one over nothing."""
@@ -158,7 +156,7 @@ class ModuleEngine:
     def _split(self, model: nn.Module, names: Sequence[str]) -> Alone | Replicated | Sharded:
         """Wraps the model as the strategy wants it."""
         strategy, group = self._strategy, self._mesh.replica_group
-        sharded = strategy.fsdp > 1 and strategy.zero > 1
+        sharded = strategy.splits_parameters
         blocks = self._find_blocks(model) if sharded or strategy.recompute == "full" else []
         if strategy.recompute == "full":
             for block in blocks:

@@ -35,6 +35,12 @@ class Position:
     samples: int = 1
     counted: int = 1
 
+    def enter(self, microbatch: Microbatch) -> None:
+        """Goes to the place of a microbatch in its step."""
+        self.first = microbatch.first
+        self.samples = microbatch.samples or 1  # the one sample that only keeps step
+        self.counted = microbatch.samples
+
 
 @dataclass(frozen=True, slots=True)
 class Held:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import StrategyError
@@ -25,7 +25,7 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.partitioner import LocalGraph
 from shardwise.parallel.placement import Placement, Sharded
 from shardwise.parallel.reduce import GradientReducer, sum_gradients
-from shardwise.parallel.sharded import local, row_layout
+from shardwise.parallel.sharded import check_dtypes, local, reshard, row_layout, split_parameters
 from shardwise.parallel.stage import Stage, Work
 from shardwise.strategy import Strategy
 
@@ -55,7 +55,7 @@ class Holding:
         self._strategy, self._mesh, self._bf16 = strategy, mesh, bf16
         self._placements, self._shapes = graph.placements, {name: t.shape for name, t in tensors.items()}
         self._homes = _homes(works, tensors)
-        self.sharded = strategy.fsdp > 1 and strategy.zero > 1
+        self.sharded = strategy.splits_parameters
         self.loss_factor = strategy.replicas if self.sharded else 1
         self.final_pass = True
         work = works[0]
@@ -69,7 +69,9 @@ class Holding:
         self._given: dict[dist.ProcessGroup, list[str]] = {}
         self._whole = [name for name in mine if self.sharded and mine[name].dim() == 0]
         if self.sharded:
-            self._shard(mine)
+            check_dtypes((tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)), strategy)
+            for stage in self.stages.values():
+                split_parameters(stage, stage.blocks, mesh)
         self._reducers = self._make_reducers()
 
     # ---- which tensors where ----------------------------------------------------------------------------------------
@@ -160,19 +162,6 @@ class Holding:
                     groups[workers] = group
         return groups
 
-    def _shard(self, mine: Mapping[str, Tensor]) -> None:
-        """Splits the parameters over the fsdp axis, block by block."""
-        strategy, grid = self._strategy, self._mesh.grid
-        assert grid is not None
-        mesh = grid["dp", "fsdp"] if strategy.dp > 1 else grid["fsdp"]
-        whole = {tensor for name in self._whole if isinstance(tensor := mine[name], nn.Parameter)}
-        _check_dtypes(mine, strategy)
-        for stage in self.stages.values():
-            for block in stage.blocks:
-                fully_shard(block, mesh=mesh, reshard_after_forward=strategy.zero == 3, ignored_params=whole or None)
-            keep = None if strategy.zero == 3 else False
-            fully_shard(stage, mesh=mesh, reshard_after_forward=keep, ignored_params=whole or None)
-
     def _make_reducers(self) -> dict[int, GradientReducer]:
         """One per stage; -1: for what several stages of this worker use, complete only at the end."""
         group = self._mesh.replica_group
@@ -202,11 +191,9 @@ class Holding:
             self._reducers[stage].arm()
 
     def after_evaluation(self) -> None:
-        """Frees gathered parameters, which would be out of date once the split ones are written to."""
+        """See `sharded.reshard`."""
         for stage in self.stages.values():
-            for module in stage.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            reshard(stage)
 
     def reduce(self, summed: Collection[str]) -> None:
         """Adds gradients up over all workers that contribute to them. Collective."""
@@ -267,12 +254,3 @@ def _cut(tensor: Tensor, placement: Placement | None, exchange: Exchange) -> Ten
         part = exchange.cut(part, placement.dim, placement.segments)
     part = part.clone(memory_format=torch.contiguous_format)
     return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
-
-
-def _check_dtypes(mine: Mapping[str, Tensor], strategy: Strategy) -> None:
-    dtypes = sorted({str(t.dtype) for t in mine.values() if isinstance(t, nn.Parameter) and t.requires_grad})
-    if len(dtypes) > 1:
-        raise StrategyError(
-            f"fsdp={strategy.fsdp} needs trained parameters of one dtype, the model has {' and '.join(dtypes)}: "
-            "use dp, or one dtype"
-        )

@@ -83,7 +83,7 @@ def divide(
 
 def cuts_blocks(strategy: Strategy) -> bool:
     """Whether a strategy gathers or recomputes a stage in parts."""
-    return strategy.recompute == "full" or (strategy.fsdp > 1 and strategy.zero > 1)
+    return strategy.recompute == "full" or strategy.splits_parameters
 
 
 def check_stages(strategy: Strategy, places_found: int) -> None:

@@ -11,7 +11,7 @@ depend on the samples, for the replicas gather it together (`blocks` leaves out 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,27 +25,20 @@ from shardwise.errors import StrategyError
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.values import map_tensors
+from shardwise.strategy import Strategy
 
 
 class Sharded:
     """A model whose parameters are split. `call` is what to call: the model itself."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh) -> None:
-        assert mesh.grid is not None
-        _check_dtypes(model, mesh)
+        check_dtypes(model.parameters(), mesh.strategy)
         whole = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 0}
-        strategy = mesh.strategy
-        options: dict[str, Any] = {
-            "mesh": mesh.grid["dp", "fsdp"] if strategy.dp > 1 else mesh.grid["fsdp"],
-            "ignored_params": set(whole.values()) or None,
-        }
         for block in blocks:
             _return_no_views(block)
-            fully_shard(block, reshard_after_forward=strategy.zero == 3, **options)
         # what the loss does with the model's own output is not done in place
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-        # by torch's default the root alone is kept after its forward pass: its backward pass starts right then
-        fully_shard(model, reshard_after_forward=None if strategy.zero == 3 else False, **options)
+        split_parameters(model, blocks, mesh)
         self.call = model
         self._group = mesh.replica_group
         self._whole = {name: parameter for name, parameter in whole.items() if parameter.requires_grad}
@@ -67,10 +60,8 @@ class Sharded:
             self.unused = [name for name in trained if name not in self._used]
 
     def reshard(self) -> None:
-        """Frees gathered parameters, which would be out of date once the split ones are written to."""
-        for module in self.call.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        """See `reshard`."""
+        reshard(self.call)
 
     def _average_whole(self) -> None:
         """Averages the gradients of parameters without a dimension. Collective over the replicas."""
@@ -132,13 +123,35 @@ def _parameter_groups(model: nn.Module) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def _check_dtypes(model: nn.Module, mesh: Mesh) -> None:
-    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad})
+def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -> None:
+    """Applies `fully_shard` to `blocks` and then to `root`; parameters without a dimension stay whole."""
+    strategy = mesh.strategy
+    assert mesh.grid is not None
+    options: dict[str, Any] = {
+        "mesh": mesh.grid["dp", "fsdp"] if strategy.dp > 1 else mesh.grid["fsdp"],
+        "ignored_params": {parameter for parameter in root.parameters() if parameter.dim() == 0} or None,
+    }
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=strategy.zero == 3, **options)
+    # by torch's default the root alone is kept after its forward pass: its backward pass starts right then
+    fully_shard(root, reshard_after_forward=None if strategy.zero == 3 else False, **options)
+
+
+def check_dtypes(parameters: Iterable[nn.Parameter], strategy: Strategy) -> None:
+    """Raises StrategyError where trained parameters are of several dtypes, which cannot be gathered together."""
+    dtypes = sorted({str(parameter.dtype) for parameter in parameters if parameter.requires_grad})
     if len(dtypes) > 1:
         raise StrategyError(
-            f"fsdp={mesh.strategy.fsdp} needs trained parameters of one dtype, the model has {' and '.join(dtypes)}: "
-            f"use dp={mesh.strategy.workers}, or one dtype"
+            f"fsdp={strategy.fsdp} needs trained parameters of one dtype, the model has {' and '.join(dtypes)}: "
+            f"use dp={strategy.replicas}, or one dtype"
         )
+
+
+def reshard(root: nn.Module) -> None:
+    """Frees gathered parameters, which would be out of date once the split ones are written to."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def row_layout(tensor: Tensor) -> Layout:

@@ -33,7 +33,7 @@ from shardwise.parallel.stage import Work, prepare
 from shardwise.parallel.tensor import partition
 from shardwise.parallel.values import to_device
 from shardwise.strategy import Strategy
-from shardwise.workload.data import Microbatch, Share, batch_samples
+from shardwise.workload.data import Microbatch, Share
 from shardwise.workload.graph import StepGraph, batch_leaves, example, trace
 from shardwise.workload.workload import Workload
 
@@ -68,7 +68,7 @@ class GraphEngine:
         self._exchange = Exchange(mesh.group("tp"), mesh.coordinate("tp"), strategy.tp)
         self._keyed = KeyedOperations(self.position, self._exchange, mesh.replica_group)
         self._weights = WeightGradients()
-        self._bf16 = (strategy.precision or workload.precision) == "bf16"
+        self._bf16 = strategy.in_bf16(workload.precision)
         self._works: dict[Key, Work] = {}
         model = build_model(workload, mesh)
         self.aliases = aliases_of(model)
@@ -195,14 +195,9 @@ class GraphEngine:
             actions,
             [self._given(work, entry.data) for entry in entries],
             [scales[entry.number] * self._holding.loss_factor for entry in entries],
-            enter=lambda number: self._enter(entries[number].microbatch, entries[number].data),
+            enter=lambda number: self.position.enter(entries[number].microbatch),
             before_backward=self._holding.before_backward,
         )
-
-    def _enter(self, microbatch: Microbatch, data: Any) -> None:
-        self.position.first = microbatch.first
-        self.position.samples = microbatch.samples or batch_samples(data)
-        self.position.counted = microbatch.samples
 
     def _given(self, work: Work, data: Any) -> dict[str, Any]:
         """The batch and the module's constants, by placeholder."""
@@ -213,7 +208,7 @@ class GraphEngine:
     def evaluate(self, microbatch: Microbatch) -> Tensor:
         """(loss, metric) of a microbatch, see `Engine.evaluate`."""
         data = to_device(microbatch.data, self._mesh.device)
-        self._enter(microbatch, data)
+        self.position.enter(microbatch)
         work = self._work(self._key(False, data), data)
         results = self._pipeline.evaluate(work, self._given(work, data))
         self._holding.after_evaluation()

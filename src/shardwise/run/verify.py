@@ -243,8 +243,7 @@ def compare(trial: Trial) -> Proof | None:
 
 def rounding(program: Any, trial: Trial) -> float:
     """The relative error up to which two runs are taken for the same: SAFETY * eps * sqrt(summands) * sqrt(layers)."""
-    precision = trial.strategy.precision or program.workload.precision
-    if precision == "bf16":
+    if trial.strategy.in_bf16(program.workload.precision):
         return HALF_TOLERANCE
     shapes = [held.layout.shape for held in program.engine.held.values()]
     widest = max((max(shape, default=1) for shape in shapes), default=1)
