@@ -24,7 +24,7 @@ class GradientReducer:
         self._group = group
         self._buckets = _buckets(parameters)
         self._missing: list[int] = []
-        self._running: list[tuple[list[nn.Parameter], Tensor, Any]] = []
+        self._running: list[tuple[list[Tensor], Tensor, Any]] = []
         self._launched: set[int] = set()
         self._armed = False
         for index, bucket in enumerate(self._buckets):
@@ -45,10 +45,10 @@ class GradientReducer:
             self._launch(index)
 
     def _launch(self, index: int) -> None:
-        bucket = self._buckets[index]
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        self._running.append((bucket, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
+        # without a gradient zeros keep the place; no replica has one then, for the graph is the same on all
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._buckets[index]]
+        flat = _joined(gradients)
+        self._running.append((gradients, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
         self._launched.add(index)
 
     def finish(self) -> None:
@@ -56,9 +56,9 @@ class GradientReducer:
         for index in range(len(self._buckets)):
             if index not in self._launched:
                 self._launch(index)
-        for bucket, flat, handle in self._running:
+        for gradients, flat, handle in self._running:
             handle.wait()
-            _scatter(flat, bucket)
+            _scatter(flat, gradients)
         self._running.clear()
         self._launched.clear()
         self._armed = False
@@ -77,18 +77,21 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-def _scatter(flat: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+def _joined(gradients: Sequence[Tensor]) -> Tensor:
+    """All of the gradients in one dimension."""
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
+def _scatter(flat: Tensor, gradients: Sequence[Tensor]) -> None:
     """Writes a flat sum back into gradients."""
-    for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
-        if parameter.grad is not None:  # else no replica has one: the graph is the same on all
-            parameter.grad.copy_(part.view_as(parameter))
+    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def sum_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Sums tensors over a group in place, in one message per dtype. Collective."""
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         chosen = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = torch.cat([gradient.reshape(-1) for gradient in chosen])
+        flat = _joined(chosen)
         dist.all_reduce(flat, group=group)
-        for gradient, part in zip(chosen, torch.split(flat, [g.numel() for g in chosen]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        _scatter(flat, chosen)
