@@ -85,8 +85,8 @@ def summarize(spec: str, repeats: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--strategy", action="append", choices=STRATEGIES)
     parser.add_argument("--hidden", type=int, default=Size.hidden)
     parser.add_argument("--layers", type=int, default=Size.layers)
