@@ -140,7 +140,7 @@ def test_features_that_do_not_divide_are_named() -> None:
     graph, obstacles = local(lambda: nn.Linear(15, 9), torch.randn(4, 15), 2)
     assert cuts(graph) == {"weight": None, "bias": None}
     assert {o.what for o in obstacles} == {"weight (features 9 and 15)"}
-    assert graph.notes == ("weight: tp=2 divides none of its features [9, 15]",)
+    assert graph.reasons["weight"] == "tp=2 divides none of its features (9 and 15)"
 
 
 def test_embedding_by_words_and_loss_by_classes() -> None:
@@ -203,7 +203,7 @@ def test_no_rule_means_computed_on_every_worker() -> None:
     assert found["0.weight"] == (0, (16,))
     assert not any(cut for name, cut in found.items() if name.startswith("1."))
     assert exchanges(graph) == {"gather": 1}
-    assert any("lstm" in note for note in graph.notes)
+    assert any("lstm" in reason for reason in graph.reasons.values())
 
 
 def test_one_worker_exchanges_nothing() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.cuts import common, places
@@ -15,8 +15,9 @@ from shardwise.parallel.model import plain_model
 from shardwise.parallel.partitioner import LocalGraph, Obstacle, Replacements
 from shardwise.parallel.planning import check_stages
 from shardwise.parallel.tensor import partition
+from shardwise.parallel.traced import traced
 from shardwise.strategy import Strategy
-from shardwise.workload.graph import StepGraph, example, trace
+from shardwise.workload.graph import StepGraph, example
 from shardwise.workload.workload import Workload
 
 LEAST_SHARED = 0.5
@@ -37,7 +38,7 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
     with torch.random.fork_rng():
         model = plain_model(workload)
     batch = example(workload, workload.batch_size // strategy.replicas // strategy.microbatches)
-    step = trace(workload, model, batch)
+    step = traced(workload, model, batch)
     parameters = dict(model.named_parameters())
     trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
     if strategy.tp > 1:
@@ -45,7 +46,7 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
     if strategy.pp > 1:
         found = places(split(step, 1, trained)[0], parameters)
         if workload.evaluation is not None:
-            evaluation = trace(workload, model, batch, training=False)
+            evaluation = traced(workload, model, batch, training=False)
             found = common(found, places(split(evaluation, 1, trained)[0], parameters))
         check_stages(strategy, len(found))
 
@@ -54,11 +55,11 @@ def split(
     step: StepGraph, ranks: int, trained: frozenset[str], *, sequence: bool = False
 ) -> tuple[LocalGraph, tuple[Obstacle, ...]]:
     """The graph of the first of `ranks` tensor-parallel workers, to look at: nothing of it can run."""
-    nothing = Replacements(_never, _never, _never)
+    nothing = Replacements(_never, _never, _never, _never)
     return partition(step, Exchange(None, 0, ranks), nothing, trained=trained, sequence=sequence)
 
 
-def _never(*_: Any) -> Tensor:
+def _never(*_: Any) -> Any:
     raise AssertionError("this graph is for looking at")
 
 

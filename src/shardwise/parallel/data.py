@@ -18,6 +18,7 @@ from shardwise.parallel.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.buffers import Buffers
 from shardwise.parallel.deal import deal
 from shardwise.parallel.engine import Held, Position
+from shardwise.parallel.materialize import materialize, read_weights
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.model import aliases_of, build_model, evaluating
 from shardwise.parallel.operations import Operations
@@ -26,6 +27,8 @@ from shardwise.parallel.sharded import Sharded, row_layout
 from shardwise.parallel.values import map_tensors, to_device
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
+from shardwise.workload.standin import stand_ins
+from shardwise.workload.stored import weights_of
 from shardwise.workload.workload import Workload, call_model
 
 _ALONE = 4
@@ -161,20 +164,33 @@ class ModuleEngine:
         if strategy.recompute == "full":
             for block in blocks:
                 self._operations.recompute(block)
+        if group is not None and sharded:
+            replicas = Sharded(model, blocks, self._mesh)
+            self._read(model)
+            return replicas
+        self._read(model)
         if group is None:
             return Alone(model)
-        if sharded:
-            return Sharded(model, blocks, self._mesh)
         parameters = dict(model.named_parameters())
         trained = {name: parameters[name] for name in names}
         return Replicated(model, trained, group, accumulates=strategy.microbatches > 1)
+
+    def _read(self, model: nn.Module) -> None:
+        """Reads our part of the parameters that are on meta, where the workload's weights are in files."""
+        weights = weights_of(self._workload.model)
+        if weights is None:
+            return
+        empty = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
+        materialize(model, self._mesh.device)
+        for name, parameter in empty.items():
+            read_weights(weights, name, parameter, row_layout(parameter))
 
     def _find_blocks(self, model: nn.Module) -> list[nn.Module]:
         batches = [to_device(batch, self._mesh.device) for batch in first_batches(self._workload, self._strategy)]
         if not batches:
             self._notes.append("the dataset can be read only once: no pass to look for repeated blocks in the model")
             return []
-        passes = [partial(self._forward, model, batch) for batch in batches]
+        passes = [partial(self._look, model, batch) for batch in batches]
         devices = [self._mesh.device] if self._mesh.device.type == "cuda" else []
         with evaluating(model), torch.random.fork_rng(devices):
             blocks = repeated_blocks(model, steady_modules(model, passes))
@@ -183,6 +199,11 @@ class ModuleEngine:
             wanted = " and ".join(kind for kind, used in kinds.items() if used)
             self._notes.append(f"no repeated blocks in the model: {wanted} treats it as one, which saves less memory")
         return blocks
+
+    def _look(self, model: nn.Module, batch: Any) -> None:
+        """A pass through a model that may have no values yet."""
+        with stand_ins(model, batch) as (mode, given), mode or nullcontext():
+            self._forward(model, given)
 
     def _lay_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Held]:
         """How each tensor lies here. Which replica writes it is dealt out, so that they share the work."""

@@ -21,6 +21,7 @@ from shardwise.parallel.engine import Held
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.layout import Layout
+from shardwise.parallel.materialize import materialize, read_weights
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.partitioner import LocalGraph
 from shardwise.parallel.placement import Placement, Sharded
@@ -28,6 +29,7 @@ from shardwise.parallel.reduce import GradientReducer, sum_gradients
 from shardwise.parallel.sharded import check_dtypes, local, reshard, row_layout, split_parameters
 from shardwise.parallel.stage import Stage, Work
 from shardwise.strategy import Strategy
+from shardwise.workload.stored import StoredWeights
 
 
 class Holding:
@@ -51,6 +53,7 @@ class Holding:
         keyed: KeyedOperations,
         *,
         bf16: bool,
+        weights: StoredWeights | None = None,
     ) -> None:
         self._strategy, self._mesh, self._bf16 = strategy, mesh, bf16
         self._placements, self._shapes = graph.placements, {name: t.shape for name, t in tensors.items()}
@@ -72,6 +75,8 @@ class Holding:
             check_dtypes((tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)), strategy)
             for stage in self.stages.values():
                 split_parameters(stage, stage.blocks, mesh)
+        if weights is not None:
+            self._read(weights)
         self._reducers = self._make_reducers()
 
     # ---- which tensors where ----------------------------------------------------------------------------------------
@@ -144,6 +149,14 @@ class Holding:
     def _workers_of(self, name: str) -> list[int]:
         """Pipeline workers that hold a tensor."""
         return sorted({stage % self._strategy.pp for stage, _ in self._homes[name]})
+
+    def _read(self, weights: StoredWeights) -> None:
+        """Reads our part of the parameters that are on meta."""
+        empty = [name for name in self._places if self._tensor(name).is_meta]
+        for stage in self.stages.values():
+            materialize(stage, self._mesh.device)
+        for name in empty:
+            read_weights(weights, name, self._tensor(name), self._lay_out(name, 0, 0).layout)
 
     # ---- gradients --------------------------------------------------------------------------------------------------
 

@@ -11,14 +11,16 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwise.parallel.batchnorm import batch_norm
 from shardwise.parallel.dropout import attention_probabilities
 from shardwise.parallel.dropout import mask as draw_mask
 from shardwise.parallel.engine import Position
 from shardwise.parallel.exchange import Exchange
+from shardwise.parallel.operations import Operations
 from shardwise.parallel.placement import REPLICATED, Placement, Sharded
+from shardwise.workload.opaque import Call
 
 Shape = tuple[int, ...]
 
@@ -36,6 +38,7 @@ class KeyedOperations:
         self.position = position
         self.exchange = exchange
         self.replicas = replicas
+        self._opaque: dict[nn.Module, Operations] = {}
 
     @contextmanager
     def at(self, position: Position) -> Iterator[None]:
@@ -112,3 +115,13 @@ class KeyedOperations:
         if self.replicas is None and counted:
             return torch.batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps, False)
         return batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, self.replicas, counted=counted)
+
+    def opaque(self, call: Call, site: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """A module that was not traced, called as it is; `site`: calls that have drawn dropout before it."""
+        if call.module not in self._opaque:
+            group = self.replicas
+            operations = Operations(self.position, tensors[0].device, None if group is None else lambda: group)
+            operations.install(call.module)
+            self._opaque[call.module] = operations
+        with self._opaque[call.module].drawing_from(site, self.position):
+            return call.run(tensors)

@@ -14,7 +14,9 @@ from torch.nn.parameter import is_lazy
 from shardwise.errors import WorkloadError
 from shardwise.parallel.deal import broadcast
 from shardwise.parallel.gather import gather_json
+from shardwise.parallel.materialize import move_buffers
 from shardwise.parallel.mesh import Mesh
+from shardwise.workload.stored import weights_of
 from shardwise.workload.workload import Workload
 
 _BUILT: WeakSet[nn.Module] = WeakSet()
@@ -33,7 +35,7 @@ def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
     model = plain_model(workload)
     _check(model, workload)
     _BUILT.add(model)
-    model.to(mesh.device)
+    move_buffers(model, mesh.device)
     if mesh.world is not None:
         _make_equal(model, workload, mesh)
     torch.manual_seed(workload.seed + mesh.replica)
@@ -66,6 +68,12 @@ def _check(model: nn.Module, workload: Workload) -> None:
         raise WorkloadError(
             f"parameter {lazy} of workload {workload.name!r} has no shape yet: call the model once in its factory"
         )
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if empty is not None and weights_of(workload.model) is None:
+        raise WorkloadError(
+            f"parameter {empty} of workload {workload.name!r} is on the meta device, without values: build the model "
+            "with its weights, or give a folder that has them in safetensors files"
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise WorkloadError(f"the model of workload {workload.name!r} has no parameter to train (requires_grad)")
 
@@ -82,7 +90,7 @@ def _make_equal(model: nn.Module, workload: Workload, mesh: Mesh) -> None:
             f"the model of workload {workload.name!r} has other parameters on worker {wrong} than on worker 0: its "
             "factory must build the same model everywhere"
         )
-    broadcast([tensor.detach() for tensor in tensors.values()], mesh.world, 0)
+    broadcast([tensor.detach() for tensor in tensors.values() if not tensor.is_meta], mesh.world, 0)
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:

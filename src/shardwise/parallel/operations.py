@@ -93,6 +93,18 @@ class Operations:
 
         block.forward = forward
 
+    def drawn(self) -> int:
+        """How many calls have drawn dropout in this pass."""
+        return self._keyed.site
+
+    @contextmanager
+    def drawing_from(self, site: int, position: Position) -> Iterator[None]:
+        """Surrounds a part of a pass at `position` that begins when `site` calls have drawn dropout."""
+        self._position = self._keyed.position = position
+        self._keyed.site = site
+        with self._mode():
+            yield
+
     @contextmanager
     def training_pass(self) -> Iterator[None]:
         """Surrounds each forward pass in training."""

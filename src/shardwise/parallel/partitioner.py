@@ -6,7 +6,8 @@ See `tensor` for what tensor parallelism is made of.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -45,7 +46,8 @@ class Value:
         shape: of the whole.
         dtype: of its elements.
         grad: whether a gradient flows back through it.
-        tensor: the parameter or buffer that it is, if it is one.
+        tensor: the parameter or buffer that it is, or that all its elements come from.
+        dims: for each dimension the one of `tensor` that it is; None: none of them.
     """
 
     node: fx.Node
@@ -54,16 +56,43 @@ class Value:
     dtype: torch.dtype
     grad: bool
     tensor: str | None = None
+    dims: tuple[int | None, ...] = ()
     exchanged: dict[Any, Value] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Replacements:
-    """What replaces operations of the step that draw at random or look at the whole batch; see `parallel.keyed`."""
+    """What replaces operations of the step that draw at random, look at the whole batch or were not traced.
+
+    See `parallel.keyed`.
+    """
 
     dropout: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     batch_norm: Callable[..., Tensor]
+    opaque: Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Uncut:
+    """Parameters that are whole on every worker.
+
+    Attributes:
+        reason: why.
+        names: of the parameters.
+        share: of the elements of all parameters, 0 to 1.
+    """
+
+    reason: str
+    names: tuple[str, ...]
+    share: float
+
+    def __str__(self) -> str:
+        """A line for people."""
+        others = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
+        return (
+            f"{self.share:.1%} of the parameters are whole on all tp workers: {self.reason} ({self.names[0]}{others})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +105,15 @@ class LocalGraph:
         step: the whole step.
         placements: of every parameter and buffer that the step uses.
         summed: parameters whose gradients here are summands: to be added up over the tensor-parallel workers.
-        notes: why something is not sharded, one line each.
+        reasons: why a parameter or buffer is whole on every worker.
+        notes: what a person should know, one line each.
     """
 
     graph: fx.Graph
     step: StepGraph
     placements: dict[str, Placement]
     summed: frozenset[str]
+    reasons: dict[str, str]
     notes: tuple[str, ...]
 
     def sharded_share(self, parameters: Mapping[str, Tensor]) -> float:
@@ -90,6 +121,19 @@ class LocalGraph:
         total = sum(parameter.numel() for parameter in parameters.values())
         cut = sum(p.numel() for name, p in parameters.items() if isinstance(self.placements.get(name), Sharded))
         return cut / total if total else 0.0
+
+    def uncut(self, parameters: Mapping[str, Tensor]) -> list[Uncut]:
+        """The parameters of a model that are whole on every worker, by the reason; the largest share first."""
+        total = sum(parameter.numel() for parameter in parameters.values())
+        names: dict[str, list[str]] = {}
+        for name in parameters:
+            if not isinstance(self.placements.get(name), Sharded):
+                names.setdefault(self.reasons.get(name, "not used in a training step"), []).append(name)
+        found = [
+            Uncut(reason, tuple(some), sum(parameters[name].numel() for name in some) / total)
+            for reason, some in names.items()
+        ]
+        return sorted(found, key=lambda each: -each.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +183,13 @@ class Partitioner:
         self.learnt = dict(self.wanted)
         self.obstacles: list[Obstacle] = []
         self.notes: dict[str, None] = {}
+        self.reasons: dict[str, str] = {}
+        self._because = ""
         self.sites = 0
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self._tensors: dict[str, fx.Node] = {}
+        self._forms: dict[str, list[Value]] = {}
         self._entered: dict[str, fx.Node] = {}
         self._direct: set[str] = set()
         self._outside = False
@@ -169,11 +216,14 @@ class Partitioner:
             return None  # a number or text in the batch, fixed in the graph
         name = self.step.tensors.get(node.name)
         copy = self._tensors.get(name or "") or self.graph.placeholder(node.name)
-        value = Value(copy, REPLICATED, tuple(val.shape), val.dtype, name in self.trained, name)
+        dims = tuple(range(val.dim()))
+        value = Value(copy, REPLICATED, tuple(val.shape), val.dtype, name in self.trained, name, dims)
         if name is not None:
             self._tensors[name] = copy
+            self._forms.setdefault(name, []).append(value)
         self._describe(value)
         if node in self._changed and name is not None:
+            self._because = "changed in place while another name reads it"
             self.decide(value, REPLICATED)
         return value
 
@@ -183,11 +233,12 @@ class Partitioner:
             return item
         value = self.values[item]
         if isinstance(value, Value) and value.tensor in self.placements:
-            value.placement = self.placements[value.tensor]
+            value.placement = _seen(self.placements[value.tensor], value)
         return value
 
     def _call(self, node: fx.Node) -> Any:
         self._outside = outside_model(node)
+        self._because = f"{_name_of(node.target)} takes all of it"
         if node.target is operator.getitem:
             return self._value(node.args[0])[node.args[1]]
         args = fx.node.map_aggregate(node.args, self._value)
@@ -221,8 +272,10 @@ class Partitioner:
         for name in (settled or frozenset()) - summed:
             self._divide(name)
         for name in self._tensors:
-            self.placements.setdefault(name, REPLICATED)
-        return LocalGraph(self.graph, self.step, self.placements, frozenset(summed), tuple(self.notes))
+            if name not in self.placements:
+                self.placements[name] = REPLICATED
+                self.reasons[name] = "nothing that can be cut uses it"
+        return LocalGraph(self.graph, self.step, self.placements, frozenset(summed), self.reasons, tuple(self.notes))
 
     def _divide(self, name: str) -> None:
         """Makes a gradient that is whole on every worker one that is added up over them: another shape has it so."""
@@ -242,25 +295,73 @@ class Partitioner:
         return isinstance(value, Value) and value.tensor is not None and value.tensor not in self.placements
 
     def decide(self, value: Value, placement: Placement) -> None:
-        """Settles how a parameter or buffer lies."""
+        """Settles how a parameter or buffer lies, by what is wanted of one of its forms."""
         assert value.tensor is not None
-        if self.fixed and isinstance(placement, Sharded):
-            placement = REPLICATED  # the step that training was planned by does not use it
+        forms = self._forms[value.tensor]
+        if isinstance(placement, Sharded):
+            dim = value.dims[placement.dim]
+            if dim is None or self.fixed or any(dim not in form.dims for form in forms):
+                placement = REPLICATED  # `fixed`: the step that training was planned by does not use it
+            else:
+                placement = placement.at(dim)
         self.placements[value.tensor] = placement
-        value.placement = placement
-        self._describe(value)
+        if not isinstance(placement, Sharded):
+            self.reasons[value.tensor] = self._because
+        for form in forms:
+            form.placement = _seen(placement, form)
+            form.node.meta["shape"] = local_shape(form.shape, form.placement, self.ranks)
+
+    def origin(self, value: Value, dim: int) -> Origin:
+        """The dimension of a parameter that dimension `dim` of one of its forms is."""
+        place = value.dims[dim]
+        assert value.tensor is not None
+        assert place is not None
+        return Origin(value.tensor, place)
 
     def segments(self, value: Value, dim: int) -> tuple[int, ...]:
-        """The segments in which dimension `dim` of a free parameter is best cut, as far as is known."""
-        return self.wanted.get((value.tensor or "", dim), (value.shape[dim],))
+        """The segments in which dimension `dim` of a free parameter is best cut, as far as is known; () if it is not."""
+        place = value.dims[dim]
+        return () if place is None else self.wanted.get((value.tensor or "", place), (value.shape[dim],))
+
+    def form(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        like: Any,
+        dims: Sequence[int | None],
+    ) -> Value:
+        """Another form of the free parameter `args[0]` (transposed, say), free as well: what uses it decides.
+
+        Args:
+            function: computes the same on a part as on the whole, along every dimension that the form keeps.
+            args: the parameter and the function's other arguments.
+            kwargs: more of them by name.
+            like: the whole result.
+            dims: for each dimension of the result the one of `args[0]` that it is; None: none of them.
+        """
+        base: Value = args[0]
+        result = self.emit(function, args, kwargs, like=like)
+        result.tensor = base.tensor
+        result.dims = tuple(None if dim is None else base.dims[dim] for dim in dims)
+        self._forms[base.tensor or ""].append(result)
+        return result
 
     def learn(self, origin: Origin | None, segments: Sequence[int]) -> None:
         """Notes for the next pass that a dimension should have been cut into these segments."""
         if origin is not None and not self.fixed:
             self.learnt[origin.tensor, origin.dim] = tuple(size * origin.unit for size in segments)
 
+    @contextmanager
+    def because(self, why: str) -> Iterator[None]:
+        """Surrounds what makes parameters whole for a reason of its own."""
+        before, self._because = self._because, why
+        yield
+        self._because = before
+
     def note(self, text: str) -> None:
-        """A line for people on what is not sharded."""
+        """A line for people."""
         self.notes.setdefault(text)
 
     def emit(
@@ -343,8 +444,8 @@ class Partitioner:
     def sharded(self, value: Value, dim: int, segments: tuple[int, ...], origin: Origin | None = None) -> Value:
         """The value cut along `dim`; a free parameter is decided so."""
         target = Sharded(dim, segments, origin)
-        if self.undecided(value):
-            self.decide(value, Sharded(dim, segments, Origin(value.tensor or "", dim)))
+        if self.undecided(value) and value.dims[dim] is not None:
+            self.decide(value, Sharded(dim, segments, self.origin(value, dim)))
             if isinstance(value.placement, Sharded):
                 return value
         if isinstance(value.placement, Sharded) and (value.placement.dim, value.placement.segments) == (dim, segments):
@@ -363,7 +464,7 @@ class Partitioner:
             result = Value(node, target, value.shape, value.dtype, value.grad)
             self._describe(result)
             value.exchanged[key] = result
-            if kind == "enter" and value.tensor is not None:
+            if kind == "enter" and value.tensor is not None and value.node is self._tensors[value.tensor]:
                 self._entered[value.tensor] = node
         return value.exchanged[key]
 
@@ -444,8 +545,8 @@ class Partitioner:
             for label in weights:
                 dim = inputs[index].index(label) if label in inputs[index] else None
                 segments = self.segments(args[index], dim) if dim is not None else ()
-                if dim is not None and Sharded(dim, segments).fits(self.ranks):
-                    return label, segments, Origin(args[index].tensor, dim)
+                if dim is not None and segments and Sharded(dim, segments).fits(self.ranks):
+                    return label, segments, self.origin(args[index], dim)
         self._obstacle(args[free[0]], inputs[free[0]], weights)
         return None
 
@@ -465,13 +566,11 @@ class Partitioner:
     def _obstacle(self, value: Value, labels: Labels, weights: Sequence[str]) -> None:
         sizes = [value.shape[labels.index(label)] for label in weights if label in labels]
         self.obstacles.append(Obstacle(f"{value.tensor} (features {' and '.join(map(str, sizes))})", sizes[0]))
-        self.note(f"{value.tensor}: tp={self.ranks} divides none of its features {sizes}")
+        self._because = f"tp={self.ranks} divides none of its features ({' and '.join(map(str, sizes))})"
 
     def fallback(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], why: str) -> Any:
         """Computes on every worker, from gathered inputs."""
-        big = [v.tensor for v in _leaves((args, kwargs)) if self.undecided(v) and len(v.shape) > 1]
-        for name in big:
-            self.note(f"{name}: {why}")
+        self._because = why or self._because
 
         def whole(item: Any) -> Any:
             return self.replicated(item) if isinstance(item, Value) else item
@@ -490,11 +589,21 @@ class Partitioner:
         return None
 
 
+def _seen(placement: Placement, form: Value) -> Placement:
+    """How a form of a parameter lies that lies at `placement`."""
+    return placement.at(form.dims.index(placement.dim)) if isinstance(placement, Sharded) else placement
+
+
 def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
     """`functools.partial` with a name, which a graph asks for."""
     result = partial(function, *args, **kwargs)
     result.__name__ = getattr(function, "__name__", "operation")  # type: ignore[attr-defined]
     return result
+
+
+def _name_of(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    return str(getattr(target, "__name__", target)) if schema is None else str(schema.name).rpartition("::")[2]
 
 
 def _differentiable(dtype: torch.dtype) -> bool:

@@ -1,7 +1,8 @@
 """Divides a step into pipeline stages and blocks, by what its layers cost.
 
 Costs are measured: worker 0 runs the operations of the forward pass one by one (a backward pass costs about twice as
-much, for all of them alike). All workers take its numbers, so that all cut alike.
+much, for all of them alike). All workers take its numbers, so that all cut alike. Where parameters have no values yet,
+because each worker is to read only its part of them, costs are counted instead.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.cuts import Place, Use, balanced, calls, common, places, uses
@@ -25,6 +28,9 @@ from shardwise.workload.graph import StepGraph, batch_leaves
 
 BYTES_PER_SECOND = 1e9
 """Assumed of a message between stages, only to choose between cuts: gloo between processes reaches about that."""
+
+FLOPS_PER_SECOND, MEMORY_BYTES_PER_SECOND = 1e11, 1e10
+"""Assumed of a worker where nothing can be measured: only their ratio has a say in where to cut."""
 
 MOST_BLOCKS = 16
 """Per stage: what is gathered, freed and recomputed together."""
@@ -37,10 +43,12 @@ class Division:
     Attributes:
         cut: all places, by the parameter use that follows them.
         blocks: of each stage.
+        places: how many places there were to cut at.
     """
 
     cut: tuple[Use, ...]
     blocks: tuple[int, ...]
+    places: int
 
 
 def divide(
@@ -67,7 +75,7 @@ def divide(
     check_stages(strategy, len(found))
     in_blocks = cuts_blocks(strategy)
     if stages == 1 and not in_blocks:
-        return Division((), (1,))
+        return Division((), (1,), len(found))
     costs = _links(step, found, _measured(step, tensors, data, parameters, mesh), parameters)
     sends = [place.bytes / BYTES_PER_SECOND for place in found]
     starts = balanced(costs, sends, stages)
@@ -78,7 +86,7 @@ def divide(
         inner = _block_starts(costs, found, first, end) if in_blocks else []
         cut += [*([first] if first else []), *inner]
         blocks.append(len(inner) + 1)
-    return Division(tuple(found[link - 1].use for link in cut), tuple(blocks))
+    return Division(tuple(found[link - 1].use for link in cut), tuple(blocks), len(found))
 
 
 def cuts_blocks(strategy: Strategy) -> bool:
@@ -139,12 +147,37 @@ def _measured(
     """Seconds of the forward pass from each use of a parameter to the next, as worker 0 measures them."""
     used = uses(step.graph, step.tensors, parameters)
     keys = [use[0] for use in used.values()]
+    if any(tensor.is_meta for tensor in tensors.values()):  # nothing to measure with
+        return dict(zip(keys, _counted(step, used), strict=True))
     seconds = torch.zeros(len(keys), dtype=torch.float64, device=mesh.device)
     if mesh.rank == 0:
         seconds = torch.tensor(_timed(step, tensors, data, used), dtype=torch.float64, device=mesh.device)
     if mesh.world is not None:
         dist.broadcast(seconds, 0)
     return dict(zip(keys, seconds.tolist(), strict=True))
+
+
+@torch.no_grad()
+def _counted(step: StepGraph, used: Mapping[fx.Node, list[Use]]) -> list[float]:
+    """Seconds as `_timed` gives them, counted: FLOPs at an assumed rate, and bytes moved."""
+    seconds = [0.0] * len(used)
+    current = -1
+    for node in calls(step.graph):
+        current += node in used
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _on_meta)
+        with FlopCounterMode(display=False) as counter:
+            node.target(*args, **kwargs)  # type: ignore[operator]
+        moved = [tree_leaves(each.meta.get("val")) for each in (node, *node.all_input_nodes)]
+        size = sum(leaf.numel() * leaf.itemsize for leaves in moved for leaf in leaves if isinstance(leaf, Tensor))
+        seconds[max(current, 0)] += counter.get_total_flops() / FLOPS_PER_SECOND + size / MEMORY_BYTES_PER_SECOND
+    return seconds
+
+
+def _on_meta(node: fx.Node) -> Any:
+    def converted(leaf: Any) -> Any:
+        return torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(converted, node.meta.get("val"))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from shardwise.parallel import structure, vocabulary
 from shardwise.parallel.memory import writes_in_place
 from shardwise.parallel.partitioner import Labels, Obstacle, Partitioner, Rule, Value, bound
 from shardwise.parallel.placement import PARTIAL, REPLICATED, Partial, Placement, Sharded
+from shardwise.workload.opaque import OPAQUE, call_of
 
 aten = torch.ops.aten
 
@@ -23,6 +24,8 @@ aten = torch.ops.aten
 def apply_rule(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """The result of a call of the step, as Values of this worker's graph."""
     target = node.target
+    if target is OPAQUE:
+        return opaque(p, node, args, kwargs)
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return p.fallback(node, args, kwargs, f"{target} has no tensor-parallel rule")
     name = target._schema.name.removeprefix("aten::")
@@ -51,6 +54,8 @@ def pointwise(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
     if not inputs:
         return p.fallback(node, args, kwargs, "")
     writes = writes_in_place(node)
+    if list(inputs) == [0] and p.undecided(args[0]) and args[0].shape == tuple(like.shape) and not writes:
+        return p.form(node.target, args, kwargs, like=like, dims=range(like.dim()))  # type: ignore[arg-type]
     if _sums(node, args, like):
         return p.emit(node.target, args, kwargs, like=like, placement=PARTIAL)  # type: ignore[arg-type]
     return p.labelled(
@@ -124,12 +129,28 @@ def matmul(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
         1: (*aligned(b.shape[:-2], batch), "k", "n"),
     }
     output = (*aligned(batch, batch), "m", "n")
-    weights = ("n", "k") if p.undecided(b) or _is_weight(b) else ()
+    weights: tuple[str, ...] = ("n", "k") if _is_weight(b) else ("m", "k") if _is_weight(a) else ()
     return p.labelled(node.target, [a, b], kwargs, inputs, output, like=like, weights=weights)  # type: ignore[arg-type]
 
 
 def _is_weight(value: Value) -> bool:
     return value.tensor is not None and len(value.shape) > 1
+
+
+def grouped_matmul(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """_grouped_mm(a (rows, k), b (groups, k, n), ends): consecutive rows of a times one b each."""
+    a, b, ends, *rest = _padded(args, 3)
+    ends = kwargs.get("offs", ends)
+    if len(a.shape) != 2 or len(b.shape) != 3 or ends is None or any(item is not None for item in rest):
+        return p.fallback(node, args, kwargs, "a grouped product of another kind")
+    inputs: dict[int, Labels] = {0: (None, "k"), 1: (None, "k", "n"), 2: (None,)}
+    like, function = node.meta["val"], bound(_grouped_mm, node.target)
+    return p.labelled(function, [a, b, ends], None, inputs, (None, "n"), like=like, weights=("n", "k"))
+
+
+def _grouped_mm(product: Any, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    result: Tensor = product(a, b, ends)
+    return result
 
 
 def addmm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -434,6 +455,18 @@ def refuse_random(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[s
     return p.fallback(node, args, kwargs, "")
 
 
+def opaque(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """A module that could not be traced: called whole, on every worker."""
+    call = call_of(args[1])
+    why = f"module {call.path!r} cannot be traced ({call.reason})"
+    p.note(f"{why}: it is computed whole on every worker of tp, and in one stage of pp")
+    with p.because(why):
+        tensors = [p.replicated(value) for value in args[0]]
+    site, p.sites = p.sites, p.sites + call.draws
+    function, likes = bound(p.replacements.opaque, call, site), list(node.meta["val"])
+    return p.emit_many(function, tensors, like=likes, placements=[REPLICATED] * len(likes))
+
+
 def cross_entropy(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """cross_entropy_loss(logits, target, weight, reduction, ignore_index, label_smoothing)."""
     logits, target, weight, mode, ignore, smoothing = _padded(args, 6, (None, None, None, 1, -100, 0.0))
@@ -483,6 +516,7 @@ RULES: dict[str, Rule] = {
     "mm": matmul,
     "bmm": matmul,
     "addmm": addmm,
+    "_grouped_mm": grouped_matmul,
     "einsum": einsum,
     "embedding": embedding,
     "scaled_dot_product_attention": attention,

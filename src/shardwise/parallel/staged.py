@@ -22,6 +22,7 @@ from shardwise.parallel.engine import Held, Position
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
+from shardwise.parallel.materialize import move_buffers
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.model import aliases_of, build_model, persistent_buffers, plain_model
 from shardwise.parallel.partitioner import LocalGraph, Replacements
@@ -31,11 +32,16 @@ from shardwise.parallel.precision import widen_loss
 from shardwise.parallel.schedule import order
 from shardwise.parallel.stage import Work, prepare
 from shardwise.parallel.tensor import partition
+from shardwise.parallel.traced import traced
 from shardwise.parallel.values import to_device
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share
-from shardwise.workload.graph import StepGraph, batch_leaves, example, trace
+from shardwise.workload.graph import StepGraph, batch_leaves, example
+from shardwise.workload.stored import weights_of
 from shardwise.workload.workload import Workload
+
+WORTH_A_NOTE = 0.01
+"""The share of the parameters from which on it is said that they are not cut, and why."""
 
 Key = tuple[Any, ...]
 """What a graph is made for: training or evaluation, shapes and dtypes of the batch."""
@@ -76,7 +82,7 @@ class GraphEngine:
         self._parameters = frozenset(named)
         self._trained = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
         data = self._example()
-        step = trace(workload, model, data)
+        step = traced(workload, model, data)
         local = self._partition(step, first=True)
         tensors: dict[str, Tensor] = {**named, **persistent_buffers(model)}
         self._placements, self._summed = local.placements, local.summed
@@ -87,13 +93,25 @@ class GraphEngine:
         if evaluation is not None:
             works.append(self._prepare(evaluation))
             self._works[self._key(False, data)] = works[1]
-        self._holding = Holding(works, tensors, local, strategy, mesh, self._exchange, self._keyed, bf16=self._bf16)
+        self._holding = Holding(
+            works,
+            tensors,
+            local,
+            strategy,
+            mesh,
+            self._exchange,
+            self._keyed,
+            bf16=self._bf16,
+            weights=weights_of(workload.model),
+        )
         self.parameters: dict[str, nn.Parameter] = self._holding.trained(self._trained)
         self.held: dict[str, Held] = self._holding.held()
         self._pipeline = Pipeline(
             self._holding.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
         )
-        self._local_notes = local.notes
+        self.uncut = local.uncut(named) if strategy.tp > 1 else []
+        self.places = self._division.places if strategy.pp > 1 else None
+        self._local_notes = (*local.notes, *(str(each) for each in self.uncut if each.share >= WORTH_A_NOTE))
         held = {name: held.tensor for name, held in self.held.items() if not isinstance(held.tensor, nn.Parameter)}
         self._buffers = ReplicaBuffers(held, mesh.replica_group)
         self.sharded_parameter_share = local.sharded_share(named)
@@ -116,7 +134,7 @@ class GraphEngine:
         cut = self._strategy.pp > 1 or cuts_blocks(self._strategy)
         if self._workload.evaluation is None or not cut:
             return None
-        return self._partition(trace(self._workload, model, data, training=False), first=False)
+        return self._partition(traced(self._workload, model, data, training=False), first=False)
 
     def _key(self, training: bool, data: Any) -> Key:
         leaves = batch_leaves(data)
@@ -124,7 +142,8 @@ class GraphEngine:
 
     def _partition(self, step: StepGraph, *, first: bool) -> LocalGraph:
         """Our part of a step; `first`: of the one that decides how tensors lie."""
-        replacements = Replacements(self._keyed.dropout, self._keyed.attention, self._keyed.batch_norm)
+        keyed = self._keyed
+        replacements = Replacements(keyed.dropout, keyed.attention, keyed.batch_norm, keyed.opaque)
         local, _ = partition(
             step,
             self._exchange,
@@ -150,8 +169,9 @@ class GraphEngine:
         """What is computed for batches of these shapes; traced when they come for the first time."""
         if key not in self._works:
             with torch.random.fork_rng():
-                model = plain_model(self._workload).to(self._mesh.device)
-            step = trace(self._workload, model, data, training=key[0])
+                model = plain_model(self._workload)
+                move_buffers(model, self._mesh.device)
+            step = traced(self._workload, model, data, training=key[0])
             self._works[key] = self._prepare(self._partition(step, first=False))
         return self._works[key]
 

@@ -47,13 +47,26 @@ def _missed(p: Partitioner, x: Value, placement: Sharded, new: tuple[int, ...], 
 
 def permute(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     """permute, transpose, t, movedim: where each dimension goes is read off a small tensor of the same rank."""
-    x, like = p.settled(args[0]), node.meta["val"]
+    x, like = args[0], node.meta["val"]
     probe = torch.empty(tuple(range(2, 2 + len(x.shape))), device="meta")
-    order = node.target(probe, *args[1:], **kwargs).shape  # type: ignore[operator]
+    order = [size - 2 for size in node.target(probe, *args[1:], **kwargs).shape]  # type: ignore[operator]
+    if p.undecided(x):
+        return p.form(node.target, args, kwargs, like=like, dims=order)  # type: ignore[arg-type]
+    x = p.settled(x)
     placement: Placement = x.placement
     if isinstance(placement, Sharded):
-        placement = placement.at(list(order).index(placement.dim + 2))
+        placement = placement.at(order.index(placement.dim))
     return p.emit(node.target, (x, *args[1:]), kwargs, like=like, placement=placement)  # type: ignore[arg-type]
+
+
+def unsqueeze(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    """unsqueeze: a new dimension of size one."""
+    x, like = args[0], node.meta["val"]
+    if not p.undecided(x):
+        return reshape(p, node, args, kwargs)
+    dims: list[int | None] = list(range(len(x.shape)))
+    dims.insert(args[1] % like.dim(), None)
+    return p.form(node.target, args, kwargs, like=like, dims=dims)  # type: ignore[arg-type]
 
 
 def expand(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
@@ -92,14 +105,63 @@ def repeat_interleave(p: Partitioner, node: fx.Node, args: list[Any], kwargs: di
 
 def select(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """x[:, i]: the dimension goes."""
-    x, like = p.settled(args[0]), node.meta["val"]
-    dim, placement = args[1] % len(x.shape), x.placement
+    x, like = args[0], node.meta["val"]
+    dim = args[1] % len(x.shape)
+    if p.undecided(x):
+        others = [other for other in range(len(x.shape)) if other != dim]
+        return p.form(node.target, args, kwargs, like=like, dims=others)  # type: ignore[arg-type]
+    x = p.settled(x)
+    placement = x.placement
     if isinstance(placement, Sharded):
         if placement.dim == dim:
             p.learn(placement.origin, (1,) * x.shape[dim])
             return p.fallback(node, args, kwargs, "one index of a sharded dimension is taken")
         placement = placement.at(placement.dim - (placement.dim > dim))
     return p.emit(node.target, (x, *args[1:]), kwargs, like=like, placement=placement)  # type: ignore[arg-type]
+
+
+def index(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """x[i, j, :]: the dimensions that no index goes along stay as they are."""
+    x, like = args[0], node.meta["val"]
+    given = [None if item is None else p.replicated(item) for item in args[1]]
+    given += [None] * (len(x.shape) - len(given))
+    at = [dim for dim, item in enumerate(given) if item is not None]
+    if any(value.dtype is torch.bool for value in given if value is not None):
+        return p.fallback(node, args, kwargs, "a mask takes elements of it")
+    kept = [dim for dim in range(len(x.shape)) if dim not in at]
+    new = like.dim() - len(kept)
+    together = at == list(range(at[0], at[0] + len(at)))
+    before = at[0] if together else 0  # torch puts what indices apart from each other give in front
+    dims = [*kept[:before], *[None] * new, *kept[before:]]
+    return _selected(p, node, [x, given, *args[2:]], kwargs, dims)
+
+
+def index_select(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """index_select(x, dim, index)."""
+    x, dim = args[0], args[1] % len(args[0].shape)
+    dims = [None if other == dim else other for other in range(len(x.shape))]
+    return _selected(p, node, [x, dim, p.replicated(args[2])], kwargs, dims)
+
+
+def _selected(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any], dims: list[int | None]) -> Value:
+    """What indices take of `args[0]`; `dims` of the result are those of it, None: what an index gives."""
+    x, like = args[0], node.meta["val"]
+    if p.undecided(x):
+        return p.form(node.target, args, kwargs, like=like, dims=dims)  # type: ignore[arg-type]
+    labels = tuple(f"x{dim}" if dim in dims else None for dim in range(len(x.shape)))
+    output = tuple(None if dim is None else f"x{dim}" for dim in dims)
+    return p.labelled(node.target, args, kwargs, {0: labels}, output, like=like)  # type: ignore[arg-type]
+
+
+def gather(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """gather(x, dim, index): where both are of one size, the other dimensions are independent."""
+    x, dim, where, *rest = args
+    dim %= max(len(x.shape), 1)
+    labels = tuple(
+        None if other == dim or size != where.shape[other] else f"x{other}" for other, size in enumerate(x.shape)
+    )
+    full = [x, dim, where, *rest]
+    return p.labelled(node.target, full, kwargs, {0: labels, 2: labels}, labels, like=node.meta["val"])  # type: ignore[arg-type]
 
 
 def slice_(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -208,16 +270,20 @@ def complex_view(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[st
     return p.labelled(node.target, args, kwargs, inputs, (*labels, *(None,) * (like.dim() - lead)), like=like)  # type: ignore[arg-type]
 
 
-RESHAPES = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
+RESHAPES = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "view_as", "reshape_as")
 PERMUTATIONS = ("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "mT", "adjoint")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(RESHAPES, reshape),
     **dict.fromkeys(PERMUTATIONS, permute),
     **dict.fromkeys(("expand", "expand_as"), expand),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split"), split),
+    "unsqueeze": unsqueeze,
     "repeat": repeat,
     "repeat_interleave": repeat_interleave,
     "select": select,
+    "index": index,
+    "index_select": index_select,
+    "gather": gather,
     "slice": slice_,
     "unbind": unbind,
     "cat": cat,

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardwise.errors import WorkloadError
 from shardwise.launch.local import run_local
+from shardwise.parallel.partitioner import Uncut
 from shardwise.run.deviation import Deviation, deviation, typical_size
 from shardwise.run.job import Source, enough_gpus
 from shardwise.strategy import Strategy
@@ -66,7 +67,20 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """How far a strategy is from one process: the largest errors over the steps."""
+    """How far a strategy is from one process: the largest errors over the steps.
+
+    Attributes:
+        strategy: that was verified.
+        steps: optimizer steps.
+        loss: of the losses.
+        gradient: of the gradients.
+        parameter: of the updated parameters and buffers.
+        tolerance: what is still taken for rounding.
+        sharded_share: share of the parameters that are cut.
+        uncut: those that tensor parallelism leaves whole, by the reason.
+        places: how many places there are to cut the step at; None without pipeline.
+        notes: what a person should know, of all workers.
+    """
 
     strategy: Strategy
     steps: int
@@ -75,6 +89,8 @@ class Proof:
     parameter: Deviation
     tolerance: float
     sharded_share: float
+    uncut: tuple[Uncut, ...]
+    places: int | None
     notes: tuple[str, ...]
 
     @property
@@ -122,6 +138,8 @@ def _row(proof: Proof, axis: str) -> dict[str, Any]:
         "passed": proof.passed,
         "failure": None if proof.passed else _failure(proof, axis),
         "axis_at_fault": axis or None,
+        "uncut": [{"reason": e.reason, "parameters": list(e.names), "share": e.share} for e in proof.uncut],
+        "pipeline_places": proof.places,
         "notes": list(proof.notes),
     }
 
@@ -227,6 +245,7 @@ def compare(trial: Trial) -> Proof | None:
         gradient |= _of_all(program, program.gradient_pieces(), expected, "gradient", None)
         parameter |= _of_all(program, _model_pieces(program), expected, "model", counted)
         _start_from(program, expected)
+    notes = _everybodys_notes(program)
     if program.mesh.rank != 0:
         return None
     return Proof(
@@ -237,8 +256,20 @@ def compare(trial: Trial) -> Proof | None:
         parameter=parameter,
         tolerance=tolerance,
         sharded_share=float(getattr(program.engine, "sharded_parameter_share", 0.0)),
-        notes=tuple(program.engine.notes),
+        uncut=tuple(getattr(program.engine, "uncut", ())),
+        places=getattr(program.engine, "places", None),
+        notes=notes,
     )
+
+
+def _everybodys_notes(program: Any) -> tuple[str, ...]:
+    """What any worker has to say, each line once. Collective."""
+    from shardwise.parallel.gather import gather_json
+
+    mine = list(program.engine.notes)
+    if program.mesh.world is None:
+        return tuple(mine)
+    return tuple(dict.fromkeys(sum(gather_json(mine, program.mesh.world, program.mesh.device), [])))
 
 
 def rounding(program: Any, trial: Trial) -> float:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.launch.local import under_torchrun
+from shardwise.parallel.materialize import materialize
 from shardwise.workload.workload import Workload
 
 
@@ -16,6 +17,7 @@ def filled_model(workload: Workload, weights: dict[str, Tensor] | None) -> nn.Mo
         torch.manual_seed(workload.seed)
         model = workload.model()
     if weights is not None:
+        materialize(model, torch.device("cpu"))
         model.load_state_dict(weights)
     if under_torchrun() and dist.is_initialized():
         for tensor in model.state_dict().values():  # they share their memory with the module

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
+from shardwise.workload.stored import weights_of
 from shardwise.workload.workload import Workload
 
 
@@ -24,7 +25,7 @@ def in_float64(workload: Workload) -> Workload:
     collate = workload.collate or default_collate
     return replace(
         workload,
-        model=lambda: _wide_model(workload),
+        model=_WideModel(workload.model),
         collate=lambda samples: to_float64(collate(samples)),
         loss=_wide(workload.loss),
         evaluation=None,
@@ -41,10 +42,17 @@ def to_float64(values: Any) -> Any:
     return tree_map(convert, values)
 
 
-def _wide_model(workload: Workload) -> nn.Module:
-    model = workload.model().double()
-    model.forward = _wide(model.forward)
-    return model
+class _WideModel:
+    """A factory of the same model in float64."""
+
+    def __init__(self, factory: Callable[[], nn.Module]) -> None:
+        self._factory = factory
+        self.weights = weights_of(factory)
+
+    def __call__(self) -> nn.Module:
+        model = self._factory().double()
+        model.forward = _wide(model.forward)
+        return model
 
 
 def _wide(function: Callable[..., Any]) -> Callable[..., Any]:

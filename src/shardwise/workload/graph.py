@@ -7,11 +7,13 @@ so there is one graph per batch shape; nothing else of the trace is used as a fa
 
 from __future__ import annotations
 
+import io
 import logging
 import operator
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,8 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
 from shardwise.workload.data import first_samples
+from shardwise.workload.opaque import Call, hidden
+from shardwise.workload.standin import stand_ins
 from shardwise.workload.workload import Workload, call_model
 
 _SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -85,13 +89,37 @@ def _assignments_copied(model: nn.Module) -> Iterator[None]:
             module._buffers[key] = buffer
 
 
-def trace(workload: Workload, model: nn.Module, batch: Any, *, training: bool = True) -> StepGraph:
+class Untraceable(WorkloadError):
+    """A step cannot be traced.
+
+    Attributes:
+        module: name in the model of the innermost module in which it failed; None: outside of all.
+        reason: in one line.
+    """
+
+    def __init__(self, workload: Workload, module: str | None, reason: str) -> None:
+        self.module, self.reason = module, reason
+        where = f" in module {module!r}" if module else ""
+        hint = "" if module else "; use dp or fsdp, which run a module as it is"
+        super().__init__(f"workload {workload.name!r} cannot be traced{where}: {reason}{hint}")
+
+
+def trace(
+    workload: Workload,
+    model: nn.Module,
+    batch: Any,
+    *,
+    training: bool = True,
+    opaque: Mapping[str, Sequence[Call]] | None = None,
+) -> StepGraph:
     """The graph of one step on batches shaped like `batch`; with the workload's metric where not `training`.
 
     In training every part of the module is in the mode that it is in. The module keeps its modes and its tensors.
+    Modules in `opaque`, by name, are not entered; see `workload.opaque`.
 
     Raises:
-        WorkloadError: the module or its loss cannot be traced, or the loss is not a scalar.
+        Untraceable: the module or its loss cannot be traced.
+        WorkloadError: the loss is not a scalar.
     """
     evaluation = workload.evaluation
     measure = evaluation.measure if evaluation is not None and not training else None
@@ -100,30 +128,74 @@ def trace(workload: Workload, model: nn.Module, batch: Any, *, training: bool = 
     if not training:
         step.eval()
     try:
-        with _quiet():
-            program = torch.export.export(step, (batch,), strict=False)
+        with _quiet(), stand_ins(model, batch) as (_, given), hidden(opaque or {}):
+            program = torch.export.export(step, (given,), strict=False)
     except Exception as error:
-        raise WorkloadError(f"workload {workload.name!r} cannot be traced: {_first_line(error)}") from error
+        raise Untraceable(workload, _innermost(model, error), _first_line(error)) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
     graph = _inlined(program.graph_module)
+    following = next((node for node in graph.nodes if _follows_data(node)), None)
+    if following is not None:
+        reason = f"what {following.target} gives has a shape or a number that follows the data"
+        raise Untraceable(workload, _enclosing(graph, following), reason)
     _check_loss(workload, graph)
     return _named(program, graph, model, training)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns of things that do not concern a person who trains."""
+    """Export warns of things that do not concern a person who trains, and prints graphs that it fails on."""
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+
+
+def _innermost(model: nn.Module, error: BaseException) -> str | None:
+    """The module whose forward was running, innermost, as the tracebacks of an error and its causes show."""
+    names = {module: name for name, module in model.named_modules()}
+    found = None
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and module in names:
+                found = names[module]
+        cause = cause.__cause__ or cause.__context__
+    return found
+
+
+def _follows_data(node: fx.Node) -> bool:
+    """Whether a value is a number, or has a shape, that only the data tells."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    symbols = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    return any(
+        isinstance(leaf, symbols) or (isinstance(leaf, Tensor) and any(isinstance(s, symbols) for s in leaf.shape))
+        for leaf in leaves
+    )
+
+
+def _enclosing(graph: fx.Graph, node: fx.Node) -> str | None:
+    """The innermost module around `node` that gives nothing whose shape follows the data; None: there is none."""
+    for path in reversed(_modules_around(node)):
+        inside = [other for other in graph.nodes if path in _modules_around(other)]
+        given = [other for other in inside if any(path not in _modules_around(user) for user in other.users)]
+        if not any(_follows_data(other) for other in given):
+            return path
+    return None
+
+
+def _modules_around(node: fx.Node) -> list[str]:
+    """Names in the model of the modules that a call is made in, the outermost first."""
+    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return [path.removeprefix("model").removeprefix(".") for path in stack if path.split(".")[0] == "model"]
 
 
 def _first_line(error: Exception) -> str:

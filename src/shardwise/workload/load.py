@@ -1,4 +1,4 @@
-"""From what a user writes to a `Workload`: a recipe's name, `path/to/file.py:function` or `package.module:function`.
+"""From what a user writes to a `Workload`: a recipe, `path/to/file.py:function`, `package.module:function`, a folder.
 
 Every mistake is one line. Importing this module does not import torch; loading a recipe does.
 """
@@ -22,14 +22,18 @@ from shardwise.workload.settings import convert_settings, parameters_of
 from shardwise.workload.workload import Workload
 
 RECIPES = ("image", "language", "medical")
-_FORMS = f"a recipe ({', '.join(RECIPES)}), path/to/file.py:function or package.module:function"
+_FORMS = (
+    f"a recipe ({', '.join(RECIPES)}), path/to/file.py:function, package.module:function or a folder with a Hugging "
+    "Face config.json"
+)
 
 
 def load_workload(spec: str, settings: Mapping[str, Any] | None = None) -> Workload:
     """The workload that `spec` names, with `settings` for the parameters of its function.
 
     Args:
-        spec: a recipe, `path/to/file.py:function` or `package.module:function`; the function returns a `Workload`.
+        spec: a recipe, `path/to/file.py:function`, `package.module:function` (the function returns a `Workload`), or
+            a folder with a Hugging Face `config.json`.
         settings: parameter -> text (converted by the parameter's annotation or default) or value.
 
     Raises:
@@ -67,6 +71,10 @@ def _find_function(spec: str) -> Callable[..., Any]:
     if spec in RECIPES:
         return _function_of(_import_module(f"shardwise.workload.recipes.{spec}"), spec, spec)
     source, colon, name = spec.rpartition(":")
+    if (Path(spec) / "config.json").is_file():
+        module = _import_module("shardwise.workload.recipes.huggingface")
+        found: Callable[..., Any] = module.huggingface_workload(Path(spec))
+        return found
     if not colon:
         raise WorkloadError(_unknown(spec))
     if not source or not name:
@@ -81,7 +89,7 @@ def _unknown(spec: str) -> str:
     if path.is_file():
         return f"workload {spec!r} names no function: write {spec}:FUNCTION"
     if path.is_dir():
-        return f"workload {spec!r} is a folder: give {_FORMS}"
+        return f"workload {spec!r} is a folder without a config.json: give {_FORMS}"
     return f"unknown workload {spec!r}: give {_FORMS}{nearest(spec, RECIPES)}"
 
 

@@ -1,0 +1,61 @@
+"""The graph of a step, whatever the module does: what cannot be traced becomes one call in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.parallel.engine import Position
+from shardwise.parallel.operations import Operations
+from shardwise.workload.graph import StepGraph, Untraceable, trace
+from shardwise.workload.opaque import Call, Recorder
+from shardwise.workload.workload import Workload, call_model
+
+
+def traced(workload: Workload, model: nn.Module, batch: Any, *, training: bool = True) -> StepGraph:
+    """`workload.graph.trace`, with each module that cannot be traced as a call: the innermost one that fails.
+
+    Such a module is called with whole tensors on every worker of tp, and is never cut in two by pp. The model runs once
+    on `batch` for each of them.
+
+    Raises:
+        Untraceable: it fails outside of all modules, in the outermost one, or where the model has no values yet.
+        WorkloadError: the loss is not a scalar.
+    """
+    opaque: dict[str, Sequence[Call]] = {}
+    while True:
+        try:
+            return trace(workload, model, batch, training=training, opaque=opaque)
+        except Untraceable as error:
+            path = error.module
+            if not path or path in opaque or any(parameter.is_meta for parameter in model.parameters()):
+                raise
+            opaque = {name: calls for name, calls in opaque.items() if not name.startswith(f"{path}.")}
+            opaque[path] = _recorded(workload, model, batch, path, error.reason, training)
+            if not opaque[path]:
+                raise
+
+
+def _recorded(
+    workload: Workload, model: nn.Module, batch: Any, path: str, reason: str, training: bool
+) -> Sequence[Call]:
+    """The calls of the module at `path` in a pass on `batch`, after which all tensors are what they were."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    operations = Operations(Position(), device)
+    recorder = Recorder(model.get_submodule(path), path, reason, operations.drawn)
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = {module: module.training for module in model.modules()}
+    if not training:
+        model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), recorder.open(), operations.training_pass():
+            call_model(model, workload.inputs(batch))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for buffer, value in kept:
+            buffer.copy_(value)
+    return tuple(recorder.calls)

@@ -1,0 +1,184 @@
+"""Modules that cannot be traced, as one call each in the graph of a step.
+
+A call is written down by running the model once on real data: with what the module was called, and the shapes of what
+came out. In a trace the operator `shardwise::opaque` stands for it; what runs a graph calls the module itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+_CALLS: dict[int, Call] = {}
+_NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module in a step.
+
+    Attributes:
+        module: what is called.
+        path: its name in the model.
+        reason: why it cannot be traced, in one line.
+        state: names of its parameters and buffers, the first of the operator's tensors.
+        leaves: of its arguments; None where a tensor is to be put.
+        spec: of the arguments.
+        outputs: tensors of the same shapes as those that came out, on meta.
+        results: leaves of the output; None where a tensor is to be put.
+        result_spec: of the output.
+        draws: calls in it that draw dropout.
+    """
+
+    module: nn.Module
+    path: str
+    reason: str
+    state: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    spec: TreeSpec
+    outputs: tuple[Tensor, ...]
+    results: tuple[Any, ...]
+    result_spec: TreeSpec
+    draws: int
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Calls the module with its state and arguments among `tensors`; the tensors that come out."""
+        count = len(self.state)
+        args, kwargs = tree_unflatten(_filled(self.leaves, tensors[count:]), self.spec)
+        output = functional_call(self.module, dict(zip(self.state, tensors[:count], strict=True)), args, kwargs)
+        found, results, _ = _split(output)
+        now, first = _shapes(found, results), _shapes(self.outputs, self.results)
+        if now != first:
+            raise RuntimeError(
+                f"{self.path} gave {now}, at first {first}: neither shapes nor numbers may follow the data"
+            )
+        return tuple(found)
+
+
+def _filled(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    given = iter(tensors)
+    return [next(given) if isinstance(leaf, _Place) else leaf for leaf in leaves]
+
+
+def _shapes(tensors: Sequence[Tensor], leaves: Sequence[Any]) -> list[Any]:
+    """What an output is made of, but for the values of its tensors."""
+    return _filled(leaves, [tuple(each.shape) for each in tensors])  # type: ignore[misc]
+
+
+class _Place:
+    """Where a tensor is to be put."""
+
+
+def _split(tree: Any) -> tuple[list[Tensor], tuple[Any, ...], TreeSpec]:
+    leaves, spec = tree_flatten(tree)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, tuple(_Place() if isinstance(leaf, Tensor) else leaf for leaf in leaves), spec
+
+
+@torch.library.custom_op("shardwise::opaque", mutates_args=())
+def operator(tensors: list[Tensor], number: int) -> list[Tensor]:
+    """The call `number`, without gradient. Operators may not give back what they are given."""
+    return [result.clone() for result in _CALLS[number].run(tensors)]
+
+
+@operator.register_fake
+def _(tensors: list[Tensor], number: int) -> list[Tensor]:
+    like = tensors[0]
+    return [like.new_empty(each.shape, dtype=each.dtype) for each in _CALLS[number].outputs]
+
+
+OPAQUE = torch.ops.shardwise.opaque.default
+
+
+def call_of(number: int) -> Call:
+    """The call that an operator stands for."""
+    return _CALLS[number]
+
+
+class Recorder:
+    """Writes down the calls of a module while it is open; `drawn` tells how many calls have drawn dropout so far."""
+
+    def __init__(self, module: nn.Module, path: str, reason: str, drawn: Any) -> None:
+        self.calls: list[Call] = []
+        self.module, self._path, self._reason, self._drawn = module, path, reason, drawn
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """While it is open, the module's calls are written down."""
+        own = self.module.__dict__.get("forward")
+        original = self.module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            before = self._drawn()
+            _, leaves, spec = _split((args, kwargs))
+            output = original(*args, **kwargs)
+            tensors, results, result_spec = _split(output)
+            self.calls.append(
+                Call(
+                    self.module,
+                    self._path,
+                    self._reason,
+                    tuple(_state(self.module)),
+                    leaves,
+                    spec,
+                    tuple(torch.empty_like(each, device="meta") for each in tensors),
+                    results,
+                    result_spec,
+                    self._drawn() - before,
+                )
+            )
+            return output
+
+        self.module.forward = forward
+        try:
+            yield
+        finally:
+            _restore(self.module, own)
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _restore(module: nn.Module, own: Any) -> None:
+    if own is None:
+        del module.__dict__["forward"]
+    else:
+        module.forward = own
+
+
+@contextmanager
+def hidden(calls: Mapping[str, Sequence[Call]]) -> Iterator[None]:
+    """While it is open, modules that were written down are not entered: the operator is called in their place."""
+    replaced = []
+    for of_module in calls.values():
+        module = of_module[0].module
+        replaced.append((module, module.__dict__.get("forward")))
+        module.forward = _stand_in(of_module)
+    try:
+        yield
+    finally:
+        for module, own in replaced:
+            _restore(module, own)
+
+
+def _stand_in(calls: Sequence[Call]) -> Any:
+    left = iter(calls)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = next(left)
+        tensors, _, _ = _split((args, kwargs))
+        number = next(_NUMBERS)
+        _CALLS[number] = call
+        results = operator([*_state(call.module).values(), *tensors], number)
+        return tree_unflatten(_filled(call.results, results), call.result_spec)
+
+    return forward

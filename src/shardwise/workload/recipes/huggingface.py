@@ -1,0 +1,262 @@
+"""A folder with a Hugging Face `config.json` as a workload: its own architecture, from its weights if it has them.
+
+What is trained follows from the architecture that the configuration names:
+
+    causal language model     the next token
+    encoder and decoder       the tokens that follow a text
+    masked language model     every seventh token, hidden
+    image classification      scikit-learn's digits
+
+Text is Python's standard library, or what `data` says; in tokens of the folder's `tokenizer.json`, else byte by byte.
+Weights in safetensors files are read by each worker in part: the part that it holds.
+
+The parameters, for --set:
+    batch_size: samples per step over all workers.
+    sequence: tokens per sample.
+    precision: float32 or bf16.
+    data: text or token ids as in the recipe `language`; None: the standard library's source.
+    learning_rate: constant.
+    weight_decay: AdamW's, of matrices and kernels.
+    clip_norm: largest norm of the gradient; None: no clipping.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardwise.errors import DataError, WorkloadError
+from shardwise.workload.recipes.checks import check_positive
+from shardwise.workload.recipes.datasets.cache import Array, LazyArray, cached, fingerprint
+from shardwise.workload.recipes.datasets.images import digits
+from shardwise.workload.recipes.datasets.text import Corpus, Span, Windows, standard_library, user_corpus
+from shardwise.workload.recipes.packages import require
+from shardwise.workload.recipes.training import adamw
+from shardwise.workload.stored import StoredModel, StoredWeights
+from shardwise.workload.workload import Workload
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+HIDDEN_EVERY = 7
+"""One of so many tokens is hidden from a masked language model: about the 15% of BERT (Devlin et al. 2018)."""
+
+TOKENIZED_BYTES = 8_000_000
+"""How much text is turned into tokens at most: more would take minutes."""
+
+_KINDS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "translation": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+def huggingface_workload(folder: Path) -> Callable[..., Workload]:
+    """The workload function of a folder."""
+
+    def workload(
+        batch_size: int = 8,
+        sequence: int = 128,
+        precision: Literal["float32", "bf16"] = "float32",
+        data: str | None = None,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.1,
+        clip_norm: float | None = 1.0,
+    ) -> Workload:
+        check_positive(batch_size=batch_size, sequence=sequence, learning_rate=learning_rate)
+        architecture = _architecture(folder)
+        task = _task(architecture, folder, sequence, data)
+        return Workload(
+            name=folder.resolve().name,
+            model=_factory(architecture, folder),
+            dataset=task.dataset,
+            inputs=task.inputs,
+            loss=task.loss,
+            optimizer=adamw(learning_rate, weight_decay),
+            batch_size=batch_size,
+            precision=precision,
+            clip_norm=clip_norm,
+        )
+
+    return workload
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """A class of transformers, what it does, and its configuration."""
+
+    kind: str
+    name: str
+    config: Any
+
+    def build(self) -> nn.Module:
+        model: nn.Module = getattr(require("transformers", "transformers", "huggingface"), self.name)(self.config)
+        return model
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a model is trained on."""
+
+    dataset: Any
+    inputs: Callable[[Any], Any]
+    loss: Callable[[Any, Any], Tensor]
+
+
+def _architecture(folder: Path) -> _Architecture:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers = require("transformers", "transformers", "huggingface")
+    auto = require("transformers.models.auto.modeling_auto", "transformers", "huggingface")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise WorkloadError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # a cache is of use where text is generated
+    named = (config.architectures or [""])[0]
+    for kind, mapping in _KINDS.items():
+        names = getattr(auto, mapping)
+        if named and any(named == name or named in name for name in _texts(names.values())):
+            return _Architecture(kind, named, config)
+    for kind, mapping in _KINDS.items():  # a bare model, or none named: with the head of what it is known for
+        name = next(iter(_texts([getattr(auto, mapping).get(config.model_type, ())])), None)
+        if name is not None:
+            return _Architecture(kind, name, config)
+    raise WorkloadError(
+        f"{folder / CONFIG}: {named or config.model_type} is neither a causal, masked or encoder-decoder language model "
+        "nor an image classifier: write a workload function for it (file.py:function)"
+    )
+
+
+def _texts(names: Any) -> list[str]:
+    return [text for each in names for text in ([each] if isinstance(each, str) else each)]
+
+
+def _factory(architecture: _Architecture, folder: Path) -> Callable[[], nn.Module]:
+    weights = StoredWeights.of_folder(folder)
+    if weights is None:
+        return architecture.build
+    model = StoredModel(architecture.build, weights)()
+    named = weights.named_for(model, getattr(model, "base_model_prefix", ""))
+    if isinstance(named, StoredWeights):
+        return StoredModel(architecture.build, named)
+    warnings.warn(
+        f"{folder}: {named} is not stored under its name, so every worker reads all weights, as transformers converts "
+        "them",
+        stacklevel=2,
+    )
+    return partial(_converted, architecture, folder)
+
+
+def _converted(architecture: _Architecture, folder: Path) -> nn.Module:
+    """The model with weights that transformers has to rename or join."""
+    transformers = require("transformers", "transformers", "huggingface")
+    model: nn.Module = getattr(transformers, architecture.name).from_pretrained(
+        folder, config=architecture.config, local_files_only=True, dtype="float32"
+    )
+    return model
+
+
+# ---- what is trained ------------------------------------------------------------------------------------------------
+
+
+def _task(architecture: _Architecture, folder: Path, sequence: int, data: str | None) -> _Task:
+    if architecture.kind == "image":
+        return _images(architecture.config)
+    vocabulary = _text_config(architecture.config).vocab_size
+    corpus = _corpus(folder, data, vocabulary)
+    if architecture.kind == "causal":
+        return _Task(
+            Windows(corpus.train, sequence),
+            lambda batch: {"input_ids": batch["tokens"][:, :-1]},
+            lambda output, batch: _cross_entropy(output.logits, batch["tokens"][:, 1:]),
+        )
+    if architecture.kind == "translation":
+        return _Task(
+            Windows(corpus.train, 2 * sequence),
+            lambda batch: {
+                "input_ids": batch["tokens"][:, :sequence],
+                "decoder_input_ids": batch["tokens"][:, sequence:-1],
+            },
+            lambda output, batch: _cross_entropy(output.logits, batch["tokens"][:, sequence + 1 :]),
+        )
+    hidden = slice(HIDDEN_EVERY // 2, sequence, HIDDEN_EVERY)
+    if sequence <= HIDDEN_EVERY // 2:
+        raise WorkloadError(f"sequence={sequence}: a masked language model needs {HIDDEN_EVERY} tokens or more")
+
+    def masked(batch: Any) -> dict[str, Tensor]:
+        tokens = batch["tokens"][:, :sequence].clone()
+        tokens[:, hidden] = vocabulary - 1
+        return {"input_ids": tokens}
+
+    return _Task(
+        Windows(corpus.train, sequence),
+        masked,
+        lambda output, batch: _cross_entropy(output.logits[:, hidden], batch["tokens"][:, :sequence][:, hidden]),
+    )
+
+
+def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of logits (samples, tokens, vocabulary); all samples have equally many tokens."""
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def _images(config: Any) -> _Task:
+    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    if config.num_labels < 10:
+        raise WorkloadError(f"num_labels={config.num_labels}: the digits have 10 classes")
+    channels = config.num_channels
+    return _Task(
+        digits(size).train,
+        lambda batch: {"pixel_values": batch["image"].expand(-1, channels, -1, -1)},
+        lambda output, batch: F.cross_entropy(output.logits, batch["label"]),
+    )
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _corpus(folder: Path, data: str | None, vocabulary: int) -> Corpus:
+    corpus = standard_library() if data is None else user_corpus(data, "uint16", None)
+    if corpus.unit == "byte" and (folder / TOKENIZER).is_file():
+        tokenizer = folder / TOKENIZER
+        corpus = Corpus(
+            _tokenized(corpus.train, tokenizer), _tokenized(corpus.held_out, tokenizer), vocabulary, "token"
+        )
+    elif corpus.vocabulary > vocabulary:
+        raise DataError(
+            f"vocab_size={vocabulary} of {folder / CONFIG}: the data has {corpus.vocabulary} different {corpus.unit}s; "
+            f"use a larger vocab_size, or put the model's {TOKENIZER} into the folder"
+        )
+    return corpus
+
+
+def _tokenized(span: Span, tokenizer: Path) -> Span:
+    part = Span(span.tokens, span.first, min(span.last, span.first + TOKENIZED_BYTES))
+    key = [fingerprint([tokenizer]), part.first, part.last, _checksum(part)]
+    lazy = LazyArray(partial(cached, "tokenized", key, partial(_tokens, part, tokenizer)))
+    return Span(lazy, 0, len(lazy.array))
+
+
+def _checksum(span: Span) -> int:
+    import zlib
+
+    return zlib.crc32(span.tokens.array[span.first : span.last].tobytes())
+
+
+def _tokens(span: Span, tokenizer: Path) -> Array:
+    text = span.tokens.array[span.first : span.last].tobytes().decode(errors="replace")
+    encoder = require("tokenizers", "tokenizers", "huggingface").Tokenizer.from_file(str(tokenizer))
+    lines = text.splitlines(keepends=True)
+    pieces = ["".join(lines[start : start + 1000]) for start in range(0, len(lines), 1000)]
+    ids = [np.array(each.ids, dtype=np.uint32) for each in encoder.encode_batch(pieces, add_special_tokens=False)]
+    return np.concatenate(ids) if ids else np.zeros(0, dtype=np.uint32)

@@ -1,0 +1,77 @@
+"""The document that the test of models writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import catalogue
+
+HEAD = """# Models that were tried
+
+Written by `make test` (tests/models), never by hand. Every model is built unmodified from its configuration, with random
+weights and few, small layers, and trained in float64 by `shardwise verify`'s own code: {steps} steps under each strategy
+against the same steps in one process, with its own dropout, clipped gradients and AdamW.
+
+A cell is the largest relative error of any loss, gradient, updated parameter or buffer, rounded up to a power of ten.
+`sharded` is the share of the parameters that `tp=2` cuts, `places` is how many places a pipeline may be cut at (of the
+small model: a layer more has as many more).
+
+"""
+
+WHOLE = """
+## What tensor parallelism leaves whole, and why
+
+Under `tp=2`, as a share of the small model's parameters. Norms and biases after a sum are whole by design: what they are
+added to is whole. Their share falls with the width of a model.
+
+| model | share | reason | parameters |
+| --- | ---: | --- | --- |
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What the test of one model under one strategy found."""
+
+    error: float
+    steps: int
+    share: float
+    uncut: tuple[tuple[str, tuple[str, ...], float], ...]
+    places: int | None
+
+    @classmethod
+    def of(cls, proof: Any) -> Cell:
+        error = max(proof.loss.error, proof.gradient.error, proof.parameter.error)
+        uncut = tuple((each.reason, each.names, each.share) for each in proof.uncut)
+        return cls(error, proof.steps, proof.sharded_share, uncut, proof.places)
+
+
+def write(path: Path, cells: Mapping[tuple[str, str], Cell], strategies: Sequence[str]) -> None:
+    steps = next(iter(cells.values())).steps
+    columns = ["model", "sharded", "places", *(f"`{strategy}`" for strategy in strategies)]
+    lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
+    whole = []
+    for model in catalogue.KINDS:
+        split, stages = cells[model, "tp=2"], cells[model, "pp=2"]
+        errors = [_power(cells[model, strategy].error) for strategy in strategies]
+        name = catalogue.name_of(model)
+        lines.append(_row([name, f"{split.share:.1%}", str(stages.places), *errors]))
+        whole += [_row([name, f"{share:.1%}", reason, _names(names)]) for reason, names, share in split.uncut]
+    path.write_text(HEAD.format(steps=steps) + "\n".join(lines) + "\n" + WHOLE + "\n".join(whole) + "\n")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _power(error: float) -> str:
+    return "0" if error == 0 else f"1e{math.ceil(math.log10(error)):+03d}"
+
+
+def _names(names: Sequence[str]) -> str:
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"`{names[0]}`{others}"

@@ -1,0 +1,82 @@
+"""Models that nobody here wrote train under every strategy as on one process; the result is docs/models.md."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import catalogue
+import pytest
+from pool import Pools
+from table import Cell, write
+
+from shardwise import Strategy
+from shardwise.run import verify
+from shardwise.run.job import Source
+
+STRATEGIES = ("dp=2", "fsdp=2", "tp=2", "pp=2", "dp=2,tp=2", "tp=2,pp=2")
+STEPS = 2
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def trial(folder: Path, model: str, strategy: str) -> verify.Trial:
+    return verify.Trial(
+        source=Source(workload=f"catalogue:{model}"),
+        strategy=Strategy.parse(strategy).for_batch(catalogue.BATCH),
+        steps=STEPS,
+        float64=True,
+        folder=str(folder),
+    )
+
+
+@pytest.fixture(scope="module")
+def recorded(workers: Pools, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """One worker's steps, recorded once for each model and number of microbatches."""
+    folders: dict[tuple[str, int], Path] = {}
+
+    def get(model: str, strategy: str) -> Path:
+        count = Strategy.parse(strategy).for_batch(catalogue.BATCH).microbatches
+        if (model, count) not in folders:
+            folders[model, count] = tmp_path_factory.mktemp("alone")
+            workers(1, verify.record, trial(folders[model, count], model, f"microbatches={count}"))
+        return folders[model, count]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def cells() -> Iterator[dict[tuple[str, str], Cell]]:
+    """What was found; the document is written when all of it was."""
+    found: dict[tuple[str, str], Cell] = {}
+    yield found
+    if len(found) == len(catalogue.KINDS) * len(STRATEGIES):
+        write(DOCUMENT, found, STRATEGIES)
+
+
+@pytest.mark.parametrize("model", catalogue.KINDS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_trains_as_in_one_process(
+    strategy: str, model: str, workers: Pools, recorded: Callable[[str, str], Path], cells: dict[Any, Cell]
+) -> None:
+    work = trial(recorded(model, strategy), model, strategy)
+    proof = workers(work.strategy.workers, compare, work)[0]
+    assert proof.passed, proof
+    assert max(proof.loss.error, proof.gradient.error, proof.parameter.error) < 1e-10
+    if work.strategy.tp > 1:
+        assert proof.sharded_share >= catalogue.LEAST[catalogue.KINDS[model]], proof.uncut
+    cells[model, strategy] = Cell.of(proof)
+
+
+def compare(work: verify.Trial) -> Any:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return verify.compare(work)
+
+
+def test_the_document_has_all_of_them() -> None:
+    text = DOCUMENT.read_text()
+    for model in catalogue.KINDS:
+        assert f"| {catalogue.name_of(model)} |" in text
+    for strategy in STRATEGIES:
+        assert f"`{strategy}`" in text
