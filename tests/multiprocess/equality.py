@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pool import Pools
 from torch import Tensor
+from traces import remembered
 
 from shardwise.parallel.layout import Layout, Piece
 from shardwise.strategy import Strategy
@@ -73,6 +74,11 @@ def reference(workers: Pools, factory: Factory, strategy: str, steps: int = 3, *
 
 def train_part(factory: Factory, strategy: str, steps: int, evaluate: bool, before: Any) -> Part:
     """What each worker does."""
+    with remembered(factory):
+        return _train_part(factory, strategy, steps, evaluate, before)
+
+
+def _train_part(factory: Factory, strategy: str, steps: int, evaluate: bool, before: Any) -> Part:
     from shardwise.parallel.program import Program
 
     program = Program.build(factory(), Strategy.parse(strategy))

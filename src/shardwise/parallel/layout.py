@@ -36,10 +36,17 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The shape of a global tensor and the tiles of it that are held here."""
+    """The shape of a global tensor and the tiles of it that are held here.
+
+    Attributes:
+        shape: of the global tensor.
+        tiles: what is held of it.
+        nothing: shape of the local tensor where no tile is held: without rows, but cut along other dimensions.
+    """
 
     shape: Box
     tiles: tuple[Tile, ...]
+    nothing: Box | None = None
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Layout:
@@ -69,7 +76,7 @@ class Layout:
     def local_shape(self) -> Box:
         """Shape of the local tensor that holds the tiles."""
         if not self.tiles:
-            return (0, *self.shape[1:])
+            return (0, *self.shape[1:]) if self.nothing is None else self.nothing
         ends = [[s + n for s, n in zip(t.start, t.sizes, strict=True)] for t in self.tiles]
         return tuple(max(end) for end in zip(*ends, strict=True))
 
@@ -92,7 +99,7 @@ class Layout:
                         (first - start, *tile.start[1:]),
                     )
                 )
-        return Layout(self.shape, tuple(tiles))
+        return Layout(self.shape, tuple(tiles), None if tiles else (0, *self.local_shape[1:]))
 
     def cut(self, full: Tensor) -> Tensor:
         """The local tensor of a full one; a new tensor that shares no memory with it."""

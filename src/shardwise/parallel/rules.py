@@ -26,6 +26,8 @@ def apply_rule(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
     target = node.target
     if target is OPAQUE:
         return opaque(p, node, args, kwargs)
+    if isinstance(target, torch._ops.OpOverload) and target._schema.name in OTHERS:
+        return OTHERS[target._schema.name](p, node, args, kwargs)
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return p.fallback(node, args, kwargs, f"{target} has no tensor-parallel rule")
     name = target._schema.name.removeprefix("aten::")
@@ -540,3 +542,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_SPATIAL, spatial),
     **dict.fromkeys(_RANDOM, refuse_random),
 }
+
+OTHERS: dict[str, Rule] = {"transformers::grouped_mm_fallback": grouped_matmul}
+"""Operators that libraries define for a trace, by their full names."""

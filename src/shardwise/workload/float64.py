@@ -76,7 +76,24 @@ class _Float64(TorchFunctionMode):
     ) -> Any:
         if function is Tensor.float:
             function, args = Tensor.double, args[:1]
+        if function in _GROUPED:
+            return _grouped_product(*args, **(kwargs or {}))
         return function(*map(_widened, args), **{key: _widened(value) for key, value in (kwargs or {}).items()})
+
+
+_GROUPED = tuple(
+    found
+    for found in (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None))
+    if found is not None
+)
+"""What multiplies the rows of each expert with its matrix; torch has no kernel of it for float64."""
+
+
+def _grouped_product(a: Tensor, b: Tensor, *, offs: Tensor, **_: Any) -> Tensor:
+    """Rows of `a` (rows, k) times one `b` (groups, k, n) each; `offs` (groups): where the rows of each group end."""
+    rows = torch.arange(a.shape[0], device=a.device, dtype=offs.dtype)
+    group = torch.searchsorted(offs, rows, right=True)
+    return torch.bmm(a.unsqueeze(1), b[group]).squeeze(1)
 
 
 def _widened(value: Any) -> Any:

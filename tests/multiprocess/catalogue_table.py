@@ -12,7 +12,7 @@ import catalogue
 
 HEAD = """# Models that were tried
 
-Written by `make test` (tests/models), never by hand. Every model is built unmodified from its configuration, with random
+Written by `make test` (tests/multiprocess/test_catalogue.py), never by hand. Every model is built unmodified from its configuration, with random
 weights and few, small layers, and trained in float64 by `shardwise verify`'s own code: {steps} steps under each strategy
 against the same steps in one process, with its own dropout, clipped gradients and AdamW.
 
@@ -56,7 +56,7 @@ def write(path: Path, cells: Mapping[tuple[str, str], Cell], strategies: Sequenc
     lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
     whole = []
     for model in catalogue.KINDS:
-        split, stages = cells[model, "tp=2"], cells[model, "pp=2"]
+        split, stages = (cells[model, spec] for spec in strategies if spec.split(",")[0] in ("tp=2", "pp=2"))[:2]
         errors = [_power(cells[model, strategy].error) for strategy in strategies]
         name = catalogue.name_of(model)
         lines.append(_row([name, f"{split.share:.1%}", str(stages.places), *errors]))

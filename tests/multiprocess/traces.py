@@ -1,0 +1,47 @@
+"""Traces that a worker keeps from one test to the next: tracing a step takes longer than training on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+_KEPT: dict[Any, Any] = {}
+
+
+@contextmanager
+def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
+    """While it is open, steps of the workload that `factory` makes are traced once for each shape and mode.
+
+    A factory that is not a function of a module (one that is made anew in each test) is traced each time.
+    """
+    from shardwise.parallel import staged
+
+    name = factory if isinstance(factory, str) else _name(factory)
+    if name is None:
+        yield
+        return
+    trace = staged.traced
+
+    def traced(workload: Any, model: Any, batch: Any, *, training: bool = True) -> Any:
+        shapes = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves(batch))
+        key = (name, training, shapes)
+        if key not in _KEPT:
+            _KEPT[key] = trace(workload, model, batch, training=training)
+        return _KEPT[key]
+
+    staged.traced = traced
+    try:
+        yield
+    finally:
+        staged.traced = trace
+
+
+def _name(factory: Callable[..., Any]) -> str | None:
+    module, name = getattr(factory, "__module__", ""), getattr(factory, "__qualname__", "")
+    found = getattr(sys.modules.get(module), name, None)
+    return f"{module}.{name}" if found is factory else None
