@@ -12,9 +12,10 @@ import catalogue
 
 HEAD = """# Models that were tried
 
-Written by `make test` (tests/multiprocess/test_catalogue.py), never by hand. Every model is built unmodified from its configuration, with random
-weights and few, small layers, and trained in float64 by `shardwise verify`'s own code: {steps} steps under each strategy
-against the same steps in one process, with its own dropout, clipped gradients and AdamW.
+Written by `make test` (tests/multiprocess/test_catalogue.py), never by hand. Every model is built unmodified from its
+configuration, with random weights and few, small layers, and trained in float64 by the code of `shardwise verify`:
+{steps} steps under each strategy against the same steps in one process, with its own dropout, clipped
+gradients and AdamW.
 
 A cell is the largest relative error of any loss, gradient, updated parameter or buffer, rounded up to a power of ten.
 `sharded` is the share of the parameters that `tp=2` cuts, `places` is how many places a pipeline may be cut at (of the
@@ -25,8 +26,8 @@ small model: a layer more has as many more).
 WHOLE = """
 ## What tensor parallelism leaves whole, and why
 
-Under `tp=2`, as a share of the small model's parameters. Norms and biases after a sum are whole by design: what they are
-added to is whole. Their share falls with the width of a model.
+Under `tp=2`, as a share of the small model's parameters. Norms and biases after a sum are whole by design: what they
+are added to is whole. Their share falls with the width of a model.
 
 | model | share | reason | parameters |
 | --- | ---: | --- | --- |
@@ -56,7 +57,7 @@ def write(path: Path, cells: Mapping[tuple[str, str], Cell], strategies: Sequenc
     lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
     whole = []
     for model in catalogue.KINDS:
-        split, stages = (cells[model, spec] for spec in strategies if spec.split(",")[0] in ("tp=2", "pp=2"))[:2]
+        split, stages = (next(cells[model, s] for s in strategies if s.startswith(axis)) for axis in ("tp=", "pp="))
         errors = [_power(cells[model, strategy].error) for strategy in strategies]
         name = catalogue.name_of(model)
         lines.append(_row([name, f"{split.share:.1%}", str(stages.places), *errors]))

@@ -8,9 +8,8 @@ from typing import Any
 
 import catalogue
 import pytest
-from pool import Pools
 from catalogue_table import Cell, write
-
+from pool import Pools
 from traces import remembered
 
 from shardwise import Strategy

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.parallel.engine import Held
-from shardwise.parallel.sharded import local
+from shardwise.parallel.rows import local
 
 
 def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 
 from shardwise.errors import WorkloadError
@@ -23,13 +22,16 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.model import aliases_of, build_model, evaluating
 from shardwise.parallel.operations import Operations
 from shardwise.parallel.replicated import Replicated
-from shardwise.parallel.sharded import Sharded, row_layout
+from shardwise.parallel.rows import is_split, row_layout
 from shardwise.parallel.values import map_tensors, to_device
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.standin import stand_ins
 from shardwise.workload.stored import weights_of
 from shardwise.workload.workload import Workload, call_model
+
+if TYPE_CHECKING:
+    from shardwise.parallel.sharded import Sharded
 
 _ALONE = 4
 """Samples that are looked at alone when blocks are looked for."""
@@ -105,8 +107,7 @@ class ModuleEngine:
             output = self._forward(self.model, data)
             loss = self._loss(output, data)
             metric = torch.zeros_like(loss) if evaluation is None else evaluation.measure(output, data)
-        if isinstance(self._replicas, Sharded):
-            self._replicas.reshard()
+        self._replicas.reshard()
         return torch.stack([loss.double(), torch.as_tensor(metric, device=loss.device).double()])
 
     def _gradient_of(self, loss: Tensor, scale: Tensor) -> Tensor:
@@ -165,6 +166,8 @@ class ModuleEngine:
             for block in blocks:
                 self._operations.recompute(block)
         if group is not None and sharded:
+            from shardwise.parallel.sharded import Sharded  # a second to import
+
             replicas = Sharded(model, blocks, self._mesh)
             self._read(model)
             return replicas
@@ -213,7 +216,7 @@ class ModuleEngine:
         held = {}
         for name, tensor in tensors.items():
             layout = row_layout(tensor)
-            if isinstance(tensor, DTensor):
+            if is_split(tensor):
                 held[name] = Held(tensor, layout, strategy.dp, by_rows[name] == mesh.coordinate("dp"))
             else:
                 held[name] = Held(tensor, layout, strategy.replicas, by_all[name] == mesh.replica)
@@ -231,6 +234,9 @@ class Alone:
     def microbatch(self, first: bool, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward pass of a microbatch."""
         return nullcontext()
+
+    def reshard(self) -> None:
+        """Nothing is gathered."""
 
 
 class _Guard(torch.autograd.Function):

@@ -8,12 +8,11 @@ on several stages (tied)         summed over the workers that hold it
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.deal import deal
@@ -26,7 +25,7 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.partitioner import LocalGraph
 from shardwise.parallel.placement import Placement, Sharded
 from shardwise.parallel.reduce import GradientReducer, sum_gradients
-from shardwise.parallel.sharded import check_dtypes, local, reshard, row_layout, split_parameters
+from shardwise.parallel.rows import is_split, local, row_layout
 from shardwise.parallel.stage import Stage, Work
 from shardwise.strategy import Strategy
 from shardwise.workload.stored import StoredWeights
@@ -72,6 +71,8 @@ class Holding:
         self._given: dict[dist.ProcessGroup, list[str]] = {}
         self._whole = [name for name in mine if self.sharded and mine[name].dim() == 0]
         if self.sharded:
+            from shardwise.parallel.sharded import check_dtypes, split_parameters
+
             check_dtypes((tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)), strategy)
             for stage in self.stages.values():
                 split_parameters(stage, stage.blocks, mesh)
@@ -139,7 +140,7 @@ class Holding:
         workers = self._workers_of(name)
         holders = len(workers) * (1 if cut else strategy.tp)
         writes = workers[0] == mesh.coordinate("pp") and (cut or mesh.coordinate("tp") == 0)
-        if isinstance(tensor, DTensor):
+        if is_split(tensor):
             rows = row_layout(tensor).tiles
             start = rows[0].offsets[0] if rows else 0
             layout = layout.rows(start, start + (rows[0].sizes[0] if rows else 0))
@@ -195,8 +196,8 @@ class Holding:
     def before_backward(self, stage: int, final: bool) -> None:
         """Called before each backward pass of a stage; `final`: it is the last one of its pass."""
         last = final and self.final_pass
-        module = self.stages[stage]
-        if isinstance(module, FSDPModule):
+        if self.sharded:
+            module: Any = self.stages[stage]  # `fully_shard` gives it these
             module.set_requires_gradient_sync(last)
             module.set_is_last_backward(last)
             module.set_reshard_after_backward(last)
@@ -205,8 +206,11 @@ class Holding:
 
     def after_evaluation(self) -> None:
         """See `sharded.reshard`."""
-        for stage in self.stages.values():
-            reshard(stage)
+        if self.sharded:
+            from shardwise.parallel.sharded import reshard
+
+            for stage in self.stages.values():
+                reshard(stage)
 
     def reduce(self, summed: Collection[str]) -> None:
         """Adds gradients up over all workers that contribute to them. Collective."""

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from shardwise.errors import WorkloadError
 from shardwise.parallel.layout import Layout
-from shardwise.parallel.sharded import local
+from shardwise.parallel.rows import local
 from shardwise.workload.stored import StoredWeights
 
 
 def materialize(root: nn.Module, device: torch.device) -> None:
-    """Memory for all parameters of `root` that are on meta, without values; tied ones stay tied, buffers as they are."""
+    """Memory for all parameters of `root` where they are on meta; tied ones stay tied, buffers as they are."""
     if not any(parameter.is_meta for parameter in root.parameters()):
         return
     buffers = [(module, dict(module._buffers)) for module in root.modules()]

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.errors import CheckpointError
 from shardwise.parallel.engine import Held
 from shardwise.parallel.layout import Layout, Piece
-from shardwise.parallel.sharded import local
+from shardwise.parallel.rows import is_split, local
 
 
 class OptimizerState:
@@ -88,7 +87,7 @@ class OptimizerState:
             value = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
         entry = f"optimizer/{name}/{key}"
         writes = name in self._writes
-        if isinstance(value, DTensor) or tuple(value.shape) == held.layout.local_shape:
+        if is_split(value) or tuple(value.shape) == held.layout.local_shape:
             part = local(value)
             if tuple(part.shape) != held.layout.local_shape:
                 raise self._cannot_cut(name, key, tuple(value.shape))

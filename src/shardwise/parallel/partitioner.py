@@ -319,7 +319,7 @@ class Partitioner:
         return Origin(value.tensor, place)
 
     def segments(self, value: Value, dim: int) -> tuple[int, ...]:
-        """The segments in which dimension `dim` of a free parameter is best cut, as far as is known; () if it is not."""
+        """The segments in which dimension `dim` of a free parameter is best cut; () where it cannot be cut."""
         place = value.dims[dim]
         return () if place is None else self.wanted.get((value.tensor or "", place), (value.shape[dim],))
 

@@ -18,7 +18,7 @@ from shardwise.parallel.gather import gather_full
 from shardwise.parallel.layout import Piece
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.optimizer_state import OptimizerState, load_schedule_state, schedule_state
-from shardwise.parallel.sharded import local
+from shardwise.parallel.rows import local
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Loader, Share, share_of
 from shardwise.workload.workload import Workload

@@ -56,6 +56,9 @@ class Replicated:
         yield
         self._complete()
 
+    def reshard(self) -> None:
+        """Nothing is gathered."""
+
     def _versions(self) -> dict[str, tuple[Tensor, int]]:
         return {n: (p.grad, p.grad._version) for n, p in self._parameters.items() if p.grad is not None}
 

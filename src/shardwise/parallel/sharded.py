@@ -19,10 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.values import map_tensors
 from shardwise.strategy import Strategy
@@ -152,23 +150,3 @@ def reshard(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def row_layout(tensor: Tensor) -> Layout:
-    """Where the local part of a tensor lies: the rows of a DTensor, all of a plain tensor."""
-    whole = Layout.whole(tensor.shape)
-    if not isinstance(tensor, DTensor):
-        return whole
-    mesh = tensor.device_mesh
-    for axis, placement in enumerate(tensor.placements):
-        if placement.is_shard():
-            size = -(-tensor.shape[0] // mesh.size(axis))
-            start = min(mesh.get_local_rank(axis) * size, tensor.shape[0])
-            return whole.rows(start, min(start + size, tensor.shape[0]))
-    return whole
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is held here, sharing its memory."""
-    with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -10,6 +10,7 @@ each of the operations that follow each other.
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 from collections.abc import Sequence
@@ -110,7 +111,8 @@ def verify(
     """
     with tempfile.TemporaryDirectory(prefix="shardwise-verify-") as folder:
         prover = _Prover(source, steps, float64, threads, Path(folder))
-        return [prover.prove_and_blame(strategy) for strategy in strategies]
+        proofs = prover.prove(strategies)
+        return [(proof, "" if proof.passed else prover.blame(proof.strategy)) for proof in proofs]
 
 
 def verification(workload: str, proofs: Sequence[tuple[Proof, str]], dtype: str) -> dict[str, Any]:
@@ -155,35 +157,31 @@ def _failure(proof: Proof, axis: str) -> str:
 
 
 class _Prover:
-    """Runs trials; one worker's steps are kept for all strategies that cut the batch alike."""
+    """Runs trials. One worker's steps are kept for all strategies that cut the batch alike."""
 
     def __init__(self, source: Source, steps: int, float64: bool, threads: int, folder: Path) -> None:
         self._trial = Trial(source=source, strategy=Strategy(), steps=steps, float64=float64, folder="")
         self._threads = threads
         self._folder = folder
         self._batch_size = source.load().batch_size
-        self._recorded: set[str] = set()
+        self._recorded: set[Strategy] = set()
 
-    def prove_and_blame(self, strategy: Strategy) -> tuple[Proof, str]:
-        proof = self.prove(strategy)
-        return proof, "" if proof.passed else self._blame(strategy)
+    def prove(self, strategies: Sequence[Strategy]) -> list[Proof]:
+        """A proof of each. Strategies of one number of workers are tried by the same workers, one after the other."""
+        settled = [strategy.for_batch(self._batch_size) for strategy in strategies]
+        alone = [Strategy(microbatches=each.microbatches, precision=each.precision) for each in settled]
+        missing = [each for each in dict.fromkeys(alone) if each not in self._recorded]
+        if missing:
+            self._run(record_all, [replace(self._trial, strategy=each, folder=self._place(each)) for each in missing])
+            self._recorded.update(missing)
+        proofs: dict[int, Proof] = {}
+        for count in sorted({each.workers for each in settled}):
+            chosen = [index for index, each in enumerate(settled) if each.workers == count]
+            trials = [replace(self._trial, strategy=settled[i], folder=self._place(alone[i])) for i in chosen]
+            proofs.update(zip(chosen, self._run(compare_all, trials), strict=True))
+        return [replace(proofs[index], strategy=strategy) for index, strategy in enumerate(strategies)]
 
-    def prove(self, strategy: Strategy) -> Proof:
-        settled = strategy.for_batch(self._batch_size)
-        alone = Strategy(microbatches=settled.microbatches, precision=settled.precision)
-        folder = self._folder / str(alone)
-        if str(alone) not in self._recorded:
-            folder.mkdir()
-            self._run(record, replace(self._trial, strategy=alone, folder=str(folder)))
-            self._recorded.add(str(alone))
-        proof: Proof = self._run(compare, replace(self._trial, strategy=settled, folder=str(folder)))
-        return replace(proof, strategy=strategy)
-
-    def _run(self, function: Any, trial: Trial) -> Any:
-        workers = trial.strategy.workers
-        return run_local(function, (trial,), workers=workers, threads=self._threads, gpus=enough_gpus(workers))
-
-    def _blame(self, strategy: Strategy) -> str:
+    def blame(self, strategy: Strategy) -> str:
         """The axis that fails alone; all of them where each alone holds."""
         degrees = {axis: getattr(strategy, axis) for axis in ("dp", "fsdp", "tp", "pp") if getattr(strategy, axis) > 1}
         if len(degrees) < 2:
@@ -192,9 +190,17 @@ class _Prover:
         for axis in degrees:
             others = {other: 1 for other in degrees if other != axis}
             alone = strategy.with_(**others, **_without_options(axis), microbatches=count)
-            if not self.prove(alone).passed:
+            if not self.prove([alone])[0].passed:
                 return axis
         return " with ".join(degrees)
+
+    def _place(self, alone: Strategy) -> str:
+        """The folder of one worker's steps."""
+        return str(self._folder / str(alone))
+
+    def _run(self, function: Any, trials: Sequence[Trial]) -> Any:
+        workers = trials[0].strategy.workers
+        return run_local(function, (trials,), workers=workers, threads=self._threads, gpus=enough_gpus(workers))
 
 
 def _without_options(axis: str) -> dict[str, Any]:
@@ -207,12 +213,28 @@ def _without_options(axis: str) -> dict[str, Any]:
 # ---- what workers do ------------------------------------------------------------------------------------------------
 
 
+def record_all(trials: Sequence[Trial]) -> None:
+    """`record` of several, one after the other."""
+    for trial in trials:
+        record(trial)
+
+
+def compare_all(trials: Sequence[Trial]) -> list[Proof | None]:
+    """`compare` of several, one after the other. Collective."""
+    proofs = []
+    for trial in trials:
+        proofs.append(compare(trial))
+        gc.collect()  # a program's parts hold each other
+    return proofs
+
+
 def record(trial: Trial) -> None:
     """One worker's steps, into files."""
     from shardwise.parallel.program import Program
 
     program = Program.build(trial.load(), trial.strategy)
     folder = Path(trial.folder)
+    folder.mkdir(exist_ok=True)
     _check_repeatable(program)
     save_file(_model(program), folder / "initial.safetensors")
     for step, share in enumerate(_shares(program, trial.steps)):
@@ -269,7 +291,8 @@ def _everybodys_notes(program: Any) -> tuple[str, ...]:
     mine = list(program.engine.notes)
     if program.mesh.world is None:
         return tuple(mine)
-    return tuple(dict.fromkeys(sum(gather_json(mine, program.mesh.world, program.mesh.device), [])))
+    everybodys = gather_json(mine, program.mesh.world, program.mesh.device)
+    return tuple(dict.fromkeys(note for notes in everybodys for note in notes))
 
 
 def rounding(program: Any, trial: Trial) -> float:

@@ -131,8 +131,8 @@ def _architecture(folder: Path) -> _Architecture:
         if name is not None:
             return _Architecture(kind, name, config)
     raise WorkloadError(
-        f"{folder / CONFIG}: {named or config.model_type} is neither a causal, masked or encoder-decoder language model "
-        "nor an image classifier: write a workload function for it (file.py:function)"
+        f"{folder / CONFIG}: {named or config.model_type} is neither a causal, masked or encoder-decoder language "
+        "model nor an image classifier: write a workload function for it (file.py:function)"
     )
 
 

@@ -1,0 +1,42 @@
+"""Tensors of which a worker holds some rows: torch's DTensor, as `fully_shard` makes them.
+
+Importing DTensor takes most of a second, and nothing is one before `fully_shard` has been imported: so it is not
+imported to ask.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.parallel.layout import Layout
+
+
+def is_split(tensor: Any) -> bool:
+    """Whether only some rows of a tensor are held here."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Tensor:
+    """The part of a tensor that is held here, sharing its memory."""
+    with torch.no_grad():
+        part: Tensor = tensor.to_local() if is_split(tensor) else tensor.detach()
+        return part
+
+
+def row_layout(tensor: Any) -> Layout:
+    """Where the local part of a tensor lies: the rows of a DTensor, all of a plain tensor."""
+    whole = Layout.whole(tensor.shape)
+    if not is_split(tensor):
+        return whole
+    mesh = tensor.device_mesh
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            size = -(-tensor.shape[0] // mesh.size(axis))
+            start = min(mesh.get_local_rank(axis) * size, tensor.shape[0])
+            return whole.rows(start, min(start + size, tensor.shape[0]))
+    return whole
