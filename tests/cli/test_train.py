@@ -39,7 +39,7 @@ def test_train_and_resume(run: Run, folder: Path) -> None:
     assert expected[6] == whole["loss"]
 
     run("train", "work.py:small", "--workers", "2", "--steps", "3", "--out", "part", "--quiet")
-    for strategy, exact in (("dp=2", True), ("fsdp=2", False), ("single", False)):
+    for strategy, exact in (("dp=2", True), ("fsdp=2", False)):
         out = f"part-{strategy}"
         shutil.copytree(folder / "part", folder / out)
         done = run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ SETTINGS = {"sequence": "16"}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama (its weights in several files), gemma (tied embeddings, one key head), gpt2, mixtral, plain (no weights)."""
+    """llama (weights in several files), gemma (tied embeddings, one key head), gpt2, mixtral, plain (no weights)."""
     import transformers
 
     torch.manual_seed(3)
@@ -192,8 +191,7 @@ def test_text_in_tokens_of_the_folder(folders: Path, tmp_path: Path, monkeypatch
 
 def test_what_is_wrong_is_one_line(folders: Path, tmp_path: Path) -> None:
     def refused(match: str, folder: Path, settings: dict[str, str] | None = None) -> None:
-        with pytest.raises(WorkloadError, match=match) as raised, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with pytest.raises(WorkloadError, match=match) as raised:
             load_workload(str(folder), SETTINGS if settings is None else settings)
         assert "\n" not in str(raised.value)
 
