@@ -237,6 +237,7 @@ def verify(
     dtype: str = "float32",
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Shows that training under each strategy is the same training as on one worker, or what differs.
 
@@ -250,6 +251,7 @@ def verify(
         dtype: float32, or float64 for a strict pass, where nothing but a mistake can hide behind rounding.
         settings: parameters of the workload's function.
         seed: of weights, data order and dropout; None: the workload's own.
+        out: folder that gets the document as `verification.json`; None: nothing is written to disk.
 
     Returns:
         The document that `shardwise verify --json` prints.
@@ -259,7 +261,8 @@ def verify(
         WorkerFailed: a worker died.
     """
     from shardwise.run.log import finite
-    from shardwise.run.request import check, settle_source, settle_strategy, settle_verified
+    from shardwise.run.request import check, settle_document, settle_source, settle_strategy, settle_verified
+    from shardwise.run.runfolder import write_json
     from shardwise.run.verify import verification
     from shardwise.run.verify import verify as verify_each
 
@@ -267,6 +270,7 @@ def verify(
         raise RequestError("verify starts its own workers, as many as each strategy needs: run it without torchrun")
     source = settle_source(workload, settings, seed)
     steps, dtype = settle_verified(steps, dtype)
+    path = None if out is None else settle_document(Path(out), "verification.json")
     loaded = source.load()
     settled = [settle_strategy(strategy, None) for strategy in strategies]
     if not settled:
@@ -276,6 +280,8 @@ def verify(
     threads = threads_per_worker(max(strategy.workers for strategy in settled))
     proofs = verify_each(source, settled, steps=steps, float64=dtype == "float64", threads=threads)
     document: dict[str, Any] = finite(verification(loaded.name, proofs, dtype))
+    if path is not None:
+        write_json(path, document)
     return document
 
 

@@ -72,6 +72,7 @@ def _verify(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         settings=dict(options.set),
         seed=options.seed,
+        out=options.out,
     )
     _print(options, document, verification_table)
     failed = [row["strategy"] for row in document["results"] if not row["passed"]]
@@ -169,6 +170,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     verify.add_argument("--steps", type=_whole, default=3, metavar="N", help="optimizer steps (default: 3)")
     verify.add_argument("--dtype", default="float32", metavar="DTYPE", help="float32, or float64 for a strict pass")
+    verify.add_argument("--out", metavar="DIR", help="folder for verification.json (default: none)")
     _add_output(verify)
     verify.set_defaults(run=_verify)
     export = commands.add_parser("export", help="write the plain weights of a run", description="Writes safetensors.")
@@ -181,7 +183,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "workload", metavar="WORKLOAD", help="image, language, medical, file.py:function, module:function"
+        "workload",
+        metavar="WORKLOAD",
+        help="image, language, medical, file.py:function, module:function, a folder with a Hugging Face config.json",
     )
     parser.add_argument(
         "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="a parameter of the workload"

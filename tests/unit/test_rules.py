@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -244,3 +245,66 @@ def test_what_is_written_through_a_view_stays_whole() -> None:
         getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes if node.op != "placeholder"
     ]
     assert names.index("gather") < names.index("mul_.Tensor")
+
+
+class Form(nn.Module):
+    """A matrix that `use` turns into another form before it is used."""
+
+    def __init__(self, shape: tuple[int, ...], use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*shape))
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("shape", "use", "dim"),
+    [
+        ((32, 16), lambda x, w: x @ w.t(), 0),
+        ((32, 16), lambda x, w: F.linear(x, w.to(torch.float64).float()), 0),
+        ((16, 32), lambda x, w: F.linear(x, w.transpose(0, 1)), 1),
+        ((1, 32, 16), lambda x, w: F.linear(x, w[0]), 1),
+        ((32, 16), lambda x, w: torch.bmm(x, w.unsqueeze(0).transpose(1, 2).expand(2, -1, -1)), None),
+        ((3, 32, 16), lambda x, w: torch.bmm(x, w[torch.arange(2)].transpose(1, 2)), 1),
+        ((3, 16, 32), lambda x, w: torch.bmm(x, w.index_select(0, torch.arange(2))), 2),
+        ((32, 16), lambda x, w: F.linear(x, 1.0 + w), 0),
+    ],
+    ids=["transposed", "converted", "input first", "selected", "expanded", "indexed", "index_select", "shifted"],
+)
+def test_a_parameter_in_another_form_is_cut_by_its_use(shape: Any, use: Any, dim: int | None) -> None:
+    graph, _ = local(lambda: Form(shape, use), TOKENS, 2)
+    found = cuts(graph)["weight"]
+    assert (None if found is None else found[0]) == dim
+    if dim is None:
+        assert graph.reasons["weight"]
+
+
+def test_a_form_that_lacks_the_dimension_keeps_the_parameter_whole() -> None:
+    def twice(x: Tensor, w: Tensor) -> Tensor:
+        first = w[0]  # one row, of a matrix that would be cut by rows
+        return F.linear(x, w) + first.sum()
+
+    graph, _ = local(lambda: Form((32, 16), twice), TOKENS, 2)
+    assert cuts(graph)["weight"] is None
+
+
+def test_experts_are_cut_within_each() -> None:
+    def grouped(x: Tensor, w: Tensor) -> Tensor:
+        ends = torch.tensor([5, 12], dtype=torch.int32)
+        return torch._grouped_mm(x.flatten(0, 1).bfloat16(), w.bfloat16().transpose(1, 2), offs=ends).float()
+
+    graph, _ = local(lambda: Form((2, 32, 16), grouped), TOKENS, 2)
+    assert cuts(graph)["weight"] == (1, (32,))
+
+
+def test_what_is_whole_has_a_reason_and_a_share() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 9))
+    graph, _ = local(lambda: model, TOKENS, 2)
+    uncut = {each.reason: each for each in graph.uncut(dict(model.named_parameters()))}
+    assert set(uncut["layer_norm takes all of it"].names) == {"2.weight", "2.bias"}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert uncut["layer_norm takes all of it"].share == pytest.approx(32 / total)
+    assert sum(each.share for each in uncut.values()) + graph.sharded_share(dict(model.named_parameters())) == 1
+    assert "whole on all tp workers: layer_norm" in str(uncut["layer_norm takes all of it"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shardwise.errors import DataError, RequestError, StrategyError, WorkloadError, nearest
+from shardwise.errors import DataError, RequestError, RunFolderError, StrategyError, WorkloadError, nearest
 from shardwise.launch.local import under_torchrun
 from shardwise.run.job import Job, Options, Source, join_launcher
 from shardwise.run.runfolder import create_run, find_run, last_request, read_run, reopen_run
@@ -170,6 +170,13 @@ def settle_verified(steps: int, dtype: str) -> tuple[int, str]:
     if dtype not in ("float32", "float64"):
         raise RequestError(f"dtype={dtype}: known are float32, float64{nearest(dtype, ('float32', 'float64'))}")
     return steps, dtype
+
+
+def settle_document(folder: Path, name: str) -> Path:
+    """Where a command writes its document. Raises RunFolderError where there is something else."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"out={folder}: is a file, give a folder")
+    return folder / name
 
 
 def settle_compared(

@@ -37,7 +37,7 @@ def create_run(out: Path | None, description: Mapping[str, Any]) -> Path:
     except OSError as error:
         raise RunFolderError(f"{out or RUNS} cannot be made: {error.strerror}; use another --out") from error
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    _write(folder / DESCRIPTION, {**description, "created": created, "versions": _versions()})
+    write_json(folder / DESCRIPTION, {**description, "created": created, "versions": _versions()})
     return folder
 
 
@@ -75,7 +75,7 @@ def reopen_run(folder: Path, description: Mapping[str, Any]) -> Path:
         "resumed": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": _versions(),
     }
-    _write(folder / DESCRIPTION, {**before, "resumes": [*before.get("resumes", []), again]})
+    write_json(folder / DESCRIPTION, {**before, "resumes": [*before.get("resumes", []), again]})
     return folder
 
 
@@ -96,7 +96,7 @@ def last_request(description: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Writes how the run ended."""
-    _write(folder / SUMMARY, summary)
+    write_json(folder / SUMMARY, summary)
 
 
 def discard_unused(folder: Path) -> None:
@@ -131,7 +131,9 @@ def _numbered(workload: str, strategy: str) -> Path:
             return RUNS / f"{name}-{number}"
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a document so that it is there whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)

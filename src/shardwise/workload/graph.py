@@ -39,6 +39,9 @@ _ASSERTS = (
 )
 
 
+_LOGGERS = ("torch.export", "torch._subclasses.fake_tensor")
+
+
 @dataclass(frozen=True, slots=True)
 class StepGraph:
     """One step as a graph.
@@ -147,15 +150,16 @@ def trace(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Export warns of things that do not concern a person who trains, and prints graphs that it fails on."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _innermost(model: nn.Module, error: BaseException) -> str | None:
