@@ -148,7 +148,7 @@ def _measured(
     used = uses(step.graph, step.tensors, parameters)
     keys = [use[0] for use in used.values()]
     if any(tensor.is_meta for tensor in tensors.values()):  # nothing to measure with
-        return dict(zip(keys, _counted(step, used), strict=True))
+        return dict(zip(keys, counted(step, used), strict=True))
     seconds = torch.zeros(len(keys), dtype=torch.float64, device=mesh.device)
     if mesh.rank == 0:
         seconds = torch.tensor(_timed(step, tensors, data, used), dtype=torch.float64, device=mesh.device)
@@ -158,8 +158,8 @@ def _measured(
 
 
 @torch.no_grad()
-def _counted(step: StepGraph, used: Mapping[fx.Node, list[Use]]) -> list[float]:
-    """Seconds as `_timed` gives them, counted: FLOPs at an assumed rate, and bytes moved."""
+def counted(step: StepGraph, used: Mapping[fx.Node, list[Use]]) -> list[float]:
+    """Seconds as if measured: FLOPs at an assumed rate, and bytes moved."""
     seconds = [0.0] * len(used)
     current = -1
     for node in calls(step.graph):
