@@ -1,7 +1,7 @@
 """How long it takes, and how much memory, to trace and cut a Llama whose parameters are on the meta device.
 
-Each size in a process of its own: traced on two sequences of 2,048 tokens, cut for tp=8, places for a pipeline found, the
-cost of each layer counted. Targets: 32 layers in less than 15 s and 2 GiB, whatever their width.
+Each size in a process of its own: traced on two sequences of 2,048 tokens, cut for tp=8, places for a pipeline found,
+the cost of each layer counted. Targets: 32 layers in less than 15 s and 2 GiB, whatever their width.
 
     python -m benchmarks.tracing [--repeats N]
 """
@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.harness import environment, median, record
@@ -67,7 +68,7 @@ def measure(layers: int, hidden: int) -> dict[str, Any]:
     clock.append(time.perf_counter())
     counted(step, uses(step.graph, step.tensors, parameters))
     clock.append(time.perf_counter())
-    build, traced, cut, count = (end - start for start, end in zip(clock, clock[1:], strict=False))
+    build, traced, cut, count = (end - start for start, end in pairwise(clock))
     return {
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
         "build_seconds": build,
