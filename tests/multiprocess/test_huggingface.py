@@ -176,6 +176,35 @@ def test_other_tasks(tmp_path: Path) -> None:
         assert 1 < float(loss) < 20
 
 
+def test_the_task_of_a_bare_model(tmp_path: Path) -> None:
+    from shardwise.workload.recipes.huggingface import _architecture
+
+    for kind, bare, expected in (
+        ("bert", "BertModel", "BertForMaskedLM"),
+        ("bart", "BartModel", "BartForConditionalGeneration"),
+        ("llama", "LlamaModel", "LlamaForCausalLM"),
+    ):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [bare]}))
+        assert _architecture(tmp_path / kind).name == expected
+
+
+def test_stored_buffers_are_read(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 10}
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, image_size=32))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.fill_(3.0)
+    model.save_pretrained(tmp_path)
+    made = load_workload(str(tmp_path)).model()
+    means = [buffer for name, buffer in made.named_buffers() if name.endswith("running_mean")]
+    assert means
+    assert all(bool((buffer == 3).all()) for buffer in means)
+    assert all(parameter.is_meta for parameter in made.parameters())
+
+
 def test_text_in_tokens_of_the_folder(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -201,6 +230,11 @@ def test_what_is_wrong_is_one_line(folders: Path, tmp_path: Path) -> None:
     refused("config.json cannot be read", tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "sam"}))
     refused("sam is neither a causal", tmp_path / "empty")
+    plain = json.loads((folders / "plain" / "config.json").read_text())
+    (tmp_path / "empty" / "config.json").write_text(
+        json.dumps({**plain, "quantization_config": {"quant_method": "fp8"}})
+    )
+    refused("the weights are quantized", tmp_path / "empty")
     shutil.copytree(folders / "llama", tmp_path / "part")
     files = set(json.loads((tmp_path / "part" / INDEX).read_text())["weight_map"].values())
     (tmp_path / "part" / sorted(files)[0]).unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from equality import assert_equal, reference, train
 from pool import Pools
 from torch import Tensor, nn
 
-from shardwise import Workload
+from shardwise import Evaluation, Workload
 from shardwise.errors import WorkloadError
 from shardwise.parallel.traced import traced
 from shardwise.workload.graph import Untraceable, example
@@ -25,8 +26,10 @@ class Gate(nn.Module):
         super().__init__()
         self.one, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
         self.norm, self.drop = nn.BatchNorm1d(16), nn.Dropout(0.2)
+        self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + 1  # assigned, not changed in place
         y = self.norm(x)
         if y.abs().max().item() > 0.1:  # always, but no trace can know
             y = self.one(y)
@@ -63,6 +66,7 @@ class Outermost(nn.Module):
 
 def classified(model: Callable[[], nn.Module] = Gated) -> Workload:
     generator = torch.Generator().manual_seed(2)
+    held_out = [(torch.randn(8, generator=generator, dtype=torch.float64), n % 6) for n in range(10)]
     return Workload(
         name="gated",
         model=lambda: model().double(),
@@ -72,6 +76,11 @@ def classified(model: Callable[[], nn.Module] = Gated) -> Workload:
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
         batch_size=8,
         clip_norm=0.5,
+        evaluation=Evaluation(
+            dataset=held_out,
+            metric="accuracy",
+            measure=lambda output, batch: (output.argmax(1) == batch[1]).double().mean(),
+        ),
     )
 
 
@@ -86,8 +95,8 @@ def test_only_what_fails_is_one_call() -> None:
 
 @pytest.mark.parametrize("strategy", ["tp=2", "pp=2", "fsdp=2", "dp=2,tp=2", "tp=2,pp=2", "fsdp=2,tp=2,recompute=full"])
 def test_it_still_trains_alike(strategy: str, workers: Pools) -> None:
-    result = train(workers, classified, strategy)
-    assert_equal(result, reference(workers, classified, strategy), 1e-10)
+    result = train(workers, classified, strategy, evaluate=True)
+    assert_equal(result, reference(workers, classified, strategy, evaluate=True), 1e-10)
     if "tp" in strategy:
         assert any("module 'gates.0' cannot be traced" in note for note in result.notes), result.notes
 
@@ -143,3 +152,43 @@ def test_a_call_that_changes_its_shapes_is_noticed() -> None:
     assert call.run([torch.ones(4, 2)])[0].shape == (4, 2)
     with pytest.raises(RuntimeError, match=r"ragged gave \[\(3, 2\)\], at first \[\(4, 2\)\]"):
         call.run([torch.tensor([[1.0, 1.0]] * 3 + [[-1.0, 1.0]])])
+
+
+@dataclass
+class Holder:
+    inner: Tensor
+
+
+class Held(nn.Module):
+    def forward(self, held: Holder) -> Tensor:
+        return held.inner * 2 if held.inner.sum().item() > 0 else held.inner
+
+
+class Holding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.held = nn.Linear(8, 6), Held()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.held(Holder(self.first(x)))
+        return y
+
+
+def test_tensors_must_not_hide_in_what_goes_in() -> None:
+    work = classified(Holding)
+    with pytest.raises(Untraceable, match="value of type Holder"):
+        traced(work, work.model(), example(work, 4))
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) if x.abs().sum().item() > 0 else x
+
+
+def noisy() -> Workload:
+    return classified(lambda: nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8), Noisy(), nn.Linear(8, 6)))
+
+
+def test_random_numbers_that_are_not_keyed_are_said(workers: Pools) -> None:
+    notes = train(workers, noisy, "tp=2").notes
+    assert any("random numbers outside of dropout" in note for note in notes), notes

@@ -30,9 +30,10 @@ def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
     def traced(workload: Any, model: Any, batch: Any, *, training: bool = True) -> Any:
         shapes = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves(batch))
         key = (name, training, shapes)
-        if key not in _KEPT:
-            _KEPT[key] = trace(workload, model, batch, training=training)
-        return _KEPT[key]
+        step = _KEPT.get(key) or trace(workload, model, batch, training=training)
+        if not step.opaque:  # modules in it are changed by who runs it
+            _KEPT[key] = step
+        return step
 
     staged.traced = traced
     try:

@@ -270,8 +270,19 @@ class Form(nn.Module):
         ((3, 32, 16), lambda x, w: torch.bmm(x, w[torch.arange(2)].transpose(1, 2)), 1),
         ((3, 16, 32), lambda x, w: torch.bmm(x, w.index_select(0, torch.arange(2))), 2),
         ((32, 16), lambda x, w: F.linear(x, 1.0 + w), 0),
+        ((8, 16), lambda x, w: x + F.embedding(torch.zeros(2, 6, dtype=torch.long), w[torch.arange(8)]), 1),
     ],
-    ids=["transposed", "converted", "input first", "selected", "expanded", "indexed", "index_select", "shifted"],
+    ids=[
+        "transposed",
+        "converted",
+        "input first",
+        "selected",
+        "expanded",
+        "indexed",
+        "index_select",
+        "shifted",
+        "looked up",
+    ],
 )
 def test_a_parameter_in_another_form_is_cut_by_its_use(shape: Any, use: Any, dim: int | None) -> None:
     graph, _ = local(lambda: Form(shape, use), TOKENS, 2)

@@ -19,8 +19,8 @@ from shardwise.parallel.deal import deal
 from shardwise.parallel.engine import Held, Position
 from shardwise.parallel.materialize import materialize, read_weights
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.model import aliases_of, build_model, evaluating
-from shardwise.parallel.operations import Operations
+from shardwise.parallel.model import aliases_of, build_model, evaluating, untouched
+from shardwise.parallel.operations import DRAWN, Operations
 from shardwise.parallel.replicated import Replicated
 from shardwise.parallel.rows import is_split, row_layout
 from shardwise.parallel.values import map_tensors, to_device
@@ -72,9 +72,8 @@ class ModuleEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know, one line each."""
-        drawn = ["the model draws random numbers outside of dropout: these differ from those of one worker"]
         unkeyed = self._operations.draws_unkeyed and self._mesh.world is not None
-        return (*self._notes, *self._buffers.notes, *(drawn if unkeyed else ()))
+        return (*self._notes, *self._buffers.notes, *((DRAWN,) if unkeyed else ()))
 
     @property
     def unused(self) -> Sequence[str]:
@@ -195,7 +194,7 @@ class ModuleEngine:
             return []
         passes = [partial(self._look, model, batch) for batch in batches]
         devices = [self._mesh.device] if self._mesh.device.type == "cuda" else []
-        with evaluating(model), torch.random.fork_rng(devices):
+        with evaluating(model), untouched(model), torch.random.fork_rng(devices):
             blocks = repeated_blocks(model, steady_modules(model, passes))
         if not blocks:
             kinds = {"fsdp": self._strategy.fsdp > 1, "recompute=full": self._strategy.recompute == "full"}

@@ -123,5 +123,16 @@ class KeyedOperations:
             operations = Operations(self.position, tensors[0].device, None if group is None else lambda: group)
             operations.install(call.module)
             self._opaque[call.module] = operations
+        buffers = [tensor for tensor in tensors[: len(call.state)] if not isinstance(tensor, nn.Parameter)]
+        # a sample that only keeps step must leave no trace
+        kept = [] if self.position.counted else [(buffer, buffer.clone()) for buffer in buffers]
         with self._opaque[call.module].drawing_from(site, self.position):
-            return call.run(tensors)
+            results = call.run(tensors)
+        for buffer, value in kept:
+            buffer.copy_(value)
+        return results
+
+    @property
+    def draws_unkeyed(self) -> bool:
+        """Whether a module that was not traced has drawn random numbers that are not dropout's."""
+        return any(operations.draws_unkeyed for operations in self._opaque.values())

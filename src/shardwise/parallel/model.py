@@ -126,3 +126,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """What passes through the model do to its buffers meanwhile, in place or by assignment, is undone."""
+    held = [(module, key, buffer) for module in model.modules() for key, buffer in module._buffers.items()]
+    values = [None if buffer is None else buffer.clone() for _, _, buffer in held]
+    try:
+        yield
+    finally:
+        for (module, key, buffer), value in zip(held, values, strict=True):
+            module._buffers[key] = buffer
+            if buffer is not None and value is not None:
+                with torch.no_grad():
+                    buffer.copy_(value)

@@ -39,6 +39,9 @@ _DROPOUTS: Handlers = {
 """A module's forward -> the function that it calls."""
 
 
+DRAWN = "the model draws random numbers outside of dropout: these differ from those of one worker"
+
+
 class Operations:
     """Replaces the operations of one model.
 
@@ -102,8 +105,10 @@ class Operations:
         """Surrounds a part of a pass at `position` that begins when `site` calls have drawn dropout."""
         self._position = self._keyed.position = position
         self._keyed.site = site
+        before = self._random_state()
         with self._mode():
             yield
+        self.draws_unkeyed |= not _same(before, self._random_state())
 
     @contextmanager
     def training_pass(self) -> Iterator[None]:
@@ -112,8 +117,7 @@ class Operations:
         before = self._random_state()
         with self._mode() if self._everywhere is not False else nullcontext():
             yield
-        after = self._random_state()
-        moved = before != after if isinstance(before, int) else not torch.equal(before, after)
+        moved = not _same(before, self._random_state())
         if self._everywhere is None:
             self._everywhere = self._caught
         elif moved and not self._everywhere:
@@ -229,6 +233,11 @@ class Operations:
                 yield
         finally:
             self._keyed.site, self._recomputing = later, False
+
+
+def _same(before: Any, after: Any) -> bool:
+    """Whether two random states are one."""
+    return before == after if isinstance(before, int) else torch.equal(before, after)
 
 
 class _Handled(TorchFunctionMode):

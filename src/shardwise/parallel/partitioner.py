@@ -545,7 +545,7 @@ class Partitioner:
             for label in weights:
                 dim = inputs[index].index(label) if label in inputs[index] else None
                 segments = self.segments(args[index], dim) if dim is not None else ()
-                if dim is not None and segments and Sharded(dim, segments).fits(self.ranks):
+                if dim is not None and Sharded(dim, segments).fits(self.ranks):
                     return label, segments, self.origin(args[index], dim)
         self._obstacle(args[free[0]], inputs[free[0]], weights)
         return None

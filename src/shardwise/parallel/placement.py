@@ -41,8 +41,8 @@ class Sharded:
     origin: Origin | None = None
 
     def fits(self, ranks: int) -> bool:
-        """Whether every segment can be cut into `ranks` equal parts."""
-        return all(size % ranks == 0 for size in self.segments)
+        """Whether there are segments and each can be cut into `ranks` equal parts."""
+        return bool(self.segments) and all(size % ranks == 0 for size in self.segments)
 
     def at(self, dim: int) -> Sharded:
         """The same along another dimension."""

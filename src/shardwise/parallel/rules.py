@@ -240,7 +240,7 @@ def embedding(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
         words = p.segments(weight, 0)
         if Sharded(0, words).fits(p.ranks):
             weight = p.sharded(weight, 0, words)
-        elif weight.shape[1] % p.ranks == 0:
+        elif p.segments(weight, 1) and weight.shape[1] % p.ranks == 0:
             weight = p.sharded(weight, 1, (weight.shape[1],))
     weight = p.settled(weight)
     where = weight.placement

@@ -25,6 +25,7 @@ from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.materialize import move_buffers
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.model import aliases_of, build_model, persistent_buffers, plain_model
+from shardwise.parallel.operations import DRAWN
 from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
 from shardwise.parallel.planning import cuts_blocks, divide
@@ -104,6 +105,9 @@ class GraphEngine:
             bf16=self._bf16,
             weights=weights_of(workload.model),
         )
+        for each in works:
+            for call in each.local.step.opaque:
+                call.forget_values()
         self.parameters: dict[str, nn.Parameter] = self._holding.trained(self._trained)
         self.held: dict[str, Held] = self._holding.held()
         self._pipeline = Pipeline(
@@ -119,7 +123,8 @@ class GraphEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know, see `Engine.notes`."""
-        return (*self._local_notes, *self._buffers.notes)
+        drawn = (DRAWN,) if self._keyed.draws_unkeyed else ()
+        return (*self._local_notes, *self._buffers.notes, *drawn)
 
     # ---- graphs -----------------------------------------------------------------------------------------------------
 
@@ -172,6 +177,8 @@ class GraphEngine:
                 model = plain_model(self._workload)
                 move_buffers(model, self._mesh.device)
             step = traced(self._workload, model, data, training=key[0])
+            for call in step.opaque:
+                call.forget_values()
             self._works[key] = self._prepare(self._partition(step, first=False))
         return self._works[key]
 

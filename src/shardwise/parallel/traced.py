@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from shardwise.parallel.engine import Position
+from shardwise.parallel.model import untouched
 from shardwise.parallel.operations import Operations
-from shardwise.workload.graph import StepGraph, Untraceable, trace
+from shardwise.workload.graph import StepGraph, Untraceable, first_line, trace
 from shardwise.workload.opaque import Call, Recorder
 from shardwise.workload.workload import Workload, call_model
 
@@ -46,16 +47,21 @@ def _recorded(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     operations = Operations(Position(), device)
     recorder = Recorder(model.get_submodule(path), path, reason, operations.drawn)
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = {module: module.training for module in model.modules()}
     if not training:
         model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(), recorder.open(), operations.training_pass():
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(),
+            recorder.open(),
+            untouched(model),
+            operations.training_pass(),
+        ):
             call_model(model, workload.inputs(batch))
+    except Exception as error:
+        raise Untraceable(workload, path, f"{reason}; run as it is: {first_line(error)}") from error
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for buffer, value in kept:
-            buffer.copy_(value)
     return tuple(recorder.calls)

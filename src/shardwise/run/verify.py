@@ -13,11 +13,12 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -200,7 +201,8 @@ class _Prover:
 
     def _run(self, function: Any, trials: Sequence[Trial]) -> Any:
         workers = trials[0].strategy.workers
-        return run_local(function, (trials,), workers=workers, threads=self._threads, gpus=enough_gpus(workers))
+        written = [cloudpickle.dumps(trial) for trial in trials]
+        return run_local(function, (written,), workers=workers, threads=self._threads, gpus=enough_gpus(workers))
 
 
 def _without_options(axis: str) -> dict[str, Any]:
@@ -213,19 +215,22 @@ def _without_options(axis: str) -> dict[str, Any]:
 # ---- what workers do ------------------------------------------------------------------------------------------------
 
 
-def record_all(trials: Sequence[Trial]) -> None:
+def record_all(trials: Sequence[bytes]) -> None:
     """`record` of several, one after the other."""
-    for trial in trials:
-        record(trial)
+    for _ in map(record, _read(trials)):
+        pass
 
 
-def compare_all(trials: Sequence[Trial]) -> list[Proof | None]:
+def compare_all(trials: Sequence[bytes]) -> list[Proof | None]:
     """`compare` of several, one after the other. Collective."""
-    proofs = []
+    return [compare(trial) for trial in _read(trials)]
+
+
+def _read(trials: Sequence[bytes]) -> Iterator[Trial]:
+    """The trials, each with a workload of its own, as in a new process: what they do to a dataset stays with them."""
     for trial in trials:
-        proofs.append(compare(trial))
+        yield cloudpickle.loads(trial)
         gc.collect()  # a program's parts hold each other
-    return proofs
 
 
 def record(trial: Trial) -> None:

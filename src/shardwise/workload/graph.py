@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
 from shardwise.workload.data import first_samples
-from shardwise.workload.opaque import Call, hidden
+from shardwise.workload.opaque import Call, assignments_copied, calls_in, hidden
 from shardwise.workload.standin import stand_ins
 from shardwise.workload.workload import Workload, call_model
 
@@ -53,6 +53,7 @@ class StepGraph:
         constants: placeholder name -> tensor that the module holds but does not save.
         leaves: names of the placeholders of the batch, in the order of `pytree.tree_leaves(batch)`.
         training: whether the module was in training mode.
+        opaque: what the calls of modules that were not traced are; see `workload.opaque`.
     """
 
     graph: fx.Graph
@@ -60,6 +61,7 @@ class StepGraph:
     constants: dict[str, Tensor]
     leaves: tuple[str, ...]
     training: bool
+    opaque: tuple[Call, ...] = ()
 
 
 class _Step(nn.Module):
@@ -72,24 +74,12 @@ class _Step(nn.Module):
         self._measure = measure
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
-        with _assignments_copied(self.model):
+        with assignments_copied(self.model):
             output = call_model(self.model, self._workload.inputs(batch))
         loss = self._workload.loss(output, batch)
         if self._measure is None:
             return (loss,)
         return loss, torch.as_tensor(self._measure(output, batch))
-
-
-@contextmanager
-def _assignments_copied(model: nn.Module) -> Iterator[None]:
-    """Copies what a module assigns to a buffer into it: torch traces an assignment in the outermost module only."""
-    held = [(module, key, buffer) for module in model.modules() for key, buffer in module._buffers.items()]
-    yield
-    for module, key, buffer in held:
-        assigned = module._buffers.get(key)
-        if buffer is not None and assigned is not None and assigned is not buffer:
-            buffer.copy_(assigned)
-            module._buffers[key] = buffer
 
 
 class Untraceable(WorkloadError):
@@ -134,7 +124,7 @@ def trace(
         with _quiet(), stand_ins(model, batch) as (_, given), hidden(opaque or {}):
             program = torch.export.export(step, (given,), strict=False)
     except Exception as error:
-        raise Untraceable(workload, _innermost(model, error), _first_line(error)) from error
+        raise Untraceable(workload, _innermost(model, error), first_line(error)) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -202,7 +192,8 @@ def _modules_around(node: fx.Node) -> list[str]:
     return [path.removeprefix("model").removeprefix(".") for path in stack if path.split(".")[0] == "model"]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
@@ -310,7 +301,7 @@ def _named(program: torch.export.ExportedProgram, graph: fx.Graph, model: nn.Mod
                 f"the module holds {spec.target!r} of kind {spec.kind.name}: only tensors can be traced"
             )
     leaves = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
-    return StepGraph(graph, tensors, constants, leaves, training)
+    return StepGraph(graph, tensors, constants, leaves, training, calls_in(graph))
 
 
 def example(workload: Workload, samples: int) -> Any:

@@ -10,14 +10,20 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
+from types import FunctionType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-_CALLS: dict[int, Call] = {}
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum, FunctionType)
+"""What may go in and out of a module beside tensors."""
+
+_CALLS: WeakValueDictionary[int, Call] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
@@ -36,6 +42,7 @@ class Call:
         results: leaves of the output; None where a tensor is to be put.
         result_spec: of the output.
         draws: calls in it that draw dropout.
+        modes: the module and those in it -> whether each was in training.
     """
 
     module: nn.Module
@@ -48,12 +55,19 @@ class Call:
     results: tuple[Any, ...]
     result_spec: TreeSpec
     draws: int
+    modes: dict[nn.Module, bool]
+
+    def forget_values(self) -> None:
+        """Frees the tensors of the module: it is only ever called with others in their place."""
+        self.module.to("meta")
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Calls the module with its state and arguments among `tensors`; the tensors that come out."""
         count = len(self.state)
         args, kwargs = tree_unflatten(_filled(self.leaves, tensors[count:]), self.spec)
-        output = functional_call(self.module, dict(zip(self.state, tensors[:count], strict=True)), args, kwargs)
+        state = {f"module.{name}": tensor for name, tensor in zip(self.state, tensors[:count], strict=True)}
+        with _in_modes(self.modes):
+            output = functional_call(_Whole(self.module), state, args, kwargs)
         found, results, _ = _split(output)
         now, first = _shapes(found, results), _shapes(self.outputs, self.results)
         if now != first:
@@ -68,6 +82,42 @@ def _filled(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
     return [next(given) if isinstance(leaf, _Place) else leaf for leaf in leaves]
 
 
+@contextmanager
+def _in_modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
+    before = {module: module.training for module in modes}
+    for module, training in modes.items():
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+class _Whole(nn.Module):
+    """A module whose assignments to its buffers reach the tensors that it was given for them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with assignments_copied(self.module):
+            return self.module(*args, **kwargs)
+
+
+@contextmanager
+def assignments_copied(model: nn.Module) -> Iterator[None]:
+    """Copies what a module assigns to a buffer into it: torch follows an assignment in the outermost module only."""
+    held = [(module, key, buffer) for module in model.modules() for key, buffer in module._buffers.items()]
+    yield
+    for module, key, buffer in held:
+        assigned = module._buffers.get(key)
+        if buffer is not None and assigned is not None and assigned is not buffer:
+            buffer.copy_(assigned)
+            module._buffers[key] = buffer
+
+
 def _shapes(tensors: Sequence[Tensor], leaves: Sequence[Any]) -> list[Any]:
     """What an output is made of, but for the values of its tensors."""
     return _filled(leaves, [tuple(each.shape) for each in tensors])  # type: ignore[misc]
@@ -80,6 +130,9 @@ class _Place:
 def _split(tree: Any) -> tuple[list[Tensor], tuple[Any, ...], TreeSpec]:
     leaves, spec = tree_flatten(tree)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    strange = next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))), None)
+    if strange is not None:
+        raise TypeError(f"a value of type {type(strange).__name__} goes in or out, which may hide tensors")
     return tensors, tuple(_Place() if isinstance(leaf, Tensor) else leaf for leaf in leaves), spec
 
 
@@ -99,8 +152,13 @@ OPAQUE = torch.ops.shardwise.opaque.default
 
 
 def call_of(number: int) -> Call:
-    """The call that an operator stands for."""
+    """The call that an operator in a graph stands for; whoever runs the graph keeps it."""
     return _CALLS[number]
+
+
+def calls_in(graph: fx.Graph) -> tuple[Call, ...]:
+    """The calls that the operators in a graph stand for."""
+    return tuple(call_of(node.args[1]) for node in graph.nodes if node.target is OPAQUE)
 
 
 class Recorder:
@@ -133,6 +191,7 @@ class Recorder:
                     results,
                     result_spec,
                     self._drawn() - before,
+                    {module: module.training for module in self.module.modules()},
                 )
             )
             return output

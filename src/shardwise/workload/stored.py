@@ -27,7 +27,7 @@ class StoredWeights:
 
     Attributes:
         files: tensor -> the file that holds it.
-        keys: parameter of a module -> the tensor that it is; filled in by `named_for`.
+        keys: parameter or buffer of a module -> the tensor that it is; filled in by `named_for`.
     """
 
     files: dict[str, Path]
@@ -72,6 +72,10 @@ class StoredWeights:
             if not stored:
                 return same[0]
             keys.update(dict.fromkeys(same, stored[0]))
+        for name in module.state_dict().keys() - keys.keys():  # persistent buffers
+            key = next((key for key in _spellings(name, prefix) if key in self.files), None)
+            if key is not None:
+                keys[name] = key
         return StoredWeights(self.files, keys)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -99,7 +103,10 @@ def _spellings(name: str, prefix: str) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model factory: what `build` makes, with its parameters on the meta device and their values in `weights`."""
+    """A model factory: what `build` makes, its parameters on the meta device and their values in `weights`.
+
+    Buffers that are stored have their values: they are small, and every worker has them.
+    """
 
     build: Callable[[], nn.Module]
     weights: StoredWeights
@@ -107,7 +114,11 @@ class StoredModel:
     def __call__(self) -> nn.Module:
         """Builds the module."""
         with without_parameters():
-            return self.build()
+            module = self.build()
+        for name, buffer in module.state_dict(keep_vars=True).items():
+            if name in self.weights.keys and not isinstance(buffer, nn.Parameter):
+                buffer.copy_(self.weights.read(name, (0,) * buffer.dim(), buffer.shape))
+        return module
 
 
 @contextmanager

@@ -119,6 +119,8 @@ def _architecture(folder: Path) -> _Architecture:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise WorkloadError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise WorkloadError(f"{folder / CONFIG}: the weights are quantized; training needs a folder with plain ones")
     if getattr(config, "use_cache", False):
         config.use_cache = False  # a cache is of use where text is generated
     named = (config.architectures or [""])[0]
@@ -126,7 +128,10 @@ def _architecture(folder: Path) -> _Architecture:
         names = getattr(auto, mapping)
         if named and any(named == name or named in name for name in _texts(names.values())):
             return _Architecture(kind, named, config)
-    for kind, mapping in _KINDS.items():  # a bare model, or none named: with the head of what it is known for
+    # a bare model, or none named: with the head of what it is known for
+    kinds = (["translation"] if getattr(config, "is_encoder_decoder", False) else []) + ["masked", "causal", "image"]
+    for kind in kinds:
+        mapping = _KINDS[kind]
         name = next(iter(_texts([getattr(auto, mapping).get(config.model_type, ())])), None)
         if name is not None:
             return _Architecture(kind, name, config)
