@@ -12,7 +12,7 @@ import catalogue
 
 HEAD = """# Models that were tried
 
-Written by `make test` (tests/multiprocess/test_catalogue.py), never by hand. Every model is built unmodified from its
+Written by `make models` (tests/multiprocess/test_catalogue.py), never by hand. Every model is built unmodified from its
 configuration, with random weights and few, small layers, and trained in float64 by the code of `shardwise verify`:
 {steps} steps under each strategy against the same steps in one process, with its own dropout, clipped
 gradients and AdamW.
