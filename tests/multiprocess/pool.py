@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -156,6 +157,8 @@ def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, byt
         finally:
             dist.destroy_process_group()
             forget_groups()
+            gc.collect()  # programs hold themselves in circles, and their groups several threads each
+            gc.freeze()  # what is left stays: imported modules, kept traces
     except BaseException as error:
         text = traceback.format_exc()
         try:

@@ -195,6 +195,11 @@ class Partitioner:
         self._outside = False
         self._roots = roots(step.graph)
         self._changed = changed_under_another_name(step.graph, self._roots)
+        self._written = {
+            step.tensors.get(self._roots[node.args[0]].name)
+            for node in step.graph.nodes
+            if writes_in_place(node) and isinstance(node.args[0], fx.Node)
+        }
 
     # ---- the pass ---------------------------------------------------------------------------------------------------
 
@@ -293,6 +298,10 @@ class Partitioner:
     def undecided(self, value: Any) -> bool:
         """Whether it is a parameter or buffer whose placement is still free."""
         return isinstance(value, Value) and value.tensor is not None and value.tensor not in self.placements
+
+    def takes_form(self, value: Any) -> bool:
+        """Whether it is free and can stay so in another form: the step does not write to it."""
+        return self.undecided(value) and value.tensor not in self._written
 
     def decide(self, value: Value, placement: Placement) -> None:
         """Settles how a parameter or buffer lies, by what is wanted of one of its forms."""

@@ -56,7 +56,7 @@ def pointwise(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
     if not inputs:
         return p.fallback(node, args, kwargs, "")
     writes = writes_in_place(node)
-    if list(inputs) == [0] and p.undecided(args[0]) and args[0].shape == tuple(like.shape) and not writes:
+    if list(inputs) == [0] and p.takes_form(args[0]) and args[0].shape == tuple(like.shape) and not writes:
         return p.form(node.target, args, kwargs, like=like, dims=range(like.dim()))  # type: ignore[arg-type]
     if _sums(node, args, like):
         return p.emit(node.target, args, kwargs, like=like, placement=PARTIAL)  # type: ignore[arg-type]

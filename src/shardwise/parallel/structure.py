@@ -50,7 +50,7 @@ def permute(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, An
     x, like = args[0], node.meta["val"]
     probe = torch.empty(tuple(range(2, 2 + len(x.shape))), device="meta")
     order = [size - 2 for size in node.target(probe, *args[1:], **kwargs).shape]  # type: ignore[operator]
-    if p.undecided(x):
+    if p.takes_form(x):
         return p.form(node.target, args, kwargs, like=like, dims=order)  # type: ignore[arg-type]
     x = p.settled(x)
     placement: Placement = x.placement
@@ -62,7 +62,7 @@ def permute(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, An
 def unsqueeze(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     """unsqueeze: a new dimension of size one."""
     x, like = args[0], node.meta["val"]
-    if not p.undecided(x):
+    if not p.takes_form(x):
         return reshape(p, node, args, kwargs)
     dims: list[int | None] = list(range(len(x.shape)))
     dims.insert(args[1] % like.dim(), None)
@@ -107,7 +107,7 @@ def select(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
     """x[:, i]: the dimension goes."""
     x, like = args[0], node.meta["val"]
     dim = args[1] % len(x.shape)
-    if p.undecided(x):
+    if p.takes_form(x):
         others = [other for other in range(len(x.shape)) if other != dim]
         return p.form(node.target, args, kwargs, like=like, dims=others)  # type: ignore[arg-type]
     x = p.settled(x)
@@ -146,7 +146,7 @@ def index_select(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[st
 def _selected(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any], dims: list[int | None]) -> Value:
     """What indices take of `args[0]`; `dims` of the result are those of it, None: what an index gives."""
     x, like = args[0], node.meta["val"]
-    if p.undecided(x):
+    if p.takes_form(x):
         return p.form(node.target, args, kwargs, like=like, dims=dims)  # type: ignore[arg-type]
     labels = tuple(f"x{dim}" if dim in dims else None for dim in range(len(x.shape)))
     output = tuple(None if dim is None else f"x{dim}" for dim in dims)

@@ -36,10 +36,10 @@ class Call:
         path: its name in the model.
         reason: why it cannot be traced, in one line.
         state: names of its parameters and buffers, the first of the operator's tensors.
-        leaves: of its arguments; None where a tensor is to be put.
+        leaves: of its arguments; a place where each tensor is to be put.
         spec: of the arguments.
         outputs: tensors of the same shapes as those that came out, on meta.
-        results: leaves of the output; None where a tensor is to be put.
+        results: leaves of the output; a place where each tensor is to be put.
         result_spec: of the output.
         draws: calls in it that draw dropout.
         modes: the module and those in it -> whether each was in training.
