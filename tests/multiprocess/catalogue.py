@@ -69,42 +69,40 @@ def _classes(output: Any, batch: Any) -> Tensor:
     return F.cross_entropy(output.logits, batch[1])
 
 
-def _text(name: str, model: str, config: str, **sizes: Any) -> Workload:
-    """A text model of transformers that predicts a word at each position."""
+def _of_transformers(
+    name: str, model: str, config: Any, dataset: Any, inputs: Callable[[Any], Any], loss: Callable[..., Tensor]
+) -> Workload:
+    """A model of transformers by the name of its class."""
     import transformers
 
-    made = getattr(transformers, config)(**sizes)
-    return _workload(
-        name, lambda: getattr(transformers, model)(made), _words(), lambda batch: {"input_ids": batch[0]}, _next_words
-    )
+    return _workload(name, lambda: getattr(transformers, model)(config), dataset, inputs, loss)
+
+
+def _config(name: str, **sizes: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, name)(**sizes)
+
+
+def _text(name: str, model: str, config: str, **sizes: Any) -> Workload:
+    """A text model of transformers that predicts a word at each position."""
+    made = _config(config, **sizes)
+    return _of_transformers(name, model, made, _words(), lambda batch: {"input_ids": batch[0]}, _next_words)
 
 
 def _translation(name: str, model: str, config: str, **sizes: Any) -> Workload:
     """An encoder and decoder of transformers."""
-    import transformers
 
-    made = getattr(transformers, config)(**sizes)
-    return _workload(
-        name,
-        lambda: getattr(transformers, model)(made),
-        _words(3),
-        lambda batch: {"input_ids": batch[0], "decoder_input_ids": batch[1]},
-        _next_words,
-    )
+    def inputs(batch: Any) -> dict[str, Tensor]:
+        return {"input_ids": batch[0], "decoder_input_ids": batch[1]}
+
+    return _of_transformers(name, model, _config(config, **sizes), _words(3), inputs, _next_words)
 
 
 def _picture(name: str, model: str, config: str, **sizes: Any) -> Workload:
     """An image classifier of transformers."""
-    import transformers
-
-    made = getattr(transformers, config)(num_labels=CLASSES, **sizes)
-    return _workload(
-        name,
-        lambda: getattr(transformers, model)(made),
-        _images(),
-        lambda batch: {"pixel_values": batch[0]},
-        _classes,
-    )
+    made = _config(config, num_labels=CLASSES, **sizes)
+    return _of_transformers(name, model, made, _images(), lambda batch: {"pixel_values": batch[0]}, _classes)
 
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -21,6 +21,7 @@ from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
 Factory = Callable[[], Workload]
+DOUBLE_TOLERANCE = 1e-10
 
 
 @dataclass
@@ -186,6 +187,13 @@ def errors(actual: Result, expected: Result) -> dict[str, tuple[float, str]]:
     assert actual.evaluation.keys() == expected.evaluation.keys()
     found["evaluation"] = max(evaluation, default=(0.0, ""))
     return found
+
+
+def check(workers: Pools, factory: Factory, strategy: str, steps: int = 3) -> None:
+    """In double precision, with evaluation where there is one; one process has nothing to recompute."""
+    evaluate = factory().evaluation is not None
+    expected = reference(workers, factory, strategy.replace(",recompute=full", ""), steps, evaluate=evaluate)
+    assert_equal(train(workers, factory, strategy, steps, evaluate=evaluate), expected, DOUBLE_TOLERANCE)
 
 
 def assert_equal(

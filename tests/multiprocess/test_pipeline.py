@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 from breaking import Breaking, assert_noticed
-from equality import assert_equal, reference, train
+from equality import check
 from models import ODDITIES, WORKLOADS
 from pool import Pools
 from random_models import random_workload
@@ -24,16 +24,8 @@ from shardwise.parallel.pipeline import Pipeline
 from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT
 from shardwise.workload.workload import Workload
 
-TOLERANCE = 1e-10
 ALL = {**WORKLOADS, **ODDITIES}
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
-
-
-def check(workers: Pools, factory: Callable[[], Workload], strategy: str, steps: int = 3) -> None:
-    evaluate = factory().evaluation is not None
-    plain = strategy.replace(",recompute=full", "")
-    expected = reference(workers, factory, plain, steps, evaluate=evaluate)
-    assert_equal(train(workers, factory, strategy, steps, evaluate=evaluate), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize(

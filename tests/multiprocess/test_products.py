@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from breaking import Breaking, assert_noticed
-from equality import assert_equal, merge, reference, train, train_part
+from equality import assert_equal, check, merge, reference, train, train_part
 from models import ODDITIES, WORKLOADS
 from pool import Pools
 from safetensors.torch import load_file
@@ -47,13 +46,6 @@ PRODUCTS = (
     "fsdp=2,pp=2,schedule=zero-bubble",
     "fsdp=2,pp=2,schedule=zero-bubble,recompute=full",
 )
-
-
-def check(workers: Pools, factory: Callable[[], Workload], strategy: str, steps: int = 3) -> None:
-    evaluate = factory().evaluation is not None
-    plain = strategy.replace(",recompute=full", "")
-    expected = reference(workers, factory, plain, steps, evaluate=evaluate)
-    assert_equal(train(workers, factory, strategy, steps, evaluate=evaluate), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("strategy", PRODUCTS)

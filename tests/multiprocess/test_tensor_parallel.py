@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from breaking import Breaking, assert_noticed
-from equality import assert_equal, reference, train
+from equality import assert_equal, check, reference, train
 from models import ODDITIES, SPELLINGS, WORKLOADS
 from pool import Pools
 from random_models import random_workload
@@ -24,15 +24,7 @@ from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.workload.workload import Workload
 
-TOLERANCE = 1e-10
 ALL = {**SPELLINGS, **WORKLOADS, **ODDITIES}
-
-
-def check(workers: Pools, factory: Callable[[], Workload], strategy: str, steps: int = 3) -> None:
-    evaluate = factory().evaluation is not None
-    plain = strategy.replace(",recompute=full", "")
-    expected = reference(workers, factory, plain, steps, evaluate=evaluate)
-    assert_equal(train(workers, factory, strategy, steps, evaluate=evaluate), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)

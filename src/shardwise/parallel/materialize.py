@@ -42,7 +42,7 @@ def read_weights(weights: StoredWeights, name: str, tensor: Tensor, layout: Layo
             tile.view(local(tensor)).copy_(weights.read(name, tile.offsets, tile.sizes))
 
 
-def move_buffers(model: nn.Module, device: torch.device) -> None:
+def move_values(model: nn.Module, device: torch.device) -> None:
     """Moves all that has values to a device; parameters on meta stay there."""
 
     def moved(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from shardwise.errors import WorkloadError
 from shardwise.parallel.deal import broadcast
 from shardwise.parallel.gather import gather_json
-from shardwise.parallel.materialize import move_buffers
+from shardwise.parallel.materialize import move_values
 from shardwise.parallel.mesh import Mesh
 from shardwise.workload.stored import weights_of
 from shardwise.workload.workload import Workload
@@ -35,7 +35,7 @@ def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
     model = plain_model(workload)
     _check(model, workload)
     _BUILT.add(model)
-    move_buffers(model, mesh.device)
+    move_values(model, mesh.device)
     if mesh.world is not None:
         _make_equal(model, workload, mesh)
     torch.manual_seed(workload.seed + mesh.replica)

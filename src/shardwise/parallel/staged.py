@@ -22,7 +22,7 @@ from shardwise.parallel.engine import Held, Position
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
-from shardwise.parallel.materialize import move_buffers
+from shardwise.parallel.materialize import move_values
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.model import aliases_of, build_model, persistent_buffers, plain_model
 from shardwise.parallel.operations import DRAWN
@@ -175,7 +175,7 @@ class GraphEngine:
         if key not in self._works:
             with torch.random.fork_rng():
                 model = plain_model(self._workload)
-                move_buffers(model, self._mesh.device)
+                move_values(model, self._mesh.device)
             step = traced(self._workload, model, data, training=key[0])
             for call in step.opaque:
                 call.forget_values()
