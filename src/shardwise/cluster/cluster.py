@@ -1,0 +1,184 @@
+"""Devices, nodes and links: what a prediction needs to know of the machines.
+
+A cluster is made of nodes of devices. Links come in levels, innermost first: within a node (NVLink, PCIe, shared
+memory), then between nodes, and further out where a network has more stages. A level spans so many devices; two
+devices talk over the innermost level that spans both.
+
+    Level("nvlink", span=8, ...), Level("infiniband", span=1024, ...)
+
+Ranks fill nodes one after the other: rank r is device r % 8 of node r // 8 where nodes have eight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Origin = Literal["measured", "datasheet", "fitted", "assumed"]
+"""Where a number comes from."""
+
+ORIGINS: tuple[Origin, ...] = ("measured", "datasheet", "fitted", "assumed")
+
+DTYPES = ("float64", "float32", "tf32", "bf16", "fp16", "fp8", "fp4")
+"""Data types that a device may have a rate for, as this package spells them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measurement of a curve.
+
+    Attributes:
+        shape: what was run, in the terms of the curve's kind.
+        seconds: median of the repeats.
+        spread: interquartile range of the repeats over their median.
+    """
+
+    shape: tuple[int, ...]
+    seconds: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCurve:
+    """How long one kind of kernel takes on a device, by shape.
+
+    Attributes:
+        kind: `matmul`, `attention`, `convolution`, `memory`, or another kind of `predict.kernel.Kernel`.
+        dtype: one of DTYPES.
+        samples: measured; shapes are as in `predict.kernel.Kernel.shape`.
+    """
+
+    kind: str
+    dtype: str
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveCurve:
+    """How long one collective takes, by bytes.
+
+    Attributes:
+        operation: as in `collective.Collective`.
+        ranks: how many take part.
+        nodes: over how many nodes they are spread.
+        samples: measured; a shape is (bytes,), counted as in `collective.Collective`.
+    """
+
+    operation: str
+    ranks: int
+    nodes: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One processor.
+
+    Attributes:
+        name: of the model, as its maker spells it.
+        kind: `gpu` or `cpu`.
+        flops: dense floating point operations per second by dtype, without sparsity.
+        memory_bytes: of its own memory.
+        memory_bandwidth: bytes per second between the processor and its memory.
+        cores: units that work is dealt to in whole tiles: SMs, compute units, CPU cores.
+        launch_seconds: what the host needs to start one kernel from eager PyTorch.
+        architecture: family, for example `hopper`.
+        price_per_hour: in US dollars; None where it is not known.
+        curves: measured times of kernels; empty where nothing was measured.
+        shared: workers that share the device's cores -> how much slower each of them computes, measured.
+        overlap: how much slower a device computes while it communicates, measured; 1: not at all.
+        origins: attribute -> where it comes from.
+        source: where the figures were read.
+    """
+
+    name: str
+    kind: str
+    flops: Mapping[str, float]
+    memory_bytes: int
+    memory_bandwidth: float
+    cores: int
+    launch_seconds: float
+    architecture: str = ""
+    price_per_hour: float | None = None
+    curves: tuple[KernelCurve, ...] = ()
+    shared: Mapping[int, float] = field(default_factory=dict)
+    overlap: float = 1.0
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """Links of one kind.
+
+    Attributes:
+        name: for example `nvlink4`.
+        span: how many devices one domain of such links joins.
+        bandwidth: bytes per second of one device in one direction.
+        latency: seconds of an empty message.
+        origins: attribute -> where it comes from.
+        source: where the figures were read.
+    """
+
+    name: str
+    span: int
+    bandwidth: float
+    latency: float
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Nodes of one kind: `count` of them with `devices` devices each."""
+
+    device: Device
+    devices: int
+    count: int
+
+    @property
+    def size(self) -> int:
+        """Devices in all of them."""
+        return self.devices * self.count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """What there is to train on.
+
+    Attributes:
+        name: for people.
+        nodes: kinds of nodes, in the order of the ranks.
+        levels: links, innermost first; the outermost spans all devices.
+        collectives: measured times of collectives; empty where nothing was measured.
+        software: what it was measured with (torch version, backend), empty where nothing was.
+    """
+
+    name: str
+    nodes: tuple[Nodes, ...]
+    levels: tuple[Level, ...]
+    collectives: tuple[CollectiveCurve, ...] = ()
+    software: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return sum(nodes.size for nodes in self.nodes)
+
+    @property
+    def node_size(self) -> int:
+        """Devices of the smallest node: what a group of neighbours can count on."""
+        return min(nodes.devices for nodes in self.nodes)
+
+    def device(self, rank: int) -> Device:
+        """The device that a rank has.
+
+        Raises:
+            IndexError: there are not as many devices.
+        """
+        for nodes in self.nodes:
+            if rank < nodes.size:
+                return nodes.device
+            rank -= nodes.size
+        raise IndexError(f"rank {rank} of a cluster of {self.size} devices")

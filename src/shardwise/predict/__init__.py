@@ -1,0 +1,1 @@
+"""What a strategy will cost: dry run of the real program, closed form, timeline."""

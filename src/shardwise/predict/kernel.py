@@ -1,0 +1,35 @@
+"""One kernel: what a device is asked to compute, without how long that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("matmul", "attention", "convolution", "memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A call of one operation on one device.
+
+    Attributes:
+        operation: for people and for grouping, for example `aten.mm`.
+        kind: one of KINDS; `memory` is everything that only moves and combines values: elementwise, norms, softmax,
+            embeddings, copies, optimizers.
+        dtype: one of `cluster.DTYPES`, of what is multiplied.
+        flops: floating point operations, a multiply-add counted as two; causal attention counted in full.
+        bytes: read and written.
+        shape: matmul (batch, m, n, k): batch times (m x k) @ (k x n); attention (batch, heads, queries, keys, head
+            size); convolution (batch, channels in / groups, channels out, positions out, window size); memory
+            (elements,).
+        backward: whether it belongs to the backward pass; attention and convolution run other kernels there.
+        count: equal kernels after each other.
+    """
+
+    operation: str
+    kind: str
+    dtype: str
+    flops: float
+    bytes: float
+    shape: tuple[int, ...] = ()
+    backward: bool = False
+    count: int = 1
