@@ -25,7 +25,6 @@ from __future__ import annotations
 from typing import Literal
 
 from shardwise.errors import WorkloadError
-from shardwise.workload.deep import DeepModel
 from shardwise.workload.recipes.checks import check_divides, check_positive
 from shardwise.workload.recipes.datasets.text import Windows, standard_library
 from shardwise.workload.recipes.language import next_token_loss
@@ -62,22 +61,18 @@ def gpt(
         check_positive(ffn=ffn)
     if vocabulary < BYTES:
         raise WorkloadError(f"vocabulary={vocabulary}: the data has {BYTES} different tokens; use {BYTES} or more")
-
-    def build(count: int) -> GPT:
-        return GPT(
+    return Workload(
+        name="gpt",
+        model=lambda: GPT(
             vocabulary=vocabulary,
             sequence=sequence,
-            layers=count,
+            layers=layers,
             hidden=hidden,
             heads=heads,
             kv_heads=kv_heads,
             inner=ffn,
             tied=tied,
-        )
-
-    return Workload(
-        name="gpt",
-        model=DeepModel(layers, build),
+        ),
         dataset=Windows(standard_library().train, sequence),
         inputs=lambda batch: batch["tokens"][:, :-1],
         loss=next_token_loss,

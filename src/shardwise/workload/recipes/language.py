@@ -27,7 +27,6 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.workload.deep import DeepModel
 from shardwise.workload.recipes.checks import check_divides, check_positive, check_share
 from shardwise.workload.recipes.datasets.text import Windows, standard_library, user_corpus
 from shardwise.workload.recipes.models.gpt import GPT
@@ -58,21 +57,18 @@ def language(
     check_share(dropout=dropout)
     check_divides("hidden", hidden, 2 * heads, f"2 x heads={heads}, for rotary attention turns pairs of features")
     corpus = standard_library() if data is None else user_corpus(data, token_dtype, vocabulary)
-
-    def build(count: int) -> GPT:
-        return GPT(
-            vocabulary=corpus.vocabulary,
+    tokens = corpus.vocabulary
+    return Workload(
+        name="language",
+        model=lambda: GPT(
+            vocabulary=tokens,
             sequence=sequence,
-            layers=count,
+            layers=layers,
             hidden=hidden,
             heads=heads,
             dropout=dropout,
             tied=tied,
-        )
-
-    return Workload(
-        name="language",
-        model=DeepModel(layers, build),
+        ),
         dataset=Windows(corpus.train, sequence),
         inputs=lambda batch: batch["tokens"][:, :-1],
         loss=next_token_loss,
