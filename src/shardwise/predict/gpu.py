@@ -1,0 +1,146 @@
+"""How long a GPU is busy with one kernel: an analytic model with few constants, for any device of the catalogue.
+
+    matmul     tiles are dealt to the SMs in waves; the last wave counts as a whole one
+               seconds = waves x tile FLOPs / (rate of an SM x efficiency of the tile)     but not less than the bytes need
+    attention  flash attention: FLOPs of the unmasked half over a share of the rate (Dao 2023, arXiv:2307.08691)
+    memory     bytes over a share of the memory's bandwidth (roofline, Williams et al. 2009)
+
+Large products do not reach the datasheet's rate, because the clock falls until the power suffices: `sustained` is the
+share that is left.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from shardwise.cluster.cluster import Device
+from shardwise.errors import RequestError
+from shardwise.predict.constants import Constants, constants
+from shardwise.predict.kernel import Kernel
+
+TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (128, 64), (64, 128), (64, 64))
+"""Tiles of the output that libraries of matrix products offer, rows x columns."""
+
+SPLITS = (1, 2, 4, 8)
+"""Into how many parts the summed dimension may be split when there are too few tiles for all SMs."""
+
+FAMILIES = {"ampere": "sustained_ampere", "hopper": "sustained_hopper", "blackwell": "sustained_blackwell"}
+
+ELEMENT_BYTES = {
+    "float64": 8.0,
+    "float32": 4.0,
+    "tf32": 4.0,
+    "bf16": 2.0,
+    "fp16": 2.0,
+    "fp8": 1.0,
+    "fp4": 0.5,
+}
+
+CAUSAL_TILE = 128
+"""Rows of a block of flash attention: of the masked half it computes the blocks on the diagonal."""
+
+
+def kernel_seconds(kernel: Kernel, device: Device, numbers: Constants | None = None) -> float:
+    """Seconds that the device is busy with `kernel`, all `kernel.count` of them.
+
+    Args:
+        kernel: what to compute.
+        device: from the catalogue or from a file.
+        numbers: constants of the model; those that were fitted if left out.
+
+    Raises:
+        RequestError: the device has no rate for the kernel's dtype.
+    """
+    numbers = numbers or constants()
+    if kernel.kind == "matmul" and len(kernel.shape) == 4:
+        seconds = matmul_seconds(kernel, device, numbers)
+    elif kernel.kind == "attention" and len(kernel.shape) == 5:
+        seconds = attention_seconds(kernel, device, numbers)
+    elif kernel.kind == "convolution" and len(kernel.shape) == 5:
+        seconds = _as_matmul(kernel, device, numbers)
+    else:
+        seconds = _bytes_seconds(kernel.bytes, device, numbers)
+    return kernel.count * (seconds + numbers.kernel_start)
+
+
+def rate(device: Device, dtype: str) -> float:
+    """Datasheet FLOPs per second; tf32 where a GPU has no such rate, and bf16 where it has no fp16, stand for none.
+
+    Raises:
+        RequestError: the device has no rate for this dtype.
+    """
+    if dtype not in device.flops:
+        known = ", ".join(sorted(device.flops))
+        raise RequestError(f"{device.name} has no rate for {dtype}; it has rates for {known}")
+    return device.flops[dtype]
+
+
+def sustained(device: Device, dtype: str, numbers: Constants) -> float:
+    """Share of the datasheet's rate that large products of this dtype keep up."""
+    name = FAMILIES.get(device.architecture.lower(), "sustained_default")
+    share: float = getattr(numbers, name)
+    if dtype in ("fp8", "fp4"):
+        share *= numbers.sustained_narrow
+    if dtype in ("float32", "tf32"):
+        share *= numbers.sustained_single
+    return share
+
+
+def matmul_seconds(kernel: Kernel, device: Device, numbers: Constants) -> float:
+    """The best tile, without the start of the kernel. Shape: (batch, m, n, k)."""
+    batch, m, n, k = kernel.shape
+    per_sm = rate(device, kernel.dtype) * sustained(device, kernel.dtype, numbers) / device.cores
+    best = min(
+        _tiled(batch, m, n, k, tile, split, device.cores, numbers)
+        for tile in TILES
+        for split in SPLITS
+        if split == 1 or k >= 512 * split
+    )
+    return max(best / per_sm, _bytes_seconds(kernel.bytes, device, numbers))
+
+
+def _tiled(
+    batch: int, m: int, n: int, k: int, tile: tuple[int, int], split: int, cores: int, numbers: Constants
+) -> float:
+    """FLOPs that each SM has time for while the product is computed with this tile."""
+    rows, columns = tile
+    tiles = batch * ceil(m / rows) * ceil(n / columns) * split
+    whole, rest = divmod(tiles, cores)
+    part = rest / cores
+    waves = whole + (part + numbers.partial_wave * (1 - part) if rest else 0.0)
+    overhead = 1 + numbers.tile_overhead * (1 / rows + 1 / columns)
+    return waves * 2 * rows * columns * (k / split + numbers.prologue * (1 if split == 1 else 2)) * overhead
+
+
+def attention_seconds(kernel: Kernel, device: Device, numbers: Constants) -> float:
+    """Flash attention, without the start of the kernel. Shape: (batch, heads, queries, keys, head size).
+
+    `kernel.flops` counts the causal half that is skipped, as the field does.
+    """
+    _, _, queries, _, size = kernel.shape
+    unmasked = min(1.0, 0.5 + CAUSAL_TILE / (2 * queries))
+    share = numbers.attention_backward if kernel.backward else numbers.attention_forward
+    modern = device.architecture.lower() in ("hopper", "blackwell")
+    if modern:
+        share *= numbers.attention_fused if "cudnn" in kernel.operation else numbers.attention_hopper
+    share *= (1 + numbers.attention_softmax / 128) / (1 + numbers.attention_softmax / size)
+    seconds = kernel.flops * unmasked / (rate(device, kernel.dtype) * sustained(device, kernel.dtype, numbers) * share)
+    return max(seconds, _bytes_seconds(kernel.bytes, device, numbers))
+
+
+def _as_matmul(kernel: Kernel, device: Device, numbers: Constants) -> float:
+    """A convolution as the implicit product that libraries compute it by (Chetlur et al. 2014)."""
+    batch, inputs, outputs, positions, window = kernel.shape
+    product = Kernel(
+        kernel.operation,
+        "matmul",
+        kernel.dtype,
+        kernel.flops,
+        kernel.bytes,
+        (1, batch * positions, outputs, inputs * window),
+    )
+    return matmul_seconds(product, device, numbers)
+
+
+def _bytes_seconds(amount: float, device: Device, numbers: Constants) -> float:
+    return amount / (device.memory_bandwidth * numbers.memory_share)

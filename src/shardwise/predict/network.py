@@ -1,0 +1,109 @@
+"""How long a collective takes on a cluster: rings and trees over the cluster's levels, latency and bandwidth.
+
+With n ranks, k of them in each node, S bytes (as `collective.Collective` counts them):
+
+    all_gather, reduce_scatter   every byte crosses each link (n-1)/n times in n-1 steps (Patarasuk and Yuan 2009)
+    all_reduce                   both after each other; or up and down a tree between nodes, which needs fewer steps
+    all_to_all                   what stays in a node goes over its links, the rest over the network
+    broadcast, reduce            the message crosses each link once
+    send, recv                   the message crosses one link
+
+A ring enters and leaves each node once, over the network ports of all k of its ranks together. Sibling groups, whose
+ranks lie in the same nodes, do the same at the same time over the ports of their own ranks.
+"""
+
+from __future__ import annotations
+
+from math import ceil, log2
+
+from shardwise.cluster.cluster import Cluster, Level
+from shardwise.collective import Collective, Group
+from shardwise.errors import RequestError
+from shardwise.predict.constants import Constants, constants
+
+RING_PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
+
+
+def collective_seconds(collective: Collective, cluster: Cluster, numbers: Constants | None = None) -> float:
+    """Seconds from the first rank's start to the end, if all ranks start together.
+
+    Args:
+        collective: what is issued.
+        cluster: its levels are used; measured curves take precedence elsewhere.
+        numbers: constants of the model; those that were fitted if left out.
+
+    Raises:
+        RequestError: the cluster has no level that spans the group.
+    """
+    numbers = numbers or constants()
+    group = collective.group
+    if group.size <= 1 or not cluster.levels:
+        return 0.0
+    inner, outer = cluster.levels[0], level_of(group, cluster)
+    local = group.within(inner.span)
+    if collective.operation in ("send", "recv"):
+        return _message_seconds(collective.bytes, outer, outer is inner, numbers)
+    if local == group.size or outer is inner:
+        return _within(collective.operation, collective.bytes, group.size, inner, numbers)
+    return _across(collective.operation, collective.bytes, group.size, local, inner, outer, numbers)
+
+
+def level_of(group: Group, cluster: Cluster) -> Level:
+    """The innermost level whose domains hold the whole group.
+
+    Raises:
+        RequestError: none spans it.
+    """
+    last = group.ranks[-1]
+    for level in cluster.levels:
+        if group.first // level.span == last // level.span:
+            return level
+    raise RequestError(
+        f"ranks {group.first} to {last} lie in no common level of {cluster.name}; its outermost level spans "
+        f"{cluster.levels[-1].span} devices"
+    )
+
+
+def _message_seconds(amount: float, level: Level, inside: bool, numbers: Constants) -> float:
+    share, hop = (numbers.link_share, numbers.link_hop) if inside else (numbers.network_share, numbers.network_hop)
+    return hop + level.latency + amount / (level.bandwidth * share)
+
+
+def _within(operation: str, amount: float, ranks: int, level: Level, numbers: Constants) -> float:
+    """Among `ranks` ranks that one domain of links joins."""
+    bandwidth = level.bandwidth * numbers.link_share
+    hop = numbers.link_hop + level.latency
+    share = (ranks - 1) / ranks
+    passes = RING_PASSES.get(operation)
+    if passes:
+        return numbers.collective_start + passes * ((ranks - 1) * hop + share * amount / bandwidth)
+    if operation == "all_to_all":
+        return numbers.collective_start + hop * log2(ranks) + share * amount / bandwidth
+    if operation == "barrier":
+        return numbers.collective_start + 2 * hop * ceil(log2(ranks))
+    return numbers.collective_start + (ranks - 1) * hop + amount / bandwidth
+
+
+def _across(
+    operation: str, amount: float, ranks: int, local: int, inner: Level, outer: Level, numbers: Constants
+) -> float:
+    """Among ranks of several nodes, `local` of them in each."""
+    nodes = ceil(ranks / local)
+    ports = outer.bandwidth * numbers.network_share * local
+    links = inner.bandwidth * numbers.link_share
+    hop_inner, hop_outer = numbers.link_hop + inner.latency, numbers.network_hop + outer.latency
+    share = (ranks - 1) / ranks
+    passes = RING_PASSES.get(operation)
+    if passes:
+        moved = share * amount / ports if local == 1 else max(share * amount / ports, share * amount / links)
+        ring = nodes * hop_outer + nodes * (local - 1) * hop_inner
+        tree = ceil(log2(nodes)) * hop_outer + (local - 1) * hop_inner
+        steps = min(ring, tree) if operation == "all_reduce" else ring
+        return numbers.collective_start + passes * (steps + moved)
+    if operation == "all_to_all":
+        remote = amount * (ranks - local) / ranks / (outer.bandwidth * numbers.network_share)
+        near = amount * (local - 1) / ranks / links
+        return numbers.collective_start + hop_outer * log2(ranks) + max(remote, near)
+    if operation == "barrier":
+        return numbers.collective_start + 2 * (ceil(log2(nodes)) * hop_outer + ceil(log2(local)) * hop_inner)
+    return numbers.collective_start + nodes * hop_outer + (local - 1) * hop_inner + amount / min(ports, links)
