@@ -168,11 +168,8 @@ def _check(cluster: Cluster, where: Where) -> None:
     if any(inner >= outer for inner, outer in itertools.pairwise(spans)):
         raise (where / "levels").error(f"have spans {spans} (devices): must ascend, the innermost first")
     if spans and spans[-1] < cluster.size:
-        raise (
-            (where / "levels")
-            .item(len(spans) - 1)
-            .error(f".span = {spans[-1]}: the outermost must span all {cluster.size} devices")
-        )
+        outermost = (where / "levels").item(len(spans) - 1) / "span"
+        raise outermost.error(f"= {spans[-1]}: the outermost must span all {cluster.size} devices")
 
 
 def parse_device(table: Any, where: Where) -> Device:
