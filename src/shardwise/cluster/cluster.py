@@ -47,11 +47,17 @@ class KernelCurve:
         kind: `matmul`, `attention`, `convolution`, `memory`, or another kind of `predict.kernel.Kernel`.
         dtype: one of DTYPES.
         samples: measured; shapes are as in `predict.kernel.Kernel.shape`.
+        operation: what was run, in the words of `cluster.curves`, where a kind has several.
+        backward: whether it is the backward pass of it.
+        workers: how many workers of one host ran it at the same time, each with its share of the cores.
     """
 
     kind: str
     dtype: str
     samples: tuple[Sample, ...]
+    operation: str = ""
+    backward: bool = False
+    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
