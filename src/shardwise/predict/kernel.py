@@ -23,6 +23,7 @@ class Kernel:
             (elements,).
         backward: whether it belongs to the backward pass; attention and convolution run other kernels there.
         count: equal kernels after each other.
+        when: `forward`, `backward`, `recompute` or `optimizer` (with clipping and norms), where it was recorded.
     """
 
     operation: str
@@ -33,3 +34,4 @@ class Kernel:
     shape: tuple[int, ...] = ()
     backward: bool = False
     count: int = 1
+    when: str = ""

@@ -67,6 +67,11 @@ class Prediction:
         return self.communication_seconds / self.compute_seconds if self.compute_seconds else 0.0
 
     @property
+    def exposed_alpha(self) -> float:
+        """Communication that is not hidden behind compute, over compute time."""
+        return self.exposed_communication_seconds / self.compute_seconds if self.compute_seconds else 0.0
+
+    @property
     def fits(self) -> bool:
         """Whether the memory is enough."""
         return self.memory.total <= self.memory_available

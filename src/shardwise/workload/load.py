@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +23,12 @@ from shardwise.workload.settings import convert_settings, parameters_of
 from shardwise.workload.workload import Workload
 
 RECIPES = ("image", "language", "medical")
+SIZES = "gpt:"
+"""Begins a model by its sizes: `gpt:layers=96,hidden=12288,heads=96`."""
+
 _FORMS = (
-    f"a recipe ({', '.join(RECIPES)}), path/to/file.py:function, package.module:function or a folder with a Hugging "
-    "Face config.json"
+    f"a recipe ({', '.join(RECIPES)}), {SIZES}layers=..., path/to/file.py:function, package.module:function or a "
+    "folder with a Hugging Face config.json"
 )
 
 
@@ -33,7 +37,7 @@ def load_workload(spec: str, settings: Mapping[str, Any] | None = None) -> Workl
 
     Args:
         spec: a recipe, `path/to/file.py:function`, `package.module:function` (the function returns a `Workload`), or
-            a folder with a Hugging Face `config.json`.
+            a folder with a Hugging Face `config.json`, or `gpt:layers=96,hidden=12288,heads=96`.
         settings: parameter -> text (converted by the parameter's annotation or default) or value.
 
     Raises:
@@ -70,6 +74,8 @@ def _parameters(spec: str, function: Callable[..., Any]) -> dict[str, inspect.Pa
 def _find_function(spec: str) -> Callable[..., Any]:
     if spec in RECIPES:
         return _function_of(_import_module(f"shardwise.workload.recipes.{spec}"), spec, spec)
+    if spec.startswith(SIZES) and not spec.removeprefix(SIZES).isidentifier():
+        return _of_sizes(spec)
     source, colon, name = spec.rpartition(":")
     if (Path(spec) / "config.json").is_file():
         module = _import_module("shardwise.workload.recipes.huggingface")
@@ -82,6 +88,29 @@ def _find_function(spec: str) -> Callable[..., Any]:
     is_file = source.endswith(".py") or os.sep in source
     module = _import_file(Path(source)) if is_file else _import_module(source)
     return _function_of(module, name, source)
+
+
+def _of_sizes(spec: str) -> Callable[..., Any]:
+    """The function of a model that is given by its sizes, which are defaults that settings may change."""
+    function = _import_module("shardwise.workload.recipes.gpt").gpt
+    settings = {}
+    for part in filter(None, spec.removeprefix(SIZES).split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not value:
+            raise WorkloadError(
+                f"{part!r} in workload {spec!r} has no value: write {SIZES}layers=96,hidden=12288,heads=96"
+            )
+        if key in settings:
+            raise WorkloadError(f"{key} is given twice in workload {spec!r}")
+        settings[key] = value
+    parameters = parameters_of(function)
+    needed = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+    missing = [name for name in needed if name not in settings]
+    if missing and not set(settings) - set(parameters):
+        raise WorkloadError(
+            f"workload {spec!r} needs {', '.join(missing)}: write {SIZES}layers=96,hidden=12288,heads=96"
+        )
+    return partial(function, **convert_settings(f"workload {spec!r}", parameters, settings))
 
 
 def _unknown(spec: str) -> str:

@@ -1,6 +1,7 @@
 """A decoder-only language model: pre-norm blocks with RMS norm, rotary attention and SwiGLU (Touvron et al. 2023).
 
 Shapes: B samples, T tokens, C hidden size, H heads, D = C / H.
+Keys and values may have fewer heads than queries (Ainslie et al. 2023).
 """
 
 from __future__ import annotations
@@ -33,24 +34,27 @@ class Rotary(nn.Module):
 class Attention(nn.Module):
     """Causal multi-head self-attention with one fused projection for queries, keys and values."""
 
-    def __init__(self, hidden: int, heads: int, sequence: int, dropout: float) -> None:
+    def __init__(self, hidden: int, heads: int, kv_heads: int, sequence: int, dropout: float) -> None:
         super().__init__()
-        self.hidden = hidden
         self.heads = heads
+        self.kv_heads = kv_heads
         self.dropout = dropout
-        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.sizes = [hidden, kv_heads * (hidden // heads), kv_heads * (hidden // heads)]
+        self.qkv = nn.Linear(hidden, sum(self.sizes), bias=False)
         self.out = nn.Linear(hidden, hidden, bias=False)
         self.rotary = Rotary(hidden // heads, sequence)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape  # noqa: N806
-        q, k, v = self.qkv(x).split(self.hidden, dim=2)
+        q, k, v = self.qkv(x).split(self.sizes, dim=2)
         q = q.view(B, T, self.heads, C // self.heads).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, self.heads, C // self.heads).transpose(1, 2)
-        v = v.view(B, T, self.heads, C // self.heads).transpose(1, 2)
+        k = k.view(B, T, self.kv_heads, C // self.heads).transpose(1, 2)
+        v = v.view(B, T, self.kv_heads, C // self.heads).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(self.rotary(q), self.rotary(k), v, dropout_p=dropout, is_causal=True)
+        grouped = self.kv_heads != self.heads
+        q, k = self.rotary(q), self.rotary(k)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
         out: Tensor = self.out(y.transpose(1, 2).contiguous().view(B, T, C))
         return out
 
@@ -58,9 +62,8 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """A gated two-layer perceptron (Shazeer 2020)."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
-        inner = -(-8 * hidden // 3 // 32) * 32  # 8/3 keeps the parameters of a plain one with 4
         self.gate = nn.Linear(hidden, inner, bias=False)
         self.up = nn.Linear(hidden, inner, bias=False)
         self.down = nn.Linear(inner, hidden, bias=False)
@@ -74,12 +77,12 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention, then the perceptron, each after a norm and added to the residual stream."""
 
-    def __init__(self, hidden: int, heads: int, sequence: int, dropout: float) -> None:
+    def __init__(self, hidden: int, heads: int, kv_heads: int, inner: int, sequence: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.RMSNorm(hidden)
-        self.attention = Attention(hidden, heads, sequence, dropout)
+        self.attention = Attention(hidden, heads, kv_heads, sequence, dropout)
         self.norm2 = nn.RMSNorm(hidden)
-        self.mlp = SwiGLU(hidden)
+        self.mlp = SwiGLU(hidden, inner)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,6 +101,8 @@ class GPT(nn.Module):
         layers: transformer blocks.
         hidden: features per token (C), an even multiple of `heads`.
         heads: attention heads (H).
+        kv_heads: heads of keys and values, which divide `heads`; None: as many.
+        inner: width of the perceptrons; None: `inner_width(hidden)`.
         dropout: share of activations dropped in training.
         tied: whether the output layer shares the weight of the token embedding.
     """
@@ -110,13 +115,16 @@ class GPT(nn.Module):
         layers: int,
         hidden: int,
         heads: int,
+        kv_heads: int | None = None,
+        inner: int | None = None,
         dropout: float = 0.0,
         tied: bool = False,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList([Block(hidden, heads, sequence, dropout) for _ in range(layers)])
+        sizes = (hidden, heads, kv_heads or heads, inner or inner_width(hidden))
+        self.blocks = nn.ModuleList([Block(*sizes, sequence, dropout) for _ in range(layers)])
         self.norm = nn.RMSNorm(hidden)
         self.head = nn.Linear(hidden, vocabulary, bias=False)
         if tied:
@@ -134,6 +142,11 @@ class GPT(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+
+def inner_width(hidden: int) -> int:
+    """Of a gated perceptron with as many parameters as a plain one of width 4 `hidden`, a multiple of 32."""
+    return -(-8 * hidden // 3 // 32) * 32
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,0 +1,228 @@
+"""What one operation asks of a device: kind, FLOPs and bytes, from the operation and its tensors.
+
+FLOPs are those of `torch.utils.flop_counter` (a multiply-add is two; attention in full, its backward pass with the
+scores computed again: 2.5 times the forward pass), with formulas of our own where that counts nothing: attention on
+the CPU, recurrent layers. Bytes are the operands read and the results written once, each element once, however often
+it is repeated by an expanded dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from shardwise.predict.kernel import Kernel
+
+aten = torch.ops.aten
+
+DTYPE_NAMES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+"""Of floating dtypes as `cluster.DTYPES` spells them; whole numbers count as float32, their bytes as they are."""
+
+Shape = tuple[int, ...]
+Counted = tuple[str, float, Shape, bool]
+"""Kind, FLOPs, shape and whether it is a kernel of the backward pass, as in `Kernel`."""
+Counter = Callable[[tuple[Any, ...], Any], Counted]
+
+_COUNTERS: dict[Any, Counter] = {}
+_FREE = {
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten.detach,
+    aten.alias,
+    aten.resize_,
+    aten.set_,
+    aten.is_pinned,
+    aten._local_scalar_dense,
+    aten.lift_fresh,
+    aten.view,
+    aten._unsafe_view,
+    aten._reshape_alias,
+    aten.record_stream,
+}
+_ROWS_READ = {aten.embedding, aten.index_select, aten.gather, aten.index, aten.select_backward, aten.slice_backward}
+"""Operations that read no more of their first operand than they write."""
+
+
+def counts(*operations: Any) -> Callable[[Counter], Counter]:
+    """Registers a formula."""
+
+    def register(counter: Counter) -> Counter:
+        _COUNTERS.update(dict.fromkeys(operations, counter))
+        return counter
+
+    return register
+
+
+def kernel_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, when: str) -> Kernel | None:
+    """The kernel that a call of `operation` is; None where it computes and moves nothing (views, empty tensors)."""
+    packet = operation.overloadpacket
+    if packet in _FREE or operation.is_view:
+        return None
+    inputs, outputs = list(tensors((args, kwargs))), list(tensors(result))
+    if not outputs and not inputs:
+        return None
+    if outputs and all(not output.numel() for output in outputs):
+        return None
+    counter = _COUNTERS.get(packet)
+    kind, flops, shape, backward = (
+        ("memory", 0.0, (max((o.numel() for o in outputs or inputs), default=0),), when == "backward")
+        if counter is None
+        else counter(args, result)
+    )
+    dtype = _dtype([*inputs, *outputs])
+    name = f"{operation.namespace}.{packet.__name__}"
+    return Kernel(name, kind, dtype, flops, _bytes(packet, inputs, outputs), shape, backward, when=when)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors(item)
+
+
+def _dtype(operands: Iterable[Tensor]) -> str:
+    return next((DTYPE_NAMES[t.dtype] for t in operands if t.dtype in DTYPE_NAMES), "float32")
+
+
+def _bytes(packet: Any, inputs: list[Tensor], outputs: list[Tensor]) -> float:
+    written = sum(_size(output) for output in outputs)
+    read = [_size(each) for each in inputs]
+    if packet in _ROWS_READ and read:
+        read[0] = min(read[0], written)
+    return float(written + sum(read))
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of the elements that lie in memory: a dimension that is only repeated (stride 0) counts once."""
+    if not tensor.numel():
+        return 0
+    elements = prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return elements * tensor.element_size()
+
+
+def _formula(packet: Any, args: tuple[Any, ...], result: Any) -> float:
+    return float(flop_registry[packet](*args, out_val=result))
+
+
+# ---- matrix products ------------------------------------------------------------------------------------------------
+
+
+@counts(aten.mm)
+def _mm(args: tuple[Any, ...], result: Any) -> Counted:
+    (m, k), (_, n) = args[0].shape, args[1].shape
+    return "matmul", 2.0 * m * n * k, (1, m, n, k), False
+
+
+@counts(aten.addmm)
+def _addmm(args: tuple[Any, ...], result: Any) -> Counted:
+    return _mm(args[1:], result)
+
+
+@counts(aten.bmm)
+def _bmm(args: tuple[Any, ...], result: Any) -> Counted:
+    (batch, m, k), n = args[0].shape, args[1].shape[2]
+    return "matmul", 2.0 * batch * m * n * k, (batch, m, n, k), False
+
+
+@counts(aten.baddbmm)
+def _baddbmm(args: tuple[Any, ...], result: Any) -> Counted:
+    return _bmm(args[1:], result)
+
+
+@counts(aten.addmv, aten.mv, aten.dot, aten.addr, aten.ger)
+def _vectors(args: tuple[Any, ...], result: Any) -> Counted:
+    elements = max(each.numel() for each in args if isinstance(each, Tensor))
+    return "memory", 2.0 * elements, (elements,), False
+
+
+# ---- recurrent layers -----------------------------------------------------------------------------------------------
+
+
+@counts(aten.mkldnn_rnn_layer)
+def _rnn(args: tuple[Any, ...], result: Any) -> Counted:
+    return _recurrent(args[0], args[1], args[2], 1, backward=False)
+
+
+@counts(aten.mkldnn_rnn_layer_backward)
+def _rnn_backward(args: tuple[Any, ...], result: Any) -> Counted:
+    return _recurrent(args[0], args[1], args[2], 2, backward=True)
+
+
+def _recurrent(x: Tensor, to_input: Tensor, to_hidden: Tensor, times: int, *, backward: bool) -> Counted:
+    """One layer over a whole sequence: products of every token with both matrices, (gates * hidden, features)."""
+    steps, samples = x.shape[0], x.shape[1]
+    gates, features = to_input.shape[0], to_input.shape[1] + to_hidden.shape[1]
+    flops = 2.0 * times * steps * samples * gates * features
+    return "matmul", flops, (1, steps * samples, gates, features), backward
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+@counts(
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+)
+def _attention(args: tuple[Any, ...], result: Any) -> Counted:
+    flops, shape = _attended(*args[:3])
+    return "attention", flops, shape, False
+
+
+@counts(
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    aten._scaled_dot_product_flash_attention_backward,
+    aten._scaled_dot_product_efficient_attention_backward,
+    aten._scaled_dot_product_cudnn_attention_backward,
+)
+def _attention_backward(args: tuple[Any, ...], result: Any) -> Counted:
+    """Five products where the forward pass has two: the scores again, and the gradients of both (Dao et al. 2022)."""
+    flops, shape = _attended(*args[1:4])
+    return "attention", 2.5 * flops, shape, True
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, Shape]:
+    batch, heads, queries, size = query.shape
+    keys = key.shape[2]
+    flops = 2.0 * batch * heads * queries * keys * (size + value.shape[3])
+    return flops, (batch, heads, queries, keys, size)
+
+
+# ---- convolutions ---------------------------------------------------------------------------------------------------
+
+
+@counts(aten.convolution, aten._convolution)
+def _convolution(args: tuple[Any, ...], result: Any) -> Counted:
+    return "convolution", _formula(aten.convolution, args, result), _convolved(args[0], args[1], result, args), False
+
+
+@counts(aten.convolution_backward)
+def _convolution_backward(args: tuple[Any, ...], result: Any) -> Counted:
+    shape = _convolved(args[1], args[2], args[0], args[1:])
+    return "convolution", _formula(aten.convolution_backward, args, result), shape, True
+
+
+def _convolved(x: Tensor, weight: Tensor, output: Tensor, args: tuple[Any, ...]) -> Shape:
+    """(batch, channels in / groups, channels out, positions out, window); `args` end as those of `convolution` do."""
+    channels_in, groups = x.shape[1], args[8]
+    return x.shape[0], channels_in // groups, output.shape[1], prod(output.shape[2:]), prod(weight.shape[2:])

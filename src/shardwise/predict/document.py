@@ -1,0 +1,98 @@
+"""Predictions as JSON: the document that `simulate` and `plan` print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardwise.predict.prediction import Memory, Prediction
+from shardwise.units import format_bytes, format_seconds, format_share
+
+
+def candidate(strategy: str, prediction: Prediction) -> dict[str, Any]:
+    """One strategy and what it will cost."""
+    memory = prediction.memory
+    return {
+        "strategy": strategy,
+        "step_seconds": prediction.step_seconds,
+        "compute_seconds": prediction.compute_seconds,
+        "communication_seconds": prediction.communication_seconds,
+        "exposed_communication_seconds": prediction.exposed_communication_seconds,
+        "bubble_seconds": prediction.bubble_seconds,
+        "optimizer_seconds": prediction.optimizer_seconds,
+        "host_seconds": prediction.host_seconds,
+        "alpha": prediction.alpha,
+        "exposed_alpha": prediction.exposed_alpha,
+        "memory_bytes": memory.total,
+        "memory": {name: getattr(memory, name) for name in CATEGORIES},
+        "memory_available_bytes": prediction.memory_available,
+        "fits": prediction.fits,
+        "samples_per_second": prediction.samples_per_second,
+        "model_flops_utilization": prediction.model_flops_utilization,
+        "terms": dict(prediction.terms),
+        "origins": dict(prediction.origins),
+    }
+
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary")
+"""Of memory, in the order of `Memory`'s fields."""
+
+
+def document(
+    workload: str,
+    cluster: str,
+    predictions: Sequence[tuple[str, Prediction]],
+    rejected: Sequence[tuple[str, str]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The document of predictions for several strategies.
+
+    Args:
+        workload: its name.
+        cluster: its name.
+        predictions: (strategy, prediction), the best one is found here: the fastest of those that fit.
+        rejected: (strategy, reason).
+        seconds: that it took to predict.
+    """
+    candidates = [candidate(strategy, prediction) for strategy, prediction in predictions]
+    fitting = [each for each in candidates if each["fits"]]
+    best = min(fitting, key=lambda each: each["step_seconds"], default=None)
+    return {
+        "workload": workload,
+        "cluster": cluster,
+        "best": best and best["strategy"],
+        "candidates": candidates,
+        "rejected": [{"strategy": strategy, "reason": reason} for strategy, reason in rejected],
+        "search_seconds": seconds,
+        "explanation": " ".join(explained(strategy, prediction) for strategy, prediction in predictions),
+    }
+
+
+def explained(strategy: str, prediction: Prediction) -> str:
+    """Where the time of a step goes and what the memory holds, in two sentences."""
+    parts = {
+        "computing": prediction.compute_seconds,
+        "waiting for communication": prediction.exposed_communication_seconds,
+        "waiting for other stages of the pipeline": prediction.bubble_seconds,
+        "updating parameters": prediction.optimizer_seconds,
+        "waiting for the host to start kernels": prediction.host_seconds,
+    }
+    spent = [f"{format_share(value / prediction.step_seconds)} {name}" for name, value in _largest(parts)]
+    held = [f"{format_bytes(value)} of {name}" for name, value in _largest(_categories(prediction.memory))]
+    room = "fits into" if prediction.fits else "does not fit into"
+    return (
+        f"{strategy}: a step takes {format_seconds(prediction.step_seconds)}, {', '.join(spent)}. "
+        f"A device needs {format_bytes(prediction.memory.total)} ({', '.join(held)}), which {room} its "
+        f"{format_bytes(prediction.memory_available)}."
+    )
+
+
+def _largest(parts: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Those that make up one percent or more, the largest first."""
+    total = sum(parts.values())
+    shown = [(name, value) for name, value in parts.items() if value >= 0.01 * total > 0]
+    return sorted(shown, key=lambda part: -part[1])
+
+
+def _categories(memory: Memory) -> dict[str, float]:
+    return {name: getattr(memory, name) for name in CATEGORIES}

@@ -1,0 +1,217 @@
+"""Observes one step of a program as it runs, on real workers or on fake ones: kernels, collectives, memory.
+
+    program.step_share(share)                         # a step or two first: buckets are built, optimizer states made
+    with Recorder() as recorder, recorder.following(program):
+        program.step_share(share)
+    record = recorder.record()
+    record.kernels        # tuple[Kernel], in order; `Kernel.when` says forward, backward, recompute or optimizer
+    record.collectives    # tuple[Collective], in order
+    record.events         # both in one order, each with its mark: Event("0F3", Kernel | Collective)
+    record.memory         # prediction.Memory at the moment of the peak: the bytes of all tensors that are alive
+
+Marks are spelled as the pipeline's actions are: stage, kind (F forward, B backward, I and W its two halves, for inputs
+and weights), microbatch: `0F3`. Without a pipeline there is stage 0 alone. What belongs to no microbatch has the mark
+`reduce` (sums of gradients after the last backward pass), `update` (the optimizer, and what replicas then send each
+other) or none (losses, norms, clipping). `Recorder.mark` is a context manager for marks of one's own.
+
+The recorder is a dispatch mode: it sees every operation that reaches torch's dispatcher, from Python, from autograd
+(whose backward pass runs in the calling thread on the CPU) and from C++ (DDP's reducer). Operations on tensors of a
+subclass, `DTensor`, are seen as what they do on this worker. It does not see scratch memory inside of a kernel.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardwise.collective import Collective
+from shardwise.parallel.program import Program
+from shardwise.parallel.rows import local
+from shardwise.parallel.schedule import Action
+from shardwise.parallel.staged import GraphEngine
+from shardwise.predict.counting import kernel_of, tensors
+from shardwise.predict.issued import Axes, collective_of, is_collective
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.prediction import Memory
+from shardwise.predict.storages import Storages
+
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened: `mark` says in which part of the step."""
+
+    mark: str
+    what: Kernel | Collective
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What happened in one step on one worker.
+
+    Attributes:
+        events: kernels and collectives, in the order in which they were issued.
+        memory: at its peak.
+    """
+
+    events: tuple[Event, ...]
+    memory: Memory
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """In the order in which they were issued."""
+        return tuple(event.what for event in self.events if isinstance(event.what, Kernel))
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """In the order in which they were issued."""
+        return tuple(event.what for event in self.events if isinstance(event.what, Collective))
+
+
+class Recorder(TorchDispatchMode):
+    """See the module's docstring. Opened inside of a `FakeTensorMode` where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: list[Event] = []
+        self._storages = Storages()
+        self._axes = Axes(())
+        self._base, self._mark, self._segment = "", "", ("", "")
+
+    def __enter__(self) -> Recorder:
+        gc.collect()  # what programs hold in circles would go at some moment of the step
+        self._storages.open()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)
+        self._storages.close()
+
+    def record(self) -> Record:
+        """What was observed."""
+        return Record(tuple(self._events), self._storages.peak())
+
+    # ---- the parts of a step ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def mark(self, mark: str | None = None, base: str | None = None) -> Iterator[None]:
+        """Surrounds a part of the step; `base`: what it is part of: forward, backward, optimizer."""
+        before = self._mark, self._base
+        self._mark = self._mark if mark is None else mark
+        self._base = self._base if base is None else base
+        try:
+            yield
+        finally:
+            self._mark, self._base = before
+
+    @contextmanager
+    def following(self, program: Program) -> Iterator[None]:
+        """Surrounds steps of a program: marks their parts, and tells its tensors from others."""
+        self._axes = Axes.of(program.mesh)
+        self._storages.mark((local(held.tensor) for held in program.engine.held.values()), "parameters")
+        self._mark_states(program)
+        with _wrapped(self, program):
+            yield
+        self._mark_states(program)
+
+    def _mark_states(self, program: Program) -> None:
+        """States of the optimizer, and gradients: which may be there before a step, or only after it."""
+        states = [] if program.optimizer is None else list(program.optimizer.state.values())
+        self._storages.mark((local(tensor) for tensor in tensors(states)), "optimizer")
+        self._storages.mark(
+            (local(p.grad) for p in program.engine.parameters.values() if p.grad is not None), "gradients"
+        )
+
+    def _when(self) -> str:
+        """Which pass runs: autograd says whether it is a backward pass, in which only a repeated forward has gradients."""
+        if self._base in ("forward", "backward") and torch._C._current_graph_task_id() != -1:
+            return "recompute" if torch.is_grad_enabled() else "backward"
+        return self._base
+
+    def _place(self, when: str) -> str:
+        """The mark; a microbatch's own is spelled for its forward pass."""
+        mark = self._mark
+        return mark.replace("F", "B") if when in ("backward", "recompute") and mark[:1].isdigit() else mark
+
+    # ---- observing --------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind not in _PLAIN for kind in types):
+            return NotImplemented  # it will do what it does on tensors that are here
+        kwargs = kwargs or {}
+        when = self._when()
+        place = self._place(when)
+        if (when, place) != self._segment:
+            self._segment = when, place
+            self._storages.next(forward=when in ("forward", "recompute"))
+        for tensor in tensors((args, kwargs)):
+            self._storages.seen(tensor)
+        result = func(*args, **kwargs)
+        for tensor in tensors(result):
+            self._storages.made(tensor)
+        what: Kernel | Collective | None
+        if is_collective(func):
+            what = collective_of(func, args, kwargs, result, self._axes, when or "report")
+        else:
+            what = kernel_of(func, args, kwargs, result, when or "optimizer")
+        if what is not None:
+            self._events.append(Event(place, what))
+        return result
+
+
+@contextmanager
+def _wrapped(recorder: Recorder, program: Program) -> Iterator[None]:
+    """Marks parts of the program's steps by functions around its own."""
+    engine: Any = program.engine
+    replaced: list[tuple[Any, str]] = []
+
+    def around(owner: Any, name: str, describe: Callable[..., tuple[str | None, str | None]]) -> None:
+        original = getattr(owner, name)
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            with recorder.mark(*describe(*args)):
+                return original(*args, **kwargs)
+
+        setattr(owner, name, marked)
+        replaced.append((owner, name))
+
+    around(engine, "forward_backward", lambda *_: (None, "forward"))
+    around(program, "_update", lambda *_: ("update", "optimizer"))
+    if isinstance(engine, GraphEngine):
+        pipeline: Any = engine._pipeline
+        around(pipeline, "_forward", lambda _, action: (str(action), "forward"))
+        around(pipeline, "_backward", lambda _, action: (str(action), "backward"))
+        around(pipeline.weights, "compute", lambda key: (str(Action("W", *key)), "backward"))
+        around(engine._holding, "reduce", lambda *_: ("reduce", "backward"))
+    else:
+        _count_microbatches(recorder, engine, replaced)
+    try:
+        yield
+    finally:
+        for owner, name in replaced:
+            delattr(owner, name)
+
+
+def _count_microbatches(recorder: Recorder, engine: Any, replaced: list[tuple[Any, str]]) -> None:
+    """Marks the microbatches of a module that runs as it is: each begins when its data arrive."""
+    original = engine._enter
+    seen = 0
+
+    def enter(microbatch: Any) -> Any:
+        nonlocal seen
+        recorder._mark = str(Action("F", 0, seen))
+        seen += 1
+        return original(microbatch)
+
+    engine._enter = enter
+    replaced.append((engine, "_enter"))

@@ -1,0 +1,160 @@
+"""How much memory tensors take, from the moments at which their storages come and go.
+
+What a storage is for is known only later: a tensor of the forward pass is an activation if it outlives the part of the
+pass in which it was made, and temporary if it does not. So storages are written down as they come and go, and looked
+at when the step is over.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.predict.prediction import Memory
+
+GIVEN = -1
+"""Segment of storages that were there before."""
+
+
+@dataclass(slots=True)
+class _Storage:
+    """One storage: `segment` in which it was made, whether that was a forward pass, and in which it went."""
+
+    segment: int
+    forward: bool
+    size: int
+    resized: bool = False
+    died: int | None = None
+
+
+class Storages:
+    """Follows the storages of tensors that are `seen` or `made`, until it is closed.
+
+    A segment is a stretch of the step: what is made in one of a forward pass (or of its repetition) and still there in
+    the next is an activation.
+    """
+
+    def __init__(self) -> None:
+        self.segment = 0
+        self.forward = False
+        self._known: dict[int, int] = {}
+        self._storages: list[_Storage] = []
+        self._events: list[tuple[int, int]] = []
+        self._given: list[int] = []
+        self._references: dict[int, Any] = {}
+        self._resize = torch.UntypedStorage.resize_
+        self._categories: dict[int, str] = {}
+
+    # ---- observing --------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Follows changes of size too (`fully_shard` frees and fills parameters so)."""
+        original, self._resize = self._resize, torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            number = self._number(storage, given=True)
+            result = self._resize(storage, size)
+            found = self._storages[number]
+            found.resized = True
+            self._events.append((number, size - found.size))
+            found.size = size
+            return result
+
+        del original
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+
+    def close(self) -> None:
+        """Ends it; what comes and goes from here on is not followed."""
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._references.clear()
+
+    def made(self, tensor: Tensor) -> None:
+        """A tensor that an operation returned."""
+        self._number(tensor.untyped_storage(), given=False)
+
+    def seen(self, tensor: Tensor) -> None:
+        """A tensor that an operation was given: if it is new here it was there before."""
+        self._number(tensor.untyped_storage(), given=True)
+
+    def next(self, *, forward: bool) -> None:
+        """Another stretch of the step begins; `forward`: of a forward pass or its repetition."""
+        self.segment += 1
+        self.forward = forward
+
+    def mark(self, kept: Iterable[Tensor], category: str) -> None:
+        """Says what tensors are for: `parameters`, `gradients` or `optimizer`; what was said first holds."""
+        for tensor in kept:
+            self._categories.setdefault(self._number(tensor.untyped_storage(), given=True), category)
+
+    def _number(self, storage: torch.UntypedStorage, *, given: bool) -> int:
+        key = storage._cdata
+        number = self._known.get(key)
+        if number is not None:
+            return number
+        number = self._known[key] = len(self._storages)
+        size = storage.nbytes()
+        self._storages.append(_Storage(GIVEN if given else self.segment, self.forward and not given, size))
+        if given:
+            self._given.append(size)
+        self._events.append((number, 0 if given else size))
+        self._references[number] = weakref.finalize(storage, self._gone, key, number)
+        self._references[number].atexit = False
+        return number
+
+    def _gone(self, key: int, number: int) -> None:
+        if number not in self._references:  # closed
+            return
+        del self._known[key], self._references[number]
+        found = self._storages[number]
+        found.died = self.segment
+        self._events.append((number, -found.size))
+        found.size = 0
+
+    # ---- looking ----------------------------------------------------------------------------------------------------
+
+    def peak(self) -> Memory:
+        """The moment with the most memory, by what it is for."""
+        at, _ = self._highest()
+        sizes: dict[int, int] = {}
+        totals = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "temporary"), 0)
+        for number, size in self._sizes_at(at, sizes).items():
+            totals[self._category(number)] += size
+        return Memory(**totals)
+
+    def held(self) -> Mapping[str, int]:
+        """Bytes at the end, by category: what stays between steps, with what is about to go."""
+        totals: dict[str, int] = {}
+        for number, size in self._sizes_at(len(self._events), {}).items():
+            totals[self._category(number)] = totals.get(self._category(number), 0) + size
+        return totals
+
+    def _highest(self) -> tuple[int, int]:
+        """(number of events before the peak, bytes above what was given)."""
+        total = best = at = 0
+        for index, (_, change) in enumerate(self._events):
+            total += change
+            if total > best:
+                best, at = total, index + 1
+        return at, best
+
+    def _sizes_at(self, at: int, sizes: dict[int, int]) -> dict[int, int]:
+        given = iter(self._given)
+        for number, storage in enumerate(self._storages):
+            sizes[number] = next(given) if storage.segment == GIVEN else 0
+        for number, change in self._events[:at]:
+            sizes[number] += change
+        return sizes
+
+    def _category(self, number: int) -> str:
+        storage = self._storages[number]
+        if number in self._categories:
+            return self._categories[number]
+        if storage.resized:
+            return "parameters"  # gathered
+        outlives = storage.died is None or storage.died > storage.segment
+        return "activations" if storage.forward and outlives else "temporary"

@@ -1,0 +1,46 @@
+"""What a person reads of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shardwise.report.text import table
+from shardwise.units import format_bytes, format_rate, format_seconds, format_share
+
+
+def prediction_table(document: Mapping[str, Any]) -> str:
+    """One row per strategy, where its time goes, and what the numbers rest on."""
+    header = ["strategy", "step", "compute", "communication", "exposed", "bubble", "optimizer", "host", "alpha"]
+    header += ["memory/device", "fits", "samples/s", "MFU"]
+    rows = [_row(candidate) for candidate in document["candidates"]]
+    lines = [f"{document['workload']} on {document['cluster']}", *([table(header, rows)] if rows else [])]
+    lines += ["", *_notes(document)]
+    return "\n".join(lines)
+
+
+def _row(candidate: Mapping[str, Any]) -> list[str]:
+    seconds = ("step", "compute", "communication", "exposed_communication", "bubble", "optimizer", "host")
+    utilization = candidate["model_flops_utilization"]
+    return [
+        candidate["strategy"],
+        *(format_seconds(candidate[f"{name}_seconds"]) for name in seconds),
+        f"{candidate['alpha']:.3g}",
+        format_bytes(candidate["memory_bytes"]),
+        "yes" if candidate["fits"] else "NO",
+        format_rate(candidate["samples_per_second"]),
+        "-" if utilization is None else format_share(utilization),
+    ]
+
+
+def _notes(document: Mapping[str, Any]) -> list[str]:
+    origins: dict[str, list[str]] = {}
+    for candidate in document["candidates"]:
+        for name, origin in candidate["origins"].items():
+            if name not in origins.setdefault(origin, []):
+                origins[origin].append(name)
+    return [
+        document["explanation"],
+        *(f"{origin}: {', '.join(names)}" for origin, names in origins.items()),
+        *(f"{entry['strategy']} cannot be: {entry['reason']}" for entry in document["rejected"]),
+    ]
