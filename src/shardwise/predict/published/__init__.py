@@ -1,0 +1,1 @@
+"""Training runs that others published, read from a CSV and held against predictions."""

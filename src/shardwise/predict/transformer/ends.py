@@ -1,0 +1,53 @@
+"""What comes before the first block and after the last one: embedding, output, loss; and the update of parameters."""
+
+from __future__ import annotations
+
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.transformer.layer import moving, product, tokens
+from shardwise.predict.transformer.sizes import Setup, Sizes
+
+LOSS_BYTES = {"megatron": (30, 26), "eager": (16, 14), "fused": (6, 4)}
+"""Bytes per logit, forward and backward: Megatron's loss in float32 takes maximum, difference, exponential, sum and
+quotient as kernels of their own; PyTorch's copies to float32 and takes one log softmax."""
+
+UPDATE_BYTES = {"fp16": 56, "bf16": 44, "float32": 32, "tf32": 32}
+"""Bytes per parameter that one step of Adam with float32 states moves: gradient, two moments and master weight are read,
+three of them written; low precision adds the copies of gradient and weight, fp16 the unscaling."""
+
+
+def embedding(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel]]:
+    """Forward and backward kernels of the embedding for one microbatch."""
+    elements = tokens(sizes, setup) * sizes.hidden
+    mask = 3 if setup.stack.dropout else 2
+    rows = sizes.vocab * sizes.hidden / setup.tensor
+    forward = [moving("embedding", setup.dtype, elements, 2 * mask)]
+    backward = [
+        moving("embedding", setup.dtype, elements, 6, backward=True),
+        moving("embedding gradient", setup.dtype, rows, 2 + 2 * setup.stack.accumulation_bytes, backward=True),
+    ]
+    return forward, backward
+
+
+def head(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel]]:
+    """Forward and backward kernels of the last norm, the output and the loss for one microbatch."""
+    t, columns, h = tokens(sizes, setup), -(-sizes.vocab // setup.tensor), sizes.hidden
+    forward_bytes, backward_bytes = LOSS_BYTES[setup.stack.loss]
+    logits = float(t) * columns
+    forward = [
+        moving("norm", setup.dtype, t * h, 4),
+        product("output", setup.dtype, t, columns, h),
+        moving("loss", setup.dtype, logits, forward_bytes),
+    ]
+    backward = [
+        moving("loss", setup.dtype, logits, backward_bytes, backward=True),
+        product("output inputs", setup.dtype, t, h, columns, backward=True),
+        product("output weights", setup.dtype, columns, h, t, backward=True),
+        moving("accumulate", setup.dtype, columns * h, 2 + 2 * setup.stack.accumulation_bytes, backward=True),
+        moving("norm", setup.dtype, t * h, 8, backward=True),
+    ]
+    return forward, backward
+
+
+def update(parameters: float, setup: Setup) -> Kernel:
+    """Adam's update of so many parameters on one rank."""
+    return moving("update", "float32", parameters, UPDATE_BYTES[setup.dtype])

@@ -1,0 +1,237 @@
+"""The kernels of one transformer block on one rank: forward, backward, and what is recomputed.
+
+Per microbatch, with T tokens, hidden size h, tensor parallelism t (Shoeybi et al. 2019; Korthikanti et al. 2022):
+
+    norm, [h x (q+2kv)/t] product, attention over heads/t, [h/t x h] product, residual,
+    norm, [h x f/t] product, activation, [f/t x h] product, residual
+
+The backward pass has two products for each (for inputs and for weights) and moves about twice as many bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from shardwise.predict.gpu import ELEMENT_BYTES
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.transformer.sizes import Setup, Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Kernels of one block for one microbatch, in order.
+
+    Attributes:
+        forward: of the forward pass.
+        backward: of the backward pass.
+        recomputed: run once more before the backward pass.
+    """
+
+    forward: tuple[Kernel, ...]
+    backward: tuple[Kernel, ...]
+    recomputed: tuple[Kernel, ...]
+
+
+def product(
+    name: str, dtype: str, m: int, n: int, k: int, *, batch: int = 1, output_bytes: float = 2, backward: bool = False
+) -> Kernel:
+    """A matrix product (m x k) @ (k x n), `batch` of them."""
+    element = ELEMENT_BYTES[dtype]
+    moved = batch * (element * (m * k + k * n) + output_bytes * m * n)
+    return Kernel(name, "matmul", dtype, 2.0 * batch * m * n * k, moved, (batch, m, n, k), backward)
+
+
+def moving(name: str, dtype: str, elements: float, bytes_per_element: float, *, backward: bool = False) -> Kernel:
+    """A kernel that only moves and combines values."""
+    return Kernel(name, "memory", dtype, elements, elements * bytes_per_element, (int(elements),), backward)
+
+
+def block(sizes: Sizes, setup: Setup) -> Passes:
+    """The kernels of one block for one microbatch on one rank."""
+    attention_in, attention_core, attention_out = _attention(sizes, setup)
+    mlp = _mlp(sizes, setup)
+    casts_forward, casts_backward = _casts(sizes, setup)
+    forward = (*attention_in, *attention_core, *attention_out, *mlp, *casts_forward)
+    backward = (
+        *_linear_backward(sizes, setup),
+        *_attention_backward(sizes, setup),
+        *_elementwise_backward(sizes, setup),
+        *casts_backward,
+    )
+    return Passes(forward, backward, _recomputed(setup, forward, attention_core, attention_in))
+
+
+def tokens(sizes: Sizes, setup: Setup) -> int:
+    """Tokens of a microbatch on one rank of context parallelism."""
+    return setup.micro_batch * sizes.sequence // setup.context
+
+
+def _width(setup: Setup) -> float:
+    return ELEMENT_BYTES[setup.dtype]
+
+
+def _residual_elements(sizes: Sizes, setup: Setup) -> float:
+    """Elements of the residual stream that one rank works on."""
+    return tokens(sizes, setup) * sizes.hidden / (setup.tensor if setup.sequence_parallel else 1)
+
+
+def _attention(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
+    t, h, tp, e = tokens(sizes, setup), sizes.hidden, setup.tensor, _width(setup)
+    residual, linear = _residual_elements(sizes, setup), setup.linear_dtype
+    kind = setup.stack.elementwise
+    before = [_norm(setup, residual), product("qkv", linear, t, sizes.qkv // tp, h, output_bytes=e)]
+    if kind == "megatron":
+        before.append(moving("bias", setup.dtype, t * sizes.qkv / tp, 2 * e))
+    elif not sizes.learned_positions:
+        rotated = t * (h + sizes.kv_heads * sizes.head_size) / tp
+        before.append(moving("rotary", setup.dtype, rotated, (8 if kind == "eager" else 2) * e))
+    core = _core(sizes, setup)
+    after = [product("projection", linear, t, h, h // tp, output_bytes=e), _residual(setup, residual)]
+    return before, core, after
+
+
+def _norm(setup: Setup, elements: float) -> Kernel:
+    return moving("norm", setup.dtype, elements, 2 * _width(setup))
+
+
+def _residual(setup: Setup, elements: float) -> Kernel:
+    mask = 1 if setup.stack.dropout else 0
+    return moving("residual", setup.dtype, elements, 3 * _width(setup) + mask)
+
+
+def _core(sizes: Sizes, setup: Setup) -> list[Kernel]:
+    """Attention itself, between its two linear layers."""
+    t, tp, e, d = tokens(sizes, setup), setup.tensor, _width(setup), sizes.head_size
+    heads, b = max(1, sizes.heads // tp), setup.micro_batch
+    if setup.stack.attention in ("flash", "fused"):
+        return [_flash(sizes, setup, backward=False)]
+    s = sizes.sequence
+    scores = float(b * heads) * s * s
+    kernels = [product("scores", setup.dtype, s, s, d, batch=b * heads, output_bytes=e)]
+    kernels.append(moving("softmax", setup.dtype, scores, (2 if setup.stack.attention == "unfused" else 6) * e))
+    if setup.stack.dropout:
+        kernels.append(moving("dropout", setup.dtype, scores, 2 * e + 1))
+    kernels.append(product("context", setup.dtype, s, d, s, batch=b * heads, output_bytes=e))
+    kernels.append(moving("transpose", setup.dtype, t * sizes.hidden / tp, 2 * e))
+    return kernels
+
+
+def _flash(sizes: Sizes, setup: Setup, *, backward: bool) -> Kernel:
+    b, s, heads = setup.micro_batch, sizes.sequence, max(1, sizes.heads // setup.tensor)
+    queries, d = s // setup.context, sizes.head_size
+    flops = 4.0 * b * heads * queries * s * d * (2.5 if backward else 1)
+    moved = _width(setup) * b * heads * d * (2 * queries + 2 * s) * (2 if backward else 1)
+    name = "cudnn attention" if setup.stack.attention == "fused" else "flash attention"
+    return Kernel(name, "attention", setup.dtype, flops, moved, (b, heads, queries, s, d), backward)
+
+
+def _mlp(sizes: Sizes, setup: Setup) -> list[Kernel]:
+    t, h, tp, e = tokens(sizes, setup), sizes.hidden, setup.tensor, _width(setup)
+    residual, linear = _residual_elements(sizes, setup), setup.linear_dtype
+    wide = t * sizes.ffn / tp
+    passes = 3 if sizes.gated else 2
+    if setup.stack.elementwise == "eager" and sizes.gated:
+        passes = 5
+    return [
+        _norm(setup, residual),
+        product("up", linear, t, sizes.up // tp, h, output_bytes=e),
+        moving("activation", setup.dtype, wide, passes * e),
+        product("down", linear, t, h, sizes.ffn // tp, output_bytes=e),
+        _residual(setup, residual),
+    ]
+
+
+def _linear_shapes(sizes: Sizes, setup: Setup) -> list[tuple[str, int, int]]:
+    """Name, inputs and outputs of the linear layers of a block on one rank."""
+    tp, h = setup.tensor, sizes.hidden
+    return [
+        ("qkv", h, sizes.qkv // tp),
+        ("projection", h // tp, h),
+        ("up", h, sizes.up // tp),
+        ("down", sizes.ffn // tp, h),
+    ]
+
+
+def _linear_backward(sizes: Sizes, setup: Setup) -> list[Kernel]:
+    t, e, linear = tokens(sizes, setup), _width(setup), setup.linear_dtype
+    kernels = []
+    for name, inputs, outputs in _linear_shapes(sizes, setup):
+        kernels.append(product(f"{name} inputs", linear, t, inputs, outputs, output_bytes=e, backward=True))
+        kernels.append(product(f"{name} weights", linear, outputs, inputs, t, output_bytes=e, backward=True))
+    matrices = sum(inputs * outputs for _, inputs, outputs in _linear_shapes(sizes, setup))
+    kernels.append(moving("accumulate", setup.dtype, matrices, e + 2 * setup.stack.accumulation_bytes, backward=True))
+    return kernels
+
+
+def _attention_backward(sizes: Sizes, setup: Setup) -> list[Kernel]:
+    e, tp, d, s = _width(setup), setup.tensor, sizes.head_size, sizes.sequence
+    if setup.stack.attention in ("flash", "fused"):
+        return [_flash(sizes, setup, backward=True)]
+    batch = setup.micro_batch * max(1, sizes.heads // tp)
+    scores = float(batch) * s * s
+    dtype = setup.dtype
+    kernels = [
+        product("context inputs", dtype, s, s, d, batch=batch, output_bytes=e, backward=True),
+        product("context values", dtype, s, d, s, batch=batch, output_bytes=e, backward=True),
+        moving("softmax", dtype, scores, (3 if setup.stack.attention == "unfused" else 7) * e, backward=True),
+        product("queries", dtype, s, d, s, batch=batch, output_bytes=e, backward=True),
+        product("keys", dtype, s, d, s, batch=batch, output_bytes=e, backward=True),
+        moving("transpose", dtype, tokens(sizes, setup) * 4 * sizes.hidden / tp, 2 * e, backward=True),
+    ]
+    if setup.stack.dropout:
+        kernels.insert(2, moving("dropout", dtype, scores, 2 * e + 1, backward=True))
+    return kernels
+
+
+def _elementwise_backward(sizes: Sizes, setup: Setup) -> list[Kernel]:
+    t, tp, e, dtype = tokens(sizes, setup), setup.tensor, _width(setup), setup.dtype
+    residual, wide = _residual_elements(sizes, setup), t * sizes.ffn / tp
+    kind = setup.stack.elementwise
+    activation = 5 if sizes.gated else 3
+    if kind == "eager" and sizes.gated:
+        activation = 8
+    kernels = [
+        moving("norm", dtype, residual, 4 * e, backward=True),
+        moving("residual", dtype, residual, 3 * e, backward=True),
+        moving("activation", dtype, wide, activation * e, backward=True),
+        moving("norm", dtype, residual, 4 * e, backward=True),
+        moving("residual", dtype, residual, 3 * e, backward=True),
+    ]
+    if kind == "megatron" or sizes.biases:
+        kernels.append(moving("bias", dtype, t * (sizes.qkv + sizes.up) / tp + 2 * residual, e, backward=True))
+    if kind != "megatron" and not sizes.learned_positions:
+        rotated = t * (sizes.hidden + sizes.kv_heads * sizes.head_size) / tp
+        kernels.append(moving("rotary", dtype, rotated, (8 if kind == "eager" else 2) * e, backward=True))
+    if setup.stack.dropout:
+        kernels.append(moving("dropout", dtype, 2 * residual, 2 * e + 1, backward=True))
+    return kernels
+
+
+def _casts(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel]]:
+    """Casts of activations and of gradients to fp8 or fp4, each in both layouts; none in other precisions."""
+    if setup.linear_dtype not in ("fp8", "fp4"):
+        return [], []
+    t = tokens(sizes, setup)
+    narrow = 2 * ELEMENT_BYTES[setup.linear_dtype]
+    reads = 2 * _width(setup) if setup.scaling == "current" else _width(setup)
+    inputs = t * sum(inputs for _, inputs, _ in _linear_shapes(sizes, setup))
+    outputs = t * sum(outputs for _, _, outputs in _linear_shapes(sizes, setup))
+    return (
+        [moving("cast", setup.dtype, inputs, reads + narrow)],
+        [moving("cast", setup.dtype, outputs, reads + narrow, backward=True)],
+    )
+
+
+def _recomputed(
+    setup: Setup, forward: Sequence[Kernel], core: Iterable[Kernel], before: Iterable[Kernel]
+) -> tuple[Kernel, ...]:
+    """What runs once more before a block's backward pass."""
+    if setup.recompute == "full":
+        return tuple(forward)
+    if setup.recompute == "selective":
+        return tuple(core)
+    if setup.recompute == "operations":
+        products = [kernel for kernel in forward if kernel.kind == "matmul"]
+        return tuple([kernel for kernel in forward if kernel.kind == "memory"] + products[1::2])
+    return ()

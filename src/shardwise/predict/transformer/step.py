@@ -1,0 +1,337 @@
+"""One optimizer step of a transformer on a cluster: from kernels and collectives to a prediction.
+
+    step      = pipeline + exposed gradient reduction + optimizer
+    pipeline  = m (F + B of the slowest stage) + (F + B of the other stages) / v + messages        (1F1B, interleaved by v)
+    F, B      = max(kernels + exposed collectives, host)                                           per microbatch
+
+Ranks are laid out as Megatron does: tensor parallel ones are neighbours, then context, data, and pipeline parallel ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from shardwise.cluster.cluster import Cluster, Device
+from shardwise.collective import Collective, Group
+from shardwise.predict.constants import Constants, constants
+from shardwise.predict.gpu import kernel_seconds, rate
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.network import collective_seconds
+from shardwise.predict.prediction import Prediction
+from shardwise.predict.transformer import ends
+from shardwise.predict.transformer.layer import Passes, block, tokens
+from shardwise.predict.transformer.memory import memory
+from shardwise.predict.transformer.sizes import Setup, Sizes
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds of kernels and collectives on one cluster; equal ones are computed once."""
+
+    cluster: Cluster
+    device: Device
+    numbers: Constants
+    kernels: dict[Kernel, float] = field(default_factory=dict)
+
+    def of(self, kernels: Iterable[Kernel]) -> float:
+        """Of all of them after each other."""
+        total = 0.0
+        for kernel in kernels:
+            seconds = self.kernels.get(kernel)
+            if seconds is None:
+                seconds = self.kernels[kernel] = kernel_seconds(kernel, self.device, self.numbers)
+            total += seconds
+        return total
+
+    def collective(self, operation: str, amount: float, group: Group, axis: str) -> float:
+        """Of one collective of `amount` bytes."""
+        if group.size <= 1:
+            return 0.0
+        return collective_seconds(Collective(operation, int(amount), group, axis), self.cluster, self.numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Who communicates with whom, as rank 0 sees it."""
+
+    tensor: Group
+    context: Group
+    replicas: Group
+    stages: Group
+
+    @staticmethod
+    def of(setup: Setup) -> Groups:
+        """Megatron's order of ranks."""
+        tp, cp, dp = setup.tensor, setup.context, setup.data
+        return Groups(
+            Group(tp), Group(cp, tp), Group(dp * cp, tp), Group(2 if setup.pipeline > 1 else 1, tp * cp * dp)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Seconds of one pass over one microbatch of a stage: kernels, exposed communication, all communication, host."""
+
+    kernels: float
+    exposed: float
+    communication: float
+    host: float
+
+    @property
+    def seconds(self) -> float:
+        """The device waits for the host where that is slower."""
+        return max(self.kernels + self.exposed, self.host)
+
+
+def predict(
+    sizes: Sizes, setup: Setup, cluster: Cluster, numbers: Constants | None = None, clock: Clock | None = None
+) -> Prediction:
+    """Predicts one optimizer step.
+
+    Args:
+        sizes: of the model.
+        setup: how it is split.
+        cluster: must have `setup.devices` devices.
+        numbers: constants; those that were fitted if left out.
+        clock: to share the times of equal kernels between predictions on the same kind of device.
+    """
+    numbers = numbers or constants()
+    clock = clock or Clock(cluster, cluster.device(0), numbers)
+    clock.cluster = cluster
+    step = _Step(sizes, setup, clock, Groups.of(setup), block(sizes, setup))
+    return step.prediction()
+
+
+@dataclass(slots=True)
+class _Step:
+    sizes: Sizes
+    setup: Setup
+    clock: Clock
+    groups: Groups
+    passes: Passes
+
+    def prediction(self) -> Prediction:
+        sizes, setup = self.sizes, self.setup
+        stages = self.stages()
+        totals = [forward.seconds + backward.seconds for forward, backward in stages]
+        slowest = max(range(len(totals)), key=totals.__getitem__)
+        forward, backward = stages[slowest]
+        m = setup.microbatches
+        work = m * totals[slowest]
+        bubble = (sum(totals) - totals[slowest]) / setup.chunks
+        messages = self.messages()
+        reduction, reduction_exposed, gathering = self.gradients(totals[slowest])
+        update = self.update()
+        kernels = m * (forward.kernels + backward.kernels)
+        exposed_inside = m * (forward.exposed + backward.exposed)
+        host = max(0.0, work - kernels - exposed_inside)
+        exposed = exposed_inside + messages + reduction_exposed + gathering
+        samples = setup.micro_batch * m * setup.data
+        device = self.clock.device
+        flops = 3 * sizes.forward_flops(samples)
+        return Prediction(
+            step_seconds=kernels + exposed + bubble + update + host,
+            compute_seconds=kernels,
+            communication_seconds=m * (forward.communication + backward.communication) + messages + reduction + gathering,
+            exposed_communication_seconds=exposed,
+            bubble_seconds=bubble,
+            optimizer_seconds=update,
+            host_seconds=host,
+            memory=memory(sizes, setup),
+            memory_available=device.memory_bytes,
+            model_flops=flops,
+            peak_flops=rate(device, setup.linear_dtype) * setup.devices,
+            samples=samples,
+            terms={
+                "tensor parallel": exposed_inside,
+                "pipeline messages": messages,
+                "gradients": reduction_exposed,
+                "parameters": gathering,
+            },
+            origins={"constants": "fitted"},
+        )
+
+    # ------------------------------------------------------------------ stages
+
+    def layers_of_stages(self) -> list[float]:
+        """Blocks of each stage; where they do not divide evenly, embedding and output count as blocks."""
+        layers, stages = self.sizes.layers, self.setup.pipeline
+        if layers % stages == 0:
+            return [layers / stages] * stages
+        if (layers + 2) % stages == 0:
+            each = (layers + 2) // stages
+            return [each - (1 if stage in (0, stages - 1) else 0) for stage in range(stages)]
+        return [layers // stages + (1 if stage < layers % stages else 0) for stage in range(stages)]
+
+    def stages(self) -> list[tuple[Part, Part]]:
+        """Forward and backward pass of every stage for one microbatch."""
+        layer_forward, layer_backward = self.layer_forward(), self.layer_backward()
+        embedding, head = ends.embedding(self.sizes, self.setup), ends.head(self.sizes, self.setup)
+        layers = self.layers_of_stages()
+        result = []
+        for stage, count in enumerate(layers):
+            first, last = stage == 0, stage == len(layers) - 1
+            parts = []
+            for index, layer in enumerate((layer_forward, layer_backward)):
+                extra = (embedding[index] if first else []) + (head[index] if last else [])
+                kernels = count * layer.kernels + self.clock.of(extra)
+                if first and last or last or first:
+                    pass
+                shared = self.tensor_head(index) if last else 0.0
+                parts.append(
+                    Part(
+                        kernels=kernels,
+                        exposed=count * layer.exposed + shared,
+                        communication=count * layer.communication + shared,
+                        host=count * layer.host + self.host(len(extra), 0),
+                    )
+                )
+            result.append((parts[0], parts[1]))
+        return result
+
+    def tensor_head(self, index: int) -> float:
+        """Reductions of the vocabulary-parallel loss (three of one float per token), or of its inputs' gradient."""
+        if self.setup.tensor == 1:
+            return 0.0
+        t = tokens(self.sizes, self.setup)
+        if index == 0:
+            return 3 * self.clock.collective("all_reduce", 4 * t, self.groups.tensor, "tp")
+        return self.clock.collective("all_reduce", 2 * t * self.sizes.hidden, self.groups.tensor, "tp")
+
+    def host(self, kernels: int, collectives: int) -> float:
+        numbers = self.clock.numbers
+        if self.setup.stack.graphs:
+            return 0.0
+        return kernels * numbers.host_kernel + collectives * numbers.host_collective
+
+    # ------------------------------------------------------------------ one block
+
+    def layer_forward(self) -> Part:
+        return self._layer(self.passes.forward, 1.0, backward=False, collectives=2)
+
+    def layer_backward(self) -> Part:
+        again = {"full": 1.0, "layers": 0.5}.get(self.setup.recompute, 0.0)
+        kernels = self.clock.of(self.passes.backward)
+        recomputed = self.clock.of(self.passes.forward) if again else 0.0
+        extra = again * recomputed if again else self.clock.of(self.passes.recomputed)
+        launches = len(self.passes.backward) + (
+            again * len(self.passes.forward) if again else len(self.passes.recomputed)
+        )
+        return self._part(kernels + extra, launches, 2 + 2 * again, backward=True)
+
+    def _layer(self, kernels: Iterable[Kernel], again: float, *, backward: bool, collectives: float) -> Part:
+        kernels = tuple(kernels)
+        return self._part(again * self.clock.of(kernels), len(kernels), collectives, backward=backward)
+
+    def _part(self, kernels: float, launches: float, reductions: float, *, backward: bool) -> Part:
+        exposed, total, calls = self.tensor_parallel(reductions, backward=backward)
+        ring = self.context_parallel(backward=backward)
+        sharded, sharded_exposed = self.fully_sharded(kernels + exposed, backward=backward)
+        return Part(
+            kernels=kernels,
+            exposed=exposed + ring + sharded_exposed,
+            communication=total + ring + sharded,
+            host=self.host(int(launches), int(calls)),
+        )
+
+    def tensor_parallel(self, reductions: float, *, backward: bool) -> tuple[float, float, float]:
+        """Exposed and all seconds of a block's tensor parallelism, and the number of collectives."""
+        setup, group = self.setup, self.groups.tensor
+        if setup.tensor == 1:
+            return 0.0, 0.0, 0.0
+        amount = tokens(self.sizes, setup) * self.sizes.hidden * 2
+        if setup.dtype in ("float32", "tf32"):
+            amount *= 2
+        if setup.sequence_parallel:
+            gather = self.clock.collective("all_gather", amount, group, "tp")
+            scatter = self.clock.collective("reduce_scatter", amount, group, "tp")
+            total = reductions * (gather + scatter) + (2 * gather if backward else 0.0)
+            visible = reductions * (gather + scatter)
+            return visible * (0.5 if setup.stack.overlap_tensor else 1.0), total, 2 * reductions
+        total = reductions * self.clock.collective("all_reduce", amount, group, "tp")
+        return total, total, reductions
+
+    def context_parallel(self, *, backward: bool) -> float:
+        """Keys and values go around the ring while attention runs; what is left of them is counted as exposed."""
+        setup = self.setup
+        if setup.context == 1:
+            return 0.0
+        heads = max(1, self.sizes.kv_heads // setup.tensor)
+        amount = 2 * setup.micro_batch * self.sizes.sequence * heads * self.sizes.head_size * 2
+        seconds = self.clock.collective("all_gather", amount, self.groups.context, "cp") * (2 if backward else 1)
+        return 0.3 * seconds
+
+    def fully_sharded(self, hidden_behind: float, *, backward: bool) -> tuple[float, float]:
+        """All and exposed seconds of gathering a block's parameters and scattering its gradients (zero 3)."""
+        setup = self.setup
+        if setup.zero < 3 or setup.shards == 1:
+            return 0.0, 0.0
+        group = Group(setup.shards, setup.tensor)
+        parameters = self.sizes.layer_parameters / setup.tensor
+        seconds = self.clock.collective("all_gather", 2 * parameters, group, "fsdp")
+        if backward:
+            amount = setup.stack.gradient_bytes * parameters
+            seconds += self.clock.collective("reduce_scatter", amount, group, "fsdp")
+        return seconds, max(0.0, seconds - hidden_behind)
+
+    # ------------------------------------------------------------------ between stages, gradients, update
+
+    def messages(self) -> float:
+        """Exposed messages between stages: every microbatch sends one forward and one backward."""
+        setup = self.setup
+        if setup.pipeline == 1:
+            return 0.0
+        amount = tokens(self.sizes, setup) * self.sizes.hidden * 2
+        if setup.sequence_parallel or setup.stack.scatter_pipeline:
+            amount /= setup.tensor
+        seconds = self.clock.collective("send", amount, self.groups.stages, "pp")
+        count = 2 * (setup.microbatches * setup.chunks + setup.pipeline - 1)
+        if setup.stack.overlap_pipeline:
+            count = 2 * (setup.pipeline - 1)
+        return count * seconds
+
+    def parameters(self) -> float:
+        """Parameters that a rank of the first stage holds and reduces."""
+        stages = self.layers_of_stages()
+        first = stages[0] * self.sizes.layer_parameters + self.sizes.embedding_parameters
+        last = stages[-1] * self.sizes.layer_parameters + self.sizes.vocab * self.sizes.hidden
+        if len(stages) == 1:
+            first += self.sizes.head_parameters
+        return max(first, last if len(stages) > 1 else 0) / self.setup.tensor
+
+    def gradients(self, work: float) -> tuple[float, float, float]:
+        """All and exposed seconds of reducing gradients, and of gathering ZeRO-1's parameters."""
+        setup, clock, group = self.setup, self.clock, self.groups.replicas
+        if setup.replicas == 1 or setup.zero >= 3:
+            return 0.0, 0.0, 0.0
+        amount = self.parameters() * setup.stack.gradient_bytes
+        operation = "all_reduce" if setup.zero == 0 else "reduce_scatter"
+        total = clock.collective(operation, amount, group, "dp")
+        exposed = total
+        if setup.stack.overlap_gradients:
+            exposed = max(0.1 * total, total - 0.6 * work)
+        gathering = 0.0
+        if setup.zero:
+            gathering = clock.collective("all_gather", self.parameters() * 2, group, "dp")
+            if setup.stack.overlap_parameters:
+                gathering = max(0.1 * gathering, gathering - 0.3 * work)
+        return total, exposed, gathering
+
+    def update(self) -> float:
+        setup = self.setup
+        owned = self.parameters() if setup.pipeline > 1 else self.sizes.parameters / setup.tensor
+        if setup.zero:
+            owned /= setup.shards if setup.zero >= 3 else setup.replicas
+        return self.clock.of([ends.update(owned, setup)])
+
+
+def explained(prediction: Prediction) -> Mapping[str, float]:
+    """The terms of a step that add up to it, by name."""
+    return {
+        "compute": prediction.compute_seconds,
+        "exposed communication": prediction.exposed_communication_seconds,
+        "bubble": prediction.bubble_seconds,
+        "optimizer": prediction.optimizer_seconds,
+        "host": prediction.host_seconds,
+    }
