@@ -137,7 +137,8 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        kernel = kernel_of(function, args, kwargs or {}, result, self.when)
+        moves = function.namespace != "prim"  # that asks for properties of tensors
+        kernel = kernel_of(function, args, kwargs or {}, result, self.when) if moves else None
         if kernel is not None:
             self.kernels.append(kernel)
         for tensor in tensors(result):

@@ -31,6 +31,7 @@ from shardwise.parallel.tensor import partition
 from shardwise.parallel.traced import traced
 from shardwise.parallel.values import map_tensors
 from shardwise.predict.analysis import Analysis, Analyst, LinkRecorder, NotedExchange, Spec
+from shardwise.predict.kernel import Kernel
 from shardwise.predict.profile import Layer, Link, Parameter, Pass, Profile, Value
 from shardwise.predict.updating import update_of
 from shardwise.strategy import Strategy
@@ -457,6 +458,8 @@ class _Chain:
         self._saves: dict[fx.Node, list[int]] = {}
         self.links: list[Link] = []
         self._ready_of: list[list[str]] = []
+        self._from_batch: dict[fx.Node, tuple[Kernel, ...]] = {}
+        self._layers: dict[tuple[int, tuple[Kernel, ...]], Layer] = {}
         self.ready: list[str] = []
 
     def run(self) -> None:
@@ -465,13 +468,10 @@ class _Chain:
         for number, part in enumerate(parts):
             for node in part.inputs:
                 self._uses.setdefault(node, []).append(number)
-        shared = self._computed()
+        self._compute()
         for number, part in enumerate(parts):
             analysis = self._analysed(number, part, loss=number == len(parts) - 1)
-            layer = analysis.layer
-            if number == 0 and shared.kernels:  # what comes from the batch alone is computed by whoever needs it first
-                kernels = shared.kernels + layer.forward.kernels
-                layer = replace(layer, forward=Pass(kernels, layer.forward.exchanges))
+            layer = self._with_batch(part, analysis.layer)
             self.links.append(Link(layer, found[number - 1].bytes if number else 0))
         self._order()
 
@@ -494,7 +494,19 @@ class _Chain:
                 bool(node.meta["grad"]),
             )
 
-    def _computed(self) -> Pass:
+    def _with_batch(self, part: Section, layer: Layer) -> Layer:
+        """The layer of a link with what comes from the batch alone, computed by whoever needs it first."""
+        needed = [node for node in part.nodes if node in self._from_batch]
+        kernels = tuple(kernel for node in needed for kernel in self._from_batch.pop(node))
+        if not kernels:
+            return layer
+        key = id(layer), kernels
+        if key not in self._layers:
+            forward = Pass(kernels + layer.forward.kernels, layer.forward.exchanges)
+            self._layers[key] = replace(layer, forward=forward)
+        return self._layers[key]
+
+    def _compute(self) -> None:
         """Computes what comes from the batch alone."""
         recorder = self._analyst.recorder
         with self._analyst.mode, recorder, torch.no_grad():
@@ -502,7 +514,7 @@ class _Chain:
                 if node.op == "call_function" and node in self._batch:
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: self._known[a])
                     self._known[node] = node.target(*args, **kwargs)
-        return recorder.take()
+                    self._from_batch[node] = recorder.take().kernels
 
     def _analysed(self, number: int, part: Section, *, loss: bool) -> Analysis:
         own = [node for node in part.nodes if node not in self._batch]

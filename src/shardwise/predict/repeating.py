@@ -35,6 +35,7 @@ def repeated(short: Profile, longer: Profile, times: int) -> Profile:
         values=tuple(spread.values(longer.values)),
         blocks=_blocks(longer.blocks, places, range(spot, spot + count), times),
         ready=_ready(longer.ready, places, range(spot, spot + count), times),
+        constants=short.constants + times * (longer.constants - short.constants),
         kept={},
     )
 
