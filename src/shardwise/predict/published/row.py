@@ -54,7 +54,9 @@ def read(row: Row, line: int) -> Run:
     if not seconds:
         raise Lacking("no target_step_time_s")
     memory = _number(row, "peak_mem_gib", needed=False)
-    label = f"{row.get('model', '')} on {row['n_gpus']} {row['gpu']}, tp={setup.tensor} pp={setup.pipeline} dp={setup.data}"
+    label = (
+        f"{row.get('model', '')} on {row['n_gpus']} {row['gpu']}, tp={setup.tensor} pp={setup.pipeline} dp={setup.data}"
+    )
     return Run(
         line, row.get("group") or "", label, sizes, setup, _cluster(row), seconds, memory * 2**30 if memory else None
     )
@@ -84,7 +86,11 @@ def _whole(row: Row, column: str, *, default: int | None = None) -> int:
 
 def _sizes(row: Row) -> Sizes:
     hidden, heads = _whole(row, "hidden"), _whole(row, "heads")
-    learned = "gpt" in row.get("model", "").lower() or "mpt" in row.get("model", "").lower() or "opt" in row.get("model", "").lower()
+    learned = (
+        "gpt" in row.get("model", "").lower()
+        or "mpt" in row.get("model", "").lower()
+        or "opt" in row.get("model", "").lower()
+    )
     plain = {
         "layers": _whole(row, "layers"),
         "hidden": hidden,
@@ -124,9 +130,12 @@ def _setup(row: Row, sizes: Sizes) -> Setup:
     zero = spelling.zero(zero_text)
     stack = _stack(row, dtype, linear, zero)
     text = f"{zero_text} {row.get('recompute')} {row.get('notes')} {row.get('source')}".lower()
-    sequence_parallel = tp > 1 and ("no sequence parallel" not in text) and (
-        "sequence parallel" in text or stack.elementwise in ("te", "compiled", "eager")
-    ) and dtype != "float32"
+    sequence_parallel = (
+        tp > 1
+        and ("no sequence parallel" not in text)
+        and ("sequence parallel" in text or stack.elementwise in ("te", "compiled", "eager"))
+        and dtype != "float32"
+    )
     return Setup(
         tensor=tp,
         pipeline=pp,
@@ -151,7 +160,9 @@ def _stack(row: Row, dtype: str, linear: str, zero: int) -> Stack:
     deepspeed = any(word in source for word in ("deepspeed", "bigscience", "bloom", "vtrain", "sailor"))
     old = dtype == "fp16" or dtype == "float32" or deepspeed
     compiled = (row.get("compile") or "").lower().startswith("yes")
-    nemo = any(word in source for word in ("nemo", "megatron-bridge", "transformer engine")) or "TE" in (row.get("compile") or "")
+    nemo = any(word in source for word in ("nemo", "megatron-bridge", "transformer engine")) or "TE" in (
+        row.get("compile") or ""
+    )
     if old:
         elementwise, attention, loss = "megatron", "unfused", "megatron"
     elif nemo:
@@ -164,7 +175,7 @@ def _stack(row: Row, dtype: str, linear: str, zero: int) -> Stack:
     gradient = 2 if dtype == "fp16" else 4
     if dtype == "bf16" and zero >= 3:
         gradient = 2
-    overlap = not old or "overlapped)" in source and "not overlapped" not in source
+    overlap = not old or ("overlapped)" in source and "not overlapped" not in source)
     return Stack(
         attention=attention,
         elementwise=elementwise,

@@ -64,9 +64,7 @@ class Groups:
     def of(setup: Setup) -> Groups:
         """Megatron's order of ranks."""
         tp, cp, dp = setup.tensor, setup.context, setup.data
-        return Groups(
-            Group(tp), Group(cp, tp), Group(dp * cp, tp), Group(2 if setup.pipeline > 1 else 1, tp * cp * dp)
-        )
+        return Groups(Group(tp), Group(cp, tp), Group(dp * cp, tp), Group(2 if setup.pipeline > 1 else 1, tp * cp * dp))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +131,10 @@ class _Step:
         return Prediction(
             step_seconds=kernels + exposed + bubble + update + host,
             compute_seconds=kernels,
-            communication_seconds=m * (forward.communication + backward.communication) + messages + reduction + gathering,
+            communication_seconds=m * (forward.communication + backward.communication)
+            + messages
+            + reduction
+            + gathering,
             exposed_communication_seconds=exposed,
             bubble_seconds=bubble,
             optimizer_seconds=update,
@@ -176,7 +177,7 @@ class _Step:
             for index, layer in enumerate((layer_forward, layer_backward)):
                 extra = (embedding[index] if first else []) + (head[index] if last else [])
                 kernels = count * layer.kernels + self.clock.of(extra)
-                if first and last or last or first:
+                if (first and last) or last or first:
                     pass
                 shared = self.tensor_head(index) if last else 0.0
                 parts.append(
