@@ -8,7 +8,8 @@ ShardwiseError                      exit 1: the work itself failed
     ├── WorkloadError               cannot be imported, built or traced; unknown parameter
     ├── DataError                   nothing in the folder, samples of the wrong kind
     ├── RunFolderError              an output folder that holds another run, a run that is not there
-    └── CheckpointError             a checkpoint that is damaged, cut short or of another model
+    ├── CheckpointError             a checkpoint that is damaged, cut short or of another model
+    └── ClusterError                a device nobody knows; a cluster file with a wrong, missing or unknown field
 
 Messages are one line: what is wrong, the value, what would do.
 """
@@ -62,6 +63,10 @@ class RunFolderError(RequestError):
 
 class CheckpointError(RequestError):
     """A checkpoint that is damaged, cut short, or of another model."""
+
+
+class ClusterError(RequestError):
+    """A device or node that is not in the catalogue, or a cluster file with a wrong, missing or unknown field."""
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

@@ -47,11 +47,17 @@ class KernelCurve:
         kind: `matmul`, `attention`, `convolution`, `memory`, or another kind of `predict.kernel.Kernel`.
         dtype: one of DTYPES.
         samples: measured; shapes are as in `predict.kernel.Kernel.shape`.
+        operation: what was run, in the words of `cluster.curves`, where a kind has several.
+        backward: whether it is the backward pass of it.
+        workers: how many workers of one host ran it at the same time, each with its share of the cores.
     """
 
     kind: str
     dtype: str
     samples: tuple[Sample, ...]
+    operation: str = ""
+    backward: bool = False
+    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,7 @@ class Device:
         launch_seconds: what the host needs to start one kernel from eager PyTorch.
         architecture: family, for example `hopper`.
         price_per_hour: in US dollars; None where it is not known.
+        watts: board power limit, which bounds the rate that large products keep up; None where it is not known.
         curves: measured times of kernels; empty where nothing was measured.
         shared: workers that share the device's cores -> how much slower each of them computes, measured.
         overlap: how much slower a device computes while it communicates, measured; 1: not at all.
@@ -101,6 +108,7 @@ class Device:
     launch_seconds: float
     architecture: str = ""
     price_per_hour: float | None = None
+    watts: float | None = None
     curves: tuple[KernelCurve, ...] = ()
     shared: Mapping[int, float] = field(default_factory=dict)
     overlap: float = 1.0

@@ -1,0 +1,302 @@
+"""The catalogue: devices, links and nodes as they are sold, from the data files beside this module.
+
+    device("h100")           one H100 SXM
+    cluster("h100x1024")     1,024 of them in the nodes they are sold in
+    cluster("p5x16")         16 devices in two p5 nodes
+    cluster("dgx-a100")      one node
+
+Names are found whatever their case, with spaces or underscores for hyphens, and with or without the maker. A name that
+is not there is an error, never a stand-in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from shardwise.cluster.cluster import ORIGINS, Cluster, Device, Level, Nodes
+from shardwise.cluster.fields import Field, Number, Part, Text, Where, read_table
+from shardwise.cluster.reading import DEVICE, ORIGIN, PRICE, SOURCE, load_toml, parse_device, parse_level
+from shardwise.errors import ClusterError
+
+FOLDER = Path(__file__).parent
+
+_ALIASES = Part("an array of names", kind=list, default=[])
+_NODE: dict[str, Field] = {
+    "name": Text("of the node, as its maker spells it"),
+    "aliases": _ALIASES,
+    "device": Text("name of a device"),
+    "devices": Number("devices in a node", whole=True),
+    "links": Part("an array of tables", kind=list),
+    "price_per_hour": PRICE,
+    "origin": Text("where the figures come from", choices=ORIGINS),
+    "source": SOURCE,
+}
+_LINK: dict[str, Field] = {
+    "link": Text("name of a link"),
+    "span": Number("devices that one domain joins", whole=True, default=None),
+    "ports": Number("ports of a node", whole=True, default=None),
+}
+_HOST: dict[str, Field] = {
+    "launch_seconds": DEVICE["launch_seconds"],
+    "origin": ORIGIN,
+    "source": Text("where the figure was read"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One level of links of a node.
+
+    Attributes:
+        link: name in the catalogue.
+        span: devices that one domain joins; None: all of a node.
+        ports: of a network, all devices of a node together; None within a node.
+    """
+
+    link: str
+    span: int | None
+    ports: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeKind:
+    """A node as it is sold.
+
+    Attributes:
+        key: name in the catalogue.
+        name: as its maker spells it.
+        aliases: other names.
+        device: key of its device.
+        devices: how many it has.
+        links: innermost first; the last is the network.
+        price_per_hour: of the node in US dollars.
+        origin: of what it says.
+        source: where it was read.
+    """
+
+    key: str
+    name: str
+    aliases: tuple[str, ...]
+    device: str
+    devices: int
+    links: tuple[Link, ...]
+    price_per_hour: float | None
+    origin: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A device with what only the catalogue knows of it: other names, and the node it is sold in."""
+
+    device: Device
+    aliases: tuple[str, ...]
+    node: str
+
+
+def device(name: str) -> Device:
+    """The device of that name.
+
+    Raises:
+        ClusterError: there is none; says the nearest known name.
+    """
+    names = _device_names()
+    key = names.get(_plain(name))
+    if key is None:
+        raise ClusterError(f"device {name!r} is not in the catalogue{_near(name, names)}")
+    return _entries()[key].device
+
+
+def devices() -> tuple[str, ...]:
+    """Names of all devices."""
+    return tuple(_entries())
+
+
+def node(name: str) -> NodeKind:
+    """The node of that name. Raises ClusterError."""
+    names = _node_names()
+    key = names.get(_plain(name))
+    if key is None:
+        raise ClusterError(f"node {name!r} is not in the catalogue{_near(name, names)}")
+    return _nodes()[key]
+
+
+def nodes() -> tuple[str, ...]:
+    """Names of all nodes."""
+    return tuple(_nodes())
+
+
+def link(name: str, span: int) -> Level:
+    """Links of that name that join `span` devices, with the bandwidth of one device or port. Raises ClusterError."""
+    found = _links().get(_plain(name))
+    if found is None:
+        raise ClusterError(f"link {name!r} is not in the catalogue{_near(name, _links())}")
+    return replace(found, span=span)
+
+
+def links() -> tuple[str, ...]:
+    """Names of all links."""
+    return tuple(_links())
+
+
+def cluster(spec: str) -> Cluster:
+    """The cluster that a specification means: NAME, or NAMExN with N devices.
+
+    NAME is a node, or a device in the node it is sold in. Without N it is one node; fewer devices than a node has are a
+    part of one.
+
+    Raises:
+        ClusterError: an unknown name, or a number of devices that does not fill nodes.
+    """
+    kind, count = _parse(spec)
+    count = kind.devices if count is None else count
+    if count < 1:
+        raise ClusterError(f"cluster {spec!r}: must have one device or more")
+    if count > kind.devices and count % kind.devices:
+        lower = count - count % kind.devices
+        raise ClusterError(
+            f"cluster {spec!r}: {count} devices do not fill nodes of {kind.devices} ({kind.name}); "
+            f"{lower} or {lower + kind.devices} would"
+        )
+    held = min(count, kind.devices)
+    return Cluster(
+        name=spec,
+        nodes=(Nodes(_priced(kind), held, count // held),),
+        levels=_levels(kind, count) if count > 1 else (),
+    )
+
+
+def _parse(spec: str) -> tuple[NodeKind, int | None]:
+    """(node, number of devices). A name that ends in an x and digits itself (`rtx4090`) is found as a whole first."""
+    name, known = _plain(spec), {**_sold_in(), **_node_names()}
+    counted = re.fullmatch(r"(.+?)-?x-?(\d+)", name)
+    count = None
+    if name not in known and counted:
+        name, count = counted[1], int(counted[2])
+    if name not in known:
+        raise ClusterError(
+            f"cluster {spec!r}: {name!r} is neither a device nor a node of the catalogue{_near(name, known)}; "
+            "a cluster file must end in .toml or be there"
+        )
+    return _nodes()[known[name]], count
+
+
+def _priced(kind: NodeKind) -> Device:
+    """The node's device with its share of the node's price."""
+    found = _entries()[kind.device].device
+    if kind.price_per_hour is None:
+        return found
+    return replace(
+        found,
+        price_per_hour=kind.price_per_hour / kind.devices,
+        origins={**found.origins, "price_per_hour": "assumed"},
+        source=f"{found.source}; {kind.source}",
+    )
+
+
+def _levels(kind: NodeKind, count: int) -> tuple[Level, ...]:
+    """Links that `count` devices in such nodes use, innermost first; the outermost spans all of them."""
+    levels = []
+    for entry in kind.links:
+        found = _links()[entry.link]
+        span = count if entry.ports else min(count, entry.span or kind.devices)
+        share = entry.ports / kind.devices if entry.ports else 1.0
+        origin = {"bandwidth": "assumed"} if kind.origin == "assumed" else {}
+        origins: Any = {**found.origins, "span": kind.origin, **origin}
+        source = f"{found.source}; {kind.name}: {kind.source}"
+        levels.append(replace(found, span=span, bandwidth=found.bandwidth * share, origins=origins, source=source))
+        if span == count:
+            break
+    return tuple(levels)
+
+
+@cache
+def _entries() -> dict[str, _Entry]:
+    hosts = _hosts()
+    fields = {name: field for name, field in DEVICE.items() if name != "launch_seconds"}
+    entries = {}
+    for key, table in load_toml(FOLDER / "devices.toml").items():
+        where = Where("devices.toml", key)
+        values = read_table(table, {**fields, "aliases": _ALIASES, "node": Text("name of a node")}, where)
+        host = hosts[values["kind"]]
+        values["launch_seconds"] = host["launch_seconds"]
+        values["origins"] = {**values["origins"], "launch_seconds": host["origin"]}
+        values["source"] = f"{' '.join(values['source'].split())}; launch_seconds: {host['source']}"
+        aliases, sold_in = tuple(values.pop("aliases")), values.pop("node")
+        present = {name: value for name, value in values.items() if value is not None}
+        entries[key] = _Entry(parse_device(present, where), aliases, sold_in)
+    return entries
+
+
+@cache
+def _hosts() -> dict[str, dict[str, Any]]:
+    content = load_toml(FOLDER / "hosts.toml")
+    return {kind: read_table(table, _HOST, Where("hosts.toml", kind)) for kind, table in content.items()}
+
+
+@cache
+def _links() -> dict[str, Level]:
+    content = load_toml(FOLDER / "links.toml")
+    return {
+        key: parse_level({"name": key, "span": 1, **table}, Where("links.toml", key)) for key, table in content.items()
+    }
+
+
+@cache
+def _nodes() -> dict[str, NodeKind]:
+    kinds = {}
+    for key, table in load_toml(FOLDER / "nodes.toml").items():
+        where = Where("nodes.toml", key)
+        values = read_table(table, _NODE, where)
+        entries = [read_table(entry, _LINK, (where / "links").item(i)) for i, entry in enumerate(values["links"])]
+        values["links"] = tuple(Link(**entry) for entry in entries)
+        values["aliases"] = tuple(values["aliases"])
+        kinds[key] = NodeKind(key, **values)
+    return kinds
+
+
+@cache
+def _device_names() -> dict[str, str]:
+    """Every name of a device -> its key."""
+    names = {}
+    for key, entry in _entries().items():
+        for name in (key, *entry.aliases, entry.device.name):
+            names[_plain(name)] = key
+    return names
+
+
+@cache
+def _node_names() -> dict[str, str]:
+    """Every name of a node -> its key."""
+    names = {}
+    for key, kind in _nodes().items():
+        for name in (key, *kind.aliases, kind.name):
+            names[_plain(name)] = key
+    return names
+
+
+@cache
+def _sold_in() -> dict[str, str]:
+    """Every name of a device -> the node that it is sold in."""
+    return {name: _entries()[key].node for name, key in _device_names().items()}
+
+
+def _plain(name: str) -> str:
+    """A name as it is looked up: lower case, hyphens, without the maker."""
+    text = re.sub(r"[\s_]+", "-", name.strip().lower())
+    return re.sub(r"^(nvidia|amd|intel|aws|azure|gcp)-(instinct-|geforce-)?", "", text)
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    """The nearest known names; all devices where none is near."""
+    close = difflib.get_close_matches(_plain(name), sorted(names), n=4, cutoff=0.5)
+    if close:
+        others = f" (also near: {', '.join(close[1:])})" if close[1:] else ""
+        return f"; did you mean {close[0]!r}?{others}"
+    return f"; known devices are {', '.join(devices())}"

@@ -1,0 +1,241 @@
+"""Clusters from TOML: the file format of a cluster, and of the catalogue's devices and links.
+
+    name = "two boxes"                  # for people
+
+    [devices.box]                       # devices, by a name of your own
+    name = "NVIDIA A100 SXM4 80GB"
+    ...                                 # see DEVICE for fields and units
+
+    [[nodes]]                           # kinds of nodes, in the order of the ranks
+    device = "box"
+    devices = 8
+    count = 2
+
+    [[levels]]                          # links, innermost first; the outermost spans all devices
+    name = "nvlink3"
+    span = 8                            # devices that one domain of such links joins
+    bandwidth = 300e9                   # bytes per second of one device in one direction
+    latency = 2e-6                      # seconds of an empty message
+
+What was measured is kept in rows: a curve's samples are `[shape ..., seconds, spread]`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardwise.cluster.cluster import (
+    DTYPES,
+    ORIGINS,
+    Cluster,
+    CollectiveCurve,
+    Device,
+    KernelCurve,
+    Level,
+    Nodes,
+    Sample,
+)
+from shardwise.cluster.fields import Field, Flag, Number, Part, Text, Where, read_field, read_mapping, read_table
+from shardwise.collective import OPERATIONS
+from shardwise.errors import ClusterError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRICE = Number("US dollars per hour", least=0, default=None)
+SOURCE = Text("where the figures were read", default="")
+ORIGIN = Text("where a number comes from", choices=ORIGINS)
+ORIGINS_TABLE = Part("a table of field = origin", default={})
+
+DEVICE: dict[str, Field] = {
+    "name": Text("of the model, as its maker spells it"),
+    "kind": Text("kind", choices=("gpu", "cpu")),
+    "architecture": Text("family", default=""),
+    "memory_bytes": Number("bytes", whole=True),
+    "memory_bandwidth": Number("bytes per second"),
+    "cores": Number("SMs, compute units or CPU cores", whole=True),
+    "launch_seconds": Number("seconds to start one kernel", least=0),
+    "price_per_hour": PRICE,
+    "watts": Number("watts of the board's power limit", default=None),
+    "overlap": Number("times slower while communicating", least=1, default=1.0),
+    "flops": Part("a table of dtype = dense operations per second"),
+    "shared": Part("a table of workers = times slower", default={}),
+    "curves": Part("an array of tables", kind=list, default=[]),
+    "origins": ORIGINS_TABLE,
+    "source": SOURCE,
+}
+
+LEVEL: dict[str, Field] = {
+    "name": Text("of the links"),
+    "span": Number("devices that one domain joins", whole=True),
+    "bandwidth": Number("bytes per second of one device in one direction"),
+    "latency": Number("seconds of an empty message", least=0),
+    "origins": ORIGINS_TABLE,
+    "source": SOURCE,
+}
+
+NODES: dict[str, Field] = {
+    "device": Text("name of one of the file's devices"),
+    "devices": Number("devices in a node", whole=True),
+    "count": Number("nodes", whole=True),
+}
+
+KERNEL_CURVE: dict[str, Field] = {
+    "kind": Text("of the kernels"),
+    "operation": Text("what was run", default=""),
+    "dtype": Text("dtype", choices=DTYPES),
+    "backward": Flag(default=False),
+    "workers": Number("workers of one host at the same time", whole=True, default=1),
+    "samples": Part("rows of [shape ..., seconds, spread]", kind=list),
+}
+
+COLLECTIVE_CURVE: dict[str, Field] = {
+    "operation": Text("operation", choices=OPERATIONS),
+    "ranks": Number("ranks that take part", whole=True),
+    "nodes": Number("nodes that they are spread over", whole=True),
+    "samples": Part("rows of [bytes, seconds, spread]", kind=list),
+}
+
+CLUSTER: dict[str, Field] = {
+    "name": Text("for people"),
+    "devices": Part("a table of devices by name"),
+    "nodes": Part("an array of tables", kind=list),
+    "levels": Part("an array of tables", kind=list, default=[]),
+    "collectives": Part("an array of tables", kind=list, default=[]),
+    "software": Part("a table of texts", default={}),
+}
+
+RATE = Number("dense operations per second")
+SLOWER = Number("times slower", least=0)
+SHAPE = Number("a size", whole=True, least=0)
+SECONDS = Number("seconds")
+SPREAD = Number("share of the median", least=0)
+
+
+def read_cluster(path: Path | str) -> Cluster:
+    """The cluster that a TOML file describes.
+
+    Raises:
+        ClusterError: the file cannot be read, is not TOML, or has a missing, wrong or unknown field; names file, key
+            and the unit.
+    """
+    return parse_cluster(load_toml(Path(path)), str(path))
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's content. Raises ClusterError where it cannot be read."""
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ClusterError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ClusterError(f"{path}: is not text in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ClusterError(f"{path}: is not TOML: {str(error).splitlines()[0]}") from None
+    return content
+
+
+def parse_cluster(content: dict[str, Any], file: str) -> Cluster:
+    """A cluster from the content of a file of that name. Raises ClusterError."""
+    where = Where(file)
+    values = read_table(content, CLUSTER, where)
+    devices = {name: parse_device(table, where / "devices" / name) for name, table in values["devices"].items()}
+    nodes = tuple(_nodes(table, devices, (where / "nodes").item(i)) for i, table in enumerate(values["nodes"]))
+    levels = tuple(parse_level(table, (where / "levels").item(i)) for i, table in enumerate(values["levels"]))
+    collectives = tuple(
+        _collective_curve(table, (where / "collectives").item(i)) for i, table in enumerate(values["collectives"])
+    )
+    software = {
+        name: read_field(values["software"], name, Text("a version"), where / "software") for name in values["software"]
+    }
+    cluster = Cluster(name=values["name"], nodes=nodes, levels=levels, collectives=collectives, software=software)
+    _check(cluster, where)
+    return cluster
+
+
+def _check(cluster: Cluster, where: Where) -> None:
+    """What only the whole of a cluster tells."""
+    if not cluster.nodes:
+        raise (where / "nodes").error("is empty: there must be one kind of nodes at least")
+    if cluster.size > 1 and not cluster.levels:
+        raise (where / "levels").error(f"is empty: {cluster.size} devices need links between them")
+    spans = [level.span for level in cluster.levels]
+    if any(inner >= outer for inner, outer in itertools.pairwise(spans)):
+        raise (where / "levels").error(f"have spans {spans} (devices): must ascend, the innermost first")
+    if spans and spans[-1] < cluster.size:
+        outermost = (where / "levels").item(len(spans) - 1) / "span"
+        raise outermost.error(f"= {spans[-1]}: the outermost must span all {cluster.size} devices")
+
+
+def parse_device(table: Any, where: Where) -> Device:
+    """One device. Raises ClusterError."""
+    values = read_table(table, DEVICE, where)
+    curves = tuple(_kernel_curve(curve, (where / "curves").item(i)) for i, curve in enumerate(values.pop("curves")))
+    flops = read_mapping(values.pop("flops"), RATE, where / "flops", DTYPES, "dtypes")
+    if not flops:
+        raise (where / "flops").error("is empty: one dtype at least must have a rate (dense operations per second)")
+    return Device(
+        **{**values, "origins": read_origins(values["origins"], DEVICE, where), "shared": _shared(values, where)},
+        flops=flops,
+        curves=curves,
+    )
+
+
+def parse_level(table: Any, where: Where) -> Level:
+    """One level of links. Raises ClusterError."""
+    values = read_table(table, LEVEL, where)
+    return Level(**{**values, "origins": read_origins(values["origins"], LEVEL, where)})
+
+
+def read_origins(table: Any, fields: Mapping[str, Field], where: Where) -> dict[str, Any]:
+    """Field -> origin. Raises ClusterError where a field or an origin is unknown."""
+    known = tuple(name for name in fields if name not in ("name", "kind", "origins", "source"))
+    return read_mapping(table, ORIGIN, where / "origins", known, "fields")
+
+
+def _shared(values: Mapping[str, Any], where: Where) -> dict[int, float]:
+    shared = values["shared"]
+    for workers in shared:
+        if not workers.isdigit() or int(workers) < 1:
+            raise (where / "shared" / workers).error("is not a number of workers")
+    return {int(workers): read_field(shared, workers, SLOWER, where / "shared") for workers in shared}
+
+
+def _nodes(table: Any, devices: Mapping[str, Device], where: Where) -> Nodes:
+    fields = {**NODES, "device": Text("", choices=tuple(devices))}
+    values = read_table(table, fields, where)
+    return Nodes(devices[values["device"]], values["devices"], values["count"])
+
+
+def _kernel_curve(table: Any, where: Where) -> KernelCurve:
+    values = read_table(table, KERNEL_CURVE, where)
+    return KernelCurve(**{**values, "samples": _samples(values["samples"], where / "samples")})
+
+
+def _collective_curve(table: Any, where: Where) -> CollectiveCurve:
+    values = read_table(table, COLLECTIVE_CURVE, where)
+    return CollectiveCurve(**{**values, "samples": _samples(values["samples"], where / "samples")})
+
+
+def _samples(rows: list[Any], where: Where) -> tuple[Sample, ...]:
+    return tuple(_sample(row, where.item(i)) for i, row in enumerate(rows))
+
+
+def _sample(row: Any, where: Where) -> Sample:
+    if not isinstance(row, list) or len(row) < 3:
+        raise where.error("must be a row of [shape ..., seconds, spread]")
+    shape = tuple(_value(value, SHAPE, where) for value in row[:-2])
+    return Sample(shape, _value(row[-2], SECONDS, where), _value(row[-1], SPREAD, where))
+
+
+def _value(value: Any, field: Field, where: Where) -> Any:
+    try:
+        return field.read(value)
+    except ValueError:
+        raise where.error(f"has {value!r}: must be {field.expected}") from None

@@ -1,0 +1,174 @@
+"""Clusters to TOML, as `reading` takes them: for people to read and to edit, and exact when read again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Sample
+from shardwise.cluster.fields import Field, Number
+from shardwise.cluster.reading import DEVICE, LEVEL, NODES
+from shardwise.errors import ClusterError
+
+INLINE = ("flops", "shared", "origins")
+"""Fields that are small tables, each on one line."""
+
+
+def write_cluster(cluster: Cluster, path: Path | str) -> None:
+    """Writes a cluster file; `read_cluster` gives back an equal cluster.
+
+    The file is complete or not there: it is written beside its place under another name, and renamed.
+
+    Raises:
+        ClusterError: it cannot be written.
+    """
+    path = Path(path)
+    text = "\n".join(_cluster_lines(cluster)) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(partial, 0o666 & ~_umask())
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise
+    except OSError as error:
+        raise ClusterError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _umask() -> int:
+    """Which rights new files do not have: temporary files have only their owner's."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _cluster_lines(cluster: Cluster) -> Iterator[str]:
+    yield f"name = {_value(cluster.name)}"
+    if cluster.software:
+        yield f"software = {_inline(cluster.software)}"
+    names = _names(cluster)
+    for device, name in names.items():
+        yield from _device_lines(device, name)
+    for nodes in cluster.nodes:
+        yield from ("", "[[nodes]]", f"device = {_value(names[_Same(nodes.device)])}")
+        yield from _number_lines({"devices": nodes.devices, "count": nodes.count}, NODES)
+    for level in cluster.levels:
+        yield from ("", "[[levels]]", *_field_lines(level, LEVEL))
+    for curve in cluster.collectives:
+        yield from _collective_lines(curve)
+
+
+class _Same:
+    """A device as a key: by what it says, for its tables cannot be hashed."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.device == other.device
+
+    def __hash__(self) -> int:
+        return hash(self.device.name)
+
+
+def _names(cluster: Cluster) -> dict[_Same, str]:
+    """Different devices -> their names in the file, made of what they are called."""
+    names: dict[_Same, str] = {}
+    for nodes in cluster.nodes:
+        same = _Same(nodes.device)
+        if same in names:
+            continue
+        plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in nodes.device.name.lower())
+        base = "-".join(part for part in plain.split("-") if part) or "device"
+        taken = set(names.values())
+        names[same] = next(
+            name for name in (base, *(f"{base}-{number}" for number in range(2, 1000))) if name not in taken
+        )
+    return names
+
+
+def _device_lines(same: _Same, name: str) -> Iterator[str]:
+    device = same.device
+    yield from ("", f"[devices.{name}]", *_field_lines(device, DEVICE))
+    for curve in device.curves:
+        yield from ("", f"[[devices.{name}.curves]]", *_kernel_lines(curve))
+
+
+def _field_lines(thing: Device | Level, described: Mapping[str, Field]) -> Iterator[str]:
+    """One line for each field that is not as it would be without one; units as comments."""
+    defaults = {field.name: getattr(field, "default", None) for field in fields(thing)}
+    for name, field in described.items():
+        value = getattr(thing, name)
+        if name == "curves" or value is None or value == "" or (isinstance(value, Mapping) and not value):
+            continue
+        if name == "overlap" and value == defaults[name]:
+            continue
+        text = _inline(value) if name in INLINE else _value(value)
+        yield f"{name} = {text}" + (f"  # {field.unit}" if isinstance(field, Number) else "")
+
+
+def _number_lines(values: Mapping[str, int], described: Mapping[str, Field]) -> Iterator[str]:
+    for name, value in values.items():
+        field = described[name]
+        yield f"{name} = {value}" + (f"  # {field.unit}" if isinstance(field, Number) else "")
+
+
+def _kernel_lines(curve: KernelCurve) -> Iterator[str]:
+    yield f"kind = {_value(curve.kind)}"
+    if curve.operation:
+        yield f"operation = {_value(curve.operation)}"
+    yield f"dtype = {_value(curve.dtype)}"
+    if curve.backward:
+        yield "backward = true"
+    if curve.workers != 1:
+        yield f"workers = {curve.workers}"
+    yield from _sample_lines(curve.samples)
+
+
+def _collective_lines(curve: CollectiveCurve) -> Iterator[str]:
+    yield from ("", "[[collectives]]", f"operation = {_value(curve.operation)}")
+    yield from (f"ranks = {curve.ranks}", f"nodes = {curve.nodes}")
+    yield from _sample_lines(curve.samples)
+
+
+def _sample_lines(samples: Sequence[Sample]) -> Iterator[str]:
+    """Rows of [shape ..., seconds, spread]."""
+    if not samples:
+        yield "samples = []"
+        return
+    yield "samples = ["
+    for sample in samples:
+        row: Iterable[float] = (*sample.shape, sample.seconds, sample.spread)
+        yield f"    [{', '.join(_value(value) for value in row)}],"
+    yield "]"
+
+
+def _inline(table: Mapping[Any, Any]) -> str:
+    return "{ " + ", ".join(f"{_key(str(key))} = {_value(value)}" for key, value in table.items()) + " }"
+
+
+def _key(key: str) -> str:
+    plain = key.replace("_", "").replace("-", "")
+    return key if plain.isascii() and plain.isalnum() else _value(key)
+
+
+def _value(value: Any) -> str:
+    """A number or text in TOML. The shortest decimal that reads back as the same number is what `repr` gives."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's basic strings are JSON's
