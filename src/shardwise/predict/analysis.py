@@ -419,4 +419,3 @@ class _Run:
         if tensor.grad is not None:  # none flows back where a function gives none
             self._ready.append(index)
             self.analyst.recorder.forget(tensor.grad)
-

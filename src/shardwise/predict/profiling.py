@@ -281,9 +281,7 @@ class _Profiler:
         self.recorder.normalised.append(int(x.shape[1]))
         return self.keyed.batch_norm(x, *others)
 
-    def _parameter(
-        self, name: str, tensor: Tensor, local: LocalGraph, used: Mapping[str, Sequence[int]]
-    ) -> Parameter:
+    def _parameter(self, name: str, tensor: Tensor, local: LocalGraph, used: Mapping[str, Sequence[int]]) -> Parameter:
         placement = local.placements.get(name)
         return Parameter(
             name,
@@ -443,13 +441,13 @@ def _used(parts: Sequence[Section]) -> dict[str, list[int]]:
 class _Chain:
     """The links of a step, analysed one after the other."""
 
-    def __init__(
-        self, analyst: Analyst, cut: _Traced, given: Mapping[str, Any], specs: Mapping[fx.Node, Spec]
-    ) -> None:
+    def __init__(self, analyst: Analyst, cut: _Traced, given: Mapping[str, Any], specs: Mapping[fx.Node, Spec]) -> None:
         self._analyst, self._cut, self._specs = analyst, cut, specs
         self._batch = from_batch(cut.local)
         placeholders = {node.name: node for node in cut.local.graph.nodes if node.op == "placeholder"}
-        self._known: dict[fx.Node, Any] = {placeholders[name]: value for name, value in given.items() if name in placeholders}
+        self._known: dict[fx.Node, Any] = {
+            placeholders[name]: value for name, value in given.items() if name in placeholders
+        }
         self._lies: dict[fx.Node, Spec] = {}
         self._held: dict[fx.Node, int] = {}
         self._root: dict[fx.Node, fx.Node] = {}

@@ -113,19 +113,17 @@ class _Spread:
                 used, saved = (tuple(self.one(link) for link in links) for links in (value.used, value.saved))
                 yield replace(value, used=used, saved=saved)
             else:
-                yield replace(
-                    value, made=self.one(value.made), used=self.all(value.used), saved=self.all(value.saved)
-                )
+                yield replace(value, made=self.one(value.made), used=self.all(value.used), saved=self.all(value.saved))
 
     def _following(self, links: Iterable[int], number: int) -> tuple[int, ...]:
         """Users of what repetition `number` makes: where the rest of the model was, the next repetition stands."""
         last = number == self.times - 1
-        return tuple(self.one(link, number) if last or link < self.start else link + number * self.size for link in links)
+        return tuple(
+            self.one(link, number) if last or link < self.start else link + number * self.size for link in links
+        )
 
 
-def _blocks(
-    blocks: Sequence[tuple[int, ...]], places: Places, unit: range, times: int
-) -> tuple[tuple[int, ...], ...]:
+def _blocks(blocks: Sequence[tuple[int, ...]], places: Places, unit: range, times: int) -> tuple[tuple[int, ...], ...]:
     found: list[tuple[int, ...]] = []
     for block in blocks:
         inside = any(index in unit for index in block)

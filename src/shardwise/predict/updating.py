@@ -23,7 +23,9 @@ def update_of(workload: Workload) -> Update:
     one, _ = _updated(workload, 1)
     two, state = _updated(workload, 2)
     elements = 2 * _SIDE**2
-    return Update(tuple(two[: len(one)]) if len(one) == len(two) else tuple(one), state / elements, len(one) == len(two))
+    return Update(
+        tuple(two[: len(one)]) if len(one) == len(two) else tuple(one), state / elements, len(one) == len(two)
+    )
 
 
 def _updated(workload: Workload, count: int) -> tuple[list[Kernel], int]:

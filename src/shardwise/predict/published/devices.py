@@ -1,7 +1,7 @@
 """The catalogue's device that a row's text means: exactly, or by the words that it has in common with a device's names.
 
-    "A100-80GB (8-GPU node; card memory not printed)"   a100-sxm-80
-    "H100-96GB-HBM2e-500W"                              h100-96-hbm2e
+"A100-80GB (8-GPU node; card memory not printed)"   a100-sxm-80
+"H100-96GB-HBM2e-500W"                              h100-96-hbm2e
 """
 
 from __future__ import annotations

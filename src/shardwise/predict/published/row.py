@@ -52,7 +52,9 @@ def read(row: Row, line: int) -> Run:
     if not seconds:
         raise Lacking("no target_step_time_s")
     memory = _number(row, "peak_mem_gib", needed=False)
-    label = f"{row.get('model', '')} on {row['n_gpus']} {row['gpu']}, tp={setup.tensor} pp={setup.pipeline} dp={setup.data}"
+    label = (
+        f"{row.get('model', '')} on {row['n_gpus']} {row['gpu']}, tp={setup.tensor} pp={setup.pipeline} dp={setup.data}"
+    )
     return Run(
         line, row.get("group") or "", label, sizes, setup, _cluster(row), seconds, memory * 2**30 if memory else None
     )
@@ -82,7 +84,11 @@ def _whole(row: Row, column: str, *, default: int | None = None) -> int:
 
 def _sizes(row: Row) -> Sizes:
     hidden, heads = _whole(row, "hidden"), _whole(row, "heads")
-    learned = "gpt" in row.get("model", "").lower() or "mpt" in row.get("model", "").lower() or "opt" in row.get("model", "").lower()
+    learned = (
+        "gpt" in row.get("model", "").lower()
+        or "mpt" in row.get("model", "").lower()
+        or "opt" in row.get("model", "").lower()
+    )
     plain = {
         "layers": _whole(row, "layers"),
         "hidden": hidden,
@@ -122,9 +128,12 @@ def _setup(row: Row, sizes: Sizes) -> Setup:
     zero = spelling.zero(zero_text)
     stack = _stack(row, dtype, linear, zero)
     text = f"{zero_text} {row.get('recompute')} {row.get('notes')} {row.get('source')}".lower()
-    sequence_parallel = tp > 1 and ("no sequence parallel" not in text) and (
-        "sequence parallel" in text or stack.elementwise in ("te", "compiled", "eager")
-    ) and dtype not in ("tf32", "float32")
+    sequence_parallel = (
+        tp > 1
+        and ("no sequence parallel" not in text)
+        and ("sequence parallel" in text or stack.elementwise in ("te", "compiled", "eager"))
+        and dtype not in ("tf32", "float32")
+    )
     return Setup(
         tensor=tp,
         pipeline=pp,
@@ -149,7 +158,9 @@ def _stack(row: Row, dtype: str, linear: str, zero: int) -> Stack:
     deepspeed = any(word in source for word in ("deepspeed", "bigscience", "bloom", "vtrain", "sailor"))
     old = dtype in ("fp16", "tf32", "float32") or deepspeed
     compiled = (row.get("compile") or "").lower().startswith("yes")
-    nemo = any(word in source for word in ("nemo", "megatron-bridge", "transformer engine")) or "TE" in (row.get("compile") or "")
+    nemo = any(word in source for word in ("nemo", "megatron-bridge", "transformer engine")) or "TE" in (
+        row.get("compile") or ""
+    )
     if old:
         elementwise, attention, loss = "megatron", "unfused", "megatron"
     elif nemo and "a100" in (row.get("gpu") or "").lower():

@@ -42,7 +42,9 @@ def read_runs(path: Path | str) -> tuple[list[Run], list[Skipped]]:
             reader = csv.DictReader(file)
             missing = [column for column in NEEDED if column not in (reader.fieldnames or ())]
             if missing:
-                raise DataError(f"{path}: has no column {', '.join(missing)}; a table of runs needs {', '.join(NEEDED)}")
+                raise DataError(
+                    f"{path}: has no column {', '.join(missing)}; a table of runs needs {', '.join(NEEDED)}"
+                )
             return _understood((reader.line_num, {k: v or "" for k, v in row.items() if k}) for row in reader)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None

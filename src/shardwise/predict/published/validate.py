@@ -31,7 +31,9 @@ def validate(path: Path | str, numbers: Constants | None = None) -> dict[str, An
     """
     runs, skipped = read_runs(path)
     rows = [_row(run, prediction) for run, prediction in zip(runs, predictions(runs, numbers), strict=True)]
-    groups = {name: _group([row for row in rows if row["group"] == name]) for name in dict.fromkeys(r.group for r in runs)}
+    groups = {
+        name: _group([row for row in rows if row["group"] == name]) for name in dict.fromkeys(r.group for r in runs)
+    }
     means = [group["mean_error"] for group in groups.values()]
     return {
         "rows": len(rows),

@@ -1,8 +1,8 @@
 """Peak memory of the rank that needs most, from sizes.
 
-    parameters, gradients, optimizer    bytes per parameter by precision, divided by what shards them (Rajbhandari 2020)
-    activations                         per block and microbatch: s b h (34 + 5 a s / h) and its parts (Korthikanti 2022)
-    temporary                           logits, gathered parameters of one block
+parameters, gradients, optimizer    bytes per parameter by precision, divided by what shards them (Rajbhandari 2020)
+activations                         per block and microbatch: s b h (34 + 5 a s / h) and its parts (Korthikanti 2022)
+temporary                           logits, gathered parameters of one block
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ class Groups:
     def of(setup: Setup) -> Groups:
         """Megatron's order of ranks."""
         tp, cp, dp = setup.tensor, setup.context, setup.data
-        return Groups(
-            Group(tp), Group(cp, tp), Group(dp * cp, tp), Group(2 if setup.pipeline > 1 else 1, tp * cp * dp)
-        )
+        return Groups(Group(tp), Group(cp, tp), Group(dp * cp, tp), Group(2 if setup.pipeline > 1 else 1, tp * cp * dp))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +135,10 @@ class _Step:
         return Prediction(
             step_seconds=kernels + exposed + bubble + update + host,
             compute_seconds=kernels,
-            communication_seconds=m * (forward.communication + backward.communication) + messages + reduction + gathering,
+            communication_seconds=m * (forward.communication + backward.communication)
+            + messages
+            + reduction
+            + gathering,
             exposed_communication_seconds=exposed,
             bubble_seconds=bubble,
             optimizer_seconds=update,
