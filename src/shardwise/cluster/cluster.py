@@ -91,6 +91,7 @@ class Device:
         launch_seconds: what the host needs to start one kernel from eager PyTorch.
         architecture: family, for example `hopper`.
         price_per_hour: in US dollars; None where it is not known.
+        watts: board power limit, which bounds the rate that large products keep up; None where it is not known.
         curves: measured times of kernels; empty where nothing was measured.
         shared: workers that share the device's cores -> how much slower each of them computes, measured.
         overlap: how much slower a device computes while it communicates, measured; 1: not at all.
@@ -107,6 +108,7 @@ class Device:
     launch_seconds: float
     architecture: str = ""
     price_per_hour: float | None = None
+    watts: float | None = None
     curves: tuple[KernelCurve, ...] = ()
     shared: Mapping[int, float] = field(default_factory=dict)
     overlap: float = 1.0

@@ -62,6 +62,7 @@ DEVICE: dict[str, Field] = {
     "cores": Number("SMs, compute units or CPU cores", whole=True),
     "launch_seconds": Number("seconds to start one kernel", least=0),
     "price_per_hour": PRICE,
+    "watts": Number("watts of the board's power limit", default=None),
     "overlap": Number("times slower while communicating", least=1, default=1.0),
     "flops": Part("a table of dtype = dense operations per second"),
     "shared": Part("a table of workers = times slower", default={}),

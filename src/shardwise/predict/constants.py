@@ -20,10 +20,12 @@ class Constants:
     Attributes:
         sustained_default: share of the datasheet's rate that large matrix products keep up, limited by power: GPUs of
             other families than the following.
-        sustained_ampere: the same for Ampere (A100, A10, RTX 30).
-        sustained_hopper: for Hopper at 0.71 W per TFLOP/s (H100 SXM).
-        sustained_blackwell: for Blackwell.
-        sustained_narrow: how much of that share remains for fp8 and fp4, which need more power for operands per FLOP.
+        sustained_ampere: the same for Ampere at the watts per FLOP/s of A100 SXM.
+        sustained_hopper: the same for Hopper and Ada at the watts per FLOP/s of H100 SXM.
+        sustained_blackwell: the same for Blackwell at the watts per FLOP/s of GB200.
+        power_exponent: how that share grows with watts per FLOP/s among GPUs of one family.
+        sustained_fp8: rate of fp8 products over twice the sustained rate of bf16.
+        sustained_fp4: rate of fp4 products over four times the sustained rate of bf16.
         sustained_single: the same for float32 on tensor cores (tf32) and for plain float32.
         tile_overhead: edge of a tile that costs as much as filling it, in elements: a tile of m x n runs at
             1 / (1 + tile_overhead (1/m + 1/n)) of the rate.
@@ -45,13 +47,16 @@ class Constants:
         collective_start: of any collective.
         link_hop: per step of a ring within a node.
         network_hop: per step of a ring between nodes.
+        overlap_loss: seconds that computation loses per second of communication that runs at the same time.
     """
 
     sustained_default: float
     sustained_ampere: float
     sustained_hopper: float
     sustained_blackwell: float
-    sustained_narrow: float
+    power_exponent: float
+    sustained_fp8: float
+    sustained_fp4: float
     sustained_single: float
     tile_overhead: float
     prologue: float
@@ -70,6 +75,7 @@ class Constants:
     collective_start: float
     link_hop: float
     network_hop: float
+    overlap_loss: float
 
 
 @cache

@@ -24,7 +24,20 @@ TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (128, 64), (64, 128), (6
 SPLITS = (1, 2, 4, 8)
 """Into how many parts the summed dimension may be split when there are too few tiles for all SMs."""
 
-FAMILIES = {"ampere": "sustained_ampere", "hopper": "sustained_hopper", "blackwell": "sustained_blackwell"}
+FAMILIES = {
+    "ampere": ("sustained_ampere", 400 / 312e12),
+    "hopper": ("sustained_hopper", 700 / 989.4e12),
+    "ada": ("sustained_hopper", 700 / 989.4e12),
+    "blackwell": ("sustained_blackwell", 1200 / 2500e12),
+}
+"""Family -> its constant, and the watts per FLOP/s in half precision of the device that it is stated for: A100 SXM, H100
+SXM, GB200."""
+
+LARGEST_SHARE = 0.96
+"""Of the datasheet's rate, whatever the power."""
+
+NARROW = {"fp8": 2.0, "fp4": 4.0}
+"""Dtypes of narrow operands -> how many of them take the place of one of half precision."""
 
 ELEMENT_BYTES = {
     "float64": 8.0,
@@ -64,7 +77,7 @@ def kernel_seconds(kernel: Kernel, device: Device, numbers: Constants | None = N
 
 
 def rate(device: Device, dtype: str) -> float:
-    """Datasheet FLOPs per second; tf32 where a GPU has no such rate, and bf16 where it has no fp16, stand for none.
+    """Datasheet FLOPs per second.
 
     Raises:
         RequestError: the device has no rate for this dtype.
@@ -77,13 +90,22 @@ def rate(device: Device, dtype: str) -> float:
 
 def sustained(device: Device, dtype: str, numbers: Constants) -> float:
     """Share of the datasheet's rate that large products of this dtype keep up."""
-    name = FAMILIES.get(device.architecture.lower(), "sustained_default")
+    half = device.flops.get("bf16") or device.flops.get("fp16")
+    name, reference = FAMILIES.get(family(device), ("sustained_default", 0.0))
     share: float = getattr(numbers, name)
-    if dtype in ("fp8", "fp4"):
-        share *= numbers.sustained_narrow
+    if reference and half and device.watts:
+        share *= (device.watts / half / reference) ** numbers.power_exponent
+    if half and dtype in NARROW:
+        kept = numbers.sustained_fp8 if dtype == "fp8" else numbers.sustained_fp4
+        share *= kept * NARROW[dtype] * half / rate(device, dtype)
     if dtype in ("float32", "tf32"):
         share *= numbers.sustained_single
-    return share
+    return min(share, LARGEST_SHARE)
+
+
+def family(device: Device) -> str:
+    """First word of the architecture: `blackwell` of `blackwell ultra`."""
+    return (device.architecture.lower().split() or [""])[0]
 
 
 def matmul_seconds(kernel: Kernel, device: Device, numbers: Constants) -> float:
@@ -118,10 +140,9 @@ def attention_seconds(kernel: Kernel, device: Device, numbers: Constants) -> flo
     `kernel.flops` counts the causal half that is skipped, as the field does.
     """
     _, _, queries, _, size = kernel.shape
-    unmasked = min(1.0, 0.5 + CAUSAL_TILE / (2 * queries))
+    unmasked = 1.0 if "dense" in kernel.operation else min(1.0, 0.5 + CAUSAL_TILE / (2 * queries))
     share = numbers.attention_backward if kernel.backward else numbers.attention_forward
-    modern = device.architecture.lower() in ("hopper", "blackwell")
-    if modern:
+    if family(device) in ("hopper", "blackwell"):
         share *= numbers.attention_fused if "cudnn" in kernel.operation else numbers.attention_hopper
     share *= (1 + numbers.attention_softmax / 128) / (1 + numbers.attention_softmax / size)
     seconds = kernel.flops * unmasked / (rate(device, kernel.dtype) * sustained(device, kernel.dtype, numbers) * share)

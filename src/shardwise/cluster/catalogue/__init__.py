@@ -113,6 +113,15 @@ def device(name: str) -> Device:
     return _entries()[key].device
 
 
+def sold_in(name: str) -> str:
+    """Key of the node that the device of that name is sold in. Raises ClusterError."""
+    names = _device_names()
+    key = names.get(_plain(name))
+    if key is None:
+        raise ClusterError(f"device {name!r} is not in the catalogue{_near(name, names)}")
+    return _entries()[key].node
+
+
 def devices() -> tuple[str, ...]:
     """Names of all devices."""
     return tuple(_entries())

@@ -1,103 +1,49 @@
-"""GPUs that published runs used (stand-in for the catalogue)."""
+"""The catalogue's device that a row's text means: exactly, or by the words that it has in common with a device's names.
+
+"A100-80GB (8-GPU node; card memory not printed)"   a100-sxm-80
+"H100-96GB-HBM2e-500W"                              h100-96-hbm2e
+"""
 
 from __future__ import annotations
 
+import re
+
+from shardwise.cluster import catalogue
 from shardwise.cluster.cluster import Device
+from shardwise.errors import ClusterError
+from shardwise.predict.published.lacking import Lacking
 
-_TABLE: dict[str, tuple[str, dict[str, float], float, float, int, float, int]] = {
-    # name: family, rates TF, memory GiB, bandwidth TB/s, SMs, NVLink GB/s one way, node
-    "V100": ("volta", {"fp16": 125, "float32": 15.7, "bf16": 125}, 32, 0.9, 80, 150, 8),
-    "A100-40GB": ("ampere", {"fp16": 312, "bf16": 312, "tf32": 156, "float32": 19.5}, 40, 1.555, 108, 300, 8),
-    "A100-80GB": ("ampere", {"fp16": 312, "bf16": 312, "tf32": 156, "float32": 19.5}, 80, 2.039, 108, 300, 8),
-    "H100-80GB": (
-        "hopper",
-        {"fp16": 989.5, "bf16": 989.5, "tf32": 494.7, "float32": 67, "fp8": 1979},
-        80,
-        3.35,
-        132,
-        450,
-        8,
-    ),
-    "H100-96GB": (
-        "hopper",
-        {"fp16": 989.5, "bf16": 989.5, "tf32": 494.7, "float32": 67, "fp8": 1979},
-        96,
-        2.4,
-        132,
-        450,
-        8,
-    ),
-    "H200": (
-        "hopper",
-        {"fp16": 989.5, "bf16": 989.5, "tf32": 494.7, "float32": 67, "fp8": 1979},
-        141,
-        4.8,
-        132,
-        450,
-        8,
-    ),
-    "GH200": (
-        "hopper",
-        {"fp16": 989.5, "bf16": 989.5, "tf32": 494.7, "float32": 67, "fp8": 1979},
-        96,
-        4.0,
-        132,
-        150,
-        4,
-    ),
-    "B200": (
-        "blackwell",
-        {"fp16": 2250, "bf16": 2250, "tf32": 1125, "float32": 80, "fp8": 4500, "fp4": 9000},
-        180,
-        8.0,
-        148,
-        900,
-        8,
-    ),
-    "GB200": (
-        "blackwell",
-        {"fp16": 2500, "bf16": 2500, "tf32": 1250, "float32": 80, "fp8": 5000, "fp4": 10000},
-        186,
-        8.0,
-        152,
-        900,
-        4,
-    ),
-    "GB300": (
-        "blackwell",
-        {"fp16": 2500, "bf16": 2500, "tf32": 1250, "float32": 80, "fp8": 5000, "fp4": 15000},
-        279,
-        8.0,
-        152,
-        900,
-        4,
-    ),
-}
+MAKERS = {"nvidia", "amd", "intel", "tesla", "instinct", "geforce", "gpu", "gpus"}
+"""Words that tell no device from another."""
 
 
-def device(name: str) -> tuple[Device, float, int] | None:
-    text = name.upper()
-    for known in sorted(_TABLE, key=len, reverse=True):
-        if all(word in text for word in known.split("-")):
-            break
-    else:
-        for known in ("A100-80GB", "H100-80GB"):
-            if known.split("-")[0] in text:
-                break
-        else:
-            return None
-    family, rates, memory, bandwidth, cores, link, node = _TABLE[known]
-    return (
-        Device(
-            name=known,
-            kind="gpu",
-            flops={dtype: value * 1e12 for dtype, value in rates.items()},
-            memory_bytes=memory * 2**30,
-            memory_bandwidth=bandwidth * 1e12,
-            cores=cores,
-            launch_seconds=6e-6,
-            architecture=family,
-        ),
-        link * 1e9,
-        node,
-    )
+def find(text: str) -> Device:
+    """The device that a text means.
+
+    Raises:
+        Lacking: the catalogue has none; says the nearest known name.
+    """
+    if not text.strip():
+        raise Lacking("no gpu")
+    error = ""
+    for candidate in _candidates(text):
+        try:
+            return catalogue.device(candidate)
+        except ClusterError as wrong:
+            error = error or str(wrong)
+    raise Lacking(f"unknown gpu: {error}")
+
+
+def _candidates(text: str) -> list[str]:
+    """From the whole text to its first words: what stands in parentheses and behind the model says more than a name."""
+    bare = re.sub(r"\(.*?\)", " ", text).strip()
+    words = [word for word in re.split(r"[\s_-]+", bare.lower()) if word and word not in MAKERS]
+    words = [re.sub(r"^(\d+)x(?=[a-z])", "", word) for word in words]
+    joined = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
+    memory = [f"{words[0]} {word}" for word in words[1:] if re.fullmatch(r"\d+gb", word)] if words else []
+    return [text, bare, *joined[:1], *memory, *joined[1:]]
+
+
+def sold_in(device: Device) -> str:
+    """The node that a device is sold in."""
+    return catalogue.sold_in(device.name)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shardwise.cluster.cluster import Cluster, Level, Nodes
+from shardwise.cluster import catalogue
+from shardwise.cluster.cluster import Cluster, Nodes
 from shardwise.predict.published import devices, spelling
+from shardwise.predict.published.lacking import Lacking
 from shardwise.predict.transformer.sizes import Setup, Sizes, Stack
 
 Row = Mapping[str, str]
-
-
-class Lacking(ValueError):
-    """A row that does not say what is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +132,7 @@ def _setup(row: Row, sizes: Sizes) -> Setup:
         tp > 1
         and ("no sequence parallel" not in text)
         and ("sequence parallel" in text or stack.elementwise in ("te", "compiled", "eager"))
-        and dtype != "float32"
+        and dtype not in ("tf32", "float32")
     )
     return Setup(
         tensor=tp,
@@ -158,12 +156,14 @@ def _setup(row: Row, sizes: Sizes) -> Setup:
 def _stack(row: Row, dtype: str, linear: str, zero: int) -> Stack:
     source = f"{row.get('source')} {row.get('group')} {row.get('compile')} {row.get('notes')}".lower()
     deepspeed = any(word in source for word in ("deepspeed", "bigscience", "bloom", "vtrain", "sailor"))
-    old = dtype == "fp16" or dtype == "float32" or deepspeed
+    old = dtype in ("fp16", "tf32", "float32") or deepspeed
     compiled = (row.get("compile") or "").lower().startswith("yes")
     nemo = any(word in source for word in ("nemo", "megatron-bridge", "transformer engine")) or "TE" in (
         row.get("compile") or ""
     )
     if old:
+        elementwise, attention, loss = "megatron", "unfused", "megatron"
+    elif nemo and "a100" in (row.get("gpu") or "").lower():
         elementwise, attention, loss = "megatron", "unfused", "megatron"
     elif nemo:
         elementwise, attention, loss = "te", "fused", "fused"
@@ -173,7 +173,7 @@ def _stack(row: Row, dtype: str, linear: str, zero: int) -> Stack:
         elementwise, attention, loss = "eager", "flash", "eager"
     accumulation = 2 if dtype == "fp16" else 4
     gradient = 2 if dtype == "fp16" else 4
-    if dtype == "bf16" and zero >= 3:
+    if dtype == "bf16" and "pure" in (row.get("precision") or ""):
         gradient = 2
     overlap = not old or ("overlapped)" in source and "not overlapped" not in source)
     return Stack(
@@ -189,24 +189,27 @@ def _stack(row: Row, dtype: str, linear: str, zero: int) -> Stack:
         graphs="graph" in source,
         gradient_bytes=gradient,
         accumulation_bytes=accumulation,
+        causal="llm-foundry" not in source,
+        bucketed=elementwise != "eager",
     )
 
 
 def _cluster(row: Row) -> Cluster:
-    found = devices.device(row.get("gpu") or "")
-    if found is None:
-        raise Lacking(f"unknown GPU {row.get('gpu')!r}")
-    device, link, usual = found
+    """The row's devices in their nodes; what the row does not say is as in the node that the device is sold in."""
+    device = devices.find(row.get("gpu") or "")
     gpus = _whole(row, "n_gpus")
-    node = _whole(row, "gpus_per_node", default=usual)
+    kind = catalogue.node(devices.sold_in(device))
+    node = min(gpus, _whole(row, "gpus_per_node", default=kind.devices))
     text = row.get("interconnect") or ""
-    bandwidth = spelling.node_bandwidth(text)
-    default = {"volta": 12.5e9, "ampere": 25e9}.get(device.architecture, 50e9)
-    per_gpu = default if bandwidth is None else (-bandwidth if bandwidth < 0 else bandwidth / node)
-    span = spelling.nvlink_domain(text) or node
+    inner, network = kind.links[0], kind.links[-1]
+    links = catalogue.link(inner.link, span=node)
+    span = spelling.nvlink_domain(text) or max(node, inner.span or 0)
     total = max(gpus, span)
-    levels = (
-        Level(name="nvlink", span=span, bandwidth=link, latency=0.0),
-        Level(name="network", span=max(total, span), bandwidth=per_gpu, latency=0.0),
-    )
+    outer = catalogue.link(network.link, span=total)
+    stated = spelling.node_bandwidth(text)
+    if stated is None:
+        per_device = outer.bandwidth * (network.ports or kind.devices) / kind.devices
+    else:
+        per_device = -stated if stated < 0 else stated / _whole(row, "gpus_per_node", default=kind.devices)
+    levels = (replace(links, span=span), replace(outer, bandwidth=per_device))
     return Cluster(name=text, nodes=(Nodes(device, node, -(-gpus // node)),), levels=levels)

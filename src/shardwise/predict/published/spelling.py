@@ -15,10 +15,8 @@ def precision(text: str) -> tuple[str, str, str] | None:
     for dtype in ("bf16", "bfloat16", "fp16", "float16"):
         if dtype in words and "fp32 or" not in words:
             return ("bf16", "bf16", "") if dtype.startswith("b") else ("fp16", "fp16", "")
-    if "tf32" in words:
-        return "float32", "tf32", ""
-    if "fp32" in words or "float32" in words:
-        return "float32", "float32", ""
+    if "tf32" in words or "fp32" in words or "float32" in words:
+        return "tf32", "tf32", ""
     return None
 
 
@@ -68,6 +66,7 @@ def node_bandwidth(text: str) -> float | None:
     Gbps/node", "RDMA 400Gb/s per GPU" (negative: per GPU).
     """
     words = text.lower().replace(",", "")
+    words = re.sub(r"busbw\s*[\d.]+\s*gbps", "", words)
     per_gpu = re.search(r"(\d+)\s*gb(?:ps|/s|it/s)?\s*(?:per|/)\s*gpu", words)
     if per_gpu:
         return -float(per_gpu.group(1)) * 1e9 / 8

@@ -123,6 +123,8 @@ def _flash(sizes: Sizes, setup: Setup, *, backward: bool) -> Kernel:
     flops = 4.0 * b * heads * queries * s * d * (2.5 if backward else 1)
     moved = _width(setup) * b * heads * d * (2 * queries + 2 * s) * (2 if backward else 1)
     name = "cudnn attention" if setup.stack.attention == "fused" else "flash attention"
+    if not setup.stack.causal:
+        name = f"dense {name}"
     return Kernel(name, "attention", setup.dtype, flops, moved, (b, heads, queries, s, d), backward)
 
 

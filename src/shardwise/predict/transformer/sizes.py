@@ -102,6 +102,8 @@ class Stack:
         graphs: whether CUDA graphs spare the host from launching.
         gradient_bytes: of one element when gradients are reduced.
         accumulation_bytes: of one element of accumulated gradients.
+        causal: whether flash attention skips the masked half.
+        bucketed: whether ZeRO-1 gathers parameters in large buckets instead of tensor by tensor.
     """
 
     attention: str
@@ -116,6 +118,8 @@ class Stack:
     graphs: bool
     gradient_bytes: int
     accumulation_bytes: int
+    causal: bool = True
+    bucketed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

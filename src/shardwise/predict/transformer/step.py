@@ -25,6 +25,10 @@ from shardwise.predict.transformer.memory import memory
 from shardwise.predict.transformer.sizes import Setup, Sizes
 
 
+TENSORS = 7
+"""Parameters of a block that are gathered one by one where nothing buckets them: four or five matrices, two norms."""
+
+
 @dataclass(slots=True)
 class Clock:
     """Seconds of kernels and collectives on one cluster; equal ones are computed once."""
@@ -177,8 +181,6 @@ class _Step:
             for index, layer in enumerate((layer_forward, layer_backward)):
                 extra = (embedding[index] if first else []) + (head[index] if last else [])
                 kernels = count * layer.kernels + self.clock.of(extra)
-                if (first and last) or last or first:
-                    pass
                 shared = self.tensor_head(index) if last else 0.0
                 parts.append(
                     Part(
@@ -274,7 +276,11 @@ class _Step:
         if backward:
             amount = setup.stack.gradient_bytes * parameters
             seconds += self.clock.collective("reduce_scatter", amount, group, "fsdp")
-        return seconds, max(0.0, seconds - hidden_behind)
+        return seconds, self.visible(seconds, hidden_behind)
+
+    def visible(self, seconds: float, behind: float) -> float:
+        """What communication costs that runs beside `behind` seconds of computation."""
+        return max(0.0, seconds - behind) + self.clock.numbers.overlap_loss * min(seconds, behind)
 
     # ------------------------------------------------------------------ between stages, gradients, update
 
@@ -311,12 +317,13 @@ class _Step:
         total = clock.collective(operation, amount, group, "dp")
         exposed = total
         if setup.stack.overlap_gradients:
-            exposed = max(0.1 * total, total - 0.6 * work)
+            exposed = self.visible(total, 0.6 * work)
         gathering = 0.0
         if setup.zero:
-            gathering = clock.collective("all_gather", self.parameters() * 2, group, "dp")
+            calls = 1 if setup.stack.bucketed else TENSORS * max(self.layers_of_stages())
+            gathering = calls * clock.collective("all_gather", self.parameters() * 2 / calls, group, "dp")
             if setup.stack.overlap_parameters:
-                gathering = max(0.1 * gathering, gathering - 0.3 * work)
+                gathering = self.visible(gathering, 0.3 * work)
         return total, exposed, gathering
 
     def update(self) -> float:
