@@ -285,6 +285,23 @@ def verify(
     return document
 
 
+def validate(runs: str | Path) -> dict[str, Any]:
+    """Holds predictions against training runs that others measured.
+
+    Args:
+        runs: a CSV file, one run a row, with the columns of tests/published/README.md.
+
+    Returns:
+        The document that `shardwise validate --json` prints; errors are absolute and relative.
+
+    Raises:
+        DataError: the file cannot be read, or no row of it says what is needed.
+    """
+    from shardwise.predict.published.validate import validate as validate_runs
+
+    return validate_runs(runs)
+
+
 def export(run: str | Path, out: str | Path) -> None:
     """Writes the plain full weights of a run's newest checkpoint to the safetensors file `out`.
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from shardwise import __version__, api
-from shardwise.errors import NotVerified, RequestError, ShardwiseError, WorkerFailed, nearest
+from shardwise.errors import NotAccurate, NotVerified, RequestError, ShardwiseError, WorkerFailed, nearest
+from shardwise.report.accuracy import accuracy_table
 from shardwise.report.text import comparison_table, training_summary, verification_table
 
 INTERRUPTED = 130
@@ -83,6 +84,15 @@ def _verify(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     api.export(options.folder, options.file)
     _print(options, {"run": options.folder, "file": options.file}, lambda document: f"wrote {document['file']}")
+
+
+def _validate(options: argparse.Namespace) -> None:
+    document = api.validate(options.runs)
+    _print(options, document, accuracy_table)
+    if options.fail_above is not None and document["mean_of_groups"] > options.fail_above:
+        raise NotAccurate(
+            f"the mean error over groups is {document['mean_of_groups']:.4f}, above {options.fail_above:g}"
+        )
 
 
 def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable[[dict[str, Any]], str]) -> None:
@@ -178,7 +188,18 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     export.add_argument("file", metavar="FILE", help="the safetensors file to write")
     _add_output(export)
     export.set_defaults(run=_export)
-    return parser, {"train": train, "verify": verify, "compare": compare, "export": export}
+    validate = commands.add_parser(
+        "validate",
+        help="hold predictions against runs that others measured",
+        description="Predicts each run of a CSV file and says by how much the predictions are off.",
+    )
+    validate.add_argument("runs", metavar="RUNS.csv", help="one run a row")
+    validate.add_argument(
+        "--fail-above", type=_share, metavar="ERROR", help="exit status 1 where the mean error over groups is larger"
+    )
+    _add_output(validate)
+    validate.set_defaults(run=_validate)
+    return parser, {"train": train, "verify": verify, "compare": compare, "export": export, "validate": validate}
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +236,16 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: give 0.1 for 10%")
+    return value
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 ShardwiseError                      exit 1: the work itself failed
 ├── WorkerFailed                    a worker process died; carries its rank and its own traceback
 ├── NotVerified                     a verification that does not hold
+├── NotAccurate                     predictions that are further off than was asked for
 └── RequestError                    exit 2: the request is wrong; found before any worker starts
     ├── StrategyError               unknown axis, wrong degree, cannot work for this model
     ├── WorkloadError               cannot be imported, built or traced; unknown parameter
@@ -37,6 +38,10 @@ class WorkerFailed(ShardwiseError):
 
 class NotVerified(ShardwiseError):
     """A parallel run that does not equal one process."""
+
+
+class NotAccurate(ShardwiseError):
+    """Predictions that are further off than was asked for."""
 
 
 class RequestError(ShardwiseError):

@@ -1,101 +1,159 @@
-"""Holds the predictor against runs that were measured: the document of `shardwise validate`."""
+"""Holds predictions against a table of runs that others measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardwise.predict.constants import Constants, constants
+from shardwise.errors import DataError, RequestError
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.published import summary
-from shardwise.predict.published.row import Run
-from shardwise.predict.published.table import read_runs
-from shardwise.predict.transformer.step import Clock, explained, predict
+from shardwise.predict.published.row import Lacking, Run, read
+from shardwise.predict.transformer.step import explained, predict
+
+WORST = 5
+"""Rows of which the document says term by term what was predicted."""
+
+RANKED_ROWS = 10
+"""Groups of so many rows get a rank correlation."""
 
 
-def validate(path: Path | str, numbers: Constants | None = None) -> dict[str, Any]:
-    """Predicts every run of a table and compares.
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A run beside its prediction."""
+
+    run: Run
+    prediction: Prediction
+
+    @property
+    def error(self) -> float:
+        """Of the step's time, relative to the measured one; negative where too little was predicted."""
+        return self.prediction.step_seconds / self.run.step_seconds - 1
+
+
+def validate(path: str | Path) -> dict[str, Any]:
+    """The document of `shardwise validate`: predicted against measured, per row and by group.
 
     Args:
-        path: a CSV with one run a row; columns as in `tests/published/README.md`.
-        numbers: constants of the cost model; those that were fitted if left out.
-
-    Returns:
-        `{"rows", "skipped": [{"line", "group", "reason"}], "skipped_rows", "mean_error", "median_error", "p90_error",
-        "mean_error_of_groups", "groups", "predictions"}`; errors are |predicted - measured| / measured of the step time.
+        path: a CSV file with the columns of tests/published/README.md.
 
     Raises:
-        DataError: the file cannot be read, or has not the columns of a table of runs.
+        DataError: the file cannot be read, has no rows, or none that says what is needed.
     """
-    runs, skipped = read_runs(path)
-    rows = [_row(run, prediction) for run, prediction in zip(runs, predictions(runs, numbers), strict=True)]
-    groups = {
-        name: _group([row for row in rows if row["group"] == name]) for name in dict.fromkeys(r.group for r in runs)
+    held, skipped = [], []
+    for line, row in _rows(Path(path)):
+        try:
+            run = read(row, line)
+            held.append(Held(run, predict(run.sizes, run.setup, run.cluster)))
+        except (Lacking, RequestError) as error:
+            skipped.append({"line": line, "group": row.get("group") or "", "reason": str(error)})
+    if not held:
+        first = f": line {skipped[0]['line']}: {skipped[0]['reason']}" if skipped else ""
+        raise DataError(f"{path}: no row can be predicted{first}")
+    return _document(held, skipped)
+
+
+def _rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows = [(reader.line_num, {k: v or "" for k, v in row.items() if isinstance(k, str)}) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV: {error}; give a file with one run a row") from error
+    if not rows:
+        raise DataError(f"{path}: has no rows; give a CSV file with one run a row")
+    return rows
+
+
+def _document(held: Sequence[Held], skipped: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    groups: dict[str, list[Held]] = {}
+    for each in held:
+        groups.setdefault(each.run.group, []).append(each)
+    errors = [abs(each.error) for each in held]
+    worst = sorted(held, key=lambda each: -abs(each.error))[:WORST]
+    return {
+        "rows": len(held),
+        "skipped": len(skipped),
+        **_errors(errors),
+        "groups": {name: _group(rows) for name, rows in groups.items()},
+        "mean_of_groups": statistics.fmean(
+            statistics.fmean(abs(each.error) for each in rows) for rows in groups.values()
+        ),
+        "skipped_rows": list(skipped),
+        "worst": [{**_row(each), "terms": dict(explained(each.prediction))} for each in worst],
+        "predictions": [_row(each) for each in held],
     }
-    means = [group["mean_error"] for group in groups.values()]
+
+
+def _errors(errors: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(errors)
+    return {
+        "mean_error": statistics.fmean(ordered),
+        "median_error": statistics.median(ordered),
+        "p90_error": quantile(ordered, 0.9),
+    }
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Of ascending values, linear between neighbours."""
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def _group(rows: Sequence[Held]) -> dict[str, Any]:
+    memory = [each for each in rows if each.run.memory_bytes and each.prediction.memory.total]
+    memory_errors = [
+        abs(each.prediction.memory.total / each.run.memory_bytes - 1) for each in memory if each.run.memory_bytes
+    ]
+    predicted, measured = [each.prediction.step_seconds for each in rows], [each.run.step_seconds for each in rows]
+    best = min(range(len(rows)), key=measured.__getitem__)
     return {
         "rows": len(rows),
-        "skipped": [asdict(row) for row in skipped],
-        "skipped_rows": len(skipped),
-        **_errors(rows),
-        "mean_error_of_groups": summary.mean(means),
-        "groups": groups,
-        "predictions": rows,
+        **_errors([abs(each.error) for each in rows]),
+        "rank_correlation": rank_correlation(predicted, measured) if len(rows) >= RANKED_ROWS else None,
+        "best_is_predicted": sorted(range(len(rows)), key=predicted.__getitem__).index(best) + 1,
+        "bias": statistics.median(each.error for each in rows),
+        "memory_rows": len(memory_errors),
+        "memory_mean_error": statistics.fmean(memory_errors) if memory_errors else None,
     }
 
 
-def predictions(runs: Sequence[Run], numbers: Constants | None = None) -> list[Prediction]:
-    """The prediction of each run. Kernels that several runs on one kind of device have in common are computed once."""
-    numbers = numbers or constants()
-    clocks: dict[str, Clock] = {}
-    result = []
-    for run in runs:
-        device = run.cluster.device(0)
-        clock = clocks.setdefault(device.name, Clock(run.cluster, device, numbers))
-        result.append(predict(run.sizes, run.setup, run.cluster, numbers, clock))
-    return result
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's; equal values share their mean rank. None where all values of one are equal."""
+    x, y = _ranks(a), _ranks(b)
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    return statistics.correlation(x, y)
 
 
-def _row(run: Run, prediction: Prediction) -> dict[str, Any]:
-    error = prediction.step_seconds / run.step_seconds - 1
-    memory = prediction.memory.total if run.memory_bytes else None
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
+            end += 1
+        for index in order[start : end + 1]:
+            ranks[index] = (start + end) / 2
+        start = end + 1
+    return ranks
+
+
+def _row(held: Held) -> dict[str, Any]:
+    run, prediction = held.run, held.prediction
     return {
         "line": run.line,
         "group": run.group,
         "run": run.label,
-        "measured_seconds": run.step_seconds,
         "predicted_seconds": prediction.step_seconds,
-        "error": abs(error),
-        "signed_error": error,
-        "terms": dict(explained(prediction)),
-        "finer_terms": dict(prediction.terms),
+        "measured_seconds": run.step_seconds,
+        "error": held.error,
+        "predicted_memory_bytes": prediction.memory.total or None,
         "measured_memory_bytes": run.memory_bytes,
-        "predicted_memory_bytes": memory,
-        "memory_error": abs(memory / run.memory_bytes - 1) if memory and run.memory_bytes else None,
-    }
-
-
-def _errors(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    errors = [row["error"] for row in rows]
-    return {
-        "mean_error": summary.mean(errors),
-        "median_error": summary.percentile(errors, 0.5),
-        "p90_error": summary.percentile(errors, 0.9),
-    }
-
-
-def _group(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    measured = [row["measured_seconds"] for row in rows]
-    predicted = [row["predicted_seconds"] for row in rows]
-    memory = [row["memory_error"] for row in rows if row["memory_error"] is not None]
-    return {
-        "rows": len(rows),
-        **_errors(rows),
-        "bias": summary.mean([row["signed_error"] for row in rows]),
-        "rank_correlation": summary.rank_correlation(measured, predicted),
-        "place_of_best": summary.place_of_best(measured, predicted),
-        "memory_rows": len(memory),
-        "memory_mean_error": summary.mean(memory),
     }
