@@ -1,7 +1,7 @@
 """How long a GPU is busy with one kernel: an analytic model with few constants, for any device of the catalogue.
 
     matmul     tiles are dealt to the SMs in waves; the last wave counts as a whole one
-               seconds = waves x tile FLOPs / (rate of an SM x efficiency of the tile)     but not less than the bytes need
+               seconds = waves x tile FLOPs / (rate of an SM x efficiency of the tile), but not less than bytes need
     attention  flash attention: FLOPs of the unmasked half over a share of the rate (Dao 2023, arXiv:2307.08691)
     memory     bytes over a share of the memory's bandwidth (roofline, Williams et al. 2009)
 
@@ -30,8 +30,8 @@ FAMILIES = {
     "ada": ("sustained_hopper", 700 / 989.4e12),
     "blackwell": ("sustained_blackwell", 1200 / 2500e12),
 }
-"""Family -> its constant, and the watts per FLOP/s in half precision of the device that it is stated for: A100 SXM, H100
-SXM, GB200."""
+"""Family -> its constant, and the watts per FLOP/s in half precision of the device that it is stated for: A100 SXM,
+H100 SXM, GB200."""
 
 LARGEST_SHARE = 0.96
 """Of the datasheet's rate, whatever the power."""

@@ -339,7 +339,9 @@ class _Profiler:
 
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready.append(name))
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    lambda _, name=name: ready.append(name)
+                )
         with untouched(model), torch.random.fork_rng(), recorder:
             recorder.watch()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -348,7 +350,7 @@ class _Profiler:
             forward = recorder.take()
             recorder.when = "backward"
             begin = recorder.watch()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             backward, most = recorder.take(), recorder.peak - begin
         layer = Layer(
             forward=forward,

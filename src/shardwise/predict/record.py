@@ -77,11 +77,11 @@ class Record:
         return tuple(event.what for event in self.events if isinstance(event.what, Collective))
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """See the module's docstring. Opened inside of a `FakeTensorMode` where there is one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._events: list[Event] = []
         self._storages = Storages()
         self._axes = Axes(())
@@ -90,11 +90,11 @@ class Recorder(TorchDispatchMode):
     def __enter__(self) -> Recorder:
         gc.collect()  # what programs hold in circles would go at some moment of the step
         self._storages.open()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *details: Any) -> None:
-        super().__exit__(*details)
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
         self._storages.close()
 
     def record(self) -> Record:
@@ -133,7 +133,7 @@ class Recorder(TorchDispatchMode):
         )
 
     def _when(self) -> str:
-        """Which pass runs: autograd says whether it is a backward pass, in which only a repeated forward has gradients."""
+        """Which pass runs: autograd says whether it goes backward; there only a repeated forward has gradients."""
         if self._base in ("forward", "backward") and torch._C._current_graph_task_id() != -1:
             return "recompute" if torch.is_grad_enabled() else "backward"
         return self._base

@@ -89,7 +89,7 @@ def _sizes(row: Row) -> Sizes:
         or "mpt" in row.get("model", "").lower()
         or "opt" in row.get("model", "").lower()
     )
-    plain = {
+    plain: dict[str, Any] = {
         "layers": _whole(row, "layers"),
         "hidden": hidden,
         "heads": heads,
@@ -161,9 +161,7 @@ def _stack(row: Row, dtype: str, linear: str, zero: int) -> Stack:
     nemo = any(word in source for word in ("nemo", "megatron-bridge", "transformer engine")) or "TE" in (
         row.get("compile") or ""
     )
-    if old:
-        elementwise, attention, loss = "megatron", "unfused", "megatron"
-    elif nemo and "a100" in (row.get("gpu") or "").lower():
+    if old or (nemo and "a100" in (row.get("gpu") or "").lower()):
         elementwise, attention, loss = "megatron", "unfused", "megatron"
     elif nemo:
         elementwise, attention, loss = "te", "fused", "fused"

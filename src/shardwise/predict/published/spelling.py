@@ -1,4 +1,4 @@
-"""What the columns of a table of runs mean: GPUs, precisions, recomputation, sharding and networks in many spellings."""
+"""What the columns of a table of runs mean: precisions, recomputation, sharding, networks in many spellings."""
 
 from __future__ import annotations
 

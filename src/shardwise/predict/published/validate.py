@@ -11,7 +11,8 @@ from typing import Any
 
 from shardwise.errors import DataError, RequestError
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.published.row import Lacking, Run, read
+from shardwise.predict.published.lacking import Lacking
+from shardwise.predict.published.row import Run, read
 from shardwise.predict.transformer.step import explained, predict
 
 WORST = 5
@@ -60,7 +61,9 @@ def _rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows = [(reader.line_num, {k: v or "" for k, v in row.items() if isinstance(k, str)}) for row in reader]
+            rows: list[tuple[int, Mapping[str, str]]] = []
+            for row in reader:
+                rows.append((reader.line_num, {k: v or "" for k, v in row.items() if isinstance(k, str)}))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}; give a file with one run a row") from error
     if not rows:

@@ -11,7 +11,7 @@ LOSS_BYTES = {"megatron": (46, 22), "eager": (16, 14), "fused": (6, 4)}
 quotient as kernels of their own; PyTorch's copies to float32 and takes one log softmax."""
 
 UPDATE_BYTES = {"fp16": 56, "bf16": 44, "float32": 32, "tf32": 32}
-"""Bytes per parameter that one step of Adam with float32 states moves: gradient, two moments and master weight are read,
+"""Bytes per parameter that one step of Adam with float32 states moves: gradient, moments and master weight are read,
 three of them written; low precision adds the copies of gradient and weight, fp16 the unscaling."""
 
 

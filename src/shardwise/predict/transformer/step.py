@@ -1,10 +1,10 @@
 """One optimizer step of a transformer on a cluster: from kernels and collectives to a prediction.
 
     step      = pipeline + exposed gradient reduction + optimizer
-    pipeline  = m (F + B of the slowest stage) + (F + B of the other stages) / v + messages        (1F1B, interleaved by v)
+    pipeline  = m (F + B of the slowest stage) + (F + B of the other stages) / v + messages   (1F1B, interleaved by v)
     F, B      = max(kernels + exposed collectives, host)                                           per microbatch
 
-Ranks are laid out as Megatron does: tensor parallel ones are neighbours, then context, data, and pipeline parallel ones.
+Ranks are laid out as Megatron does: tensor parallel ones are neighbours, then context, data, pipeline parallel ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from shardwise.predict.transformer import ends
 from shardwise.predict.transformer.layer import Passes, block, tokens
 from shardwise.predict.transformer.memory import memory
 from shardwise.predict.transformer.sizes import Setup, Sizes
-
 
 TENSORS = 7
 """Parameters of a block that are gathered one by one where nothing buckets them: four or five matrices, two norms."""
@@ -289,7 +288,7 @@ class _Step:
         setup = self.setup
         if setup.pipeline == 1:
             return 0.0
-        amount = tokens(self.sizes, setup) * self.sizes.hidden * 2
+        amount = 2.0 * tokens(self.sizes, setup) * self.sizes.hidden
         if setup.sequence_parallel or setup.stack.scatter_pipeline:
             amount /= setup.tensor
         seconds = self.clock.collective("send", amount, self.groups.stages, "pp")

@@ -1,0 +1,113 @@
+"""The predictor against runs that others measured: errors stay below what was reached, and wrong rows are told."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardwise import cli
+from shardwise.errors import DataError
+from shardwise.predict.published import validate as module
+from shardwise.predict.published.validate import quantile, rank_correlation, validate
+from shardwise.predict.transformer import step
+
+RUNS = Path(__file__).with_name("runs.csv")
+
+REACHED = {"vTrain single node": 0.08, "vTrain multi": 0.12, "SC21": 0.04, "BLOOM prequel": 0.10, "Sailor GH200": 0.10}
+"""Mean error by group that must not be exceeded: what was reached, and some slack."""
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return validate(RUNS)
+
+
+def test_all_rows_are_predicted(document: dict[str, Any]) -> None:
+    assert (document["rows"], document["skipped"]) == (1101, 0)
+
+
+def test_mean_over_groups(document: dict[str, Any]) -> None:
+    assert document["mean_of_groups"] < 0.08
+
+
+@pytest.mark.parametrize("group", REACHED)
+def test_group(document: dict[str, Any], group: str) -> None:
+    assert document["groups"][group]["mean_error"] < REACHED[group]
+
+
+def test_single_node_is_ranked(document: dict[str, Any]) -> None:
+    assert document["groups"]["vTrain single node"]["rank_correlation"] > 0.98
+
+
+def test_terms_add_up_to_the_step(document: dict[str, Any]) -> None:
+    for row in document["worst"]:
+        assert sum(row["terms"].values()) == pytest.approx(row["predicted_seconds"], rel=1e-6)
+
+
+def test_a_wrong_constant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = step.constants()
+    slow = replace(numbers, sustained_ampere=numbers.sustained_ampere / 2)
+    monkeypatch.setattr(module, "predict", lambda sizes, setup, cluster: step.predict(sizes, setup, cluster, slow))
+    assert validate(RUNS)["groups"]["SC21"]["mean_error"] > REACHED["SC21"]
+
+
+def rows(**changes: str) -> str:
+    with RUNS.open(newline="") as file:
+        reader = csv.DictReader(file)
+        first = next(reader)
+        columns = list(first)
+    lines = [columns, [first[c] for c in columns], [{**first, **changes}[c] for c in columns]]
+    return "\n".join(",".join(f'"{cell}"' for cell in line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"gpu": "H1000"}, "unknown gpu"),
+        ({"layers": ""}, "no layers"),
+        ({"hidden": "wide"}, "hidden is 'wide', not a number"),
+        ({"global_batch": "-8"}, "global_batch is -8, not positive"),
+        ({"target_step_time_s": "", "step_time_s": "", "step_time_s_derived": ""}, "no target_step_time_s"),
+    ],
+)
+def test_rows_that_lack_something_are_skipped(tmp_path: Path, changes: dict[str, str], reason: str) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(rows(**changes))
+    document = validate(path)
+    assert (document["rows"], document["skipped"]) == (1, 1)
+    assert reason in document["skipped_rows"][0]["reason"]
+    assert document["skipped_rows"][0]["line"] == 3
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        validate(tmp_path / "missing.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(DataError, match="has no rows"):
+        validate(tmp_path / "empty.csv")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="no row can be predicted: line 2"):
+        validate(tmp_path / "other.csv")
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(rows())
+    assert cli.main(["validate", str(path), "--json", "--quiet"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed["groups"]["SC21"]) >= {"rows", "mean_error", "median_error", "p90_error", "memory_mean_error"}
+    assert cli.main(["validate", str(path), "--fail-above", "0"]) == 1
+    assert "above 0" in capsys.readouterr().err
+    assert cli.main(["validate", str(tmp_path / "missing.csv")]) == 2
+
+
+def test_statistics_by_hand() -> None:
+    assert quantile([1.0, 2.0, 3.0], 0.75) == 2.5
+    assert rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 2], [3, 1, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1], [1, 2]) is None
