@@ -95,7 +95,7 @@ class _Spread:
 
     def all(self, links: Iterable[int]) -> tuple[int, ...]:
         """Where the users of something that belongs to no repetition are: all repetitions use it where one does."""
-        found = set()
+        found: set[int] = set()
         for link in links:
             inside = self.start <= link < self.start + self.size
             found.update(self.one(link, number) for number in range(self.times if inside else 1))
