@@ -127,7 +127,7 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: list[Kernel] = []
         self.exchanges: list[Exchanged] = []
         self.normalised: list[int] = []

@@ -348,7 +348,7 @@ class _Profiler:
             forward = recorder.take()
             recorder.when = "backward"
             begin = recorder.watch()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             backward, most = recorder.take(), recorder.peak - begin
         layer = Layer(
             forward=forward,

@@ -19,7 +19,7 @@ def repeated(short: Profile, longer: Profile, times: int) -> Profile:
     size, count = len(longer.links) - len(short.links), len(longer.parameters) - len(short.parameters)
     if times < 1 or size < 1 or count < 1 or not starts or not spots:
         raise WorkloadError(
-            f"workload {short.name!r}: a model of {len(longer.links)} parts is not one of {len(short.links)} parts with "
+            f"workload {short.name!r}: a model of {len(longer.links)} parts is not one of {len(short.links)} parts and "
             "a block more, so that it cannot be repeated: build it whole"
         )
     spot = next((s for s in spots if any(_within(block, s, count) for block in longer.blocks)), spots[-1])
@@ -95,7 +95,7 @@ class _Spread:
 
     def all(self, links: Iterable[int]) -> tuple[int, ...]:
         """Where the users of something that belongs to no repetition are: all repetitions use it where one does."""
-        found = set()
+        found: set[int] = set()
         for link in links:
             inside = self.start <= link < self.start + self.size
             found.update(self.one(link, number) for number in range(self.times if inside else 1))
