@@ -285,6 +285,42 @@ def verify(
     return document
 
 
+def simulate(
+    workload: str | Workload | Callable[..., Workload],
+    strategies: Sequence[str | Strategy],
+    *,
+    cluster: str,
+    settings: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Predicts what strategies cost on a cluster; nothing is trained, and no device of it is needed.
+
+    Args:
+        workload: as in `train`.
+        strategies: what to predict. One that cannot be is told among the rejected ones if another can.
+        cluster: devices of the catalogue (`h100x1024`, `dgx-a100`), or a cluster file.
+        settings: parameters of the workload's function.
+        seed: of weights, data order and dropout; None: the workload's own.
+
+    Returns:
+        The document that `shardwise simulate --json` prints.
+
+    Raises:
+        RequestError: the cluster or the workload is wrong, or no strategy can be.
+    """
+    from shardwise.cluster.find import find_cluster
+    from shardwise.predict.simulate import simulation
+    from shardwise.run.log import finite
+    from shardwise.run.request import settle_source, settle_strategy
+
+    settled = [settle_strategy(strategy, None) for strategy in strategies]
+    if not settled:
+        raise RequestError("nothing to predict: give a strategy, for example --strategy dp=8")
+    found = find_cluster(cluster)
+    document: dict[str, Any] = finite(simulation(settle_source(workload, settings, seed).load(), settled, found))
+    return document
+
+
 def validate(runs: str | Path) -> dict[str, Any]:
     """Holds predictions against training runs that others measured.
 

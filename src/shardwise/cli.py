@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from shardwise import __version__, api
 from shardwise.errors import NotAccurate, NotVerified, RequestError, ShardwiseError, WorkerFailed, nearest
 from shardwise.report.accuracy import accuracy_table
+from shardwise.report.prediction import prediction_table
 from shardwise.report.text import comparison_table, training_summary, verification_table
 
 INTERRUPTED = 130
@@ -84,6 +85,17 @@ def _verify(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     api.export(options.folder, options.file)
     _print(options, {"run": options.folder, "file": options.file}, lambda document: f"wrote {document['file']}")
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    document = api.simulate(
+        options.workload,
+        options.strategy,
+        cluster=options.cluster,
+        settings=dict(options.set),
+        seed=options.seed,
+    )
+    _print(options, document, prediction_table)
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -188,6 +200,20 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     export.add_argument("file", metavar="FILE", help="the safetensors file to write")
     _add_output(export)
     export.set_defaults(run=_export)
+    simulate = commands.add_parser(
+        "simulate",
+        help="predict what strategies cost on a cluster",
+        description="Predicts time and memory of a step; nothing is trained and no device is needed.",
+    )
+    _add_source(simulate)
+    simulate.add_argument(
+        "--cluster", required=True, metavar="NAME[xN]|FILE", help="h100x1024, dgx-a100, ... or a cluster file (.toml)"
+    )
+    simulate.add_argument(
+        "--strategy", action="append", default=[], metavar="SPEC", help="one to predict; give several", required=True
+    )
+    _add_output(simulate)
+    simulate.set_defaults(run=_simulate)
     validate = commands.add_parser(
         "validate",
         help="hold predictions against runs that others measured",
@@ -199,7 +225,14 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     _add_output(validate)
     validate.set_defaults(run=_validate)
-    return parser, {"train": train, "verify": verify, "compare": compare, "export": export, "validate": validate}
+    return parser, {
+        "train": train,
+        "verify": verify,
+        "compare": compare,
+        "export": export,
+        "simulate": simulate,
+        "validate": validate,
+    }
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

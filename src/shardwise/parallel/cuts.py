@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -145,7 +146,7 @@ def _crossing(local: LocalGraph, sequence: list[fx.Node]) -> list[tuple[int, int
 def balanced(costs: Sequence[float], sends: Sequence[float], parts: int) -> list[int]:
     """Cuts a chain into consecutive parts such that the most expensive part is as cheap as can be.
 
-    Dynamic programming over (parts, end): O(parts * n^2).
+    Dynamic programming over (parts, end): O(parts * n^2). Of equally good cuts the one that sends least is taken.
 
     Args:
         costs: of each link of the chain, at least as many as `parts`.
@@ -159,21 +160,20 @@ def balanced(costs: Sequence[float], sends: Sequence[float], parts: int) -> list
         [3]
     """
     count = len(costs)
-    until = list(accumulate(costs, initial=0.0))
-    entry = [0.0, *sends]
-    best = [(until[end], 0.0) for end in range(count + 1)]
+    until = np.array(list(accumulate(costs, initial=0.0)))
+    entry = np.array([0.0, *sends, 0.0])
+    starts, ends = np.arange(count + 1)[:, None], np.arange(count + 1)[None, :]
+    own = until[ends] - until[starts] + entry[starts]  # of a part from start to end
+    worst, sent = until, np.zeros(count + 1)
     choices: list[list[int]] = []
     for part in range(1, parts):
-        row = [(float("inf"), float("inf"))] * (count + 1)
-        choice = [0] * (count + 1)
-        for end in range(part + 1, count + 1):
-            for start in range(part, end):
-                worst, sent = best[start]
-                cost = max(worst, until[end] - until[start] + entry[start]), sent + entry[start]
-                if cost < row[end]:
-                    row[end], choice[end] = cost, start
-        best = row
-        choices.append(choice)
+        possible = (starts >= part) & (starts < ends)
+        cost = np.where(possible, np.maximum(worst[:, None], own), np.inf)
+        least = cost.min(axis=0)
+        total = np.where(cost == least, (sent + entry)[:, None], np.inf)
+        choice = total.argmin(axis=0)
+        worst, sent = least, total[choice, np.arange(count + 1)]
+        choices.append(choice.tolist())
     cuts: list[int] = []
     end = count
     for choice in reversed(choices):

@@ -77,16 +77,25 @@ def divide(
     if stages == 1 and not in_blocks:
         return Division((), (1,), len(found))
     costs = _links(step, found, _measured(step, tensors, data, parameters, mesh), parameters)
-    sends = [place.bytes / BYTES_PER_SECOND for place in found]
-    starts = balanced(costs, sends, stages)
-    bounds = [0, *starts, len(costs)]
-    cut: list[int] = []
-    blocks = []
-    for first, end in pairwise(bounds):
-        inner = _block_starts(costs, found, first, end) if in_blocks else []
-        cut += [*([first] if first else []), *inner]
-        blocks.append(len(inner) + 1)
-    return Division(tuple(found[link - 1].use for link in cut), tuple(blocks), len(found))
+    parts = divided(costs, [place.bytes for place in found], stages, in_blocks=in_blocks)
+    cut = [start for starts in parts for start in starts if start]
+    return Division(tuple(found[link - 1].use for link in cut), tuple(map(len, parts)), len(found))
+
+
+def divided(costs: Sequence[float], messages: Sequence[int], stages: int, *, in_blocks: bool) -> list[list[int]]:
+    """The links at which the blocks of each stage begin.
+
+    Args:
+        costs: seconds of each link of a step.
+        messages: bytes to send at each place between two links.
+        stages: their number.
+        in_blocks: whether stages are cut into blocks.
+    """
+    starts = balanced(costs, [size / BYTES_PER_SECOND for size in messages], stages)
+    return [
+        [first, *(_block_starts(costs, messages, first, end) if in_blocks else [])]
+        for first, end in pairwise([0, *starts, len(costs)])
+    ]
 
 
 def cuts_blocks(strategy: Strategy) -> bool:
@@ -114,11 +123,11 @@ def _fewer_stages(strategy: Strategy, most: int) -> str:
     return "use schedule=1f1b" if most < 2 * strategy.pp else f"use stages={most // strategy.pp}"
 
 
-def _block_starts(costs: Sequence[float], found: Sequence[Place], first: int, end: int) -> list[int]:
+def _block_starts(costs: Sequence[float], messages: Sequence[int], first: int, end: int) -> list[int]:
     """Links within a stage at which blocks begin: places with as little to keep as any, evenly spread by cost."""
     inner = range(first + 1, end)
-    least = min((found[link - 1].bytes for link in inner), default=0)
-    narrow = [link for link in inner if found[link - 1].bytes <= least]
+    least = min((messages[link - 1] for link in inner), default=0)
+    narrow = [link for link in inner if messages[link - 1] <= least]
     if not narrow:
         return []
     bounds = [first, *narrow, end]

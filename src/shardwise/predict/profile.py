@@ -211,6 +211,16 @@ class Profile:
                 own[value.saved[0]] += value.held
         return tuple(accumulate(own, initial=0))
 
+    def crossing(self, first: int, end: int) -> list[Value]:
+        """Values that come into links `first` to `end` from outside, or leave them."""
+        found = []
+        for value in self.values:
+            inside = any(first <= link < end for link in value.used)
+            made = first <= value.made < end
+            if (made and value.used[-1] >= end) or (inside and not made):
+                found.append(value)
+        return found
+
     @cached_property
     def trained(self) -> tuple[int, ...]:
         """Indices of the trained parameters."""

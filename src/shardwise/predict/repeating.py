@@ -19,7 +19,7 @@ def repeated(short: Profile, longer: Profile, times: int) -> Profile:
     size, count = len(longer.links) - len(short.links), len(longer.parameters) - len(short.parameters)
     if times < 1 or size < 1 or count < 1 or not starts or not spots:
         raise WorkloadError(
-            f"workload {short.name!r}: one of {len(longer.links)} parts is not one of {len(short.links)} parts with "
+            f"workload {short.name!r}: one of {len(longer.links)} parts is not one of {len(short.links)} and "
             "a block more, so that it cannot be repeated: build it whole"
         )
     spot = next((s for s in spots if any(_within(block, s, count) for block in longer.blocks)), spots[-1])

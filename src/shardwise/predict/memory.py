@@ -1,0 +1,172 @@
+"""Peak bytes of one device, by what they are for: tensors alone, not what kernels use inside or allocators leave over.
+
+The peak is looked for where it can be: at each link of a backward pass, with the microbatches that are under way, and
+in the optimizer.
+
+    parameters    what stays here, and what `fully_shard` has gathered
+    gradients     of what stays here; whole from the start where buckets or earlier microbatches hold them
+    optimizer     its state
+    activations   kept for the backward passes of all microbatches under way (Korthikanti et al. 2022, section 4)
+    temporary     what passes, buckets and the optimizer need for a moment
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from shardwise.parallel.schedule import BACKWARD, FORWARD, WEIGHT
+from shardwise.predict.issuing import actions_of
+from shardwise.predict.parts import Block, Gathered, Stage, Worker
+from shardwise.predict.prediction import Memory
+from shardwise.predict.profile import Profile
+from shardwise.strategy import Strategy
+
+if TYPE_CHECKING:
+    from shardwise.predict.costs import Costs
+
+
+def memory_of(costs: Costs) -> Memory:
+    """Of the pipeline worker that needs most."""
+    key = ("memory", id(costs.parts), costs.strategy)
+    if key not in costs.profile.kept:
+        found = [_of_worker(costs.profile, costs.strategy, worker) for worker in costs.parts.workers]
+        costs.profile.kept[key] = max(found, key=lambda memory: memory.total)
+    memory = costs.profile.kept[key]
+    assert isinstance(memory, Memory)
+    return memory
+
+
+@lru_cache(maxsize=4096)
+def under_way(strategy: Strategy, place: int) -> tuple[tuple[int, int], ...]:
+    """(stage, microbatches) whose activations a worker keeps when these are most."""
+    count: dict[int, int] = {}
+    most: dict[int, int] = {}
+    for action in actions_of(strategy, place):
+        if action.kind == FORWARD:
+            count[action.stage] = count.get(action.stage, 0) + 1
+        elif action.kind in (BACKWARD, WEIGHT):
+            count[action.stage] -= 1
+        if sum(count.values()) > sum(most.values()):
+            most = dict(count)
+    return tuple(sorted(most.items()))
+
+
+def _of_worker(profile: Profile, strategy: Strategy, worker: Worker) -> Memory:
+    elements, tensors = worker.updated
+    state = round(elements * profile.update.state_bytes)
+    largest = max((p.bytes for p in profile.parameters if p.trained), default=0)
+    updating = Memory(
+        parameters=worker.parameters,
+        gradients=worker.trained,
+        optimizer=state,
+        activations=0,
+        temporary=min(largest, worker.trained) if tensors else 0,
+    )
+    return max((updating, _passing(profile, strategy, worker, state)), key=lambda memory: memory.total)
+
+
+def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -> Memory:
+    """At the peak of a backward pass."""
+    counts = dict(under_way(strategy, worker.place))
+    recompute = strategy.recompute == "full"
+    stages = {stage.number: stage for stage in worker.stages}
+    kept = {number: _kept(profile, stage) if recompute else stage.kept for number, stage in stages.items()}
+    several = sum(counts.get(number, 0) for number in stages) > 1 or strategy.microbatches > 1
+    best: Memory | None = None
+    for number, stage in stages.items():
+        others = sum(counts.get(n, 0) * size for n, size in kept.items()) - (kept[number] if counts.get(number) else 0)
+        for activations, temporary, done in _moments(profile, stage, recompute=recompute):
+            gradients, buckets = _gradients(strategy, worker, stage, done, several=several)
+            gathered = _gathered(strategy, stage)
+            memory = Memory(
+                parameters=worker.parameters + gathered,
+                gradients=gradients,
+                optimizer=state,
+                activations=others + activations + stage.received,
+                temporary=temporary + buckets,
+            )
+            if best is None or memory.total > best.total:
+                best = memory
+    assert best is not None
+    return best
+
+
+def _kept(profile: Profile, stage: Stage) -> int:
+    """What is kept of a microbatch where blocks are computed again: what is between blocks, and their inputs."""
+    inside = sum(profile.saved[block.end] - profile.saved[block.first] for block in stage.blocks)
+    return max(0, stage.kept - inside) + stage.handed
+
+
+def _moments(profile: Profile, stage: Stage, *, recompute: bool) -> list[tuple[int, int, int]]:
+    """(activations of the microbatch, temporary, bytes of gradients that are there) when each link goes backwards."""
+    key = ("moments", stage.first, stage.end, stage.blocks if recompute else ())
+    if key not in profile.kept:
+        profile.kept[key] = _pareto(_all_moments(profile, stage, recompute=recompute))
+    found = profile.kept[key]
+    assert isinstance(found, list)
+    return found
+
+
+def _all_moments(profile: Profile, stage: Stage, *, recompute: bool) -> list[tuple[int, int, int]]:
+    complete = [0] * (len(profile.links) + 1)
+    for parameter in profile.parameters:
+        if parameter.trained:
+            inside = [link for link in parameter.links if stage.first <= link < stage.end]
+            if inside:
+                complete[inside[0]] += parameter.bytes
+    boundary = stage.kept - (profile.saved[stage.end] - profile.saved[stage.first])
+    found, done = [], 0
+    for link in reversed(range(stage.first, stage.end)):
+        layer = profile.links[link].layer
+        block = next((b for b in stage.blocks if b.first <= link < b.end), None) if recompute else None
+        if recompute:
+            activations = _recomputing(profile, stage, block, link)
+        else:
+            activations = boundary + profile.saved[link + 1] - profile.saved[stage.first]
+        found.append((activations, max(layer.temporary_backward, layer.temporary_forward), done))
+        done += complete[link]
+    return found
+
+
+def _recomputing(profile: Profile, stage: Stage, block: Block | None, link: int) -> int:
+    """What is kept of the microbatch that goes backwards, where blocks are computed again."""
+    inside = 0 if block is None else profile.saved[link + 1] - profile.saved[block.first]
+    return _kept(profile, stage) + inside
+
+
+def _pareto(moments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Without those that another one exceeds in all."""
+    found: list[tuple[int, int, int]] = []
+    most = -1
+    for activations, temporary, done in sorted(moments, key=lambda m: (-m[2], -(m[0] + m[1]))):
+        if activations + temporary > most:
+            found.append((activations, temporary, done))
+            most = activations + temporary
+    return found
+
+
+def _gradients(strategy: Strategy, worker: Worker, stage: Stage, done: int, *, several: bool) -> tuple[int, int]:
+    """(gradients, buckets beside them) at a moment of the last backward pass."""
+    module = strategy.tp == strategy.pp == 1
+    if strategy.splits_parameters:
+        largest = max((b.gathered.reduce for b in stage.blocks if b.gathered is not None), default=0)
+        root = stage.root.reduce if stage.root is not None else 0
+        if not module and several:  # whole until the last backward pass
+            return worker.trained, sum(b.gathered.reduce for b in stage.blocks if b.gathered) + root
+        return (worker.trained if several else done // strategy.fsdp), 2 * largest + root
+    if strategy.replicas > 1 and module:
+        return worker.trained, worker.trained if strategy.microbatches > 1 else 0
+    flat = 0 if strategy.replicas == 1 else min(done, worker.trained)
+    return (worker.trained if several else done), flat
+
+
+def _gathered(strategy: Strategy, stage: Stage) -> int:
+    """What `fully_shard` has gathered at the peak."""
+    groups: list[Gathered] = [block.gathered for block in stage.blocks if block.gathered is not None]
+    root = 0 if stage.root is None else stage.root.gather
+    if strategy.zero != 3:
+        return root + sum(group.gather for group in groups)
+    largest = sorted((group.gather for group in groups), reverse=True)[:2]
+    return root + sum(largest)

@@ -1,0 +1,494 @@
+"""What each worker holds of a workload under a strategy, and when it tells the others: the program's shape in numbers.
+
+Everything that `parallel` decides about messages is decided here in the same way, from a profile instead of a module:
+
+    ModuleEngine   (tp = pp = 1)    one stage; DDP's buckets, or `fully_shard` on the module's repeated blocks
+    GraphEngine    (tp or pp)       stages and blocks cut by cost; buckets of `reduce.GradientReducer`, or `fully_shard`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+
+from shardwise.collective import Group
+from shardwise.errors import StrategyError
+from shardwise.parallel.deal import BUCKET_BYTES as BROADCAST_BYTES
+from shardwise.parallel.deal import deal
+from shardwise.parallel.planning import check_stages, cuts_blocks, divided
+from shardwise.parallel.reduce import BUCKET_BYTES
+from shardwise.predict.profile import Parameter, Profile
+from shardwise.strategy import Strategy
+
+FIRST_BUCKET_BYTES = 2**20
+"""Of DDP's first bucket (Li et al. 2020; torch/csrc/distributed/c10d/reducer.hpp: kDefaultFirstBucketBytes)."""
+
+REPORT_BYTES = 24
+"""Loss, squared norm, and whether parameters were left unused: three float64, see `parallel.program`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Gradients that are added up together: complete when the backward pass has done link `ready`."""
+
+    bytes: int
+    ready: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Parameters that `fully_shard` gathers together.
+
+    Attributes:
+        gather: bytes of the gathered parameters, padded.
+        reduce: bytes of their gradients before they are scattered, padded; 0: none is trained.
+        parameters: bytes of the parameters.
+    """
+
+    gather: int
+    reduce: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive links that are gathered, freed and recomputed together; `gathered`: None without `fully_shard`."""
+
+    first: int
+    end: int
+    gathered: Gathered | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pipeline stage.
+
+    Attributes:
+        number: of the stage; it lies on worker `number % pp`.
+        first, end: its links.
+        blocks: of it, in order; none where it is neither recomputed nor sharded in blocks.
+        root: parameters that `fully_shard` gathers for all of the stage.
+        buckets: of gradients, in the order in which they are complete.
+        sent: messages of each microbatch by the stage that they go to, bytes each.
+        returned: gradients of each microbatch by the stage that they go to.
+        received: bytes of the values that arrive for a microbatch.
+        kept: bytes that are kept of a microbatch between its passes, without recomputation.
+        handed: bytes of what blocks hand to each other: what recomputation keeps of a microbatch.
+    """
+
+    number: int
+    first: int
+    end: int
+    blocks: tuple[Block, ...]
+    root: Gathered | None
+    buckets: tuple[Bucket, ...]
+    sent: tuple[tuple[int, tuple[int, ...]], ...]
+    returned: tuple[tuple[int, tuple[int, ...]], ...]
+    received: int
+    kept: int
+    handed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker of the pipeline (the only one without): what it holds besides its stages.
+
+    Attributes:
+        place: in the pipeline.
+        stages: its own, ascending.
+        twice: buckets of what several of its stages use.
+        summed: bytes that are added up over tp after the last backward pass, one message each.
+        tied: (pipeline workers, bytes) that share parameters: added up over them.
+        parameters: bytes of parameters and buffers that stay here.
+        trained: bytes of gradients of what stays here.
+        updated: (elements, tensors) that its optimizer updates; of the replica that updates most.
+        broadcast: messages with which replicas send each other updated parameters (zero=1).
+    """
+
+    place: int
+    stages: tuple[Stage, ...]
+    twice: tuple[Bucket, ...]
+    summed: tuple[int, ...]
+    tied: tuple[tuple[tuple[int, ...], int], ...]
+    parameters: int
+    trained: int
+    updated: tuple[int, int]
+    broadcast: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All workers of one pipeline, and the groups of the first of them."""
+
+    strategy: Strategy
+    workers: tuple[Worker, ...]
+    cuts: tuple[tuple[int, ...], ...]
+    """Links at which the blocks of each stage begin."""
+
+    @property
+    def stages(self) -> dict[int, Stage]:
+        """All stages by number."""
+        return {stage.number: stage for worker in self.workers for stage in worker.stages}
+
+
+def group_of(strategy: Strategy, axis: str, place: int = 0) -> Group:
+    """The ranks of an axis, with the first replica's pipeline worker `place` among them.
+
+    `replicas` are dp and fsdp together, `world` all.
+    """
+    first = place * strategy.tp
+    if axis == "world":
+        return Group(strategy.workers)
+    if axis == "tp":
+        return Group(strategy.tp, 1, first)
+    if axis == "pp":
+        return Group(strategy.pp, strategy.tp)
+    inner = strategy.tp * strategy.pp
+    if axis == "fsdp":
+        return Group(strategy.fsdp, inner, first)
+    if axis == "dp":
+        return Group(strategy.dp, inner * strategy.fsdp, first)
+    return Group(strategy.replicas, inner, first)
+
+
+def message_group(strategy: Strategy, source: int, target: int) -> Group:
+    """The two ranks between which a message goes, of pipeline workers `source` and `target`."""
+    low, high = sorted((source, target))
+    return Group(2, (high - low) * strategy.tp, low * strategy.tp)
+
+
+def replica_axis(strategy: Strategy) -> str:
+    """What the axis of all replicas is called."""
+    return "dp" if strategy.dp > 1 else "fsdp"
+
+
+def check_workers(strategy: Strategy, devices: int, where: str) -> None:
+    """Raises StrategyError where a strategy has another number of workers than there are devices."""
+    if strategy.workers != devices:
+        raise StrategyError(
+            f"strategy {strategy} needs {strategy.workers} workers, {where} has {devices} devices: use degrees whose "
+            f"product is {devices}"
+        )
+
+
+def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> Parts:
+    """Divides a profile over the workers of a strategy (its number of microbatches settled).
+
+    Args:
+        profile: for the strategy's tp, sp, microbatch and precision.
+        strategy: how to divide.
+        costs: seconds of the forward pass of each link, by which stages are balanced.
+
+    Raises:
+        StrategyError: there are more stages than links; a tied parameter that fsdp cannot shard.
+    """
+    if strategy.pp > 1:
+        check_stages(strategy, len(profile.links) - 1)
+    module = strategy.tp == strategy.pp == 1
+    if module:
+        cuts: list[list[int]] = [_module_cuts(profile, strategy)]
+    else:
+        cuts = _graph_cuts(profile, strategy, costs)
+    return Parts(
+        strategy, tuple(_workers(profile, strategy, cuts, module=module)), tuple(tuple(starts) for starts in cuts)
+    )
+
+
+def _graph_cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> list[list[int]]:
+    stages = strategy.pp * strategy.stages_per_worker
+    messages = [link.message for link in profile.links[1:]]
+    if stages == 1 and not cuts_blocks(strategy):
+        return [[0]]
+    return divided(costs, messages, stages, in_blocks=cuts_blocks(strategy))
+
+
+def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
+    """Where the links of the module's blocks begin, and the parts between them."""
+    if not cuts_blocks(strategy):
+        return [0]
+    bounds = {0}
+    for first, end in _module_blocks(profile):
+        bounds |= {first, end}
+    return sorted(bounds - {len(profile.links)})
+
+
+def _module_blocks(profile: Profile) -> list[tuple[int, int]]:
+    """Links (first, end) of the module's repeated blocks."""
+    found = []
+    for block in profile.blocks:
+        links = [link for index in block for link in profile.parameters[index].links]
+        found.append((min(links), max(links) + 1))
+    return sorted(found)
+
+
+def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]], *, module: bool) -> Iterable[Worker]:
+    count = len(cuts)
+    bounds = [*(starts[0] for starts in cuts), len(profile.links)]
+    stage_of = [stage for stage, (a, b) in enumerate(pairwise(bounds)) for _ in range(a, b)]
+    homes = [sorted({stage_of[link] for link in parameter.links}) for parameter in profile.parameters]
+    placed = [sorted({stage % strategy.pp for stage in stages}) for stages in homes]
+    for place in range(strategy.pp):
+        own = range(place, count, strategy.pp)
+        here = [index for index, workers in enumerate(placed) if place in workers]
+        twice = {index for index in here if len([s for s in homes[index] if s in own]) > 1}
+        if twice and strategy.splits_parameters:
+            name = profile.parameters[min(twice)].name
+            raise StrategyError(
+                f"{name} is used in several stages of one worker: fsdp cannot shard it twice: use zero=1, or "
+                "schedule=1f1b"
+            )
+        stages = tuple(
+            _stage(profile, strategy, stage, cuts[stage], bounds, stage_of, twice, homes, module=module)
+            for stage in own
+        )
+        yield _worker(profile, strategy, place, stages, here, twice, placed)
+
+
+def _worker(
+    profile: Profile,
+    strategy: Strategy,
+    place: int,
+    stages: tuple[Stage, ...],
+    here: Sequence[int],
+    twice: set[int],
+    placed: Sequence[Sequence[int]],
+) -> Worker:
+    parameters = [profile.parameters[index] for index in here]
+    trained = [parameter for parameter in parameters if parameter.trained]
+    tied: dict[tuple[int, ...], list[Parameter]] = {}
+    for index in here:
+        if len(placed[index]) > 1 and profile.parameters[index].trained:
+            tied.setdefault(tuple(placed[index]), []).append(profile.parameters[index])
+    replicated = strategy.replicas > 1 and not strategy.splits_parameters
+    several = [profile.parameters[index] for index in sorted(twice) if profile.parameters[index].trained]
+    return Worker(
+        place,
+        stages,
+        tuple(_reducer_buckets(several, stages[0].first)) if replicated and several else (),
+        _flat([parameter for parameter in trained if parameter.summed], strategy),
+        tuple((workers, size) for workers, shared in tied.items() for size in _flat(shared, strategy)),
+        sum(_share(parameter, strategy) for parameter in parameters),
+        sum(_share(parameter, strategy) for parameter in trained),
+        *_updated(trained, strategy),
+    )
+
+
+def _flat(parameters: Sequence[Parameter], strategy: Strategy) -> tuple[int, ...]:
+    """Bytes of the messages in which gradients are added up: one for each size of elements."""
+    sizes: dict[int, int] = {}
+    for parameter in parameters:
+        sizes[parameter.itemsize] = sizes.get(parameter.itemsize, 0) + _share(parameter, strategy)
+    return tuple(sizes.values())
+
+
+def _share(parameter: Parameter, strategy: Strategy) -> int:
+    """Bytes of a parameter that the first worker keeps."""
+    if not strategy.splits_parameters or parameter.buffer or not parameter.shape:
+        return parameter.bytes
+    rows = min(parameter.shape[0], ceil(parameter.shape[0] / strategy.fsdp))
+    return rows * (parameter.bytes // parameter.shape[0]) if parameter.shape[0] else 0
+
+
+def _updated(trained: Sequence[Parameter], strategy: Strategy) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """(elements, tensors) of the replica that updates most, and what replicas send each other then."""
+    if strategy.zero != 1 or strategy.replicas == 1:
+        return (sum(_share(p, strategy) // p.itemsize for p in trained), len(trained)), ()
+    owners = deal({parameter.name: parameter.elements for parameter in trained}, strategy.replicas)
+    by_owner: list[list[Parameter]] = [[] for _ in range(strategy.replicas)]
+    for parameter in trained:
+        by_owner[owners[parameter.name]].append(parameter)
+    most = max(by_owner, key=lambda owned: sum(parameter.elements for parameter in owned))
+    sizes = tuple(size for owned in by_owner for size in _coalesced(owned, [BROADCAST_BYTES]))
+    return (sum(parameter.elements for parameter in most), len(most)), sizes
+
+
+def _coalesced(parameters: Iterable[Parameter], limits: Sequence[int]) -> list[int]:
+    """Bytes of the buckets that torch makes: closed as soon as they reach the limit, one kind of element each."""
+    return [size for size, _ in _assigned(parameters, limits)]
+
+
+def _assigned(parameters: Iterable[Parameter], limits: Sequence[int]) -> list[tuple[int, int]]:
+    """(bytes, smallest first link) of torch's buckets (c10d: compute_bucket_assignment_by_size)."""
+    done: list[tuple[int, int]] = []
+    filling: dict[int, tuple[int, int]] = {}
+    used: dict[int, int] = {}
+    for parameter in parameters:
+        kind = parameter.itemsize
+        size, link = filling.get(kind, (0, parameter.links[0]))
+        size, link = size + parameter.bytes, min(link, parameter.links[0])
+        filling[kind] = size, link
+        number = used.get(kind, 0)
+        if size >= limits[min(number, len(limits) - 1)]:
+            done.append(filling.pop(kind))
+            used[kind] = number + 1
+    return done + list(filling.values())
+
+
+def _reducer_buckets(parameters: Sequence[Parameter], first: int) -> list[Bucket]:
+    """The buckets of `reduce.GradientReducer`; a parameter's gradient is complete at its first link from `first` on."""
+    buckets: list[list[Parameter]] = []
+    size, kind = 0, 0
+    for parameter in reversed(parameters):
+        if not buckets or size + parameter.bytes > BUCKET_BYTES or parameter.itemsize != kind:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(parameter)
+        size, kind = size + parameter.bytes, parameter.itemsize
+    return [
+        Bucket(
+            sum(p.bytes for p in bucket), min(min((k for k in p.links if k >= first), default=first) for p in bucket)
+        )
+        for bucket in buckets
+    ]
+
+
+# ---- one stage ------------------------------------------------------------------------------------------------------
+
+
+def _stage(
+    profile: Profile,
+    strategy: Strategy,
+    number: int,
+    starts: Sequence[int],
+    bounds: Sequence[int],
+    stage_of: Sequence[int],
+    twice: set[int],
+    homes: Sequence[Sequence[int]],
+    *,
+    module: bool,
+) -> Stage:
+    first, end = bounds[number], bounds[number + 1]
+    own = [index for index, stages in enumerate(homes) if number in stages]
+    ranges = list(pairwise([*starts, end]))
+    blocks: tuple[Block, ...] = ()
+    root = None
+    if cuts_blocks(strategy):
+        blocks, root = (_module_parts if module else _graph_parts)(profile, strategy, ranges, own)
+    sent, returned, received, kept = _handed(profile, number, bounds, stage_of)
+    return Stage(
+        number,
+        first,
+        end,
+        blocks,
+        root,
+        tuple(_buckets(profile, strategy, own, twice, first, module=module)),
+        sent,
+        returned,
+        received,
+        kept,
+        received + _between(profile, [start for start in starts if start > first], first, end),
+    )
+
+
+def _buckets(
+    profile: Profile, strategy: Strategy, own: Sequence[int], twice: set[int], first: int, *, module: bool
+) -> list[Bucket]:
+    if strategy.replicas == 1:
+        return []
+    parameters = profile.parameters
+    if strategy.splits_parameters:
+        whole = [parameters[i] for i in own if parameters[i].trained and not parameters[i].shape and i not in twice]
+        if module:
+            return [Bucket(sum(parameter.bytes for parameter in whole), 0)] if whole else []
+        return _reducer_buckets(whole, first) if whole else []
+    if module:
+        ready = [parameters[index] for index in profile.ready]
+        return [Bucket(size, link) for size, link in _assigned(ready, [FIRST_BUCKET_BYTES, BUCKET_BYTES])]
+    return _reducer_buckets([parameters[i] for i in own if parameters[i].trained and i not in twice], first)
+
+
+def _module_parts(
+    profile: Profile, strategy: Strategy, ranges: Sequence[tuple[int, int]], own: Sequence[int]
+) -> tuple[tuple[Block, ...], Gathered | None]:
+    """The module's repeated blocks; what is between them is neither recomputed nor gathered apart."""
+    inside = {index for block in profile.blocks for index in block}
+    sharded = strategy.splits_parameters
+    blocks = []
+    for block in profile.blocks:
+        links = [link for index in block for link in profile.parameters[index].links]
+        gathered = _gathered(profile, block, strategy) if sharded else None
+        blocks.append(Block(min(links), max(links) + 1, gathered))
+    root = _gathered(profile, [index for index in own if index not in inside], strategy) if sharded else None
+    return tuple(sorted(blocks, key=lambda block: block.first)), root
+
+
+def _graph_parts(
+    profile: Profile, strategy: Strategy, ranges: Sequence[tuple[int, int]], own: Sequence[int]
+) -> tuple[tuple[Block, ...], Gathered | None]:
+    """Consecutive ranges of links; what several of them use is gathered for the whole stage."""
+    by_block: list[list[int]] = [[] for _ in ranges]
+    shared = []
+    for index in own:
+        links = profile.parameters[index].links
+        here = {number for number, (a, b) in enumerate(ranges) if any(a <= link < b for link in links)}
+        if len(here) == 1:
+            by_block[here.pop()].append(index)
+        else:
+            shared.append(index)
+    sharded = strategy.splits_parameters
+    blocks = tuple(
+        Block(a, b, _gathered(profile, indices, strategy) if sharded else None)
+        for (a, b), indices in zip(ranges, by_block, strict=True)
+    )
+    return blocks, _gathered(profile, shared, strategy) if sharded else None
+
+
+def _gathered(profile: Profile, indices: Iterable[int], strategy: Strategy) -> Gathered | None:
+    """A group of `fully_shard`: rows are padded so that all workers have as many."""
+    gather = reduce = size = 0
+    for index in indices:
+        parameter = profile.parameters[index]
+        if parameter.buffer or not parameter.shape or not parameter.shape[0]:
+            continue
+        rows = parameter.bytes // parameter.shape[0]
+        padded = strategy.fsdp * ceil(parameter.shape[0] / strategy.fsdp) * rows
+        gather += padded
+        reduce += padded if parameter.trained else 0
+        size += parameter.bytes
+    return Gathered(gather, reduce, size) if size else None
+
+
+Messages = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def _handed(
+    profile: Profile, number: int, bounds: Sequence[int], stage_of: Sequence[int]
+) -> tuple[Messages, Messages, int, int]:
+    """Messages to other stages, gradients to other stages, bytes that arrive, bytes that are kept of a microbatch."""
+    first, end = bounds[number], bounds[number + 1]
+    sent: dict[int, list[int]] = {}
+    returned: dict[int, list[int]] = {}
+    received = 0
+    kept = profile.saved[end] - profile.saved[first]
+    for value in profile.crossing(first, end):
+        if first <= value.made < end:
+            targets = sorted({stage_of[link] for link in value.used if link >= end})
+            for target in targets:
+                sent.setdefault(target, []).append(value.message)
+            if not any(first <= link < end for link in value.saved[:1]):
+                kept += value.held  # an output is kept until its gradient comes
+        elif value.made >= 0:
+            received += value.message
+            kept += value.message if not first <= (value.saved or (-1,))[0] < end else 0
+            if value.grad:
+                returned.setdefault(stage_of[value.made], []).append(value.message)
+        elif any(first <= link < end for link in value.saved):
+            kept += value.held if not first <= value.saved[0] < end else 0
+    flat = [tuple((stage, tuple(sizes)) for stage, sizes in sorted(found.items())) for found in (sent, returned)]
+    return flat[0], flat[1], received, kept
+
+
+def _between(profile: Profile, starts: Sequence[int], first: int, end: int) -> int:
+    """Bytes of values of a stage that are made in one of its blocks and used in another."""
+    if not starts:
+        return 0
+    cuts = [first, *starts, end]
+    block_of = {link: number for number, (a, b) in enumerate(pairwise(cuts)) for link in range(a, b)}
+    total = 0
+    for value in profile.values:
+        made = block_of.get(value.made)
+        if made is not None and any(block_of.get(link, made) != made for link in value.used):
+            total += value.held
+    return total

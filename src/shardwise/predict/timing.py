@@ -1,0 +1,170 @@
+"""Seconds of the links of a profile on the devices of a cluster, as sums that any range of links is read from at once.
+
+A link's kernels start one after the other as the host launches them (Yu et al. 2021 call it launch-bound where the
+device is faster):
+
+    seconds = max(sum of kernel times, launches x launch time)
+
+On a CPU nothing is launched: the time of a kernel has the host's part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from shardwise.cluster.cluster import Cluster, Device
+from shardwise.collective import Collective, Group
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.kernels import collective_seconds, kernel_seconds, launches
+from shardwise.predict.profile import Layer, Pass, Profile
+from shardwise.strategy import Strategy
+
+DTYPES = {"float32": "float32", "bf16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of a pass: kernels, waiting for the host beside them, exchanges of tensor parallelism."""
+
+    kernels: float = 0.0
+    host: float = 0.0
+    exchanges: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it: exchanges are waited for."""
+        return self.kernels + self.host + self.exchanges
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.kernels + other.kernels, self.host + other.host, self.exchanges + other.exchanges)
+
+    def times(self, count: float) -> Spent:
+        """So many of it."""
+        return Spent(self.kernels * count, self.host * count, self.exchanges * count)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums of `Spent` over links 0 to i, one entry more than links."""
+
+    kernels: tuple[float, ...]
+    host: tuple[float, ...]
+    exchanges: tuple[float, ...]
+    total: tuple[float, ...]
+
+    @classmethod
+    def of(cls, spent: Sequence[Spent]) -> Sums:
+        """Of what each link spends."""
+        return cls(
+            tuple(accumulate((each.kernels for each in spent), initial=0.0)),
+            tuple(accumulate((each.host for each in spent), initial=0.0)),
+            tuple(accumulate((each.exchanges for each in spent), initial=0.0)),
+            tuple(accumulate((each.total for each in spent), initial=0.0)),
+        )
+
+    def between(self, first: int, end: int) -> Spent:
+        """Links `first` to `end`."""
+        return Spent(
+            self.kernels[end] - self.kernels[first],
+            self.host[end] - self.host[first],
+            self.exchanges[end] - self.exchanges[first],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """The times of a profile's links.
+
+    Attributes:
+        cluster: on which.
+        device: the slowest of it, which all others wait for.
+        forward: of the forward pass.
+        backward: of the backward pass; of the inputs only, where the profile is split.
+        weights: of the weights, where the profile is split.
+        recomputed: of each link, where it is the last that is computed again.
+        keeps: the last link up to each that the backward pass needs anything of; -1: none does.
+        normalised: (link, channels) of batch norms.
+    """
+
+    cluster: Cluster
+    device: Device
+    workers: int
+    forward: Sums
+    backward: Sums
+    weights: Sums
+    recomputed: tuple[Spent, ...]
+    keeps: tuple[int, ...]
+    normalised: tuple[tuple[int, int], ...]
+
+    def again(self, first: int, end: int) -> Spent:
+        """What it takes to compute links `first` to `end` again: up to the last tensor that is needed."""
+        last = self.keeps[end - 1]
+        if last < first:
+            return Spent()
+        return self.forward.between(first, last) + self.recomputed[last]
+
+    def kernel(self, kernel: Kernel) -> float:
+        """Seconds of a kernel on the device."""
+        return kernel_seconds(kernel, self.device, self.workers)
+
+
+def slowest(cluster: Cluster, precision: str) -> Device:
+    """The device of a cluster that all others wait for, in the dtype of the computation."""
+    dtype = DTYPES[precision]
+    return min((nodes.device for nodes in cluster.nodes), key=lambda device: device.flops.get(dtype, 0.0))
+
+
+def timed(profile: Profile, cluster: Cluster, strategy: Strategy) -> Timed:
+    """The times of a profile on a cluster; kept for the next strategy that asks for the same."""
+    workers = min(strategy.workers, cluster.node_size)
+    key = ("timed", id(cluster), workers if slowest(cluster, profile.precision).shared else 1)
+    if key not in profile.kept:
+        profile.kept[key] = _timed(profile, cluster, workers)
+    found = profile.kept[key]
+    assert isinstance(found, Timed)
+    return found
+
+
+def _timed(profile: Profile, cluster: Cluster, workers: int) -> Timed:
+    device = slowest(cluster, profile.precision)
+    group = Group(profile.tp)
+    kernels: dict[Kernel, float] = {}
+    exchanges: dict[object, float] = {}
+
+    def of(each: Pass) -> Spent:
+        busy = 0.0
+        for kernel in each.kernels:
+            if kernel not in kernels:
+                kernels[kernel] = kernel_seconds(kernel, device, workers)
+            busy += kernels[kernel]
+        sent = 0.0
+        for exchange in each.exchanges:
+            if exchange not in exchanges:
+                collective = Collective(exchange.operation, exchange.bytes, group, "tp")
+                exchanges[exchange] = collective_seconds(collective, cluster)
+            sent += exchanges[exchange]
+        started = 0.0 if device.kind == "cpu" else launches(each.kernels) * device.launch_seconds
+        return Spent(busy, max(0.0, started - busy), sent)
+
+    spent: dict[int, tuple[Spent, Spent, Spent, Spent]] = {}
+    rows = []
+    for link in profile.links:
+        layer = link.layer
+        if id(layer) not in spent:
+            spent[id(layer)] = of(layer.forward), of(layer.backward), of(layer.weights), of(layer.recomputed)
+        rows.append(spent[id(layer)])
+    layers: list[Layer] = [link.layer for link in profile.links]
+    keeps = tuple(accumulate((n if layer.keeps else -1 for n, layer in enumerate(layers)), max))
+    return Timed(
+        cluster,
+        device,
+        workers,
+        Sums.of([row[0] for row in rows]),
+        Sums.of([row[1] for row in rows]),
+        Sums.of([row[2] for row in rows]),
+        tuple(row[3] for row in rows),
+        keeps,
+        tuple((number, channels) for number, layer in enumerate(layers) for channels in layer.normalised),
+    )
