@@ -1,4 +1,4 @@
-"""Seconds of kernels and collectives on a cluster: measured where they were, else by the analytic models.
+"""Seconds of kernels and collectives on a cluster, by the analytic models.
 
 Workers that share the cores of a CPU slow each other down; how much is measured (`Device.shared`).
 """
@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective
+from shardwise.errors import RequestError
 from shardwise.predict import gpu, network
 from shardwise.predict.kernel import Kernel
 
@@ -19,21 +20,15 @@ def kernel_seconds(kernel: Kernel, device: Device, workers: int = 1) -> float:
 
     Args:
         kernel: what to compute.
-        device: where; its measured curves go before the analytic model of `predict.gpu`.
+        device: where.
         workers: that share the cores of the device.
 
     Raises:
         RequestError: nothing is known of the kernel's dtype on this device.
     """
-    seconds = None
     if device.curves:
-        from shardwise.cluster.curves import measured_seconds
-
-        seconds = measured_seconds(device, kernel.kind, kernel.dtype, kernel.shape, kernel.bytes)
-        seconds = None if seconds is None else seconds * kernel.count
-    if seconds is None:
-        seconds = gpu.kernel_seconds(kernel, device)
-    return seconds * slowdown(device, workers)
+        raise RequestError(f"{device.name} has measured curves, which this version does not use: leave out `curves`")
+    return gpu.kernel_seconds(kernel, device) * slowdown(device, workers)
 
 
 def slowdown(device: Device, workers: int) -> float:
@@ -54,11 +49,9 @@ def launches(kernels: Iterable[Kernel]) -> int:
 
 
 def collective_seconds(collective: Collective, cluster: Cluster) -> float:
-    """Seconds of a collective, from its ranks' start to their end; measured curves go first."""
+    """Seconds of a collective, from its ranks' start to their end."""
     if cluster.collectives:
-        from shardwise.cluster.curves import measured_collective_seconds
-
-        seconds = measured_collective_seconds(cluster, collective)
-        if seconds is not None:
-            return seconds
+        raise RequestError(
+            f"{cluster.name} has measured collectives, which this version does not use: leave out `collectives`"
+        )
     return network.collective_seconds(collective, cluster)

@@ -5,7 +5,7 @@ Parameters have no values here and nothing is computed, so that a model may be l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -37,19 +37,12 @@ from shardwise.predict.updating import update_of
 from shardwise.strategy import Strategy
 from shardwise.workload.data import first_samples
 from shardwise.workload.graph import StepGraph, Untraceable, batch_leaves
-from shardwise.workload.repeats import repeated_layers, shortened
 from shardwise.workload.standin import stand_ins
 from shardwise.workload.stored import without_parameters
 from shardwise.workload.workload import Workload, call_model
 
 _ALONE = 4
 """Samples that are looked at alone when blocks are looked for, as `parallel.data` does it."""
-
-SHORT = 2
-"""Layers of the shorter of two models that stand for one with many."""
-
-MANY_LAYERS = 12
-"""From so many equal layers on a model is looked at in short."""
 
 
 @dataclass(slots=True)
@@ -95,8 +88,6 @@ def profile(
 ) -> Profile:
     """What one microbatch of a workload needs on one device.
 
-    A model with many equal layers is looked at with two and with three of them; see `Profile.repeated`.
-
     Args:
         workload: what is trained; its model is built without memory for parameters.
         tp: tensor-parallel workers.
@@ -118,30 +109,12 @@ def profile(
         model = build(workload)
         if model is not None:
             try:
-                return _of_layers(model, of)
+                return of(model)
             except Untraceable:
                 continue
     profiler = _Profiler(workload, tp, sp, microbatch, precision or workload.precision, split)
     with torch.random.fork_rng():
         return profiler.profile_with_values(plain_model(workload))
-
-
-def _of_layers(model: nn.Module, of: Callable[[nn.Module], Profile]) -> Profile:
-    """The profile of a model, by way of shorter ones where it has many equal layers."""
-    layers = repeated_layers(model)
-    if layers is None or len(layers) < MANY_LAYERS:
-        return of(model)
-    names = list(_tensors(model))
-    with shortened(layers, SHORT):
-        short = of(model)
-    with shortened(layers, SHORT + 1):
-        longer = of(model)
-    try:
-        whole = short.repeated(longer, len(layers) - SHORT)
-    except WorkloadError:  # the layers are built alike, but not used alike
-        return of(model)
-    named = zip(whole.parameters, names, strict=True)
-    return replace(whole, parameters=tuple(replace(parameter, name=name) for parameter, name in named), kept={})
 
 
 def _on_meta(workload: Workload) -> nn.Module | None:
