@@ -173,13 +173,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "compare", help="train under several strategies", description="Measures one strategy after another."
     )
     _add_workload(compare)
-    compare.add_argument(
-        "--strategy",
-        action="append",
-        default=[],
-        metavar="SPEC",
-        help="one to compare; give several (default: each axis)",
-    )
+    _add_strategies(compare, "one to compare; give several (default: each axis)")
     compare.set_defaults(run=_compare)
     verify = commands.add_parser(
         "verify",
@@ -187,9 +181,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         description="Compares losses, gradients and updated parameters with those of one worker.",
     )
     _add_source(verify)
-    verify.add_argument(
-        "--strategy", action="append", default=[], metavar="SPEC", help="one to verify; give several", required=True
-    )
+    _add_strategies(verify, "one to verify; give several", required=True)
     verify.add_argument("--steps", type=_whole, default=3, metavar="N", help="optimizer steps (default: 3)")
     verify.add_argument("--dtype", default="float32", metavar="DTYPE", help="float32, or float64 for a strict pass")
     verify.add_argument("--out", metavar="DIR", help="folder for verification.json (default: none)")
@@ -209,9 +201,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     simulate.add_argument(
         "--cluster", required=True, metavar="NAME[xN]|FILE", help="h100x1024, dgx-a100, ... or a cluster file (.toml)"
     )
-    simulate.add_argument(
-        "--strategy", action="append", default=[], metavar="SPEC", help="one to predict; give several", required=True
-    )
+    _add_strategies(simulate, "one to predict; give several", required=True)
     _add_output(simulate)
     simulate.set_defaults(run=_simulate)
     validate = commands.add_parser(
@@ -245,6 +235,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="a parameter of the workload"
     )
     parser.add_argument("--seed", type=_whole, metavar="N", help="of weights, data order and dropout")
+
+
+def _add_strategies(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
+    parser.add_argument("--strategy", action="append", default=[], metavar="SPEC", help=text, required=required)
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ import pytest
 from shardwise import cli
 from shardwise.errors import DataError
 from shardwise.predict.published import validate as module
-from shardwise.predict.published.validate import quantile, rank_correlation, validate
+from shardwise.predict.published.summary import percentile, rank_correlation
+from shardwise.predict.published.validate import validate
 from shardwise.predict.transformer import step
 
 RUNS = Path(__file__).with_name("runs.csv")
@@ -107,7 +108,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_statistics_by_hand() -> None:
-    assert quantile([1.0, 2.0, 3.0], 0.75) == 2.5
+    assert percentile([1.0, 2.0, 3.0], 0.75) == 2.5
     assert rank_correlation([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
     assert rank_correlation([1, 2, 2], [3, 1, 1]) == pytest.approx(-1)
     assert rank_correlation([1, 1], [1, 2]) is None

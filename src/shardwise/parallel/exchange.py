@@ -70,7 +70,7 @@ class Exchange:
     def summed(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """All-reduce into a new tensor, without a gradient."""
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, op=op, group=self.group)
+        self._all_reduce(total, op)
         return total
 
     def cut(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
@@ -89,7 +89,7 @@ class Exchange:
         """All workers' parts along `dim` in their places, without a gradient."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.ranks)]
-        dist.all_gather(parts, x, group=self.group)
+        self._all_gather(parts, x)
         if len(segments) == 1:
             return torch.cat(parts, dim)
         sizes = [size // self.ranks for size in segments]
@@ -100,8 +100,17 @@ class Exchange:
         """Reduce-scatter along `dim`, without a gradient."""
         parts = [Exchange(None, r, self.ranks).cut(x, dim, segments).contiguous() for r in range(self.ranks)]
         output = torch.empty_like(parts[0])
-        dist.reduce_scatter(output, parts, group=self.group)
+        self._reduce_scatter(output, parts)
         return output
+
+    def _all_reduce(self, total: Tensor, op: Any) -> None:
+        dist.all_reduce(total, op=op, group=self.group)
+
+    def _all_gather(self, parts: list[Tensor], x: Tensor) -> None:
+        dist.all_gather(parts, x, group=self.group)
+
+    def _reduce_scatter(self, output: Tensor, parts: list[Tensor]) -> None:
+        dist.reduce_scatter(output, parts, group=self.group)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardwise.parallel.exchange import Exchange, Segments
+from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.memory import writes_in_place
 from shardwise.predict.counting import kernel_of, tensors
 from shardwise.predict.kernel import Kernel
@@ -90,28 +89,14 @@ class NotedExchange(Exchange):
         super().__init__(None, 0, ranks)
         self._recorder = recorder
 
-    def summed(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """See `Exchange.summed`."""
-        total = x.clone(memory_format=torch.contiguous_format)
+    def _all_reduce(self, total: Tensor, op: Any) -> None:
         self._recorder.exchange("all_reduce", total)
-        return total
 
-    def joined(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        """See `Exchange.joined`."""
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.ranks)]
+    def _all_gather(self, parts: list[Tensor], x: Tensor) -> None:
         self._recorder.exchange("all_gather", *parts)
-        if len(segments) == 1:
-            return torch.cat(parts, dim)
-        sizes = [size // self.ranks for size in segments]
-        pieces = [torch.split(part, sizes, dim) for part in parts]
-        return torch.cat([pieces[r][s] for s in range(len(sizes)) for r in range(self.ranks)], dim)
 
-    def scattered(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        """See `Exchange.scattered`."""
-        parts = [Exchange(None, r, self.ranks).cut(x, dim, segments).contiguous() for r in range(self.ranks)]
+    def _reduce_scatter(self, output: Tensor, parts: list[Tensor]) -> None:
         self._recorder.exchange("reduce_scatter", *parts)
-        return torch.empty_like(parts[0])
 
 
 class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -182,6 +167,29 @@ def _place(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Calls:
+    """One link as it lies in the graph.
+
+    Attributes:
+        nodes: its calls.
+        weights: parameters and buffers that it uses.
+        given: what comes from the batch.
+        inputs: what other links made.
+        outputs: what it makes for others.
+        again: inputs that later links use too: their gradients are added up.
+        loss: whether its first output is the loss.
+    """
+
+    nodes: Sequence[fx.Node]
+    weights: Mapping[fx.Node, Spec]
+    given: Mapping[fx.Node, Any]
+    inputs: Mapping[fx.Node, Spec]
+    outputs: Sequence[fx.Node]
+    again: frozenset[fx.Node]
+    loss: bool
+
+
 @dataclass(slots=True)
 class Analyst:
     """Finds out what links need; equal ones once.
@@ -201,60 +209,36 @@ class Analyst:
     sites: Mapping[Any, int] = field(default_factory=dict)
     _known: dict[Any, Analysis] = field(default_factory=dict)
 
-    def link(
-        self,
-        nodes: Sequence[fx.Node],
-        weights: Mapping[fx.Node, Spec],
-        given: Mapping[fx.Node, Any],
-        inputs: Mapping[fx.Node, Spec],
-        outputs: Sequence[fx.Node],
-        *,
-        again: frozenset[fx.Node],
-        loss: bool,
-    ) -> Analysis:
-        """One link.
-
-        Args:
-            nodes: its calls.
-            weights: parameters and buffers that it uses.
-            given: what comes from the batch.
-            inputs: what other links made.
-            outputs: what it makes for others.
-            again: inputs that later links use too: their gradients are added up.
-            loss: whether its first output is the loss.
-        """
-        key = self._key(nodes, weights, given, inputs, outputs, again, loss)
+    def link(self, calls: Calls) -> Analysis:
+        """What one link needs."""
+        key = self._key(calls)
         if key not in self._known:
-            run = _Run(self, nodes, weights, given, inputs, outputs, again, loss)
-            self._known[key] = run.analysis()
+            self._known[key] = _Run(self, calls).analysis()
         return self._known[key]
 
-    def _key(
-        self,
-        nodes: Sequence[fx.Node],
-        weights: Mapping[fx.Node, Spec],
-        given: Mapping[fx.Node, Any],
-        inputs: Mapping[fx.Node, Spec],
-        outputs: Sequence[fx.Node],
-        again: frozenset[fx.Node],
-        loss: bool,
-    ) -> Any:
+    def _key(self, link: Calls) -> Any:
         number: dict[fx.Node, int] = {}
         described: list[Any] = []
-        for node, spec in (*weights.items(), *inputs.items()):
+        for node, spec in (*link.weights.items(), *link.inputs.items()):
             number[node] = len(number)
-            described.append((spec, node in again))
-        for node, value in given.items():
+            described.append((spec, node in link.again))
+        for node, value in link.given.items():
             number[node] = len(number)
             described.append(Spec.of(value) if isinstance(value, Tensor) else str(value))
         calls = []
-        for node in nodes:
+        for node in link.nodes:
             target = _function(node.target)
             site = self.sites.get(target[0])
             arguments = [_literal(a, number) for index, a in enumerate(node.args) if index != site]
             calls.append((target, tuple(arguments), _literal(dict(node.kwargs), number)))
             number[node] = len(number)
-        return tuple(described), tuple(calls), tuple(number[node] for node in outputs), len(weights), loss
+        return (
+            tuple(described),
+            tuple(calls),
+            tuple(number[node] for node in link.outputs),
+            len(link.weights),
+            link.loss,
+        )
 
 
 def _function(target: Any) -> tuple[Any, ...]:
@@ -279,13 +263,7 @@ class _Run:
     """One link as it runs."""
 
     analyst: Analyst
-    nodes: Sequence[fx.Node]
-    weights: Mapping[fx.Node, Spec]
-    given: Mapping[fx.Node, Any]
-    inputs: Mapping[fx.Node, Spec]
-    outputs: Sequence[fx.Node]
-    again: frozenset[fx.Node]
-    loss: bool
+    link: Calls
     _saved: dict[int, int] = field(default_factory=dict)
     _at_last: tuple[int, int] | None = None
     _ready: list[int] = field(default_factory=list)
@@ -293,12 +271,12 @@ class _Run:
     def analysis(self) -> Analysis:
         recorder = self.analyst.recorder
         with self.analyst.mode:
-            values: dict[fx.Node, Any] = {node: spec.empty() for node, spec in self.weights.items()}
+            values: dict[fx.Node, Any] = {node: spec.empty() for node, spec in self.link.weights.items()}
             leaves = [(index, value) for index, value in enumerate(values.values()) if value.requires_grad]
-            values.update({node: spec.empty() for node, spec in self.inputs.items()})
-            arrived = [values[node] for node in self.inputs]
-            apart = {_place(value) for node, value in values.items() if node in self.weights}
-            values.update(self.given)
+            values.update({node: spec.empty() for node, spec in self.link.inputs.items()})
+            arrived = [values[node] for node in self.link.inputs]
+            apart = {_place(value) for node, value in values.items() if node in self.link.weights}
+            values.update(self.link.given)
             for index, leaf in leaves:
                 leaf.register_post_accumulate_grad_hook(lambda _, leaf=leaf, index=index: self._complete(leaf, index))
             with recorder:
@@ -331,22 +309,22 @@ class _Run:
         return Analysis(layer, tuple(made), saved, tuple(self._ready))
 
     def _forward(self, values: dict[fx.Node, Any]) -> list[Tensor]:
-        recorder, clean = self.analyst.recorder, not any(writes_in_place(node) for node in self.nodes)
+        recorder, clean = self.analyst.recorder, not any(writes_in_place(node) for node in self.link.nodes)
         recorder.when = "forward"
         if not clean:
-            for node in self.inputs:  # as `sections.compiled` does it
+            for node in self.link.inputs:  # as `sections.compiled` does it
                 values[node] = values[node].clone()
-        last = {argument: node for node in self.nodes for argument in node.all_input_nodes}
+        last = {argument: node for node in self.link.nodes for argument in node.all_input_nodes}
         with torch.enable_grad(), self._saving(), self._precision():
-            for node in self.nodes:
+            for node in self.link.nodes:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: values[argument])
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                 for argument in node.all_input_nodes:
-                    if last[argument] is node and argument not in self.outputs:
+                    if last[argument] is node and argument not in self.link.outputs:
                         values.pop(argument, None)
-                if node not in last and node not in self.outputs:
+                if node not in last and node not in self.link.outputs:
                     values.pop(node, None)
-        return [values[node] for node in self.outputs]
+        return [values[node] for node in self.link.outputs]
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -375,14 +353,14 @@ class _Run:
         return Output(Spec.of(result), alias, held, alias is None and place in self._saved)
 
     def _inside(self, apart: set[int], places: Mapping[int, int], results: Sequence[Tensor]) -> int:
-        own = {_place(value) for value in self.given.values() if isinstance(value, Tensor)}
+        own = {_place(value) for value in self.link.given.values() if isinstance(value, Tensor)}
         others = apart | set(places) | {_place(result) for result in results} | own
         return sum(size for place, size in self._saved.items() if place not in others)
 
     def _backward(self, results: list[Tensor]) -> tuple[Pass, Pass, int]:
         """(backward pass, weights' part of it where that is put off, most bytes meanwhile)."""
         recorder = self.analyst.recorder
-        roots = [result for result in (results[:1] if self.loss else results) if result.requires_grad]
+        roots = [result for result in (results[:1] if self.link.loss else results) if result.requires_grad]
         if not roots:
             return Pass(), Pass(), 0
         recorder.when = "backward"
@@ -406,8 +384,8 @@ class _Run:
 
     def _add_up(self) -> None:
         """Gradients of inputs that later links use too are added to those that came from there."""
-        for node in self.again:
-            spec = self.inputs[node]
+        for node in self.link.again:
+            spec = self.link.inputs[node]
             if spec.grad:
                 elements = spec.bytes // spec.dtype.itemsize
                 like = spec.empty().detach()

@@ -24,7 +24,7 @@ def candidate(strategy: str, prediction: Prediction) -> dict[str, Any]:
         "alpha": prediction.alpha,
         "exposed_alpha": prediction.exposed_alpha,
         "memory_bytes": memory.total,
-        "memory": {name: getattr(memory, name) for name in CATEGORIES},
+        "memory": _categories(memory),
         "memory_available_bytes": prediction.memory_available,
         "fits": prediction.fits,
         "samples_per_second": prediction.samples_per_second,

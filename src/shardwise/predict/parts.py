@@ -164,15 +164,6 @@ def replica_axis(strategy: Strategy) -> str:
     return "dp" if strategy.dp > 1 else "fsdp"
 
 
-def check_workers(strategy: Strategy, devices: int, where: str) -> None:
-    """Raises StrategyError where a strategy has another number of workers than there are devices."""
-    if strategy.workers != devices:
-        raise StrategyError(
-            f"strategy {strategy} needs {strategy.workers} workers, {where} has {devices} devices: use degrees whose "
-            f"product is {devices}"
-        )
-
-
 def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> Parts:
     """Divides a profile over the workers of a strategy (its number of microbatches settled).
 

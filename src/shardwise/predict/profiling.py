@@ -30,7 +30,7 @@ from shardwise.parallel.sections import Section, sections
 from shardwise.parallel.tensor import partition
 from shardwise.parallel.traced import traced
 from shardwise.parallel.values import map_tensors
-from shardwise.predict.analysis import Analysis, Analyst, LinkRecorder, NotedExchange, Spec
+from shardwise.predict.analysis import Analysis, Analyst, Calls, LinkRecorder, NotedExchange, Spec
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.profile import Layer, Link, Parameter, Pass, Profile, Value
 from shardwise.predict.updating import update_of
@@ -101,20 +101,18 @@ def profile(
         DataError: the dataset is empty.
     """
 
-    def of(model: nn.Module) -> Profile:
-        profiler = _Profiler(workload, tp, sp, microbatch, precision or workload.precision, split)
-        return profiler.profile(model)
+    def profiler() -> _Profiler:
+        return _Profiler(workload, tp, sp, microbatch, precision or workload.precision, split)
 
     for build in (_on_meta, _without_parameters):
         model = build(workload)
         if model is not None:
             try:
-                return of(model)
+                return profiler().profile(model)
             except Untraceable:
                 continue
-    profiler = _Profiler(workload, tp, sp, microbatch, precision or workload.precision, split)
     with torch.random.fork_rng():
-        return profiler.profile_with_values(plain_model(workload))
+        return profiler().profile_with_values(plain_model(workload))
 
 
 def _on_meta(workload: Workload) -> nn.Module | None:
@@ -497,7 +495,7 @@ class _Chain:
         inputs = {node: self._lies[node] for node in part.inputs if node in self._lies}
         outputs = [node for node in part.outputs if node not in self._batch]
         again = frozenset(node for node in inputs if self._uses[node][-1] > number)
-        analysis = self._analyst.link(own, weights, given, inputs, outputs, again=again, loss=loss)
+        analysis = self._analyst.link(Calls(own, weights, given, inputs, outputs, again, loss))
         arrived = list(inputs)
         for index in analysis.saved:
             self._keep(arrived[index], number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,15 +49,8 @@ def _updated(workload: Workload, count: int) -> tuple[list[Kernel], int]:
 
 
 def _per_element(kernel: Kernel, elements: int) -> Kernel:
-    from dataclasses import replace
-
     return replace(kernel, flops=kernel.flops / elements, bytes=kernel.bytes / elements, shape=(1,))
 
 
 def _bytes(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) and value.dim() else 0
-
-
-def counted(update: Update) -> Counter[str]:
-    """How many kernels of each operation it has."""
-    return Counter(kernel.operation for kernel in update.kernels)

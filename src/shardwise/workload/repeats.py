@@ -1,7 +1,7 @@
 """Layers that a model repeats: what is true of a few of them is true of all.
 
-    model = GPT(layers=96, ...)          on the meta device, in no time
-    with shortened(model, 2) as (...):   the same model with two layers, to look at
+    layers = repeated_layers(model)      of GPT(layers=96, ...), on the meta device, say
+    with shortened(layers, 2):           the model has two layers, to look at
 
 Layers are equal where their classes, their parameters and buffers (shapes, dtypes, whether they are trained), and their
 plain attributes are, all the way down; an attribute that counts the layers (`layer_idx`) may differ.

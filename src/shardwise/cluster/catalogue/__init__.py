@@ -273,21 +273,18 @@ def _nodes() -> dict[str, NodeKind]:
 @cache
 def _device_names() -> dict[str, str]:
     """Every name of a device -> its key."""
-    names = {}
-    for key, entry in _entries().items():
-        for name in (key, *entry.aliases, entry.device.name):
-            names[_plain(name)] = key
-    return names
+    return _keys((key, (entry.device.name, *entry.aliases)) for key, entry in _entries().items())
 
 
 @cache
 def _node_names() -> dict[str, str]:
     """Every name of a node -> its key."""
-    names = {}
-    for key, kind in _nodes().items():
-        for name in (key, *kind.aliases, kind.name):
-            names[_plain(name)] = key
-    return names
+    return _keys((key, (kind.name, *kind.aliases)) for key, kind in _nodes().items())
+
+
+def _keys(named: Iterable[tuple[str, Iterable[str]]]) -> dict[str, str]:
+    """Every name, as it is looked up, -> the key that it belongs to; a key is a name too."""
+    return {_plain(name): key for key, names in named for name in (key, *names)}
 
 
 @cache

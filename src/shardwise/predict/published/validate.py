@@ -13,6 +13,7 @@ from shardwise.errors import DataError, RequestError
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.published.lacking import Lacking
 from shardwise.predict.published.row import Run, read
+from shardwise.predict.published.summary import mean, percentile, place_of_best, rank_correlation
 from shardwise.predict.transformer.step import explained, predict
 
 WORST = 5
@@ -91,21 +92,12 @@ def _document(held: Sequence[Held], skipped: Sequence[Mapping[str, Any]]) -> dic
     }
 
 
-def _errors(errors: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(errors)
+def _errors(errors: Sequence[float]) -> dict[str, float | None]:
     return {
-        "mean_error": statistics.fmean(ordered),
-        "median_error": statistics.median(ordered),
-        "p90_error": quantile(ordered, 0.9),
+        "mean_error": mean(errors),
+        "median_error": statistics.median(errors),
+        "p90_error": percentile(errors, 0.9),
     }
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """Of ascending values, linear between neighbours."""
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def _group(rows: Sequence[Held]) -> dict[str, Any]:
@@ -114,38 +106,15 @@ def _group(rows: Sequence[Held]) -> dict[str, Any]:
         abs(each.prediction.memory.total / each.run.memory_bytes - 1) for each in memory if each.run.memory_bytes
     ]
     predicted, measured = [each.prediction.step_seconds for each in rows], [each.run.step_seconds for each in rows]
-    best = min(range(len(rows)), key=measured.__getitem__)
     return {
         "rows": len(rows),
         **_errors([abs(each.error) for each in rows]),
         "rank_correlation": rank_correlation(predicted, measured) if len(rows) >= RANKED_ROWS else None,
-        "best_is_predicted": sorted(range(len(rows)), key=predicted.__getitem__).index(best) + 1,
+        "best_is_predicted": place_of_best(measured, predicted),
         "bias": statistics.median(each.error for each in rows),
         "memory_rows": len(memory_errors),
-        "memory_mean_error": statistics.fmean(memory_errors) if memory_errors else None,
+        "memory_mean_error": mean(memory_errors),
     }
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's; equal values share their mean rank. None where all values of one are equal."""
-    x, y = _ranks(a), _ranks(b)
-    if len(set(x)) < 2 or len(set(y)) < 2:
-        return None
-    return statistics.correlation(x, y)
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        end = start
-        while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
-            end += 1
-        for index in order[start : end + 1]:
-            ranks[index] = (start + end) / 2
-        start = end + 1
-    return ranks
 
 
 def _row(held: Held) -> dict[str, Any]:
