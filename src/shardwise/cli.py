@@ -7,11 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from shardwise import __version__, api
-from shardwise.errors import NotAccurate, NotVerified, RequestError, ShardwiseError, WorkerFailed, nearest
+from shardwise.errors import DataError, NotAccurate, NotVerified, RequestError, ShardwiseError, WorkerFailed, nearest
 from shardwise.report.accuracy import accuracy_table
+from shardwise.report.accuracy_page import accuracy_files
 from shardwise.report.prediction import prediction_table
 from shardwise.report.text import comparison_table, training_summary, verification_table
 
@@ -100,11 +102,21 @@ def _simulate(options: argparse.Namespace) -> None:
 
 def _validate(options: argparse.Namespace) -> None:
     document = api.validate(options.runs)
+    if options.write:
+        _write_page(Path(options.write), document)
     _print(options, document, accuracy_table)
     if options.fail_above is not None and document["mean_of_groups"] > options.fail_above:
         raise NotAccurate(
             f"the mean error over groups is {document['mean_of_groups']:.4f}, above {options.fail_above:g}"
         )
+
+
+def _write_page(page: Path, document: dict[str, Any]) -> None:
+    try:
+        for name, text in accuracy_files(document, page.name).items():
+            (page.parent / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--write {page}: cannot be written: {error}; give a file in a folder that is there") from error
 
 
 def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable[[dict[str, Any]], str]) -> None:
@@ -212,6 +224,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     validate.add_argument("runs", metavar="RUNS.csv", help="one run a row")
     validate.add_argument(
         "--fail-above", type=_share, metavar="ERROR", help="exit status 1 where the mean error over groups is larger"
+    )
+    validate.add_argument(
+        "--write", metavar="PAGE.md", help="write the page of the validation, and its plots beside it"
     )
     _add_output(validate)
     validate.set_defaults(run=_validate)

@@ -18,6 +18,7 @@ from shardwise.predict.published.validate import validate
 from shardwise.predict.transformer import step
 
 RUNS = Path(__file__).with_name("runs.csv")
+DOCS = Path(__file__).parents[2] / "docs"
 
 REACHED = {"vTrain single node": 0.08, "vTrain multi": 0.12, "SC21": 0.04, "BLOOM prequel": 0.10, "Sailor GH200": 0.10}
 """Mean error by group that must not be exceeded: what was reached, and some slack."""
@@ -105,6 +106,38 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["validate", str(path), "--fail-above", "0"]) == 1
     assert "above 0" in capsys.readouterr().err
     assert cli.main(["validate", str(tmp_path / "missing.csv")]) == 2
+
+
+def test_the_committed_page_is_what_the_command_writes(tmp_path: Path) -> None:
+    page = tmp_path / "accuracy.md"
+    assert cli.main(["validate", str(RUNS), "--write", str(page), "--json", "--quiet"]) == 0
+    written = sorted(file.name for file in tmp_path.iterdir())
+    assert written == sorted(file.name for file in DOCS.glob("accuracy*"))
+    for name in written:
+        assert (tmp_path / name).read_text() == (DOCS / name).read_text(), f"{name} is not what validate writes now"
+
+
+def test_page_in_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(rows())
+    assert cli.main(["validate", str(path), "--write", str(tmp_path / "no" / "page.md")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_page_says_what_was_skipped(tmp_path: Path) -> None:
+    path, page = tmp_path / "runs.csv", tmp_path / "page.md"
+    path.write_text(rows(global_batch="513"))
+    assert cli.main(["validate", str(path), "--write", str(page), "--json", "--quiet"]) == 0
+    assert "| 3 | SC21 | global_batch 513 is no whole number of microbatches" in page.read_text()
+    assert not (tmp_path / "page-memory.svg").exists()  # no row states its memory
+
+
+def test_repeated_rows_say_how_measurements_scatter(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(rows(target_step_time_s="7.056"))  # twice the first row's
+    group = validate(path)["groups"]["SC21"]
+    assert group["repeated_rows"] == 2
+    assert group["repeat_largest_deviation"] == pytest.approx(1 / 3)
 
 
 def test_statistics_by_hand() -> None:

@@ -28,10 +28,21 @@ def find(text: str) -> Device:
     error = ""
     for candidate in _candidates(text):
         try:
-            return catalogue.device(candidate)
+            return _device(candidate)
         except ClusterError as wrong:
             error = error or str(wrong)
     raise Lacking(f"unknown gpu: {error}")
+
+
+def _device(name: str) -> Device:
+    """The device of that name, or the one of the node of that name. Raises ClusterError."""
+    try:
+        return catalogue.device(name)
+    except ClusterError as wrong:
+        try:
+            return catalogue.device(catalogue.node(name).device)
+        except ClusterError:
+            raise wrong from None
 
 
 def _candidates(text: str) -> list[str]:
@@ -39,6 +50,7 @@ def _candidates(text: str) -> list[str]:
     bare = re.sub(r"\(.*?\)", " ", text).strip()
     words = [word for word in re.split(r"[\s_-]+", bare.lower()) if word and word not in MAKERS]
     words = [re.sub(r"^(\d+)x(?=[a-z])", "", word) for word in words]
+    words = [re.sub(r"^(\d+)(g|gib)$", r"\1gb", word) for word in words]
     joined = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
     memory = [f"{words[0]} {word}" for word in words[1:] if re.fullmatch(r"\d+gb", word)] if words else []
     return [text, bare, *joined[:1], *memory, *joined[1:]]

@@ -1,23 +1,42 @@
-"""What the columns of a table of runs mean: precisions, recomputation, sharding, networks in many spellings."""
+"""What the cells of a table of runs mean: precisions, recomputation, sharding, schedules, networks."""
 
 from __future__ import annotations
 
 import re
 
+from shardwise.predict.published.lacking import Lacking
 
-def precision(text: str) -> tuple[str, str, str] | None:
-    """Dtype of activations, dtype of linear layers, scaling of fp8 or fp4; None where the text names none."""
+NO = {"no", "none", "off", "false", "0", "disabled", "not"}
+"""First words that deny."""
+
+YES = {"yes", "on", "true", "1", "enabled", "full", "all", "uniform", "always"}
+"""First words that affirm."""
+
+REPLICATED = ("ddp", "dp", "allreduce", "all-reduce", "replicated", "data parallel", "3d", "not stated", "megatron")
+"""What texts say of gradients that are reduced and states that are not sharded."""
+
+
+def precision(text: str) -> tuple[str, str, str]:
+    """Dtype of activations, dtype of linear layers, scaling of fp8 or fp4.
+
+    Raises:
+        Lacking: the text names none.
+    """
     words = text.lower()
-    if "fp4" in words:
+    if "fp4" in words or "float4" in words:
         return "bf16", "fp4", "block"
-    if "fp8" in words or "float8" in words or "mxfp8" in words:
+    if "fp8" in words or "float8" in words or "e4m3" in words:
         return "bf16", "fp8", _scaling(words)
-    for dtype in ("bf16", "bfloat16", "fp16", "float16"):
-        if dtype in words and "fp32 or" not in words:
-            return ("bf16", "bf16", "") if dtype.startswith("b") else ("fp16", "fp16", "")
-    if "tf32" in words or "fp32" in words or "float32" in words:
+    single = re.search(r"tf32|fp32|float32|single|32[- ]bit|^32$|^float$", words) is not None
+    brain = re.search(r"bf16|bfloat16|bfloat", words) is not None
+    half = re.search(r"(?<!b)fp16|(?<!b)float16|half|16[- ]bit|^16$|^o[12]$", words) is not None
+    if brain:
+        return "bf16", "bf16", ""
+    if half and not re.search(r"(fp32|tf32|float32)\s*or\s|\sor\s*(fp32|tf32|float32)", words):
+        return "fp16", "fp16", ""
+    if single:
         return "tf32", "tf32", ""
-    return None
+    raise Lacking(f"precision is {text!r}; write bf16, fp16, fp32, tf32, fp8 or fp4" if text else "no precision")
 
 
 def _scaling(words: str) -> str:
@@ -29,34 +48,70 @@ def _scaling(words: str) -> str:
 
 
 def recompute(text: str) -> str:
-    """One of the values of `Setup.recompute`."""
+    """One of the values of `Setup.recompute`; nothing stated means `none`, as frameworks have it.
+
+    Raises:
+        Lacking: the text is none that is known.
+    """
     words = text.lower()
-    if "selective op" in words:
+    first = (re.findall(r"[a-z0-9]+", words) or ["none"])[0]
+    if re.search(r"selective[ _-]?op|selectiv\w* \(?op", words):
         return "operations"
-    if "selective layer" in words:
+    if re.search(r"selective[ _-]?(layer|block)|every (second|other|2nd) (layer|block)", words):
         return "layers"
-    if "selective" in words:
+    if "selective" in words or words in ("attention", "attn", "core_attn", "core attention"):
         return "selective"
-    if words.startswith("full") or "every layer" in words or "use_checkpoint true" in words:
+    if first in NO:
+        return "none"
+    if first in YES or re.search(r"every layer|every block|all layers|per layer|checkpoint\w* true", words):
         return "full"
-    return "none"
+    raise Lacking(f"recompute is {text!r}; write none, selective, selective op, selective layer or full")
 
 
 def zero(text: str) -> int:
-    """Stage of sharding, 0 to 3."""
+    """Stage of sharding, 0 to 3 (Rajbhandari et al. 2020); nothing stated means 0.
+
+    Raises:
+        Lacking: the text is none that is known.
+    """
     words = text.lower()
-    if "fsdp" in words or "full_shard" in words:
+    if re.search(r"shard_grad_op|grad_op", words):
+        return 2
+    if re.search(r"fsdp|full[ _]shard|fully sharded|hybrid[ _]shard|hsdp", words):
         return 3
-    found = re.search(r"zero[- ]?(?:stage[- ]?)?([0-3])", words)
+    found = re.search(r"zero\W*(?:stage\W*)?([0-3])\b", words) or re.search(r"\bstage\W*([0-3])\b", words)
     if found:
         return int(found.group(1))
-    return 1 if "distributed optimizer" in words else 0
+    if re.search(r"dist\w*[- _]opt|zero[- ]?offload", words):
+        return 1
+    first = (re.findall(r"[a-z0-9]+", words) or ["none"])[0]
+    if words.strip() in ("1", "2", "3"):
+        return int(words)
+    if first in NO or any(word in words for word in REPLICATED):
+        return 0
+    raise Lacking(f"zero_fsdp is {text!r}; write none, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP")
 
 
 def shards(text: str) -> int | None:
     """Ranks that share parameters where the text says so ("over 64", "HSDP 8")."""
-    found = re.search(r"(?:over|hsdp)\s*(\d+)", text.lower())
+    found = re.search(r"(?:over|hsdp|hybrid[ _]shard)\D{0,2}(\d+)", text.lower())
     return int(found.group(1)) if found else None
+
+
+def schedule(text: str) -> str:
+    """`1f1b` or `gpipe`; interleaving is what the number of virtual stages says.
+
+    Raises:
+        Lacking: another one.
+    """
+    words = re.sub(r"[^a-z0-9]", "", text.lower())
+    if not words or any(word in words for word in ("1f1b", "onefoneb", "interleaved", "pipedreamflush", "looped")):
+        return "1f1b"
+    if "gpipe" in words or "allforwardallbackward" in words or "fthenb" in words:
+        return "gpipe"
+    if words in NO:
+        return "1f1b"
+    raise Lacking(f"schedule is {text!r}; write 1f1b, interleaved or gpipe")
 
 
 def node_bandwidth(text: str) -> float | None:
@@ -67,7 +122,7 @@ def node_bandwidth(text: str) -> float | None:
     """
     words = text.lower().replace(",", "")
     words = re.sub(r"busbw\s*[\d.]+\s*gbps", "", words)
-    per_gpu = re.search(r"(\d+)\s*gb(?:ps|/s|it/s)?\s*(?:per|/)\s*gpu", words)
+    per_gpu = re.search(r"(\d+(?:\.\d+)?)\s*gb(?:ps|/s|it/s)?\s*(?:per|/)\s*gpu", words)
     if per_gpu:
         return -float(per_gpu.group(1)) * 1e9 / 8
     many = re.search(r"(\d+)\s*x\s*(?:[a-z -]*?)(\d+)\s*gb", words)

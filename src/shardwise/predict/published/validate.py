@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shardwise.errors import DataError, RequestError
 from shardwise.predict.prediction import Prediction
+from shardwise.predict.published.columns import named
 from shardwise.predict.published.lacking import Lacking
 from shardwise.predict.published.row import Run, read
 from shardwise.predict.published.summary import mean, percentile, place_of_best, rank_correlation
@@ -34,6 +35,12 @@ class Held:
     def error(self) -> float:
         """Of the step's time, relative to the measured one; negative where too little was predicted."""
         return self.prediction.step_seconds / self.run.step_seconds - 1
+
+    @property
+    def memory_error(self) -> float | None:
+        """Of the peak memory; None where the row does not state it."""
+        measured = self.run.memory_bytes
+        return self.prediction.memory.total / measured - 1 if measured else None
 
 
 def validate(path: str | Path) -> dict[str, Any]:
@@ -63,9 +70,10 @@ def _rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows: list[tuple[int, Mapping[str, str]]] = []
+            columns = named([name for name in reader.fieldnames or () if name is not None])
             for row in reader:
-                rows.append((reader.line_num, {k: v or "" for k, v in row.items() if isinstance(k, str)}))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+                rows.append((reader.line_num, {columns[k]: v or "" for k, v in row.items() if k in columns}))
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}; give a file with one run a row") from error
     if not rows:
         raise DataError(f"{path}: has no rows; give a CSV file with one run a row")
@@ -87,7 +95,7 @@ def _document(held: Sequence[Held], skipped: Sequence[Mapping[str, Any]]) -> dic
             statistics.fmean(abs(each.error) for each in rows) for rows in groups.values()
         ),
         "skipped_rows": list(skipped),
-        "worst": [{**_row(each), "terms": dict(explained(each.prediction))} for each in worst],
+        "worst": [_row(each) for each in worst],
         "predictions": [_row(each) for each in held],
     }
 
@@ -101,10 +109,8 @@ def _errors(errors: Sequence[float]) -> dict[str, float | None]:
 
 
 def _group(rows: Sequence[Held]) -> dict[str, Any]:
-    memory = [each for each in rows if each.run.memory_bytes and each.prediction.memory.total]
-    memory_errors = [
-        abs(each.prediction.memory.total / each.run.memory_bytes - 1) for each in memory if each.run.memory_bytes
-    ]
+    memory_errors = [abs(each.memory_error) for each in rows if each.memory_error is not None]
+    deviations = _repeats(rows)
     predicted, measured = [each.prediction.step_seconds for each in rows], [each.run.step_seconds for each in rows]
     return {
         "rows": len(rows),
@@ -114,7 +120,24 @@ def _group(rows: Sequence[Held]) -> dict[str, Any]:
         "bias": statistics.median(each.error for each in rows),
         "memory_rows": len(memory_errors),
         "memory_mean_error": mean(memory_errors),
+        "repeated_rows": len(deviations),
+        "repeat_mean_deviation": mean(deviations),
+        "repeat_largest_deviation": max(deviations, default=None),
     }
+
+
+def _repeats(rows: Sequence[Held]) -> list[float]:
+    """How far each row is from the mean of those that say the same, where there are several; relative."""
+    alike: dict[object, list[float]] = {}
+    for each in rows:
+        run = each.run
+        key = (run.sizes, run.setup, run.cluster.size, run.cluster.device(0).name, run.cluster.name)
+        alike.setdefault(key, []).append(run.step_seconds)
+    found = []
+    for seconds in alike.values():
+        middle = statistics.fmean(seconds)
+        found += [abs(value / middle - 1) for value in seconds if len(seconds) > 1]
+    return found
 
 
 def _row(held: Held) -> dict[str, Any]:
@@ -126,6 +149,10 @@ def _row(held: Held) -> dict[str, Any]:
         "predicted_seconds": prediction.step_seconds,
         "measured_seconds": run.step_seconds,
         "error": held.error,
-        "predicted_memory_bytes": prediction.memory.total or None,
+        "terms": dict(explained(prediction)),
+        "predicted_memory_bytes": prediction.memory.total,
         "measured_memory_bytes": run.memory_bytes,
+        "memory_error": held.memory_error,
+        "memory_terms": asdict(prediction.memory),
+        "assumed": list(run.assumed),
     }

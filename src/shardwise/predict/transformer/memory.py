@@ -47,7 +47,7 @@ def _held_parameters(sizes: Sizes, setup: Setup) -> float:
 def _activations(sizes: Sizes, setup: Setup, width: int) -> float:
     """Of all microbatches that are under way in the first stage: `pipeline` of them under 1F1B, more if interleaved."""
     layers = ceil(sizes.layers / setup.pipeline)
-    under_way = float(min(setup.pipeline, setup.microbatches))
+    under_way = float(min(setup.pipeline, setup.microbatches) if setup.schedule == "1f1b" else setup.microbatches)
     if setup.chunks > 1:
         under_way *= 1 + (setup.pipeline - 1) / (setup.pipeline * setup.chunks)
     tokens = setup.micro_batch * sizes.sequence / setup.context

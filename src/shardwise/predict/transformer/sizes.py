@@ -130,6 +130,7 @@ class Setup:
         tensor, pipeline, data, context: degrees.
         sequence_parallel: whether what tensor parallelism replicates is split along the sequence (Korthikanti 2022).
         chunks: stages per pipeline rank (interleaving), 1 for none.
+        schedule: `1f1b` (interleaved where `chunks` says so) or `gpipe`, which keeps all microbatches under way.
         zero: 0 replicated, 1 optimizer sharded, 2 gradients too, 3 parameters too (Rajbhandari 2020; FSDP).
         shards: ranks that share parameters under zero 3; the data-parallel ones unless hybrid.
         micro_batch: sequences per replica and microbatch.
@@ -157,6 +158,7 @@ class Setup:
     linear_dtype: str
     scaling: str
     stack: Stack
+    schedule: str = "1f1b"
 
     @property
     def replicas(self) -> int:

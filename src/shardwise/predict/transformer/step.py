@@ -337,7 +337,7 @@ def explained(prediction: Prediction) -> Mapping[str, float]:
     """The terms of a step that add up to it, by name."""
     return {
         "compute": prediction.compute_seconds,
-        "exposed communication": prediction.exposed_communication_seconds,
+        **prediction.terms,
         "bubble": prediction.bubble_seconds,
         "optimizer": prediction.optimizer_seconds,
         "host": prediction.host_seconds,

@@ -1,0 +1,103 @@
+"""The sizes of the model that a row means: its columns, and what the shape of a model of that name adds.
+
+Two things no column says: whether the MLP has a gate, and whether embedding and output share their matrix. Where the
+model is known by name, they are known; else they are those with which the sizes come nearest to the parameters stated.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from shardwise.predict.published.columns import Row, number, text, whole
+from shardwise.predict.published.lacking import Lacking
+from shardwise.predict.transformer.sizes import Sizes
+
+GATED = ("llama", "mistral", "qwen", "gemma", "palm", "internlm", "baichuan", "deepseek", "yi-")
+"""Families whose MLP has a gate, by what their names contain."""
+
+LEARNED = ("gpt", "mpt", "opt", "bert")
+"""Families with learned positions and biases."""
+
+SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")
+
+NEAR = 0.002
+"""Relative: sizes that come as near to the parameters stated are not told apart by them."""
+
+EXPERTS = 2.0
+"""A row that states so many times the parameters of its sizes has experts, of which no column says how many."""
+
+
+@cache
+def architectures() -> Mapping[str, Mapping[str, str]]:
+    """Models that are known by name, from `architectures.csv`, by name in lower case without hyphens."""
+    lines = resources.files("shardwise.predict.published").joinpath("architectures.csv").read_text(encoding="utf-8")
+    return {_plain(row["model"]): row for row in csv.DictReader(lines.splitlines())}
+
+
+def sizes_of(row: Row) -> tuple[Sizes, list[str]]:
+    """The sizes, and what the row does not say of them.
+
+    Raises:
+        Lacking: a size that neither the row nor the model's name says, or a mixture of experts.
+    """
+    known = architectures().get(_plain(text(row, "model")), {})
+    stated = {name: whole(row, name) for name in SHAPE}
+    if any(stated[name] not in (None, int(known[name])) for name in ("layers", "hidden") if known):
+        known = {}
+    assumed = []
+    for name in SHAPE:
+        if stated[name] is None and known:
+            stated[name] = int(known[name])
+            assumed.append(f"{name} of {known['model']}")
+    if stated["kv_heads"] is None:
+        stated["kv_heads"] = stated["heads"]
+    missing = [name for name in SHAPE if stated[name] is None]
+    if missing:
+        raise Lacking(f"no {', '.join(missing)}")
+    sequence = whole(row, "seq_len")
+    if sequence is None:
+        raise Lacking("no seq_len")
+    model = text(row, "model").lower()
+    learned = any(word in model for word in LEARNED)
+    plain: dict[str, Any] = {**stated, "sequence": sequence, "learned_positions": learned, "biases": learned}
+    if plain["hidden"] % plain["heads"]:
+        raise Lacking(f"heads is {plain['heads']}, which does not divide hidden {plain['hidden']}")
+    return _nearest(row, plain, known), assumed
+
+
+def _nearest(row: Row, plain: Mapping[str, Any], known: Mapping[str, str]) -> Sizes:
+    """The sizes whose number of parameters is nearest to what the row states."""
+    gated = {"3" in known["mlp"]} if known else {False, True}
+    tied = {known["embeddings"] == "tied"} if known else _tied(text(row, "notes").lower())
+    candidates = [Sizes(**plain, gated=g, tied=t) for g in sorted(gated) for t in sorted(tied, reverse=True)]
+    usual = sorted(candidates, key=lambda sizes: sizes.gated != _usually_gated(text(row, "model").lower(), plain))
+    parameters = number(row, "params_b")
+    if parameters is None:
+        return usual[0]
+    distance = {sizes: abs(sizes.parameters / (parameters * 1e9) - 1) for sizes in candidates}
+    nearest = min(distance.values())
+    if parameters * 1e9 > EXPERTS * max(sizes.parameters for sizes in candidates):
+        raise Lacking(f"params_b is {parameters:g}, above what the sizes make: a mixture of experts?")
+    return next(sizes for sizes in usual if distance[sizes] <= nearest + NEAR)
+
+
+def _tied(notes: str) -> set[bool]:
+    """Whether embedding and output share their matrix, as far as the notes say."""
+    if "untied" in notes and "tied" not in notes.replace("untied", ""):
+        return {False}
+    return {True, False}
+
+
+def _usually_gated(model: str, plain: Mapping[str, Any]) -> bool:
+    if any(family in model for family in GATED):
+        return True
+    return not any(family in model for family in LEARNED) and plain["ffn"] != 4 * plain["hidden"]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -1,0 +1,46 @@
+"""Which software a row's run had: what its source, precision and notes tell of kernels and of what overlaps."""
+
+from __future__ import annotations
+
+from shardwise.predict.published.columns import Row, text
+from shardwise.predict.transformer.sizes import Stack
+
+DEEPSPEED = ("deepspeed", "bigscience", "bloom", "vtrain", "sailor")
+"""Sources that ran Megatron-DeepSpeed."""
+
+ENGINE = ("nemo", "megatron-bridge", "transformer engine", "transformerengine")
+"""Sources that ran NVIDIA's Transformer Engine."""
+
+
+def stack_of(row: Row, dtype: str) -> Stack:
+    """The software of a row's run, as far as it matters for time and memory."""
+    source = f"{text(row, 'source')} {text(row, 'group')} {row.get('compile')} {row.get('notes')}".lower()
+    deepspeed = any(word in source for word in DEEPSPEED)
+    old = dtype in ("fp16", "tf32", "float32") or deepspeed
+    compiled = text(row, "compile").lower().startswith(("yes", "true", "torch.compile", "on", "1"))
+    engine = any(word in source for word in ENGINE) or "TE" in text(row, "compile")
+    if old or (engine and "a100" in text(row, "gpu").lower()):
+        elementwise, attention, loss = "megatron", "unfused", "megatron"
+    elif engine:
+        elementwise, attention, loss = "te", "fused", "fused"
+    elif compiled:
+        elementwise, attention, loss = "compiled", "flash", "eager"
+    else:
+        elementwise, attention, loss = "eager", "flash", "eager"
+    half = dtype == "fp16" or (dtype == "bf16" and "pure" in text(row, "precision").lower())
+    return Stack(
+        attention=attention,
+        elementwise=elementwise,
+        loss=loss,
+        dropout=old,
+        overlap_gradients=not old or ("overlapped)" in source and "not overlapped" not in source),
+        overlap_parameters=engine,
+        overlap_tensor=engine,
+        overlap_pipeline=engine,
+        scatter_pipeline=old and not deepspeed,
+        graphs="graph" in source,
+        gradient_bytes=2 if half else 4,
+        accumulation_bytes=2 if dtype == "fp16" else 4,
+        causal="llm-foundry" not in source,
+        bucketed=elementwise != "eager",
+    )

@@ -1,0 +1,217 @@
+"""The page of a validation in Markdown, with its plots: what `shardwise validate --write` writes."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardwise.report.scatter import Panel, scatter
+from shardwise.units import format_bytes, format_seconds
+
+PANEL_ROWS = 10
+"""Groups of so many rows get a panel of their own."""
+
+SMALL = 0.005
+"""Terms below this share of a step are not told."""
+
+GIB = 2**30
+
+
+def accuracy_files(document: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The page and its plots, by file name.
+
+    Args:
+        document: of `shardwise validate`.
+        name: of the page; the plots are `STEM-times.svg` and so on, beside it.
+    """
+    stem = name.rsplit(".", 1)[0] or "accuracy"
+    times, memory = _times(document), _memory(document)
+    plots = {
+        f"{stem}-times.svg": scatter([Panel("Step time of all rows", times)], label=_seconds, side=520),
+        f"{stem}-groups.svg": _groups_plot(times),
+        f"{stem}-memory.svg": _memory_plot(memory),
+    }
+    plots = {file: plot for file, plot in plots.items() if plot}
+    return {name: _page(document, list(plots)), **plots}
+
+
+def _times(document: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in document["predictions"]:
+        series.setdefault(_name(row["group"]), []).append((row["measured_seconds"], row["predicted_seconds"]))
+    return series
+
+
+def _memory(document: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in document["predictions"]:
+        measured, predicted = row["measured_memory_bytes"], row["predicted_memory_bytes"]
+        if measured and predicted:
+            series.setdefault(_name(row["group"]), []).append((measured / GIB, predicted / GIB))
+    return series
+
+
+def _groups_plot(times: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    panels = [Panel(name, {name: points}) for name, points in times.items() if len(points) >= PANEL_ROWS]
+    return scatter(panels, label=_seconds, columns=3, side=240) if panels else ""
+
+
+def _memory_plot(memory: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    panel = Panel("Peak memory of a GPU, GiB", memory)
+    return scatter([panel], label=lambda value: f"{value:g}", side=420) if memory else ""
+
+
+def _name(group: str) -> str:
+    return group or "(no group)"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms"
+
+
+def _page(document: Mapping[str, Any], plots: Sequence[str]) -> str:
+    parts = [
+        _introduction(document),
+        _groups(document),
+        *(f"![predicted against measured]({file})" for file in plots),
+        _worst(document),
+        _repeats(document),
+        _skipped(document),
+        _assumed(document),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _introduction(document: Mapping[str, Any]) -> str:
+    text = (
+        "Written by `shardwise validate RUNS.csv --write PAGE.md`, never by hand: what the predictor for transformers "
+        f"says against what others measured, {document['rows']:,} training runs of {len(document['groups'])} groups. "
+        f"Errors are absolute and relative to the measurement: mean {_share(document['mean_error'])}, median "
+        f"{_share(document['median_error'])}, 90th percentile {_share(document['p90_error'])} over all rows; "
+        f"{_share(document['mean_of_groups'])} is the mean over the groups of their mean."
+    )
+    return f"# Accuracy of the predictions\n\n{_wrapped(text)}"
+
+
+def _groups(document: Mapping[str, Any]) -> str:
+    header = "| group | rows | mean | median | 90th percentile | bias | rank correlation | best is | memory |"
+    lines = ["## By group", "", header, "| --- |" + " ---: |" * 8]
+    for name, group in document["groups"].items():
+        correlation = group["rank_correlation"]
+        cells = [
+            _name(name),
+            str(group["rows"]),
+            *(_share(group[key]) for key in ("mean_error", "median_error", "p90_error")),
+            f"{group['bias']:+.1%}",
+            "" if correlation is None else f"{correlation:.3f}",
+            "" if correlation is None else f"{group['best_is_predicted']}.",
+            f"{_share(group['memory_mean_error'])} of {group['memory_rows']}" if group["memory_rows"] else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    text = (
+        "`bias` is the median of the errors with their sign (positive: too slow predicted). `rank correlation` is "
+        "Spearman's between predicted and measured step times, and `best is` the place that the run measured fastest "
+        "has among the predictions, both in groups of ten rows or more. `memory` is the mean error of peak memory over "
+        "the rows that state it."
+    )
+    lines += ["", _wrapped(text)]
+    return "\n".join(lines)
+
+
+def _worst(document: Mapping[str, Any]) -> str:
+    lines = [
+        "## The worst row of each group, term by term",
+        "",
+        "| group | line | run | measured | predicted | error | of which |",
+        "| --- | ---: | --- | ---: | ---: | ---: | --- |",
+    ]
+    worst: dict[str, Mapping[str, Any]] = {}
+    for row in document["predictions"]:
+        other = worst.get(row["group"])
+        if other is None or abs(row["error"]) > abs(other["error"]):
+            worst[row["group"]] = row
+    for group, row in worst.items():
+        terms = ", ".join(
+            f"{name} {format_seconds(value)}"
+            for name, value in row["terms"].items()
+            if value > SMALL * row["predicted_seconds"]
+        )
+        seconds = [format_seconds(row[key]) for key in ("measured_seconds", "predicted_seconds")]
+        cells = [_name(group), str(row["line"]), row["run"], *seconds, f"{row['error']:+.0%}", terms]
+        lines.append(f"| {' | '.join(cells)} |")
+    memory = [row for row in document["predictions"] if row["memory_error"] is not None]
+    if memory:
+        lines += ["", *_worst_memory(memory)]
+    return "\n".join(lines)
+
+
+def _worst_memory(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    worst: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        other = worst.get(row["group"])
+        if other is None or abs(row["memory_error"]) > abs(other["memory_error"]):
+            worst[row["group"]] = row
+    lines = [
+        "And of its peak memory:",
+        "",
+        "| group | line | run | measured | predicted | error | of which |",
+        "| --- | ---: | --- | ---: | ---: | ---: | --- |",
+    ]
+    for group, row in worst.items():
+        terms = ", ".join(f"{name} {format_bytes(value)}" for name, value in row["memory_terms"].items() if value > 0)
+        sizes = [format_bytes(row[key]) for key in ("measured_memory_bytes", "predicted_memory_bytes")]
+        cells = [_name(group), str(row["line"]), row["run"], *sizes, f"{row['memory_error']:+.0%}", terms]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _repeats(document: Mapping[str, Any]) -> str:
+    found = {name: group for name, group in document["groups"].items() if group["repeated_rows"]}
+    if not found:
+        return ""
+    lines = [
+        "## What the measurements themselves scatter",
+        "",
+        _wrapped(
+            "Rows of one group that say the same of model, software, strategy and machine, measured several "
+            "times: how far each is from the mean of its like. No predictor that is given the rows can do better there."
+        ),
+        "",
+        "| group | rows measured again | mean deviation | largest |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, group in found.items():
+        deviation = _share(group["repeat_mean_deviation"])
+        largest = _share(group["repeat_largest_deviation"])
+        lines.append(f"| {_name(name)} | {group['repeated_rows']} | {deviation} | {largest} |")
+    return "\n".join(lines)
+
+
+def _skipped(document: Mapping[str, Any]) -> str:
+    if not document["skipped_rows"]:
+        return "## Skipped rows\n\nNone."
+    lines = ["## Skipped rows", "", "| line | group | reason |", "| ---: | --- | --- |"]
+    lines += [f"| {row['line']} | {_name(row['group'])} | {row['reason']} |" for row in document["skipped_rows"]]
+    return "\n".join(lines)
+
+
+def _assumed(document: Mapping[str, Any]) -> str:
+    """What rows leave open, by group, with what was taken for it."""
+    counts: dict[tuple[str, str], int] = {}
+    for row in document["predictions"]:
+        for entry in row["assumed"]:
+            counts[row["group"], entry] = counts.get((row["group"], entry), 0) + 1
+    if not counts:
+        return ""
+    lines = ["## What rows do not say", "", "| group | taken | rows |", "| --- | --- | ---: |"]
+    lines += [f"| {_name(group)} | {entry} | {count} |" for (group, entry), count in counts.items()]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
