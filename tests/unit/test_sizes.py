@@ -25,6 +25,13 @@ def test_model_has_the_sizes() -> None:
     assert (workload.batch_size, workload.precision) == (4, "bf16")
 
 
+def test_sizes_may_be_settings() -> None:
+    workload = load_workload("gpt:layers=2,sequence=16", {"hidden": "64", "heads": 4, "layers": "3"})
+    model = workload.model()
+    assert len(model.blocks) == 3  # type: ignore[arg-type]
+    assert model.head.in_features == 64  # type: ignore[union-attr]
+
+
 def test_width_without_ffn_keeps_the_parameters_of_two_matrices() -> None:
     model = load_workload("gpt:layers=1,hidden=192,heads=4,vocabulary=256").model()
     block = sum(parameter.numel() for parameter in model.blocks.parameters())  # type: ignore[union-attr, operator]
@@ -34,8 +41,8 @@ def test_width_without_ffn_keeps_the_parameters_of_two_matrices() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("gpt:", "needs layers, hidden, heads"),
-        ("gpt:layers=2,hidden=64", "needs heads: write gpt:layers=96"),
+        ("gpt:", "needs a value for 'layers', 'hidden', 'heads': give them with --set layers=VALUE"),
+        ("gpt:layers=2,hidden=64", "needs a value for 'heads': give it with --set heads=VALUE"),
         ("gpt:layer=2,hidden=64,heads=4", "no parameter 'layer'.*did you mean 'layers'"),
         ("gpt:layers=2,hidden=64,heads", "'heads' in workload .* has no value"),
         ("gpt:layers=2,layers=3,hidden=64,heads=4", "layers is given twice"),

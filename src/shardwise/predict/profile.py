@@ -130,10 +130,12 @@ class Link:
     Attributes:
         layer: what it needs.
         message: bytes to send where the step is cut before this link; 0 for the first.
+        constants: bytes of tensors that the module holds but does not save, by the first link that uses them.
     """
 
     layer: Layer
     message: int = 0
+    constants: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,6 @@ class Profile:
         cut: whether the step could be traced, so that tp and pp are possible.
         ready: indices of trained parameters in the order in which their gradients are complete.
         batch_bytes: of the data of one microbatch.
-        constants: bytes of tensors that the module holds but does not save.
         notes: what a person should know, one line each.
     """
 
@@ -194,7 +195,6 @@ class Profile:
     cut: bool = True
     ready: tuple[int, ...] = ()
     batch_bytes: int = 0
-    constants: int = 0
     notes: tuple[str, ...] = ()
     kept: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
     """What has been derived of it, by what it was derived for."""
@@ -234,19 +234,3 @@ class Profile:
             for each in (layer.forward, layer.backward, layer.weights):
                 total += sum(kernel.flops * kernel.count for kernel in each.kernels)
         return total
-
-    def repeated(self, longer: Profile, times: int) -> Profile:
-        """This profile with what `longer` has more of it repeated: of a model with many more equal blocks.
-
-            two.repeated(three, 94)     96 blocks, from the profiles of models of two and of three
-
-        Args:
-            longer: of the same workload with one block more.
-            times: how often the block is added to this profile; 1 gives `longer`.
-
-        Raises:
-            WorkloadError: `longer` is not this profile with one block more.
-        """
-        from shardwise.predict.repeating import repeated
-
-        return repeated(self, longer, times)

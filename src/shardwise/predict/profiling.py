@@ -7,47 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import default_collate
 
-from shardwise.errors import DataError, WorkloadError
-from shardwise.parallel.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.cuts import Place, common, from_batch, places
 from shardwise.parallel.deferred import WeightGradients, defer_weights
 from shardwise.parallel.engine import Position
 from shardwise.parallel.keyed import KeyedOperations
-from shardwise.parallel.model import evaluating, persistent_buffers, plain_model, untouched
+from shardwise.parallel.model import untouched
 from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.placement import Sharded, local_shape
 from shardwise.parallel.precision import widen_loss
 from shardwise.parallel.sections import Section, sections
 from shardwise.parallel.tensor import partition
-from shardwise.parallel.traced import traced
 from shardwise.parallel.values import map_tensors
 from shardwise.predict.analysis import Analysis, Analyst, Calls, LinkRecorder, NotedExchange, Spec
 from shardwise.predict.kernel import Kernel
+from shardwise.predict.models import Model, batch, builds, tensors_of, with_values
 from shardwise.predict.profile import Layer, Link, Parameter, Pass, Profile, Value
-from shardwise.predict.updating import update_of
+from shardwise.predict.repeating import deepened
 from shardwise.strategy import Strategy
-from shardwise.workload.data import first_samples
 from shardwise.workload.graph import StepGraph, Untraceable, batch_leaves
-from shardwise.workload.standin import stand_ins
-from shardwise.workload.stored import without_parameters
-from shardwise.workload.workload import Workload, call_model
-
-_ALONE = 4
-"""Samples that are looked at alone when blocks are looked for, as `parallel.data` does it."""
+from shardwise.workload.workload import Workload
 
 
 @dataclass(slots=True)
 class Profiles:
-    """The profiles of one workload, each made once.
+    """The profiles of one workload, each made once, from models that are built and traced once.
 
         profiles = Profiles(workload)
         profiles.of(Strategy.parse("tp=2,pp=2"))
@@ -58,6 +48,7 @@ class Profiles:
 
     workload: Workload
     _known: dict[tuple[Any, ...], Profile] = field(default_factory=dict)
+    _models: _Models | None = None
 
     def of(self, strategy: Strategy, batch_size: int = 0) -> Profile:
         """The profile that a strategy is predicted from; `batch_size`: in place of the workload's.
@@ -76,10 +67,8 @@ class Profiles:
             strategy.schedule == "zero-bubble",
         )
         if key not in self._known:
-            tp, sp, microbatch, precision, split = key
-            self._known[key] = profile(
-                self.workload, tp=tp, sp=sp, microbatch=microbatch, precision=precision, split=split
-            )
+            self._models = self._models or _Models(self.workload)
+            self._known[key] = self._models.profile(*key)
         return self._known[key]
 
 
@@ -100,58 +89,26 @@ def profile(
         WorkloadError: the model cannot be built, or not be traced though `tp` is above 1.
         DataError: the dataset is empty.
     """
+    return _Models(workload).profile(tp, sp, microbatch, precision or workload.precision, split)
 
-    def profiler() -> _Profiler:
-        return _Profiler(workload, tp, sp, microbatch, precision or workload.precision, split)
 
-    for build in (_on_meta, _without_parameters):
-        model = build(workload)
-        if model is not None:
+class _Models:
+    """The builds of a model that can be profiled: those that were seen not to be traceable are not tried again."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        self._builds = builds(workload)
+        self._model: Model | None = next(self._builds)
+
+    def profile(self, tp: int, sp: int, microbatch: int, precision: str, split: bool) -> Profile:
+        """See `profile`."""
+        while self._model is not None:
+            profiler = _Profiler(self._model, tp, sp, microbatch, precision, split)
             try:
-                return profiler().profile(model)
+                return profiler.profile()
             except Untraceable:
-                continue
-    with torch.random.fork_rng():
-        return profiler().profile_with_values(plain_model(workload))
-
-
-def _on_meta(workload: Workload) -> nn.Module | None:
-    """The module without memory and without random numbers; None where its factory computes with what it makes."""
-    with torch.random.fork_rng():
-        try:
-            with torch.device("meta"):
-                model = plain_model(workload)
-        except (RuntimeError, NotImplementedError, ValueError):
-            return None
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:  # their values make no difference, but they must have some
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
-    return model if all(parameter.is_meta for parameter in model.parameters()) else None
-
-
-def _without_parameters(workload: Workload) -> nn.Module:
-    with torch.random.fork_rng(), without_parameters():
-        return plain_model(workload)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by their first names, those of a module together."""
-    known: dict[str, Tensor] = {**dict(model.named_parameters()), **persistent_buffers(model)}
-    return {name: known[name] for name in model.state_dict() if name in known}
-
-
-def _batch(workload: Workload, samples: int) -> Any:
-    """A batch of so many samples: the first of the dataset, again from the start where it has fewer."""
-    found = first_samples(workload.dataset, samples)
-    if found is None:
-        raise WorkloadError(
-            f"the dataset of workload {workload.name!r} can be read only once, and a prediction looks at a batch: "
-            "give an iterable whose iter() starts anew"
-        )
-    if not found:
-        raise DataError(f"the dataset of workload {workload.name!r} is empty: there is nothing to train on")
-    return (workload.collate or default_collate)([found[index % len(found)] for index in range(samples)])
+                self._model = next(self._builds, None)
+        return _Profiler(with_values(self._workload), tp, sp, microbatch, precision, split).profile_with_values()
 
 
 @dataclass(slots=True)
@@ -164,39 +121,52 @@ class _Traced:
 
 
 class _Profiler:
-    def __init__(self, workload: Workload, tp: int, sp: int, microbatch: int, precision: str, split: bool) -> None:
-        self.workload, self.tp, self.sp, self.precision = workload, tp, sp, precision
+    def __init__(self, model: Model, tp: int, sp: int, microbatch: int, precision: str, split: bool) -> None:
+        self.model, self.workload = model, model.workload
+        self.tp, self.sp, self.precision = tp, sp, precision
         self.samples, self.split = microbatch, split
         self.recorder = LinkRecorder()
         self.exchange = NotedExchange(tp, self.recorder)
-        position = Position(seed=workload.seed, samples=microbatch, counted=microbatch)
+        position = Position(seed=self.workload.seed, samples=microbatch, counted=microbatch)
         self.keyed = KeyedOperations(position, self.exchange, None)
         self.weights = WeightGradients()
 
-    def profile(self, model: nn.Module) -> Profile:
+    def profile(self) -> Profile:
         """Of a model without values. Raises Untraceable."""
-        data = _batch(self.workload, self.samples)
-        return self._cut(model, traced(self.workload, model, data), data)
+        with self.model.short() as module:
+            found = self._cut(module)
+        if self.model.layers is not None:
+            longer = deepened(found, self.model.prefixes())
+            if longer is None:  # equal layers that take part in the step in different ways
+                self.model.lengthen()
+                return self.profile()
+            found = longer
+        return self._with_blocks(found)
 
-    def profile_with_values(self, model: nn.Module) -> Profile:
+    def profile_with_values(self) -> Profile:
         """Of a model that is known not to be traceable as a whole."""
-        data = _batch(self.workload, self.samples)
         try:
-            return self._cut(model, traced(self.workload, model, data), data)
+            return self._with_blocks(self._cut(self.model.module))
         except Untraceable as error:
             if self.tp > 1:
                 raise
-            return self._whole(model, data, str(error))
+            return self._with_blocks(self._whole(self.model.module, str(error)))
+
+    def _with_blocks(self, found: Profile) -> Profile:
+        index = {parameter.name: number for number, parameter in enumerate(found.parameters)}
+        blocks = self.model.blocks(self.samples)
+        return replace(found, blocks=tuple(tuple(index[name] for name in names) for names in blocks))
 
     # ---- a traced step ----------------------------------------------------------------------------------------------
 
-    def _cut(self, model: nn.Module, step: StepGraph, data: Any) -> Profile:
+    def _cut(self, model: nn.Module) -> Profile:
+        data, step = batch(self.workload, self.samples), self.model.step(self.samples)
         named = dict(model.named_parameters())
         trained = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
-        cut = self._cut_at_places(model, step, data, named, trained)
+        cut = self._cut_at_places(step, named, trained)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         given = _given(step, data, mode)
-        tensors = _tensors(model)
+        tensors = tensors_of(model)
         specs = _specs(cut.local, tensors)
         analyst = Analyst(
             mode,
@@ -211,22 +181,18 @@ class _Profiler:
         parameters = tuple(self._parameter(name, tensor, cut.local, used) for name, tensor in tensors.items())
         index = {parameter.name: number for number, parameter in enumerate(parameters)}
         return self._finished(
-            model,
             data,
             links=tuple(chain.links),
             parameters=parameters,
             values=tuple(chain.values()),
             ready=tuple(index[name] for name in chain.ready),
-            constants=sum(t.numel() * t.element_size() for t in step.constants.values()),
         )
 
-    def _cut_at_places(
-        self, model: nn.Module, step: StepGraph, data: Any, named: Mapping[str, nn.Parameter], trained: frozenset[str]
-    ) -> _Traced:
+    def _cut_at_places(self, step: StepGraph, named: Mapping[str, nn.Parameter], trained: frozenset[str]) -> _Traced:
         local = self._partitioned(step, trained)
         found = places(local, named)
         if self.workload.evaluation is not None:
-            evaluation = traced(self.workload, model, data, training=False)
+            evaluation = self.model.step(self.samples, training=False)
             found = common(found, places(self._partitioned(evaluation, trained, local), named))
         if self.split:
             defer_weights(local.graph, self.weights, step.tensors)
@@ -267,9 +233,9 @@ class _Profiler:
 
     # ---- a module that cannot be traced -----------------------------------------------------------------------------
 
-    def _whole(self, model: nn.Module, data: Any, why: str) -> Profile:
+    def _whole(self, model: nn.Module, why: str) -> Profile:
         """The module as one link, from one pass through it on real data."""
-        tensors = _tensors(model)
+        data, tensors = batch(self.workload, self.samples), tensors_of(model)
         parameters = tuple(
             Parameter(
                 name,
@@ -285,13 +251,11 @@ class _Profiler:
         index = {parameter.name: number for number, parameter in enumerate(parameters)}
         return replace(
             self._finished(
-                model,
                 data,
                 links=(Link(layer),),
                 parameters=parameters,
                 values=(),
                 ready=tuple(index[name] for name in ready),
-                constants=0,
             ),
             cut=False,
             notes=(why,),
@@ -316,7 +280,7 @@ class _Profiler:
         with untouched(model), torch.random.fork_rng(), recorder:
             recorder.watch()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                loss = self.workload.loss(self._called(model, data), data)
+                loss = self.workload.loss(self._called(data), data)
             top, end = recorder.peak, recorder.live
             forward = recorder.take()
             recorder.when = "backward"
@@ -333,17 +297,15 @@ class _Profiler:
         )
         return layer, ready
 
-    def _called(self, model: nn.Module, data: Any) -> Any:
+    def _called(self, data: Any) -> Any:
+        output = self.model.called(data, self.precision)
         if self.precision != "bf16":
-            return call_model(model, self.workload.inputs(data))
-        with torch.autocast("cpu", torch.bfloat16):
-            output = call_model(model, self.workload.inputs(data))
+            return output
         return map_tensors(lambda tensor: tensor.float() if tensor.dtype == torch.bfloat16 else tensor, output)
 
     # ---- what both have ---------------------------------------------------------------------------------------------
 
-    def _finished(self, model: nn.Module, data: Any, **found: Any) -> Profile:
-        parameters: tuple[Parameter, ...] = found["parameters"]
+    def _finished(self, data: Any, **found: Any) -> Profile:
         return Profile(
             name=self.workload.name,
             tp=self.tp,
@@ -351,34 +313,13 @@ class _Profiler:
             microbatch=self.samples,
             precision=self.precision,
             batch_size=self.workload.batch_size,
-            blocks=self._blocks(model, parameters),
-            update=update_of(self.workload),
+            update=self.model.update(),
             weighted=self.workload.weight is not None,
             clipped=self.workload.clip_norm is not None,
             split=self.split,
             batch_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(data) if isinstance(t, Tensor)),
             **found,
         )
-
-    def _blocks(self, model: nn.Module, parameters: Sequence[Parameter]) -> tuple[tuple[int, ...], ...]:
-        """The parameters of the repeated blocks that `fully_shard` and recomputation take one after the other."""
-        samples = first_samples(self.workload.dataset, _ALONE) or []
-        collate = self.workload.collate or default_collate
-        batches = [_batch(self.workload, self.samples), *(collate([sample]) for sample in samples)]
-        passes = [partial(self._look, model, batch) for batch in batches]
-        index = {parameter.name: number for number, parameter in enumerate(parameters)}
-        with evaluating(model), untouched(model), torch.random.fork_rng(), torch.no_grad():
-            blocks = repeated_blocks(model, steady_modules(model, passes))
-        names = {tensor: name for name, tensor in model.named_parameters()}
-        return tuple(tuple(index[names[tensor]] for tensor in block.parameters()) for block in blocks)
-
-    def _look(self, model: nn.Module, batch: Any) -> None:
-        with stand_ins(model, batch) as (mode, given):
-            if mode is None:
-                self._called(model, given)
-                return
-            with mode:
-                self._called(model, given)
 
 
 def _given(step: StepGraph, data: Any, mode: FakeTensorMode) -> dict[str, Any]:
@@ -431,6 +372,7 @@ class _Chain:
         self._ready_of: list[list[str]] = []
         self._from_batch: dict[fx.Node, tuple[Kernel, ...]] = {}
         self._layers: dict[tuple[int, tuple[Kernel, ...]], Layer] = {}
+        self._held_constants: set[str] = set()
         self.ready: list[str] = []
 
     def run(self) -> None:
@@ -443,7 +385,8 @@ class _Chain:
         for number, part in enumerate(parts):
             analysis = self._analysed(number, part, loss=number == len(parts) - 1)
             layer = self._with_batch(part, analysis.layer)
-            self.links.append(Link(layer, found[number - 1].bytes if number else 0))
+            message = found[number - 1].bytes if number else 0
+            self.links.append(Link(layer, message, self._constants(part)))
         self._order()
 
     def values(self) -> Iterable[Value]:
@@ -476,6 +419,13 @@ class _Chain:
             forward = Pass(kernels + layer.forward.kernels, layer.forward.exchanges)
             self._layers[key] = replace(layer, forward=forward)
         return self._layers[key]
+
+    def _constants(self, part: Section) -> int:
+        """Bytes of the module's constants that a link uses first."""
+        held = self._cut.local.step.constants
+        new = [node.name for node in part.given if node.name in held and node.name not in self._held_constants]
+        self._held_constants.update(new)
+        return sum(held[name].numel() * held[name].element_size() for name in new)
 
     def _compute(self) -> None:
         """Computes what comes from the batch alone."""

@@ -1,143 +1,200 @@
-"""Profiles of models with many equal blocks, from those of two short ones: what the longer one has more is repeated."""
+"""Profiles of models with many equal layers, from the profile of the same model with few of them.
+
+    layer 0 | layer 1 | layer 2 | layer 3        of which layers 1 and 2 are seen to be alike in everything
+    layer 0 | layer 1 | layer 1 | layer 1 ...    | layer 2 | layer 3
+
+What comes before and behind layers 1 and 2 (the ends of the model, and how the first and the last layer differ) stays
+as it is. Stages are cut on the whole chain, as if all of it had been traced.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
-from shardwise.errors import WorkloadError
 from shardwise.predict.profile import Parameter, Profile, Value
 
-Places = Mapping[tuple[int, int], int]
-"""(parameter of the longer profile, repetition) -> its place in the result."""
+
+def deepened(short: Profile, layers: Sequence[str]) -> Profile | None:
+    """The profile of a model with more layers, without `blocks`; None where two in the middle are not alike.
+
+    Args:
+        short: of the model with its first four layers.
+        layers: how the names of the parameters of each layer begin, of all that the model has.
+    """
+    middle = _middle(short, layers)
+    if middle is None or not middle.alike(short):
+        return None
+    return middle.deepened(short)
 
 
-def repeated(short: Profile, longer: Profile, times: int) -> Profile:
-    """See `Profile.repeated`."""
-    starts = _starts([link.layer for link in short.links], [link.layer for link in longer.links])
-    spots = _starts(_kinds(short), _kinds(longer))
-    size, count = len(longer.links) - len(short.links), len(longer.parameters) - len(short.parameters)
-    if times < 1 or size < 1 or count < 1 or not starts or not spots:
-        raise WorkloadError(
-            f"workload {short.name!r}: one of {len(longer.links)} parts is not one of {len(short.links)} and "
-            "a block more, so that it cannot be repeated: build it whole"
-        )
-    spot = next((s for s in spots if any(_within(block, s, count) for block in longer.blocks)), spots[-1])
-    first = min((link for p in longer.parameters[spot : spot + count] for link in p.links), default=starts[-1])
-    start = first if first in starts else starts[-1]
-    spread = _Spread(start, size, times)
-    unit = longer.links[start : start + size]
-    parameters, places = _parameters(longer, range(spot, spot + count), spread)
-    return replace(
-        longer,
-        links=longer.links[:start] + unit * times + longer.links[start + size :],
-        parameters=tuple(parameters),
-        values=tuple(spread.values(longer.values)),
-        blocks=_blocks(longer.blocks, places, range(spot, spot + count), times),
-        ready=_ready(longer.ready, places, range(spot, spot + count), times),
-        constants=short.constants + times * (longer.constants - short.constants),
-        kept={},
-    )
-
-
-def _kinds(profile: Profile) -> list[object]:
-    return [(p.shape, p.itemsize, p.trained, p.cut, p.summed, p.buffer) for p in profile.parameters]
-
-
-def _starts(short: Sequence[object], longer: Sequence[object]) -> list[int]:
-    """Where the part by which `longer` is longer may begin: several places, where parts around it are alike."""
-    size = len(longer) - len(short)
-    if size < 1:
-        return []
-    same = 0
-    while same < len(short) and short[same] == longer[same]:
-        same += 1
-    behind = 0
-    while behind < len(short) and short[-1 - behind] == longer[-1 - behind]:
-        behind += 1
-    return list(range(len(short) - behind, same + 1))
-
-
-def _within(block: Sequence[int], start: int, count: int) -> bool:
-    return all(start <= index < start + count for index in block)
-
-
-def _parameters(longer: Profile, unit: range, spread: _Spread) -> tuple[list[Parameter], dict[tuple[int, int], int]]:
-    found: list[Parameter] = []
-    places: dict[tuple[int, int], int] = {}
-    for index, parameter in enumerate(longer.parameters):
-        if index == unit.start:
-            for number in range(spread.times):
-                for inside in unit:
-                    each = longer.parameters[inside]
-                    places[inside, number] = len(found)
-                    name = f"{each.name}+{number}" if number else each.name
-                    found.append(replace(each, name=name, links=tuple(spread.one(link, number) for link in each.links)))
-        if index not in unit:
-            places[index, 0] = len(found)
-            found.append(replace(parameter, links=spread.all(parameter.links)))
-    return found, places
+def _middle(short: Profile, layers: Sequence[str]) -> _Middle | None:
+    """Where layers 1 and 2 lie."""
+    starts, members = [], []
+    for prefix in layers[:4]:
+        own = [index for index, parameter in enumerate(short.parameters) if parameter.name.startswith(prefix)]
+        if not own or own != list(range(own[0], own[-1] + 1)):
+            return None
+        starts.append(min(short.parameters[index].links[0] for index in own))
+        members.append(range(own[0], own[-1] + 1))
+    _, first, second, end = starts
+    if not first < second < end or second - first != end - second or len(members[1]) != len(members[2]):
+        return None
+    return _Middle(tuple(layers), first, second - first, members[1], members[2])
 
 
 @dataclass(frozen=True, slots=True)
-class _Spread:
-    """Numbers of links where `size` links from `start` on stand `times` times, and what is behind them moves."""
+class _Middle:
+    """Layers 1 and 2 of a short profile.
 
-    start: int
+    Attributes:
+        layers: how names begin.
+        first: link of layer 1.
+        size: links of each.
+        one, two: their parameters.
+    """
+
+    layers: tuple[str, ...]
+    first: int
     size: int
-    times: int
+    one: range
+    two: range
 
-    def one(self, link: int, number: int = 0) -> int:
-        """Where a link of repetition `number` is, or one outside of the repeated part."""
-        if link < self.start:
-            return link
-        return link + self.size * (number if link < self.start + self.size else self.times - 1)
+    @property
+    def second(self) -> int:
+        """First link of layer 2."""
+        return self.first + self.size
 
-    def all(self, links: Iterable[int]) -> tuple[int, ...]:
-        """Where the users of something that belongs to no repetition are: all repetitions use it where one does."""
-        found: set[int] = set()
-        for link in links:
-            inside = self.start <= link < self.start + self.size
-            found.update(self.one(link, number) for number in range(self.times if inside else 1))
-        return tuple(sorted(found))
+    @property
+    def end(self) -> int:
+        """First link behind layer 2."""
+        return self.second + self.size
 
-    def values(self, values: Sequence[Value]) -> Iterable[Value]:
-        """All values; those that the repeated part makes once for each repetition."""
-        end = self.start + self.size
-        for value in values:
-            if self.start <= value.made < end:
-                for number in range(self.times):
-                    used, saved = (self._following(links, number) for links in (value.used, value.saved))
-                    yield replace(value, made=self.one(value.made, number), used=used, saved=saved)
-            elif self.start - self.size <= value.made < self.start:  # handed on by the block before
-                used, saved = (tuple(self.one(link) for link in links) for links in (value.used, value.saved))
-                yield replace(value, used=used, saved=saved)
-            else:
-                yield replace(value, made=self.one(value.made), used=self.all(value.used), saved=self.all(value.saved))
+    @property
+    def more(self) -> int:
+        """Layers that are added."""
+        return len(self.layers) - 4
 
-    def _following(self, links: Iterable[int], number: int) -> tuple[int, ...]:
-        """Users of what repetition `number` makes: where the rest of the model was, the next repetition stands."""
-        last = number == self.times - 1
-        return tuple(
-            self.one(link, number) if last or link < self.start else link + number * self.size for link in links
+    # ---- whether they are alike ---------------------------------------------------------------------------------
+
+    def alike(self, short: Profile) -> bool:
+        """Whether layer 2 is layer 1, moved, in everything that a profile says of them."""
+        links = short.links
+        if links[self.first : self.second] != links[self.second : self.end]:
+            return False
+        parameters = zip(self.one, self.two, strict=True)
+        if any(self._moved(short.parameters[a]) != short.parameters[b] for a, b in parameters):
+            return False
+        outside = [p for n, p in enumerate(short.parameters) if n not in self.one and n not in self.two]
+        if not all(self._the_same(parameter.links) for parameter in outside):
+            return False
+        return self._same_values(short.values) and self._same_order(short.ready)
+
+    def _moved(self, parameter: Parameter) -> Parameter:
+        name = self.layers[2] + parameter.name.removeprefix(self.layers[1])
+        return replace(parameter, name=name, links=self._plus(parameter.links, self.size))
+
+    def _plus(self, links: Iterable[int], distance: int) -> tuple[int, ...]:
+        return tuple(link + distance for link in links)
+
+    def _within(self, links: Iterable[int], first: int) -> list[int]:
+        return [link - first for link in links if first <= link < first + self.size]
+
+    def _the_same(self, links: Sequence[int]) -> bool:
+        """Whether both use something from outside in the same way, or only layer 1 what the layer before hands it."""
+        there = self._within(links, self.second)
+        return not there or self._within(links, self.first) == there
+
+    def _same_values(self, values: Sequence[Value]) -> bool:
+        one = [value for value in values if self.first <= value.made < self.second]
+        two = [value for value in values if self.second <= value.made < self.end]
+        if any(value.used[-1] >= self.end for value in one) or len(one) != len(two):
+            return False
+        if any(self._following(a, self.size) != b for a, b in zip(one, two, strict=True)):
+            return False
+        before = [value for value in values if value.made < self.first]
+        return all(self._the_same(value.used) and self._the_same(value.saved) for value in before)
+
+    def _same_order(self, ready: Sequence[int]) -> bool:
+        places = [[ready.index(index) for index in own if index in ready] for own in (self.one, self.two)]
+        if any(sorted(own) != list(range(min(own, default=0), max(own, default=-1) + 1)) for own in places):
+            return False
+        orders = [[ready[place] - own[0] for place in sorted(at)] for at, own in zip(places, self._both, strict=True)]
+        return orders[0] == orders[1] and (not places[0] or max(places[1]) + 1 == min(places[0]))
+
+    @property
+    def _both(self) -> tuple[range, range]:
+        return self.one, self.two
+
+    def _following(self, value: Value, distance: int) -> Value:
+        """What a layer makes, so many links further on."""
+        return replace(
+            value,
+            made=value.made + distance,
+            used=self._plus(value.used, distance),
+            saved=self._plus(value.saved, distance),
         )
 
+    # ---- more of them -------------------------------------------------------------------------------------------
 
-def _blocks(blocks: Sequence[tuple[int, ...]], places: Places, unit: range, times: int) -> tuple[tuple[int, ...], ...]:
-    found: list[tuple[int, ...]] = []
-    for block in blocks:
-        inside = any(index in unit for index in block)
-        for number in range(times if inside else 1):
-            found.append(tuple(places[index, number if index in unit else 0] for index in block))
-    return tuple(found)
+    def deepened(self, short: Profile) -> Profile:
+        """With as many layers as there are names."""
+        links = short.links
+        return replace(
+            short,
+            links=links[: self.second] + links[self.first : self.second] * self.more + links[self.second :],
+            parameters=tuple(self._parameters(short.parameters)),
+            values=tuple(self._values(short.values)),
+            ready=tuple(self._ready(short.ready)),
+            blocks=(),
+            kept={},
+        )
 
+    def _link(self, link: int) -> int:
+        return link + (self.more * self.size if link >= self.second else 0)
 
-def _ready(ready: Sequence[int], places: Places, unit: range, times: int) -> tuple[int, ...]:
-    inside = [index for index in ready if index in unit]
-    found: list[int] = []
-    for index in ready:
-        if index not in unit:
-            found.append(places[index, 0])
-        elif index == inside[0]:  # the last repetition goes backwards first
-            found += [places[each, number] for number in reversed(range(times)) for each in inside]
-    return tuple(found)
+    def _links(self, links: Sequence[int]) -> tuple[int, ...]:
+        """Of something from outside: all copies use it where layer 2 does."""
+        own = self._within(links, self.first) if self._within(links, self.second) else []
+        copies = (self.second + number * self.size + link for number in range(self.more) for link in own)
+        return tuple(sorted(chain(map(self._link, links), copies)))
+
+    def _parameters(self, parameters: Sequence[Parameter]) -> Iterable[Parameter]:
+        for index, parameter in enumerate(parameters):
+            yield self._renamed(replace(parameter, links=self._links(parameter.links)))
+            if index == self.one[-1]:
+                for number in range(1, self.more + 1):
+                    for each in self.one:
+                        yield self._copy(parameters[each], number)
+
+    def _renamed(self, parameter: Parameter) -> Parameter:
+        for place in (2, 3):
+            if parameter.name.startswith(self.layers[place]):
+                rest = parameter.name.removeprefix(self.layers[place])
+                return replace(parameter, name=self.layers[place + self.more] + rest)
+        return parameter
+
+    def _copy(self, parameter: Parameter, number: int) -> Parameter:
+        name = self.layers[1 + number] + parameter.name.removeprefix(self.layers[1])
+        return replace(parameter, name=name, links=self._plus(parameter.links, number * self.size))
+
+    def _values(self, values: Sequence[Value]) -> Iterable[Value]:
+        before = [value for value in values if value.made < self.first]
+        one = [value for value in values if self.first <= value.made < self.second]
+        behind = [value for value in values if value.made >= self.second]
+        for value in before:
+            yield replace(value, used=self._links(value.used), saved=self._links(value.saved))
+        for number in range(self.more + 1):
+            yield from (self._following(value, number * self.size) for value in one)
+        yield from (self._following(value, self.more * self.size) for value in behind)
+
+    def _ready(self, ready: Sequence[int]) -> Iterable[int]:
+        """Gradients of the last layers are complete first."""
+        count = len(self.one)
+        own = [index for index in ready if index in self.one]
+        for index in ready:
+            if own and index == own[0]:
+                for number in range(self.more, 0, -1):
+                    yield from (each + number * count for each in own)
+            yield index + (self.more * count if index > self.one[-1] else 0)

@@ -104,13 +104,9 @@ def _of_sizes(spec: str) -> Callable[..., Any]:
             raise WorkloadError(f"{key} is given twice in workload {spec!r}")
         settings[key] = value
     parameters = parameters_of(function)
-    needed = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
-    missing = [name for name in needed if name not in settings]
-    if missing and not set(settings) - set(parameters):
-        raise WorkloadError(
-            f"workload {spec!r} needs {', '.join(missing)}: write {SIZES}layers=96,hidden=12288,heads=96"
-        )
-    return partial(function, **convert_settings(f"workload {spec!r}", parameters, settings))
+    given = {name: parameter for name, parameter in parameters.items() if name in settings}
+    known = given if len(given) == len(settings) else parameters  # what is missing may come with --set
+    return partial(function, **convert_settings(f"workload {spec!r}", known, settings))
 
 
 def _unknown(spec: str) -> str:

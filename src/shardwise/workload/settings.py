@@ -55,9 +55,12 @@ def convert_settings(
         if name not in parameters:
             known = f"known are {', '.join(parameters)}" if parameters else "it has none"
             raise WorkloadError(f"{where} has no parameter {name!r}: {known}{nearest(name, parameters)}")
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in settings:
-            raise WorkloadError(f"{where} needs a value for {name!r}: give it with --set {name}=VALUE")
+    required = (name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty)
+    missing = [name for name in required if name not in settings]
+    if missing:
+        names = ", ".join(repr(name) for name in missing)
+        them = "them" if len(missing) > 1 else "it"
+        raise WorkloadError(f"{where} needs a value for {names}: give {them} with --set {missing[0]}=VALUE")
     return {
         name: convert(value, parameters[name]) if isinstance(value, str) else value for name, value in settings.items()
     }

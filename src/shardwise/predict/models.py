@@ -1,0 +1,208 @@
+"""The model of a workload as predictions look at it: without memory, short where its layers repeat, traced once.
+
+Parameters have no values, so that a model may be larger than this machine. Of a long list of equal layers only the
+first `SHORT` are looked at; `predict.repeating` makes the rest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import default_collate
+
+from shardwise.errors import DataError, WorkloadError
+from shardwise.parallel.blocks import repeated_blocks, steady_modules
+from shardwise.parallel.model import evaluating, persistent_buffers, plain_model, untouched
+from shardwise.parallel.traced import traced
+from shardwise.predict.profile import Update
+from shardwise.predict.updating import update_of
+from shardwise.workload.data import first_samples
+from shardwise.workload.graph import StepGraph
+from shardwise.workload.repeats import repeated_layers, shortened
+from shardwise.workload.standin import stand_ins
+from shardwise.workload.stored import without_parameters
+from shardwise.workload.workload import Workload, call_model
+
+SHORT = 4
+"""Layers that are looked at: the first, two in the middle that must be alike, the last."""
+
+_ALONE = 4
+"""Samples that are looked at alone when blocks are looked for, as `parallel.data` does it."""
+
+_FILLS = {
+    torch.ops.aten.normal_.default,
+    torch.ops.aten.uniform_.default,
+    torch.ops.aten.zero_.default,
+    torch.ops.aten.fill_.Scalar,
+}
+"""Initializers, which on meta change nothing but take a millisecond each."""
+
+
+@dataclass(slots=True)
+class Model:
+    """A build of a workload's model, and what was found out about its steps.
+
+    Attributes:
+        workload: what is trained.
+        module: plain.
+        layers: a list of equal layers, of which the first `SHORT` are looked at; None: all of the module is.
+    """
+
+    workload: Workload
+    module: nn.Module
+    layers: nn.ModuleList | nn.Sequential | None = None
+    _steps: dict[tuple[int, bool], StepGraph] = field(default_factory=dict)
+    _steady: dict[int, set[nn.Module]] = field(default_factory=dict)
+    _update: Update | None = None
+
+    @classmethod
+    def of(cls, workload: Workload, module: nn.Module) -> Model:
+        """A model without values, short where it can be."""
+        layers = repeated_layers(module)
+        return cls(workload, module, layers if layers is not None and len(layers) > SHORT else None)
+
+    @contextmanager
+    def short(self) -> Iterator[nn.Module]:
+        """The module as long as it is looked at."""
+        with nullcontext() if self.layers is None else shortened(self.layers, SHORT):
+            yield self.module
+
+    def lengthen(self) -> None:
+        """From here on all of the module is looked at."""
+        self.layers = None
+        self._steps.clear()
+        self._steady.clear()
+
+    def update(self) -> Update:
+        """What the optimizer does."""
+        self._update = self._update or update_of(self.workload)
+        return self._update
+
+    def step(self, samples: int, *, training: bool = True) -> StepGraph:
+        """The graph of a step, traced once for each number of samples. To be called while `short` is open.
+
+        Raises:
+            Untraceable: it cannot be traced.
+        """
+        key = samples, training
+        if key not in self._steps:
+            data = batch(self.workload, samples)
+            self._steps[key] = traced(self.workload, self.module, data, training=training)
+        return self._steps[key]
+
+    def prefixes(self) -> tuple[str, ...]:
+        """How the names of the parameters of each of the repeated layers begin."""
+        if self.layers is None:
+            return ()
+        path = next(name for name, module in self.module.named_modules() if module is self.layers)
+        return tuple(f"{path}.{name}." if path else f"{name}." for name in self.layers._modules)
+
+    def blocks(self, samples: int) -> list[list[str]]:
+        """Names of the parameters of the repeated blocks that `fully_shard` and recomputation take one by one."""
+        with self.short() as module:
+            steady = self._seen(module, 0) & self._seen(module, samples)
+        steady = steady | self._like(steady)
+        names = {tensor: name for name, tensor in self.module.named_parameters()}
+        found = repeated_blocks(self.module, steady)
+        return [[names[tensor] for tensor in block.parameters()] for block in found]
+
+    def _like(self, steady: set[nn.Module]) -> set[nn.Module]:
+        """The modules of layers that were not looked at, where those of a layer in the middle are steady."""
+        if self.layers is None:
+            return set()
+        like = self.layers[1]
+        names = [name for name, module in like.named_modules() if module in steady]
+        return {layer.get_submodule(name) for layer in list(self.layers)[SHORT:] for name in names}
+
+    def _seen(self, module: nn.Module, samples: int) -> set[nn.Module]:
+        """Steady in passes of a batch of so many samples; 0: of some samples alone."""
+        if samples not in self._steady:
+            if samples:
+                batches = [batch(self.workload, samples)]
+            else:
+                collate = self.workload.collate or default_collate
+                batches = [collate([sample]) for sample in first_samples(self.workload.dataset, _ALONE) or []]
+            passes = [partial(self._look, each) for each in batches]
+            with evaluating(module), untouched(module), torch.random.fork_rng(), torch.no_grad():
+                self._steady[samples] = steady_modules(module, passes)
+        return self._steady[samples]
+
+    def _look(self, data: Any) -> None:
+        with stand_ins(self.module, data) as (mode, given), mode or nullcontext():
+            self.called(given, self.workload.precision)
+
+    def called(self, data: Any, precision: str) -> Any:
+        """What the module makes of a batch."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return call_model(self.module, self.workload.inputs(data))
+
+
+def builds(workload: Workload) -> Iterator[Model]:
+    """The model without values in the ways in which it may be built, the quickest first."""
+    module = _on_meta(workload)
+    if module is not None:
+        yield Model.of(workload, module)
+    with torch.random.fork_rng(), without_parameters():
+        module = plain_model(workload)
+    yield Model.of(workload, module)
+
+
+def with_values(workload: Workload) -> Model:
+    """The model as it is trained."""
+    with torch.random.fork_rng():
+        return Model(workload, plain_model(workload))
+
+
+class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Leaves out what fills tensors without memory."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _FILLS and args[0].is_meta:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def _on_meta(workload: Workload) -> nn.Module | None:
+    """The module without memory and without random numbers; None where its factory computes with what it makes."""
+    with torch.random.fork_rng():
+        try:
+            with torch.device("meta"), _Unfilled():  # type: ignore[no-untyped-call]
+                model = plain_model(workload)
+        except (RuntimeError, NotImplementedError, ValueError):
+            return None
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:  # their values make no difference, but they must have some
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+    return model if all(parameter.is_meta for parameter in model.parameters()) else None
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their first names, those of a module together."""
+    known: dict[str, Tensor] = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    return {name: known[name] for name in model.state_dict() if name in known}
+
+
+def batch(workload: Workload, samples: int) -> Any:
+    """A batch of so many samples: the first of the dataset, again from the start where it has fewer.
+
+    Raises:
+        WorkloadError: the dataset can be read only once.
+        DataError: it is empty.
+    """
+    found = first_samples(workload.dataset, samples)
+    if found is None:
+        raise WorkloadError(
+            f"the dataset of workload {workload.name!r} can be read only once, and a prediction looks at a batch: "
+            "give an iterable whose iter() starts anew"
+        )
+    if not found:
+        raise DataError(f"the dataset of workload {workload.name!r} is empty: there is nothing to train on")
+    return (workload.collate or default_collate)([found[index % len(found)] for index in range(samples)])
