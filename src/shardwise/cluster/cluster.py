@@ -23,6 +23,14 @@ ORIGINS: tuple[Origin, ...] = ("measured", "datasheet", "fitted", "assumed")
 DTYPES = ("float64", "float32", "tf32", "bf16", "fp16", "fp8", "fp4")
 """Data types that a device may have a rate for, as this package spells them."""
 
+SHAPES: Mapping[str, tuple[str, ...]] = {
+    "matmul": ("batch", "m", "n", "k"),
+    "attention": ("batch", "heads", "queries", "keys", "head size"),
+    "convolution": ("batch", "channels in / groups", "channels out", "positions out", "window size"),
+    "memory": ("bytes",),
+}
+"""Kind of a kernel -> the sizes that its time is measured by."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -44,12 +52,13 @@ class KernelCurve:
     """How long one kind of kernel takes on a device, by shape.
 
     Attributes:
-        kind: `matmul`, `attention`, `convolution`, `memory`, or another kind of `predict.kernel.Kernel`.
+        kind: one of SHAPES.
         dtype: one of DTYPES.
-        samples: measured; shapes are as in `predict.kernel.Kernel.shape`.
-        operation: what was run, in the words of `cluster.curves`, where a kind has several.
+        samples: measured; a shape has the sizes that SHAPES names.
+        operation: what was run, as in `predict.kernel.Kernel.operation`; empty where a kind has one curve for all.
         backward: whether it is the backward pass of it.
-        workers: how many workers of one host ran it at the same time, each with its share of the cores.
+        workers: how many workers of one host ran it at the same time.
+        threads: of each of them.
     """
 
     kind: str
@@ -58,6 +67,7 @@ class KernelCurve:
     operation: str = ""
     backward: bool = False
     workers: int = 1
+    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +79,14 @@ class CollectiveCurve:
         ranks: how many take part.
         nodes: over how many nodes they are spread.
         samples: measured; a shape is (bytes,), counted as in `collective.Collective`.
+        groups: how many such groups communicated at the same time on the same nodes.
     """
 
     operation: str
     ranks: int
     nodes: int
     samples: tuple[Sample, ...]
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +100,15 @@ class Device:
         memory_bytes: of its own memory.
         memory_bandwidth: bytes per second between the processor and its memory.
         cores: units that work is dealt to in whole tiles: SMs, compute units, CPU cores.
-        launch_seconds: what the host needs to start one kernel from eager PyTorch.
+        launch_seconds: what the host needs to start one kernel from eager PyTorch; of a measured CPU what it needs
+            beside the kernel: Python, modules, autograd.
         architecture: family, for example `hopper`.
         price_per_hour: in US dollars; None where it is not known.
         watts: board power limit, which bounds the rate that large products keep up; None where it is not known.
         curves: measured times of kernels; empty where nothing was measured.
-        shared: workers that share the device's cores -> how much slower each of them computes, measured.
+        threads: of each worker; 0: the cores shared out evenly.
+        shared: workers that share the device's cores -> how much slower each of them computes than one that has them
+            all, measured.
         overlap: how much slower a device computes while it communicates, measured; 1: not at all.
         origins: attribute -> where it comes from.
         source: where the figures were read.
@@ -110,6 +125,7 @@ class Device:
     price_per_hour: float | None = None
     watts: float | None = None
     curves: tuple[KernelCurve, ...] = ()
+    threads: int = 0
     shared: Mapping[int, float] = field(default_factory=dict)
     overlap: float = 1.0
     origins: Mapping[str, Origin] = field(default_factory=dict)

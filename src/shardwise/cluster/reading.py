@@ -17,7 +17,7 @@
     bandwidth = 300e9                   # bytes per second of one device in one direction
     latency = 2e-6                      # seconds of an empty message
 
-What was measured is kept in rows: a curve's samples are `[shape ..., seconds, spread]`.
+What was measured is kept in rows: a curve's samples are `[sizes ..., seconds, spread]`; see `cluster.SHAPES`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 from shardwise.cluster.cluster import (
     DTYPES,
     ORIGINS,
+    SHAPES,
     Cluster,
     CollectiveCurve,
     Device,
@@ -39,7 +40,7 @@ from shardwise.cluster.cluster import (
     Nodes,
     Sample,
 )
-from shardwise.cluster.fields import Field, Flag, Number, Part, Text, Where, read_field, read_mapping, read_table
+from shardwise.cluster.fields import Field, Flag, Number, Part, Text, Where, read_field, read_mapping, read_table, show
 from shardwise.collective import OPERATIONS
 from shardwise.errors import ClusterError
 
@@ -64,6 +65,7 @@ DEVICE: dict[str, Field] = {
     "price_per_hour": PRICE,
     "watts": Number("watts of the board's power limit", default=None),
     "overlap": Number("times slower while communicating", least=1, default=1.0),
+    "threads": Number("threads of each worker; 0: the cores shared out evenly", least=0, whole=True, default=0),
     "flops": Part("a table of dtype = dense operations per second"),
     "shared": Part("a table of workers = times slower", default={}),
     "curves": Part("an array of tables", kind=list, default=[]),
@@ -87,18 +89,20 @@ NODES: dict[str, Field] = {
 }
 
 KERNEL_CURVE: dict[str, Field] = {
-    "kind": Text("of the kernels"),
+    "kind": Text("of the kernels", choices=tuple(SHAPES)),
     "operation": Text("what was run", default=""),
     "dtype": Text("dtype", choices=DTYPES),
     "backward": Flag(default=False),
     "workers": Number("workers of one host at the same time", whole=True, default=1),
-    "samples": Part("rows of [shape ..., seconds, spread]", kind=list),
+    "threads": Number("threads of each worker", whole=True, default=1),
+    "samples": Part("rows of [sizes ..., seconds, spread]", kind=list),
 }
 
 COLLECTIVE_CURVE: dict[str, Field] = {
     "operation": Text("operation", choices=OPERATIONS),
     "ranks": Number("ranks that take part", whole=True),
     "nodes": Number("nodes that they are spread over", whole=True),
+    "groups": Number("such groups at the same time", whole=True, default=1),
     "samples": Part("rows of [bytes, seconds, spread]", kind=list),
 }
 
@@ -215,21 +219,22 @@ def _nodes(table: Any, devices: Mapping[str, Device], where: Where) -> Nodes:
 
 def _kernel_curve(table: Any, where: Where) -> KernelCurve:
     values = read_table(table, KERNEL_CURVE, where)
-    return KernelCurve(**{**values, "samples": _samples(values["samples"], where / "samples")})
+    samples = _samples(values["samples"], SHAPES[values["kind"]], where / "samples")
+    return KernelCurve(**{**values, "samples": samples})
 
 
 def _collective_curve(table: Any, where: Where) -> CollectiveCurve:
     values = read_table(table, COLLECTIVE_CURVE, where)
-    return CollectiveCurve(**{**values, "samples": _samples(values["samples"], where / "samples")})
+    return CollectiveCurve(**{**values, "samples": _samples(values["samples"], ("bytes",), where / "samples")})
 
 
-def _samples(rows: list[Any], where: Where) -> tuple[Sample, ...]:
-    return tuple(_sample(row, where.item(i)) for i, row in enumerate(rows))
+def _samples(rows: list[Any], sizes: tuple[str, ...], where: Where) -> tuple[Sample, ...]:
+    return tuple(_sample(row, sizes, where.item(i)) for i, row in enumerate(rows))
 
 
-def _sample(row: Any, where: Where) -> Sample:
-    if not isinstance(row, list) or len(row) < 3:
-        raise where.error("must be a row of [shape ..., seconds, spread]")
+def _sample(row: Any, sizes: tuple[str, ...], where: Where) -> Sample:
+    if not isinstance(row, list) or len(row) != len(sizes) + 2:
+        raise where.error(f"= {show(row)}: must be a row of [{', '.join(sizes)}, seconds, spread as a share]")
     shape = tuple(_value(value, SHAPE, where) for value in row[:-2])
     return Sample(shape, _value(row[-2], SECONDS, where), _value(row[-1], SPREAD, where))
 

@@ -114,7 +114,7 @@ def _field_lines(thing: Device | Level, described: Mapping[str, Field]) -> Itera
         value = getattr(thing, name)
         if name == "curves" or value is None or value == "" or (isinstance(value, Mapping) and not value):
             continue
-        if name == "overlap" and value == defaults[name]:
+        if name in ("overlap", "threads") and value == defaults[name]:
             continue
         text = _inline(value) if name in INLINE else _value(value)
         yield f"{name} = {text}" + (f"  # {field.unit}" if isinstance(field, Number) else "")
@@ -135,12 +135,16 @@ def _kernel_lines(curve: KernelCurve) -> Iterator[str]:
         yield "backward = true"
     if curve.workers != 1:
         yield f"workers = {curve.workers}"
+    if curve.threads != 1:
+        yield f"threads = {curve.threads}"
     yield from _sample_lines(curve.samples)
 
 
 def _collective_lines(curve: CollectiveCurve) -> Iterator[str]:
     yield from ("", "[[collectives]]", f"operation = {_value(curve.operation)}")
     yield from (f"ranks = {curve.ranks}", f"nodes = {curve.nodes}")
+    if curve.groups != 1:
+        yield f"groups = {curve.groups}"
     yield from _sample_lines(curve.samples)
 
 

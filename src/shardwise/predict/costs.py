@@ -19,7 +19,7 @@ from shardwise.errors import StrategyError
 from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.predict.issuing import Sync, actions_of, syncs
 from shardwise.predict.kernel import Kernel
-from shardwise.predict.kernels import collective_seconds
+from shardwise.predict.kernels import collective_seconds, origins
 from shardwise.predict.memory import memory_of
 from shardwise.predict.parts import (
     REPORT_BYTES,
@@ -140,9 +140,12 @@ class Costs:
         """Seconds; the same call costs nothing to ask for again."""
         if group.size <= 1:
             return 0.0
-        key = ("collective", id(self.cluster), operation, size, group)
+        crowd = self.strategy.workers if self.cluster.collectives else 0
+        key = ("collective", id(self.cluster), operation, size, group, crowd)
         if key not in self.profile.kept:
-            self.profile.kept[key] = collective_seconds(Collective(operation, size, group), self.cluster)
+            self.profile.kept[key] = collective_seconds(
+                Collective(operation, size, group), self.cluster, self.strategy.workers
+            )
         found = self.profile.kept[key]
         assert isinstance(found, float)
         return found
@@ -373,7 +376,7 @@ class Costs:
                 "parameter exchange": finish.exchange,
                 "report": finish.report,
             },
-            origins=dict(self.times.device.origins),
+            origins=origins(self.cluster, self.times.device),
         )
 
     def _waits_for_norm(self) -> bool:

@@ -5,7 +5,7 @@ device is faster):
 
     seconds = max(sum of kernel times, launches x launch time)
 
-On a CPU nothing is launched: the time of a kernel has the host's part in it.
+A CPU computes what it starts, so that both add up there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import accumulate
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.predict.kernel import Kernel
-from shardwise.predict.kernels import collective_seconds, kernel_seconds, launches
+from shardwise.predict.kernels import KernelTimes, collective_seconds, launches
 from shardwise.predict.profile import Layer, Pass, Profile
 from shardwise.strategy import Strategy
 
@@ -80,6 +80,7 @@ class Timed:
     Attributes:
         cluster: on which.
         device: the slowest of it, which all others wait for.
+        kernels: the times of its kernels.
         forward: of the forward pass.
         backward: of the backward pass; of the inputs only, where the profile is split.
         weights: of the weights, where the profile is split.
@@ -90,7 +91,7 @@ class Timed:
 
     cluster: Cluster
     device: Device
-    workers: int
+    kernels: KernelTimes
     forward: Sums
     backward: Sums
     weights: Sums
@@ -107,7 +108,7 @@ class Timed:
 
     def kernel(self, kernel: Kernel) -> float:
         """Seconds of a kernel on the device."""
-        return kernel_seconds(kernel, self.device, self.workers)
+        return self.kernels.seconds(kernel)
 
 
 def slowest(cluster: Cluster, precision: str) -> Device:
@@ -119,34 +120,31 @@ def slowest(cluster: Cluster, precision: str) -> Device:
 def timed(profile: Profile, cluster: Cluster, strategy: Strategy) -> Timed:
     """The times of a profile on a cluster; kept for the next strategy that asks for the same."""
     workers = min(strategy.workers, cluster.node_size)
-    key = ("timed", id(cluster), workers if slowest(cluster, profile.precision).shared else 1)
+    device = slowest(cluster, profile.precision)
+    crowd = workers if device.shared or device.curves or cluster.collectives else 1
+    key = ("timed", id(cluster), crowd)
     if key not in profile.kept:
-        profile.kept[key] = _timed(profile, cluster, workers)
+        profile.kept[key] = _timed(profile, cluster, device, crowd)
     found = profile.kept[key]
     assert isinstance(found, Timed)
     return found
 
 
-def _timed(profile: Profile, cluster: Cluster, workers: int) -> Timed:
-    device = slowest(cluster, profile.precision)
+def _timed(profile: Profile, cluster: Cluster, device: Device, workers: int) -> Timed:
     group = Group(profile.tp)
-    kernels: dict[Kernel, float] = {}
+    kernels = KernelTimes(device, workers)
     exchanges: dict[object, float] = {}
 
     def of(each: Pass) -> Spent:
-        busy = 0.0
-        for kernel in each.kernels:
-            if kernel not in kernels:
-                kernels[kernel] = kernel_seconds(kernel, device, workers)
-            busy += kernels[kernel]
+        busy = sum(kernels.seconds(kernel) for kernel in each.kernels)
         sent = 0.0
         for exchange in each.exchanges:
             if exchange not in exchanges:
                 collective = Collective(exchange.operation, exchange.bytes, group, "tp")
-                exchanges[exchange] = collective_seconds(collective, cluster)
+                exchanges[exchange] = collective_seconds(collective, cluster, workers)
             sent += exchanges[exchange]
-        started = 0.0 if device.kind == "cpu" else launches(each.kernels) * device.launch_seconds
-        return Spent(busy, max(0.0, started - busy), sent)
+        started = launches(each.kernels) * device.launch_seconds
+        return Spent(busy, started if device.kind == "cpu" else max(0.0, started - busy), sent)
 
     spent: dict[int, tuple[Spent, Spent, Spent, Spent]] = {}
     rows = []
@@ -160,7 +158,7 @@ def _timed(profile: Profile, cluster: Cluster, workers: int) -> Timed:
     return Timed(
         cluster,
         device,
-        workers,
+        kernels,
         Sums.of([row[0] for row in rows]),
         Sums.of([row[1] for row in rows]),
         Sums.of([row[2] for row in rows]),
