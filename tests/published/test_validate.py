@@ -24,6 +24,10 @@ REACHED = {"vTrain single node": 0.08, "vTrain multi": 0.12, "SC21": 0.04, "BLOO
 """Mean error by group that must not be exceeded: what was reached, and some slack."""
 
 
+MEMORY = {"torchtitan": 0.04, "BLOOM prequel": 0.06, "nanotron": 0.07, "Sailor GH200": 0.07}
+"""The same for peak memory."""
+
+
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     return validate(RUNS)
@@ -40,6 +44,11 @@ def test_mean_over_groups(document: dict[str, Any]) -> None:
 @pytest.mark.parametrize("group", REACHED)
 def test_group(document: dict[str, Any], group: str) -> None:
     assert document["groups"][group]["mean_error"] < REACHED[group]
+
+
+@pytest.mark.parametrize("group", MEMORY)
+def test_memory(document: dict[str, Any], group: str) -> None:
+    assert document["groups"][group]["memory_mean_error"] < MEMORY[group]
 
 
 def test_single_node_is_ranked(document: dict[str, Any]) -> None:

@@ -48,6 +48,8 @@ class Constants:
         link_hop: per step of a ring within a node.
         network_hop: per step of a ring between nodes.
         overlap_loss: seconds that computation loses per second of communication that runs at the same time.
+        allocator_slack: what PyTorch's allocator reserves beyond what is allocated, relative.
+        context_bytes: what CUDA and NCCL hold of a GPU's memory besides, in a job of many nodes.
     """
 
     sustained_default: float
@@ -76,6 +78,8 @@ class Constants:
     link_hop: float
     network_hop: float
     overlap_loss: float
+    allocator_slack: float
+    context_bytes: float
 
 
 @cache

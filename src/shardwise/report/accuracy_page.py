@@ -113,7 +113,8 @@ def _groups(document: Mapping[str, Any]) -> str:
         "`bias` is the median of the errors with their sign (positive: too slow predicted). `rank correlation` is "
         "Spearman's between predicted and measured step times, and `best is` the place that the run measured fastest "
         "has among the predictions, both in groups of ten rows or more. `memory` is the mean error of peak memory over "
-        "the rows that state it."
+        "the rows that state it, counted as the source counts: tensors allocated, reserved by the allocator, or what "
+        "the device shows."
     )
     lines += ["", _wrapped(text)]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from shardwise.cluster.cluster import Cluster
 from shardwise.predict.published import spelling
 from shardwise.predict.published.columns import Row, degree, number, text, whole
+from shardwise.predict.published.counted import Counted, counted_of
 from shardwise.predict.published.lacking import Lacking
 from shardwise.predict.published.machines import cluster_of
 from shardwise.predict.published.shapes import sizes_of
@@ -27,6 +28,7 @@ class Run:
         cluster: that it ran on.
         step_seconds: measured.
         memory_bytes: measured, None where the row does not say.
+        counted: what the source counts as memory.
         assumed: what the row does not say, and what was taken for it.
     """
 
@@ -38,6 +40,7 @@ class Run:
     cluster: Cluster
     step_seconds: float
     memory_bytes: float | None
+    counted: Counted
     assumed: tuple[str, ...]
 
 
@@ -61,6 +64,7 @@ def read(row: Row, line: int) -> Run:
         cluster=cluster,
         step_seconds=_step_seconds(row, setup, sizes),
         memory_bytes=memory * 2**30 if memory else None,
+        counted=counted_of(row),
         assumed=(*assumed, *unstated, *unknown),
     )
 

@@ -27,12 +27,15 @@ def stack_of(row: Row, dtype: str) -> Stack:
         elementwise, attention, loss = "compiled", "flash", "eager"
     else:
         elementwise, attention, loss = "eager", "flash", "eager"
+    nanotron = "nanotron" in source
+    if nanotron:  # the vocabulary is sharded, and so is its loss, by the algorithm of Megatron
+        loss = "megatron"
     half = dtype == "fp16" or (dtype == "bf16" and "pure" in text(row, "precision").lower())
     return Stack(
         attention=attention,
         elementwise=elementwise,
         loss=loss,
-        dropout=old,
+        dropout=old and dtype == "fp16",
         overlap_gradients=not old or ("overlapped)" in source and "not overlapped" not in source),
         overlap_parameters=engine,
         overlap_tensor=engine,
@@ -43,4 +46,7 @@ def stack_of(row: Row, dtype: str) -> Stack:
         accumulation_bytes=2 if dtype == "fp16" else 4,
         causal="llm-foundry" not in source,
         bucketed=elementwise != "eager",
+        deepspeed=deepspeed,
+        balanced=nanotron,
+        norm_inputs="sailor" not in source,
     )

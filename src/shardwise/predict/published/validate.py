@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardwise.errors import DataError, RequestError
+from shardwise.predict.constants import constants
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.published.columns import named
+from shardwise.predict.published.counted import memory_terms
 from shardwise.predict.published.lacking import Lacking
 from shardwise.predict.published.row import Run, read
 from shardwise.predict.published.summary import mean, percentile, place_of_best, rank_correlation
@@ -26,10 +28,11 @@ RANKED_ROWS = 10
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A run beside its prediction."""
+    """A run beside its prediction; the predicted memory is what the run's source counts."""
 
     run: Run
     prediction: Prediction
+    memory: Mapping[str, float]
 
     @property
     def error(self) -> float:
@@ -40,7 +43,7 @@ class Held:
     def memory_error(self) -> float | None:
         """Of the peak memory; None where the row does not state it."""
         measured = self.run.memory_bytes
-        return self.prediction.memory.total / measured - 1 if measured else None
+        return sum(self.memory.values()) / measured - 1 if measured else None
 
 
 def validate(path: str | Path) -> dict[str, Any]:
@@ -56,7 +59,8 @@ def validate(path: str | Path) -> dict[str, Any]:
     for line, row in _rows(Path(path)):
         try:
             run = read(row, line)
-            held.append(Held(run, predict(run.sizes, run.setup, run.cluster)))
+            memory = memory_terms(run.sizes, run.setup, run.counted, constants())
+            held.append(Held(run, predict(run.sizes, run.setup, run.cluster), memory))
         except (Lacking, RequestError) as error:
             skipped.append({"line": line, "group": row.get("group") or "", "reason": str(error)})
     if not held:
@@ -150,9 +154,10 @@ def _row(held: Held) -> dict[str, Any]:
         "measured_seconds": run.step_seconds,
         "error": held.error,
         "terms": dict(explained(prediction)),
-        "predicted_memory_bytes": prediction.memory.total,
+        "predicted_memory_bytes": round(sum(held.memory.values())),
         "measured_memory_bytes": run.memory_bytes,
         "memory_error": held.memory_error,
-        "memory_terms": asdict(prediction.memory),
+        "memory_terms": dict(held.memory),
+        "memory_counted": run.counted.kind,
         "assumed": list(run.assumed),
     }

@@ -1,83 +1,103 @@
-"""Peak memory of the rank that needs most, from sizes.
+"""Peak memory of the rank that needs most, from sizes: tensors that are allocated, not what an allocator reserves.
 
 parameters, gradients, optimizer    bytes per parameter by precision, divided by what shards them (Rajbhandari 2020)
-activations                         per block and microbatch: s b h (34 + 5 a s / h) and its parts (Korthikanti 2022)
-temporary                           logits, gathered parameters of one block
+activations                         of the microbatches under way in a stage (`kept.py`, `stages.py`)
+temporary                           the loss, or a block's backward pass; what FSDP gathers; workspaces of libraries
 """
 
 from __future__ import annotations
 
-from math import ceil
+from dataclasses import dataclass
 
 from shardwise.predict.prediction import Memory
+from shardwise.predict.transformer import kept
 from shardwise.predict.transformer.sizes import Setup, Sizes
+from shardwise.predict.transformer.stages import layers_of_stages, parameters_of_stages, under_way
 
 MOMENTS = 8
 """Bytes per parameter of Adam's two moments, which are float32."""
 
+MASTER = 4
+"""Bytes per parameter of the copy in float32 that mixed precision updates."""
+
+WORKSPACE = 64 * 2**20
+"""Bytes that libraries of products keep for themselves: cuBLAS 32 MiB on Hopper, 8 MiB before; Transformer Engine 32"""
+
+UNITS = 2
+"""Blocks whose gathered parameters FSDP holds at a time: the one that runs and the one that is prefetched."""
+
+
+BUCKETS = 2 * 500_000_000
+"""Elements of DeepSpeed's buckets for reducing gradients and gathering parameters, 500 million each unless configured
+(deepspeed.ai/docs/config-json, reduce_bucket_size and allgather_bucket_size)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerParameter:
+    """Bytes of one parameter that a rank holds of parameters, gradients and the optimizer's state."""
+
+    weights: float
+    gradients: float
+    states: float
+
 
 def memory(sizes: Sizes, setup: Setup) -> Memory:
-    """Peak memory of one rank of the first stage, in bytes; tensors that are allocated, not what is reserved."""
-    held = _held_parameters(sizes, setup)
-    width = 4 if setup.dtype == "float32" else 2
+    """Peak memory of the rank that needs most, in bytes."""
+    stages = range(setup.pipeline)
+    return max((memory_of_stage(sizes, setup, stage) for stage in stages), key=lambda found: found.total)
+
+
+def per_parameter(setup: Setup) -> PerParameter:
+    """Bytes of one parameter.
+
+    Mixed precision takes 18 with gradients accumulated in float32 by the products themselves (Megatron-LM), 20 where
+    they come in half precision first; float32 takes 16. The optimizer's part, and more with higher stages of ZeRO, is
+    divided among the replicas. DeepSpeed's optimizer has gradients in float32 of its own; DDP has its buckets.
+    """
+    w, stack = kept.width(setup), setup.stack
     shards = setup.shards if setup.zero == 3 else setup.replicas
     if setup.zero == 3:  # FSDP keeps float32 shards and casts what it gathers
-        weights, master, gradients = 4.0 / shards, 0.0, 4.0 / shards
-    else:
-        weights, master = float(width), 0.0 if width == 4 else 4.0
-        gradients = setup.stack.accumulation_bytes / (setup.replicas if setup.zero == 2 else 1)
-    states = (master + MOMENTS) / (shards if setup.zero else 1)
+        return PerParameter(4 / shards, 4 / shards, MOMENTS / shards)
+    mixed = w == 2
+    gradients = float(stack.accumulation_bytes if mixed else 4)
+    states = (MASTER if mixed else 0) + MOMENTS
+    if stack.deepspeed and mixed:
+        gradients = w if stack.accumulation_bytes == w else stack.accumulation_bytes + w
+        states += 4 if stack.accumulation_bytes == w else 0
+    elif stack.elementwise == "eager" and mixed:
+        gradients += w
+        if setup.zero == 0 and setup.replicas > 1:
+            gradients += 2 * w
+    return PerParameter(w, gradients / (1 if setup.zero < 2 else shards), states / (shards if setup.zero else 1))
+
+
+def memory_of_stage(sizes: Sizes, setup: Setup, stage: int) -> Memory:
+    """Peak memory of a rank of one stage of the pipeline, in bytes."""
+    held = parameters_of_stages(sizes, setup)[stage]
+    each = per_parameter(setup)
+    under = under_way(setup, stage)
+    activations = under * layers_of_stages(sizes, setup)[stage] * kept.kept(sizes, setup)
+    buckets = 0
+    if setup.stack.deepspeed:
+        buckets = BUCKETS * kept.width(setup)
+        if setup.pipeline > 1:  # a stage's output stays until its gradient arrives
+            activations += under * kept.block_entry(sizes, setup)
+    moment = kept.backward_moment(sizes, setup)
+    if stage == setup.pipeline - 1:
+        moment = max(moment, kept.loss_moment(sizes, setup))
     return Memory(
-        parameters=round(held * weights),
-        gradients=round(held * gradients),
-        optimizer=round(held * states),
-        activations=round(_activations(sizes, setup, width)),
-        temporary=round(_temporary(sizes, setup, width)),
+        parameters=round(held * each.weights),
+        gradients=round(held * each.gradients),
+        optimizer=round(held * each.states),
+        activations=round(activations),
+        temporary=round(moment + _gathered(sizes, setup) + buckets + WORKSPACE),
     )
 
 
-def _held_parameters(sizes: Sizes, setup: Setup) -> float:
-    layers = ceil(sizes.layers / setup.pipeline)
-    held = layers * sizes.layer_parameters + sizes.embedding_parameters
-    if setup.pipeline == 1:
-        held += sizes.head_parameters
-    return held / setup.tensor
-
-
-def _activations(sizes: Sizes, setup: Setup, width: int) -> float:
-    """Of all microbatches that are under way in the first stage: `pipeline` of them under 1F1B, more if interleaved."""
-    layers = ceil(sizes.layers / setup.pipeline)
-    under_way = float(min(setup.pipeline, setup.microbatches) if setup.schedule == "1f1b" else setup.microbatches)
-    if setup.chunks > 1:
-        under_way *= 1 + (setup.pipeline - 1) / (setup.pipeline * setup.chunks)
-    tokens = setup.micro_batch * sizes.sequence / setup.context
-    whole = _block_bytes(sizes, setup, width)
-    spread = setup.tensor if setup.sequence_parallel else 1
-    entry = width * tokens * sizes.hidden / spread
-    if setup.recompute == "full":
-        return under_way * layers * entry + whole
-    if setup.recompute == "layers":
-        return under_way * layers * (entry + whole) / 2
-    return under_way * layers * whole
-
-
-def _block_bytes(sizes: Sizes, setup: Setup, width: int) -> float:
-    """What one block keeps of one microbatch for its backward pass."""
-    tokens = setup.micro_batch * sizes.sequence / setup.context
-    masks = 1 if setup.stack.dropout else 0
-    spread = setup.tensor if setup.sequence_parallel else 1
-    common = tokens * sizes.hidden * (4 * width + 2 * masks) / spread  # inputs of norms and of products, masks
-    inner = tokens * width * (sizes.qkv + sizes.hidden) / setup.tensor
-    inner += tokens * width * sizes.ffn * (3 if sizes.gated else 2) / setup.tensor
-    scores = 0.0
-    if setup.stack.attention in ("unfused", "eager") and setup.recompute == "none":
-        scores = tokens * sizes.heads * sizes.sequence * (2 * width + masks) / setup.tensor
-    return common + inner + scores
-
-
-def _temporary(sizes: Sizes, setup: Setup, width: int) -> float:
-    """Logits and their gradient where the first stage is the last one too; a gathered block and its gradient."""
-    tokens = setup.micro_batch * sizes.sequence / setup.context
-    logits = tokens * sizes.vocab / setup.tensor * (width + 4) if setup.pipeline == 1 else 0.0
-    gathered = 2 * width * sizes.layer_parameters / setup.tensor if setup.zero == 3 else 0.0
-    return max(logits, gathered)
+def _gathered(sizes: Sizes, setup: Setup) -> float:
+    """Parameters that FSDP has gathered, of blocks and of its root (embedding and output), and a block's gradients."""
+    if setup.zero != 3:
+        return 0.0
+    w = kept.width(setup)
+    root = sizes.embedding_parameters + sizes.head_parameters
+    return (w * (UNITS * sizes.layer_parameters + root) + (w + 4) * sizes.layer_parameters) / setup.tensor

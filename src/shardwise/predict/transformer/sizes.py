@@ -104,6 +104,9 @@ class Stack:
         accumulation_bytes: of one element of accumulated gradients.
         causal: whether flash attention skips the masked half.
         bucketed: whether ZeRO-1 gathers parameters in large buckets instead of tensor by tensor.
+        deepspeed: whether DeepSpeed's engine runs it, with its buckets and buffers of the pipeline.
+        balanced: whether stages are cut by the cost of blocks and output instead of by number.
+        norm_inputs: whether norms keep their input for the backward pass; memory-efficient ones use their output.
     """
 
     attention: str
@@ -120,6 +123,9 @@ class Stack:
     accumulation_bytes: int
     causal: bool = True
     bucketed: bool = True
+    deepspeed: bool = False
+    balanced: bool = False
+    norm_inputs: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

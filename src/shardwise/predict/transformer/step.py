@@ -23,6 +23,7 @@ from shardwise.predict.transformer import ends
 from shardwise.predict.transformer.layer import Passes, block, tokens
 from shardwise.predict.transformer.memory import memory
 from shardwise.predict.transformer.sizes import Setup, Sizes
+from shardwise.predict.transformer.stages import layers_of_stages
 
 TENSORS = 7
 """Parameters of a block that are gathered one by one where nothing buckets them: four or five matrices, two norms."""
@@ -158,21 +159,11 @@ class _Step:
 
     # ------------------------------------------------------------------ stages
 
-    def layers_of_stages(self) -> list[float]:
-        """Blocks of each stage; where they do not divide evenly, embedding and output count as blocks."""
-        layers, stages = self.sizes.layers, self.setup.pipeline
-        if layers % stages == 0:
-            return [layers / stages] * stages
-        if (layers + 2) % stages == 0:
-            each = (layers + 2) // stages
-            return [each - (1 if stage in (0, stages - 1) else 0) for stage in range(stages)]
-        return [layers // stages + (1 if stage < layers % stages else 0) for stage in range(stages)]
-
     def stages(self) -> list[tuple[Part, Part]]:
         """Forward and backward pass of every stage for one microbatch."""
         layer_forward, layer_backward = self.layer_forward(), self.layer_backward()
         embedding, head = ends.embedding(self.sizes, self.setup), ends.head(self.sizes, self.setup)
-        layers = self.layers_of_stages()
+        layers = layers_of_stages(self.sizes, self.setup)
         result = []
         for stage, count in enumerate(layers):
             first, last = stage == 0, stage == len(layers) - 1
@@ -299,7 +290,7 @@ class _Step:
 
     def parameters(self) -> float:
         """Parameters that a rank of the first stage holds and reduces."""
-        stages = self.layers_of_stages()
+        stages = layers_of_stages(self.sizes, self.setup)
         first = stages[0] * self.sizes.layer_parameters + self.sizes.embedding_parameters
         last = stages[-1] * self.sizes.layer_parameters + self.sizes.vocab * self.sizes.hidden
         if len(stages) == 1:
@@ -319,7 +310,7 @@ class _Step:
             exposed = self.visible(total, 0.6 * work)
         gathering = 0.0
         if setup.zero:
-            calls = 1 if setup.stack.bucketed else TENSORS * max(self.layers_of_stages())
+            calls = 1 if setup.stack.bucketed else TENSORS * max(layers_of_stages(self.sizes, self.setup))
             gathering = calls * clock.collective("all_gather", self.parameters() * 2 / calls, group, "dp")
             if setup.stack.overlap_parameters:
                 gathering = self.visible(gathering, 0.3 * work)
