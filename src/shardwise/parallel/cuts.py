@@ -15,11 +15,15 @@ from math import prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx
 
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.memory import roots, together, writes_in_place
 from shardwise.parallel.partitioner import LocalGraph
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 Use = tuple[str, int]
 """The n-th use of a parameter in a step: (name, n)."""
@@ -146,7 +150,8 @@ def _crossing(local: LocalGraph, sequence: list[fx.Node]) -> list[tuple[int, int
 def balanced(costs: Sequence[float], sends: Sequence[float], parts: int) -> list[int]:
     """Cuts a chain into consecutive parts such that the most expensive part is as cheap as can be.
 
-    Dynamic programming over (parts, end): O(parts * n^2). Of equally good cuts the one that sends least is taken.
+    Dynamic programming over (parts, end), of parts that cost no more than those of some way to cut. Of equally good
+    cuts the one that sends least is taken.
 
     Args:
         costs: of each link of the chain, at least as many as `parts`.
@@ -160,19 +165,20 @@ def balanced(costs: Sequence[float], sends: Sequence[float], parts: int) -> list
         [3]
     """
     count = len(costs)
+    if parts == 1:
+        return []
     until = np.array(list(accumulate(costs, initial=0.0)))
     entry = np.array([0.0, *sends, 0.0])
-    starts, ends = np.arange(count + 1)[:, None], np.arange(count + 1)[None, :]
-    own = until[ends] - until[starts] + entry[starts]  # of a part from start to end
+    starts, own = _parts_up_to(until, entry, _even(until, entry, parts))
+    lines = np.arange(count + 1)
     worst, sent = until, np.zeros(count + 1)
     choices: list[list[int]] = []
     for part in range(1, parts):
-        possible = (starts >= part) & (starts < ends)
-        cost = np.where(possible, np.maximum(worst[:, None], own), np.inf)
-        least = cost.min(axis=0)
-        total = np.where(cost == least, (sent + entry)[:, None], np.inf)
-        choice = total.argmin(axis=0)
-        worst, sent = least, total[choice, np.arange(count + 1)]
+        cost = np.where(starts >= part, np.maximum(worst[starts], own), np.inf)
+        least = cost.min(axis=1)
+        total = np.where(cost == least[:, None], (sent + entry)[starts], np.inf)
+        choice = starts[lines, total.argmin(axis=1)]
+        worst, sent = least, (sent + entry)[choice]
         choices.append(choice.tolist())
     cuts: list[int] = []
     end = count
@@ -180,6 +186,34 @@ def balanced(costs: Sequence[float], sends: Sequence[float], parts: int) -> list
         end = choice[end]
         cuts.append(end)
     return cuts[::-1]
+
+
+def _even(until: Floats, entry: Floats, parts: int) -> float:
+    """What the most expensive part costs where all take about as many links or as much as each other."""
+    count = len(until) - 1
+    shares = np.arange(1, parts) / parts
+    by_cost = np.searchsorted(until, shares * until[-1])
+    fitting = np.clip(by_cost, np.arange(1, parts), count - parts + np.arange(1, parts))
+    fitting = np.maximum.accumulate(fitting - np.arange(parts - 1)) + np.arange(parts - 1)
+    bounds = np.concatenate(([0], fitting, [count]))
+    return float((np.diff(until[bounds]) + entry[bounds[:-1]]).max())
+
+
+def _parts_up_to(until: Floats, entry: Floats, most: float) -> tuple[Integers, Floats]:
+    """(start, cost) of the parts that end before each link and cost no more than `most`: a row for each end.
+
+    Rows are filled up with a first column of starts that cost infinitely much.
+    """
+    count = len(until) - 1
+    ends = np.arange(count + 1)
+    slack = most * (1 + 1e-9)
+    first = np.searchsorted(until, until - slack)
+    width = max(1, int((ends - first).max()))
+    starts = ends[:, None] - np.arange(width, 0, -1)[None, :]
+    fits = starts >= 0
+    starts = np.maximum(starts, 0)
+    own = until[:, None] - until[starts] + entry[starts]
+    return starts, np.where(fits & (own <= slack), own, np.inf)
 
 
 def positions(local: LocalGraph, cut: Sequence[Use], parameters: Collection[str]) -> list[int]:

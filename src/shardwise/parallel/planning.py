@@ -26,8 +26,9 @@ from shardwise.parallel.partitioner import LocalGraph
 from shardwise.strategy import Strategy
 from shardwise.workload.graph import StepGraph, batch_leaves
 
-BYTES_PER_SECOND = 1e9
-"""Assumed of a message between stages, only to choose between cuts: gloo between processes reaches about that."""
+BYTES_PER_SECOND = {"cpu": 1e9, "gpu": 2.5e10}
+"""Assumed of a message between stages, only to choose between cuts: gloo between processes reaches about the one, an
+adapter of 200 Gb/s the other."""
 
 FLOPS_PER_SECOND, MEMORY_BYTES_PER_SECOND = 1e11, 1e10
 """Assumed of a worker where nothing can be measured: only their ratio has a say in where to cut."""
@@ -77,21 +78,28 @@ def divide(
     if stages == 1 and not in_blocks:
         return Division((), (1,), len(found))
     costs = _links(step, found, _measured(step, tensors, data, parameters, mesh), parameters)
-    parts = divided(costs, [place.bytes for place in found], stages, in_blocks=in_blocks)
+    device = "cpu" if mesh.device.type == "cpu" else "gpu"
+    parts = divided(costs, [place.bytes for place in found], stages, device, in_blocks=in_blocks)
     cut = [start for starts in parts for start in starts if start]
     return Division(tuple(found[link - 1].use for link in cut), tuple(map(len, parts)), len(found))
 
 
-def divided(costs: Sequence[float], messages: Sequence[int], stages: int, *, in_blocks: bool) -> list[list[int]]:
+def divided(
+    costs: Sequence[float], messages: Sequence[int], stages: int, device: str, *, in_blocks: bool
+) -> list[list[int]]:
     """The links at which the blocks of each stage begin.
+
+    Every cut sends something; what counts against one is by how much that is more than at the place with the least.
 
     Args:
         costs: seconds of each link of a step.
         messages: bytes to send at each place between two links.
         stages: their number.
+        device: kind of device that sends them, `cpu` or `gpu`.
         in_blocks: whether stages are cut into blocks.
     """
-    starts = balanced(costs, [size / BYTES_PER_SECOND for size in messages], stages)
+    least = min(messages, default=0)
+    starts = balanced(costs, [(size - least) / BYTES_PER_SECOND[device] for size in messages], stages)
     return [
         [first, *(_block_starts(costs, messages, first, end) if in_blocks else [])]
         for first, end in pairwise([0, *starts, len(costs)])

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.memory import writes_in_place
+from shardwise.predict.accelerated import on_gpu
 from shardwise.predict.counting import kernel_of, tensors
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.profile import Exchanged, Layer, Pass
@@ -198,6 +199,7 @@ class Analyst:
         mode: in which tensors have no data.
         recorder: what notes.
         bf16: whether to compute in bfloat16 where torch's autocast says so.
+        gpu: whether to compute as a GPU does it.
         later: work on weights that is put off, see `parallel.deferred`; None: none is.
         sites: function -> argument that numbers the calls that draw, which makes no difference here.
     """
@@ -205,6 +207,7 @@ class Analyst:
     mode: FakeTensorMode
     recorder: LinkRecorder
     bf16: bool
+    gpu: bool
     later: Any = None
     sites: Mapping[Any, int] = field(default_factory=dict)
     _known: dict[Any, Analysis] = field(default_factory=dict)
@@ -258,6 +261,18 @@ def _literal(value: Any, number: Mapping[fx.Node, int]) -> Any:
     return repr(value) if isinstance(value, float) else str(value)
 
 
+class _Arrived(torch.autograd.Function):
+    """What another link made: its gradient goes there, and is not copied into a leaf as that of a parameter may be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
 @dataclass(slots=True)
 class _Run:
     """One link as it runs."""
@@ -273,7 +288,7 @@ class _Run:
         with self.analyst.mode:
             values: dict[fx.Node, Any] = {node: spec.empty() for node, spec in self.link.weights.items()}
             leaves = [(index, value) for index, value in enumerate(values.values()) if value.requires_grad]
-            values.update({node: spec.empty() for node, spec in self.link.inputs.items()})
+            values.update({node: _Arrived.apply(spec.empty()) for node, spec in self.link.inputs.items()})  # type: ignore[no-untyped-call]
             arrived = [values[node] for node in self.link.inputs]
             apart = {_place(value) for node, value in values.items() if node in self.link.weights}
             values.update(self.link.given)
@@ -318,7 +333,8 @@ class _Run:
         with torch.enable_grad(), self._saving(), self._precision():
             for node in self.link.nodes:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: values[argument])
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                call = on_gpu(node.target) if self.analyst.gpu else node.target  # type: ignore[arg-type]
+                values[node] = call(*args, **kwargs)  # type: ignore[operator]
                 for argument in node.all_input_nodes:
                     if last[argument] is node and argument not in self.link.outputs:
                         values.pop(argument, None)

@@ -62,6 +62,11 @@ def costs_of(profile: Profile, strategy: Strategy, cluster: Cluster, batch_size:
     strategy = strategy.for_batch(size)
     _check(profile, strategy, size)
     times = timed(profile, cluster, strategy)
+    if profile.device != times.device.kind:
+        raise StrategyError(
+            f"the profile of {profile.name} is for a {profile.device}, {cluster.name} has {times.device.name}: "
+            f"profile it for a {times.device.kind}"
+        )
     key = (
         "parts",
         id(times),

@@ -84,6 +84,8 @@ def kernel_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], res
     )
     dtype = _dtype([*inputs, *outputs])
     name = f"{operation.namespace}.{packet.__name__}"
+    if kind == "attention" and not _causal(operation, args, kwargs):
+        name = f"dense {name}"
     return Kernel(name, kind, dtype, flops, _bytes(packet, inputs, outputs), shape, backward, when=when)
 
 
@@ -199,6 +201,13 @@ def _attention_backward(args: tuple[Any, ...], result: Any) -> Counted:
     """Five products where the forward pass has two: the scores again, and the gradients of both (Dao et al. 2022)."""
     flops, shape = _attended(*args[1:4])
     return "attention", 2.5 * flops, shape, True
+
+
+def _causal(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of attention looks back only."""
+    names = [argument.name for argument in operation._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return bool(given.get("is_causal", False))
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, Shape]:

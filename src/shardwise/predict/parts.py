@@ -192,7 +192,7 @@ def _graph_cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) ->
     messages = [link.message for link in profile.links[1:]]
     if stages == 1 and not cuts_blocks(strategy):
         return [[0]]
-    return divided(costs, messages, stages, in_blocks=cuts_blocks(strategy))
+    return divided(costs, messages, stages, profile.device, in_blocks=cuts_blocks(strategy))
 
 
 def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:

@@ -163,6 +163,7 @@ class Profile:
         sp: whether activations are cut along the sequence.
         microbatch: samples.
         precision: `float32` or `bf16`.
+        device: kind of device that it is for, `gpu` or `cpu`: they run other kernels and keep other tensors.
         batch_size: global, as the workload has it.
         links: the chain.
         parameters: and buffers, in the order of the module.
@@ -183,6 +184,7 @@ class Profile:
     sp: int
     microbatch: int
     precision: str
+    device: str
     batch_size: int
     links: tuple[Link, ...]
     parameters: tuple[Parameter, ...]

@@ -44,9 +44,11 @@ class Profiles:
 
     Attributes:
         workload: what is trained.
+        device: kind of device, `gpu` or `cpu`.
     """
 
     workload: Workload
+    device: str = "gpu"
     _known: dict[tuple[Any, ...], Profile] = field(default_factory=dict)
     _models: _Models | None = None
 
@@ -67,13 +69,20 @@ class Profiles:
             strategy.schedule == "zero-bubble",
         )
         if key not in self._known:
-            self._models = self._models or _Models(self.workload)
+            self._models = self._models or _Models(self.workload, self.device)
             self._known[key] = self._models.profile(*key)
         return self._known[key]
 
 
 def profile(
-    workload: Workload, *, tp: int = 1, sp: int = 0, microbatch: int, precision: str = "", split: bool = False
+    workload: Workload,
+    *,
+    tp: int = 1,
+    sp: int = 0,
+    microbatch: int,
+    precision: str = "",
+    split: bool = False,
+    device: str = "gpu",
 ) -> Profile:
     """What one microbatch of a workload needs on one device.
 
@@ -84,31 +93,33 @@ def profile(
         microbatch: samples.
         precision: `float32` or `bf16`; empty: the workload's.
         split: gradients of weights apart from those of inputs, as a zero-bubble pipeline computes them.
+        device: kind of device, `gpu` or `cpu`.
 
     Raises:
         WorkloadError: the model cannot be built, or not be traced though `tp` is above 1.
         DataError: the dataset is empty.
     """
-    return _Models(workload).profile(tp, sp, microbatch, precision or workload.precision, split)
+    return _Models(workload, device).profile(tp, sp, microbatch, precision or workload.precision, split)
 
 
 class _Models:
     """The builds of a model that can be profiled: those that were seen not to be traceable are not tried again."""
 
-    def __init__(self, workload: Workload) -> None:
-        self._workload = workload
+    def __init__(self, workload: Workload, device: str) -> None:
+        self._workload, self._device = workload, device
         self._builds = builds(workload)
         self._model: Model | None = next(self._builds)
 
     def profile(self, tp: int, sp: int, microbatch: int, precision: str, split: bool) -> Profile:
         """See `profile`."""
         while self._model is not None:
-            profiler = _Profiler(self._model, tp, sp, microbatch, precision, split)
+            profiler = _Profiler(self._model, self._device, tp, sp, microbatch, precision, split)
             try:
                 return profiler.profile()
             except Untraceable:
                 self._model = next(self._builds, None)
-        return _Profiler(with_values(self._workload), tp, sp, microbatch, precision, split).profile_with_values()
+        model = with_values(self._workload)
+        return _Profiler(model, self._device, tp, sp, microbatch, precision, split).profile_with_values()
 
 
 @dataclass(slots=True)
@@ -121,8 +132,10 @@ class _Traced:
 
 
 class _Profiler:
-    def __init__(self, model: Model, tp: int, sp: int, microbatch: int, precision: str, split: bool) -> None:
-        self.model, self.workload = model, model.workload
+    def __init__(
+        self, model: Model, device: str, tp: int, sp: int, microbatch: int, precision: str, split: bool
+    ) -> None:
+        self.model, self.workload, self.device = model, model.workload, device
         self.tp, self.sp, self.precision = tp, sp, precision
         self.samples, self.split = microbatch, split
         self.recorder = LinkRecorder()
@@ -172,6 +185,7 @@ class _Profiler:
             mode,
             self.recorder,
             self.precision == "bf16",
+            self.device == "gpu",
             self.weights if self.split else None,
             {self.keyed.dropout: 2, self.keyed.attention: 7},
         )
@@ -312,6 +326,7 @@ class _Profiler:
             sp=self.sp,
             microbatch=self.samples,
             precision=self.precision,
+            device=self.device,
             batch_size=self.workload.batch_size,
             update=self.model.update(),
             weighted=self.workload.weight is not None,

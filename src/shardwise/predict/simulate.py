@@ -12,6 +12,7 @@ from shardwise.predict.costs import predict
 from shardwise.predict.document import document
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profiling import Profiles
+from shardwise.predict.timing import slowest
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
@@ -23,7 +24,7 @@ def simulation(workload: Workload, strategies: Sequence[Strategy], cluster: Clus
         StrategyError, WorkloadError: none of the strategies can be.
     """
     start = time.perf_counter()
-    profiles = Profiles(workload)
+    profiles = Profiles(workload, slowest(cluster, workload.precision).kind)
     predictions: list[tuple[str, Prediction]] = []
     rejected: list[tuple[str, str]] = []
     refusal: StrategyError | WorkloadError | None = None

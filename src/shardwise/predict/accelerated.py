@@ -1,0 +1,76 @@
+"""What runs otherwise on a GPU than on the CPU where a step is looked at.
+
+rms_norm          one kernel each way, where the CPU has about ten, all of which keep something
+under autocast    more operations compute in float32 than on a CPU
+                  (ATen/autocast_mode.h: AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.parallel.values import map_tensors
+
+aten = torch.ops.aten
+
+WIDENED = frozenset(
+    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus layer_norm "
+    "native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss "
+    "cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss "
+    "margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss "
+    "binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d _upsample_nearest_exact1d "
+    "upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d "
+    "upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa "
+    "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum norm".split()
+)
+"""Operations that autocast gives float32 on CUDA."""
+
+
+def on_gpu(target: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of a graph as a GPU would run it, on tensors without data."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target
+    run: Callable[..., Any] = _rms_norm if target.overloadpacket is aten.rms_norm else target
+    if target.overloadpacket.__name__ not in WIDENED:
+        return run
+
+    def widened(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return run(*args, **kwargs)
+        return run(*map_tensors(_wide, args), **map_tensors(_wide, kwargs))
+
+    return widened
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    output: Tensor = _RMSNorm.apply(x, weight, shape, eps)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The fused kernels, which torch has for CUDA alone; without data it takes their shapes from the definition."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, shape: list[int], eps: float | None) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output, scale = aten._fused_rms_norm.default(x, shape, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.shape = shape
+        result: Tensor = output
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        mask = [ctx.needs_input_grad[0], weight is not None and ctx.needs_input_grad[1]]
+        with torch._C._AutoDispatchBelowAutograd():
+            for_x, for_weight = aten._fused_rms_norm_backward.default(gradient, x, ctx.shape, scale, weight, mask)
+        return for_x if mask[0] else None, for_weight if mask[1] else None, None, None

@@ -1,0 +1,101 @@
+"""What a GPU runs is counted as a GPU runs it, though it is looked at on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shardwise import Workload
+from shardwise.predict.accelerated import WIDENED, on_gpu
+from shardwise.predict.analysis import LinkRecorder
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.profile import Layer
+from shardwise.predict.profiling import profile
+
+aten = torch.ops.aten
+ROWS, WIDTH = 6, 32
+
+
+class Normalised(nn.Module):
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.RMSNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x)).softmax(-1)
+
+
+def layers(device: str, precision: str = "float32") -> list[Layer]:
+    workload = Workload(
+        name="normalised",
+        model=lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Normalised()),
+        dataset=[{"x": torch.ones(WIDTH)}] * ROWS,
+        inputs=lambda batch: batch["x"],
+        loss=lambda output, batch: output.mean(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        batch_size=ROWS,
+        precision=precision,
+    )
+    return [link.layer for link in profile(workload, microbatch=ROWS, device=device).links]
+
+
+def of(layer: Layer, backward: bool) -> list[Kernel]:
+    return [kernel for kernel in (layer.backward if backward else layer.forward).kernels if "norm" in kernel.operation]
+
+
+def test_rms_norm_is_one_kernel_each_way() -> None:
+    norm = layers("gpu")[1]
+    size = 4 * ROWS * WIDTH
+    (forward,), (backward,) = of(norm, False), of(norm, True)
+    assert forward.operation == "aten._fused_rms_norm"
+    assert forward.bytes == 2 * size + 4 * WIDTH + 4 * ROWS  # input, output; weight; one scale for each row
+    assert backward.operation == "aten._fused_rms_norm_backward"
+    assert backward.bytes == 3 * size + 2 * 4 * WIDTH + 4 * ROWS  # input and both gradients; weight and its gradient
+    assert norm.inside == 4 * ROWS  # beside the input, which another link makes: the scales
+
+
+def test_on_a_cpu_it_is_what_the_cpu_runs() -> None:
+    norm = layers("cpu")[1]
+    assert not of(norm, False)
+    assert "aten.rsqrt" in {kernel.operation for kernel in norm.forward.kernels}
+
+
+def test_autocast_widens_as_on_cuda() -> None:
+    found = {
+        device: {kernel.operation: kernel.dtype for layer in layers(device, "bf16") for kernel in layer.forward.kernels}
+        for device in ("gpu", "cpu")
+    }
+    assert found["gpu"]["aten._softmax"] == "float32"
+    assert found["cpu"]["aten._softmax"] == "bf16"
+    assert found["gpu"]["aten._fused_rms_norm"] == "float32"
+    assert found["gpu"]["aten.addmm"] == found["cpu"]["aten.addmm"] == "bf16"
+
+
+def test_widened_operations_exist() -> None:
+    assert all(hasattr(aten, name) for name in WIDENED)
+
+
+def test_widening_follows_autocast() -> None:
+    softmax = on_gpu(aten.softmax.int)
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    assert softmax(x, -1).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert softmax(x, -1).dtype == torch.float32
+        assert on_gpu(aten.relu.default)(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm_without_data(weighted: bool) -> None:
+    with FakeTensorMode(), LinkRecorder() as recorder:
+        x = torch.empty(ROWS, WIDTH, requires_grad=True)
+        weight = torch.empty(WIDTH, requires_grad=True) if weighted else None
+        on_gpu(aten.rms_norm.default)(x, [WIDTH], weight).sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        assert weight is None or (weight.grad is not None and weight.grad.shape == weight.shape)
+    assert [k.operation for k in recorder.kernels if "norm" in k.operation] == [
+        "aten._fused_rms_norm",
+        "aten._fused_rms_norm_backward",
+    ]
