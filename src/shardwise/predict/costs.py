@@ -9,18 +9,17 @@ compute), `pipelines` (bubbles), `memory` (bytes), `issuing` (messages).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.errors import StrategyError
-from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
-from shardwise.predict.issuing import Sync, actions_of, syncs
+from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
+from shardwise.predict.issuing import Sync, turns
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds, origins
 from shardwise.predict.memory import memory_of
+from shardwise.predict.network import level_of
 from shardwise.predict.parts import (
     REPORT_BYTES,
     Gathered,
@@ -67,16 +66,7 @@ def costs_of(profile: Profile, strategy: Strategy, cluster: Cluster, batch_size:
             f"the profile of {profile.name} is for a {profile.device}, {cluster.name} has {times.device.name}: "
             f"profile it for a {times.device.kind}"
         )
-    key = (
-        "parts",
-        id(times),
-        strategy.with_(microbatches=0, schedule="1f1b", stages=0) if strategy.pp == 1 else strategy,
-    )
-    if key not in profile.kept:
-        sums = times.forward.total
-        profile.kept[key] = parts_of(profile, strategy, [b - a for a, b in pairwise(sums)])
-    parts = profile.kept[key]
-    assert isinstance(parts, Parts)
+    parts = parts_of(profile, strategy, times.forward.each)
     return Costs(profile, strategy, cluster, times, parts, size)
 
 
@@ -122,22 +112,19 @@ class Costs:
         self.times, self.parts, self.batch_size = times, parts, batch_size
         self.blocking = times.device.kind == "cpu"
         self.overlap = times.device.overlap
+        self._passed: dict[object, Passed] = {}
+        self._moved: dict[tuple[float, float, int], float] = {}
         self.arrives, self.returns = self._waits()
 
     def _waits(self) -> tuple[dict[int, float], dict[int, float]]:
         """Seconds of the messages that each stage waits for before a forward, and before a backward pass."""
-        key = ("waits", id(self.parts))
-        if key not in self.profile.kept:
-            there: dict[int, float] = {}
-            back: dict[int, float] = {}
-            for number, stage in self.parts.stages.items() if self.strategy.pp > 1 else ():
-                for found, messages in ((there, stage.sent), (back, stage.returned)):
-                    for target, sizes in messages:
-                        found[target] = found.get(target, 0.0) + self.message(number, target, sizes)
-            self.profile.kept[key] = there, back
-        found_both = self.profile.kept[key]
-        assert isinstance(found_both, tuple)
-        return found_both
+        there: dict[int, float] = {}
+        back: dict[int, float] = {}
+        for number, stage in self.parts.stages.items() if self.strategy.pp > 1 else ():
+            for found, messages in ((there, stage.sent), (back, stage.returned)):
+                for target, sizes in messages:
+                    found[target] = found.get(target, 0.0) + self.message(number, target, sizes)
+        return there, back
 
     # ---- one collective, one kernel ---------------------------------------------------------------------------------
 
@@ -159,6 +146,12 @@ class Costs:
         """Seconds of `count` kernels that move `size` bytes of `elements` elements in all."""
         if count < 1 or elements < 1:
             return 0.0
+        key = elements, size, count
+        if key not in self._moved:
+            self._moved[key] = self._copied(elements, size, count)
+        return self._moved[key]
+
+    def _copied(self, elements: float, size: float, count: int) -> float:
         kernel = Kernel("copy", "memory", "float32", 0.0, size / count, (max(1, round(elements / count)),), count=count)
         return self.times.kernel(kernel)
 
@@ -205,6 +198,43 @@ class Costs:
             final: whether gradients are complete after it.
             first: whether gradients are there for the first time; later they are added up.
         """
+        group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
+        key = self._alike(stage), kind, sync, final, first, self._like(group)
+        if key not in self._passed:
+            self._passed[key] = self._pass(stage, kind, sync, final, first)
+        return self._passed[key]
+
+    def _alike(self, stage: Stage) -> int:
+        """A number that stages with equal links, blocks and buckets share."""
+        kept = self.profile.kept
+        key = ("alike", id(stage))
+        if key not in kept:
+            first, end = stage.first, stage.end
+            described = (
+                tuple(id(link.layer) for link in self.profile.links[first:end]),
+                tuple((block.first - first, block.end - first, block.gathered) for block in stage.blocks),
+                stage.root,
+                tuple((bucket.bytes, bucket.ready - first) for bucket in stage.buckets),
+                self._trained(stage),
+            )
+            known = kept.setdefault(("kinds of stages",), {})
+            assert isinstance(known, dict)
+            kept[key] = known.setdefault(described, len(known)), stage  # which is kept, so that no other gets its id
+        found = kept[key]
+        assert isinstance(found, tuple)
+        number: int = found[0]
+        return number
+
+    def _like(self, group: Group) -> Group:
+        """The group that begins at rank 0, where its collectives take as long as this one's."""
+        begins = replace(group, first=0)
+        levels = self.cluster.levels
+        alike = (
+            not self.cluster.collectives and levels and level_of(begins, self.cluster) == level_of(group, self.cluster)
+        )
+        return begins if alike else group
+
+    def _pass(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
         spent = self.spent(stage, kind)
         if kind not in (FORWARD, INPUT):
             spent += Spent(kernels=self._gradients(stage, final=final, first=first))
@@ -221,32 +251,29 @@ class Costs:
         group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
         whole = times.backward.total[stage.end] - times.backward.total[stage.first]
         stretch = seconds / whole if whole else 1.0
-        return [
-            (
-                (times.backward.total[stage.end] - times.backward.total[bucket.ready]) * stretch,
-                self.collective("all_reduce", bucket.bytes, group),
-            )
-            for bucket in stage.buckets
-        ]
+        end, total = times.backward.total[stage.end], times.backward.total
+        takes = {size: self.collective("all_reduce", size, group) for size in {b.bytes for b in stage.buckets}}
+        return [((end - total[bucket.ready]) * stretch, takes[bucket.bytes]) for bucket in stage.buckets]
 
     def _gradients(self, stage: Stage, *, final: bool, first: bool) -> float:
         """What is done to gradients beside computing them: added to those of earlier microbatches, put into buckets."""
-        key = ("gradients", id(self.parts), stage.number)
-        if key not in self.profile.kept:
-            own = [
-                p
-                for p in self.profile.parameters
-                if p.trained and any(stage.first <= link < stage.end for link in p.links)
-            ]
-            self.profile.kept[key] = sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
-        found = self.profile.kept[key]
-        assert isinstance(found, tuple)
-        elements, size, count = found
+        elements, size, count = self._trained(stage)
         seconds = 0.0 if first else self.moved(elements, 3 * size, count)
         if final and stage.buckets and not self.strategy.splits_parameters:
             copies = 1 if self.strategy.tp == self.strategy.pp == 1 else 2
             seconds += copies * self.moved(elements, 2 * size, count)
         return seconds
+
+    def _trained(self, stage: Stage) -> tuple[int, int, int]:
+        """Elements, bytes and number of the parameters of a stage that have a gradient."""
+        key = ("trained", stage.first, stage.end)
+        if key not in self.profile.kept:
+            own = [self.profile.parameters[index] for index in self.profile.within(stage.first, stage.end)]
+            own = [parameter for parameter in own if parameter.trained]
+            self.profile.kept[key] = sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
+        found = self.profile.kept[key]
+        assert isinstance(found, tuple)
+        return found
 
     def pieces(self, stage: Stage, kind: str, sync: Sync, spent: Spent) -> tuple[list[Piece], Piece]:
         """The parts of a pass between gathers, in the order in which they compute, and what belongs to all of them."""
@@ -292,14 +319,6 @@ class Costs:
 
     def finish(self, worker: Worker) -> Finish:
         """What a worker does after its last backward pass."""
-        key = ("finish", id(self.parts), worker.place)
-        if key not in self.profile.kept:
-            self.profile.kept[key] = self._finish(worker)
-        found = self.profile.kept[key]
-        assert isinstance(found, Finish)
-        return found
-
-    def _finish(self, worker: Worker) -> Finish:
         strategy = self.strategy
         replicas = group_of(strategy, "replicas", worker.place)
         reduce = sum(self.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
@@ -442,25 +461,6 @@ class _Work:
         return _add_up(costs, worker)
 
 
-@lru_cache(maxsize=4096)
-def _passes(strategy: Strategy, place: int) -> tuple[tuple[Action, Sync | None, bool, bool, int], ...]:
-    """The different passes of a worker: (one of them, what is synchronised, final, first, how many)."""
-    actions = actions_of(strategy, place)
-    shards = syncs(strategy, actions) if strategy.splits_parameters else [None] * len(actions)
-    last = {action.stage: index for index, action in enumerate(actions) if action.kind not in (FORWARD, WEIGHT)}
-    seen: set[int] = set()
-    counted: dict[tuple[str, int, Sync | None, bool, bool], tuple[Action, int]] = {}
-    for index, (action, sync) in enumerate(zip(actions, shards, strict=True)):
-        final = last[action.stage] == index
-        first = action.kind != FORWARD and action.stage not in seen
-        if action.kind not in (FORWARD, INPUT):
-            seen.add(action.stage)
-        key = action.kind, action.stage, sync, final, first
-        example, count = counted.get(key, (action, 0))
-        counted[key] = example, count + 1
-    return tuple((example, key[2], key[3], key[4], count) for key, (example, count) in counted.items())
-
-
 def _add_up(costs: Costs, worker: Worker) -> _Work:
     strategy = costs.strategy
     stages = {stage.number: stage for stage in worker.stages}
@@ -468,8 +468,9 @@ def _add_up(costs: Costs, worker: Worker) -> _Work:
     forward = backward = communication = exposed = slow = 0.0
     usual: dict[tuple[int, str], tuple[int, float]] = {}
     last: dict[int, tuple[str, float]] = {}
-    for action, sync, final, first, count in _passes(strategy, worker.place):
-        passed = costs.passed(stages[action.stage], action.kind, sync, final, first)
+    for turn in turns(strategy, worker.place):
+        action, count = turn.action, turn.count
+        passed = costs.passed(stages[action.stage], action.kind, turn.sync, turn.final, turn.first)
         spent += passed.compute.times(count)
         communication += count * passed.communication
         exposed += count * passed.exposed
@@ -481,7 +482,7 @@ def _add_up(costs: Costs, worker: Worker) -> _Work:
         usual[action.stage, action.kind] = max(
             usual.get((action.stage, action.kind), (0, 0.0)), (count, passed.seconds)
         )
-        if final:
+        if turn.final:
             last[action.stage] = action.kind, passed.seconds
     tail = 0.0
     if strategy.pp > 1:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from shardwise.parallel.schedule import FORWARD, WEIGHT, Action, order
+from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action, order
 from shardwise.predict.parts import REPORT_BYTES, Gathered, Parts, Stage, Worker, replica_axis
 from shardwise.predict.profile import Exchanged, Profile
 from shardwise.strategy import Strategy
@@ -70,6 +71,111 @@ def syncs(strategy: Strategy, actions: Sequence[Action]) -> list[Sync]:
         whole[stage] = root[stage] = not final
         found.append(Sync(gathers.blocks, gathers.root, final))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Passes of a worker that are alike.
+
+    Attributes:
+        action: one of them.
+        sync: what `fully_shard` does; None without it.
+        final: whether the gradients of the stage are complete after it.
+        first: whether gradients are there for the first time; later they are added up.
+        count: how many there are.
+    """
+
+    action: Action
+    sync: Sync | None
+    final: bool
+    first: bool
+    count: int
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What it is, whatever the microbatch and the number."""
+        return self.action.kind, self.action.stage, self.sync, self.final, self.first
+
+
+def turns(strategy: Strategy, place: int) -> tuple[Turn, ...]:
+    """The different passes of a worker in one step, however many microbatches there are."""
+    strategy = _of_order(strategy)
+    short, long, times = _shorter(strategy)
+    if not times:
+        return _turns(strategy, place)
+    few, more = _turns(short, place), _turns(long, place)
+    if [turn.kind for turn in few] != [turn.kind for turn in more]:
+        return _turns(strategy, place)
+    return tuple(replace(a, count=a.count + times * (b.count - a.count)) for a, b in zip(few, more, strict=True))
+
+
+def _of_order(strategy: Strategy) -> Strategy:
+    """A strategy with the same order of passes; the same one for all that have it."""
+    return Strategy(
+        fsdp=2 if strategy.splits_parameters else 1,
+        zero=strategy.zero if strategy.splits_parameters else 3,
+        tp=1 if strategy.tp == strategy.pp == 1 else 2,
+        pp=strategy.pp,
+        schedule=strategy.schedule,
+        stages=strategy.stages,
+        microbatches=strategy.microbatches,
+    )
+
+
+def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
+    """Two strategies with few microbatches, and how often their difference makes the rest of `strategy`'s.
+
+    Where pipelines are full, a round of `pp` microbatches is like the one before it.
+    """
+    pp, count = strategy.pp, strategy.microbatches
+    few = 3 * pp + count % pp
+    if count <= few + pp:
+        return strategy, strategy, 0
+    return strategy.with_(microbatches=few), strategy.with_(microbatches=few + pp), (count - few) // pp
+
+
+@lru_cache(maxsize=4096)
+def _turns(strategy: Strategy, place: int) -> tuple[Turn, ...]:
+    actions = actions_of(strategy, place)
+    shards = syncs(strategy, actions) if strategy.splits_parameters else [None] * len(actions)
+    last = {action.stage: index for index, action in enumerate(actions) if action.kind not in (FORWARD, WEIGHT)}
+    seen: set[int] = set()
+    counted: dict[tuple[str, int, Sync | None, bool, bool], tuple[Action, int]] = {}
+    for index, (action, sync) in enumerate(zip(actions, shards, strict=True)):
+        final = last[action.stage] == index
+        first = action.kind != FORWARD and action.stage not in seen
+        if action.kind not in (FORWARD, INPUT):
+            seen.add(action.stage)
+        key = action.kind, action.stage, sync, final, first
+        example, count = counted.get(key, (action, 0))
+        counted[key] = example, count + 1
+    return tuple(Turn(example, key[2], key[3], key[4], count) for key, (example, count) in counted.items())
+
+
+def under_way(strategy: Strategy, place: int) -> tuple[tuple[int, int], ...]:
+    """(stage, microbatches) whose activations a worker keeps when these are most."""
+    strategy = _of_order(strategy)
+    short, long, times = _shorter(strategy)
+    few, more = _under_way(short, place), _under_way(long, place)
+    if not times:
+        return few
+    if [stage for stage, _ in few] != [stage for stage, _ in more]:
+        return _under_way(strategy, place)
+    return tuple((stage, a + times * (b - a)) for (stage, a), (_, b) in zip(few, more, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _under_way(strategy: Strategy, place: int) -> tuple[tuple[int, int], ...]:
+    count: dict[int, int] = {}
+    most: dict[int, int] = {}
+    for action in actions_of(strategy, place):
+        if action.kind == FORWARD:
+            count[action.stage] = count.get(action.stage, 0) + 1
+        elif action.kind in (BACKWARD, WEIGHT):
+            count[action.stage] -= 1
+        if sum(count.values()) > sum(most.values()):
+            most = dict(count)
+    return tuple(sorted(most.items()))
 
 
 def communicated(profile: Profile, parts: Parts, place: int = 0) -> Mapping[Key, tuple[int, int]]:

@@ -127,6 +127,8 @@ def collective_seconds(collective: Collective, cluster: Cluster, workers: int = 
     group = collective.group
     if group.size <= 1:
         return 0.0
+    if not cluster.collectives:
+        return network.collective_seconds(collective, cluster)
     nodes = _nodes_of(collective, cluster)
     known = [c for c in cluster.collectives if c.operation == collective.operation and c.nodes == nodes and c.samples]
     if not known:

@@ -12,12 +12,10 @@ in the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from shardwise.parallel.schedule import BACKWARD, FORWARD, WEIGHT
-from shardwise.predict.issuing import actions_of
+from shardwise.predict.issuing import under_way
 from shardwise.predict.parts import Block, Gathered, Stage, Worker
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile import Profile
@@ -29,40 +27,19 @@ if TYPE_CHECKING:
 
 def memory_of(costs: Costs) -> Memory:
     """Of the pipeline worker that needs most."""
-    key = ("memory", id(costs.parts), costs.strategy)
-    if key not in costs.profile.kept:
-        found = [_of_worker(costs.profile, costs.strategy, worker) for worker in costs.parts.workers]
-        costs.profile.kept[key] = max(found, key=lambda memory: memory.total)
-    memory = costs.profile.kept[key]
-    assert isinstance(memory, Memory)
-    return memory
-
-
-@lru_cache(maxsize=4096)
-def under_way(strategy: Strategy, place: int) -> tuple[tuple[int, int], ...]:
-    """(stage, microbatches) whose activations a worker keeps when these are most."""
-    count: dict[int, int] = {}
-    most: dict[int, int] = {}
-    for action in actions_of(strategy, place):
-        if action.kind == FORWARD:
-            count[action.stage] = count.get(action.stage, 0) + 1
-        elif action.kind in (BACKWARD, WEIGHT):
-            count[action.stage] -= 1
-        if sum(count.values()) > sum(most.values()):
-            most = dict(count)
-    return tuple(sorted(most.items()))
+    found = [_of_worker(costs.profile, costs.strategy, worker) for worker in costs.parts.workers]
+    return max(found, key=lambda memory: memory.total)
 
 
 def _of_worker(profile: Profile, strategy: Strategy, worker: Worker) -> Memory:
     elements, tensors = worker.updated
     state = round(elements * profile.update.state_bytes)
-    largest = max((p.bytes for p in profile.parameters if p.trained), default=0)
     updating = Memory(
         parameters=worker.parameters,
         gradients=worker.trained,
         optimizer=state,
         activations=0,
-        temporary=min(largest, worker.trained) if tensors else 0,
+        temporary=min(profile.largest, worker.trained) if tensors else 0,
     )
     return max((updating, _passing(profile, strategy, worker, state)), key=lambda memory: memory.total)
 
@@ -77,9 +54,10 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -
     best: Memory | None = None
     for number, stage in stages.items():
         others = sum(counts.get(n, 0) * size for n, size in kept.items()) - (kept[number] if counts.get(number) else 0)
+        gathered = _gathered(strategy, stage)
+        gradients_at = _gradients(strategy, worker, stage, several=several)
         for activations, temporary, done in _moments(profile, stage, recompute=recompute):
-            gradients, buckets = _gradients(strategy, worker, stage, done, several=several)
-            gathered = _gathered(strategy, stage)
+            gradients, buckets = gradients_at(done)
             memory = Memory(
                 parameters=worker.parameters + gathered,
                 gradients=gradients,
@@ -111,11 +89,9 @@ def _moments(profile: Profile, stage: Stage, *, recompute: bool) -> list[tuple[i
 
 def _all_moments(profile: Profile, stage: Stage, *, recompute: bool) -> list[tuple[int, int, int]]:
     complete = [0] * (len(profile.links) + 1)
-    for parameter in profile.parameters:
+    for parameter in map(profile.parameters.__getitem__, profile.within(stage.first, stage.end)):
         if parameter.trained:
-            inside = [link for link in parameter.links if stage.first <= link < stage.end]
-            if inside:
-                complete[inside[0]] += parameter.bytes
+            complete[next(link for link in parameter.links if link >= stage.first)] += parameter.bytes
     boundary = stage.kept - (profile.saved[stage.end] - profile.saved[stage.first])
     found, done = [], 0
     for link in reversed(range(stage.first, stage.end)):
@@ -147,19 +123,22 @@ def _pareto(moments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int
     return found
 
 
-def _gradients(strategy: Strategy, worker: Worker, stage: Stage, done: int, *, several: bool) -> tuple[int, int]:
-    """(gradients, buckets beside them) at a moment of the last backward pass."""
+def _gradients(strategy: Strategy, worker: Worker, stage: Stage, *, several: bool) -> Callable[[int], tuple[int, int]]:
+    """(gradients, buckets beside them) in the last backward pass, by the bytes of gradients that are complete."""
     module = strategy.tp == strategy.pp == 1
     if strategy.splits_parameters:
-        largest = max((b.gathered.reduce for b in stage.blocks if b.gathered is not None), default=0)
+        blocks = [block.gathered.reduce for block in stage.blocks if block.gathered is not None]
         root = stage.root.reduce if stage.root is not None else 0
         if not module and several:  # whole until the last backward pass
-            return worker.trained, sum(b.gathered.reduce for b in stage.blocks if b.gathered) + root
-        return (worker.trained if several else done // strategy.fsdp), 2 * largest + root
+            whole = worker.trained, sum(blocks) + root
+            return lambda done: whole
+        beside = 2 * max(blocks, default=0) + root
+        return lambda done: (worker.trained if several else done // strategy.fsdp, beside)
     if strategy.replicas > 1 and module:
-        return worker.trained, worker.trained if strategy.microbatches > 1 else 0
-    flat = 0 if strategy.replicas == 1 else min(done, worker.trained)
-    return (worker.trained if several else done), flat
+        copies = worker.trained, worker.trained if strategy.microbatches > 1 else 0
+        return lambda done: copies
+    alone = strategy.replicas == 1
+    return lambda done: (worker.trained if several else done, 0 if alone else min(done, worker.trained))
 
 
 def _gathered(strategy: Strategy, stage: Stage) -> int:

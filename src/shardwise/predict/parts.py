@@ -8,6 +8,7 @@ Everything that `parallel` decides about messages is decided here in the same wa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -170,21 +171,42 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> Pa
     Args:
         profile: for the strategy's tp, sp, microbatch and precision.
         strategy: how to divide.
-        costs: seconds of the forward pass of each link, by which stages are balanced.
+        costs: seconds of the forward pass of each link, by which stages are balanced; the same object where they are
+            the same, for what is found is kept.
 
     Raises:
         StrategyError: there are more stages than links; a tied parameter that fsdp cannot shard.
     """
     if strategy.pp > 1:
         check_stages(strategy, len(profile.links) - 1)
-    module = strategy.tp == strategy.pp == 1
-    if module:
-        cuts: list[list[int]] = [_module_cuts(profile, strategy)]
-    else:
-        cuts = _graph_cuts(profile, strategy, costs)
-    return Parts(
-        strategy, tuple(_workers(profile, strategy, cuts, module=module)), tuple(tuple(starts) for starts in cuts)
-    )
+    key = ("parts", id(costs), _traits(strategy))
+    if key not in profile.kept:
+        cuts = _cuts(profile, strategy, costs)
+        workers = tuple(_workers(profile, strategy, cuts, module=strategy.tp == strategy.pp == 1))
+        profile.kept[key] = costs, workers, cuts
+    found = profile.kept[key]
+    assert isinstance(found, tuple)
+    return Parts(strategy, *found[1:])
+
+
+def _traits(strategy: Strategy) -> tuple[object, ...]:
+    """What of a strategy decides who holds what."""
+    dealt = strategy.replicas if strategy.zero == 1 else strategy.replicas > 1
+    sharded = strategy.fsdp if strategy.splits_parameters else 0
+    return strategy.pp, strategy.stages_per_worker, strategy.zero, sharded, dealt, cuts_blocks(strategy)
+
+
+def _cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> tuple[tuple[int, ...], ...]:
+    """Links at which the blocks of each stage begin."""
+    if strategy.tp == strategy.pp == 1:
+        return (tuple(_module_cuts(profile, strategy)),)
+    key = ("cuts", id(costs), strategy.pp * strategy.stages_per_worker, cuts_blocks(strategy))
+    if key not in profile.kept:
+        profile.kept[key] = costs, tuple(tuple(starts) for starts in _graph_cuts(profile, strategy, costs))
+    found = profile.kept[key]
+    assert isinstance(found, tuple)
+    cuts: tuple[tuple[int, ...], ...] = found[1]
+    return cuts
 
 
 def _graph_cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> list[list[int]]:
@@ -218,7 +240,10 @@ def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]]
     count = len(cuts)
     bounds = [*(starts[0] for starts in cuts), len(profile.links)]
     stage_of = [stage for stage, (a, b) in enumerate(pairwise(bounds)) for _ in range(a, b)]
-    homes = [sorted({stage_of[link] for link in parameter.links}) for parameter in profile.parameters]
+    homes: list[list[int]] = [[] for _ in profile.parameters]
+    for stage, (a, b) in enumerate(pairwise(bounds)):
+        for index in profile.within(a, b):
+            homes[index].append(stage)
     placed = [sorted({stage % strategy.pp for stage in stages}) for stages in homes]
     for place in range(strategy.pp):
         own = range(place, count, strategy.pp)
@@ -231,8 +256,7 @@ def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]]
                 "schedule=1f1b"
             )
         stages = tuple(
-            _stage(profile, strategy, stage, cuts[stage], bounds, stage_of, twice, homes, module=module)
-            for stage in own
+            _stage(profile, strategy, stage, cuts[stage], bounds, stage_of, twice, module=module) for stage in own
         )
         yield _worker(profile, strategy, place, stages, here, twice, placed)
 
@@ -328,9 +352,7 @@ def _reducer_buckets(parameters: Sequence[Parameter], first: int) -> list[Bucket
         buckets[-1].append(parameter)
         size, kind = size + parameter.bytes, parameter.itemsize
     return [
-        Bucket(
-            sum(p.bytes for p in bucket), min(min((k for k in p.links if k >= first), default=first) for p in bucket)
-        )
+        Bucket(sum(p.bytes for p in bucket), min(next((k for k in p.links if k >= first), first) for p in bucket))
         for bucket in buckets
     ]
 
@@ -346,12 +368,11 @@ def _stage(
     bounds: Sequence[int],
     stage_of: Sequence[int],
     twice: set[int],
-    homes: Sequence[Sequence[int]],
     *,
     module: bool,
 ) -> Stage:
     first, end = bounds[number], bounds[number + 1]
-    own = [index for index, stages in enumerate(homes) if number in stages]
+    own = profile.within(first, end)
     ranges = list(pairwise([*starts, end]))
     blocks: tuple[Block, ...] = ()
     root = None
@@ -409,15 +430,9 @@ def _graph_parts(
     profile: Profile, strategy: Strategy, ranges: Sequence[tuple[int, int]], own: Sequence[int]
 ) -> tuple[tuple[Block, ...], Gathered | None]:
     """Consecutive ranges of links; what several of them use is gathered for the whole stage."""
-    by_block: list[list[int]] = [[] for _ in ranges]
-    shared = []
-    for index in own:
-        links = profile.parameters[index].links
-        here = {number for number, (a, b) in enumerate(ranges) if any(a <= link < b for link in links)}
-        if len(here) == 1:
-            by_block[here.pop()].append(index)
-        else:
-            shared.append(index)
+    several = Counter(index for a, b in ranges for index in profile.within(a, b))
+    shared = [index for index in own if several[index] > 1]
+    by_block = [[index for index in profile.within(a, b) if several[index] == 1] for a, b in ranges]
     sharded = strategy.splits_parameters
     blocks = tuple(
         Block(a, b, _gathered(profile, indices, strategy) if sharded else None)
@@ -477,9 +492,9 @@ def _between(profile: Profile, starts: Sequence[int], first: int, end: int) -> i
         return 0
     cuts = [first, *starts, end]
     block_of = {link: number for number, (a, b) in enumerate(pairwise(cuts)) for link in range(a, b)}
-    total = 0
-    for value in profile.values:
-        made = block_of.get(value.made)
-        if made is not None and any(block_of.get(link, made) != made for link in value.used):
-            total += value.held
-    return total
+    handed = {id(value): value for start in starts for value in profile.live[start] if value.made >= first}
+    return sum(
+        value.held
+        for value in handed.values()
+        if any(block_of.get(link, block_of[value.made]) != block_of[value.made] for link in value.used)
+    )

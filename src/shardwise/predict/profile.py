@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from shardwise.predict.kernel import Kernel
 
@@ -64,7 +64,7 @@ class Layer:
     normalised: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Parameter:
     """One parameter, or buffer, as one tensor-parallel worker holds it.
 
@@ -88,7 +88,7 @@ class Parameter:
     summed: bool = False
     buffer: bool = False
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Of what one worker holds."""
         count = 1
@@ -96,7 +96,7 @@ class Parameter:
             count *= size
         return count
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Of what one worker holds."""
         return self.elements * self.itemsize
@@ -213,15 +213,41 @@ class Profile:
                 own[value.saved[0]] += value.held
         return tuple(accumulate(own, initial=0))
 
+    @cached_property
+    def live(self) -> tuple[tuple[Value, ...], ...]:
+        """Before each link, and behind the last: the values that are made before and used from there on."""
+        found: list[list[Value]] = [[] for _ in range(len(self.links) + 1)]
+        for value in self.values:
+            for link in range(max(value.made + 1, 0), value.used[-1] + 1):
+                found[link].append(value)
+        return tuple(map(tuple, found))
+
     def crossing(self, first: int, end: int) -> list[Value]:
         """Values that come into links `first` to `end` from outside, or leave them."""
-        found = []
-        for value in self.values:
-            inside = any(first <= link < end for link in value.used)
-            made = first <= value.made < end
-            if (made and value.used[-1] >= end) or (inside and not made):
-                found.append(value)
+        arriving = [value for value in self.live[first] if any(first <= link < end for link in value.used)]
+        return arriving + [value for value in self.live[end] if value.made >= first]
+
+    @cached_property
+    def _users(self) -> tuple[tuple[int, ...], ...]:
+        found: list[list[int]] = [[] for _ in self.links]
+        for index, parameter in enumerate(self.parameters):
+            for link in parameter.links:
+                found[link].append(index)
+        return tuple(map(tuple, found))
+
+    def within(self, first: int, end: int) -> tuple[int, ...]:
+        """Indices of the parameters that links `first` to `end` use, ascending."""
+        key = ("within", first, end)
+        if key not in self.kept:
+            self.kept[key] = tuple(sorted(set(chain.from_iterable(self._users[first:end]))))
+        found = self.kept[key]
+        assert isinstance(found, tuple)
         return found
+
+    @cached_property
+    def largest(self) -> int:
+        """Bytes of the largest trained parameter."""
+        return max((self.parameters[index].bytes for index in self.trained), default=0)
 
     @cached_property
     def trained(self) -> tuple[int, ...]:

@@ -47,8 +47,9 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Sums of `Spent` over links 0 to i, one entry more than links."""
+    """Sums of `Spent` over links 0 to i, one entry more than links; `each`: seconds of every link."""
 
+    each: tuple[float, ...]
     kernels: tuple[float, ...]
     host: tuple[float, ...]
     exchanges: tuple[float, ...]
@@ -58,6 +59,7 @@ class Sums:
     def of(cls, spent: Sequence[Spent]) -> Sums:
         """Of what each link spends."""
         return cls(
+            tuple(each.total for each in spent),
             tuple(accumulate((each.kernels for each in spent), initial=0.0)),
             tuple(accumulate((each.host for each in spent), initial=0.0)),
             tuple(accumulate((each.exchanges for each in spent), initial=0.0)),

@@ -1,0 +1,71 @@
+"""What a worker does in a step is known for any number of microbatches without writing its table down."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from shardwise.parallel.schedule import BACKWARD, FORWARD, WEIGHT
+from shardwise.predict.issuing import Sync, actions_of, syncs, turns, under_way
+from shardwise.strategy import Strategy
+
+STRATEGIES = [
+    "dp=2",
+    "fsdp=2",
+    "fsdp=2,zero=2",
+    "tp=2",
+    "fsdp=2,tp=2",
+    "pp=4",
+    "pp=3,schedule=gpipe",
+    "pp=4,schedule=interleaved",
+    "pp=2,stages=3,schedule=interleaved",
+    "pp=4,schedule=zero-bubble",
+    "fsdp=2,pp=4",
+    "fsdp=2,pp=4,zero=2,schedule=zero-bubble",
+    "fsdp=2,pp=4,schedule=interleaved",
+]
+
+
+@pytest.mark.parametrize("count", [1, 4, 12, 24, 36, 60])
+@pytest.mark.parametrize("text", STRATEGIES)
+def test_turns_count_the_table(text: str, count: int) -> None:
+    strategy = Strategy.parse(text).with_(microbatches=count)
+    for place in range(strategy.pp):
+        actions = actions_of(strategy, place)
+        shards = syncs(strategy, actions) if strategy.splits_parameters else [None] * len(actions)
+        table: Counter[tuple[str, int, Sync | None]] = Counter()
+        for action, sync in zip(actions, shards, strict=True):
+            table[action.kind, action.stage, sync] += 1
+        found: Counter[tuple[str, int, Sync | None]] = Counter()
+        for turn in turns(strategy, place):
+            found[turn.action.kind, turn.action.stage, turn.sync] += turn.count
+        assert found == table
+        finals = [turn for turn in turns(strategy, place) if turn.final]
+        assert [turn.count for turn in finals] == [1] * strategy.stages_per_worker
+
+
+@pytest.mark.parametrize("count", [1, 4, 12, 24, 36, 60])
+@pytest.mark.parametrize("text", STRATEGIES)
+def test_activations_that_are_kept(text: str, count: int) -> None:
+    strategy = Strategy.parse(text).with_(microbatches=count)
+    for place in range(strategy.pp):
+        kept = most = 0
+        for action in actions_of(strategy, place):
+            kept += (action.kind == FORWARD) - (action.kind in (BACKWARD, WEIGHT))
+            most = max(most, kept)
+        assert sum(number for _, number in under_way(strategy, place)) == most
+
+
+def test_known_numbers() -> None:
+    """1f1b keeps as many microbatches as there are stages behind (Narayanan et al. 2021), gpipe all of them."""
+    many = Strategy.parse("pp=4,microbatches=1000")
+    assert [dict(under_way(many, place))[place] for place in range(4)] == [4, 3, 2, 1]
+    assert under_way(many.with_(schedule="gpipe"), 0) == ((0, 1000),)
+    first = turns(many, 0)
+    assert [(turn.action.kind, turn.first, turn.final, turn.count) for turn in first] == [
+        (FORWARD, False, False, 1000),
+        (BACKWARD, True, False, 1),
+        (BACKWARD, False, False, 998),
+        (BACKWARD, False, True, 1),
+    ]
