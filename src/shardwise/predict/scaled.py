@@ -1,0 +1,154 @@
+"""Profiles at sizes that were not traced: what a step needs is a plane over its microbatch and its shards.
+
+Every shape, FLOP and byte of a microbatch of m samples on one of t tensor-parallel workers is
+
+    a + b m + c / t + d m / t
+
+so that four traced profiles give all others: a search over hundreds of (tp, microbatch) traces a handful of steps. A
+number that does not follow this rule (a kernel that changes with the size, heads that no longer divide) shows when the
+finalists of a search are traced themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+from shardwise.errors import StrategyError, WorkloadError
+from shardwise.predict.profile import Profile
+from shardwise.predict.profiling import Profiles
+from shardwise.strategy import Strategy
+
+T = TypeVar("T")
+
+SMALL, LARGE = 2, 4
+"""Tensor-parallel degrees, and microbatches where one sample is no base, that are traced to know all others."""
+
+
+class _Unlike(Exception):
+    """Two profiles that differ in more than numbers."""
+
+
+def between(first: Profile, second: Profile, at: float) -> Profile | None:
+    """The profile on the line through two: `first` at 0, `second` at 1. None where they differ in more than numbers.
+
+    Names, sizes of the workload's batch and what was derived are those of `first`.
+    """
+    try:
+        found = _Line(at).of(replace(first, kept={}), replace(second, kept={}, **_same(first)))
+    except _Unlike:
+        return None
+    return replace(found, kept={})
+
+
+def _same(profile: Profile) -> dict[str, Any]:
+    """What is not to be drawn through."""
+    return {name: getattr(profile, name) for name in ("tp", "microbatch", "batch_size", "notes", "ready", "blocks")}
+
+
+@dataclass(slots=True)
+class _Line:
+    """a + (b - a) at, for every number of two equal trees."""
+
+    at: float
+    known: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+    def of(self, a: T, b: T) -> T:
+        """Raises _Unlike where the trees differ in more than numbers."""
+        if a is b:
+            return a
+        key = (id(a), id(b))
+        if key not in self.known:
+            self.known[key] = self._made(a, b), a, b  # the two are kept, so that no other gets their place in memory
+        found: T = self.known[key][0]
+        return found
+
+    def _made(self, a: Any, b: Any) -> Any:
+        if type(a) is not type(b):
+            raise _Unlike
+        if isinstance(a, bool | str) or a is None:
+            if a != b:
+                raise _Unlike
+            return a
+        if isinstance(a, int):
+            return max(0, round(a + (b - a) * self.at))
+        if isinstance(a, float):
+            return max(0.0, a + (b - a) * self.at)
+        if isinstance(a, tuple):
+            if len(a) != len(b):
+                raise _Unlike
+            return tuple(self.of(x, y) for x, y in zip(a, b, strict=True))
+        if is_dataclass(a) and not isinstance(a, type):
+            return self._dataclass(a, b)
+        if a != b:
+            raise _Unlike
+        return a
+
+    def _dataclass(self, a: Any, b: Any) -> Any:
+        values = {each.name: self.of(getattr(a, each.name), getattr(b, each.name)) for each in fields(a)}
+        return replace(a, **values)
+
+
+@dataclass(slots=True)
+class ScaledProfiles:
+    """Like `Profiles`, from few of them.
+
+    Attributes:
+        traced: where the profiles at the corners come from.
+    """
+
+    traced: Profiles
+    _known: dict[tuple[Any, ...], Profile] = field(default_factory=dict)
+
+    def of(self, strategy: Strategy, batch_size: int = 0) -> Profile:
+        """The profile that a strategy is ranked by; raises as `Profiles.of` does."""
+        size = batch_size or self.traced.workload.batch_size
+        settled = strategy.for_batch(size)
+        samples = size // settled.replicas // settled.microbatches
+        split = settled.schedule == "zero-bubble"
+        key = (settled.tp, settled.sp, samples, settled.precision, split)
+        if key not in self._known:
+            self._known[key] = self._at(settled, samples)
+        return self._known[key]
+
+    def _at(self, strategy: Strategy, samples: int) -> Profile:
+        if strategy.tp <= SMALL:
+            return self._of_samples(strategy, strategy.tp, samples)
+        where = (1 / strategy.tp - 1 / SMALL) / (1 / LARGE - 1 / SMALL)
+        ends: list[Profile] = []
+        for tp in (SMALL, LARGE):
+            try:
+                ends.append(self._of_samples(strategy, tp, samples))
+            except (StrategyError, WorkloadError):
+                break
+        found = between(ends[0], ends[1], where) if len(ends) == 2 else None
+        if found is None:
+            return self._corner(strategy, strategy.tp, samples)
+        return replace(found, tp=strategy.tp, microbatch=samples)
+
+    def _of_samples(self, strategy: Strategy, tp: int, samples: int) -> Profile:
+        for low, high in ((1, 2), (SMALL, LARGE)):
+            if samples in (low, high):
+                return self._corner(strategy, tp, samples)
+            first, second = self._corner(strategy, tp, low), self._corner(strategy, tp, high)
+            found = between(first, second, (samples - low) / (high - low))
+            if found is not None:
+                return replace(found, tp=tp, microbatch=samples)
+        return self._corner(strategy, tp, samples)
+
+    def _corner(self, strategy: Strategy, tp: int, samples: int) -> Profile:
+        key = ("corner", tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, strategy.schedule)
+        if key not in self._known:
+            options = {"schedule": "zero-bubble", "pp": 2} if strategy.schedule == "zero-bubble" else {}
+            alone = Strategy(
+                tp=tp, sp=strategy.sp if tp > 1 else 0, precision=strategy.precision, microbatches=1, **options
+            )
+            self._known[key] = replace(
+                self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, kept={}
+            )
+        return self._known[key]
+
+
+ProfileOf = Callable[[Strategy], Profile]
+"""Where a search has its profiles from."""
