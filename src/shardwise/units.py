@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_ENDS = (("iB", 1024), ("B", 1000), ("", 1000))
+
 
 def format_bytes(value: float) -> str:
     """1536 -> '1.5 KiB'. Binary multiples, as memory is sold and allocated."""
@@ -35,3 +39,15 @@ def format_rate(value: float) -> str:
 def format_share(value: float) -> str:
     """0.123 -> '12%'."""
     return f"{value * 100:.0f}%"
+
+
+_UNITS = {"": 1, "B": 1, **{f"{k}{end}": base ** (n + 1) for n, k in enumerate("KMGT") for end, base in _ENDS}}
+
+
+def parse_bytes(text: str) -> int:
+    """'40GiB' -> 42949672960, '40GB' -> 40000000000, '1024' -> 1024. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match and next((unit for unit in _UNITS if unit.lower() == match[2].lower()), None)
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is not a size in bytes")
+    return round(float(match[1]) * _UNITS[unit])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
     parameters = dict(model.named_parameters())
     trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
     if strategy.tp > 1:
-        _check_degree(strategy, step, parameters, trained)
+        refusal = TensorDegrees(step, parameters).refusal(strategy.tp, sequence=bool(strategy.sp))
+        if refusal is not None:
+            raise StrategyError(refusal)
     if strategy.pp > 1:
         found = places(split(step, 1, trained)[0], parameters)
         if workload.evaluation is not None:
@@ -63,24 +66,35 @@ def _never(*_: Any) -> Any:
     raise AssertionError("this graph is for looking at")
 
 
-def _check_degree(
-    strategy: Strategy, step: StepGraph, parameters: dict[str, nn.Parameter], trained: frozenset[str]
-) -> None:
-    """Raises StrategyError where the tensor degree does not divide heads, or most of the features."""
+@dataclass(frozen=True, slots=True)
+class TensorDegrees:
+    """Which tensor degrees a traced step can be cut into.
 
-    def reason(degree: int) -> str | None:
-        local, obstacles = split(step, degree, trained, sequence=bool(strategy.sp))
-        return _in_the_way(degree, local, obstacles, parameters)
+    Attributes:
+        step: of one microbatch.
+        parameters: of the model, by name.
+    """
 
-    wrong = reason(strategy.tp)
-    if wrong is not None:
-        fitting = [str(degree) for degree in DEGREES if reason(degree) is None]
+    step: StepGraph
+    parameters: Mapping[str, nn.Parameter]
+
+    def refusal(self, degree: int, *, sequence: bool = False) -> str | None:
+        """What a degree fails to divide, and which would do; None where it can be."""
+        wrong = self._wrong(degree, sequence=sequence)
+        if wrong is None:
+            return None
+        fitting = [str(other) for other in DEGREES if self._wrong(other, sequence=sequence) is None]
         hint = f"use tp={' or '.join(fitting)}" if fitting else "no tensor degree fits this model, use dp, fsdp or pp"
-        raise StrategyError(f"tp={strategy.tp} does not divide {wrong}: {hint}")
+        return f"tp={degree} does not divide {wrong}: {hint}"
+
+    def _wrong(self, degree: int, *, sequence: bool) -> str | None:
+        trained = frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
+        local, obstacles = split(self.step, degree, trained, sequence=sequence)
+        return _in_the_way(degree, local, obstacles, self.parameters)
 
 
 def _in_the_way(
-    degree: int, local: LocalGraph, obstacles: Sequence[Obstacle], parameters: dict[str, nn.Parameter]
+    degree: int, local: LocalGraph, obstacles: Sequence[Obstacle], parameters: Mapping[str, nn.Parameter]
 ) -> str | None:
     """What a tensor degree fails to divide so that it is of no use; None where it is."""
     for obstacle in obstacles:

@@ -1,0 +1,240 @@
+"""The best strategies of all there are: families in the order of what they cost at least, until none can win any more.
+
+    families of strategies -> lower bounds -> members, best bound first -> prediction (closed form) -> the best few,
+    predicted again from profiles that were traced for them
+
+The search is exact with respect to the closed form: what is left out has a lower bound above what was found.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shardwise.cluster.cluster import Cluster
+from shardwise.errors import RequestError, StrategyError, WorkloadError
+from shardwise.parallel.check import TensorDegrees
+from shardwise.plan.bounds import least_memory, least_seconds
+from shardwise.plan.plan import Candidate, Plan, Rejected
+from shardwise.plan.space import divisors, families, members
+from shardwise.plan.wish import Wish
+from shardwise.predict.costs import predict
+from shardwise.predict.prediction import Prediction
+from shardwise.predict.profile import Profile
+from shardwise.predict.profiling import Profiles
+from shardwise.predict.scaled import ScaledProfiles
+from shardwise.strategy import Strategy
+from shardwise.units import format_bytes, format_seconds
+from shardwise.workload.workload import Workload
+
+FINALISTS = 5
+"""Strategies that are sure to be the best ones, and are predicted from profiles of their own."""
+
+EQUAL = 0.001
+"""By which one more option of a strategy must be worth it: predictions are not that exact."""
+
+
+def search(workload: Workload, cluster: Cluster, workers: int, wish: Wish | None = None) -> Plan:
+    """The best strategies of a workload for so many devices of a cluster.
+
+    Args:
+        workload: what to train.
+        cluster: on what.
+        workers: devices to use, the first ones of the cluster.
+        wish: objective and constraints.
+
+    Raises:
+        RequestError: the cluster has fewer devices.
+        WorkloadError, DataError: the workload cannot be profiled at all.
+    """
+    if not 1 <= workers <= cluster.size:
+        raise RequestError(f"workers={workers}: {cluster.name} has {cluster.size} devices, use 1 to {cluster.size}")
+    return _Search(workload, cluster, workers, wish or Wish()).plan()
+
+
+@dataclass(slots=True)
+class _Search:
+    workload: Workload
+    cluster: Cluster
+    workers: int
+    wish: Wish
+    found: list[Candidate] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    smallest: Candidate | None = None
+    looked_at: int = 0
+    left_out: int = 0
+    traced: Profiles = field(init=False)
+    scaled: ScaledProfiles = field(init=False)
+    room: int = 0
+
+    def plan(self) -> Plan:
+        """See `search`."""
+        start = time.perf_counter()
+        self.traced = Profiles(self.workload)
+        self.scaled = ScaledProfiles(self.traced)
+        self.room = min(nodes.device.memory_bytes for nodes in self.cluster.nodes)
+        if self.wish.max_memory is not None:
+            self.room = min(self.room, self.wish.max_memory)
+        self._look()
+        best = self._judged()
+        return Plan(
+            workload=self.workload.name,
+            cluster=self.cluster.name,
+            workers=self.workers,
+            wish=self.wish,
+            candidates=tuple(best),
+            rejected=tuple(self.rejected),
+            smallest=self.smallest,
+            seconds=time.perf_counter() - start,
+            looked_at=self.looked_at,
+            left_out=self.left_out,
+        )
+
+    # ---- what there is ----------------------------------------------------------------------------------------------
+
+    def _families(self) -> list[tuple[float, Strategy]]:
+        """(least value of the objective, family), without those that the model does not allow."""
+        links, tensor = self._cut(), [1]
+        if links > 1:
+            degrees = _tensor_degrees(self.workload)
+            for tp in divisors(self.workers)[1:]:
+                refusal = degrees.refusal(tp)
+                if refusal is None:
+                    tensor.append(tp)
+                else:
+                    self.rejected.append(Rejected(Strategy(tp=tp), refusal, "model"))
+        bounded: list[tuple[float, Strategy]] = []
+        for family in families(self.workers, self.workload.batch_size, self.wish, tensor, links):
+            try:
+                profile = self.scaled.of(family)
+            except (StrategyError, WorkloadError) as error:
+                self.rejected.append(Rejected(family, str(error), "model"))
+                continue
+            bounded.append((self._bound(family, profile), family))
+        return bounded
+
+    def _cut(self) -> int:
+        """Pieces that the step can be cut into; 1 where it cannot be traced, and the reason noted."""
+        share = next(iter(divisors(self.workload.batch_size)))
+        profile = self.traced.of(Strategy(microbatches=1), share)
+        if not profile.cut:
+            reason = f"cannot be traced ({'; '.join(profile.notes)}), so that tp and pp are not possible"
+            self.rejected.append(Rejected(Strategy(tp=2), reason, "model"))
+            self.rejected.append(Rejected(Strategy(pp=2), reason, "model"))
+            return 1
+        return len(profile.links)
+
+    def _bound(self, family: Strategy, profile: Profile) -> float:
+        if self.wish.objective == "memory":
+            return min((least_memory(profile, member) for member in members(family, self.wish)), default=float("inf"))
+        return least_seconds(profile, family, self.cluster)
+
+    # ---- the way through it -----------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Families by their bounds, until the next one cannot be among the finalists."""
+        order = sorted(enumerate(self._families()), key=lambda entry: (entry[1][0], entry[0]))
+        worst = _Threshold(FINALISTS)
+        for number, (_, (bound, family)) in enumerate(order):
+            if bound > worst.value:
+                self._leave_out([family for _, (_, family) in order[number:]], bound)
+                return
+            for member in members(family, self.wish):
+                candidate = self._predicted(member)
+                if candidate is not None:
+                    self.found.append(candidate)
+                    worst.add(self._value(candidate.prediction))
+
+    def _leave_out(self, families: Sequence[Strategy], bound: float) -> None:
+        what = format_bytes(bound) if self.wish.objective == "memory" else format_seconds(bound)
+        reason = f"cannot win: needs {what} or more even if all but " + (
+            "what a device must hold were free" if self.wish.objective == "memory" else "computing were free"
+        )
+        for family in families:
+            count = sum(1 for _ in members(family, self.wish))
+            self.left_out += count
+            self.rejected.append(Rejected(family, reason, "slower", count))
+
+    def _predicted(self, strategy: Strategy) -> Candidate | None:
+        """What a strategy costs; None, and noted, where it cannot be or does not fit."""
+        profile = self.scaled.of(strategy)
+        least = least_memory(profile, strategy)
+        if least > self.room and self.smallest is not None:
+            self.left_out += 1
+            self._too_large(strategy, least, "at least ")
+            return None
+        try:
+            candidate = Candidate(strategy, predict(profile, strategy, self.cluster))
+        except (StrategyError, WorkloadError) as error:
+            self.rejected.append(Rejected(strategy, str(error), "model"))
+            return None
+        self.looked_at += 1
+        return candidate if self._fits(candidate) else None
+
+    def _fits(self, candidate: Candidate) -> bool:
+        memory = candidate.prediction.memory.total
+        if memory <= self.room:
+            return True
+        if self.smallest is None or memory < self.smallest.prediction.memory.total:
+            self.smallest = candidate
+        self._too_large(candidate.strategy, memory, "")
+        return False
+
+    def _too_large(self, strategy: Strategy, size: float, least: str) -> None:
+        reason = f"needs {least}{format_bytes(size)} of a device, there are {format_bytes(self.room)}"
+        self.rejected.append(Rejected(strategy, reason, "memory"))
+
+    def _value(self, prediction: Prediction) -> float:
+        """What is to be small."""
+        return float(prediction.memory.total) if self.wish.objective == "memory" else prediction.step_seconds
+
+    def _rank(self, candidate: Candidate) -> tuple[float, float, int]:
+        """Best first; of two that are as good as equal the one with fewer words."""
+        prediction, words = candidate.prediction, str(candidate.strategy).count(",")
+        other = prediction.step_seconds if self.wish.objective == "memory" else prediction.memory.total
+        return self._value(prediction) * (1 + EQUAL * words), other, words
+
+    def _judged(self) -> list[Candidate]:
+        """All that fit, best first, the finalists predicted from profiles of their own."""
+        ranked = sorted(self.found, key=self._rank)
+        judged: list[Candidate] = []
+        for number, candidate in enumerate(ranked):
+            if len(judged) == FINALISTS:
+                return sorted(judged, key=self._rank) + ranked[number:]
+            again = self._traced(candidate.strategy)
+            if again is not None:
+                judged.append(again)
+        return sorted(judged, key=self._rank)
+
+    def _traced(self, strategy: Strategy) -> Candidate | None:
+        candidate = Candidate(strategy, predict(self.traced.of(strategy), strategy, self.cluster))
+        return candidate if self._fits(candidate) else None
+
+
+class _Threshold:
+    """The n-th smallest of the values so far; infinite while there are fewer."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._largest: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Takes one more value."""
+        heapq.heappush(self._largest, -value)
+        if len(self._largest) > self._count:
+            heapq.heappop(self._largest)
+
+    @property
+    def value(self) -> float:
+        """See the class."""
+        return -self._largest[0] if len(self._largest) == self._count else float("inf")
+
+
+def _tensor_degrees(workload: Workload) -> TensorDegrees:
+    from shardwise.parallel.traced import traced
+    from shardwise.predict.profiling import _batch, _on_meta, _without_parameters
+
+    model = _on_meta(workload) or _without_parameters(workload)
+    return TensorDegrees(traced(workload, model, _batch(workload, 1)), dict(model.named_parameters()))

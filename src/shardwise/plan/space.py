@@ -1,0 +1,100 @@
+"""All strategies there are for so many workers, as families: those of a family compute the same on every worker.
+
+A family has the degrees of tp and pp, the schedule, the microbatches and what is recomputed; its members differ in how
+the replicas keep parameters: `dp`, `fsdp` with zero=1|2|3, and products of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from shardwise.errors import StrategyError
+from shardwise.plan.wish import Wish
+from shardwise.strategy import PRECISIONS, RECOMPUTE, Strategy
+
+MOST_STAGES = 8
+"""Stages of a worker that an interleaved schedule is looked at with."""
+
+
+def families(workers: int, batch_size: int, wish: Wish, tensor: Sequence[int], links: int) -> Iterator[Strategy]:
+    """One strategy for each family, with all replicas as `dp`.
+
+    Args:
+        workers: product of the degrees.
+        batch_size: global.
+        wish: what may be.
+        tensor: degrees of tp that the model can be cut into, 1 among them.
+        links: pieces that its step can be cut into; 1 where it cannot be.
+    """
+    for tp in divisors(workers):
+        if tp not in tensor or not wish.allows("tp", tp):
+            continue
+        for pp in divisors(workers // tp):
+            replicas = workers // tp // pp
+            if pp > links or batch_size % replicas or not wish.allows("pp", pp):
+                continue
+            yield from _of_degrees(tp, pp, replicas, batch_size // replicas, wish, links)
+
+
+def _of_degrees(tp: int, pp: int, replicas: int, share: int, wish: Wish, links: int) -> Iterator[Strategy]:
+    for microbatches in divisors(share):
+        if not wish.allows("microbatches", microbatches):
+            continue
+        for schedule, stages in _schedules(pp, microbatches, links, plain="stages" not in wish.fixed):
+            if not (wish.allows("schedule", schedule) and wish.allows("stages", stages)):
+                continue
+            for recompute in RECOMPUTE:
+                for sp in (1, 0) if tp > 1 else (0,):
+                    for precision in _precisions(wish):
+                        if not (wish.allows("recompute", recompute) and wish.allows("sp", sp)):
+                            continue
+                        yield Strategy(
+                            dp=replicas,
+                            tp=tp,
+                            sp=sp,
+                            pp=pp,
+                            microbatches=microbatches,
+                            schedule=schedule,
+                            stages=stages,
+                            recompute=recompute,
+                            precision=precision,
+                        )
+
+
+def _precisions(wish: Wish) -> tuple[str, ...]:
+    """The workload's own, unless another is asked for: it is not the planner's to change what is computed."""
+    return tuple(word for word in PRECISIONS if wish.fixed.get("precision") == word) or ("",)
+
+
+def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterator[tuple[str, int]]:
+    """(schedule, stages of a worker); `plain`: the usual two stages are left unsaid."""
+    yield "1f1b", 0
+    if pp == 1:
+        return
+    yield "gpipe", 0
+    yield "zero-bubble", 0
+    if microbatches % pp == 0:
+        for stages in range(2, min(MOST_STAGES, links // pp) + 1):
+            yield "interleaved", 0 if plain and stages == 2 else stages
+
+
+def members(family: Strategy, wish: Wish) -> Iterator[Strategy]:
+    """All strategies of a family that may be."""
+    replicas = family.dp
+    for fsdp in divisors(replicas):
+        for zero in (3, 2, 1) if fsdp > 1 else (3,):
+            if zero == 1 and fsdp != replicas:
+                continue  # the optimizer's state is dealt to all replicas, however they are spelled
+            try:
+                strategy = family.with_(dp=replicas // fsdp, fsdp=fsdp, zero=zero)
+            except StrategyError:
+                continue
+            if wish.refusal(strategy) is None:
+                yield strategy
+
+
+@lru_cache(maxsize=1024)
+def divisors(number: int) -> tuple[int, ...]:
+    """All of them, ascending."""
+    return tuple(each for each in range(1, number + 1) if number % each == 0)

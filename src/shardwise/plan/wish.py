@@ -1,0 +1,150 @@
+"""What a person wants of a plan, and what may not be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+
+from shardwise.errors import RequestError, nearest
+from shardwise.strategy import Strategy
+from shardwise.units import parse_bytes
+
+OBJECTIVES = ("time", "memory", "money")
+"""What can be made small: seconds of a step, bytes of a device, US dollars of a sample."""
+
+AXES = ("dp", "fsdp", "tp", "pp", "sp")
+"""What `--forbid` may name alone: more than one shard of it."""
+
+OPTIONS = tuple(each.name for each in fields(Strategy))
+"""What `--fix` may set: the options of a strategy, as it spells them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """Objective and constraints of a plan.
+
+    Attributes:
+        objective: one of OBJECTIVES.
+        max_memory: bytes that a device may use; None: what it has.
+        fixed: option of a strategy -> the value that it must have.
+        forbidden: (option, value that it must not have); an empty value: any but the default.
+    """
+
+    objective: str = "time"
+    max_memory: int | None = None
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    forbidden: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(
+        cls, objective: str = "time", max_memory: str | None = None, fix: Iterable[str] = (), forbid: Iterable[str] = ()
+    ) -> Wish:
+        """Reads what was asked for, as the command line spells it.
+
+            Wish.parse(max_memory="40GiB", fix=["tp=8"], forbid=["pp", "schedule=gpipe"])
+
+        Raises:
+            RequestError: an unknown word, or two wishes that contradict each other; names them.
+        """
+        if objective not in OBJECTIVES:
+            known = ", ".join(OBJECTIVES)
+            raise RequestError(f"objective={objective}: known are {known}{nearest(objective, OBJECTIVES)}")
+        fixed = dict(_fixed(text) for text in _words(fix))
+        forbidden = tuple(_forbidden(text) for text in _words(forbid))
+        wish = cls(
+            objective=objective,
+            max_memory=None if max_memory is None else _memory(max_memory),
+            fixed=fixed,
+            forbidden=forbidden,
+        )
+        wish._check()
+        return wish
+
+    def _check(self) -> None:
+        """Two wishes that no strategy can meet together."""
+        for option, value in self.fixed.items():
+            for word, without in self.forbidden:
+                if word == option and (without == value or (not without and value != _default(option))):
+                    asked = f"{word}={without}" if without else word
+                    raise RequestError(
+                        f"--fix {option}={value} and --forbid {asked} contradict each other: leave one of them out"
+                    )
+        try:
+            Strategy.parse(",".join(f"{option}={value}" for option, value in self._complete().items()) or "single")
+        except RequestError as error:
+            raise RequestError(f"--fix {' --fix '.join(self._fixed_words())}: {error}") from None
+
+    def _complete(self) -> dict[str, str]:
+        """What is fixed, with the axes that its options belong to, so that the values can be checked alone."""
+        needs = {"sp": "tp", "zero": "fsdp", "schedule": "pp", "stages": "pp"}
+        found = dict(self.fixed)
+        for option, axis in needs.items():
+            if option in self.fixed and axis not in found:
+                found[axis] = "2"
+        if "stages" in found and "schedule" not in found:
+            found["schedule"] = "interleaved"
+        return found
+
+    def _fixed_words(self) -> list[str]:
+        return [f"{option}={value}" for option, value in self.fixed.items()]
+
+    def refusal(self, strategy: Strategy) -> str | None:
+        """Which wish a strategy does not meet; None where it meets all."""
+        for option, value in self.fixed.items():
+            if str(getattr(strategy, option)) != value:
+                return f"--fix {option}={value}"
+        for option, value in self.forbidden:
+            found = str(getattr(strategy, option))
+            if found == value or (not value and found != _default(option)):
+                return f"--forbid {option}={value}" if value else f"--forbid {option}"
+        return None
+
+    def allows(self, option: str, value: object) -> bool:
+        """Whether an option may have a value, whatever else a strategy has."""
+        text = str(value)
+        if option in self.fixed:
+            return self.fixed[option] == text
+        return not any(
+            word == option and (text == without or (not without and text != _default(option)))
+            for word, without in self.forbidden
+        )
+
+
+def _words(texts: Iterable[str]) -> Iterable[str]:
+    return (word.strip() for text in texts for word in text.split(",") if word.strip())
+
+
+def _default(option: str) -> str:
+    return str(getattr(Strategy(), option))
+
+
+def _option(text: str, name: str) -> str:
+    if name not in OPTIONS:
+        raise RequestError(f"{text}: unknown option {name!r}: known are {', '.join(OPTIONS)}{nearest(name, OPTIONS)}")
+    return name
+
+
+def _fixed(text: str) -> tuple[str, str]:
+    name, _, value = (part.strip() for part in text.partition("="))
+    _option(f"--fix {text}", name)
+    if not value:
+        raise RequestError(f"--fix {text}: has no value, write --fix {name}=...")
+    return name, value
+
+
+def _forbidden(text: str) -> tuple[str, str]:
+    name, equals, value = (part.strip() for part in text.partition("="))
+    _option(f"--forbid {text}", name)
+    if equals and not value:
+        raise RequestError(f"--forbid {text}: has no value, write --forbid {name} or --forbid {name}=...")
+    return name, value
+
+
+def _memory(text: str) -> int:
+    try:
+        size = parse_bytes(text)
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise RequestError(f"--max-memory {text}: not a size, write 40GiB or 40GB")
+    return size
