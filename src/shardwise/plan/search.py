@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
-from shardwise.parallel.check import TensorDegrees
 from shardwise.plan.bounds import least_memory, least_seconds
 from shardwise.plan.plan import Candidate, Plan, Rejected
 from shardwise.plan.space import divisors, families, members
@@ -98,7 +97,7 @@ class _Search:
         """(least value of the objective, family), without those that the model does not allow."""
         links, tensor = self._cut(), [1]
         if links > 1:
-            degrees = _tensor_degrees(self.workload)
+            degrees = self.traced.tensor_degrees()
             for tp in divisors(self.workers)[1:]:
                 refusal = degrees.refusal(tp)
                 if refusal is None:
@@ -231,10 +230,3 @@ class _Threshold:
         """See the class."""
         return -self._largest[0] if len(self._largest) == self._count else float("inf")
 
-
-def _tensor_degrees(workload: Workload) -> TensorDegrees:
-    from shardwise.parallel.traced import traced
-    from shardwise.predict.profiling import _batch, _on_meta, _without_parameters
-
-    model = _on_meta(workload) or _without_parameters(workload)
-    return TensorDegrees(traced(workload, model, _batch(workload, 1)), dict(model.named_parameters()))

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from shardwise.parallel.check import TensorDegrees
 from shardwise.parallel.cuts import Place, common, from_batch, places
 from shardwise.parallel.deferred import WeightGradients, defer_weights
 from shardwise.parallel.engine import Position
@@ -73,6 +74,11 @@ class Profiles:
             self._known[key] = self._models.profile(*key)
         return self._known[key]
 
+    def tensor_degrees(self) -> TensorDegrees:
+        """Which tensor degrees the model can be cut into. Raises Untraceable where it cannot be traced."""
+        self._models = self._models or _Models(self.workload)
+        return self._models.tensor_degrees()
+
 
 def profile(
     workload: Workload,
@@ -120,6 +126,12 @@ class _Models:
                 self._model = next(self._builds, None)
         model = with_values(self._workload)
         return _Profiler(model, self._device, tp, sp, microbatch, precision, split).profile_with_values()
+
+    def tensor_degrees(self) -> TensorDegrees:
+        """See `Profiles.tensor_degrees`."""
+        model = self._model or with_values(self._workload)
+        with model.short() as module:
+            return TensorDegrees(model.step(1), dict(module.named_parameters()))
 
 
 @dataclass(slots=True)

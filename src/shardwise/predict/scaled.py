@@ -2,41 +2,49 @@
 
 Every shape, FLOP and byte of a microbatch of m samples on one of t tensor-parallel workers is
 
-    a + b m + c / t + d m / t
+    a + b m + c / t + d m / t          and how often a kernel runs is  a + b t  (one copy for each worker)
 
-so that four traced profiles give all others: a search over hundreds of (tp, microbatch) traces a handful of steps. A
-number that does not follow this rule (a kernel that changes with the size, heads that no longer divide) shows when the
-finalists of a search are traced themselves.
+so that few traced profiles give all others: a search over hundreds of (tp, microbatch) traces a handful of steps.
+Microbatches of one sample are always traced: more of their tensors are contiguous. A number that does not follow the
+rule (a kernel that changes with the size, heads that no longer divide) shows when the finalists of a search are traced
+themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from shardwise.errors import StrategyError, WorkloadError
-from shardwise.predict.profile import Profile
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.profile import Pass, Profile
 from shardwise.predict.profiling import Profiles
 from shardwise.strategy import Strategy
 
 T = TypeVar("T")
 
 SMALL, LARGE = 2, 4
-"""Tensor-parallel degrees, and microbatches where one sample is no base, that are traced to know all others."""
+"""Tensor-parallel degrees, and samples of a microbatch, that are traced to know larger ones."""
 
 
 class _Unlike(Exception):
     """Two profiles that differ in more than numbers."""
 
 
-def between(first: Profile, second: Profile, at: float) -> Profile | None:
+def between(first: Profile, second: Profile, at: float, repeats_at: float | None = None) -> Profile | None:
     """The profile on the line through two: `first` at 0, `second` at 1. None where they differ in more than numbers.
 
-    Names, sizes of the workload's batch and what was derived are those of `first`.
+    Equal kernels of a pass are put together first. Names, sizes of the workload's batch and what was derived are those
+    of `first`.
+
+    Args:
+        first, second: of one workload.
+        at: where on the line.
+        repeats_at: where on the line of how often kernels run; None: `at`.
     """
     try:
-        found = _Line(at).of(replace(first, kept={}), replace(second, kept={}, **_same(first)))
+        found = _Line(at, at if repeats_at is None else repeats_at).of(replace(first, kept={}), replace(second, kept={}, **_same(first)))
     except _Unlike:
         return None
     return replace(found, kept={})
@@ -52,6 +60,7 @@ class _Line:
     """a + (b - a) at, for every number of two equal trees."""
 
     at: float
+    repeats_at: float
     known: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def of(self, a: T, b: T) -> T:
@@ -86,8 +95,26 @@ class _Line:
         return a
 
     def _dataclass(self, a: Any, b: Any) -> Any:
+        if isinstance(a, Kernel):
+            count = max(1, round(a.count + (b.count - a.count) * self.repeats_at))
+            a, b = replace(a, count=1), replace(b, count=1)
+            return replace(self._fields(a, b), count=count)
+        if isinstance(a, Pass):
+            return Pass(self.of(_merged(a.kernels), _merged(b.kernels)), self.of(a.exchanges, b.exchanges))
+        return self._fields(a, b)
+
+    def _fields(self, a: Any, b: Any) -> Any:
         values = {each.name: self.of(getattr(a, each.name), getattr(b, each.name)) for each in fields(a)}
         return replace(a, **values)
+
+
+def _merged(kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
+    """Equal kernels as one that runs several times."""
+    counts: dict[Kernel, int] = {}
+    for kernel in kernels:
+        alone = replace(kernel, count=1)
+        counts[alone] = counts.get(alone, 0) + kernel.count
+    return tuple(replace(kernel, count=count) for kernel, count in counts.items())
 
 
 @dataclass(slots=True)
@@ -122,20 +149,20 @@ class ScaledProfiles:
                 ends.append(self._of_samples(strategy, tp, samples))
             except (StrategyError, WorkloadError):
                 break
-        found = between(ends[0], ends[1], where) if len(ends) == 2 else None
+        repeats = (strategy.tp - SMALL) / (LARGE - SMALL)
+        found = between(ends[0], ends[1], where, repeats) if len(ends) == 2 else None
         if found is None:
             return self._corner(strategy, strategy.tp, samples)
         return replace(found, tp=strategy.tp, microbatch=samples)
 
     def _of_samples(self, strategy: Strategy, tp: int, samples: int) -> Profile:
-        for low, high in ((1, 2), (SMALL, LARGE)):
-            if samples in (low, high):
-                return self._corner(strategy, tp, samples)
-            first, second = self._corner(strategy, tp, low), self._corner(strategy, tp, high)
-            found = between(first, second, (samples - low) / (high - low))
-            if found is not None:
-                return replace(found, tp=tp, microbatch=samples)
-        return self._corner(strategy, tp, samples)
+        if samples in (1, SMALL, LARGE):
+            return self._corner(strategy, tp, samples)
+        first, second = self._corner(strategy, tp, SMALL), self._corner(strategy, tp, LARGE)
+        found = between(first, second, (samples - SMALL) / (LARGE - SMALL))
+        if found is None:
+            return self._corner(strategy, tp, samples)
+        return replace(found, tp=tp, microbatch=samples)
 
     def _corner(self, strategy: Strategy, tp: int, samples: int) -> Profile:
         key = ("corner", tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, strategy.schedule)
