@@ -23,7 +23,7 @@ from shardwise.predict.costs import predict
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile import Profile
 from shardwise.predict.profiling import Profiles
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.scaled import ProfileOf, ScaledProfiles
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds
 from shardwise.workload.workload import Workload
@@ -35,7 +35,21 @@ EQUAL = 0.001
 """By which one more option of a strategy must be worth it: predictions are not that exact."""
 
 
-def search(workload: Workload, cluster: Cluster, workers: int, wish: Wish | None = None) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """A plan, and the profiles that it was made from, to ask further questions."""
+
+    plan: Plan
+    profile_of: ProfileOf
+
+
+def search(
+    workload: Workload,
+    cluster: Cluster,
+    workers: int,
+    wish: Wish | None = None,
+    profiles: ScaledProfiles | None = None,
+) -> Searched:
     """The best strategies of a workload for so many devices of a cluster.
 
     Args:
@@ -43,6 +57,7 @@ def search(workload: Workload, cluster: Cluster, workers: int, wish: Wish | None
         cluster: on what.
         workers: devices to use, the first ones of the cluster.
         wish: objective and constraints.
+        profiles: of the workload, where there are some from an earlier search.
 
     Raises:
         RequestError: the cluster has fewer devices.
@@ -50,7 +65,8 @@ def search(workload: Workload, cluster: Cluster, workers: int, wish: Wish | None
     """
     if not 1 <= workers <= cluster.size:
         raise RequestError(f"workers={workers}: {cluster.name} has {cluster.size} devices, use 1 to {cluster.size}")
-    return _Search(workload, cluster, workers, wish or Wish()).plan()
+    scaled = profiles or ScaledProfiles(Profiles(workload))
+    return Searched(_Search(workload, cluster, workers, wish or Wish(), scaled).plan(), scaled.of)
 
 
 @dataclass(slots=True)
@@ -59,20 +75,19 @@ class _Search:
     cluster: Cluster
     workers: int
     wish: Wish
+    scaled: ScaledProfiles
     found: list[Candidate] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     smallest: Candidate | None = None
     looked_at: int = 0
     left_out: int = 0
     traced: Profiles = field(init=False)
-    scaled: ScaledProfiles = field(init=False)
     room: int = 0
 
     def plan(self) -> Plan:
         """See `search`."""
         start = time.perf_counter()
-        self.traced = Profiles(self.workload)
-        self.scaled = ScaledProfiles(self.traced)
+        self.traced = self.scaled.traced
         self.room = min(nodes.device.memory_bytes for nodes in self.cluster.nodes)
         if self.wish.max_memory is not None:
             self.room = min(self.room, self.wish.max_memory)
@@ -107,7 +122,7 @@ class _Search:
         bounded: list[tuple[float, Strategy]] = []
         for family in families(self.workers, self.workload.batch_size, self.wish, tensor, links):
             try:
-                profile = self.scaled.of(family)
+                profile = self.scaled.of(_whole(family))
             except (StrategyError, WorkloadError) as error:
                 self.rejected.append(Rejected(family, str(error), "model"))
                 continue
@@ -210,6 +225,11 @@ class _Search:
     def _traced(self, strategy: Strategy) -> Candidate | None:
         candidate = Candidate(strategy, predict(self.traced.of(strategy), strategy, self.cluster))
         return candidate if self._fits(candidate) else None
+
+
+def _whole(family: Strategy) -> Strategy:
+    """With weights' gradients not put off: bounds of both are the same, and one profile less is needed."""
+    return family.with_(schedule="1f1b") if family.schedule == "zero-bubble" else family
 
 
 class _Threshold:

@@ -60,6 +60,7 @@ class Model:
     layers: nn.ModuleList | nn.Sequential | None = None
     _steps: dict[tuple[int, bool], StepGraph] = field(default_factory=dict)
     _steady: dict[int, set[nn.Module]] = field(default_factory=dict)
+    _blocks: dict[int, list[list[str]]] = field(default_factory=dict)
     _update: Update | None = None
 
     @classmethod
@@ -79,6 +80,7 @@ class Model:
         self.layers = None
         self._steps.clear()
         self._steady.clear()
+        self._blocks.clear()
 
     def update(self) -> Update:
         """What the optimizer does."""
@@ -106,6 +108,11 @@ class Model:
 
     def blocks(self, samples: int) -> list[list[str]]:
         """Names of the parameters of the repeated blocks that `fully_shard` and recomputation take one by one."""
+        if samples not in self._blocks:
+            self._blocks[samples] = self._found_blocks(samples)
+        return self._blocks[samples]
+
+    def _found_blocks(self, samples: int) -> list[list[str]]:
         with self.short() as module:
             steady = self._seen(module, 0) & self._seen(module, samples)
         steady = steady | self._like(steady)

@@ -87,6 +87,8 @@ class _Line:
         if isinstance(a, tuple):
             if len(a) != len(b):
                 raise _Unlike
+            if a == b:
+                return a
             return tuple(self.of(x, y) for x, y in zip(a, b, strict=True))
         if is_dataclass(a) and not isinstance(a, type):
             return self._dataclass(a, b)

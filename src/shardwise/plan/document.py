@@ -1,0 +1,44 @@
+"""Plans as JSON: the document that `plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shardwise.plan.plan import Plan
+from shardwise.predict.document import candidate
+from shardwise.units import format_bytes, format_seconds
+
+SHOWN = 20
+"""Candidates that are written with all they cost; the others keep a reason."""
+
+
+def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
+    """See `predict.document.document`; with `workers`, `objective` and how much was searched."""
+    shown, others = plan.candidates[:SHOWN], plan.candidates[SHOWN:]
+    best = plan.best
+    rejected = [
+        {"strategy": str(each.strategy), "reason": each.reason, "kind": each.kind, "count": each.count}
+        for each in plan.rejected
+    ]
+    for other in others:
+        assert best is not None
+        if plan.wish.objective == "memory":
+            reason = f"needs {format_bytes(other.prediction.memory.total)} of a device"
+        else:
+            ratio = other.prediction.step_seconds / best.prediction.step_seconds
+            reason = f"a step takes {format_seconds(other.prediction.step_seconds)}, {ratio:.3g} times the chosen one's"
+        rejected.append({"strategy": str(other.strategy), "reason": reason, "kind": "slower", "count": 1})
+    return {
+        "workload": plan.workload,
+        "cluster": plan.cluster,
+        "workers": plan.workers,
+        "objective": plan.wish.objective,
+        "best": best and str(best.strategy),
+        "candidates": [candidate(str(each.strategy), each.prediction) for each in shown],
+        "rejected": rejected,
+        "search_seconds": plan.seconds,
+        "predicted": plan.looked_at,
+        "left_out": plan.left_out,
+        "explanation": "\n\n".join(explanation),
+    }

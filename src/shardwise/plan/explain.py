@@ -1,0 +1,317 @@
+"""A plan in words: what the model needs, what binds, data parallel against model parallel, why others lost, what would
+change the choice.
+
+Every number in the text is from a prediction; nothing is said that was not computed for this very workload and cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from shardwise.cluster.cluster import Cluster, CollectiveCurve, Sample
+from shardwise.errors import StrategyError, WorkloadError
+from shardwise.plan.plan import Candidate, Plan
+from shardwise.predict.costs import predict
+from shardwise.predict.prediction import Prediction
+from shardwise.predict.scaled import ProfileOf
+from shardwise.strategy import Strategy
+from shardwise.units import format_bytes, format_seconds, format_share
+
+PARTS = {
+    "compute_seconds": "computing",
+    "exposed_communication_seconds": "waiting for communication",
+    "bubble_seconds": "waiting for other stages of the pipeline",
+    "optimizer_seconds": "updating parameters",
+    "host_seconds": "waiting for the host to start kernels",
+}
+"""Parts of a step, in words."""
+
+CHANGES = (0.1, 0.25, 4.0, 10.0)
+"""Factors on the bandwidth of each kind of link that the choice is tried with."""
+
+TRIED = 24
+"""Candidates that are tried on changed clusters, beside the pure ones."""
+
+
+def explanation(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[str]:
+    """Sentences, one paragraph each.
+
+    Args:
+        plan: what was found.
+        cluster: that it was found for.
+        profile_of: the profiles of the search.
+    """
+    pure = _pure(plan, cluster, profile_of)
+    if plan.best is None:
+        return [_needs(plan, profile_of), _nothing_fits(plan)]
+    return [
+        _needs(plan, profile_of),
+        _chosen(plan.best),
+        *_data_against_model(plan, pure, profile_of),
+        *_runner_up(plan),
+        *_changes(plan, pure, cluster, profile_of),
+    ]
+
+
+def _needs(plan: Plan, profile_of: ProfileOf) -> str:
+    """What one device would have to hold alone."""
+    batch = "one sample at a time"
+    best = plan.best or plan.smallest
+    size = 1 if best is None else _batch_size(best)
+    try:
+        profile = profile_of(Strategy(microbatches=size))
+    except (StrategyError, WorkloadError) as error:
+        return f"{plan.workload}: one device alone cannot train it: {error}."
+    elements = sum(parameter.elements for parameter in profile.parameters if parameter.trained)
+    weights = sum(parameter.bytes for parameter in profile.parameters)
+    gradients = sum(parameter.bytes for parameter in profile.parameters if parameter.trained)
+    state = elements * profile.update.state_bytes
+    return (
+        f"{plan.workload} has {_count(elements)} trained parameters. One device alone would hold "
+        f"{format_bytes(weights)} of parameters, {format_bytes(gradients)} of gradients, {format_bytes(state)} of "
+        f"optimizer state and, with {batch}, {format_bytes(profile.saved[-1])} of activations; a device here has "
+        f"{format_bytes(_memory(plan))}."
+    )
+
+
+def _batch_size(candidate: Candidate) -> int:
+    return candidate.prediction.samples
+
+
+def _memory(plan: Plan) -> int:
+    best = plan.best or plan.smallest
+    assert best is not None
+    available = best.prediction.memory_available
+    return available if plan.wish.max_memory is None else min(available, plan.wish.max_memory)
+
+
+def _nothing_fits(plan: Plan) -> str:
+    if plan.smallest is None:
+        return f"No strategy for {plan.workers} devices can be."
+    need, have = plan.smallest.prediction.memory.total, _memory(plan)
+    return (
+        f"Nothing fits into {plan.workers} devices: {plan.smallest.strategy} needs least, {format_bytes(need)} of a "
+        f"device, {format_bytes(need - have)} more than the {format_bytes(have)} there are."
+    )
+
+
+def _chosen(best: Candidate) -> str:
+    prediction = best.prediction
+    parts = ", ".join(f"{format_share(share)} {name}" for name, share in _shares(prediction))
+    return (
+        f"Chosen: {best.strategy}. A step takes {format_seconds(prediction.step_seconds)}: {parts}. {_binding(best)} "
+        f"A device needs {format_bytes(prediction.memory.total)} of {format_bytes(prediction.memory_available)}."
+    )
+
+
+def _shares(prediction: Prediction) -> list[tuple[str, float]]:
+    """(part in words, share of the step), the largest first, without those below one percent."""
+    found = [(words, getattr(prediction, name) / prediction.step_seconds) for name, words in PARTS.items()]
+    return sorted((part for part in found if part[1] >= 0.01), key=lambda part: -part[1])
+
+
+def _binding(candidate: Candidate) -> str:
+    """What a faster step would need most."""
+    prediction = candidate.prediction
+    waits = {name: value for name, value in _shares(prediction) if name != "computing"}
+    if not waits or max(waits.values()) < 0.1:
+        return "Computing binds: only more or faster devices would help."
+    name = max(waits, key=lambda key: waits[key])
+    if name != "waiting for communication":
+        return f"What binds beside computing is {name}."
+    terms = {key: value for key, value in prediction.terms.items() if value > 0}
+    largest = max(terms, key=lambda key: terms[key], default=None)
+    return "What binds beside computing is communication" + (f", most of it {largest}." if largest else ".")
+
+
+def _pure(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[Candidate]:
+    """One axis over all devices each: what textbooks compare."""
+    found = []
+    for axis in ("dp", "fsdp", "tp", "pp") if plan.workers > 1 else ():
+        strategy = Strategy.parse(f"{axis}={plan.workers}")
+        refused = any(entry.kind == "model" and _covers(entry.strategy, strategy) for entry in plan.rejected)
+        if refused or plan.wish.refusal(strategy) is not None:
+            continue
+        try:
+            found.append(Candidate(strategy, predict(profile_of(strategy), strategy, cluster)))
+        except (StrategyError, WorkloadError):
+            continue
+    return found
+
+
+def _covers(refused: Strategy, strategy: Strategy) -> bool:
+    """Whether a refusal of the model is about this strategy too: of its degree of tp."""
+    return refused.tp > 1 and refused.tp == strategy.tp and refused.workers == refused.tp
+
+
+def _data_against_model(plan: Plan, pure: Sequence[Candidate], profile_of: ProfileOf) -> Iterator[str]:
+    """T = T_compute (1 + alpha), for each axis alone, with the bytes that make alpha."""
+    if not pure:
+        return
+    whole = sum(p.bytes for p in profile_of(_settled(pure[0])).parameters if p.trained)
+    lines = [f"Data parallel workers send each other the gradients, {format_bytes(whole)} once a step"]
+    tensor = next((each for each in pure if each.strategy.tp > 1), None)
+    if tensor is not None:
+        profile = profile_of(_settled(tensor))
+        sent = sum(
+            exchange.bytes
+            for link in profile.links
+            for each in (link.layer.forward, link.layer.backward)
+            for exchange in each.exchanges
+        )
+        count = tensor.prediction.samples // profile.microbatch
+        lines.append(f"tensor parallel workers the activations, {format_bytes(sent * count)} a step")
+    pipeline = next((each for each in pure if each.strategy.pp > 1), None)
+    if pipeline is not None:
+        profile = profile_of(_settled(pipeline))
+        message = min((link.message for link in profile.links[1:]), default=0)
+        count = pipeline.prediction.samples // profile.microbatch
+        lines.append(f"neighbours in a pipeline {format_bytes(2 * message * count)} or more")
+    each = "; ".join(_alpha(candidate) for candidate in pure)
+    yield f"{', '.join(lines)}. With T = T_compute (1 + alpha), alpha of what is not hidden behind computing: {each}."
+
+
+def _settled(candidate: Candidate) -> Strategy:
+    return candidate.strategy.for_batch(candidate.prediction.samples)
+
+
+def _alpha(candidate: Candidate) -> str:
+    prediction = candidate.prediction
+    room = "" if prediction.fits else f", but needs {format_bytes(prediction.memory.total)} and does not fit"
+    return (
+        f"{candidate.strategy} {format_seconds(prediction.step_seconds)} = "
+        f"{format_seconds(prediction.compute_seconds)} (1 + {prediction.exposed_alpha:.2f})"
+        f"{_rest(prediction)}{room}"
+    )
+
+
+def _rest(prediction: Prediction) -> str:
+    """What of a step is neither computing nor communication."""
+    bubble = prediction.bubble_seconds
+    other = prediction.optimizer_seconds + prediction.host_seconds
+    words = [f"{format_seconds(bubble)} bubble"] if bubble >= 0.01 * prediction.step_seconds else []
+    words += [f"{format_seconds(other)} optimizer and host"] if other >= 0.01 * prediction.step_seconds else []
+    return "".join(f" + {word}" for word in words)
+
+
+def _runner_up(plan: Plan) -> Iterator[str]:
+    """Why the next best one of another kind lost."""
+    best = plan.best
+    assert best is not None
+    other = next((each for each in plan.candidates[1:] if _axes(each.strategy) != _axes(best.strategy)), None)
+    other = other or next(iter(plan.candidates[1:]), None)
+    if other is None:
+        yield "No other strategy fits."
+        return
+    if plan.wish.objective == "memory":
+        need = format_bytes(other.prediction.memory.total - best.prediction.memory.total)
+        yield f"The runner-up {other.strategy} needs {need} more of a device."
+        return
+    more = {
+        words: getattr(other.prediction, name) - getattr(best.prediction, name) for name, words in PARTS.items()
+    }
+    most = max(more, key=lambda words: more[words])
+    seconds = other.prediction.step_seconds - best.prediction.step_seconds
+    share = format_share(max(0.0, seconds) / best.prediction.step_seconds)
+    reason = f", most of it {most} ({format_seconds(more[most])} more)" if more[most] > 0 else ""
+    yield f"The runner-up of another kind, {other.strategy}, takes {share} longer{reason}."
+
+
+def _axes(strategy: Strategy) -> tuple[bool, ...]:
+    return strategy.dp > 1, strategy.fsdp > 1, strategy.tp > 1, strategy.pp > 1
+
+
+# ---- what would change the choice -----------------------------------------------------------------------------------
+
+
+def _changes(plan: Plan, pure: Sequence[Candidate], cluster: Cluster, profile_of: ProfileOf) -> Iterator[str]:
+    """Other links, other memory: which strategy would be best then, of those that were looked at closest."""
+    if plan.workers == 1:
+        return
+    best = plan.best
+    assert best is not None
+    tried = {str(each.strategy): each.strategy for each in [*_diverse(plan), *pure]}
+    said: set[str] = {str(best.strategy)}
+    for level in cluster.levels:
+        if level.span > cluster.size and len(cluster.levels) > 1:
+            continue
+        for factor in CHANGES:
+            changed = with_bandwidth(cluster, level.name, factor)
+            found = _fastest(list(tried.values()), changed, profile_of, _memory(plan))
+            if found is None or str(found.strategy) in said:
+                continue
+            said.add(str(found.strategy))
+            yield (
+                f"With {_times(factor)} the bandwidth of {level.name} ({_bits(level.bandwidth * factor)} instead of "
+                f"{_bits(level.bandwidth)}) {found.strategy} would be best, at "
+                f"{format_seconds(found.prediction.step_seconds)}."
+            )
+    if len(said) == 1:
+        yield "Links a tenth or ten times as fast would not change the choice."
+
+
+def _diverse(plan: Plan) -> list[Candidate]:
+    """The best candidates, and the best one of each combination of axes."""
+    found = list(plan.candidates[:TRIED])
+    seen = {_axes(each.strategy) for each in found}
+    for candidate in plan.candidates[TRIED:]:
+        if _axes(candidate.strategy) not in seen:
+            seen.add(_axes(candidate.strategy))
+            found.append(candidate)
+    return found
+
+
+def _fastest(
+    strategies: Sequence[Strategy], cluster: Cluster, profile_of: ProfileOf, room: int
+) -> Candidate | None:
+    found: Candidate | None = None
+    for strategy in strategies:
+        prediction = predict(profile_of(strategy), strategy, cluster)
+        if prediction.memory.total <= room and (
+            found is None or prediction.step_seconds < found.prediction.step_seconds
+        ):
+            found = Candidate(strategy, prediction)
+    return found
+
+
+def with_bandwidth(cluster: Cluster, level: str, factor: float) -> Cluster:
+    """The cluster with links of one kind so many times as fast; measured collectives over them are stretched."""
+    levels = tuple(
+        replace(each, bandwidth=each.bandwidth * factor) if each.name == level else each for each in cluster.levels
+    )
+    within = [each.span for each in cluster.levels if each.name == level][0] <= cluster.node_size
+    curves = tuple(
+        _stretched(curve, 1 / factor) if (curve.nodes == 1) == within else curve for curve in cluster.collectives
+    )
+    return replace(cluster, levels=levels, collectives=curves)
+
+
+def _stretched(curve: CollectiveCurve, factor: float) -> CollectiveCurve:
+    """A curve whose seconds above those of its smallest message take so many times as long."""
+    start = min((sample.seconds for sample in curve.samples), default=0.0)
+    samples = tuple(
+        Sample(sample.shape, start + (sample.seconds - start) * factor, sample.spread) for sample in curve.samples
+    )
+    return replace(curve, samples=samples)
+
+
+def _times(factor: float) -> str:
+    words = {0.1: "a tenth of", 0.25: "a quarter of", 4.0: "four times", 10.0: "ten times"}
+    return words[factor]
+
+
+def _bits(bandwidth: float) -> str:
+    """As links are sold: bits per second."""
+    bits = bandwidth * 8
+    for unit, size in (("Tb/s", 1e12), ("Gb/s", 1e9), ("Mb/s", 1e6)):
+        if bits >= size:
+            return f"{bits / size:.3g} {unit}"
+    return f"{bits:.3g} b/s"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
