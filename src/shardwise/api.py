@@ -321,6 +321,80 @@ def simulate(
     return document
 
 
+def plan(
+    workload: str | Workload | Callable[..., Workload],
+    *,
+    cluster: str | None = None,
+    workers: int | str | None = None,
+    objective: str = "time",
+    max_memory: str | None = None,
+    fix: Sequence[str] = (),
+    forbid: Sequence[str] = (),
+    out: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Finds the best strategy for a workload on a cluster, and says why the others lost.
+
+    Args:
+        workload: as in `train`.
+        cluster: as in `simulate`; None: this machine, as `calibrate` measured it.
+        workers: devices to use; `"1..64"`: from one to so many, for the curve of scaling. None: all of the cluster.
+        objective: `time`, `memory` or `money`: what is to be small.
+        max_memory: of a device, for example `40GiB`. None: what it has.
+        fix: options that the strategy must have, for example `tp=8`.
+        forbid: options that it must not have, for example `pp`, `schedule=gpipe`.
+        out: where to write the chosen one as a plan file.
+        settings: parameters of the workload's function.
+        seed: of weights, data order and dropout; None: the workload's own.
+
+    Returns:
+        The document that `shardwise plan --json` prints.
+
+    Raises:
+        RequestError: the cluster, the workload or a wish is wrong; two wishes contradict each other.
+        DoesNotFit: no strategy fits into the devices.
+    """
+    from shardwise.run.log import finite
+    from shardwise.run.planning import planned
+    from shardwise.run.request import settle_source
+
+    source = settle_source(workload, settings, seed)
+    document: dict[str, Any] = finite(
+        planned(
+            source,
+            cluster,
+            workers,
+            objective=objective,
+            max_memory=max_memory,
+            fix=fix,
+            forbid=forbid,
+            out=None if out is None else Path(out),
+        )
+    )
+    return document
+
+
+def check_plan(path: str | Path, *, cluster: str | None = None) -> dict[str, Any]:
+    """Says whether a plan file still holds.
+
+    Args:
+        path: of the plan file.
+        cluster: as in `plan`; None: the one that the plan was made for.
+
+    Returns:
+        The document that `shardwise plan --check --json` prints: `holds`, and `reasons` where it does not.
+
+    Raises:
+        RequestError: the file cannot be read, or the workload or the cluster of it is wrong.
+    """
+    from shardwise.run.log import finite
+    from shardwise.run.planning import checked
+
+    document: dict[str, Any] = finite(checked(Path(path), cluster))
+    return document
+
+
 def validate(runs: str | Path) -> dict[str, Any]:
     """Holds predictions against training runs that others measured.
 

@@ -11,9 +11,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shardwise import __version__, api
-from shardwise.errors import DataError, NotAccurate, NotVerified, RequestError, ShardwiseError, WorkerFailed, nearest
+from shardwise.errors import (
+    DataError,
+    NotAccurate,
+    NotVerified,
+    PlanBroken,
+    RequestError,
+    ShardwiseError,
+    WorkerFailed,
+    nearest,
+)
 from shardwise.report.accuracy import accuracy_table
 from shardwise.report.accuracy_page import accuracy_files
+from shardwise.report.plan import check_summary, plan_summary
 from shardwise.report.prediction import prediction_table
 from shardwise.report.text import comparison_table, training_summary, verification_table
 
@@ -98,6 +108,28 @@ def _simulate(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     _print(options, document, prediction_table)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    if options.check is not None:
+        document = api.check_plan(options.check, cluster=options.cluster)
+        _print(options, document, check_summary)
+        if not document["holds"]:
+            raise PlanBroken(f"{options.check} does not hold: {'; '.join(document['reasons'])}")
+        return
+    document = api.plan(
+        options.workload,
+        cluster=options.cluster,
+        workers=options.workers,
+        objective=options.objective,
+        max_memory=options.max_memory,
+        fix=options.fix,
+        forbid=options.forbid,
+        out=options.out,
+        settings=dict(options.set),
+        seed=options.seed,
+    )
+    _print(options, document, plan_summary)
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -216,6 +248,30 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_strategies(simulate, "one to predict; give several", required=True)
     _add_output(simulate)
     simulate.set_defaults(run=_simulate)
+    plan = commands.add_parser(
+        "plan",
+        help="find the best strategy for a workload and a cluster",
+        description="Predicts every strategy, chooses the best one and says why the others lost.",
+    )
+    _add_source(plan, optional=True)
+    plan.add_argument(
+        "--cluster", metavar="NAME[xN]|FILE", help="h100x1024, dgx-a100, ... or a cluster file (default: this machine)"
+    )
+    plan.add_argument(
+        "--workers", metavar="N|A..B", help="devices to use; a range for the curve of scaling (default: all)"
+    )
+    plan.add_argument(
+        "--objective", default="time", metavar="WHAT", help="time, memory or money: what is to be small (default: time)"
+    )
+    plan.add_argument("--max-memory", metavar="SIZE", help="of a device, for example 40GiB (default: what it has)")
+    plan.add_argument("--fix", action="append", default=[], metavar="KEY=VALUE", help="an option it must have: tp=8")
+    plan.add_argument(
+        "--forbid", action="append", default=[], metavar="KEY[=VALUE]", help="one it must not have: pp, schedule=gpipe"
+    )
+    plan.add_argument("--out", metavar="FILE", help="plan file to write (.toml)")
+    plan.add_argument("--check", metavar="FILE", help="say whether a plan file still holds, in place of planning")
+    _add_output(plan)
+    plan.set_defaults(run=_plan)
     validate = commands.add_parser(
         "validate",
         help="hold predictions against runs that others measured",
@@ -236,13 +292,15 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "compare": compare,
         "export": export,
         "simulate": simulate,
+        "plan": plan,
         "validate": validate,
     }
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def _add_source(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     parser.add_argument(
         "workload",
+        nargs="?" if optional else None,
         metavar="WORKLOAD",
         help="image, language, medical, file.py:function, module:function, a folder with a Hugging Face config.json",
     )

@@ -3,6 +3,8 @@
 ShardwiseError                      exit 1: the work itself failed
 ├── WorkerFailed                    a worker process died; carries its rank and its own traceback
 ├── NotVerified                     a verification that does not hold
+├── DoesNotFit                      no strategy fits into the memory of the devices
+├── PlanBroken                      a plan file that does not hold on this cluster
 ├── NotAccurate                     predictions that are further off than was asked for
 └── RequestError                    exit 2: the request is wrong; found before any worker starts
     ├── StrategyError               unknown axis, wrong degree, cannot work for this model
@@ -42,6 +44,14 @@ class NotVerified(ShardwiseError):
 
 class NotAccurate(ShardwiseError):
     """Predictions that are further off than was asked for."""
+
+
+class DoesNotFit(ShardwiseError):
+    """No strategy fits into the memory of the devices; says by how much, and how many devices would do."""
+
+
+class PlanBroken(ShardwiseError):
+    """A plan file that does not hold on this cluster any more."""
 
 
 class RequestError(ShardwiseError):

@@ -41,7 +41,11 @@ def format_share(value: float) -> str:
     return f"{value * 100:.0f}%"
 
 
-_UNITS = {"": 1, "B": 1, **{f"{k}{end}": base ** (n + 1) for n, k in enumerate("KMGT") for end, base in _ENDS}}
+_UNITS: dict[str, int] = {
+    "": 1,
+    "B": 1,
+    **{f"{letter}{end}": base ** (n + 1) for n, letter in enumerate("KMGT") for end, base in _ENDS},
+}
 
 
 def parse_bytes(text: str) -> int:
@@ -50,4 +54,4 @@ def parse_bytes(text: str) -> int:
     unit = match and next((unit for unit in _UNITS if unit.lower() == match[2].lower()), None)
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a size in bytes")
-    return round(float(match[1]) * _UNITS[unit])
+    return int(float(match[1]) * _UNITS[unit] + 0.5)

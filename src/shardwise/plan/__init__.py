@@ -1,1 +1,1 @@
-"""Choosing: which strategies there are (`space`), what each costs at least (`bounds`), which is best (`search`), why."""
+"""Choosing: which strategies there are (`space`), what each costs at least (`bounds`), the best (`search`), and why."""

@@ -3,8 +3,8 @@
     time     each worker computes its part of every microbatch; a pipeline without weights put off also fills once:
              step >= T (1 + (m - 1) / p), T the time of one microbatch through all stages, m microbatches, p workers
              (of several stages each: m T / p)
-    memory   the mean over the workers of a pipeline: what stays, the optimizer's state, and of one microbatch what the
-             backward pass needs
+    memory   the mean over the workers of a pipeline: parameters and the optimizer's state, with the gradients (when it
+             updates) or with what the backward pass needs of one microbatch (when that begins), whichever is more
 
 Both hold for every member of a family, so that nothing is lost by leaving out what cannot be better than what is known.
 """
@@ -40,5 +40,5 @@ def least_memory(profile: Profile, strategy: Strategy) -> float:
     slices = strategy.fsdp if strategy.splits_parameters else 1
     owners = strategy.replicas if strategy.zero == 1 else slices
     kept = 0 if strategy.recompute == "full" else profile.saved[-1]
-    bytes_: float = (whole + gradients) / slices + elements * profile.update.state_bytes / owners + kept
-    return bytes_ / strategy.pp
+    stays = whole / slices + elements * profile.update.state_bytes / owners
+    return (stays + max(gradients / slices, kept)) / strategy.pp

@@ -208,9 +208,7 @@ def _runner_up(plan: Plan) -> Iterator[str]:
         need = format_bytes(other.prediction.memory.total - best.prediction.memory.total)
         yield f"The runner-up {other.strategy} needs {need} more of a device."
         return
-    more = {
-        words: getattr(other.prediction, name) - getattr(best.prediction, name) for name, words in PARTS.items()
-    }
+    more = {words: getattr(other.prediction, name) - getattr(best.prediction, name) for name, words in PARTS.items()}
     most = max(more, key=lambda words: more[words])
     seconds = other.prediction.step_seconds - best.prediction.step_seconds
     share = format_share(max(0.0, seconds) / best.prediction.step_seconds)
@@ -262,9 +260,7 @@ def _diverse(plan: Plan) -> list[Candidate]:
     return found
 
 
-def _fastest(
-    strategies: Sequence[Strategy], cluster: Cluster, profile_of: ProfileOf, room: int
-) -> Candidate | None:
+def _fastest(strategies: Sequence[Strategy], cluster: Cluster, profile_of: ProfileOf, room: int) -> Candidate | None:
     found: Candidate | None = None
     for strategy in strategies:
         prediction = predict(profile_of(strategy), strategy, cluster)
@@ -280,7 +276,7 @@ def with_bandwidth(cluster: Cluster, level: str, factor: float) -> Cluster:
     levels = tuple(
         replace(each, bandwidth=each.bandwidth * factor) if each.name == level else each for each in cluster.levels
     )
-    within = [each.span for each in cluster.levels if each.name == level][0] <= cluster.node_size
+    within = next(each.span for each in cluster.levels if each.name == level) <= cluster.node_size
     curves = tuple(
         _stretched(curve, 1 / factor) if (curve.nodes == 1) == within else curve for curve in cluster.collectives
     )

@@ -24,6 +24,7 @@ from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile import Profile
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ProfileOf, ScaledProfiles
+from shardwise.predict.simulate import profiles_on
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds
 from shardwise.workload.workload import Workload
@@ -65,7 +66,7 @@ def search(
     """
     if not 1 <= workers <= cluster.size:
         raise RequestError(f"workers={workers}: {cluster.name} has {cluster.size} devices, use 1 to {cluster.size}")
-    scaled = profiles or ScaledProfiles(Profiles(workload))
+    scaled = profiles or ScaledProfiles(profiles_on(workload, cluster))
     return Searched(_Search(workload, cluster, workers, wish or Wish(), scaled).plan(), scaled.of)
 
 
@@ -249,4 +250,3 @@ class _Threshold:
     def value(self) -> float:
         """See the class."""
         return -self._largest[0] if len(self._largest) == self._count else float("inf")
-

@@ -76,7 +76,7 @@ class Profiles:
 
     def tensor_degrees(self) -> TensorDegrees:
         """Which tensor degrees the model can be cut into. Raises Untraceable where it cannot be traced."""
-        self._models = self._models or _Models(self.workload)
+        self._models = self._models or _Models(self.workload, self.device)
         return self._models.tensor_degrees()
 
 

@@ -39,12 +39,14 @@ def between(first: Profile, second: Profile, at: float, repeats_at: float | None
     of `first`.
 
     Args:
-        first, second: of one workload.
+        first: at 0.
+        second: at 1, of the same workload.
         at: where on the line.
         repeats_at: where on the line of how often kernels run; None: `at`.
     """
     try:
-        found = _Line(at, at if repeats_at is None else repeats_at).of(replace(first, kept={}), replace(second, kept={}, **_same(first)))
+        line = _Line(at, at if repeats_at is None else repeats_at)
+        found = line.of(replace(first, kept={}), replace(second, kept={}, **_same(first)))
     except _Unlike:
         return None
     return replace(found, kept={})
@@ -169,10 +171,10 @@ class ScaledProfiles:
     def _corner(self, strategy: Strategy, tp: int, samples: int) -> Profile:
         key = ("corner", tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, strategy.schedule)
         if key not in self._known:
-            options = {"schedule": "zero-bubble", "pp": 2} if strategy.schedule == "zero-bubble" else {}
-            alone = Strategy(
-                tp=tp, sp=strategy.sp if tp > 1 else 0, precision=strategy.precision, microbatches=1, **options
-            )
+            sp = strategy.sp if tp > 1 else 0
+            alone = Strategy(tp=tp, sp=sp, precision=strategy.precision, microbatches=1)
+            if strategy.schedule == "zero-bubble":
+                alone = alone.with_(pp=2, schedule="zero-bubble")
             self._known[key] = replace(
                 self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, kept={}
             )

@@ -24,7 +24,7 @@ def simulation(workload: Workload, strategies: Sequence[Strategy], cluster: Clus
         StrategyError, WorkloadError: none of the strategies can be.
     """
     start = time.perf_counter()
-    profiles = Profiles(workload, slowest(cluster, workload.precision).kind)
+    profiles = profiles_on(workload, cluster)
     predictions: list[tuple[str, Prediction]] = []
     rejected: list[tuple[str, str]] = []
     refusal: StrategyError | WorkloadError | None = None
@@ -37,6 +37,11 @@ def simulation(workload: Workload, strategies: Sequence[Strategy], cluster: Clus
     if refusal is not None and not predictions:
         raise refusal
     return document(workload.name, cluster.name, predictions, rejected, time.perf_counter() - start)
+
+
+def profiles_on(workload: Workload, cluster: Cluster) -> Profiles:
+    """The profiles of a workload as the kernels of a cluster's devices run it."""
+    return Profiles(workload, slowest(cluster, workload.precision).kind)
 
 
 def simulate(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Prediction:

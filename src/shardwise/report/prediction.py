@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardwise.report.text import table
@@ -11,12 +11,17 @@ from shardwise.units import format_bytes, format_rate, format_seconds, format_sh
 
 def prediction_table(document: Mapping[str, Any]) -> str:
     """One row per strategy, where its time goes, and what the numbers rest on."""
-    header = ["strategy", "step", "compute", "communication", "exposed", "bubble", "optimizer", "host", "alpha"]
-    header += ["memory/device", "fits", "samples/s", "MFU"]
-    rows = [_row(candidate) for candidate in document["candidates"]]
-    lines = [f"{document['workload']} on {document['cluster']}", *([table(header, rows)] if rows else [])]
+    lines = [f"{document['workload']} on {document['cluster']}", *prediction_rows(document["candidates"])]
     lines += ["", *_notes(document)]
     return "\n".join(lines)
+
+
+def prediction_rows(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of candidates; nothing where there are none."""
+    header = ["strategy", "step", "compute", "communication", "exposed", "bubble", "optimizer", "host", "alpha"]
+    header += ["memory/device", "fits", "samples/s", "MFU"]
+    rows = [_row(candidate) for candidate in candidates]
+    return [table(header, rows)] if rows else []
 
 
 def _row(candidate: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,152 @@
+"""The plan file: TOML that a person can read and edit, and `train --strategy plan.toml` runs.
+
+version = 1
+workload = "language"
+cluster = "h100x8"
+strategy = "fsdp=8,zero=2,microbatches=1"
+
+[prediction]                        # what it will cost, as it was when the plan was made
+step_seconds = 0.29
+...
+[made_with]
+shardwise = "0.1.0"
+torch = "2.13.0"
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shardwise.errors import RequestError, RunFolderError, StrategyError, nearest
+from shardwise.strategy import Strategy
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+VERSION = 1
+
+_KEYS = ("version", "workload", "settings", "cluster", "strategy", "prediction", "made_with")
+_PREDICTED = ("step_seconds", "memory_bytes", "samples_per_second", "alpha")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFile:
+    """What a plan file says.
+
+    Attributes:
+        workload: its name, as `train` takes it.
+        settings: parameters of the workload's function.
+        cluster: that it was planned for, as `--cluster` takes it; empty: the machine that it was made on.
+        strategy: what to run.
+        prediction: what it was predicted to cost; keys of `_PREDICTED`.
+        made_with: names of programs -> their versions.
+    """
+
+    workload: str
+    strategy: Strategy
+    settings: Mapping[str, str] = field(default_factory=dict)
+    cluster: str = ""
+    prediction: Mapping[str, float] = field(default_factory=dict)
+    made_with: Mapping[str, str] = field(default_factory=dict)
+
+
+def is_plan_file(text: str) -> bool:
+    """Whether a strategy is given as the name of a plan file."""
+    return text.endswith(".toml")
+
+
+def write_plan(path: Path, plan: PlanFile) -> None:
+    """Writes a plan file; it is whole or not there.
+
+    Raises:
+        RunFolderError: there is no such folder, or a folder of that name.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise RunFolderError(f"out={path}: {what}, give the name of a file")
+    lines = [
+        f"version = {VERSION}",
+        f"workload = {_quoted(plan.workload)}",
+        f"cluster = {_quoted(plan.cluster)}",
+        f"strategy = {_quoted(str(plan.strategy) or 'single')}",
+    ]
+    for name in ("settings", "prediction", "made_with"):
+        table: Mapping[str, Any] = getattr(plan, name)
+        if table:
+            lines += ["", f"[{name}]", *(f"{_key(key)} = {_value(value)}" for key, value in table.items())]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_plan(path: Path) -> PlanFile:
+    """Reads a plan file.
+
+    Raises:
+        RequestError: it cannot be read, or a key of it is missing, unknown or wrong; names file and key.
+    """
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"plan file {path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RequestError(f"plan file {path}: cannot be read: {error}") from None
+    for key in found:
+        if key not in _KEYS:
+            raise RequestError(f"plan file {path}: unknown key {key}{nearest(key, _KEYS)}")
+    if found.get("version") != VERSION:
+        raise RequestError(f"plan file {path}: version={found.get('version')}: this program reads version {VERSION}")
+    tables = {name: _table(path, found, name) for name in ("settings", "prediction", "made_with")}
+    try:
+        strategy = Strategy.parse(_text(path, found, "strategy"))
+    except StrategyError as error:
+        raise StrategyError(f"plan file {path}: {error}") from None
+    return PlanFile(
+        workload=_text(path, found, "workload"),
+        strategy=strategy,
+        settings={key: str(value) for key, value in tables["settings"].items()},
+        cluster=_text(path, found, "cluster") if "cluster" in found else "",
+        prediction={key: _number(path, key, value) for key, value in tables["prediction"].items()},
+        made_with={key: str(value) for key, value in tables["made_with"].items()},
+    )
+
+
+def _text(path: Path, found: Mapping[str, Any], key: str) -> str:
+    value = found.get(key)
+    if not isinstance(value, str):
+        raise RequestError(f"plan file {path}: {key}={value!r}: must be text in quotes")
+    return value
+
+
+def _table(path: Path, found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = found.get(key, {})
+    if not isinstance(value, dict):
+        raise RequestError(f"plan file {path}: {key}={value!r}: must be a table, [{key}]")
+    return value
+
+
+def _number(path: Path, key: str, value: Any) -> float:
+    if key not in _PREDICTED:
+        raise RequestError(f"plan file {path}: unknown key prediction.{key}{nearest(key, _PREDICTED)}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise RequestError(f"plan file {path}: prediction.{key}={value!r}: must be a number, 0 or more")
+    return float(value)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _key(name: str) -> str:
+    return name if name.replace("_", "").replace("-", "").isalnum() and name.isascii() else _quoted(name)
+
+
+def _value(value: Any) -> str:
+    return repr(value) if isinstance(value, int | float) else _quoted(str(value))

@@ -1,0 +1,90 @@
+"""What a person reads of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shardwise.report.prediction import prediction_rows
+from shardwise.report.text import table
+from shardwise.units import format_rate, format_seconds, format_share
+
+SHOWN = 8
+"""Candidates in the table."""
+
+KINDS = {
+    "model": "cannot be for this model",
+    "memory": "do not fit",
+    "slower": "are slower",
+}
+"""Why strategies were rejected, in words."""
+
+
+def plan_summary(document: Mapping[str, Any]) -> str:
+    """The explanation, the best candidates, how the choice scales, and what became of the others."""
+    lines = [
+        f"{document['workload']} on {document['workers']} devices of {document['cluster']}: {document['best']}",
+        "",
+        document["explanation"],
+        "",
+        *prediction_rows(document["candidates"][:SHOWN]),
+        "",
+        _rejected(document),
+        *_scaling(document),
+    ]
+    if "out" in document:
+        lines += ["", f"wrote {document['out']}: run it with  shardwise train WORKLOAD --strategy {document['out']}"]
+    return "\n".join(lines)
+
+
+def _rejected(document: Mapping[str, Any]) -> str:
+    counts: dict[str, int] = {}
+    for entry in document["rejected"]:
+        counts[entry["kind"]] = counts.get(entry["kind"], 0) + entry["count"]
+    found = [f"{count:,} {KINDS[kind]}" for kind, count in counts.items()]
+    seconds = format_seconds(document["search_seconds"])
+    searched = f"Searched in {seconds}: {document['predicted']:,} strategies predicted"
+    if document["left_out"]:
+        searched += f", {document['left_out']:,} left out because they could not win"
+    others = f" Of the others {', '.join(found)}; --json has each reason." if found else ""
+    return f"{searched}.{others}"
+
+
+def _scaling(document: Mapping[str, Any]) -> list[str]:
+    if "scaling" not in document:
+        return []
+    header = ["devices", "strategy", "step", "samples/s", "speedup", "efficiency", "$ per million samples"]
+    rows = [_scaling_row(row) for row in document["scaling"]]
+    worth = document["worth_workers"]
+    words = (
+        f"Up to {worth} devices each added one brings half or more of what the first ones do."
+        if worth
+        else "No number of devices fits."
+    )
+    return ["", table(header, rows), "", words]
+
+
+def _scaling_row(row: Mapping[str, Any]) -> list[str]:
+    if row["strategy"] is None:
+        return [str(row["workers"]), "does not fit", "-", "-", "-", "-", "-"]
+    price = row["dollars_per_million_samples"]
+    return [
+        str(row["workers"]),
+        row["strategy"],
+        format_seconds(row["step_seconds"]),
+        format_rate(row["samples_per_second"]),
+        f"{row['speedup']:.2f}",
+        format_share(row["efficiency"]),
+        "-" if price is None else f"{price:.2f}",
+    ]
+
+
+def check_summary(document: Mapping[str, Any]) -> str:
+    """Whether a plan file holds."""
+    words = "holds" if document["holds"] else "does not hold"
+    lines = [f"{document['plan']}: {document['strategy']} {words}"]
+    if document["step_seconds"] is not None:
+        planned = document["planned_step_seconds"]
+        then = "" if planned is None else f", the file says {format_seconds(planned)}"
+        lines.append(f"a step is predicted to take {format_seconds(document['step_seconds'])}{then}")
+    return "\n".join([*lines, *document["notes"]])

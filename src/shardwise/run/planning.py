@@ -1,0 +1,217 @@
+"""What `plan` does: search, words, scaling, plan file."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.find import find_cluster
+from shardwise.errors import DoesNotFit, RequestError, WorkloadError
+from shardwise.plan.document import plan_document
+from shardwise.plan.explain import explanation
+from shardwise.plan.file import PlanFile, read_plan, write_plan
+from shardwise.plan.plan import Plan
+from shardwise.plan.scaling import Point, cheapest, counts, dollars, scaling, smallest_that_fits, worth
+from shardwise.plan.wish import Wish
+from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.simulate import profiles_on, simulate
+from shardwise.run.job import Source
+from shardwise.units import format_bytes, format_seconds, format_share
+from shardwise.workload.workload import Workload
+
+CHANGED = 0.2
+"""Relative difference between a plan file's prediction and one of today above which the plan does not hold."""
+
+
+def planned(
+    source: Source,
+    cluster_text: str | None,
+    workers: int | str | None,
+    *,
+    objective: str,
+    max_memory: str | None,
+    fix: Sequence[str],
+    forbid: Sequence[str],
+    out: Path | None,
+) -> dict[str, Any]:
+    """The document of `plan`; see `api.plan`."""
+    wish = Wish.parse(objective, max_memory, fix, forbid)
+    cluster = _cluster(cluster_text)
+    numbers = _numbers(workers, cluster)
+    if out is not None and not isinstance(source.workload, str):
+        raise WorkloadError(f"out={out}: a plan file names its workload; give one by name, not as an object")
+    workload = source.load()
+    points = scaling(workload, cluster, numbers, wish)
+    point = _chosen(points, cluster, wish)
+    plan = point.searched.plan
+    if plan.best is None:
+        raise DoesNotFit(_too_small(workload, cluster, point, wish))
+    document = plan_document(plan, explanation(plan, cluster, point.searched.profile_of))
+    if len(points) > 1:
+        document |= _curve(points, cluster)
+    if out is not None:
+        write_plan(out, _file(source, cluster_text, plan))
+        document["out"] = str(out)
+    return document
+
+
+def _cluster(text: str | None) -> Cluster:
+    if text is None:
+        raise RequestError("no cluster: give --cluster, for example --cluster h100x8 or a cluster file")
+    return find_cluster(text)
+
+
+def _numbers(workers: int | str | None, cluster: Cluster) -> list[int]:
+    """The numbers of devices to plan for."""
+    if workers is None:
+        return [cluster.size]
+    first, dots, last = str(workers).partition("..")
+    try:
+        low, high = int(first), int(last if dots else first)
+    except ValueError:
+        raise RequestError(f"workers={workers}: give a number, or a range such as 1..64") from None
+    if not 1 <= low <= high <= cluster.size:
+        raise RequestError(f"workers={workers}: {cluster.name} has {cluster.size} devices, use 1 to {cluster.size}")
+    return counts(low, high) if dots else [low]
+
+
+def _chosen(points: Sequence[Point], cluster: Cluster, wish: Wish) -> Point:
+    """The number of devices that the objective asks for; of those that do not fit the largest."""
+    fitting = [point for point in points if point.rate]
+    found: Point | None = None
+    if wish.objective == "money":
+        found = cheapest(points, cluster)
+    elif wish.objective == "memory":
+        found = min(fitting, key=_memory, default=None)
+    else:
+        found = max(fitting, key=lambda point: point.rate, default=None)
+    return found or points[-1]
+
+
+def _memory(point: Point) -> int:
+    best = point.searched.plan.best
+    assert best is not None
+    return best.prediction.memory.total
+
+
+def _too_small(workload: Workload, cluster: Cluster, point: Point, wish: Wish) -> str:
+    plan = point.searched.plan
+    if plan.smallest is None:
+        reasons = "; ".join(dict.fromkeys(entry.reason for entry in plan.rejected)) or "no strategy meets all wishes"
+        raise RequestError(f"no strategy for {plan.workers} workers can be: {reasons}")
+    need, have = plan.smallest.prediction.memory.total, plan.smallest.prediction.memory_available
+    have = have if wish.max_memory is None else min(have, wish.max_memory)
+    number = smallest_that_fits(workload, cluster, plan.workers, wish, ScaledProfiles(profiles_on(workload, cluster)))
+    hint = f"{number} of them would do" if number else "more of them would not help"
+    return (
+        f"{plan.workload} does not fit into {plan.workers} devices of {cluster.name}: {plan.smallest.strategy} needs "
+        f"least, {format_bytes(need)} of a device that has {format_bytes(have)}, {format_bytes(need - have)} too much: "
+        f"{hint}"
+    )
+
+
+def _curve(points: Sequence[Point], cluster: Cluster) -> dict[str, Any]:
+    """How the best plan gets faster with more devices, and where more stop paying."""
+    base = next((point for point in points if point.rate), None)
+    rows = []
+    for point in points:
+        best = point.searched.plan.best
+        speedup = point.rate / base.rate if base and best else None
+        rows.append(
+            {
+                "workers": point.workers,
+                "strategy": best and str(best.strategy),
+                "step_seconds": best and best.prediction.step_seconds,
+                "samples_per_second": best and best.prediction.samples_per_second,
+                "speedup": speedup,
+                "efficiency": speedup and base and speedup * base.workers / point.workers,
+                "dollars_per_million_samples": dollars(point, cluster),
+            }
+        )
+    last = worth(points)
+    return {"scaling": rows, "worth_workers": last and last.workers}
+
+
+def _file(source: Source, cluster: str | None, plan: Plan) -> PlanFile:
+    assert isinstance(source.workload, str)
+    assert plan.best is not None
+    prediction = plan.best.prediction
+    return PlanFile(
+        workload=source.workload,
+        settings={key: str(value) for key, value in source.settings.items()},
+        cluster=cluster or "",
+        strategy=plan.best.strategy,
+        prediction={
+            "step_seconds": prediction.step_seconds,
+            "samples_per_second": prediction.samples_per_second,
+            "memory_bytes": prediction.memory.total,
+            "alpha": prediction.alpha,
+        },
+        made_with=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what a prediction depends on."""
+    from shardwise import __version__
+
+    return {"shardwise": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def checked(path: Path, cluster_text: str | None = None) -> dict[str, Any]:
+    """Whether a plan file still holds: it can be, fits, and is predicted to take what it says.
+
+    Args:
+        path: of the plan file.
+        cluster_text: in place of the plan's own.
+
+    Returns:
+        `plan`, `holds`, `reasons`, and the prediction of today beside the file's.
+
+    Raises:
+        RequestError: the file cannot be read, or the workload or the cluster of it is wrong.
+    """
+    plan = read_plan(path)
+    workload = Source(workload=plan.workload, settings=plan.settings).load()
+    cluster = _cluster(cluster_text or plan.cluster or None)
+    reasons = [
+        f"made with {name} {version}, this is {now}"
+        for name, version in plan.made_with.items()
+        if (now := versions().get(name, "none")) != version
+    ]
+    broken: list[str] = []
+    try:
+        prediction = simulate(profiles_on(workload, cluster), plan.strategy, cluster)
+    except RequestError as error:
+        return _check_document(path, plan, None, [*broken, str(error)], reasons)
+    if not prediction.fits:
+        broken.append(
+            f"needs {format_bytes(prediction.memory.total)} of a device that has "
+            f"{format_bytes(prediction.memory_available)}"
+        )
+    then = plan.prediction.get("step_seconds")
+    if then and abs(prediction.step_seconds / then - 1) > CHANGED:
+        broken.append(
+            f"a step is predicted to take {format_seconds(prediction.step_seconds)}, "
+            f"{format_share(abs(prediction.step_seconds / then - 1))} off the {format_seconds(then)} in the file"
+        )
+    return _check_document(path, plan, prediction.step_seconds, broken, reasons)
+
+
+def _check_document(
+    path: Path, plan: PlanFile, seconds: float | None, broken: Sequence[str], notes: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "plan": str(path),
+        "strategy": str(plan.strategy),
+        "holds": not broken,
+        "reasons": list(broken),
+        "notes": list(notes),
+        "step_seconds": seconds,
+        "planned_step_seconds": plan.prediction.get("step_seconds"),
+    }

@@ -1,0 +1,237 @@
+"""The search against trying everything, its wishes, its words and its file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.find import find_cluster
+from shardwise.errors import DoesNotFit, RequestError
+from shardwise.plan.bounds import least_memory, least_seconds
+from shardwise.plan.explain import explanation, with_bandwidth
+from shardwise.plan.file import PlanFile, read_plan, write_plan
+from shardwise.plan.scaling import Point, counts, enlarged, worth
+from shardwise.plan.search import Searched, search
+from shardwise.plan.space import divisors, families, members
+from shardwise.plan.wish import Wish
+from shardwise.predict.costs import predict
+from shardwise.predict.profiling import Profiles
+from shardwise.predict.scaled import ScaledProfiles
+from shardwise.run.job import Source
+from shardwise.run.planning import checked, planned
+from shardwise.strategy import Strategy
+from shardwise.units import parse_bytes
+from shardwise.workload.load import load_workload
+from shardwise.workload.workload import Workload
+
+SPEC = "gpt:layers=2,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=8"
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    return load_workload(SPEC)
+
+
+@pytest.fixture(scope="module")
+def profiles(workload: Workload) -> ScaledProfiles:
+    return ScaledProfiles(Profiles(workload))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Cluster:
+    return find_cluster("a100-40x4")
+
+
+def with_memory(cluster: Cluster, size: int) -> Cluster:
+    nodes = tuple(replace(n, device=replace(n.device, memory_bytes=size)) for n in cluster.nodes)
+    return replace(cluster, nodes=nodes)
+
+
+def everything(workload: Workload, workers: int, wish: Wish, links: int) -> list[Strategy]:
+    found = families(workers, workload.batch_size, wish, divisors(workers), links)
+    return [member for family in found for member in members(family, wish)]
+
+
+@pytest.fixture(scope="module")
+def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> dict[Strategy, Any]:
+    """What every strategy for 4 devices costs."""
+    links = len(profiles.of(Strategy()).links)
+    return {s: predict(profiles.of(s), s, cluster) for s in everything(workload, 4, Wish(), links)}
+
+
+def test_the_search_finds_what_trying_everything_finds(
+    workload: Workload, profiles: ScaledProfiles, cluster: Cluster, tried: dict[Strategy, Any]
+) -> None:
+    plan = search(workload, cluster, 4, Wish(), profiles).plan
+    best = min(tried.values(), key=lambda prediction: prediction.step_seconds)
+    assert plan.best is not None
+    assert plan.best.prediction.step_seconds <= best.step_seconds * 1.005
+    assert plan.looked_at < len(tried)
+    known = sum(entry.count for entry in plan.rejected if entry.kind == "slower") + plan.looked_at
+    assert known >= len(tried) - sum(entry.kind in ("model", "memory") for entry in plan.rejected)
+
+
+def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluster: Cluster, tried: Any) -> None:
+    for strategy, prediction in tried.items():
+        profile = profiles.of(strategy)
+        assert least_seconds(profile, strategy, cluster) <= prediction.step_seconds * 1.0001, strategy
+        assert least_memory(profile, strategy) <= prediction.memory.total, strategy
+
+
+def test_the_best_for_memory_is_the_smallest(
+    workload: Workload, profiles: ScaledProfiles, cluster: Cluster, tried: Any
+) -> None:
+    plan = search(workload, cluster, 4, Wish(objective="memory"), profiles).plan
+    assert plan.best is not None
+    smallest = min(prediction.memory.total for prediction in tried.values())
+    assert plan.best.prediction.memory.total <= smallest * 1.005
+
+
+def test_what_does_not_fit_is_not_chosen(
+    workload: Workload, profiles: ScaledProfiles, cluster: Cluster, tried: Any
+) -> None:
+    sizes = sorted(prediction.memory.total for prediction in tried.values())
+    room = sizes[len(sizes) // 10]
+    plan = search(workload, cluster, 4, Wish(max_memory=room), profiles).plan
+    assert plan.best is not None
+    assert plan.best.prediction.memory.total <= room
+    fitting = [prediction for prediction in tried.values() if prediction.memory.total <= room]
+    assert plan.best.prediction.step_seconds <= min(p.step_seconds for p in fitting) * 1.005
+    assert any(entry.kind == "memory" for entry in plan.rejected)
+
+
+@pytest.mark.parametrize(
+    ("fix", "forbid"), [(["tp=2"], []), ([], ["dp", "fsdp"]), (["schedule=interleaved"], []), (["zero=1"], ["tp"])]
+)
+def test_wishes_are_met(
+    workload: Workload, profiles: ScaledProfiles, cluster: Cluster, fix: list[str], forbid: list[str]
+) -> None:
+    wish = Wish.parse(fix=fix, forbid=forbid)
+    plan = search(workload, cluster, 4, wish, profiles).plan
+    assert plan.candidates
+    assert all(wish.refusal(candidate.strategy) is None for candidate in plan.candidates)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"objective": "speed"}, "objective=speed: known are time, memory, money"),
+        ({"fix": ["tp=8"], "forbid": ["tp"]}, "--fix tp=8 and --forbid tp contradict each other"),
+        ({"fix": ["schedule=gpipe"], "forbid": ["schedule=gpipe"]}, "contradict"),
+        ({"fix": ["tpp=8"]}, "unknown option 'tpp'"),
+        ({"fix": ["tp"]}, "has no value"),
+        ({"fix": ["zero=4"]}, "zero=4"),
+        ({"fix": ["tp=1", "sp=1"]}, "sp=1 needs tp=2 or more"),
+        ({"max_memory": "many"}, "--max-memory many: not a size"),
+    ],
+)
+def test_wrong_wishes_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message.replace("=", "=").replace("(", r"\(")):
+        Wish.parse(**arguments)
+
+
+def test_a_degree_that_does_not_divide_heads_keeps_its_reason(workload: Workload, profiles: ScaledProfiles) -> None:
+    plan = search(workload, find_cluster("a100-40x8"), 8, Wish.parse(forbid=["pp"]), profiles).plan
+    reasons = [entry.reason for entry in plan.rejected if entry.strategy.tp == 8]
+    assert any("does not divide the 4 attention heads" in reason for reason in reasons)
+
+
+def test_nothing_fits_says_by_how_much_and_what_would_do(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match=r"needs least, .* too much: .*(would do|not help)"):
+        planned(Source(workload=SPEC), "a100-40x4", 4, objective="time", max_memory="9MiB", fix=[], forbid=[], out=None)
+
+
+def test_words_say_what_was_computed(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> None:
+    searched: Searched = search(workload, cluster, 4, Wish(), profiles)
+    words = "\n".join(explanation(searched.plan, cluster, searched.profile_of))
+    assert searched.plan.best is not None
+    assert f"Chosen: {searched.plan.best.strategy}." in words
+    assert "T = T_compute (1 + alpha)" in words
+    for axis in ("dp=4", "fsdp=4", "tp=4"):
+        assert axis in words
+
+
+def test_slower_links_are_slower(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> None:
+    strategy = Strategy(dp=4)
+    slow = with_bandwidth(cluster, cluster.levels[0].name, 0.01)
+    profile = profiles.of(strategy)
+    assert predict(profile, strategy, slow).step_seconds > predict(profile, strategy, cluster).step_seconds
+
+
+def test_a_plan_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+    plan = PlanFile(
+        workload=SPEC,
+        strategy=Strategy.parse("dp=2,tp=2"),
+        settings={"batch_size": "8", "a key": 'with "quotes"'},
+        cluster="h100x4",
+        prediction={"step_seconds": 0.25},
+        made_with={"torch": "2.13.0"},
+    )
+    write_plan(tmp_path / "plan.toml", plan)
+    assert read_plan(tmp_path / "plan.toml") == plan
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('version = 1\nworkload = "image"\nstrategy = "dp=0"\n', "dp=0"),
+        ('version = 1\nworkload = "image"\nstrateg = "dp=2"\n', "unknown key strateg; did you mean 'strategy'"),
+        ('version = 2\nworkload = "image"\nstrategy = "dp=2"\n', "version=2"),
+        ('version = 1\nworkload = 3\nstrategy = "dp=2"\n', "workload=3: must be text"),
+        ('version = 1\nworkload = "image"\nstrategy = "dp=2"\n[prediction]\nseconds = 1\n', "prediction.seconds"),
+        ("version = ", "cannot be read"),
+    ],
+)
+def test_wrong_plan_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    with pytest.raises(RequestError) as caught:
+        read_plan(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_plan_holds_where_it_was_made_and_not_on_slower_devices(tmp_path: Path) -> None:
+    out = tmp_path / "plan.toml"
+    planned(
+        Source(workload=SPEC), "a100-40x4", None, objective="time", max_memory=None, fix=["dp=4"], forbid=[], out=out
+    )
+    assert checked(out)["holds"]
+    slower = checked(out, "l4x4")
+    assert not slower["holds"]
+    assert "off the" in slower["reasons"][0]
+    assert not checked(out, "a100-40x2")["holds"]
+
+
+def test_ranges_of_devices() -> None:
+    assert counts(1, 8) == [1, 2, 4, 8]
+    assert counts(3, 12) == [3, 4, 8, 12]
+
+
+def test_more_devices_stop_paying_where_they_bring_less_than_half(cluster: Cluster) -> None:
+    class Of:
+        def __init__(self, workers: int, rate: float) -> None:
+            self.workers, self.rate = workers, rate
+
+    points: Any = [Of(1, 10.0), Of(2, 19.0), Of(4, 34.0), Of(8, 50.0), Of(16, 200.0)]
+    found: Point | None = worth(points)
+    assert found is not None
+    assert found.workers == 4
+
+
+def test_a_larger_cluster_has_more_of_its_nodes(cluster: Cluster) -> None:
+    larger = enlarged(cluster, 64)
+    assert larger.size >= 64
+    assert larger.levels[-1].span >= 64
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("40GiB", 40 * 2**30), ("40GB", 40 * 10**9), ("1024", 1024), ("1.5k", 1500)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
