@@ -23,6 +23,7 @@ from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.run.job import Source
 from shardwise.run.planning import checked, planned
+from shardwise.run.request import settle_strategy
 from shardwise.strategy import Strategy
 from shardwise.units import parse_bytes
 from shardwise.workload.load import load_workload
@@ -142,7 +143,7 @@ def test_a_degree_that_does_not_divide_heads_keeps_its_reason(workload: Workload
 
 def test_nothing_fits_says_by_how_much_and_what_would_do(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match=r"needs least, .* too much: .*(would do|not help)"):
-        planned(Source(workload=SPEC), "a100-40x4", 4, objective="time", max_memory="9MiB", fix=[], forbid=[], out=None)
+        planned(Source(workload=SPEC), "a100-40x4", 4, objective="time", max_memory="6MiB", fix=[], forbid=[], out=None)
 
 
 def test_words_say_what_was_computed(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> None:
@@ -235,3 +236,10 @@ def test_a_larger_cluster_has_more_of_its_nodes(cluster: Cluster) -> None:
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+def test_train_takes_the_strategy_of_a_plan_file(tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.toml", PlanFile(workload="image", strategy=Strategy(dp=2)))
+    assert settle_strategy(str(tmp_path / "plan.toml"), 2) == Strategy(dp=2)
+    with pytest.raises(RequestError, match="there is no such file"):
+        settle_strategy(str(tmp_path / "none.toml"), None)

@@ -41,4 +41,4 @@ def least_memory(profile: Profile, strategy: Strategy) -> float:
     owners = strategy.replicas if strategy.zero == 1 else slices
     kept = 0 if strategy.recompute == "full" else profile.saved[-1]
     stays = whole / slices + elements * profile.update.state_bytes / owners
-    return (stays + max(gradients / slices, kept)) / strategy.pp
+    return float((stays + max(gradients / slices, kept)) / strategy.pp)

@@ -10,6 +10,7 @@ from typing import Any
 
 from shardwise.errors import DataError, RequestError, RunFolderError, StrategyError, WorkloadError, nearest
 from shardwise.launch.local import under_torchrun
+from shardwise.plan.file import is_plan_file, read_plan
 from shardwise.run.job import Job, Options, Source, join_launcher
 from shardwise.run.runfolder import create_run, find_run, last_request, read_run, reopen_run
 from shardwise.run.workers import Workers
@@ -90,7 +91,7 @@ def settle_source(workload: AnyWorkload, settings: Mapping[str, Any] | None = No
 
 
 def settle_strategy(strategy: str | Strategy | None, workers: int | None) -> Strategy:
-    """The strategy to use; `dp` over all workers where none is given.
+    """The strategy to use: given, by its spelling or as a plan file; `dp` over all workers where none is given.
 
     Raises:
         StrategyError: it cannot be, or it does not fit the number of workers.
@@ -101,10 +102,17 @@ def settle_strategy(strategy: str | Strategy | None, workers: int | None) -> Str
         workers = int(os.environ["WORLD_SIZE"])
     if strategy is None:
         return Strategy(dp=workers or 1)
-    settled = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+    settled = _read(strategy) if isinstance(strategy, str) else strategy
     if workers is not None:
         settled.check_workers(workers)
     return settled
+
+
+def _read(text: str) -> Strategy:
+    """A strategy by its spelling, or the one of a plan file."""
+    if is_plan_file(text):
+        return read_plan(Path(text)).strategy
+    return Strategy.parse(text)
 
 
 def settle_options(**values: Any) -> Options:
