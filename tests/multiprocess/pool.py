@@ -1,28 +1,51 @@
-"""Worker processes that stay for the whole test session: starting them anew for every test would take seconds."""
+"""Worker processes that stay for the whole test session: starting them anew for every test would take seconds.
+
+    test process ── fork server A ── workers 0, 2, ...      each forked with what it needs imported: that takes
+              └──── fork server B ── workers 1, 3, ...      more processor time than most tests
+
+Two servers, because workers forked from one would hash strings alike: what depends on the order of a set must still
+differ from one worker to the next, as it does between workers that are started for themselves.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ForkServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cloudpickle
 
 TIMEOUT_SECONDS = 300.0
 GRACE_SECONDS = 10.0
 """How long the other workers of a failed call have to end it: their connections to the failed one break."""
+
+PRELOAD = (
+    "pytest",
+    "torch",
+    "torch._dynamo",
+    "torch.export._trace",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
+    "shardwise.parallel.staged",
+    "shardwise.parallel.data",
+    "shardwise.run.checkpoint",
+)
+"""What every worker comes to need. Importing these starts no thread, so the server may fork."""
 
 
 class RemoteTraceback(Exception):
@@ -41,8 +64,13 @@ class Pools:
     cloudpickle. The first exception of a worker is raised here. One worker is this process, without a process group.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, servers: Servers) -> None:
+        self._servers = servers
         self._pools: dict[int, Pool] = {}
+
+    def apart(self) -> Pools:
+        """Pools that share nothing with these but the processes that workers are forked from."""
+        return Pools(self._servers)
 
     def __call__(
         self, count: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_SECONDS
@@ -53,7 +81,7 @@ class Pools:
         if pool is None or pool.broken:
             if pool is not None:
                 pool.close()
-            pool = self._pools[count] = Pool(count)
+            pool = self._pools[count] = Pool(count, self._servers)
         return pool.call(function, args, timeout)
 
     def close(self) -> None:
@@ -62,19 +90,40 @@ class Pools:
         self._pools.clear()
 
 
-class Pool:
-    """A fixed number of spawned processes that each run what they are sent."""
+class Servers:
+    """The processes that workers are forked from, started with the first worker; they end with this process.
 
-    def __init__(self, count: int) -> None:
+    `preload` are further modules that all workers are to have imported.
+    """
+
+    def __init__(self, preload: Iterable[str] = ()) -> None:
+        self._servers = [ForkServer(), ForkServer()]
+        for server in self._servers:
+            server.set_forkserver_preload([*PRELOAD, *preload])
+
+    def start(self, process: Any, rank: int) -> None:
+        """Starts a process of the context `forkserver` from the server of a rank."""
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+            for server in self._servers:
+                server.ensure_running()  # both import at the same time
+        chosen = self._servers[rank % len(self._servers)]
+        with mock.patch("multiprocessing.forkserver.connect_to_new_process", chosen.connect_to_new_process):
+            process.start()
+
+
+class Pool:
+    """A fixed number of processes that each run what they are sent."""
+
+    def __init__(self, count: int, servers: Servers) -> None:
         self.broken = False
         self._calls = 0
         self._folder = tempfile.TemporaryDirectory(prefix="shardwise-pool-")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self._workers: list[tuple[Any, Connection]] = []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, count, theirs, os.getpid()), daemon=True)
-            process.start()
+            process = context.Process(target=serve, args=(rank, count, theirs), daemon=True)
+            servers.start(process, rank)
             theirs.close()
             self._workers.append((process, ours))
 
@@ -129,12 +178,16 @@ class Pool:
         self._folder.cleanup()
 
 
-def serve(rank: int, count: int, pipe: Connection, parent: int) -> None:
+def serve(rank: int, count: int, pipe: Connection) -> None:
     """What a worker does: runs what it is sent until its pipe closes."""
-    die_with_parent(parent)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    import numpy as np
     import torch
 
+    random.seed()  # forked workers would draw alike
+    np.random.seed()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
@@ -183,10 +236,9 @@ def forget_groups() -> None:
         debug._clear_fast_path_sharding_prop_cache()
 
 
-def die_with_parent(parent: int) -> None:
-    """Linux ends this process when the one that started it ends, however that happens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+def end_with_parent() -> None:
+    """Ends this process when the one that runs the tests ends, however that happens."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -20,6 +20,7 @@ from shardwise import Strategy
 from shardwise.run import verify
 from shardwise.run.job import Source
 
+PRELOAD = ("transformers.models.llama.modeling_llama", "monai.networks.nets")
 STRATEGIES = ("fsdp=2", "tp=2,microbatches=2", "pp=2,microbatches=2", "dp=2,tp=2", "tp=2,pp=2,microbatches=2")
 """All of them with microbatches of four samples, so that a model is traced once."""
 

@@ -21,6 +21,7 @@ from shardwise.run.job import Source
 from shardwise.workload.load import load_workload
 from shardwise.workload.stored import INDEX, SINGLE, StoredModel, StoredWeights, without_parameters
 
+PRELOAD = ("transformers.models.llama.modeling_llama",)
 SIZES = {
     "vocab_size": 256,
     "hidden_size": 32,

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,14 +40,42 @@ def test_exception_of_one_worker_is_raised_and_the_next_call_works(workers: Pool
     assert workers(2, rank_sum) == [(0, 1.0), (1, 1.0)]
 
 
-def test_hanging_and_dead_workers_are_replaced() -> None:
-    workers = Pools()  # of its own: the others keep what they have imported and traced
+def test_hanging_and_dead_workers_are_replaced(workers: Pools) -> None:
+    workers = workers.apart()  # the others keep what they have traced
     workers(2, rank_sum)
     with pytest.raises(TimeoutError, match=r"workers \[1\]"):
         workers(2, lambda: time.sleep(120) if dist.get_rank() == 1 else None, timeout=5.0)
     with pytest.raises(RuntimeError, match="worker 1 died with exit code 3"):
         workers(2, lambda: os._exit(3) if dist.get_rank() == 1 else None)
     workers.close()
+
+
+def test_workers_hash_and_draw_differently(workers: Pools) -> None:
+    first, second = workers(2, lambda: (hash("tp"), random.random(), np.random.random()))
+    assert not set(first) & set(second)
+
+
+def test_no_worker_outlives_the_tests(tmp_path: Path) -> None:
+    script = """
+import os, signal
+import pool
+if __name__ == "__main__":
+    pool.PRELOAD = ("torch",)
+    print(*pool.Pools(pool.Servers())(2, os.getpid), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert done.returncode == -signal.SIGKILL
+    processes = [Path("/proc", number) for number in done.stdout.split()]
+    assert len(processes) == 2
+    deadline = time.monotonic() + 30
+    while any(process.exists() for process in processes):
+        assert time.monotonic() < deadline, processes
+        time.sleep(0.05)
 
 
 def test_one_worker_is_this_process(workers: Pools) -> None:
