@@ -29,7 +29,7 @@ from shardwise.units import parse_bytes
 from shardwise.workload.load import load_workload
 from shardwise.workload.workload import Workload
 
-SPEC = "gpt:layers=2,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=8"
+SPEC = "gpt:layers=2,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=4"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def everything(workload: Workload, workers: int, wish: Wish, links: int) -> list
 def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> dict[Strategy, Any]:
     """What every strategy for 4 devices costs."""
     links = len(profiles.of(Strategy()).links)
-    return {s: predict(profiles.of(s), s, cluster) for s in everything(workload, 4, Wish(), links)}
+    return {s: predict(profiles.traced.of(s), s, cluster) for s in everything(workload, 4, Wish(), links)}
 
 
 def test_the_search_finds_what_trying_everything_finds(
@@ -70,7 +70,7 @@ def test_the_search_finds_what_trying_everything_finds(
     plan = search(workload, cluster, 4, Wish(), profiles).plan
     best = min(tried.values(), key=lambda prediction: prediction.step_seconds)
     assert plan.best is not None
-    assert plan.best.prediction.step_seconds <= best.step_seconds * 1.005
+    assert plan.best.prediction.step_seconds <= best.step_seconds * 1.01
     assert plan.looked_at < len(tried)
     known = sum(entry.count for entry in plan.rejected if entry.kind == "slower") + plan.looked_at
     assert known >= len(tried) - sum(entry.kind in ("model", "memory") for entry in plan.rejected)
@@ -78,7 +78,7 @@ def test_the_search_finds_what_trying_everything_finds(
 
 def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluster: Cluster, tried: Any) -> None:
     for strategy, prediction in tried.items():
-        profile = profiles.of(strategy)
+        profile = profiles.traced.of(strategy)
         assert least_seconds(profile, strategy, cluster) <= prediction.step_seconds * 1.0001, strategy
         assert least_memory(profile, strategy) <= prediction.memory.total, strategy
 
@@ -89,7 +89,7 @@ def test_the_best_for_memory_is_the_smallest(
     plan = search(workload, cluster, 4, Wish(objective="memory"), profiles).plan
     assert plan.best is not None
     smallest = min(prediction.memory.total for prediction in tried.values())
-    assert plan.best.prediction.memory.total <= smallest * 1.005
+    assert plan.best.prediction.memory.total <= smallest * 1.01
 
 
 def test_what_does_not_fit_is_not_chosen(
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_not_chosen(
     assert plan.best is not None
     assert plan.best.prediction.memory.total <= room
     fitting = [prediction for prediction in tried.values() if prediction.memory.total <= room]
-    assert plan.best.prediction.step_seconds <= min(p.step_seconds for p in fitting) * 1.005
+    assert plan.best.prediction.step_seconds <= min(p.step_seconds for p in fitting) * 1.01
     assert any(entry.kind == "memory" for entry in plan.rejected)
 
 

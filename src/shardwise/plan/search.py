@@ -122,6 +122,8 @@ class _Search:
                     self.rejected.append(Rejected(Strategy(tp=tp), refusal, "model"))
         bounded: list[tuple[float, Strategy]] = []
         for family in families(self.workers, self.workload.batch_size, self.wish, tensor, links):
+            if next(members(family, self.wish), None) is None:
+                continue
             try:
                 profile = self.scaled.of(_whole(family))
             except (StrategyError, WorkloadError) as error:
@@ -132,8 +134,7 @@ class _Search:
 
     def _cut(self) -> int:
         """Pieces that the step can be cut into; 1 where it cannot be traced, and the reason noted."""
-        share = next(iter(divisors(self.workload.batch_size)))
-        profile = self.traced.of(Strategy(microbatches=1), share)
+        profile = self.scaled.one()
         if not profile.cut:
             reason = f"cannot be traced ({'; '.join(profile.notes)}), so that tp and pp are not possible"
             self.rejected.append(Rejected(Strategy(tp=2), reason, "model"))

@@ -5,9 +5,8 @@ Every shape, FLOP and byte of a microbatch of m samples on one of t tensor-paral
     a + b m + c / t + d m / t          and how often a kernel runs is  a + b t  (one copy for each worker)
 
 so that few traced profiles give all others: a search over hundreds of (tp, microbatch) traces a handful of steps.
-Microbatches of one sample are always traced: more of their tensors are contiguous. A number that does not follow the
-rule (a kernel that changes with the size, heads that no longer divide) shows when the finalists of a search are traced
-themselves.
+A number that does not follow the rule (a kernel that changes with the size, tensors of a single sample that need no
+copy, heads that no longer divide) shows when the finalists of a search are traced themselves.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class _Unlike(Exception):
 def between(first: Profile, second: Profile, at: float, repeats_at: float | None = None) -> Profile | None:
     """The profile on the line through two: `first` at 0, `second` at 1. None where they differ in more than numbers.
 
-    Equal kernels of a pass are put together first. Names, sizes of the workload's batch and what was derived are those
-    of `first`.
+    Equal kernels of a pass are put together where the two have different numbers of them. Names, sizes of the
+    workload's batch and what was derived are those of `first`.
 
     Args:
         first: at 0.
@@ -104,7 +103,10 @@ class _Line:
             a, b = replace(a, count=1), replace(b, count=1)
             return replace(self._fields(a, b), count=count)
         if isinstance(a, Pass):
-            return Pass(self.of(_merged(a.kernels), _merged(b.kernels)), self.of(a.exchanges, b.exchanges))
+            first, second = a.kernels, b.kernels
+            if len(first) != len(second):
+                first, second = _merged(first), _merged(second)
+            return Pass(self.of(first, second), self.of(a.exchanges, b.exchanges))
         return self._fields(a, b)
 
     def _fields(self, a: Any, b: Any) -> Any:
@@ -143,8 +145,12 @@ class ScaledProfiles:
             self._known[key] = self._at(settled, samples)
         return self._known[key]
 
+    def one(self) -> Profile:
+        """Of a microbatch on one worker: of which size does not matter."""
+        return self._corner(Strategy(), 1, SMALL)
+
     def _at(self, strategy: Strategy, samples: int) -> Profile:
-        if strategy.tp <= SMALL:
+        if strategy.tp <= SMALL or strategy.tp == LARGE:
             return self._of_samples(strategy, strategy.tp, samples)
         where = (1 / strategy.tp - 1 / SMALL) / (1 / LARGE - 1 / SMALL)
         ends: list[Profile] = []
@@ -160,7 +166,7 @@ class ScaledProfiles:
         return replace(found, tp=strategy.tp, microbatch=samples)
 
     def _of_samples(self, strategy: Strategy, tp: int, samples: int) -> Profile:
-        if samples in (1, SMALL, LARGE):
+        if samples in (SMALL, LARGE):
             return self._corner(strategy, tp, samples)
         first, second = self._corner(strategy, tp, SMALL), self._corner(strategy, tp, LARGE)
         found = between(first, second, (samples - SMALL) / (LARGE - SMALL))
