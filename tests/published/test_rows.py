@@ -212,6 +212,27 @@ def test_networks(text: str, bandwidth: float | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("NVLink; 4x Omni-Path 100Gb per node", "omni-path-100"),
+        ("EFA 3200 Gbps", "efa"),
+        ("8x200Gb HDR IB per node", "infiniband-ndr"),
+        ("RoCE 1600 Gbps/node", "roce-400"),
+        ("NVLink (single node)", ""),
+    ],
+)
+def test_kinds_of_networks(text: str, name: str) -> None:
+    assert spelling.network(text) == name
+
+
+def test_links_between_devices() -> None:
+    assert run(interconnect="NVLink (4-link) in node").cluster.levels[0].bandwidth == 100e9
+    assert run(interconnect="NVSwitch").cluster.levels[0].bandwidth == 300e9
+    assert run(interconnect="EFA 3200 Gbps").cluster.levels[1].bandwidth == 50e9
+    assert run(interconnect="HF cluster").cluster.levels[1].name == "efa"
+
+
+@pytest.mark.parametrize(
     ("cells", "expected"),
     [
         ({"n_gpus": "12", "tp": "8"}, "12 GPUs are not a multiple of tp x pp x cp = 16"),

@@ -20,7 +20,7 @@ from shardwise.predict.transformer import step
 RUNS = Path(__file__).with_name("runs.csv")
 DOCS = Path(__file__).parents[2] / "docs"
 
-REACHED = {"vTrain single node": 0.08, "vTrain multi": 0.12, "SC21": 0.04, "BLOOM prequel": 0.10, "Sailor GH200": 0.10}
+REACHED = {"vTrain single node": 0.08, "vTrain multi": 0.09, "SC21": 0.04, "BLOOM prequel": 0.065, "Sailor GH200": 0.10}
 """Mean error by group that must not be exceeded: what was reached, and some slack."""
 
 
@@ -38,7 +38,7 @@ def test_all_rows_are_predicted(document: dict[str, Any]) -> None:
 
 
 def test_mean_over_groups(document: dict[str, Any]) -> None:
-    assert document["mean_of_groups"] < 0.08
+    assert document["mean_of_groups"] < 0.07
 
 
 @pytest.mark.parametrize("group", REACHED)

@@ -33,6 +33,7 @@ class Constants:
         partial_wave: how much of a whole wave an almost empty last wave of tiles costs; 1: all of it.
         memory_share: share of the datasheet's memory bandwidth that kernels reach.
         kernel_start: from one kernel's end to the next one's beginning on a busy device.
+        product_start: the same of products, convolutions and attention, which fill and drain their pipelines besides.
         attention_forward: share of the sustained rate that flash attention reaches with heads of 128, forward.
         attention_backward: the same, backward.
         attention_softmax: exponentials per head element: with heads of d elements attention runs at
@@ -43,7 +44,8 @@ class Constants:
         host_kernel: the host's time to launch one kernel of a layer, Python of the layer included.
         host_collective: the host's time to launch one collective, waiting for the streams included.
         link_share: share of the datasheet's bandwidth that a collective reaches within a node.
-        network_share: the same between nodes.
+        network_share: the same between nodes, over networks whose adapters do the transport (InfiniBand, RoCE).
+        hosted_share: the same over networks whose transport runs on the host (Omni-Path, EFA, TCP).
         collective_start: of any collective.
         link_hop: per step of a ring within a node.
         network_hop: per step of a ring between nodes.
@@ -65,6 +67,7 @@ class Constants:
     partial_wave: float
     memory_share: float
     kernel_start: float
+    product_start: float
     attention_forward: float
     attention_backward: float
     attention_softmax: float
@@ -74,6 +77,7 @@ class Constants:
     host_collective: float
     link_share: float
     network_share: float
+    hosted_share: float
     collective_start: float
     link_hop: float
     network_hop: float
@@ -84,9 +88,9 @@ class Constants:
 
 @cache
 def documented() -> Mapping[str, Mapping[str, Any]]:
-    """The file of constants: name -> value, origin, and spread where it was fitted."""
+    """The file of constants: name -> value, origin, and where it was fitted how the error rises beside it."""
     text = resources.files("shardwise.predict").joinpath("constants.json").read_text(encoding="utf-8")
-    document: Mapping[str, Mapping[str, Any]] = json.loads(text)
+    document: Mapping[str, Mapping[str, Any]] = json.loads(text)["constants"]
     return document
 
 

@@ -11,8 +11,6 @@ share that is left.
 
 from __future__ import annotations
 
-from math import ceil
-
 from shardwise.cluster.cluster import Device
 from shardwise.errors import RequestError
 from shardwise.predict.constants import Constants, constants
@@ -66,14 +64,14 @@ def kernel_seconds(kernel: Kernel, device: Device, numbers: Constants | None = N
     """
     numbers = numbers or constants()
     if kernel.kind == "matmul" and len(kernel.shape) == 4:
-        seconds = matmul_seconds(kernel, device, numbers)
+        seconds = matmul_seconds(kernel, device, numbers) + numbers.product_start
     elif kernel.kind == "attention" and len(kernel.shape) == 5:
-        seconds = attention_seconds(kernel, device, numbers)
+        seconds = attention_seconds(kernel, device, numbers) + numbers.product_start
     elif kernel.kind == "convolution" and len(kernel.shape) == 5:
-        seconds = _as_matmul(kernel, device, numbers)
+        seconds = _as_matmul(kernel, device, numbers) + numbers.product_start
     else:
-        seconds = _bytes_seconds(kernel.bytes, device, numbers)
-    return kernel.count * (seconds + numbers.kernel_start)
+        seconds = _bytes_seconds(kernel.bytes, device, numbers) + numbers.kernel_start
+    return kernel.count * seconds
 
 
 def rate(device: Device, dtype: str) -> float:
@@ -126,7 +124,7 @@ def _tiled(
 ) -> float:
     """FLOPs that each SM has time for while the product is computed with this tile."""
     rows, columns = tile
-    tiles = batch * ceil(m / rows) * ceil(n / columns) * split
+    tiles = batch * -(-m // rows) * -(-n // columns) * split
     whole, rest = divmod(tiles, cores)
     part = rest / cores
     waves = whole + (part + numbers.partial_wave * (1 - part) if rest else 0.0)

@@ -21,6 +21,9 @@ from shardwise.collective import Collective, Group
 from shardwise.errors import RequestError
 from shardwise.predict.constants import Constants, constants
 
+HOSTED = ("omni-path", "efa", "tcpxo", "ethernet")
+"""Beginnings of the names of networks whose transport runs on the host's processors."""
+
 RING_PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 
 
@@ -65,8 +68,14 @@ def level_of(group: Group, cluster: Cluster) -> Level:
 
 
 def _message_seconds(amount: float, level: Level, inside: bool, numbers: Constants) -> float:
-    share, hop = (numbers.link_share, numbers.link_hop) if inside else (numbers.network_share, numbers.network_hop)
+    share = numbers.link_share if inside else network_share(level, numbers)
+    hop = numbers.link_hop if inside else numbers.network_hop
     return hop + level.latency + amount / (level.bandwidth * share)
+
+
+def network_share(level: Level, numbers: Constants) -> float:
+    """Share of a network's datasheet bandwidth that a collective reaches."""
+    return numbers.hosted_share if level.name.startswith(HOSTED) else numbers.network_share
 
 
 def _within(operation: str, amount: float, ranks: int, level: Level, numbers: Constants) -> float:
@@ -89,7 +98,7 @@ def _across(
 ) -> float:
     """Among ranks of several nodes, `local` of them in each."""
     nodes = ceil(ranks / local)
-    ports = outer.bandwidth * numbers.network_share * local
+    ports = outer.bandwidth * network_share(outer, numbers) * local
     links = inner.bandwidth * numbers.link_share
     hop_inner, hop_outer = numbers.link_hop + inner.latency, numbers.network_hop + outer.latency
     share = (ranks - 1) / ranks
@@ -101,7 +110,7 @@ def _across(
         steps = min(ring, tree) if operation == "all_reduce" else ring
         return numbers.collective_start + passes * (steps + moved)
     if operation == "all_to_all":
-        remote = amount * (ranks - local) / ranks / (outer.bandwidth * numbers.network_share)
+        remote = amount * (ranks - local) / ranks / (outer.bandwidth * network_share(outer, numbers))
         near = amount * (local - 1) / ranks / links
         return numbers.collective_start + hop_outer * log2(ranks) + max(remote, near)
     if operation == "barrier":

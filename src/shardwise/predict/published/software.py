@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shardwise.predict.published import spelling
 from shardwise.predict.published.columns import Row, text
 from shardwise.predict.transformer.sizes import Stack
 
@@ -30,23 +31,29 @@ def stack_of(row: Row, dtype: str) -> Stack:
     nanotron = "nanotron" in source
     if nanotron:  # the vocabulary is sharded, and so is its loss, by the algorithm of Megatron
         loss = "megatron"
+    nanotron_zero = nanotron and spelling.zero(text(row, "zero_fsdp")) > 0  # it reduces when the pass is over
+    recent = engine or "korthikanti" in source  # Megatron-LM of 2022 and later
     half = dtype == "fp16" or (dtype == "bf16" and "pure" in text(row, "precision").lower())
     return Stack(
         attention=attention,
         elementwise=elementwise,
         loss=loss,
-        dropout=old and dtype == "fp16",
-        overlap_gradients=not old or ("overlapped)" in source and "not overlapped" not in source),
+        dropout=dtype == "fp16" or ((old or engine) and dtype == "bf16" and "gpt" in text(row, "model").lower()),
+        overlap_gradients=not (old or nanotron_zero) or ("overlapped)" in source and "not overlapped" not in source),
         overlap_parameters=engine,
         overlap_tensor=engine,
         overlap_pipeline=engine,
-        scatter_pipeline=old and not deepspeed,
+        scatter_pipeline=old,
         graphs="graph" in source,
         gradient_bytes=2 if half else 4,
         accumulation_bytes=2 if dtype == "fp16" else 4,
+        async_tensor=recent,
+        fused_accumulation=recent,
+        sharded_reduction=not nanotron,
         causal="llm-foundry" not in source,
         bucketed=elementwise != "eager",
         deepspeed=deepspeed,
+        padded=old or engine or nanotron,
         balanced=nanotron,
         norm_inputs="sailor" not in source,
     )

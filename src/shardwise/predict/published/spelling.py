@@ -12,6 +12,17 @@ NO = {"no", "none", "off", "false", "0", "disabled", "not"}
 YES = {"yes", "on", "true", "1", "enabled", "full", "all", "uniform", "always"}
 """First words that affirm."""
 
+NETWORKS = (
+    (r"omni-?path|\bopa\b", "omni-path-100"),
+    (r"\befa\b|elastic fabric", "efa"),
+    (r"slingshot", "slingshot-11"),
+    (r"roce|spectrum-?x", "roce-400"),
+    (r"infiniband|\bib\b|\bhdr\b|\bndr\b", "infiniband-ndr"),
+    (r"tcpx", "tcpxo-200"),
+    (r"ethernet|\btcp\b", "ethernet-100"),
+)
+"""What texts call networks, and a link of the catalogue of that kind."""
+
 REPLICATED = ("ddp", "dp", "allreduce", "all-reduce", "replicated", "data parallel", "3d", "not stated", "megatron")
 """What texts say of gradients that are reduced and states that are not sharded."""
 
@@ -133,6 +144,21 @@ def node_bandwidth(text: str) -> float | None:
             continue
         return float(found.group(1)) * 1e9 / 8
     return None
+
+
+def network(text: str) -> str:
+    """Name in the catalogue of the network's links where the text says what they are; their rate is another matter."""
+    words = text.lower()
+    for pattern, link in NETWORKS:
+        if re.search(pattern, words):
+            return link
+    return ""
+
+
+def nvlink_links(text: str) -> int | None:
+    """Links of NVLink that each device has, where the text says so ("NVLink (4-link)")."""
+    found = re.search(r"nvlink\w*\s*\(?(\d+)[- ]links?\b", text.lower())
+    return int(found.group(1)) if found else None
 
 
 def nvlink_domain(text: str) -> int | None:

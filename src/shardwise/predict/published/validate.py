@@ -56,7 +56,7 @@ def validate(path: str | Path) -> dict[str, Any]:
         DataError: the file cannot be read, has no rows, or none that says what is needed.
     """
     held, skipped = [], []
-    for line, row in _rows(Path(path)):
+    for line, row in read_rows(Path(path)):
         try:
             run = read(row, line)
             memory = memory_terms(run.sizes, run.setup, run.counted, constants())
@@ -69,7 +69,8 @@ def validate(path: str | Path) -> dict[str, Any]:
     return _document(held, skipped)
 
 
-def _rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
+def read_rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
+    """(line, row by the columns that are known) of a file. Raises DataError."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)

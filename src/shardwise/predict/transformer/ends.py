@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from shardwise.predict.kernel import Kernel
-from shardwise.predict.transformer.layer import moving, product, tokens
+from shardwise.predict.transformer.layer import accumulation, moving, product, tokens
 from shardwise.predict.transformer.sizes import Setup, Sizes
 
 LOSS_BYTES = {"megatron": (46, 22), "eager": (16, 14), "fused": (6, 4)}
@@ -15,7 +17,8 @@ UPDATE_BYTES = {"fp16": 56, "bf16": 44, "float32": 32, "tf32": 32}
 three of them written; low precision adds the copies of gradient and weight, fp16 the unscaling."""
 
 
-def embedding(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel]]:
+@lru_cache(maxsize=4096)
+def embedding(sizes: Sizes, setup: Setup) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """Forward and backward kernels of the embedding for one microbatch."""
     elements = tokens(sizes, setup) * sizes.hidden
     mask = 3 if setup.stack.dropout else 2
@@ -25,12 +28,13 @@ def embedding(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel]]:
         moving("embedding", setup.dtype, elements, 6, backward=True),
         moving("embedding gradient", setup.dtype, rows, 2 + 2 * setup.stack.accumulation_bytes, backward=True),
     ]
-    return forward, backward
+    return tuple(forward), tuple(backward)
 
 
-def head(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel]]:
+@lru_cache(maxsize=4096)
+def head(sizes: Sizes, setup: Setup) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """Forward and backward kernels of the last norm, the output and the loss for one microbatch."""
-    t, columns, h = tokens(sizes, setup), -(-sizes.vocab // setup.tensor), sizes.hidden
+    t, columns, h = tokens(sizes, setup), setup.columns(sizes.vocab), sizes.hidden
     forward_bytes, backward_bytes = LOSS_BYTES[setup.stack.loss]
     logits = float(t) * columns
     forward = [
@@ -42,10 +46,10 @@ def head(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel]]:
         moving("loss", setup.dtype, logits, backward_bytes, backward=True),
         product("output inputs", setup.dtype, t, h, columns, backward=True),
         product("output weights", setup.dtype, columns, h, t, backward=True),
-        moving("accumulate", setup.dtype, columns * h, 2 + 2 * setup.stack.accumulation_bytes, backward=True),
+        *accumulation(setup, columns * h),
         moving("norm", setup.dtype, t * h, 8, backward=True),
     ]
-    return forward, backward
+    return tuple(forward), tuple(backward)
 
 
 def update(parameters: float, setup: Setup) -> Kernel:

@@ -71,7 +71,7 @@ def backward_moment(sizes: Sizes, setup: Setup) -> float:
 
 def loss_moment(sizes: Sizes, setup: Setup) -> float:
     """Logits and what the loss makes of them, with the input of the output layer."""
-    elements = tokens(sizes, setup) * -(-sizes.vocab // setup.tensor)
+    elements = tokens(sizes, setup) * setup.columns(sizes.vocab)
     copies = 3 if setup.stack.deepspeed else 1  # its pipeline keeps outputs, and the loss lays them out anew
     per_logit = copies * width(setup) + LOGIT_FLOAT_BYTES[setup.stack.loss]
     return elements * per_logit + tokens(sizes, setup) * sizes.hidden * width(setup) * 2

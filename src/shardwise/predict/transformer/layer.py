@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from shardwise.predict.gpu import ELEMENT_BYTES
 from shardwise.predict.kernel import Kernel
@@ -47,6 +48,7 @@ def moving(name: str, dtype: str, elements: float, bytes_per_element: float, *, 
     return Kernel(name, "memory", dtype, elements, elements * bytes_per_element, (int(elements),), backward)
 
 
+@lru_cache(maxsize=4096)
 def block(sizes: Sizes, setup: Setup) -> Passes:
     """The kernels of one block for one microbatch on one rank."""
     attention_in, attention_core, attention_out = _attention(sizes, setup)
@@ -162,8 +164,15 @@ def _linear_backward(sizes: Sizes, setup: Setup) -> list[Kernel]:
         kernels.append(product(f"{name} inputs", linear, t, inputs, outputs, output_bytes=e, backward=True))
         kernels.append(product(f"{name} weights", linear, outputs, inputs, t, output_bytes=e, backward=True))
     matrices = sum(inputs * outputs for _, inputs, outputs in _linear_shapes(sizes, setup))
-    kernels.append(moving("accumulate", setup.dtype, matrices, e + 2 * setup.stack.accumulation_bytes, backward=True))
-    return kernels
+    return [*kernels, *accumulation(setup, matrices)]
+
+
+def accumulation(setup: Setup, elements: float) -> list[Kernel]:
+    """Adds gradients of weights to what earlier microbatches left; nothing where the products do that themselves."""
+    if setup.stack.fused_accumulation:
+        return []
+    bytes_each = _width(setup) + 2 * setup.stack.accumulation_bytes
+    return [moving("accumulate", setup.dtype, elements, bytes_each, backward=True)]
 
 
 def _attention_backward(sizes: Sizes, setup: Setup) -> list[Kernel]:

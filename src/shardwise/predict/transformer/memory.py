@@ -8,6 +8,7 @@ temporary                           the loss, or a block's backward pass; what F
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from shardwise.predict.prediction import Memory
 from shardwise.predict.transformer import kept
@@ -41,6 +42,7 @@ class PerParameter:
     states: float
 
 
+@lru_cache(maxsize=4096)
 def memory(sizes: Sizes, setup: Setup) -> Memory:
     """Peak memory of the rank that needs most, in bytes."""
     stages = range(setup.pipeline)

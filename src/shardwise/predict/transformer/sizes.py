@@ -96,16 +96,20 @@ class Stack:
         dropout: whether dropout runs.
         overlap_gradients: whether gradients are reduced during the backward pass.
         overlap_parameters: whether parameters of ZeRO-1 are gathered during the forward pass.
-        overlap_tensor: whether the collectives of tensor parallelism hide behind products.
+        overlap_tensor: whether products are cut so that the collectives of tensor parallelism hide behind their parts.
+        async_tensor: whether the backward pass reduces gradients of inputs while it computes those of weights.
         overlap_pipeline: whether messages between stages hide behind computation.
         scatter_pipeline: whether a message between stages is split among the tensor-parallel ranks (Narayanan 2021).
         graphs: whether CUDA graphs spare the host from launching.
         gradient_bytes: of one element when gradients are reduced.
         accumulation_bytes: of one element of accumulated gradients.
+        fused_accumulation: whether products add to the accumulated gradients themselves.
+        sharded_reduction: whether ZeRO reduces to each rank only what it owns; all of them get all otherwise.
         causal: whether flash attention skips the masked half.
         bucketed: whether ZeRO-1 gathers parameters in large buckets instead of tensor by tensor.
         deepspeed: whether DeepSpeed's engine runs it, with its buckets and buffers of the pipeline.
         balanced: whether stages are cut by the cost of blocks and output instead of by number.
+        padded: whether the vocabulary is padded to a multiple of 128 for each tensor-parallel rank.
         norm_inputs: whether norms keep their input for the backward pass; memory-efficient ones use their output.
     """
 
@@ -123,8 +127,12 @@ class Stack:
     accumulation_bytes: int
     causal: bool = True
     bucketed: bool = True
+    async_tensor: bool = False
+    fused_accumulation: bool = False
+    sharded_reduction: bool = True
     deepspeed: bool = False
     balanced: bool = False
+    padded: bool = False
     norm_inputs: bool = True
 
 
@@ -165,6 +173,11 @@ class Setup:
     scaling: str
     stack: Stack
     schedule: str = "1f1b"
+
+    def columns(self, vocab: int) -> int:
+        """Rows of the embedding that a tensor-parallel rank has: Megatron-LM pads the vocabulary to 128 for each."""
+        each = 128 if self.stack.padded else 1
+        return each * -(-vocab // (each * self.tensor))
 
     @property
     def replicas(self) -> int:

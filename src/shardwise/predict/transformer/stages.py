@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from shardwise.predict.transformer.sizes import Setup, Sizes
 
 
@@ -25,13 +27,14 @@ def layers_of_stages(sizes: Sizes, setup: Setup) -> list[float]:
     return [layers // stages + (1 if stage < layers % stages else 0) for stage in range(stages)]
 
 
-def parameters_of_stages(sizes: Sizes, setup: Setup) -> list[float]:
+@lru_cache(maxsize=4096)
+def parameters_of_stages(sizes: Sizes, setup: Setup) -> tuple[float, ...]:
     """Parameters that one rank of each stage holds; a tied output has a copy of the embedding on the last one."""
     held = [count * sizes.layer_parameters for count in layers_of_stages(sizes, setup)]
     held[0] += sizes.embedding_parameters
     held[-1] += sizes.head_parameters if len(held) == 1 else sizes.vocab * sizes.hidden
     held[-1] += sizes.hidden
-    return [parameters / setup.tensor for parameters in held]
+    return tuple(parameters / setup.tensor for parameters in held)
 
 
 def under_way(setup: Setup, stage: int) -> float:

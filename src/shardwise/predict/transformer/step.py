@@ -23,7 +23,10 @@ from shardwise.predict.transformer import ends
 from shardwise.predict.transformer.layer import Passes, block, tokens
 from shardwise.predict.transformer.memory import memory
 from shardwise.predict.transformer.sizes import Setup, Sizes
-from shardwise.predict.transformer.stages import layers_of_stages
+from shardwise.predict.transformer.stages import layers_of_stages, parameters_of_stages
+
+TENSOR_HIDDEN = 0.5
+"""Share of the collectives of tensor parallelism that products hide which are cut for it."""
 
 TENSORS = 7
 """Parameters of a block that are gathered one by one where nothing buckets them: four or five matrices, two norms."""
@@ -122,13 +125,13 @@ class _Step:
         m = setup.microbatches
         work = m * totals[slowest]
         bubble = (sum(totals) - totals[slowest]) / setup.chunks
-        messages = self.messages()
+        messages, tied = self.messages(), self.tied_embedding()
         reduction, reduction_exposed, gathering = self.gradients(totals[slowest])
         update = self.update()
         kernels = m * (forward.kernels + backward.kernels)
         exposed_inside = m * (forward.exposed + backward.exposed)
         host = max(0.0, work - kernels - exposed_inside)
-        exposed = exposed_inside + messages + reduction_exposed + gathering
+        exposed = exposed_inside + messages + tied + reduction_exposed + gathering
         samples = setup.micro_batch * m * setup.data
         device = self.clock.device
         flops = 3 * sizes.forward_flops(samples)
@@ -137,6 +140,7 @@ class _Step:
             compute_seconds=kernels,
             communication_seconds=m * (forward.communication + backward.communication)
             + messages
+            + tied
             + reduction
             + gathering,
             exposed_communication_seconds=exposed,
@@ -151,6 +155,7 @@ class _Step:
             terms={
                 "tensor parallel": exposed_inside,
                 "pipeline messages": messages,
+                "tied embedding": tied,
                 "gradients": reduction_exposed,
                 "parameters": gathering,
             },
@@ -169,7 +174,7 @@ class _Step:
             first, last = stage == 0, stage == len(layers) - 1
             parts = []
             for index, layer in enumerate((layer_forward, layer_backward)):
-                extra = (embedding[index] if first else []) + (head[index] if last else [])
+                extra = (embedding[index] if first else ()) + (head[index] if last else ())
                 kernels = count * layer.kernels + self.clock.of(extra)
                 shared = self.tensor_head(index) if last else 0.0
                 parts.append(
@@ -236,14 +241,21 @@ class _Step:
         amount = tokens(self.sizes, setup) * self.sizes.hidden * 2
         if setup.dtype in ("float32", "tf32"):
             amount *= 2
+        hidden = TENSOR_HIDDEN if setup.stack.overlap_tensor else 0.0
+        later = 2 if backward and setup.stack.async_tensor else 0  # while gradients of weights are computed
         if setup.sequence_parallel:
             gather = self.clock.collective("all_gather", amount, group, "tp")
             scatter = self.clock.collective("reduce_scatter", amount, group, "tp")
             total = reductions * (gather + scatter) + (2 * gather if backward else 0.0)
-            visible = reductions * (gather + scatter)
-            return visible * (0.5 if setup.stack.overlap_tensor else 1.0), total, 2 * reductions
-        total = reductions * self.clock.collective("all_reduce", amount, group, "tp")
-        return total, total, reductions
+            visible = reductions * (gather + scatter) - later * scatter
+            return (1 - hidden) * visible + self.beside(later * scatter), total, 2 * reductions
+        each = self.clock.collective("all_reduce", amount, group, "tp")
+        visible = (reductions - later) * each
+        return (1 - hidden) * visible + self.beside(later * each), reductions * each, reductions
+
+    def beside(self, seconds: float) -> float:
+        """What computation loses by communication that it hides."""
+        return self.clock.numbers.overlap_loss * seconds
 
     def context_parallel(self, *, backward: bool) -> float:
         """Keys and values go around the ring while attention runs; what is left of them is counted as exposed."""
@@ -288,14 +300,18 @@ class _Step:
             count = 2 * (setup.pipeline - 1)
         return count * seconds
 
+    def tied_embedding(self) -> float:
+        """First and last stage sum the gradients of the embedding that they share."""
+        setup = self.setup
+        if setup.pipeline == 1 or not self.sizes.tied:
+            return 0.0
+        rows = setup.columns(self.sizes.vocab) * self.sizes.hidden
+        ends = Group(2, (setup.pipeline - 1) * setup.devices // setup.pipeline)
+        return self.clock.collective("all_reduce", rows * setup.stack.gradient_bytes, ends, "pp")
+
     def parameters(self) -> float:
-        """Parameters that a rank of the first stage holds and reduces."""
-        stages = layers_of_stages(self.sizes, self.setup)
-        first = stages[0] * self.sizes.layer_parameters + self.sizes.embedding_parameters
-        last = stages[-1] * self.sizes.layer_parameters + self.sizes.vocab * self.sizes.hidden
-        if len(stages) == 1:
-            first += self.sizes.head_parameters
-        return max(first, last if len(stages) > 1 else 0) / self.setup.tensor
+        """Parameters of the rank that holds and reduces most."""
+        return max(parameters_of_stages(self.sizes, self.setup))
 
     def gradients(self, work: float) -> tuple[float, float, float]:
         """All and exposed seconds of reducing gradients, and of gathering ZeRO-1's parameters."""
@@ -303,7 +319,8 @@ class _Step:
         if setup.replicas == 1 or setup.zero >= 3:
             return 0.0, 0.0, 0.0
         amount = self.parameters() * setup.stack.gradient_bytes
-        operation = "all_reduce" if setup.zero == 0 else "reduce_scatter"
+        sharded = setup.zero > 0 and setup.stack.sharded_reduction
+        operation = "reduce_scatter" if sharded else "all_reduce"
         total = clock.collective(operation, amount, group, "dp")
         exposed = total
         if setup.stack.overlap_gradients:
