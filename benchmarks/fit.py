@@ -72,7 +72,9 @@ START: dict[str, float] = {
 
 MOST: dict[str, float] = {
     **dict.fromkeys(("sustained_default", "sustained_ampere", "sustained_hopper", "sustained_blackwell"), 1.0),
-    **dict.fromkeys(("memory_share", "partial_wave", "link_share", "network_share", "hosted_share", "overlap_loss"), 1.0),
+    **dict.fromkeys(
+        ("memory_share", "partial_wave", "link_share", "network_share", "hosted_share", "overlap_loss"), 1.0
+    ),
     **dict.fromkeys(("attention_forward", "attention_backward"), 1.0),
     "kernel_start": 5e-6,
     "product_start": 10e-6,
@@ -90,8 +92,8 @@ NEARBY = 0.1
 """Relative change by which sensitivity is told."""
 
 NODES = {"A100 single node NVSwitch": "dgx-a100-80"}
-"""Hardware of collectives.csv -> node of the catalogue. The V100 of that file are said to have NVSwitch, but two of them reach
-one sixth of the bandwidth of eight, as in a cube of direct links."""
+"""Hardware of collectives.csv -> node of the catalogue. The V100 of that file are said to have NVSwitch, but two of
+them reach one sixth of the bandwidth of eight, as in a cube of direct links."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,10 @@ def main() -> None:
         for group, values in errors(Data(data.runs, {}), numbers).items()
     }
     outside = {} if options.no_crossing else held_out(data, options.sweeps, print)
-    summary: dict[str, Any] = {"rows": sum(map(len, data.runs.values())), "mean_of_groups": round(mean_of_groups(data, numbers), 5)}
+    summary: dict[str, Any] = {
+        "rows": sum(map(len, data.runs.values())),
+        "mean_of_groups": round(mean_of_groups(data, numbers), 5),
+    }
     if outside:
         summary["held_out"] = {group: round(value, 5) for group, value in outside.items()}
         summary["held_out_mean_of_groups"] = round(statistics.fmean(outside.values()), 5)

@@ -9,7 +9,6 @@ from shardwise.cluster.cluster import Cluster, Nodes
 from shardwise.predict.published import devices, spelling
 from shardwise.predict.published.columns import Row, text, whole
 
-
 SYSTEMS = {"hf cluster": ", EFA 3200 Gbps"}
 """Clusters that rows name without a word on their network, which other rows of the same source describe."""
 
