@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def _never(*_: Any) -> Any:
     raise AssertionError("this graph is for looking at")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TensorDegrees:
     """Which tensor degrees a traced step can be cut into.
 
@@ -77,6 +77,7 @@ class TensorDegrees:
 
     step: StepGraph
     parameters: Mapping[str, nn.Parameter]
+    _known: dict[tuple[int, bool], str | None] = field(default_factory=dict)
 
     def refusal(self, degree: int, *, sequence: bool = False) -> str | None:
         """What a degree fails to divide, and which would do; None where it can be."""
@@ -88,6 +89,12 @@ class TensorDegrees:
         return f"tp={degree} does not divide {wrong}: {hint}"
 
     def _wrong(self, degree: int, *, sequence: bool) -> str | None:
+        key = degree, sequence
+        if key not in self._known:
+            self._known[key] = self._looked_at(degree, sequence=sequence)
+        return self._known[key]
+
+    def _looked_at(self, degree: int, *, sequence: bool) -> str | None:
         trained = frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
         local, obstacles = split(self.step, degree, trained, sequence=sequence)
         return _in_the_way(degree, local, obstacles, self.parameters)

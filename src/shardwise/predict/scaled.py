@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.predict.kernel import Kernel
-from shardwise.predict.profile import Pass, Profile
+from shardwise.predict.profile import Link, Parameter, Pass, Profile, Value
 from shardwise.predict.profiling import Profiles
 from shardwise.strategy import Strategy
 
@@ -82,14 +82,12 @@ class _Line:
                 raise _Unlike
             return a
         if isinstance(a, int):
-            return max(0, round(a + (b - a) * self.at))
+            return self._number(a, b)
         if isinstance(a, float):
             return max(0.0, a + (b - a) * self.at)
         if isinstance(a, tuple):
             if len(a) != len(b):
                 raise _Unlike
-            if a == b:
-                return a
             return tuple(self.of(x, y) for x, y in zip(a, b, strict=True))
         if is_dataclass(a) and not isinstance(a, type):
             return self._dataclass(a, b)
@@ -98,6 +96,12 @@ class _Line:
         return a
 
     def _dataclass(self, a: Any, b: Any) -> Any:
+        if isinstance(a, Value):
+            return self._value(a, b)
+        if isinstance(a, Link):
+            return Link(self.of(a.layer, b.layer), self._number(a.message, b.message))
+        if isinstance(a, Parameter) and a == b:
+            return a
         if isinstance(a, Kernel):
             count = max(1, round(a.count + (b.count - a.count) * self.repeats_at))
             a, b = replace(a, count=1), replace(b, count=1)
@@ -108,6 +112,17 @@ class _Line:
                 first, second = _merged(first), _merged(second)
             return Pass(self.of(first, second), self.of(a.exchanges, b.exchanges))
         return self._fields(a, b)
+
+    def _number(self, a: int, b: int) -> int:
+        return a if a == b else max(0, round(a + (b - a) * self.at))
+
+    def _value(self, a: Value, b: Value) -> Value:
+        """There are as many of them as links in a deep model, so that this is written out."""
+        if (a.made, a.used, a.saved, a.grad) != (b.made, b.used, b.saved, b.grad):
+            raise _Unlike
+        if a.message == b.message and a.held == b.held:
+            return a
+        return Value(self._number(a.message, b.message), self._number(a.held, b.held), a.made, a.used, a.saved, a.grad)
 
     def _fields(self, a: Any, b: Any) -> Any:
         values = {each.name: self.of(getattr(a, each.name), getattr(b, each.name)) for each in fields(a)}
@@ -139,7 +154,7 @@ class ScaledProfiles:
         size = batch_size or self.traced.workload.batch_size
         settled = strategy.for_batch(size)
         samples = size // settled.replicas // settled.microbatches
-        split = settled.schedule == "zero-bubble"
+        split = _split(settled)
         key = (settled.tp, settled.sp, samples, settled.precision, split)
         if key not in self._known:
             self._known[key] = self._at(settled, samples)
@@ -166,6 +181,12 @@ class ScaledProfiles:
         return replace(found, tp=strategy.tp, microbatch=samples)
 
     def _of_samples(self, strategy: Strategy, tp: int, samples: int) -> Profile:
+        key = ("samples", tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy))
+        if key not in self._known:
+            self._known[key] = self._along_samples(strategy, tp, samples)
+        return self._known[key]
+
+    def _along_samples(self, strategy: Strategy, tp: int, samples: int) -> Profile:
         if samples in (SMALL, LARGE):
             return self._corner(strategy, tp, samples)
         first, second = self._corner(strategy, tp, SMALL), self._corner(strategy, tp, LARGE)
@@ -175,16 +196,21 @@ class ScaledProfiles:
         return replace(found, tp=tp, microbatch=samples)
 
     def _corner(self, strategy: Strategy, tp: int, samples: int) -> Profile:
-        key = ("corner", tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, strategy.schedule)
+        key = ("corner", tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy))
         if key not in self._known:
             sp = strategy.sp if tp > 1 else 0
             alone = Strategy(tp=tp, sp=sp, precision=strategy.precision, microbatches=1)
-            if strategy.schedule == "zero-bubble":
+            if _split(strategy):
                 alone = alone.with_(pp=2, schedule="zero-bubble")
             self._known[key] = replace(
                 self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, kept={}
             )
         return self._known[key]
+
+
+def _split(strategy: Strategy) -> bool:
+    """Whether the gradients of weights are apart from those of inputs."""
+    return strategy.schedule == "zero-bubble"
 
 
 ProfileOf = Callable[[Strategy], Profile]
