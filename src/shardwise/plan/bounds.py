@@ -1,44 +1,150 @@
-"""What a strategy costs at least, from sums over its profile alone: families that cannot win are not looked at closer.
+"""What a strategy costs at least, from sums over its profile alone: what cannot win is not looked at closer.
 
-    time     each worker computes its part of every microbatch; a pipeline without weights put off also fills once:
-             step >= T (1 + (m - 1) / p), T the time of one microbatch through all stages, m microbatches, p workers
-             (of several stages each: m T / p)
-    memory   the mean over the workers of a pipeline: parameters and the optimizer's state, with the gradients (when it
-             updates) or with what the backward pass needs of one microbatch (when that begins), whichever is more
+With T seconds of one microbatch through all stages, B of its backward pass, m microbatches, p workers of a pipeline:
 
-Both hold for every member of a family, so that nothing is lost by leaving out what cannot be better than what is known.
+    computing      each worker computes its part of every microbatch, and updates its part of the parameters;
+                   a pipeline of one stage each also fills and drains once: T (1 + (m - 1) / p), else m T / p
+    gradients      can be sent from the last backward pass on: m T / p - B / p + all-reduce
+    gathers        `fully_shard` gathers and scatters on one channel: a step takes as long as those at least; where they
+                   block (on a CPU) they come on top
+    memory         the mean over the workers of a pipeline: parameters and the optimizer's state, with the gradients
+                   (when it updates) or with what the backward pass needs of one microbatch (when that begins). In a
+                   pipeline worker w keeps n(w) microbatches: of all ways to cut, the most that a worker keeps is
+                   K / sum(1 / n) or more, K what is kept of one microbatch
+
+All are the best that any way to cut a model could reach, so that nothing is lost by leaving out what cannot be better
+than what is known.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 from shardwise.cluster.cluster import Cluster
+from shardwise.collective import Collective, Group
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.kernels import collective_seconds
+from shardwise.predict.parts import group_of
 from shardwise.predict.profile import Profile
-from shardwise.predict.timing import timed
+from shardwise.predict.timing import Timed, timed
 from shardwise.strategy import Strategy
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sums over a profile: bytes of parameters and buffers, of gradients; trained elements; bytes kept of a microbatch.
+
+    `inside` is the most that one link keeps, which recomputation needs too.
+    """
+
+    parameters: int
+    gradients: int
+    elements: int
+    kept: int
+    inside: int
+
+    @classmethod
+    def of(cls, profile: Profile) -> Sizes:
+        """Of a profile; kept with it."""
+        key = ("bounds", "sizes")
+        if key not in profile.kept:
+            trained = [parameter for parameter in profile.parameters if parameter.trained]
+            profile.kept[key] = cls(
+                sum(parameter.bytes for parameter in profile.parameters),
+                sum(parameter.bytes for parameter in trained),
+                sum(parameter.elements for parameter in trained),
+                profile.saved[-1],
+                max((link.layer.inside for link in profile.links), default=0),
+            )
+        found = profile.kept[key]
+        assert isinstance(found, Sizes)
+        return found
+
+
 def least_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
-    """Of a step, for all members of the family of `strategy` (its number of microbatches settled)."""
-    times = timed(profile, cluster, strategy)
-    one = times.forward.total[-1] + times.backward.total[-1] + times.weights.total[-1]
+    """Of a step of this strategy (its number of microbatches settled)."""
+    times, sizes = timed(profile, cluster, strategy), Sizes.of(profile)
+    backward = times.backward.total[-1]
+    one = times.forward.total[-1] + backward + times.weights.total[-1]
     count, workers = strategy.microbatches, strategy.pp
-    if strategy.schedule in ("1f1b", "gpipe"):
-        return one * (1 + (count - 1) / workers)
-    return one * count / workers
+    computing = one * count / workers
+    filled = one * (1 + (count - 1) / workers) if strategy.schedule in ("1f1b", "gpipe") else computing
+    update = _update(profile, strategy, times, sizes)
+    if strategy.splits_parameters:
+        channel = _gathers(strategy, cluster, sizes)
+        return max(filled, computing + update + (channel if times.device.kind == "cpu" else 0.0), channel)
+    if strategy.replicas == 1:
+        return max(filled, computing + update)
+    sent = _seconds("all_reduce", sizes.gradients // workers, strategy, "replicas", cluster)
+    return max(filled, computing + update, computing - backward / workers + sent + update)
+
+
+def _update(profile: Profile, strategy: Strategy, times: Timed, sizes: Sizes) -> float:
+    """Of the mean worker: as one kernel for all of its parameters."""
+    elements = sizes.elements / strategy.pp / _owners(strategy)
+    moved = sum(kernel.bytes for kernel in profile.update.kernels) * elements
+    if moved < 1:
+        return 0.0
+    return times.kernel(Kernel("copy", "memory", "float32", 0.0, moved, (max(1, round(elements)),)))
+
+
+def _owners(strategy: Strategy) -> int:
+    """Over how many replicas the optimizer's work is spread."""
+    if strategy.zero == 1:
+        return strategy.replicas
+    return strategy.fsdp if strategy.splits_parameters else 1
+
+
+def _gathers(strategy: Strategy, cluster: Cluster, sizes: Sizes) -> float:
+    """Of a step: parameters are gathered and gradients scattered once, without tp and pp once for each microbatch."""
+    size = sizes.gradients // strategy.pp
+    gather = _seconds("all_gather", size, strategy, "fsdp", cluster)
+    scatter = _seconds("reduce_scatter", size, strategy, "fsdp", cluster)
+    alone = strategy.tp == strategy.pp == 1
+    return (gather + scatter) * (strategy.microbatches if alone else 1)
+
+
+def _seconds(operation: str, size: int, strategy: Strategy, axis: str, cluster: Cluster) -> float:
+    group = group_of(strategy, axis)
+    if group.size == 1 or not size:
+        return 0.0
+    return _collective(operation, size, group.size, group.stride, _Same(cluster))
+
+
+class _Same:
+    """A cluster by its identity, which is quicker to look up than its value."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def __hash__(self) -> int:
+        return id(self.cluster)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.cluster is other.cluster
+
+
+@lru_cache(maxsize=65536)
+def _collective(operation: str, size: int, ranks: int, stride: int, cluster: _Same) -> float:
+    return collective_seconds(Collective(operation, size, Group(ranks, stride)), cluster.cluster)
 
 
 def least_memory(profile: Profile, strategy: Strategy) -> float:
-    """Bytes of the device that needs most, for this strategy."""
-    key = ("least", "sums")
-    if key not in profile.kept:
-        whole = sum(parameter.bytes for parameter in profile.parameters)
-        trained = [parameter for parameter in profile.parameters if parameter.trained]
-        profile.kept[key] = whole, sum(p.bytes for p in trained), sum(p.elements for p in trained)
-    found = profile.kept[key]
-    assert isinstance(found, tuple)
-    whole, gradients, elements = found
+    """Bytes of the device that needs most, for this strategy (its number of microbatches settled)."""
+    sizes, workers = Sizes.of(profile), strategy.pp
     slices = strategy.fsdp if strategy.splits_parameters else 1
-    owners = strategy.replicas if strategy.zero == 1 else slices
-    kept = 0 if strategy.recompute == "full" else profile.saved[-1]
-    stays = whole / slices + elements * profile.update.state_bytes / owners
-    return float((stays + max(gradients / slices, kept)) / strategy.pp)
+    stays = sizes.parameters / slices + sizes.elements * profile.update.state_bytes / _owners(strategy)
+    kept = sizes.inside if strategy.recompute == "full" else sizes.kept
+    least = (stays + max(sizes.gradients / slices, kept)) / workers
+    if workers == 1 or strategy.recompute == "full":
+        return least
+    shares, most = _under_way(workers, strategy.microbatches, strategy.schedule)
+    return max(least, (stays / most + kept) / shares)
+
+
+@lru_cache(maxsize=4096)
+def _under_way(workers: int, microbatches: int, schedule: str) -> tuple[float, int]:
+    """(sum of 1 / n, largest n) of the microbatches n that each worker keeps when it has most."""
+    most = [microbatches if schedule == "gpipe" else min(workers - place, microbatches) for place in range(workers)]
+    return sum(1 / n for n in most), max(most)

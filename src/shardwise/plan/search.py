@@ -83,6 +83,7 @@ class _Search:
     looked_at: int = 0
     left_out: int = 0
     traced: Profiles = field(init=False)
+    too_large: list[tuple[float, Strategy]] = field(default_factory=list)
     room: int = 0
 
     def plan(self) -> Plan:
@@ -109,8 +110,8 @@ class _Search:
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
-    def _families(self) -> list[tuple[float, Strategy]]:
-        """(least value of the objective, family), without those that the model does not allow."""
+    def _strategies(self) -> list[tuple[float, Strategy]]:
+        """(least value of the objective, strategy), without those that the model does not allow."""
         links, tensor = self._cut(), [1]
         if links > 1:
             degrees = self.traced.tensor_degrees()
@@ -122,15 +123,30 @@ class _Search:
                     self.rejected.append(Rejected(Strategy(tp=tp), refusal, "model"))
         bounded: list[tuple[float, Strategy]] = []
         for family in families(self.workers, self.workload.batch_size, self.wish, tensor, links):
-            if next(members(family, self.wish), None) is None:
+            every = list(members(family, self.wish))
+            if not every:
                 continue
             try:
                 profile = self.scaled.of(_whole(family))
             except (StrategyError, WorkloadError) as error:
-                self.rejected.append(Rejected(family, str(error), "model"))
+                self.rejected.append(Rejected(family, str(error), "model", len(every)))
                 continue
-            bounded.append((self._bound(family, profile), family))
+            bounded += self._bounded(every, profile)
         return bounded
+
+    def _bounded(self, every: Sequence[Strategy], profile: Profile) -> list[tuple[float, Strategy]]:
+        """(least value of the objective, strategy) of those of a family that may fit."""
+        sizes = [least_memory(profile, strategy) for strategy in every]
+        fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.room]
+        if len(fitting) < len(every):
+            least = min(size for size in sizes if size > self.room)
+            self.left_out += len(every) - len(fitting)
+            strategy = every[sizes.index(least)]
+            self._too_large(strategy, least, "at least ", len(every) - len(fitting))
+            self.too_large.append((least, strategy))
+        if self.wish.objective == "memory":
+            return fitting
+        return [(least_seconds(profile, strategy, self.cluster), strategy) for _, strategy in fitting]
 
     def _cut(self) -> int:
         """Pieces that the step can be cut into; 1 where it cannot be traced, and the reason noted."""
@@ -142,45 +158,39 @@ class _Search:
             return 1
         return len(profile.links)
 
-    def _bound(self, family: Strategy, profile: Profile) -> float:
-        if self.wish.objective == "memory":
-            return min((least_memory(profile, member) for member in members(family, self.wish)), default=float("inf"))
-        return least_seconds(profile, family, self.cluster)
-
     # ---- the way through it -----------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Families by their bounds, until the next one cannot be among the finalists."""
-        order = sorted(enumerate(self._families()), key=lambda entry: (entry[1][0], entry[0]))
+        """Strategies by their bounds, until the next one cannot be among the finalists."""
+        order = sorted(enumerate(self._strategies()), key=lambda entry: (entry[1][0], entry[0]))
         worst = _Threshold(FINALISTS)
-        for number, (_, (bound, family)) in enumerate(order):
+        for number, (_, (bound, strategy)) in enumerate(order):
             if bound > worst.value:
-                self._leave_out([family for _, (_, family) in order[number:]], bound)
+                self._leave_out([entry for _, entry in order[number:]])
                 return
-            for member in members(family, self.wish):
-                candidate = self._predicted(member)
-                if candidate is not None:
-                    self.found.append(candidate)
-                    worst.add(self._value(candidate.prediction))
+            candidate = self._predicted(strategy)
+            if candidate is not None:
+                self.found.append(candidate)
+                worst.add(self._value(candidate.prediction))
+        if not self.found:  # how much is missing is known only of what was predicted
+            for _, strategy in sorted(self.too_large, key=lambda entry: entry[0])[:FINALISTS]:
+                self._predicted(strategy)
 
-    def _leave_out(self, families: Sequence[Strategy], bound: float) -> None:
-        what = format_bytes(bound) if self.wish.objective == "memory" else format_seconds(bound)
-        reason = f"cannot win: needs {what} or more even if all but " + (
-            "what a device must hold were free" if self.wish.objective == "memory" else "computing were free"
-        )
-        for family in families:
-            count = sum(1 for _ in members(family, self.wish))
-            self.left_out += count
-            self.rejected.append(Rejected(family, reason, "slower", count))
+    def _leave_out(self, bounded: Sequence[tuple[float, Strategy]]) -> None:
+        """Those that cannot win, by what they compute: replicas in all spellings together."""
+        together: dict[Strategy, list[float]] = {}
+        for bound, strategy in bounded:
+            together.setdefault(strategy.with_(dp=strategy.replicas, fsdp=1, zero=3), []).append(bound)
+        for family, bounds in together.items():
+            least = min(bounds)
+            what = format_bytes(least) if self.wish.objective == "memory" else format_seconds(least)
+            reason = f"cannot win: needs {what} at least"
+            self.left_out += len(bounds)
+            self.rejected.append(Rejected(family, reason, "slower", len(bounds)))
 
     def _predicted(self, strategy: Strategy) -> Candidate | None:
         """What a strategy costs; None, and noted, where it cannot be or does not fit."""
         profile = self.scaled.of(strategy)
-        least = least_memory(profile, strategy)
-        if least > self.room and self.smallest is not None:
-            self.left_out += 1
-            self._too_large(strategy, least, "at least ")
-            return None
         try:
             candidate = Candidate(strategy, predict(profile, strategy, self.cluster))
         except (StrategyError, WorkloadError) as error:
@@ -198,9 +208,9 @@ class _Search:
         self._too_large(candidate.strategy, memory, "")
         return False
 
-    def _too_large(self, strategy: Strategy, size: float, least: str) -> None:
+    def _too_large(self, strategy: Strategy, size: float, least: str, count: int = 1) -> None:
         reason = f"needs {least}{format_bytes(size)} of a device, there are {format_bytes(self.room)}"
-        self.rejected.append(Rejected(strategy, reason, "memory"))
+        self.rejected.append(Rejected(strategy, reason, "memory", count))
 
     def _value(self, prediction: Prediction) -> float:
         """What is to be small."""
