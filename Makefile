@@ -29,8 +29,8 @@ readme: $(STAMP) ## runs the demo and puts its table into README.md and its twin
 	$(DEMO) > build/demo.txt
 	$(BIN)/python docs/insert_demo.py build/demo.txt README.md README.zh-CN.md
 
-test: $(STAMP) ## runs all tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## runs all tests, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 models: $(STAMP) ## tests all models of others under all strategies and writes docs/models.md
 	SHARDWISE_ALL_MODELS=1 $(BIN)/python -m pytest --quiet tests/multiprocess/test_catalogue.py
