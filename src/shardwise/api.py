@@ -5,6 +5,7 @@ request -> checked -> workers -> program -> run -> summary
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -393,6 +394,35 @@ def check_plan(path: str | Path, *, cluster: str | None = None) -> dict[str, Any
 
     document: dict[str, Any] = finite(checked(Path(path), cluster))
     return document
+
+
+def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Measures this machine, so that predictions for it can be made, and writes what was found as a cluster file.
+
+    Args:
+        out: the file.
+        workers: the largest number of workers to measure, on local processes; None: 4 on a CPU, one for each GPU.
+            Under an outer torchrun all of its workers measure, over all hosts.
+        quiet: no progress bar.
+
+    Returns:
+        The document that `shardwise calibrate --json` prints.
+
+    Raises:
+        RequestError: there cannot be so many workers, or the file cannot be written.
+        WorkerFailed: a worker died.
+    """
+    from shardwise.cluster.writing import check_place, write_cluster
+    from shardwise.run.calibrate import calibrate as measure
+    from shardwise.run.calibrate import summary
+
+    check_place(out)
+    begin = time.perf_counter()
+    cluster = measure(workers, quiet=quiet)
+    if cluster is None:  # another worker of an outer launcher has it
+        return {"cluster": str(out)}
+    write_cluster(cluster, out)
+    return summary(cluster, Path(out), time.perf_counter() - begin)
 
 
 def validate(runs: str | Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from shardwise.errors import (
 )
 from shardwise.report.accuracy import accuracy_table
 from shardwise.report.accuracy_page import accuracy_files
+from shardwise.report.calibration import calibration_summary
 from shardwise.report.plan import check_summary, plan_summary
 from shardwise.report.prediction import prediction_table
 from shardwise.report.text import comparison_table, training_summary, verification_table
@@ -130,6 +131,11 @@ def _plan(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     _print(options, document, plan_summary)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    document = api.calibrate(options.out, workers=options.workers, quiet=options.quiet)
+    _print(options, document, calibration_summary)
 
 
 def _validate(options: argparse.Namespace) -> None:
@@ -274,6 +280,17 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument("--check", metavar="FILE", help="say whether a plan file still holds, in place of planning")
     _add_output(plan)
     plan.set_defaults(run=_plan)
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure this machine, for predictions",
+        description="Measures kernels, collectives and what they do to each other, and writes a cluster file.",
+    )
+    calibrate.add_argument("--out", default="cluster.toml", metavar="FILE", help="default: cluster.toml")
+    calibrate.add_argument(
+        "--workers", type=_whole, metavar="N", help="local processes at most (default: 4 on a CPU, one for each GPU)"
+    )
+    _add_output(calibrate)
+    calibrate.set_defaults(run=_calibrate)
     validate = commands.add_parser(
         "validate",
         help="hold predictions against runs that others measured",
@@ -293,6 +310,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "verify": verify,
         "compare": compare,
         "export": export,
+        "calibrate": calibrate,
         "simulate": simulate,
         "plan": plan,
         "validate": validate,

@@ -122,7 +122,7 @@ def test_threads_that_were_not_measured() -> None:
 
 
 def test_dtype_that_was_not_measured() -> None:
-    with pytest.raises(RequestError, match="not measured with matmul in fp16, only with matmul in float32"):
+    with pytest.raises(RequestError, match=r"not measured with aten\.mm in fp16, only with matmul in float32, mem"):
         KernelTimes(device(), 1).seconds(matmul(dtype="fp16"))
 
 
@@ -169,3 +169,17 @@ def test_origins() -> None:
         "collectives": "measured",
     }
     assert origins(cluster(), device(curves=())) == {}
+
+
+def test_attention_of_both_kinds() -> None:
+    shape = (1, 4, 64, 64, 16)
+    curves = Curves(
+        [
+            KernelCurve("attention", "float32", (Sample(shape, seconds),), name)
+            for name, seconds in (("causal", 1.0), ("dense", 2.0))
+        ],
+        1,
+        1,
+    )
+    assert curves.computed("attention", "aten.sdpa", "float32", False, shape) == pytest.approx(1.0)
+    assert curves.computed("attention", "dense aten.sdpa", "float32", False, shape) == pytest.approx(2.0)

@@ -26,7 +26,7 @@ DTYPES = ("float64", "float32", "tf32", "bf16", "fp16", "fp8", "fp4")
 SHAPES: Mapping[str, tuple[str, ...]] = {
     "matmul": ("batch", "m", "n", "k"),
     "attention": ("batch", "heads", "queries", "keys", "head size"),
-    "convolution": ("batch", "channels in / groups", "channels out", "positions out", "window size"),
+    "convolution": ("batch", "channels in / groups", "channels out", "positions", "window size"),
     "memory": ("bytes",),
 }
 """Kind of a kernel -> the sizes that its time is measured by."""
@@ -55,7 +55,8 @@ class KernelCurve:
         kind: one of SHAPES.
         dtype: one of DTYPES.
         samples: measured; a shape has the sizes that SHAPES names.
-        operation: what was run, as in `predict.kernel.Kernel.operation`; empty where a kind has one curve for all.
+        operation: what was run, as in `predict.kernel.Kernel.operation`, for `memory`; `causal` or `dense` for
+            attention; else empty.
         backward: whether it is the backward pass of it.
         workers: how many workers of one host ran it at the same time.
         threads: of each of them.

@@ -98,6 +98,15 @@ def _logarithms(*sizes: int) -> tuple[float, ...]:
     return tuple(math.log2(max(size, 1)) for size in sizes)
 
 
+def curve_name(kind: str, operation: str) -> str:
+    """Which curve is that of an operation of a kernel of that kind: `cluster.KernelCurve.operation`."""
+    if kind == "memory":
+        return operation.removesuffix("_")
+    if kind == "attention":
+        return "dense" if operation.startswith("dense") else "causal"
+    return ""
+
+
 Key = tuple[str, str, str, bool]
 """Kind, operation, dtype, backward."""
 
@@ -123,16 +132,17 @@ class Curves:
 
         What has no curve of its own is timed like another operation in that dtype, or like itself in float32.
         """
-        name = operation.removesuffix("_")
+        name = curve_name("memory", operation)
         for key in ((name, dtype), (ANY, dtype), (name, "float32"), (ANY, "float32")):
             line = self._curve(("memory", *key, False))
             if isinstance(line, Line):
                 return line(size)
         return None
 
-    def computed(self, kind: str, dtype: str, backward: bool, shape: tuple[int, ...]) -> float | None:
+    def computed(self, kind: str, operation: str, dtype: str, backward: bool, shape: tuple[int, ...]) -> float | None:
         """Seconds of a matrix product, attention or convolution; None where none was measured in that dtype."""
-        surface = self._curve((kind, "", dtype, backward)) or self._curve((kind, "", dtype, False))
+        name = curve_name(kind, operation)
+        surface = self._curve((kind, name, dtype, backward)) or self._curve((kind, name, dtype, False))
         return surface(shape) if isinstance(surface, Surface) else None
 
     def _curve(self, key: Key) -> Line | Surface | None:
@@ -144,7 +154,8 @@ class Curves:
     @property
     def measured(self) -> list[str]:
         """Kinds and dtypes that there are curves of, for people."""
-        return sorted({f"{kind} in {dtype}" for kind, _, dtype, _ in self._samples})
+        kinds = {(kind if kind != "attention" else f"{name} {kind}", dtype) for kind, name, dtype, _ in self._samples}
+        return [f"{kind} in {dtype}" for kind, dtype in sorted(kinds)]
 
 
 def situations(curves: Iterable[KernelCurve]) -> list[tuple[int, int]]:

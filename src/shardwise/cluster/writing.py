@@ -48,6 +48,20 @@ def write_cluster(cluster: Cluster, path: Path | str) -> None:
         raise ClusterError(f"{path}: cannot be written: {error.strerror}") from None
 
 
+def check_place(path: Path | str) -> None:
+    """Whether a cluster file can be written there; to be asked before something that takes long is measured for it.
+
+    Raises:
+        ClusterError: it cannot.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ClusterError(f"{path}: is a folder, give a file")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ClusterError(f"{path}: cannot be written: {there} is not a folder that may be written to")
+
+
 def _umask() -> int:
     """Which rights new files do not have: temporary files have only their owner's."""
     mask = os.umask(0)

@@ -233,7 +233,7 @@ def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
     soon = min(ending.time for ending in endings) + LINGER_SECONDS
     first = min(
         (ending for ending in endings if ending.time <= soon),
-        key=lambda ending: (ending.report is not None, exits.get(ending.rank) == stopped, ending.time),
+        key=lambda ending: (exits.get(ending.rank) == stopped, ending.report is not None, ending.time),
     )
     if first.report is None:
         return WorkerFailed(f"worker {first.rank} {_ended(exits.get(first.rank, 0))}", rank=first.rank)

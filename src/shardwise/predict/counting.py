@@ -232,6 +232,10 @@ def _convolution_backward(args: tuple[Any, ...], result: Any) -> Counted:
 
 
 def _convolved(x: Tensor, weight: Tensor, output: Tensor, args: tuple[Any, ...]) -> Shape:
-    """(batch, channels in / groups, channels out, positions out, window); `args` end as those of `convolution` do."""
-    channels_in, groups = x.shape[1], args[8]
-    return x.shape[0], channels_in // groups, output.shape[1], prod(output.shape[2:]), prod(weight.shape[2:])
+    """(batch, channels in / groups, channels out, positions, window); `args` end as those of `convolution` do.
+
+    Positions are those where the window is laid: of the output, of the input where the convolution is transposed.
+    """
+    channels_in, groups, transposed = x.shape[1], args[8], args[6]
+    positions = prod((x if transposed else output).shape[2:])
+    return x.shape[0], channels_in // groups, output.shape[1], positions, prod(weight.shape[2:])

@@ -12,15 +12,16 @@ class Kernel:
     """A call of one operation on one device.
 
     Attributes:
-        operation: for people and for grouping, for example `aten.mm`.
+        operation: for people and for grouping, for example `aten.mm`; of attention that is not causal it begins
+            with `dense`.
         kind: one of KINDS; `memory` is everything that only moves and combines values: elementwise, norms, softmax,
             embeddings, copies, optimizers.
         dtype: one of `cluster.DTYPES`, of what is multiplied.
         flops: floating point operations, a multiply-add counted as two; causal attention counted in full.
         bytes: read and written.
         shape: matmul (batch, m, n, k): batch times (m x k) @ (k x n); attention (batch, heads, queries, keys, head
-            size); convolution (batch, channels in / groups, channels out, positions out, window size); memory
-            (elements,).
+            size); convolution (batch, channels in / groups, channels out, positions of the window, window size);
+            memory (elements,).
         backward: whether it belongs to the backward pass; attention and convolution run other kernels there.
         count: equal kernels after each other.
         when: `forward`, `backward`, `recompute` or `optimizer` (with clipping and norms), where it was recorded.

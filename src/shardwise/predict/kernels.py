@@ -58,10 +58,10 @@ class KernelTimes:
         if kernel.kind == "memory":
             found = curves.moved(kernel.operation, kernel.dtype, kernel.bytes)
         else:
-            found = curves.computed(kernel.kind, kernel.dtype, kernel.backward, kernel.shape)
+            found = curves.computed(kernel.kind, kernel.operation, kernel.dtype, kernel.backward, kernel.shape)
         if found is None:
             raise RequestError(
-                f"{self.device.name} was not measured with {kernel.kind} in {kernel.dtype}, only with "
+                f"{self.device.name} was not measured with {kernel.operation} in {kernel.dtype}, only with "
                 f"{', '.join(curves.measured)}: use one of these"
             )
         return found

@@ -1,0 +1,420 @@
+"""What is measured on a device: operations as eager PyTorch calls them, over a range of sizes.
+
+A case makes its operands, which is not timed, and calls one operation on them. What it computes (kind, FLOPs, bytes,
+shape) is noted by whoever measures, in the same way as the kernels of a model are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shardwise.cluster.arena import Arena
+
+aten = torch.ops.aten
+
+Operands = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One call to measure.
+
+    Attributes:
+        make: the operands; the first tensor among them is what was written just before.
+        call: the operation.
+    """
+
+    make: Callable[[Arena], Operands]
+    call: Callable[..., Any]
+
+
+ELEMENTS = (64, 4096, 32768, 262144, 2097152)
+"""Of the results of kernels that move and combine values."""
+
+WIDTH = 128
+"""Features of a row, or places of a channel, where an operation has rows or channels."""
+
+PRODUCTS = 2**27
+"""Multiply-adds of the largest kernels that are measured."""
+
+
+# ---- kernels that move and combine values ---------------------------------------------------------------------------
+
+
+def all_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Everything that is measured in one dtype."""
+    yield from memory_cases(dtype)
+    yield from matmul_cases(dtype)
+    yield from convolution_cases(dtype)
+    yield from attention_cases(dtype)
+
+
+def memory_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Elementwise operations, copies, reductions, norms, losses, embeddings, pools, updates of parameters."""
+    for elements in ELEMENTS if dtype == torch.float32 else ELEMENTS[::2]:
+        yield from (_elementwise(name, call, count, elements, dtype) for name, call, count in ELEMENTWISE)
+        yield from _copies(elements, dtype)
+        yield from _reductions(elements, dtype)
+        if dtype == torch.float32:
+            yield from _losses(elements)
+            yield from _norms(elements)
+            yield from _lookups(elements)
+            yield from _pools(elements)
+
+
+ELEMENTWISE: tuple[tuple[str, Callable[..., Any], int], ...] = (
+    ("add", aten.add.Tensor, 2),
+    ("sub", aten.sub.Tensor, 2),
+    ("mul", aten.mul.Tensor, 2),
+    ("div", lambda a, b: aten.div.Tensor(a, b), 2),
+    ("neg", aten.neg.default, 1),
+    ("exp", aten.exp.default, 1),
+    ("pow", lambda a: aten.pow.Tensor_Scalar(a, 2), 1),
+    ("sqrt", aten.sqrt.default, 1),
+    ("rsqrt", aten.rsqrt.default, 1),
+    ("log", aten.log.default, 1),
+    ("tanh", aten.tanh.default, 1),
+    ("tanh_backward", aten.tanh_backward.default, 2),
+    ("sigmoid", aten.sigmoid.default, 1),
+    ("sigmoid_backward", aten.sigmoid_backward.default, 2),
+    ("relu", aten.relu.default, 1),
+    ("threshold_backward", lambda a, b: aten.threshold_backward.default(a, b, 0), 2),
+    ("leaky_relu", aten.leaky_relu.default, 1),
+    ("leaky_relu_backward", lambda a, b: aten.leaky_relu_backward.default(a, b, 0.01, False), 2),
+    ("gelu", aten.gelu.default, 1),
+    ("gelu_backward", aten.gelu_backward.default, 2),
+    ("silu", aten.silu.default, 1),
+    ("silu_backward", aten.silu_backward.default, 2),
+    ("native_dropout", lambda a: aten.native_dropout.default(a, 0.1, True), 1),
+    ("eq", aten.eq.Tensor, 2),
+    ("add_", aten.add_.Tensor, 2),
+    ("lerp_", lambda a, b: aten.lerp_.Scalar(a, b, 0.1), 2),
+    ("addcmul_", lambda a, b, c: aten.addcmul_.default(a, b, c, value=1e-3), 3),
+    ("addcdiv_", lambda a, b, c: aten.addcdiv_.default(a, b, c, value=1e-9), 3),
+    ("fill_", lambda a: aten.fill_.Scalar(a, 1.0), 1),
+)
+"""Name, call, number of operands."""
+
+
+POSITIVE = ("sqrt", "rsqrt", "log")
+"""Operations that take another way where a value is negative, which in training none is."""
+
+
+def _elementwise(name: str, call: Callable[..., Any], count: int, elements: int, dtype: torch.dtype) -> Case:
+    if name in POSITIVE:
+        return Case(lambda arena: (arena.take(elements, dtype=dtype).abs(),), call)
+    return Case(lambda arena: tuple(arena.take(elements, dtype=dtype) for _ in range(count)), call)
+
+
+def _copies(elements: int, dtype: torch.dtype) -> Iterator[Case]:
+    heads, width, rows = _heads(elements)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+
+    def permuted(arena: Arena) -> Operands:
+        return (arena.take(rows, heads, width, dtype=dtype).transpose(0, 1),)
+
+    def halves(arena: Arena) -> Operands:
+        return arena.take(rows * heads, width // 2, dtype=dtype), arena.take(rows * heads, width // 2, dtype=dtype)
+
+    yield Case(permuted, lambda a: aten.clone.default(a, memory_format=torch.contiguous_format))
+    yield Case(lambda arena: (arena.take(elements, dtype=dtype), arena.take(elements, dtype=dtype)), aten.copy_.default)
+    yield Case(lambda arena: (arena.take(elements, dtype=dtype),), lambda a: aten._to_copy.default(a, dtype=other))
+    yield Case(halves, lambda a, b: aten.cat.default([a, b], -1))
+    yield Case(
+        lambda arena: tuple(arena.take(elements // 4, dtype=dtype) for _ in range(4)),
+        lambda *parts: aten.stack.default(list(parts)),
+    )
+    yield Case(
+        lambda arena: (*halves(arena), torch.zeros(rows * heads, width // 2, dtype=torch.bool, device=arena.device)),
+        lambda a, b, mask: aten.where.self(mask, a, b),
+    )
+    yield Case(
+        lambda arena: (arena.take(rows * heads, width // 2, dtype=dtype),),
+        lambda a: aten.slice_backward.default(a, [rows * heads, width], 1, 0, width // 2, 1),
+    )
+
+
+def _heads(elements: int) -> tuple[int, int, int]:
+    """Heads, features of each and rows of so many elements."""
+    heads, width = (4, 16) if elements < 4096 else (4, 32)
+    return heads, width, max(1, elements // (heads * width))
+
+
+def _reductions(elements: int, dtype: torch.dtype) -> Iterator[Case]:
+    width = min(WIDTH, elements)
+    rows = elements // width
+
+    def matrix(arena: Arena) -> Operands:
+        return (arena.take(rows, width, dtype=dtype),)
+
+    def rebuilt(arena: Arena) -> Operands:
+        return arena.take(rows, width, dtype=dtype), arena.take(rows, width, dtype=dtype)
+
+    yield Case(matrix, lambda a: aten.sum.dim_IntList(a, [0]))
+    yield Case(matrix, lambda a: aten.mean.dim(a, [-1], True))
+    yield Case(matrix, lambda a: aten.amax.default(a, [-1]))
+    yield Case(matrix, lambda a: aten.linalg_vector_norm.default(a))
+    yield Case(matrix, lambda a: aten._softmax.default(a, -1, False))
+    yield Case(rebuilt, lambda a, b: aten._softmax_backward_data.default(a, b, -1, a.dtype))
+    yield Case(matrix, lambda a: aten._log_softmax.default(a, -1, False))
+    yield Case(rebuilt, lambda a, b: aten._log_softmax_backward_data.default(a, b, -1, a.dtype))
+
+
+def _losses(elements: int) -> Iterator[Case]:
+    classes = min(WIDTH, elements)
+    rows = elements // classes
+    target: dict[torch.device, Tensor] = {}
+
+    def scores(arena: Arena) -> Operands:
+        if arena.device not in target:
+            target[arena.device] = arena.integers(rows, below=classes)
+        return arena.take(rows, classes), target[arena.device]
+
+    def backwards(arena: Arena) -> Operands:
+        return *scores(arena), arena.take(1).view(()), torch.ones((), device=arena.device)
+
+    yield Case(scores, lambda a, t: aten.nll_loss_forward.default(a, t, None, 1, -100))
+    yield Case(backwards, lambda a, t, g, total: aten.nll_loss_backward.default(g, a, t, None, 1, -100, total))
+
+
+def _norms(elements: int) -> Iterator[Case]:
+    width = min(WIDTH, elements)
+    rows = elements // width
+
+    def layers(arena: Arena) -> Operands:
+        return arena.take(rows, width), arena.take(width), arena.take(width)
+
+    def layers_back(arena: Arena) -> Operands:
+        return (
+            arena.take(rows, width),
+            arena.take(rows, width),
+            arena.take(rows, 1),
+            arena.take(rows, 1),
+            arena.take(width),
+            arena.take(width),
+        )
+
+    yield Case(layers, lambda a, w, b: aten.native_layer_norm.default(a, [width], w, b, 1e-5))
+    yield Case(
+        layers_back,
+        lambda g, a, mean, scale, w, b: aten.native_layer_norm_backward.default(
+            g, a, [width], mean, scale, w, b, [True, True, True]
+        ),
+    )
+    yield from _channel_norms(elements)
+
+
+def _channel_norms(elements: int) -> Iterator[Case]:
+    channels = 8
+    places = elements // channels
+
+    def batch(arena: Arena) -> Operands:
+        return (
+            arena.take(1, channels, places),
+            arena.take(channels),
+            arena.take(channels),
+            arena.take(channels),
+            arena.take(channels),
+        )
+
+    def batch_back(arena: Arena) -> Operands:
+        return arena.take(1, channels, places), arena.take(1, channels, places), *(arena.take(channels) for _ in "123")
+
+    yield Case(batch, lambda a, w, b, m, v: aten.native_batch_norm.default(a, w, b, m, v, True, 0.1, 1e-5))
+    yield Case(
+        batch_back,
+        lambda g, a, w, m, v: aten.native_batch_norm_backward.default(
+            g, a, w, None, None, m, v, True, 1e-5, [True, True, True]
+        ),
+    )
+    yield Case(
+        lambda arena: (arena.take(1, channels, places), arena.take(channels), arena.take(channels)),
+        lambda a, w, b: aten.native_group_norm.default(a, w, b, 1, channels, places, 4, 1e-5),
+    )
+    yield Case(
+        lambda arena: (
+            arena.take(1, channels, places),
+            arena.take(1, channels, places),
+            arena.take(1, 4),
+            arena.take(1, 4),
+            arena.take(channels),
+        ),
+        lambda g, a, m, v, w: aten.native_group_norm_backward.default(
+            g, a, m, v, w, 1, channels, places, 4, [True, True, True]
+        ),
+    )
+
+
+def _lookups(elements: int) -> Iterator[Case]:
+    width = min(WIDTH, elements)
+    rows, vocabulary = elements // width, 1024
+
+    def table(arena: Arena) -> Operands:
+        return arena.take(vocabulary, width), arena.integers(rows, below=vocabulary)
+
+    def back(arena: Arena) -> Operands:
+        return arena.take(rows, width), arena.integers(rows, below=vocabulary)
+
+    yield Case(table, lambda a, i: aten.embedding.default(a, i))
+    yield Case(back, lambda g, i: aten.embedding_dense_backward.default(g, i, vocabulary, -1, False))
+
+
+def _pools(elements: int) -> Iterator[Case]:
+    side = max(2, round(elements ** (1 / 3) / 4) * 2)
+    channels = max(1, elements // side**3)
+
+    def volume(arena: Arena) -> Operands:
+        return (arena.take(1, channels, side, side, side),)
+
+    def volume_back(arena: Arena) -> Operands:
+        (x,) = volume(arena)
+        pooled, places = aten.max_pool3d_with_indices.default(x, [2] * 3, [2] * 3)
+        return pooled, x, places
+
+    def image(arena: Arena) -> Operands:
+        return (arena.take(1, channels * side, side, side),)
+
+    def image_back(arena: Arena) -> Operands:
+        (x,) = image(arena)
+        pooled, places = aten.max_pool2d_with_indices.default(x, [2, 2], [2, 2])
+        return pooled, x, places
+
+    yield Case(volume, lambda a: aten.max_pool3d_with_indices.default(a, [2] * 3, [2] * 3))
+    yield Case(
+        volume_back,
+        lambda g, a, i: aten.max_pool3d_with_indices_backward.default(
+            g, a, [2] * 3, [2] * 3, [0] * 3, [1] * 3, False, i
+        ),
+    )
+    yield Case(image, lambda a: aten.max_pool2d_with_indices.default(a, [2, 2], [2, 2]))
+    yield Case(
+        image_back,
+        lambda g, a, i: aten.max_pool2d_with_indices_backward.default(g, a, [2, 2], [2, 2], [0, 0], [1, 1], False, i),
+    )
+
+
+# ---- matrix products ------------------------------------------------------------------------------------------------
+
+
+def matmul_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Products of matrices, and of batches of them."""
+    sides = (16, 64, 256, 1024)
+    for m, n, k in product((*sides, 4096), sides, sides):
+        if m * n * k <= PRODUCTS:
+            yield _product(m, n, k, dtype)
+    for m, n, k in ((8, 8, 8), (64, 10, 64), (128, 384, 128), (2048, 352, 128), (128, 128, 2048), (512, 512, 512)):
+        yield _product(m, n, k, dtype)
+    for batch, m, n, k in ((8, 16, 16, 16), (64, 64, 64, 16), (64, 128, 128, 32), (16, 256, 64, 256)):
+        yield _products(batch, m, n, k, dtype)
+
+
+def _products(batch: int, m: int, n: int, k: int, dtype: torch.dtype) -> Case:
+    return Case(
+        lambda arena: (arena.take(batch, m, k, dtype=dtype), arena.take(batch, k, n, dtype=dtype)), aten.bmm.default
+    )
+
+
+def _product(m: int, n: int, k: int, dtype: torch.dtype) -> Case:
+    return Case(lambda arena: (arena.take(m, k, dtype=dtype), arena.take(k, n, dtype=dtype)), aten.mm.default)
+
+
+# ---- convolutions ---------------------------------------------------------------------------------------------------
+
+CONVOLUTIONS: tuple[tuple[int, int, int, int, int, int], ...] = (
+    # dimensions, batch, channels in, channels out, side, window
+    *((2, batch, c, d, side, 3) for batch, side in ((64, 8), (16, 32)) for c, d in ((1, 16), (16, 32), (32, 32))),
+    *((2, batch, c, d, side, 3) for batch, side in ((16, 8), (4, 32)) for c, d in ((64, 64), (128, 128))),
+    *((2, batch, c, d, side, 1) for batch, side in ((64, 8), (16, 32)) for c, d in ((16, 32), (64, 64))),
+    *((2, batch, c, d, side, 2) for batch, side in ((64, 8), (16, 32)) for c, d in ((3, 64), (32, 64))),
+    (2, 4, 3, 32, 64, 7),
+    *((3, batch, c, d, side, 3) for batch, side in ((8, 6), (4, 12)) for c, d in ((8, 16), (16, 16), (32, 32))),
+    *((3, batch, c, d, 24, 3) for batch in (2, 8) for c, d in ((1, 8), (8, 8), (16, 8))),
+    *((3, batch, c, d, side, 2) for batch, side in ((8, 12), (4, 24)) for c, d in ((8, 8), (16, 32))),
+    *((3, batch, c, d, side, 1) for batch, side in ((8, 12), (4, 24)) for c, d in ((8, 3), (16, 16))),
+)
+
+
+TRANSPOSED: tuple[tuple[int, int, int, int, int, int], ...] = (
+    (2, 16, 64, 32, 16, 2),
+    (3, 8, 32, 16, 6, 2),
+    (3, 8, 16, 8, 12, 2),
+)
+"""Likewise, of those that enlarge; the side is the smaller one."""
+
+
+def convolution_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Convolutions in two and three dimensions, forwards and backwards."""
+    for shape in CONVOLUTIONS:
+        yield from _convolutions(*shape, False, dtype)
+    for shape in TRANSPOSED:
+        yield from _convolutions(*shape, True, dtype)
+
+
+def _convolutions(
+    dimensions: int, batch: int, inputs: int, outputs: int, side: int, window: int, transposed: bool, dtype: torch.dtype
+) -> Iterator[Case]:
+    stride, padding = (window, 0) if window == 2 else (1, window // 2)
+    where = ([stride] * dimensions, [padding] * dimensions, [1] * dimensions, transposed, [0] * dimensions, 1)
+    reached = side * stride if transposed else side // stride
+    channels = (inputs, outputs) if transposed else (outputs, inputs)
+
+    def forward(arena: Arena) -> Operands:
+        return (
+            arena.take(batch, inputs, *[side] * dimensions, dtype=dtype),
+            arena.take(*channels, *[window] * dimensions, dtype=dtype),
+            arena.take(outputs, dtype=dtype),
+        )
+
+    def backward(arena: Arena) -> Operands:
+        x, weight, _ = forward(arena)
+        return arena.take(batch, outputs, *[reached] * dimensions, dtype=dtype), x, weight
+
+    yield Case(forward, lambda x, w, b: aten.convolution.default(x, w, b, *where))
+    needed = [inputs > 3, True, True]  # nothing flows back to what comes from the data
+    yield Case(backward, lambda g, x, w: aten.convolution_backward.default(g, x, w, [outputs], *where, needed))
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Scaled dot products over all keys and over those before, forwards and backwards."""
+    for (batch, heads, sequence, size), causal in product(ATTENTIONS, (False, True)):
+        yield from _attentions(batch, heads, sequence, size, causal, dtype)
+
+
+ATTENTIONS = (
+    (8, 4, 16, 16),
+    (64, 4, 16, 16),
+    (16, 4, 64, 32),
+    (4, 4, 128, 32),
+    (16, 4, 128, 32),
+    (8, 8, 128, 64),
+    (4, 4, 256, 64),
+    (2, 4, 512, 64),
+)
+"""Batch, heads, queries and keys, head size."""
+
+
+def _attentions(batch: int, heads: int, sequence: int, size: int, causal: bool, dtype: torch.dtype) -> Iterator[Case]:
+    def forward(arena: Arena) -> Operands:
+        return tuple(arena.take(batch, sequence, heads, size, dtype=dtype).transpose(1, 2) for _ in range(3))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    def backward(arena: Arena) -> Operands:
+        operands = [each.detach().requires_grad_() for each in forward(arena)]
+        with torch.enable_grad():
+            output = attend(*operands)
+        return arena.take(batch, sequence, heads, size, dtype=dtype).transpose(1, 2), output, operands
+
+    yield Case(forward, attend)
+    yield Case(backward, lambda g, output, operands: torch.autograd.grad(output, operands, g))

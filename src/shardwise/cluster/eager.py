@@ -1,0 +1,66 @@
+"""Small training steps, all of whose time is the host's: what eager PyTorch needs beside the kernels themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+FEATURES = 8
+ROWS = 4
+BLOCKS = 12
+
+
+def small_step(device: torch.device) -> Callable[[], None]:
+    """A forward and a backward pass through modules of few features, with residuals and views as models have them."""
+    model = nn.Sequential(*[_Block() for _ in range(BLOCKS)]).to(device)
+    data = torch.randn(ROWS, FEATURES, device=device)
+
+    def step() -> None:
+        model(data).sum().backward()
+
+    return step
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(FEATURES)
+        self.wide = nn.Linear(FEATURES, 2 * FEATURES)
+        self.activation = nn.GELU()
+        self.narrow = nn.Linear(2 * FEATURES, FEATURES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.narrow(self.activation(self.wide(self.norm(x))))
+        return x + y.view(ROWS, 2, -1).transpose(0, 1).reshape(2, ROWS, -1).transpose(0, 1).reshape(x.shape)
+
+
+def small_update(device: torch.device) -> Callable[[], None]:
+    """An optimizer's step on parameters of few elements."""
+    parameters = [nn.Parameter(torch.randn(FEATURES, device=device)) for _ in range(4 * BLOCKS)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(parameters)
+
+    def step() -> None:
+        optimizer.step()
+
+    return step
+
+
+def timed_steps(step: Callable[[], None], seconds: float, device: torch.device) -> list[float]:
+    """Seconds of each of several steps, after some that are not counted."""
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    for _ in range(3):
+        step()
+    found: list[float] = []
+    begin = time.perf_counter()
+    while len(found) < 5 or time.perf_counter() - begin < seconds:
+        start = clock()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(clock() - start)
+    return found

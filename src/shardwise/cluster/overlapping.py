@@ -1,0 +1,64 @@
+"""How much slower a device computes while it communicates, measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+
+from shardwise.cluster.team import Team
+
+SIDE = 512
+"""Of the matrices that are multiplied: some milliseconds on a CPU's core."""
+
+BYTES = 4 * 2**20
+"""Of the message that is under way meanwhile: a part of a model's gradients."""
+
+
+def overlap(team: Team, workers: int, threads: int, seconds: float) -> float:
+    """Seconds of computation while the workers add up gradients, over those without; at least 1.
+
+    Collective over all workers, of which the first `workers` compute with so many threads each.
+    """
+    group = dist.new_group(list(range(workers)))
+    found = 1.0
+    if team.rank < workers:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        alone, meanwhile = _compared(team, group, workers, seconds)
+        torch.set_num_threads(before)
+        ratios = team.gathered([meanwhile / alone], workers)
+        found = max(1.0, statistics.median(row[0] for row in ratios))
+    team.wait()
+    if team.rank < workers:
+        dist.destroy_process_group(group)
+    return found
+
+
+def _compared(team: Team, group: dist.ProcessGroup, workers: int, seconds: float) -> tuple[float, float]:
+    """(seconds of a product alone, while the group communicates): medians, measured in turn."""
+    a, b = (torch.randn(SIDE, SIDE, device=team.device) for _ in range(2))
+    message = torch.zeros(BYTES // 4, device=team.device)
+    alone: list[float] = []
+    meanwhile: list[float] = []
+    dist.all_reduce(message, group=group)
+    rounds = torch.tensor([max(3, int(seconds / 0.05))])
+    for _ in range(int(rounds)):
+        team.wait(workers)
+        alone.append(_product(a, b))
+        team.wait(workers)
+        pending = dist.all_reduce(message, group=group, async_op=True)
+        meanwhile.append(_product(a, b))
+        assert pending is not None
+        pending.wait()
+    return statistics.median(alone), statistics.median(meanwhile)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    torch.mm(a, b)
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - start

@@ -1,0 +1,63 @@
+"""The workers that measure together: which of them are on one host, and how they wait for each other.
+
+Some measurements are made by a few of them while the others must not compute: those wait in a barrier on main memory,
+which needs no core.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class Team:
+    """All workers of the default process group, or this process alone. Creating it is collective.
+
+    Attributes:
+        rank: of this worker.
+        size: number of workers.
+        device: where this worker computes.
+        host: number of this worker's host.
+        hosts: ranks of each host, in the order of the hosts' first ranks.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        together = dist.is_initialized()
+        self.device = device
+        self.rank = dist.get_rank() if together else 0
+        self.size = dist.get_world_size() if together else 1
+        self._everybody = dist.new_group(backend="gloo", group_desc="calibration") if together else None
+        self._first: dict[int, dist.ProcessGroup | None] = {1: None, self.size: self._everybody}
+        names = self._names()
+        order = list(dict.fromkeys(names))
+        self.hosts = [[rank for rank, name in enumerate(names) if name == host] for host in order]
+        self.host = order.index(names[self.rank])
+
+    def first(self, count: int) -> dist.ProcessGroup | None:
+        """The first `count` workers, for waiting; collective over all. None where that is one."""
+        if count not in self._first:
+            self._first[count] = dist.new_group(list(range(count)), backend="gloo")
+        return self._first[count]
+
+    def wait(self, count: int = 0) -> None:
+        """Until the first `count` workers (0: all) have come here; collective over these."""
+        group = self.first(count or self.size) if self.size > 1 else None
+        if group is not None:
+            dist.barrier(group)
+
+    def gathered(self, values: Sequence[float], count: int = 0) -> list[list[float]]:
+        """The values of the first `count` workers (0: all) by rank, as many of each; collective over these."""
+        group = self.first(count or self.size) if self.size > 1 else None
+        if group is None:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, mine, group=group)
+        return [part.tolist() for part in parts]
+
+    def _names(self) -> list[str]:
+        name = socket.gethostname().encode()[:64].ljust(64)
+        return [bytes(int(value) for value in row).decode().strip() for row in self.gathered(list(name))]

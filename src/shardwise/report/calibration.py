@@ -1,0 +1,37 @@
+"""What a person reads of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shardwise.units import format_bytes, format_seconds, format_share
+
+
+def calibration_summary(document: Mapping[str, Any]) -> str:
+    """What was measured, in a few lines."""
+    if "samples" not in document:
+        return f"the first worker writes {document['cluster']}"
+    rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in document["flops"].items())
+    lines = [
+        ("matrix products", rates),
+        ("memory", f"{format_bytes(document['memory_bandwidth'])}/s, {format_bytes(document['memory_bytes'])}"),
+        ("host", f"{format_seconds(document['launch_seconds'])} for each kernel"),
+        *(
+            (f"{workers} workers", f"each computes {factor:.2f} times as long as one alone")
+            for workers, factor in document["shared"].items()
+        ),
+        ("overlap", f"computing takes {document['overlap']:.2f} times as long while workers communicate"),
+        *(
+            (
+                level["name"],
+                f"{format_bytes(level['bandwidth'])}/s, {format_seconds(level['latency_seconds'])} at least",
+            )
+            for level in document["levels"]
+        ),
+        ("measured", f"{document['samples']} points in {format_seconds(document['seconds'])}"),
+        ("spread", f"{format_share(document['median_spread'])} between calls of one point (interquartile, median)"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    title = f"{document['name']}: wrote {document['cluster']}"
+    return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in lines)])

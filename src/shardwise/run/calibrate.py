@@ -1,0 +1,277 @@
+"""Measures the machine at hand and the links between its workers: a cluster with curves that predictions are made from.
+
+cases        what is measured on one worker alone, then on several of a host at the same time
+eager        what the host needs beside the kernels
+layouts      groups of workers that communicate, at the same time as their siblings
+overlap      how much slower they compute meanwhile
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from shardwise.cluster import machine
+from shardwise.cluster.arena import Arena
+from shardwise.cluster.cases import Case, all_cases
+from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Origin
+from shardwise.cluster.computing import Noted, Situation, kernel_curves
+from shardwise.cluster.curves import ANY, curve_name
+from shardwise.cluster.eager import small_step, small_update, timed_steps
+from shardwise.cluster.linking import OPERATIONS, SIZES, collective_curves, layouts
+from shardwise.cluster.overlapping import overlap
+from shardwise.cluster.sharing import shared
+from shardwise.cluster.team import Team
+from shardwise.errors import RequestError
+from shardwise.launch.local import run_local, under_torchrun
+from shardwise.parallel.mesh import default_device
+from shardwise.predict.analysis import LinkRecorder
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.kernels import KernelTimes
+from shardwise.run.job import enough_gpus, join_launcher
+
+MEASURED = ("flops", "memory_bandwidth", "launch_seconds", "curves", "shared", "overlap")
+"""Fields of a device that are measured."""
+
+LARGEST = 4
+"""Workers of a calibration where nobody says how many: what the recipes are trained with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        case: seconds for each case of a device.
+        message: seconds for each size of a collective.
+        other: seconds for each of what is not a curve.
+        dtypes: that are measured.
+        cases: dtype -> what is measured; None: everything.
+    """
+
+    case: float = 0.01
+    message: float = 0.02
+    other: float = 0.5
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    cases: Callable[[torch.dtype], Sequence[Case]] | None = None
+
+    def of(self, dtype: torch.dtype) -> Sequence[Case]:
+        """The cases of a dtype."""
+        return list((self.cases or all_cases)(dtype))
+
+
+THOROUGH = Effort()
+QUICK = Effort(case=0.003, message=0.008, other=0.2, dtypes=(torch.float32,))
+
+
+def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: bool = False) -> Cluster | None:
+    """Measures this machine with local workers, or the workers of an outer launcher.
+
+    Args:
+        workers: the largest number of them; fewer are measured too. None: 4 on a CPU, one for each GPU.
+        effort: how long.
+        quiet: no progress bar.
+
+    Returns:
+        What was measured; None on all but the first worker of an outer launcher.
+
+    Raises:
+        RequestError: there cannot be so many workers.
+        WorkerFailed: a worker died.
+    """
+    if under_torchrun():
+        started = int(os.environ["WORLD_SIZE"])
+        join_launcher(workers or started)
+        return work(effort, quiet)
+    count = torch.cuda.device_count() or LARGEST if workers is None else workers
+    if count < 1:
+        raise RequestError(f"workers={count}: must be 1 or more")
+    found: Cluster = run_local(work, (effort, quiet), workers=count, gpus=enough_gpus(count))
+    return found
+
+
+def work(effort: Effort, quiet: bool) -> Cluster | None:
+    """Measures, as one of the workers. Collective; the first one gets what was found."""
+    team = Team(default_device())
+    arena = Arena(team.device)
+    noted = [note(case, arena) for dtype in effort.dtypes for case in effort.of(dtype)]
+    layered = list(layouts(team.hosts))
+    settings = situations(team)
+    total = len(noted) * len(settings) + len(layered) * len(OPERATIONS) * len(SIZES)
+    tqdm.monitor_interval = 0  # no thread of its own
+    with tqdm(
+        total=total,
+        desc="calibrating",
+        unit="case",
+        disable=quiet or team.rank != 0,
+        mininterval=0.2 if sys.stderr.isatty() else 5.0,
+        dynamic_ncols=True,
+    ) as bar:
+        curves = [c for each in settings for c in kernel_curves(noted, team, each, effort.case, bar.update)]
+        collectives = [c for each in layered for c in collective_curves(team, each, effort.message, bar.update)]
+    most = max(settings)
+    slowed = overlap(team, *most, effort.other) if most[0] > 1 else 1.0
+    crowds = shared(team, crowded(team), machine.cores(), effort.other) if team.device.type == "cpu" else {}
+    if team.rank != 0:
+        return None
+    device = _device(team.device, curves, slowed, crowds)
+    device = replace(device, launch_seconds=launch_seconds(device, team.device, effort.other))
+    return _cluster(team, device, collectives)
+
+
+def situations(team: Team) -> list[Situation]:
+    """(workers, threads of each) that are measured on a host: 1, 2, 4, ... with equal shares of the cores, and one
+    worker alone with each of these numbers of threads. More workers than cores are worked out from fewer.
+    """
+    if team.device.type == "cuda":
+        return [(1, 1)]
+    cores, most = machine.cores(), len(team.hosts[0])
+    counts = [count for count in _doubled(most) if count <= cores]
+    shares = [max(1, cores // count) for count in counts]
+    return sorted({*zip(counts, shares, strict=True), *((1, share) for share in shares)})
+
+
+def crowded(team: Team) -> list[Situation]:
+    """(workers, threads of each) of 1, 2, 4, ... workers of a host, more than it has cores included."""
+    cores = machine.cores()
+    return [(count, max(1, cores // count)) for count in _doubled(len(team.hosts[0]))]
+
+
+def _doubled(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
+
+
+def note(case: Case, arena: Arena) -> Noted:
+    """What a case computes, as the kernels of a model are noted."""
+    recorder = LinkRecorder()
+    operands = case.make(arena)
+    with torch.no_grad(), recorder:
+        case.call(*operands)
+    kernel = max(recorder.take().kernels, key=lambda each: (each.flops, each.bytes))
+    name = curve_name(kernel.kind, kernel.operation)
+    if kernel.kind == "memory":
+        return Noted(case, "memory", name, kernel.dtype, False, (int(kernel.bytes),))
+    return Noted(case, kernel.kind, name, kernel.dtype, kernel.backward, kernel.shape)
+
+
+def summary(cluster: Cluster, out: Path, seconds: float) -> dict[str, Any]:
+    """The document of `calibrate`: what a person wants to know of the curves."""
+    device = cluster.nodes[0].device
+    kernels = [sample.spread for curve in device.curves for sample in curve.samples]
+    spreads = kernels + [sample.spread for curve in cluster.collectives for sample in curve.samples]
+    return {
+        "cluster": str(out),
+        "name": cluster.name,
+        "workers": cluster.size,
+        "hosts": sum(nodes.count for nodes in cluster.nodes),
+        "flops": dict(device.flops),
+        "memory_bandwidth": device.memory_bandwidth,
+        "memory_bytes": device.memory_bytes,
+        "launch_seconds": device.launch_seconds,
+        "shared": {str(workers): factor for workers, factor in device.shared.items()},
+        "overlap": device.overlap,
+        "levels": [
+            {"name": level.name, "span": level.span, "bandwidth": level.bandwidth, "latency_seconds": level.latency}
+            for level in cluster.levels
+        ],
+        "samples": len(spreads),
+        "median_spread": statistics.median(spreads),
+        "software": dict(cluster.software),
+        "seconds": seconds,
+    }
+
+
+# ---- from curves to a cluster ---------------------------------------------------------------------------------------
+
+
+def _cluster(team: Team, device: Device, collectives: list[CollectiveCurve]) -> Cluster:
+    local, hosts = min(len(host) for host in team.hosts), len(team.hosts)
+    levels = [_level("within a host", local, [curve for curve in collectives if curve.nodes == 1])]
+    levels.append(_level("between hosts", local * hosts, [curve for curve in collectives if curve.nodes > 1]))
+    backend = {"backend": dist.get_backend()} if dist.is_initialized() else {}
+    return Cluster(
+        name=f"{hosts * local} workers on {device.name}",
+        nodes=(Nodes(device, local, hosts),),
+        levels=tuple(level for level in levels if level is not None),
+        collectives=tuple(collectives),
+        software={**machine.software(), **backend},
+    )
+
+
+def _device(where: torch.device, curves: list[KernelCurve], slowed: float, crowds: Mapping[int, float]) -> Device:
+    """What was measured of one device; its best rates are those of one worker that has it alone."""
+    alone = max((curve.workers == 1, curve.threads) for curve in curves)[1]
+    own = [curve for curve in curves if (curve.workers, curve.threads) == (1, alone)]
+    properties = torch.cuda.get_device_properties(where) if where.type == "cuda" else None
+    origins: dict[str, Origin] = dict.fromkeys(MEASURED, "measured")
+    return Device(
+        name=machine.processor() if properties is None else properties.name,
+        kind="cpu" if properties is None else "gpu",
+        flops=_rates(own),
+        memory_bytes=machine.memory_bytes() if properties is None else properties.total_memory,
+        memory_bandwidth=max(s.shape[0] / s.seconds for c in own if c.operation == ANY for s in c.samples),
+        cores=machine.cores() if properties is None else properties.multi_processor_count,
+        launch_seconds=0.0,
+        curves=tuple(curves),
+        overlap=slowed,
+        shared=crowds,
+        origins=origins,
+    )
+
+
+def _rates(curves: Sequence[KernelCurve]) -> dict[str, float]:
+    """Dtype -> the highest rate of a matrix product, in floating point operations per second."""
+    return {
+        curve.dtype: max(2.0 * math.prod(sample.shape) / sample.seconds for sample in curve.samples)
+        for curve in curves
+        if curve.kind == "matmul"
+    }
+
+
+def launch_seconds(device: Device, where: torch.device, seconds: float) -> float:
+    """What the host needs for one kernel: beside the kernel on a CPU, to start it on a GPU. `seconds`: to spend."""
+    threads = min(curve.threads for curve in device.curves if curve.workers == 1)
+    times = KernelTimes(replace(device, threads=threads), 1) if device.kind == "cpu" else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = []
+    for step in (small_step(where), small_update(where)):
+        kernels = _noted(step)
+        took = statistics.median(timed_steps(step, seconds, where))
+        busy = sum(times.seconds(kernel) for kernel in kernels) if times is not None else 0.0
+        found.append(max(0.0, took - busy) / len(kernels))
+    torch.set_num_threads(before)
+    return statistics.mean(found)
+
+
+def _noted(step: Callable[[], None]) -> tuple[Kernel, ...]:
+    step()
+    recorder = LinkRecorder()
+    with recorder:
+        step()
+    return recorder.take().kernels
+
+
+def _level(name: str, span: int, curves: Sequence[CollectiveCurve]) -> Level | None:
+    """The links that messages went over; None where none did."""
+    messages = [sample for curve in curves if curve.operation == "send" for sample in curve.samples]
+    if not messages:
+        return None
+    return Level(
+        name=name,
+        span=span,
+        bandwidth=max(sample.shape[0] / sample.seconds for sample in messages),
+        latency=min(sample.seconds for sample in messages),
+        origins={"bandwidth": "measured", "latency": "measured"},
+    )

@@ -1,0 +1,82 @@
+"""Two workers measure what they compute and how they talk, and predictions are made of what they found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pool import Pools
+
+from shardwise.cluster.cases import all_cases
+from shardwise.cluster.cluster import SHAPES, Cluster
+from shardwise.cluster.linking import OPERATIONS, layouts
+from shardwise.cluster.reading import read_cluster
+from shardwise.cluster.writing import write_cluster
+from shardwise.predict.simulate import profiles_on, simulate
+from shardwise.run.calibrate import Effort, summary, work
+from shardwise.strategy import Strategy
+from shardwise.workload.load import load_workload
+
+SHORT = Effort(
+    case=0.0005, message=0.0005, other=0.02, dtypes=(torch.float32,), cases=lambda dtype: few(list(all_cases(dtype)))
+)
+
+
+def few(cases: list[object]) -> list[object]:
+    return [*cases[:3], *cases[::12], *cases[-4:]]  # the last ones are attention of every kind
+
+
+def measured(workers: Pools, count: int) -> Cluster:
+    found = workers(count, work, SHORT, True)
+    assert found[1:] == [None] * (count - 1)
+    cluster = found[0]
+    assert isinstance(cluster, Cluster)
+    return cluster
+
+
+def test_two_workers_measure_and_predict(workers: Pools, tmp_path: Path) -> None:
+    cluster = measured(workers, 2)
+    device = cluster.device(0)
+    assert cluster.size == cluster.node_size == 2
+    assert {curve.kind for curve in device.curves} == set(SHAPES)
+    assert {curve.workers for curve in device.curves} == ({1, 2} if device.cores > 1 else {1})
+    assert {(curve.operation, curve.ranks, curve.nodes) for curve in cluster.collectives} == {
+        (operation, 2, 1) for operation in OPERATIONS
+    }
+    assert device.overlap >= 1.0
+    assert set(device.shared) == {2}
+    assert set(device.origins.values()) == {"measured"}
+    write_cluster(cluster, tmp_path / "cluster.toml")
+    again = read_cluster(tmp_path / "cluster.toml")
+    assert again == cluster
+    profiles = profiles_on(load_workload("image", {}), again)
+    for text in ("dp=2", "tp=2"):
+        prediction = simulate(profiles, Strategy.parse(text), again)
+        assert 1e-4 < prediction.step_seconds < 60
+        assert prediction.origins["kernels"] == prediction.origins["collectives"] == "measured"
+
+
+def test_one_worker(workers: Pools) -> None:
+    cluster = measured(workers, 1)
+    assert cluster.size == 1
+    assert cluster.collectives == cluster.levels == ()
+    document = summary(cluster, Path("cluster.toml"), 1.0)
+    assert document["workers"] == 1
+    assert document["flops"]["float32"] > 1e8
+    assert document["launch_seconds"] >= 0
+
+
+def test_layouts() -> None:
+    def shapes(hosts: list[list[int]]) -> list[tuple[tuple[tuple[int, ...], ...], int]]:
+        return [(layout.groups, layout.nodes) for layout in layouts(hosts)]
+
+    assert shapes([[0]]) == []
+    assert shapes([[0, 1]]) == [(((0, 1),), 1)]
+    assert shapes([[0, 1, 2, 3]]) == [(((0, 1),), 1), (((0, 1), (2, 3)), 1), (((0, 1, 2, 3),), 1)]
+    assert shapes([[0, 1], [2, 3]]) == [
+        (((0, 1),), 1),
+        (((0, 2),), 2),
+        (((0, 2), (1, 3)), 2),
+        (((0, 1, 2, 3),), 2),
+    ]
+    assert shapes([[0], [1], [2]]) == [(((0, 1, 2),), 3)]
