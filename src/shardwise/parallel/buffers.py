@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shardwise.parallel.deal import broadcast
 from shardwise.parallel.gather import gather_json
 from shardwise.parallel.model import persistent_buffers
+from shardwise.parallel.values import facts
 
 
 class ReplicaBuffers:
@@ -37,7 +38,8 @@ class ReplicaBuffers:
         if self._group is None:
             return
         if self._drifting is None:
-            self._drifting = self._find_drifting(self._group)
+            with facts():
+                self._drifting = self._find_drifting(self._group)
         broadcast(self._drifting, self._group, 0)
 
     def _find_drifting(self, group: dist.ProcessGroup) -> list[Tensor]:

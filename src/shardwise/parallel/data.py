@@ -76,6 +76,11 @@ class ModuleEngine:
         return (*self._notes, *self._buffers.notes, *((DRAWN,) if unkeyed else ()))
 
     @property
+    def model_of_replicas(self) -> nn.Module:
+        """What is called in training: the model, or what torch wraps it in."""
+        return self._replicas.call
+
+    @property
     def unused(self) -> Sequence[str]:
         """Names of parameters without a gradient on this worker."""
         return self._replicas.unused
@@ -175,17 +180,19 @@ class ModuleEngine:
             return Alone(model)
         parameters = dict(model.named_parameters())
         trained = {name: parameters[name] for name in names}
-        return Replicated(model, trained, group, accumulates=strategy.microbatches > 1)
+        with self._mesh.allocating():
+            return Replicated(model, trained, group, accumulates=strategy.microbatches > 1)
 
     def _read(self, model: nn.Module) -> None:
         """Reads our part of the parameters that are on meta, where the workload's weights are in files."""
         weights = weights_of(self._workload.model)
         if weights is None:
             return
-        empty = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
-        materialize(model, self._mesh.device)
-        for name, parameter in empty.items():
-            read_weights(weights, name, parameter, row_layout(parameter))
+        empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        materialize(model, self._mesh.device, self._mesh.allocating)
+        made = dict(model.named_parameters())
+        for name in empty:
+            read_weights(weights, name, made[name], row_layout(made[name]))
 
     def _find_blocks(self, model: nn.Module) -> list[nn.Module]:
         batches = [to_device(batch, self._mesh.device) for batch in first_batches(self._workload, self._strategy)]

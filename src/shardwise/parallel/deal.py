@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,12 +20,12 @@ def deal(sizes: Mapping[str, int], workers: int) -> dict[str, int]:
     >>> deal({"a": 4, "b": 3, "c": 2}, 2)
     {'a': 0, 'b': 1, 'c': 1}
     """
-    loads = [0] * workers
+    loads = [(0, worker) for worker in range(workers)]  # a heap: the least load, of the first worker that has it
     owners = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owner = loads.index(min(loads))
+        load, owner = loads[0]
         owners[name] = owner
-        loads[owner] += max(sizes[name], 1)
+        heapq.heapreplace(loads, (load + max(sizes[name], 1), owner))
     return owners
 
 
@@ -42,9 +43,9 @@ class DealtParameters:
         owners = deal({name: parameter.numel() for name, parameter in parameters.items()}, group.size())
         self.mine = [name for name in parameters if owners[name] == group.rank()]
         self._group = group
-        self._by_owner: list[list[Tensor]] = [
-            [parameters[name].detach() for name in parameters if owners[name] == owner] for owner in range(group.size())
-        ]
+        self._by_owner: list[list[Tensor]] = [[] for _ in range(group.size())]
+        for name, parameter in parameters.items():
+            self._by_owner[owners[name]].append(parameter.detach())
 
     def exchange(self) -> None:
         """Sends every replica's updated parameters to all others. Collective over the replicas."""

@@ -11,10 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.parallel.layout import Layout, Piece, Tile
+from shardwise.parallel.values import facts
 
 
 def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
     """The JSON-able `value` of every worker of `group`, by rank. Collective."""
+    with facts():
+        return _gather_json(value, group, device)
+
+
+def _gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
     content = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     size = torch.tensor([content.numel()], device=device)
     sizes = [torch.empty_like(size) for _ in range(group.size())]
@@ -25,6 +31,14 @@ def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> l
     contents = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(contents, padded, group=group)
     return [json.loads(bytes(content[: int(size)].tolist())) for content, size in zip(contents, sizes, strict=True)]
+
+
+def anywhere(flags: Sequence[bool], group: dist.ProcessGroup, device: torch.device) -> list[bool]:
+    """Which of `flags` are true on any worker of `group`. Collective."""
+    with facts():
+        found = torch.tensor([int(flag) for flag in flags], device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+        return [bool(flag) for flag in found.tolist()]
 
 
 def gather_full(pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> dict[str, Tensor] | None:

@@ -18,6 +18,7 @@ from shardwise.errors import StrategyError
 from shardwise.parallel.deal import deal
 from shardwise.parallel.engine import Held
 from shardwise.parallel.exchange import Exchange
+from shardwise.parallel.gather import anywhere
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.materialize import materialize, read_weights
@@ -28,7 +29,7 @@ from shardwise.parallel.reduce import GradientReducer, sum_gradients
 from shardwise.parallel.rows import is_split, local, row_layout
 from shardwise.parallel.stage import Stage, Work
 from shardwise.strategy import Strategy
-from shardwise.workload.stored import StoredWeights
+from shardwise.workload.stored import Weights
 
 
 class Holding:
@@ -52,7 +53,7 @@ class Holding:
         keyed: KeyedOperations,
         *,
         bf16: bool,
-        weights: StoredWeights | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self._strategy, self._mesh, self._bf16 = strategy, mesh, bf16
         self._placements, self._shapes = graph.placements, {name: t.shape for name, t in tensors.items()}
@@ -151,11 +152,11 @@ class Holding:
         """Pipeline workers that hold a tensor."""
         return sorted({stage % self._strategy.pp for stage, _ in self._homes[name]})
 
-    def _read(self, weights: StoredWeights) -> None:
+    def _read(self, weights: Weights) -> None:
         """Reads our part of the parameters that are on meta."""
         empty = [name for name in self._places if self._tensor(name).is_meta]
         for stage in self.stages.values():
-            materialize(stage, self._mesh.device)
+            materialize(stage, self._mesh.device, self._mesh.allocating)
         for name in empty:
             read_weights(weights, name, self._tensor(name), self._lay_out(name, 0, 0).layout)
 
@@ -235,11 +236,9 @@ class Holding:
         """
         trained = [name for name in names if self._tensor(name).requires_grad]
         if group not in self._given:  # the same in every step
-            found = torch.tensor(
-                [int(self._tensor(name).grad is not None) for name in trained], device=self._mesh.device
-            )
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-            self._given[group] = [name for name, given in zip(trained, found.tolist(), strict=True) if given]
+            here = [self._tensor(name).grad is not None for name in trained]
+            found = anywhere(here, group, self._mesh.device)
+            self._given[group] = [name for name, given in zip(trained, found, strict=True) if given]
         for name in self._given[group]:
             tensor = self._tensor(name)
             if tensor.grad is None:

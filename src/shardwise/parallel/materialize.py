@@ -3,32 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.errors import WorkloadError
 from shardwise.parallel.layout import Layout
-from shardwise.parallel.rows import local
-from shardwise.workload.stored import StoredWeights
+from shardwise.parallel.mesh import Allocating
+from shardwise.parallel.rows import is_split, local
+from shardwise.workload.stored import Weights
 
 
-def materialize(root: nn.Module, device: torch.device) -> None:
-    """Memory for all parameters of `root` where they are on meta; tied ones stay tied, buffers as they are."""
-    if not any(parameter.is_meta for parameter in root.parameters()):
-        return
-    buffers = [(module, dict(module._buffers)) for module in root.modules()]
+def materialize(root: nn.Module, device: torch.device, allocating: Allocating = nullcontext) -> None:
+    """Memory for all parameters of `root` where they are on meta; tied ones stay tied, buffers as they are.
+
+    Parameters of which only some rows are held stay the objects that they are; others are made anew.
+    `allocating`: see `Mesh`.
+    """
+    with allocating():
+        if any(is_split(parameter) and parameter.is_meta for parameter in root.parameters()):
+            _fill_rows(root, device)
+        _fill_whole(root, device)
+
+
+def _fill_rows(root: nn.Module, device: torch.device) -> None:
+    """`fully_shard` looks at its parameters again when a function is applied to its modules."""
+
+    def filled(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta and is_split(tensor) else tensor
+
     before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the objects that they are
+    torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        root.to_empty(device=device)
+        apply: Callable[..., nn.Module] = root._apply
+        apply(filled)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
-    for module, kept in buffers:
-        module._buffers.update(kept)
 
 
-def read_weights(weights: StoredWeights, name: str, tensor: Tensor, layout: Layout) -> None:
+def _fill_whole(root: nn.Module, device: torch.device) -> None:
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in root.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if parameter not in made:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                made[parameter] = nn.Parameter(empty, parameter.requires_grad)
+            module._parameters[key] = made[parameter]
+
+
+def read_weights(weights: Weights, name: str, tensor: Tensor, layout: Layout) -> None:
     """Fills the local part of a parameter, and reads no more than that.
 
     Raises:

@@ -5,13 +5,18 @@ For dp=2,tp=2: rank 0: dp 0, tp 0    rank 1: dp 0, tp 1    rank 2: dp 1, tp 0   
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardwise.strategy import Strategy
+
+Allocating = Callable[[], AbstractContextManager[Any]]
 
 AXES = ("dp", "fsdp", "pp", "tp")
 """Outermost first: `tp` varies fastest over the ranks."""
@@ -34,19 +39,23 @@ class Mesh:
     grid: DeviceMesh | None
     replicas: DeviceMesh | None = None
     """dp and fsdp flattened into one axis, where both are used."""
+    allocating: Allocating = nullcontext
+    """Surrounds what takes memory for parameters and for buckets of gradients: a dry run takes none."""
 
     @classmethod
-    def build(cls, strategy: Strategy, device: torch.device | None = None) -> Mesh:
+    def build(
+        cls, strategy: Strategy, device: torch.device | None = None, allocating: Allocating = nullcontext
+    ) -> Mesh:
         """The mesh of the default process group, whose size must be `strategy.workers` (StrategyError)."""
         device = device or default_device()
         if strategy.workers == 1 and not dist.is_initialized():
-            return cls(strategy, device, 0, None)
+            return cls(strategy, device, 0, None, allocating=allocating)
         strategy.check_workers(dist.get_world_size())
         degrees = tuple(getattr(strategy, axis) for axis in AXES)
         grid = init_device_mesh(device.type, degrees, mesh_dim_names=AXES)
         both = strategy.dp > 1 and strategy.fsdp > 1
         replicas = grid["dp", "fsdp"]._flatten("replicas") if both else None
-        return cls(strategy, device, dist.get_rank(), grid, replicas)
+        return cls(strategy, device, dist.get_rank(), grid, replicas, allocating)
 
     def coordinate(self, axis: str) -> int:
         """This worker's place along `axis`."""

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from shardwise.parallel.batchnorm import batch_norm
 from shardwise.parallel.dropout import KeyedDropout
 from shardwise.parallel.engine import Position
+from shardwise.parallel.values import facts
 
 Handlers = dict[Callable[..., Any], Callable[..., Any]]
 
@@ -237,7 +238,10 @@ class Operations:
 
 def _same(before: Any, after: Any) -> bool:
     """Whether two random states are one."""
-    return before == after if isinstance(before, int) else torch.equal(before, after)
+    if isinstance(before, int):
+        return bool(before == after)
+    with facts():
+        return torch.equal(before, after)
 
 
 class _Handled(TorchFunctionMode):

@@ -239,6 +239,11 @@ class Pipeline:
         return ((action.microbatch * 2 + direction) * MOST_STAGES + source) * MOST_STAGES + target
 
 
+def goes_back(tag: int) -> bool:
+    """Whether a message is a gradient, as its tag says; see `Pipeline._tag`."""
+    return bool(tag // MOST_STAGES**2 % 2)
+
+
 def _key(action: Action) -> Action:
     """An action without the difference between kinds of backward passes."""
     return action if action.kind == FORWARD else Action(BACKWARD, action.stage, action.microbatch)

@@ -37,19 +37,28 @@ MOST_BLOCKS = 16
 """Per stage: what is gathered, freed and recomputed together."""
 
 
+Cuts = tuple[tuple[int, ...], ...]
+"""The links at which the blocks of each stage begin; a link is what is between two neighbouring places to cut at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Division:
     """Where a step is cut.
 
     Attributes:
+        cuts: in numbers of links.
         cut: all places, by the parameter use that follows them.
-        blocks: of each stage.
         places: how many places there were to cut at.
     """
 
+    cuts: Cuts
     cut: tuple[Use, ...]
-    blocks: tuple[int, ...]
     places: int
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Of each stage."""
+        return tuple(map(len, self.cuts))
 
 
 def divide(
@@ -61,13 +70,15 @@ def divide(
     mesh: Mesh,
     parameters: Collection[str],
     evaluation: LocalGraph | None = None,
+    cuts: Cuts | None = None,
 ) -> Division:
     """Cuts a step into the stages of `strategy`, and those into blocks where it gathers or recomputes. Collective.
 
     The graph of an evaluation, which may leave out parts of the training step, is cut at the same places.
+    Where `cuts` are given they are taken; nothing is measured then.
 
     Raises:
-        StrategyError: the step cannot be cut into that many stages.
+        StrategyError: the step cannot be cut into that many stages, or the given cuts are not of such a step.
     """
     found = places(local, parameters)
     if evaluation is not None:
@@ -76,12 +87,29 @@ def divide(
     check_stages(strategy, len(found))
     in_blocks = cuts_blocks(strategy)
     if stages == 1 and not in_blocks:
-        return Division((), (1,), len(found))
+        return Division(((0,),), (), len(found))
+    if cuts is not None:
+        _check_cuts(cuts, stages, len(found))
+        return _division(cuts, found)
     costs = _links(step, found, _measured(step, tensors, data, parameters, mesh), parameters)
     device = "cpu" if mesh.device.type == "cpu" else "gpu"
     parts = divided(costs, [place.bytes for place in found], stages, device, in_blocks=in_blocks)
-    cut = [start for starts in parts for start in starts if start]
-    return Division(tuple(found[link - 1].use for link in cut), tuple(map(len, parts)), len(found))
+    return _division(tuple(map(tuple, parts)), found)
+
+
+def _division(cuts: Cuts, found: Sequence[Place]) -> Division:
+    starts = [start for stage in cuts for start in stage if start]
+    return Division(cuts, tuple(found[link - 1].use for link in starts), len(found))
+
+
+def _check_cuts(cuts: Cuts, stages: int, places_found: int) -> None:
+    starts = [start for stage in cuts for start in stage]
+    ascending = all(a < b for a, b in pairwise(starts))
+    if len(cuts) != stages or not all(cuts) or starts[0] != 0 or starts[-1] > places_found or not ascending:
+        raise StrategyError(
+            f"cuts {cuts} are not those of {stages} stages of {places_found + 1} links: each stage has the ascending "
+            "numbers of the links at which its blocks begin, the first of them 0"
+        )
 
 
 def divided(

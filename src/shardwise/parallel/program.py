@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,25 +15,29 @@ from shardwise.errors import WorkloadError
 from shardwise.parallel.clipping import clip, local_gradients, squared_norm
 from shardwise.parallel.deal import DealtParameters
 from shardwise.parallel.engine import Engine
-from shardwise.parallel.gather import gather_full
+from shardwise.parallel.gather import anywhere, gather_full
 from shardwise.parallel.layout import Piece
-from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optimizer_state import OptimizerState, load_schedule_state, schedule_state
+from shardwise.parallel.planning import Cuts
 from shardwise.parallel.rows import local
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Loader, Share, share_of
 from shardwise.workload.workload import Workload
 
 
-def build_engine(workload: Workload, strategy: Strategy, mesh: Mesh) -> Engine:
-    """The engine that runs `strategy`: the module as it is, or the parts of its graph. Collective."""
+def build_engine(workload: Workload, strategy: Strategy, mesh: Mesh, cuts: Cuts | None = None) -> Engine:
+    """The engine that runs `strategy`: the module as it is, or the parts of its graph. Collective.
+
+    `cuts`: of a graph into stages and blocks; None: as its layers' costs, measured now, say.
+    """
     if strategy.tp == strategy.pp == 1:
         from shardwise.parallel.data import ModuleEngine
 
         return ModuleEngine(workload, strategy, mesh)
     from shardwise.parallel.staged import GraphEngine
 
-    return GraphEngine(workload, strategy, mesh)
+    return GraphEngine(workload, strategy, mesh, cuts)
 
 
 class Program:
@@ -69,16 +74,31 @@ class Program:
         self._constants: dict[float, Tensor] = {}
 
     @classmethod
-    def build(cls, workload: Workload, strategy: Strategy, *, device: torch.device | None = None) -> Program:
+    def build(
+        cls,
+        workload: Workload,
+        strategy: Strategy,
+        *,
+        device: torch.device | None = None,
+        cuts: Cuts | None = None,
+        allocating: Allocating = nullcontext,
+    ) -> Program:
         """Builds the model, its engine and its optimizer on every worker of the default process group.
+
+        Args:
+            workload: what is trained.
+            strategy: how it is split.
+            device: where this worker computes; None: `mesh.default_device`.
+            cuts: of the model's graph, see `build_engine`.
+            allocating: see `Mesh`.
 
         Raises:
             StrategyError: the degrees do not fit the workers, the batch or the model.
             WorkloadError: the model cannot be built, or cannot be trained.
         """
         strategy = strategy.for_batch(workload.batch_size)
-        mesh = Mesh.build(strategy, device)
-        return cls(workload, strategy, mesh, build_engine(workload, strategy, mesh))
+        mesh = Mesh.build(strategy, device, allocating)
+        return cls(workload, strategy, mesh, build_engine(workload, strategy, mesh, cuts))
 
     def loader(
         self,
@@ -208,10 +228,10 @@ class Program:
         if self._dealt is None or not self.engine.parameters:
             return writes
         # who updates a parameter is the only replica that has its state, whichever of them writes the parameter
-        flags = [int(self.engine.held[name].writes) for name in self.engine.parameters]
-        written = torch.tensor(flags, device=self.mesh.device)
-        dist.all_reduce(written, dist.ReduceOp.MAX, group=self.mesh.replica_group)
-        by_name = dict(zip(self.engine.parameters, written.tolist(), strict=True))
+        assert self.mesh.replica_group is not None
+        flags = [self.engine.held[name].writes for name in self.engine.parameters]
+        written = anywhere(flags, self.mesh.replica_group, self.mesh.device)
+        by_name = dict(zip(self.engine.parameters, written, strict=True))
         return {name for name in updated if by_name[name]}
 
     def _is_whole_everywhere(self) -> bool:
@@ -219,9 +239,8 @@ class Program:
         if self.mesh.world is None:
             return True
         held = [self.engine.held[name].holders for name in self.engine.parameters]
-        whole = torch.tensor([int(all(holders == self.strategy.workers for holders in held))], device=self.mesh.device)
-        dist.all_reduce(whole, dist.ReduceOp.MIN, group=self.mesh.world)
-        return bool(whole.item())
+        parts = any(holders != self.strategy.workers for holders in held)
+        return not anywhere([parts], self.mesh.world, self.mesh.device)[0]
 
     def _scales(self, share: Share) -> list[Tensor]:
         """What the loss of each microbatch is multiplied with, 0-d: its weight over that of all replicas together."""
@@ -276,14 +295,17 @@ class Program:
         Called on workers that left some unused. Only where all did, which all of them see here, can it be the same.
         """
         group = self.mesh.replica_group
-        if group is None or int(report[-1]) < self.strategy.workers:
+        if group is None or not self._by_all(report[-1]):
             return
         unused = set(self.engine.unused)
-        used = torch.tensor([int(name not in unused) for name in self.engine.parameters], device=self.mesh.device)
-        dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
-        for parameter, by_any in zip(self.engine.parameters.values(), used.tolist(), strict=True):
+        used = anywhere([name not in unused for name in self.engine.parameters], group, self.mesh.device)
+        for parameter, by_any in zip(self.engine.parameters.values(), used, strict=True):
             if not by_any:
                 parameter.grad = None
+
+    def _by_all(self, count: Tensor) -> bool:
+        """Whether so many workers are all of them."""
+        return int(count) == self.strategy.workers
 
     def _update(self) -> None:
         if self.optimizer is not None:

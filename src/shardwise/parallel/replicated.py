@@ -64,7 +64,8 @@ class Replicated:
 
     def _complete(self) -> None:
         missing = [name for name, parameter in self._parameters.items() if parameter.grad is None]
-        for name, (gradient, version) in self._before.items():
+        before, self._before = self._before, {}  # kept, they would be there beside those of the next step
+        for name, (gradient, version) in before.items():
             if self._parameters[name].grad is gradient and gradient._version == version:
                 missing.append(name)
         self.unused = [name for name in missing if self._parameters[name].grad is None]

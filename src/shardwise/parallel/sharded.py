@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ class Sharded:
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh) -> None:
         check_dtypes(model.parameters(), mesh.strategy)
-        whole = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 0}
         for block in blocks:
             _return_no_views(block)
         # what the loss does with the model's own output is not done in place
@@ -39,12 +39,17 @@ class Sharded:
         split_parameters(model, blocks, mesh)
         self.call = model
         self._group = mesh.replica_group
-        self._whole = {name: parameter for name, parameter in whole.items() if parameter.requires_grad}
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._used: set[str] = set()
         self.unused: list[str] = []
         for group in _parameter_groups(model):
             group.post_backward = self._filled(group, group.post_backward)
+
+    @cached_property
+    def _whole(self) -> dict[str, nn.Parameter]:
+        """Trained parameters that are not split; until the first step they may be made anew."""
+        named = self.call.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.dim() == 0 and parameter.requires_grad}
 
     @contextmanager
     def microbatch(self, first: bool, last: bool) -> Iterator[None]:

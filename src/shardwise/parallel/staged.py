@@ -28,7 +28,7 @@ from shardwise.parallel.model import aliases_of, build_model, persistent_buffers
 from shardwise.parallel.operations import DRAWN
 from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
-from shardwise.parallel.planning import cuts_blocks, divide
+from shardwise.parallel.planning import Cuts, cuts_blocks, divide
 from shardwise.parallel.precision import widen_loss
 from shardwise.parallel.schedule import order
 from shardwise.parallel.stage import Work, prepare
@@ -61,6 +61,9 @@ class _Entry:
 class GraphEngine:
     """See the module's docstring, and `engine.Engine` for what each attribute means.
 
+    Attributes:
+        division: where the step is cut into stages and blocks.
+
     Raises:
         WorkloadError: the step cannot be traced.
         StrategyError: the strategy cannot work for this module.
@@ -68,7 +71,7 @@ class GraphEngine:
 
     unused: Sequence[str] = ()
 
-    def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh) -> None:
+    def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh, cuts: Cuts | None = None) -> None:
         self._workload, self._strategy, self._mesh = workload, strategy, mesh
         self.position = Position(seed=workload.seed)
         self.uniform = strategy.pp > 1
@@ -88,7 +91,7 @@ class GraphEngine:
         tensors: dict[str, Tensor] = {**named, **persistent_buffers(model)}
         self._placements, self._summed = local.placements, local.summed
         evaluation = self._evaluation(model, data)
-        self._division = divide(step, local, tensors, data, strategy, mesh, self._parameters, evaluation)
+        self.division = divide(step, local, tensors, data, strategy, mesh, self._parameters, evaluation, cuts)
         work = self._works[self._key(True, data)] = self._prepare(local)
         works = [work]
         if evaluation is not None:
@@ -114,7 +117,7 @@ class GraphEngine:
             self._holding.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
         )
         self.uncut = local.uncut(named) if strategy.tp > 1 else []
-        self.places = self._division.places if strategy.pp > 1 else None
+        self.places = self.division.places if strategy.pp > 1 else None
         self._local_notes = (*local.notes, *(str(each) for each in self.uncut if each.share >= WORTH_A_NOTE))
         held = {name: held.tensor for name, held in self.held.items() if not isinstance(held.tensor, nn.Parameter)}
         self._buffers = ReplicaBuffers(held, mesh.replica_group)
@@ -165,7 +168,7 @@ class GraphEngine:
         return local
 
     def _prepare(self, local: LocalGraph) -> Work:
-        division, strategy = self._division, self._strategy
+        division, strategy = self.division, self._strategy
         assert len(division.blocks) < MOST_STAGES
         own = range(self._mesh.coordinate("pp"), len(division.blocks), strategy.pp)
         return prepare(local, division.cut, division.blocks, self._parameters, own)

@@ -123,8 +123,7 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        moves = function.namespace != "prim"  # that asks for properties of tensors
-        kernel = kernel_of(function, args, kwargs or {}, result, self.when) if moves else None
+        kernel = kernel_of(function, args, kwargs or {}, result, self.when)
         if kernel is not None:
             self.kernels.append(kernel)
         for tensor in tensors(result):

@@ -69,7 +69,7 @@ def counts(*operations: Any) -> Callable[[Counter], Counter]:
 def kernel_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, when: str) -> Kernel | None:
     """The kernel that a call of `operation` is; None where it computes and moves nothing (views, empty tensors)."""
     packet = operation.overloadpacket
-    if packet in _FREE or operation.is_view:
+    if packet in _FREE or operation.is_view or operation.namespace == "prim":  # that asks for properties of tensors
         return None
     inputs, outputs = list(tensors((args, kwargs))), list(tensors(result))
     if not outputs and not inputs:

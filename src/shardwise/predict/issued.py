@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import ProcessGroup, _resolve_process_group
 
 from shardwise.collective import Collective, Group
 from shardwise.parallel.mesh import AXES, Mesh
+from shardwise.parallel.pipeline import goes_back
 from shardwise.predict.counting import tensors
 
 _OPERATIONS = {
@@ -124,6 +125,7 @@ def collective_of(
     if kind in ("send", "recv"):
         other = ranks[given["dst" if kind == "send" else "src"]]
         ranks = sorted((dist.get_rank(), other))
+        when = "backward" if goes_back(given["tag"]) else "forward"  # receives are posted before their pass
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(moved))
     axis = axes.members[-1][0] if when == "report" and axes.members else axes.name(ranks)
     return Collective(kind, size, group_of(ranks), axis, when, asynchronous)

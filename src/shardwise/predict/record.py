@@ -86,9 +86,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages = Storages()
         self._axes = Axes(())
         self._base, self._mark, self._segment = "", "", ("", "")
+        self._collects = False
 
     def __enter__(self) -> Recorder:
-        gc.collect()  # what programs hold in circles would go at some moment of the step
+        gc.collect()  # what is held in circles would go at some moment of the step, whichever
+        self._collects = gc.isenabled()
+        gc.disable()
         self._storages.open()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -96,6 +99,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *details: Any) -> None:
         super().__exit__(*details)  # type: ignore[no-untyped-call]
         self._storages.close()
+        if self._collects:
+            gc.enable()
 
     def record(self) -> Record:
         """What was observed."""

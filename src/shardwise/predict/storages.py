@@ -23,11 +23,15 @@ GIVEN = -1
 
 @dataclass(slots=True)
 class _Storage:
-    """One storage: `segment` in which it was made, whether that was a forward pass, and in which it went."""
+    """One storage: `segment` in which it was made, whether that was a forward pass, and in which it went.
+
+    `found`: its size when it was seen first, if no operation made it.
+    """
 
     segment: int
     forward: bool
     size: int
+    found: int
     resized: bool = False
     died: int | None = None
 
@@ -45,7 +49,6 @@ class Storages:
         self._known: dict[int, int] = {}
         self._storages: list[_Storage] = []
         self._events: list[tuple[int, int]] = []
-        self._given: list[int] = []
         self._references: dict[int, Any] = {}
         self._resize = torch.UntypedStorage.resize_
         self._categories: dict[int, str] = {}
@@ -98,9 +101,8 @@ class Storages:
             return number
         number = self._known[key] = len(self._storages)
         size = storage.nbytes()
-        self._storages.append(_Storage(GIVEN if given else self.segment, self.forward and not given, size))
-        if given:
-            self._given.append(size)
+        forward = self.forward and not given
+        self._storages.append(_Storage(GIVEN if given else self.segment, forward, size, size if given else 0))
         self._events.append((number, 0 if given else size))
         self._references[number] = weakref.finalize(storage, self._gone, key, number)
         self._references[number].atexit = False
@@ -119,34 +121,45 @@ class Storages:
 
     def peak(self) -> Memory:
         """The moment with the most memory, by what it is for."""
-        at, _ = self._highest()
-        sizes: dict[int, int] = {}
+        at = self._highest()
         totals = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "temporary"), 0)
-        for number, size in self._sizes_at(at, sizes).items():
+        for number, size in self._sizes_at(at).items():
             totals[self._category(number)] += size
         return Memory(**totals)
 
     def held(self) -> Mapping[str, int]:
         """Bytes at the end, by category: what stays between steps, with what is about to go."""
         totals: dict[str, int] = {}
-        for number, size in self._sizes_at(len(self._events), {}).items():
+        for number, size in self._sizes_at(len(self._changes())).items():
             totals[self._category(number)] = totals.get(self._category(number), 0) + size
         return totals
 
-    def _highest(self) -> tuple[int, int]:
-        """(number of events before the peak, bytes above what was given)."""
+    def _changes(self) -> list[tuple[int, int]]:
+        """(storage, change of its size), in order; what was there before is not among them."""
+        changes, seen = [], set()
+        for number, change in self._events:
+            appears = number not in seen and self._is_inner(number)
+            seen.add(number)
+            changes.append((number, self._storages[number].found if appears else change))
+        return changes
+
+    def _is_inner(self, number: int) -> bool:
+        """Whether no operation made a storage but it was not there before either: a collective has made it inside."""
+        storage = self._storages[number]
+        return storage.segment == GIVEN and storage.died is not None and number not in self._categories
+
+    def _highest(self) -> int:
+        """The number of changes before the peak."""
         total = best = at = 0
-        for index, (_, change) in enumerate(self._events):
+        for index, (_, change) in enumerate(self._changes()):
             total += change
             if total > best:
                 best, at = total, index + 1
-        return at, best
+        return at
 
-    def _sizes_at(self, at: int, sizes: dict[int, int]) -> dict[int, int]:
-        given = iter(self._given)
-        for number, storage in enumerate(self._storages):
-            sizes[number] = next(given) if storage.segment == GIVEN else 0
-        for number, change in self._events[:at]:
+    def _sizes_at(self, at: int) -> dict[int, int]:
+        sizes = {number: 0 if self._is_inner(number) else s.found for number, s in enumerate(self._storages)}
+        for number, change in self._changes()[:at]:
             sizes[number] += change
         return sizes
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -19,6 +19,18 @@ from torch import Tensor, nn
 from shardwise.errors import WorkloadError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Weights(Protocol):
+    """The values of parameters that are built without any."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor that parameter `name` is, without reading it."""
+        ...
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The box of parameter `name` that starts at `offsets`; nothing else of it is read."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ def without_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def weights_of(factory: Any) -> StoredWeights | None:
+def weights_of(factory: Any) -> Weights | None:
     """Where the parameters of the modules that `factory` builds are read from; None: they have their values."""
-    found: StoredWeights | None = getattr(factory, "weights", None)
+    found: Weights | None = getattr(factory, "weights", None)
     return found
