@@ -26,23 +26,26 @@ from shardwise.collective import Collective, Group
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds
 from shardwise.predict.parts import group_of
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile import Layer, Profile
 from shardwise.predict.timing import Timed, timed
 from shardwise.strategy import Strategy
+
+INPUTS = 0.4
+"""Of a backward pass, the least that gradients of inputs take; half where both are products of one size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Sums over a profile: bytes of parameters and buffers, of gradients; trained elements; bytes kept of a microbatch.
 
-    `inside` is the most that one link keeps, which recomputation needs too.
+    `largest` is the most that one link needs while it goes backwards, which recomputation needs too.
     """
 
     parameters: int
     gradients: int
     elements: int
     kept: int
-    inside: int
+    largest: int
 
     @classmethod
     def of(cls, profile: Profile) -> Sizes:
@@ -55,11 +58,15 @@ class Sizes:
                 sum(parameter.bytes for parameter in trained),
                 sum(parameter.elements for parameter in trained),
                 profile.saved[-1],
-                max((link.layer.inside for link in profile.links), default=0),
+                max((_backwards(link.layer) for link in profile.links), default=0),
             )
         found = profile.kept[key]
         assert isinstance(found, Sizes)
         return found
+
+
+def _backwards(layer: Layer) -> int:
+    return layer.inside + max(layer.temporary_backward, layer.temporary_forward)
 
 
 def least_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
@@ -69,7 +76,7 @@ def least_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> flo
     one = times.forward.total[-1] + backward + times.weights.total[-1]
     count, workers = strategy.microbatches, strategy.pp
     computing = one * count / workers
-    filled = one * (1 + (count - 1) / workers) if strategy.schedule in ("1f1b", "gpipe") else computing
+    filled = _filled(strategy, times.forward.total[-1], one)
     update = _update(profile, strategy, times, sizes)
     if strategy.splits_parameters:
         channel = _gathers(strategy, cluster, sizes)
@@ -78,6 +85,17 @@ def least_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> flo
         return max(filled, computing + update)
     sent = _seconds("all_reduce", sizes.gradients // workers, strategy, "replicas", cluster)
     return max(filled, computing + update, computing - backward / workers + sent + update)
+
+
+def _filled(strategy: Strategy, forward: float, one: float) -> float:
+    """Of a pipeline, from its first pass to its last: `one` microbatch through all stages takes so long."""
+    count, workers = strategy.microbatches, strategy.pp
+    if strategy.schedule in ("1f1b", "gpipe"):
+        return one * (1 + (count - 1) / workers)
+    if strategy.schedule == "zero-bubble":  # weights are put off while the pipeline fills
+        short = forward + INPUTS * (one - forward)
+        return short * (1 + (min(count, workers) - 1) / workers) + max(count - workers, 0) * one / workers
+    return one * count / workers
 
 
 def _update(profile: Profile, strategy: Strategy, times: Timed, sizes: Sizes) -> float:
@@ -135,8 +153,8 @@ def least_memory(profile: Profile, strategy: Strategy) -> float:
     sizes, workers = Sizes.of(profile), strategy.pp
     slices = strategy.fsdp if strategy.splits_parameters else 1
     stays = sizes.parameters / slices + sizes.elements * profile.update.state_bytes / _owners(strategy)
-    kept = sizes.inside if strategy.recompute == "full" else sizes.kept
-    least = (stays + max(sizes.gradients / slices, kept)) / workers
+    kept = 0 if strategy.recompute == "full" else sizes.kept
+    least = max((stays + max(sizes.gradients / slices, kept)) / workers, sizes.largest)
     if workers == 1 or strategy.recompute == "full":
         return least
     shares, most = _under_way(workers, strategy.microbatches, strategy.schedule)
