@@ -8,12 +8,11 @@ With T seconds of one microbatch through all stages, B of its backward pass, m m
     gathers        `fully_shard` gathers and scatters on one channel: a step takes as long as those at least; where they
                    block (on a CPU) they come on top
     memory         the mean over the workers of a pipeline: parameters and the optimizer's state, with the gradients
-                   (when it updates) or with what the backward pass needs of one microbatch (when that begins). In a
-                   pipeline worker w keeps n(w) microbatches: of all ways to cut, the most that a worker keeps is
-                   K / sum(1 / n) or more, K what is kept of one microbatch
+                   (when it updates) or with what the backward pass needs of one microbatch (when that begins); of the
+                   worker that has most microbatches under way, half of what equal stages would keep
 
-All are the best that any way to cut a model could reach, so that nothing is lost by leaving out what cannot be better
-than what is known.
+No strategy costs less (tests hold all strategies of small jobs against their bounds), so that nothing is lost by
+leaving out what cannot be better than what is known.
 """
 
 from __future__ import annotations
@@ -25,13 +24,17 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds
-from shardwise.predict.parts import group_of
+from shardwise.predict.parts import group_of, module_blocks
 from shardwise.predict.profile import Layer, Profile
 from shardwise.predict.timing import Timed, timed
 from shardwise.strategy import Strategy
 
 INPUTS = 0.4
 """Of a backward pass, the least that gradients of inputs take; half where both are products of one size."""
+
+
+EVEN = 0.5
+"""Of a pipeline of equal stages, the time to fill it and what a worker keeps where its stages are not equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,8 @@ def least_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> flo
     times, sizes = timed(profile, cluster, strategy), Sizes.of(profile)
     backward = times.backward.total[-1]
     one = times.forward.total[-1] + backward + times.weights.total[-1]
+    if strategy.recompute == "full":
+        one += _again(profile, strategy, times)
     count, workers = strategy.microbatches, strategy.pp
     computing = one * count / workers
     filled = _filled(strategy, times.forward.total[-1], one)
@@ -87,6 +92,20 @@ def least_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> flo
     return max(filled, computing + update, computing - backward / workers + sent + update)
 
 
+def _again(profile: Profile, strategy: Strategy, times: Timed) -> float:
+    """Of one microbatch, what is computed again at least: each link up to what its backward pass needs."""
+    alone = strategy.tp == strategy.pp == 1
+    key = ("bounds", "again", id(times), alone)
+    if key not in profile.kept:
+        links = list(range(len(profile.links)))
+        if alone:  # only repeated blocks are computed again
+            links = sorted({link for first, end in module_blocks(profile) for link in range(first, end)})
+        profile.kept[key] = sum(times.recomputed[link].total for link in links if profile.links[link].layer.keeps)
+    found = profile.kept[key]
+    assert isinstance(found, int | float)
+    return float(found)
+
+
 def _filled(strategy: Strategy, forward: float, one: float) -> float:
     """Of a pipeline, from its first pass to its last: `one` microbatch through all stages takes so long."""
     count, workers = strategy.microbatches, strategy.pp
@@ -95,7 +114,8 @@ def _filled(strategy: Strategy, forward: float, one: float) -> float:
     if strategy.schedule == "zero-bubble":  # weights are put off while the pipeline fills
         short = forward + INPUTS * (one - forward)
         return short * (1 + (min(count, workers) - 1) / workers) + max(count - workers, 0) * one / workers
-    return one * count / workers
+    filling = one * (workers - 1) / workers / strategy.stages_per_worker  # interleaved: of stages of equal length
+    return one * count / workers + EVEN * filling
 
 
 def _update(profile: Profile, strategy: Strategy, times: Timed, sizes: Sizes) -> float:
@@ -157,12 +177,14 @@ def least_memory(profile: Profile, strategy: Strategy) -> float:
     least = max((stays + max(sizes.gradients / slices, kept)) / workers, sizes.largest)
     if workers == 1 or strategy.recompute == "full":
         return least
-    shares, most = _under_way(workers, strategy.microbatches, strategy.schedule)
-    return max(least, (stays / most + kept) / shares)
+    first = _under_way(workers, strategy.microbatches, strategy.schedule, strategy.stages_per_worker)
+    return max(least, stays / workers + EVEN * kept / workers * first)
 
 
-@lru_cache(maxsize=4096)
-def _under_way(workers: int, microbatches: int, schedule: str) -> tuple[float, int]:
-    """(sum of 1 / n, largest n) of the microbatches n that each worker keeps when it has most."""
-    most = [microbatches if schedule == "gpipe" else min(workers - place, microbatches) for place in range(workers)]
-    return sum(1 / n for n in most), max(most)
+def _under_way(workers: int, microbatches: int, schedule: str, stages: int) -> float:
+    """Microbatches whose activations the worker that has most of them keeps, parts of several stages added up."""
+    if schedule == "gpipe":
+        return microbatches
+    if schedule == "interleaved":
+        return min(microbatches, (2 * (workers - 1) + (stages - 1) * workers + 1) / stages)
+    return min(microbatches, workers)

@@ -222,12 +222,12 @@ def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
     if not cuts_blocks(strategy):
         return [0]
     bounds = {0}
-    for first, end in _module_blocks(profile):
+    for first, end in module_blocks(profile):
         bounds |= {first, end}
     return sorted(bounds - {len(profile.links)})
 
 
-def _module_blocks(profile: Profile) -> list[tuple[int, int]]:
+def module_blocks(profile: Profile) -> list[tuple[int, int]]:
     """Links (first, end) of the module's repeated blocks."""
     found = []
     for block in profile.blocks:
