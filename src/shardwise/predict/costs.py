@@ -3,7 +3,8 @@
     step = passes of the busiest pipeline worker + bubble + what it waits for others + optimizer + report
 
 Implemented in: `timing` (kernels and exchanges of each link), `parts` (who holds what), `passes` (what is hidden behind
-compute), `pipelines` (bubbles), `memory` (bytes), `issuing` (messages).
+compute), `work` (the passes of a worker), `pipelines` (bubbles), `memory` (bytes), `issuing` (messages). `timeline`
+plays the same parts as events.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.errors import StrategyError
 from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
-from shardwise.predict.issuing import Sync, turns
+from shardwise.predict.issuing import Sync, actions_of
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds, origins
 from shardwise.predict.memory import memory_of
@@ -31,11 +32,15 @@ from shardwise.predict.parts import (
     parts_of,
 )
 from shardwise.predict.passes import Passed, Piece, bucketed, gathered, slowed
-from shardwise.predict.pipelines import StageTime, pipeline_seconds
-from shardwise.predict.prediction import Prediction
+from shardwise.predict.pipelines import Ends, Messages, pipeline_seconds, played
+from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import DTYPES, Spent, Timed, timed
+from shardwise.predict.work import Work, work_of
 from shardwise.strategy import Strategy
+
+SHORT_TABLE = 256
+"""Microbatches on stages up to which the table of a schedule is played; the formulas are good where there are many."""
 
 
 def predict(profile: Profile, strategy: Strategy, cluster: Cluster, batch_size: int = 0) -> Prediction:
@@ -55,8 +60,13 @@ def predict(profile: Profile, strategy: Strategy, cluster: Cluster, batch_size: 
     return costs.prediction()
 
 
-def costs_of(profile: Profile, strategy: Strategy, cluster: Cluster, batch_size: int = 0) -> Costs:
-    """The parts of a prediction, which the timeline is made of too. Raises as `predict` does."""
+def costs_of(
+    profile: Profile, strategy: Strategy, cluster: Cluster, batch_size: int = 0, device: Device | None = None
+) -> Costs:
+    """The parts of a prediction, which the timeline is made of too. Raises as `predict` does.
+
+    They are for `device` of the cluster, or else for the slowest, for which stages are cut in any case.
+    """
     size = batch_size or profile.batch_size
     strategy = strategy.for_batch(size)
     _check(profile, strategy, size)
@@ -67,6 +77,8 @@ def costs_of(profile: Profile, strategy: Strategy, cluster: Cluster, batch_size:
             f"profile it for a {times.device.kind}"
         )
     parts = parts_of(profile, strategy, times.forward.each)
+    if device is not None:
+        times = timed(profile, cluster, strategy, device)
     return Costs(profile, strategy, cluster, times, parts, size)
 
 
@@ -114,17 +126,22 @@ class Costs:
         self.overlap = times.device.overlap
         self._passed: dict[object, Passed] = {}
         self._moved: dict[tuple[float, float, int], float] = {}
-        self.arrives, self.returns = self._waits()
+        self.messages = self._between()
 
-    def _waits(self) -> tuple[dict[int, float], dict[int, float]]:
-        """Seconds of the messages that each stage waits for before a forward, and before a backward pass."""
-        there: dict[int, float] = {}
-        back: dict[int, float] = {}
-        for number, stage in self.parts.stages.items() if self.strategy.pp > 1 else ():
-            for found, messages in ((there, stage.sent), (back, stage.returned)):
+    def _between(self) -> Messages:
+        found: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        pp = self.strategy.pp
+        for number, stage in self.parts.stages.items():
+            for kind, messages in ((FORWARD, stage.sent), (BACKWARD, stage.returned)):
                 for target, sizes in messages:
-                    found[target] = found.get(target, 0.0) + self.message(number, target, sizes)
-        return there, back
+                    if target % pp != number % pp:
+                        seconds = self.message(number, target, sizes)
+                        found.setdefault((kind, target), []).append((number, seconds))
+        return found
+
+    def waits(self, kind: str, stage: int) -> float:
+        """Seconds of the messages that a stage waits for before a forward (F), or a backward (B) pass."""
+        return sum(seconds for _, seconds in self.messages.get((kind, stage), ()))
 
     # ---- one collective, one kernel ---------------------------------------------------------------------------------
 
@@ -235,15 +252,29 @@ class Costs:
         return begins if alike else group
 
     def _pass(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
-        spent = self.spent(stage, kind)
-        if kind not in (FORWARD, INPUT):
-            spent += Spent(kernels=self._gradients(stage, final=final, first=first))
+        spent = self.computed(stage, kind, sync, final=final, first=first)
         if sync is not None and kind != WEIGHT:
-            return self._sharded(stage, kind, sync, spent)
+            pieces, root = self.pieces(stage, kind, sync, spent)
+            total, exposed = gathered(pieces, root, blocking=self.blocking)
+            return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
         if final and stage.buckets and kind != WEIGHT:
             total, exposed = bucketed(self.buckets(stage, spent.total), spent.total)
             return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
         return Passed(spent)
+
+    def computed(self, stage: Stage, kind: str, sync: Sync | None, *, final: bool, first: bool) -> Spent:
+        """What one pass computes: `spent`, and what is done to gradients and gathered parameters; see `passed`."""
+        spent = self.spent(stage, kind)
+        if kind not in (FORWARD, INPUT):
+            spent += Spent(kernels=self._gradients(stage, final=final, first=first))
+        if sync is None or kind == WEIGHT:
+            return spent
+        copied = 0.0
+        for group, gathers in (*((block.gathered, sync.blocks) for block in stage.blocks), (stage.root, sync.root)):
+            if group is not None:
+                copied += self.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
+                copied += self.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
+        return spent + Spent(kernels=copied)
 
     def buckets(self, stage: Stage, seconds: float) -> list[tuple[float, float]]:
         """(when it is complete, how long it takes) of each bucket of a backward pass of `seconds`."""
@@ -283,37 +314,27 @@ class Costs:
         stretch = spent.total / whole if whole else 1.0
         found: list[Piece] = []
         at = stage.first
-        for block in stage.blocks:
+        for number, block in enumerate(stage.blocks):
             if block.first > at:
                 found.append(Piece((sums.total[block.first] - sums.total[at]) * stretch))
-            gather, reduce = self._group(block.gathered, sync.blocks, sync.reduces)
-            found.append(Piece((sums.total[block.end] - sums.total[max(at, block.first)]) * stretch, gather, reduce))
+            seconds = (sums.total[block.end] - sums.total[max(at, block.first)]) * stretch
+            found.append(Piece(seconds, *self._group(block.gathered, sync.blocks, sync.reduces), f"block {number}"))
             at = max(at, block.end)
         if at < stage.end:
             found.append(Piece((sums.total[stage.end] - sums.total[at]) * stretch))
-        gather, reduce = self._group(stage.root, sync.root, sync.reduces)
-        return (found if forward else found[::-1]), Piece(0.0, gather, reduce)
+        root = Piece(0.0, *self._group(stage.root, sync.root, sync.reduces))
+        return (found if forward else found[::-1]), root
 
-    def _group(self, group: Gathered | None, gathers: bool, reduces: bool) -> tuple[float, float]:
+    def _group(self, group: Gathered | None, gathers: bool, reduces: bool) -> tuple[float, float, float]:
+        """Seconds of (gather, scatter, sum over dp)."""
         if group is None:
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         fsdp = group_of(self.strategy, "fsdp")
         gather = self.collective("all_gather", group.gather, fsdp) if gathers else 0.0
-        reduce = self.collective("reduce_scatter", group.reduce, fsdp) if reduces and group.reduce else 0.0
-        if reduce and self.strategy.dp > 1:
-            reduce += self.collective("all_reduce", group.reduce // self.strategy.fsdp, group_of(self.strategy, "dp"))
-        return gather, reduce
-
-    def _sharded(self, stage: Stage, kind: str, sync: Sync, spent: Spent) -> Passed:
-        copied = 0.0
-        for group, gathers in (*((block.gathered, sync.blocks) for block in stage.blocks), (stage.root, sync.root)):
-            if group is not None:
-                copied += self.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
-                copied += self.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
-        spent += Spent(kernels=copied)
-        pieces, root = self.pieces(stage, kind, sync, spent)
-        total, exposed = gathered(pieces, root, backward=kind != FORWARD, blocking=self.blocking)
-        return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
+        if not reduces or not group.reduce:
+            return gather, 0.0, 0.0
+        mirror = self.collective("all_reduce", group.reduce // self.strategy.fsdp, group_of(self.strategy, "dp"))
+        return gather, self.collective("reduce_scatter", group.reduce, fsdp), mirror
 
     # ---- after the passes -------------------------------------------------------------------------------------------
 
@@ -322,17 +343,25 @@ class Costs:
         strategy = self.strategy
         replicas = group_of(strategy, "replicas", worker.place)
         reduce = sum(self.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
-        if strategy.tp > 1:
-            reduce += sum(self.collective("all_reduce", size, group_of(strategy, "tp")) for size in worker.summed)
-        for workers, size in worker.tied:
-            step = (workers[-1] - workers[0]) // max(len(workers) - 1, 1)
-            group = Group(len(workers), step * strategy.tp, workers[0] * strategy.tp)
-            reduce += self.collective("all_reduce", size, group)
+        reduce += sum(seconds for _, _, seconds in self.sums_over_workers(worker))
         exchange = sum(self.collective("broadcast", size, replicas) for size in worker.broadcast)
         report = self.collective("all_reduce", REPORT_BYTES, group_of(strategy, "world"))
         if self.profile.weighted:
             report += self.collective("all_reduce", 8, replicas)
         return Finish(reduce, self.update(worker), exchange, report)
+
+    def sums_over_workers(self, worker: Worker) -> list[tuple[tuple[int, ...], int, float]]:
+        """(pipeline workers, bytes, seconds) of gradients that are added up after the last pass; none: over tp."""
+        strategy = self.strategy
+        tensor = group_of(strategy, "tp")
+        found: list[tuple[tuple[int, ...], int, float]] = []
+        if strategy.tp > 1:
+            found += [((), size, self.collective("all_reduce", size, tensor)) for size in worker.summed]
+        for workers, size in worker.tied:
+            step = (workers[-1] - workers[0]) // max(len(workers) - 1, 1)
+            group = Group(len(workers), step * strategy.tp, workers[0] * strategy.tp)
+            found.append((workers, size, self.collective("all_reduce", size, group)))
+        return found
 
     def update(self, worker: Worker) -> float:
         """Seconds of the optimizer, with the norm of the gradient and clipping."""
@@ -360,23 +389,23 @@ class Costs:
 
     def prediction(self) -> Prediction:
         """See `predict`."""
-        works = [_Work.of(self, worker) for worker in self.parts.workers]
+        works = [work_of(self, worker) for worker in self.parts.workers]
         ends = self._ends(works)
         finishes = [self.finish(worker) for worker in self.parts.workers]
         last = max(end + f.reduce + f.update + f.exchange for end, f in zip(ends, finishes, strict=True))
         report = max(finish.report for finish in finishes)
-        hidden = min(report, max(finish.update for finish in finishes)) if not self._waits_for_norm() else 0.0
+        hidden = min(report, max(finish.update for finish in finishes)) if not self.waits_for_norm else 0.0
         step = last + report - hidden
         index = max(range(len(works)), key=lambda number: works[number].seconds)
         work, finish = works[index], finishes[index]
         exposed = work.exposed + work.spent.exchanges + finish.reduce + finish.exchange + report - hidden
-        busy = work.spent.kernels + work.slowed + work.spent.host
+        busy = work.spent.kernels + work.slowed + work.host
         bubble = max(0.0, step - busy - exposed - finish.update)
         communication = work.communication + work.spent.exchanges + work.messages
         communication += finish.reduce + finish.exchange + finish.report
-        memory, available = memory_of(self), min(nodes.device.memory_bytes for nodes in self.cluster.nodes)
+        memory, available = self.memory, min(nodes.device.memory_bytes for nodes in self.cluster.nodes)
         strategy = self.strategy
-        flops = self._model_flops()
+        flops = self.model_flops
         return Prediction(
             step_seconds=step,
             compute_seconds=work.spent.kernels + work.slowed,
@@ -384,7 +413,7 @@ class Costs:
             exposed_communication_seconds=exposed,
             bubble_seconds=bubble,
             optimizer_seconds=finish.update,
-            host_seconds=work.spent.host,
+            host_seconds=work.host,
             memory=memory,
             memory_available=available,
             model_flops=flops,
@@ -400,16 +429,29 @@ class Costs:
                 "parameter exchange": finish.exchange,
                 "report": finish.report,
             },
-            origins=origins(self.cluster, self.times.device),
+            origins=self.origins,
         )
 
-    def _waits_for_norm(self) -> bool:
+    @property
+    def waits_for_norm(self) -> bool:
         """Whether the norm of the gradient is known only when all workers have told theirs."""
         strategy = self.strategy
         whole = strategy.tp == strategy.pp == 1 and not strategy.splits_parameters
         return self.profile.clipped and not whole
 
-    def _model_flops(self) -> float:
+    @property
+    def memory(self) -> Memory:
+        """Of the device that needs most."""
+        return memory_of(self)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """What the prediction rests on, by name."""
+        return dict(origins(self.cluster, self.times.device))
+
+    @property
+    def model_flops(self) -> float:
+        """Of the step, all devices together, without what is computed again."""
         key = ("flops",)
         if key not in self.profile.kept:
             self.profile.kept[key] = self.profile.flops()
@@ -417,85 +459,23 @@ class Costs:
         assert isinstance(found, float)
         return found * self.strategy.microbatches * self.strategy.replicas * self.strategy.tp
 
-    def _ends(self, works: list[_Work]) -> list[float]:
+    def _ends(self, works: list[Work]) -> list[float]:
         """When each worker has done its last backward pass."""
         strategy = self.strategy
         if strategy.pp == 1:
             return [work.seconds for work in works]
         stages = [time for _, time in sorted((n, t) for work in works for n, t in work.times.items())]
+        if strategy.pp * strategy.stages_per_worker * strategy.microbatches <= SHORT_TABLE:
+            tables = [actions_of(strategy, place) for place in range(strategy.pp)]
+            heads = {stage: more for work in works for stage, more in work.heads.items()}
+            each = {stage: more for work in works for stage, more in work.tails.items()}
+            return played(tables, stages, self.messages, Ends(heads, each, strategy.splits_parameters))
         whole = pipeline_seconds(strategy.schedule, stages, strategy.pp, strategy.microbatches)
+        whole += sum(sum(work.heads.values()) for work in works)
+        tails = [sum(work.tails.values()) for work in works]
         ends, drained = [], 0.0
         for place, work in enumerate(works):
-            ends.append(max(whole - drained, work.seconds) + work.tail)
+            tail = sum(tails[place:]) if strategy.splits_parameters else tails[place]
+            ends.append(max(whole - drained, work.seconds) + tail)
             drained += stages[place].backward + (stages[place + 1].returns if place + 1 < len(stages) else 0.0)
         return ends
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What one pipeline worker does in all its passes.
-
-    Attributes:
-        times: of its stages, for one microbatch.
-        tail: what the last backward passes take longer than the others.
-    """
-
-    times: dict[int, StageTime]
-    spent: Spent
-    forward: float
-    backward: float
-    communication: float
-    exposed: float
-    slowed: float
-    messages: float
-    tail: float
-
-    @property
-    def seconds(self) -> float:
-        """Without waiting for other stages."""
-        return self.spent.total + self.exposed + self.slowed - self.tail
-
-    @classmethod
-    def of(cls, costs: Costs, worker: Worker) -> _Work:
-        """Adds up the passes of a worker."""
-        return _add_up(costs, worker)
-
-
-def _add_up(costs: Costs, worker: Worker) -> _Work:
-    strategy = costs.strategy
-    stages = {stage.number: stage for stage in worker.stages}
-    spent = Spent()
-    forward = backward = communication = exposed = slow = 0.0
-    usual: dict[tuple[int, str], tuple[int, float]] = {}
-    last: dict[int, tuple[str, float]] = {}
-    for turn in turns(strategy, worker.place):
-        action, count = turn.action, turn.count
-        passed = costs.passed(stages[action.stage], action.kind, turn.sync, turn.final, turn.first)
-        spent += passed.compute.times(count)
-        communication += count * passed.communication
-        exposed += count * passed.exposed
-        slow += count * passed.slowed
-        if action.kind == FORWARD:
-            forward += count * passed.compute.total
-        else:
-            backward += count * passed.compute.total
-        usual[action.stage, action.kind] = max(
-            usual.get((action.stage, action.kind), (0, 0.0)), (count, passed.seconds)
-        )
-        if turn.final:
-            last[action.stage] = action.kind, passed.seconds
-    tail = 0.0
-    if strategy.pp > 1:
-        tail = sum(max(0.0, seconds - usual[stage, kind][1]) for stage, (kind, seconds) in last.items())
-    times = {}
-    for number in stages:
-        inputs = usual.get((number, INPUT)) or usual[number, BACKWARD]
-        times[number] = StageTime(
-            usual[number, FORWARD][1],
-            inputs[1],
-            usual.get((number, WEIGHT), (0, 0.0))[1],
-            costs.arrives.get(number, 0.0),
-            costs.returns.get(number, 0.0),
-        )
-    messages = strategy.microbatches * sum(time.arrives + time.returns for time in times.values())
-    return _Work(times, spent, forward, backward, communication, exposed, slow, messages, tail)

@@ -34,7 +34,8 @@ class Sync:
     reduces: bool
 
 
-def actions_of(strategy: Strategy, place: int) -> list[Action]:
+@lru_cache(maxsize=1024)
+def actions_of(strategy: Strategy, place: int) -> Sequence[Action]:
     """What a worker does in one step, in its order: the table that the program executes."""
     return order(
         strategy.schedule,

@@ -1,7 +1,7 @@
 """How long one pass of one stage takes on one worker, with what is gathered and reduced meanwhile.
 
 A worker computes on one stream and communicates on another (a group's collectives run one after the other, as NCCL
-runs them):
+runs them; those of another group beside them):
 
     buckets    a gradient bucket is sent as soon as the backward pass has completed it; the pass ends when the last
                bucket has arrived                                    (Li et al. 2020, PyTorch Distributed, section 4)
@@ -21,11 +21,26 @@ from shardwise.predict.timing import Spent
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Links that compute without a break: what has to be gathered before, and what is reduced after."""
+    """Links that compute without a break: what has to be gathered before, and what is reduced after.
+
+    Attributes:
+        compute: seconds.
+        gather: seconds of the gather that it waits for.
+        reduce: seconds in which its gradients are scattered.
+        mirror: seconds in which what was scattered is added up over dp.
+        name: for people.
+    """
 
     compute: float
     gather: float = 0.0
     reduce: float = 0.0
+    mirror: float = 0.0
+    name: str = ""
+
+    @property
+    def communication(self) -> float:
+        """All of it."""
+        return self.gather + self.reduce + self.mirror
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,39 +65,44 @@ class Passed:
         return self.compute.total + self.exposed + self.slowed
 
 
-def gathered(pieces: Sequence[Piece], root: Piece, *, backward: bool, blocking: bool) -> tuple[float, float]:
+def gathered(pieces: Sequence[Piece], root: Piece, *, blocking: bool) -> tuple[float, float]:
     """(communication, exposed) of a pass through pieces in the order in which they compute.
 
     Args:
         pieces: of the stage.
         root: what is gathered before all of them, and reduced after all.
-        backward: whether gathers go before the reductions of what has been computed already.
         blocking: whether nothing is hidden.
     """
-    total = root.gather + root.reduce + sum(piece.gather + piece.reduce for piece in pieces)
+    total = root.communication + sum(piece.communication for piece in pieces)
     if blocking:
         return total, total
     now = channel = root.gather
+    outer = 0.0  # the channel of dp
     asked = 0.0  # when the gather of the next piece is asked for: as the piece before it begins to compute
     computed = 0.0
-    reductions: list[tuple[float, float]] = []
+    reductions: list[tuple[float, Piece]] = []
+
+    def reduce() -> None:
+        nonlocal channel, outer
+        while reductions:
+            ready, piece = reductions.pop(0)
+            channel = max(channel, ready) + piece.reduce
+            outer = max(outer, channel) + piece.mirror if piece.mirror else outer
+
     for piece in pieces:
         if piece.gather:
             channel = max(channel, asked) + piece.gather
             now = max(now, channel)
-        while reductions:  # those of earlier pieces stand behind this gather
-            ready, seconds = reductions.pop(0)
-            channel = max(channel, ready) + seconds
+        reduce()  # those of earlier pieces stand behind this gather
         asked = now
         now += piece.compute
         computed += piece.compute
         if piece.reduce:
-            reductions.append((now, piece.reduce))
-    for ready, seconds in reductions:
-        channel = max(channel, ready) + seconds
+            reductions.append((now, piece))
     if root.reduce:
-        channel = max(channel, now) + root.reduce
-    return total, max(now, channel) - computed
+        reductions.append((now, root))
+    reduce()
+    return total, max(now, channel, outer) - computed
 
 
 def bucketed(buckets: Iterable[tuple[float, float]], end: float) -> tuple[float, float]:

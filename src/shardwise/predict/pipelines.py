@@ -10,13 +10,16 @@ l of a message, L = sum of all f and b + 2 sum of l is what one microbatch takes
     zero-bubble   the first p - 1 intervals without the weights' pass            (Qi et al. 2023, section 2, ZB-H1)
 
 For equal stages and l = 0 these give bubbles of (p - 1) (f + b), (p - 1) (f + b) / v and (p - 1) (f + b - w).
-`predict.timeline` plays the tables of actions themselves.
+A short table is played instead: pass by pass, each as soon as its worker and what it needs are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,105 @@ class StageTime:
     returns: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What the first and the last pass of stages take longer than the others.
+
+    Attributes:
+        heads: by stage, of its first forward pass.
+        tails: by stage, of its last backward pass.
+        handed_on: whether the gradients that the last pass sends wait for its tail.
+    """
+
+    heads: Mapping[int, float]
+    tails: Mapping[int, float]
+    handed_on: bool
+
+
+Messages = Mapping[tuple[str, int], Sequence[tuple[int, float]]]
+"""(F or B, stage) -> (stage on another worker that it hears from, seconds of the message)."""
+
+
+def played(
+    tables: Sequence[Sequence[Action]], stages: Sequence[StageTime], messages: Messages, ends: Ends
+) -> list[float]:
+    """When each worker has done its table. Messages from one worker to another follow each other.
+
+    Args:
+        tables: of each worker; stage s lies on worker s % their number.
+        stages: all of them in order.
+        messages: between stages on different workers.
+        ends: what first and last passes take longer.
+    """
+    game = _Game(tables, stages, messages, ends)
+    while any(place < len(table) for place, table in zip(game.places, tables, strict=True)):
+        for worker in range(len(tables)):
+            game.play(worker)
+    return game.clocks
+
+
+class _Game:
+    def __init__(
+        self, tables: Sequence[Sequence[Action]], stages: Sequence[StageTime], messages: Messages, ends: Ends
+    ) -> None:
+        self.tables, self.stages, self.messages, self.ends = tables, stages, messages, ends
+        self.clocks, self.places = [0.0] * len(tables), [0] * len(tables)
+        self._arrived: dict[tuple[str, int, int, int], float] = {}
+        self._channels: dict[tuple[int, int], float] = {}
+        self._left = [Counter(action.stage for action in table if action.kind in _BACK) for table in tables]
+        self._targets: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        for (kind, target), sources in messages.items():
+            for source, seconds in sources:
+                self._targets.setdefault((kind, source), []).append((target, seconds))
+
+    def play(self, worker: int) -> None:
+        """Goes on until the worker waits for another one, or has done its table."""
+        table = self.tables[worker]
+        while self.places[worker] < len(table):
+            action = table[self.places[worker]]
+            arrived = self._when(action)
+            if arrived is None:
+                return
+            self.places[worker] += 1
+            self._pass(worker, action, max(self.clocks[worker], arrived))
+
+    def _when(self, action: Action) -> float | None:
+        """When what an action needs is there; None: that is not known yet."""
+        kind = BACKWARD if action.kind in _BACK else action.kind
+        latest = 0.0
+        for source, _ in self.messages.get((kind, action.stage), ()):
+            arrival = self._arrived.get((kind, source, action.stage, action.microbatch))
+            if arrival is None:
+                return None
+            latest = max(latest, arrival)
+        return latest
+
+    def _pass(self, worker: int, action: Action, start: float) -> None:
+        kind, stage = (BACKWARD if action.kind in _BACK else action.kind), action.stage
+        end, tail = start + _duration(action, self.stages[stage]), 0.0
+        if kind == FORWARD and not action.microbatch:
+            end += self.ends.heads.get(stage, 0.0)
+        if kind == BACKWARD:
+            self._left[worker][stage] -= 1
+            tail = 0.0 if self._left[worker][stage] else self.ends.tails.get(stage, 0.0)
+        self.clocks[worker] = end + tail
+        for target, seconds in self._targets.get((kind, stage), ()):
+            channel = worker, target % len(self.tables)
+            sent = max(end + (tail if self.ends.handed_on else 0.0), self._channels.get(channel, 0.0)) + seconds
+            self._channels[channel] = self._arrived[kind, stage, target, action.microbatch] = sent
+
+
+_BACK = (BACKWARD, INPUT)
+
+
+def _duration(action: Action, stage: StageTime) -> float:
+    if action.kind == FORWARD:
+        return stage.forward
+    if action.kind == WEIGHT:
+        return stage.weights
+    return stage.backward + (stage.weights if action.kind == BACKWARD else 0.0)
+
+
 def pipeline_seconds(schedule: str, stages: Sequence[StageTime], workers: int, microbatches: int) -> float:
     """Until the first stage has done its last backward pass.
 
@@ -46,12 +148,15 @@ def pipeline_seconds(schedule: str, stages: Sequence[StageTime], workers: int, m
         microbatches: of a step.
     """
     if schedule == "interleaved" and microbatches % workers == 0:
-        return _interleaved(stages, workers, microbatches)
-    if schedule in ("gpipe", "interleaved"):
-        return _gpipe(stages, workers, microbatches)
-    if schedule == "zero-bubble":
-        return _zero_bubble(stages, microbatches)
-    return _alternating(stages, microbatches)
+        found = _interleaved(stages, workers, microbatches)
+    elif schedule in ("gpipe", "interleaved"):
+        found = _gpipe(stages, workers, microbatches)
+    elif schedule == "zero-bubble":
+        found = _zero_bubble(stages, microbatches)
+    else:
+        found = _alternating(stages, microbatches)
+    between = max(sum(max(s.arrives, s.returns) for s in stages[w::workers]) for w in range(workers))
+    return max(found, alone(stages) + (microbatches - 1) * between)  # messages follow each other, too
 
 
 def alone(stages: Sequence[StageTime]) -> float:

@@ -26,43 +26,69 @@ DTYPES = {"float32": "float32", "bf16": "bf16"}
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Seconds of a pass: kernels, waiting for the host beside them, exchanges of tensor parallelism."""
+    """Seconds of a pass, or of a part of it.
+
+    Attributes:
+        kernels: that the device computes.
+        exchanges: of tensor parallelism, which are waited for.
+        launching: that the host needs to start the kernels.
+        inline: whether the device is the host, so that it does not compute meanwhile.
+    """
 
     kernels: float = 0.0
-    host: float = 0.0
     exchanges: float = 0.0
+    launching: float = 0.0
+    inline: bool = False
+
+    @property
+    def host(self) -> float:
+        """Waiting for the host, which runs ahead of a device where it can."""
+        return self.launching if self.inline else max(0.0, self.launching - self.kernels - self.exchanges)
 
     @property
     def total(self) -> float:
-        """All of it: exchanges are waited for."""
-        return self.kernels + self.host + self.exchanges
+        """All of it."""
+        return self.kernels + self.exchanges + self.host
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(self.kernels + other.kernels, self.host + other.host, self.exchanges + other.exchanges)
+        return Spent(
+            self.kernels + other.kernels,
+            self.exchanges + other.exchanges,
+            self.launching + other.launching,
+            self.inline or other.inline,
+        )
 
     def times(self, count: float) -> Spent:
         """So many of it."""
-        return Spent(self.kernels * count, self.host * count, self.exchanges * count)
+        return Spent(self.kernels * count, self.exchanges * count, self.launching * count, self.inline)
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Sums of `Spent` over links 0 to i, one entry more than links; `each`: seconds of every link."""
+    """Sums over links 0 to i, one entry more than links.
 
-    each: tuple[float, ...]
+    Attributes:
+        kernels, exchanges, launching, inline: as in `Spent`.
+        each: seconds of every link alone.
+        total: their sums.
+    """
+
     kernels: tuple[float, ...]
-    host: tuple[float, ...]
     exchanges: tuple[float, ...]
+    launching: tuple[float, ...]
+    inline: bool
+    each: tuple[float, ...]
     total: tuple[float, ...]
 
     @classmethod
     def of(cls, spent: Sequence[Spent]) -> Sums:
         """Of what each link spends."""
         return cls(
-            tuple(each.total for each in spent),
             tuple(accumulate((each.kernels for each in spent), initial=0.0)),
-            tuple(accumulate((each.host for each in spent), initial=0.0)),
             tuple(accumulate((each.exchanges for each in spent), initial=0.0)),
+            tuple(accumulate((each.launching for each in spent), initial=0.0)),
+            any(each.inline for each in spent),
+            tuple(each.total for each in spent),
             tuple(accumulate((each.total for each in spent), initial=0.0)),
         )
 
@@ -70,8 +96,9 @@ class Sums:
         """Links `first` to `end`."""
         return Spent(
             self.kernels[end] - self.kernels[first],
-            self.host[end] - self.host[first],
             self.exchanges[end] - self.exchanges[first],
+            self.launching[end] - self.launching[first],
+            self.inline,
         )
 
 
@@ -119,12 +146,19 @@ def slowest(cluster: Cluster, precision: str) -> Device:
     return min((nodes.device for nodes in cluster.nodes), key=lambda device: device.flops.get(dtype, 0.0))
 
 
-def timed(profile: Profile, cluster: Cluster, strategy: Strategy) -> Timed:
-    """The times of a profile on a cluster; kept for the next strategy that asks for the same."""
+def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device | None = None) -> Timed:
+    """The times of a profile on a cluster; kept for the next strategy that asks for the same.
+
+    Args:
+        profile: for the strategy.
+        cluster: on which.
+        strategy: how many workers there are.
+        device: of the cluster; the slowest if left out, which all others wait for.
+    """
     workers = min(strategy.workers, cluster.node_size)
-    device = slowest(cluster, profile.precision)
+    device = device or slowest(cluster, profile.precision)
     crowd = workers if device.shared or device.curves or cluster.collectives else 1
-    key = ("timed", id(cluster), crowd)
+    key = ("timed", id(cluster), id(device), crowd)
     if key not in profile.kept:
         profile.kept[key] = _timed(profile, cluster, device, crowd)
     found = profile.kept[key]
@@ -145,8 +179,7 @@ def _timed(profile: Profile, cluster: Cluster, device: Device, workers: int) -> 
                 collective = Collective(exchange.operation, exchange.bytes, group, "tp")
                 exchanges[exchange] = collective_seconds(collective, cluster, workers)
             sent += exchanges[exchange]
-        started = launches(each.kernels) * device.launch_seconds
-        return Spent(busy, started if device.kind == "cpu" else max(0.0, started - busy), sent)
+        return Spent(busy, sent, launches(each.kernels) * device.launch_seconds, device.kind == "cpu")
 
     spent: dict[int, tuple[Spent, Spent, Spent, Spent]] = {}
     rows = []

@@ -1,0 +1,450 @@
+"""A step as it happens: what the program issues on each worker, with how long each part takes, in a simulation.
+
+    order of passes          the tables that the runner executes         (`parallel.schedule`)
+    gradients in buckets     sent as soon as they are complete           (Li et al. 2020, section 4)
+    sharded parameters       gathered while the block before computes    (Zhao et al. 2023, section 3.3)
+    messages of a pipeline   a stage begins when what it needs has arrived
+    collectives              begin when all that take part are ready: all wait for the slowest
+
+`costs` says how long parts take; what is hidden behind what, and who waits for whom, is seen here. Replicas that are
+alike do the same at the same time, so that one of each kind stands for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwise.cluster.cluster import Cluster, Device
+from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
+from shardwise.predict.costs import Costs, costs_of
+from shardwise.predict.events import COMPUTE, Operation, Simulation
+from shardwise.predict.happened import Happened
+from shardwise.predict.issuing import Sync, actions_of, syncs
+from shardwise.predict.parts import REPORT_BYTES, Stage, Worker, group_of
+from shardwise.predict.passes import Piece
+from shardwise.predict.prediction import Prediction
+from shardwise.predict.profile import Profile
+from shardwise.predict.timing import DTYPES, Spent
+from shardwise.strategy import Strategy
+
+NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward of inputs", WEIGHT: "backward of weights"}
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A replica that stands for all that are like it.
+
+    Attributes:
+        row, column: which: coordinates along dp and fsdp.
+        machines: of each pipeline worker: its slowest device, and how much slower than usual it is.
+    """
+
+    row: int
+    column: int
+    machines: tuple[tuple[Device, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What happened in a step.
+
+    Attributes:
+        prediction: of the worker that computes longest.
+        operations: of all workers that were simulated, in the order in which they ended.
+        ranks: of each worker that was simulated, the first of its tensor-parallel ranks.
+    """
+
+    prediction: Prediction
+    operations: tuple[Operation, ...]
+    ranks: tuple[int, ...]
+
+    def document(self) -> list[dict[str, Any]]:
+        """A row for each operation: rank, stream, name, kind, start, seconds, and notes."""
+        return [
+            {
+                "rank": self.ranks[operation.worker],
+                "stream": operation.stream,
+                "name": operation.name,
+                "kind": operation.kind,
+                "start_seconds": operation.start,
+                "seconds": operation.end - operation.start,
+                **operation.notes,
+            }
+            for operation in self.operations
+            if operation.end > operation.start
+        ]
+
+
+def timeline(
+    profile: Profile,
+    strategy: Strategy,
+    cluster: Cluster,
+    batch_size: int = 0,
+    slowed: Mapping[int, float] | None = None,
+) -> Timeline:
+    """One optimizer step on a cluster, operation by operation.
+
+    Args:
+        profile: of the workload, as for `costs.predict`.
+        strategy: how to split it.
+        cluster: on what; its nodes may be of several kinds.
+        batch_size: global; the workload's if left out.
+        slowed: rank -> how many times as long as usual it computes: a straggler.
+
+    Raises:
+        StrategyError, RequestError: as `costs.predict` does.
+    """
+    usual = costs_of(profile, strategy, cluster, batch_size)
+    pipelines = representatives(usual.strategy, cluster, slowed or {})
+    return _Step(usual, pipelines, _costs_by_device(usual, pipelines, batch_size)).timeline()
+
+
+def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> list[Pipeline]:
+    """One replica of each kind, in each kind of row of replicas that share their parameters."""
+    rows: dict[object, list[Pipeline]] = {}
+    kinds = len(cluster.nodes) > 1 or bool(slowed)
+    for row in range(strategy.dp if kinds else 1):
+        found: dict[object, Pipeline] = {}
+        for column in range(strategy.fsdp if kinds else 1):
+            machines = tuple(_machine(strategy, cluster, slowed, row, column, place) for place in range(strategy.pp))
+            found.setdefault(_described(machines), Pipeline(row, column, machines))
+        rows.setdefault(frozenset(found), list(found.values()))
+    return [pipeline for found in rows.values() for pipeline in found]
+
+
+def _machine(
+    strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float], row: int, column: int, place: int
+) -> tuple[Device, float]:
+    """What a pipeline worker computes on: its tensor-parallel ranks wait for the slowest of them."""
+    first = _rank(strategy, row, column, place)
+    ranks = range(first, first + strategy.tp)
+    devices = {id(device): device for device in map(cluster.device, ranks)}.values()
+    slowest = min(devices, key=lambda device: max(device.flops.values(), default=0.0))
+    return slowest, max(slowed.get(rank, 1.0) for rank in ranks)
+
+
+def _described(machines: Sequence[tuple[Device, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((id(device), factor) for device, factor in machines)
+
+
+def _rank(strategy: Strategy, row: int, column: int, place: int) -> int:
+    return ((row * strategy.fsdp + column) * strategy.pp + place) * strategy.tp
+
+
+def _costs_by_device(usual: Costs, pipelines: Iterable[Pipeline], batch_size: int) -> dict[int, Costs]:
+    found = {id(usual.times.device): usual}
+    for pipeline in pipelines:
+        for device, _ in pipeline.machines:
+            if id(device) not in found:
+                found[id(device)] = costs_of(usual.profile, usual.strategy, usual.cluster, batch_size, device)
+    return found
+
+
+@dataclass(slots=True)
+class _Host:
+    """Where a worker's host is while its program is written down.
+
+    Attributes:
+        number: of the worker in the simulation.
+        pipeline, place: which worker it is.
+        costs: on its device.
+        factor: how many times as long as usual it computes.
+        worker: what it holds.
+        last: the operation that it computed last.
+        barrier: what its next computation has to wait for.
+        sums: reductions of gradients that are waited for at the end.
+    """
+
+    number: int
+    pipeline: Pipeline
+    place: int
+    costs: Costs
+    factor: float
+    worker: Worker
+    last: Operation | None = None
+    barrier: list[Operation] = field(default_factory=list)
+    sums: list[Operation] = field(default_factory=list)
+
+
+class _Step:
+    """Writes the program of each worker down, and runs all of them."""
+
+    def __init__(self, usual: Costs, pipelines: Sequence[Pipeline], costs: Mapping[int, Costs]) -> None:
+        self.usual, self.strategy, self.pipelines = usual, usual.strategy, pipelines
+        self.inline = usual.blocking
+        self.hosts = [
+            _Host(
+                index * self.strategy.pp + place,
+                pipeline,
+                place,
+                costs[id(pipeline.machines[place][0])],
+                pipeline.machines[place][1],
+                usual.parts.workers[place],
+            )
+            for index, pipeline in enumerate(pipelines)
+            for place in range(self.strategy.pp)
+        ]
+        self.simulation = Simulation([host.costs.overlap for host in self.hosts])
+        self._messages: dict[object, Operation] = {}
+
+    def timeline(self) -> Timeline:
+        """See `timeline`."""
+        for host in self.hosts:
+            self._program(host)
+        seconds = self.simulation.run()
+        happened = Happened(self.simulation.done, self._received())
+        index = max(range(len(self.hosts)), key=happened.computed)
+        ranks = tuple(_rank(self.strategy, h.pipeline.row, h.pipeline.column, h.place) for h in self.hosts)
+        profile, device = self.usual.profile, self.usual.times.device
+        prediction = happened.prediction(
+            index,
+            seconds,
+            memory=self.usual.memory,
+            memory_available=min(nodes.device.memory_bytes for nodes in self.usual.cluster.nodes),
+            model_flops=self.usual.model_flops,
+            peak_flops=self.strategy.workers * device.flops.get(DTYPES[profile.precision], 0.0),
+            samples=self.usual.batch_size,
+            origins=self.usual.origins,
+        )
+        return Timeline(prediction, tuple(self.simulation.done), ranks)
+
+    def _received(self) -> dict[int, list[Operation]]:
+        """Messages by the number of the worker that they come to."""
+        found: dict[int, list[Operation]] = {}
+        for message in self._messages.values():
+            found.setdefault(int(str(message.notes["to"])), []).append(message)
+        return found
+
+    # ---- one worker -------------------------------------------------------------------------------------------------
+
+    def _program(self, host: _Host) -> None:
+        strategy = self.strategy
+        actions = actions_of(strategy, host.place)
+        shards = syncs(strategy, actions) if strategy.splits_parameters else [None] * len(actions)
+        last = {action.stage: index for index, action in enumerate(actions) if action.kind not in (FORWARD, WEIGHT)}
+        stages = {stage.number: stage for stage in host.worker.stages}
+        seen: set[int] = set()
+        for index, (action, sync) in enumerate(zip(actions, shards, strict=True)):
+            stage, final = stages[action.stage], last[action.stage] == index
+            first = action.kind != FORWARD and action.stage not in seen
+            if action.kind not in (FORWARD, INPUT):
+                seen.add(action.stage)
+            self._arrive(host, action)
+            spent = host.costs.computed(stage, action.kind, sync, final=final, first=first)
+            if sync is not None and action.kind != WEIGHT:
+                self._sharded(host, action, stage, sync, spent)
+            elif final and stage.buckets and action.kind != WEIGHT:
+                self._bucketed(host, action, stage, spent)
+            else:
+                self._compute(host, action, spent)
+            self._send(host, action, stage)
+        self._finish(host)
+
+    def _issue(
+        self,
+        host: _Host,
+        stream: str,
+        name: str,
+        kind: str,
+        seconds: float,
+        after: Iterable[Operation | None] = (),
+        together: object = None,
+        **notes: object,
+    ) -> Operation:
+        """Communication."""
+        operation = Operation(host.number, stream, name, kind, seconds, crowds=True, notes=notes)
+        return self.simulation.issue(operation, after, together)
+
+    def _compute(self, host: _Host, action: Action, spent: Spent, share: float = 1.0, part: str = "") -> Operation:
+        """A part of a pass on the compute stream, and the exchanges of tensor parallelism that it waits for."""
+        kernels = spent.kernels * share * host.factor
+        launching = spent.launching * share * host.factor
+        exchanges = spent.exchanges * share
+        name = f"{action}{' ' if part else ''}{part}"
+        operation = Operation(
+            host.number,
+            COMPUTE,
+            name,
+            NAMES[action.kind],
+            kernels + (launching if self.inline else 0.0),
+            launch=0.0 if self.inline or exchanges else launching,
+            notes={"stage": action.stage, "microbatch": action.microbatch},
+        )
+        self._on_compute(host, operation)
+        if not exchanges:
+            return operation
+        exchange = Operation(
+            host.number,
+            "tp",
+            f"exchanges of {name}",
+            "exchanges",
+            exchanges,
+            launch=0.0 if self.inline else launching,
+            notes={"stage": action.stage, "microbatch": action.microbatch},
+        )
+        self.simulation.issue(exchange, [operation])
+        host.barrier.append(exchange)
+        if self.inline:
+            self.simulation.wait(host.number, exchange)
+        return exchange
+
+    def _on_compute(self, host: _Host, operation: Operation) -> None:
+        self.simulation.issue(operation, host.barrier)
+        host.barrier.clear()
+        host.last = operation
+        if self.inline:
+            self.simulation.wait(host.number, operation)
+
+    def _needed(self, host: _Host, operation: Operation) -> None:
+        """The next computation waits for it; a CPU at once."""
+        host.barrier.append(operation)
+        if self.inline:
+            self.simulation.wait(host.number, operation)
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    def _message(self, pipeline: Pipeline, action: Action, source: int, target: int, seconds: float) -> Operation:
+        """What goes from one stage to another for a microbatch; `action`: of the sender or of the receiver."""
+        forward = action.kind == FORWARD
+        key = pipeline.row, pipeline.column, forward, source, target, action.microbatch
+        if key not in self._messages:
+            pp = self.strategy.pp
+            first = self.pipelines.index(pipeline) * pp
+            self._messages[key] = Operation(
+                first + source % pp,
+                f"pp to {target % pp}",
+                f"{'values' if forward else 'gradients'} {source} to {target}, microbatch {action.microbatch}",
+                "message",
+                seconds,
+                notes={"to": first + target % pp, "microbatch": action.microbatch},
+            )
+        return self._messages[key]
+
+    def _arrive(self, host: _Host, action: Action) -> None:
+        if action.kind == WEIGHT:
+            return
+        kind = FORWARD if action.kind == FORWARD else BACKWARD
+        for source, seconds in self.usual.messages.get((kind, action.stage), ()):
+            self._needed(host, self._message(host.pipeline, action, source, action.stage, seconds))
+
+    def _send(self, host: _Host, action: Action, stage: Stage) -> None:
+        if action.kind == WEIGHT:
+            return
+        after = [*host.barrier, host.last]
+        for target, sizes in stage.sent if action.kind == FORWARD else stage.returned:
+            seconds = self.usual.message(stage.number, target, sizes)
+            if target % self.strategy.pp != host.place:
+                message = self._message(host.pipeline, action, stage.number, target, seconds)
+                self.simulation.issue(message, after)
+
+    # ---- gradients and parameters -----------------------------------------------------------------------------------
+
+    def _bucketed(self, host: _Host, action: Action, stage: Stage, spent: Spent) -> None:
+        """The last backward pass of a stage: buckets leave as they are complete."""
+        done, whole = 0.0, spent.total
+        buckets = host.costs.buckets(stage, whole)
+        for number, (ready, seconds) in enumerate(buckets):
+            if ready > done:
+                self._compute(host, action, spent, (ready - done) / whole, f"to bucket {number}")
+                done = ready
+            after = [*host.barrier, host.last]
+            together = "replicas", host.place, stage.number, number
+            size = stage.buckets[number].bytes
+            host.sums.append(
+                self._issue(host, "dp", f"bucket {number}", "gradients", seconds, after, together, bytes=size)
+            )
+        if done < whole:
+            self._compute(host, action, spent, (whole - done) / whole, "to the end")
+
+    def _sharded(self, host: _Host, action: Action, stage: Stage, sync: Sync, spent: Spent) -> None:
+        """A pass whose parameters are gathered, and whose gradients are scattered, block by block."""
+        pieces, root = host.costs.pieces(stage, action.kind, sync, spent)
+        whole = sum(piece.compute for piece in pieces)
+        begun = [*host.barrier, host.last]
+        asked: list[Operation | None] = begun
+        ready: list[tuple[Piece, Operation]] = []
+        if root.gather:
+            self._needed(host, self._gather(host, action, root, begun))
+        for piece in pieces:
+            if piece.gather:
+                self._needed(host, self._gather(host, action, piece, asked))
+            self._scatter(host, action, ready)
+            asked = [*host.barrier, host.last]
+            share = piece.compute / whole if whole else 1.0 / len(pieces)
+            computed = self._compute(host, action, spent, share, piece.name)
+            if piece.reduce:
+                ready.append((piece, computed))
+                if self.inline:
+                    self._scatter(host, action, ready)
+        if root.reduce and host.last is not None:
+            ready.append((root, host.last))
+        self._scatter(host, action, ready)
+        if sync.reduces:
+            host.barrier += host.sums
+            host.sums.clear()
+
+    def _gather(self, host: _Host, action: Action, piece: Piece, after: Iterable[Operation | None]) -> Operation:
+        together = "fsdp", host.pipeline.row, host.place, str(action), piece.name, "gather"
+        name = f"gather {piece.name or 'the rest'} for {action}"
+        return self._issue(host, "fsdp", name, "parameters", piece.gather, after, together)
+
+    def _scatter(self, host: _Host, action: Action, ready: list[tuple[Piece, Operation]]) -> None:
+        """Gradients of pieces that have computed; those stand behind the gather of the next piece."""
+        for piece, computed in ready:
+            where = host.place, str(action), piece.name
+            name = f"{piece.name or 'the rest'} of {action}"
+            together: object = ("fsdp", host.pipeline.row, *where, "scatter")
+            scattered = self._issue(
+                host, "fsdp", f"scatter {name}", "gradients", piece.reduce, [computed, *host.barrier], together
+            )
+            host.sums.append(scattered)
+            if self.inline:
+                self.simulation.wait(host.number, scattered)
+            if piece.mirror:
+                together = ("dp", *where)
+                mirrored = self._issue(host, "dp", f"sum {name}", "gradients", piece.mirror, [scattered], together)
+                host.sums.append(mirrored)
+                if self.inline:
+                    self.simulation.wait(host.number, mirrored)
+        ready.clear()
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, host: _Host) -> None:
+        """After the passes: sums that are left, the update, and what replicas tell each other of it."""
+        costs, strategy, worker = host.costs, self.strategy, host.worker
+        finish = costs.finish(worker)
+        replicas = group_of(strategy, "replicas", worker.place)
+        for number, bucket in enumerate(worker.twice):
+            seconds = costs.collective("all_reduce", bucket.bytes, replicas)
+            together: object = ("twice", host.place, number)
+            host.sums.append(
+                self._issue(host, "dp", f"shared bucket {number}", "gradients", seconds, [host.last], together)
+            )
+        for each in host.sums:
+            self._needed(host, each)
+        host.sums.clear()
+        for workers, size, seconds in costs.sums_over_workers(worker):
+            together = ("workers", host.pipeline.row, host.pipeline.column, workers, size) if workers else None
+            after = [*host.barrier, host.last]
+            stream = "pp" if workers else "tp"
+            summed = self._issue(host, stream, "sum of gradients", "gradients", seconds, after, together, bytes=size)
+            self._needed(host, summed)
+        after = [*host.barrier, host.last]
+        report = None
+        if finish.report:
+            report = self._issue(host, "world", "report", "report", finish.report, after, "report", bytes=REPORT_BYTES)
+            if costs.waits_for_norm:
+                self._needed(host, report)
+        update = Operation(host.number, COMPUTE, "update", "optimizer", finish.update * host.factor)
+        self._on_compute(host, update)
+        if finish.exchange:
+            told = self._issue(
+                host, "dp", "updated parameters", "parameters", finish.exchange, [update], ("told", host.place)
+            )
+            self._needed(host, told)
+        if report is not None:
+            self._needed(host, report)
+        self._on_compute(host, Operation(host.number, COMPUTE, "end", "end", 0.0))

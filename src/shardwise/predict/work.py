@@ -1,0 +1,136 @@
+"""What one pipeline worker does in all passes of a step, added up: without a pipeline, all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
+from shardwise.predict.issuing import Turn, turns
+from shardwise.predict.parts import Worker
+from shardwise.predict.passes import Passed
+from shardwise.predict.pipelines import StageTime
+from shardwise.predict.timing import Spent
+
+if TYPE_CHECKING:
+    from shardwise.predict.costs import Costs
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Seconds of all passes of a worker.
+
+    Attributes:
+        times: of its stages, for one microbatch.
+        spent: computing and exchanges.
+        host: waiting for the host, which runs ahead over all passes.
+        forward, backward: of the passes of each kind.
+        communication: gathers, scatters and buckets, hidden or not.
+        exposed: of these, what it waits for.
+        slowed: by how much it computes longer because it communicates.
+        messages: that it receives.
+        heads: by stage, what its first forward pass takes longer than the others: gathers.
+        tails: by stage, what its last backward pass takes longer: reductions.
+    """
+
+    times: Mapping[int, StageTime]
+    spent: Spent
+    host: float
+    forward: float
+    backward: float
+    communication: float
+    exposed: float
+    slowed: float
+    messages: float
+    heads: Mapping[int, float]
+    tails: Mapping[int, float]
+
+    @property
+    def seconds(self) -> float:
+        """All of it, without waiting for other stages and without tails."""
+        tails = sum(self.tails.values())
+        return self.spent.kernels + self.spent.exchanges + self.host + self.exposed + self.slowed - tails
+
+
+def work_of(costs: Costs, worker: Worker) -> Work:
+    """Adds up the passes of a worker."""
+    stages = {stage.number: stage for stage in worker.stages}
+    passes = [
+        (turn, costs.passed(stages[turn.action.stage], turn.action.kind, turn.sync, turn.final, turn.first))
+        for turn in turns(costs.strategy, worker.place)
+    ]
+    spent = Spent()
+    for turn, passed in passes:
+        spent += passed.compute.times(turn.count)
+    alone = sum(turn.count * passed.compute.host for turn, passed in passes)
+    ahead = spent.host / alone if alone else 1.0
+    exposed = [_exposed(costs, worker, turn, passed) for turn, passed in passes]
+    seconds = [
+        passed.compute.kernels + passed.compute.exchanges + ahead * passed.compute.host + waited + passed.slowed
+        for (_, passed), waited in zip(passes, exposed, strict=True)
+    ]
+    turned = [turn for turn, _ in passes]
+    times = _times(costs, stages, turned, seconds)
+    return Work(
+        times,
+        spent,
+        spent.host,
+        sum(turn.count * passed.compute.total for turn, passed in passes if turn.action.kind == FORWARD),
+        sum(turn.count * passed.compute.total for turn, passed in passes if turn.action.kind != FORWARD),
+        sum(turn.count * passed.communication for turn, passed in passes),
+        sum(turn.count * waited for turn, waited in zip(turned, exposed, strict=True)),
+        sum(turn.count * passed.slowed for turn, passed in passes),
+        costs.strategy.microbatches * sum(time.arrives + time.returns for time in times.values()),
+        *_ends(costs, turned, seconds),
+    )
+
+
+def _exposed(costs: Costs, worker: Worker, turn: Turn, passed: Passed) -> float:
+    """What a pass waits for; the buckets of other stages than the one that ends last have its passes to hide behind."""
+    strategy = costs.strategy
+    hidden = turn.final and strategy.pp > 1 and not strategy.splits_parameters
+    return 0.0 if hidden and turn.action.stage != worker.stages[0].number else passed.exposed
+
+
+def _usual(turned: Iterable[Turn], seconds: Iterable[float]) -> dict[tuple[int, str], float]:
+    """(stage, kind) -> seconds of most of its passes."""
+    found: dict[tuple[int, str], tuple[int, float]] = {}
+    for turn, each in zip(turned, seconds, strict=True):
+        key = turn.action.stage, turn.action.kind
+        found[key] = max(found.get(key, (0, 0.0)), (turn.count, each))
+    return {key: each for key, (_, each) in found.items()}
+
+
+def _times(costs: Costs, stages: Iterable[int], turned: list[Turn], seconds: list[float]) -> dict[int, StageTime]:
+    usual = _usual(turned, seconds)
+    return {
+        stage: StageTime(
+            usual[stage, FORWARD],
+            usual[stage, INPUT] if (stage, INPUT) in usual else usual[stage, BACKWARD],
+            usual.get((stage, WEIGHT), 0.0),
+            costs.waits(FORWARD, stage),
+            costs.waits(BACKWARD, stage),
+        )
+        for stage in stages
+    }
+
+
+def _ends(costs: Costs, turned: list[Turn], seconds: list[float]) -> tuple[dict[int, float], dict[int, float]]:
+    """(heads, tails); none without a pipeline, where nobody waits for them."""
+    heads: dict[int, float] = {}
+    tails: dict[int, float] = {}
+    if costs.strategy.pp == 1:
+        return heads, tails
+    usual = _usual(turned, seconds)
+    for turn, each in zip(turned, seconds, strict=True):
+        stage = turn.action.stage
+        like = usual[stage, turn.action.kind]
+        if turn.action.kind == BACKWARD and (stage, INPUT) in usual:  # the only one that is not split
+            like = usual[stage, INPUT] + usual[stage, WEIGHT]
+        more = max(0.0, each - like)
+        if turn.action.kind == FORWARD:
+            heads.setdefault(stage, more)
+        elif turn.final:
+            tails[stage] = more
+    return heads, tails
