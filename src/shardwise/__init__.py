@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardwise.api import TrainedModel, parallelize, train, train_parallel, verify
+    from shardwise.api import TrainedModel, parallelize, simulate, train, train_parallel, verify
     from shardwise.errors import ShardwiseError
     from shardwise.strategy import Strategy
     from shardwise.workload.workload import Evaluation, Workload
@@ -19,6 +19,7 @@ __all__ = [
     "TrainedModel",
     "Workload",
     "parallelize",
+    "simulate",
     "train",
     "train_parallel",
     "verify",
@@ -31,6 +32,7 @@ _HOMES = {
     "TrainedModel": "shardwise.api",
     "Workload": "shardwise.workload.workload",
     "parallelize": "shardwise.api",
+    "simulate": "shardwise.api",
     "train": "shardwise.api",
     "train_parallel": "shardwise.api",
     "verify": "shardwise.api",

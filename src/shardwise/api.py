@@ -291,6 +291,8 @@ def simulate(
     strategies: Sequence[str | Strategy],
     *,
     cluster: str,
+    trace: str | Path | None = None,
+    slow: Mapping[int, float] | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
@@ -300,6 +302,9 @@ def simulate(
         workload: as in `train`.
         strategies: what to predict. One that cannot be is told among the rejected ones if another can.
         cluster: devices of the catalogue (`h100x1024`, `dgx-a100`), or a cluster file.
+        trace: file that gets the steps as Perfetto and chrome://tracing show them; they are played as events then, in
+            place of the closed form. None: none is written.
+        slow: rank -> how many times as long as usual it computes; steps are played then, too.
         settings: parameters of the workload's function.
         seed: of weights, data order and dropout; None: the workload's own.
 
@@ -311,14 +316,23 @@ def simulate(
     """
     from shardwise.cluster.find import find_cluster
     from shardwise.predict.simulate import simulation
+    from shardwise.report.perfetto import chrome_trace
     from shardwise.run.log import finite
-    from shardwise.run.request import settle_source, settle_strategy
+    from shardwise.run.request import settle_file, settle_slow, settle_source, settle_strategy
+    from shardwise.run.runfolder import write_json
 
     settled = [settle_strategy(strategy, None) for strategy in strategies]
     if not settled:
         raise RequestError("nothing to predict: give a strategy, for example --strategy dp=8")
+    path = None if trace is None else settle_file(Path(trace), "trace")
+    slowed = settle_slow(slow or {})
     found = find_cluster(cluster)
-    document: dict[str, Any] = finite(simulation(settle_source(workload, settings, seed).load(), settled, found))
+    loaded = settle_source(workload, settings, seed).load()
+    simulated = simulation(loaded, settled, found, play=path is not None, slowed=slowed)
+    if path is not None:
+        steps = {strategy: timeline.document() for strategy, timeline in simulated.timelines.items()}
+        write_json(path, finite(chrome_trace(steps)))
+    document: dict[str, Any] = finite(simulated.document)
     return document
 
 

@@ -105,6 +105,8 @@ def _simulate(options: argparse.Namespace) -> None:
         options.workload,
         options.strategy,
         cluster=options.cluster,
+        trace=options.trace,
+        slow=dict(options.slow),
         settings=dict(options.set),
         seed=options.seed,
     )
@@ -254,6 +256,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--cluster", required=True, metavar="NAME[xN]|FILE", help="h100x1024, dgx-a100, ... or a cluster file (.toml)"
     )
     _add_strategies(simulate, "one to predict; give several", required=True)
+    simulate.add_argument("--trace", metavar="FILE", help="play the steps and write them for Perfetto (.json)")
+    simulate.add_argument(
+        "--slow", type=_slow, action="append", default=[], metavar="RANK=TIMES", help="a rank that computes as slowly"
+    )
     _add_output(simulate)
     simulate.set_defaults(run=_simulate)
     plan = commands.add_parser(
@@ -366,6 +372,14 @@ def _share(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a share: give 0.1 for 10%")
     return value
+
+
+def _slow(text: str) -> tuple[int, float]:
+    rank, _, times = text.partition("=")
+    try:
+        return int(rank), float(times)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write RANK=TIMES, for example 3=1.5") from None
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,43 @@ def test_document(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_wrong_requests(capsys: pytest.CaptureFixture[str], cluster: str, strategy: str, message: str) -> None:
     assert cli.main(["simulate", WORKLOAD, "--cluster", cluster, "--strategy", strategy]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "trace.json"
+    strategies = ["--strategy=dp=8", "--strategy=tp=2,pp=2"]
+    command = ["simulate", WORKLOAD, "--cluster", "h100x8", *strategies, "--trace", str(out), "--slow", "1=2"]
+    assert cli.main([*command, "--json", "--quiet"]) == 0
+    rows = json.loads(capsys.readouterr().out)["candidates"]
+    events = json.loads(out.read_text())["traceEvents"]
+    names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert names == [
+        "dp=8: rank 0 on NVIDIA H100 SXM5 80GB",
+        "dp=8: rank 1 on NVIDIA H100 SXM5 80GB, 2 times as slow",
+        "tp=2,pp=2: rank 0, stage 0 on NVIDIA H100 SXM5 80GB, 2 times as slow",
+        "tp=2,pp=2: rank 2, stage 1 on NVIDIA H100 SXM5 80GB",
+    ]
+    for number, row in enumerate(rows):
+        pids = {0, 1} if number == 0 else {2, 3}
+        last = max(event["ts"] + event["dur"] for event in events if event["ph"] == "X" and event["pid"] in pids)
+        assert last == pytest.approx(row["step_seconds"] * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--slow", "8=2"], "has ranks 0 to 7: there is no rank 8"),
+        (["--slow", "0=0.5"], "slow=0=0.5: how many times as long it computes is a number of 1 or more"),
+        (["--slow=-1=2"], "slow=-1=2: a rank is 0 or more"),
+        (["--trace", "."], "trace=.: is a folder, give a file"),
+        (["--trace", "nowhere/trace.json"], "trace=nowhere/trace.json: there is no folder nowhere"),
+    ],
+)
+def test_wrong_traces(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert cli.main(["simulate", WORKLOAD, "--cluster", "h100x8", "--strategy", "dp=8", *options]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

@@ -9,7 +9,7 @@ plays the same parts as events.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from shardwise.cluster.cluster import Cluster, Device
@@ -32,7 +32,7 @@ from shardwise.predict.parts import (
     parts_of,
 )
 from shardwise.predict.passes import Passed, Piece, bucketed, gathered, slowed
-from shardwise.predict.pipelines import Ends, Messages, pipeline_seconds, played
+from shardwise.predict.pipelines import Ends, Messages, StageTime, pipeline_seconds, played
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import DTYPES, Spent, Timed, timed
@@ -258,7 +258,7 @@ class Costs:
             total, exposed = gathered(pieces, root, blocking=self.blocking)
             return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
         if final and stage.buckets and kind != WEIGHT:
-            total, exposed = bucketed(self.buckets(stage, spent.total), spent.total)
+            total, exposed = bucketed(self.buckets(stage, spent.device), spent.device)
             return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
         return Passed(spent)
 
@@ -311,7 +311,7 @@ class Costs:
         forward = kind == FORWARD
         sums = self.times.forward if forward else self.times.backward
         whole = sums.total[stage.end] - sums.total[stage.first]
-        stretch = spent.total / whole if whole else 1.0
+        stretch = spent.device / whole if whole else 1.0
         found: list[Piece] = []
         at = stage.first
         for number, block in enumerate(stage.blocks):
@@ -476,6 +476,17 @@ class Costs:
         ends, drained = [], 0.0
         for place, work in enumerate(works):
             tail = sum(tails[place:]) if strategy.splits_parameters else tails[place]
-            ends.append(max(whole - drained, work.seconds) + tail)
+            ends.append(max(whole - drained, work.seconds - tails[place]) + tail)
             drained += stages[place].backward + (stages[place + 1].returns if place + 1 < len(stages) else 0.0)
-        return ends
+        return _after_hosts(ends, stages, [0.0 if work.spent.inline else work.spent.launching for work in works])
+
+
+def _after_hosts(ends: Sequence[float], stages: Sequence[StageTime], launching: Sequence[float]) -> list[float]:
+    """The ends of workers whose hosts may be slower: the last gradients come after the hosts of those behind."""
+    found: list[float] = []
+    for place in reversed(range(len(ends))):
+        hosts = launching[place]
+        if found:
+            hosts = max(hosts, found[-1] + stages[place + 1].returns + stages[place].backward)
+        found.append(max(ends[place], hosts))
+    return found[::-1]

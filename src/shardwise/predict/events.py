@@ -32,6 +32,7 @@ class Operation:
         kind: for sums: what it belongs to.
         seconds: it takes, alone.
         launch: seconds that the host needs to start it; it cannot be done before the host is.
+        hosted: of its seconds, those that are the host's, where the device is the host.
         crowds: whether it slows down what the worker computes meanwhile.
         notes: for people, by name.
         start, end: when it was done; negative: it was not.
@@ -46,20 +47,27 @@ class Operation:
     kind: str
     seconds: float
     launch: float = 0.0
+    hosted: float = 0.0
     crowds: bool = False
     notes: dict[str, object] = field(default_factory=dict)
     start: float = -1.0
     end: float = -1.0
     ready: float = -1.0
     idle: float = -1.0
-    cause: Operation | None = None
+    cause: Operation | None = field(default=None, repr=False)
     _pending: int = 0
     _issued: float = -1.0
-    _followers: list[Operation] = field(default_factory=list)
-    _meeting: _Meeting | None = None
+    _followers: list[Operation] = field(default_factory=list, repr=False)
+    _meeting: _Meeting | None = field(default=None, repr=False)
     _left: float = 0.0
     _since: float = 0.0
     _version: int = 0
+
+    @property
+    def computing(self) -> float:
+        """Seconds for which it computed."""
+        share = 1.0 - self.hosted / self.seconds if self.seconds else 1.0
+        return (self.ready - self.start) * share
 
     @property
     def floor(self) -> float:

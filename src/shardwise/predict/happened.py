@@ -34,7 +34,7 @@ class Happened:
 
     def computed(self, worker: int) -> float:
         """Seconds for which a worker computed."""
-        return sum(operation.ready - operation.start for operation in self._computed[worker])
+        return sum(operation.computing for operation in self._computed[worker])
 
     def prediction(self, worker: int, step: float, **others: Any) -> Prediction:
         """The step as one worker saw it; `others`: fields that time says nothing of."""
@@ -42,14 +42,15 @@ class Happened:
         messages = self._received.get(worker, ())
         passes = [operation for operation in computed if operation.kind in PASSES]
         optimizer = sum(operation.end - operation.start for operation in computed if operation.kind == "optimizer")
-        host = sum(operation.end - operation.ready for operation in (*passes, *self._exchanges(own)))
+        host = sum(operation.end - operation.start - operation.computing for operation in passes)
+        host += sum(operation.end - operation.ready for operation in self._exchanges(own))
         exposed, waiting, idle = self._waits(computed, own)
         bubble = waiting + max(0.0, step - computed[-1].end)
         kinds = {kind: _seconds(o for o in computed if o.kind == kind) for kind in PASSES}
         sent = {kind: _seconds(o for o in own if o.kind == kind) for kind in dict.fromkeys(o.kind for o in own)}
         return Prediction(
             step_seconds=step,
-            compute_seconds=sum(operation.ready - operation.start for operation in passes),
+            compute_seconds=sum(operation.computing for operation in passes),
             communication_seconds=sum(sent.values()) + _seconds(messages),
             exposed_communication_seconds=exposed,
             bubble_seconds=bubble,

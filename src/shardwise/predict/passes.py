@@ -60,9 +60,9 @@ class Passed:
     slowed: float = 0.0
 
     @property
-    def seconds(self) -> float:
-        """All of it."""
-        return self.compute.total + self.exposed + self.slowed
+    def device(self) -> float:
+        """All of it, if the host is ahead."""
+        return self.compute.device + self.exposed + self.slowed
 
 
 def gathered(pieces: Sequence[Piece], root: Piece, *, blocking: bool) -> tuple[float, float]:

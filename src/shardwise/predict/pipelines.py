@@ -30,6 +30,7 @@ class StageTime:
         forward, backward, weights: of one microbatch.
         arrives: until what the stage before sent has arrived, after it was sent.
         returns: until the gradient that the stage behind sent has arrived.
+        launching: that its host needs to start each kind of pass: forward, backward, weights. It runs ahead.
     """
 
     forward: float
@@ -37,6 +38,7 @@ class StageTime:
     weights: float = 0.0
     arrives: float = 0.0
     returns: float = 0.0
+    launching: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class _Game:
     ) -> None:
         self.tables, self.stages, self.messages, self.ends = tables, stages, messages, ends
         self.clocks, self.places = [0.0] * len(tables), [0] * len(tables)
+        self._hosts = [0.0] * len(tables)
         self._arrived: dict[tuple[str, int, int, int], float] = {}
         self._channels: dict[tuple[int, int], float] = {}
         self._left = [Counter(action.stage for action in table if action.kind in _BACK) for table in tables]
@@ -114,9 +117,9 @@ class _Game:
 
     def _pass(self, worker: int, action: Action, start: float) -> None:
         kind, stage = (BACKWARD if action.kind in _BACK else action.kind), action.stage
-        end, tail = start + _duration(action, self.stages[stage]), 0.0
-        if kind == FORWARD and not action.microbatch:
-            end += self.ends.heads.get(stage, 0.0)
+        head = self.ends.heads.get(stage, 0.0) if kind == FORWARD and not action.microbatch else 0.0
+        self._hosts[worker] += _launching(action, self.stages[stage])
+        end, tail = max(start + _duration(action, self.stages[stage]) + head, self._hosts[worker]), 0.0
         if kind == BACKWARD:
             self._left[worker][stage] -= 1
             tail = 0.0 if self._left[worker][stage] else self.ends.tails.get(stage, 0.0)
@@ -136,6 +139,15 @@ def _duration(action: Action, stage: StageTime) -> float:
     if action.kind == WEIGHT:
         return stage.weights
     return stage.backward + (stage.weights if action.kind == BACKWARD else 0.0)
+
+
+def _launching(action: Action, stage: StageTime) -> float:
+    forward, backward, weights = stage.launching
+    if action.kind == FORWARD:
+        return forward
+    if action.kind == WEIGHT:
+        return weights
+    return backward + (weights if action.kind == BACKWARD else 0.0)
 
 
 def pipeline_seconds(schedule: str, stages: Sequence[StageTime], workers: int, microbatches: int) -> float:

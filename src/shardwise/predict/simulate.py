@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster
@@ -12,13 +13,41 @@ from shardwise.predict.costs import predict
 from shardwise.predict.document import document
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profiling import Profiles
+from shardwise.predict.timeline import Timeline, timeline
 from shardwise.predict.timing import slowest
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
 
-def simulation(workload: Workload, strategies: Sequence[Strategy], cluster: Cluster) -> dict[str, Any]:
-    """The document of `simulate`, see `predict.document`.
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What `simulation` found.
+
+    Attributes:
+        document: see `predict.document`.
+        timelines: strategy -> its step, operation by operation; none where nothing was played.
+    """
+
+    document: dict[str, Any]
+    timelines: Mapping[str, Timeline]
+
+
+def simulation(
+    workload: Workload,
+    strategies: Sequence[Strategy],
+    cluster: Cluster,
+    *,
+    play: bool = False,
+    slowed: Mapping[int, float] | None = None,
+) -> Simulated:
+    """Predictions of some strategies.
+
+    Args:
+        workload: what is trained.
+        strategies: what to predict.
+        cluster: on what.
+        play: whether steps are played as events, in place of the closed form.
+        slowed: rank -> how many times as long as usual it computes; steps are played then.
 
     Raises:
         StrategyError, WorkloadError: none of the strategies can be.
@@ -26,17 +55,23 @@ def simulation(workload: Workload, strategies: Sequence[Strategy], cluster: Clus
     start = time.perf_counter()
     profiles = profiles_on(workload, cluster)
     predictions: list[tuple[str, Prediction]] = []
+    timelines: dict[str, Timeline] = {}
     rejected: list[tuple[str, str]] = []
     refusal: StrategyError | WorkloadError | None = None
     for strategy in strategies:
         try:
-            predictions.append((str(strategy), simulate(profiles, strategy, cluster)))
+            if play or slowed:
+                timelines[str(strategy)] = played(profiles, strategy, cluster, slowed or {})
+                predictions.append((str(strategy), timelines[str(strategy)].prediction))
+            else:
+                predictions.append((str(strategy), simulate(profiles, strategy, cluster)))
         except (StrategyError, WorkloadError) as error:
             refusal = refusal or error
             rejected.append((str(strategy), str(error)))
     if refusal is not None and not predictions:
         raise refusal
-    return document(workload.name, cluster.name, predictions, rejected, time.perf_counter() - start)
+    found = document(workload.name, cluster.name, predictions, rejected, time.perf_counter() - start)
+    return Simulated(found, timelines)
 
 
 def profiles_on(workload: Workload, cluster: Cluster) -> Profiles:
@@ -50,9 +85,26 @@ def simulate(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Predic
     Raises:
         StrategyError: it needs more devices than there are, or cannot be for this model and batch.
     """
+    _check_size(strategy, cluster)
+    return predict(profiles.of(strategy), strategy, cluster)
+
+
+def played(profiles: Profiles, strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> Timeline:
+    """A step of one strategy, operation by operation.
+
+    Raises:
+        StrategyError: as `simulate`, or it has no such rank as is slowed.
+    """
+    _check_size(strategy, cluster)
+    for rank in slowed:
+        if rank >= strategy.workers:
+            raise StrategyError(f"strategy {strategy} has ranks 0 to {strategy.workers - 1}: there is no rank {rank}")
+    return timeline(profiles.of(strategy), strategy, cluster, slowed=slowed)
+
+
+def _check_size(strategy: Strategy, cluster: Cluster) -> None:
     if strategy.workers > cluster.size:
         raise StrategyError(
             f"strategy {strategy} needs {strategy.workers} devices, {cluster.name} has {cluster.size}: "
             f"use degrees whose product is {cluster.size} or less, or a larger cluster"
         )
-    return predict(profiles.of(strategy), strategy, cluster)

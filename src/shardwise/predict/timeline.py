@@ -54,16 +54,19 @@ class Timeline:
         prediction: of the worker that computes longest.
         operations: of all workers that were simulated, in the order in which they ended.
         ranks: of each worker that was simulated, the first of its tensor-parallel ranks.
+        names: of each, for people.
     """
 
     prediction: Prediction
     operations: tuple[Operation, ...]
     ranks: tuple[int, ...]
+    names: tuple[str, ...]
 
     def document(self) -> list[dict[str, Any]]:
-        """A row for each operation: rank, stream, name, kind, start, seconds, and notes."""
+        """A row for each operation that takes time: process, rank, stream, name, kind, start, seconds, and notes."""
         return [
             {
+                "process": self.names[operation.worker],
                 "rank": self.ranks[operation.worker],
                 "stream": operation.stream,
                 "name": operation.name,
@@ -208,7 +211,8 @@ class _Step:
             samples=self.usual.batch_size,
             origins=self.usual.origins,
         )
-        return Timeline(prediction, tuple(self.simulation.done), ranks)
+        names = tuple(_name(host, rank) for host, rank in zip(self.hosts, ranks, strict=True))
+        return Timeline(prediction, tuple(self.simulation.done), ranks, names)
 
     def _received(self) -> dict[int, list[Operation]]:
         """Messages by the number of the worker that they come to."""
@@ -270,6 +274,7 @@ class _Step:
             NAMES[action.kind],
             kernels + (launching if self.inline else 0.0),
             launch=0.0 if self.inline or exchanges else launching,
+            hosted=launching if self.inline else 0.0,
             notes={"stage": action.stage, "microbatch": action.microbatch},
         )
         self._on_compute(host, operation)
@@ -343,7 +348,7 @@ class _Step:
 
     def _bucketed(self, host: _Host, action: Action, stage: Stage, spent: Spent) -> None:
         """The last backward pass of a stage: buckets leave as they are complete."""
-        done, whole = 0.0, spent.total
+        done, whole = 0.0, spent.device
         buckets = host.costs.buckets(stage, whole)
         for number, (ready, seconds) in enumerate(buckets):
             if ready > done:
@@ -448,3 +453,12 @@ class _Step:
         if report is not None:
             self._needed(host, report)
         self._on_compute(host, Operation(host.number, COMPUTE, "end", "end", 0.0))
+
+
+def _name(host: _Host, rank: int) -> str:
+    """What a person reads of a worker."""
+    numbers = ", ".join(str(stage.number) for stage in host.worker.stages)
+    several = "s" if len(host.worker.stages) > 1 else ""
+    where = f", stage{several} {numbers}" if host.costs.strategy.pp > 1 else ""
+    slow = f", {host.factor:g} times as slow" if host.factor != 1.0 else ""
+    return f"rank {rank}{where} on {host.costs.times.device.name}{slow}"

@@ -41,14 +41,14 @@ class Spent:
     inline: bool = False
 
     @property
-    def host(self) -> float:
-        """Waiting for the host, which runs ahead of a device where it can."""
-        return self.launching if self.inline else max(0.0, self.launching - self.kernels - self.exchanges)
+    def device(self) -> float:
+        """What the device needs, if its host is ahead of it."""
+        return self.kernels + self.exchanges + (self.launching if self.inline else 0.0)
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.kernels + self.exchanges + self.host
+        """With waiting for the host, which runs ahead of a device where it can."""
+        return max(self.device, self.launching)
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(
@@ -69,16 +69,16 @@ class Sums:
 
     Attributes:
         kernels, exchanges, launching, inline: as in `Spent`.
-        each: seconds of every link alone.
-        total: their sums.
+        total: what the device needs, if its host is ahead.
+        each: seconds of every link alone, as its program measures it to cut stages.
     """
 
     kernels: tuple[float, ...]
     exchanges: tuple[float, ...]
     launching: tuple[float, ...]
     inline: bool
-    each: tuple[float, ...]
     total: tuple[float, ...]
+    each: tuple[float, ...]
 
     @classmethod
     def of(cls, spent: Sequence[Spent]) -> Sums:
@@ -88,8 +88,8 @@ class Sums:
             tuple(accumulate((each.exchanges for each in spent), initial=0.0)),
             tuple(accumulate((each.launching for each in spent), initial=0.0)),
             any(each.inline for each in spent),
+            tuple(accumulate((each.device for each in spent), initial=0.0)),
             tuple(each.total for each in spent),
-            tuple(accumulate((each.total for each in spent), initial=0.0)),
         )
 
     def between(self, first: int, end: int) -> Spent:

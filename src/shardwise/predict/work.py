@@ -24,7 +24,6 @@ class Work:
     Attributes:
         times: of its stages, for one microbatch.
         spent: computing and exchanges.
-        host: waiting for the host, which runs ahead over all passes.
         forward, backward: of the passes of each kind.
         communication: gathers, scatters and buckets, hidden or not.
         exposed: of these, what it waits for.
@@ -36,7 +35,6 @@ class Work:
 
     times: Mapping[int, StageTime]
     spent: Spent
-    host: float
     forward: float
     backward: float
     communication: float
@@ -47,10 +45,19 @@ class Work:
     tails: Mapping[int, float]
 
     @property
+    def device(self) -> float:
+        """All of it, if the host is ahead and no other stage has to be waited for."""
+        return self.spent.device + self.exposed + self.slowed
+
+    @property
+    def host(self) -> float:
+        """Waiting for the host, which runs ahead over all passes."""
+        return self.spent.launching if self.spent.inline else max(0.0, self.spent.launching - self.device)
+
+    @property
     def seconds(self) -> float:
-        """All of it, without waiting for other stages and without tails."""
-        tails = sum(self.tails.values())
-        return self.spent.kernels + self.spent.exchanges + self.host + self.exposed + self.slowed - tails
+        """All of it, without waiting for other stages."""
+        return max(self.device, self.spent.launching)
 
 
 def work_of(costs: Costs, worker: Worker) -> Work:
@@ -63,19 +70,16 @@ def work_of(costs: Costs, worker: Worker) -> Work:
     spent = Spent()
     for turn, passed in passes:
         spent += passed.compute.times(turn.count)
-    alone = sum(turn.count * passed.compute.host for turn, passed in passes)
-    ahead = spent.host / alone if alone else 1.0
     exposed = [_exposed(costs, worker, turn, passed) for turn, passed in passes]
-    seconds = [
-        passed.compute.kernels + passed.compute.exchanges + ahead * passed.compute.host + waited + passed.slowed
-        for (_, passed), waited in zip(passes, exposed, strict=True)
-    ]
     turned = [turn for turn, _ in passes]
-    times = _times(costs, stages, turned, seconds)
+    seconds = [
+        passed.compute.device + waited + passed.slowed for (_, passed), waited in zip(passes, exposed, strict=True)
+    ]
+    launching = [0.0 if passed.compute.inline else passed.compute.launching for _, passed in passes]
+    times = _times(costs, stages, _usual(turned, seconds), _usual(turned, launching))
     return Work(
         times,
         spent,
-        spent.host,
         sum(turn.count * passed.compute.total for turn, passed in passes if turn.action.kind == FORWARD),
         sum(turn.count * passed.compute.total for turn, passed in passes if turn.action.kind != FORWARD),
         sum(turn.count * passed.communication for turn, passed in passes),
@@ -102,15 +106,17 @@ def _usual(turned: Iterable[Turn], seconds: Iterable[float]) -> dict[tuple[int, 
     return {key: each for key, (_, each) in found.items()}
 
 
-def _times(costs: Costs, stages: Iterable[int], turned: list[Turn], seconds: list[float]) -> dict[int, StageTime]:
-    usual = _usual(turned, seconds)
+Usual = Mapping[tuple[int, str], float]
+
+
+def _times(costs: Costs, stages: Iterable[int], seconds: Usual, launching: Usual) -> dict[int, StageTime]:
+    def of(usual: Usual, stage: int) -> tuple[float, float, float]:
+        backward = usual[stage, INPUT] if (stage, INPUT) in usual else usual[stage, BACKWARD]
+        return usual[stage, FORWARD], backward, usual.get((stage, WEIGHT), 0.0)
+
     return {
         stage: StageTime(
-            usual[stage, FORWARD],
-            usual[stage, INPUT] if (stage, INPUT) in usual else usual[stage, BACKWARD],
-            usual.get((stage, WEIGHT), 0.0),
-            costs.waits(FORWARD, stage),
-            costs.waits(BACKWARD, stage),
+            *of(seconds, stage), costs.waits(FORWARD, stage), costs.waits(BACKWARD, stage), of(launching, stage)
         )
         for stage in stages
     }

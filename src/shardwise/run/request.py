@@ -180,6 +180,24 @@ def settle_verified(steps: int, dtype: str) -> tuple[int, str]:
     return steps, dtype
 
 
+def settle_slow(slow: Mapping[int, float]) -> dict[int, float]:
+    """Ranks that compute more slowly than usual. Raises RequestError."""
+    for rank, times in slow.items():
+        if rank < 0:
+            raise RequestError(f"slow={rank}={times:g}: a rank is 0 or more")
+        if not 1.0 <= times < float("inf"):
+            raise RequestError(f"slow={rank}={times:g}: how many times as long it computes is a number of 1 or more")
+    return dict(slow)
+
+
+def settle_file(path: Path, what: str) -> Path:
+    """A file to write, in a folder that is there. Raises RunFolderError."""
+    if path.is_dir() or not path.parent.is_dir():
+        found = "is a folder, give a file" if path.is_dir() else f"there is no folder {path.parent}"
+        raise RunFolderError(f"{what}={path}: {found}")
+    return path
+
+
 def settle_document(folder: Path, name: str) -> Path:
     """Where a command writes its document. Raises RunFolderError where there is something else."""
     if folder.exists() and not folder.is_dir():

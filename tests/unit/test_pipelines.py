@@ -1,0 +1,107 @@
+"""How long pipelines take: formulas of their papers, tables played by hand, and both against each other."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardwise.parallel.schedule import Action, order
+from shardwise.predict.passes import Piece, bucketed, gathered
+from shardwise.predict.pipelines import Ends, Messages, StageTime, pipeline_seconds, played
+
+NONE = Ends({}, {}, handed_on=False)
+
+
+def tables(schedule: str, workers: int, microbatches: int, stages: int = 1) -> list[list[Action]]:
+    return [order(schedule, worker, workers, stages, microbatches) for worker in range(workers)]
+
+
+def chained(count: int, workers: int, seconds: float) -> Messages:
+    found: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for stage in range(1, count):
+        if stage % workers != (stage - 1) % workers:
+            found["F", stage] = [(stage - 1, seconds)]
+            found["B", stage - 1] = [(stage, seconds)]
+    return found
+
+
+@pytest.mark.parametrize("microbatches", [4, 8, 20])
+@pytest.mark.parametrize("workers", [2, 4])
+def test_equal_stages(workers: int, microbatches: int) -> None:
+    """Bubbles: (p - 1)(f + b) (Huang et al. 2019; Narayanan et al. 2019), that over v (Narayanan et al. 2021)."""
+    f, b, w = 1.0, 1.5, 0.5
+    bubble = (workers - 1) * (f + b)
+    stage = StageTime(f, b)
+    messages = chained(workers, workers, 0.0)
+    for schedule in ("gpipe", "1f1b"):
+        seconds = microbatches * (f + b) + bubble
+        assert pipeline_seconds(schedule, [stage] * workers, workers, microbatches) == pytest.approx(seconds)
+        found = played(tables(schedule, workers, microbatches), [stage] * workers, messages, NONE)
+        assert max(found) == pytest.approx(seconds)
+    halves = [StageTime(f / 2, b / 2)] * (2 * workers)
+    seconds = microbatches * (f + b) + bubble / 2
+    assert pipeline_seconds("interleaved", halves, workers, microbatches) == pytest.approx(seconds)
+    both = played(tables("interleaved", workers, microbatches, 2), halves, chained(2 * workers, workers, 0.0), NONE)
+    assert max(both) == pytest.approx(seconds)
+    split = [StageTime(f, b - w, w)] * workers
+    parts = played(tables("zero-bubble", workers, microbatches), split, messages, NONE)
+    assert max(parts) == pytest.approx(microbatches * (f + b) + (workers - 1) * (f + b - 2 * w), rel=0.12)
+
+
+def test_two_stages_by_hand() -> None:
+    """
+    0  F0 F1 .. .. B0 .. B1      F 1 s, B 2 s on the first, F 2 s, B 3 s on the second, messages 0.5 s
+    1  .. F0 .. B0 F1 .. B1
+    """
+    stages = [StageTime(1.0, 2.0), StageTime(2.0, 3.0)]
+    # the second begins at 1.5 s: F0 to 3.5, B0 to 6.5, F1 to 8.5, B1 to 11.5; the first does B1 from 12 to 14
+    found = played(tables("1f1b", 2, 2), stages, chained(2, 2, 0.5), NONE)
+    assert found == [14.0, 11.5]
+    # with heads the second begins at 1 + 0.25 + 0.5 and ends F0 later by its own, too
+    heads = played(tables("1f1b", 2, 2), stages, chained(2, 2, 0.5), Ends({0: 0.25, 1: 0.5}, {}, handed_on=False))
+    assert heads == [14.75, 12.25]
+    # a tail of the second is waited for by the first only where gradients are sent after it
+    tails = {1: 1.0}
+    assert played(tables("1f1b", 2, 2), stages, chained(2, 2, 0.5), Ends({}, tails, handed_on=False)) == [14.0, 12.5]
+    assert played(tables("1f1b", 2, 2), stages, chained(2, 2, 0.5), Ends({}, tails, handed_on=True)) == [15.0, 12.5]
+
+
+def test_messages_follow_each_other() -> None:
+    stages = [StageTime(1.0, 1.0), StageTime(1.0, 1.0)]
+    found = played(tables("gpipe", 2, 3), stages, chained(2, 2, 4.0), NONE)
+    # values arrive at 5, 9, 13; the second is done with F2 at 14, B0 15 ... B2 17; gradients arrive at 19, 23, 27
+    assert found == [28.0, 17.0]
+    assert pipeline_seconds("gpipe", [StageTime(1, 1, 0, 4, 4)] * 2, 2, 30) >= 29 * 4.0
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+def test_formulas_of_unequal_stages(schedule: str) -> None:
+    per_worker = 2 if schedule == "interleaved" else 1
+    count = 4 * per_worker
+    stages = [StageTime(1.0 + 0.1 * s % 0.4, 2.0 + 0.2 * (s % 3), 0.0, 0.05, 0.05) for s in range(count)]
+    found = played(tables(schedule, 4, 64, per_worker), stages, chained(count, 4, 0.05), NONE)
+    assert pipeline_seconds(schedule, stages, 4, 64) == pytest.approx(max(found), rel=0.04)
+
+
+def test_gathers_hide_behind_the_block_before() -> None:
+    # gather 1 | compute 2, gather 1 meanwhile | compute 2 | ... : only the first gather is seen
+    pieces = [Piece(2.0, gather=1.0) for _ in range(4)]
+    assert gathered(pieces, Piece(0.0), blocking=False) == (4.0, 1.0)
+    # longer than a block: the second waits 1 s, and so on
+    slow = [Piece(2.0, gather=3.0) for _ in range(4)]
+    assert gathered(slow, Piece(0.0, gather=1.0), blocking=False) == (13.0, 1.0 + 3.0 + 3 * 1.0)
+    assert gathered(slow, Piece(0.0, gather=1.0), blocking=True) == (13.0, 13.0)
+
+
+def test_scatters_stand_behind_gathers() -> None:
+    # g1 0-1, c1 1-3, g2 1-2, c2 3-5, s1 3-5, s2 5-7
+    pieces = [Piece(2.0, gather=1.0, reduce=2.0) for _ in range(2)]
+    assert gathered(pieces, Piece(0.0), blocking=False) == (6.0, 3.0)
+    # the sums over dp are on a channel of their own: after s1 5-6, after s2 7-8
+    mirrored = [Piece(2.0, gather=1.0, reduce=2.0, mirror=1.0) for _ in range(2)]
+    assert gathered(mirrored, Piece(0.0), blocking=False) == (8.0, 4.0)
+
+
+def test_buckets() -> None:
+    # complete at 1 and 2 of 5 s: sent 1-4, 4-7
+    assert bucketed([(1.0, 3.0), (2.0, 3.0)], 5.0) == (6.0, 2.0)
+    assert bucketed([(1.0, 1.0), (2.0, 1.0)], 5.0) == (2.0, 0.0)
