@@ -48,6 +48,7 @@ def median(values: Sequence[float]) -> float:
 def environment(threads: int) -> dict[str, Any]:
     """What a number depends on besides the code. Sets the threads of each worker, above what the user's shell says."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("SHARDWISE_CLUSTER", "off")  # predictions before a run would only take time
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),

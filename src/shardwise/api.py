@@ -211,6 +211,7 @@ def compare(
         WorkerFailed: a worker died.
     """
     from shardwise.run.compare import comparison
+    from shardwise.run.forecast import forecasts
     from shardwise.run.job import Job, enough_gpus, run_job
     from shardwise.run.log import finite
     from shardwise.run.request import settle_compared, settle_options, settle_source
@@ -220,11 +221,15 @@ def compare(
     source, options = settle_source(workload, settings, seed), settle_options(steps=steps, epochs=epochs, quiet=quiet)
     loaded = source.load()
     compared, refused = settle_compared(loaded, strategies, workers)
-    jobs = [Job(source=source, strategy=settled, options=options) for settled in compared]
-    if out is not None:
-        jobs = [replace(job, folder=_folder_in(Path(out), loaded, job)) for job in jobs]
     most = max(settled.workers for settled in compared)
     threads, gpus = threads_per_worker(most), enough_gpus(most)  # the same for all: a worker is a worker
+    predicted = forecasts(loaded, compared, threads, quiet=quiet)
+    jobs = [
+        Job(source=source, strategy=settled, options=options, forecast=forecast)
+        for settled, forecast in zip(compared, predicted, strict=True)
+    ]
+    if out is not None:
+        jobs = [replace(job, folder=_folder_in(Path(out), loaded, job)) for job in jobs]
     trained = [run_job(job, threads=threads, gpus=gpus) for job in jobs]
     document: dict[str, Any] = finite(comparison(trained, refused, threads))
     return document
@@ -413,6 +418,8 @@ def check_plan(path: str | Path, *, cluster: str | None = None) -> dict[str, Any
 def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, quiet: bool = False) -> dict[str, Any]:
     """Measures this machine, so that predictions for it can be made, and writes what was found as a cluster file.
 
+    It is kept in the user's cache folder too, for the predictions of `train` and `compare`.
+
     Args:
         out: the file.
         workers: the largest number of workers to measure, on local processes; None: 4 on a CPU, one for each GPU.
@@ -427,6 +434,7 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
         WorkerFailed: a worker died.
     """
     from shardwise.cluster.writing import check_place, write_cluster
+    from shardwise.run.at_hand import keep
     from shardwise.run.calibrate import calibrate as measure
     from shardwise.run.calibrate import summary
 
@@ -436,6 +444,7 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
     if cluster is None:  # another worker of an outer launcher has it
         return {"cluster": str(out)}
     write_cluster(cluster, out)
+    keep(cluster)
     return summary(cluster, Path(out), time.perf_counter() - begin)
 
 

@@ -13,6 +13,7 @@ ShardwiseError                      exit 1: the work itself failed
     ├── RunFolderError              an output folder that holds another run, a run that is not there
     ├── CheckpointError             a checkpoint that is damaged, cut short or of another model
     └── ClusterError                a device nobody knows; a cluster file with a wrong, missing or unknown field
+        └── NotMeasured             this machine, of which nothing is known
 
 Messages are one line: what is wrong, the value, what would do.
 """
@@ -82,6 +83,10 @@ class CheckpointError(RequestError):
 
 class ClusterError(RequestError):
     """A device or node that is not in the catalogue, or a cluster file with a wrong, missing or unknown field."""
+
+
+class NotMeasured(ClusterError):
+    """Nothing is known of this machine, and it is not to be measured now."""
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

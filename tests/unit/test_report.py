@@ -15,6 +15,11 @@ TRAINED = {
     "exposed_alpha": 0.14,
     "communication_share": 0.123,
     "memory_bytes": 312 * 2**20,
+    "predicted_seconds": 0.0486,
+    "error": -0.05,
+    "predicted_memory_bytes": 318 * 2**20,
+    "memory_error": 0.02,
+    "reasons": {},
     "run": "runs/image-dp2-1",
 }
 
@@ -36,14 +41,19 @@ def test_training_summary() -> None:
         "  accuracy       97.80%",
         "  speed          1,234 samples/s, 51.2 ms per step",
         "  memory         312.0 MiB per worker",
+        "  predicted      48.6 ms per step (-5%), 318.0 MiB per worker (+2%)",
         "  communication  12% of a step, alpha 0.31, exposed 0.14",
         "  run            runs/image-dp2-1",
     ]
 
 
 def test_what_is_unknown_shows_as_a_dash() -> None:
-    unknown = dict.fromkeys(("loss", "samples_per_second", "step_seconds", "alpha", "exposed_alpha", "run"))
+    unknown: dict[str, object] = dict.fromkeys(
+        ("loss", "samples_per_second", "step_seconds", "alpha", "exposed_alpha", "run", "predicted_seconds")
+    )
+    unknown["reasons"] = {"predicted_seconds": "not measured"}
     text = training_summary({**TRAINED, **unknown, "communication_share": None, "workers": 1, "metrics": {}})
+    assert "predicted      nothing: not measured\n" in text
     assert "on 1 worker\n" in text
     assert "speed          -, - per step" in text
     assert "communication  - of a step, alpha -, exposed -" in text
@@ -58,17 +68,22 @@ def test_comparison_table() -> None:
         "metrics": {"loss": 0.6, "accuracy": 0.9},
         "samples_per_second": 1000.0,
         "measured_seconds": 0.064,
+        "error": 0.031,
         "measured_memory_bytes": 2**30,
+        "memory_error": -0.02,
         "communication_share": 0.25,
         "speedup": 1.8,
         "loss_difference": 1.2e-7,
     }
     unknown = {**row, "strategy": "single", "workers": 1, "metrics": {}, "speedup": None, "loss_difference": None}
+    unknown |= {"error": None, "memory_error": None}
     document = {"results": [unknown, row], "threads": 1, "rejected": [{"strategy": "tp=3", "reason": "16 heads"}]}
+    document |= {"chosen": "dp=2", "regret": 0.0, "reasons": {"predicted_seconds": "single was not measured"}}
     lines = comparison_table(document).splitlines()
     assert lines[0].split("  ")[0] == "strategy"
     assert "accuracy" in lines[0]
-    assert lines[2].split() == ["single", "1", "0.5", "-", "1,000", "64.0", "ms", "1.0", "GiB", "25%", "-", "-"]
+    single = ["single", "1", "0.5", "-", "1,000", "64.0", "ms", "-", "1.0", "GiB", "-", "25%", "-", "-"]
+    assert lines[2].split() == single
     assert lines[3].split() == [
         "dp=2",
         "2",
@@ -77,10 +92,16 @@ def test_comparison_table() -> None:
         "1,000",
         "64.0",
         "ms",
+        "+3%",
         "1.0",
         "GiB",
+        "-2%",
         "25%",
         "1.80x",
         "1.2e-07",
     ]
+    assert "dp=2 was predicted to be the fastest, 0% slower than the fastest." in lines
+    assert "not predicted: single was not measured" in lines
+    nothing = {**document, "chosen": None, "regret": None}
+    assert "predicted to be" not in comparison_table(nothing)
     assert lines[-1] == "tp=3 cannot be: 16 heads"

@@ -33,6 +33,7 @@ def training_summary(document: Mapping[str, Any]) -> str:
         ),
         ("speed", f"{_rate(document['samples_per_second'])}, {_seconds(document['step_seconds'])} per step"),
         ("memory", f"{_bytes(document['memory_bytes'])} per worker"),
+        ("predicted", _predicted(document)),
         (
             "communication",
             f"{_share(document['communication_share'])} of a step, alpha {_number(alpha)}, exposed {_number(exposed)}",
@@ -42,6 +43,21 @@ def training_summary(document: Mapping[str, Any]) -> str:
     width = max(len(name) for name, _ in lines)
     title = f"{document['workload']} under {document['strategy']}: {document['steps']} steps on {workers}"
     return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in lines)])
+
+
+def _predicted(document: Mapping[str, Any]) -> str:
+    """What was predicted, and by how much that is off."""
+    if document["predicted_seconds"] is None:
+        return f"nothing: {document['reasons']['predicted_seconds']}"
+    seconds, memory = document["predicted_seconds"], document["predicted_memory_bytes"]
+    return (
+        f"{_seconds(seconds)} per step ({_off(document['error'])}), "
+        f"{_bytes(memory)} per worker ({_off(document['memory_error'])})"
+    )
+
+
+def _off(error: float | None) -> str:
+    return UNKNOWN if error is None else f"{error:+.0%}"
 
 
 def verification_table(document: Mapping[str, Any]) -> str:
@@ -84,8 +100,8 @@ def _error(value: float | None) -> str:
 def comparison_table(document: Mapping[str, Any]) -> str:
     """One row per strategy."""
     metrics = list(dict.fromkeys(name for row in document["results"] for name in row["metrics"] if name != "loss"))
-    header = ["strategy", "workers", "loss", *metrics, "samples/s", "step", "memory/worker", "communication"]
-    header += ["speed", "loss difference"]
+    header = ["strategy", "workers", "loss", *metrics, "samples/s", "step", "predicted", "memory/worker", "predicted"]
+    header += ["communication", "speed", "loss difference"]
     rows = [
         [
             row["strategy"],
@@ -94,7 +110,9 @@ def comparison_table(document: Mapping[str, Any]) -> str:
             *(_metric(name, row["metrics"].get(name)) for name in metrics),
             UNKNOWN if row["samples_per_second"] is None else format_rate(row["samples_per_second"]),
             _seconds(row["measured_seconds"]),
+            _off(row["error"]),
             _bytes(row["measured_memory_bytes"]),
+            _off(row["memory_error"]),
             _share(row["communication_share"]),
             UNKNOWN if row["speedup"] is None else f"{row['speedup']:.2f}x",
             UNKNOWN if row["loss_difference"] is None else f"{row['loss_difference']:.1e}",
@@ -104,12 +122,27 @@ def comparison_table(document: Mapping[str, Any]) -> str:
     threads = f"{document['threads']} thread" + ("s" if document["threads"] != 1 else "")
     notes = [
         f"Each worker computes with {threads}.",
+        *_predictions(document),
         "communication: share of a step spent on nothing else, waiting for others included.",
         "speed: samples/s over one worker's.",
         "loss difference: the largest relative one to one worker's loss in the first 20 steps.",
         *(f"{entry['strategy']} cannot be: {entry['reason']}" for entry in document["rejected"]),
     ]
     return "\n".join([table(header, rows), "", *notes])
+
+
+def _predictions(document: Mapping[str, Any]) -> list[str]:
+    """What the columns of predictions mean, and how well they chose."""
+    reason = document["reasons"].get("predicted_seconds")
+    lines = [f"not predicted: {reason}"] if reason else []
+    if document["chosen"] is None:
+        return lines
+    regret = "" if document["regret"] is None else f", {document['regret']:.0%} slower than the fastest"
+    return [
+        "predicted: by how much the prediction made before the run is above (+) or below (-) what was measured.",
+        f"{document['chosen']} was predicted to be the fastest{regret}.",
+        *lines,
+    ]
 
 
 def _number(value: float | None) -> str:

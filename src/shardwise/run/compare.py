@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardwise.run.result import NOT_PREDICTED, Trained
+from shardwise.run.result import Trained
 
 COMPARED_STEPS = 20
 """First steps whose losses are held against those of one worker."""
@@ -20,7 +20,12 @@ def comparison(trained: Sequence[Trained], refused: Sequence[tuple[str, str]], t
     results = [_row(entry, base) for entry in trained]
     timed = [row for row in results if row["measured_seconds"] is not None]
     fastest = min(timed, key=lambda row: row["measured_seconds"], default=None)
-    reasons = {"chosen": NOT_PREDICTED, "regret": NOT_PREDICTED, "predicted_seconds": NOT_PREDICTED}
+    predicted = [row for row in results if row["predicted_seconds"] is not None]
+    chosen = min(predicted, key=lambda row: row["predicted_seconds"], default=None)
+    unpredicted = [entry.summary["reasons"]["predicted_seconds"] for entry in trained if not _predicted(entry)]
+    reasons = {"predicted_seconds": "; ".join(dict.fromkeys(unpredicted))} if unpredicted else {}
+    if chosen is None:
+        reasons["chosen"] = reasons["regret"] = reasons["predicted_seconds"]
     if base is None:
         reasons["speedup"] = reasons["loss_difference"] = "no strategy with one worker to compare with"
     return {
@@ -29,9 +34,9 @@ def comparison(trained: Sequence[Trained], refused: Sequence[tuple[str, str]], t
         "threads": threads,
         "results": results,
         "rejected": [{"strategy": strategy, "reason": reason} for strategy, reason in refused],
-        "chosen": None,
+        "chosen": chosen and chosen["strategy"],
         "fastest": fastest and fastest["strategy"],
-        "regret": None,
+        "regret": _regret(chosen, fastest),
         "reasons": reasons,
     }
 
@@ -42,11 +47,12 @@ def _row(trained: Trained, base: Trained | None) -> dict[str, Any]:
         "strategy": summary["strategy"],
         "workers": summary["workers"],
         "steps": summary["steps"],
-        "predicted_seconds": None,
+        "predicted_seconds": summary["predicted_seconds"],
         "measured_seconds": summary["step_seconds"],
-        "error": None,
-        "predicted_memory_bytes": None,
+        "error": summary["error"],
+        "predicted_memory_bytes": summary["predicted_memory_bytes"],
         "measured_memory_bytes": summary["memory_bytes"],
+        "memory_error": summary["memory_error"],
         "loss": summary["loss"],
         "metrics": summary["metrics"],
         "samples_per_second": summary["samples_per_second"],
@@ -58,6 +64,17 @@ def _row(trained: Trained, base: Trained | None) -> dict[str, Any]:
         "run": summary["run"],
         "notes": summary["notes"],
     }
+
+
+def _predicted(trained: Trained) -> bool:
+    return trained.summary["predicted_seconds"] is not None
+
+
+def _regret(chosen: dict[str, Any] | None, fastest: dict[str, Any] | None) -> float | None:
+    """How much longer the strategy takes that was predicted to be the fastest than the one that is."""
+    if chosen is None or fastest is None or chosen["measured_seconds"] is None:
+        return None
+    return float(chosen["measured_seconds"] / fastest["measured_seconds"] - 1.0)
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

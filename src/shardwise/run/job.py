@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.launch.local import join, run_local, under_torchrun
-from shardwise.run.result import Step, Trained
+from shardwise.run.result import Forecast, Step, Trained
 from shardwise.run.runfolder import discard_unused
 from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
@@ -73,12 +73,21 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A training, the same on every worker. Without a folder nothing is written to disk."""
+    """A training, the same on every worker. Without a folder nothing is written to disk.
+
+    Attributes:
+        source: of the workload.
+        strategy: how it is split.
+        options: how long, and what is kept.
+        folder: of the run.
+        forecast: what it is predicted to take.
+    """
 
     source: Source
     strategy: Strategy
     options: Options
     folder: Path | None = None
+    forecast: Forecast = field(default_factory=lambda: Forecast(reason="nothing was predicted"))
 
 
 def run_job(job: Job, *, threads: int | None = None, gpus: bool | None = None) -> Trained:

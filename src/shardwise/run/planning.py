@@ -20,6 +20,7 @@ from shardwise.plan.scaling import Point, cheapest, counts, dollars, scaling, sm
 from shardwise.plan.wish import Wish
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on, simulate
+from shardwise.run.at_hand import cluster_at_hand
 from shardwise.run.job import Source
 from shardwise.units import format_bytes, format_seconds, format_share
 from shardwise.workload.workload import Workload
@@ -61,9 +62,8 @@ def planned(
 
 
 def _cluster(text: str | None) -> Cluster:
-    if text is None:
-        raise RequestError("no cluster: give --cluster, for example --cluster h100x8 or a cluster file")
-    return find_cluster(text)
+    """That of a text; this machine where there is none."""
+    return cluster_at_hand() if text is None else find_cluster(text)
 
 
 def _numbers(workers: int | str | None, cluster: Cluster) -> list[int]:

@@ -15,7 +15,7 @@ from shardwise.run.checkpoint import Checkpoints
 from shardwise.run.job import Job
 from shardwise.run.log import Log, finite
 from shardwise.run.metrics import Clock, Sampler, measure, sampled_steps, summarize, typical
-from shardwise.run.result import NOT_PREDICTED, Step, Trained
+from shardwise.run.result import Step, Trained, relative_error
 from shardwise.run.runfolder import write_summary
 from shardwise.run.workers import Workers
 
@@ -125,7 +125,8 @@ class Record:
     def _summary(self, loss: float | None, metrics: dict[str, float], measured: dict[str, Any]) -> dict[str, Any]:
         seconds, rate = typical(self._steps)
         strategy, folder = self.job.strategy, self.job.folder
-        reasons = {"predicted_seconds": NOT_PREDICTED}
+        forecast = self.job.forecast
+        reasons = {"predicted_seconds": forecast.reason} if forecast.seconds is None else {}
         if loss is None:
             reasons["loss"] = "no step was taken"
         if seconds is None:
@@ -143,8 +144,11 @@ class Record:
                 "metrics": metrics,
                 "samples_per_second": rate,
                 "step_seconds": seconds,
-                "predicted_seconds": None,
+                "predicted_seconds": forecast.seconds,
+                "error": relative_error(forecast.seconds, seconds),
                 **measured,
+                "predicted_memory_bytes": forecast.memory_bytes,
+                "memory_error": relative_error(forecast.memory_bytes, measured["memory_bytes"]),
                 "run": None if folder is None else str(folder),
                 "notes": list(self.program.engine.notes),
                 "reasons": reasons,

@@ -11,6 +11,7 @@ from typing import Any
 from shardwise.errors import DataError, RequestError, RunFolderError, StrategyError, WorkloadError, nearest
 from shardwise.launch.local import under_torchrun
 from shardwise.plan.file import is_plan_file, read_plan
+from shardwise.run.forecast import forecasts
 from shardwise.run.job import Job, Options, Source, join_launcher
 from shardwise.run.runfolder import create_run, find_run, last_request, read_run, reopen_run
 from shardwise.run.workers import Workers
@@ -50,7 +51,8 @@ def settle(asked: Asked, out: str | Path | None, *, resume: bool = False, on_dis
     settled = settle_options(steps=asked.steps, epochs=asked.epochs, resume=resume, **options)
     workload = source.load()
     check(workload, strategy)
-    job = Job(source=source, strategy=strategy, options=settled, folder=resumed)
+    (forecast,) = forecasts(workload, [strategy], quiet=settled.quiet)
+    job = Job(source=source, strategy=strategy, options=settled, folder=resumed, forecast=forecast)
     return replace(job, folder=settle_folder(out, workload, job)) if on_disk else job
 
 

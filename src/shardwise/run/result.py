@@ -9,8 +9,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-NOT_PREDICTED = "this version makes no predictions"
-"""Why predicted values are none."""
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What one optimizer step was predicted to take before the run.
+
+    Attributes:
+        seconds: of a step.
+        memory_bytes: of the worker that needs most.
+        reason: why there is no prediction, where there is none.
+    """
+
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    reason: str = ""
+
+
+def relative_error(predicted: float | None, measured: float | None) -> float | None:
+    """Predicted over measured, less one; None where one of them is not known."""
+    return predicted / measured - 1.0 if predicted is not None and measured else None
 
 
 @dataclass(frozen=True, slots=True)

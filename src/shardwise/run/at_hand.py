@@ -1,0 +1,72 @@
+"""The cluster that this machine is: measured once, kept in the user's cache folder, and used by every run after.
+
+The environment says otherwise where SHARDWISE_CLUSTER is a cluster file, or `off`: then nothing is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from shardwise.cluster import machine
+from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.reading import read_cluster
+from shardwise.cluster.writing import write_cluster
+from shardwise.errors import ClusterError, NotMeasured
+from shardwise.launch.local import under_torchrun
+from shardwise.run.calibrate import QUICK, calibrate
+from shardwise.workload.recipes.datasets.cache import cache_folder
+
+SETTING = "SHARDWISE_CLUSTER"
+OFF = "off"
+
+FORMAT = 1
+"""Of what is measured: older files are not used."""
+
+
+def cluster_at_hand(*, quiet: bool = False) -> Cluster:
+    """The cluster of this machine; measured now where that was not done before.
+
+    Args:
+        quiet: do not say that it is being measured.
+
+    Raises:
+        NotMeasured: measuring is off, or not possible here.
+        ClusterError: the file that is set is wrong.
+        WorkerFailed: a worker died while it was measured.
+    """
+    setting = os.environ.get(SETTING, "")
+    if setting == OFF:
+        raise NotMeasured(f"this machine is not measured: {SETTING}={OFF}")
+    if setting:
+        return read_cluster(setting)
+    path = cached_file()
+    if path.is_file():
+        try:
+            return read_cluster(path)
+        except ClusterError:
+            path.unlink()  # of another version, or damaged: it is measured again
+    if under_torchrun():
+        raise NotMeasured(f"this machine has not been measured: run shardwise calibrate, or set {SETTING} to a file")
+    if not quiet:
+        sys.stderr.write(f"measuring this machine once, for predictions ({SETTING}={OFF} leaves them out)\n")
+    cluster = calibrate(effort=QUICK, quiet=quiet)
+    assert cluster is not None
+    keep(cluster)
+    return cluster
+
+
+def keep(cluster: Cluster) -> None:
+    """Makes this the cluster of this machine."""
+    write_cluster(cluster, cached_file())
+
+
+def cached_file() -> Path:
+    """Where this machine's cluster is kept: by processor, number of cores, GPUs and version of torch."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    facts = (FORMAT, machine.processor(), machine.cores(), gpus, torch.__version__)
+    return cache_folder() / f"cluster-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.toml"

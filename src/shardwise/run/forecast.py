@@ -1,0 +1,68 @@
+"""What a run is predicted to take on this machine, told beside what it took."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from shardwise.cluster.cluster import Cluster
+from shardwise.errors import NotMeasured, ShardwiseError, WorkerFailed
+from shardwise.predict.profiling import Profiles
+from shardwise.predict.simulate import profiles_on, simulate
+from shardwise.run.at_hand import cluster_at_hand
+from shardwise.run.result import Forecast
+from shardwise.strategy import Strategy
+from shardwise.workload.workload import Workload
+
+
+def forecasts(
+    workload: Workload, strategies: Sequence[Strategy], threads: int | None = None, *, quiet: bool = False
+) -> list[Forecast]:
+    """One for each strategy; where there is none it says why. A run never fails because of its prediction.
+
+    Only a wrong file is an error.
+
+    Args:
+        workload: what is trained.
+        strategies: how.
+        threads: of each local worker; None: the cores shared out evenly. OMP_NUM_THREADS goes first.
+        quiet: do not say that this machine is being measured.
+
+    Raises:
+        ClusterError: the cluster file that the environment sets is wrong.
+    """
+    if os.environ.get("RANK", "0") != "0":  # one worker of an outer launcher tells
+        return [Forecast(reason="the first worker predicts") for _ in strategies]
+    try:
+        cluster = cluster_at_hand(quiet=quiet)
+    except (NotMeasured, WorkerFailed) as error:
+        return [Forecast(reason=str(error)) for _ in strategies]
+    given = os.environ.get("OMP_NUM_THREADS") or threads
+    cluster = cluster if given is None else _with_threads(cluster, int(given))
+    profiles = profiles_on(workload, cluster)
+    return [_forecast(profiles, strategy, cluster) for strategy in strategies]
+
+
+def _forecast(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Forecast:
+    if strategy.workers > cluster.size:
+        return Forecast(
+            reason=f"this machine was measured with {cluster.size} workers, {strategy} needs {strategy.workers}: "
+            f"run shardwise calibrate --workers {strategy.workers}"
+        )
+    try:
+        prediction = simulate(profiles, strategy, cluster)
+    except ShardwiseError as error:
+        return Forecast(reason=str(error))
+    except Exception as error:  # a model that can be trained, but not looked at without its data
+        return Forecast(reason=f"{type(error).__name__}: {error}")
+    return Forecast(prediction.step_seconds, prediction.memory.total)
+
+
+def _with_threads(cluster: Cluster, threads: int) -> Cluster:
+    """The cluster where each worker of a CPU computes with so many threads."""
+    nodes = tuple(
+        replace(each, device=replace(each.device, threads=threads)) if each.device.kind == "cpu" else each
+        for each in cluster.nodes
+    )
+    return replace(cluster, nodes=nodes)

@@ -1,0 +1,175 @@
+"""What a run is predicted to take: from the file that the environment names, or the machine's own; else a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Sample
+from shardwise.cluster.writing import write_cluster
+from shardwise.errors import ClusterError, NotMeasured
+from shardwise.run import at_hand
+from shardwise.run.at_hand import cached_file, cluster_at_hand, keep
+from shardwise.run.compare import comparison
+from shardwise.run.forecast import forecasts
+from shardwise.run.result import Step, Trained, relative_error
+from shardwise.strategy import Strategy
+from shardwise.workload.workload import Workload
+
+CURVES = tuple(
+    KernelCurve(kind, "float32", (Sample(shape, workers * 1e-3),), operation, workers=workers, threads=1)
+    for workers in (1, 2)
+    for kind, shape, operation in (("matmul", (1, 8, 8, 8), ""), ("memory", (256,), "aten.add"))
+)
+BOX = Cluster(
+    name="box",
+    nodes=(
+        Nodes(
+            Device(
+                name="Box",
+                kind="cpu",
+                flops={"float32": 1e9},
+                memory_bytes=2**34,
+                memory_bandwidth=1e10,
+                cores=2,
+                launch_seconds=1e-6,
+                curves=CURVES,
+            ),
+            2,
+            1,
+        ),
+    ),
+    levels=(Level(name="loopback", span=2, bandwidth=1e9, latency=1e-5),),
+    collectives=(CollectiveCurve("all_reduce", 2, 1, (Sample((1024,), 0.05),)),),
+)
+
+
+def workload() -> Workload:
+    return Workload(
+        name="small",
+        model=lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+        dataset=TensorDataset(torch.randn(8, 8), torch.arange(8)),
+        inputs=lambda batch: batch[0],
+        loss=lambda output, batch: F.cross_entropy(output, batch[1]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        batch_size=8,
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user without a cache, on a machine with one thread for each worker."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("SHARDWISE_CLUSTER", raising=False)
+    return tmp_path
+
+
+def strategies(*texts: str) -> list[Strategy]:
+    return [Strategy.parse(text) for text in texts]
+
+
+def test_from_the_file_that_is_set(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cluster(BOX, home / "box.toml")
+    monkeypatch.setenv("SHARDWISE_CLUSTER", str(home / "box.toml"))
+    single, double, more = forecasts(workload(), strategies("single", "dp=2", "dp=4"))
+    assert single.seconds is not None
+    assert double.seconds is not None
+    assert 0.005 < single.seconds < 1
+    assert double.seconds > single.seconds + 0.02  # kernels take twice as long, and an all-reduce is not hidden
+    assert single.reason == double.reason == ""
+    assert (single.memory_bytes or 0) > 0
+    assert more.seconds is None
+    assert "was measured with 2 workers, dp=4 needs 4: run shardwise calibrate --workers 4" in more.reason
+
+
+def test_threads_that_were_not_measured(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cluster(BOX, home / "box.toml")
+    monkeypatch.setenv("SHARDWISE_CLUSTER", str(home / "box.toml"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    (found,) = forecasts(workload(), strategies("single"))
+    assert found.seconds is None
+    assert "Box was not measured with 1 workers of 7 threads each" in found.reason
+
+
+def test_a_wrong_file_is_an_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDWISE_CLUSTER", str(home / "nowhere.toml"))
+    with pytest.raises(ClusterError, match=r"nowhere\.toml: cannot be read"):
+        forecasts(workload(), strategies("single"))
+
+
+def test_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDWISE_CLUSTER", "off")
+    (found,) = forecasts(workload(), strategies("single"))
+    assert found.seconds is found.memory_bytes is None
+    assert found.reason == "this machine is not measured: SHARDWISE_CLUSTER=off"
+
+
+def test_measured_once(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+    monkeypatch.setattr(at_hand, "calibrate", lambda **options: calls.append(options) or BOX)
+    assert cluster_at_hand() == BOX
+    assert "measuring this machine once" in capsys.readouterr().err
+    assert cluster_at_hand(quiet=True) == BOX
+    assert len(calls) == 1
+    cached_file().write_text("damaged")
+    assert cluster_at_hand(quiet=True) == BOX
+    assert len(calls) == 2
+    assert capsys.readouterr().err == ""
+    assert cached_file().is_relative_to(home)
+
+
+def test_under_another_launcher(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(NotMeasured, match="run shardwise calibrate"):
+        cluster_at_hand()
+    keep(BOX)
+    assert cluster_at_hand() == BOX
+    monkeypatch.setenv("RANK", "1")
+    assert forecasts(workload(), strategies("single"))[0].reason == "the first worker predicts"
+
+
+def test_relative_error() -> None:
+    assert relative_error(3.0, 2.0) == pytest.approx(0.5)
+    assert relative_error(1.0, None) is relative_error(None, 1.0) is None
+
+
+def trained(strategy: str, predicted: float | None, measured: float) -> Trained:
+    summary = {
+        "workload": "small",
+        "strategy": strategy,
+        "workers": 1 if strategy == "single" else 2,
+        "steps": 1,
+        "predicted_seconds": predicted,
+        "step_seconds": measured,
+        "error": relative_error(predicted, measured),
+        "predicted_memory_bytes": 10,
+        "memory_bytes": 20,
+        "memory_error": -0.5,
+        "loss": 1.0,
+        "metrics": {},
+        "samples_per_second": 8 / measured,
+        "alpha": 0.0,
+        "exposed_alpha": 0.0,
+        "communication_share": 0.0,
+        "run": None,
+        "notes": [],
+        "reasons": {} if predicted else {"predicted_seconds": "why"},
+    }
+    return Trained(summary, (Step(1, 0, 1.0, None, None, 8, measured),), {})
+
+
+def test_comparison_says_how_well_the_predictions_chose() -> None:
+    document = comparison([trained("single", 1.0, 2.0), trained("dp=2", 2.0, 1.0)], [], 1)
+    assert (document["chosen"], document["fastest"], document["regret"]) == ("single", "dp=2", 1.0)
+    assert [row["error"] for row in document["results"]] == [-0.5, 1.0]
+    assert "predicted_seconds" not in document["reasons"]
+    nothing = comparison([trained("single", None, 2.0)], [], 1)
+    assert nothing["chosen"] is nothing["regret"] is None
+    assert nothing["reasons"]["chosen"] == nothing["reasons"]["predicted_seconds"] == "why"
