@@ -63,7 +63,8 @@ def train(
 
     Args:
         workload: a recipe's name, `file.py:function`, `module:function`, a `Workload`, or a function that returns one.
-        strategy: how to split it; None: `dp` over all workers.
+        strategy: how to split it; None: `dp` over all workers; `auto`: the fastest that fits this machine, with
+            `explanation` and `verdict` in the document.
         workers: number of workers; None: what the strategy needs, else 1.
         steps: optimizer steps, those before a resume included.
         epochs: passes over the dataset; with neither steps nor epochs there is one.
@@ -87,6 +88,10 @@ def train(
     from shardwise.run.request import Asked, settle
 
     asked = Asked(workload, settings or {}, seed, strategy, workers, steps, epochs)
+    if strategy == "auto" and not resume:
+        from shardwise.run.automatic import train_automatically
+
+        return train_automatically(asked, out, checkpoint_every=checkpoint_every, keep=keep, quiet=quiet)
     job = settle(asked, out, resume=resume, checkpoint_every=checkpoint_every, keep=keep, quiet=quiet)
     return run_job(job).summary
 

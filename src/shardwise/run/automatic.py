@@ -1,0 +1,209 @@
+"""`--strategy auto`: the machine is measured once, the best strategy for it is found, trained, and held to its word.
+
+Where a worker runs out of memory the next best plan that needs less is tried, and that is said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shardwise.errors import DoesNotFit, RequestError, WorkerFailed
+from shardwise.launch.local import under_torchrun
+from shardwise.plan.explain import explanation
+from shardwise.plan.plan import Candidate, Plan
+from shardwise.plan.scaling import counts
+from shardwise.plan.search import Searched, search
+from shardwise.plan.wish import Wish
+from shardwise.predict.prediction import Prediction
+from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.simulate import profiles_on
+from shardwise.run.at_hand import cluster_at_hand
+from shardwise.run.job import join_launcher, run_job
+from shardwise.run.request import Asked, check, settle, settle_source
+from shardwise.run.workers import Workers
+from shardwise.strategy import Strategy
+from shardwise.units import format_bytes, format_seconds
+from shardwise.workload.workload import Workload
+
+AUTO = "auto"
+
+WRONG = 0.2
+"""Relative error of a prediction above which the part that is most wrong is named."""
+
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "not enough memory", "can't allocate memory", "SIGKILL")
+"""In the traceback of a worker, or in what is said of its end: how CUDA, torch's CPU allocator and Linux put it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen for this machine.
+
+    Attributes:
+        best: to train with.
+        others: the other strategies that fit, best first.
+        words: why, a paragraph each.
+    """
+
+    best: Candidate
+    others: tuple[Candidate, ...]
+    words: tuple[str, ...]
+
+    def smaller(self) -> Iterator[Candidate]:
+        """What to fall back to: each of them needs less memory than the one before."""
+        memory = self.best.prediction.memory.total
+        for candidate in self.others:
+            if candidate.prediction.memory.total < 0.9 * memory:
+                memory = candidate.prediction.memory.total
+                yield candidate
+
+
+def choose(workload: Workload, workers: int | None = None, *, quiet: bool = False) -> Choice:
+    """The best strategy for this machine.
+
+    Args:
+        workload: what to train.
+        workers: how many of them; None: as many as are fastest, up to what the machine was measured with.
+        quiet: say nothing about the search.
+
+    Raises:
+        NotMeasured: the machine may not be measured.
+        RequestError: it was measured with fewer workers, or no strategy can be.
+        DoesNotFit: nothing fits.
+    """
+    cluster = cluster_at_hand(quiet=quiet)
+    if workers is not None and workers > cluster.size:
+        raise RequestError(
+            f"strategy=auto: this machine was measured with {cluster.size} workers, not with {workers}: run "
+            f"shardwise calibrate --workers {workers}"
+        )
+    profiles = ScaledProfiles(profiles_on(workload, cluster))
+    numbers = counts(1, cluster.size) if workers is None else [workers]
+    found = [search(workload, cluster, number, Wish(), profiles) for number in numbers]
+    fitting = [each for each in found if each.plan.best is not None]
+    if not fitting:
+        raise DoesNotFit(_nothing(found[-1].plan))
+    best = min(fitting, key=_seconds)
+    words = explanation(best.plan, cluster, best.profile_of)
+    candidates = sorted(
+        (candidate for each in fitting for candidate in each.plan.candidates),
+        key=lambda candidate: candidate.prediction.step_seconds,
+    )
+    assert best.plan.best is not None
+    return Choice(best.plan.best, tuple(candidates), tuple(words))
+
+
+def _seconds(searched: Searched) -> float:
+    best = searched.plan.best
+    assert best is not None
+    return best.prediction.step_seconds
+
+
+def _nothing(plan: Plan) -> str:
+    if plan.smallest is None:
+        raise RequestError(f"no strategy for {plan.workers} workers can be for workload {plan.workload!r}")
+    prediction = plan.smallest.prediction
+    return (
+        f"{plan.workload} does not fit into this machine: {plan.smallest.strategy} needs least, "
+        f"{format_bytes(prediction.memory.total)} of a worker that has {format_bytes(prediction.memory_available)}"
+    )
+
+
+def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = False, **options: Any) -> dict[str, Any]:
+    """Plans, trains, and says how the prediction did.
+
+    Args:
+        asked: the training; its strategy is chosen here.
+        out: the run's folder, as in `api.train`.
+        quiet: no progress bar, and no words about the choice.
+        options: as in `request.settle`.
+
+    Returns:
+        The document of `train`, with `explanation`, and `verdict` where the prediction was off by more than 20%.
+
+    Raises:
+        RequestError, DoesNotFit, NotMeasured: as `choose` does.
+        WorkerFailed: a worker died, and not because of memory or with nothing smaller to fall back to.
+    """
+    source = settle_source(asked.workload, asked.settings, asked.seed)
+    workload = source.load()
+    check(workload, Strategy())
+    if under_torchrun():
+        return _with_launcher(workload, asked, out, quiet=quiet, **options)
+    choice = choose(workload, asked.workers, quiet=quiet)
+    if not quiet and choice.words:
+        sys.stderr.write(f"{choice.words[1]}\n")
+    smaller = choice.smaller()
+    candidate = choice.best
+    while True:
+        job = settle(replace(asked, strategy=candidate.strategy, workers=None), out, quiet=quiet, **options)
+        try:
+            document = _with_verdict(candidate, run_job(job).summary, choice.words)
+        except WorkerFailed as error:
+            following = next(smaller, None)
+            if following is None or not ran_out_of_memory(error):
+                raise
+            _say_fallback(candidate.strategy, following)
+            candidate = following
+            continue
+        if document["verdict"] is not None and not quiet:
+            sys.stderr.write(f"{document['verdict']}\n")
+        return document
+
+
+def _with_launcher(workload: Workload, asked: Asked, out: str | Path | None, **options: Any) -> dict[str, Any]:
+    """As one of the workers of an outer launcher: all take what the first one chooses. Its launcher restarts, not we."""
+    count = int(os.environ["WORLD_SIZE"])
+    join_launcher(count)
+    first = os.environ["RANK"] == "0"
+    choice = choose(workload, asked.workers or count, quiet=bool(options["quiet"])) if first else None
+    told = Workers().exchange("" if choice is None else str(choice.best.strategy))[0]
+    summary = run_job(settle(replace(asked, strategy=told, workers=None), out, **options)).summary
+    return summary if choice is None else _with_verdict(choice.best, summary, choice.words)
+
+
+def _with_verdict(candidate: Candidate, summary: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    return {**summary, "explanation": "\n\n".join(words), "verdict": held(candidate.prediction, summary)}
+
+
+def ran_out_of_memory(error: WorkerFailed) -> bool:
+    """Whether a worker died because there was no more memory."""
+    told = f"{error}\n{error.traceback}"
+    return any(word in told for word in OUT_OF_MEMORY)
+
+
+def _say_fallback(before: Strategy, candidate: Candidate) -> None:
+    prediction = candidate.prediction
+    sys.stderr.write(
+        f"strategy {before} ran out of memory: trying {candidate.strategy}, which needs "
+        f"{format_bytes(prediction.memory.total)} of a worker and takes {format_seconds(prediction.step_seconds)} a step\n"
+    )
+
+
+def held(prediction: Prediction, summary: Mapping[str, Any]) -> str | None:
+    """How a prediction did, where it was off by more than 20%; None where it held, or nothing was measured.
+
+    Args:
+        prediction: of a step.
+        summary: of the run, as `train --json` prints it.
+    """
+    measured, predicted = summary["step_seconds"], prediction.step_seconds
+    if not measured or abs(measured / predicted - 1) <= WRONG:
+        return None
+    said = f"A step took {format_seconds(measured)}, predicted were {format_seconds(predicted)}"
+    share = summary.get("communication_share")
+    if share is None:
+        return f"{said}."
+    waited = prediction.exposed_communication_seconds + prediction.bubble_seconds
+    parts = {
+        "waiting for other workers": (waited, share * measured),
+        "computing": (predicted - waited, (1 - share) * measured),
+    }
+    name = max(parts, key=lambda part: abs(parts[part][1] - parts[part][0]))
+    before, after = parts[name]
+    return f"{said}: most wrong was {name}, {format_seconds(after)} instead of {format_seconds(before)}."
