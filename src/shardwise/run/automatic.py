@@ -5,7 +5,6 @@ Where a worker runs out of memory the next best plan that needs less is tried, a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,7 +156,7 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
 
 
 def _with_launcher(workload: Workload, asked: Asked, out: str | Path | None, **options: Any) -> dict[str, Any]:
-    """As one of the workers of an outer launcher: all take what the first one chooses. Its launcher restarts, not we."""
+    """As one of the workers of an outer launcher: all take what the first one chooses. Nothing is tried again."""
     count = int(os.environ["WORLD_SIZE"])
     join_launcher(count)
     first = os.environ["RANK"] == "0"
@@ -178,11 +177,8 @@ def ran_out_of_memory(error: WorkerFailed) -> bool:
 
 
 def _say_fallback(before: Strategy, candidate: Candidate) -> None:
-    prediction = candidate.prediction
-    sys.stderr.write(
-        f"strategy {before} ran out of memory: trying {candidate.strategy}, which needs "
-        f"{format_bytes(prediction.memory.total)} of a worker and takes {format_seconds(prediction.step_seconds)} a step\n"
-    )
+    memory = format_bytes(candidate.prediction.memory.total)
+    sys.stderr.write(f"strategy {before} ran out of memory: trying {candidate.strategy}, which needs {memory}\n")
 
 
 def held(prediction: Prediction, summary: Mapping[str, Any]) -> str | None:

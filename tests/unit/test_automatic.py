@@ -1,0 +1,158 @@
+"""`--strategy auto`: what is chosen for a machine, what is fallen back to, how a prediction is held to its word."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shardwise.cluster.find import find_cluster
+from shardwise.cluster.writing import write_cluster
+from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
+from shardwise.plan.plan import Candidate
+from shardwise.predict.prediction import Memory, Prediction
+from shardwise.run import automatic
+from shardwise.run.automatic import Choice, choose, held, ran_out_of_memory, train_automatically
+from shardwise.run.request import Asked
+from shardwise.strategy import Strategy
+from shardwise.workload.load import load_workload
+
+SPEC = "gpt:layers=1,hidden=64,heads=2,vocabulary=256,sequence=32,batch_size=4"
+
+
+def prediction(seconds: float, size: int, exposed: float = 0.0) -> Prediction:
+    return Prediction(
+        step_seconds=seconds,
+        compute_seconds=seconds - exposed,
+        communication_seconds=exposed,
+        exposed_communication_seconds=exposed,
+        bubble_seconds=0.0,
+        optimizer_seconds=0.0,
+        host_seconds=0.0,
+        memory=Memory(parameters=size, gradients=0, optimizer=0, activations=0, temporary=0),
+        memory_available=1000,
+        model_flops=1.0,
+        peak_flops=1.0,
+        samples=4,
+    )
+
+
+def candidate(spec: str, seconds: float, size: int) -> Candidate:
+    return Candidate(Strategy.parse(spec), prediction(seconds, size))
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine of two devices, as a cluster file."""
+    path = tmp_path / "machine.toml"
+    write_cluster(find_cluster("a100-40x2"), path)
+    monkeypatch.setenv("SHARDWISE_CLUSTER", str(path))
+    return path
+
+
+def test_the_machine_at_hand_gets_the_fastest_of_all_numbers_of_workers(machine: Path) -> None:
+    workload = load_workload(SPEC)
+    choice = choose(workload, quiet=True)
+    alone, two = choose(workload, 1, quiet=True), choose(workload, 2, quiet=True)
+    assert alone.best.strategy.workers == 1
+    assert two.best.strategy.workers == 2
+    seconds = {each.best.prediction.step_seconds for each in (alone, two)}
+    assert choice.best.prediction.step_seconds == min(seconds)
+    assert any("Chosen: " in words for words in choice.words)
+
+
+def test_a_machine_measured_with_fewer_workers_is_told(machine: Path) -> None:
+    with pytest.raises(RequestError, match="shardwise calibrate --workers 8"):
+        choose(load_workload(SPEC), 8, quiet=True)
+
+
+def test_what_cannot_fit_is_told(machine: Path) -> None:
+    cluster = find_cluster("a100-40x2")
+    nodes = tuple(replace(n, device=replace(n.device, memory_bytes=1000)) for n in cluster.nodes)
+    write_cluster(replace(cluster, nodes=nodes), machine)
+    with pytest.raises(DoesNotFit, match=r"does not fit into this machine: .* needs least"):
+        choose(load_workload(SPEC), quiet=True)
+
+
+def test_without_measurements_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDWISE_CLUSTER", "off")
+    with pytest.raises(NotMeasured, match="SHARDWISE_CLUSTER=off"):
+        choose(load_workload(SPEC), quiet=True)
+
+
+def test_fallbacks_need_less_and_less() -> None:
+    choice = Choice(
+        candidate("dp=2", 1.0, 100),
+        (
+            candidate("dp=2", 1.0, 100),
+            candidate("fsdp=2", 1.1, 80),
+            candidate("tp=2", 1.2, 79),
+            candidate("pp=2", 2.0, 40),
+        ),
+        (),
+    )
+    assert [str(each.strategy) for each in choice.smaller()] == ["fsdp=2", "pp=2"]
+
+
+def out_of_memory() -> WorkerFailed:
+    return WorkerFailed("worker 1 failed", rank=1, traceback="torch.OutOfMemoryError: CUDA out of memory. Tried ...")
+
+
+def test_out_of_memory_is_told_from_other_ends() -> None:
+    assert ran_out_of_memory(out_of_memory())
+    assert ran_out_of_memory(WorkerFailed("x", rank=0, traceback="RuntimeError: [enforce fail] not enough memory: you"))
+    assert not ran_out_of_memory(WorkerFailed("x", rank=0, traceback="ValueError: wrong"))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, outcomes: list[Any]) -> tuple[list[str], Any]:
+    """Trains with a choice of three and what running each of them gives. Returns (strategies tried, document)."""
+    tried: list[str] = []
+    options = (candidate("dp=2", 1.0, 100), candidate("fsdp=2", 1.1, 50), candidate("pp=2", 2.0, 20))
+    monkeypatch.setattr(automatic, "choose", lambda *_, **__: Choice(options[0], options, ("needs", "Chosen: dp=2.")))
+    monkeypatch.setattr(automatic, "settle", lambda asked, *_, **__: SimpleNamespace(strategy=asked.strategy))
+
+    def run_job(job: Any) -> Any:
+        tried.append(str(job.strategy))
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return SimpleNamespace(summary=outcome)
+
+    monkeypatch.setattr(automatic, "run_job", run_job)
+    return tried, lambda: train_automatically(Asked(SPEC), None)
+
+
+def test_a_run_out_of_memory_falls_back_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = {"step_seconds": 2.0, "communication_share": 0.1}
+    tried, train = run(monkeypatch, [out_of_memory(), out_of_memory(), summary])
+    assert train()["verdict"] is None
+    assert tried == ["dp=2", "fsdp=2", "pp=2"]
+    told = capsys.readouterr().err
+    assert "strategy dp=2 ran out of memory: trying fsdp=2" in told
+    assert "strategy fsdp=2 ran out of memory: trying pp=2" in told
+
+
+@pytest.mark.parametrize("outcomes", [[out_of_memory()] * 3, [WorkerFailed("x", rank=0, traceback="ValueError")]])
+def test_other_failures_and_the_last_one_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, outcomes: list[WorkerFailed]
+) -> None:
+    tried, train = run(monkeypatch, list(outcomes))
+    with pytest.raises(WorkerFailed):
+        train()
+    assert len(tried) == len(outcomes)
+
+
+def test_a_prediction_is_held_to_its_word() -> None:
+    predicted = prediction(1.0, 1, exposed=0.2)
+    assert held(predicted, {"step_seconds": 1.15, "communication_share": 0.2}) is None
+    assert held(predicted, {"step_seconds": None}) is None
+    slow = held(predicted, {"step_seconds": 2.0, "communication_share": 0.6})
+    assert slow == (
+        "A step took 2.0 s, predicted were 1.0 s: most wrong was waiting for other workers, 1.2 s instead of 200.0 ms."
+    )
+    assert "most wrong was computing" in str(held(predicted, {"step_seconds": 2.0, "communication_share": 0.1}))
