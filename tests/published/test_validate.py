@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shardwise import cli
+from shardwise.cluster.cluster import ORIGINS
 from shardwise.errors import DataError
 from shardwise.predict.published import validate as module
 from shardwise.predict.published.summary import percentile, rank_correlation
@@ -20,7 +21,15 @@ from shardwise.predict.transformer import step
 RUNS = Path(__file__).with_name("runs.csv")
 DOCS = Path(__file__).parents[2] / "docs"
 
-REACHED = {"vTrain single node": 0.08, "vTrain multi": 0.09, "SC21": 0.04, "BLOOM prequel": 0.065, "Sailor GH200": 0.10}
+REACHED = {
+    "vTrain single node": 0.08,
+    "vTrain multi": 0.085,
+    "BLOOM prequel": 0.055,
+    "SC21": 0.03,
+    "Megatron 2020": 0.04,
+    "Korthikanti": 0.04,
+    "Sailor GH200": 0.11,
+}
 """Mean error by group that must not be exceeded: what was reached, and some slack."""
 
 
@@ -38,7 +47,7 @@ def test_all_rows_are_predicted(document: dict[str, Any]) -> None:
 
 
 def test_mean_over_groups(document: dict[str, Any]) -> None:
-    assert document["mean_of_groups"] < 0.07
+    assert document["mean_of_groups"] < 0.065
 
 
 @pytest.mark.parametrize("group", REACHED)
@@ -53,6 +62,17 @@ def test_memory(document: dict[str, Any], group: str) -> None:
 
 def test_single_node_is_ranked(document: dict[str, Any]) -> None:
     assert document["groups"]["vTrain single node"]["rank_correlation"] > 0.98
+
+
+@pytest.mark.parametrize("group", ["vTrain single node", "vTrain multi", "Sailor GH200"])
+def test_the_fastest_is_among_the_first_three(document: dict[str, Any], group: str) -> None:
+    assert document["groups"][group]["best_is_predicted"] <= 3
+
+
+def test_constants_are_told(document: dict[str, Any]) -> None:
+    for name, entry in document["constants"].items():
+        assert entry["origin"] in ORIGINS, name
+        assert entry["source"], name
 
 
 def test_terms_add_up_to_the_step(document: dict[str, Any]) -> None:

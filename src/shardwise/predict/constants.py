@@ -23,6 +23,7 @@ class Constants:
         sustained_ampere: the same for Ampere at the watts per FLOP/s of A100 SXM.
         sustained_hopper: the same for Hopper and Ada at the watts per FLOP/s of H100 SXM.
         sustained_blackwell: the same for Blackwell at the watts per FLOP/s of GB200.
+        sustained_ultra: the same for Blackwell Ultra at the watts per FLOP/s of GB300.
         power_exponent: how that share grows with watts per FLOP/s among GPUs of one family.
         sustained_fp8: rate of fp8 products over twice the sustained rate of bf16.
         sustained_fp4: rate of fp4 products over four times the sustained rate of bf16.
@@ -42,6 +43,7 @@ class Constants:
             products it does not use.
         attention_fused: the same for cuDNN and flash attention 3, relative to the sustained rate.
         host_kernel: the host's time to launch one kernel of a layer, Python of the layer included.
+        host_message: the host's time for one message between stages of a pipeline.
         host_collective: the host's time to launch one collective, waiting for the streams included.
         link_share: share of the datasheet's bandwidth that a collective reaches within a node.
         network_share: the same between nodes, over networks whose adapters do the transport (InfiniBand, RoCE).
@@ -58,6 +60,7 @@ class Constants:
     sustained_ampere: float
     sustained_hopper: float
     sustained_blackwell: float
+    sustained_ultra: float
     power_exponent: float
     sustained_fp8: float
     sustained_fp4: float
@@ -74,6 +77,7 @@ class Constants:
     attention_hopper: float
     attention_fused: float
     host_kernel: float
+    host_message: float
     host_collective: float
     link_share: float
     network_share: float
@@ -87,11 +91,26 @@ class Constants:
 
 
 @cache
-def documented() -> Mapping[str, Mapping[str, Any]]:
-    """The file of constants: name -> value, origin, and where it was fitted how the error rises beside it."""
+def _file() -> Mapping[str, Any]:
     text = resources.files("shardwise.predict").joinpath("constants.json").read_text(encoding="utf-8")
-    document: Mapping[str, Mapping[str, Any]] = json.loads(text)["constants"]
+    document: Mapping[str, Any] = json.loads(text)
     return document
+
+
+def documented() -> Mapping[str, Mapping[str, Any]]:
+    """Name -> value, origin, source.
+
+    Where it was fitted also `start`, its value before the fit, and by how much the mean error over groups rises with a
+    tenth less (`rise_below`) and a tenth more (`rise_above`) of it.
+    """
+    found: Mapping[str, Mapping[str, Any]] = _file()["constants"]
+    return found
+
+
+def fit_record() -> Mapping[str, Any]:
+    """What was fitted to how many rows, and the error by group with constants fitted without it (`held_out`)."""
+    found: Mapping[str, Any] = _file()["fit"]
+    return found
 
 
 @cache

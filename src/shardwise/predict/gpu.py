@@ -27,9 +27,10 @@ FAMILIES = {
     "hopper": ("sustained_hopper", 700 / 989.4e12),
     "ada": ("sustained_hopper", 700 / 989.4e12),
     "blackwell": ("sustained_blackwell", 1200 / 2500e12),
+    "blackwell ultra": ("sustained_ultra", 1400 / 2500e12),
 }
 """Family -> its constant, and the watts per FLOP/s in half precision of the device that it is stated for: A100 SXM,
-H100 SXM, GB200."""
+H100 SXM, GB200, GB300."""
 
 LARGEST_SHARE = 0.96
 """Of the datasheet's rate, whatever the power."""
@@ -89,7 +90,8 @@ def rate(device: Device, dtype: str) -> float:
 def sustained(device: Device, dtype: str, numbers: Constants) -> float:
     """Share of the datasheet's rate that large products of this dtype keep up."""
     half = device.flops.get("bf16") or device.flops.get("fp16")
-    name, reference = FAMILIES.get(family(device), ("sustained_default", 0.0))
+    own = FAMILIES.get(device.architecture.lower()) or FAMILIES.get(family(device))
+    name, reference = own or ("sustained_default", 0.0)
     share: float = getattr(numbers, name)
     if reference and half and device.watts:
         share *= (device.watts / half / reference) ** numbers.power_exponent

@@ -77,6 +77,8 @@ def _page(document: Mapping[str, Any], plots: Sequence[str]) -> str:
         *(f"![predicted against measured]({file})" for file in plots),
         _worst(document),
         _repeats(document),
+        _held_out(document),
+        _constants(document),
         _skipped(document),
         _assumed(document),
     ]
@@ -186,6 +188,50 @@ def _repeats(document: Mapping[str, Any]) -> str:
         deviation = _share(group["repeat_mean_deviation"])
         largest = _share(group["repeat_largest_deviation"])
         lines.append(f"| {_name(name)} | {group['repeated_rows']} | {deviation} | {largest} |")
+    return "\n".join(lines)
+
+
+def _held_out(document: Mapping[str, Any]) -> str:
+    """Errors where nothing was fitted, beside those where all was."""
+    left = document["fit"].get("held_out", {})
+    found = [(name, group) for name, group in document["groups"].items() if name in left]
+    if not found:
+        return ""
+    lines = [
+        "## Where nothing was fitted",
+        "",
+        _wrapped(
+            "The constants are fitted once to all rows together. Here they were fitted anew for each group without its "
+            "rows, from values that one would take without any fit: what to expect of runs that nobody has seen."
+        ),
+        "",
+        "| group | mean error | when left out of the fit |",
+        "| --- | ---: | ---: |",
+    ]
+    lines += [f"| {_name(name)} | {_share(group['mean_error'])} | {_share(left[name])} |" for name, group in found]
+    means = [sum(values) / len(values) for values in ([g["mean_error"] for _, g in found], [left[n] for n, _ in found])]
+    return "\n".join([*lines, f"| mean | {_share(means[0])} | {_share(means[1])} |"])
+
+
+def _constants(document: Mapping[str, Any]) -> str:
+    lines = [
+        "## The constants",
+        "",
+        _wrapped(
+            "What no datasheet says: `python -m benchmarks.fit` fits them, all sources together, never by row or by "
+            "source. What each is stands in `shardwise.predict.constants.Constants`; times are in seconds. The last "
+            "two columns say by how many percentage points the mean error over groups rises with a tenth less and a "
+            "tenth more of it: near 0, the rows do not determine it."
+        ),
+        "",
+        "| constant | value | before the fit | origin | source | a tenth less | a tenth more |",
+        "| --- | ---: | ---: | --- | --- | ---: | ---: |",
+    ]
+    for name, entry in document["constants"].items():
+        rises = [f"{100 * entry[key]:+.2f}" if key in entry else "" for key in ("rise_below", "rise_above")]
+        start = f"{entry['start']:.4g}" if "start" in entry else ""
+        cells = [f"`{name}`", f"{entry['value']:.4g}", start, entry["origin"], entry["source"], *rises]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

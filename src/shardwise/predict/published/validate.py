@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.errors import DataError, RequestError
-from shardwise.predict.constants import constants
+from shardwise.predict.constants import constants, documented, fit_record
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.published.columns import named
 from shardwise.predict.published.counted import memory_terms
@@ -102,6 +102,8 @@ def _document(held: Sequence[Held], skipped: Sequence[Mapping[str, Any]]) -> dic
         "skipped_rows": list(skipped),
         "worst": [_row(each) for each in worst],
         "predictions": [_row(each) for each in held],
+        "constants": {name: dict(entry) for name, entry in documented().items()},
+        "fit": dict(fit_record()),
     }
 
 

@@ -172,6 +172,7 @@ class _Step:
         result = []
         for stage, count in enumerate(layers):
             first, last = stage == 0, stage == len(layers) - 1
+            neighbours = 2 - first - last
             parts = []
             for index, layer in enumerate((layer_forward, layer_backward)):
                 extra = (embedding[index] if first else ()) + (head[index] if last else ())
@@ -182,7 +183,7 @@ class _Step:
                         kernels=kernels,
                         exposed=count * layer.exposed + shared,
                         communication=count * layer.communication + shared,
-                        host=count * layer.host + self.host(len(extra), 0),
+                        host=count * layer.host + self.host(len(extra)) + neighbours * self.clock.numbers.host_message,
                     )
                 )
             result.append((parts[0], parts[1]))
@@ -197,7 +198,8 @@ class _Step:
             return 3 * self.clock.collective("all_reduce", 4 * t, self.groups.tensor, "tp")
         return self.clock.collective("all_reduce", 2 * t * self.sizes.hidden, self.groups.tensor, "tp")
 
-    def host(self, kernels: int, collectives: int) -> float:
+    def host(self, kernels: float, collectives: float = 0.0) -> float:
+        """Seconds that the host needs to start so many."""
         numbers = self.clock.numbers
         if self.setup.stack.graphs:
             return 0.0
@@ -206,23 +208,18 @@ class _Step:
     # ------------------------------------------------------------------ one block
 
     def layer_forward(self) -> Part:
-        return self._layer(self.passes.forward, 1.0, backward=False, collectives=2)
+        kernels = self.passes.forward
+        return self._part(self.clock.of(kernels), len(kernels), 2, backward=False)
 
     def layer_backward(self) -> Part:
-        again = {"full": 1.0, "layers": 0.5}.get(self.setup.recompute, 0.0)
-        kernels = self.clock.of(self.passes.backward)
-        recomputed = self.clock.of(self.passes.forward) if again else 0.0
-        extra = again * recomputed if again else self.clock.of(self.passes.recomputed)
-        launches = len(self.passes.backward) + (
-            again * len(self.passes.forward) if again else len(self.passes.recomputed)
-        )
-        return self._part(kernels + extra, launches, 2 + 2 * again, backward=True)
+        again = {"full": 1.0, "layers": 0.5}.get(self.setup.recompute)
+        repeated, share = (self.passes.recomputed, 1.0) if again is None else (self.passes.forward, again)
+        kernels = self.clock.of(self.passes.backward) + share * self.clock.of(repeated)
+        started = share * len(repeated) + len(self.passes.backward)
+        return self._part(kernels, started, 2 + 2 * (again or 0.0), backward=True)
 
-    def _layer(self, kernels: Iterable[Kernel], again: float, *, backward: bool, collectives: float) -> Part:
-        kernels = tuple(kernels)
-        return self._part(again * self.clock.of(kernels), len(kernels), collectives, backward=backward)
-
-    def _part(self, kernels: float, launches: float, reductions: float, *, backward: bool) -> Part:
+    def _part(self, kernels: float, started: float, reductions: float, *, backward: bool) -> Part:
+        """`kernels`: their seconds; `started`: how many there are."""
         exposed, total, calls = self.tensor_parallel(reductions, backward=backward)
         ring = self.context_parallel(backward=backward)
         sharded, sharded_exposed = self.fully_sharded(kernels + exposed, backward=backward)
@@ -230,7 +227,7 @@ class _Step:
             kernels=kernels,
             exposed=exposed + ring + sharded_exposed,
             communication=total + ring + sharded,
-            host=self.host(int(launches), int(calls)),
+            host=self.host(started, calls),
         )
 
     def tensor_parallel(self, reductions: float, *, backward: bool) -> tuple[float, float, float]:

@@ -1,0 +1,200 @@
+"""Parts of a step's time from sizes, against sums done by hand on a made-up cluster with round numbers."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from shardwise.cluster.cluster import Cluster, Device, Level, Nodes
+from shardwise.collective import Collective, Group
+from shardwise.predict.constants import Constants, constants
+from shardwise.predict.gpu import kernel_seconds
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.network import collective_seconds
+from shardwise.predict.transformer.layer import accumulation, block
+from shardwise.predict.transformer.sizes import Setup, Sizes, Stack
+from shardwise.predict.transformer.step import Clock, Groups, _Step, explained, predict
+
+H, L, V, S = 4096, 8, 50257, 2048
+SIZES = Sizes(
+    layers=L, hidden=H, heads=32, kv_heads=32, ffn=4 * H, vocab=V, sequence=S, gated=False, tied=True, biases=True
+)
+STACK = Stack(
+    attention="flash",
+    elementwise="megatron",
+    loss="megatron",
+    dropout=False,
+    overlap_gradients=False,
+    overlap_parameters=False,
+    overlap_tensor=False,
+    overlap_pipeline=False,
+    scatter_pipeline=False,
+    graphs=False,
+    gradient_bytes=2,
+    accumulation_bytes=2,
+    padded=True,
+)
+GPU = Device(
+    name="gpu",
+    kind="gpu",
+    flops={"bf16": 1e14, "float32": 1e14},
+    memory_bytes=80 * 2**30,
+    memory_bandwidth=1e12,
+    cores=100,
+    launch_seconds=0.0,
+)
+CLUSTER = Cluster(
+    name="round",
+    nodes=(Nodes(GPU, 8, 4),),
+    levels=(
+        Level(name="nvlink", span=8, bandwidth=100e9, latency=0.0),
+        Level(name="infiniband", span=32, bandwidth=10e9, latency=0.0),
+    ),
+)
+FREE = {field.name: 0.0 for field in fields(Constants)}
+ONE = dict.fromkeys(("memory_share", "link_share", "network_share", "sustained_default", "attention_forward"), 1.0)
+NUMBERS = Constants(**{**FREE, **ONE, "attention_backward": 1.0, "hosted_share": 0.5, "overlap_loss": 0.25})
+"""Everything at its datasheet's rate, nothing for starts and hops, half of a network that the host drives."""
+
+
+def setup(**changes: Any) -> Setup:
+    stack = replace(STACK, **{name: changes.pop(name) for name in list(changes) if hasattr(STACK, name)})
+    values: dict[str, Any] = {
+        "tensor": 1,
+        "pipeline": 1,
+        "data": 1,
+        "context": 1,
+        "sequence_parallel": False,
+        "chunks": 1,
+        "zero": 0,
+        "shards": 1,
+        "micro_batch": 1,
+        "microbatches": 4,
+        "recompute": "none",
+        "dtype": "bf16",
+        "linear_dtype": "bf16",
+        "scaling": "",
+        "stack": stack,
+    }
+    return Setup(**{**values, **changes})
+
+
+def step(found: Setup, numbers: Constants = NUMBERS) -> _Step:
+    return _Step(SIZES, found, Clock(CLUSTER, GPU, numbers), Groups.of(found), block(SIZES, found))
+
+
+def test_vocabulary_is_padded() -> None:
+    # 50,257 is 392.6 times 128: 50,304 on one rank, 6,400 of 51,200 on each of eight
+    assert setup().columns(V) == 50304
+    assert setup(tensor=8).columns(V) == 6400
+    assert setup(tensor=8, padded=False).columns(V) == 6283
+
+
+def test_all_reduces_of_tensor_parallelism() -> None:
+    # two in each pass, of 2 x 2048 x 4096 bytes, 7/8 of them twice over 100 GB/s
+    each = 2 * (7 / 8) * 2 * S * H / 100e9
+    tensor = step(setup(tensor=8))
+    assert tensor.tensor_parallel(2, backward=False)[0] == pytest.approx(2 * each, rel=1e-6)
+    assert tensor.tensor_parallel(4, backward=True)[0] == pytest.approx(4 * each, rel=1e-6)
+
+
+def test_backward_all_reduces_hide_behind_gradients_of_weights() -> None:
+    each = 2 * (7 / 8) * 2 * S * H / 100e9
+    tensor = step(setup(tensor=8, async_tensor=True))
+    assert tensor.tensor_parallel(2, backward=False)[0] == pytest.approx(2 * each, rel=1e-6)
+    exposed, total, _ = tensor.tensor_parallel(2, backward=True)
+    assert (exposed, total) == (pytest.approx(0.25 * 2 * each, rel=1e-6), pytest.approx(2 * each, rel=1e-6))
+
+
+def test_sequence_parallelism_moves_as_much_in_two_halves() -> None:
+    half = (7 / 8) * 2 * S * H / 100e9
+    exposed, total, calls = step(setup(tensor=8, sequence_parallel=True)).tensor_parallel(2, backward=False)
+    assert (exposed, total, calls) == (pytest.approx(4 * half, rel=1e-6), pytest.approx(4 * half, rel=1e-6), 4)
+
+
+def test_messages_between_stages() -> None:
+    # 2 x 2048 x 4096 bytes over 10 GB/s, forwards and backwards, for 4 microbatches and a pipeline of 4 to fill
+    each = 2 * S * H / 10e9
+    apart = setup(pipeline=4, tensor=8)
+    assert step(apart).messages() == pytest.approx(2 * (4 + 3) * each, rel=1e-6)
+    scattered = setup(pipeline=4, tensor=8, scatter_pipeline=True)
+    assert step(scattered).messages() == pytest.approx(2 * (4 + 3) * each / 8, rel=1e-6)
+    assert step(setup(pipeline=4, tensor=8, overlap_pipeline=True)).messages() == pytest.approx(2 * 3 * each, rel=1e-6)
+
+
+def test_first_and_last_stage_sum_their_embeddings() -> None:
+    # 2 bytes of 6,400 rows of 4,096 between two ranks of different nodes: once there and once back
+    assert step(setup(pipeline=4, tensor=8)).tied_embedding() == pytest.approx(2 * 6400 * H / 10e9, rel=1e-6)
+    assert step(setup(tensor=8)).tied_embedding() == 0.0
+
+
+def test_gradients() -> None:
+    held = step(setup(data=4, tensor=8)).parameters()
+    assert held == (L * SIZES.layer_parameters + V * H + H) / 8
+    # a ring over four nodes with one rank in each
+    once = (3 / 4) * 2 * held / 10e9
+    total, exposed, gathering = step(setup(data=4, tensor=8)).gradients(work=1e9)
+    assert (total, exposed, gathering) == (pytest.approx(2 * once, rel=1e-6), pytest.approx(2 * once, rel=1e-6), 0.0)
+    total, _, gathering = step(setup(data=4, tensor=8, zero=1)).gradients(work=1e9)
+    assert (total, gathering) == (pytest.approx(once, rel=1e-6), pytest.approx(once, rel=1e-6))
+    total, _, _ = step(setup(data=4, tensor=8, zero=1, sharded_reduction=False)).gradients(work=1e9)
+    assert total == pytest.approx(2 * once, rel=1e-6)
+    _, exposed, _ = step(setup(data=4, tensor=8, overlap_gradients=True)).gradients(work=1e9)
+    assert exposed == pytest.approx(0.25 * 2 * once, rel=1e-6)
+
+
+def test_networks_that_the_host_drives_are_slower() -> None:
+    reduce = Collective("all_reduce", 10**9, Group(4, 8))
+    hosted = replace(CLUSTER, levels=(CLUSTER.levels[0], replace(CLUSTER.levels[1], name="omni-path-100")))
+    assert collective_seconds(reduce, CLUSTER, NUMBERS) == pytest.approx(2 * (3 / 4) * 0.1)
+    assert collective_seconds(reduce, hosted, NUMBERS) == pytest.approx(2 * (3 / 4) * 0.2)
+    message = Collective("send", 10**9, Group(2, 8))
+    assert collective_seconds(message, hosted, NUMBERS) == pytest.approx(0.2)
+
+
+def test_bubble_of_a_pipeline() -> None:
+    numbers = replace(NUMBERS, memory_share=1e6)  # products alone
+    found = predict(SIZES, setup(pipeline=4, microbatches=8), CLUSTER, numbers)
+    stages = [forward.seconds + backward.seconds for forward, backward in step(setup(pipeline=4), numbers).stages()]
+    assert found.compute_seconds == pytest.approx(8 * stages[-1])  # the last one has the output
+    assert found.bubble_seconds == pytest.approx(sum(stages[:-1]))
+    interleaved = predict(SIZES, setup(pipeline=4, microbatches=8, chunks=2), CLUSTER, numbers)
+    assert interleaved.bubble_seconds == pytest.approx(sum(stages[:-1]) / 2)
+
+
+def test_the_host_is_waited_for_where_it_is_slower() -> None:
+    slow = replace(NUMBERS, host_kernel=1.0)
+    passes = block(SIZES, setup())
+    found = step(setup(), slow)
+    assert found.layer_forward().seconds == len(passes.forward)
+    again = step(setup(recompute="full"), slow).layer_backward()
+    assert again.seconds == len(passes.forward) + len(passes.backward)
+    assert step(setup(graphs=True), slow).layer_forward().host == 0.0
+
+
+def test_messages_take_time_of_the_host() -> None:
+    numbers = replace(NUMBERS, host_message=1.0)
+    stages = step(setup(pipeline=4), numbers).stages()
+    assert [forward.host for forward, _ in stages] == [1, 2, 2, 1]
+
+
+def test_products_add_to_gradients_themselves() -> None:
+    (plain,) = accumulation(setup(), 1000)
+    assert plain.bytes == 1000 * (2 + 2 * 2)
+    assert accumulation(setup(fused_accumulation=True), 1000) == []
+
+
+def test_a_kernel_takes_its_bytes_and_its_start() -> None:
+    numbers = replace(NUMBERS, kernel_start=1e-3, product_start=2e-3)
+    copy = Kernel("copy", "memory", "bf16", 0, 1e9, (1,))
+    assert kernel_seconds(copy, GPU, numbers) == pytest.approx(1e-3 + 1e-3)
+    # one whole wave of 100 tiles of 256 x 128 on 100 SMs, at the largest share of the datasheet's rate
+    product = Kernel("product", "matmul", "bf16", 0, 0, (1, 2560, 1280, 1000))
+    assert kernel_seconds(product, GPU, numbers) == pytest.approx(2 * 2560 * 1280 * 1000 / (0.96 * 1e14) + 2e-3)
+
+
+def test_terms_add_up() -> None:
+    found = predict(SIZES, setup(data=2, tensor=4, pipeline=4, zero=1), CLUSTER, constants())
+    assert sum(explained(found).values()) == pytest.approx(found.step_seconds)
