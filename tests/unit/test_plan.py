@@ -23,7 +23,7 @@ from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.run.job import Source
 from shardwise.run.planning import checked, planned
-from shardwise.run.request import settle_strategy
+from shardwise.run.request import Asked, settle, settle_strategy
 from shardwise.strategy import Strategy
 from shardwise.units import parse_bytes
 from shardwise.workload.load import load_workload
@@ -167,6 +167,7 @@ def test_a_plan_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     plan = PlanFile(
         workload=SPEC,
         strategy=Strategy.parse("dp=2,tp=2"),
+        cuts=((0, 3), (5,)),
         settings={"batch_size": "8", "a key": 'with "quotes"'},
         cluster="h100x4",
         prediction={"step_seconds": 0.25},
@@ -185,6 +186,8 @@ def test_a_plan_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ('version = 2\nworkload = "image"\nstrategy = "dp=2"\n', "version=2"),
         ('version = 1\nworkload = 3\nstrategy = "dp=2"\n', "workload=3: must be text"),
         ('version = 1\nworkload = "image"\nstrategy = "dp=2"\n[prediction]\nseconds = 1\n', "prediction.seconds"),
+        ('version = 1\nworkload = "image"\nstrategy = "pp=2"\ncuts = [[0], [5, 4]]\n', "cuts=[[0], [5, 4]]: must be"),
+        ('version = 1\nworkload = "image"\nstrategy = "pp=2"\ncuts = [0, 4]\n', "cuts=[0, 4]: must be"),
         ("version = ", "cannot be read"),
     ],
 )
@@ -243,3 +246,13 @@ def test_train_takes_the_strategy_of_a_plan_file(tmp_path: Path) -> None:
     assert settle_strategy(str(tmp_path / "plan.toml"), 2) == Strategy(dp=2)
     with pytest.raises(RequestError, match="there is no such file"):
         settle_strategy(str(tmp_path / "none.toml"), None)
+
+
+def test_a_plan_with_a_pipeline_says_where_it_is_cut(tmp_path: Path) -> None:
+    out = tmp_path / "plan.toml"
+    planned(Source(workload=SPEC), "a100-40x4", 2, objective="time", max_memory=None, fix=["pp=2"], forbid=[], out=out)
+    cuts = read_plan(out).cuts
+    assert len(cuts) >= 2
+    assert cuts[0][0] == 0
+    job = settle(Asked(SPEC, strategy=str(out), steps=1), None, on_disk=False)
+    assert job.cuts == cuts

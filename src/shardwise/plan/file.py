@@ -5,6 +5,8 @@ workload = "language"
 cluster = "h100x8"
 strategy = "fsdp=8,zero=2,microbatches=1"
 
+cuts = [[0], [12]]                  # with pp, or in blocks: links at which the blocks of each stage begin
+
 [prediction]                        # what it will cost, as it was when the plan was made
 step_seconds = 0.29
 ...
@@ -19,11 +21,15 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import RequestError, RunFolderError, StrategyError, nearest
 from shardwise.strategy import Strategy
+
+if TYPE_CHECKING:
+    from shardwise.parallel.planning import Cuts
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +38,7 @@ else:
 
 VERSION = 1
 
-_KEYS = ("version", "workload", "settings", "cluster", "strategy", "prediction", "made_with")
+_KEYS = ("version", "workload", "settings", "cluster", "strategy", "cuts", "prediction", "made_with")
 _PREDICTED = ("step_seconds", "memory_bytes", "samples_per_second", "alpha")
 
 
@@ -45,6 +51,7 @@ class PlanFile:
         settings: parameters of the workload's function.
         cluster: that it was planned for, as `--cluster` takes it; empty: the machine that it was made on.
         strategy: what to run.
+        cuts: of the step into stages and blocks, see `parallel.planning.Cuts`; empty: as costs say when it is run.
         prediction: what it was predicted to cost; keys of `_PREDICTED`.
         made_with: names of programs -> their versions.
     """
@@ -53,6 +60,7 @@ class PlanFile:
     strategy: Strategy
     settings: Mapping[str, str] = field(default_factory=dict)
     cluster: str = ""
+    cuts: Cuts = ()
     prediction: Mapping[str, float] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=dict)
 
@@ -77,6 +85,8 @@ def write_plan(path: Path, plan: PlanFile) -> None:
         f"cluster = {_quoted(plan.cluster)}",
         f"strategy = {_quoted(str(plan.strategy) or 'single')}",
     ]
+    if plan.cuts:
+        lines.append(f"cuts = {json.dumps(plan.cuts)}")
     for name in ("settings", "prediction", "made_with"):
         table: Mapping[str, Any] = getattr(plan, name)
         if table:
@@ -113,6 +123,7 @@ def read_plan(path: Path) -> PlanFile:
         strategy=strategy,
         settings={key: str(value) for key, value in tables["settings"].items()},
         cluster=_text(path, found, "cluster") if "cluster" in found else "",
+        cuts=_cuts(path, found.get("cuts", [])),
         prediction={key: _number(path, key, value) for key, value in tables["prediction"].items()},
         made_with={key: str(value) for key, value in tables["made_with"].items()},
     )
@@ -130,6 +141,18 @@ def _table(path: Path, found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(f"plan file {path}: {key}={value!r}: must be a table, [{key}]")
     return value
+
+
+def _cuts(path: Path, value: Any) -> Cuts:
+    stages = value if isinstance(value, list) and all(isinstance(stage, list) and stage for stage in value) else [[-1]]
+    starts: list[Any] = [start for stage in stages for start in stage]
+    whole = all(isinstance(start, int) and not isinstance(start, bool) for start in starts)
+    if not whole or any(a >= b for a, b in pairwise(starts)) or (starts and starts[0] != 0):
+        raise RequestError(
+            f"plan file {path}: cuts={value!r}: must be a list of stages, each a list of the links at which its blocks "
+            "begin, ascending from 0: [[0], [12]]"
+        )
+    return tuple(tuple(stage) for stage in stages)
 
 
 def _number(path: Path, key: str, value: Any) -> float:

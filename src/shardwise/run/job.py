@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,9 @@ from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 from shardwise.workload.workload import Workload
+
+if TYPE_CHECKING:
+    from shardwise.parallel.planning import Cuts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +84,14 @@ class Job:
         options: how long, and what is kept.
         folder: of the run.
         forecast: what it is predicted to take.
+        cuts: of the model into stages and blocks, where a plan file says; None: as measured costs say.
     """
 
     source: Source
     strategy: Strategy
     options: Options
     folder: Path | None = None
+    cuts: Cuts | None = None
     forecast: Forecast = field(default_factory=lambda: Forecast(reason="nothing was predicted"))
 
 
@@ -122,7 +127,7 @@ def work(job: Job) -> Trained:
     from shardwise.parallel.program import Program
     from shardwise.run.train import train
 
-    program = Program.build(job.source.load(), job.strategy)
+    program = Program.build(job.source.load(), job.strategy, cuts=job.cuts)
     return train(program, job)
 
 

@@ -12,12 +12,14 @@ import torch
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import DoesNotFit, RequestError, WorkloadError
+from shardwise.parallel.planning import cuts_blocks
 from shardwise.plan.document import plan_document
 from shardwise.plan.explain import explanation
 from shardwise.plan.file import PlanFile, read_plan, write_plan
-from shardwise.plan.plan import Plan
 from shardwise.plan.scaling import Point, cheapest, counts, dollars, scaling, smallest_that_fits, worth
+from shardwise.plan.search import Searched
 from shardwise.plan.wish import Wish
+from shardwise.predict.costs import costs_of
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.at_hand import cluster_at_hand
@@ -56,7 +58,7 @@ def planned(
     if len(points) > 1:
         document |= _curve(points, cluster)
     if out is not None:
-        write_plan(out, _file(source, cluster_text, plan))
+        write_plan(out, _file(source, cluster_text, point.searched, cluster))
         document["out"] = str(out)
     return document
 
@@ -137,15 +139,18 @@ def _curve(points: Sequence[Point], cluster: Cluster) -> dict[str, Any]:
     return {"scaling": rows, "worth_workers": last and last.workers}
 
 
-def _file(source: Source, cluster: str | None, plan: Plan) -> PlanFile:
+def _file(source: Source, name: str | None, searched: Searched, cluster: Cluster) -> PlanFile:
     assert isinstance(source.workload, str)
-    assert plan.best is not None
-    prediction = plan.best.prediction
+    assert searched.plan.best is not None
+    strategy, prediction = searched.plan.best.strategy, searched.plan.best.prediction
+    parts = costs_of(searched.profile_of(strategy), strategy, cluster).parts
+    cut = strategy.pp > 1 or (strategy.tp > 1 and cuts_blocks(strategy))
     return PlanFile(
         workload=source.workload,
         settings={key: str(value) for key, value in source.settings.items()},
-        cluster=cluster or "",
-        strategy=plan.best.strategy,
+        cluster=name or "",
+        strategy=strategy,
+        cuts=parts.cuts if cut else (),
         prediction={
             "step_seconds": prediction.step_seconds,
             "samples_per_second": prediction.samples_per_second,

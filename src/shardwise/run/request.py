@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import DataError, RequestError, RunFolderError, StrategyError, WorkloadError, nearest
 from shardwise.launch.local import under_torchrun
@@ -17,6 +17,9 @@ from shardwise.run.runfolder import create_run, find_run, last_request, read_run
 from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
+
+if TYPE_CHECKING:
+    from shardwise.parallel.planning import Cuts
 
 AnyWorkload = str | Workload | Callable[..., Workload]
 """A name (see `workload.load`), a workload, or a function that returns one."""
@@ -52,7 +55,8 @@ def settle(asked: Asked, out: str | Path | None, *, resume: bool = False, on_dis
     workload = source.load()
     check(workload, strategy)
     (forecast,) = forecasts(workload, [strategy], quiet=settled.quiet)
-    job = Job(source=source, strategy=strategy, options=settled, folder=resumed, forecast=forecast)
+    cuts = _cuts(asked.strategy)
+    job = Job(source=source, strategy=strategy, options=settled, folder=resumed, forecast=forecast, cuts=cuts)
     return replace(job, folder=settle_folder(out, workload, job)) if on_disk else job
 
 
@@ -115,6 +119,12 @@ def _read(text: str) -> Strategy:
     if is_plan_file(text):
         return read_plan(Path(text)).strategy
     return Strategy.parse(text)
+
+
+def _cuts(strategy: str | Strategy | None) -> Cuts | None:
+    """Where a plan file says that the model is to be cut; None: it does not."""
+    named = isinstance(strategy, str) and is_plan_file(strategy)
+    return (read_plan(Path(str(strategy))).cuts or None) if named else None
 
 
 def settle_options(**values: Any) -> Options:
