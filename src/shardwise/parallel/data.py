@@ -23,7 +23,7 @@ from shardwise.parallel.model import aliases_of, build_model, evaluating, untouc
 from shardwise.parallel.operations import DRAWN, Operations
 from shardwise.parallel.replicated import Replicated
 from shardwise.parallel.rows import is_split, row_layout
-from shardwise.parallel.values import map_tensors, to_device
+from shardwise.parallel.values import map_tensors, to_device, unlike
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.standin import stand_ins
@@ -81,6 +81,11 @@ class ModuleEngine:
         return self._replicas.call
 
     @property
+    def recomputing(self) -> bool:
+        """See `Engine.recomputing`."""
+        return self._operations.recomputing
+
+    @property
     def unused(self) -> Sequence[str]:
         """Names of parameters without a gradient on this worker."""
         return self._replicas.unused
@@ -92,9 +97,7 @@ class ModuleEngine:
         for number, (microbatch, scale) in enumerate(zip(share.microbatches, scales, strict=True)):
             data = self._enter(microbatch)
             with self._replicas.microbatch(number == 0, number == last):
-                with self._operations.training_pass():
-                    output = self._forward(self._replicas.call, data)
-                loss = self._loss(self._guarded(output, scale), data)
+                loss = self._loss(self._guarded(self._output(data), scale), data)
                 loss.backward(self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
             part = loss.detach() * scale
             part = part if self._workload.weight is None else part.where(scale != 0, 0)
@@ -136,6 +139,11 @@ class ModuleEngine:
         with torch.autocast(self._mesh.device.type, torch.bfloat16):
             output = call_model(call, inputs)
         return map_tensors(lambda tensor: tensor.float() if tensor.dtype == torch.bfloat16 else tensor, output)
+
+    def _output(self, data: Any) -> Any:
+        """Of a training pass; nobody keeps it, for it is large and only some losses need it in the backward pass."""
+        with self._operations.training_pass():
+            return self._forward(self._replicas.call, data)
 
     def _loss(self, output: Any, data: Any) -> Tensor:
         loss = self._workload.loss(output, data)
@@ -199,7 +207,8 @@ class ModuleEngine:
         if not batches:
             self._notes.append("the dataset can be read only once: no pass to look for repeated blocks in the model")
             return []
-        passes = [partial(self._look, model, batch) for batch in batches]
+        empty = any(parameter.is_meta for parameter in model.parameters())
+        passes = [partial(self._look, model, batch) for batch in (unlike(batches) if empty else batches)]
         devices = [self._mesh.device] if self._mesh.device.type == "cuda" else []
         with evaluating(model), untouched(model), torch.random.fork_rng(devices):
             blocks = repeated_blocks(model, steady_modules(model, passes))

@@ -80,6 +80,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def recomputing(self) -> bool:
+        """Whether a block is computed again for its backward pass."""
+        ...
+
+    @property
     def unused(self) -> Sequence[str]:
         """Names of `parameters` that got no gradient here in the last `forward_backward`: `.grad` is None or zero.
 

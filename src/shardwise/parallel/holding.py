@@ -72,11 +72,12 @@ class Holding:
         self._given: dict[dist.ProcessGroup, list[str]] = {}
         self._whole = [name for name in mine if self.sharded and mine[name].dim() == 0]
         if self.sharded:
-            from shardwise.parallel.sharded import check_dtypes, split_parameters
+            from shardwise.parallel.sharded import check_dtypes, gather_next, split_parameters
 
             check_dtypes((tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)), strategy)
             for stage in self.stages.values():
                 split_parameters(stage, stage.blocks, mesh)
+                gather_next(stage, stage.blocks)
         if weights is not None:
             self._read(weights)
         self._reducers = self._make_reducers()

@@ -32,22 +32,25 @@ class KeyedOperations:
         position: where the training is; the engine keeps it up to date.
         exchange: the tensor-parallel workers.
         replicas: the workers over which a batch norm goes; None: this one alone.
+        recomputing: whether a block is computed again.
     """
 
     def __init__(self, position: Position, exchange: Exchange, replicas: dist.ProcessGroup | None) -> None:
         self.position = position
         self.exchange = exchange
         self.replicas = replicas
+        self.recomputing = False
         self._opaque: dict[nn.Module, Operations] = {}
 
     @contextmanager
-    def at(self, position: Position) -> Iterator[None]:
-        """Draws as at another position: that of a microbatch that is computed again."""
-        current, self.position = self.position, position
+    def at(self, position: Position, *, again: bool) -> Iterator[None]:
+        """Draws as at another position: that of a microbatch whose block is computed, for the first time or again."""
+        before = self.position, self.recomputing
+        self.position, self.recomputing = position, again
         try:
             yield
         finally:
-            self.position = current
+            self.position, self.recomputing = before
 
     def mask(self, site: int, shape: Shape, p: float, placement: Placement, like: Tensor, merged: bool) -> Tensor:
         """What the part at `placement` of a tensor of `shape` is multiplied with."""

@@ -56,6 +56,7 @@ class Operations:
 
     Attributes:
         draws_unkeyed: whether the model draws random numbers that are not dropout's.
+        recomputing: whether a block is computed again.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Operations:
         self._device = device
         self._keyed = KeyedDropout(position)
         self._handlers: Handlers = {**self._keyed.handlers, F.batch_norm: self._batch_norm}
-        self._recomputing = False
+        self.recomputing = False
         self._everywhere: bool | None = None
         """Whether the mode is on in all of a pass; None before the first one, which tells."""
         self._caught = False
@@ -186,7 +187,7 @@ class Operations:
                 module._check_input_dim(input)
             tracked = module.training and module.track_running_stats
             momentum = 0.0 if module.momentum is None else module.momentum
-            if tracked and module.num_batches_tracked is not None and not self._recomputing:
+            if tracked and module.num_batches_tracked is not None and not self.recomputing:
                 module.num_batches_tracked.add_(1)
                 if module.momentum is None:  # a cumulative average
                     momentum = 1.0 / float(module.num_batches_tracked)
@@ -213,7 +214,7 @@ class Operations:
         if not training or not self._own_normalisation:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         self._replaced += 1
-        if self._recomputing:  # they have been updated; copies, for what is saved must be as many tensors as before
+        if self.recomputing:  # they have been updated; copies, for what is saved must be as many tensors as before
             running_mean = None if running_mean is None else running_mean.clone()
             running_var = None if running_var is None else running_var.clone()
         if self._group is None:
@@ -228,12 +229,12 @@ class Operations:
     @contextmanager
     def _again(self, site: int) -> Iterator[None]:
         """Draws from `site` on what was drawn there before. The backward pass may run in another thread."""
-        later, self._keyed.site, self._recomputing = self._keyed.site, site, True
+        later, self._keyed.site, self.recomputing = self._keyed.site, site, True
         try:
             with self._mode() if self._everywhere is not False else nullcontext():
                 yield
         finally:
-            self._keyed.site, self._recomputing = later, False
+            self._keyed.site, self.recomputing = later, False
 
 
 def _same(before: Any, after: Any) -> bool:

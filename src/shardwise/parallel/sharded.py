@@ -140,6 +140,21 @@ def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -
     fully_shard(root, reshard_after_forward=None if strategy.zero == 3 else False, **options)
 
 
+def gather_next(root: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """In a backward pass each block has the one that follows gathered meanwhile, and the first has none.
+
+    By default the first would have the last gathered once more, where passes of several microbatches alternate.
+    """
+    chain = [block for block in blocks if next(block.parameters(), None) is not None]
+    if next(root.parameters(recurse=False), None) is not None:
+        chain.append(root)
+    following: Any = None
+    for block in chain:
+        module: Any = block  # `fully_shard` gives it this
+        module.set_modules_to_backward_prefetch([following or module])
+        following = module
+
+
 def check_dtypes(parameters: Iterable[nn.Parameter], strategy: Strategy) -> None:
     """Raises StrategyError where trained parameters are of several dtypes, which cannot be gathered together."""
     dtypes = sorted({str(parameter.dtype) for parameter in parameters if parameter.requires_grad})

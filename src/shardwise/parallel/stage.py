@@ -174,7 +174,7 @@ class Stage(nn.Module):
 
         def compute(*values: Any) -> tuple[Any, ...]:
             nonlocal again
-            with self.keyed.at(position), _kept(block, again):
+            with self.keyed.at(position, again=again), _kept(block, again):
                 again = True
                 result: tuple[Any, ...] = block(piece, shared, values)
                 return result

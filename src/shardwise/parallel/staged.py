@@ -129,6 +129,11 @@ class GraphEngine:
         drawn = (DRAWN,) if self._keyed.draws_unkeyed else ()
         return (*self._local_notes, *self._buffers.notes, *drawn)
 
+    @property
+    def recomputing(self) -> bool:
+        """See `Engine.recomputing`."""
+        return self._keyed.recomputing
+
     # ---- graphs -----------------------------------------------------------------------------------------------------
 
     def _example(self) -> Any:

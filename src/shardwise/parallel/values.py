@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -40,6 +40,18 @@ def tensors_of(value: Any) -> list[Tensor]:
 
     map_tensors(note, value)
     return found
+
+
+def unlike(batches: Sequence[Any]) -> list[Any]:
+    """Of batches that are alike but for the values of their tensors the first: a model without values sees no more."""
+    found: dict[Any, Any] = {}
+    for batch in batches:
+        leaves, spec = tree_flatten(batch)
+        described = (
+            (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x).__name__, repr(x)) for x in leaves
+        )
+        found.setdefault((str(spec), *described), batch)
+    return list(found.values())
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

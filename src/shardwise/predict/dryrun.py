@@ -31,7 +31,7 @@ from shardwise.parallel.mesh import Allocating
 from shardwise.parallel.planning import Cuts
 from shardwise.parallel.program import Program
 from shardwise.parallel.staged import GraphEngine
-from shardwise.predict.fakes import Answers, ModelWithoutValues, fake_workers, first_share
+from shardwise.predict.fakes import Answers, ModelWithoutValues, fake_workers, first_share, replicated
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.models import builds
 from shardwise.predict.prediction import Memory
@@ -182,4 +182,4 @@ class _Run:
 
 def _first_steps(program: Program) -> int:
     """Steps until the next ones are like each other: DDP orders its buckets anew when the second begins."""
-    return 1 if isinstance(program.engine, GraphEngine) else 2
+    return 2 if replicated(program.engine) is not None else 1

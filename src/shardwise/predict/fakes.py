@@ -97,11 +97,10 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def following(self, engine: Engine) -> Iterator[None]:
         """Surrounds steps of an engine; what DDP does before a forward pass is watched."""
-        called = engine.model_of_replicas if isinstance(engine, ModuleEngine) else None
-        if not isinstance(called, DistributedDataParallel):
+        wrapped: Any = replicated(engine)
+        if wrapped is None:
             yield
             return
-        wrapped: Any = called
         original = wrapped._pre_forward
 
         def before_forward(*args: Any, **kwargs: Any) -> Any:
@@ -116,6 +115,12 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             del wrapped._pre_forward
+
+
+def replicated(engine: Engine) -> DistributedDataParallel | None:
+    """What an engine has wrapped its model in; None where it replicates none by DDP."""
+    called = engine.model_of_replicas if isinstance(engine, ModuleEngine) else None
+    return called if isinstance(called, DistributedDataParallel) else None
 
 
 def _is_order(args: Any, kwargs: dict[str, Any]) -> bool:

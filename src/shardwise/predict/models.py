@@ -21,6 +21,7 @@ from shardwise.errors import DataError, WorkloadError
 from shardwise.parallel.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.model import evaluating, persistent_buffers, plain_model, untouched
 from shardwise.parallel.traced import traced
+from shardwise.parallel.values import unlike
 from shardwise.predict.profile import Update
 from shardwise.predict.updating import update_of
 from shardwise.workload.data import first_samples
@@ -136,7 +137,8 @@ class Model:
             else:
                 collate = self.workload.collate or default_collate
                 batches = [collate([sample]) for sample in first_samples(self.workload.dataset, _ALONE) or []]
-            passes = [partial(self._look, each) for each in batches]
+            empty = any(parameter.is_meta for parameter in module.parameters())
+            passes = [partial(self._look, each) for each in (unlike(batches) if empty else batches)]
             with evaluating(module), untouched(module), torch.random.fork_rng(), torch.no_grad():
                 self._steady[samples] = steady_modules(module, passes)
         return self._steady[samples]

@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.collective import Collective
+from shardwise.parallel.engine import Engine
 from shardwise.parallel.program import Program
 from shardwise.parallel.rows import local
 from shardwise.parallel.schedule import Action
@@ -87,6 +88,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._axes = Axes(())
         self._base, self._mark, self._segment = "", "", ("", "")
         self._collects = False
+        self._engine: Engine | None = None
 
     def __enter__(self) -> Recorder:
         gc.collect()  # what is held in circles would go at some moment of the step, whichever
@@ -122,7 +124,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def following(self, program: Program) -> Iterator[None]:
         """Surrounds steps of a program: marks their parts, and tells its tensors from others."""
-        self._axes = Axes.of(program.mesh)
+        self._axes, self._engine = Axes.of(program.mesh), program.engine
         self._storages.mark((local(held.tensor) for held in program.engine.held.values()), "parameters")
         self._mark_states(program)
         with _wrapped(self, program):
@@ -138,9 +140,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def _when(self) -> str:
-        """Which pass runs: autograd says whether it goes backward; there only a repeated forward has gradients."""
+        """Which pass runs: autograd says whether it goes backward."""
         if self._base in ("forward", "backward") and torch._C._current_graph_task_id() != -1:
-            return "recompute" if torch.is_grad_enabled() else "backward"
+            return "recompute" if self._engine is not None and self._engine.recomputing else "backward"
         return self._base
 
     def _place(self, when: str) -> str:
