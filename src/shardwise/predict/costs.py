@@ -126,6 +126,7 @@ class Costs:
         self.overlap = times.device.overlap
         self._passed: dict[object, Passed] = {}
         self._moved: dict[tuple[float, float, int], float] = {}
+        self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
         self.messages = self._between()
 
     def _between(self) -> Messages:
@@ -329,12 +330,11 @@ class Costs:
         """Seconds of (gather, scatter, sum over dp)."""
         if group is None:
             return 0.0, 0.0, 0.0
-        fsdp = group_of(self.strategy, "fsdp")
-        gather = self.collective("all_gather", group.gather, fsdp) if gathers else 0.0
+        gather = self.collective("all_gather", group.gather, self._fsdp) if gathers else 0.0
         if not reduces or not group.reduce:
             return gather, 0.0, 0.0
-        mirror = self.collective("all_reduce", group.reduce // self.strategy.fsdp, group_of(self.strategy, "dp"))
-        return gather, self.collective("reduce_scatter", group.reduce, fsdp), mirror
+        mirror = self.collective("all_reduce", group.reduce // self.strategy.fsdp, self._dp)
+        return gather, self.collective("reduce_scatter", group.reduce, self._fsdp), mirror
 
     # ---- after the passes -------------------------------------------------------------------------------------------
 

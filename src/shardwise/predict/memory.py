@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from shardwise.predict.issuing import under_way
-from shardwise.predict.parts import Block, Gathered, Stage, Worker
+from shardwise.predict.parts import Gathered, Stage, Worker
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile import Profile
 from shardwise.strategy import Strategy
@@ -93,23 +93,19 @@ def _all_moments(profile: Profile, stage: Stage, *, recompute: bool) -> list[tup
         if parameter.trained:
             complete[next(link for link in parameter.links if link >= stage.first)] += parameter.bytes
     boundary = stage.kept - (profile.saved[stage.end] - profile.saved[stage.first])
+    again = _kept(profile, stage) if recompute else 0
+    block_of = {link: block for block in stage.blocks for link in range(block.first, block.end)} if recompute else {}
     found, done = [], 0
     for link in reversed(range(stage.first, stage.end)):
         layer = profile.links[link].layer
-        block = next((b for b in stage.blocks if b.first <= link < b.end), None) if recompute else None
-        if recompute:
-            activations = _recomputing(profile, stage, block, link)
+        if recompute:  # what is kept between blocks, and what the block of this link has computed again
+            block = block_of.get(link)
+            activations = again + (profile.saved[link + 1] - profile.saved[block.first] if block is not None else 0)
         else:
             activations = boundary + profile.saved[link + 1] - profile.saved[stage.first]
         found.append((activations, max(layer.temporary_backward, layer.temporary_forward), done))
         done += complete[link]
     return found
-
-
-def _recomputing(profile: Profile, stage: Stage, block: Block | None, link: int) -> int:
-    """What is kept of the microbatch that goes backwards, where blocks are computed again."""
-    inside = 0 if block is None else profile.saved[link + 1] - profile.saved[block.first]
-    return _kept(profile, stage) + inside
 
 
 def _pareto(moments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
