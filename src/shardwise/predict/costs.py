@@ -9,6 +9,7 @@ plays the same parts as events.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -126,6 +127,7 @@ class Costs:
         self.overlap = times.device.overlap
         self._passed: dict[object, Passed] = {}
         self._moved: dict[tuple[float, float, int], float] = {}
+        self._grouped: dict[tuple[Gathered | None, bool, bool], tuple[float, float, float]] = {}
         self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
         self.messages = self._between()
 
@@ -271,10 +273,11 @@ class Costs:
         if sync is None or kind == WEIGHT:
             return spent
         copied = 0.0
-        for group, gathers in (*((block.gathered, sync.blocks) for block in stage.blocks), (stage.root, sync.root)):
+        groups = Counter((block.gathered, sync.blocks) for block in stage.blocks) + Counter([(stage.root, sync.root)])
+        for (group, gathers), count in groups.items():
             if group is not None:
-                copied += self.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
-                copied += self.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
+                copied += count * self.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
+                copied += count * self.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
         return spent + Spent(kernels=copied)
 
     def buckets(self, stage: Stage, seconds: float) -> list[tuple[float, float]]:
@@ -328,8 +331,12 @@ class Costs:
 
     def _group(self, group: Gathered | None, gathers: bool, reduces: bool) -> tuple[float, float, float]:
         """Seconds of (gather, scatter, sum over dp)."""
-        if group is None:
-            return 0.0, 0.0, 0.0
+        key = group, gathers, reduces
+        if key not in self._grouped:
+            self._grouped[key] = (0.0, 0.0, 0.0) if group is None else self._sharing(group, gathers, reduces)
+        return self._grouped[key]
+
+    def _sharing(self, group: Gathered, gathers: bool, reduces: bool) -> tuple[float, float, float]:
         gather = self.collective("all_gather", group.gather, self._fsdp) if gathers else 0.0
         if not reduces or not group.reduce:
             return gather, 0.0, 0.0

@@ -9,7 +9,7 @@ Everything that `parallel` decides about messages is decided here in the same wa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -237,18 +237,13 @@ def module_blocks(profile: Profile) -> list[tuple[int, int]]:
 
 
 def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]], *, module: bool) -> Iterable[Worker]:
-    count = len(cuts)
     bounds = [*(starts[0] for starts in cuts), len(profile.links)]
-    stage_of = [stage for stage, (a, b) in enumerate(pairwise(bounds)) for _ in range(a, b)]
-    homes: list[list[int]] = [[] for _ in profile.parameters]
-    for stage, (a, b) in enumerate(pairwise(bounds)):
-        for index in profile.within(a, b):
-            homes[index].append(stage)
-    placed = [sorted({stage % strategy.pp for stage in stages}) for stages in homes]
+    ranges = list(pairwise(bounds))
+    stage_of = [stage for stage, (a, b) in enumerate(ranges) for _ in range(a, b)]
+    homes = {index: {stage_of[link] for link in profile.parameters[index].links} for index in profile.shared}
     for place in range(strategy.pp):
-        own = range(place, count, strategy.pp)
-        here = [index for index, workers in enumerate(placed) if place in workers]
-        twice = {index for index in here if len([s for s in homes[index] if s in own]) > 1}
+        own = range(place, len(cuts), strategy.pp)
+        twice = {index for index, stages in homes.items() if len(stages.intersection(own)) > 1}
         if twice and strategy.splits_parameters:
             name = profile.parameters[min(twice)].name
             raise StrategyError(
@@ -258,7 +253,12 @@ def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]]
         stages = tuple(
             _stage(profile, strategy, stage, cuts[stage], bounds, stage_of, twice, module=module) for stage in own
         )
-        yield _worker(profile, strategy, place, stages, here, twice, placed)
+        tied = {
+            index: tuple(sorted({stage % strategy.pp for stage in found}))
+            for index, found in homes.items()
+            if found.intersection(own) and profile.parameters[index].trained
+        }
+        yield _worker(profile, strategy, place, stages, tuple(ranges[stage] for stage in own), twice, tied)
 
 
 def _worker(
@@ -266,35 +266,35 @@ def _worker(
     strategy: Strategy,
     place: int,
     stages: tuple[Stage, ...],
-    here: Sequence[int],
+    ranges: tuple[tuple[int, int], ...],
     twice: set[int],
-    placed: Sequence[Sequence[int]],
+    homes: Mapping[int, tuple[int, ...]],
 ) -> Worker:
-    parameters = [profile.parameters[index] for index in here]
-    trained = [parameter for parameter in parameters if parameter.trained]
-    tied: dict[tuple[int, ...], list[Parameter]] = {}
-    for index in here:
-        if len(placed[index]) > 1 and profile.parameters[index].trained:
-            tied.setdefault(tuple(placed[index]), []).append(profile.parameters[index])
+    kinds = profile.kinds_within(ranges)
+    trained = [(parameter, count) for parameter, count in kinds if parameter.trained]
+    tied: dict[tuple[int, ...], list[tuple[Parameter, int]]] = {}
+    for index, workers in homes.items():
+        if len(workers) > 1:
+            tied.setdefault(workers, []).append((profile.parameters[index], 1))
     replicated = strategy.replicas > 1 and not strategy.splits_parameters
     several = [profile.parameters[index] for index in sorted(twice) if profile.parameters[index].trained]
     return Worker(
         place,
         stages,
         tuple(_reducer_buckets(several, stages[0].first)) if replicated and several else (),
-        _flat([parameter for parameter in trained if parameter.summed], strategy),
+        _flat([(parameter, count) for parameter, count in trained if parameter.summed], strategy),
         tuple((workers, size) for workers, shared in tied.items() for size in _flat(shared, strategy)),
-        sum(_share(parameter, strategy) for parameter in parameters),
-        sum(_share(parameter, strategy) for parameter in trained),
-        *_updated(trained, strategy),
+        sum(count * _share(parameter, strategy) for parameter, count in kinds),
+        sum(count * _share(parameter, strategy) for parameter, count in trained),
+        *_updated(profile, ranges, trained, strategy),
     )
 
 
-def _flat(parameters: Sequence[Parameter], strategy: Strategy) -> tuple[int, ...]:
-    """Bytes of the messages in which gradients are added up: one for each size of elements."""
+def _flat(parameters: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tuple[int, ...]:
+    """Bytes of the messages in which gradients of (parameter, how many) are added up: one for each size of elements."""
     sizes: dict[int, int] = {}
-    for parameter in parameters:
-        sizes[parameter.itemsize] = sizes.get(parameter.itemsize, 0) + _share(parameter, strategy)
+    for parameter, count in parameters:
+        sizes[parameter.itemsize] = sizes.get(parameter.itemsize, 0) + count * _share(parameter, strategy)
     return tuple(sizes.values())
 
 
@@ -306,10 +306,18 @@ def _share(parameter: Parameter, strategy: Strategy) -> int:
     return rows * (parameter.bytes // parameter.shape[0]) if parameter.shape[0] else 0
 
 
-def _updated(trained: Sequence[Parameter], strategy: Strategy) -> tuple[tuple[int, int], tuple[int, ...]]:
+def _updated(
+    profile: Profile,
+    ranges: tuple[tuple[int, int], ...],
+    kinds: Sequence[tuple[Parameter, int]],
+    strategy: Strategy,
+) -> tuple[tuple[int, int], tuple[int, ...]]:
     """(elements, tensors) of the replica that updates most, and what replicas send each other then."""
     if strategy.zero != 1 or strategy.replicas == 1:
-        return (sum(_share(p, strategy) // p.itemsize for p in trained), len(trained)), ()
+        elements = sum(count * (_share(parameter, strategy) // parameter.itemsize) for parameter, count in kinds)
+        return (elements, sum(count for _, count in kinds)), ()
+    indices = sorted({index for first, end in ranges for index in profile.within(first, end)})
+    trained = [profile.parameters[index] for index in indices if profile.parameters[index].trained]
     owners = deal({parameter.name: parameter.elements for parameter in trained}, strategy.replicas)
     by_owner: list[list[Parameter]] = [[] for _ in range(strategy.replicas)]
     for parameter in trained:

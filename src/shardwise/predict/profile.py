@@ -13,6 +13,7 @@ share one layer, so that a model of a thousand equal blocks is as quick to predi
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain
@@ -240,6 +241,31 @@ class Profile:
         key = ("within", first, end)
         if key not in self.kept:
             self.kept[key] = tuple(sorted(set(chain.from_iterable(self._users[first:end]))))
+        found = self.kept[key]
+        assert isinstance(found, tuple)
+        return found
+
+    @cached_property
+    def shared(self) -> tuple[int, ...]:
+        """Indices of the parameters that several links use."""
+        return tuple(index for index, parameter in enumerate(self.parameters) if len(parameter.links) > 1)
+
+    @cached_property
+    def _kinds(self) -> tuple[int, ...]:
+        """For each parameter the index of the first one that is like it but for its name and its links."""
+        first: dict[object, int] = {}
+        return tuple(
+            first.setdefault((p.shape, p.itemsize, p.trained, p.cut, p.summed, p.buffer), index)
+            for index, p in enumerate(self.parameters)
+        )
+
+    def kinds_within(self, ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[Parameter, int], ...]:
+        """(one of them, how many) of the parameters that ranges of links use, like ones together, in their order."""
+        key = ("kinds within", ranges)
+        if key not in self.kept:
+            indices = {index for first, end in ranges for index in self.within(first, end)}
+            counts = Counter(map(self._kinds.__getitem__, sorted(indices)))
+            self.kept[key] = tuple((self.parameters[kind], count) for kind, count in counts.items())
         found = self.kept[key]
         assert isinstance(found, tuple)
         return found
