@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from shardwise.parallel.schedule import Action, order
 from shardwise.predict.passes import Piece, bucketed, gathered
-from shardwise.predict.pipelines import Ends, Messages, StageTime, pipeline_seconds, played
-
-NONE = Ends({}, {}, handed_on=False)
+from shardwise.predict.pipelines import Messages, StageTime, Timed, pipeline_seconds, played
 
 
-def tables(schedule: str, workers: int, microbatches: int, stages: int = 1) -> list[list[Action]]:
-    return [order(schedule, worker, workers, stages, microbatches) for worker in range(workers)]
+def tables(
+    schedule: str, workers: int, microbatches: int, stages: Sequence[StageTime], **others: float
+) -> list[list[Timed]]:
+    """Each worker's table with the seconds of its stages; `others`: of every pass."""
+    return [
+        [Timed(action, seconds(action, stages[action.stage]), **others) for action in each]
+        for each in (
+            order(schedule, worker, workers, len(stages) // workers, microbatches) for worker in range(workers)
+        )
+    ]
+
+
+def seconds(action: Action, stage: StageTime) -> float:
+    return {"F": stage.forward, "I": stage.backward, "W": stage.weights}.get(
+        action.kind, stage.backward + stage.weights
+    )
 
 
 def chained(count: int, workers: int, seconds: float) -> Messages:
@@ -33,17 +47,17 @@ def test_equal_stages(workers: int, microbatches: int) -> None:
     stage = StageTime(f, b)
     messages = chained(workers, workers, 0.0)
     for schedule in ("gpipe", "1f1b"):
-        seconds = microbatches * (f + b) + bubble
-        assert pipeline_seconds(schedule, [stage] * workers, workers, microbatches) == pytest.approx(seconds)
-        found = played(tables(schedule, workers, microbatches), [stage] * workers, messages, NONE)
-        assert max(found) == pytest.approx(seconds)
+        whole = microbatches * (f + b) + bubble
+        assert pipeline_seconds(schedule, [stage] * workers, workers, microbatches) == pytest.approx(whole)
+        found = played(tables(schedule, workers, microbatches, [stage] * workers), messages)
+        assert max(found) == pytest.approx(whole)
     halves = [StageTime(f / 2, b / 2)] * (2 * workers)
-    seconds = microbatches * (f + b) + bubble / 2
-    assert pipeline_seconds("interleaved", halves, workers, microbatches) == pytest.approx(seconds)
-    both = played(tables("interleaved", workers, microbatches, 2), halves, chained(2 * workers, workers, 0.0), NONE)
-    assert max(both) == pytest.approx(seconds)
+    whole = microbatches * (f + b) + bubble / 2
+    assert pipeline_seconds("interleaved", halves, workers, microbatches) == pytest.approx(whole)
+    both = played(tables("interleaved", workers, microbatches, halves), chained(2 * workers, workers, 0.0))
+    assert max(both) == pytest.approx(whole)
     split = [StageTime(f, b - w, w)] * workers
-    parts = played(tables("zero-bubble", workers, microbatches), split, messages, NONE)
+    parts = played(tables("zero-bubble", workers, microbatches, split), messages)
     assert max(parts) == pytest.approx(microbatches * (f + b) + (workers - 1) * (f + b - 2 * w), rel=0.12)
 
 
@@ -52,22 +66,22 @@ def test_two_stages_by_hand() -> None:
     0  F0 F1 .. .. B0 .. B1      F 1 s, B 2 s on the first, F 2 s, B 3 s on the second, messages 0.5 s
     1  .. F0 .. B0 F1 .. B1
     """
-    stages = [StageTime(1.0, 2.0), StageTime(2.0, 3.0)]
+    stages, messages = [StageTime(1.0, 2.0), StageTime(2.0, 3.0)], chained(2, 2, 0.5)
     # the second begins at 1.5 s: F0 to 3.5, B0 to 6.5, F1 to 8.5, B1 to 11.5; the first does B1 from 12 to 14
-    found = played(tables("1f1b", 2, 2), stages, chained(2, 2, 0.5), NONE)
-    assert found == [14.0, 11.5]
-    # with heads the second begins at 1 + 0.25 + 0.5 and ends F0 later by its own, too
-    heads = played(tables("1f1b", 2, 2), stages, chained(2, 2, 0.5), Ends({0: 0.25, 1: 0.5}, {}, handed_on=False))
-    assert heads == [14.75, 12.25]
-    # a tail of the second is waited for by the first only where gradients are sent after it
-    tails = {1: 1.0}
-    assert played(tables("1f1b", 2, 2), stages, chained(2, 2, 0.5), Ends({}, tails, handed_on=False)) == [14.0, 12.5]
-    assert played(tables("1f1b", 2, 2), stages, chained(2, 2, 0.5), Ends({}, tails, handed_on=True)) == [15.0, 12.5]
+    assert played(tables("1f1b", 2, 2, stages), messages) == [14.0, 11.5]
+    # what comes after passes is waited for at the end
+    assert played(tables("1f1b", 2, 2, stages, after=1.0), messages) == [15.0, 12.5]
+    # hosts that need 4 s for each pass: the second is done with B1 at 16, the first has 16 s of its own, too
+    assert played(tables("1f1b", 2, 2, stages, launching=4.0), messages) == [18.5, 16.0]
+    # a first pass that takes 0.25 s longer is waited for by both
+    longer = tables("1f1b", 2, 2, stages)
+    longer[0][0] = Timed(longer[0][0].action, 1.25)
+    assert played(longer, messages) == [14.25, 11.75]
 
 
 def test_messages_follow_each_other() -> None:
     stages = [StageTime(1.0, 1.0), StageTime(1.0, 1.0)]
-    found = played(tables("gpipe", 2, 3), stages, chained(2, 2, 4.0), NONE)
+    found = played(tables("gpipe", 2, 3, stages), chained(2, 2, 4.0))
     # values arrive at 5, 9, 13; the second is done with F2 at 14, B0 15 ... B2 17; gradients arrive at 19, 23, 27
     assert found == [28.0, 17.0]
     assert pipeline_seconds("gpipe", [StageTime(1, 1, 0, 4, 4)] * 2, 2, 30) >= 29 * 4.0
@@ -78,7 +92,7 @@ def test_formulas_of_unequal_stages(schedule: str) -> None:
     per_worker = 2 if schedule == "interleaved" else 1
     count = 4 * per_worker
     stages = [StageTime(1.0 + 0.1 * s % 0.4, 2.0 + 0.2 * (s % 3), 0.0, 0.05, 0.05) for s in range(count)]
-    found = played(tables(schedule, 4, 64, per_worker), stages, chained(count, 4, 0.05), NONE)
+    found = played(tables(schedule, 4, 64, stages), chained(count, 4, 0.05))
     assert pipeline_seconds(schedule, stages, 4, 64) == pytest.approx(max(found), rel=0.04)
 
 

@@ -17,7 +17,7 @@ from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.errors import StrategyError
 from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
-from shardwise.predict.issuing import Sync, actions_of
+from shardwise.predict.issuing import Sync
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds, origins
 from shardwise.predict.memory import memory_of
@@ -33,11 +33,11 @@ from shardwise.predict.parts import (
     parts_of,
 )
 from shardwise.predict.passes import Passed, Piece, bucketed, gathered, slowed
-from shardwise.predict.pipelines import Ends, Messages, StageTime, pipeline_seconds, played
+from shardwise.predict.pipelines import Messages, StageTime, pipeline_seconds, played
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import DTYPES, Spent, Timed, timed
-from shardwise.predict.work import Work, work_of
+from shardwise.predict.work import Work, table_of, work_of
 from shardwise.strategy import Strategy
 
 SHORT_TABLE = 256
@@ -471,12 +471,9 @@ class Costs:
         strategy = self.strategy
         if strategy.pp == 1:
             return [work.seconds for work in works]
-        stages = [time for _, time in sorted((n, t) for work in works for n, t in work.times.items())]
         if strategy.pp * strategy.stages_per_worker * strategy.microbatches <= SHORT_TABLE:
-            tables = [actions_of(strategy, place) for place in range(strategy.pp)]
-            heads = {stage: more for work in works for stage, more in work.heads.items()}
-            each = {stage: more for work in works for stage, more in work.tails.items()}
-            return played(tables, stages, self.messages, Ends(heads, each, strategy.splits_parameters))
+            return played([table_of(self, worker) for worker in self.parts.workers], self.messages)
+        stages = [time for _, time in sorted((n, t) for work in works for n, t in work.times.items())]
         whole = pipeline_seconds(strategy.schedule, stages, strategy.pp, strategy.microbatches)
         whole += sum(sum(work.heads.values()) for work in works)
         tails = [sum(work.tails.values()) for work in works]

@@ -20,9 +20,11 @@ class Happened:
     Args:
         done: operations of all workers.
         received: messages by the worker that they came to.
+        inline: whether devices are their hosts, which are never waited for apart.
     """
 
-    def __init__(self, done: Iterable[Operation], received: Mapping[int, Sequence[Operation]]) -> None:
+    def __init__(self, done: Iterable[Operation], received: Mapping[int, Sequence[Operation]], *, inline: bool) -> None:
+        self._inline = inline
         self._computed: dict[int, list[Operation]] = {}
         self._communicated: dict[int, list[Operation]] = {}
         self._received = received
@@ -71,10 +73,11 @@ class Happened:
             if operation.idle < 0:
                 continue
             gap, cause = operation.start - operation.idle, operation.cause
-            if cause is None or cause.end < operation.start - _CLOSE:
+            late = cause is None or cause.end < operation.start - _CLOSE
+            if late and not self._inline:
                 idle += gap
                 continue
-            if cause.kind == "message":
+            if cause is not None and cause.kind == "message" and not late:
                 seen = max(0.0, cause.ready - max(cause.start, operation.idle))
             else:
                 seen = busy.within(operation.idle, operation.start)

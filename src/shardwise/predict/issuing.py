@@ -137,20 +137,29 @@ def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
 
 @lru_cache(maxsize=4096)
 def _turns(strategy: Strategy, place: int) -> tuple[Turn, ...]:
+    counts = Counter(turn.kind for turn in table(strategy, place))
+    first = {turn.kind: turn for turn in reversed(table(strategy, place))}
+    return tuple(replace(first[kind], count=count) for kind, count in counts.items())
+
+
+def table(strategy: Strategy, place: int) -> tuple[Turn, ...]:
+    """All passes of a worker in its order, one by one."""
+    return _table(_of_order(strategy), place)
+
+
+@lru_cache(maxsize=1024)
+def _table(strategy: Strategy, place: int) -> tuple[Turn, ...]:
     actions = actions_of(strategy, place)
     shards = syncs(strategy, actions) if strategy.splits_parameters else [None] * len(actions)
     last = {action.stage: index for index, action in enumerate(actions) if action.kind not in (FORWARD, WEIGHT)}
     seen: set[int] = set()
-    counted: dict[tuple[str, int, Sync | None, bool, bool], tuple[Action, int]] = {}
+    found = []
     for index, (action, sync) in enumerate(zip(actions, shards, strict=True)):
-        final = last[action.stage] == index
         first = action.kind != FORWARD and action.stage not in seen
         if action.kind not in (FORWARD, INPUT):
             seen.add(action.stage)
-        key = action.kind, action.stage, sync, final, first
-        example, count = counted.get(key, (action, 0))
-        counted[key] = example, count + 1
-    return tuple(Turn(example, key[2], key[3], key[4], count) for key, (example, count) in counted.items())
+        found.append(Turn(action, sync, last[action.stage] == index, first, 1))
+    return tuple(found)
 
 
 def under_way(strategy: Strategy, place: int) -> tuple[tuple[int, int], ...]:

@@ -15,11 +15,10 @@ A short table is played instead: pass by pass, each as soon as its worker and wh
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
+from shardwise.parallel.schedule import BACKWARD, INPUT, Action
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,6 @@ class StageTime:
         forward, backward, weights: of one microbatch.
         arrives: until what the stage before sent has arrived, after it was sent.
         returns: until the gradient that the stage behind sent has arrived.
-        launching: that its host needs to start each kind of pass: forward, backward, weights. It runs ahead.
     """
 
     forward: float
@@ -38,56 +36,50 @@ class StageTime:
     weights: float = 0.0
     arrives: float = 0.0
     returns: float = 0.0
-    launching: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
-    """What the first and the last pass of stages take longer than the others.
+class Timed:
+    """One pass of a table with its seconds.
 
     Attributes:
-        heads: by stage, of its first forward pass.
-        tails: by stage, of its last backward pass.
-        handed_on: whether the gradients that the last pass sends wait for its tail.
+        action: which.
+        seconds: that the device needs.
+        launching: that its host needs to start it; it runs ahead.
+        after: that the worker needs beyond it before it is done, while what the pass sends is under way.
     """
 
-    heads: Mapping[int, float]
-    tails: Mapping[int, float]
-    handed_on: bool
+    action: Action
+    seconds: float
+    launching: float = 0.0
+    after: float = 0.0
 
 
 Messages = Mapping[tuple[str, int], Sequence[tuple[int, float]]]
 """(F or B, stage) -> (stage on another worker that it hears from, seconds of the message)."""
 
 
-def played(
-    tables: Sequence[Sequence[Action]], stages: Sequence[StageTime], messages: Messages, ends: Ends
-) -> list[float]:
+def played(tables: Sequence[Sequence[Timed]], messages: Messages) -> list[float]:
     """When each worker has done its table. Messages from one worker to another follow each other.
 
     Args:
         tables: of each worker; stage s lies on worker s % their number.
-        stages: all of them in order.
         messages: between stages on different workers.
-        ends: what first and last passes take longer.
     """
-    game = _Game(tables, stages, messages, ends)
+    game = _Game(tables, messages)
     while any(place < len(table) for place, table in zip(game.places, tables, strict=True)):
         for worker in range(len(tables)):
             game.play(worker)
-    return game.clocks
+    return game.ends
 
 
 class _Game:
-    def __init__(
-        self, tables: Sequence[Sequence[Action]], stages: Sequence[StageTime], messages: Messages, ends: Ends
-    ) -> None:
-        self.tables, self.stages, self.messages, self.ends = tables, stages, messages, ends
-        self.clocks, self.places = [0.0] * len(tables), [0] * len(tables)
-        self._hosts = [0.0] * len(tables)
+    def __init__(self, tables: Sequence[Sequence[Timed]], messages: Messages) -> None:
+        self.tables, self.messages = tables, messages
+        self.places, self.ends = [0] * len(tables), [0.0] * len(tables)
+        self._clocks, self._hosts = [0.0] * len(tables), [0.0] * len(tables)
         self._arrived: dict[tuple[str, int, int, int], float] = {}
         self._channels: dict[tuple[int, int], float] = {}
-        self._left = [Counter(action.stage for action in table if action.kind in _BACK) for table in tables]
         self._targets: dict[tuple[str, int], list[tuple[int, float]]] = {}
         for (kind, target), sources in messages.items():
             for source, seconds in sources:
@@ -97,17 +89,17 @@ class _Game:
         """Goes on until the worker waits for another one, or has done its table."""
         table = self.tables[worker]
         while self.places[worker] < len(table):
-            action = table[self.places[worker]]
-            arrived = self._when(action)
+            turn = table[self.places[worker]]
+            arrived = self._when(turn.action)
             if arrived is None:
                 return
             self.places[worker] += 1
-            self._pass(worker, action, max(self.clocks[worker], arrived))
+            self._pass(worker, turn, max(self._clocks[worker], arrived))
 
     def _when(self, action: Action) -> float | None:
         """When what an action needs is there; None: that is not known yet."""
-        kind = BACKWARD if action.kind in _BACK else action.kind
         latest = 0.0
+        kind = BACKWARD if action.kind == INPUT else action.kind
         for source, _ in self.messages.get((kind, action.stage), ()):
             arrival = self._arrived.get((kind, source, action.stage, action.microbatch))
             if arrival is None:
@@ -115,39 +107,17 @@ class _Game:
             latest = max(latest, arrival)
         return latest
 
-    def _pass(self, worker: int, action: Action, start: float) -> None:
-        kind, stage = (BACKWARD if action.kind in _BACK else action.kind), action.stage
-        head = self.ends.heads.get(stage, 0.0) if kind == FORWARD and not action.microbatch else 0.0
-        self._hosts[worker] += _launching(action, self.stages[stage])
-        end, tail = max(start + _duration(action, self.stages[stage]) + head, self._hosts[worker]), 0.0
-        if kind == BACKWARD:
-            self._left[worker][stage] -= 1
-            tail = 0.0 if self._left[worker][stage] else self.ends.tails.get(stage, 0.0)
-        self.clocks[worker] = end + tail
-        for target, seconds in self._targets.get((kind, stage), ()):
+    def _pass(self, worker: int, turn: Timed, start: float) -> None:
+        action = turn.action
+        kind = BACKWARD if action.kind == INPUT else action.kind
+        self._hosts[worker] += turn.launching
+        end = max(start + turn.seconds, self._hosts[worker])
+        self._clocks[worker] = end
+        self.ends[worker] = max(self.ends[worker], end + turn.after)
+        for target, seconds in self._targets.get((kind, action.stage), ()):
             channel = worker, target % len(self.tables)
-            sent = max(end + (tail if self.ends.handed_on else 0.0), self._channels.get(channel, 0.0)) + seconds
-            self._channels[channel] = self._arrived[kind, stage, target, action.microbatch] = sent
-
-
-_BACK = (BACKWARD, INPUT)
-
-
-def _duration(action: Action, stage: StageTime) -> float:
-    if action.kind == FORWARD:
-        return stage.forward
-    if action.kind == WEIGHT:
-        return stage.weights
-    return stage.backward + (stage.weights if action.kind == BACKWARD else 0.0)
-
-
-def _launching(action: Action, stage: StageTime) -> float:
-    forward, backward, weights = stage.launching
-    if action.kind == FORWARD:
-        return forward
-    if action.kind == WEIGHT:
-        return weights
-    return backward + (weights if action.kind == BACKWARD else 0.0)
+            sent = max(end, self._channels.get(channel, 0.0)) + seconds
+            self._channels[channel] = self._arrived[kind, action.stage, target, action.microbatch] = sent
 
 
 def pipeline_seconds(schedule: str, stages: Sequence[StageTime], workers: int, microbatches: int) -> float:

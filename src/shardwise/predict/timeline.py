@@ -21,7 +21,7 @@ from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.predict.costs import Costs, costs_of
 from shardwise.predict.events import COMPUTE, Operation, Simulation
 from shardwise.predict.happened import Happened
-from shardwise.predict.issuing import Sync, actions_of, syncs
+from shardwise.predict.issuing import Sync, table
 from shardwise.predict.parts import REPORT_BYTES, Stage, Worker, group_of
 from shardwise.predict.passes import Piece
 from shardwise.predict.prediction import Prediction
@@ -197,7 +197,7 @@ class _Step:
         for host in self.hosts:
             self._program(host)
         seconds = self.simulation.run()
-        happened = Happened(self.simulation.done, self._received())
+        happened = Happened(self.simulation.done, self._received(), inline=self.inline)
         index = max(range(len(self.hosts)), key=happened.computed)
         ranks = tuple(_rank(self.strategy, h.pipeline.row, h.pipeline.column, h.place) for h in self.hosts)
         profile, device = self.usual.profile, self.usual.times.device
@@ -225,18 +225,12 @@ class _Step:
 
     def _program(self, host: _Host) -> None:
         strategy = self.strategy
-        actions = actions_of(strategy, host.place)
-        shards = syncs(strategy, actions) if strategy.splits_parameters else [None] * len(actions)
-        last = {action.stage: index for index, action in enumerate(actions) if action.kind not in (FORWARD, WEIGHT)}
         stages = {stage.number: stage for stage in host.worker.stages}
-        seen: set[int] = set()
-        for index, (action, sync) in enumerate(zip(actions, shards, strict=True)):
-            stage, final = stages[action.stage], last[action.stage] == index
-            first = action.kind != FORWARD and action.stage not in seen
-            if action.kind not in (FORWARD, INPUT):
-                seen.add(action.stage)
+        for turn in table(strategy, host.place):
+            action, sync, final = turn.action, turn.sync, turn.final
+            stage = stages[action.stage]
             self._arrive(host, action)
-            spent = host.costs.computed(stage, action.kind, sync, final=final, first=first)
+            spent = host.costs.computed(stage, action.kind, sync, final=final, first=turn.first)
             if sync is not None and action.kind != WEIGHT:
                 self._sharded(host, action, stage, sync, spent)
             elif final and stage.buckets and action.kind != WEIGHT:

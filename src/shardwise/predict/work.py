@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
-from shardwise.predict.issuing import Turn, turns
+from shardwise.predict.issuing import Turn, table, turns
 from shardwise.predict.parts import Worker
 from shardwise.predict.passes import Passed
-from shardwise.predict.pipelines import StageTime
+from shardwise.predict.pipelines import StageTime, Timed
 from shardwise.predict.timing import Spent
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ def work_of(costs: Costs, worker: Worker) -> Work:
     seconds = [
         passed.compute.device + waited + passed.slowed for (_, passed), waited in zip(passes, exposed, strict=True)
     ]
-    launching = [0.0 if passed.compute.inline else passed.compute.launching for _, passed in passes]
-    times = _times(costs, stages, _usual(turned, seconds), _usual(turned, launching))
+    times = _times(costs, stages, _usual(turned, seconds))
     return Work(
         times,
         spent,
@@ -106,20 +105,31 @@ def _usual(turned: Iterable[Turn], seconds: Iterable[float]) -> dict[tuple[int, 
     return {key: each for key, (_, each) in found.items()}
 
 
-Usual = Mapping[tuple[int, str], float]
-
-
-def _times(costs: Costs, stages: Iterable[int], seconds: Usual, launching: Usual) -> dict[int, StageTime]:
-    def of(usual: Usual, stage: int) -> tuple[float, float, float]:
-        backward = usual[stage, INPUT] if (stage, INPUT) in usual else usual[stage, BACKWARD]
-        return usual[stage, FORWARD], backward, usual.get((stage, WEIGHT), 0.0)
-
+def _times(costs: Costs, stages: Iterable[int], usual: Mapping[tuple[int, str], float]) -> dict[int, StageTime]:
     return {
         stage: StageTime(
-            *of(seconds, stage), costs.waits(FORWARD, stage), costs.waits(BACKWARD, stage), of(launching, stage)
+            usual[stage, FORWARD],
+            usual[stage, INPUT] if (stage, INPUT) in usual else usual[stage, BACKWARD],
+            usual.get((stage, WEIGHT), 0.0),
+            costs.waits(FORWARD, stage),
+            costs.waits(BACKWARD, stage),
         )
         for stage in stages
     }
+
+
+def table_of(costs: Costs, worker: Worker) -> list[Timed]:
+    """All passes of a worker in its order. Buckets of gradients are waited for when all passes are over."""
+    stages = {stage.number: stage for stage in worker.stages}
+    sharded = costs.strategy.splits_parameters
+    found = []
+    for turn in table(costs.strategy, worker.place):
+        action = turn.action
+        passed = costs.passed(stages[action.stage], action.kind, turn.sync, turn.final, turn.first)
+        seconds = passed.compute.device + passed.slowed + (passed.exposed if sharded else 0.0)
+        launching = 0.0 if passed.compute.inline else passed.compute.launching
+        found.append(Timed(action, seconds, launching, 0.0 if sharded else passed.exposed))
+    return found
 
 
 def _ends(costs: Costs, turned: list[Turn], seconds: list[float]) -> tuple[dict[int, float], dict[int, float]]:
