@@ -8,12 +8,13 @@ import torch
 from pool import Pools
 
 from shardwise.cluster.cases import all_cases
-from shardwise.cluster.cluster import SHAPES, Cluster
+from shardwise.cluster.cluster import PROGRAMS, SHAPES, Cluster
 from shardwise.cluster.linking import OPERATIONS, layouts
 from shardwise.cluster.reading import read_cluster
 from shardwise.cluster.writing import write_cluster
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibrate import Effort, summary, work
+from shardwise.run.footprint import footprint
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 
@@ -26,8 +27,12 @@ def few(cases: list[object]) -> list[object]:
     return [*cases[:3], *cases[::12], *cases[-4:]]  # the last ones are attention of every kind
 
 
+def measure() -> Cluster | None:
+    return work(SHORT, True, footprint())
+
+
 def measured(workers: Pools, count: int) -> Cluster:
-    found = workers(count, work, SHORT, True)
+    found = workers(count, measure)
     assert found[1:] == [None] * (count - 1)
     cluster = found[0]
     assert isinstance(cluster, Cluster)
@@ -45,6 +50,9 @@ def test_two_workers_measure_and_predict(workers: Pools, tmp_path: Path) -> None
     }
     assert device.overlap >= 1.0
     assert set(device.shared) == {2}
+    assert set(device.process) == set(PROGRAMS)
+    assert 2**26 < device.process["module"] < device.process["graph"] < 2**31
+    assert 1.0 <= device.heap < 4.0
     assert set(device.origins.values()) == {"measured"}
     write_cluster(cluster, tmp_path / "cluster.toml")
     again = read_cluster(tmp_path / "cluster.toml")
@@ -53,6 +61,7 @@ def test_two_workers_measure_and_predict(workers: Pools, tmp_path: Path) -> None
     for text in ("dp=2", "tp=2"):
         prediction = simulate(profiles, Strategy.parse(text), again)
         assert 1e-4 < prediction.step_seconds < 60
+        assert prediction.memory.total > device.process["module" if text == "dp=2" else "graph"]
         assert prediction.origins["kernels"] == prediction.origins["collectives"] == "measured"
 
 

@@ -35,6 +35,8 @@ launch_seconds = 0
 flops = { float32 = 1e11 }
 price_per_hour = 0.5
 shared = { 2 = 1.5 }
+process = { module = 1000000, graph = 2000000 }
+heap = 1.5
 origins = { flops = "measured" }
 
 [[devices.small.curves]]
@@ -123,6 +125,8 @@ def test_two_kinds_of_nodes(tmp_path: Path) -> None:
     assert [cluster.device(rank).name for rank in (0, 15, 16, 18)] == ["Big", "Big", "Small", "Small"]
     assert cluster.device(0).price_per_hour is None
     assert cluster.device(16).shared == {2: 1.5}
+    assert cluster.device(16).process == {"module": 1000000, "graph": 2000000}
+    assert (cluster.device(0).heap, cluster.device(16).heap) == (1.0, 1.5)
     assert cluster.device(16).curves[0].samples == (Sample((1, 64, 64, 64), 1e-6, 0.1),)
     assert cluster.collectives[0].samples == (Sample((4096,), 1e-4, 0.1),)
     write_cluster(cluster, tmp_path / "again.toml")
@@ -174,6 +178,17 @@ WRONG = [
         "{ bf16 = 312e12 }",
         "312e12",
         "flops = 312000000000000.0: must be a table of dtype = dense operations per second",
+    ),
+    ("{ module = 1000000", "{ modul = 1000000", "process.modul is not known: programs are module, sharded, gr"),
+    (
+        "{ module = 1000000",
+        "{ module = -1",
+        "process.module = -1: must be a whole number from 0 on (bytes of a worker's",
+    ),
+    (
+        "heap = 1.5",
+        "heap = 0.5",
+        "heap = 0.5: must be a number from 1 on (bytes of the process for",
     ),
     ("{ 2 = 1.5 }", "{ two = 1.5 }", "devices.small.shared.two is not a number of workers"),
     ("{ 2 = 1.5 }", "{ 2 = -1.5 }", "devices.small.shared.2 = -1.5: must be a number from 0 on (times slower)"),

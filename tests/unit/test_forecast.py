@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,16 @@ def test_comparison_says_how_well_the_predictions_chose() -> None:
     nothing = comparison([trained("single", None, 2.0)], [], 1)
     assert nothing["chosen"] is nothing["regret"] is None
     assert nothing["reasons"]["chosen"] == nothing["reasons"]["predicted_seconds"] == "why"
+
+
+def test_memory_of_the_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"module": 100 * 2**20, "sharded": 120 * 2**20, "graph": 150 * 2**20}
+    device = replace(BOX.device(0), process=sizes, heap=2.0)
+    box = replace(BOX, nodes=(Nodes(device, 2, 1),))
+    found = {}
+    for name, cluster in (("tensors", BOX), ("all", box)):
+        write_cluster(cluster, home / "box.toml")
+        monkeypatch.setenv("SHARDWISE_CLUSTER", str(home / "box.toml"))
+        found[name] = [each.memory_bytes or 0 for each in forecasts(workload(), strategies("single", "fsdp=2", "pp=2"))]
+    for size, tensors, both in zip(sizes.values(), found["tensors"], found["all"], strict=True):
+        assert size < both - tensors < size + tensors

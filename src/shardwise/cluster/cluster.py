@@ -32,6 +32,10 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 """Kind of a kernel -> the sizes that its time is measured by."""
 
 
+PROGRAMS = ("module", "sharded", "graph")
+"""Kinds of program: of the module as it is (single, dp), with sharded parameters (fsdp), of a traced step (tp, pp)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One measurement of a curve.
@@ -111,6 +115,9 @@ class Device:
         shared: workers that share the device's cores -> how much slower each of them computes than one that has them
             all, measured.
         overlap: how much slower a device computes while it communicates, measured; 1: not at all.
+        process: kind of program (see PROGRAMS) -> bytes of a worker's process beside its tensors, measured, where
+            memory is that of the process.
+        heap: bytes of the process for each byte of tensors: what the allocator leaves unused, measured.
         origins: attribute -> where it comes from.
         source: where the figures were read.
     """
@@ -129,6 +136,8 @@ class Device:
     threads: int = 0
     shared: Mapping[int, float] = field(default_factory=dict)
     overlap: float = 1.0
+    process: Mapping[str, int] = field(default_factory=dict)
+    heap: float = 1.0
     origins: Mapping[str, Origin] = field(default_factory=dict)
     source: str = ""
 

@@ -31,6 +31,7 @@ from typing import Any
 from shardwise.cluster.cluster import (
     DTYPES,
     ORIGINS,
+    PROGRAMS,
     SHAPES,
     Cluster,
     CollectiveCurve,
@@ -65,6 +66,8 @@ DEVICE: dict[str, Field] = {
     "price_per_hour": PRICE,
     "watts": Number("watts of the board's power limit", default=None),
     "overlap": Number("times slower while communicating", least=1, default=1.0),
+    "heap": Number("bytes of the process for each byte of tensors", least=1, default=1.0),
+    "process": Part("a table of program = bytes", default={}),
     "threads": Number("threads of each worker; 0: the cores shared out evenly", least=0, whole=True, default=0),
     "flops": Part("a table of dtype = dense operations per second"),
     "shared": Part("a table of workers = times slower", default={}),
@@ -115,6 +118,7 @@ CLUSTER: dict[str, Field] = {
     "software": Part("a table of texts", default={}),
 }
 
+PROCESS = Number("bytes of a worker's process beside its tensors", least=0, whole=True)
 RATE = Number("dense operations per second")
 SLOWER = Number("times slower", least=0)
 SHAPE = Number("a size", whole=True, least=0)
@@ -182,11 +186,13 @@ def parse_device(table: Any, where: Where) -> Device:
     values = read_table(table, DEVICE, where)
     curves = tuple(_kernel_curve(curve, (where / "curves").item(i)) for i, curve in enumerate(values.pop("curves")))
     flops = read_mapping(values.pop("flops"), RATE, where / "flops", DTYPES, "dtypes")
+    process = read_mapping(values.pop("process"), PROCESS, where / "process", PROGRAMS, "programs")
     if not flops:
         raise (where / "flops").error("is empty: one dtype at least must have a rate (dense operations per second)")
     return Device(
         **{**values, "origins": read_origins(values["origins"], DEVICE, where), "shared": _shared(values, where)},
         flops=flops,
+        process=process,
         curves=curves,
     )
 

@@ -16,7 +16,7 @@ from shardwise.cluster.fields import Field, Number
 from shardwise.cluster.reading import DEVICE, LEVEL, NODES
 from shardwise.errors import ClusterError
 
-INLINE = ("flops", "shared", "origins")
+INLINE = ("flops", "shared", "origins", "process")
 """Fields that are small tables, each on one line."""
 
 
@@ -128,7 +128,7 @@ def _field_lines(thing: Device | Level, described: Mapping[str, Field]) -> Itera
         value = getattr(thing, name)
         if name == "curves" or value is None or value == "" or (isinstance(value, Mapping) and not value):
             continue
-        if name in ("overlap", "threads") and value == defaults[name]:
+        if name in ("overlap", "threads", "heap") and value == defaults[name]:
             continue
         text = _inline(value) if name in INLINE else _value(value)
         yield f"{name} = {text}" + (f"  # {field.unit}" if isinstance(field, Number) else "")

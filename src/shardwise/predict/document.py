@@ -34,7 +34,7 @@ def candidate(strategy: str, prediction: Prediction) -> dict[str, Any]:
     }
 
 
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary")
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary", "process")
 """Of memory, in the order of `Memory`'s fields."""
 
 

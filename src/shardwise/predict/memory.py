@@ -1,4 +1,4 @@
-"""Peak bytes of one device, by what they are for: tensors alone, not what kernels use inside or allocators leave over.
+"""Peak bytes of one device, by what they are for: tensors, not what kernels use inside.
 
 The peak is looked for where it can be: at each link of a backward pass, with the microbatches that are under way, and
 in the optimizer.
@@ -8,13 +8,16 @@ in the optimizer.
     optimizer     its state
     activations   kept for the backward passes of all microbatches under way (Korthikanti et al. 2022, section 4)
     temporary     what passes, buckets and the optimizer need for a moment
+    process       of a CPU that was measured: the worker's process without tensors, and what its allocator leaves unused
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from shardwise.cluster.cluster import Device
 from shardwise.predict.issuing import under_way
 from shardwise.predict.parts import Gathered, Stage, Worker
 from shardwise.predict.prediction import Memory
@@ -28,7 +31,17 @@ if TYPE_CHECKING:
 def memory_of(costs: Costs) -> Memory:
     """Of the pipeline worker that needs most."""
     found = [_of_worker(costs.profile, costs.strategy, worker) for worker in costs.parts.workers]
-    return max(found, key=lambda memory: memory.total)
+    most = max(found, key=lambda memory: memory.total)
+    return replace(most, process=_process(most, costs.times.device, costs.strategy))
+
+
+def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
+    """What a worker's process needs beside its tensors, where that was measured (`cluster.Device`)."""
+    kind = "graph" if strategy.tp > 1 or strategy.pp > 1 else "sharded" if strategy.splits_parameters else "module"
+    own = device.process.get(kind, device.process.get("module", 0))
+    if kind == "graph" and strategy.splits_parameters:
+        own += max(0, device.process.get("sharded", 0) - device.process.get("module", 0))
+    return own + round((device.heap - 1.0) * (memory.activations + memory.temporary))
 
 
 def _of_worker(profile: Profile, strategy: Strategy, worker: Worker) -> Memory:

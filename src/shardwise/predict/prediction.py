@@ -8,17 +8,23 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Peak memory of one device in bytes, by what it holds."""
+    """Peak memory of one device in bytes, by what it holds; `process`: what a CPU's worker needs beside its tensors."""
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     temporary: int
+    process: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
+        return self.tensors + self.process
+
+    @property
+    def tensors(self) -> int:
+        """Without the process."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.temporary
 
 

@@ -29,6 +29,11 @@ def calibration_summary(document: Mapping[str, Any]) -> str:
             )
             for level in document["levels"]
         ),
+        *(
+            (f"process ({kind})", f"{format_bytes(size)} beside tensors")
+            for kind, size in document["process_bytes"].items()
+        ),
+        ("allocator", f"{document['heap']:.2f} bytes for each byte of activations"),
         ("measured", f"{document['samples']} points in {format_seconds(document['seconds'])}"),
         ("spread", f"{format_share(document['median_spread'])} between calls of one point (interquartile, median)"),
     ]

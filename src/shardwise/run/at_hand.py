@@ -24,7 +24,7 @@ from shardwise.workload.recipes.datasets.cache import cache_folder
 SETTING = "SHARDWISE_CLUSTER"
 OFF = "off"
 
-FORMAT = 1
+FORMAT = 2
 """Of what is measured: older files are not used."""
 
 

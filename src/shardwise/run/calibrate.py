@@ -38,9 +38,10 @@ from shardwise.parallel.mesh import default_device
 from shardwise.predict.analysis import LinkRecorder
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import KernelTimes
+from shardwise.run.footprint import Footprint, footprint
 from shardwise.run.job import enough_gpus, join_launcher
 
-MEASURED = ("flops", "memory_bandwidth", "launch_seconds", "curves", "shared", "overlap")
+MEASURED = ("flops", "memory_bandwidth", "launch_seconds", "curves", "shared", "overlap", "process", "heap")
 """Fields of a device that are measured."""
 
 LARGEST = 4
@@ -92,16 +93,24 @@ def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: b
     if under_torchrun():
         started = int(os.environ["WORLD_SIZE"])
         join_launcher(workers or started)
-        return work(effort, quiet)
+        return work(effort, quiet, footprint())
     count = torch.cuda.device_count() or LARGEST if workers is None else workers
     if count < 1:
         raise RequestError(f"workers={count}: must be 1 or more")
-    found: Cluster = run_local(work, (effort, quiet), workers=count, gpus=enough_gpus(count))
+    gpus = enough_gpus(count)
+    own = run_local(footprint, workers=count, gpus=gpus)
+    found: Cluster = run_local(work, (effort, quiet, own), workers=count, gpus=gpus)
     return found
 
 
-def work(effort: Effort, quiet: bool) -> Cluster | None:
-    """Measures, as one of the workers. Collective; the first one gets what was found."""
+def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
+    """Measures, as one of the workers. Collective; the first one gets what was found.
+
+    Args:
+        effort: how long.
+        quiet: no progress bar.
+        own: memory of the workers' processes.
+    """
     team = Team(default_device())
     arena = Arena(team.device)
     noted = [note(case, arena) for dtype in effort.dtypes for case in effort.of(dtype)]
@@ -125,7 +134,8 @@ def work(effort: Effort, quiet: bool) -> Cluster | None:
     if team.rank != 0:
         return None
     device = _device(team.device, curves, slowed, crowds)
-    device = replace(device, launch_seconds=launch_seconds(device, team.device, effort.other))
+    host = launch_seconds(device, team.device, effort.other)
+    device = replace(device, launch_seconds=host, process=own.process, heap=own.heap(device))
     return _cluster(team, device, collectives)
 
 
@@ -181,6 +191,8 @@ def summary(cluster: Cluster, out: Path, seconds: float) -> dict[str, Any]:
         "launch_seconds": device.launch_seconds,
         "shared": {str(workers): factor for workers, factor in device.shared.items()},
         "overlap": device.overlap,
+        "process_bytes": dict(device.process),
+        "heap": device.heap,
         "levels": [
             {"name": level.name, "span": level.span, "bandwidth": level.bandwidth, "latency_seconds": level.latency}
             for level in cluster.levels

@@ -38,6 +38,9 @@ PROFILED = 2
 """Steps that are profiled, where the run is long enough."""
 
 
+STATUS = Path("/proc/self/status")
+"""Where Linux says what a process uses."""
+
 MESSAGES = ("gloo:recv", "gloo:send", "c10d::recv", "c10d::send")
 """Events of messages between pipeline stages."""
 
@@ -220,15 +223,23 @@ def overlap(a: Sequence[Interval], b: Sequence[Interval]) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this worker has used at most: on a GPU by tensors, else all of the process that was in memory."""
+    """Bytes that this worker has used at most: on a GPU by tensors, else by its process, without the files it maps.
+
+    These (libraries, and data that is mapped) lie in memory once, however many workers there are.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count the parent's memory from before this program was loaded
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    if STATUS.exists():  # getrusage would count the parent's memory from before this program was loaded
+        return own_memory()[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def own_memory() -> tuple[int, int]:
+    """(most, now): bytes of this process that are in memory, without mapped files; see proc(5)."""
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    kilobytes = {name: int(lines[name].split()[0]) for name in ("VmHWM", "VmRSS", "RssFile")}
+    return tuple(1024 * (kilobytes[name] - kilobytes["RssFile"]) for name in ("VmHWM", "VmRSS"))  # type: ignore[return-value]
 
 
 def summarize(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
