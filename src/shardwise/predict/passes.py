@@ -59,11 +59,6 @@ class Passed:
     exposed: float = 0.0
     slowed: float = 0.0
 
-    @property
-    def device(self) -> float:
-        """All of it, if the host is ahead."""
-        return self.compute.device + self.exposed + self.slowed
-
 
 def gathered(pieces: Sequence[Piece], root: Piece, *, blocking: bool) -> tuple[float, float]:
     """(communication, exposed) of a pass through pieces in the order in which they compute.

@@ -182,11 +182,10 @@ def _zero_bubble(stages: Sequence[StageTime], microbatches: int) -> float:
 
 
 def _interleaved(stages: Sequence[StageTime], workers: int, microbatches: int) -> float:
-    """All stages of a worker for each microbatch, and once the others' first and last stages to fill and to drain."""
+    """All stages of a worker for each microbatch, and once the others' first stages to fill and to drain."""
     busy = [sum(s.forward + s.backward for s in stages[w::workers]) for w in range(workers)]
     most = max(range(workers), key=lambda w: busy[w])
-    first, last = stages[:workers], stages[-workers:]
+    first = stages[:workers]
     fill = sum(s.forward + s.arrives for s in first) - first[most].forward
     drain = sum(s.backward + s.returns for s in first) - first[most].backward
-    del last
     return fill + microbatches * busy[most] + drain
