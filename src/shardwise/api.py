@@ -303,6 +303,7 @@ def simulate(
     cluster: str,
     trace: str | Path | None = None,
     slow: Mapping[int, float] | None = None,
+    dry_run: bool = False,
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
@@ -315,6 +316,8 @@ def simulate(
         trace: file that gets the steps as Perfetto and chrome://tracing show them; they are played as events then, in
             place of the closed form. None: none is written.
         slow: rank -> how many times as long as usual it computes; steps are played then, too.
+        dry_run: also run a step of the real program of the worker that needs most memory, on workers and tensors that
+            are not there; each candidate then has what it sent and held beside what was predicted of it.
         settings: parameters of the workload's function.
         seed: of weights, data order and dropout; None: the workload's own.
 
@@ -338,7 +341,7 @@ def simulate(
     slowed = settle_slow(slow or {})
     found = find_cluster(cluster)
     loaded = settle_source(workload, settings, seed).load()
-    simulated = simulation(loaded, settled, found, play=path is not None, slowed=slowed)
+    simulated = simulation(loaded, settled, found, play=path is not None, slowed=slowed, dry=dry_run)
     if path is not None:
         steps = {strategy: timeline.document() for strategy, timeline in simulated.timelines.items()}
         write_json(path, finite(chrome_trace(steps)))

@@ -107,6 +107,7 @@ def _simulate(options: argparse.Namespace) -> None:
         cluster=options.cluster,
         trace=options.trace,
         slow=dict(options.slow),
+        dry_run=options.dry_run,
         settings=dict(options.set),
         seed=options.seed,
     )
@@ -259,6 +260,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     simulate.add_argument("--trace", metavar="FILE", help="play the steps and write them for Perfetto (.json)")
     simulate.add_argument(
         "--slow", type=_slow, action="append", default=[], metavar="RANK=TIMES", help="a rank that computes as slowly"
+    )
+    simulate.add_argument(
+        "--dry-run", action="store_true", help="also run the real program of one worker, without memory or hardware"
     )
     _add_output(simulate)
     simulate.set_defaults(run=_simulate)

@@ -60,6 +60,25 @@ def test_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert last == pytest.approx(row["step_seconds"] * 1e6)
 
 
+def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    strategies = [f"--strategy={strategy}" for strategy in ("dp=4,tp=2", "tp=2,pp=2")]
+    command = ["simulate", WORKLOAD, "--cluster", "h100x8", *strategies, "--dry-run", "--quiet"]
+    assert cli.main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["candidates"]
+    for row in rows:
+        run = row["dry_run"]
+        assert run["bytes_agree"]
+        assert run["communicated"] == run["predicted"]["communicated"]
+        assert run["predicted"]["memory_bytes"] == row["memory_bytes"]
+        assert run["memory_error"] == pytest.approx(abs(row["memory_bytes"] / run["memory_bytes"] - 1))
+        assert sum(run["memory"].values()) == run["memory_bytes"]
+        assert run["flops"] > 0
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "memory predicted" in said
+    assert said.count("alike") == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from shardwise.parallel.values import map_tensors
 
@@ -44,6 +45,19 @@ def on_gpu(target: Callable[..., Any]) -> Callable[..., Any]:
         return run(*map_tensors(_wide, args), **map_tensors(_wide, kwargs))
 
     return widened
+
+
+class AsOnGPU(TorchFunctionMode):
+    """While it is open, what is called runs as `on_gpu` says: operations, and torch's functions by their names."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(function, torch._ops.OpOverload):
+            return on_gpu(function)(*args, **kwargs)
+        name = getattr(function, "__name__", "").strip("_")
+        if name in WIDENED and torch.is_autocast_enabled("cpu"):
+            args, kwargs = map_tensors(_wide, args), map_tensors(_wide, kwargs)
+        return (_rms_norm if name == "rms_norm" else function)(*args, **kwargs)
 
 
 def _wide(tensor: Tensor) -> Tensor:

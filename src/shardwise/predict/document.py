@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardwise.predict.prediction import Memory, Prediction
+from shardwise.predict.prediction import Prediction, categories
 from shardwise.units import format_bytes, format_seconds, format_share
 
 
@@ -24,7 +24,7 @@ def candidate(strategy: str, prediction: Prediction) -> dict[str, Any]:
         "alpha": prediction.alpha,
         "exposed_alpha": prediction.exposed_alpha,
         "memory_bytes": memory.total,
-        "memory": _categories(memory),
+        "memory": categories(memory),
         "memory_available_bytes": prediction.memory_available,
         "fits": prediction.fits,
         "samples_per_second": prediction.samples_per_second,
@@ -32,10 +32,6 @@ def candidate(strategy: str, prediction: Prediction) -> dict[str, Any]:
         "terms": dict(prediction.terms),
         "origins": dict(prediction.origins),
     }
-
-
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary", "process")
-"""Of memory, in the order of `Memory`'s fields."""
 
 
 def document(
@@ -78,7 +74,7 @@ def explained(strategy: str, prediction: Prediction) -> str:
         "waiting for the host to start kernels": prediction.host_seconds,
     }
     spent = [f"{format_share(value / prediction.step_seconds)} {name}" for name, value in _largest(parts)]
-    held = [f"{format_bytes(value)} of {name}" for name, value in _largest(_categories(prediction.memory))]
+    held = [f"{format_bytes(value)} of {name}" for name, value in _largest(categories(prediction.memory))]
     room = "fits into" if prediction.fits else "does not fit into"
     return (
         f"{strategy}: a step takes {format_seconds(prediction.step_seconds)}, {', '.join(spent)}. "
@@ -92,7 +88,3 @@ def _largest(parts: Mapping[str, float]) -> list[tuple[str, float]]:
     total = sum(parts.values())
     shown = [(name, value) for name, value in parts.items() if value >= 0.01 * total > 0]
     return sorted(shown, key=lambda part: -part[1])
-
-
-def _categories(memory: Memory) -> dict[str, float]:
-    return {name: getattr(memory, name) for name in CATEGORIES}

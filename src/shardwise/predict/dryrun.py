@@ -31,7 +31,7 @@ from shardwise.parallel.mesh import Allocating
 from shardwise.parallel.planning import Cuts
 from shardwise.parallel.program import Program
 from shardwise.parallel.staged import GraphEngine
-from shardwise.predict.fakes import Answers, ModelWithoutValues, fake_workers, first_share, replicated
+from shardwise.predict.fakes import Answers, ModelWithoutValues, as_on_gpu, fake_workers, first_share, replicated
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.models import builds
 from shardwise.predict.prediction import Memory
@@ -88,7 +88,9 @@ class DryRun:
         return sum(kernel.flops * kernel.count for kernel in self.kernels)
 
 
-def dry_run(workload: Workload, strategy: Strategy, rank: int = 0, *, cuts: Cuts | None = None) -> DryRun:
+def dry_run(
+    workload: Workload, strategy: Strategy, rank: int = 0, *, cuts: Cuts | None = None, device: str = "cpu"
+) -> DryRun:
     """Runs the step of worker `rank` of the job that trains `workload` under `strategy`.
 
     Takes no memory for parameters or activations, and no hardware. A step whose shapes or branches follow the values of
@@ -100,6 +102,7 @@ def dry_run(workload: Workload, strategy: Strategy, rank: int = 0, *, cuts: Cuts
         rank: which worker.
         cuts: of the step, as a program on real workers measured them or a prediction wants them; None: as costs,
             counted from FLOPs and bytes, say.
+        device: kind of device, `cpu` or `gpu`: which kernels run, and how the optimizer takes its parameters.
 
     Raises:
         StrategyError: the strategy cannot work for this workload, or has no such worker.
@@ -112,10 +115,10 @@ def dry_run(workload: Workload, strategy: Strategy, rank: int = 0, *, cuts: Cuts
     why = ""
     for build in _builds(workload):
         try:
-            return _Run(replace(workload, model=build), strategy, rank, cuts, _without_memory()).result()
+            return _Run(replace(workload, model=build), strategy, rank, cuts, device, _without_memory()).result()
         except (Untraceable, *_FOLLOWS_DATA) as error:
             why = first_line(error)
-    run = _Run(workload, strategy, rank, cuts, nullcontext).result()
+    run = _Run(workload, strategy, rank, cuts, device, nullcontext).result()
     return replace(run, notes=(*run.notes, f"run with values, in memory, for it cannot be run without: {why}"))
 
 
@@ -143,6 +146,7 @@ class _Run:
     strategy: Strategy
     rank: int
     cuts: Cuts | None
+    device: str
     allocating: Allocating
 
     def result(self) -> DryRun:
@@ -172,7 +176,8 @@ class _Run:
         share = first_share(self.workload, self.strategy, program.mesh.replica, program.engine.uniform, self.allocating)
         first = Share(share.microbatches[:1], share.samples)
         answers = Answers()
-        with self.allocating(), answers, answers.following(program.engine):
+        device = as_on_gpu(program) if self.device == "gpu" else nullcontext()
+        with self.allocating(), answers, answers.following(program.engine), device:
             for _ in range(_first_steps(program)):
                 program.step_share(first)
             with Recorder() as recorder, recorder.following(program):

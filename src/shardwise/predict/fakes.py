@@ -25,7 +25,10 @@ from torch.utils._pytree import tree_map
 from shardwise.parallel.data import ModuleEngine
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.mesh import Allocating
+from shardwise.parallel.program import Program
+from shardwise.parallel.staged import GraphEngine
 from shardwise.parallel.values import facts
+from shardwise.predict.accelerated import AsOnGPU
 from shardwise.predict.counting import tensors
 from shardwise.predict.models import batch
 from shardwise.strategy import Strategy
@@ -163,6 +166,31 @@ class _Chunks(Sequence[Tensor]):
         if start >= length:
             return self.tensor.new_empty(0)
         return self.tensor.narrow(self.dim, start, min(size, length - start))
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def as_on_gpu(program: Program) -> Iterator[None]:
+    """Surrounds steps of a program that are to run the kernels of a GPU, on tensors without data.
+
+    An optimizer that was not told otherwise takes all parameters at once, as it does on a GPU by itself.
+    """
+    for group in () if program.optimizer is None else program.optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+    engine: Any = program.engine
+    owner, name = (engine._keyed, "at") if isinstance(engine, GraphEngine) else (engine._operations, "_again")
+    original = getattr(owner, name)
+
+    @contextmanager
+    def again(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with original(*args, **kwargs), AsOnGPU():  # torch's backward pass is out of the mode's sight
+            yield
+
+    with mock.patch.object(owner, name, again), AsOnGPU():
+        yield
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def memory_of(costs: Costs) -> Memory:
     """Of the pipeline worker that needs most."""
-    found = [_of_worker(costs.profile, costs.strategy, worker) for worker in costs.parts.workers]
+    found = [worker_memory(costs, worker) for worker in costs.parts.workers]
     most = max(found, key=lambda memory: memory.total)
     return replace(most, process=_process(most, costs.times.device, costs.strategy))
 
@@ -44,7 +44,9 @@ def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
     return own + round((device.heap - 1.0) * (memory.activations + memory.temporary))
 
 
-def _of_worker(profile: Profile, strategy: Strategy, worker: Worker) -> Memory:
+def worker_memory(costs: Costs, worker: Worker) -> Memory:
+    """The tensors of one pipeline worker, the first of its tensor-parallel workers in the first replica."""
+    profile, strategy = costs.profile, costs.strategy
     elements, tensors = worker.updated
     state = round(elements * profile.update.state_bytes)
     updating = Memory(

@@ -28,6 +28,15 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.temporary
 
 
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary", "process")
+"""Of memory, in the order of `Memory`'s fields."""
+
+
+def categories(memory: Memory) -> dict[str, int]:
+    """Bytes by category."""
+    return {name: getattr(memory, name) for name in CATEGORIES}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
     """Of one optimizer step, on the device that is busiest. All times in seconds.

@@ -11,6 +11,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.predict.costs import predict
 from shardwise.predict.document import document
+from shardwise.predict.judging import Judged, judged
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.timeline import Timeline, timeline
@@ -39,6 +40,7 @@ def simulation(
     *,
     play: bool = False,
     slowed: Mapping[int, float] | None = None,
+    dry: bool = False,
 ) -> Simulated:
     """Predictions of some strategies.
 
@@ -48,6 +50,7 @@ def simulation(
         cluster: on what.
         play: whether steps are played as events, in place of the closed form.
         slowed: rank -> how many times as long as usual it computes; steps are played then.
+        dry: whether the worker that needs most memory is run dry, too; see `predict.judging`.
 
     Raises:
         StrategyError, WorkloadError: none of the strategies can be.
@@ -56,10 +59,14 @@ def simulation(
     profiles = profiles_on(workload, cluster)
     predictions: list[tuple[str, Prediction]] = []
     timelines: dict[str, Timeline] = {}
+    judgements: dict[str, Judged] = {}
     rejected: list[tuple[str, str]] = []
     refusal: StrategyError | WorkloadError | None = None
     for strategy in strategies:
         try:
+            if dry:
+                _check_size(strategy, cluster)
+                judgements[str(strategy)] = judged(profiles, strategy, cluster)
             if play or slowed:
                 timelines[str(strategy)] = played(profiles, strategy, cluster, slowed or {})
                 predictions.append((str(strategy), timelines[str(strategy)].prediction))
@@ -71,6 +78,8 @@ def simulation(
     if refusal is not None and not predictions:
         raise refusal
     found = document(workload.name, cluster.name, predictions, rejected, time.perf_counter() - start)
+    for candidate in found["candidates"] if dry else ():
+        candidate["dry_run"] = judgements[candidate["strategy"]].document()
     return Simulated(found, timelines)
 
 

@@ -12,7 +12,7 @@ from shardwise.units import format_bytes, format_rate, format_seconds, format_sh
 def prediction_table(document: Mapping[str, Any]) -> str:
     """One row per strategy, where its time goes, and what the numbers rest on."""
     lines = [f"{document['workload']} on {document['cluster']}", *prediction_rows(document["candidates"])]
-    lines += ["", *_notes(document)]
+    lines += [*_dry_runs(document["candidates"]), "", *_notes(document)]
     return "\n".join(lines)
 
 
@@ -35,6 +35,28 @@ def _row(candidate: Mapping[str, Any]) -> list[str]:
         "yes" if candidate["fits"] else "NO",
         format_rate(candidate["samples_per_second"]),
         "-" if utilization is None else format_share(utilization),
+    ]
+
+
+def _dry_runs(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of dry runs beside what was predicted of the same workers; nothing where there are none."""
+    header = ["strategy", "worker", "memory predicted", "dry run", "off", "sent predicted", "dry run", "messages"]
+    runs = [(candidate["strategy"], candidate["dry_run"]) for candidate in candidates if "dry_run" in candidate]
+    notes = [f"{strategy}: {note}" for strategy, run in runs for note in run["notes"]]
+    return ["", table(header, [_dry_run(strategy, run) for strategy, run in runs]), *notes] if runs else []
+
+
+def _dry_run(strategy: str, run: Mapping[str, Any]) -> list[str]:
+    predicted = run["predicted"]
+    return [
+        strategy,
+        str(run["rank"]),
+        format_bytes(predicted["memory_bytes"]),
+        format_bytes(run["memory_bytes"]),
+        format_share(run["memory_error"]),
+        format_bytes(predicted["communicated_bytes"]),
+        format_bytes(run["communicated_bytes"]),
+        "alike" if run["bytes_agree"] else "NOT ALIKE",
     ]
 
 
