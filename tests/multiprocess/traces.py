@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import cloudpickle
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -17,14 +17,11 @@ _KEPT: dict[Any, Any] = {}
 def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
     """While it is open, steps of the workload that `factory` makes are traced once for each shape and mode.
 
-    A factory that is not a function of a module (one that is made anew in each test) is traced each time.
+    A factory is known again by its name, or as it is pickled: with all that it is made of.
     """
     from shardwise.parallel import staged
 
-    name = factory if isinstance(factory, str) else _name(factory)
-    if name is None:
-        yield
-        return
+    name = factory if isinstance(factory, str) else cloudpickle.dumps(factory)
     trace = staged.traced
 
     def traced(workload: Any, model: Any, batch: Any, *, training: bool = True) -> Any:
@@ -40,9 +37,3 @@ def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
         yield
     finally:
         staged.traced = trace
-
-
-def _name(factory: Callable[..., Any]) -> str | None:
-    module, name = getattr(factory, "__module__", ""), getattr(factory, "__qualname__", "")
-    found = getattr(sys.modules.get(module), name, None)
-    return f"{module}.{name}" if found is factory else None
