@@ -13,6 +13,7 @@ import torch
 from pool import Pools
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from traces import remembered
 
 from shardwise import Strategy, Workload
 from shardwise.errors import WorkloadError
@@ -70,7 +71,8 @@ def built(folder: str, strategy: str) -> tuple[dict[str, Tensor] | None, int]:
 
     StoredWeights.read = counted  # type: ignore[method-assign]
     try:
-        program = Program.build(load_workload(folder, SETTINGS), Strategy.parse(strategy))
+        with remembered(folder):
+            program = Program.build(load_workload(folder, SETTINGS), Strategy.parse(strategy))
     finally:
         StoredWeights.read = read  # type: ignore[method-assign]
     return program.full_state_dict(), count
@@ -132,9 +134,14 @@ def test_trains_as_in_one_process(
     model: str, strategy: str, workers: Pools, recorded: Callable[[str, Strategy], verify.Trial]
 ) -> None:
     trial = recorded(model, Strategy.parse(strategy).for_batch(8))
-    proof = workers(trial.strategy.workers, verify.compare, trial)[0]
+    proof = workers(trial.strategy.workers, compare, trial)[0]
     assert proof.passed, proof
     assert max(proof.loss.error, proof.gradient.error, proof.parameter.error) < 1e-10
+
+
+def compare(trial: verify.Trial) -> verify.Proof:
+    with remembered(f"{trial.source.workload} in float64"):
+        return verify.compare(trial)
 
 
 def test_weights_that_have_to_be_converted_are_read_whole_and_said(folders: Path) -> None:

@@ -16,6 +16,7 @@ from models import ODDITIES, WORKLOADS
 from pool import Pools
 from safetensors.torch import load_file
 from torch.utils.data import Subset
+from traces import remembered
 
 from shardwise.parallel import reduce
 from shardwise.parallel.holding import Holding
@@ -121,7 +122,8 @@ def test_a_buffer_that_follows_the_samples_is_said(workers: Pools) -> None:
 
 def go_on(strategy: str, folder: Path | None, until: int) -> list[float]:
     """Losses of the steps up to `until`; from the newest checkpoint on where there is one, with one at the end."""
-    program = Program.build(WORKLOADS["tied"](), Strategy.parse(strategy))
+    with remembered(WORKLOADS["tied"]):
+        program = Program.build(WORKLOADS["tied"](), Strategy.parse(strategy))
     checkpoints = None if folder is None else Checkpoints(folder)
     path = None if checkpoints is None else checkpoints.latest()
     if checkpoints is not None and path is not None:

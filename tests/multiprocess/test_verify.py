@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pool import Pools
 from torch import Tensor, nn
+from traces import remembered
 
 from shardwise import Strategy, Workload
 from shardwise.run import verify
@@ -88,10 +89,9 @@ def proof(workers: Pools, folder: Path, strategy: str, *, float64: bool = True, 
 
 
 def compare(work: verify.Trial, sabotage: Break | None) -> Any:
-    if sabotage is None:
-        return verify.compare(work)
-    with pytest.MonkeyPatch.context() as patch:
-        sabotage(patch)  # type: ignore[call-arg]
+    with remembered(f"everything {work.float64}"), pytest.MonkeyPatch.context() as patch:
+        if sabotage is not None:
+            sabotage(patch)  # type: ignore[call-arg]
         return verify.compare(work)
 
 
