@@ -45,15 +45,20 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """What a number depends on besides the code. Sets the threads of each worker, above what the user's shell says."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+def environment(threads: int | None) -> dict[str, Any]:
+    """What a number depends on besides the code. Sets the threads of each worker, above what the user's shell says.
+
+    None: each worker gets its equal share of the cores.
+    """
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("SHARDWISE_CLUSTER", "off")  # predictions before a run would only take time
     return {
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "cpus": os.cpu_count(),
-        "threads_per_worker": threads,
+        "threads_per_worker": threads or "an equal share of the cores",
         "load_before": round(os.getloadavg()[0], 2),
         "processor": _processor(),
         "python": platform.python_version(),
