@@ -58,15 +58,22 @@ class Judged:
         }
 
 
-def judged(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Judged:
-    """The worker that needs most memory, as the closed form sees it, run dry with the same cuts.
+def judged(profiles: Profiles, strategy: Strategy, cluster: Cluster, place: int | None = None) -> Judged:
+    """A worker run dry with the cuts of the closed form.
+
+    Args:
+        profiles: of the workload.
+        strategy: how it is split.
+        cluster: on what.
+        place: of the worker in its pipeline; None: that which by the closed form needs most memory.
 
     Raises:
         StrategyError, WorkloadError: as `dry_run` does.
     """
     costs = costs_of(profiles.of(strategy), strategy, cluster)
     memories = [worker_memory(costs, worker) for worker in costs.parts.workers]
-    place = max(range(len(memories)), key=lambda number: memories[number].total)
+    if place is None:
+        place = max(range(len(memories)), key=lambda number: memories[number].total)
     start = time.perf_counter()
     run = dry_run(
         profiles.workload, strategy, place * strategy.tp, cuts=costs.parts.cuts, device=costs.times.device.kind

@@ -1,0 +1,101 @@
+"""The closed form says of each worker what the dry run of its program does: the same messages, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from unittest import mock
+
+import pytest
+
+from shardwise.cluster.find import find_cluster
+from shardwise.predict import issuing
+from shardwise.predict.judging import Judged, judged
+from shardwise.predict.profiling import Profiles
+from shardwise.strategy import Strategy
+from shardwise.workload.recipes.gpt import gpt
+from shardwise.workload.recipes.image import image
+from shardwise.workload.recipes.language import language
+from shardwise.workload.recipes.medical import medical
+from shardwise.workload.workload import Workload
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "gpt": lambda: gpt(4, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
+    "language": lambda: language(sequence=64, layers=4, hidden=64, tied=True, dropout=0.1),
+    "image": lambda: image(batch_size=16),
+    "resnet": lambda: image(model="resnet", batch_size=16),
+    "medical": lambda: medical(batch_size=8, channels=4, patch=16, norm="batch"),
+}
+
+GRID = [
+    *(
+        ("gpt", strategy)
+        for strategy in (
+            "single,microbatches=2",
+            "single,recompute=full",
+            "dp=2",
+            "dp=2,microbatches=2",
+            "fsdp=2",
+            "fsdp=3,zero=2,precision=float32",
+            "fsdp=2,zero=1",
+            "dp=2,fsdp=2,microbatches=2,recompute=full",
+            "tp=2",
+            "tp=2,sp=1,recompute=full",
+            "dp=2,tp=2",
+            "fsdp=2,tp=2,sp=1",
+            "pp=2",
+            "pp=2,schedule=gpipe,recompute=full",
+            "pp=2,schedule=interleaved",
+            "pp=2,schedule=zero-bubble",
+            "dp=2,pp=4",
+            "fsdp=2,pp=2",
+            "fsdp=2,pp=2,zero=2,schedule=gpipe",
+            "fsdp=2,pp=2,schedule=interleaved",
+            "fsdp=2,pp=2,schedule=zero-bubble,recompute=full",
+            "tp=2,pp=2,sp=1",
+            "dp=2,fsdp=2,tp=2,pp=2",
+        )
+    ),
+    *(("language", strategy) for strategy in ("dp=2", "fsdp=2", "tp=2", "pp=2", "dp=2,pp=2,recompute=full")),
+    *(("image", strategy) for strategy in ("dp=2", "fsdp=2,tp=2", "pp=2")),
+    *(("resnet", strategy) for strategy in ("dp=2", "fsdp=2", "dp=2,tp=2")),
+    *(("medical", strategy) for strategy in ("dp=2", "fsdp=2", "tp=2", "pp=2,schedule=interleaved")),
+]
+
+
+@cache
+def profiles(name: str, device: str, samples: int = 0) -> Profiles:
+    workload = WORKLOADS[name]()
+    return Profiles(replace(workload, batch_size=samples) if samples else workload, device)
+
+
+def judge(name: str, strategy: str, place: int | None = None, cluster: str = "h100x16") -> Judged:
+    parsed = Strategy.parse(strategy)
+    found = profiles(name, "gpu" if cluster.startswith("h100") else "cpu", 12 if parsed.replicas == 3 else 0)
+    return judged(found, parsed, find_cluster(cluster), place)
+
+
+@pytest.mark.parametrize(("name", "strategy"), GRID)
+def test_messages_are_the_same(name: str, strategy: str) -> None:
+    for place in range(Strategy.parse(strategy).pp):
+        document = judge(name, strategy, place).document()
+        assert document["predicted"]["communicated"] == document["communicated"]
+        assert document["bytes_agree"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp=2,tp=2,precision=float32", "pp=2,precision=float32"])
+def test_a_cpu_sends_the_same(strategy: str) -> None:
+    assert judge("gpt", strategy, cluster="epyc-7763x4").document()["bytes_agree"]
+
+
+def test_a_message_that_is_not_counted_is_noticed() -> None:
+    with mock.patch.object(issuing, "REPORT_BYTES", 16):
+        assert not judge("gpt", "dp=2").document()["bytes_agree"]
+
+
+def test_the_worker_that_needs_most_is_taken() -> None:
+    found = judge("gpt", "tp=2,pp=2,sp=1")
+    others = [judge("gpt", "tp=2,pp=2,sp=1", place).memory.total for place in range(2)]
+    assert found.memory.total == max(others)
+    assert found.run.rank == 2 * others.index(max(others))
