@@ -60,6 +60,7 @@ def memory_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Elementwise operations, copies, reductions, norms, losses, embeddings, pools, updates of parameters."""
     for elements in ELEMENTS if dtype == torch.float32 else ELEMENTS[::2]:
         yield from (_elementwise(name, call, count, elements, dtype) for name, call, count in ELEMENTWISE)
+        yield from _in_rows(elements, dtype)
         yield from _copies(elements, dtype)
         yield from _reductions(elements, dtype)
         if dtype == torch.float32:
@@ -111,6 +112,29 @@ def _elementwise(name: str, call: Callable[..., Any], count: int, elements: int,
     if name in POSITIVE:
         return Case(lambda arena: (arena.take(elements, dtype=dtype).abs(),), call)
     return Case(lambda arena: tuple(arena.take(elements, dtype=dtype) for _ in range(count)), call)
+
+
+ROW, HEADS, TOKENS = 16, 4, 128
+"""Elements of a row where operands lie in short ones, heads, and most tokens: halves of attention heads, as rotary
+embeddings take them."""
+
+
+def _in_rows(elements: int, dtype: torch.dtype) -> Iterator[Case]:
+    """The same on halves of the heads of one projection for queries, keys and values, and a table for all of them."""
+    tokens = min(TOKENS, max(2, elements // (HEADS * ROW)))
+    samples = max(1, elements // (HEADS * ROW * tokens))
+    width = 2 * HEADS * ROW
+
+    def half(arena: Arena) -> Tensor:
+        projected = arena.take(samples, tokens, 3 * width, dtype=dtype)[..., :width]
+        return projected.view(samples, tokens, HEADS, 2 * ROW).transpose(1, 2)[..., :ROW]
+
+    def halves(arena: Arena) -> Operands:
+        return half(arena), half(arena)
+
+    yield Case(lambda arena: (half(arena), arena.take(tokens, ROW, dtype=dtype)), aten.mul.Tensor)
+    yield Case(halves, aten.add.Tensor)
+    yield Case(lambda arena: (half(arena),), aten.neg.default)
 
 
 def _copies(elements: int, dtype: torch.dtype) -> Iterator[Case]:

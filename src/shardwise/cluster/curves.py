@@ -27,6 +27,10 @@ ANY = "aten.add"
 """What kernels that only move and combine values are timed like, by bytes, where they have no curve of their own."""
 
 
+ROWS = "rows "
+"""What the name of an elementwise operation begins with whose operands lie in short rows."""
+
+
 class Line:
     """Seconds by one number: `Line(samples)(bytes)`."""
 
@@ -133,7 +137,9 @@ class Curves:
         What has no curve of its own is timed like another operation in that dtype, or like itself in float32.
         """
         name = curve_name("memory", operation)
-        for key in ((name, dtype), (ANY, dtype), (name, "float32"), (ANY, "float32")):
+        plain = name.removeprefix(ROWS)
+        names = (name, plain, ANY) if plain == name else (name, ROWS + ANY, plain, ANY)
+        for key in ((each, kind) for kind in (dtype, "float32") for each in dict.fromkeys(names)):
             line = self._curve(("memory", *key, False))
             if isinstance(line, Line):
                 return line(size)

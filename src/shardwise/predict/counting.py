@@ -8,8 +8,8 @@ it is repeated by an expanded dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from math import prod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ DTYPE_NAMES = {
     torch.float16: "fp16",
 }
 """Of floating dtypes as `cluster.DTYPES` spells them; whole numbers count as float32, their bytes as they are."""
+
+SHORT_ROW = 64
+"""Elements of a row below which an elementwise operation spends its time on going from row to row."""
 
 Shape = tuple[int, ...]
 Counted = tuple[str, float, Shape, bool]
@@ -86,7 +89,27 @@ def kernel_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], res
     name = f"{operation.namespace}.{packet.__name__}"
     if kind == "attention" and not _causal(operation, args, kwargs):
         name = f"dense {name}"
+    if kind == "memory" and torch.Tag.pointwise in operation.tags and packet is not aten.clone:
+        name = f"rows {name}" if _row([*inputs, *outputs]) < SHORT_ROW else name
     return Kernel(name, kind, dtype, flops, _bytes(packet, inputs, outputs), shape, backward, when=when)
+
+
+def _row(operands: Sequence[Tensor]) -> float:
+    """Elements that lie next to each other in all operands of an elementwise operation; infinite where all of them do.
+
+    Neighbouring dimensions are one where, for every operand, the outer stride is the inner stride times the inner size,
+    as torch's TensorIterator merges them (ATen/TensorIterator.cpp, coalesce_dimensions).
+    """
+    shape = torch.broadcast_shapes(*(operand.shape for operand in operands))  # type: ignore[no-untyped-call]
+    strides = [operand.expand(shape).stride() for operand in operands]
+    order = [d for d in sorted(range(len(shape)), key=lambda d: (strides[-1][d], -d)) if shape[d] > 1]
+    row = 1
+    for place, dim in enumerate(order):
+        before = order[place - 1] if place else None
+        if before is not None and any(each[dim] != each[before] * shape[before] for each in strides):
+            return row
+        row *= shape[dim]
+    return inf
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

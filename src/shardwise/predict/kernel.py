@@ -14,6 +14,7 @@ class Kernel:
     Attributes:
         operation: for people and for grouping, for example `aten.mm`; of attention that is not causal it begins
             with `dense`.
+            An elementwise operation on short rows begins with `rows` (see `predict.counting`).
         kind: one of KINDS; `memory` is everything that only moves and combines values: elementwise, norms, softmax,
             embeddings, copies, optimizers.
         dtype: one of `cluster.DTYPES`, of what is multiplied.

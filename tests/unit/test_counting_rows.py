@@ -1,0 +1,59 @@
+"""Elementwise operations on short rows are noted as such, and timed by curves of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardwise.cluster.arena import Arena
+from shardwise.cluster.cases import _in_rows
+from shardwise.cluster.cluster import KernelCurve, Sample
+from shardwise.cluster.curves import Curves
+from shardwise.predict.analysis import LinkRecorder
+from shardwise.run.calibrate import note
+
+HEADS = torch.randn(4, 8, 4, 32).transpose(1, 2)
+HALF = HEADS.chunk(2, -1)[0]  # rows of 16
+WIDE = torch.randn(64, 128)
+TABLE, BIAS = torch.randn(8, 16), torch.randn(128)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: HALF * TABLE, "rows aten.mul"),
+        (lambda: HALF.neg(), "rows aten.neg"),
+        (lambda: WIDE * WIDE, "aten.mul"),
+        (lambda: WIDE + BIAS, "aten.add"),
+        (lambda: WIDE * 2.0, "aten.mul"),
+        (lambda: WIDE.t() + WIDE.t(), "aten.add"),  # the same order in memory
+        (lambda: HALF.contiguous(), "aten.clone"),
+        (lambda: WIDE.sum(0), "aten.sum"),
+    ],
+)
+def test_noted(call: Callable[[], Tensor], name: str) -> None:
+    recorder = LinkRecorder()
+    with recorder:
+        call()
+    assert [kernel.operation for kernel in recorder.take().kernels] == [name]
+
+
+def test_what_is_measured_is_noted_as_rows() -> None:
+    arena = Arena(torch.device("cpu"), size=2**22)
+    found = {note(case, arena).operation for case in _in_rows(4096, torch.float32)}
+    assert found == {"rows aten.mul", "rows aten.add", "rows aten.neg"}
+
+
+def test_timed() -> None:
+    def curve(operation: str, seconds: float) -> KernelCurve:
+        return KernelCurve("memory", "float32", (Sample((1000,), seconds),), operation)
+
+    plain = [curve("aten.add", 1.0), curve("aten.gelu", 2.0)]
+    curves = Curves([*plain, curve("rows aten.add", 3.0), curve("rows aten.mul", 4.0)], 1, 1)
+    assert curves.moved("rows aten.mul_", "float32", 1000) == 4.0
+    assert curves.moved("rows aten.gelu", "float32", 1000) == 3.0  # as rows are added
+    assert curves.moved("aten.gelu", "float32", 1000) == 2.0
+    assert Curves(plain, 1, 1).moved("rows aten.gelu", "float32", 1000) == 2.0  # of a file without rows
