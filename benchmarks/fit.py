@@ -52,7 +52,8 @@ START: dict[str, float] = {
     "power_exponent": 0.7,
     "sustained_fp8": 0.9,
     "sustained_fp4": 0.8,
-    "sustained_single": 0.85,
+    "sustained_tf32": 0.85,
+    "idle_boost": 0.1,
     "tile_overhead": 8.0,
     "prologue": 64.0,
     "partial_wave": 1.0,
@@ -85,7 +86,7 @@ MOST: dict[str, float] = {
     **dict.fromkeys(("partial_wave", "link_share", "network_share", "hosted_share", "overlap_loss"), 1.0),
     **dict.fromkeys(("attention_forward", "attention_backward"), 0.95),
     "memory_share": 0.92,
-    "power_exponent": 1.0,
+    "power_exponent": 0.8,
     "prologue": 512.0,
     "kernel_start": 5e-6,
     "product_start": 10e-6,
@@ -192,7 +193,7 @@ def mean_of_groups(data: Data, numbers: Constants) -> float:
 
 def fit(data: Data, start: Constants, steps: int, say: Callable[[str], None] = lambda text: None) -> Constants:
     """Damped least squares on residuals that are weighted by the inverse of their size (Marquardt 1963)."""
-    origin, best, damping = logarithms(begin()), start, 1e-3
+    origin, best, damping = logarithms(begin()), moved(start, logarithms(start)), 1e-3
     value = penalized(data, best, origin)
     for step in range(steps):
         residuals, weights, slopes = linearized(data, best)

@@ -23,11 +23,11 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 REACHED = {
     "vTrain single node": 0.08,
-    "vTrain multi": 0.085,
-    "BLOOM prequel": 0.055,
+    "vTrain multi": 0.08,
+    "BLOOM prequel": 0.05,
     "SC21": 0.03,
     "Megatron 2020": 0.04,
-    "Korthikanti": 0.04,
+    "Korthikanti": 0.05,
     "Sailor GH200": 0.11,
 }
 """Mean error by group that must not be exceeded: what was reached, and some slack."""
@@ -47,12 +47,16 @@ def test_all_rows_are_predicted(document: dict[str, Any]) -> None:
 
 
 def test_mean_over_groups(document: dict[str, Any]) -> None:
-    assert document["mean_of_groups"] < 0.065
+    assert document["mean_of_groups"] < 0.06
 
 
 @pytest.mark.parametrize("group", REACHED)
 def test_group(document: dict[str, Any], group: str) -> None:
     assert document["groups"][group]["mean_error"] < REACHED[group]
+
+
+def test_no_group_is_far_off(document: dict[str, Any]) -> None:
+    assert {name for name, group in document["groups"].items() if group["mean_error"] > 0.1} == set()
 
 
 @pytest.mark.parametrize("group", MEMORY)
@@ -64,7 +68,7 @@ def test_single_node_is_ranked(document: dict[str, Any]) -> None:
     assert document["groups"]["vTrain single node"]["rank_correlation"] > 0.98
 
 
-@pytest.mark.parametrize("group", ["vTrain single node", "vTrain multi", "Sailor GH200"])
+@pytest.mark.parametrize("group", ["vTrain single node", "vTrain multi", "BLOOM prequel", "Sailor GH200"])
 def test_the_fastest_is_among_the_first_three(document: dict[str, Any], group: str) -> None:
     assert document["groups"][group]["best_is_predicted"] <= 3
 

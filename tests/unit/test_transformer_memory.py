@@ -138,7 +138,7 @@ def test_stages() -> None:
     assert layers_of_stages(SIZES, setup(pipeline=4)) == [6, 6, 6, 6]
     assert layers_of_stages(replace(SIZES, layers=22), setup(pipeline=4)) == [5, 6, 6, 5]
     assert layers_of_stages(replace(SIZES, layers=25), setup(pipeline=4)) == [7, 6, 6, 6]
-    # an output of 4.09 blocks: 28.09 blocks in two halves of 14.05, and the block that goes beyond
+    # an output of 4.09 blocks: 28.09 blocks in two halves of 14.05, and the block that reaches it
     assert layers_of_stages(SIZES, setup(pipeline=2, balanced=True)) == [15, 9]
     held = parameters_of_stages(SIZES, setup(pipeline=2, tensor=2))
     assert held[0] == (12 * SIZES.layer_parameters + V * H) / 2

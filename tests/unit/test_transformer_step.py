@@ -15,7 +15,7 @@ from shardwise.predict.kernel import Kernel
 from shardwise.predict.network import collective_seconds
 from shardwise.predict.transformer.layer import accumulation, block
 from shardwise.predict.transformer.sizes import Setup, Sizes, Stack
-from shardwise.predict.transformer.step import Clock, Groups, _Step, explained, predict
+from shardwise.predict.transformer.step import Clock, Groups, _Step, explained, paced, predict
 
 H, L, V, S = 4096, 8, 50257, 2048
 SIZES = Sizes(
@@ -193,6 +193,13 @@ def test_a_kernel_takes_its_bytes_and_its_start() -> None:
     # one whole wave of 100 tiles of 256 x 128 on 100 SMs, at the largest share of the datasheet's rate
     product = Kernel("product", "matmul", "bf16", 0, 0, (1, 2560, 1280, 1000))
     assert kernel_seconds(product, GPU, numbers) == pytest.approx(2 * 2560 * 1280 * 1000 / (0.96 * 1e14) + 2e-3)
+
+
+def test_who_waits_computes_faster() -> None:
+    numbers = replace(NUMBERS, sustained_default=0.5, idle_boost=0.5)
+    assert paced(1.0, GPU, "bf16", numbers) == 1.0
+    assert paced(0.64, GPU, "bf16", numbers) == pytest.approx(0.8)
+    assert paced(0.01, GPU, "bf16", numbers) == pytest.approx(0.5 / 0.96)  # no more than the datasheet's rate
 
 
 def test_terms_add_up() -> None:

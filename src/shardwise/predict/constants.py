@@ -18,16 +18,18 @@ class Constants:
     """Numbers of the cost model. Times in seconds, shares between 0 and 1.
 
     Attributes:
-        sustained_default: share of the datasheet's rate that large matrix products keep up, limited by power: GPUs of
-            other families than the following.
-        sustained_ampere: the same for Ampere at the watts per FLOP/s of A100 SXM.
+        sustained_default: share of the datasheet's rate that large matrix products keep up where power does not limit
+            them: float32 without tensor cores, and at most GPUs of other families than the following.
+        sustained_ampere: the same, limited by power, for Ampere at the watts per FLOP/s of A100 SXM.
         sustained_hopper: the same for Hopper and Ada at the watts per FLOP/s of H100 SXM.
         sustained_blackwell: the same for Blackwell at the watts per FLOP/s of GB200.
         sustained_ultra: the same for Blackwell Ultra at the watts per FLOP/s of GB300.
         power_exponent: how that share grows with watts per FLOP/s among GPUs of one family.
         sustained_fp8: rate of fp8 products over twice the sustained rate of bf16.
         sustained_fp4: rate of fp4 products over four times the sustained rate of bf16.
-        sustained_single: the same for float32 on tensor cores (tf32) and for plain float32.
+        idle_boost: power of the share of a step in which a GPU computes, by which its products take less time: what it
+            does not draw while it waits it may draw then.
+        sustained_tf32: rate of tf32 products over the datasheet's, relative to bf16.
         tile_overhead: edge of a tile that costs as much as filling it, in elements: a tile of m x n runs at
             1 / (1 + tile_overhead (1/m + 1/n)) of the rate.
         prologue: length along k that starting and ending a tile costs, in elements.
@@ -64,7 +66,8 @@ class Constants:
     power_exponent: float
     sustained_fp8: float
     sustained_fp4: float
-    sustained_single: float
+    sustained_tf32: float
+    idle_boost: float
     tile_overhead: float
     prologue: float
     partial_wave: float

@@ -89,18 +89,31 @@ def rate(device: Device, dtype: str) -> float:
 
 def sustained(device: Device, dtype: str, numbers: Constants) -> float:
     """Share of the datasheet's rate that large products of this dtype keep up."""
+    if dtype in ("float32", "float64"):  # units without a tensor core's hunger for power
+        return numbers.sustained_default
     half = device.flops.get("bf16") or device.flops.get("fp16")
-    own = FAMILIES.get(device.architecture.lower()) or FAMILIES.get(family(device))
-    name, reference = own or ("sustained_default", 0.0)
-    share: float = getattr(numbers, name)
-    if reference and half and device.watts:
-        share *= (device.watts / half / reference) ** numbers.power_exponent
+    share = _powered(device, half, numbers)
     if half and dtype in NARROW:
         kept = numbers.sustained_fp8 if dtype == "fp8" else numbers.sustained_fp4
         share *= kept * NARROW[dtype] * half / rate(device, dtype)
-    if dtype in ("float32", "tf32"):
-        share *= numbers.sustained_single
+    if dtype == "tf32":
+        share *= numbers.sustained_tf32
     return min(share, LARGEST_SHARE)
+
+
+def _powered(device: Device, half: float | None, numbers: Constants) -> float:
+    """The share in half precision, as far as the device's power lasts.
+
+    Of other families it is as of Hopper, but no more than any of them keeps up.
+    """
+    own = FAMILIES.get(device.architecture.lower()) or FAMILIES.get(family(device))
+    name, reference = own or FAMILIES["hopper"]
+    share: float = getattr(numbers, name)
+    if half and device.watts:
+        share *= (device.watts / half / reference) ** numbers.power_exponent
+    elif own is None:
+        share = numbers.sustained_default
+    return share if own else min(share, numbers.sustained_default)
 
 
 def family(device: Device) -> str:

@@ -8,9 +8,10 @@ from shardwise.predict.kernel import Kernel
 from shardwise.predict.transformer.layer import accumulation, moving, product, tokens
 from shardwise.predict.transformer.sizes import Setup, Sizes
 
-LOSS_BYTES = {"megatron": (46, 22), "eager": (16, 14), "fused": (6, 4)}
-"""Bytes per logit, forward and backward: Megatron's loss in float32 takes maximum, difference, exponential, sum and
-quotient as kernels of their own; PyTorch's copies to float32 and takes one log softmax."""
+LOSS_BYTES = {"megatron": (38, 14), "eager": (16, 14), "fused": (6, 4)}
+"""Bytes per logit, forward and backward. Megatron's loss casts (6), and takes maximum (4), difference (8), exponential
+(8), sum (4) and quotient (8) in place as kernels of their own; back it multiplies (8) and casts (6). PyTorch's casts
+and takes one log softmax that reads once what fits into a multiprocessor."""
 
 UPDATE_BYTES = {"fp16": 56, "bf16": 44, "float32": 32, "tf32": 32}
 """Bytes per parameter that one step of Adam with float32 states moves: gradient, moments and master weight are read,

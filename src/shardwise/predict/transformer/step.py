@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.predict.constants import Constants, constants
-from shardwise.predict.gpu import kernel_seconds, rate
+from shardwise.predict.gpu import LARGEST_SHARE, kernel_seconds, rate, sustained
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.network import collective_seconds
 from shardwise.predict.prediction import Prediction
@@ -34,22 +34,34 @@ TENSORS = 7
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds of kernels and collectives on one cluster; equal ones are computed once."""
+    """Seconds of kernels and collectives on one cluster; equal ones are computed once.
+
+    Attributes:
+        cluster: its links are used.
+        device: that kernels run on.
+        numbers: constants of the models.
+        kernels: seconds of those that were asked for.
+        pace: of products, relative to what a device keeps up that never waits.
+    """
 
     cluster: Cluster
     device: Device
     numbers: Constants
     kernels: dict[Kernel, float] = field(default_factory=dict)
+    pace: float = 1.0
 
     def of(self, kernels: Iterable[Kernel]) -> float:
         """Of all of them after each other."""
-        total = 0.0
+        products = others = 0.0
         for kernel in kernels:
             seconds = self.kernels.get(kernel)
             if seconds is None:
                 seconds = self.kernels[kernel] = kernel_seconds(kernel, self.device, self.numbers)
-            total += seconds
-        return total
+            if kernel.kind == "memory":
+                others += seconds
+            else:
+                products += seconds
+        return products * self.pace + others
 
     def collective(self, operation: str, amount: float, group: Group, axis: str) -> float:
         """Of one collective of `amount` bytes."""
@@ -103,9 +115,20 @@ def predict(
     """
     numbers = numbers or constants()
     clock = clock or Clock(cluster, cluster.device(0), numbers)
-    clock.cluster = cluster
+    clock.cluster, clock.pace = cluster, 1.0
     step = _Step(sizes, setup, clock, Groups.of(setup), block(sizes, setup))
+    busy = step.prediction()
+    clock.pace = paced(busy.compute_seconds / busy.step_seconds, clock.device, setup.linear_dtype, numbers)
     return step.prediction()
+
+
+def paced(busy: float, device: Device, dtype: str, numbers: Constants) -> float:
+    """Time of products of a GPU that computes for a share `busy` of a step over their time if it always did.
+
+    A limit of power bounds an average: while a GPU waits it draws little, and its clock falls less when it computes.
+    """
+    fastest = sustained(device, dtype, numbers) / LARGEST_SHARE
+    return max(fastest, float(busy**numbers.idle_boost))
 
 
 @dataclass(slots=True)
