@@ -87,7 +87,7 @@ MOST: dict[str, float] = {
     **dict.fromkeys(("attention_forward", "attention_backward"), 0.95),
     "memory_share": 0.92,
     "power_exponent": 0.8,
-    "prologue": 512.0,
+    "prologue": 192.0,
     "kernel_start": 5e-6,
     "product_start": 10e-6,
 }

@@ -115,7 +115,7 @@ def test_products_and_attention_in_half_precision(profiles: Profiles, strategy: 
         return sum(kernel_seconds(kernel, device) for kernel in kernels if kernel.kind in ("matmul", "attention"))
 
     layer = per_layer(profile)
-    assert busy(layer) == pytest.approx(busy([*passes.forward, *passes.backward]), rel=0.05)
+    assert busy(layer) == pytest.approx(busy([*passes.forward, *passes.backward]), rel=0.07)
 
 
 def per_layer(profile: Profile) -> list[Kernel]:

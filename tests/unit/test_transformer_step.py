@@ -199,6 +199,7 @@ def test_who_waits_computes_faster() -> None:
     numbers = replace(NUMBERS, sustained_default=0.5, idle_boost=0.5)
     assert paced(1.0, GPU, "bf16", numbers) == 1.0
     assert paced(0.64, GPU, "bf16", numbers) == pytest.approx(0.8)
+    assert paced(0.64, GPU, "float32", numbers) == 1.0
     assert paced(0.01, GPU, "bf16", numbers) == pytest.approx(0.5 / 0.96)  # no more than the datasheet's rate
 
 

@@ -35,6 +35,9 @@ H100 SXM, GB200, GB300."""
 LARGEST_SHARE = 0.96
 """Of the datasheet's rate, whatever the power."""
 
+UNLIMITED = ("float32", "float64")
+"""Dtypes whose units lack the tensor cores' hunger for power."""
+
 NARROW = {"fp8": 2.0, "fp4": 4.0}
 """Dtypes of narrow operands -> how many of them take the place of one of half precision."""
 
@@ -89,7 +92,7 @@ def rate(device: Device, dtype: str) -> float:
 
 def sustained(device: Device, dtype: str, numbers: Constants) -> float:
     """Share of the datasheet's rate that large products of this dtype keep up."""
-    if dtype in ("float32", "float64"):  # units without a tensor core's hunger for power
+    if dtype in UNLIMITED:
         return numbers.sustained_default
     half = device.flops.get("bf16") or device.flops.get("fp16")
     share = _powered(device, half, numbers)

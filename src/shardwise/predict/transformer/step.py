@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.predict.constants import Constants, constants
-from shardwise.predict.gpu import LARGEST_SHARE, kernel_seconds, rate, sustained
+from shardwise.predict.gpu import LARGEST_SHARE, UNLIMITED, kernel_seconds, rate, sustained
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.network import collective_seconds
 from shardwise.predict.prediction import Prediction
@@ -127,6 +127,8 @@ def paced(busy: float, device: Device, dtype: str, numbers: Constants) -> float:
 
     A limit of power bounds an average: while a GPU waits it draws little, and its clock falls less when it computes.
     """
+    if dtype in UNLIMITED:
+        return 1.0
     fastest = sustained(device, dtype, numbers) / LARGEST_SHARE
     return max(fastest, float(busy**numbers.idle_boost))
 
