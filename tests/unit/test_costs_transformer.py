@@ -94,7 +94,7 @@ def both(profiles: Profiles, text: str, cluster: str) -> tuple[Prediction, Predi
 )
 def test_times_in_single_precision(profiles: Profiles, strategy: str, cluster: str) -> None:
     traced, formulas = both(profiles, f"{strategy},precision=float32", cluster)
-    assert traced.step_seconds == pytest.approx(formulas.step_seconds, rel=0.1)
+    assert traced.step_seconds == pytest.approx(formulas.step_seconds, rel=0.12)
     assert traced.compute_seconds == pytest.approx(formulas.compute_seconds, rel=0.15)
     if strategy.startswith("dp=4,tp=8"):
         assert traced.exposed_communication_seconds == pytest.approx(formulas.exposed_communication_seconds, rel=0.15)
