@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -94,9 +94,15 @@ def compare(real: Observed, dry: DryRun) -> None:
     """Fails where a dry run is not what a real worker did."""
     assert dry.collectives == real.collectives
     assert multiplied(dry.kernels) == real.kernels
-    for ours, theirs in zip(astuple(dry.memory), astuple(real.memory), strict=True):
+    for ours, theirs in zip(stays_and_passes(dry.memory), stays_and_passes(real.memory), strict=True):
         assert abs(ours - theirs) <= MEMORY_TOLERANCE * real.memory.total, (dry.memory, real.memory)
     assert dry.memory.total == pytest.approx(real.memory.total, rel=MEMORY_TOLERANCE)
+
+
+def stays_and_passes(memory: Memory) -> tuple[int, int, int]:
+    """What has one size all through a step, and the rest together: of two moments that need about as much, a run may
+    have its peak in one and a dry run in the other, with more gradients and less activations."""
+    return memory.parameters, memory.optimizer, memory.gradients + memory.activations + memory.temporary
 
 
 def check(workers: Pools, name: str, strategy: str, ranks: slice = slice(0, None, 3)) -> None:
