@@ -210,7 +210,8 @@ def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, byt
         finally:
             dist.destroy_process_group()
             forget_groups()
-            gc.collect()  # programs hold themselves in circles, and their groups several threads each
+            while gc.collect():  # programs hold themselves in circles, and their groups several threads each
+                pass
             gc.freeze()  # what is left stays: imported modules, kept traces
     except BaseException as error:
         text = traceback.format_exc()
@@ -228,12 +229,15 @@ def cause(errors: list[BaseException]) -> BaseException | None:
 
 
 def forget_groups() -> None:
-    """DTensor remembers the meshes of earlier calls, whose groups are gone."""
-    from torch.distributed.tensor import debug
+    """DTensor remembers the meshes of earlier calls, whose groups are gone: each would keep three threads that poll."""
+    from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
     debug._clear_sharding_prop_cache()
     with contextlib.suppress(AttributeError):
         debug._clear_fast_path_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
 
 
 def end_with_parent() -> None:

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from models import perceptron
 from pool import Pools
 
 from shardwise.errors import StrategyError
+from shardwise.parallel.program import Program
+from shardwise.strategy import Strategy
 
 
 def rank_sum() -> tuple[int, float]:
@@ -48,6 +51,22 @@ def test_hanging_and_dead_workers_are_replaced(workers: Pools) -> None:
     with pytest.raises(RuntimeError, match="worker 1 died with exit code 3"):
         workers(2, lambda: os._exit(3) if dist.get_rank() == 1 else None)
     workers.close()
+
+
+def test_groups_of_earlier_calls_are_gone(workers: Pools) -> None:
+    """Each keeps three threads that poll: enough of them take all of the cores."""
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    def train(strategy: str) -> None:
+        program = Program.build(perceptron(), Strategy.parse(strategy))
+        program.step_share(next(program.loader().shares(0)))
+
+    before = workers(4, threads)
+    for strategy in ("dp=2,fsdp=2", "dp=2,pp=2", "fsdp=2,tp=2"):
+        workers(4, train, strategy)
+        assert workers(4, threads) == before, strategy
 
 
 def test_workers_hash_and_draw_differently(workers: Pools) -> None:

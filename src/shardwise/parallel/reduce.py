@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ class GradientReducer:
         self._armed = False
         for index, bucket in enumerate(self._buckets):
             for parameter in bucket:
-                parameter.register_post_accumulate_grad_hook(partial(self._ready, index))  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
 
     def arm(self) -> None:
         """From here on gradients are complete when they appear: the last backward pass begins."""
@@ -37,7 +37,18 @@ class GradientReducer:
         self._missing = [len(bucket) for bucket in self._buckets]
         self._launched.clear()
 
-    def _ready(self, index: int, _: Tensor) -> None:
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        """Does not hold the reducer: Python cannot free a circle through the hooks of a tensor, nor its group then."""
+        ready = WeakMethod(self._ready)
+
+        def hook(_: Tensor) -> None:
+            method = ready()
+            if method is not None:
+                method(index)
+
+        return hook
+
+    def _ready(self, index: int) -> None:
         if not self._armed:
             return
         self._missing[index] -= 1
