@@ -8,6 +8,7 @@ from functools import cache
 from unittest import mock
 
 import pytest
+from traces import remembered
 
 from shardwise.cluster.find import find_cluster
 from shardwise.predict import issuing
@@ -21,8 +22,8 @@ from shardwise.workload.recipes.medical import medical
 from shardwise.workload.workload import Workload
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "gpt": lambda: gpt(4, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
-    "language": lambda: language(sequence=64, layers=4, hidden=64, tied=True, dropout=0.1),
+    "gpt": lambda: gpt(2, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
+    "language": lambda: language(sequence=64, layers=2, hidden=64, tied=True, dropout=0.1),
     "image": lambda: image(batch_size=16),
     "resnet": lambda: image(model="resnet", batch_size=16),
     "medical": lambda: medical(batch_size=8, channels=4, patch=16, norm="batch"),
@@ -33,34 +34,28 @@ GRID = [
         ("gpt", strategy)
         for strategy in (
             "single,microbatches=2",
-            "single,recompute=full",
             "dp=2",
             "dp=2,microbatches=2",
             "fsdp=2",
             "fsdp=3,zero=2,precision=float32",
             "fsdp=2,zero=1",
             "dp=2,fsdp=2,microbatches=2,recompute=full",
-            "tp=2",
             "tp=2,sp=1,recompute=full",
             "dp=2,tp=2",
             "fsdp=2,tp=2,sp=1",
-            "pp=2",
-            "pp=2,schedule=gpipe,recompute=full",
             "pp=2,schedule=interleaved",
             "pp=2,schedule=zero-bubble",
             "dp=2,pp=4",
-            "fsdp=2,pp=2",
             "fsdp=2,pp=2,zero=2,schedule=gpipe",
-            "fsdp=2,pp=2,schedule=interleaved",
             "fsdp=2,pp=2,schedule=zero-bubble,recompute=full",
             "tp=2,pp=2,sp=1",
             "dp=2,fsdp=2,tp=2,pp=2",
         )
     ),
-    *(("language", strategy) for strategy in ("dp=2", "fsdp=2", "tp=2", "pp=2", "dp=2,pp=2,recompute=full")),
-    *(("image", strategy) for strategy in ("dp=2", "fsdp=2,tp=2", "pp=2")),
-    *(("resnet", strategy) for strategy in ("dp=2", "fsdp=2", "dp=2,tp=2")),
-    *(("medical", strategy) for strategy in ("dp=2", "fsdp=2", "tp=2", "pp=2,schedule=interleaved")),
+    *(("language", strategy) for strategy in ("tp=2", "dp=2,pp=2,recompute=full")),
+    *(("image", strategy) for strategy in ("fsdp=2,tp=2", "pp=2")),
+    *(("resnet", strategy) for strategy in ("fsdp=2", "dp=2,tp=2")),
+    *(("medical", strategy) for strategy in ("dp=2", "pp=2,schedule=interleaved")),
 ]
 
 
@@ -73,12 +68,13 @@ def profiles(name: str, device: str, samples: int = 0) -> Profiles:
 def judge(name: str, strategy: str, place: int | None = None, cluster: str = "h100x16") -> Judged:
     parsed = Strategy.parse(strategy)
     found = profiles(name, "gpu" if cluster.startswith("h100") else "cpu", 12 if parsed.replicas == 3 else 0)
-    return judged(found, parsed, find_cluster(cluster), place)
+    with remembered(name):
+        return judged(found, parsed, find_cluster(cluster), place)
 
 
 @pytest.mark.parametrize(("name", "strategy"), GRID)
 def test_messages_are_the_same(name: str, strategy: str) -> None:
-    for place in range(Strategy.parse(strategy).pp):
+    for place in sorted({0, Strategy.parse(strategy).pp - 1}):
         document = judge(name, strategy, place).document()
         assert document["predicted"]["communicated"] == document["communicated"]
         assert document["bytes_agree"]
