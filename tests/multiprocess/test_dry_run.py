@@ -29,12 +29,16 @@ from shardwise.workload.workload import Workload
 
 Factory = Callable[[], Workload]
 MEMORY_TOLERANCE = 0.05
-STEPS = 3
+STEPS = 2
 """That are measured: a thread that communicates may hold a tensor a moment longer, in some of them."""
 
 
 def small_language() -> Workload:
-    return language(sequence=32, layers=4, hidden=64, batch_size=16, tied=True, dropout=0.1)
+    return language(sequence=32, layers=2, hidden=64, batch_size=16, tied=True)
+
+
+def dropping_language() -> Workload:
+    return language(sequence=32, layers=2, hidden=64, batch_size=16, tied=True, dropout=0.1)
 
 
 def small_image() -> Workload:
@@ -49,6 +53,7 @@ ALL: dict[str, Factory] = {
     **WORKLOADS,
     **ODDITIES,
     "language": small_language,
+    "dropping": dropping_language,
     "image": small_image,
     "medical": small_medical,
 }
@@ -139,21 +144,13 @@ PRODUCTS = (
     "dp=2,fsdp=2",
     "dp=2,fsdp=2,zero=1",
     "dp=2,tp=2",
-    "dp=2,pp=2",
     "dp=2,pp=2,schedule=zero-bubble",
-    "tp=2,pp=2",
     "tp=2,pp=2,sp=1,schedule=interleaved",
-    "fsdp=2,tp=2,zero=1",
     "fsdp=2,tp=2,zero=2",
-    "fsdp=2,tp=2,sp=1,recompute=full",
     "fsdp=2,pp=2,zero=1",
-    "fsdp=2,pp=2,zero=2,schedule=gpipe",
-    "fsdp=2,pp=2,schedule=interleaved",
     "fsdp=2,pp=2,schedule=zero-bubble,recompute=full",
     "pp=4",
     "tp=4",
-    "dp=4",
-    "fsdp=4",
 )
 
 
@@ -165,7 +162,9 @@ def test_every_strategy(workers: Pools, strategy: str) -> None:
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
-        ("image", "dp=2,fsdp=2"),
+        ("dropping", "dp=2"),
+        ("dropping", "fsdp=2,tp=2,sp=1,recompute=full"),
+        ("dropping", "pp=2,recompute=full"),
         ("image", "tp=2,pp=2"),
         ("medical", "dp=2"),
         ("medical", "fsdp=2,pp=2"),
@@ -177,7 +176,7 @@ def test_every_strategy(workers: Pools, strategy: str) -> None:
         ("smoothed", "dp=2,pp=2"),  # has a weight of its own
         ("first-token", "tp=2"),
         ("shared", "pp=2"),
-        ("translator", "tp=2,pp=2"),
+        ("translator", "tp=2"),
         ("low-rank", "fsdp=2,pp=2"),
     ],
 )

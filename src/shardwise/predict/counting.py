@@ -100,8 +100,11 @@ def _row(operands: Sequence[Tensor]) -> float:
     Neighbouring dimensions are one where, for every operand, the outer stride is the inner stride times the inner size,
     as torch's TensorIterator merges them (ATen/TensorIterator.cpp, coalesce_dimensions).
     """
-    shape = torch.broadcast_shapes(*(operand.shape for operand in operands))  # type: ignore[no-untyped-call]
-    strides = [operand.expand(shape).stride() for operand in operands]
+    shape: Sequence[int] = operands[-1].shape
+    if all(operand.shape == shape and operand.is_contiguous() for operand in operands):
+        return inf
+    shape = _broadcast([operand.shape for operand in operands])
+    strides = [_strides(operand, shape) for operand in operands]
     order = [d for d in sorted(range(len(shape)), key=lambda d: (strides[-1][d], -d)) if shape[d] > 1]
     row = 1
     for place, dim in enumerate(order):
@@ -110,6 +113,21 @@ def _row(operands: Sequence[Tensor]) -> float:
             return row
         row *= shape[dim]
     return inf
+
+
+def _broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The shape of operands of an elementwise operation together. Worked out here: under dispatch modes, torch's own
+    functions for it and for what follows are as slow as the operation itself.
+    """
+    longest = max(map(len, shapes))
+    padded = [(*[1] * (longest - len(shape)), *shape) for shape in shapes]
+    return tuple(map(max, zip(*padded, strict=True)))
+
+
+def _strides(operand: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """Of an operand that is expanded to a shape."""
+    own = [0 if size == 1 else stride for size, stride in zip(operand.shape, operand.stride(), strict=True)]
+    return (*[0] * (len(shape) - len(own)), *own)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
