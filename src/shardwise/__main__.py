@@ -1,8 +1,6 @@
 """`python -m shardwise` is the command `shardwise`."""
 
-import sys
-
-from shardwise.cli import main
+from shardwise.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shardwise import __version__, api
+from shardwise.ending import end
 from shardwise.errors import (
     DataError,
     NotAccurate,
@@ -44,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("shardwise: interrupted, all workers have ended\n")
         return INTERRUPTED
     return 0
+
+
+def command() -> NoReturn:
+    """The program `shardwise`: `main`, and the end of the process."""
+    end(main())
 
 
 def _train(options: argparse.Namespace) -> None:

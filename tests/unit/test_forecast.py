@@ -14,7 +14,6 @@ from torch.utils.data import TensorDataset
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Sample
 from shardwise.cluster.writing import write_cluster
 from shardwise.errors import ClusterError, NotMeasured
-from shardwise.run import at_hand
 from shardwise.run.at_hand import cached_file, cluster_at_hand, keep
 from shardwise.run.compare import comparison
 from shardwise.run.forecast import forecasts
@@ -113,7 +112,7 @@ def test_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measured_once(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
-    monkeypatch.setattr(at_hand, "calibrate", lambda **options: calls.append(options) or BOX)
+    monkeypatch.setattr("shardwise.run.calibrate.calibrate", lambda **options: calls.append(options) or BOX)
     assert cluster_at_hand() == BOX
     assert "measuring this machine once" in capsys.readouterr().err
     assert cluster_at_hand(quiet=True) == BOX

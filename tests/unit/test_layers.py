@@ -21,7 +21,8 @@ FLOORS: dict[str, set[str]] = {
     "units": set(),
     "strategy": {"errors"},
     "collective": {"errors", "units"},
-    "launch": VALUES,
+    "ending": set(),
+    "launch": VALUES | {"ending"},
     "report": VALUES,
     "cluster": VALUES,
     "workload": VALUES | {"cluster"},
@@ -30,7 +31,7 @@ FLOORS: dict[str, set[str]] = {
     "plan": VALUES | {"cluster", "workload", "parallel", "predict"},
     "run": VALUES | {"cluster", "workload", "parallel", "predict", "plan", "launch", "report"},
     "api": VALUES | {"cluster", "workload", "parallel", "predict", "plan", "launch", "report", "run"},
-    "cli": VALUES | {"report", "api"},
+    "cli": VALUES | {"report", "api", "ending"},
     "__main__": {"cli"},
     "__init__": VALUES | {"workload", "api"},
 }

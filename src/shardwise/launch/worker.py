@@ -5,7 +5,6 @@ Everything heavy is imported after the parent said where to import from and with
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -44,7 +43,9 @@ def main(address: str) -> None:
         os._exit(1)  # a plain exit would wait for threads that wait for other workers
     _send(parent, {"time": time.monotonic(), "returned": len(returned)})
     parent.send_bytes(returned)
-    _exit()
+    from shardwise.ending import end
+
+    end(0)
 
 
 def _work(setup: dict[str, Any], work: bytes) -> bytes:
@@ -86,18 +87,6 @@ def _end_with(parent: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         parent.recv_bytes()
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the launcher starts each worker as a group of its own
-
-
-def _exit() -> None:
-    """Ends this process without taking the interpreter apart, which takes half a second once torch is loaded.
-
-    What the interpreter does first is done: it waits for threads, and calls what is registered for the exit.
-    """
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _die_with_parent() -> None:

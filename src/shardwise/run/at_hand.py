@@ -18,7 +18,6 @@ from shardwise.cluster.reading import read_cluster
 from shardwise.cluster.writing import write_cluster
 from shardwise.errors import ClusterError, NotMeasured
 from shardwise.launch.local import under_torchrun
-from shardwise.run.calibrate import QUICK, calibrate
 from shardwise.workload.recipes.datasets.cache import cache_folder
 
 SETTING = "SHARDWISE_CLUSTER"
@@ -54,6 +53,8 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
         raise NotMeasured(f"this machine has not been measured: run shardwise calibrate, or set {SETTING} to a file")
     if not quiet:
         sys.stderr.write(f"measuring this machine once, for predictions ({SETTING}={OFF} leaves them out)\n")
+    from shardwise.run.calibrate import QUICK, calibrate  # a second to import, for what is done once per machine
+
     cluster = calibrate(effort=QUICK, quiet=quiet)
     assert cluster is not None
     keep(cluster)

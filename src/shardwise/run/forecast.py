@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import NotMeasured, ShardwiseError, WorkerFailed
-from shardwise.predict.profiling import Profiles
-from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.at_hand import cluster_at_hand
 from shardwise.run.result import Forecast
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
+
+if TYPE_CHECKING:
+    from shardwise.predict.profiling import Profiles
 
 
 def forecasts(
@@ -38,6 +40,8 @@ def forecasts(
         cluster = cluster_at_hand(quiet=quiet)
     except (NotMeasured, WorkerFailed) as error:
         return [Forecast(reason=str(error)) for _ in strategies]
+    from shardwise.predict.simulate import profiles_on  # what traces models takes long to import
+
     given = os.environ.get("OMP_NUM_THREADS") or threads
     cluster = cluster if given is None else _with_threads(cluster, int(given))
     profiles = profiles_on(workload, cluster)
@@ -45,6 +49,8 @@ def forecasts(
 
 
 def _forecast(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Forecast:
+    from shardwise.predict.simulate import simulate
+
     if strategy.workers > cluster.size:
         return Forecast(
             reason=f"this machine was measured with {cluster.size} workers, {strategy} needs {strategy.workers}: "
