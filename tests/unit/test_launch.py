@@ -111,7 +111,7 @@ SCRIPT = """
     def work(here):
         print("noise")
         if here.value == "wait":
-            print("ready", file=sys.stderr, flush=True)
+            sys.stderr.write("ready\\n")          # at once: what two workers print may be mixed within a line
             time.sleep(60)
         return Here(here.value + 1)
     print(run_local(work, (Here({value}),), workers=2).value)
@@ -140,7 +140,9 @@ def test_no_worker_outlives_the_parent(number: signal.Signals, mark: str) -> Non
     assert process.stderr is not None
     seen = 0
     while seen < 2:
-        seen += process.stderr.readline() == "ready\n"
+        line = process.stderr.readline()
+        assert line, "it ended before both workers were ready"
+        seen += line == "ready\n"
     process.send_signal(number)
     process.wait(timeout=SECONDS)
     process.stderr.close()

@@ -72,16 +72,25 @@ def _backwards(layer: Layer) -> int:
     return layer.inside + max(layer.temporary_backward, layer.temporary_forward)
 
 
+def family_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
+    """Of a step of all strategies that differ from this one in how replicas keep parameters: what is computed alone."""
+    return max(_passes(profile, strategy, timed(profile, cluster, strategy)))
+
+
+def _passes(profile: Profile, strategy: Strategy, times: Timed) -> tuple[float, float]:
+    """Seconds that the pipeline is busy from its first pass to its last, and that its mean worker computes."""
+    forward = times.forward.total[-1]
+    one = forward + times.backward.total[-1] + times.weights.total[-1]
+    if strategy.recompute == "full":
+        one += _again(profile, strategy, times)
+    return _filled(strategy, forward, one), one * strategy.microbatches / strategy.pp
+
+
 def least_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
     """Of a step of this strategy (its number of microbatches settled)."""
     times, sizes = timed(profile, cluster, strategy), Sizes.of(profile)
-    backward = times.backward.total[-1]
-    one = times.forward.total[-1] + backward + times.weights.total[-1]
-    if strategy.recompute == "full":
-        one += _again(profile, strategy, times)
-    count, workers = strategy.microbatches, strategy.pp
-    computing = one * count / workers
-    filled = _filled(strategy, times.forward.total[-1], one)
+    backward, workers = times.backward.total[-1], strategy.pp
+    filled, computing = _passes(profile, strategy, times)
     update = _update(profile, strategy, times, sizes)
     if strategy.splits_parameters:
         channel = _gathers(strategy, cluster, sizes)

@@ -1,7 +1,9 @@
 """The best strategies of all there are: families in the order of what they cost at least, until none can win any more.
 
-    families of strategies -> lower bounds -> members, best bound first -> prediction (closed form) -> the best few,
-    predicted again from profiles that were traced for them
+    families -> lower bounds -> members of the best -> bounds of their own -> prediction (closed form), best bound first
+    -> the best few, predicted again from profiles that were traced for them
+
+A family is opened only when its bound is the lowest that is left, so that most are never spelled out.
 
 The search is exact with respect to the closed form: what is left out has a lower bound above what was found.
 """
@@ -15,9 +17,9 @@ from dataclasses import dataclass, field
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
-from shardwise.plan.bounds import least_memory, least_seconds
+from shardwise.plan.bounds import family_seconds, least_memory, least_seconds
 from shardwise.plan.plan import Candidate, Plan, Rejected
-from shardwise.plan.space import divisors, families, members
+from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import predict
 from shardwise.predict.prediction import Prediction
@@ -70,6 +72,21 @@ def search(
     return Searched(_Search(workload, cluster, workers, wish or Wish(), scaled).plan(), scaled.of)
 
 
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Strategies that differ in how replicas keep parameters.
+
+    Attributes:
+        bound: least value of the objective of all of them.
+        strategy: that names them, with all replicas as `dp`.
+        count: how many they are.
+    """
+
+    bound: float
+    strategy: Strategy
+    count: int
+
+
 @dataclass(slots=True)
 class _Search:
     workload: Workload
@@ -110,8 +127,8 @@ class _Search:
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
-    def _strategies(self) -> list[tuple[float, Strategy]]:
-        """(least value of the objective, strategy), without those that the model does not allow."""
+    def _families(self) -> list[_Family]:
+        """Those that the model allows and that may fit, with their bounds."""
         links, tensor = self._cut(), [1]
         if links > 1:
             degrees = self.traced.tensor_degrees()
@@ -121,18 +138,36 @@ class _Search:
                     tensor.append(tp)
                 else:
                     self.rejected.append(Rejected(Strategy(tp=tp), refusal, "model"))
-        bounded: list[tuple[float, Strategy]] = []
+        found: list[_Family] = []
+        counts: dict[int, int] = {}
         for family in families(self.workers, self.workload.batch_size, self.wish, tensor, links):
-            every = list(members(family, self.wish))
-            if not every:
+            if family.dp not in counts:
+                counts[family.dp] = len(spellings(family.dp, self.wish))
+            count = counts[family.dp]
+            if not count:
                 continue
             try:
                 profile = self.scaled.of(_whole(family))
             except (StrategyError, WorkloadError) as error:
-                self.rejected.append(Rejected(family, str(error), "model", len(every)))
+                self.rejected.append(Rejected(family, str(error), "model", count))
                 continue
-            bounded += self._bounded(every, profile)
-        return bounded
+            smallest = next(members(family, self.wish))  # the most sharded one
+            size = least_memory(profile, smallest)
+            if size > self.room:
+                self._cannot_fit(smallest, size, count)
+                continue
+            memory = self.wish.objective == "memory"
+            found.append(_Family(size if memory else family_seconds(profile, family, self.cluster), family, count))
+        return found
+
+    def _cannot_fit(self, strategy: Strategy, least: float, count: int) -> None:
+        self.left_out += count
+        self._too_large(strategy, least, "at least ", count)
+        self.too_large.append((least, strategy))
+
+    def _members(self, family: Strategy) -> list[tuple[float, Strategy]]:
+        """(least value of the objective, strategy) of those of a family that may fit."""
+        return self._bounded(list(members(family, self.wish)), self.scaled.of(_whole(family)))
 
     def _bounded(self, every: Sequence[Strategy], profile: Profile) -> list[tuple[float, Strategy]]:
         """(least value of the objective, strategy) of those of a family that may fit."""
@@ -140,10 +175,7 @@ class _Search:
         fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.room]
         if len(fitting) < len(every):
             least = min(size for size in sizes if size > self.room)
-            self.left_out += len(every) - len(fitting)
-            strategy = every[sizes.index(least)]
-            self._too_large(strategy, least, "at least ", len(every) - len(fitting))
-            self.too_large.append((least, strategy))
+            self._cannot_fit(every[sizes.index(least)], least, len(every) - len(fitting))
         if self.wish.objective == "memory":
             return fitting
         return [(least_seconds(profile, strategy, self.cluster), strategy) for _, strategy in fitting]
@@ -161,32 +193,43 @@ class _Search:
     # ---- the way through it -----------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Strategies by their bounds, until the next one cannot be among the finalists."""
-        order = sorted(enumerate(self._strategies()), key=lambda entry: (entry[1][0], entry[0]))
-        worst = _Threshold(FINALISTS)
-        for number, (_, (bound, strategy)) in enumerate(order):
+        """Families and strategies by their bounds, until the next one cannot be among the finalists."""
+        order: list[tuple[float, int, _Family | Strategy]] = [
+            (family.bound, number, family) for number, family in enumerate(self._families())
+        ]
+        heapq.heapify(order)
+        number, worst = len(order), _Threshold(FINALISTS)
+        while order:
+            bound, _, what = order[0]
             if bound > worst.value:
-                self._leave_out([entry for _, entry in order[number:]])
-                return
-            candidate = self._predicted(strategy)
+                break
+            heapq.heappop(order)
+            if isinstance(what, _Family):
+                for least, strategy in self._members(what.strategy):
+                    heapq.heappush(order, (max(bound, least), number, strategy))
+                    number += 1
+                continue
+            candidate = self._predicted(what)
             if candidate is not None:
                 self.found.append(candidate)
                 worst.add(self._value(candidate.prediction))
+        self._leave_out(order)
         if not self.found:  # how much is missing is known only of what was predicted
             for _, strategy in sorted(self.too_large, key=lambda entry: entry[0])[:FINALISTS]:
                 self._predicted(strategy)
 
-    def _leave_out(self, bounded: Sequence[tuple[float, Strategy]]) -> None:
+    def _leave_out(self, bounded: Sequence[tuple[float, int, _Family | Strategy]]) -> None:
         """Those that cannot win, by what they compute: replicas in all spellings together."""
-        together: dict[Strategy, list[float]] = {}
-        for bound, strategy in bounded:
-            together.setdefault(strategy.with_(dp=strategy.replicas, fsdp=1, zero=3), []).append(bound)
-        for family, bounds in together.items():
-            least = min(bounds)
-            what = format_bytes(least) if self.wish.objective == "memory" else format_seconds(least)
-            reason = f"cannot win: needs {what} at least"
-            self.left_out += len(bounds)
-            self.rejected.append(Rejected(family, reason, "slower", len(bounds)))
+        together: dict[Strategy, list[tuple[float, int]]] = {}
+        for bound, _, what in bounded:
+            family, count = (what.strategy, what.count) if isinstance(what, _Family) else (_family_of(what), 1)
+            together.setdefault(family, []).append((bound, count))
+        for family, entries in together.items():
+            least, count = min(bound for bound, _ in entries), sum(count for _, count in entries)
+            needed = format_bytes(least) if self.wish.objective == "memory" else format_seconds(least)
+            reason = f"cannot win: needs {needed} at least"
+            self.left_out += count
+            self.rejected.append(Rejected(family, reason, "slower", count))
 
     def _predicted(self, strategy: Strategy) -> Candidate | None:
         """What a strategy costs; None, and noted, where it cannot be or does not fit."""
@@ -237,6 +280,10 @@ class _Search:
     def _traced(self, strategy: Strategy) -> Candidate | None:
         candidate = Candidate(strategy, predict(self.traced.of(strategy), strategy, self.cluster))
         return candidate if self._fits(candidate) else None
+
+
+def _family_of(strategy: Strategy) -> Strategy:
+    return strategy.with_(dp=strategy.replicas, fsdp=1, zero=3)
 
 
 def _whole(family: Strategy) -> Strategy:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from shardwise.errors import StrategyError
 from shardwise.plan.wish import Wish
 from shardwise.strategy import PRECISIONS, RECOMPUTE, Strategy
 
@@ -81,17 +80,21 @@ def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterat
 
 def members(family: Strategy, wish: Wish) -> Iterator[Strategy]:
     """All strategies of a family that may be."""
-    replicas = family.dp
-    for fsdp in divisors(replicas):
+    for dp, fsdp, zero in spellings(family.dp, wish):
+        yield family.with_(dp=dp, fsdp=fsdp, zero=zero)
+
+
+def spellings(replicas: int, wish: Wish) -> tuple[tuple[int, int, int], ...]:
+    """(dp, fsdp, zero) of so many replicas: what the members of a family differ in. What may be, most sharded first."""
+    found = []
+    for fsdp in reversed(divisors(replicas)):
         for zero in (3, 2, 1) if fsdp > 1 else (3,):
             if zero == 1 and fsdp != replicas:
                 continue  # the optimizer's state is dealt to all replicas, however they are spelled
-            try:
-                strategy = family.with_(dp=replicas // fsdp, fsdp=fsdp, zero=zero)
-            except StrategyError:
-                continue
-            if wish.refusal(strategy) is None:
-                yield strategy
+            values = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero}
+            if all(wish.allows(option, value) for option, value in values.items()):
+                found.append((replicas // fsdp, fsdp, zero))
+    return tuple(found)
 
 
 @lru_cache(maxsize=1024)
