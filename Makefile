@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STRATEGIES := single dp=2 fsdp=2 tp=2 pp=2 dp=2,tp=2 fsdp=2,pp=2
-DEMO = $(BIN)/shardwise compare image --epochs 6 --set schedule_epochs=6 $(foreach strategy,$(STRATEGIES),--strategy '$(strategy)')
+DEMO = $(BIN)/shardwise compare image --epochs 4 --set schedule_epochs=4 $(foreach strategy,$(STRATEGIES),--strategy '$(strategy)')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo readme test models check format bench clean
