@@ -200,6 +200,8 @@ def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, byt
     """(True, pickled result) or (False, pickled exception and traceback)."""
     import torch.distributed as dist
 
+    from shardwise.parallel.mesh import forget_meshes
+
     try:
         dist.distributed_c10d._world.group_count = 0  # where the last group was not made, torch goes on counting
         dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count)
@@ -209,7 +211,7 @@ def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, byt
             return True, cloudpickle.dumps(function(*args))
         finally:
             dist.destroy_process_group()
-            forget_groups()
+            forget_meshes()
             while gc.collect():  # programs hold themselves in circles, and their groups several threads each
                 pass
             gc.freeze()  # what is left stays: imported modules, kept traces
@@ -226,18 +228,6 @@ def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, byt
 def cause(errors: list[BaseException]) -> BaseException | None:
     """The first error that is not what another worker's end did to a connection, which may arrive before it."""
     return next((error for error in errors if "Connection" not in str(error)), errors[0] if errors else None)
-
-
-def forget_groups() -> None:
-    """DTensor remembers the meshes of earlier calls, whose groups are gone: each would keep three threads that poll."""
-    from torch.distributed.tensor import _collective_utils, _redistribute, debug
-
-    debug._clear_sharding_prop_cache()
-    with contextlib.suppress(AttributeError):
-        debug._clear_fast_path_sharding_prop_cache()
-    _redistribute.clear_redistribute_planner_cache()
-    _redistribute._gen_transform_infos.cache_clear()
-    _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
 
 
 def end_with_parent() -> None:

@@ -6,7 +6,7 @@ For dp=2,tp=2: rank 0: dp 0, tp 0    rank 1: dp 0, tp 1    rank 2: dp 1, tp 0   
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,3 +90,21 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def forget_meshes() -> None:
+    """Makes DTensor forget all meshes, for a process whose groups are gone and which will have others.
+
+    What it remembers by mesh holds the groups, and each group of gloo three threads that poll.
+    """
+    from torch.distributed.tensor import _collective_utils, _redistribute, debug
+
+    for forget in (
+        lambda: debug._clear_sharding_prop_cache(),  # type: ignore[no-untyped-call]
+        lambda: debug._clear_fast_path_sharding_prop_cache(),  # type: ignore[no-untyped-call]
+        lambda: _redistribute.clear_redistribute_planner_cache(),
+        lambda: _redistribute._gen_transform_infos.cache_clear(),
+        lambda: _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear(),
+    ):
+        with suppress(AttributeError):  # not every version of torch has all of them
+            forget()

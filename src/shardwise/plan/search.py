@@ -23,7 +23,6 @@ from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import predict
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.profile import Profile
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ProfileOf, ScaledProfiles
 from shardwise.predict.simulate import profiles_on
@@ -139,25 +138,26 @@ class _Search:
                 else:
                     self.rejected.append(Rejected(Strategy(tp=tp), refusal, "model"))
         found: list[_Family] = []
-        counts: dict[int, int] = {}
+        known: dict[int, list[dict[str, int]]] = {}
         for family in families(self.workers, self.workload.batch_size, self.wish, tensor, links):
-            if family.dp not in counts:
-                counts[family.dp] = len(spellings(family.dp, self.wish))
-            count = counts[family.dp]
-            if not count:
+            if family.dp not in known:
+                known[family.dp] = spellings(family.dp, self.wish)
+            spelled = known[family.dp]
+            if not spelled:
                 continue
             try:
                 profile = self.scaled.of(_whole(family))
             except (StrategyError, WorkloadError) as error:
-                self.rejected.append(Rejected(family, str(error), "model", count))
+                self.rejected.append(Rejected(family, str(error), "model", len(spelled)))
                 continue
-            smallest = next(members(family, self.wish))  # the most sharded one
+            smallest = family.with_(**spelled[0])  # the most sharded one
             size = least_memory(profile, smallest)
             if size > self.room:
-                self._cannot_fit(smallest, size, count)
+                self._cannot_fit(smallest, size, len(spelled))
                 continue
             memory = self.wish.objective == "memory"
-            found.append(_Family(size if memory else family_seconds(profile, family, self.cluster), family, count))
+            bound = size if memory else family_seconds(profile, family, self.cluster)
+            found.append(_Family(bound, family, len(spelled)))
         return found
 
     def _cannot_fit(self, strategy: Strategy, least: float, count: int) -> None:
@@ -167,10 +167,7 @@ class _Search:
 
     def _members(self, family: Strategy) -> list[tuple[float, Strategy]]:
         """(least value of the objective, strategy) of those of a family that may fit."""
-        return self._bounded(list(members(family, self.wish)), self.scaled.of(_whole(family)))
-
-    def _bounded(self, every: Sequence[Strategy], profile: Profile) -> list[tuple[float, Strategy]]:
-        """(least value of the objective, strategy) of those of a family that may fit."""
+        every, profile = list(members(family, self.wish)), self.scaled.of(_whole(family))
         sizes = [least_memory(profile, strategy) for strategy in every]
         fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.room]
         if len(fitting) < len(every):

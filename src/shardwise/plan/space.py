@@ -80,21 +80,21 @@ def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterat
 
 def members(family: Strategy, wish: Wish) -> Iterator[Strategy]:
     """All strategies of a family that may be."""
-    for dp, fsdp, zero in spellings(family.dp, wish):
-        yield family.with_(dp=dp, fsdp=fsdp, zero=zero)
+    for spelling in spellings(family.dp, wish):
+        yield family.with_(**spelling)
 
 
-def spellings(replicas: int, wish: Wish) -> tuple[tuple[int, int, int], ...]:
-    """(dp, fsdp, zero) of so many replicas: what the members of a family differ in. What may be, most sharded first."""
+def spellings(replicas: int, wish: Wish) -> list[dict[str, int]]:
+    """dp, fsdp and zero of so many replicas: what members of a family differ in. What may be, most sharded first."""
     found = []
     for fsdp in reversed(divisors(replicas)):
         for zero in (3, 2, 1) if fsdp > 1 else (3,):
             if zero == 1 and fsdp != replicas:
                 continue  # the optimizer's state is dealt to all replicas, however they are spelled
-            values = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero}
-            if all(wish.allows(option, value) for option, value in values.items()):
-                found.append((replicas // fsdp, fsdp, zero))
-    return tuple(found)
+            spelling = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero}
+            if all(wish.allows(option, value) for option, value in spelling.items()):
+                found.append(spelling)
+    return found
 
 
 @lru_cache(maxsize=1024)

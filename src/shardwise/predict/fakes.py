@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from shardwise.parallel.data import ModuleEngine
 from shardwise.parallel.engine import Engine
-from shardwise.parallel.mesh import Allocating
+from shardwise.parallel.mesh import Allocating, forget_meshes
 from shardwise.parallel.program import Program
 from shardwise.parallel.staged import GraphEngine
 from shardwise.parallel.values import facts
@@ -56,15 +56,7 @@ def fake_workers(rank: int, workers: int) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
-        _forget_meshes()
-
-
-def _forget_meshes() -> None:
-    """DTensor remembers how it treats tensors of meshes, whose groups are gone."""
-    from torch.distributed.tensor import debug
-
-    for name in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
-        getattr(debug, name, lambda: None)()  # the second is not in every version
+        forget_meshes()
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------------
