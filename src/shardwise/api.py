@@ -63,9 +63,9 @@ def train(
 
     Args:
         workload: a recipe's name, `file.py:function`, `module:function`, a `Workload`, or a function that returns one.
-        strategy: how to split it; None: `dp` over all workers; `auto`: the fastest that fits this machine, with
-            `explanation` and `verdict` in the document.
-        workers: number of workers; None: what the strategy needs, else 1.
+        strategy: how to split it; None or `auto`: the fastest that fits this machine, with `explanation` and
+            `verdict` in the document. With None it is `dp` over all workers where the machine may not be measured.
+        workers: number of workers; None: what the strategy needs, what is fastest, or 1 where nothing was measured.
         steps: optimizer steps, those before a resume included.
         epochs: passes over the dataset; with neither steps nor epochs there is one.
         out: the run's folder; None: a new one in runs/.
@@ -88,7 +88,7 @@ def train(
     from shardwise.run.request import Asked, settle
 
     asked = Asked(workload, settings or {}, seed, strategy, workers, steps, epochs)
-    if strategy == "auto" and not resume:
+    if strategy in (None, "auto") and not resume:
         from shardwise.run.automatic import train_automatically
 
         return train_automatically(asked, out, checkpoint_every=checkpoint_every, keep=keep, quiet=quiet)

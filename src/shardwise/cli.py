@@ -222,7 +222,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     train = commands.add_parser("train", help="train a workload", description="Trains a workload on local workers.")
     _add_workload(train)
     train.add_argument(
-        "--strategy", metavar="SPEC", help="auto, single, dp=2, tp=2,pp=2, ..., or a plan file (default: dp over all)"
+        "--strategy", metavar="SPEC", help="auto, single, dp=2, tp=2,pp=2, ..., or a plan file (default: auto)"
     )
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, under any strategy")
     train.add_argument(

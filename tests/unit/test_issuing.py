@@ -8,6 +8,8 @@ import pytest
 
 from shardwise.parallel.schedule import BACKWARD, FORWARD, WEIGHT
 from shardwise.predict.issuing import Sync, actions_of, syncs, turns, under_way
+from shardwise.predict.issuing import table as passes
+from shardwise.predict.orders import KINDS, sequence
 from shardwise.strategy import Strategy
 
 STRATEGIES = [
@@ -43,6 +45,29 @@ def test_turns_count_the_table(text: str, count: int) -> None:
         assert found == table
         finals = [turn for turn in turns(strategy, place) if turn.final]
         assert [turn.count for turn in finals] == [1] * strategy.stages_per_worker
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 12])
+@pytest.mark.parametrize("text", STRATEGIES)
+def test_sequences_are_the_tables(text: str, count: int) -> None:
+    strategy = Strategy.parse(text).with_(microbatches=count)
+    for place in range(strategy.pp):
+        kinds, chunks = sequence(strategy, place)
+        found = [(KINDS[kind], chunk * strategy.pp + place) for kind, chunk in zip(kinds, chunks, strict=True)]
+        assert found == [(action.kind, action.stage) for action in actions_of(strategy, place)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 12])
+@pytest.mark.parametrize("text", STRATEGIES)
+def test_turns_are_those_of_the_table(text: str, count: int) -> None:
+    strategy = Strategy.parse(text).with_(microbatches=count)
+    for place in range(strategy.pp):
+        table = Counter(turn.kind for turn in passes(strategy, place))
+        assert {turn.kind: turn.count for turn in turns(strategy, place)} == table
+        order = list(dict.fromkeys(turn.kind for turn in passes(strategy, place)))
+        for stage in {turn.action.stage for turn in turns(strategy, place)}:
+            mine = [turn.kind for turn in turns(strategy, place) if turn.action.stage == stage]
+            assert mine == [kind for kind in order if kind[1] == stage]
 
 
 @pytest.mark.parametrize("count", [1, 4, 12, 24, 36, 60])

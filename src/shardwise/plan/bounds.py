@@ -7,9 +7,10 @@ With T seconds of one microbatch through all stages, B of its backward pass, m m
     gradients      can be sent from the last backward pass on: m T / p - B / p + all-reduce
     gathers        `fully_shard` gathers and scatters on one channel: a step takes as long as those at least; where they
                    block (on a CPU) they come on top
+    messages       one microbatch goes through all workers and back
     memory         the mean over the workers of a pipeline: parameters and the optimizer's state, with the gradients
-                   (when it updates) or with what the backward pass needs of one microbatch (when that begins); of the
-                   worker that has most microbatches under way, half of what equal stages would keep
+                   (when it updates), or with what is there while the last microbatch goes backwards: gradients, and of
+                   the worker that has most microbatches under way half of what equal stages would keep
 
 No strategy costs less (tests hold all strategies of small jobs against their bounds), so that nothing is lost by
 leaving out what cannot be better than what is known.
@@ -17,16 +18,15 @@ leaving out what cannot be better than what is known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
+from shardwise.parallel.planning import MOST_BLOCKS
+from shardwise.predict.condensed import Condensed, Times, times_of
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds
-from shardwise.predict.parts import group_of, module_blocks
-from shardwise.predict.profile import Layer, Profile
-from shardwise.predict.timing import Timed, timed
+from shardwise.predict.parts import group_of
 from shardwise.strategy import Strategy
 
 INPUTS = 0.4
@@ -37,85 +37,45 @@ EVEN = 0.5
 """Of a pipeline of equal stages, the time to fill it and what a worker keeps where its stages are not equal."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Sums over a profile: bytes of parameters and buffers, of gradients; trained elements; bytes kept of a microbatch.
-
-    `largest` is the most that one link needs while it goes backwards, which recomputation needs too.
-    """
-
-    parameters: int
-    gradients: int
-    elements: int
-    kept: int
-    largest: int
-
-    @classmethod
-    def of(cls, profile: Profile) -> Sizes:
-        """Of a profile; kept with it."""
-        key = ("bounds", "sizes")
-        if key not in profile.kept:
-            trained = [parameter for parameter in profile.parameters if parameter.trained]
-            profile.kept[key] = cls(
-                sum(parameter.bytes for parameter in profile.parameters),
-                sum(parameter.bytes for parameter in trained),
-                sum(parameter.elements for parameter in trained),
-                profile.saved[-1],
-                max((_backwards(link.layer) for link in profile.links), default=0),
-            )
-        found = profile.kept[key]
-        assert isinstance(found, Sizes)
-        return found
-
-
-def _backwards(layer: Layer) -> int:
-    return layer.inside + max(layer.temporary_backward, layer.temporary_forward)
-
-
-def family_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
+def family_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
     """Of a step of all strategies that differ from this one in how replicas keep parameters: what is computed alone."""
-    return max(_passes(profile, strategy, timed(profile, cluster, strategy)))
+    return max(_passes(profile, strategy, cluster))
 
 
-def _passes(profile: Profile, strategy: Strategy, times: Timed) -> tuple[float, float]:
+def _passes(profile: Condensed, strategy: Strategy, cluster: Cluster) -> tuple[float, float]:
     """Seconds that the pipeline is busy from its first pass to its last, and that its mean worker computes."""
-    forward = times.forward.total[-1]
-    one = forward + times.backward.total[-1] + times.weights.total[-1]
-    if strategy.recompute == "full":
-        one += _again(profile, strategy, times)
-    return _filled(strategy, forward, one), one * strategy.microbatches / strategy.pp
+    times = times_of(profile, cluster, strategy)
+    one = times.forward + times.backward + times.weights
+    if strategy.recompute == "full":  # without tp and pp only repeated blocks are computed again
+        one += times.repeated if strategy.tp == strategy.pp == 1 else times.again
+    filled = _filled(profile, strategy, times.forward, one) + _trip(profile, strategy, cluster)
+    return filled, one * strategy.microbatches / strategy.pp
 
 
-def least_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
+def _trip(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
+    """Of one microbatch through the workers of a pipeline and back: its messages, over the shortest way there is."""
+    if strategy.pp == 1 or not profile.message:
+        return 0.0
+    return 2 * (strategy.pp - 1) * _collective("send", profile.message, 2, strategy.tp, _Same(cluster))
+
+
+def least_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
     """Of a step of this strategy (its number of microbatches settled)."""
-    times, sizes = timed(profile, cluster, strategy), Sizes.of(profile)
-    backward, workers = times.backward.total[-1], strategy.pp
-    filled, computing = _passes(profile, strategy, times)
-    update = _update(profile, strategy, times, sizes)
+    times = times_of(profile, cluster, strategy)
+    filled, computing = _passes(profile, strategy, cluster)
+    update = _update(profile, strategy, times)
     if strategy.splits_parameters:
-        channel = _gathers(strategy, cluster, sizes)
-        return max(filled, computing + update + (channel if times.device.kind == "cpu" else 0.0), channel)
+        channel = _gathers(strategy, cluster, profile)
+        blocking = times.seconds.device.kind == "cpu"
+        filled += _unhidden(strategy, cluster, profile, times)
+        return max(filled, computing + update + (channel if blocking else 0.0), channel)
     if strategy.replicas == 1:
         return max(filled, computing + update)
-    sent = _seconds("all_reduce", sizes.gradients // workers, strategy, "replicas", cluster)
-    return max(filled, computing + update, computing - backward / workers + sent + update)
+    sent = _seconds("all_reduce", profile.gradients // strategy.pp, strategy, "replicas", cluster)
+    return max(filled, computing + update, computing - times.backward / strategy.pp + sent + update)
 
 
-def _again(profile: Profile, strategy: Strategy, times: Timed) -> float:
-    """Of one microbatch, what is computed again at least: each link up to what its backward pass needs."""
-    alone = strategy.tp == strategy.pp == 1
-    key = ("bounds", "again", id(times), alone)
-    if key not in profile.kept:
-        links = list(range(len(profile.links)))
-        if alone:  # only repeated blocks are computed again
-            links = sorted({link for first, end in module_blocks(profile) for link in range(first, end)})
-        profile.kept[key] = sum(times.recomputed[link].total for link in links if profile.links[link].layer.keeps)
-    found = profile.kept[key]
-    assert isinstance(found, int | float)
-    return float(found)
-
-
-def _filled(strategy: Strategy, forward: float, one: float) -> float:
+def _filled(profile: Condensed, strategy: Strategy, forward: float, one: float) -> float:
     """Of a pipeline, from its first pass to its last: `one` microbatch through all stages takes so long."""
     count, workers = strategy.microbatches, strategy.pp
     if strategy.schedule in ("1f1b", "gpipe"):
@@ -124,16 +84,16 @@ def _filled(strategy: Strategy, forward: float, one: float) -> float:
         short = forward + INPUTS * (one - forward)
         return short * (1 + (min(count, workers) - 1) / workers) + max(count - workers, 0) * one / workers
     filling = one * (workers - 1) / workers / strategy.stages_per_worker  # interleaved: of stages of equal length
-    return one * count / workers + EVEN * filling
+    return one * count / workers + _even(profile, workers * strategy.stages_per_worker) * filling
 
 
-def _update(profile: Profile, strategy: Strategy, times: Timed, sizes: Sizes) -> float:
+def _update(profile: Condensed, strategy: Strategy, times: Times) -> float:
     """Of the mean worker: as one kernel for all of its parameters."""
-    elements = sizes.elements / strategy.pp / _owners(strategy)
+    elements = profile.elements / strategy.pp / _owners(strategy)
     moved = sum(kernel.bytes for kernel in profile.update.kernels) * elements
     if moved < 1:
         return 0.0
-    return times.kernel(Kernel("copy", "memory", "float32", 0.0, moved, (max(1, round(elements)),)))
+    return times.seconds.kernels.seconds(Kernel("copy", "memory", "float32", 0.0, moved, (max(1, round(elements)),)))
 
 
 def _owners(strategy: Strategy) -> int:
@@ -143,13 +103,33 @@ def _owners(strategy: Strategy) -> int:
     return strategy.fsdp if strategy.splits_parameters else 1
 
 
-def _gathers(strategy: Strategy, cluster: Cluster, sizes: Sizes) -> float:
-    """Of a step: parameters are gathered and gradients scattered once, without tp and pp once for each microbatch."""
-    size = sizes.gradients // strategy.pp
+def _gathers(strategy: Strategy, cluster: Cluster, profile: Condensed) -> float:
+    """Of a step: what `fully_shard` gathers and scatters of blocks; see `predict.issuing.syncs`.
+
+    With tp or pp gradients are scattered once, and with zero=3 a stage's blocks are gathered for each microbatch's
+    forward pass that follows another one and for each backward pass that follows a forward pass: once more often than
+    there are microbatches, whatever the order. Without, each microbatch gathers and scatters.
+    """
+    alone, count = strategy.tp == strategy.pp == 1, strategy.microbatches
+    size = (profile.repeated if alone else profile.own) // strategy.pp
     gather = _seconds("all_gather", size, strategy, "fsdp", cluster)
     scatter = _seconds("reduce_scatter", size, strategy, "fsdp", cluster)
-    alone = strategy.tp == strategy.pp == 1
-    return (gather + scatter) * (strategy.microbatches if alone else 1)
+    if alone:
+        return ((2 if strategy.zero == 3 else 1) * gather + scatter) * count
+    return (count + 1 if strategy.zero == 3 else 1) * gather + scatter
+
+
+def _unhidden(strategy: Strategy, cluster: Cluster, profile: Condensed, times: Times) -> float:
+    """Of a pipeline: what all stages, one after the other, wait for before the first microbatch and behind the last.
+
+    Each gathers as the first microbatch comes, and scatters as the last one goes back, beside computing them.
+    """
+    if strategy.pp == 1:
+        return 0.0
+    gather = _seconds("all_gather", profile.own, strategy, "fsdp", cluster)
+    scatter = _seconds("reduce_scatter", profile.own, strategy, "fsdp", cluster)
+    again = times.again if strategy.recompute == "full" else 0.0
+    return max(0.0, gather - times.forward) + max(0.0, scatter - times.backward - times.weights - again)
 
 
 def _seconds(operation: str, size: int, strategy: Strategy, axis: str, cluster: Cluster) -> float:
@@ -177,17 +157,53 @@ def _collective(operation: str, size: int, ranks: int, stride: int, cluster: _Sa
     return collective_seconds(Collective(operation, size, Group(ranks, stride)), cluster.cluster)
 
 
-def least_memory(profile: Profile, strategy: Strategy) -> float:
+def least_memory(profile: Condensed, strategy: Strategy) -> float:
     """Bytes of the device that needs most, for this strategy (its number of microbatches settled)."""
-    sizes, workers = Sizes.of(profile), strategy.pp
+    workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
     slices = strategy.fsdp if strategy.splits_parameters else 1
-    stays = sizes.parameters / slices + sizes.elements * profile.update.state_bytes / _owners(strategy)
-    kept = 0 if strategy.recompute == "full" else sizes.kept
-    least = max((stays + max(sizes.gradients / slices, kept)) / workers, sizes.largest)
-    if workers == 1 or strategy.recompute == "full":
-        return least
-    first = _under_way(workers, strategy.microbatches, strategy.schedule, strategy.stages_per_worker)
-    return max(least, stays / workers + EVEN * kept / workers * first)
+    stays = profile.parameters / slices + profile.elements * profile.update.state_bytes / _owners(strategy)
+    updating = (stays + profile.gradients / slices) / workers
+    held = _gradients(profile, strategy, slices) / workers
+    if strategy.splits_parameters and stages > 1:  # of one stage at a time
+        held += (profile.own if _several(strategy) else 0) / stages
+        held += profile.own / stages if strategy.zero == 2 else 0
+    under_way = _under_way(workers, strategy.microbatches, strategy.schedule, strategy.stages_per_worker)
+    even = _even(profile, workers)
+    if strategy.recompute == "full":
+        kept = even * _handed(profile, strategy, stages) * under_way / workers
+    elif workers == 1:
+        kept = profile.saved
+    else:
+        kept = max(even * under_way, 1) * profile.saved / workers
+    return max(updating, stays / workers + held + kept, profile.largest)
+
+
+def _even(profile: Condensed, parts: int) -> float:
+    """Of what a pipeline of so many equal parts would have in each, what the first has at least: one or two less of
+    the pieces that the step is made of.
+    """
+    return max(EVEN, 1 - 2 * parts / profile.narrow) if profile.narrow else EVEN
+
+
+def _several(strategy: Strategy) -> bool:
+    """Whether gradients are there before the last backward pass begins."""
+    return strategy.microbatches > 1
+
+
+def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
+    """Bytes of gradients that are there in the last backward pass, of all workers of a pipeline together."""
+    alone = strategy.tp == strategy.pp == 1
+    if strategy.replicas > 1 and alone and not strategy.splits_parameters:  # DDP's buckets
+        return profile.gradients * (2.0 if _several(strategy) else 1.0)
+    return profile.gradients / slices if _several(strategy) else 0.0
+
+
+def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:
+    """Bytes that blocks hand to each other and keep of one microbatch, where they are computed again."""
+    if strategy.tp == strategy.pp == 1:
+        return 0.0
+    between = min(max(profile.narrow - stages + 1, 0), stages * (MOST_BLOCKS - 1))
+    return float(profile.message * (between + stages - 1))
 
 
 def _under_way(workers: int, microbatches: int, schedule: str, stages: int) -> float:

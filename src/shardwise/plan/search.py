@@ -11,6 +11,7 @@ The search is exact with respect to the closed form: what is left out has a lowe
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from shardwise.plan.bounds import family_seconds, least_memory, least_seconds
 from shardwise.plan.plan import Candidate, Plan, Rejected
 from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.wish import Wish
-from shardwise.predict.costs import predict
+from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ProfileOf, ScaledProfiles
@@ -31,7 +32,10 @@ from shardwise.units import format_bytes, format_seconds
 from shardwise.workload.workload import Workload
 
 FINALISTS = 5
-"""Strategies that are sure to be the best ones, and are predicted from profiles of their own."""
+"""Of the best strategies, those that are predicted again from profiles of their own."""
+
+NEAR = 0.02
+"""By how much a strategy may be worse than the best one, and is looked at still: profiles of its own tell."""
 
 EQUAL = 0.001
 """By which one more option of a strategy must be worth it: predictions are not that exact."""
@@ -146,7 +150,7 @@ class _Search:
             if not spelled:
                 continue
             try:
-                profile = self.scaled.of(_whole(family))
+                profile = self.scaled.condensed(_whole(family))
             except (StrategyError, WorkloadError) as error:
                 self.rejected.append(Rejected(family, str(error), "model", len(spelled)))
                 continue
@@ -167,7 +171,7 @@ class _Search:
 
     def _members(self, family: Strategy) -> list[tuple[float, Strategy]]:
         """(least value of the objective, strategy) of those of a family that may fit."""
-        every, profile = list(members(family, self.wish)), self.scaled.of(_whole(family))
+        every, profile = list(members(family, self.wish)), self.scaled.condensed(_whole(family))
         sizes = [least_memory(profile, strategy) for strategy in every]
         fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.room]
         if len(fitting) < len(every):
@@ -195,10 +199,10 @@ class _Search:
             (family.bound, number, family) for number, family in enumerate(self._families())
         ]
         heapq.heapify(order)
-        number, worst = len(order), _Threshold(FINALISTS)
+        number, best, worst = len(order), math.inf, _Threshold(FINALISTS)
         while order:
             bound, _, what = order[0]
-            if bound > worst.value:
+            if bound > min(worst.value, best * (1 + NEAR)):
                 break
             heapq.heappop(order)
             if isinstance(what, _Family):
@@ -209,11 +213,13 @@ class _Search:
             candidate = self._predicted(what)
             if candidate is not None:
                 self.found.append(candidate)
-                worst.add(self._value(candidate.prediction))
+                value = self._value(candidate.prediction)
+                best = min(best, value)
+                worst.add(value)
         self._leave_out(order)
         if not self.found:  # how much is missing is known only of what was predicted
             for _, strategy in sorted(self.too_large, key=lambda entry: entry[0])[:FINALISTS]:
-                self._predicted(strategy)
+                self._predicted(strategy, anyway=True)
 
     def _leave_out(self, bounded: Sequence[tuple[float, int, _Family | Strategy]]) -> None:
         """Those that cannot win, by what they compute: replicas in all spellings together."""
@@ -228,11 +234,17 @@ class _Search:
             self.left_out += count
             self.rejected.append(Rejected(family, reason, "slower", count))
 
-    def _predicted(self, strategy: Strategy) -> Candidate | None:
-        """What a strategy costs; None, and noted, where it cannot be or does not fit."""
-        profile = self.scaled.of(strategy)
+    def _predicted(self, strategy: Strategy, *, anyway: bool = False) -> Candidate | None:
+        """What a strategy costs; None, and noted, where it cannot be or does not fit.
+
+        Where it cannot fit its time is not predicted, except `anyway`.
+        """
         try:
-            candidate = Candidate(strategy, predict(profile, strategy, self.cluster))
+            costs = costs_of(self.scaled.of(strategy), strategy, self.cluster)
+            if not anyway and (least := costs.least_memory) > self.room:
+                self._cannot_fit(strategy, least, 1)
+                return None
+            candidate = Candidate(strategy, costs.prediction())
         except (StrategyError, WorkloadError) as error:
             self.rejected.append(Rejected(strategy, str(error), "model"))
             return None

@@ -452,6 +452,11 @@ class Costs:
         return memory_of(self)
 
     @property
+    def least_memory(self) -> int:
+        """Bytes of the device that needs most, or fewer: without the pipeline workers between its ends."""
+        return memory_of(self, ends=True).total
+
+    @property
     def origins(self) -> dict[str, str]:
         """What the prediction rests on, by name."""
         return dict(origins(self.cluster, self.times.device))

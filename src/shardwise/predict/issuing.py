@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action, order
+import numpy as np
+
+from shardwise.parallel.schedule import FORWARD, INPUT, WEIGHT, Action, order
+from shardwise.predict.orders import BACKWARDS, FORWARDS, INPUTS, KINDS, WEIGHTS, Integers, sequence
 from shardwise.predict.parts import REPORT_BYTES, Gathered, Parts, Stage, Worker, replica_axis
 from shardwise.predict.profile import Exchanged, Profile
 from shardwise.strategy import Strategy
@@ -135,11 +138,41 @@ def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
     return strategy.with_(microbatches=few), strategy.with_(microbatches=few + pp), (count - few) // pp
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def _turns(strategy: Strategy, place: int) -> tuple[Turn, ...]:
-    counts = Counter(turn.kind for turn in table(strategy, place))
-    first = {turn.kind: turn for turn in reversed(table(strategy, place))}
-    return tuple(replace(first[kind], count=count) for kind, count in counts.items())
+    kinds, chunks = sequence(strategy, place)
+    found: list[Turn] = []
+    for chunk in range(strategy.stages_per_worker):
+        found += _of_stage(strategy, kinds[chunks == chunk], chunk * strategy.pp + place)
+    return tuple(found)
+
+
+def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Turn]:
+    """The different passes of one stage, in the order in which they first come; see `syncs` and `table`."""
+    module = strategy.tp == strategy.pp == 1
+    apart = kinds == WEIGHTS
+    index = np.arange(len(kinds))
+    complete = np.flatnonzero((kinds == BACKWARDS) | apart)
+    first = (kinds != FORWARDS) & (index <= (complete[0] if len(complete) else len(kinds)))
+    backwards = np.flatnonzero((kinds == BACKWARDS) | (kinds == INPUTS))
+    final = index == backwards[-1]
+    rooted = gathers = reduces = np.zeros_like(first)
+    if strategy.splits_parameters:
+        others = np.flatnonzero(~apart)  # W needs nothing: what comes before it is what was gathered before
+        before = np.full(len(kinds), -1)
+        before[others[1:]] = kinds[others[:-1]]
+        rooted = (kinds == FORWARDS) if module else index == 0
+        gathers = rooted | (~apart & (before == FORWARDS)) if strategy.zero == 3 else rooted
+        reduces = ~apart & (kinds != FORWARDS) if module else final
+    codes = (((((kinds * 2 + gathers) * 2 + rooted) * 2 + first) * 2 + final) * 2) + reduces
+    _, places, counts = np.unique(codes, return_index=True, return_counts=True)
+    for which in np.argsort(places):
+        at = places[which]
+        sync = None
+        if strategy.splits_parameters:
+            sync = Sync(bool(gathers[at]), bool(rooted[at]), bool(reduces[at]))
+        action = Action(KINDS[kinds[at]], stage, 0)
+        yield Turn(action, sync, bool(final[at]), bool(first[at]), int(counts[which]))
 
 
 def table(strategy: Strategy, place: int) -> tuple[Turn, ...]:
@@ -174,18 +207,14 @@ def under_way(strategy: Strategy, place: int) -> tuple[tuple[int, int], ...]:
     return tuple((stage, a + times * (b - a)) for (stage, a), (_, b) in zip(few, more, strict=True))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def _under_way(strategy: Strategy, place: int) -> tuple[tuple[int, int], ...]:
-    count: dict[int, int] = {}
-    most: dict[int, int] = {}
-    for action in actions_of(strategy, place):
-        if action.kind == FORWARD:
-            count[action.stage] = count.get(action.stage, 0) + 1
-        elif action.kind in (BACKWARD, WEIGHT):
-            count[action.stage] -= 1
-        if sum(count.values()) > sum(most.values()):
-            most = dict(count)
-    return tuple(sorted(most.items()))
+    kinds, chunks = sequence(strategy, place)
+    change = np.where(kinds == FORWARDS, 1, np.where((kinds == BACKWARDS) | (kinds == WEIGHTS), -1, 0))
+    end = int(np.argmax(np.cumsum(change))) + 1
+    counts = np.bincount(chunks[:end], weights=change[:end]).astype(int)
+    seen = np.unique(chunks[:end])
+    return tuple((int(chunk) * strategy.pp + place, int(counts[chunk])) for chunk in seen)
 
 
 def communicated(profile: Profile, parts: Parts, place: int = 0) -> Mapping[Key, tuple[int, int]]:

@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from shardwise.predict.costs import Costs
 
 
-def memory_of(costs: Costs) -> Memory:
-    """Of the pipeline worker that needs most."""
-    found = [worker_memory(costs, worker) for worker in costs.parts.workers]
+def memory_of(costs: Costs, *, ends: bool = False) -> Memory:
+    """Of the pipeline worker that needs most; `ends`: of the first and the last one, which is quicker to know."""
+    workers = costs.parts.workers
+    if ends and len(workers) > 1:
+        workers = workers[:: len(workers) - 1]
+    found = [worker_memory(costs, worker) for worker in workers]
     most = max(found, key=lambda memory: memory.total)
     return replace(most, process=_process(most, costs.times.device, costs.strategy))
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from shardwise.errors import StrategyError, WorkloadError
+from shardwise.predict.condensed import Condensed, condense
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.profile import Link, Parameter, Pass, Profile, Value
 from shardwise.predict.profiling import Profiles
@@ -31,7 +32,10 @@ class _Unlike(Exception):
     """Two profiles that differ in more than numbers."""
 
 
-def between(first: Profile, second: Profile, at: float, repeats_at: float | None = None) -> Profile | None:
+P = TypeVar("P", bound=Profile | Condensed)
+
+
+def between(first: P, second: P, at: float, repeats_at: float | None = None) -> P | None:
     """The profile on the line through two: `first` at 0, `second` at 1. None where they differ in more than numbers.
 
     Equal kernels of a pass are put together where the two have different numbers of them. Names, sizes of the
@@ -51,8 +55,10 @@ def between(first: Profile, second: Profile, at: float, repeats_at: float | None
     return replace(found, kept={})
 
 
-def _same(profile: Profile) -> dict[str, Any]:
+def _same(profile: Profile | Condensed) -> dict[str, Any]:
     """What is not to be drawn through."""
+    if isinstance(profile, Condensed):
+        return {"tp": profile.tp}
     return {name: getattr(profile, name) for name in ("tp", "microbatch", "batch_size", "notes", "ready", "blocks")}
 
 
@@ -138,74 +144,110 @@ def _merged(kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
     return tuple(replace(kernel, count=count) for kernel, count in counts.items())
 
 
-@dataclass(slots=True)
 class ScaledProfiles:
     """Like `Profiles`, from few of them.
 
-    Attributes:
+    Args:
         traced: where the profiles at the corners come from.
     """
 
-    traced: Profiles
-    _known: dict[tuple[Any, ...], Profile] = field(default_factory=dict)
+    def __init__(self, traced: Profiles) -> None:
+        self.traced = traced
+        self._corners: dict[tuple[Any, ...], Profile] = {}
+        self._profiles = _Plane(self._corner, _for_microbatch)
+        self._condensed = _Plane(lambda *corner: condense(self._corner(*corner)), _for_degree)
 
     def of(self, strategy: Strategy, batch_size: int = 0) -> Profile:
         """The profile that a strategy is ranked by; raises as `Profiles.of` does."""
-        size = batch_size or self.traced.workload.batch_size
-        settled = strategy.for_batch(size)
-        samples = size // settled.replicas // settled.microbatches
-        split = _split(settled)
-        key = (settled.tp, settled.sp, samples, settled.precision, split)
-        if key not in self._known:
-            self._known[key] = self._at(settled, samples)
-        return self._known[key]
+        return self._profiles.at(*self._where(strategy, batch_size))
+
+    def condensed(self, strategy: Strategy) -> Condensed:
+        """What bounds are worked out from; raises as `Profiles.of` does."""
+        return self._condensed.at(*self._where(strategy))
 
     def one(self) -> Profile:
         """Of a microbatch on one worker: of which size does not matter."""
         return self._corner(Strategy(), 1, SMALL)
 
-    def _at(self, strategy: Strategy, samples: int) -> Profile:
-        if strategy.tp <= SMALL or strategy.tp == LARGE:
-            return self._of_samples(strategy, strategy.tp, samples)
+    def _where(self, strategy: Strategy, batch_size: int = 0) -> tuple[Strategy, int]:
+        size = batch_size or self.traced.workload.batch_size
+        settled = strategy.for_batch(size)
+        return settled, size // settled.replicas // settled.microbatches
+
+    def _corner(self, strategy: Strategy, tp: int, samples: int) -> Profile:
+        key = (tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy))
+        if key not in self._corners:
+            sp = strategy.sp if tp > 1 else 0
+            alone = Strategy(tp=tp, sp=sp, precision=strategy.precision, microbatches=1)
+            if _split(strategy):
+                alone = alone.with_(pp=2, schedule="zero-bubble")
+            self._corners[key] = replace(
+                self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, kept={}
+            )
+        return self._corners[key]
+
+
+class _Plane(Generic[P]):
+    """Profiles of all (tp, samples), drawn through those at its corners.
+
+    Args:
+        corner: (strategy, tp, samples) -> what was traced there.
+        named: (profile, tp, samples) -> the profile, which says now what it is for.
+    """
+
+    def __init__(self, corner: Callable[[Strategy, int, int], P], named: Callable[[P, int, int], P]) -> None:
+        self._corner, self._named = corner, named
+        self._known: dict[tuple[Any, ...], P] = {}
+
+    def at(self, strategy: Strategy, samples: int) -> P:
+        """For a strategy's tp, sp, precision and schedule."""
+        tp = strategy.tp
+        if tp <= SMALL or tp == LARGE:
+            return self._of_samples(strategy, tp, samples)
+        key = self._key(strategy, tp, samples)
+        if key not in self._known:
+            self._known[key] = self._along_degrees(strategy, samples)
+        return self._known[key]
+
+    def _along_degrees(self, strategy: Strategy, samples: int) -> P:
         where = (1 / strategy.tp - 1 / SMALL) / (1 / LARGE - 1 / SMALL)
-        ends: list[Profile] = []
+        repeats = (strategy.tp - SMALL) / (LARGE - SMALL)
+        ends: list[P] = []
         for tp in (SMALL, LARGE):
             try:
                 ends.append(self._of_samples(strategy, tp, samples))
             except (StrategyError, WorkloadError):
                 break
-        repeats = (strategy.tp - SMALL) / (LARGE - SMALL)
         found = between(ends[0], ends[1], where, repeats) if len(ends) == 2 else None
-        if found is None:
-            return self._corner(strategy, strategy.tp, samples)
-        return replace(found, tp=strategy.tp, microbatch=samples)
+        return self._exact_or(found, strategy, strategy.tp, samples)
 
-    def _of_samples(self, strategy: Strategy, tp: int, samples: int) -> Profile:
-        key = ("samples", tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy))
+    def _of_samples(self, strategy: Strategy, tp: int, samples: int) -> P:
+        key = self._key(strategy, tp, samples)
         if key not in self._known:
             self._known[key] = self._along_samples(strategy, tp, samples)
         return self._known[key]
 
-    def _along_samples(self, strategy: Strategy, tp: int, samples: int) -> Profile:
+    def _along_samples(self, strategy: Strategy, tp: int, samples: int) -> P:
         if samples in (SMALL, LARGE):
             return self._corner(strategy, tp, samples)
         first, second = self._corner(strategy, tp, SMALL), self._corner(strategy, tp, LARGE)
         found = between(first, second, (samples - SMALL) / (LARGE - SMALL))
-        if found is None:
-            return self._corner(strategy, tp, samples)
-        return replace(found, tp=tp, microbatch=samples)
+        return self._exact_or(found, strategy, tp, samples)
 
-    def _corner(self, strategy: Strategy, tp: int, samples: int) -> Profile:
-        key = ("corner", tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy))
-        if key not in self._known:
-            sp = strategy.sp if tp > 1 else 0
-            alone = Strategy(tp=tp, sp=sp, precision=strategy.precision, microbatches=1)
-            if _split(strategy):
-                alone = alone.with_(pp=2, schedule="zero-bubble")
-            self._known[key] = replace(
-                self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, kept={}
-            )
-        return self._known[key]
+    def _exact_or(self, found: P | None, strategy: Strategy, tp: int, samples: int) -> P:
+        return self._corner(strategy, tp, samples) if found is None else self._named(found, tp, samples)
+
+    @staticmethod
+    def _key(strategy: Strategy, tp: int, samples: int) -> tuple[Any, ...]:
+        return tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy)
+
+
+def _for_microbatch(profile: Profile, tp: int, samples: int) -> Profile:
+    return replace(profile, tp=tp, microbatch=samples)
+
+
+def _for_degree(condensed: Condensed, tp: int, _: int) -> Condensed:
+    return replace(condensed, tp=tp)
 
 
 def _split(strategy: Strategy) -> bool:

@@ -11,14 +11,14 @@ A CPU computes what it starts, so that both add up there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import KernelTimes, collective_seconds, launches
-from shardwise.predict.profile import Layer, Pass, Profile
+from shardwise.predict.profile import Exchanged, Layer, Pass, Profile
 from shardwise.strategy import Strategy
 
 DTYPES = {"float32": "float32", "bf16": "bf16"}
@@ -146,6 +146,53 @@ def slowest(cluster: Cluster, precision: str) -> Device:
     return min((nodes.device for nodes in cluster.nodes), key=lambda device: device.flops.get(dtype, 0.0))
 
 
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of passes on a device of a cluster.
+
+    Attributes:
+        cluster: on which.
+        device: of it.
+        tp: tensor-parallel workers.
+        crowd: workers of a host that compute and communicate at the same time.
+        kernels: the times of kernels.
+        exchanges: the times of exchanges, as far as they have been asked for.
+    """
+
+    cluster: Cluster
+    device: Device
+    tp: int
+    crowd: int
+    kernels: KernelTimes
+    exchanges: dict[Exchanged, float] = field(default_factory=dict)
+
+    @classmethod
+    def on(cls, cluster: Cluster, strategy: Strategy, tp: int, precision: str, device: Device | None = None) -> Seconds:
+        """Of a strategy's workers; `device`: of the cluster, the slowest if left out, which all others wait for."""
+        workers = min(strategy.workers, cluster.node_size)
+        device = device or slowest(cluster, precision)
+        crowd = workers if device.shared or device.curves or cluster.collectives else 1
+        return cls(cluster, device, tp, crowd, KernelTimes(device, crowd))
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What they are for, to keep what is made of them."""
+        return "timed", id(self.cluster), id(self.device), self.crowd
+
+    def of(self, each: Pass) -> Spent:
+        """One pass through a layer."""
+        busy = sum(self.kernels.seconds(kernel) for kernel in each.kernels)
+        sent = sum(map(self._exchange, each.exchanges))
+        host = launches(each.kernels) * self.device.launch_seconds
+        return Spent(busy, sent, host, self.device.kind == "cpu")
+
+    def _exchange(self, exchange: Exchanged) -> float:
+        if exchange not in self.exchanges:
+            collective = Collective(exchange.operation, exchange.bytes, Group(self.tp), "tp")
+            self.exchanges[exchange] = collective_seconds(collective, self.cluster, self.crowd)
+        return self.exchanges[exchange]
+
+
 def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device | None = None) -> Timed:
     """The times of a profile on a cluster; kept for the next strategy that asks for the same.
 
@@ -155,45 +202,28 @@ def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device
         strategy: how many workers there are.
         device: of the cluster; the slowest if left out, which all others wait for.
     """
-    workers = min(strategy.workers, cluster.node_size)
-    device = device or slowest(cluster, profile.precision)
-    crowd = workers if device.shared or device.curves or cluster.collectives else 1
-    key = ("timed", id(cluster), id(device), crowd)
-    if key not in profile.kept:
-        profile.kept[key] = _timed(profile, cluster, device, crowd)
-    found = profile.kept[key]
+    seconds = Seconds.on(cluster, strategy, profile.tp, profile.precision, device)
+    if seconds.key not in profile.kept:
+        profile.kept[seconds.key] = _timed(profile, seconds)
+    found = profile.kept[seconds.key]
     assert isinstance(found, Timed)
     return found
 
 
-def _timed(profile: Profile, cluster: Cluster, device: Device, workers: int) -> Timed:
-    group = Group(profile.tp)
-    kernels = KernelTimes(device, workers)
-    exchanges: dict[object, float] = {}
-
-    def of(each: Pass) -> Spent:
-        busy = sum(kernels.seconds(kernel) for kernel in each.kernels)
-        sent = 0.0
-        for exchange in each.exchanges:
-            if exchange not in exchanges:
-                collective = Collective(exchange.operation, exchange.bytes, group, "tp")
-                exchanges[exchange] = collective_seconds(collective, cluster, workers)
-            sent += exchanges[exchange]
-        return Spent(busy, sent, launches(each.kernels) * device.launch_seconds, device.kind == "cpu")
-
+def _timed(profile: Profile, seconds: Seconds) -> Timed:
     spent: dict[int, tuple[Spent, Spent, Spent, Spent]] = {}
-    rows = []
-    for link in profile.links:
-        layer = link.layer
-        if id(layer) not in spent:
-            spent[id(layer)] = of(layer.forward), of(layer.backward), of(layer.weights), of(layer.recomputed)
-        rows.append(spent[id(layer)])
     layers: list[Layer] = [link.layer for link in profile.links]
+    for layer in layers:
+        if id(layer) not in spent:
+            passes = layer.forward, layer.backward, layer.weights, layer.recomputed
+            forward, backward, weights, recomputed = map(seconds.of, passes)
+            spent[id(layer)] = forward, backward, weights, recomputed
+    rows = [spent[id(layer)] for layer in layers]
     keeps = tuple(accumulate((n if layer.keeps else -1 for n, layer in enumerate(layers)), max))
     return Timed(
-        cluster,
-        device,
-        kernels,
+        seconds.cluster,
+        seconds.device,
+        seconds.kernels,
         Sums.of([row[0] for row in rows]),
         Sums.of([row[1] for row in rows]),
         Sums.of([row[2] for row in rows]),

@@ -61,6 +61,16 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
     return cluster
 
 
+def check_hosts() -> None:
+    """Raises NotMeasured where an outer launcher's workers are on several hosts, of which no file says anything."""
+    local, size = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    if local != size and os.environ.get(SETTING, "") in ("", OFF):
+        raise NotMeasured(
+            f"{size} workers on several hosts have not been measured: run shardwise calibrate with the same launcher, "
+            f"and set {SETTING} to its file"
+        )
+
+
 def keep(cluster: Cluster) -> None:
     """Makes this the cluster of this machine."""
     write_cluster(cluster, cached_file())

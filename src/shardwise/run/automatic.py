@@ -1,6 +1,8 @@
 """`--strategy auto`: the machine is measured once, the best strategy for it is found, trained, and held to its word.
 
-Where a worker runs out of memory the next best plan that needs less is tried, and that is said.
+It is what `train` does where no strategy is given; `dp` over all workers where the machine may not, or cannot be
+measured, and that is said. Where a worker runs out of memory the next best plan that needs less is tried, and that is
+said.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shardwise.errors import DoesNotFit, RequestError, WorkerFailed
+from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.launch.local import under_torchrun
 from shardwise.plan.explain import explanation
 from shardwise.plan.plan import Candidate, Plan
@@ -22,9 +24,9 @@ from shardwise.plan.wish import Wish
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
-from shardwise.run.at_hand import cluster_at_hand
+from shardwise.run.at_hand import check_hosts, cluster_at_hand
 from shardwise.run.job import join_launcher, run_job
-from shardwise.run.request import Asked, check, settle, settle_source
+from shardwise.run.request import Asked, check, settle, settle_source, settle_strategy
 from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds
@@ -71,14 +73,14 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
         quiet: say nothing about the search.
 
     Raises:
-        NotMeasured: the machine may not be measured.
-        RequestError: it was measured with fewer workers, or no strategy can be.
+        NotMeasured: the machine may not be measured, or was measured with fewer workers.
+        RequestError: no strategy can be.
         DoesNotFit: nothing fits.
     """
     cluster = cluster_at_hand(quiet=quiet)
     if workers is not None and workers > cluster.size:
-        raise RequestError(
-            f"strategy=auto: this machine was measured with {cluster.size} workers, not with {workers}: run "
+        raise NotMeasured(
+            f"this machine was measured with {cluster.size} workers, not with {workers}: run "
             f"shardwise calibrate --workers {workers}"
         )
     profiles = ScaledProfiles(profiles_on(workload, cluster))
@@ -117,7 +119,7 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
     """Plans, trains, and says how the prediction did.
 
     Args:
-        asked: the training; its strategy is chosen here.
+        asked: the training; its strategy is `auto`, or None: then it need not be chosen where it cannot.
         out: the run's folder, as in `api.train`.
         quiet: no progress bar, and no words about the choice.
         options: as in `request.settle`.
@@ -126,7 +128,7 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
         The document of `train`, with `explanation`, and `verdict` where the prediction was off by more than 20%.
 
     Raises:
-        RequestError, DoesNotFit, NotMeasured: as `choose` does.
+        RequestError, DoesNotFit, NotMeasured: as `choose` does; the last only where `auto` was asked for.
         WorkerFailed: a worker died, and not because of memory or with nothing smaller to fall back to.
     """
     source = settle_source(asked.workload, asked.settings, asked.seed)
@@ -134,7 +136,10 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
     check(workload, Strategy())
     if under_torchrun():
         return _with_launcher(workload, asked, out, quiet=quiet, **options)
-    choice = choose(workload, asked.workers, quiet=quiet)
+    try:
+        choice = choose(workload, asked.workers, quiet=quiet)
+    except NotMeasured as error:
+        return run_job(settle(_unmeasured(asked, error, quiet=quiet), out, quiet=quiet, **options)).summary
     if not quiet and choice.words:
         sys.stderr.write(f"{choice.words[1]}\n")
     smaller = choice.smaller()
@@ -159,11 +164,27 @@ def _with_launcher(workload: Workload, asked: Asked, out: str | Path | None, **o
     """As one of the workers of an outer launcher: all take what the first one chooses. Nothing is tried again."""
     count = int(os.environ["WORLD_SIZE"])
     join_launcher(count)
-    first = os.environ["RANK"] == "0"
-    choice = choose(workload, asked.workers or count, quiet=bool(options["quiet"])) if first else None
+    choice: Choice | None = None
+    if os.environ["RANK"] == "0":
+        try:
+            check_hosts()
+            choice = choose(workload, asked.workers or count, quiet=bool(options["quiet"]))
+        except NotMeasured as error:
+            asked = _unmeasured(asked, error, quiet=bool(options["quiet"]))
     told = Workers().exchange("" if choice is None else str(choice.best.strategy))[0]
-    summary = run_job(settle(replace(asked, strategy=told, workers=None), out, **options)).summary
+    asked = replace(asked, strategy=told or None, workers=None)
+    summary = run_job(settle(asked, out, **options)).summary
     return summary if choice is None else _with_verdict(choice.best, summary, choice.words)
+
+
+def _unmeasured(asked: Asked, error: NotMeasured, *, quiet: bool) -> Asked:
+    """With `dp` over all workers, which is said; raises the error where `auto` was asked for."""
+    if asked.strategy == AUTO:
+        raise error
+    strategy = settle_strategy(None, asked.workers)
+    if not quiet:
+        sys.stderr.write(f"strategy {strategy}, for nothing can be chosen: {error}\n")
+    return replace(asked, strategy=strategy)
 
 
 def _with_verdict(candidate: Candidate, summary: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,154 @@
+"""Hosts with slow links between them, on one machine: network namespaces, a pair of virtual devices, a shaped queue.
+
+    host 0 ── core 0 ── 10.77.0.1 ── link0 ═══ tbf, both ways ═══ link1 ── 10.77.0.2 ── core 1 ── host 1
+
+Each is a namespace of the network, with a name, an address and an equal share of the cores of its own. Workers of one
+host talk over its loopback device, which is not shaped. All of it is gone when the context ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+PREFIX = "shardwise"
+PORT = 29477
+HOSTS = 2
+BURST_SECONDS = 0.002
+"""Of its rate, what a link passes at once; at least `LEAST_BURST` bytes: one segment as the kernel hands it down."""
+LEAST_BURST = 64 * 1024
+QUEUE_SECONDS = 0.4
+
+
+class NoHosts(RuntimeError):
+    """This machine or this user cannot make hosts."""
+
+
+@contextlib.contextmanager
+def hosts(rate: float) -> Iterator[None]:
+    """Two hosts with a link of `rate` bits per second between them.
+
+    Raises:
+        NoHosts: not root, or `ip` and `tc` are missing, or not enough cores.
+    """
+    if os.geteuid() != 0:
+        raise NoHosts("network namespaces need root")
+    for tool in ("ip", "tc", "unshare"):
+        if shutil.which(tool) is None:
+            raise NoHosts(f"{tool} is missing: install iproute2 and util-linux")
+    if len(cores()) < HOSTS:
+        raise NoHosts(f"{len(cores())} core for {HOSTS} hosts: each needs one of its own")
+    _remove()  # what an earlier run that was killed left behind
+    try:
+        _make(rate)
+        yield
+    finally:
+        _remove()
+
+
+def run_on_hosts(module: str, arguments: Sequence[str], per_host: int, environment: Mapping[str, str]) -> int:
+    """Runs `python -m module ARGUMENTS` as workers with torchrun's environment; the largest exit status.
+
+    Ends all of them when one fails, or this process is interrupted.
+    """
+    size = HOSTS * per_host
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(size):
+            host, local = divmod(rank, per_host)
+            own = {
+                "RANK": rank,
+                "WORLD_SIZE": size,
+                "LOCAL_RANK": local,
+                "LOCAL_WORLD_SIZE": per_host,
+                "GROUP_RANK": host,
+                "MASTER_ADDR": address(0),
+                "MASTER_PORT": PORT,
+                "GLOO_SOCKET_IFNAME": device(host),
+                "OMP_NUM_THREADS": max(1, len(share(host)) // per_host),
+            }
+            command = [*_inside(host), sys.executable, "-m", module, *arguments]
+            everything = {**os.environ, **environment, **{key: str(value) for key, value in own.items()}}
+            workers.append(subprocess.Popen(command, env=everything, start_new_session=True))
+        return _wait(workers)
+    finally:
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+
+
+def cores() -> list[int]:
+    """That this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def share(host: int) -> list[int]:
+    """The cores of a host."""
+    each = len(cores()) // HOSTS
+    return cores()[host * each : (host + 1) * each]
+
+
+def address(host: int) -> str:
+    return f"10.77.0.{host + 1}"
+
+
+def device(host: int) -> str:
+    return f"{PREFIX}-l{host}"
+
+
+def _namespace(host: int) -> str:
+    return f"{PREFIX}-{host}"
+
+
+def _inside(host: int) -> list[str]:
+    """Begins a command line that runs on a host."""
+    named = f'hostname {_namespace(host)} && exec "$@"'
+    pinned = ["taskset", "--cpu-list", ",".join(map(str, share(host)))]
+    return ["ip", "netns", "exec", _namespace(host), *pinned, "unshare", "--uts", "sh", "-c", named, "sh"]
+
+
+def _make(rate: float) -> None:
+    for host in range(HOSTS):
+        _run("ip", "netns", "add", _namespace(host))
+        _run("ip", "-n", _namespace(host), "link", "set", "lo", "up")
+    _run("ip", "link", "add", device(0), "type", "veth", "peer", "name", device(1))
+    burst = max(LEAST_BURST, int(rate / 8 * BURST_SECONDS))
+    for host in range(HOSTS):
+        inside = ("ip", "-n", _namespace(host))
+        _run("ip", "link", "set", device(host), "netns", _namespace(host))
+        _run(*inside, "address", "add", f"{address(host)}/24", "dev", device(host))
+        _run(*inside, "link", "set", device(host), "up")
+        shaped = ("tbf", "rate", f"{int(rate)}bit", "burst", str(burst), "latency", f"{int(1e3 * QUEUE_SECONDS)}ms")
+        _run("tc", "-n", _namespace(host), "qdisc", "add", "dev", device(host), "root", *shaped)
+
+
+def _remove() -> None:
+    for host in range(HOSTS):
+        if Path("/run/netns", _namespace(host)).exists():
+            _run("ip", "netns", "delete", _namespace(host))  # with its end of the link, and the other end with it
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NoHosts(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Until all have ended, or one has failed."""
+    left = list(workers)
+    while left:
+        for worker in list(left):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = worker.wait(0.1)
+                left.remove(worker)
+                if status:
+                    return status
+    return 0

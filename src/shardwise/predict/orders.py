@@ -1,0 +1,75 @@
+"""The order of a pipeline worker's passes as arrays: what `parallel.schedule.order` lists, for thousands of strategies.
+
+A pass is its kind (an index of KINDS) and its chunk: the n-th of the worker's stages. Tests hold both against the
+tables that the program executes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
+from shardwise.strategy import Strategy
+
+KINDS = (FORWARD, BACKWARD, INPUT, WEIGHT)
+FORWARDS, BACKWARDS, INPUTS, WEIGHTS = range(len(KINDS))
+
+Integers = NDArray[np.int64]
+
+
+def sequence(strategy: Strategy, place: int) -> tuple[Integers, Integers]:
+    """(kinds, chunks) of the passes of pipeline worker `place` in one step."""
+    workers, stages, count = strategy.pp, strategy.stages_per_worker, strategy.microbatches
+    if workers == 1 or strategy.schedule == "gpipe" or (strategy.schedule == "interleaved" and count % workers):
+        return _gpipe(stages, count) if workers > 1 else _alone(stages, count)
+    if strategy.schedule == "zero-bubble":
+        kinds = _zero_bubble(place, workers, count, last_whole=strategy.splits_parameters)
+        return kinds, np.zeros_like(kinds)
+    total = count * stages
+    ahead = workers - place - 1
+    if strategy.schedule == "interleaved":
+        ahead = 2 * ahead + (stages - 1) * workers
+    forward = np.arange(total) // workers % stages if stages > 1 else np.zeros(total, np.int64)
+    return _alternating(forward, stages - 1 - forward, min(ahead, total))
+
+
+def _alone(stages: int, count: int) -> tuple[Integers, Integers]:
+    chunks = np.arange(stages)
+    return np.tile(np.repeat([FORWARDS, BACKWARDS], stages), count), np.tile(
+        np.concatenate([chunks, chunks[::-1]]), count
+    )
+
+
+def _gpipe(stages: int, count: int) -> tuple[Integers, Integers]:
+    chunks = np.repeat(np.arange(stages), count)
+    return np.repeat([FORWARDS, BACKWARDS], stages * count), np.concatenate([chunks, chunks[::-1]])
+
+
+def _alternating(forward: Integers, backward: Integers, ahead: int) -> tuple[Integers, Integers]:
+    """`ahead` forwards, then pairs of a forward and a backward, then the backwards that are left."""
+    pairs = len(forward) - ahead
+    kinds = np.concatenate([np.full(ahead, FORWARDS), np.tile([FORWARDS, BACKWARDS], pairs), np.full(ahead, BACKWARDS)])
+    chunks = np.empty(2 * len(forward), np.int64)
+    chunks[kinds == FORWARDS], chunks[kinds == BACKWARDS] = forward, backward
+    return kinds, chunks
+
+
+def _zero_bubble(place: int, workers: int, count: int, *, last_whole: bool) -> Integers:
+    """Kinds alone: there is one stage."""
+    plain, _ = _alternating(np.zeros(count, np.int64), np.zeros(count, np.int64), min(workers - place - 1, count))
+    found: list[int] = []
+    pending = done = 0
+    for kind in plain.tolist():
+        if kind == FORWARDS:
+            found.append(FORWARDS)
+            continue
+        done += 1
+        if last_whole and done == count:
+            return np.array([*found, *[WEIGHTS] * pending, BACKWARDS])
+        found.append(INPUTS)
+        pending += 1
+        if pending > place:
+            found.append(WEIGHTS)
+            pending -= 1
+    return np.array([*found, *[WEIGHTS] * pending])
