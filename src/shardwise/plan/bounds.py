@@ -19,6 +19,7 @@ leaving out what cannot be better than what is known.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
@@ -26,7 +27,10 @@ from shardwise.parallel.planning import MOST_BLOCKS
 from shardwise.predict.condensed import Condensed, Times, times_of
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds
-from shardwise.predict.parts import group_of
+from shardwise.predict.parts import cuts_of, group_of
+from shardwise.predict.pipelines import StageTime, alone, pipeline_seconds
+from shardwise.predict.profile import Profile
+from shardwise.predict.timing import Timed, timed
 from shardwise.strategy import Strategy
 
 INPUTS = 0.4
@@ -57,6 +61,55 @@ def _trip(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
     if strategy.pp == 1 or not profile.message:
         return 0.0
     return 2 * (strategy.pp - 1) * _collective("send", profile.message, 2, strategy.tp, _Same(cluster))
+
+
+def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
+    """Of a step of a family's strategies: what is computed alone, by stages as they are cut.
+
+    Slower to know than `family_seconds`, and closer: stages are not equal, and the slowest worker is waited for.
+    """
+    stages = _stages(profile, strategy, cluster)
+    workers, count = strategy.pp, strategy.microbatches
+    if strategy.schedule == "zero-bubble":  # its backward passes are known together
+        before, best = 0.0, alone(stages)
+        for stage in stages:
+            before += stage.arrives
+            best = max(best, before + count * (stage.forward + stage.backward))
+            before += stage.forward
+        return best
+    return pipeline_seconds(strategy.schedule, stages, workers, count)
+
+
+def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[StageTime]:
+    times = timed(profile, cluster, strategy)
+    key = ("bounds", "stages", id(times), strategy.pp, strategy.stages_per_worker, strategy.recompute)
+    if key not in profile.kept:
+        profile.kept[key] = _cut_in_stages(profile, strategy, cluster, times)
+    found = profile.kept[key]
+    assert isinstance(found, list)
+    return found
+
+
+def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> list[StageTime]:
+    starts = [blocks[0] for blocks in cuts_of(profile, strategy, times.forward.each)]
+    again = list(accumulate((_again(profile, times, link) for link in range(len(profile.links))), initial=0.0))
+    message = 0.0
+    if strategy.pp > 1:
+        least = min(link.message for link in profile.links[1:])
+        message = _collective("send", least, 2, strategy.tp, _Same(cluster)) if least else 0.0
+    found = []
+    for first, end in pairwise([*starts, len(profile.links)]):
+        backward = times.backward.between(first, end).device + times.weights.between(first, end).device
+        if strategy.recompute == "full":
+            backward += again[end] - again[first]
+        received = message if first else 0.0
+        sends = message if end < len(profile.links) else 0.0
+        found.append(StageTime(times.forward.between(first, end).device, backward, 0.0, received, sends))
+    return found
+
+
+def _again(profile: Profile, times: Timed, link: int) -> float:
+    return times.recomputed[link].total if profile.links[link].layer.keeps else 0.0
 
 
 def least_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:

@@ -14,11 +14,11 @@ import heapq
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
-from shardwise.plan.bounds import family_seconds, least_memory, least_seconds
+from shardwise.plan.bounds import family_seconds, least_memory, least_seconds, staged_seconds
 from shardwise.plan.plan import Candidate, Plan, Rejected
 from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.wish import Wish
@@ -169,6 +169,16 @@ class _Search:
         self._too_large(strategy, least, "at least ", count)
         self.too_large.append((least, strategy))
 
+    def _closer(self, family: _Family) -> float:
+        """A higher bound of a family, where there is one."""
+        if self.wish.objective == "memory" or family.strategy.pp == 1:
+            return family.bound
+        whole = _whole(family.strategy)
+        try:
+            return max(family.bound, staged_seconds(self.scaled.of(whole), family.strategy, self.cluster))
+        except (StrategyError, WorkloadError):
+            return family.bound  # its members tell why
+
     def _members(self, family: Strategy) -> list[tuple[float, Strategy]]:
         """(least value of the objective, strategy) of those of a family that may fit."""
         every, profile = list(members(family, self.wish)), self.scaled.condensed(_whole(family))
@@ -206,6 +216,11 @@ class _Search:
                 break
             heapq.heappop(order)
             if isinstance(what, _Family):
+                closer = self._closer(what)
+                if closer > bound:
+                    heapq.heappush(order, (closer, number, replace(what, bound=closer)))
+                    number += 1
+                    continue
                 for least, strategy in self._members(what.strategy):
                     heapq.heappush(order, (max(bound, least), number, strategy))
                     number += 1

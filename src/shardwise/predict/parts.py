@@ -181,7 +181,7 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> Pa
         check_stages(strategy, len(profile.links) - 1)
     key = ("parts", id(costs), _traits(strategy))
     if key not in profile.kept:
-        cuts = _cuts(profile, strategy, costs)
+        cuts = cuts_of(profile, strategy, costs)
         workers = tuple(_workers(profile, strategy, cuts, module=strategy.tp == strategy.pp == 1))
         profile.kept[key] = costs, workers, cuts
     found = profile.kept[key]
@@ -196,8 +196,8 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
     return strategy.pp, strategy.stages_per_worker, strategy.zero, sharded, dealt, cuts_blocks(strategy)
 
 
-def _cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> tuple[tuple[int, ...], ...]:
-    """Links at which the blocks of each stage begin."""
+def cuts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> tuple[tuple[int, ...], ...]:
+    """Links at which the blocks of each stage begin; `costs` as in `parts_of`."""
     if strategy.tp == strategy.pp == 1:
         return (tuple(_module_cuts(profile, strategy)),)
     key = ("cuts", id(costs), strategy.pp * strategy.stages_per_worker, cuts_blocks(strategy))
