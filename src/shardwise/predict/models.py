@@ -100,6 +100,11 @@ class Model:
             self._steps[key] = traced(self.workload, self.module, data, training=training)
         return self._steps[key]
 
+    def any_step(self) -> StepGraph:
+        """The graph of a training step of any number of samples: one that has been traced, where there is one."""
+        known = (step for (_, training), step in self._steps.items() if training)
+        return next(known, None) or self.step(1)
+
     def prefixes(self) -> tuple[str, ...]:
         """How the names of the parameters of each of the repeated layers begin."""
         if self.layers is None:

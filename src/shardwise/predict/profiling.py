@@ -131,7 +131,7 @@ class _Models:
         """See `Profiles.tensor_degrees`."""
         model = self._model or with_values(self._workload)
         with model.short() as module:
-            return TensorDegrees(model.step(1), dict(module.named_parameters()))
+            return TensorDegrees(model.any_step(), dict(module.named_parameters()))
 
 
 @dataclass(slots=True)

@@ -109,9 +109,7 @@ class _Line:
         if isinstance(a, Parameter) and a == b:
             return a
         if isinstance(a, Kernel):
-            count = max(1, round(a.count + (b.count - a.count) * self.repeats_at))
-            a, b = replace(a, count=1), replace(b, count=1)
-            return replace(self._fields(a, b), count=count)
+            return self._kernel(a, b)
         if isinstance(a, Pass):
             first, second = a.kernels, b.kernels
             if len(first) != len(second):
@@ -129,6 +127,24 @@ class _Line:
         if a.message == b.message and a.held == b.held:
             return a
         return Value(self._number(a.message, b.message), self._number(a.held, b.held), a.made, a.used, a.saved, a.grad)
+
+    def _kernel(self, a: Kernel, b: Kernel) -> Kernel:
+        """Most of what there is are kernels."""
+        names, others = (a.operation, a.kind, a.dtype, a.backward, a.when), (b.operation, b.kind, b.dtype)
+        if names != (*others, b.backward, b.when) or len(a.shape) != len(b.shape):
+            raise _Unlike
+        at = self.at
+        return Kernel(
+            a.operation,
+            a.kind,
+            a.dtype,
+            max(0.0, a.flops + (b.flops - a.flops) * at),
+            max(0.0, a.bytes + (b.bytes - a.bytes) * at),
+            tuple(map(self._number, a.shape, b.shape)),
+            a.backward,
+            max(1, round(a.count + (b.count - a.count) * self.repeats_at)),
+            a.when,
+        )
 
     def _fields(self, a: Any, b: Any) -> Any:
         values = {each.name: self.of(getattr(a, each.name), getattr(b, each.name)) for each in fields(a)}
