@@ -104,7 +104,12 @@ def _run(workers: int, link: int, folder: Path, asked: Mapping[str, Any]) -> lis
     settings = {**asked, "out": str(out), "folder": str(folder), "workers": workers, "link": link}
     try:
         with hosts(1e6 * link):
-            status = run_on_hosts("benchmarks.regret", ["--worker", json.dumps(settings)], workers // HOSTS, {})
+            status = run_on_hosts(
+                "benchmarks.regret",
+                ["--worker", json.dumps(settings)],
+                workers // HOSTS,
+                {"TORCH_CPP_LOG_LEVEL": "ERROR"},
+            )
     except NoHosts as error:
         raise SystemExit(f"benchmarks.regret: {error}") from None
     if status:

@@ -6,7 +6,7 @@ first `SHORT` are looked at; `predict.repeating` makes the rest of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
 from shardwise.parallel.blocks import repeated_blocks, steady_modules
+from shardwise.parallel.cuts import Place
 from shardwise.parallel.model import evaluating, persistent_buffers, plain_model, untouched
 from shardwise.parallel.traced import traced
 from shardwise.parallel.values import unlike
@@ -59,6 +60,8 @@ class Model:
     workload: Workload
     module: nn.Module
     layers: nn.ModuleList | nn.Sequential | None = None
+    evaluated: dict[tuple[int, int], Sequence[Place]] = field(default_factory=dict)
+    """(tp, sp) -> where the graph of an evaluation may be cut."""
     _steps: dict[tuple[int, bool], StepGraph] = field(default_factory=dict)
     _steady: dict[int, set[nn.Module]] = field(default_factory=dict)
     _blocks: dict[int, list[list[str]]] = field(default_factory=dict)
@@ -80,6 +83,7 @@ class Model:
         """From here on all of the module is looked at."""
         self.layers = None
         self._steps.clear()
+        self.evaluated.clear()
         self._steady.clear()
         self._blocks.clear()
 
@@ -99,6 +103,11 @@ class Model:
             data = batch(self.workload, samples)
             self._steps[key] = traced(self.workload, self.module, data, training=training)
         return self._steps[key]
+
+    def evaluation(self, samples: int) -> StepGraph:
+        """The graph of an evaluation: one that has been traced, or else of so many samples."""
+        known = (step for (_, training), step in self._steps.items() if not training)
+        return next(known, None) or self.step(samples, training=False)
 
     def any_step(self) -> StepGraph:
         """The graph of a training step of any number of samples: one that has been traced, where there is one."""

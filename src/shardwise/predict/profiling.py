@@ -218,13 +218,21 @@ class _Profiler:
         local = self._partitioned(step, trained)
         found = places(local, named)
         if self.workload.evaluation is not None:
-            evaluation = self.model.step(self.samples, training=False)
-            found = common(found, places(self._partitioned(evaluation, trained, local), named))
+            found = common(found, self._evaluated(named, trained, local))
         if self.split:
             defer_weights(local.graph, self.weights, step.tensors)
         if self.precision == "bf16":
             widen_loss(local.graph, torch.device("cpu"))
         return _Traced(local, found, sections(local, [place.position for place in found]))
+
+    def _evaluated(
+        self, named: Mapping[str, nn.Parameter], trained: frozenset[str], local: LocalGraph
+    ) -> Sequence[Place]:
+        """Where the graph of an evaluation may be cut: at the same parameters for any number of samples."""
+        known, key = self.model.evaluated, (self.tp, self.sp)
+        if key not in known:
+            known[key] = places(self._partitioned(self.model.evaluation(self.samples), trained, local), named)
+        return known[key]
 
     def _partitioned(self, step: StepGraph, trained: frozenset[str], first: LocalGraph | None = None) -> LocalGraph:
         keyed = self.keyed
