@@ -21,6 +21,7 @@ from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optimizer_state import OptimizerState, load_schedule_state, schedule_state
 from shardwise.parallel.planning import Cuts
 from shardwise.parallel.rows import local
+from shardwise.parallel.shards import Shards
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Loader, Share, share_of
 from shardwise.workload.workload import Workload
@@ -61,14 +62,15 @@ class Program:
         self._dealt = self._deal()
         names = list(engine.parameters) if self._dealt is None else self._dealt.mine
         updated: dict[str, nn.Parameter] = {name: engine.parameters[name] for name in names}
-        self.optimizer = workload.optimizer(list(updated.values())) if updated else None
+        self._shards = Shards(updated, workload.optimizer) if updated else None
+        self.optimizer = None if self._shards is None else self._shards.optimizer
         self.scheduler: LRScheduler | None = None
         if workload.schedule is not None and self.optimizer is not None:
             self.scheduler = workload.schedule(self.optimizer)
         self._optimizer_state = (
             None
-            if self.optimizer is None
-            else OptimizerState(self.optimizer, updated, engine.held, self._written(updated))
+            if self._shards is None
+            else OptimizerState(self._shards.optimizer, self._shards.parameters, engine.held, self._written(updated))
         )
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
@@ -308,8 +310,8 @@ class Program:
         return int(count) == self.strategy.workers
 
     def _update(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.step()
+        if self._shards is not None:
+            self._shards.step()
         if self._dealt is not None:
             self._dealt.exchange()
         if self.scheduler is not None:

@@ -1,0 +1,69 @@
+"""What the optimizer updates: of parameters that `fully_shard` has split, this worker's rows as plain tensors.
+
+An optimizer over DTensors asks for every operation on every parameter how its result lies: that takes longer than a
+small model's whole backward pass. Where each element is updated by itself the rows can be updated as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.parallel.rows import is_split, local
+
+BY_ELEMENT = frozenset(
+    {
+        torch.optim.ASGD,
+        torch.optim.Adadelta,
+        torch.optim.Adagrad,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+        torch.optim.Rprop,
+        torch.optim.SGD,
+    }
+)
+"""Optimizers that update each element from that element alone; others may want norms of whole parameters."""
+
+
+class Shards:
+    """The parameters of an optimizer, which share the memory of those of the model.
+
+    Args:
+        parameters: of the model, by name; DTensors or plain.
+        make: the workload's function from parameters to an optimizer.
+
+    Attributes:
+        optimizer: over `parameters`.
+        parameters: what it updates, by name: those of the model, or plain ones in place of DTensors.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], make: Callable[[Iterable[Any]], torch.optim.Optimizer]
+    ) -> None:
+        self.optimizer = make(list(parameters.values()))
+        self.parameters = dict(parameters)
+        self._split: list[tuple[nn.Parameter, nn.Parameter]] = []
+        if type(self.optimizer) not in BY_ELEMENT or not any(map(is_split, parameters.values())):
+            return
+        for name, parameter in parameters.items():
+            if is_split(parameter):
+                rows = nn.Parameter(local(parameter), requires_grad=parameter.requires_grad)
+                self._split.append((parameter, rows))
+                self.parameters[name] = rows
+        self.optimizer = make(list(self.parameters.values()))
+
+    def step(self) -> None:
+        """Updates the parameters by their gradients."""
+        for parameter, rows in self._split:  # the first forward pass may have moved them
+            rows.data = local(parameter)
+            rows.grad = None if parameter.grad is None else local(parameter.grad)
+        self.optimizer.step()
+        for _, rows in self._split:
+            rows.grad = None
