@@ -5,7 +5,8 @@ and models of Hugging Face on 2 and on 4 workers. For each number of workers and
 
     calibrate    the workers measure their hosts and the link, as `shardwise calibrate` does, and know nothing else
     plan         for each model: the five best strategies, the best one of every combination of axes, the usual defaults
-    measure      all of these, in rounds, forwards and backwards in turn: the median step over the rounds
+    measure      all of these once; then the choice and all that came close to the fastest, in rounds, forwards and
+                 backwards in turn: the median step over the rounds
     regret       the planner's choice over the fastest of all that were measured, minus one
 
     python -m benchmarks.regret [--link MBIT ...] [--workers N ...] [--model NAME ...] [--rounds N] [--seconds S]
@@ -31,7 +32,6 @@ from benchmarks.hosts import HOSTS, NoHosts, hosts, run_on_hosts
 
 if TYPE_CHECKING:
     from shardwise.cluster.cluster import Cluster
-    from shardwise.plan.plan import Candidate
     from shardwise.run.workers import Workers
     from shardwise.workload.workload import Workload
 
@@ -44,16 +44,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": 512,
+        "vocab_size": 256,
         "n_positions": 128,
         "n_embd": 192,
         "n_layer": 4,
         "n_head": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     },
     "bert": {
         "architectures": ["BertForMaskedLM"],
         "model_type": "bert",
-        "vocab_size": 512,
+        "vocab_size": 256,
         "max_position_embeddings": 128,
         "hidden_size": 128,
         "intermediate_size": 512,
@@ -71,14 +73,17 @@ USUAL = {"DDP": "dp={}", "FSDP": "fsdp={}", "tensor parallel": "tp={}"}
 MEAN_TARGET, WORST_TARGET = 0.02, 0.10
 WARMUP, LEAST_STEPS = 2, 3
 
+CLOSE = 1.25
+"""Times the fastest, up to which a strategy is measured in all rounds."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", type=int, action="append", help=f"Mb/s; default: {LINKS}")
     parser.add_argument("--workers", type=int, action="append", choices=WORKERS)
     parser.add_argument("--model", action="append", choices=MODELS)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1.0, help="to measure each strategy for, in each round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=0.7, help="to measure each strategy for, in each round")
     parser.add_argument("--name", default="regret", help="of the files in results/")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -136,7 +141,7 @@ def work(settings: Mapping[str, Any]) -> None:
             plan = _plan(workload, cluster, settings["workers"])
         plan = json.loads(workers.exchange(json.dumps(plan))[0])
         entry = {key: settings[key] for key in ("workers", "link")} | {"model": model, **plan}
-        entry["measured"] = _measured(workload, list(plan["predicted"]), settings, workers)
+        entry["measured"] = _measured(workload, plan, settings, workers)
         found.append(entry)
         if cluster is not None:
             _say(entry)
@@ -162,6 +167,7 @@ def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
     """The choice, and the predictions of all that are to be measured."""
     from shardwise.errors import ShardwiseError
     from shardwise.parallel.mesh import AXES
+    from shardwise.plan.plan import Candidate
     from shardwise.plan.search import search
     from shardwise.plan.wish import Wish
     from shardwise.predict.costs import predict
@@ -174,22 +180,30 @@ def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
     profiles = ScaledProfiles(profiles_on(workload, cluster))
     candidates: list[Candidate] = list(search(workload, cluster, workers, Wish(), profiles).plan.candidates)
     took = time.perf_counter() - start
-    predicted = {str(each.strategy): each.prediction.step_seconds for each in candidates[:5]}
+    predicted: dict[str, float] = {}
+
+    def note(candidate: Candidate) -> None:
+        settled = candidate.strategy.for_batch(workload.batch_size)
+        predicted.setdefault(str(settled), candidate.prediction.step_seconds)
+
+    for candidate in candidates[:5]:
+        note(candidate)
     chosen = next(iter(predicted))
     for degrees in _degrees(workers, len(AXES)):
         wish = Wish(fixed=dict(zip(AXES, map(str, degrees), strict=True)))
         best = search(workload, cluster, workers, wish, profiles).plan.best
         if best is not None:
-            predicted.setdefault(str(best.strategy), best.prediction.step_seconds)
-    for text in USUAL.values():
+            note(best)
+    usual: dict[str, str] = {}
+    for name, text in USUAL.items():
         strategy = Strategy.parse(text.format(workers))
         try:
             check(workload, strategy)
         except ShardwiseError:
             continue
-        prediction = predict(profiles.of(strategy), strategy, cluster)
-        predicted.setdefault(str(strategy), prediction.step_seconds)
-    return {"chosen": chosen, "predicted": predicted, "planning_seconds": took}
+        note(Candidate(strategy, predict(profiles.of(strategy), strategy, cluster)))
+        usual[name] = str(strategy.for_batch(workload.batch_size))
+    return {"chosen": chosen, "predicted": predicted, "usual": usual, "planning_seconds": took}
 
 
 def _degrees(workers: int, axes: int) -> Iterator[tuple[int, ...]]:
@@ -204,13 +218,18 @@ def _degrees(workers: int, axes: int) -> Iterator[tuple[int, ...]]:
 
 
 def _measured(
-    workload: Workload, strategies: Sequence[str], settings: Mapping[str, Any], workers: Workers
+    workload: Workload, plan: Mapping[str, Any], settings: Mapping[str, Any], workers: Workers
 ) -> dict[str, list[float]]:
-    """Strategy -> seconds of its median step in each round."""
+    """Strategy -> seconds of its median step in each round that it was measured in."""
+    strategies, chosen = list(plan["predicted"]), plan["chosen"]
+    _step_seconds(workload, chosen, 0.0, workers)  # the first program of a process is slower
     found: dict[str, list[float]] = {strategy: [] for strategy in strategies}
     for number in range(settings["rounds"]):
         for strategy in strategies if number % 2 == 0 else reversed(strategies):
             found[strategy].append(_step_seconds(workload, strategy, settings["seconds"], workers))
+        seconds = {strategy: statistics.median(rounds) for strategy, rounds in found.items()}
+        close = CLOSE * min(seconds.values())
+        strategies = [strategy for strategy in strategies if strategy == chosen or seconds[strategy] <= close]
     return found
 
 
@@ -278,7 +297,7 @@ def row(entry: Mapping[str, Any]) -> dict[str, Any]:
     seconds = {strategy: statistics.median(rounds) for strategy, rounds in entry["measured"].items()}
     chosen, best = entry["chosen"], min(seconds, key=lambda strategy: seconds[strategy])
     least = seconds[best]
-    usual = {name: seconds.get(text.format(entry["workers"])) for name, text in USUAL.items()}
+    usual = {name: seconds.get(entry["usual"].get(name, "")) for name in USUAL}
     return {
         "model": entry["model"],
         "workers": entry["workers"],

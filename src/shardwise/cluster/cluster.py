@@ -33,6 +33,7 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 
 
 PROGRAMS = ("module", "sharded", "graph")
+OVERHEADS = ("sharded", "stage", "exchange")
 """Kinds of program: of the module as it is (single, dp), with sharded parameters (fsdp), of a traced step (tp, pp)."""
 
 
@@ -118,6 +119,9 @@ class Device:
         process: kind of program (see PROGRAMS) -> bytes of a worker's process beside its tensors, measured, where
             memory is that of the process.
         heap: bytes of the process for each byte of tensors: what the allocator leaves unused, measured.
+        overheads: seconds of the host beside kernels and messages, measured (see OVERHEADS): for each group of
+            parameters that `fully_shard` looks after in a pass, for each pass through a stage of a graph, for each
+            exchange of tensor parallelism.
         origins: attribute -> where it comes from.
         source: where the figures were read.
     """
@@ -138,6 +142,7 @@ class Device:
     overlap: float = 1.0
     process: Mapping[str, int] = field(default_factory=dict)
     heap: float = 1.0
+    overheads: Mapping[str, float] = field(default_factory=dict)
     origins: Mapping[str, Origin] = field(default_factory=dict)
     source: str = ""
 

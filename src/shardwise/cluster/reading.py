@@ -31,6 +31,7 @@ from typing import Any
 from shardwise.cluster.cluster import (
     DTYPES,
     ORIGINS,
+    OVERHEADS,
     PROGRAMS,
     SHAPES,
     Cluster,
@@ -68,6 +69,7 @@ DEVICE: dict[str, Field] = {
     "overlap": Number("times slower while communicating", least=1, default=1.0),
     "heap": Number("bytes of the process for each byte of tensors", least=1, default=1.0),
     "process": Part("a table of program = bytes", default={}),
+    "overheads": Part("a table of what = seconds", default={}),
     "threads": Number("threads of each worker; 0: the cores shared out evenly", least=0, whole=True, default=0),
     "flops": Part("a table of dtype = dense operations per second"),
     "shared": Part("a table of workers = times slower", default={}),
@@ -119,6 +121,7 @@ CLUSTER: dict[str, Field] = {
 }
 
 PROCESS = Number("bytes of a worker's process beside its tensors", least=0, whole=True)
+OVERHEAD = Number("seconds of the host", least=0)
 RATE = Number("dense operations per second")
 SLOWER = Number("times slower", least=0)
 SHAPE = Number("a size", whole=True, least=0)
@@ -187,12 +190,14 @@ def parse_device(table: Any, where: Where) -> Device:
     curves = tuple(_kernel_curve(curve, (where / "curves").item(i)) for i, curve in enumerate(values.pop("curves")))
     flops = read_mapping(values.pop("flops"), RATE, where / "flops", DTYPES, "dtypes")
     process = read_mapping(values.pop("process"), PROCESS, where / "process", PROGRAMS, "programs")
+    overheads = read_mapping(values.pop("overheads"), OVERHEAD, where / "overheads", OVERHEADS, "overheads")
     if not flops:
         raise (where / "flops").error("is empty: one dtype at least must have a rate (dense operations per second)")
     return Device(
         **{**values, "origins": read_origins(values["origins"], DEVICE, where), "shared": _shared(values, where)},
         flops=flops,
         process=process,
+        overheads=overheads,
         curves=curves,
     )
 

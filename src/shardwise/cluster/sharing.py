@@ -1,7 +1,6 @@
 """How much slower each of several workers computes that share a host's cores, measured by what each gets done.
 
-A worker of one thread is timed by its own clock, which stands still while it waits for a core; where there are more
-workers than cores, each has a core for a part of the time only.
+A worker of one thread is timed by its own clock, which stands still while it waits for a core.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ MOVED = 128 * 1024
 """Elements that are added up after each product."""
 
 
-def shared(team: Team, settings: Sequence[Situation], cores: int, seconds: float) -> dict[int, float]:
+def shared(team: Team, settings: Sequence[Situation], seconds: float) -> dict[int, float]:
     """Workers -> how much longer each of them takes than one alone with all cores.
 
     Collective over all workers, of which the first ones compute.
@@ -30,7 +29,6 @@ def shared(team: Team, settings: Sequence[Situation], cores: int, seconds: float
     Args:
         team: all workers.
         settings: (workers, threads of each); the first is one worker with all cores.
-        cores: of a host.
         seconds: to spend on each of them.
     """
     took = []
@@ -40,8 +38,7 @@ def shared(team: Team, settings: Sequence[Situation], cores: int, seconds: float
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             team.wait(workers)
-            waits = max(1.0, workers * threads / cores)
-            mine = waits * _each(team.device, seconds, time.thread_time if threads == 1 else time.perf_counter)
+            mine = _each(team.device, seconds, time.thread_time if threads == 1 else time.perf_counter)
             torch.set_num_threads(before)
             took.append(statistics.mean(row[0] for row in team.gathered([mine], workers)))
         team.wait()

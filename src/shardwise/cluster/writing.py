@@ -16,7 +16,7 @@ from shardwise.cluster.fields import Field, Number
 from shardwise.cluster.reading import DEVICE, LEVEL, NODES
 from shardwise.errors import ClusterError
 
-INLINE = ("flops", "shared", "origins", "process")
+INLINE = ("flops", "shared", "origins", "process", "overheads")
 """Fields that are small tables, each on one line."""
 
 

@@ -268,6 +268,8 @@ class Costs:
     def computed(self, stage: Stage, kind: str, sync: Sync | None, *, final: bool, first: bool) -> Spent:
         """What one pass computes: `spent`, and what is done to gradients and gathered parameters; see `passed`."""
         spent = self.spent(stage, kind)
+        if self.strategy.tp > 1 or self.strategy.pp > 1:
+            spent += self.times.overhead("stage")
         if kind not in (FORWARD, INPUT):
             spent += Spent(kernels=self._gradients(stage, final=final, first=first))
         if sync is None or kind == WEIGHT:
@@ -278,7 +280,8 @@ class Costs:
             if group is not None:
                 copied += count * self.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
                 copied += count * self.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
-        return spent + Spent(kernels=copied)
+        watched = sum(count for (group, _), count in groups.items() if group is not None)
+        return spent + Spent(kernels=copied) + self.times.overhead("sharded", watched)
 
     def buckets(self, stage: Stage, seconds: float) -> list[tuple[float, float]]:
         """(when it is complete, how long it takes) of each bucket of a backward pass of `seconds`."""

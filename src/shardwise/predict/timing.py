@@ -116,6 +116,7 @@ class Timed:
         recomputed: of each link, where it is the last that is computed again.
         keeps: the last link up to each that the backward pass needs anything of; -1: none does.
         normalised: (link, channels) of batch norms.
+        crowded: how much longer the host needs where workers wait for cores.
     """
 
     cluster: Cluster
@@ -127,6 +128,12 @@ class Timed:
     recomputed: tuple[Spent, ...]
     keeps: tuple[int, ...]
     normalised: tuple[tuple[int, int], ...]
+    crowded: float = 1.0
+
+    def overhead(self, what: str, count: int = 1) -> Spent:
+        """What the host needs beside kernels, see `cluster.Device.overheads`."""
+        seconds = self.device.overheads.get(what, 0.0) * count * self.crowded
+        return Spent(launching=seconds, inline=self.device.kind == "cpu")
 
     def again(self, first: int, end: int) -> Spent:
         """What it takes to compute links `first` to `end` again: up to the last tensor that is needed."""
@@ -179,12 +186,19 @@ class Seconds:
         """What they are for, to keep what is made of them."""
         return "timed", id(self.cluster), id(self.device), self.crowd
 
+    @property
+    def crowded(self) -> float:
+        """How much longer the host needs where workers wait for cores."""
+        device = self.device
+        return max(1.0, self.crowd / device.cores) if device.kind == "cpu" and device.cores else 1.0
+
     def of(self, each: Pass) -> Spent:
         """One pass through a layer."""
         busy = sum(self.kernels.seconds(kernel) for kernel in each.kernels)
         sent = sum(map(self._exchange, each.exchanges))
         host = launches(each.kernels) * self.device.launch_seconds
-        return Spent(busy, sent, host, self.device.kind == "cpu")
+        host += len(each.exchanges) * self.device.overheads.get("exchange", 0.0)
+        return Spent(busy, sent, host * self.crowded, self.device.kind == "cpu")
 
     def _exchange(self, exchange: Exchanged) -> float:
         if exchange not in self.exchanges:
@@ -230,4 +244,5 @@ def _timed(profile: Profile, seconds: Seconds) -> Timed:
         tuple(row[3] for row in rows),
         keeps,
         tuple((number, channels) for number, layer in enumerate(layers) for channels in layer.normalised),
+        seconds.crowded,
     )

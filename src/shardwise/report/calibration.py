@@ -33,6 +33,10 @@ def calibration_summary(document: Mapping[str, Any]) -> str:
             (f"process ({kind})", f"{format_bytes(size)} beside tensors")
             for kind, size in document["process_bytes"].items()
         ),
+        *(
+            (f"host ({what})", f"{format_seconds(seconds)} each, beside kernels and messages")
+            for what, seconds in document["overhead_seconds"].items()
+        ),
         ("allocator", f"{document['heap']:.2f} bytes for each byte of activations"),
         ("measured", f"{document['samples']} points in {format_seconds(document['seconds'])}"),
         ("spread", f"{format_share(document['median_spread'])} between calls of one point (interquartile, median)"),

@@ -41,7 +41,17 @@ from shardwise.predict.kernels import KernelTimes
 from shardwise.run.footprint import Footprint, footprint
 from shardwise.run.job import enough_gpus, join_launcher
 
-MEASURED = ("flops", "memory_bandwidth", "launch_seconds", "curves", "shared", "overlap", "process", "heap")
+MEASURED = (
+    "flops",
+    "memory_bandwidth",
+    "launch_seconds",
+    "curves",
+    "shared",
+    "overlap",
+    "process",
+    "heap",
+    "overheads",
+)
 """Fields of a device that are measured."""
 
 LARGEST = 4
@@ -98,7 +108,8 @@ def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: b
     if count < 1:
         raise RequestError(f"workers={count}: must be 1 or more")
     gpus = enough_gpus(count)
-    own = run_local(footprint, workers=count, gpus=gpus)
+    few = min(count, max(2, machine.cores()))  # what a process needs does not depend on how many there are
+    own = run_local(footprint, workers=few, gpus=gpus)
     found: Cluster = run_local(work, (effort, quiet, own), workers=count, gpus=gpus)
     return found
 
@@ -130,13 +141,14 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
         collectives = [c for each in layered for c in collective_curves(team, each, effort.message, bar.update)]
     most = max(settings)
     slowed = overlap(team, *most, effort.other) if most[0] > 1 else 1.0
-    crowds = shared(team, crowded(team), machine.cores(), effort.other) if team.device.type == "cpu" else {}
+    crowds = shared(team, crowded(team), effort.other) if team.device.type == "cpu" else {}
     if team.rank != 0:
         return None
     device = _device(team.device, curves, slowed, crowds)
     host = launch_seconds(device, team.device, effort.other)
     device = replace(device, launch_seconds=host, process=own.process, heap=own.heap(device))
-    return _cluster(team, device, collectives)
+    cluster = _cluster(team, device, collectives)
+    return _cluster(team, replace(device, overheads=own.overheads(cluster)), collectives)
 
 
 def situations(team: Team) -> list[Situation]:
@@ -152,9 +164,12 @@ def situations(team: Team) -> list[Situation]:
 
 
 def crowded(team: Team) -> list[Situation]:
-    """(workers, threads of each) of 1, 2, 4, ... workers of a host, more than it has cores included."""
+    """(workers, threads of each) of 1, 2, 4, ... workers of a host, as many as it has cores at most.
+
+    More of them take turns: each is as much slower as it waits for a core.
+    """
     cores = machine.cores()
-    return [(count, max(1, cores // count)) for count in _doubled(len(team.hosts[0]))]
+    return [(count, cores // count) for count in _doubled(len(team.hosts[0])) if count <= cores]
 
 
 def _doubled(most: int) -> list[int]:
@@ -193,6 +208,7 @@ def summary(cluster: Cluster, out: Path, seconds: float) -> dict[str, Any]:
         "overlap": device.overlap,
         "process_bytes": dict(device.process),
         "heap": device.heap,
+        "overhead_seconds": dict(device.overheads),
         "levels": [
             {"name": level.name, "span": level.span, "bandwidth": level.bandwidth, "latency_seconds": level.latency}
             for level in cluster.levels

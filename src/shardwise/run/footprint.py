@@ -1,23 +1,30 @@
-"""What a worker's process needs beside its tensors, measured by small trainings with each kind of program.
+"""What a worker's process needs beside its tensors and kernels, measured by small trainings with each kind of program.
 
 On a CPU a worker's memory is that of its process: Python, torch, what a kind of program imports and keeps (the graph of
 a step, say), and what the allocator leaves unused between tensors. A GPU counts its tensors alone.
+
+The steps of the same trainings tell what hosts need beside kernels and messages: what takes longer than it is predicted
+to take is put down to what `fully_shard` does for each group, a graph for each pass, tensor parallelism for each
+exchange (`cluster.Device.overheads`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
+import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from shardwise.cluster.cluster import Cluster, Device, Level, Nodes
+from shardwise.cluster.cluster import OVERHEADS, Cluster, Device, Level, Nodes
 from shardwise.cluster.team import Team
 from shardwise.parallel.mesh import default_device
 from shardwise.parallel.program import Program
@@ -31,7 +38,18 @@ from shardwise.workload.workload import Workload
 STEPS = 7
 """Of each training: some of them are profiled, as in every run."""
 
-CLASSES = 10
+TIMED = 12
+"""Further steps of each training, by the median of which it is timed."""
+
+CLASSES, HEADS = 10, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A small training: how it was split, and seconds of its median step."""
+
+    strategy: Strategy
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +61,16 @@ class Footprint:
         large: a workload with larger activations.
         strategy: how it was trained.
         grown: by how many bytes the process grew for it.
+        small: a workload with next to nothing to compute.
+        trials: how long its steps took, by overhead; `module`: without any.
     """
 
     process: Mapping[str, int]
     large: Workload
     strategy: Strategy
     grown: int
+    small: Workload
+    trials: Mapping[str, Trial]
 
     def heap(self, device: Device) -> float:
         """Bytes that the process grows by for each byte of tensors, as they are predicted on `device`; at least 1."""
@@ -61,6 +83,40 @@ class Footprint:
         passing = memory.activations + memory.temporary
         return max(1.0, 1.0 + (self.grown - memory.tensors) / passing)
 
+    def overheads(self, cluster: Cluster) -> dict[str, float]:
+        """Seconds by overhead, so that predictions on `cluster`, which knows none yet, become what was measured.
+
+        What a step takes longer without any of them (`module`) is not theirs.
+        """
+        if "module" not in self.trials or len(self.trials) == 1:
+            return {}
+        from shardwise.predict.simulate import profiles_on, simulate
+
+        profiles = profiles_on(self.small, cluster)
+
+        def predicted(strategy: Strategy, overheads: Mapping[str, float]) -> float:
+            return simulate(profiles, strategy, _with_overheads(cluster, overheads)).step_seconds
+
+        plain = self.trials["module"]
+        base = max(0.0, plain.seconds - predicted(plain.strategy, {}))
+        found: dict[str, float] = {}
+        for name in OVERHEADS:
+            if name in self.trials:
+                trial = self.trials[name]
+                without = predicted(trial.strategy, found)
+                slope = (predicted(trial.strategy, {**found, name: _TRIED}) - without) / _TRIED
+                found[name] = max(0.0, trial.seconds - base - without) / slope if slope > 0 else 0.0
+        return found
+
+
+_TRIED = 1e-3
+"""Seconds of an overhead with which it is seen what it does to a step."""
+
+
+def _with_overheads(cluster: Cluster, overheads: Mapping[str, float]) -> Cluster:
+    nodes = tuple(replace(each, device=replace(each.device, overheads=overheads)) for each in cluster.nodes)
+    return replace(cluster, nodes=nodes)
+
 
 _ANY = Level(name="any", span=2**30, bandwidth=1.0, latency=0.0)
 """For predictions of memory: how fast workers communicate does not matter."""
@@ -71,18 +127,27 @@ def footprint() -> Footprint:
     team = Team(default_device())
     large, strategy = _workload(hidden=128, batch=64 * team.size, image=16), Strategy(dp=team.size)
     if team.device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
-        return Footprint({}, large, strategy, 0)
+        return Footprint({}, large, strategy, 0, large, {})
     small, workers = _workload(hidden=32, batch=4 * team.size), team.size
-    found = {"module": _peak(small, Strategy(dp=workers))}
+    trials: dict[str, Trial] = {}
+
+    def tried(name: str, split: Strategy) -> int:
+        size, seconds = _peak(small, split, timed=TIMED)
+        trials[name] = Trial(split, max(row[0] for row in team.gathered([seconds])))
+        return size
+
+    found = {"module": tried("module", Strategy(dp=workers))}
     plain = _settled()
     if workers > 1:
-        found["sharded"] = _peak(small, Strategy(fsdp=workers))
+        found["sharded"] = tried("sharded", Strategy(fsdp=workers))
         residue = max(0, _settled() - plain)
-        found["graph"] = _peak(small, Strategy(pp=workers)) - residue
+        found["graph"] = tried("stage", Strategy(pp=workers, microbatches=2 * workers)) - residue
+        if HEADS % workers == 0:
+            tried("exchange", Strategy(tp=workers))
     process = _largest(team, found)
     before = _settled()
-    grown = _largest(team, {"": _peak(large, strategy) - before})[""]
-    return Footprint(process, large, strategy, grown)
+    grown = _largest(team, {"": _peak(large, strategy)[0] - before})[""]
+    return Footprint(process, large, strategy, grown, small, trials)
 
 
 def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
@@ -90,13 +155,24 @@ def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
     return {kind: int(max(column)) for kind, column in zip(found, zip(*by_rank, strict=True), strict=True)}
 
 
-def _peak(workload: Workload, strategy: Strategy) -> int:
-    """Bytes that this process needs at most in a training. Collective."""
+def _peak(workload: Workload, strategy: Strategy, timed: int = 0) -> tuple[int, float]:
+    """Bytes that this process needs at most in a training, and seconds of the median of more steps. Collective."""
     _settled()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what there is (Linux, proc(5))
     job = Job(source=Source(workload=workload), strategy=strategy, options=Options(steps=STEPS, quiet=True))
-    train(Program.build(workload, strategy), job)
-    return own_memory()[0]
+    program = Program.build(workload, strategy)
+    train(program, job)
+    return own_memory()[0], _median_step(program, timed) if timed else 0.0
+
+
+def _median_step(program: Program, count: int) -> float:
+    shares = itertools.cycle(list(itertools.islice(program.loader().shares(0), 1)))
+    took = []
+    for _ in range(count):
+        start = time.perf_counter()
+        program.step_share(next(shares))
+        took.append(time.perf_counter() - start)
+    return statistics.median(took)
 
 
 def _settled() -> int:
@@ -115,7 +191,14 @@ def _workload(hidden: int, batch: int, image: int = 8) -> Workload:
     return Workload(
         name="footprint",
         model=lambda: ViT(
-            image_size=image, patch_size=2, channels=1, classes=CLASSES, layers=4, hidden=hidden, heads=4, dropout=0.0
+            image_size=image,
+            patch_size=2,
+            channels=1,
+            classes=CLASSES,
+            layers=4,
+            hidden=hidden,
+            heads=HEADS,
+            dropout=0.0,
         ),
         dataset=TensorDataset(images, torch.arange(batch) % CLASSES),
         inputs=lambda batch: batch[0],
