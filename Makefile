@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-STRATEGIES := single dp=2 fsdp=2 tp=2 pp=2 dp=2,tp=2 fsdp=2,pp=2
+STRATEGIES := single dp=2 fsdp=2 tp=2 pp=2 dp=2,tp=2 fsdp=2,pp=2 auto
 DEMO = $(BIN)/shardwise compare image --epochs 4 --set schedule_epochs=4 $(foreach strategy,$(STRATEGIES),--strategy '$(strategy)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo readme test models check format bench clean
+.PHONY: help setup demo readme test models plans check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1 - /'
@@ -35,6 +35,9 @@ test: $(STAMP) ## runs all tests, in two processes
 models: $(STAMP) ## tests all models of others under all strategies and writes docs/models.md
 	SHARDWISE_ALL_MODELS=1 $(BIN)/python -m pytest --quiet tests/multiprocess/test_catalogue.py
 
+plans: $(STAMP) ## writes docs/plans.md: plans for models of up to a trillion parameters
+	$(BIN)/python docs/write_plans.py
+
 check: $(STAMP) ## ruff, mypy --strict and the import order of the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,6 +55,7 @@ bench: $(STAMP) ## runs the benchmarks; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.tracing
 	$(BIN)/python -m benchmarks.prediction
 	$(BIN)/python -m benchmarks.dryrun
+	$(BIN)/python -m benchmarks.regret
 
 clean: ## removes what the targets made, except runs/
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

@@ -205,8 +205,9 @@ def compare(
 ) -> dict[str, Any]:
     """Trains a workload under one strategy after another, from the same weights on the same data, and measures each.
 
-    Without strategies: one worker, and every single axis over `workers` (None: 2) workers that can be. `out` gets one
-    run's folder per strategy; None: nothing is written to disk. Everything else is as in `train`.
+    Without strategies: one worker, and every single axis over `workers` (None: 2) workers that can be. `auto` among
+    them is the one that `train` would choose, on `workers` (None: as many as are fastest). `out` gets one run's folder
+    per strategy; None: nothing is written to disk. Everything else is as in `train`.
 
     Returns:
         The document that `shardwise compare --json` prints.
@@ -225,6 +226,12 @@ def compare(
         raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
     source, options = settle_source(workload, settings, seed), settle_options(steps=steps, epochs=epochs, quiet=quiet)
     loaded = source.load()
+    auto: Strategy | None = None
+    if "auto" in strategies:
+        from shardwise.run.automatic import choose
+
+        auto = choose(loaded, workers, quiet=quiet).best.strategy
+        strategies = [auto if strategy == "auto" else strategy for strategy in strategies]
     compared, refused = settle_compared(loaded, strategies, workers)
     most = max(settled.workers for settled in compared)
     threads, gpus = threads_per_worker(most), enough_gpus(most)  # the same for all: a worker is a worker
@@ -236,7 +243,7 @@ def compare(
     if out is not None:
         jobs = [replace(job, folder=_folder_in(Path(out), loaded, job)) for job in jobs]
     trained = [run_job(job, threads=threads, gpus=gpus) for job in jobs]
-    document: dict[str, Any] = finite(comparison(trained, refused, threads))
+    document: dict[str, Any] = finite(comparison(trained, refused, threads)) | {"auto": auto and str(auto)}
     return document
 
 

@@ -98,3 +98,36 @@ def test_compare(run: Run) -> None:
     assert result["reasons"]["chosen"]
     table = [line for line in done.stderr.splitlines() if line.startswith(("strategy ", "single ", "dp=2 "))]
     assert len(table) == 3
+
+
+BOX = """
+name = "box"
+[devices.box]
+name = "Box"
+kind = "cpu"
+memory_bytes = 10000000000
+memory_bandwidth = 1e10
+cores = 2
+launch_seconds = 1e-5
+flops = { float32 = 1e11 }
+[[nodes]]
+device = "box"
+devices = 2
+count = 1
+[[levels]]
+name = "loopback"
+span = 2
+bandwidth = 1e9
+latency = 1e-5
+"""
+
+
+def test_where_nothing_is_given_it_is_planned(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "box.toml").write_text(BOX)
+    monkeypatch.setenv("SHARDWISE_CLUSTER", str(folder / "box.toml"))
+    trained = document(run("train", "work.py:small", "--steps", "2", "--json", "--quiet").stdout)
+    assert "Chosen: " in trained["explanation"]
+    strategies = ("--strategy", "single", "--strategy", "auto")
+    compared = document(run("compare", "work.py:small", *strategies, "--steps", "2", "--json", "--quiet").stdout)
+    assert compared["auto"] == trained["strategy"]
+    assert compared["auto"] in [row["strategy"] for row in compared["results"]]

@@ -15,8 +15,9 @@ from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.plan.plan import Candidate
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.run import automatic
+from shardwise.run.at_hand import check_hosts
 from shardwise.run.automatic import Choice, choose, held, ran_out_of_memory, train_automatically
-from shardwise.run.request import Asked
+from shardwise.run.request import Asked, settle_compared
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 
@@ -156,3 +157,40 @@ def test_a_prediction_is_held_to_its_word() -> None:
         "A step took 2.0 s, predicted were 1.0 s: most wrong was waiting for other workers, 1.2 s instead of 200.0 ms."
     )
     assert "most wrong was computing" in str(held(predicted, {"step_seconds": 2.0, "communication_share": 0.1}))
+
+
+def test_without_measurements_train_takes_dp_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHARDWISE_CLUSTER", "off")
+    asked = Asked(SPEC, {}, None, None, 2)
+    settled: list[Asked] = []
+
+    def settle(given: Asked, *_: Any, **__: Any) -> None:
+        settled.append(given)
+
+    monkeypatch.setattr(automatic, "settle", settle)
+    monkeypatch.setattr(automatic, "run_job", lambda _: SimpleNamespace(summary={"loss": 1.0}))
+    assert train_automatically(asked, None) == {"loss": 1.0}
+    assert str(settled[0].strategy) == "dp=2"
+    assert "strategy dp=2, for nothing can be chosen: this machine is not measured" in capsys.readouterr().err
+    with pytest.raises(NotMeasured):
+        train_automatically(replace(asked, strategy="auto"), None)
+
+
+def test_several_hosts_want_a_file(monkeypatch: pytest.MonkeyPatch, machine: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_hosts()
+    monkeypatch.delenv("SHARDWISE_CLUSTER")
+    with pytest.raises(NotMeasured, match="4 workers on several hosts have not been measured: run shardwise calibrate"):
+        check_hosts()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    check_hosts()
+
+
+def test_strategies_are_compared_once_each_in_their_own_words() -> None:
+    spellings = ["dp=2", "single", "dp=2,microbatches=1", "dp=2,microbatches=2"]
+    compared, refused = settle_compared(load_workload(SPEC), spellings, None)
+    assert [str(strategy) for strategy in compared] == ["dp=2", "single", "dp=2,microbatches=2"]
+    assert refused == []

@@ -120,13 +120,23 @@ class _Search:
             cluster=self.cluster.name,
             workers=self.workers,
             wish=self.wish,
-            candidates=tuple(best),
+            candidates=tuple(map(self._in_few_words, best)),
             rejected=tuple(self.rejected),
             smallest=self.smallest,
             seconds=time.perf_counter() - start,
             looked_at=self.looked_at,
             left_out=self.left_out,
         )
+
+    def _in_few_words(self, candidate: Candidate) -> Candidate:
+        """Without a number of microbatches that a strategy has by itself."""
+        size, strategy = self.workload.batch_size, candidate.strategy
+        short = strategy.with_(microbatches=0)
+        try:
+            same = "microbatches" not in self.wish.fixed and short.for_batch(size) == strategy.for_batch(size)
+        except StrategyError:
+            return candidate
+        return replace(candidate, strategy=short) if same else candidate
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 

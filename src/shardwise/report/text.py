@@ -137,6 +137,8 @@ def _predictions(document: Mapping[str, Any]) -> list[str]:
     lines = [f"not predicted: {reason}"] if reason else []
     if document["chosen"] is None:
         return lines
+    if document.get("auto") is not None:
+        lines = [f"{document['auto']} is what train chooses where no strategy is given.", *lines]
     regret = "" if document["regret"] is None else f", {document['regret']:.0%} slower than the fastest"
     return [
         "predicted: by how much the prediction made before the run is above (+) or below (-) what was measured.",

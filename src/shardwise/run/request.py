@@ -226,10 +226,11 @@ def settle_compared(
         StrategyError: one that was asked for cannot be.
     """
     if strategies:
-        settled = [settle_strategy(strategy, None) for strategy in strategies]
-        for strategy in settled:
+        settled: dict[Strategy, Strategy] = {}  # once each, in their own words
+        for strategy in (settle_strategy(strategy, None) for strategy in strategies):
             check(workload, strategy)
-        return settled, []
+            settled.setdefault(strategy.for_batch(workload.batch_size), strategy)
+        return list(settled.values()), []
     count = settle_strategy(None, workers or DEFAULT_COMPARED).workers
     fitting, refused = [], []
     axes = ("dp", "fsdp", "tp", "pp") if count > 1 else ()
