@@ -12,6 +12,7 @@ Ranks are numbered with `tp` fastest, because its messages are the most frequent
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from math import gcd
 from typing import Any
 
 from shardwise.errors import StrategyError, nearest
@@ -43,6 +44,8 @@ class Strategy:
         stages: pipeline stages per worker; 0: two for `interleaved`, else one.
         recompute: activations that are dropped and computed again in the backward pass.
         precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
+        shares: of the batch, one number for each replica in the order of ranks, `3:1` say; empty: all alike. For
+            replicas on devices of different speed.
 
     Raises:
         StrategyError: a degree below one, an unknown word, an option without its axis.
@@ -59,6 +62,7 @@ class Strategy:
     stages: int = 0
     recompute: str = "none"
     precision: str = ""
+    shares: str = ""
 
     def __post_init__(self) -> None:
         for axis in ("dp", "fsdp", "tp", "pp"):
@@ -78,6 +82,14 @@ class Strategy:
 
     def _check_options(self) -> None:
         """An option without the axis that it belongs to is a mistake, not a wish."""
+        if self.shares:
+            numbers = self.shares.split(":")
+            if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) != self.replicas:
+                example = ":".join(["2", *["1"] * (self.replicas - 1)])
+                raise StrategyError(
+                    f"shares={self.shares}: one whole number of 1 or more for each of the {self.replicas} replicas, "
+                    f"with colons between them: shares={example}"
+                )
         if self.sp and self.tp == 1:
             raise StrategyError("sp=1 needs tp=2 or more: it splits activations between the tensor shards")
         if self.zero != 3 and self.fsdp == 1:
@@ -127,6 +139,18 @@ class Strategy:
         return self.dp * self.fsdp
 
     @property
+    def parts(self) -> tuple[int, ...]:
+        """What each replica has of a batch, in the smallest whole numbers: the batch is cut into their sum."""
+        if not self.shares:
+            return (1,) * self.replicas
+        numbers = [int(number) for number in self.shares.split(":")]
+        return tuple(number // gcd(*numbers) for number in numbers)
+
+    def samples_of(self, replica: int, batch_size: int) -> int:
+        """Samples of a replica's microbatch (their number settled)."""
+        return batch_size // self.microbatches // sum(self.parts) * self.parts[replica]
+
+    @property
     def splits_parameters(self) -> bool:
         """Whether replicas keep slices of the parameters and gather them (`fsdp` with zero=2 or 3)."""
         return self.fsdp > 1 and self.zero > 1
@@ -155,23 +179,25 @@ class Strategy:
     def for_batch(self, batch_size: int) -> Strategy:
         """The strategy with the number of microbatches settled for a global batch of `batch_size` samples.
 
-        A pipeline gets the largest number up to twice its stages that divides the batch of one replica.
+        A pipeline gets the largest number up to twice its stages that divides the batch of one replica. With `shares`
+        what is called the batch of one replica here is that of one part of them.
 
         Raises:
             StrategyError: the batch does not divide by replicas times microbatches.
         """
-        if batch_size % self.replicas:
+        pieces = sum(self.parts)
+        if batch_size % pieces:
+            what = f"{pieces} parts" if self.shares else f"{pieces} replicas"
             raise StrategyError(
-                f"batch_size={batch_size} does not divide by the {self.replicas} replicas of {self}: "
-                f"use {_multiples(batch_size, self.replicas)}"
+                f"batch_size={batch_size} does not divide by the {what} of {self}: use {_multiples(batch_size, pieces)}"
             )
-        share = batch_size // self.replicas
+        share = batch_size // pieces
         count = self.microbatches
         if count == 0:
             wanted = 1 if self.pp == 1 else 2 * self.pp * self.stages_per_worker
             count = max(number for number in range(1, wanted + 1) if share % number == 0)
         if share % count:
-            unit = count * self.replicas
+            unit = count * pieces
             raise StrategyError(
                 f"batch_size={batch_size} does not divide into {count} microbatches on {self.replicas} replicas: "
                 f"use {_multiples(batch_size, unit)}, or microbatches={_divisors(share)}"

@@ -38,7 +38,7 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
         return
     with torch.random.fork_rng():
         model = plain_model(workload)
-    batch = example(workload, workload.batch_size // strategy.replicas // strategy.microbatches)
+    batch = example(workload, strategy.samples_of(0, workload.batch_size))
     step = traced(workload, model, batch)
     parameters = dict(model.named_parameters())
     trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)

@@ -118,7 +118,7 @@ class Program:
             seed=self.workload.seed,
             shuffle=shuffle,
             replica=self.mesh.replica,
-            replicas=self.strategy.replicas,
+            parts=self.strategy.parts,
             microbatches=microbatches or self.strategy.microbatches,
             uniform=self.engine.uniform,
         )

@@ -139,8 +139,8 @@ class GraphEngine:
     def _example(self) -> Any:
         """A microbatch as this worker trains on."""
         strategy = self._strategy
-        share = self._workload.batch_size // strategy.replicas
-        return to_device(example(self._workload, share // strategy.microbatches), self._mesh.device)
+        samples = strategy.samples_of(self._mesh.replica, self._workload.batch_size)
+        return to_device(example(self._workload, samples), self._mesh.device)
 
     def _evaluation(self, model: nn.Module, data: Any) -> LocalGraph | None:
         """The graph of an evaluation, where it has a say in where the step is cut."""

@@ -14,7 +14,7 @@ from shardwise.errors import StrategyError, WorkloadError
 from shardwise.plan.plan import Candidate, Plan
 from shardwise.predict.costs import predict
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.scaled import ProfileOf
+from shardwise.predict.uneven import ProfileOf, predict_shares
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds, format_share
 
@@ -236,7 +236,7 @@ def _changes(plan: Plan, pure: Sequence[Candidate], cluster: Cluster, profile_of
             continue
         for factor in CHANGES:
             changed = with_bandwidth(cluster, level.name, factor)
-            found = _fastest(list(tried.values()), changed, profile_of, _memory(plan))
+            found = _fastest(list(tried.values()), changed, profile_of, _memory(plan), _batch_size(best))
             if found is None or str(found.strategy) in said:
                 continue
             said.add(str(found.strategy))
@@ -260,10 +260,12 @@ def _diverse(plan: Plan) -> list[Candidate]:
     return found
 
 
-def _fastest(strategies: Sequence[Strategy], cluster: Cluster, profile_of: ProfileOf, room: int) -> Candidate | None:
+def _fastest(
+    strategies: Sequence[Strategy], cluster: Cluster, profile_of: ProfileOf, room: int, batch_size: int
+) -> Candidate | None:
     found: Candidate | None = None
     for strategy in strategies:
-        prediction = predict(profile_of(strategy), strategy, cluster)
+        prediction = predict_shares(profile_of, strategy, cluster, batch_size)
         if prediction.memory.total <= room and (
             found is None or prediction.step_seconds < found.prediction.step_seconds
         ):

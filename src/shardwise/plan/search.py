@@ -20,13 +20,15 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
 from shardwise.plan.bounds import family_seconds, least_memory, least_seconds, staged_seconds
 from shardwise.plan.plan import Candidate, Plan, Rejected
+from shardwise.plan.shares import shared_out
 from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profiling import Profiles
-from shardwise.predict.scaled import ProfileOf, ScaledProfiles
+from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
+from shardwise.predict.uneven import ProfileOf, predict_shares
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds
 from shardwise.workload.workload import Workload
@@ -114,7 +116,7 @@ class _Search:
         if self.wish.max_memory is not None:
             self.room = min(self.room, self.wish.max_memory)
         self._look()
-        best = self._judged()
+        best = self._with_shares(self._judged())
         return Plan(
             workload=self.workload.name,
             cluster=self.cluster.name,
@@ -310,6 +312,25 @@ class _Search:
             if again is not None:
                 judged.append(again)
         return sorted(judged, key=self._rank)
+
+    def _with_shares(self, judged: list[Candidate]) -> list[Candidate]:
+        """With the finalists' replicas on devices of different speed having shares to match, where that is better."""
+        found: list[Candidate] = []
+        if self.wish.objective != "memory":
+            for candidate in judged[:FINALISTS]:
+                found += self._shared_out(candidate)
+        return sorted([*found, *judged], key=self._rank) if found else judged
+
+    def _shared_out(self, candidate: Candidate) -> list[Candidate]:
+        """The best shares of a strategy; none where equal ones are as good."""
+        size, strategy = self.workload.batch_size, candidate.strategy.for_batch(self.workload.batch_size)
+        tried = [
+            Candidate(shared, predict_shares(self.scaled.of, shared, self.cluster, size))
+            for shared in shared_out(self.scaled.of, strategy, self.cluster, size)
+            if self.wish.refusal(shared) is None
+        ]
+        best = min((each for each in tried if each.prediction.fits), key=self._rank, default=None)
+        return [] if best is None or self._rank(best) >= self._rank(candidate) else [best]
 
     def _traced(self, strategy: Strategy) -> Candidate | None:
         candidate = Candidate(strategy, predict(self.traced.of(strategy), strategy, self.cluster))

@@ -70,6 +70,8 @@ def costs_of(
     """
     size = batch_size or profile.batch_size
     strategy = strategy.for_batch(size)
+    if strategy.shares:
+        raise StrategyError(f"shares={strategy.shares}: replicas with unequal shares are predicted one by one")
     _check(profile, strategy, size)
     times = timed(profile, cluster, strategy)
     if profile.device != times.device.kind:

@@ -235,7 +235,7 @@ def first_share(workload: Workload, strategy: Strategy, replica: int, uniform: b
         uniform: see `workload.data.cut_batch`.
         allocating: surrounds what takes memory; it may give none, and the tensors no data.
     """
-    rows = cut_batch(workload.batch_size, strategy.replicas, strategy.microbatches, uniform=uniform)
+    rows = cut_batch(workload.batch_size, strategy.parts, strategy.microbatches, uniform=uniform)
     cells = [row[replica] for row in rows]
     data = batch(workload, len(cells[0]))
 

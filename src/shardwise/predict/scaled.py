@@ -269,7 +269,3 @@ def _for_degree(condensed: Condensed, tp: int, _: int) -> Condensed:
 def _split(strategy: Strategy) -> bool:
     """Whether the gradients of weights are apart from those of inputs."""
     return strategy.schedule == "zero-bubble"
-
-
-ProfileOf = Callable[[Strategy], Profile]
-"""Where a search has its profiles from."""

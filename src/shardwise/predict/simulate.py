@@ -9,13 +9,13 @@ from typing import Any
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import StrategyError, WorkloadError
-from shardwise.predict.costs import predict
 from shardwise.predict.document import document
 from shardwise.predict.judging import Judged, judged
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.timeline import Timeline, timeline
 from shardwise.predict.timing import slowest
+from shardwise.predict.uneven import predict_shares, refuse_shares
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
@@ -66,6 +66,7 @@ def simulation(
         try:
             if dry:
                 _check_size(strategy, cluster)
+                refuse_shares(strategy, "--dry-run")
                 judgements[str(strategy)] = judged(profiles, strategy, cluster)
             if play or slowed:
                 timelines[str(strategy)] = played(profiles, strategy, cluster, slowed or {})
@@ -95,7 +96,7 @@ def simulate(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Predic
         StrategyError: it needs more devices than there are, or cannot be for this model and batch.
     """
     _check_size(strategy, cluster)
-    return predict(profiles.of(strategy), strategy, cluster)
+    return predict_shares(profiles.of, strategy, cluster, profiles.workload.batch_size)
 
 
 def played(profiles: Profiles, strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> Timeline:
@@ -105,6 +106,7 @@ def played(profiles: Profiles, strategy: Strategy, cluster: Cluster, slowed: Map
         StrategyError: as `simulate`, or it has no such rank as is slowed.
     """
     _check_size(strategy, cluster)
+    refuse_shares(strategy, "a step that is played")
     for rank in slowed:
         if rank >= strategy.workers:
             raise StrategyError(f"strategy {strategy} has ranks 0 to {strategy.workers - 1}: there is no rank {rank}")

@@ -143,7 +143,8 @@ def _file(source: Source, name: str | None, searched: Searched, cluster: Cluster
     assert isinstance(source.workload, str)
     assert searched.plan.best is not None
     strategy, prediction = searched.plan.best.strategy, searched.plan.best.prediction
-    parts = costs_of(searched.profile_of(strategy), strategy, cluster).parts
+    alike = strategy.with_(shares="")
+    parts = costs_of(searched.profile_of(alike), alike, cluster).parts
     cut = strategy.pp > 1 or (strategy.tp > 1 and cuts_blocks(strategy))
     return PlanFile(
         workload=source.workload,

@@ -3,15 +3,16 @@
 The order depends on the seed and the epoch alone, never on the number of workers: the same samples make up step n
 under every strategy, each sample is seen exactly once per epoch, and a last, smaller batch is cut as evenly as it can
 be.
-A global batch is first cut into microbatches (rows), each row into replicas (cells):
+A global batch is first cut into microbatches (rows), each row into replicas (cells), of one size or in given parts:
 
     batch of 8, 2 microbatches, 2 replicas        row 0: [0 1 | 2 3]    row 1: [4 5 | 6 7]
+    the same, parts of 3 and 1                    row 0: [0 1 2 | 3]    row 1: [4 5 6 | 7]
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -44,22 +45,26 @@ class Share:
     samples: int
 
 
-def cut_batch(samples: int, replicas: int, microbatches: int, *, uniform: bool = False) -> list[list[range]]:
+def cut_batch(samples: int, parts: Sequence[int], microbatches: int, *, uniform: bool = False) -> list[list[range]]:
     """Positions of a batch of `samples`: rows of microbatches, each with one range per replica.
 
-    With `uniform` all cells of a row group have one size (a pipeline's shapes are fixed): what does not divide goes
-    into rows of one sample per replica at the end. Cells without a sample are empty ranges.
+    `parts` is what each replica has of a row. With `uniform` all cells of a replica have one size (a pipeline's shapes
+    are fixed): what does not divide goes into rows of one sample per replica at the end. Cells without a sample are
+    empty ranges.
 
-        >>> cut_batch(8, 2, 2)
+        >>> cut_batch(8, [1, 1], 2)
         [[range(0, 2), range(2, 4)], [range(4, 6), range(6, 8)]]
-        >>> cut_batch(5, 2, 2, uniform=True)
+        >>> cut_batch(8, [3, 1], 1)
+        [[range(0, 6), range(6, 8)]]
+        >>> cut_batch(5, [1, 1], 2, uniform=True)
         [[range(0, 1), range(1, 2)], [range(2, 3), range(3, 4)], [range(4, 5), range(5, 5)]]
     """
+    replicas, even_rows = len(parts), [1] * microbatches
     if not uniform:
-        return [_split(row, replicas) for row in _split(range(samples), microbatches)]
-    size = samples // (replicas * microbatches)
-    even = size * replicas * microbatches
-    rows = [_split(row, replicas) for row in _split(range(even), microbatches)] if size else []
+        return [_split(row, parts) for row in _split(range(samples), even_rows)]
+    size = samples // (sum(parts) * microbatches)
+    even = size * sum(parts) * microbatches
+    rows = [_split(row, parts) for row in _split(range(even), even_rows)] if size else []
     rows += [
         [range(min(start + r, samples), min(start + r + 1, samples)) for r in range(replicas)]
         for start in range(even, samples, replicas)
@@ -67,10 +72,14 @@ def cut_batch(samples: int, replicas: int, microbatches: int, *, uniform: bool =
     return rows
 
 
-def _split(whole: range, parts: int) -> list[range]:
-    """Cuts a range into `parts` whose sizes differ by one at most, the larger ones first."""
-    size, larger = divmod(len(whole), parts)
-    ends = itertools.accumulate((size + (part < larger) for part in range(parts)), initial=whole.start)
+def _split(whole: range, parts: Sequence[int]) -> list[range]:
+    """Cuts a range in proportion to `parts`; what is left over goes to those that lack most, the first ones first."""
+    total = sum(parts)
+    sizes = [len(whole) * part // total for part in parts]
+    lacking = sorted(range(len(parts)), key=lambda n: sizes[n] - len(whole) * parts[n] / total)
+    for number in lacking[: len(whole) - sum(sizes)]:
+        sizes[number] += 1
+    ends = itertools.accumulate(sizes, initial=whole.start)
     return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
@@ -91,7 +100,8 @@ class Loader:
         collate: list of samples -> batch; None: torch's default.
         seed: of the order.
         shuffle: a fresh order in each epoch (map-style only).
-        replica, replicas: which share is ours.
+        replica: which share is ours.
+        parts: of a batch, one for each replica.
         microbatches: rows per batch.
         uniform: fixed shapes, see `cut_batch`.
     """
@@ -102,7 +112,7 @@ class Loader:
     seed: int = 0
     shuffle: bool = True
     replica: int = 0
-    replicas: int = 1
+    parts: tuple[int, ...] = (1,)
     microbatches: int = 1
     uniform: bool = False
 
@@ -141,7 +151,7 @@ class Loader:
 
     def _share(self, batch: list[Any], fetch: Callable[[list[Any]], list[Any]]) -> Share:
         collate = self.collate or default_collate
-        rows = cut_batch(len(batch), self.replicas, self.microbatches, uniform=self.uniform)
+        rows = cut_batch(len(batch), self.parts, self.microbatches, uniform=self.uniform)
         cells = [row[self.replica] for row in rows]
         loaded = [collate(fetch([batch[i] for i in cell] or batch[:1])) for cell in cells]
         return Share(tuple(Microbatch(d, len(c), c.start) for d, c in zip(loaded, cells, strict=True)), len(batch))
@@ -183,6 +193,6 @@ def take(batch: Any, cell: range) -> Any:
 def share_of(batch: Any, loader: Loader) -> Share:
     """Cuts a global batch, the same on every worker, into the share of `loader`'s replica."""
     samples = batch_samples(batch)
-    rows = cut_batch(samples, loader.replicas, loader.microbatches, uniform=loader.uniform)
+    rows = cut_batch(samples, loader.parts, loader.microbatches, uniform=loader.uniform)
     cells = [row[loader.replica] for row in rows]
     return Share(tuple(Microbatch(take(batch, c if len(c) else range(1)), len(c), c.start) for c in cells), samples)

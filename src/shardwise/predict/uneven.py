@@ -1,0 +1,95 @@
+"""What a strategy costs whose replicas have unequal shares of the batch: as much as the replica that takes longest.
+
+Each replica is predicted as if all had as many samples as it has, on the slowest of its own devices; all wait for the
+last one. Replicas with equal shares on equal devices are predicted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
+
+from shardwise.cluster.cluster import Cluster, Device
+from shardwise.errors import StrategyError
+from shardwise.predict.costs import costs_of, predict
+from shardwise.predict.prediction import Prediction
+from shardwise.predict.profile import Profile
+from shardwise.predict.timing import DTYPES
+from shardwise.strategy import Strategy
+
+
+class ProfileOf(Protocol):
+    """Where profiles come from: `Profiles.of`, `ScaledProfiles.of`."""
+
+    def __call__(self, strategy: Strategy, batch_size: int = 0) -> Profile:
+        """The profile for a strategy; `batch_size`: in place of the workload's."""
+
+
+def predict_shares(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batch_size: int) -> Prediction:
+    """What one step of any strategy costs.
+
+    Args:
+        profile_of: its profiles.
+        strategy: with or without `shares`.
+        cluster: on what.
+        batch_size: global.
+
+    Raises:
+        StrategyError, RequestError: as `costs.predict` does.
+    """
+    if not strategy.shares:
+        return predict(profile_of(strategy), strategy, cluster, batch_size)
+    settled = strategy.for_batch(batch_size)
+    found = [replica(profile_of, settled, cluster, *each) for each in sorted(_different(settled, cluster, batch_size))]
+    slowest = max(found, key=lambda each: each.step_seconds)
+    fullest = max(found, key=lambda each: each.memory.total / each.memory_available)
+    return replace(
+        slowest,
+        memory=fullest.memory,
+        memory_available=fullest.memory_available,
+        model_flops=slowest.model_flops * batch_size / slowest.samples,
+        samples=batch_size,
+    )
+
+
+def replica(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, samples: int, rank: int) -> Prediction:
+    """What a step takes where all replicas have `samples` in each microbatch, on the device of `rank`."""
+    plain, size = strategy.with_(shares=""), samples * strategy.microbatches * strategy.replicas
+    device = cluster.device(rank)
+    costs = costs_of(profile_of(plain, size), plain, cluster, size, device)
+    return replace(costs.prediction(), memory_available=device.memory_bytes)
+
+
+def _different(strategy: Strategy, cluster: Cluster, batch_size: int) -> set[tuple[int, int]]:
+    """(samples of a microbatch, rank of the slowest device) of replicas that are not alike."""
+    alike: dict[tuple[int, int], int] = {}
+    for number in range(strategy.replicas):
+        rank = slowest_rank(strategy, cluster, number)
+        alike.setdefault((strategy.samples_of(number, batch_size), id(cluster.device(rank))), rank)
+    return {(samples, rank) for (samples, _), rank in alike.items()}
+
+
+def slowest_rank(strategy: Strategy, cluster: Cluster, number: int) -> int:
+    """Of a replica's devices the one that its others wait for."""
+    dtype = DTYPES[strategy.precision or "float32"]
+
+    def rate(rank: int) -> float:
+        device: Device = cluster.device(rank)
+        return device.flops.get(dtype, max(device.flops.values()))
+
+    return min(_ranks(strategy, number), key=rate)
+
+
+def _ranks(strategy: Strategy, number: int) -> Iterator[int]:
+    """Of one replica."""
+    size = strategy.tp * strategy.pp
+    return iter(range(number * size, (number + 1) * size))
+
+
+def refuse_shares(strategy: Strategy, what: str) -> None:
+    """Raises StrategyError where a strategy has shares, for what knows equal ones only."""
+    if strategy.shares:
+        raise StrategyError(
+            f"shares={strategy.shares}: {what} knows equal shares only; leave it out, or leave out shares"
+        )
