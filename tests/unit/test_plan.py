@@ -22,6 +22,7 @@ from shardwise.predict.condensed import condense
 from shardwise.predict.costs import predict
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.uneven import predict_shares
 from shardwise.run.job import Source
 from shardwise.run.planning import checked, planned
 from shardwise.run.request import Asked, settle, settle_strategy
@@ -257,3 +258,67 @@ def test_a_plan_with_a_pipeline_says_where_it_is_cut(tmp_path: Path) -> None:
     assert cuts[0][0] == 0
     job = settle(Asked(SPEC, strategy=str(out), steps=1), None, on_disk=False)
     assert job.cuts == cuts
+
+
+# ---- devices of different speed -------------------------------------------------------------------------------------
+
+
+def two_kinds(times: float) -> Cluster:
+    """Two hosts with one A100 each, of which the second is so many times slower."""
+    plain = find_cluster("a100-40x2")
+    fast = plain.device(0)
+    slow = replace(
+        fast,
+        flops={dtype: rate / times for dtype, rate in fast.flops.items()},
+        memory_bandwidth=fast.memory_bandwidth / times,
+    )
+    link = replace(plain.levels[0], name="nvlink", span=2)
+    nodes = tuple(replace(plain.nodes[0], device=device, devices=1, count=1) for device in (fast, slow))
+    return replace(plain, nodes=nodes, levels=(link,))
+
+
+LARGE = "gpt:layers=2,hidden=2048,heads=16,vocabulary=512,sequence=512,batch_size=12,precision=bf16"
+
+
+def test_a_slower_device_gets_a_smaller_share() -> None:
+    workload = load_workload(LARGE)
+    profiles = ScaledProfiles(Profiles(workload))
+    cluster = two_kinds(3.0)
+    plan = search(workload, cluster, 2, Wish.parse(forbid=["tp", "pp"]), profiles).plan
+    assert plan.best is not None
+    fast, slow = plan.best.strategy.parts
+    assert fast > slow
+    alike = plan.best.strategy.with_(shares="")
+    equal = predict(profiles.of(alike), alike, cluster)
+    others = [alike.with_(shares=f"{number}:{12 - number}") for number in range(1, 12)]
+    least = min(predict_shares(profiles.of, other, cluster, 12).step_seconds for other in others)
+    assert plan.best.prediction.step_seconds == pytest.approx(least)
+    assert plan.best.prediction.step_seconds < 0.75 * equal.step_seconds
+    assert plan.best.prediction.samples == 12
+    assert plan.best.prediction.model_flops == pytest.approx(equal.model_flops)
+    forbidden = search(workload, cluster, 2, Wish.parse(forbid=["tp", "pp", "shares"]), profiles).plan
+    assert all(not candidate.strategy.shares for candidate in forbidden.candidates)
+
+
+def test_equal_devices_get_equal_shares() -> None:
+    workload = load_workload(LARGE)
+    plan = search(workload, two_kinds(1.0), 2, Wish.parse(forbid=["tp", "pp"])).plan
+    assert all(not candidate.strategy.shares for candidate in plan.candidates)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dp=2,shares=3", "shares=3: one whole number of 1 or more for each of the 2 replicas"),
+        ("dp=2,shares=3:0", "shares=3:0: one whole number"),
+        ("dp=2,shares=a:b", "shares=a:b: one whole number"),
+    ],
+)
+def test_wrong_shares_are_refused(text: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Strategy.parse(text)
+
+
+def test_shares_must_divide_the_batch() -> None:
+    with pytest.raises(RequestError, match="batch_size=8 does not divide by the 3 parts of dp=2,shares=2:1: use "):
+        Strategy.parse("dp=2,shares=2:1").for_batch(8)
