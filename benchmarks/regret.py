@@ -10,8 +10,9 @@ and models of Hugging Face on 2 and on 4 workers. For each number of workers and
     regret       the planner's choice over the fastest of all that were measured, minus one
 
     python -m benchmarks.regret [--link MBIT ...] [--workers N ...] [--model NAME ...] [--rounds N] [--seconds S]
+    python -m benchmarks.regret --page          writes docs/regret.md from the results
 
-Needs root, `ip`, `tc` and two cores.
+Needs root, `ip`, `tc` and two cores. The page is written after a run with all that there is, too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import environment, record
 from benchmarks.hosts import HOSTS, NoHosts, hosts, run_on_hosts
+from benchmarks.regret_page import write_page
 
 if TYPE_CHECKING:
     from shardwise.cluster.cluster import Cluster
@@ -71,7 +73,12 @@ USUAL = {"DDP": "dp={}", "FSDP": "fsdp={}", "tensor parallel": "tp={}"}
 """What people take without asking, for so many workers. Accelerate's default is DDP."""
 
 MEAN_TARGET, WORST_TARGET = 0.02, 0.10
+
+NAME = "regret"
 WARMUP, LEAST_STEPS = 2, 3
+
+SLOW = 2.0
+"""Seconds of a step above which the last one of warming up counts, and no more are made."""
 
 CLOSE = 1.25
 """Times the fastest, up to which a strategy is measured in all rounds."""
@@ -84,9 +91,13 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=MODELS)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=0.7, help="to measure each strategy for, in each round")
-    parser.add_argument("--name", default="regret", help="of the files in results/")
+    parser.add_argument("--name", default=NAME, help="of the files in results/")
+    parser.add_argument("--page", action="store_true", help="write docs/regret.md from the results, measure nothing")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.page:
+        write_page(NAME, USUAL)
+        return
     if options.worker:
         work(json.loads(options.worker))
         return
@@ -102,6 +113,8 @@ def main() -> None:
                 rows += [row(each) for each in found]
                 settings = {"rounds": options.rounds, "seconds": options.seconds, **summary(rows)}
                 record(options.name, settings, rows, measured, before)  # each time: a long run may be cut short
+    if options.name == NAME:
+        write_page(NAME, USUAL)
 
 
 def _run(workers: int, link: int, folder: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -244,17 +257,19 @@ def _step_seconds(workload: Workload, strategy: str, seconds: float, workers: Wo
 
     program = Program.build(workload, Strategy.parse(strategy))
     shares = itertools.cycle(list(itertools.islice(program.loader().shares(0), LEAST_STEPS)))
-    for _ in range(WARMUP):
-        program.step_share(next(shares))
-    took: list[float] = []
-    begin = time.perf_counter()
-    while True:
+
+    def step() -> float:
         start = time.perf_counter()
         program.step_share(next(shares))
-        took.append(time.perf_counter() - start)
-        enough = len(took) >= LEAST_STEPS and time.perf_counter() - begin > seconds
-        if workers.anywhere([enough])[0]:
-            break
+        return time.perf_counter() - start
+
+    warm = [step() for _ in range(WARMUP)][-1:]
+    slow = warm[0] > SLOW
+    took: list[float] = []
+    begin = time.perf_counter()
+    while not workers.anywhere([slow or (len(took) >= LEAST_STEPS and time.perf_counter() - begin > seconds)])[0]:
+        took.append(step())
+    took = took or warm
     by_worker = workers.exchange(str(statistics.median(took)))
     dist.barrier()
     del program, shares

@@ -42,6 +42,9 @@ NEAR = 0.02
 EQUAL = 0.001
 """By which one more option of a strategy must be worth it: predictions are not that exact."""
 
+UNSURE = 0.01
+"""By how much the chosen strategy may be predicted to be worse than the best one, if it is a simpler one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Searched:
@@ -116,7 +119,7 @@ class _Search:
         if self.wish.max_memory is not None:
             self.room = min(self.room, self.wish.max_memory)
         self._look()
-        best = self._with_shares(self._judged())
+        best = self._simplest_first(self._with_shares(self._judged()))
         return Plan(
             workload=self.workload.name,
             cluster=self.cluster.name,
@@ -331,6 +334,15 @@ class _Search:
         ]
         best = min((each for each in tried if each.prediction.fits), key=self._rank, default=None)
         return [] if best is None or self._rank(best) >= self._rank(candidate) else [best]
+
+    def _simplest_first(self, candidates: list[Candidate]) -> list[Candidate]:
+        """The one with the fewest words of those that are as good as the best, as far as can be predicted, first."""
+        if not candidates:
+            return candidates
+        best = min(self._value(candidate.prediction) for candidate in candidates)
+        good = [c for c in candidates if self._value(c.prediction) <= (1 + UNSURE) * best]
+        first = min(good, key=lambda c: (str(self._in_few_words(c).strategy).count(","), *self._rank(c)))
+        return [first, *(candidate for candidate in candidates if candidate is not first)]
 
     def _traced(self, strategy: Strategy) -> Candidate | None:
         candidate = Candidate(strategy, predict(self.traced.of(strategy), strategy, self.cluster))
