@@ -34,7 +34,9 @@ from benchmarks.regret_page import write_page
 
 if TYPE_CHECKING:
     from shardwise.cluster.cluster import Cluster
+    from shardwise.parallel.program import Program
     from shardwise.run.workers import Workers
+    from shardwise.workload.data import Share
     from shardwise.workload.workload import Workload
 
 LINKS = (10_000, 1_000, 100)
@@ -258,23 +260,25 @@ def _step_seconds(workload: Workload, strategy: str, seconds: float, workers: Wo
     program = Program.build(workload, Strategy.parse(strategy))
     shares = itertools.cycle(list(itertools.islice(program.loader().shares(0), LEAST_STEPS)))
 
-    def step() -> float:
-        start = time.perf_counter()
-        program.step_share(next(shares))
-        return time.perf_counter() - start
-
-    warm = [step() for _ in range(WARMUP)][-1:]
+    warm = [_timed(program, shares) for _ in range(WARMUP)][-1:]
     slow = warm[0] > SLOW
     took: list[float] = []
     begin = time.perf_counter()
     while not workers.anywhere([slow or (len(took) >= LEAST_STEPS and time.perf_counter() - begin > seconds)])[0]:
-        took.append(step())
+        took.append(_timed(program, shares))
     took = took or warm
     by_worker = workers.exchange(str(statistics.median(took)))
     dist.barrier()
     del program, shares
     _forget(workers)
     return max(map(float, by_worker))
+
+
+def _timed(program: Program, shares: Iterator[Share]) -> float:
+    """Seconds of a step."""
+    start = time.perf_counter()
+    program.step_share(next(shares))
+    return time.perf_counter() - start
 
 
 def _forget(workers: Workers) -> None:
