@@ -136,19 +136,20 @@ CASES = (
 
 def main(names: list[str]) -> None:
     cases = [case for case in CASES if not names or case.name in names]
-    page = "\n".join(["\n".join(INTRODUCTION), *(text(case) for case in cases)])
+    page = "\n".join([INTRODUCTION, *(text(case) for case in cases)])
     PAGE.write_text(page)
 
 
-INTRODUCTION = (
-    "# Plans for large models",
-    "",
-    "What `shardwise plan` chooses for models that nobody builds on a laptop, written by `make plans` with the commands",
-    "that are shown. Each took no GPU, one core, and the seconds that its last line says. The published configurations",
-    "are predicted by the same command (`simulate`); what was measured with them stands beside, as far as it is in",
-    "[the published runs](accuracy.md). Every prediction rests on data sheets and on constants that were fitted once.",
-    "",
-)
+INTRODUCTION = """# Plans for large models
+
+What `shardwise plan` chooses for models that nobody builds on a laptop, written by `make plans` with the commands that
+are shown. Each took no GPU, one core, and the seconds that its last line says. Published configurations are predicted
+by the same program (`simulate`); what was measured with them stands beside, as far as it is in
+[the published runs](accuracy.md). Predictions rest on data sheets and on constants that were fitted once.
+"""
+
+
+NOT_RUN = "<!-- not run: make plans runs it, which takes half a minute -->"
 
 
 def text(case: Case) -> str:
@@ -167,7 +168,7 @@ def text(case: Case) -> str:
     head = ["| configuration | strategy | step, predicted | memory, predicted | step, measured |", "| --- " * 5 + "|"]
     command = " ".join(case.command)
     return "\n".join(
-        [f"## {case.title}", "", "```bash", command, "```", "", "```text", shown.rstrip(), "```", "", *head, *rows, ""]
+        [f"## {case.title}", "", NOT_RUN, "```bash", command, "```", "", "```text", shown.rstrip(), "```", "", *head, *rows, ""]
         + [line for note in notes for line in (note, "")]
     )
 
