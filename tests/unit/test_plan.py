@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import DoesNotFit, RequestError
-from shardwise.plan.bounds import least_memory, least_seconds
+from shardwise.plan.bounds import family_seconds, least_seconds, staged_seconds
+from shardwise.plan.bounds_memory import least_memory
 from shardwise.plan.explain import explanation, with_bandwidth
 from shardwise.plan.file import PlanFile, read_plan, write_plan
 from shardwise.plan.scaling import Point, counts, enlarged, worth
@@ -83,6 +85,27 @@ def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluste
         profile = condense(profiles.traced.of(strategy))
         assert least_seconds(profile, strategy, cluster) <= prediction.step_seconds * 1.0001, strategy
         assert least_memory(profile, strategy) <= prediction.memory.total, strategy
+
+
+def test_bounds_hold_for_deep_pipelines_too() -> None:
+    """Stages of a few layers each, many microbatches, sharded replicas: a sample of all there are."""
+    workload = load_workload("gpt:layers=24,hidden=512,heads=8,vocabulary=512,sequence=128,batch_size=64")
+    profiles, cluster = ScaledProfiles(Profiles(workload)), find_cluster("h100x32")
+    chosen = random.Random(1).sample(everything(workload, 32, Wish(), len(profiles.one().links)), 250)
+    checked = 0
+    for strategy in chosen:
+        if strategy.tp > 8:
+            continue
+        profile, condensed = profiles.of(strategy), profiles.condensed(strategy)
+        prediction = predict(profile, strategy, cluster)
+        seconds = prediction.step_seconds * 1.0001
+        assert least_memory(condensed, strategy) <= prediction.memory.total * 1.0001, strategy
+        assert family_seconds(condensed, strategy, cluster) <= seconds, strategy
+        assert least_seconds(condensed, strategy, cluster) <= seconds, strategy
+        if strategy.pp > 1:
+            assert staged_seconds(profile, strategy, cluster) <= seconds, strategy
+        checked += 1
+    assert checked > 100
 
 
 def test_the_best_for_memory_is_the_smallest(

@@ -8,9 +8,9 @@ With T seconds of one microbatch through all stages, B of its backward pass, m m
     gathers        `fully_shard` gathers and scatters on one channel: a step takes as long as those at least; where they
                    block (on a CPU) they come on top
     messages       one microbatch goes through all workers and back
-    memory         the mean over the workers of a pipeline: parameters and the optimizer's state, with the gradients
-                   (when it updates), or with what is there while the last microbatch goes backwards: gradients, and of
-                   the worker that has most microbatches under way half of what equal stages would keep
+    stages         closer, but slower to know: the slowest worker of the pipeline as it would be cut
+
+What it needs at least stands in `bounds_memory`.
 
 No strategy costs less (tests hold all strategies of small jobs against their bounds), so that nothing is lost by
 leaving out what cannot be better than what is known.
@@ -23,22 +23,18 @@ from itertools import accumulate, pairwise
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
-from shardwise.parallel.planning import MOST_BLOCKS
+from shardwise.plan.bounds_memory import even, owners
 from shardwise.predict.condensed import Condensed, Times, times_of
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds
 from shardwise.predict.parts import cuts_of, group_of
-from shardwise.predict.pipelines import StageTime, alone, pipeline_seconds
+from shardwise.predict.pipelines import StageTime, alone
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import Timed, timed
 from shardwise.strategy import Strategy
 
 INPUTS = 0.4
 """Of a backward pass, the least that gradients of inputs take; half where both are products of one size."""
-
-
-EVEN = 0.5
-"""Of a pipeline of equal stages, the time to fill it and what a worker keeps where its stages are not equal."""
 
 
 def family_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
@@ -66,18 +62,20 @@ def _trip(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
 def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
     """Of a step of a family's strategies: what is computed alone, by stages as they are cut.
 
-    Slower to know than `family_seconds`, and closer: stages are not equal, and the slowest worker is waited for.
+    Slower to know than `family_seconds`, and closer: stages are not equal. Whatever the schedule, a worker computes all
+    its stages for each microbatch, after the stages before its first one and before them on the way back; and one
+    microbatch goes through all stages.
     """
     stages = _stages(profile, strategy, cluster)
-    workers, count = strategy.pp, strategy.microbatches
-    if strategy.schedule == "zero-bubble":  # its backward passes are known together
-        before, best = 0.0, alone(stages)
-        for stage in stages:
-            before += stage.arrives
-            best = max(best, before + count * (stage.forward + stage.backward))
-            before += stage.forward
-        return best
-    return pipeline_seconds(strategy.schedule, stages, workers, count)
+    around, best = 0.0, alone(stages)
+    for place, stage in enumerate(stages[: strategy.pp]):
+        around += stage.arrives
+        busy = sum(each.forward + each.backward for each in stages[place :: strategy.pp])
+        best = max(best, around + strategy.microbatches * busy)
+        around += stage.forward
+        if strategy.schedule != "zero-bubble":  # there weights may come after the gradient has been sent back
+            around += stage.backward + stage.returns
+    return best
 
 
 def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[StageTime]:
@@ -137,23 +135,16 @@ def _filled(profile: Condensed, strategy: Strategy, forward: float, one: float) 
         short = forward + INPUTS * (one - forward)
         return short * (1 + (min(count, workers) - 1) / workers) + max(count - workers, 0) * one / workers
     filling = one * (workers - 1) / workers / strategy.stages_per_worker  # interleaved: of stages of equal length
-    return one * count / workers + _even(profile, workers * strategy.stages_per_worker) * filling
+    return one * count / workers + even(profile, workers * strategy.stages_per_worker) * filling
 
 
 def _update(profile: Condensed, strategy: Strategy, times: Times) -> float:
     """Of the mean worker: as one kernel for all of its parameters."""
-    elements = profile.elements / strategy.pp / _owners(strategy)
+    elements = profile.elements / strategy.pp / owners(strategy)
     moved = sum(kernel.bytes for kernel in profile.update.kernels) * elements
     if moved < 1:
         return 0.0
     return times.seconds.kernels.seconds(Kernel("copy", "memory", "float32", 0.0, moved, (max(1, round(elements)),)))
-
-
-def _owners(strategy: Strategy) -> int:
-    """Over how many replicas the optimizer's work is spread."""
-    if strategy.zero == 1:
-        return strategy.replicas
-    return strategy.fsdp if strategy.splits_parameters else 1
 
 
 def _gathers(strategy: Strategy, cluster: Cluster, profile: Condensed) -> float:
@@ -208,61 +199,3 @@ class _Same:
 @lru_cache(maxsize=65536)
 def _collective(operation: str, size: int, ranks: int, stride: int, cluster: _Same) -> float:
     return collective_seconds(Collective(operation, size, Group(ranks, stride)), cluster.cluster)
-
-
-def least_memory(profile: Condensed, strategy: Strategy) -> float:
-    """Bytes of the device that needs most, for this strategy (its number of microbatches settled)."""
-    workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
-    slices = strategy.fsdp if strategy.splits_parameters else 1
-    stays = profile.parameters / slices + profile.elements * profile.update.state_bytes / _owners(strategy)
-    updating = (stays + profile.gradients / slices) / workers
-    held = _gradients(profile, strategy, slices) / workers
-    if strategy.splits_parameters and stages > 1:  # of one stage at a time
-        held += (profile.own if _several(strategy) else 0) / stages
-        held += profile.own / stages if strategy.zero == 2 else 0
-    under_way = _under_way(workers, strategy.microbatches, strategy.schedule, strategy.stages_per_worker)
-    even = _even(profile, workers)
-    if strategy.recompute == "full":
-        kept = even * _handed(profile, strategy, stages) * under_way / workers
-    elif workers == 1:
-        kept = profile.saved
-    else:
-        kept = max(even * under_way, 1) * profile.saved / workers
-    return max(updating, stays / workers + held + kept, profile.largest)
-
-
-def _even(profile: Condensed, parts: int) -> float:
-    """Of what a pipeline of so many equal parts would have in each, what the first has at least: one or two less of
-    the pieces that the step is made of.
-    """
-    return max(EVEN, 1 - 2 * parts / profile.narrow) if profile.narrow else EVEN
-
-
-def _several(strategy: Strategy) -> bool:
-    """Whether gradients are there before the last backward pass begins."""
-    return strategy.microbatches > 1
-
-
-def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
-    """Bytes of gradients that are there in the last backward pass, of all workers of a pipeline together."""
-    alone = strategy.tp == strategy.pp == 1
-    if strategy.replicas > 1 and alone and not strategy.splits_parameters:  # DDP's buckets
-        return profile.gradients * (2.0 if _several(strategy) else 1.0)
-    return profile.gradients / slices if _several(strategy) else 0.0
-
-
-def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:
-    """Bytes that blocks hand to each other and keep of one microbatch, where they are computed again."""
-    if strategy.tp == strategy.pp == 1:
-        return 0.0
-    between = min(max(profile.narrow - stages + 1, 0), stages * (MOST_BLOCKS - 1))
-    return float(profile.message * (between + stages - 1))
-
-
-def _under_way(workers: int, microbatches: int, schedule: str, stages: int) -> float:
-    """Microbatches whose activations the worker that has most of them keeps, parts of several stages added up."""
-    if schedule == "gpipe":
-        return microbatches
-    if schedule == "interleaved":
-        return min(microbatches, (2 * (workers - 1) + (stages - 1) * workers + 1) / stages)
-    return min(microbatches, workers)

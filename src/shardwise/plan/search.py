@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
-from shardwise.plan.bounds import family_seconds, least_memory, least_seconds, staged_seconds
+from shardwise.plan.bounds import family_seconds, least_seconds, staged_seconds
+from shardwise.plan.bounds_memory import least_memory
 from shardwise.plan.plan import Candidate, Plan, Rejected
 from shardwise.plan.shares import shared_out
 from shardwise.plan.space import divisors, families, members, spellings

@@ -1,0 +1,83 @@
+"""What a strategy needs at least of the device that needs most, from sums over its profile alone.
+
+    updating    parameters and the optimizer's state, with the gradients
+    passing     the same while the last microbatch goes backwards, with the gradients that are there then, whole ones of
+                a stage that `fully_shard` looks after included, and what the worker with most microbatches under way
+                keeps of them: all of it, or what blocks hand to each other where they are computed again
+
+Both are the mean over the workers of a pipeline, for which stages count as nearly equal (`even`).
+"""
+
+from __future__ import annotations
+
+from shardwise.parallel.planning import MOST_BLOCKS
+from shardwise.predict.condensed import Condensed
+from shardwise.strategy import Strategy
+
+EVEN = 0.5
+"""Of a pipeline of equal stages, the time to fill it and what a worker keeps where its stages are not equal."""
+
+
+def least_memory(profile: Condensed, strategy: Strategy) -> float:
+    """Bytes of the device that needs most, for this strategy (its number of microbatches settled)."""
+    workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
+    slices = strategy.fsdp if strategy.splits_parameters else 1
+    stays = profile.parameters / slices + profile.elements * profile.update.state_bytes / owners(strategy)
+    updating = (stays + profile.gradients / slices) / workers
+    held = _gradients(profile, strategy, slices) / workers
+    if strategy.splits_parameters and stages > 1:  # of one stage at a time
+        held += (profile.own if _several(strategy) else 0) / stages
+        held += profile.own / stages if strategy.zero == 2 else 0
+    under_way = _under_way(workers, strategy.microbatches, strategy.schedule, strategy.stages_per_worker)
+    share = even(profile, workers)
+    if strategy.recompute == "full":
+        kept = share * _handed(profile, strategy, stages) * under_way / workers
+    elif workers == 1:
+        kept = profile.saved
+    else:
+        kept = max(share * under_way, 1) * profile.saved / workers
+    return max(updating, stays / workers + held + kept, profile.largest)
+
+
+def _several(strategy: Strategy) -> bool:
+    """Whether gradients are there before the last backward pass begins."""
+    return strategy.microbatches > 1
+
+
+def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
+    """Bytes of gradients that are there in the last backward pass, of all workers of a pipeline together."""
+    alone = strategy.tp == strategy.pp == 1
+    if strategy.replicas > 1 and alone and not strategy.splits_parameters:  # DDP's buckets
+        return profile.gradients * (2.0 if _several(strategy) else 1.0)
+    return profile.gradients / slices if _several(strategy) else 0.0
+
+
+def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:
+    """Bytes that blocks hand to each other and keep of one microbatch, where they are computed again."""
+    if strategy.tp == strategy.pp == 1:
+        return 0.0
+    between = min(max(profile.narrow - stages + 1, 0), stages * (MOST_BLOCKS - 1))
+    return float(profile.message * (between + stages - 1))
+
+
+def _under_way(workers: int, microbatches: int, schedule: str, stages: int) -> float:
+    """Microbatches whose activations the worker that has most of them keeps, parts of several stages added up."""
+    if schedule == "gpipe":
+        return microbatches
+    if schedule == "interleaved":
+        return min(microbatches, (2 * (workers - 1) + (stages - 1) * workers + 1) / stages)
+    return min(microbatches, workers)
+
+
+def even(profile: Condensed, parts: int) -> float:
+    """Of what a pipeline of so many equal parts would have in each, what the first has at least: one or two less of
+    the pieces that the step is made of.
+    """
+    return max(EVEN, 1 - 2 * parts / profile.narrow) if profile.narrow else EVEN
+
+
+def owners(strategy: Strategy) -> int:
+    """Over how many replicas the optimizer's work is spread."""
+    if strategy.zero == 1:
+        return strategy.replicas
+    return strategy.fsdp if strategy.splits_parameters else 1
