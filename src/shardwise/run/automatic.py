@@ -26,7 +26,7 @@ from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.run.at_hand import check_hosts, cluster_at_hand
 from shardwise.run.job import join_launcher, run_job
-from shardwise.run.request import Asked, check, settle, settle_source, settle_strategy
+from shardwise.run.request import Asked, check, settle, settle_options, settle_source, settle_strategy
 from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds
@@ -131,6 +131,7 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
         RequestError, DoesNotFit, NotMeasured: as `choose` does; the last only where `auto` was asked for.
         WorkerFailed: a worker died, and not because of memory or with nothing smaller to fall back to.
     """
+    settle_options(steps=asked.steps, epochs=asked.epochs, quiet=quiet, **options)  # before anything is measured
     source = settle_source(asked.workload, asked.settings, asked.seed)
     workload = source.load()
     check(workload, Strategy())
@@ -139,7 +140,10 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
     try:
         choice = choose(workload, asked.workers, quiet=quiet)
     except NotMeasured as error:
-        return run_job(settle(_unmeasured(asked, error, quiet=quiet), out, quiet=quiet, **options)).summary
+        plain = _unmeasured(asked, error)
+        job = settle(plain, out, quiet=quiet, **options)
+        _say_unmeasured(plain, error, quiet=quiet)
+        return run_job(job).summary
     if not quiet and choice.words:
         sys.stderr.write(f"{choice.words[1]}\n")
     smaller = choice.smaller()
@@ -170,21 +174,24 @@ def _with_launcher(workload: Workload, asked: Asked, out: str | Path | None, **o
             check_hosts()
             choice = choose(workload, asked.workers or count, quiet=bool(options["quiet"]))
         except NotMeasured as error:
-            asked = _unmeasured(asked, error, quiet=bool(options["quiet"]))
+            asked = _unmeasured(asked, error)
+            _say_unmeasured(asked, error, quiet=bool(options["quiet"]))
     told = Workers().exchange("" if choice is None else str(choice.best.strategy))[0]
     asked = replace(asked, strategy=told or None, workers=None)
     summary = run_job(settle(asked, out, **options)).summary
     return summary if choice is None else _with_verdict(choice.best, summary, choice.words)
 
 
-def _unmeasured(asked: Asked, error: NotMeasured, *, quiet: bool) -> Asked:
-    """With `dp` over all workers, which is said; raises the error where `auto` was asked for."""
+def _unmeasured(asked: Asked, error: NotMeasured) -> Asked:
+    """With `dp` over all workers; raises the error where `auto` was asked for."""
     if asked.strategy == AUTO:
         raise error
-    strategy = settle_strategy(None, asked.workers)
+    return replace(asked, strategy=settle_strategy(None, asked.workers))
+
+
+def _say_unmeasured(asked: Asked, error: NotMeasured, *, quiet: bool) -> None:
     if not quiet:
-        sys.stderr.write(f"strategy {strategy}, for nothing can be chosen: {error}\n")
-    return replace(asked, strategy=strategy)
+        sys.stderr.write(f"strategy {asked.strategy}, for nothing can be chosen: {error}\n")
 
 
 def _with_verdict(candidate: Candidate, summary: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
