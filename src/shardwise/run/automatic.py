@@ -177,7 +177,7 @@ def _with_launcher(workload: Workload, asked: Asked, out: str | Path | None, **o
             asked = _unmeasured(asked, error)
             _say_unmeasured(asked, error, quiet=bool(options["quiet"]))
     told = Workers().exchange("" if choice is None else str(choice.best.strategy))[0]
-    asked = replace(asked, strategy=told or None, workers=None)
+    asked = replace(asked, strategy=told, workers=None) if told else replace(asked, strategy=None)
     summary = run_job(settle(asked, out, **options)).summary
     return summary if choice is None else _with_verdict(choice.best, summary, choice.words)
 
