@@ -12,6 +12,28 @@ from pathlib import Path
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 """The fixture `run`."""
 
+BOX = """
+name = "box"
+[devices.box]
+name = "Box"
+kind = "cpu"
+memory_bytes = 10000000000
+memory_bandwidth = 1e10
+cores = 2
+launch_seconds = 1e-5
+flops = { float32 = 1e11 }
+[[nodes]]
+device = "box"
+devices = 2
+count = 1
+[[levels]]
+name = "loopback"
+span = 2
+bandwidth = 1e9
+latency = 1e-5
+"""
+"""A cluster file: a host of two workers that nobody has measured."""
+
 
 def command(*arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *launcher, "-m", "shardwise", *arguments]

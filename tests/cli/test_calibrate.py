@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command import Run
+from command import BOX, Run
 
 
 @pytest.mark.parametrize(
@@ -24,34 +24,17 @@ def test_refused(run: Run, arguments: tuple[str, ...], said: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+CURVE = """
+[[devices.box.curves]]
+kind = "memory"
+operation = "aten.add"
+dtype = "float32"
+samples = [[1000, 1e-6, 0.1]]
+"""
+
+
 def test_a_file_without_the_threads_that_are_needed(run: Run, folder: Path) -> None:
-    (folder / "box.toml").write_text(
-        """
-        name = "box"
-        [devices.box]
-        name = "Box"
-        kind = "cpu"
-        memory_bytes = 1000000000
-        memory_bandwidth = 1e10
-        cores = 8
-        launch_seconds = 1e-6
-        flops = { float32 = 1e11 }
-        [[devices.box.curves]]
-        kind = "memory"
-        operation = "aten.add"
-        dtype = "float32"
-        samples = [[1000, 1e-6, 0.1]]
-        [[nodes]]
-        device = "box"
-        devices = 2
-        count = 1
-        [[levels]]
-        name = "loopback"
-        span = 2
-        bandwidth = 1e9
-        latency = 1e-5
-        """
-    )
+    (folder / "box.toml").write_text(BOX.replace("cores = 2", "cores = 8") + CURVE)
     done = run("simulate", "work.py:small", "--cluster", "box.toml", "--strategy", "dp=2", status=2)
     assert (
         "Box was not measured with 2 workers of 4 threads each, only 1 with 1: use shardwise calibrate" in done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Run
+from command import BOX, Run
 from safetensors import safe_open
 
 
@@ -98,28 +98,6 @@ def test_compare(run: Run) -> None:
     assert result["reasons"]["chosen"]
     table = [line for line in done.stderr.splitlines() if line.startswith(("strategy ", "single ", "dp=2 "))]
     assert len(table) == 3
-
-
-BOX = """
-name = "box"
-[devices.box]
-name = "Box"
-kind = "cpu"
-memory_bytes = 10000000000
-memory_bandwidth = 1e10
-cores = 2
-launch_seconds = 1e-5
-flops = { float32 = 1e11 }
-[[nodes]]
-device = "box"
-devices = 2
-count = 1
-[[levels]]
-name = "loopback"
-span = 2
-bandwidth = 1e9
-latency = 1e-5
-"""
 
 
 def test_where_nothing_is_given_it_is_planned(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,14 @@ They are ordinary PyTorch, spelled in the ways that people spell them: that is w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from shardwise.workload.workload import Evaluation, Workload
 
@@ -943,3 +944,9 @@ ODDITIES: dict[str, Callable[[], Workload]] = {
     "scan": lambda: language(Scan),
     "first-token": lambda: language(FirstToken),
 }
+
+
+def first(name: str, samples: int) -> Workload:
+    """A model with fewer samples: the last batch is a small one."""
+    workload = WORKLOADS[name]()
+    return replace(workload, dataset=Subset(workload.dataset, range(samples)))

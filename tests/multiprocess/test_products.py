@@ -12,10 +12,9 @@ import pytest
 import torch
 from breaking import Breaking, assert_noticed
 from equality import assert_equal, check, merge, reference, train, train_part
-from models import ODDITIES, WORKLOADS
+from models import ODDITIES, WORKLOADS, first
 from pool import Pools
 from safetensors.torch import load_file
-from torch.utils.data import Subset
 from traces import remembered
 
 from shardwise.parallel import reduce
@@ -75,12 +74,6 @@ def test_other_models(workers: Pools, name: str, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", ["fsdp=2,tp=2", "fsdp=2,pp=2,schedule=zero-bubble"])
 def test_one_layer_in_all_stages(workers: Pools, strategy: str) -> None:
     check(workers, ODDITIES["shared"], strategy)
-
-
-def first(name: str, samples: int) -> Workload:
-    """A model with fewer samples: the last batch is a small one."""
-    workload = WORKLOADS[name]()
-    return replace(workload, dataset=Subset(workload.dataset, range(samples)))
 
 
 @pytest.mark.parametrize("strategy", ["dp=2,tp=2", "dp=2,pp=2", "fsdp=2,tp=2", "fsdp=2,pp=2"])

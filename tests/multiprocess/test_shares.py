@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -10,12 +9,10 @@ from unittest import mock
 import pytest
 from breaking import assert_noticed
 from equality import check
-from models import WORKLOADS
+from models import WORKLOADS, first
 from pool import Pools
-from torch.utils.data import Subset
 
 from shardwise.parallel.program import Program
-from shardwise.workload.workload import Workload
 
 STRATEGIES = (
     "dp=2,shares=3:1",
@@ -38,15 +35,9 @@ def test_batch_norm_counts_samples(workers: Pools, strategy: str) -> None:
     check(workers, WORKLOADS["resnet"], strategy)
 
 
-def small(samples: int) -> Workload:
-    """With fewer samples: the last batch is a small one."""
-    workload = WORKLOADS["smoothed"]()
-    return replace(workload, dataset=Subset(workload.dataset, range(samples)))
-
-
 @pytest.mark.parametrize("strategy", ["dp=2,shares=3:1", "fsdp=2,pp=2,shares=3:1"])
 def test_small_last_batches(workers: Pools, strategy: str) -> None:
-    check(workers, partial(small, 13), strategy)
+    check(workers, partial(first, "smoothed", 13), strategy)
 
 
 def weighed_alike() -> Any:

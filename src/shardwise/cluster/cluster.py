@@ -33,8 +33,10 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 
 
 PROGRAMS = ("module", "sharded", "graph")
-OVERHEADS = ("sharded", "stage", "exchange")
 """Kinds of program: of the module as it is (single, dp), with sharded parameters (fsdp), of a traced step (tp, pp)."""
+
+OVERHEADS = ("sharded", "stage", "exchange")
+"""What hosts need time for beside kernels and messages, see `Device.overheads`."""
 
 
 @dataclass(frozen=True, slots=True)

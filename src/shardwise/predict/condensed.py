@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from shardwise.cluster.cluster import Cluster
 from shardwise.predict.parts import module_blocks
 from shardwise.predict.profile import Layer, Profile, Update
-from shardwise.predict.timing import Seconds, Spent
+from shardwise.predict.timing import Seconds
 from shardwise.strategy import Strategy
 
 
@@ -135,11 +135,11 @@ def times_of(condensed: Condensed, cluster: Cluster, strategy: Strategy) -> Time
 def _timed(condensed: Condensed, seconds: Seconds) -> Times:
     forward = backward = weights = again = repeated = 0.0
     for each in condensed.layers:
-        layer = each.layer
-        forward += each.count * seconds.of(layer.forward).device
-        backward += each.count * seconds.of(layer.backward).device
-        weights += each.count * seconds.of(layer.weights).device
-        once: Spent = seconds.of(layer.recomputed) if layer.keeps else Spent()
-        again += each.count * once.total
-        repeated += each.repeated * once.total
+        there, back, of_weights, recomputed = seconds.of_layer(each.layer)
+        forward += each.count * there.device
+        backward += each.count * back.device
+        weights += each.count * of_weights.device
+        if each.layer.keeps:
+            again += each.count * recomputed.total
+            repeated += each.repeated * recomputed.total
     return Times(forward, backward, weights, again, repeated, seconds)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Cluster, Device
@@ -153,7 +154,7 @@ def slowest(cluster: Cluster, precision: str) -> Device:
     return min((nodes.device for nodes in cluster.nodes), key=lambda device: device.flops.get(dtype, 0.0))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Seconds:
     """Of passes on a device of a cluster.
 
@@ -162,7 +163,6 @@ class Seconds:
         device: of it.
         tp: tensor-parallel workers.
         crowd: workers of a host that compute and communicate at the same time.
-        kernels: the times of kernels.
         exchanges: the times of exchanges, as far as they have been asked for.
     """
 
@@ -170,7 +170,6 @@ class Seconds:
     device: Device
     tp: int
     crowd: int
-    kernels: KernelTimes
     exchanges: dict[Exchanged, float] = field(default_factory=dict)
 
     @classmethod
@@ -179,7 +178,12 @@ class Seconds:
         workers = min(strategy.workers, cluster.node_size)
         device = device or slowest(cluster, precision)
         crowd = workers if device.shared or device.curves or cluster.collectives else 1
-        return cls(cluster, device, tp, crowd, KernelTimes(device, crowd))
+        return cls(cluster, device, tp, crowd)
+
+    @cached_property
+    def kernels(self) -> KernelTimes:
+        """The times of kernels; only made where something is not kept by `key` already."""
+        return KernelTimes(self.device, self.crowd)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -199,6 +203,10 @@ class Seconds:
         host = launches(each.kernels) * self.device.launch_seconds
         host += len(each.exchanges) * self.device.overheads.get("exchange", 0.0)
         return Spent(busy, sent, host * self.crowded, self.device.kind == "cpu")
+
+    def of_layer(self, layer: Layer) -> tuple[Spent, Spent, Spent, Spent]:
+        """Its forward and backward pass, those of the weights, and what is computed again."""
+        return self.of(layer.forward), self.of(layer.backward), self.of(layer.weights), self.of(layer.recomputed)
 
     def _exchange(self, exchange: Exchanged) -> float:
         if exchange not in self.exchanges:
@@ -229,9 +237,7 @@ def _timed(profile: Profile, seconds: Seconds) -> Timed:
     layers: list[Layer] = [link.layer for link in profile.links]
     for layer in layers:
         if id(layer) not in spent:
-            passes = layer.forward, layer.backward, layer.weights, layer.recomputed
-            forward, backward, weights, recomputed = map(seconds.of, passes)
-            spent[id(layer)] = forward, backward, weights, recomputed
+            spent[id(layer)] = seconds.of_layer(layer)
     rows = [spent[id(layer)] for layer in layers]
     keeps = tuple(accumulate((n if layer.keeps else -1 for n, layer in enumerate(layers)), max))
     return Timed(

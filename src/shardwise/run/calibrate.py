@@ -157,10 +157,8 @@ def situations(team: Team) -> list[Situation]:
     """
     if team.device.type == "cuda":
         return [(1, 1)]
-    cores, most = machine.cores(), len(team.hosts[0])
-    counts = [count for count in _doubled(most) if count <= cores]
-    shares = [max(1, cores // count) for count in counts]
-    return sorted({*zip(counts, shares, strict=True), *((1, share) for share in shares)})
+    together = crowded(team)
+    return sorted({*together, *((1, threads) for _, threads in together)})
 
 
 def crowded(team: Team) -> list[Situation]:
