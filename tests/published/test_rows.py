@@ -97,7 +97,7 @@ def test_devices(text: str, name: str) -> None:
     assert devices.find(text).name == name
 
 
-@pytest.mark.parametrize("text", ["TPU v4", "H1000", "Titan RTX"])
+@pytest.mark.parametrize("text", ["TPU v4", "H1000", "Titan V"])
 def test_unknown_devices(text: str) -> None:
     with pytest.raises(Lacking, match="unknown gpu"):
         devices.find(text)
