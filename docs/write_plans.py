@@ -66,8 +66,8 @@ CASES = (
         (
             Published(
                 "torchtitan, docs/performance.md (2024)",
-                "fsdp=64",
-                "every second block is recomputed",
+                "fsdp=64,recompute=1/2",
+                "every second block is recomputed, not the first half of them",
                 {"group": "torchtitan", "model": "Llama3-8B", "n_gpus": "64", "recompute": "selective layer"},
             ),
         ),

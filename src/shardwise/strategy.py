@@ -12,7 +12,8 @@ Ranks are numbered with `tp` fastest, because its messages are the most frequent
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from math import gcd
+from fractions import Fraction
+from math import ceil, gcd
 from typing import Any
 
 from shardwise.errors import StrategyError, nearest
@@ -22,7 +23,6 @@ RECOMPUTE = ("none", "full")
 PRECISIONS = ("float32", "bf16")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
-    "recompute": RECOMPUTE,
     "precision": PRECISIONS,
 }
 _INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages")
@@ -42,7 +42,9 @@ class Strategy:
         microbatches: pieces that each replica's batch is cut into; gradients accumulate over them. 0: chosen.
         schedule: order of the microbatches in the pipeline.
         stages: pipeline stages per worker; 0: two for `interleaved`, else one.
-        recompute: activations that are dropped and computed again in the backward pass.
+        recompute: activations that are dropped and computed again in the backward pass: of no block (`none`), of all
+            (`full`), or of the first part of them on each stage, `1/2` say (Chen et al. 2016; in Megatron-LM: method
+            `block`).
         precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
         shares: of the batch, one number for each replica in the order of ranks, `3:1` say; empty: all alike. For
             replicas on devices of different speed.
@@ -78,6 +80,9 @@ class Strategy:
             value = getattr(self, key)
             if value not in known and not (key == "precision" and value == ""):
                 raise StrategyError(f"{key}={value}: known are {', '.join(known)}{nearest(value, known)}")
+        share = _share_of_blocks(self.recompute)
+        if 0 < share < 1:  # in lowest terms, so that equal strategies are equal values
+            object.__setattr__(self, "recompute", str(share))
         self._check_options()
 
     def _check_options(self) -> None:
@@ -160,6 +165,19 @@ class Strategy:
         return (self.precision or precision) == "bf16"
 
     @property
+    def recomputes(self) -> bool:
+        """Whether any block is computed again."""
+        return self.recompute != "none"
+
+    def recomputed_of(self, blocks: int) -> int:
+        """How many of so many blocks are computed again: the first ones.
+
+        What the others keep is free again before the backward pass comes to the first ones, so that a block that is
+        computed again never comes on top of it.
+        """
+        return ceil(_share_of_blocks(self.recompute) * blocks)
+
+    @property
     def stages_per_worker(self) -> int:
         """Pipeline stages that one worker holds: more than one where the schedule interleaves."""
         return self.stages or (2 if self.schedule == "interleaved" else 1)
@@ -220,6 +238,20 @@ class Strategy:
         if self.workers == 1:
             shown.insert(0, "single")
         return ",".join(shown)
+
+
+def _share_of_blocks(recompute: str) -> Fraction:
+    """The part of the blocks that is computed again."""
+    if recompute in RECOMPUTE:
+        return Fraction(RECOMPUTE.index(recompute))
+    over, slash, under = recompute.partition("/")
+    whole = bool(slash) and over.isdecimal() and under.isdecimal()
+    if not whole or not 0 < int(over) < int(under):
+        raise StrategyError(
+            f"recompute={recompute}: known are {', '.join(RECOMPUTE)} and parts of the blocks, 1/2 or 3/4 say"
+            + nearest(recompute, RECOMPUTE)
+        )
+    return Fraction(int(over), int(under))
 
 
 def _integer(key: str, value: str) -> int:

@@ -215,10 +215,11 @@ def test_accumulation_over_microbatches(workers: Pools, strategy: str) -> None:
         check(workers, factory, f"{strategy},microbatches={1 if factory is experts and 'dp=2,fsdp' in strategy else 2}")
 
 
+@pytest.mark.parametrize("recompute", ["full", "1/2"])
 @pytest.mark.parametrize("strategy", ["single", "dp=2", "fsdp=2,zero=2", "fsdp=2"])
-def test_recomputation(workers: Pools, strategy: str) -> None:
+def test_recomputation(workers: Pools, strategy: str, recompute: str) -> None:
     for factory in (mlp, transformer, language, recomputed_normalisation):
-        result = train(workers, factory, f"{strategy},recompute=full", evaluate=True)
+        result = train(workers, factory, f"{strategy},recompute={recompute}", evaluate=True)
         assert_equal(result, reference(workers, factory, strategy, evaluate=True), DOUBLE)
 
 

@@ -126,10 +126,11 @@ AXES = (
     "dp=2",
     "fsdp=2",
     "fsdp=2,microbatches=2,recompute=full",
+    "fsdp=2,recompute=1/2",
     "fsdp=2,zero=1",
     "tp=2,sp=1",
     "pp=2,schedule=gpipe,recompute=full",
-    "pp=2,schedule=interleaved",
+    "pp=2,schedule=interleaved,recompute=1/2",
     "pp=2,schedule=zero-bubble",
     "dp=2,precision=bf16",
     "tp=2,precision=bf16",
@@ -142,6 +143,7 @@ PRODUCTS = (
     "fsdp=2,tp=2,zero=2",
     "fsdp=2,pp=2,zero=1",
     "fsdp=2,pp=2,schedule=zero-bubble,recompute=full",
+    "fsdp=2,tp=2,sp=1,recompute=1/3",
     "pp=4",
 )
 

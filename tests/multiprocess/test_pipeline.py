@@ -61,10 +61,11 @@ def test_many_stages(workers: Pools, name: str, strategy: str) -> None:
     check(workers, WORKLOADS[name], strategy)
 
 
+@pytest.mark.parametrize("recompute", ["full", "1/2"])
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero-bubble"])
 @pytest.mark.parametrize("name", ["tied", "unet"])
-def test_recomputation(workers: Pools, name: str, schedule: str) -> None:
-    check(workers, WORKLOADS[name], f"pp=2,schedule={schedule},recompute=full")
+def test_recomputation(workers: Pools, name: str, schedule: str, recompute: str) -> None:
+    check(workers, WORKLOADS[name], f"pp=2,schedule={schedule},recompute={recompute}")
 
 
 def first(name: str, samples: int) -> Workload:

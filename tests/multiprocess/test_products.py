@@ -45,6 +45,7 @@ PRODUCTS = (
     "fsdp=2,pp=2,schedule=interleaved",
     "fsdp=2,pp=2,schedule=zero-bubble",
     "fsdp=2,pp=2,schedule=zero-bubble,recompute=full",
+    "fsdp=2,tp=2,sp=1,recompute=1/2",
 )
 
 

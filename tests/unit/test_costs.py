@@ -270,6 +270,34 @@ def test_recompute_adds_a_forward_pass_up_to_what_is_needed() -> None:
     assert some.compute_seconds - plain.compute_seconds == pytest.approx(8 * 3 * seconds_of(1e6))
 
 
+def test_a_part_of_the_blocks_is_computed_again() -> None:
+    whole = tuple(
+        Link(replace(each.layer, recomputed=each.layer.forward, inside=10_000), each.message)
+        for each in profile().links
+    )
+    found = [
+        predict(profile(links=whole), Strategy(pp=2, microbatches=8, recompute=word), CLUSTER)
+        for word in ("none", "1/2", "full")
+    ]
+    none, half, full = (each.compute_seconds for each in found)
+    assert half - none == pytest.approx(8 * seconds_of(1e6))  # of the two links of a stage one
+    assert full - none == pytest.approx(8 * 2 * seconds_of(1e6))
+    none, half, full = (each.memory.activations for each in found)
+    assert none > half > full
+
+
+def test_a_module_that_could_not_be_traced_is_computed_again_once() -> None:
+    layer = replace(LAYERS[1], recomputed=LAYERS[1].forward, keeps=True)
+    alone = {
+        "links": (Link(layer),),
+        "parameters": tuple(replace(each, links=(0,)) for each in PARAMETERS),
+        "values": (),
+        "cut": False,
+    }
+    plain, again = (predict(profile(**alone), Strategy(microbatches=8, recompute=r), CLUSTER) for r in ("none", "full"))
+    assert again.compute_seconds - plain.compute_seconds == pytest.approx(8 * seconds_of(1e6))
+
+
 def test_a_host_that_cannot_keep_up() -> None:
     slow = replace(CLUSTER, nodes=(Nodes(replace(DEVICE, launch_seconds=1.0), 8, 2),))
     found = predict(profile(), Strategy(microbatches=8), slow)

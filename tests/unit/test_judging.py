@@ -44,6 +44,8 @@ GRID = [
             "dp=2,pp=4",
             "fsdp=2,pp=2,schedule=zero-bubble,recompute=full",
             "tp=2,pp=2,sp=1",
+            "fsdp=2,recompute=1/2",
+            "tp=2,pp=2,recompute=1/3",
             "dp=2,fsdp=2,tp=2,pp=2",
         )
     ),

@@ -108,6 +108,49 @@ def test_bounds_hold_for_deep_pipelines_too() -> None:
     assert checked > 100
 
 
+def test_as_few_blocks_as_must_be_are_computed_again(cluster: Cluster) -> None:
+    """Between what a strategy needs with none and with all of them, and no other is as good in any part."""
+    workload = load_workload("gpt:layers=8,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=16")
+    profiles = ScaledProfiles(Profiles(workload))
+    links = len(profiles.of(Strategy()).links)
+    chosen: list[str] = []
+    for fixed in ({"fsdp": "4"}, {"tp": "2", "pp": "2"}, {}):
+        whole = [s for s in everything(workload, 4, Wish(fixed=fixed), links) if not s.recomputes]
+        fastest = min(whole, key=lambda s: predict(profiles.of(s), s, cluster).step_seconds)
+        sizes = [memory(profiles, fastest.with_(recompute=word), cluster) for word in ("none", "full")]
+        room = sum(sizes) // 2
+        plan = search(workload, cluster, 4, Wish(fixed=fixed, max_memory=room), profiles).plan
+        assert plan.best is not None
+        parts = [f"{count}/8" for count in range(1, 8)]
+        tried = [s.with_(recompute=word) for s in whole for word in ("none", "full", *parts)]
+        fitting = [
+            prediction.step_seconds
+            for prediction in (predict(profiles.of(s), s, cluster) for s in tried)
+            if prediction.memory.total <= room
+        ]
+        assert plan.best.prediction.memory.total <= room
+        assert plan.best.prediction.step_seconds <= min(fitting) * 1.011
+        chosen.append(plan.best.strategy.recompute)
+    assert any("/" in word for word in chosen)
+
+
+def memory(profiles: ScaledProfiles, strategy: Strategy, cluster: Cluster) -> int:
+    return predict(profiles.of(strategy), strategy, cluster).memory.total
+
+
+def test_the_part_that_is_asked_for_is_kept(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> None:
+    plan = search(workload, cluster, 4, Wish.parse(fix=["recompute=2/4"]), profiles).plan
+    assert {candidate.strategy.recompute for candidate in plan.candidates} == {"1/2"}
+    plan = search(
+        workload,
+        with_memory(cluster, plan.candidates[0].prediction.memory.total),
+        4,
+        Wish.parse(forbid=["recompute"]),
+        profiles,
+    ).plan
+    assert {candidate.strategy.recompute for candidate in plan.candidates} <= {"none"}
+
+
 def test_the_best_for_memory_is_the_smallest(
     workload: Workload, profiles: ScaledProfiles, cluster: Cluster, tried: Any
 ) -> None:

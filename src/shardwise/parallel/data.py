@@ -59,7 +59,7 @@ class ModuleEngine:
             self.position,
             mesh.device,
             dist.new_group if mesh.replica_group is not None else None,
-            recompute=strategy.recompute == "full",
+            recompute=strategy.recomputes,
         )
         self._operations.install(model)
         self._notes: list[str] = []
@@ -173,10 +173,9 @@ class ModuleEngine:
         """Wraps the model as the strategy wants it."""
         strategy, group = self._strategy, self._mesh.replica_group
         sharded = strategy.splits_parameters
-        blocks = self._find_blocks(model) if sharded or strategy.recompute == "full" else []
-        if strategy.recompute == "full":
-            for block in blocks:
-                self._operations.recompute(block)
+        blocks = self._find_blocks(model) if sharded or strategy.recomputes else []
+        for block in blocks[: strategy.recomputed_of(len(blocks))]:
+            self._operations.recompute(block)
         if group is not None and sharded:
             from shardwise.parallel.sharded import Sharded  # a second to import
 
@@ -213,7 +212,10 @@ class ModuleEngine:
         with evaluating(model), untouched(model), torch.random.fork_rng(devices):
             blocks = repeated_blocks(model, steady_modules(model, passes))
         if not blocks:
-            kinds = {"fsdp": self._strategy.fsdp > 1, "recompute=full": self._strategy.recompute == "full"}
+            kinds = {
+                "fsdp": self._strategy.fsdp > 1,
+                f"recompute={self._strategy.recompute}": self._strategy.recomputes,
+            }
             wanted = " and ".join(kind for kind, used in kinds.items() if used)
             self._notes.append(f"no repeated blocks in the model: {wanted} treats it as one, which saves less memory")
         return blocks

@@ -136,7 +136,7 @@ def divided(
 
 def cuts_blocks(strategy: Strategy) -> bool:
     """Whether a strategy gathers or recomputes a stage in parts."""
-    return strategy.recompute == "full" or strategy.splits_parameters
+    return strategy.recomputes or strategy.splits_parameters
 
 
 def check_stages(strategy: Strategy, places_found: int) -> None:

@@ -125,7 +125,8 @@ class Stage(nn.Module):
         blocks: the tensors of each block.
         shared: tensors that several of the blocks use.
         keyed: random operations, which recomputation must draw again.
-        recompute: keep only what blocks hand to each other, and compute the rest again in the backward pass.
+        recomputed: of so many of the first blocks only what is handed to them is kept, and the rest is computed again
+            in the backward pass.
         bf16: compute in bfloat16 where torch's autocast says so.
     """
 
@@ -135,14 +136,14 @@ class Stage(nn.Module):
         shared: Mapping[str, Tensor],
         keyed: KeyedOperations,
         *,
-        recompute: bool,
+        recomputed: int,
         bf16: bool,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(tensors) for tensors in blocks)
         self.attributes = register(self, shared)
         self.keyed = keyed
-        self.recompute = recompute
+        self.recomputed = recomputed
         self.bf16 = bf16
 
     def forward(self, work: StageWork, given: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -156,19 +157,18 @@ class Stage(nn.Module):
     def _forward(self, work: StageWork, given: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         values: dict[fx.Node, Any] = dict(zip(work.inputs, inputs, strict=True))
         shared = {name: getattr(self, attribute) for name, attribute in self.attributes.items()}
-        for block, piece in zip(self.blocks, work.blocks, strict=True):
+        for number, (block, piece) in enumerate(zip(self.blocks, work.blocks, strict=True)):
             section = piece.section
             arguments = (*(given[node.name] for node in section.given), *(values[node] for node in section.inputs))
-            results = self._run(block, piece, shared, arguments)
+            again = number < self.recomputed and torch.is_grad_enabled()
+            results = (self._run_again if again else _run)(block, piece, shared, arguments)
             values.update(zip(section.outputs, results, strict=True))
         return tuple(values[node] for node in work.outputs)
 
-    def _run(
+    def _run_again(
         self, block: nn.Module, piece: Piecework, shared: Mapping[str, Tensor], arguments: tuple[Any, ...]
     ) -> tuple[Any, ...]:
-        if not self.recompute or not torch.is_grad_enabled():
-            result: tuple[Any, ...] = block(piece, shared, arguments)
-            return result
+        """A block that keeps its inputs alone, and runs once more in the backward pass."""
         position = copy(self.keyed.position)
         again = False
 
@@ -176,11 +176,17 @@ class Stage(nn.Module):
             nonlocal again
             with self.keyed.at(position, again=again), _kept(block, again):
                 again = True
-                result: tuple[Any, ...] = block(piece, shared, values)
-                return result
+                return _run(block, piece, shared, values)
 
         output: tuple[Any, ...] = checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
         return output
+
+
+def _run(
+    block: nn.Module, piece: Piecework, shared: Mapping[str, Tensor], arguments: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    result: tuple[Any, ...] = block(piece, shared, arguments)
+    return result
 
 
 class _kept:  # noqa: N801  a context manager

@@ -19,7 +19,7 @@ leaving out what cannot be better than what is known.
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
@@ -27,7 +27,7 @@ from shardwise.plan.bounds_memory import even, owners
 from shardwise.predict.condensed import Condensed, Times, times_of
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds
-from shardwise.predict.parts import cuts_of, group_of
+from shardwise.predict.parts import cuts_of, group_of, recomputed_links
 from shardwise.predict.pipelines import StageTime, alone
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import Timed, timed
@@ -46,7 +46,7 @@ def _passes(profile: Condensed, strategy: Strategy, cluster: Cluster) -> tuple[f
     """Seconds that the pipeline is busy from its first pass to its last, and that its mean worker computes."""
     times = times_of(profile, cluster, strategy)
     one = times.forward + times.backward + times.weights
-    if strategy.recompute == "full":  # without tp and pp only repeated blocks are computed again
+    if strategy.recompute == "full":  # without tp and pp only repeated blocks are computed again; of a part: not known
         one += times.repeated if strategy.tp == strategy.pp == 1 else times.again
     filled = _filled(profile, strategy, times.forward, one) + _trip(profile, strategy, cluster)
     return filled, one * strategy.microbatches / strategy.pp
@@ -89,17 +89,18 @@ def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[Stag
 
 
 def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> list[StageTime]:
-    starts = [blocks[0] for blocks in cuts_of(profile, strategy, times.forward.each)]
+    cuts = cuts_of(profile, strategy, times.forward.each)
+    ends = [*(starts[0] for starts in cuts[1:]), len(profile.links)]
     again = list(accumulate((_again(profile, times, link) for link in range(len(profile.links))), initial=0.0))
     message = 0.0
     if strategy.pp > 1:
         least = min(link.message for link in profile.links[1:])
         message = _collective("send", least, 2, strategy.tp, _Same(cluster)) if least else 0.0
     found = []
-    for first, end in pairwise([*starts, len(profile.links)]):
+    for starts, end in zip(cuts, ends, strict=True):
+        first = starts[0]
         backward = times.backward.between(first, end).device + times.weights.between(first, end).device
-        if strategy.recompute == "full":
-            backward += again[end] - again[first]
+        backward += sum(again[b] - again[a] for a, b in recomputed_links(profile, strategy, starts, end))
         received = message if first else 0.0
         sends = message if end < len(profile.links) else 0.0
         found.append(StageTime(times.forward.between(first, end).device, backward, 0.0, received, sends))
@@ -172,7 +173,7 @@ def _unhidden(strategy: Strategy, cluster: Cluster, profile: Condensed, times: T
         return 0.0
     gather = _seconds("all_gather", profile.own, strategy, "fsdp", cluster)
     scatter = _seconds("reduce_scatter", profile.own, strategy, "fsdp", cluster)
-    again = times.again if strategy.recompute == "full" else 0.0
+    again = times.again if strategy.recomputes else 0.0
     return max(0.0, gather - times.forward) + max(0.0, scatter - times.backward - times.weights - again)
 
 

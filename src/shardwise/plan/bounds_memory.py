@@ -18,8 +18,11 @@ EVEN = 0.5
 """Of a pipeline of equal stages, the time to fill it and what a worker keeps where its stages are not equal."""
 
 
-def least_memory(profile: Condensed, strategy: Strategy) -> float:
-    """Bytes of the device that needs most, for this strategy (its number of microbatches settled)."""
+def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = None) -> float:
+    """Bytes of the device that needs most, for this strategy (its number of microbatches settled).
+
+    `saved`: of one microbatch, where part of the blocks is computed again, what the others keep.
+    """
     workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
     slices = strategy.fsdp if strategy.splits_parameters else 1
     stays = profile.parameters / slices + profile.elements * profile.update.state_bytes / owners(strategy)
@@ -30,12 +33,11 @@ def least_memory(profile: Condensed, strategy: Strategy) -> float:
         held += profile.own / stages if strategy.zero == 2 else 0
     under_way = _under_way(workers, strategy.microbatches, strategy.schedule, strategy.stages_per_worker)
     share = even(profile, workers)
-    if strategy.recompute == "full":
+    if saved is None and strategy.recomputes:
         kept = share * _handed(profile, strategy, stages) * under_way / workers
-    elif workers == 1:
-        kept = profile.saved
     else:
-        kept = max(share * under_way, 1) * profile.saved / workers
+        kept = (profile.saved if saved is None else saved) / workers
+        kept *= max(share * under_way, 1) if workers > 1 else 1
     return max(updating, stays / workers + held + kept, profile.largest)
 
 
@@ -54,7 +56,7 @@ def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
 
 def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:
     """Bytes that blocks hand to each other and keep of one microbatch, where they are computed again."""
-    if strategy.tp == strategy.pp == 1:
+    if strategy.tp == strategy.pp == 1 or strategy.recompute != "full":
         return 0.0
     between = min(max(profile.narrow - stages + 1, 0), stages * (MOST_BLOCKS - 1))
     return float(profile.message * (between + stages - 1))

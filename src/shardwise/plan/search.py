@@ -20,10 +20,12 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
 from shardwise.plan.bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.plan.bounds_memory import least_memory
+from shardwise.plan.partly import enough, fewest, may_be
 from shardwise.plan.plan import Candidate, Plan, Rejected
 from shardwise.plan.shares import shared_out
 from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.wish import Wish
+from shardwise.predict.condensed import Condensed
 from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profiling import Profiles
@@ -172,7 +174,7 @@ class _Search:
                 continue
             smallest = family.with_(**spelled[0])  # the most sharded one
             size = least_memory(profile, smallest)
-            if size > self.room:
+            if size > self.room and not self._may_be_partly(profile, smallest):
                 self._cannot_fit(smallest, size, len(spelled))
                 continue
             memory = self.wish.objective == "memory"
@@ -185,13 +187,32 @@ class _Search:
         self._too_large(strategy, least, "at least ", count)
         self.too_large.append((least, strategy))
 
+    def _may_be_partly(self, profile: Condensed, strategy: Strategy) -> bool:
+        """Whether a strategy that does not fit may, with some of its blocks computed again."""
+        if strategy.recomputes or self.wish.objective == "memory":
+            return False
+        if not (self.wish.allows("recompute", "none") and self.wish.allows("recompute", "full")):
+            return False
+        return may_be(profile, strategy) and least_memory(profile, strategy.with_(recompute="full")) <= self.room
+
     def _closer(self, family: _Family) -> float:
-        """A higher bound of a family, where there is one."""
-        if self.wish.objective == "memory" or family.strategy.pp == 1:
+        """A higher bound of a family, where there is one; infinite where none of it fits."""
+        if self.wish.objective == "memory":
             return family.bound
-        whole = _whole(family.strategy)
+        strategy, whole = family.strategy, _whole(family.strategy)
+        smallest = strategy.with_(**spellings(strategy.dp, self.wish)[0])
+        condensed = self.scaled.condensed(whole)
         try:
-            return max(family.bound, staged_seconds(self.scaled.of(whole), family.strategy, self.cluster))
+            size = least_memory(condensed, smallest)
+            if size > self.room:  # the one that needs least of them all, with as many blocks as must be
+                partly = fewest(self.scaled.of(whole), condensed, smallest, self.cluster, self.room)
+                if partly is None:
+                    self._cannot_fit(smallest, size, family.count)
+                    return math.inf
+                strategy = strategy.with_(recompute=partly.recompute)
+            elif strategy.pp == 1:
+                return family.bound
+            return max(family.bound, staged_seconds(self.scaled.of(whole), strategy, self.cluster))
         except (StrategyError, WorkloadError):
             return family.bound  # its members tell why
 
@@ -200,12 +221,32 @@ class _Search:
         every, profile = list(members(family, self.wish)), self.scaled.condensed(_whole(family))
         sizes = [least_memory(profile, strategy) for strategy in every]
         fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.room]
+        if self.wish.objective == "memory":
+            found = fitting
+        else:
+            found = [(least_seconds(profile, strategy, self.cluster), strategy) for _, strategy in fitting]
         if len(fitting) < len(every):
             least = min(size for size in sizes if size > self.room)
             self._cannot_fit(every[sizes.index(least)], least, len(every) - len(fitting))
-        if self.wish.objective == "memory":
-            return fitting
-        return [(least_seconds(profile, strategy, self.cluster), strategy) for _, strategy in fitting]
+            partly = [self._partly(strategy) for strategy, size in zip(every, sizes, strict=True) if size > self.room]
+            found += [entry for entry in partly if entry is not None]
+        return found
+
+    def _partly(self, strategy: Strategy) -> tuple[float, Strategy] | None:
+        """(bound, strategy) with some blocks computed again, for one that does not fit as it is."""
+        try:
+            whole = _whole(_family_of(strategy))
+            condensed = self.scaled.condensed(whole)
+            if not self._may_be_partly(condensed, strategy):
+                return None
+            profile = self.scaled.of(whole)
+            partly = fewest(profile, condensed, strategy, self.cluster, self.room)
+            if partly is None:
+                return None
+            staged = staged_seconds(profile, _family_of(partly), self.cluster)
+        except (StrategyError, WorkloadError):
+            return None
+        return max(staged, least_seconds(condensed, strategy, self.cluster)), partly
 
     def _cut(self) -> int:
         """Pieces that the step can be cut into; 1 where it cannot be traced, and the reason noted."""
@@ -233,6 +274,8 @@ class _Search:
             heapq.heappop(order)
             if isinstance(what, _Family):
                 closer = self._closer(what)
+                if closer == math.inf:
+                    continue
                 if closer > bound:
                     heapq.heappush(order, (closer, number, replace(what, bound=closer)))
                     number += 1
@@ -242,6 +285,10 @@ class _Search:
                     number += 1
                 continue
             candidate = self._predicted(what)
+            partly = self._partly(what) if candidate is None else None
+            if partly is not None:
+                heapq.heappush(order, (max(bound, partly[0]), number, partly[1]))
+                number += 1
             if candidate is not None:
                 self.found.append(candidate)
                 value = self._value(candidate.prediction)
@@ -271,7 +318,13 @@ class _Search:
         Where it cannot fit its time is not predicted, except `anyway`.
         """
         try:
-            costs = costs_of(self.scaled.of(strategy), strategy, self.cluster)
+            profile = self.scaled.of(strategy)
+            if "/" in strategy.recompute and "recompute" not in self.wish.fixed:
+                enough_again = enough(profile, strategy, self.cluster, self.room)
+                if enough_again is None or self.wish.refusal(enough_again) is not None:
+                    return None
+                strategy = enough_again
+            costs = costs_of(profile, strategy, self.cluster)
             if not anyway and (least := costs.least_memory) > self.room:
                 self._cannot_fit(strategy, least, 1)
                 return None
@@ -301,7 +354,7 @@ class _Search:
 
     def _rank(self, candidate: Candidate) -> tuple[float, float, int]:
         """Best first; of two that are as good as equal the one with fewer words."""
-        prediction, words = candidate.prediction, str(candidate.strategy).count(",")
+        prediction, words = candidate.prediction, _words(candidate.strategy)
         other = prediction.step_seconds if self.wish.objective == "memory" else prediction.memory.total
         return self._value(prediction) * (1 + EQUAL * words), other, words
 
@@ -342,12 +395,23 @@ class _Search:
             return candidates
         best = min(self._value(candidate.prediction) for candidate in candidates)
         good = [c for c in candidates if self._value(c.prediction) <= (1 + UNSURE) * best]
-        first = min(good, key=lambda c: (str(self._in_few_words(c).strategy).count(","), *self._rank(c)))
+        first = min(good, key=lambda c: (_words(self._in_few_words(c).strategy), *self._rank(c)))
         return [first, *(candidate for candidate in candidates if candidate is not first)]
 
     def _traced(self, strategy: Strategy) -> Candidate | None:
-        candidate = Candidate(strategy, predict(self.traced.of(strategy), strategy, self.cluster))
-        return candidate if self._fits(candidate) else None
+        profile = self.traced.of(strategy)
+        candidate = Candidate(strategy, predict(profile, strategy, self.cluster))
+        if self._fits(candidate):
+            return candidate
+        if "/" not in strategy.recompute or "recompute" in self.wish.fixed:
+            return None
+        more = enough(profile, strategy, self.cluster, self.room)
+        return None if more is None else Candidate(more, predict(profile, more, self.cluster))
+
+
+def _words(strategy: Strategy) -> int:
+    """How much there is to say of a strategy; a part of the blocks is more than all of them."""
+    return str(strategy).count(",") + ("/" in strategy.recompute)
 
 
 def _family_of(strategy: Strategy) -> Strategy:

@@ -43,7 +43,7 @@ def _of_degrees(tp: int, pp: int, replicas: int, share: int, wish: Wish, links: 
         for schedule, stages in _schedules(pp, microbatches, links, plain="stages" not in wish.fixed):
             if not (wish.allows("schedule", schedule) and wish.allows("stages", stages)):
                 continue
-            for recompute in RECOMPUTE:
+            for recompute in _recomputes(wish):
                 for sp in (1, 0) if tp > 1 else (0,):
                     for precision in _precisions(wish):
                         if not (wish.allows("recompute", recompute) and wish.allows("sp", sp)):
@@ -59,6 +59,11 @@ def _of_degrees(tp: int, pp: int, replicas: int, share: int, wish: Wish, links: 
                             recompute=recompute,
                             precision=precision,
                         )
+
+
+def _recomputes(wish: Wish) -> tuple[str, ...]:
+    """None or all of the blocks, unless a part of them is asked for: how many must be is found for each strategy."""
+    return (wish.fixed["recompute"],) if "recompute" in wish.fixed else RECOMPUTE
 
 
 def _precisions(wish: Wish) -> tuple[str, ...]:

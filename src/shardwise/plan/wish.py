@@ -129,7 +129,7 @@ def _fixed(text: str) -> tuple[str, str]:
     _option(f"--fix {text}", name)
     if not value:
         raise RequestError(f"--fix {text}: has no value, write --fix {name}=...")
-    return name, value
+    return name, Strategy.parse(f"recompute={value}").recompute if name == "recompute" else value
 
 
 def _forbidden(text: str) -> tuple[str, str]:

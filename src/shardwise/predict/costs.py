@@ -188,8 +188,8 @@ class Costs:
         spent = (times.forward if forward else times.backward).between(stage.first, stage.end)
         if not forward and kind != INPUT and self.profile.split:
             spent += times.weights.between(stage.first, stage.end)
-        if not forward and self.strategy.recompute == "full":
-            for block in stage.blocks:
+        if not forward:
+            for block in stage.recomputed:
                 spent += times.again(block.first, block.end)
         return spent + Spent(exchanges=self._norms(stage, forward))
 
@@ -198,7 +198,6 @@ class Costs:
             return 0.0
         group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
         total = 0.0
-        again = self.strategy.recompute == "full" and not forward
         for link, channels in self.times.normalised:
             if not stage.first <= link < stage.end:
                 continue
@@ -207,7 +206,7 @@ class Costs:
                 total += gather
             else:
                 total += self.collective("all_reduce", 8 * channels, group)
-                total += gather if again and any(b.first <= link < b.end for b in stage.blocks) else 0.0
+                total += gather if any(block.first <= link < block.end for block in stage.recomputed) else 0.0
         return total
 
     def passed(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
@@ -234,7 +233,9 @@ class Costs:
             first, end = stage.first, stage.end
             described = (
                 tuple(id(link.layer) for link in self.profile.links[first:end]),
-                tuple((block.first - first, block.end - first, block.gathered) for block in stage.blocks),
+                tuple(
+                    (block.first - first, block.end - first, block.gathered, block.recomputed) for block in stage.blocks
+                ),
                 stage.root,
                 tuple((bucket.bytes, bucket.ready - first) for bucket in stage.buckets),
                 self._trained(stage),

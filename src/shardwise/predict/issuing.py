@@ -267,9 +267,8 @@ class _Counting:
             self._passed(layer.forward.exchanges, "forward", times)
             self._passed((*layer.backward.exchanges, *layer.weights.exchanges), "backward", times)
             self._norms(layer.normalised, "forward", "backward", times)
-        if self.strategy.recompute == "full":
-            for block in stage.blocks:
-                self._again(block.first, block.end, times)
+        for block in stage.recomputed:
+            self._again(block.first, block.end, times)
 
     def _again(self, first: int, end: int, times: int) -> None:
         layers = [link.layer for link in self.profile.links[first:end]]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Device
@@ -65,16 +66,15 @@ def worker_memory(costs: Costs, worker: Worker) -> Memory:
 def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -> Memory:
     """At the peak of a backward pass."""
     counts = dict(under_way(strategy, worker.place))
-    recompute = strategy.recompute == "full"
     stages = {stage.number: stage for stage in worker.stages}
-    kept = {number: _kept(profile, stage) if recompute else stage.kept for number, stage in stages.items()}
+    kept = {number: _kept(profile, stage) for number, stage in stages.items()}
     several = sum(counts.get(number, 0) for number in stages) > 1 or strategy.microbatches > 1
     best: Memory | None = None
     for number, stage in stages.items():
         others = sum(counts.get(n, 0) * size for n, size in kept.items()) - (kept[number] if counts.get(number) else 0)
         gathered = _gathered(strategy, stage)
         gradients_at = _gradients(strategy, worker, stage, several=several)
-        for activations, temporary, done in _moments(profile, stage, recompute=recompute):
+        for activations, temporary, done in _moments(profile, stage):
             gradients, buckets = gradients_at(done)
             memory = Memory(
                 parameters=worker.parameters + gathered,
@@ -90,38 +90,36 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -
 
 
 def _kept(profile: Profile, stage: Stage) -> int:
-    """What is kept of a microbatch where blocks are computed again: what is between blocks, and their inputs."""
-    inside = sum(profile.saved[block.end] - profile.saved[block.first] for block in stage.blocks)
+    """What is kept of a microbatch: of blocks that are computed again their inputs alone."""
+    inside = sum(profile.saved[block.end] - profile.saved[block.first] for block in stage.recomputed)
     return max(0, stage.kept - inside) + stage.handed
 
 
-def _moments(profile: Profile, stage: Stage, *, recompute: bool) -> list[tuple[int, int, int]]:
+def _moments(profile: Profile, stage: Stage) -> list[tuple[int, int, int]]:
     """(activations of the microbatch, temporary, bytes of gradients that are there) when each link goes backwards."""
-    key = ("moments", stage.first, stage.end, stage.blocks if recompute else ())
+    key = ("moments", stage.first, stage.end, stage.recomputed)
     if key not in profile.kept:
-        profile.kept[key] = _pareto(_all_moments(profile, stage, recompute=recompute))
+        profile.kept[key] = _pareto(_all_moments(profile, stage))
     found = profile.kept[key]
     assert isinstance(found, list)
     return found
 
 
-def _all_moments(profile: Profile, stage: Stage, *, recompute: bool) -> list[tuple[int, int, int]]:
+def _all_moments(profile: Profile, stage: Stage) -> list[tuple[int, int, int]]:
     complete = [0] * (len(profile.links) + 1)
     for parameter in map(profile.parameters.__getitem__, profile.within(stage.first, stage.end)):
         if parameter.trained:
             complete[next(link for link in parameter.links if link >= stage.first)] += parameter.bytes
     boundary = stage.kept - (profile.saved[stage.end] - profile.saved[stage.first])
-    again = _kept(profile, stage) if recompute else 0
-    block_of = {link: block for block in stage.blocks for link in range(block.first, block.end)} if recompute else {}
+    dropped = {block.end: profile.saved[block.end] - profile.saved[block.first] for block in stage.recomputed}
+    gone = list(accumulate((dropped.get(link, 0) for link in range(stage.end + 1)), initial=0))[1:]
+    block_of = {link: block for block in stage.recomputed for link in range(block.first, block.end)}
     found, done = [], 0
     for link in reversed(range(stage.first, stage.end)):
         layer = profile.links[link].layer
-        if recompute:  # what is kept between blocks, and what the block of this link has computed again
-            block = block_of.get(link)
-            activations = again + (profile.saved[link + 1] - profile.saved[block.first] if block is not None else 0)
-        else:
-            activations = boundary + profile.saved[link + 1] - profile.saved[stage.first]
-        found.append((activations, max(layer.temporary_backward, layer.temporary_forward), done))
+        before = gone[block_of[link].first if link in block_of else link]  # of blocks that are not computed again yet
+        activations = boundary + stage.handed + profile.saved[link + 1] - profile.saved[stage.first] - before
+        found.append((max(0, activations), max(layer.temporary_backward, layer.temporary_forward), done))
         done += complete[link]
     return found
 

@@ -20,7 +20,7 @@ from shardwise.parallel.deal import BUCKET_BYTES as BROADCAST_BYTES
 from shardwise.parallel.deal import deal
 from shardwise.parallel.planning import check_stages, cuts_blocks, divided
 from shardwise.parallel.reduce import BUCKET_BYTES
-from shardwise.predict.profile import Parameter, Profile
+from shardwise.predict.profile import Parameter, Profile, Value
 from shardwise.strategy import Strategy
 
 FIRST_BUCKET_BYTES = 2**20
@@ -55,11 +55,18 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive links that are gathered, freed and recomputed together; `gathered`: None without `fully_shard`."""
+    """Consecutive links that are gathered, freed and recomputed together.
+
+    Attributes:
+        first, end: its links.
+        gathered: its parameters; None without `fully_shard`.
+        recomputed: whether its activations are dropped and computed again.
+    """
 
     first: int
     end: int
     gathered: Gathered | None = None
+    recomputed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,8 @@ class Stage:
         returned: gradients of each microbatch by the stage that they go to.
         received: bytes of the values that arrive for a microbatch.
         kept: bytes that are kept of a microbatch between its passes, without recomputation.
-        handed: bytes of what blocks hand to each other: what recomputation keeps of a microbatch.
+        handed: bytes of what arrives and of what blocks hand to each other, where recomputation keeps nothing else of a
+            microbatch; 0 where no block is computed again.
     """
 
     number: int
@@ -90,6 +98,11 @@ class Stage:
     received: int
     kept: int
     handed: int
+
+    @property
+    def recomputed(self) -> tuple[Block, ...]:
+        """The blocks that are computed again."""
+        return tuple(block for block in self.blocks if block.recomputed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +206,15 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
     """What of a strategy decides who holds what."""
     dealt = strategy.replicas if strategy.zero == 1 else strategy.replicas > 1
     sharded = strategy.fsdp if strategy.splits_parameters else 0
-    return strategy.pp, strategy.stages_per_worker, strategy.zero, sharded, dealt, cuts_blocks(strategy)
+    return (
+        strategy.pp,
+        strategy.stages_per_worker,
+        strategy.zero,
+        sharded,
+        dealt,
+        cuts_blocks(strategy),
+        strategy.recompute,
+    )
 
 
 def cuts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> tuple[tuple[int, ...], ...]:
@@ -228,12 +249,31 @@ def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
 
 
 def module_blocks(profile: Profile) -> list[tuple[int, int]]:
-    """Links (first, end) of the module's repeated blocks."""
+    """Links (first, end) of the module's repeated blocks, in the order of the module."""
     found = []
     for block in profile.blocks:
         links = [link for index in block for link in profile.parameters[index].links]
         found.append((min(links), max(links) + 1))
-    return sorted(found)
+    return found
+
+
+def recomputed_links(
+    profile: Profile, strategy: Strategy, starts: Sequence[int], end: int
+) -> Sequence[tuple[int, int]]:
+    """Links (first, end) of the blocks of a stage that are computed again.
+
+    Args:
+        profile: of the workload.
+        strategy: its number of microbatches does not matter.
+        starts: links at which the stage's blocks begin, see `cuts_of`.
+        end: of the stage.
+
+    Where the module could not be traced its blocks all lie on the one link there is, which is computed again once.
+    """
+    module = strategy.tp == strategy.pp == 1
+    blocks = module_blocks(profile) if module else list(pairwise([*starts, end]))
+    count = strategy.recomputed_of(len(blocks))
+    return blocks[: count if profile.cut else min(count, 1)]
 
 
 def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]], *, module: bool) -> Iterable[Worker]:
@@ -386,6 +426,7 @@ def _stage(
     root = None
     if cuts_blocks(strategy):
         blocks, root = (_module_parts if module else _graph_parts)(profile, strategy, ranges, own)
+    again = [block for block in blocks if block.recomputed]
     sent, returned, received, kept = _handed(profile, number, bounds, stage_of)
     return Stage(
         number,
@@ -398,7 +439,7 @@ def _stage(
         returned,
         received,
         kept,
-        received + _between(profile, [start for start in starts if start > first], first, end),
+        received + _between(profile, again, first, end) if again else 0,
     )
 
 
@@ -425,11 +466,11 @@ def _module_parts(
     """The module's repeated blocks; what is between them is neither recomputed nor gathered apart."""
     inside = {index for block in profile.blocks for index in block}
     sharded = strategy.splits_parameters
+    again = len(recomputed_links(profile, strategy, (), 0))
     blocks = []
-    for block in profile.blocks:
-        links = [link for index in block for link in profile.parameters[index].links]
+    for number, (block, (first, end)) in enumerate(zip(profile.blocks, module_blocks(profile), strict=True)):
         gathered = _gathered(profile, block, strategy) if sharded else None
-        blocks.append(Block(min(links), max(links) + 1, gathered))
+        blocks.append(Block(first, end, gathered, number < again))
     root = _gathered(profile, [index for index in own if index not in inside], strategy) if sharded else None
     return tuple(sorted(blocks, key=lambda block: block.first)), root
 
@@ -441,10 +482,10 @@ def _graph_parts(
     several = Counter(index for a, b in ranges for index in profile.within(a, b))
     shared = [index for index in own if several[index] > 1]
     by_block = [[index for index in profile.within(a, b) if several[index] == 1] for a, b in ranges]
-    sharded = strategy.splits_parameters
+    sharded, again = strategy.splits_parameters, strategy.recomputed_of(len(ranges))
     blocks = tuple(
-        Block(a, b, _gathered(profile, indices, strategy) if sharded else None)
-        for (a, b), indices in zip(ranges, by_block, strict=True)
+        Block(a, b, _gathered(profile, indices, strategy) if sharded else None, number < again)
+        for number, ((a, b), indices) in enumerate(zip(ranges, by_block, strict=True))
     )
     return blocks, _gathered(profile, shared, strategy) if sharded else None
 
@@ -494,15 +535,22 @@ def _handed(
     return flat[0], flat[1], received, kept
 
 
-def _between(profile: Profile, starts: Sequence[int], first: int, end: int) -> int:
-    """Bytes of values of a stage that are made in one of its blocks and used in another."""
-    if not starts:
-        return 0
-    cuts = [first, *starts, end]
-    block_of = {link: number for number, (a, b) in enumerate(pairwise(cuts)) for link in range(a, b)}
-    handed = {id(value): value for start in starts for value in profile.live[start] if value.made >= first}
-    return sum(
-        value.held
-        for value in handed.values()
-        if any(block_of.get(link, block_of[value.made]) != block_of[value.made] for link in value.used)
-    )
+def _between(profile: Profile, again: Sequence[Block], first: int, end: int) -> int:
+    """Bytes of a stage's own values that are kept although what these blocks save is dropped.
+
+    That is what one of them gets from another part of the stage, and what others save of what one of them saved first.
+    What is saved first by a part that is not computed again counts there.
+    """
+    block_of = {link: number for number, block in enumerate(again) for link in range(block.first, block.end)}
+    bounds = {bound for block in again for bound in (block.first, block.end) if first < bound < end}
+    passing = {id(value): value for bound in bounds for value in profile.live[bound] if value.made >= first}
+    return sum(value.held for value in passing.values() if _outlasts(value, block_of, end))
+
+
+def _outlasts(value: Value, block_of: Mapping[int, int], end: int) -> bool:
+    saved = [link for link in value.saved if link < end]
+    if saved and saved[0] not in block_of:
+        return False
+    made = block_of.get(value.made)
+    enters = any(block_of.get(link, made) != made for link in value.used if link < end)
+    return enters or any(link not in block_of for link in saved)

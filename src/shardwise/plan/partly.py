@@ -1,0 +1,93 @@
+"""Strategies that do not fit as they are: how many of their blocks must be computed again.
+
+What is computed again takes time and needs less memory, the more the more, so that the fewest that fit are the best.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from shardwise.cluster.cluster import Cluster
+from shardwise.plan.bounds_memory import least_memory
+from shardwise.predict.condensed import Condensed
+from shardwise.predict.costs import costs_of
+from shardwise.predict.parts import cuts_of, module_blocks
+from shardwise.predict.profile import Profile
+from shardwise.predict.timing import timed
+from shardwise.strategy import Strategy
+
+
+def may_be(profile: Condensed, strategy: Strategy) -> bool:
+    """Whether stages have several blocks each, so that some of them can be computed again and others not."""
+    if strategy.tp == strategy.pp == 1:
+        return profile.repeated > 0
+    return profile.narrow + 1 >= 2 * strategy.pp * strategy.stages_per_worker
+
+
+def fewest(profile: Profile, condensed: Condensed, strategy: Strategy, cluster: Cluster, room: int) -> Strategy | None:
+    """A strategy with as many blocks computed again as it takes at least to fit; None: some blocks are not enough.
+
+    By bounds alone, see `bounds_memory`: it may need more (`enough`).
+    """
+    saved = _saved(profile, strategy, cluster)
+    for count in range(1, len(saved)):
+        again = _with(strategy, count, len(saved))
+        if least_memory(condensed, again, saved[count]) <= room:
+            return again
+    return None
+
+
+def enough(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) -> Strategy | None:
+    """Of the strategies with as many blocks computed again as this one or more, the first that fits as predicted."""
+    blocks = len(_saved(profile, strategy, cluster))
+    low, high = strategy.recomputed_of(blocks), blocks - 1
+
+    def fits(count: int) -> bool:
+        return costs_of(profile, _with(strategy, count, blocks), cluster).memory.total <= room
+
+    if low > high or not fits(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return _with(strategy, low, blocks)
+
+
+def _with(strategy: Strategy, count: int, blocks: int) -> Strategy:
+    return strategy.with_(recompute=f"{count}/{blocks}")
+
+
+def _saved(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[int]:
+    """Bytes that all stages together keep of a microbatch with 0, 1, 2 ... blocks of each computed again.
+
+    Without the last entry, of all blocks: as many as the stage with most has.
+    """
+    times = timed(profile, cluster, strategy)
+    module = strategy.tp == strategy.pp == 1
+    key = ("partly", id(times), module, strategy.pp, strategy.stages_per_worker)
+    if key not in profile.kept:
+        profile.kept[key] = _saved_of(profile, strategy, times.forward.each), times
+    found = profile.kept[key]
+    assert isinstance(found, tuple)
+    saved: list[int] = found[0]
+    return saved
+
+
+def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...]) -> list[int]:
+    if not profile.cut:
+        return []
+    saved = profile.saved
+    if strategy.tp == strategy.pp == 1:
+        stages = [[saved[end] - saved[first] for first, end in module_blocks(profile)]]
+    else:
+        cuts = cuts_of(profile, strategy.with_(recompute="full"), costs)
+        bounds = [start for starts in cuts for start in starts] + [len(profile.links)]
+        sizes = iter([saved[end] - saved[first] for first, end in pairwise(bounds)])
+        stages = [[next(sizes) for _ in starts] for starts in cuts]
+    most = max(map(len, stages))
+    dropped = [0] * most
+    for blocks in stages:
+        # of a stage with fewer blocks a part of them goes as soon as the same part of the most goes
+        for count in range(1, most):
+            dropped[count] += sum(blocks[: -(-count * len(blocks) // most)])
+    return [saved[-1] - each for each in dropped]

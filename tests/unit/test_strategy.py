@@ -1,0 +1,97 @@
+"""The value at the centre: its spelling, what it refuses, and what it settles."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardwise.errors import StrategyError
+from shardwise.strategy import Strategy
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "single",
+        "dp=2",
+        "dp=2,fsdp=4,zero=2,tp=2,sp=1,pp=2,microbatches=8,schedule=interleaved,stages=3,recompute=full,precision=bf16",
+        "single,microbatches=4,recompute=3/16",
+        "dp=3,shares=3:1:1",
+    ],
+)
+def test_its_spelling_is_read_back(text: str) -> None:
+    assert str(Strategy.parse(text)) == text
+    assert Strategy.parse(str(Strategy.parse(text))) == Strategy.parse(text)
+
+
+def test_parts_of_blocks_are_in_lowest_terms() -> None:
+    assert Strategy.parse("dp=2,recompute=4/8") == Strategy(dp=2, recompute="1/2")
+
+
+@pytest.mark.parametrize(
+    ("recompute", "blocks", "again"),
+    [("none", 7, 0), ("full", 7, 7), ("1/2", 7, 4), ("1/2", 8, 4), ("1/16", 3, 1), ("15/16", 1, 1), ("1/2", 0, 0)],
+)
+def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: int) -> None:
+    assert Strategy(recompute=recompute).recomputed_of(blocks) == again
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty; for example"),
+        ("ddp=2", "unknown axis 'ddp' in strategy 'ddp=2': known are .* did you mean 'dp'"),
+        ("dp=two", "dp=two: must be a whole number"),
+        ("dp", "'dp' in strategy 'dp' has no value"),
+        ("dp=2,dp=2", "dp is given twice"),
+        ("dp=0", "dp=0: a degree is 1 or more"),
+        ("single,dp=2", "single is one worker, the degrees make 2"),
+        ("fsdp=2,zero=4", "zero=4: must be 1, 2 or 3"),
+        ("zero=1", "zero=1 needs fsdp=2 or more"),
+        ("sp=1", "sp=1 needs tp=2 or more"),
+        ("tp=2,sp=2", "sp=2: must be 0 or 1"),
+        ("schedule=gpipe", "schedule=gpipe needs pp=2 or more"),
+        ("pp=2,schedule=gipe", "known are gpipe, 1f1b, interleaved, zero-bubble; did you mean 'gpipe'"),
+        ("pp=2,stages=2", "stages=2 needs schedule=interleaved, not 1f1b"),
+        ("stages=2", "stages=2 needs pp=2 or more"),
+        ("microbatches=-1", "microbatches=-1: must be 1 or more"),
+        ("recompute=ful", "known are none, full and parts of the blocks, 1/2 or 3/4 say; did you mean 'full'"),
+        ("recompute=2/2", "recompute=2/2: known are none, full and parts"),
+        ("recompute=0/2", "recompute=0/2: known are none, full and parts"),
+        ("recompute=1/0", "recompute=1/0: known are none, full and parts"),
+        ("recompute=-1/2", "recompute=-1/2: known are none, full and parts"),
+        ("precision=fp16", "precision=fp16: known are float32, bf16"),
+        ("dp=2,shares=1", "one whole number of 1 or more for each of the 2 replicas"),
+        ("dp=2,shares=1:0", "shares=1:0: one whole number of 1 or more"),
+    ],
+)
+def test_what_is_wrong_is_refused(text: str, message: str) -> None:
+    with pytest.raises(StrategyError, match=message):
+        Strategy.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "microbatches"),
+    [("dp=2", 8, 1), ("pp=2", 16, 4), ("pp=2", 6, 3), ("dp=2,pp=2,schedule=interleaved", 32, 8), ("pp=4", 1, 1)],
+)
+def test_microbatches_are_settled(text: str, batch: int, microbatches: int) -> None:
+    assert Strategy.parse(text).for_batch(batch).microbatches == microbatches
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "message"),
+    [
+        ("dp=3", 8, "batch_size=8 does not divide by the 3 replicas of dp=3: use batch_size=6 or 9"),
+        ("dp=2,microbatches=3", 8, "does not divide into 3 microbatches on 2 replicas: .* or microbatches=1 or 2 or 4"),
+        ("dp=2,shares=3:1", 6, "does not divide by the 4 parts"),
+        ("pp=2,schedule=interleaved,microbatches=3", 6, "needs microbatches that divide by pp=2, not 3"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(text: str, batch: int, message: str) -> None:
+    with pytest.raises(StrategyError, match=message):
+        Strategy.parse(text).for_batch(batch)
+
+
+def test_shares_have_samples_in_their_ratio() -> None:
+    strategy = Strategy.parse("dp=2,shares=6:2").for_batch(8)
+    assert strategy.parts == (3, 1)
+    assert [strategy.samples_of(replica, 8) for replica in range(2)] == [6, 2]
