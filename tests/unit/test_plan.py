@@ -358,7 +358,7 @@ def test_a_slower_device_gets_a_smaller_share() -> None:
     equal = predict(profiles.of(alike), alike, cluster)
     others = [alike.with_(shares=f"{number}:{12 - number}") for number in range(1, 12)]
     least = min(predict_shares(profiles.of, other, cluster, 12).step_seconds for other in others)
-    assert plan.best.prediction.step_seconds == pytest.approx(least)
+    assert plan.best.prediction.step_seconds == pytest.approx(least, rel=0.001)  # within that the simpler one is taken
     assert plan.best.prediction.step_seconds < 0.75 * equal.step_seconds
     assert plan.best.prediction.samples == 12
     assert plan.best.prediction.model_flops == pytest.approx(equal.model_flops)
