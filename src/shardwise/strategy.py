@@ -6,14 +6,15 @@
     'tp=2,pp=2,microbatches=8'
 
 Axes, outermost first: `dp` (replicas), `fsdp` (replicas that share parameters), `pp` (stages), `tp` (layer shards).
-Ranks are numbered with `tp` fastest, because its messages are the most frequent.
+Ranks are numbered with `tp` fastest, because its messages are the most frequent; with `outermost=pp` stages come first,
+so that they lie on different hosts, and replicas of a stage beside each other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from math import ceil, gcd
+from math import ceil, gcd, prod
 from typing import Any
 
 from shardwise.errors import StrategyError, nearest
@@ -21,9 +22,11 @@ from shardwise.errors import StrategyError, nearest
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
 RECOMPUTE = ("none", "full")
 PRECISIONS = ("float32", "bf16")
+OUTERMOST = ("dp", "pp")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
+    "outermost": OUTERMOST,
 }
 _INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages")
 
@@ -48,6 +51,8 @@ class Strategy:
         precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
         shares: of the batch, one number for each replica in the order of ranks, `3:1` say; empty: all alike. For
             replicas on devices of different speed.
+        outermost: whose ranks are farthest from each other: those of replicas (`dp`), or of stages (`pp`). Where links
+            between hosts are slow, either gradients cross them or what stages hand to each other.
 
     Raises:
         StrategyError: a degree below one, an unknown word, an option without its axis.
@@ -65,6 +70,7 @@ class Strategy:
     recompute: str = "none"
     precision: str = ""
     shares: str = ""
+    outermost: str = "dp"
 
     def __post_init__(self) -> None:
         for axis in ("dp", "fsdp", "tp", "pp"):
@@ -95,6 +101,8 @@ class Strategy:
                     f"shares={self.shares}: one whole number of 1 or more for each of the {self.replicas} replicas, "
                     f"with colons between them: shares={example}"
                 )
+        if self.outermost == "pp" and (self.pp == 1 or self.replicas == 1):
+            raise StrategyError("outermost=pp needs pp=2 or more, and dp=2 or fsdp=2 or more beside it")
         if self.sp and self.tp == 1:
             raise StrategyError("sp=1 needs tp=2 or more: it splits activations between the tensor shards")
         if self.zero != 3 and self.fsdp == 1:
@@ -142,6 +150,21 @@ class Strategy:
     def replicas(self) -> int:
         """Number of shares that a batch is cut into: dp times fsdp."""
         return self.dp * self.fsdp
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Outermost first: the last one varies fastest over the ranks."""
+        return ("pp", "dp", "fsdp", "tp") if self.outermost == "pp" else ("dp", "fsdp", "pp", "tp")
+
+    def stride(self, axis: str) -> int:
+        """From a rank to the next one along an axis."""
+        inner = self.axes[self.axes.index(axis) + 1 :]
+        return prod(getattr(self, each) for each in inner)
+
+    def rank(self, *, dp: int = 0, fsdp: int = 0, pp: int = 0, tp: int = 0) -> int:
+        """The number of the worker with these coordinates."""
+        places = {"dp": dp, "fsdp": fsdp, "pp": pp, "tp": tp}
+        return sum(place * self.stride(axis) for axis, place in places.items())
 
     @property
     def parts(self) -> tuple[int, ...]:

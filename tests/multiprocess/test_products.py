@@ -41,6 +41,8 @@ PRODUCTS = (
     "fsdp=2,pp=2,zero=1",
     "fsdp=2,pp=2,zero=2",
     "fsdp=2,pp=2",
+    "dp=2,pp=2,outermost=pp",
+    "fsdp=2,pp=2,schedule=zero-bubble,outermost=pp",
     "fsdp=2,pp=2,schedule=gpipe",
     "fsdp=2,pp=2,schedule=interleaved",
     "fsdp=2,pp=2,schedule=zero-bubble",

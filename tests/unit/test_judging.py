@@ -47,6 +47,7 @@ GRID = [
             "fsdp=2,recompute=1/2",
             "tp=2,pp=2,recompute=1/3",
             "dp=2,fsdp=2,tp=2,pp=2",
+            "dp=2,fsdp=2,tp=2,pp=2,outermost=pp",
         )
     ),
     *(("language", strategy) for strategy in ("tp=2", "dp=2,pp=2,recompute=full")),

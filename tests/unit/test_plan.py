@@ -56,9 +56,9 @@ def with_memory(cluster: Cluster, size: int) -> Cluster:
     return replace(cluster, nodes=nodes)
 
 
-def everything(workload: Workload, workers: int, wish: Wish, links: int) -> list[Strategy]:
+def everything(workload: Workload, workers: int, wish: Wish, links: int, *, placed: bool = False) -> list[Strategy]:
     found = families(workers, workload.batch_size, wish, divisors(workers), links)
-    return [member for family in found for member in members(family, wish)]
+    return [member for family in found for member in members(family, wish, placed=placed)]
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +344,29 @@ def two_kinds(times: float) -> Cluster:
 
 
 LARGE = "gpt:layers=2,hidden=2048,heads=16,vocabulary=512,sequence=512,batch_size=12,precision=bf16"
+
+
+def test_stages_lie_on_different_hosts_where_links_between_these_are_slow() -> None:
+    """Two hosts of two devices each: gradients are many, what stages hand to each other is little."""
+    workload = load_workload(LARGE)
+    profiles = ScaledProfiles(Profiles(workload))
+    plain = find_cluster("a100-40x4")
+    inside = replace(plain.levels[0], span=2)
+    between = replace(plain.levels[0], name="ethernet", span=4, bandwidth=1.25e9, latency=50e-6)
+    nodes = (replace(plain.nodes[0], devices=2, count=2),)
+    cluster = replace(plain, nodes=nodes, levels=(inside, between))
+    tried = everything(workload, 4, Wish(), len(profiles.of(Strategy()).links), placed=True)
+    least = min(predict(profiles.of(s), s, cluster).step_seconds for s in tried)
+    best = search(workload, cluster, 4, Wish(), profiles).plan.best
+    assert best is not None
+    assert best.prediction.step_seconds <= 1.011 * least
+    assert best.strategy.outermost == "pp"
+    assert best.strategy.replicas > 1
+    within = search(workload, cluster, 4, Wish.parse(forbid=["outermost", "tp"]), profiles).plan.best
+    assert within is not None
+    assert within.prediction.step_seconds > 1.1 * best.prediction.step_seconds
+    asked = search(workload, cluster, 4, Wish.parse(fix=["outermost=pp"]), profiles).plan
+    assert {candidate.strategy.outermost for candidate in asked.candidates} == {"pp"}
 
 
 def test_a_slower_device_gets_a_smaller_share() -> None:

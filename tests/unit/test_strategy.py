@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from shardwise.errors import StrategyError
@@ -16,6 +18,7 @@ from shardwise.strategy import Strategy
         "dp=2,fsdp=4,zero=2,tp=2,sp=1,pp=2,microbatches=8,schedule=interleaved,stages=3,recompute=full,precision=bf16",
         "single,microbatches=4,recompute=3/16",
         "dp=3,shares=3:1:1",
+        "dp=2,pp=2,outermost=pp",
     ],
 )
 def test_its_spelling_is_read_back(text: str) -> None:
@@ -60,6 +63,9 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
         ("recompute=1/0", "recompute=1/0: known are none, full and parts"),
         ("recompute=-1/2", "recompute=-1/2: known are none, full and parts"),
         ("precision=fp16", "precision=fp16: known are float32, bf16"),
+        ("pp=2,outermost=pp", "outermost=pp needs pp=2 or more, and dp=2 or fsdp=2 or more beside it"),
+        ("dp=2,outermost=pp", "outermost=pp needs pp=2 or more"),
+        ("dp=2,pp=2,outermost=tp", "outermost=tp: known are dp, pp"),
         ("dp=2,shares=1", "one whole number of 1 or more for each of the 2 replicas"),
         ("dp=2,shares=1:0", "shares=1:0: one whole number of 1 or more"),
     ],
@@ -67,6 +73,20 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
 def test_what_is_wrong_is_refused(text: str, message: str) -> None:
     with pytest.raises(StrategyError, match=message):
         Strategy.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        ("dp=2,fsdp=3,tp=7,pp=5", ("dp", "fsdp", "pp", "tp")),
+        ("dp=2,fsdp=3,tp=7,pp=5,outermost=pp", ("pp", "dp", "fsdp", "tp")),
+    ],
+)
+def test_ranks_are_numbered_with_the_last_axis_fastest(text: str, order: tuple[str, ...]) -> None:
+    strategy = Strategy.parse(text)
+    sizes = [getattr(strategy, axis) for axis in order]
+    places = itertools.product(*map(range, sizes))
+    assert [strategy.rank(**dict(zip(order, place, strict=True))) for place in places] == list(range(210))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ GRID = [
     "pp=4,schedule=interleaved",
     "pp=4,schedule=zero-bubble",
     "dp=2,pp=4",
+    "dp=2,fsdp=2,pp=2,outermost=pp",
     "fsdp=2,pp=2",
     "fsdp=2,pp=2,zero=2",
     "fsdp=2,pp=2,recompute=1/2",

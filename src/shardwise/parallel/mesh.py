@@ -18,13 +18,10 @@ from shardwise.strategy import Strategy
 
 Allocating = Callable[[], AbstractContextManager[Any]]
 
-AXES = ("dp", "fsdp", "pp", "tp")
-"""Outermost first: `tp` varies fastest over the ranks."""
-
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The workers of a strategy as a grid with the axes dp, fsdp, pp, tp.
+    """The workers of a strategy as a grid with the axes dp, fsdp, pp, tp, in the strategy's order.
 
     Attributes:
         strategy: its degrees are the sizes of the grid.
@@ -51,8 +48,8 @@ class Mesh:
         if strategy.workers == 1 and not dist.is_initialized():
             return cls(strategy, device, 0, None, allocating=allocating)
         strategy.check_workers(dist.get_world_size())
-        degrees = tuple(getattr(strategy, axis) for axis in AXES)
-        grid = init_device_mesh(device.type, degrees, mesh_dim_names=AXES)
+        degrees = tuple(getattr(strategy, axis) for axis in strategy.axes)
+        grid = init_device_mesh(device.type, degrees, mesh_dim_names=strategy.axes)
         both = strategy.dp > 1 and strategy.fsdp > 1
         replicas = grid["dp", "fsdp"]._flatten("replicas") if both else None
         return cls(strategy, device, dist.get_rank(), grid, replicas, allocating)

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
@@ -113,6 +114,8 @@ class _Search:
     traced: Profiles = field(init=False)
     too_large: list[tuple[float, Strategy]] = field(default_factory=list)
     room: int = 0
+    placed: bool = False
+    """Whether it matters where workers are: some links are slower than others."""
 
     def plan(self) -> Plan:
         """See `search`."""
@@ -121,6 +124,7 @@ class _Search:
         self.room = min(nodes.device.memory_bytes for nodes in self.cluster.nodes)
         if self.wish.max_memory is not None:
             self.room = min(self.room, self.wish.max_memory)
+        self.placed = bool(self.cluster.levels) and self.workers > self.cluster.levels[0].span
         self._look()
         best = self._simplest_first(self._with_shares(self._judged()))
         return Plan(
@@ -160,11 +164,12 @@ class _Search:
                 else:
                     self.rejected.append(Rejected(Strategy(tp=tp), refusal, "model"))
         found: list[_Family] = []
-        known: dict[int, list[dict[str, int]]] = {}
+        known: dict[tuple[int, bool], list[dict[str, Any]]] = {}
         for family in families(self.workers, self.workload.batch_size, self.wish, tensor, links):
-            if family.dp not in known:
-                known[family.dp] = spellings(family.dp, self.wish)
-            spelled = known[family.dp]
+            key = family.dp, family.pp > 1
+            if key not in known:
+                known[key] = spellings(family, self.wish, placed=self.placed)
+            spelled = known[key]
             if not spelled:
                 continue
             try:
@@ -200,7 +205,7 @@ class _Search:
         if self.wish.objective == "memory":
             return family.bound
         strategy, whole = family.strategy, _whole(family.strategy)
-        smallest = strategy.with_(**spellings(strategy.dp, self.wish)[0])
+        smallest = strategy.with_(**spellings(strategy, self.wish)[0])
         condensed = self.scaled.condensed(whole)
         try:
             size = least_memory(condensed, smallest)
@@ -218,7 +223,7 @@ class _Search:
 
     def _members(self, family: Strategy) -> list[tuple[float, Strategy]]:
         """(least value of the objective, strategy) of those of a family that may fit."""
-        every, profile = list(members(family, self.wish)), self.scaled.condensed(_whole(family))
+        every, profile = list(members(family, self.wish, placed=self.placed)), self.scaled.condensed(_whole(family))
         sizes = [least_memory(profile, strategy) for strategy in every]
         fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.room]
         if self.wish.objective == "memory":
@@ -415,7 +420,7 @@ def _words(strategy: Strategy) -> int:
 
 
 def _family_of(strategy: Strategy) -> Strategy:
-    return strategy.with_(dp=strategy.replicas, fsdp=1, zero=3)
+    return strategy.with_(dp=strategy.replicas, fsdp=1, zero=3, outermost="dp")
 
 
 def _whole(family: Strategy) -> Strategy:

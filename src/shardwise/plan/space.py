@@ -1,16 +1,18 @@
 """All strategies there are for so many workers, as families: those of a family compute the same on every worker.
 
 A family has the degrees of tp and pp, the schedule, the microbatches and what is recomputed; its members differ in how
-the replicas keep parameters: `dp`, `fsdp` with zero=1|2|3, and products of both.
+the replicas keep parameters: `dp`, `fsdp` with zero=1|2|3, and products of both; and in what is outermost, where that
+matters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 from shardwise.plan.wish import Wish
-from shardwise.strategy import PRECISIONS, RECOMPUTE, Strategy
+from shardwise.strategy import OUTERMOST, PRECISIONS, RECOMPUTE, Strategy
 
 MOST_STAGES = 8
 """Stages of a worker that an interleaved schedule is looked at with."""
@@ -83,22 +85,27 @@ def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterat
             yield "interleaved", 0 if plain and stages == 2 else stages
 
 
-def members(family: Strategy, wish: Wish) -> Iterator[Strategy]:
-    """All strategies of a family that may be."""
-    for spelling in spellings(family.dp, wish):
+def members(family: Strategy, wish: Wish, *, placed: bool = False) -> Iterator[Strategy]:
+    """All strategies of a family that may be; `placed`: with everything that may be outermost."""
+    for spelling in spellings(family, wish, placed=placed):
         yield family.with_(**spelling)
 
 
-def spellings(replicas: int, wish: Wish) -> list[dict[str, int]]:
-    """dp, fsdp and zero of so many replicas: what members of a family differ in. What may be, most sharded first."""
-    found = []
+def spellings(family: Strategy, wish: Wish, *, placed: bool = False) -> list[dict[str, Any]]:
+    """What members of a family differ in: dp, fsdp, zero, outermost. What may be, most sharded first."""
+    replicas = family.dp
+    outermost = OUTERMOST if replicas > 1 and family.pp > 1 and placed else OUTERMOST[:1]
+    if "outermost" in wish.fixed and family.pp > 1 and replicas > 1:
+        outermost = (wish.fixed["outermost"],)
+    found: list[dict[str, Any]] = []
     for fsdp in reversed(divisors(replicas)):
         for zero in (3, 2, 1) if fsdp > 1 else (3,):
             if zero == 1 and fsdp != replicas:
                 continue  # the optimizer's state is dealt to all replicas, however they are spelled
-            spelling = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero}
-            if all(wish.allows(option, value) for option, value in spelling.items()):
-                found.append(spelling)
+            for word in outermost:
+                spelling = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero, "outermost": word}
+                if all(wish.allows(option, value) for option, value in spelling.items()):
+                    found.append(spelling)
     return found
 
 

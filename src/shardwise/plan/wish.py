@@ -76,11 +76,13 @@ class Wish:
 
     def _complete(self) -> dict[str, str]:
         """What is fixed, with the axes that its options belong to, so that the values can be checked alone."""
-        needs = {"sp": "tp", "zero": "fsdp", "schedule": "pp", "stages": "pp"}
+        needs = {"sp": "tp", "zero": "fsdp", "schedule": "pp", "stages": "pp", "outermost": "pp"}
         found = dict(self.fixed)
         for option, axis in needs.items():
             if option in self.fixed and axis not in found:
                 found[axis] = "2"
+        if found.get("outermost") == "pp" and "fsdp" not in found:
+            found.setdefault("dp", "2")
         if "stages" in found and "schedule" not in found:
             found["schedule"] = "interleaved"
         return found

@@ -372,7 +372,7 @@ class Costs:
             found += [((), size, self.collective("all_reduce", size, tensor)) for size in worker.summed]
         for workers, size in worker.tied:
             step = (workers[-1] - workers[0]) // max(len(workers) - 1, 1)
-            group = Group(len(workers), step * strategy.tp, workers[0] * strategy.tp)
+            group = Group(len(workers), step * strategy.stride("pp"), strategy.rank(pp=workers[0]))
             found.append((workers, size, self.collective("all_reduce", size, group)))
         return found
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, _resolve_process_group
 
 from shardwise.collective import Collective, Group
-from shardwise.parallel.mesh import AXES, Mesh
+from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline import goes_back
 from shardwise.predict.counting import tensors
 
@@ -79,7 +79,7 @@ class Axes:
             return cls(())
         found = [
             (axis, frozenset(dist.get_process_group_ranks(group)))
-            for axis in reversed(AXES)
+            for axis in reversed(mesh.strategy.axes)
             if (group := mesh.group(axis)) is not None
         ]
         if mesh.replicas is not None:

@@ -76,7 +76,7 @@ def judged(profiles: Profiles, strategy: Strategy, cluster: Cluster, place: int 
         place = max(range(len(memories)), key=lambda number: memories[number].total)
     start = time.perf_counter()
     run = dry_run(
-        profiles.workload, strategy, place * strategy.tp, cuts=costs.parts.cuts, device=costs.times.device.kind
+        profiles.workload, strategy, strategy.rank(pp=place), cuts=costs.parts.cuts, device=costs.times.device.kind
     )
     seconds = time.perf_counter() - start
     return Judged(run, memories[place], communicated(costs.profile, costs.parts, place), seconds)

@@ -152,25 +152,22 @@ def group_of(strategy: Strategy, axis: str, place: int = 0) -> Group:
 
     `replicas` are dp and fsdp together, `world` all.
     """
-    first = place * strategy.tp
+    first = strategy.rank(pp=place)
     if axis == "world":
         return Group(strategy.workers)
     if axis == "tp":
         return Group(strategy.tp, 1, first)
     if axis == "pp":
-        return Group(strategy.pp, strategy.tp)
-    inner = strategy.tp * strategy.pp
-    if axis == "fsdp":
-        return Group(strategy.fsdp, inner, first)
+        return Group(strategy.pp, strategy.stride("pp"))
     if axis == "dp":
-        return Group(strategy.dp, inner * strategy.fsdp, first)
-    return Group(strategy.replicas, inner, first)
+        return Group(strategy.dp, strategy.stride("dp"), first)
+    return Group(strategy.fsdp if axis == "fsdp" else strategy.replicas, strategy.stride("fsdp"), first)
 
 
 def message_group(strategy: Strategy, source: int, target: int) -> Group:
     """The two ranks between which a message goes, of pipeline workers `source` and `target`."""
     low, high = sorted((source, target))
-    return Group(2, (high - low) * strategy.tp, low * strategy.tp)
+    return Group(2, (high - low) * strategy.stride("pp"), strategy.rank(pp=low))
 
 
 def replica_axis(strategy: Strategy) -> str:

@@ -133,7 +133,7 @@ def _described(machines: Sequence[tuple[Device, float]]) -> tuple[tuple[int, flo
 
 
 def _rank(strategy: Strategy, row: int, column: int, place: int) -> int:
-    return ((row * strategy.fsdp + column) * strategy.pp + place) * strategy.tp
+    return strategy.rank(dp=row, fsdp=column, pp=place)
 
 
 def _costs_by_device(usual: Costs, pipelines: Iterable[Pipeline], batch_size: int) -> dict[int, Costs]:

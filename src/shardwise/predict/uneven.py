@@ -83,8 +83,10 @@ def slowest_rank(strategy: Strategy, cluster: Cluster, number: int) -> int:
 
 def _ranks(strategy: Strategy, number: int) -> Iterator[int]:
     """Of one replica."""
-    size = strategy.tp * strategy.pp
-    return iter(range(number * size, (number + 1) * size))
+    row, column = divmod(number, strategy.fsdp)
+    for place in range(strategy.pp):
+        for shard in range(strategy.tp):
+            yield strategy.rank(dp=row, fsdp=column, pp=place, tp=shard)
 
 
 def refuse_shares(strategy: Strategy, what: str) -> None:
