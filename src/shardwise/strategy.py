@@ -51,6 +51,8 @@ class Strategy:
         precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
         shares: of the batch, one number for each replica in the order of ranks, `3:1` say; empty: all alike. For
             replicas on devices of different speed.
+        speeds: of the workers of a pipeline, one number for each, `3:1` say; empty: all alike. Stages are cut so that
+            all take as long.
         outermost: whose ranks are farthest from each other: those of replicas (`dp`), or of stages (`pp`). Where links
             between hosts are slow, either gradients cross them or what stages hand to each other.
 
@@ -70,6 +72,7 @@ class Strategy:
     recompute: str = "none"
     precision: str = ""
     shares: str = ""
+    speeds: str = ""
     outermost: str = "dp"
 
     def __post_init__(self) -> None:
@@ -94,13 +97,9 @@ class Strategy:
     def _check_options(self) -> None:
         """An option without the axis that it belongs to is a mistake, not a wish."""
         if self.shares:
-            numbers = self.shares.split(":")
-            if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) != self.replicas:
-                example = ":".join(["2", *["1"] * (self.replicas - 1)])
-                raise StrategyError(
-                    f"shares={self.shares}: one whole number of 1 or more for each of the {self.replicas} replicas, "
-                    f"with colons between them: shares={example}"
-                )
+            _check_numbers("shares", self.shares, self.replicas, "replicas")
+        if self.speeds:
+            _check_numbers("speeds", self.speeds, self.pp, "pipeline workers")
         if self.outermost == "pp" and (self.pp == 1 or self.replicas == 1):
             raise StrategyError("outermost=pp needs pp=2 or more, and dp=2 or fsdp=2 or more beside it")
         if self.sp and self.tp == 1:
@@ -173,6 +172,10 @@ class Strategy:
             return (1,) * self.replicas
         numbers = [int(number) for number in self.shares.split(":")]
         return tuple(number // gcd(*numbers) for number in numbers)
+
+    def speed_of(self, stage: int) -> int:
+        """How fast the worker of a stage is, compared with the others of its pipeline."""
+        return int(self.speeds.split(":")[stage % self.pp]) if self.speeds else 1
 
     def samples_of(self, replica: int, batch_size: int) -> int:
         """Samples of a replica's microbatch (their number settled)."""
@@ -261,6 +264,16 @@ class Strategy:
         if self.workers == 1:
             shown.insert(0, "single")
         return ",".join(shown)
+
+
+def _check_numbers(option: str, text: str, count: int, what: str) -> None:
+    numbers = text.split(":")
+    if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) != count:
+        example = ":".join(["2", *["1"] * (count - 1)])
+        raise StrategyError(
+            f"{option}={text}: one whole number of 1 or more for each of the {count} {what}, "
+            f"with colons between them: {option}={example}"
+        )
 
 
 def _share_of_blocks(recompute: str) -> Fraction:

@@ -143,6 +143,7 @@ PRODUCTS = (
     "fsdp=2,tp=2,zero=2",
     "fsdp=2,pp=2,zero=1",
     "fsdp=2,pp=2,outermost=pp",
+    "dp=2,pp=2,speeds=3:1",
     "fsdp=2,pp=2,schedule=zero-bubble,recompute=full",
     "fsdp=2,tp=2,sp=1,recompute=1/3",
     "pp=4",

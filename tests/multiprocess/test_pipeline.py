@@ -55,7 +55,16 @@ def test_tensors_of_several_stages(workers: Pools, name: str, schedule: str) -> 
     check(workers, ODDITIES[name], f"pp=2,schedule={schedule}")
 
 
-@pytest.mark.parametrize("strategy", ["pp=4", "pp=4,schedule=zero-bubble", "pp=2,schedule=interleaved,stages=3"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "pp=4",
+        "pp=4,schedule=zero-bubble",
+        "pp=2,schedule=interleaved,stages=3",
+        "pp=4,speeds=1:2:1:4",
+        "pp=2,schedule=interleaved,speeds=3:1",
+    ],
+)
 @pytest.mark.parametrize("name", ["unet", "tied"])
 def test_many_stages(workers: Pools, name: str, strategy: str) -> None:
     check(workers, WORKLOADS[name], strategy)

@@ -109,15 +109,16 @@ def test_balanced_is_the_best(seed: int) -> None:
     count, parts = 7, 2 + seed % 4
     costs = torch.randint(1, 20, (count,), generator=draw).tolist()
     sends = torch.randint(0, 5, (count - 1,), generator=draw).tolist()
+    for speeds in ([1] * parts, torch.randint(1, 5, (parts,), generator=draw).tolist()):
 
-    def worst(starts: tuple[int, ...]) -> float:
-        bounds = [0, *starts, count]
-        entry = [0, *sends]
-        return max(sum(costs[a:b]) + entry[a] for a, b in pairwise(bounds))
+        def worst(starts: tuple[int, ...], speeds: list[int] = speeds) -> float:
+            bounds = pairwise([0, *starts, count])
+            entry = [0, *sends]
+            return max((sum(costs[a:b]) + entry[a]) / speed for (a, b), speed in zip(bounds, speeds, strict=True))
 
-    found = balanced(costs, sends, parts)
-    assert len(found) == parts - 1
-    assert worst(tuple(found)) == min(worst(each) for each in combinations(range(1, count), parts - 1))
+        found = balanced(costs, sends, parts, speeds)
+        assert len(found) == parts - 1
+        assert worst(tuple(found)) == min(worst(each) for each in combinations(range(1, count), parts - 1))
 
 
 def test_sections_compute_what_the_module_computes() -> None:

@@ -24,6 +24,7 @@ from shardwise.predict.condensed import condense
 from shardwise.predict.costs import predict
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.timeline import timeline
 from shardwise.predict.uneven import predict_shares
 from shardwise.run.job import Source
 from shardwise.run.planning import checked, planned
@@ -387,6 +388,22 @@ def test_a_slower_device_gets_a_smaller_share() -> None:
     assert plan.best.prediction.model_flops == pytest.approx(equal.model_flops)
     forbidden = search(workload, cluster, 2, Wish.parse(forbid=["tp", "pp", "shares"]), profiles).plan
     assert all(not candidate.strategy.shares for candidate in forbidden.candidates)
+
+
+def test_a_slower_device_gets_smaller_stages() -> None:
+    workload = load_workload(
+        "gpt:layers=8,hidden=1024,heads=16,vocabulary=512,sequence=512,batch_size=16,precision=bf16"
+    )
+    profiles, cluster = ScaledProfiles(Profiles(workload)), two_kinds(3.0)
+    best = search(workload, cluster, 2, Wish.parse(fix=["pp=2"]), profiles).plan.best
+    assert best is not None
+    first, second = map(int, best.strategy.speeds.split(":"))
+    assert first > second
+    alike = best.strategy.with_(speeds="")
+    equal = predict(profiles.of(alike), alike, cluster)
+    assert best.prediction.step_seconds < 0.75 * equal.step_seconds
+    played = timeline(profiles.traced.of(best.strategy), best.strategy, cluster).prediction
+    assert best.prediction.step_seconds == pytest.approx(played.step_seconds, rel=0.05)
 
 
 def test_equal_devices_get_equal_shares() -> None:

@@ -19,6 +19,7 @@ from shardwise.strategy import Strategy
         "single,microbatches=4,recompute=3/16",
         "dp=3,shares=3:1:1",
         "dp=2,pp=2,outermost=pp",
+        "pp=3,speeds=1:2:4",
     ],
 )
 def test_its_spelling_is_read_back(text: str) -> None:
@@ -63,6 +64,7 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
         ("recompute=1/0", "recompute=1/0: known are none, full and parts"),
         ("recompute=-1/2", "recompute=-1/2: known are none, full and parts"),
         ("precision=fp16", "precision=fp16: known are float32, bf16"),
+        ("pp=2,speeds=1", "speeds=1: one whole number of 1 or more for each of the 2 pipeline workers, .* speeds=2:1"),
         ("pp=2,outermost=pp", "outermost=pp needs pp=2 or more, and dp=2 or fsdp=2 or more beside it"),
         ("dp=2,outermost=pp", "outermost=pp needs pp=2 or more"),
         ("dp=2,pp=2,outermost=tp", "outermost=tp: known are dp, pp"),

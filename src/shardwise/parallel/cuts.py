@@ -147,7 +147,7 @@ def _crossing(local: LocalGraph, sequence: list[fx.Node]) -> list[tuple[int, int
     return crossing
 
 
-def balanced(costs: Sequence[float], sends: Sequence[float], parts: int) -> list[int]:
+def balanced(costs: Sequence[float], sends: Sequence[float], parts: int, speeds: Sequence[float] = ()) -> list[int]:
     """Cuts a chain into consecutive parts such that the most expensive part is as cheap as can be.
 
     Dynamic programming over (parts, end), of parts that cost no more than those of some way to cut. Of equally good
@@ -157,11 +157,14 @@ def balanced(costs: Sequence[float], sends: Sequence[float], parts: int) -> list
         costs: of each link of the chain, at least as many as `parts`.
         sends: what it costs to begin a part at each link but the first (what arrives there), in the same unit.
         parts: their number.
+        speeds: of who computes each part; a part costs so many times less. None: all are as fast.
 
     Returns:
         the first link of each part but the first.
 
         >>> balanced([1, 1, 1, 3], [0, 0, 0], 2)
+        [3]
+        >>> balanced([1, 1, 1, 1], [0, 0, 0], 2, [3, 1])
         [3]
     """
     count = len(costs)
@@ -169,12 +172,13 @@ def balanced(costs: Sequence[float], sends: Sequence[float], parts: int) -> list
         return []
     until = np.array(list(accumulate(costs, initial=0.0)))
     entry = np.array([0.0, *sends, 0.0])
-    starts, own = _parts_up_to(until, entry, _even(until, entry, parts))
+    speeds = speeds or [1.0] * parts
+    starts, own = _parts_up_to(until, entry, _even(until, entry, parts) * max(speeds) / min(speeds))
     lines = np.arange(count + 1)
-    worst, sent = until, np.zeros(count + 1)
+    worst, sent = until / speeds[0], np.zeros(count + 1)
     choices: list[list[int]] = []
     for part in range(1, parts):
-        cost = np.where(starts >= part, np.maximum(worst[starts], own), np.inf)
+        cost = np.where(starts >= part, np.maximum(worst[starts], own / speeds[part]), np.inf)
         least = cost.min(axis=1)
         total = np.where(cost == least[:, None], (sent + entry)[starts], np.inf)
         choice = starts[lines, total.argmin(axis=1)]

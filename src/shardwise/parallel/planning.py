@@ -93,7 +93,8 @@ def divide(
         return _division(cuts, found)
     costs = _links(step, found, _measured(step, tensors, data, parameters, mesh), parameters)
     device = "cpu" if mesh.device.type == "cpu" else "gpu"
-    parts = divided(costs, [place.bytes for place in found], stages, device, in_blocks=in_blocks)
+    messages = [place.bytes for place in found]
+    parts = divided(costs, messages, stages, device, speeds=speeds_of(strategy), in_blocks=in_blocks)
     return _division(tuple(map(tuple, parts)), found)
 
 
@@ -113,7 +114,13 @@ def _check_cuts(cuts: Cuts, stages: int, places_found: int) -> None:
 
 
 def divided(
-    costs: Sequence[float], messages: Sequence[int], stages: int, device: str, *, in_blocks: bool
+    costs: Sequence[float],
+    messages: Sequence[int],
+    stages: int,
+    device: str,
+    *,
+    speeds: Sequence[int] = (),
+    in_blocks: bool,
 ) -> list[list[int]]:
     """The links at which the blocks of each stage begin.
 
@@ -124,14 +131,21 @@ def divided(
         messages: bytes to send at each place between two links.
         stages: their number.
         device: kind of device that sends them, `cpu` or `gpu`.
+        speeds: of the worker of each stage; none: all are as fast.
         in_blocks: whether stages are cut into blocks.
     """
     least = min(messages, default=0)
-    starts = balanced(costs, [(size - least) / BYTES_PER_SECOND[device] for size in messages], stages)
+    starts = balanced(costs, [(size - least) / BYTES_PER_SECOND[device] for size in messages], stages, speeds)
     return [
         [first, *(_block_starts(costs, messages, first, end) if in_blocks else [])]
         for first, end in pairwise([0, *starts, len(costs)])
     ]
+
+
+def speeds_of(strategy: Strategy) -> tuple[int, ...]:
+    """Of the worker of each stage; none where all are as fast."""
+    stages = strategy.pp * strategy.stages_per_worker
+    return tuple(map(strategy.speed_of, range(stages))) if strategy.speeds else ()
 
 
 def cuts_blocks(strategy: Strategy) -> bool:

@@ -23,7 +23,7 @@ from shardwise.plan.bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.plan.bounds_memory import least_memory
 from shardwise.plan.partly import enough, fewest, may_be
 from shardwise.plan.plan import Candidate, Plan, Rejected
-from shardwise.plan.shares import shared_out
+from shardwise.plan.shares import shared_out, staged_out
 from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.wish import Wish
 from shardwise.predict.condensed import Condensed
@@ -376,7 +376,7 @@ class _Search:
         return sorted(judged, key=self._rank)
 
     def _with_shares(self, judged: list[Candidate]) -> list[Candidate]:
-        """With the finalists' replicas on devices of different speed having shares to match, where that is better."""
+        """With shares, or stages, of the finalists' devices of different speed to match, where that is better."""
         found: list[Candidate] = []
         if self.wish.objective != "memory":
             for candidate in judged[:FINALISTS]:
@@ -384,11 +384,15 @@ class _Search:
         return sorted([*found, *judged], key=self._rank) if found else judged
 
     def _shared_out(self, candidate: Candidate) -> list[Candidate]:
-        """The best shares of a strategy; none where equal ones are as good."""
+        """The best shares or stages of a strategy; none where equal ones are as good."""
         size, strategy = self.workload.batch_size, candidate.strategy.for_batch(self.workload.batch_size)
+        every = [
+            *shared_out(self.scaled.of, strategy, self.cluster, size),
+            *staged_out(self.scaled.of, strategy, self.cluster, size),
+        ]
         tried = [
             Candidate(shared, predict_shares(self.scaled.of, shared, self.cluster, size))
-            for shared in shared_out(self.scaled.of, strategy, self.cluster, size)
+            for shared in every
             if self.wish.refusal(shared) is None
         ]
         best = min((each for each in tried if each.prediction.fits), key=self._rank, default=None)

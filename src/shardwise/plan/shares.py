@@ -1,16 +1,23 @@
-"""Shares of the batch for replicas on devices of different speed: each as large as its device is fast."""
+"""What devices of different speed get: shares of the batch, and stages, each as large as its device is fast."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import gcd
 
-from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.cluster import Cluster, Device
 from shardwise.plan.space import divisors
+from shardwise.predict.costs import slowest_at
+from shardwise.predict.profile import Profile
+from shardwise.predict.timing import timed
 from shardwise.predict.uneven import ProfileOf, replica, slowest_rank
 from shardwise.strategy import Strategy
 
 MOST_REPLICAS = 64
-"""With more of them a strategy would be spelled on several lines."""
+"""With more of them, or of stages, a strategy would be spelled on several lines."""
+
+FINEST = 4
+"""Speeds are told to a quarter of the slowest one."""
 
 
 def shared_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batch_size: int) -> Iterator[Strategy]:
@@ -32,6 +39,31 @@ def shared_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batc
             if found.parts not in said:
                 said.add(found.parts)
                 yield found.with_(shares=":".join(map(str, found.parts)))
+
+
+def staged_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batch_size: int) -> Iterator[Strategy]:
+    """A strategy (its number of microbatches settled) with stages that its pipeline workers may do best with; none
+    where all have equal devices.
+    """
+    devices = [slowest_at(strategy, cluster, place) for place in range(strategy.pp)]
+    if len({id(device) for device in devices}) == 1 or strategy.pp > MOST_REPLICAS:
+        return
+    profile = profile_of(strategy, batch_size)
+    seconds = {id(device): _of_microbatch(profile, strategy, cluster, device) for device in devices}
+    speeds = [1 / seconds[id(device)] for device in devices]
+    said = {(1,) * strategy.pp}
+    for times in range(1, FINEST + 1):  # of the slowest worker: its speed in whole numbers
+        found = tuple(max(1, round(times * speed / min(speeds))) for speed in speeds)
+        lowest = tuple(number // gcd(*found) for number in found)
+        if lowest not in said:
+            said.add(lowest)
+            yield strategy.with_(speeds=":".join(map(str, lowest)))
+
+
+def _of_microbatch(profile: Profile, strategy: Strategy, cluster: Cluster, device: Device) -> float:
+    """Seconds of all stages, one after the other."""
+    times = timed(profile, cluster, strategy, device)
+    return sum(sums.between(0, len(profile.links)).device for sums in (times.forward, times.backward, times.weights))
 
 
 def _rounded(speeds: Sequence[float], pieces: int) -> list[int]:

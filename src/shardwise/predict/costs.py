@@ -66,7 +66,8 @@ def costs_of(
 ) -> Costs:
     """The parts of a prediction, which the timeline is made of too. Raises as `predict` does.
 
-    They are for `device` of the cluster, or else for the slowest, for which stages are cut in any case.
+    They are for `device` of the cluster, or else for the slowest, for which stages are cut in any case; where workers
+    of a pipeline have `speeds` of their own, each is for the slowest device that it has in any replica.
     """
     size = batch_size or profile.batch_size
     strategy = strategy.for_batch(size)
@@ -80,9 +81,25 @@ def costs_of(
             f"profile it for a {times.device.kind}"
         )
     parts = parts_of(profile, strategy, times.forward.each)
+
+    def on(device: Device) -> Costs:
+        return Costs(profile, strategy, cluster, timed(profile, cluster, strategy, device), parts, size)
+
     if device is not None:
-        times = timed(profile, cluster, strategy, device)
-    return Costs(profile, strategy, cluster, times, parts, size)
+        return on(device)
+    places = [on(slowest_at(strategy, cluster, place)) for place in range(strategy.pp)] if strategy.speeds else []
+    return Costs(profile, strategy, cluster, times, parts, size, places)
+
+
+def slowest_at(strategy: Strategy, cluster: Cluster, place: int) -> Device:
+    """What the worker at a place of the pipeline computes on; of all replicas that which the others wait for."""
+    ranks = (
+        strategy.rank(dp=row, fsdp=column, pp=place, tp=shard)
+        for row in range(strategy.dp)
+        for column in range(strategy.fsdp)
+        for shard in range(strategy.tp)
+    )
+    return min(map(cluster.device, ranks), key=lambda device: max(device.flops.values(), default=0.0))
 
 
 def _check(profile: Profile, strategy: Strategy, size: int) -> None:
@@ -118,11 +135,24 @@ class Finish:
 
 
 class Costs:
-    """The times of one strategy's parts; see `predict`."""
+    """The times of one strategy's parts; see `predict`.
+
+    Args:
+        profile, strategy, cluster, times, parts, batch_size: what they are made of.
+        places: of each pipeline worker, where these are on different devices; none: all are like this.
+    """
 
     def __init__(
-        self, profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed, parts: Parts, batch_size: int
+        self,
+        profile: Profile,
+        strategy: Strategy,
+        cluster: Cluster,
+        times: Timed,
+        parts: Parts,
+        batch_size: int,
+        places: Sequence[Costs] = (),
     ) -> None:
+        self._places = tuple(places)
         self.profile, self.strategy, self.cluster = profile, strategy, cluster
         self.times, self.parts, self.batch_size = times, parts, batch_size
         self.blocking = times.device.kind == "cpu"
@@ -132,6 +162,10 @@ class Costs:
         self._grouped: dict[tuple[Gathered | None, bool, bool], tuple[float, float, float]] = {}
         self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
         self.messages = self._between()
+
+    def at(self, worker: Worker) -> Costs:
+        """Those on the device of a pipeline worker."""
+        return self._places[worker.place] if self._places else self
 
     def _between(self) -> Messages:
         found: dict[tuple[str, int], list[tuple[int, float]]] = {}
@@ -402,9 +436,9 @@ class Costs:
 
     def prediction(self) -> Prediction:
         """See `predict`."""
-        works = [work_of(self, worker) for worker in self.parts.workers]
+        works = [work_of(self.at(worker), worker) for worker in self.parts.workers]
         ends = self._ends(works)
-        finishes = [self.finish(worker) for worker in self.parts.workers]
+        finishes = [self.at(worker).finish(worker) for worker in self.parts.workers]
         last = max(end + f.reduce + f.update + f.exchange for end, f in zip(ends, finishes, strict=True))
         report = max(finish.report for finish in finishes)
         hidden = min(report, max(finish.update for finish in finishes)) if not self.waits_for_norm else 0.0
@@ -483,7 +517,7 @@ class Costs:
         if strategy.pp == 1:
             return [work.seconds for work in works]
         if strategy.pp * strategy.stages_per_worker * strategy.microbatches <= SHORT_TABLE:
-            return played([table_of(self, worker) for worker in self.parts.workers], self.messages)
+            return played([table_of(self.at(worker), worker) for worker in self.parts.workers], self.messages)
         stages = [time for _, time in sorted((n, t) for work in works for n, t in work.times.items())]
         whole = pipeline_seconds(strategy.schedule, stages, strategy.pp, strategy.microbatches)
         whole += sum(sum(work.heads.values()) for work in works)

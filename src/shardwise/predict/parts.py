@@ -18,7 +18,7 @@ from shardwise.collective import Group
 from shardwise.errors import StrategyError
 from shardwise.parallel.deal import BUCKET_BYTES as BROADCAST_BYTES
 from shardwise.parallel.deal import deal
-from shardwise.parallel.planning import check_stages, cuts_blocks, divided
+from shardwise.parallel.planning import check_stages, cuts_blocks, divided, speeds_of
 from shardwise.parallel.reduce import BUCKET_BYTES
 from shardwise.predict.profile import Parameter, Profile, Value
 from shardwise.strategy import Strategy
@@ -211,6 +211,7 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
         dealt,
         cuts_blocks(strategy),
         strategy.recompute,
+        strategy.speeds,
     )
 
 
@@ -218,7 +219,7 @@ def cuts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> tup
     """Links at which the blocks of each stage begin; `costs` as in `parts_of`."""
     if strategy.tp == strategy.pp == 1:
         return (tuple(_module_cuts(profile, strategy)),)
-    key = ("cuts", id(costs), strategy.pp * strategy.stages_per_worker, cuts_blocks(strategy))
+    key = "cuts", id(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds
     if key not in profile.kept:
         profile.kept[key] = costs, tuple(tuple(starts) for starts in _graph_cuts(profile, strategy, costs))
     found = profile.kept[key]
@@ -232,7 +233,8 @@ def _graph_cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) ->
     messages = [link.message for link in profile.links[1:]]
     if stages == 1 and not cuts_blocks(strategy):
         return [[0]]
-    return divided(costs, messages, stages, profile.device, in_blocks=cuts_blocks(strategy))
+    speeds = speeds_of(strategy)
+    return divided(costs, messages, stages, profile.device, speeds=speeds, in_blocks=cuts_blocks(strategy))
 
 
 def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
