@@ -365,6 +365,17 @@ CONVOLUTIONS: tuple[tuple[int, int, int, int, int, int], ...] = (
 )
 
 
+SINGLE: tuple[tuple[int, int, int, int, int, int], ...] = (
+    *((3, 1, c, d, side, 3) for side in (6, 12) for c, d in ((8, 16), (16, 16), (32, 32))),
+    *((3, 1, c, d, 24, 3) for c, d in ((1, 8), (8, 8), (16, 8))),
+    *((3, 1, c, d, side, 2) for c, d, side in ((8, 8, 24), (8, 16, 12), (16, 32, 12))),
+    *((3, 1, c, d, side, 1) for c, d, side in ((8, 3, 24), (16, 16, 12))),
+    *((2, 1, c, d, side, 3) for c, d, side in ((1, 16, 32), (16, 32, 32), (16, 32, 8), (64, 64, 8))),
+    *((2, 1, c, d, side, 1) for c, d, side in ((16, 32, 32), (64, 64, 8))),
+)
+"""Likewise, of one small sample, which torch computes with other code on a CPU."""
+
+
 TRANSPOSED: tuple[tuple[int, int, int, int, int, int], ...] = (
     (2, 16, 64, 32, 16, 2),
     (3, 8, 32, 16, 6, 2),
@@ -375,7 +386,7 @@ TRANSPOSED: tuple[tuple[int, int, int, int, int, int], ...] = (
 
 def convolution_cases(dtype: torch.dtype) -> Iterator[Case]:
     """Convolutions in two and three dimensions, forwards and backwards."""
-    for shape in CONVOLUTIONS:
+    for shape in (*CONVOLUTIONS, *(SINGLE if dtype == torch.float32 else ())):
         yield from _convolutions(*shape, False, dtype)
     for shape in TRANSPOSED:
         yield from _convolutions(*shape, True, dtype)

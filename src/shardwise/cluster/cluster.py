@@ -63,7 +63,8 @@ class KernelCurve:
         dtype: one of DTYPES.
         samples: measured; a shape has the sizes that SHAPES names.
         operation: what was run, as in `predict.kernel.Kernel.operation`, for `memory`; `causal` or `dense` for
-            attention; else empty.
+            attention; `native` for convolutions of one small sample, which torch computes on a CPU without oneDNN; else
+            empty.
         backward: whether it is the backward pass of it.
         workers: how many workers of one host ran it at the same time.
         threads: of each of them.

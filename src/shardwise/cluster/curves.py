@@ -102,13 +102,17 @@ def _logarithms(*sizes: int) -> tuple[float, ...]:
     return tuple(math.log2(max(size, 1)) for size in sizes)
 
 
+NATIVE = "native"
+"""Of convolutions that torch computes with code of its own, see `predict.counting`."""
+
+
 def curve_name(kind: str, operation: str) -> str:
     """Which curve is that of an operation of a kernel of that kind: `cluster.KernelCurve.operation`."""
     if kind == "memory":
         return operation.removesuffix("_")
     if kind == "attention":
         return "dense" if operation.startswith("dense") else "causal"
-    return ""
+    return NATIVE if operation.startswith(f"{NATIVE} ") else ""
 
 
 Key = tuple[str, str, str, bool]
@@ -148,8 +152,11 @@ class Curves:
     def computed(self, kind: str, operation: str, dtype: str, backward: bool, shape: tuple[int, ...]) -> float | None:
         """Seconds of a matrix product, attention or convolution; None where none was measured in that dtype."""
         name = curve_name(kind, operation)
-        surface = self._curve((kind, name, dtype, backward)) or self._curve((kind, name, dtype, False))
-        return surface(shape) if isinstance(surface, Surface) else None
+        for named in dict.fromkeys((name, "" if name == NATIVE else name)):  # files of earlier versions lack some
+            surface = self._curve((kind, named, dtype, backward)) or self._curve((kind, named, dtype, False))
+            if isinstance(surface, Surface):
+                return surface(shape)
+        return None
 
     def _curve(self, key: Key) -> Line | Surface | None:
         if key not in self._made and key in self._samples:

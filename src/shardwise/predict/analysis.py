@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.memory import writes_in_place
 from shardwise.predict.accelerated import on_gpu
-from shardwise.predict.counting import kernel_of, tensors
+from shardwise.predict.counting import kernel_of, tensors, workspace
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.profile import Exchanged, Layer, Pass
 
@@ -103,6 +103,9 @@ class NotedExchange(Exchange):
 class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes kernels, exchanges and memory of what runs on tensors without data.
 
+    Args:
+        cpu: whether it is noted for a CPU, where some kernels need memory while they run.
+
     Attributes:
         kernels: since `take` was called last.
         exchanges: likewise.
@@ -112,8 +115,9 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         when: `forward` or `backward`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, cpu: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.cpu = cpu
         self.kernels: list[Kernel] = []
         self.exchanges: list[Exchanged] = []
         self.normalised: list[int] = []
@@ -128,6 +132,8 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.kernels.append(kernel)
         for tensor in tensors(result):
             self._note(tensor)
+        if kernel is not None and self.cpu:
+            self.peak = max(self.peak, self.live + workspace(kernel))
         return result
 
     def exchange(self, operation: str, *parts: Tensor) -> None:

@@ -55,6 +55,13 @@ _FREE = {
     aten._reshape_alias,
     aten.record_stream,
 }
+NATIVE = "native "
+"""What the name of a convolution begins with that torch computes with code of its own on a CPU, not with oneDNN."""
+
+SMALL = 20480
+"""Elements of the first four dimensions up to which it does so with a single sample (ATen/native/Convolution.cpp:
+`ConvParams::use_mkldnn`)."""
+
 _ROWS_READ = {aten.embedding, aten.index_select, aten.gather, aten.index, aten.select_backward, aten.slice_backward}
 """Operations that read no more of their first operand than they write."""
 
@@ -89,6 +96,8 @@ def kernel_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], res
     name = f"{operation.namespace}.{packet.__name__}"
     if kind == "attention" and not _causal(operation, args, kwargs):
         name = f"dense {name}"
+    if kind == "convolution" and _native(*(args[1:3] if backward else args[:2]), groups=args[9 if backward else 8]):
+        name = NATIVE + name
     if kind == "memory" and torch.Tag.pointwise in operation.tags and packet is not aten.clone:
         name = f"rows {name}" if _row([*inputs, *outputs]) < SHORT_ROW else name
     return Kernel(name, kind, dtype, flops, _bytes(packet, inputs, outputs), shape, backward, when=when)
@@ -280,3 +289,18 @@ def _convolved(x: Tensor, weight: Tensor, output: Tensor, args: tuple[Any, ...])
     channels_in, groups, transposed = x.shape[1], args[8], args[6]
     positions = prod((x if transposed else output).shape[2:])
     return x.shape[0], channels_in // groups, output.shape[1], positions, prod(weight.shape[2:])
+
+
+def _native(x: Tensor, weight: Tensor, *, groups: int) -> bool:
+    """Whether torch takes its own code on a CPU; see `SMALL`."""
+    window = weight.shape[2:]
+    wide = len(window) > 1 and min(window[-2:]) > 3
+    return x.dtype == torch.float32 and x.shape[0] == 1 and groups == 1 and prod(x.shape[:4]) <= SMALL and not wide
+
+
+def workspace(kernel: Kernel) -> int:
+    """Bytes that a kernel on a CPU needs while it runs: a convolution by torch's own code lays out every window."""
+    if not kernel.operation.startswith(NATIVE):
+        return 0
+    batch, inputs, _, positions, window = kernel.shape
+    return batch * inputs * positions * window * 4 if window > 1 else 0

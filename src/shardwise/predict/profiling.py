@@ -150,7 +150,7 @@ class _Profiler:
         self.model, self.workload, self.device = model, model.workload, device
         self.tp, self.sp, self.precision = tp, sp, precision
         self.samples, self.split = microbatch, split
-        self.recorder = LinkRecorder()
+        self.recorder = LinkRecorder(cpu=self.device == "cpu")
         self.exchange = NotedExchange(tp, self.recorder)
         position = Position(seed=self.workload.seed, samples=microbatch, counted=microbatch)
         self.keyed = KeyedOperations(position, self.exchange, None)

@@ -244,7 +244,7 @@ class _Plane(Generic[P]):
         return self._known[key]
 
     def _along_samples(self, strategy: Strategy, tp: int, samples: int) -> P:
-        if samples in (SMALL, LARGE):
+        if samples in (SMALL, LARGE) or (samples == 1 and _convolves(self._corner(strategy, tp, SMALL))):
             return self._corner(strategy, tp, samples)
         first, second = self._corner(strategy, tp, SMALL), self._corner(strategy, tp, LARGE)
         found = between(first, second, (samples - SMALL) / (LARGE - SMALL))
@@ -256,6 +256,12 @@ class _Plane(Generic[P]):
     @staticmethod
     def _key(strategy: Strategy, tp: int, samples: int) -> tuple[Any, ...]:
         return tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy)
+
+
+def _convolves(profile: Profile | Condensed) -> bool:
+    """Whether there are convolutions: of a single sample torch computes them with other code."""
+    found = profile.links if isinstance(profile, Profile) else profile.layers
+    return any(kernel.kind == "convolution" for each in found for kernel in each.layer.forward.kernels)
 
 
 def _for_microbatch(profile: Profile, tp: int, samples: int) -> Profile:

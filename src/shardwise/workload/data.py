@@ -125,6 +125,7 @@ class Loader:
         """Shares of epoch `epoch` from batch `start` on, for our replica; the next one loads while one is used."""
         source = self._mapped(epoch, start) if is_map_style(self.dataset) else self._streamed(start)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardwise-loader") as pool:
+            _compute_alone(pool)
             pending = pool.submit(next, source, None)
             while (share := pending.result()) is not None:
                 pending = pool.submit(next, source, None)
@@ -155,6 +156,24 @@ class Loader:
         cells = [row[self.replica] for row in rows]
         loaded = [collate(fetch([batch[i] for i in cell] or batch[:1])) for cell in cells]
         return Share(tuple(Microbatch(d, len(c), c.start) for d, c in zip(loaded, cells, strict=True)), len(batch))
+
+
+def _compute_alone(pool: ThreadPoolExecutor) -> None:
+    """Keeps the thread of a pool from computing with threads of its own, beside those of the model.
+
+    OpenMP knows how many threads a process has in all teams; where these are more than there are cores, it puts threads
+    to sleep as soon as they wait, and every kernel of the model has to wake them: a step takes a fifth longer then.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return
+
+    def alone() -> None:
+        torch.get_num_threads()  # a thread takes the number for all when it first asks; from then on it has its own
+        torch.set_num_threads(1)
+
+    pool.submit(alone).result()
+    torch.set_num_threads(threads)  # what MKL has for all threads, and threads that start later
 
 
 def is_map_style(dataset: Any) -> bool:

@@ -1,0 +1,48 @@
+"""How data comes to the program: beside the model, not in its way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from shardwise.workload.data import Loader
+
+SAMPLES = 6
+
+
+class Watched(Dataset[Tensor]):
+    """Notes how many threads torch would compute with where a sample is made."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.threads.append(torch.get_num_threads())
+        return torch.full((2,), float(index))
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_samples_are_made_without_threads_of_their_own(threads: int) -> None:
+    dataset = Watched()
+    loader = Loader(dataset=dataset, batch_size=2, seed=0, shuffle=False)
+    for epoch in range(2):
+        for share in loader.shares(epoch):
+            assert share.samples == 2
+            assert torch.get_num_threads() == threads  # the model keeps its own
+            torch.randn(64, 64) @ torch.randn(64, 64)
+            assert torch.get_num_threads() == threads
+    assert dataset.threads == [1] * 2 * SAMPLES
