@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwise import errors
 from shardwise.errors import ShardwiseError, StrategyError, WorkerFailed
+from shardwise.launch.allocator import keep_memory
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -109,6 +110,7 @@ def join(workers: int | None = None) -> None:
         raise StrategyError(f"{workers} workers are asked for, the launcher started {started}: use {started}")
     if dist.is_initialized():
         return
+    keep_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads_per_worker(int(os.environ.get("LOCAL_WORLD_SIZE", started))))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
