@@ -20,6 +20,11 @@ from shardwise.cluster.cluster import KernelCurve, Sample
 NEAREST = 8
 """Points that a value between shapes is made of."""
 
+STRETCH, WINDOWS = 0.2, 2.0
+"""How far a doubling of the places, and of the window, of a convolution is, compared with one of its channels: code is
+chosen by channels and window. Best of a few by leaving each measured point out in turn (median error 26%, with 1: 29%).
+"""
+
 SOFTEN = 0.01
 """Added to distances, which are in doublings of a size, so that none is zero."""
 
@@ -94,7 +99,8 @@ def _place(kind: str, shape: tuple[int, ...]) -> tuple[float, ...]:
         return _logarithms(batch * heads, queries, keys, size)
     if kind == "convolution":
         batch, inputs, outputs, positions, window = shape
-        return _logarithms(batch * positions, inputs, outputs, window)
+        places, *channels, side = _logarithms(batch * positions, inputs, outputs, window)
+        return STRETCH * places, *channels, WINDOWS * side
     return _logarithms(*shape)
 
 

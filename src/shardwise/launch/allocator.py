@@ -32,5 +32,7 @@ def keep_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((M_MMAP_THRESHOLD, LARGEST), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, PAD))  # -1: never
-    taken = [mallopt(ctypes.c_int(name), ctypes.c_int(value)) for name, value in settings]  # each, whatever the others do
+    taken = [
+        mallopt(ctypes.c_int(name), ctypes.c_int(value)) for name, value in settings
+    ]  # each, whatever the others do
     return all(taken)
