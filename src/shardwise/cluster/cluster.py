@@ -35,7 +35,7 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 PROGRAMS = ("module", "sharded", "graph")
 """Kinds of program: of the module as it is (single, dp), with sharded parameters (fsdp), of a traced step (tp, pp)."""
 
-OVERHEADS = ("sharded", "stage", "exchange")
+OVERHEADS = ("step", "sharded", "stage", "exchange")
 """What hosts need time for beside kernels and messages, see `Device.overheads`."""
 
 
@@ -122,9 +122,9 @@ class Device:
         process: kind of program (see PROGRAMS) -> bytes of a worker's process beside its tensors, measured, where
             memory is that of the process.
         heap: bytes of the process for each byte of tensors: what the allocator leaves unused, measured.
-        overheads: seconds of the host beside kernels and messages, measured (see OVERHEADS): for each group of
-            parameters that `fully_shard` looks after in a pass, for each pass through a stage of a graph, for each
-            exchange of tensor parallelism.
+        overheads: seconds of the host beside kernels and messages, measured (see OVERHEADS): for each step, for each
+            group of parameters that `fully_shard` looks after in a pass, for each pass through a stage of a graph, for
+            each exchange of tensor parallelism.
         origins: attribute -> where it comes from.
         source: where the figures were read.
     """

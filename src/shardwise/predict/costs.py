@@ -126,12 +126,14 @@ class Finish:
         update: the optimizer, norms and clipping.
         exchange: what replicas send each other of what they updated.
         report: losses, which all workers add up.
+        host: what the host needs for every step, beside all of this.
     """
 
     reduce: float
     update: float
     exchange: float
     report: float
+    host: float
 
 
 class Costs:
@@ -395,7 +397,7 @@ class Costs:
         report = self.collective("all_reduce", REPORT_BYTES, group_of(strategy, "world"))
         if self.profile.weighted:
             report += self.collective("all_reduce", 8, replicas)
-        return Finish(reduce, self.update(worker), exchange, report)
+        return Finish(reduce, self.update(worker), exchange, report, self.times.overhead("step").launching)
 
     def sums_over_workers(self, worker: Worker) -> list[tuple[tuple[int, ...], int, float]]:
         """(pipeline workers, bytes, seconds) of gradients that are added up after the last pass; none: over tp."""
@@ -439,14 +441,15 @@ class Costs:
         works = [work_of(self.at(worker), worker) for worker in self.parts.workers]
         ends = self._ends(works)
         finishes = [self.at(worker).finish(worker) for worker in self.parts.workers]
-        last = max(end + f.reduce + f.update + f.exchange for end, f in zip(ends, finishes, strict=True))
+        last = max(end + f.reduce + f.update + f.exchange + f.host for end, f in zip(ends, finishes, strict=True))
         report = max(finish.report for finish in finishes)
         hidden = min(report, max(finish.update for finish in finishes)) if not self.waits_for_norm else 0.0
         step = last + report - hidden
         index = max(range(len(works)), key=lambda number: works[number].seconds)
         work, finish = works[index], finishes[index]
         exposed = work.exposed + work.spent.exchanges + finish.reduce + finish.exchange + report - hidden
-        busy = work.spent.kernels + work.slowed + work.host
+        host = work.host + finish.host
+        busy = work.spent.kernels + work.slowed + host
         bubble = max(0.0, step - busy - exposed - finish.update)
         communication = work.communication + work.spent.exchanges + work.messages
         communication += finish.reduce + finish.exchange + finish.report
@@ -460,7 +463,7 @@ class Costs:
             exposed_communication_seconds=exposed,
             bubble_seconds=bubble,
             optimizer_seconds=finish.update,
-            host_seconds=work.host,
+            host_seconds=host,
             memory=memory,
             memory_available=available,
             model_flops=flops,

@@ -43,8 +43,10 @@ class Happened:
         computed, own = self._computed[worker], self._communicated.get(worker, [])
         messages = self._received.get(worker, ())
         passes = [operation for operation in computed if operation.kind in PASSES]
-        optimizer = sum(operation.end - operation.start for operation in computed if operation.kind == "optimizer")
+        updates = [operation for operation in computed if operation.kind == "optimizer"]
+        optimizer = sum(operation.end - operation.start - operation.hosted for operation in updates)
         host = sum(operation.end - operation.start - operation.computing for operation in passes)
+        host += sum(operation.hosted for operation in updates)
         host += sum(operation.end - operation.ready for operation in self._exchanges(own))
         exposed, waiting, idle = self._waits(computed, own)
         bubble = waiting + max(0.0, step - computed[-1].end)

@@ -437,7 +437,10 @@ class _Step:
             report = self._issue(host, "world", "report", "report", finish.report, after, "report", bytes=REPORT_BYTES)
             if costs.waits_for_norm:
                 self._needed(host, report)
-        update = Operation(host.number, COMPUTE, "update", "optimizer", finish.update * host.factor)
+        hosted = finish.host * host.factor
+        update = Operation(
+            host.number, COMPUTE, "update", "optimizer", finish.update * host.factor + hosted, hosted=hosted
+        )
         self._on_compute(host, update)
         if finish.exchange:
             told = self._issue(

@@ -4,8 +4,8 @@ On a CPU a worker's memory is that of its process: Python, torch, what a kind of
 a step, say), and what the allocator leaves unused between tensors. A GPU counts its tensors alone.
 
 The steps of the same trainings tell what hosts need beside kernels and messages: what takes longer than it is predicted
-to take is put down to what `fully_shard` does for each group, a graph for each pass, tensor parallelism for each
-exchange (`cluster.Device.overheads`).
+to take is put down to every step, and what is left of it to what `fully_shard` does for each group, a graph for each
+pass, tensor parallelism for each exchange (`cluster.Device.overheads`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Footprint:
         strategy: how it was trained.
         grown: by how many bytes the process grew for it.
         small: a workload with next to nothing to compute.
-        trials: how long its steps took, by overhead; `module`: without any.
+        trials: how long its steps took, by overhead.
     """
 
     process: Mapping[str, int]
@@ -83,11 +83,8 @@ class Footprint:
         return max(1.0, 1.0 + (self.grown - memory.tensors) / passing)
 
     def overheads(self, cluster: Cluster) -> dict[str, float]:
-        """Seconds by overhead, so that predictions on `cluster`, which knows none yet, become what was measured.
-
-        What a step takes longer without any of them (`module`) is not theirs.
-        """
-        if "module" not in self.trials or len(self.trials) == 1:
+        """Seconds by overhead, so that predictions on `cluster`, which knows none yet, become what was measured."""
+        if not self.trials:
             return {}
         from shardwise.predict.simulate import profiles_on, simulate
 
@@ -96,15 +93,13 @@ class Footprint:
         def predicted(strategy: Strategy, overheads: Mapping[str, float]) -> float:
             return simulate(profiles, strategy, _with_overheads(cluster, overheads)).step_seconds
 
-        plain = self.trials["module"]
-        base = max(0.0, plain.seconds - predicted(plain.strategy, {}))
         found: dict[str, float] = {}
         for name in OVERHEADS:
             if name in self.trials:
                 trial = self.trials[name]
                 without = predicted(trial.strategy, found)
                 slope = (predicted(trial.strategy, {**found, name: _TRIED}) - without) / _TRIED
-                found[name] = max(0.0, trial.seconds - base - without) / slope if slope > 0 else 0.0
+                found[name] = max(0.0, trial.seconds - without) / slope if slope > 0 else 0.0
         return found
 
 
@@ -135,7 +130,7 @@ def footprint() -> Footprint:
         trials[name] = Trial(split, max(row[0] for row in team.gathered([seconds])))
         return size
 
-    found = {"module": tried("module", Strategy(dp=workers))}
+    found = {"module": tried("step", Strategy(dp=workers))}
     plain = _settled()
     if workers > 1:
         found["sharded"] = tried("sharded", Strategy(fsdp=workers))
