@@ -247,3 +247,33 @@ def test_two_kinds_of_nodes(profiles: dict[tuple[str, str], Profiles]) -> None:
         seconds[slow.name].prediction.step_seconds, rel=0.01
     )
     assert seconds[fast.name].prediction.step_seconds < seconds["mixed"].prediction.step_seconds
+
+
+def test_what_hosts_need_beside_kernels_adds_up(profiles: dict[tuple[str, str], Profiles]) -> None:
+    """On a CPU: once a step, for each pass through a stage, each exchange, each group of sharded parameters."""
+    plain = find_cluster("epyc-7763x2")
+
+    def with_overheads(overheads: dict[str, float]) -> Cluster:
+        nodes = tuple(replace(each, device=replace(each.device, overheads=overheads)) for each in plain.nodes)
+        return replace(plain, nodes=nodes)
+
+    counted = {
+        ("dp=2", "step"): 1,
+        ("pp=2", "step"): 1,
+        ("pp=2", "stage"): 32,  # forwards and backwards, of sixteen microbatches
+        ("fsdp=2", "sharded"): 80,  # four blocks and the root, in both passes, of eight microbatches
+        ("dp=2", "exchange"): 0,
+    }
+    for (text, name), times in counted.items():
+        strategy = settled(text, 32)
+        profile = profiles["image", "cpu"].of(strategy)
+        for predicted in (predict, lambda *given: timeline(*given).prediction):
+            without = predicted(profile, strategy, plain)
+            found = predicted(profile, strategy, with_overheads({name: 0.01}))
+            assert found.host_seconds - without.host_seconds == pytest.approx(0.01 * times, rel=0.01, abs=1e-6), (
+                text,
+                name,
+                predicted,
+            )
+            if text != "pp=2":  # where others wait meanwhile
+                assert found.step_seconds - without.step_seconds == pytest.approx(0.01 * times, rel=0.01, abs=1e-6)
