@@ -197,6 +197,9 @@ def test_wishes_are_met(
         ({"fix": ["zero=4"]}, "zero=4"),
         ({"fix": ["tp=1", "sp=1"]}, "sp=1 needs tp=2 or more"),
         ({"max_memory": "many"}, "--max-memory many: not a size"),
+        ({"fix": ["speeds=3:1"]}, "--fix speeds=3:1: plan finds speeds itself where devices differ"),
+        ({"fix": ["recompute=3/2"]}, "recompute=3/2: known are none, full and parts of the blocks"),
+        ({"fix": ["outermost=up"]}, "outermost=up: known are dp, pp"),
     ],
 )
 def test_wrong_wishes_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -205,7 +205,7 @@ class _Search:
         if self.wish.objective == "memory":
             return family.bound
         strategy, whole = family.strategy, _whole(family.strategy)
-        smallest = strategy.with_(**spellings(strategy, self.wish)[0])
+        smallest = strategy.with_(**spellings(strategy, self.wish, placed=self.placed)[0])
         condensed = self.scaled.condensed(whole)
         try:
             size = least_memory(condensed, smallest)

@@ -18,6 +18,9 @@ AXES = ("dp", "fsdp", "tp", "pp", "sp")
 OPTIONS = tuple(each.name for each in fields(Strategy))
 """What `--fix` may set: the options of a strategy, as it spells them."""
 
+FOUND = ("shares", "speeds")
+"""What follows from the devices, and is not searched."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
@@ -131,6 +134,11 @@ def _fixed(text: str) -> tuple[str, str]:
     _option(f"--fix {text}", name)
     if not value:
         raise RequestError(f"--fix {text}: has no value, write --fix {name}=...")
+    if name in FOUND:
+        raise RequestError(
+            f"--fix {text}: plan finds {name} itself where devices differ; for those of your own use "
+            f"shardwise simulate --strategy ...,{name}={value}"
+        )
     return name, Strategy.parse(f"recompute={value}").recompute if name == "recompute" else value
 
 
