@@ -175,7 +175,14 @@ def test_what_does_not_fit_is_not_chosen(
 
 
 @pytest.mark.parametrize(
-    ("fix", "forbid"), [(["tp=2"], []), ([], ["dp", "fsdp"]), (["schedule=interleaved"], []), (["zero=1"], ["tp"])]
+    ("fix", "forbid"),
+    [
+        (["tp=2"], []),
+        ([], ["dp", "fsdp"]),
+        (["schedule=interleaved"], []),
+        (["zero=1"], ["tp"]),
+        (["outermost=pp"], []),
+    ],
 )
 def test_wishes_are_met(
     workload: Workload, profiles: ScaledProfiles, cluster: Cluster, fix: list[str], forbid: list[str]
