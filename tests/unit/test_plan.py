@@ -57,9 +57,9 @@ def with_memory(cluster: Cluster, size: int) -> Cluster:
     return replace(cluster, nodes=nodes)
 
 
-def everything(workload: Workload, workers: int, wish: Wish, links: int, *, placed: bool = False) -> list[Strategy]:
+def everything(workload: Workload, workers: int, wish: Wish, links: int, spans: tuple[int, ...] = ()) -> list[Strategy]:
     found = families(workers, workload.batch_size, wish, divisors(workers), links)
-    return [member for family in found for member in members(family, wish, placed=placed)]
+    return [member for family in found for member in members(family, wish, spans)]
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +366,7 @@ def test_stages_lie_on_different_hosts_where_links_between_these_are_slow() -> N
     between = replace(plain.levels[0], name="ethernet", span=4, bandwidth=1.25e9, latency=50e-6)
     nodes = (replace(plain.nodes[0], devices=2, count=2),)
     cluster = replace(plain, nodes=nodes, levels=(inside, between))
-    tried = everything(workload, 4, Wish(), len(profiles.of(Strategy()).links), placed=True)
+    tried = everything(workload, 4, Wish(), len(profiles.of(Strategy()).links), (2,))
     least = min(predict(profiles.of(s), s, cluster).step_seconds for s in tried)
     best = search(workload, cluster, 4, Wish(), profiles).plan.best
     assert best is not None

@@ -114,8 +114,8 @@ class _Search:
     traced: Profiles = field(init=False)
     too_large: list[tuple[float, Strategy]] = field(default_factory=list)
     room: int = 0
-    placed: bool = False
-    """Whether it matters where workers are: some links are slower than others."""
+    spans: tuple[int, ...] = ()
+    """Of the cluster's levels that do not hold all workers."""
 
     def plan(self) -> Plan:
         """See `search`."""
@@ -124,7 +124,7 @@ class _Search:
         self.room = min(nodes.device.memory_bytes for nodes in self.cluster.nodes)
         if self.wish.max_memory is not None:
             self.room = min(self.room, self.wish.max_memory)
-        self.placed = bool(self.cluster.levels) and self.workers > self.cluster.levels[0].span
+        self.spans = tuple(level.span for level in self.cluster.levels if level.span < self.workers)
         self._look()
         best = self._simplest_first(self._with_shares(self._judged()))
         return Plan(
@@ -164,11 +164,11 @@ class _Search:
                 else:
                     self.rejected.append(Rejected(Strategy(tp=tp), refusal, "model"))
         found: list[_Family] = []
-        known: dict[tuple[int, bool], list[dict[str, Any]]] = {}
+        known: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
         for family in families(self.workers, self.workload.batch_size, self.wish, tensor, links):
-            key = family.dp, family.pp > 1
+            key = family.dp, family.pp, family.tp
             if key not in known:
-                known[key] = spellings(family, self.wish, placed=self.placed)
+                known[key] = spellings(family, self.wish, self.spans)
             spelled = known[key]
             if not spelled:
                 continue
@@ -205,7 +205,7 @@ class _Search:
         if self.wish.objective == "memory":
             return family.bound
         strategy, whole = family.strategy, _whole(family.strategy)
-        smallest = strategy.with_(**spellings(strategy, self.wish, placed=self.placed)[0])
+        smallest = strategy.with_(**spellings(strategy, self.wish, self.spans)[0])
         condensed = self.scaled.condensed(whole)
         try:
             size = least_memory(condensed, smallest)
@@ -223,7 +223,7 @@ class _Search:
 
     def _members(self, family: Strategy) -> list[tuple[float, Strategy]]:
         """(least value of the objective, strategy) of those of a family that may fit."""
-        every, profile = list(members(family, self.wish, placed=self.placed)), self.scaled.condensed(_whole(family))
+        every, profile = list(members(family, self.wish, self.spans)), self.scaled.condensed(_whole(family))
         sizes = [least_memory(profile, strategy) for strategy in every]
         fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.room]
         if self.wish.objective == "memory":

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from shardwise.plan.wish import Wish
+from shardwise.predict.parts import group_of, message_group
 from shardwise.strategy import OUTERMOST, PRECISIONS, RECOMPUTE, Strategy
 
 MOST_STAGES = 8
@@ -85,16 +86,23 @@ def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterat
             yield "interleaved", 0 if plain and stages == 2 else stages
 
 
-def members(family: Strategy, wish: Wish, *, placed: bool = False) -> Iterator[Strategy]:
-    """All strategies of a family that may be; `placed`: with everything that may be outermost."""
-    for spelling in spellings(family, wish, placed=placed):
+def members(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> Iterator[Strategy]:
+    """All strategies of a family that may be; `spans` as for `spellings`."""
+    for spelling in spellings(family, wish, spans):
         yield family.with_(**spelling)
 
 
-def spellings(family: Strategy, wish: Wish, *, placed: bool = False) -> list[dict[str, Any]]:
-    """What members of a family differ in: dp, fsdp, zero, outermost. What may be, most sharded first."""
+def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """What members of a family differ in: dp, fsdp, zero, outermost. What may be, most sharded first.
+
+    Args:
+        family: with all replicas as `dp`.
+        wish: what may be.
+        spans: neighbouring devices that each level of the cluster holds together: where stages are outermost is looked
+            at if that puts other workers together.
+    """
     replicas = family.dp
-    outermost = OUTERMOST if replicas > 1 and family.pp > 1 and placed else OUTERMOST[:1]
+    outermost = OUTERMOST if replicas > 1 and family.pp > 1 and spans else OUTERMOST[:1]
     if "outermost" in wish.fixed and family.pp > 1 and replicas > 1:
         outermost = (wish.fixed["outermost"],)
     found: list[dict[str, Any]] = []
@@ -103,10 +111,22 @@ def spellings(family: Strategy, wish: Wish, *, placed: bool = False) -> list[dic
             if zero == 1 and fsdp != replicas:
                 continue  # the optimizer's state is dealt to all replicas, however they are spelled
             for word in outermost:
+                if word == "pp" and "outermost" not in wish.fixed and _lies_alike(family, fsdp, spans):
+                    continue
                 spelling = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero, "outermost": word}
                 if all(wish.allows(option, value) for option, value in spelling.items()):
                     found.append(spelling)
     return found
+
+
+def _lies_alike(family: Strategy, fsdp: int, spans: Sequence[int]) -> bool:
+    """Whether each level holds as many workers of every axis together, whatever is outermost."""
+    plain = family.with_(dp=family.dp // fsdp, fsdp=fsdp)
+    other = plain.with_(outermost="pp")
+    pairs = [(group_of(plain, axis), group_of(other, axis)) for axis in ("dp", "fsdp", "replicas")] + [
+        (message_group(plain, 0, 1), message_group(other, 0, 1))
+    ]
+    return all(ours.within(span) == theirs.within(span) for ours, theirs in pairs for span in spans)
 
 
 @lru_cache(maxsize=1024)
