@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from math import ceil, gcd, prod
+from math import ceil, gcd
 from typing import Any
 
 from shardwise.errors import StrategyError, nearest
@@ -157,13 +157,17 @@ class Strategy:
 
     def stride(self, axis: str) -> int:
         """From a rank to the next one along an axis."""
-        inner = self.axes[self.axes.index(axis) + 1 :]
-        return prod(getattr(self, each) for each in inner)
+        if axis == "tp":
+            return 1
+        stages_first = self.outermost == "pp"
+        if axis == "pp":
+            return self.tp * self.replicas if stages_first else self.tp
+        inner = self.tp if stages_first else self.tp * self.pp
+        return inner if axis == "fsdp" else inner * self.fsdp
 
     def rank(self, *, dp: int = 0, fsdp: int = 0, pp: int = 0, tp: int = 0) -> int:
         """The number of the worker with these coordinates."""
-        places = {"dp": dp, "fsdp": fsdp, "pp": pp, "tp": tp}
-        return sum(place * self.stride(axis) for axis, place in places.items())
+        return dp * self.stride("dp") + fsdp * self.stride("fsdp") + pp * self.stride("pp") + tp
 
     @property
     def parts(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +38,9 @@ SHORT = 4
 
 _ALONE = 4
 """Samples that are looked at alone when blocks are looked for, as `parallel.data` does it."""
+
+LARGE_BUFFER = 2**16
+"""Bytes of a buffer from which on its memory is not touched."""
 
 _FILLS = {
     torch.ops.aten.normal_.default,
@@ -203,8 +207,15 @@ def _on_meta(workload: Workload) -> nn.Module | None:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:  # their values make no difference, but they must have some
-                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
+                module._buffers[name] = _zeros(buffer)
     return model if all(parameter.is_meta for parameter in model.parameters()) else None
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """On the CPU, in pages that take no memory, and no time, before somebody looks at them."""
+    if like.nbytes < LARGE_BUFFER:
+        return torch.zeros(like.shape, dtype=like.dtype, device="cpu")
+    return torch.from_numpy(np.zeros(like.nbytes, dtype=np.uint8)).view(like.dtype).view(like.shape)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -152,7 +152,7 @@ def group_of(strategy: Strategy, axis: str, place: int = 0) -> Group:
 
     `replicas` are dp and fsdp together, `world` all.
     """
-    first = strategy.rank(pp=place)
+    first = place * strategy.stride("pp")
     if axis == "world":
         return Group(strategy.workers)
     if axis == "tp":
