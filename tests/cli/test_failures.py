@@ -46,7 +46,7 @@ def test_a_signal_to_the_command(number: signal.Signals, status: int, folder: Pa
         preexec_fn=hear_interrupts,
     )
     assert process.stderr is not None
-    while process.stderr.readline() != "waiting\n":
+    while "waiting" not in process.stderr.readline():  # of two workers, which may write into each other's line
         assert process.poll() is None
     process.send_signal(number)
     output, errors = process.communicate(timeout=SECONDS)

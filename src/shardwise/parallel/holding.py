@@ -170,7 +170,8 @@ class Holding:
         for workers in (each for each in sets if len(each) > 1):
             assert self._mesh.grid is not None
             ranks = self._mesh.grid.mesh
-            columns = ranks.movedim(2, -1).reshape(-1, ranks.shape[2])  # (dp, fsdp, pp, tp) -> one row per pipeline
+            stages = self._strategy.axes.index("pp")
+            columns = ranks.movedim(stages, -1).reshape(-1, ranks.shape[stages])  # one row per pipeline
             for column in columns.tolist():
                 members = [column[worker] for worker in workers]
                 group = dist.new_group(members)
