@@ -177,9 +177,10 @@ class Strategy:
         numbers = [int(number) for number in self.shares.split(":")]
         return tuple(number // gcd(*numbers) for number in numbers)
 
-    def speed_of(self, stage: int) -> int:
-        """How fast the worker of a stage is, compared with the others of its pipeline."""
-        return int(self.speeds.split(":")[stage % self.pp]) if self.speeds else 1
+    @property
+    def stage_speeds(self) -> tuple[int, ...]:
+        """How fast the worker of each stage is, compared with the others of its pipeline; empty: all are alike."""
+        return tuple(map(int, self.speeds.split(":"))) * self.stages_per_worker if self.speeds else ()
 
     def samples_of(self, replica: int, batch_size: int) -> int:
         """Samples of a replica's microbatch (their number settled)."""

@@ -130,6 +130,7 @@ AXES = (
     "fsdp=2,zero=1",
     "tp=2,sp=1",
     "pp=2,schedule=gpipe,recompute=full",
+    "pp=2,schedule=interleaved",
     "pp=2,schedule=interleaved,recompute=1/2",
     "pp=2,schedule=zero-bubble",
     "dp=2,precision=bf16",

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from shardwise.cluster.curves import NATIVE
 from shardwise.predict.analysis import LinkRecorder
-from shardwise.predict.counting import NATIVE, workspace
+from shardwise.predict.counting import workspace
 
 
 def convolved(dimensions: int, batch: int, channels: int, side: int, window: int, groups: int = 1) -> tuple[Any, ...]:

@@ -420,21 +420,3 @@ def test_equal_devices_get_equal_shares() -> None:
     workload = load_workload(LARGE)
     plan = search(workload, two_kinds(1.0), 2, Wish.parse(forbid=["tp", "pp"])).plan
     assert all(not candidate.strategy.shares for candidate in plan.candidates)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("dp=2,shares=3", "shares=3: one whole number of 1 or more for each of the 2 replicas"),
-        ("dp=2,shares=3:0", "shares=3:0: one whole number"),
-        ("dp=2,shares=a:b", "shares=a:b: one whole number"),
-    ],
-)
-def test_wrong_shares_are_refused(text: str, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        Strategy.parse(text)
-
-
-def test_shares_must_divide_the_batch() -> None:
-    with pytest.raises(RequestError, match="batch_size=8 does not divide by the 3 parts of dp=2,shares=2:1: use "):
-        Strategy.parse("dp=2,shares=2:1").for_batch(8)

@@ -70,6 +70,9 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
         ("dp=2,pp=2,outermost=tp", "outermost=tp: known are dp, pp"),
         ("dp=2,shares=1", "one whole number of 1 or more for each of the 2 replicas"),
         ("dp=2,shares=1:0", "shares=1:0: one whole number of 1 or more"),
+        ("dp=2,shares=3", "shares=3: one whole number of 1 or more for each of the 2 replicas"),
+        ("dp=2,shares=3:0", "shares=3:0: one whole number"),
+        ("dp=2,shares=a:b", "shares=a:b: one whole number"),
     ],
 )
 def test_what_is_wrong_is_refused(text: str, message: str) -> None:
@@ -105,6 +108,7 @@ def test_microbatches_are_settled(text: str, batch: int, microbatches: int) -> N
         ("dp=3", 8, "batch_size=8 does not divide by the 3 replicas of dp=3: use batch_size=6 or 9"),
         ("dp=2,microbatches=3", 8, "does not divide into 3 microbatches on 2 replicas: .* or microbatches=1 or 2 or 4"),
         ("dp=2,shares=3:1", 6, "does not divide by the 4 parts"),
+        ("dp=2,shares=2:1", 8, "batch_size=8 does not divide by the 3 parts of dp=2,shares=2:1: use "),
         ("pp=2,schedule=interleaved,microbatches=3", 6, "needs microbatches that divide by pp=2, not 3"),
     ],
 )

@@ -109,7 +109,7 @@ def _logarithms(*sizes: int) -> tuple[float, ...]:
 
 
 NATIVE = "native"
-"""Of convolutions that torch computes with code of its own, see `predict.counting`."""
+"""What the name of a convolution begins with that torch computes with code of its own, see `predict.counting`."""
 
 
 def curve_name(kind: str, operation: str) -> str:
@@ -118,7 +118,7 @@ def curve_name(kind: str, operation: str) -> str:
         return operation.removesuffix("_")
     if kind == "attention":
         return "dense" if operation.startswith("dense") else "causal"
-    return NATIVE if operation.startswith(f"{NATIVE} ") else ""
+    return NATIVE if operation.startswith(NATIVE) else ""
 
 
 Key = tuple[str, str, str, bool]

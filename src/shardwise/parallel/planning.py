@@ -94,7 +94,7 @@ def divide(
     costs = _links(step, found, _measured(step, tensors, data, parameters, mesh), parameters)
     device = "cpu" if mesh.device.type == "cpu" else "gpu"
     messages = [place.bytes for place in found]
-    parts = divided(costs, messages, stages, device, speeds=speeds_of(strategy), in_blocks=in_blocks)
+    parts = divided(costs, messages, stages, device, speeds=strategy.stage_speeds, in_blocks=in_blocks)
     return _division(tuple(map(tuple, parts)), found)
 
 
@@ -140,12 +140,6 @@ def divided(
         [first, *(_block_starts(costs, messages, first, end) if in_blocks else [])]
         for first, end in pairwise([0, *starts, len(costs)])
     ]
-
-
-def speeds_of(strategy: Strategy) -> tuple[int, ...]:
-    """Of the worker of each stage; none where all are as fast."""
-    stages = strategy.pp * strategy.stages_per_worker
-    return tuple(map(strategy.speed_of, range(stages))) if strategy.speeds else ()
 
 
 def cuts_blocks(strategy: Strategy) -> bool:

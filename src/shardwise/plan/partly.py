@@ -5,13 +5,11 @@ What is computed again takes time and needs less memory, the more the more, so t
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from shardwise.cluster.cluster import Cluster
 from shardwise.plan.bounds_memory import least_memory
 from shardwise.predict.condensed import Condensed
 from shardwise.predict.costs import costs_of
-from shardwise.predict.parts import cuts_of, module_blocks
+from shardwise.predict.parts import cuts_of, stage_blocks
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import timed
 from shardwise.strategy import Strategy
@@ -77,13 +75,12 @@ def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...]) ->
     if not profile.cut:
         return []
     saved = profile.saved
-    if strategy.tp == strategy.pp == 1:
-        stages = [[saved[end] - saved[first] for first, end in module_blocks(profile)]]
-    else:
-        cuts = cuts_of(profile, strategy.with_(recompute="full"), costs)
-        bounds = [start for starts in cuts for start in starts] + [len(profile.links)]
-        sizes = iter([saved[end] - saved[first] for first, end in pairwise(bounds)])
-        stages = [[next(sizes) for _ in starts] for starts in cuts]
+    cuts = cuts_of(profile, strategy.with_(recompute="full"), costs)
+    ends = [*(starts[0] for starts in cuts[1:]), len(profile.links)]
+    stages = [
+        [saved[last] - saved[first] for first, last in stage_blocks(profile, strategy, starts, end)]
+        for starts, end in zip(cuts, ends, strict=True)
+    ]
     most = max(map(len, stages))
     dropped = [0] * most
     for blocks in stages:

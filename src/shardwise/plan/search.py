@@ -253,6 +253,10 @@ class _Search:
             return None
         return max(staged, least_seconds(condensed, strategy, self.cluster)), partly
 
+    def _is_partly(self, strategy: Strategy) -> bool:
+        """Whether a part of the blocks is computed again so that it fits, not because it was asked for."""
+        return "/" in strategy.recompute and "recompute" not in self.wish.fixed
+
     def _cut(self) -> int:
         """Pieces that the step can be cut into; 1 where it cannot be traced, and the reason noted."""
         profile = self.scaled.one()
@@ -324,7 +328,7 @@ class _Search:
         """
         try:
             profile = self.scaled.of(strategy)
-            if "/" in strategy.recompute and "recompute" not in self.wish.fixed:
+            if self._is_partly(strategy):
                 enough_again = enough(profile, strategy, self.cluster, self.room)
                 if enough_again is None or self.wish.refusal(enough_again) is not None:
                     return None
@@ -412,7 +416,7 @@ class _Search:
         candidate = Candidate(strategy, predict(profile, strategy, self.cluster))
         if self._fits(candidate):
             return candidate
-        if "/" not in strategy.recompute or "recompute" in self.wish.fixed:
+        if not self._is_partly(strategy):
             return None
         more = enough(profile, strategy, self.cluster, self.room)
         return None if more is None else Candidate(more, predict(profile, more, self.cluster))

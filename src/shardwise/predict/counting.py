@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from shardwise.cluster.curves import NATIVE
 from shardwise.predict.kernel import Kernel
 
 aten = torch.ops.aten
@@ -55,12 +56,9 @@ _FREE = {
     aten._reshape_alias,
     aten.record_stream,
 }
-NATIVE = "native "
-"""What the name of a convolution begins with that torch computes with code of its own on a CPU, not with oneDNN."""
-
 SMALL = 20480
-"""Elements of the first four dimensions up to which it does so with a single sample (ATen/native/Convolution.cpp:
-`ConvParams::use_mkldnn`)."""
+"""Elements of the first four dimensions up to which torch computes a convolution of a single sample with code of its
+own on a CPU, not with oneDNN (ATen/native/Convolution.cpp: `ConvParams::use_mkldnn`)."""
 
 _ROWS_READ = {aten.embedding, aten.index_select, aten.gather, aten.index, aten.select_backward, aten.slice_backward}
 """Operations that read no more of their first operand than they write."""
@@ -97,7 +95,7 @@ def kernel_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], res
     if kind == "attention" and not _causal(operation, args, kwargs):
         name = f"dense {name}"
     if kind == "convolution" and _native(*(args[1:3] if backward else args[:2]), groups=args[9 if backward else 8]):
-        name = NATIVE + name
+        name = f"{NATIVE} {name}"
     if kind == "memory" and torch.Tag.pointwise in operation.tags and packet is not aten.clone:
         name = f"rows {name}" if _row([*inputs, *outputs]) < SHORT_ROW else name
     return Kernel(name, kind, dtype, flops, _bytes(packet, inputs, outputs), shape, backward, when=when)

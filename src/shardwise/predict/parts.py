@@ -18,7 +18,7 @@ from shardwise.collective import Group
 from shardwise.errors import StrategyError
 from shardwise.parallel.deal import BUCKET_BYTES as BROADCAST_BYTES
 from shardwise.parallel.deal import deal
-from shardwise.parallel.planning import check_stages, cuts_blocks, divided, speeds_of
+from shardwise.parallel.planning import check_stages, cuts_blocks, divided
 from shardwise.parallel.reduce import BUCKET_BYTES
 from shardwise.predict.profile import Parameter, Profile, Value
 from shardwise.strategy import Strategy
@@ -233,7 +233,7 @@ def _graph_cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) ->
     messages = [link.message for link in profile.links[1:]]
     if stages == 1 and not cuts_blocks(strategy):
         return [[0]]
-    speeds = speeds_of(strategy)
+    speeds = strategy.stage_speeds
     return divided(costs, messages, stages, profile.device, speeds=speeds, in_blocks=cuts_blocks(strategy))
 
 
@@ -256,21 +256,24 @@ def module_blocks(profile: Profile) -> list[tuple[int, int]]:
     return found
 
 
-def recomputed_links(
-    profile: Profile, strategy: Strategy, starts: Sequence[int], end: int
-) -> Sequence[tuple[int, int]]:
-    """Links (first, end) of the blocks of a stage that are computed again.
+def stage_blocks(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
+    """Links (first, end) of the blocks of a stage, in the order in which they are computed again.
 
     Args:
         profile: of the workload.
         strategy: its number of microbatches does not matter.
         starts: links at which the stage's blocks begin, see `cuts_of`.
         end: of the stage.
+    """
+    return module_blocks(profile) if strategy.tp == strategy.pp == 1 else list(pairwise([*starts, end]))
+
+
+def recomputed_links(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
+    """Those of `stage_blocks` that are computed again.
 
     Where the module could not be traced its blocks all lie on the one link there is, which is computed again once.
     """
-    module = strategy.tp == strategy.pp == 1
-    blocks = module_blocks(profile) if module else list(pairwise([*starts, end]))
+    blocks = stage_blocks(profile, strategy, starts, end)
     count = strategy.recomputed_of(len(blocks))
     return blocks[: count if profile.cut else min(count, 1)]
 

@@ -121,7 +121,7 @@ def _machine(
     strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float], row: int, column: int, place: int
 ) -> tuple[Device, float]:
     """What a pipeline worker computes on: its tensor-parallel ranks wait for the slowest of them."""
-    first = _rank(strategy, row, column, place)
+    first = strategy.rank(dp=row, fsdp=column, pp=place)
     ranks = range(first, first + strategy.tp)
     devices = {id(device): device for device in map(cluster.device, ranks)}.values()
     slowest = min(devices, key=lambda device: max(device.flops.values(), default=0.0))
@@ -130,10 +130,6 @@ def _machine(
 
 def _described(machines: Sequence[tuple[Device, float]]) -> tuple[tuple[int, float], ...]:
     return tuple((id(device), factor) for device, factor in machines)
-
-
-def _rank(strategy: Strategy, row: int, column: int, place: int) -> int:
-    return strategy.rank(dp=row, fsdp=column, pp=place)
 
 
 def _costs_by_device(usual: Costs, pipelines: Iterable[Pipeline], batch_size: int) -> dict[int, Costs]:
@@ -199,7 +195,7 @@ class _Step:
         seconds = self.simulation.run()
         happened = Happened(self.simulation.done, self._received(), inline=self.inline)
         index = max(range(len(self.hosts)), key=happened.computed)
-        ranks = tuple(_rank(self.strategy, h.pipeline.row, h.pipeline.column, h.place) for h in self.hosts)
+        ranks = tuple(self.strategy.rank(dp=h.pipeline.row, fsdp=h.pipeline.column, pp=h.place) for h in self.hosts)
         profile, device = self.usual.profile, self.usual.times.device
         prediction = happened.prediction(
             index,
