@@ -1,8 +1,9 @@
-"""What two habits of workers on a CPU are worth: memory is kept, and the loading thread computes alone.
+"""What three habits of workers on a CPU are worth: memory is kept, the loading thread computes alone, and threads that
+wake up do not interrupt others.
 
     python -m benchmarks.hosting [--rounds N] [--steps N]
 
-Each round trains with both habits, without the one and without the other, one after the other; what is compared are the
+Each round trains with all habits and without each, one after the other; what is compared are the
 medians of their steps, as ratios within a round.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from benchmarks.harness import environment, median, record
 from shardwise.launch.local import run_local
+from shardwise.strategy import Strategy
 
 RUNS = (
     ("image", "single"),
@@ -25,22 +27,31 @@ RUNS = (
     ("image", "dp=2"),
     ("language", "dp=2"),
     ("medical", "dp=2"),
+    ("image", "fsdp=2"),
     ("medical", "fsdp=2"),
+    ("image", "tp=2"),
+    ("language", "tp=2"),
     ("medical", "pp=2"),
+    ("language", "pp=2"),
+    ("image", "dp=4"),
+    ("language", "dp=2,tp=2"),
+    ("language", "fsdp=4"),
+    ("language", "pp=4"),
 )
-VARIANTS = ("with both", "memory given back", "loading with a team")
+VARIANTS = ("with all", "memory given back", "loading with a team", "threads interrupted")
 WARMUP = 4
 
 
 def trained(recipe: str, strategy: str, steps: int, variant: str) -> list[float]:
     """Seconds of each step, on a worker."""
     from shardwise.parallel.program import Program
-    from shardwise.strategy import Strategy
     from shardwise.workload import data
     from shardwise.workload.load import load_workload
 
     if variant == "loading with a team":
         vars(data)["_compute_alone"] = lambda pool: None
+    if variant == "threads interrupted":
+        interrupted()
     program = Program.build(load_workload(recipe), Strategy.parse(strategy))
     found: list[float] = []
     epoch = 0
@@ -53,6 +64,12 @@ def trained(recipe: str, strategy: str, steps: int, variant: str) -> list[float]
                 break
         epoch += 1
     return found
+
+
+def interrupted() -> None:
+    """All threads of this worker, and those they start, as the system schedules them without being asked."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
 @contextmanager
@@ -76,7 +93,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     measured: dict[str, list[list[float]]] = {}
     for recipe, strategy in RUNS:
-        name, workers = f"{recipe} {strategy}", 1 if strategy == "single" else 2
+        name, workers = f"{recipe} {strategy}", Strategy.parse(strategy).workers
         measured[name] = []
         for _ in range(options.rounds):
             seconds = []
@@ -85,13 +102,13 @@ def main() -> None:
                     steps = run_local(trained, (recipe, strategy, options.steps, variant), workers=workers)
                 seconds.append(median(steps[WARMUP:]))
             measured[name].append(seconds)
-        both, *others = (
+        kept, *others = (
             median([values[0] / values[number] for values in measured[name]]) for number in range(len(VARIANTS))
         )
-        assert both == 1.0
+        assert kept == 1.0
         milliseconds = 1e3 * median([values[0] for values in measured[name]])
         rows.append(
-            {"recipe": recipe, "strategy": strategy, "ms with both": milliseconds}
+            {"recipe": recipe, "strategy": strategy, "ms with all": milliseconds}
             | {f"over {variant}": ratio for variant, ratio in zip(VARIANTS[1:], others, strict=True)}
         )
     record("hosting", {"rounds": options.rounds, "steps": options.steps}, rows, measured, before)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from shardwise import errors
 from shardwise.errors import ShardwiseError, StrategyError, WorkerFailed
 from shardwise.launch.allocator import keep_memory
+from shardwise.launch.scheduling import run_uninterrupted
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -121,6 +122,7 @@ def join(workers: int | None = None) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:
+        run_uninterrupted()
         dist.init_process_group("gloo")
 
 
