@@ -20,7 +20,20 @@ from typing import Any
 from shardwise.errors import StrategyError, nearest
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
-RECOMPUTE = ("none", "full")
+RECOMPUTE = ("none", "selective", "full")
+PRODUCTS = frozenset(
+    {
+        "aten.mm",
+        "aten.addmm",
+        "aten.convolution",
+        "aten._scaled_dot_product_flash_attention_for_cpu",
+        "aten._scaled_dot_product_flash_attention",
+        "aten._scaled_dot_product_efficient_attention",
+        "aten._scaled_dot_product_cudnn_attention",
+    }
+)
+"""Operations whose results `recompute=selective` keeps: products with weights, convolutions and fused attention. A
+product of two activations (`bmm`) is attention that is spelled out, whose results are large."""
 PRECISIONS = ("float32", "bf16")
 OUTERMOST = ("dp", "pp")
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -46,8 +59,8 @@ class Strategy:
         schedule: order of the microbatches in the pipeline.
         stages: pipeline stages per worker; 0: two for `interleaved`, else one.
         recompute: activations that are dropped and computed again in the backward pass: of no block (`none`), of all
-            (`full`), or of the first part of them on each stage, `1/2` say (Chen et al. 2016; in Megatron-LM: method
-            `block`).
+            (`full`), of the first part of them on each stage, `1/2` say (Chen et al. 2016; in Megatron-LM: method
+            `block`), or of all blocks those that are no results of products (`selective`; Korthikanti et al. 2022).
         precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
         shares: of the batch, one number for each replica in the order of ranks, `3:1` say; empty: all alike. For
             replicas on devices of different speed.
@@ -200,6 +213,11 @@ class Strategy:
         """Whether any block is computed again."""
         return self.recompute != "none"
 
+    @property
+    def keeps_products(self) -> bool:
+        """Whether blocks that are computed again keep the results of their products."""
+        return self.recompute == "selective"
+
     def recomputed_of(self, blocks: int) -> int:
         """How many of so many blocks are computed again: the first ones.
 
@@ -284,7 +302,7 @@ def _check_numbers(option: str, text: str, count: int, what: str) -> None:
 def _share_of_blocks(recompute: str) -> Fraction:
     """The part of the blocks that is computed again."""
     if recompute in RECOMPUTE:
-        return Fraction(RECOMPUTE.index(recompute))
+        return Fraction(recompute != "none")
     over, slash, under = recompute.partition("/")
     whole = bool(slash) and over.isdecimal() and under.isdecimal()
     if not whole or not 0 < int(over) < int(under):

@@ -215,7 +215,7 @@ def test_accumulation_over_microbatches(workers: Pools, strategy: str) -> None:
         check(workers, factory, f"{strategy},microbatches={1 if factory is experts and 'dp=2,fsdp' in strategy else 2}")
 
 
-@pytest.mark.parametrize("recompute", ["full", "1/2"])
+@pytest.mark.parametrize("recompute", ["full", "1/2", "selective"])
 @pytest.mark.parametrize("strategy", ["single", "dp=2", "fsdp=2,zero=2", "fsdp=2"])
 def test_recomputation(workers: Pools, strategy: str, recompute: str) -> None:
     for factory in (mlp, transformer, language, recomputed_normalisation):

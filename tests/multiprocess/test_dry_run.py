@@ -127,6 +127,8 @@ AXES = (
     "fsdp=2",
     "fsdp=2,microbatches=2,recompute=full",
     "fsdp=2,recompute=1/2",
+    "dp=2,microbatches=2,recompute=selective",
+    "pp=2,recompute=selective",
     "fsdp=2,zero=1",
     "tp=2,sp=1",
     "pp=2,schedule=gpipe,recompute=full",
@@ -147,6 +149,7 @@ PRODUCTS = (
     "dp=2,pp=2,speeds=3:1",
     "fsdp=2,pp=2,schedule=zero-bubble,recompute=full",
     "fsdp=2,tp=2,sp=1,recompute=1/3",
+    "fsdp=2,tp=2,recompute=selective",
     "pp=4",
 )
 
@@ -162,6 +165,8 @@ def test_every_strategy(workers: Pools, strategy: str) -> None:
         ("dropping", "dp=2"),
         ("dropping", "fsdp=2,tp=2,sp=1,recompute=full"),
         ("dropping", "pp=2,recompute=full"),
+        ("dropping", "fsdp=2,tp=2,sp=1,recompute=selective"),
+        ("unet", "fsdp=2,recompute=selective"),
         ("medical", "dp=2"),
         ("medical", "fsdp=2,pp=2"),
         ("resnet", "dp=2,microbatches=2"),

@@ -70,7 +70,7 @@ def test_many_stages(workers: Pools, name: str, strategy: str) -> None:
     check(workers, WORKLOADS[name], strategy)
 
 
-@pytest.mark.parametrize("recompute", ["full", "1/2"])
+@pytest.mark.parametrize("recompute", ["full", "1/2", "selective"])
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero-bubble"])
 @pytest.mark.parametrize("name", ["tied", "unet"])
 def test_recomputation(workers: Pools, name: str, schedule: str, recompute: str) -> None:

@@ -61,7 +61,7 @@ def test_along_the_sequence(workers: Pools, name: str) -> None:
     check(workers, ALL[name], "tp=2,sp=1")
 
 
-@pytest.mark.parametrize("recompute", ["full", "1/3"])
+@pytest.mark.parametrize("recompute", ["full", "1/3", "selective"])
 @pytest.mark.parametrize("name", ["tied", "encoder", "resnet"])
 def test_recomputation(workers: Pools, name: str, recompute: str) -> None:
     check(workers, WORKLOADS[name], f"tp=2,recompute={recompute}")

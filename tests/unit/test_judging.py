@@ -46,13 +46,15 @@ GRID = [
             "tp=2,pp=2,sp=1",
             "fsdp=2,recompute=1/2",
             "tp=2,pp=2,recompute=1/3",
+            "fsdp=2,microbatches=2,recompute=selective",
+            "tp=2,pp=2,sp=1,recompute=selective",
             "dp=2,fsdp=2,tp=2,pp=2",
             "dp=2,fsdp=2,tp=2,pp=2,outermost=pp",
         )
     ),
     *(("language", strategy) for strategy in ("tp=2", "dp=2,pp=2,recompute=full")),
     *(("image", strategy) for strategy in ("fsdp=2,tp=2", "pp=2")),
-    *(("resnet", strategy) for strategy in ("fsdp=2", "dp=2,tp=2")),
+    *(("resnet", strategy) for strategy in ("fsdp=2", "dp=2,tp=2", "dp=2,recompute=selective")),
     *(("medical", strategy) for strategy in ("dp=2", "pp=2,schedule=interleaved")),
 ]
 

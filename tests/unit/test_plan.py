@@ -205,7 +205,7 @@ def test_wishes_are_met(
         ({"fix": ["tp=1", "sp=1"]}, "sp=1 needs tp=2 or more"),
         ({"max_memory": "many"}, "--max-memory many: not a size"),
         ({"fix": ["speeds=3:1"]}, "--fix speeds=3:1: plan finds speeds itself where devices differ"),
-        ({"fix": ["recompute=3/2"]}, "recompute=3/2: known are none, full and parts of the blocks"),
+        ({"fix": ["recompute=3/2"]}, "recompute=3/2: known are none, selective, full and parts of the blocks"),
         ({"fix": ["outermost=up"]}, "outermost=up: known are dp, pp"),
     ],
 )

@@ -33,7 +33,16 @@ def test_parts_of_blocks_are_in_lowest_terms() -> None:
 
 @pytest.mark.parametrize(
     ("recompute", "blocks", "again"),
-    [("none", 7, 0), ("full", 7, 7), ("1/2", 7, 4), ("1/2", 8, 4), ("1/16", 3, 1), ("15/16", 1, 1), ("1/2", 0, 0)],
+    [
+        ("none", 7, 0),
+        ("full", 7, 7),
+        ("1/2", 7, 4),
+        ("1/2", 8, 4),
+        ("1/16", 3, 1),
+        ("15/16", 1, 1),
+        ("1/2", 0, 0),
+        ("selective", 7, 7),
+    ],
 )
 def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: int) -> None:
     assert Strategy(recompute=recompute).recomputed_of(blocks) == again
@@ -58,11 +67,14 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
         ("pp=2,stages=2", "stages=2 needs schedule=interleaved, not 1f1b"),
         ("stages=2", "stages=2 needs pp=2 or more"),
         ("microbatches=-1", "microbatches=-1: must be 1 or more"),
-        ("recompute=ful", "known are none, full and parts of the blocks, 1/2 or 3/4 say; did you mean 'full'"),
-        ("recompute=2/2", "recompute=2/2: known are none, full and parts"),
-        ("recompute=0/2", "recompute=0/2: known are none, full and parts"),
-        ("recompute=1/0", "recompute=1/0: known are none, full and parts"),
-        ("recompute=-1/2", "recompute=-1/2: known are none, full and parts"),
+        (
+            "recompute=ful",
+            "known are none, selective, full and parts of the blocks, 1/2 or 3/4 say; did you mean 'full'",
+        ),
+        ("recompute=2/2", "recompute=2/2: known are none, selective, full and parts"),
+        ("recompute=0/2", "recompute=0/2: known are none, selective, full and parts"),
+        ("recompute=1/0", "recompute=1/0: known are none, selective, full and parts"),
+        ("recompute=-1/2", "recompute=-1/2: known are none, selective, full and parts"),
         ("precision=fp16", "precision=fp16: known are float32, bf16"),
         ("pp=2,speeds=1", "speeds=1: one whole number of 1 or more for each of the 2 pipeline workers, .* speeds=2:1"),
         ("pp=2,outermost=pp", "outermost=pp needs pp=2 or more, and dp=2 or fsdp=2 or more beside it"),

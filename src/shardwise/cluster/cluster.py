@@ -35,7 +35,7 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 PROGRAMS = ("module", "sharded", "graph")
 """Kinds of program: of the module as it is (single, dp), with sharded parameters (fsdp), of a traced step (tp, pp)."""
 
-OVERHEADS = ("step", "sharded", "stage", "exchange")
+OVERHEADS = ("step", "sharded", "stage", "exchange", "again", "selective")
 """What hosts need time for beside kernels and messages, see `Device.overheads`."""
 
 
@@ -124,7 +124,8 @@ class Device:
         heap: bytes of the process for each byte of tensors: what the allocator leaves unused, measured.
         overheads: seconds of the host beside kernels and messages, measured (see OVERHEADS): for each step, for each
             group of parameters that `fully_shard` looks after in a pass, for each pass through a stage of a graph, for
-            each exchange of tensor parallelism.
+            each exchange of tensor parallelism, for each kernel that is computed again, once more for each kernel of
+            a block that keeps the results of products.
         origins: attribute -> where it comes from.
         source: where the figures were read.
     """

@@ -109,7 +109,14 @@ class Holding:
                 own[here.pop()][name] = mine[name]
             elif here:
                 shared[name] = mine[name]
-        module = Stage(own, shared, keyed, recomputed=self._strategy.recomputed_of(blocks), bf16=self._bf16)
+        module = Stage(
+            own,
+            shared,
+            keyed,
+            recomputed=self._strategy.recomputed_of(blocks),
+            products=self._strategy.keeps_products,
+            bf16=self._bf16,
+        )
         for holder in (*module.blocks, module):
             for name, attribute in holder.attributes.items():
                 self._places[name] = (holder, attribute)

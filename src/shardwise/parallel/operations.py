@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from shardwise.parallel import selective
 from shardwise.parallel.batchnorm import batch_norm
 from shardwise.parallel.dropout import KeyedDropout
 from shardwise.parallel.engine import Position
@@ -87,14 +88,18 @@ class Operations:
             if forward is not None:
                 module.forward = forward
 
-    def recompute(self, block: nn.Module) -> None:
-        """Makes `block` drop its activations and compute them again in the backward pass, drawing the same dropout."""
+    def recompute(self, block: nn.Module, *, products: bool = False) -> None:
+        """Makes `block` drop its activations and compute them again in the backward pass, drawing the same dropout.
+
+        `products`: it keeps the results of its products, see `selective`.
+        """
         original = block.forward
+        contexts = self._selective_contexts if products else self._contexts
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return original(*args, **kwargs)
-            return checkpoint(original, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+            return checkpoint(original, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
         block.forward = forward
 
@@ -226,6 +231,11 @@ class Operations:
         """What surrounds a block's forward, and its recomputation."""
         return nullcontext(), self._again(self._keyed.site)
 
+    def _selective_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The same for a block that keeps the results of its products."""
+        forward, again = selective.contexts()
+        return forward, _both(self._again(self._keyed.site), again)
+
     @contextmanager
     def _again(self, site: int) -> Iterator[None]:
         """Draws from `site` on what was drawn there before. The backward pass may run in another thread."""
@@ -235,6 +245,12 @@ class Operations:
                 yield
         finally:
             self._keyed.site, self.recomputing = later, False
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[None]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _same(before: Any, after: Any) -> bool:

@@ -34,8 +34,6 @@ class Sharded:
         check_dtypes(model.parameters(), mesh.strategy)
         for block in blocks:
             _return_no_views(block)
-        # what the loss does with the model's own output is not done in place
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
         split_parameters(model, blocks, mesh)
         self.call = model
         self._group = mesh.replica_group
@@ -128,6 +126,9 @@ def _parameter_groups(model: nn.Module) -> list[Any]:
 
 def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -> None:
     """Applies `fully_shard` to `blocks` and then to `root`; parameters without a dimension stay whole."""
+    # nothing writes into what they return: blocks return no views, sections of a graph clone what they would write
+    # into, and the loss does not change the model's own output
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     strategy = mesh.strategy
     assert mesh.grid is not None
     options: dict[str, Any] = {

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from shardwise.parallel import selective
 from shardwise.parallel.cuts import Use, positions
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.partitioner import LocalGraph
@@ -127,6 +128,7 @@ class Stage(nn.Module):
         keyed: random operations, which recomputation must draw again.
         recomputed: of so many of the first blocks only what is handed to them is kept, and the rest is computed again
             in the backward pass.
+        products: whether these keep the results of their products too, see `selective`.
         bf16: compute in bfloat16 where torch's autocast says so.
     """
 
@@ -137,6 +139,7 @@ class Stage(nn.Module):
         keyed: KeyedOperations,
         *,
         recomputed: int,
+        products: bool,
         bf16: bool,
     ) -> None:
         super().__init__()
@@ -144,6 +147,7 @@ class Stage(nn.Module):
         self.attributes = register(self, shared)
         self.keyed = keyed
         self.recomputed = recomputed
+        self.contexts = selective.contexts if products else noop_context_fn
         self.bf16 = bf16
 
     def forward(self, work: StageWork, given: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -178,7 +182,9 @@ class Stage(nn.Module):
                 again = True
                 return _run(block, piece, shared, values)
 
-        output: tuple[Any, ...] = checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+        output: tuple[Any, ...] = checkpoint(
+            compute, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=self.contexts
+        )
         return output
 
 

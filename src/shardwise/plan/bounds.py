@@ -46,8 +46,11 @@ def _passes(profile: Condensed, strategy: Strategy, cluster: Cluster) -> tuple[f
     """Seconds that the pipeline is busy from its first pass to its last, and that its mean worker computes."""
     times = times_of(profile, cluster, strategy)
     one = times.forward + times.backward + times.weights
-    if strategy.recompute == "full":  # without tp and pp only repeated blocks are computed again; of a part: not known
-        one += times.repeated if strategy.tp == strategy.pp == 1 else times.again
+    module = strategy.tp == strategy.pp == 1  # there only repeated blocks are computed again
+    if strategy.keeps_products:
+        one += times.repeated_rest if module else times.rest
+    elif strategy.recompute == "full":  # of a part: not known
+        one += times.repeated if module else times.again
     filled = _filled(profile, strategy, times.forward, one) + _trip(profile, strategy, cluster)
     return filled, one * strategy.microbatches / strategy.pp
 
@@ -91,7 +94,9 @@ def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[Stag
 def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> list[StageTime]:
     cuts = cuts_of(profile, strategy, times.forward.each)
     ends = [*(starts[0] for starts in cuts[1:]), len(profile.links)]
-    again = list(accumulate((_again(profile, times, link) for link in range(len(profile.links))), initial=0.0))
+    recomputed = times.recomputed_rest if strategy.keeps_products else times.recomputed
+    each = (spent.total if link.layer.keeps else 0.0 for spent, link in zip(recomputed, profile.links, strict=True))
+    again = list(accumulate(each, initial=0.0))
     message = 0.0
     if strategy.pp > 1:
         least = min(link.message for link in profile.links[1:])
@@ -105,10 +110,6 @@ def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times
         sends = message if end < len(profile.links) else 0.0
         found.append(StageTime(times.forward.between(first, end).device, backward, 0.0, received, sends))
     return found
-
-
-def _again(profile: Profile, times: Timed, link: int) -> float:
-    return times.recomputed[link].total if profile.links[link].layer.keeps else 0.0
 
 
 def least_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:

@@ -3,7 +3,8 @@
     updating    parameters and the optimizer's state, with the gradients
     passing     the same while the last microbatch goes backwards, with the gradients that are there then, whole ones of
                 a stage that `fully_shard` looks after included, and what the worker with most microbatches under way
-                keeps of them: all of it, or what blocks hand to each other where they are computed again
+                keeps of them: all of it, or what blocks hand to each other where they are computed again, with the
+                results of products where these stay
 
 Both are the mean over the workers of a pipeline, for which stages count as nearly equal (`even`).
 """
@@ -34,7 +35,7 @@ def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = N
     under_way = _under_way(workers, strategy.microbatches, strategy.schedule, strategy.stages_per_worker)
     share = even(profile, workers)
     if saved is None and strategy.recomputes:
-        kept = share * _handed(profile, strategy, stages) * under_way / workers
+        kept = share * (_handed(profile, strategy, stages) + _products(profile, strategy)) * under_way / workers
     else:
         kept = (profile.saved if saved is None else saved) / workers
         kept *= max(share * under_way, 1) if workers > 1 else 1
@@ -56,10 +57,17 @@ def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
 
 def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:
     """Bytes that blocks hand to each other and keep of one microbatch, where they are computed again."""
-    if strategy.tp == strategy.pp == 1 or strategy.recompute != "full":
+    if strategy.tp == strategy.pp == 1 or "/" in strategy.recompute:
         return 0.0
     between = min(max(profile.narrow - stages + 1, 0), stages * (MOST_BLOCKS - 1))
     return float(profile.message * (between + stages - 1))
+
+
+def _products(profile: Condensed, strategy: Strategy) -> int:
+    """Bytes of results of products that stay of one microbatch, where the rest is computed again."""
+    if not strategy.keeps_products:
+        return 0
+    return profile.repeated_products if strategy.tp == strategy.pp == 1 else profile.products
 
 
 def _under_way(workers: int, microbatches: int, schedule: str, stages: int) -> float:

@@ -179,7 +179,7 @@ class _Search:
                 continue
             smallest = family.with_(**spelled[0])  # the most sharded one
             size = least_memory(profile, smallest)
-            if size > self.room and not self._may_be_partly(profile, smallest):
+            if size > self.room and not self._may_be_smaller(profile, smallest):
                 self._cannot_fit(smallest, size, len(spelled))
                 continue
             memory = self.wish.objective == "memory"
@@ -192,13 +192,24 @@ class _Search:
         self._too_large(strategy, least, "at least ", count)
         self.too_large.append((least, strategy))
 
+    def _may_be_smaller(self, profile: Condensed, strategy: Strategy) -> bool:
+        """Whether a strategy that does not fit may, with something computed again."""
+        return self._may_be_selective(profile, strategy) or self._may_be_partly(profile, strategy)
+
+    def _may_be_selective(self, profile: Condensed, strategy: Strategy) -> bool:
+        """Whether it may with all computed again that are no results of products."""
+        return self._may_be(profile, strategy, "selective")
+
     def _may_be_partly(self, profile: Condensed, strategy: Strategy) -> bool:
-        """Whether a strategy that does not fit may, with some of its blocks computed again."""
+        """Whether it may with some of its blocks computed again."""
+        return may_be(profile, strategy) and self._may_be(profile, strategy, "full")
+
+    def _may_be(self, profile: Condensed, strategy: Strategy, recompute: str) -> bool:
         if strategy.recomputes or self.wish.objective == "memory":
             return False
-        if not (self.wish.allows("recompute", "none") and self.wish.allows("recompute", "full")):
+        if not (self.wish.allows("recompute", "none") and self.wish.allows("recompute", recompute)):
             return False
-        return may_be(profile, strategy) and least_memory(profile, strategy.with_(recompute="full")) <= self.room
+        return least_memory(profile, strategy.with_(recompute=recompute)) <= self.room
 
     def _closer(self, family: _Family) -> float:
         """A higher bound of a family, where there is one; infinite where none of it fits."""
@@ -211,11 +222,13 @@ class _Search:
             size = least_memory(condensed, smallest)
             if size > self.room:  # the one that needs least of them all, with as many blocks as must be
                 partly = fewest(self.scaled.of(whole), condensed, smallest, self.cluster, self.room)
-                if partly is None:
+                selective = self._may_be_selective(condensed, smallest)
+                if partly is None and not selective:
                     self._cannot_fit(smallest, size, family.count)
                     return math.inf
-                strategy = strategy.with_(recompute=partly.recompute)
-            elif strategy.pp == 1:
+                if partly is not None and not selective:
+                    strategy = strategy.with_(recompute=partly.recompute)
+            if strategy.pp == 1 and not strategy.recomputes:
                 return family.bound
             return max(family.bound, staged_seconds(self.scaled.of(whole), strategy, self.cluster))
         except (StrategyError, WorkloadError):
@@ -233,12 +246,24 @@ class _Search:
         if len(fitting) < len(every):
             least = min(size for size in sizes if size > self.room)
             self._cannot_fit(every[sizes.index(least)], least, len(every) - len(fitting))
-            partly = [self._partly(strategy) for strategy, size in zip(every, sizes, strict=True) if size > self.room]
-            found += [entry for entry in partly if entry is not None]
+            for strategy, size in zip(every, sizes, strict=True):
+                found += self._smaller(strategy) if size > self.room else []
         return found
 
+    def _smaller(self, strategy: Strategy) -> list[tuple[float, Strategy]]:
+        """(bound, strategy) with something computed again, for one that does not fit as it is."""
+        return [entry for entry in (self._selective(strategy), self._partly(strategy)) if entry is not None]
+
+    def _selective(self, strategy: Strategy) -> tuple[float, Strategy] | None:
+        """(bound, strategy) with all computed again that are no results of products."""
+        condensed = self.scaled.condensed(_whole(_family_of(strategy)))
+        if not self._may_be_selective(condensed, strategy):
+            return None
+        selective = strategy.with_(recompute="selective")
+        return least_seconds(condensed, selective, self.cluster), selective
+
     def _partly(self, strategy: Strategy) -> tuple[float, Strategy] | None:
-        """(bound, strategy) with some blocks computed again, for one that does not fit as it is."""
+        """(bound, strategy) with some blocks computed again."""
         try:
             whole = _whole(_family_of(strategy))
             condensed = self.scaled.condensed(whole)
@@ -294,9 +319,8 @@ class _Search:
                     number += 1
                 continue
             candidate = self._predicted(what)
-            partly = self._partly(what) if candidate is None else None
-            if partly is not None:
-                heapq.heappush(order, (max(bound, partly[0]), number, partly[1]))
+            for least, smaller in self._smaller(what) if candidate is None else ():
+                heapq.heappush(order, (max(bound, least), number, smaller))
                 number += 1
             if candidate is not None:
                 self.found.append(candidate)

@@ -13,7 +13,7 @@ from typing import Any
 
 from shardwise.plan.wish import Wish
 from shardwise.predict.parts import group_of, message_group
-from shardwise.strategy import OUTERMOST, PRECISIONS, RECOMPUTE, Strategy
+from shardwise.strategy import OUTERMOST, PRECISIONS, Strategy
 
 MOST_STAGES = 8
 """Stages of a worker that an interleaved schedule is looked at with."""
@@ -65,8 +65,10 @@ def _of_degrees(tp: int, pp: int, replicas: int, share: int, wish: Wish, links: 
 
 
 def _recomputes(wish: Wish) -> tuple[str, ...]:
-    """None or all of the blocks, unless a part of them is asked for: how many must be is found for each strategy."""
-    return (wish.fixed["recompute"],) if "recompute" in wish.fixed else RECOMPUTE
+    """None or all of the blocks, unless something between them is asked for: that is found for each strategy that does
+    not fit (`plan.partly`).
+    """
+    return (wish.fixed["recompute"],) if "recompute" in wish.fixed else ("none", "full")
 
 
 def _precisions(wish: Wish) -> tuple[str, ...]:

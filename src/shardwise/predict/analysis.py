@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.memory import writes_in_place
+from shardwise.parallel.selective import is_product
 from shardwise.predict.accelerated import on_gpu
 from shardwise.predict.counting import kernel_of, tensors, workspace
 from shardwise.predict.kernel import Kernel
@@ -110,6 +111,7 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kernels: since `take` was called last.
         exchanges: likewise.
         normalised: channels of batch norms, likewise.
+        products: bytes of the results of products, see `parallel.selective`, likewise.
         live: bytes in tensors that were made while it was on and that are still there.
         peak: the most of that since `watch` was called last.
         when: `forward` or `backward`.
@@ -121,6 +123,7 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kernels: list[Kernel] = []
         self.exchanges: list[Exchanged] = []
         self.normalised: list[int] = []
+        self.products = 0
         self.live = self.peak = 0
         self.when = "forward"
         self._sizes: dict[int, int] = {}
@@ -132,6 +135,8 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.kernels.append(kernel)
         for tensor in tensors(result):
             self._note(tensor)
+        if self.when == "forward" and is_product(function):
+            self.products += sum(tensor.untyped_storage().nbytes() for tensor in tensors(result))
         if kernel is not None and self.cpu:
             self.peak = max(self.peak, self.live + workspace(kernel))
         return result
@@ -305,6 +310,7 @@ class _Run:
                 top, end = recorder.peak, recorder.live
                 forward = recorder.take()
                 normalised, recorder.normalised = tuple(recorder.normalised), []
+                products, recorder.products = recorder.products, 0
                 places = {_place(value): index for index, value in enumerate(arrived)}
                 made = [self._output(result, places) for result in results]
                 inner = self._inside(apart, places, results)
@@ -322,6 +328,7 @@ class _Run:
             recomputed=recomputed,
             keeps=self._at_last is not None,
             inside=inner,
+            products=products,
             temporary_forward=top - end,
             temporary_backward=most,
             normalised=normalised,

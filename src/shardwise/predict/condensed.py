@@ -39,6 +39,8 @@ class Condensed:
         message: least bytes to send where the step is cut.
         narrow: places where it may be cut with no more to send than that.
         saved: bytes that are kept of a microbatch for the backward pass.
+        products: bytes of results of products of a microbatch.
+        repeated_products: the same in repeated blocks of the module.
         largest: most bytes that one link needs while it goes backwards, which recomputation needs too.
         update: of the optimizer.
     """
@@ -54,6 +56,8 @@ class Condensed:
     message: int
     narrow: int
     saved: int
+    products: int
+    repeated_products: int
     largest: int
     update: Update
     kept: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
@@ -68,6 +72,7 @@ class Times:
         forward, backward, weights: of the passes, exchanges of tensor parallelism included.
         again: of what is computed again at least: each link up to what its backward pass needs.
         repeated: the same of links in repeated blocks alone.
+        rest, repeated_rest: the same two where the results of products are kept.
         seconds: of kernels on the device.
     """
 
@@ -76,6 +81,8 @@ class Times:
     weights: float
     again: float
     repeated: float
+    rest: float
+    repeated_rest: float
     seconds: Seconds
 
 
@@ -113,6 +120,8 @@ def _condensed(profile: Profile) -> Condensed:
         message=min(messages, default=0),
         narrow=sum(size <= min(messages) for size in messages),
         saved=profile.saved[-1],
+        products=profile.products[-1],
+        repeated_products=sum(profile.links[link].layer.products for link in inside),
         largest=max((_backwards(layer) for layer in layers.values()), default=0),
         update=profile.update,
     )
@@ -133,13 +142,17 @@ def times_of(condensed: Condensed, cluster: Cluster, strategy: Strategy) -> Time
 
 
 def _timed(condensed: Condensed, seconds: Seconds) -> Times:
-    forward = backward = weights = again = repeated = 0.0
+    forward = backward = weights = again = repeated = rest = repeated_rest = 0.0
     for each in condensed.layers:
-        there, back, of_weights, recomputed = seconds.of_layer(each.layer)
+        there, back, of_weights = seconds.of_layer(each.layer)
         forward += each.count * there.device
         backward += each.count * back.device
         weights += each.count * of_weights.device
         if each.layer.keeps:
-            again += each.count * recomputed.total
-            repeated += each.repeated * recomputed.total
-    return Times(forward, backward, weights, again, repeated, seconds)
+            recomputed = seconds.again(each.layer.recomputed).total
+            again += each.count * recomputed
+            repeated += each.repeated * recomputed
+            others = seconds.again(each.layer.recomputed, products=True).total
+            rest += each.count * others
+            repeated_rest += each.repeated * others
+    return Times(forward, backward, weights, again, repeated, rest, repeated_rest, seconds)

@@ -226,7 +226,7 @@ class Costs:
             spent += times.weights.between(stage.first, stage.end)
         if not forward:
             for block in stage.recomputed:
-                spent += times.again(block.first, block.end)
+                spent += times.again(block.first, block.end, products=self.strategy.keeps_products)
         return spent + Spent(exchanges=self._norms(stage, forward))
 
     def _norms(self, stage: Stage, forward: bool) -> float:

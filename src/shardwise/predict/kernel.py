@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardwise.strategy import PRODUCTS
+
 KINDS = ("matmul", "attention", "convolution", "memory")
 
 
@@ -37,3 +39,8 @@ class Kernel:
     backward: bool = False
     count: int = 1
     when: str = ""
+
+    @property
+    def product(self) -> bool:
+        """Whether its result stays where the rest of a block is computed again, see `strategy.PRODUCTS`."""
+        return self.operation.rpartition(" ")[2] in PRODUCTS

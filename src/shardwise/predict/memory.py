@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Device
 from shardwise.predict.issuing import under_way
-from shardwise.predict.parts import Gathered, Stage, Worker
+from shardwise.predict.parts import Block, Gathered, Stage, Worker
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile import Profile
 from shardwise.strategy import Strategy
@@ -67,14 +67,15 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -
     """At the peak of a backward pass."""
     counts = dict(under_way(strategy, worker.place))
     stages = {stage.number: stage for stage in worker.stages}
-    kept = {number: _kept(profile, stage) for number, stage in stages.items()}
+    products = strategy.keeps_products
+    kept = {number: _kept(profile, stage, products=products) for number, stage in stages.items()}
     several = sum(counts.get(number, 0) for number in stages) > 1 or strategy.microbatches > 1
     best: Memory | None = None
     for number, stage in stages.items():
         others = sum(counts.get(n, 0) * size for n, size in kept.items()) - (kept[number] if counts.get(number) else 0)
         gathered = _gathered(strategy, stage)
         gradients_at = _gradients(strategy, worker, stage, several=several)
-        for activations, temporary, done in _moments(profile, stage):
+        for activations, temporary, done in _moments(profile, stage, products=products):
             gradients, buckets = gradients_at(done)
             memory = Memory(
                 parameters=worker.parameters + gathered,
@@ -89,29 +90,38 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -
     return best
 
 
-def _kept(profile: Profile, stage: Stage) -> int:
-    """What is kept of a microbatch: of blocks that are computed again their inputs alone."""
+def _kept(profile: Profile, stage: Stage, *, products: bool) -> int:
+    """What is kept of a microbatch: of blocks that are computed again their inputs, and results of `products`."""
     inside = sum(profile.saved[block.end] - profile.saved[block.first] for block in stage.recomputed)
-    return max(0, stage.kept - inside) + stage.handed
+    stays = sum(_products(profile, block) for block in stage.recomputed) if products else 0
+    return max(0, stage.kept - inside) + stage.handed + stays
 
 
-def _moments(profile: Profile, stage: Stage) -> list[tuple[int, int, int]]:
+def _products(profile: Profile, block: Block) -> int:
+    return profile.products[block.end] - profile.products[block.first]
+
+
+def _moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
     """(activations of the microbatch, temporary, bytes of gradients that are there) when each link goes backwards."""
-    key = ("moments", stage.first, stage.end, stage.recomputed)
+    key = ("moments", stage.first, stage.end, stage.recomputed, products)
     if key not in profile.kept:
-        profile.kept[key] = _pareto(_all_moments(profile, stage))
+        profile.kept[key] = _pareto(_all_moments(profile, stage, products=products))
     found = profile.kept[key]
     assert isinstance(found, list)
     return found
 
 
-def _all_moments(profile: Profile, stage: Stage) -> list[tuple[int, int, int]]:
+def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
     complete = [0] * (len(profile.links) + 1)
     for parameter in map(profile.parameters.__getitem__, profile.within(stage.first, stage.end)):
         if parameter.trained:
             complete[next(link for link in parameter.links if link >= stage.first)] += parameter.bytes
     boundary = stage.kept - (profile.saved[stage.end] - profile.saved[stage.first])
-    dropped = {block.end: profile.saved[block.end] - profile.saved[block.first] for block in stage.recomputed}
+    stays = {block.end: _products(profile, block) if products else 0 for block in stage.recomputed}
+    dropped = {
+        block.end: profile.saved[block.end] - profile.saved[block.first] - stays[block.end]
+        for block in stage.recomputed
+    }
     gone = list(accumulate((dropped.get(link, 0) for link in range(stage.end + 1)), initial=0))[1:]
     block_of = {link: block for block in stage.recomputed for link in range(block.first, block.end)}
     found, done = [], 0

@@ -14,7 +14,7 @@ share one layer, so that a model of a thousand equal blocks is as quick to predi
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
 
@@ -36,6 +36,11 @@ class Pass:
     kernels: tuple[Kernel, ...] = ()
     exchanges: tuple[Exchanged, ...] = ()
 
+    @property
+    def rest(self) -> Pass:
+        """Without products: what is computed again where their results are kept."""
+        return replace(self, kernels=tuple(kernel for kernel in self.kernels if not kernel.product))
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -49,6 +54,7 @@ class Layer:
             the last tensor that the backward pass needs.
         keeps: whether the backward pass needs any tensor of the forward pass.
         inside: bytes that are kept for the backward pass, without the values that links hand to each other.
+        products: bytes of the results of products, which stay where the rest is computed again (`parallel.selective`).
         temporary_forward: most bytes at a time beside what is kept, in the forward pass.
         temporary_backward: the same in the backward pass, gradients of activations included.
         normalised: channels of each batch norm in training.
@@ -60,6 +66,7 @@ class Layer:
     recomputed: Pass = Pass()
     keeps: bool = True
     inside: int = 0
+    products: int = 0
     temporary_forward: int = 0
     temporary_backward: int = 0
     normalised: tuple[int, ...] = ()
@@ -213,6 +220,11 @@ class Profile:
             if value.saved:
                 own[value.saved[0]] += value.held
         return tuple(accumulate(own, initial=0))
+
+    @cached_property
+    def products(self) -> tuple[int, ...]:
+        """Sums of the bytes of the results of products of links 0 to i: one entry more than links."""
+        return tuple(accumulate((link.layer.products for link in self.links), initial=0))
 
     @cached_property
     def live(self) -> tuple[tuple[Value, ...], ...]:

@@ -317,6 +317,7 @@ class _Profiler:
                 loss = self.workload.loss(self._called(data), data)
             top, end = recorder.peak, recorder.live
             forward = recorder.take()
+            products, recorder.products = recorder.products, 0
             recorder.when = "backward"
             begin = recorder.watch()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -326,6 +327,7 @@ class _Profiler:
             backward=backward,
             recomputed=forward,
             inside=sum(saved.values()),
+            products=products,
             temporary_forward=top - end,
             temporary_backward=most,
         )

@@ -23,7 +23,7 @@ from shardwise.workload.recipes.datasets.cache import cache_folder
 SETTING = "SHARDWISE_CLUSTER"
 OFF = "off"
 
-FORMAT = 4
+FORMAT = 5
 """Of what is measured: older files are not used."""
 
 

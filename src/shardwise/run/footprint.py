@@ -5,7 +5,7 @@ a step, say), and what the allocator leaves unused between tensors. A GPU counts
 
 The steps of the same trainings tell what hosts need beside kernels and messages: what takes longer than it is predicted
 to take is put down to every step, and what is left of it to what `fully_shard` does for each group, a graph for each
-pass, tensor parallelism for each exchange (`cluster.Device.overheads`).
+pass, tensor parallelism for each exchange, blocks that are computed again for each kernel (`cluster.Device.overheads`).
 """
 
 from __future__ import annotations
@@ -138,6 +138,8 @@ def footprint() -> Footprint:
         found["graph"] = tried("stage", Strategy(pp=workers, microbatches=2 * workers)) - residue
         if HEADS % workers == 0:
             tried("exchange", Strategy(tp=workers))
+    tried("again", Strategy(dp=workers, recompute="full"))
+    tried("selective", Strategy(dp=workers, recompute="selective"))
     process = _largest(team, found)
     before = _settled()
     grown = _largest(team, {"": _peak(large, strategy)[0] - before})[""]
