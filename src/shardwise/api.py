@@ -366,6 +366,7 @@ def plan(
     fix: Sequence[str] = (),
     forbid: Sequence[str] = (),
     out: str | Path | None = None,
+    dry_run: bool = False,
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
@@ -380,6 +381,8 @@ def plan(
         fix: options that the strategy must have, for example `tp=8`.
         forbid: options that it must not have, for example `pp`, `schedule=gpipe`.
         out: where to write the chosen one as a plan file.
+        dry_run: also run the real program of the finalists, on workers and tensors that are not there: those that need
+            more memory than there is are rejected. Seconds for each of a small model, up to a minute of a large one.
         settings: parameters of the workload's function.
         seed: of weights, data order and dropout; None: the workload's own.
 
@@ -405,6 +408,7 @@ def plan(
             fix=fix,
             forbid=forbid,
             out=None if out is None else Path(out),
+            dry_run=dry_run,
         )
     )
     return document

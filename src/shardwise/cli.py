@@ -136,6 +136,7 @@ def _plan(options: argparse.Namespace) -> None:
         fix=options.fix,
         forbid=options.forbid,
         out=options.out,
+        dry_run=options.dry_run,
         settings=dict(options.set),
         seed=options.seed,
     )
@@ -293,6 +294,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--forbid", action="append", default=[], metavar="KEY[=VALUE]", help="one it must not have: pp, schedule=gpipe"
     )
     plan.add_argument("--out", metavar="FILE", help="plan file to write (.toml)")
+    plan.add_argument(
+        "--dry-run", action="store_true", help="also run the finalists' real program, without memory or hardware"
+    )
     plan.add_argument("--check", metavar="FILE", help="say whether a plan file still holds, in place of planning")
     _add_output(plan)
     plan.set_defaults(run=_plan)

@@ -87,7 +87,7 @@ def test_results_that_were_written_into_are_computed_again() -> None:
 
 @pytest.mark.parametrize("spec", ["single", "fsdp=4", "tp=2,pp=2"])
 def test_it_costs_less_time_than_all_and_less_memory_than_nothing(spec: str) -> None:
-    workload = load_workload("gpt:layers=8,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=16")
+    workload = load_workload("gpt:layers=8,hidden=2048,heads=16,vocabulary=512,sequence=1024,batch_size=16")
     profiles, cluster = Profiles(workload, "gpu"), find_cluster("a100-40x4")
     none, selected, full = (
         predict(profiles.of(strategy), strategy, cluster)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardwise.plan.plan import Plan
+from shardwise.plan.plan import Candidate, Plan
 from shardwise.predict.document import candidate
 from shardwise.units import format_bytes, format_seconds
 
@@ -35,10 +35,15 @@ def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
         "workers": plan.workers,
         "objective": plan.wish.objective,
         "best": best and str(best.strategy),
-        "candidates": [candidate(str(each.strategy), each.prediction) for each in shown],
+        "candidates": [_candidate(each) for each in shown],
         "rejected": rejected,
         "search_seconds": plan.seconds,
         "predicted": plan.looked_at,
         "left_out": plan.left_out,
         "explanation": "\n\n".join(explanation),
     }
+
+
+def _candidate(each: Candidate) -> dict[str, Any]:
+    found = candidate(str(each.strategy), each.prediction)
+    return found if each.dry_run is None else {**found, "dry_run": each.dry_run.document()}

@@ -5,16 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardwise.plan.wish import Wish
+from shardwise.predict.judging import Judged
 from shardwise.predict.prediction import Prediction
 from shardwise.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A strategy and what it will cost."""
+    """A strategy and what it will cost.
+
+    Attributes:
+        strategy: the strategy.
+        prediction: of it; the memory is that of the dry run where there was one.
+        dry_run: of the worker that needs most memory; None: it was not run.
+    """
 
     strategy: Strategy
     prediction: Prediction
+    dry_run: Judged | None = None
 
 
 @dataclass(frozen=True, slots=True)

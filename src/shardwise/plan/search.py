@@ -56,6 +56,7 @@ class Searched:
 
     plan: Plan
     profile_of: ProfileOf
+    profiles: Profiles
 
 
 def search(
@@ -81,7 +82,13 @@ def search(
     if not 1 <= workers <= cluster.size:
         raise RequestError(f"workers={workers}: {cluster.name} has {cluster.size} devices, use 1 to {cluster.size}")
     scaled = profiles or ScaledProfiles(profiles_on(workload, cluster))
-    return Searched(_Search(workload, cluster, workers, wish or Wish(), scaled).plan(), scaled.of)
+    return Searched(_Search(workload, cluster, workers, wish or Wish(), scaled).plan(), scaled.of, scaled.traced)
+
+
+def room(cluster: Cluster, wish: Wish) -> int:
+    """Bytes of a device that a strategy may take."""
+    least = min(nodes.device.memory_bytes for nodes in cluster.nodes)
+    return least if wish.max_memory is None else min(least, wish.max_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +128,7 @@ class _Search:
         """See `search`."""
         start = time.perf_counter()
         self.traced = self.scaled.traced
-        self.room = min(nodes.device.memory_bytes for nodes in self.cluster.nodes)
-        if self.wish.max_memory is not None:
-            self.room = min(self.room, self.wish.max_memory)
+        self.room = room(self.cluster, self.wish)
         self.spans = tuple(level.span for level in self.cluster.levels if level.span < self.workers)
         self._look()
         best = self._simplest_first(self._with_shares(self._judged()))

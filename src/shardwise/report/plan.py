@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardwise.report.prediction import prediction_rows
+from shardwise.report.prediction import dry_run_rows, prediction_rows
 from shardwise.report.text import table
 from shardwise.units import format_rate, format_seconds, format_share
 
@@ -28,6 +28,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         document["explanation"],
         "",
         *prediction_rows(document["candidates"][:SHOWN]),
+        *dry_run_rows(document["candidates"][:SHOWN]),
         "",
         _rejected(document),
         *_scaling(document),

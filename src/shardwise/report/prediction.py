@@ -12,7 +12,7 @@ from shardwise.units import format_bytes, format_rate, format_seconds, format_sh
 def prediction_table(document: Mapping[str, Any]) -> str:
     """One row per strategy, where its time goes, and what the numbers rest on."""
     lines = [f"{document['workload']} on {document['cluster']}", *prediction_rows(document["candidates"])]
-    lines += [*_dry_runs(document["candidates"]), "", *_notes(document)]
+    lines += [*dry_run_rows(document["candidates"]), "", *_notes(document)]
     return "\n".join(lines)
 
 
@@ -38,7 +38,7 @@ def _row(candidate: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _dry_runs(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
+def dry_run_rows(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of dry runs beside what was predicted of the same workers; nothing where there are none."""
     header = ["strategy", "worker", "memory predicted", "dry run", "off", "sent predicted", "dry run", "messages"]
     runs = [(candidate["strategy"], candidate["dry_run"]) for candidate in candidates if "dry_run" in candidate]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from shardwise.parallel.planning import cuts_blocks
 from shardwise.plan.document import plan_document
 from shardwise.plan.explain import explanation
 from shardwise.plan.file import PlanFile, read_plan, write_plan
+from shardwise.plan.judge import judge
 from shardwise.plan.scaling import Point, cheapest, counts, dollars, scaling, smallest_that_fits, worth
-from shardwise.plan.search import Searched
+from shardwise.plan.search import FINALISTS, Searched, room
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import costs_of
 from shardwise.predict.scaled import ScaledProfiles
@@ -41,6 +43,7 @@ def planned(
     fix: Sequence[str],
     forbid: Sequence[str],
     out: Path | None,
+    dry_run: bool,
 ) -> dict[str, Any]:
     """The document of `plan`; see `api.plan`."""
     wish = Wish.parse(objective, max_memory, fix, forbid)
@@ -51,6 +54,8 @@ def planned(
     workload = source.load()
     points = scaling(workload, cluster, numbers, wish)
     point = _chosen(points, cluster, wish)
+    if dry_run:
+        point = replace(point, searched=_judged(point.searched, cluster, wish))
     plan = point.searched.plan
     if plan.best is None:
         raise DoesNotFit(_too_small(workload, cluster, point, wish))
@@ -61,6 +66,12 @@ def planned(
         write_plan(out, _file(source, cluster_text, point.searched, cluster))
         document["out"] = str(out)
     return document
+
+
+def _judged(searched: Searched, cluster: Cluster, wish: Wish) -> Searched:
+    """With the finalists run dry."""
+    plan = judge(searched.plan, searched.profiles, cluster, room(cluster, wish), FINALISTS)
+    return replace(searched, plan=plan)
 
 
 def _cluster(text: str | None) -> Cluster:
