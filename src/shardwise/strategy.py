@@ -41,7 +41,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
     "outermost": OUTERMOST,
 }
-_INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages")
+_INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages", "bucket")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,9 @@ class Strategy:
         recompute: activations that are dropped and computed again in the backward pass: of no block (`none`), of all
             (`full`), of the first part of them on each stage, `1/2` say (Chen et al. 2016; in Megatron-LM: method
             `block`), or of all blocks those that are no results of products (`selective`; Korthikanti et al. 2022).
+        bucket: MiB of gradients that replicas add up in one message while the backward pass goes on: the smaller, the
+            sooner the first ones leave, and the more messages there are (Li et al. 2020). 0: 25, with torch DDP a first
+            one of 1.
         precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
         shares: of the batch, one number for each replica in the order of ranks, `3:1` say; empty: all alike. For
             replicas on devices of different speed.
@@ -83,6 +86,7 @@ class Strategy:
     schedule: str = "1f1b"
     stages: int = 0
     recompute: str = "none"
+    bucket: int = 0
     precision: str = ""
     shares: str = ""
     speeds: str = ""
@@ -115,6 +119,12 @@ class Strategy:
             _check_numbers("speeds", self.speeds, self.pp, "pipeline workers")
         if self.outermost == "pp" and (self.pp == 1 or self.replicas == 1):
             raise StrategyError("outermost=pp needs pp=2 or more, and dp=2 or fsdp=2 or more beside it")
+        if self.bucket < 0:
+            raise StrategyError(f"bucket={self.bucket}: must be 1 MiB or more")
+        if self.bucket and not self.sums_in_buckets:
+            raise StrategyError(
+                f"bucket={self.bucket} needs replicas that add up whole gradients: dp=2 or more, or fsdp with zero=1"
+            )
         if self.sp and self.tp == 1:
             raise StrategyError("sp=1 needs tp=2 or more: it splits activations between the tensor shards")
         if self.zero != 3 and self.fsdp == 1:
@@ -203,6 +213,11 @@ class Strategy:
     def splits_parameters(self) -> bool:
         """Whether replicas keep slices of the parameters and gather them (`fsdp` with zero=2 or 3)."""
         return self.fsdp > 1 and self.zero > 1
+
+    @property
+    def sums_in_buckets(self) -> bool:
+        """Whether replicas add up whole gradients in buckets; where they keep slices, `fully_shard` scatters them."""
+        return self.replicas > 1 and not self.splits_parameters
 
     def in_bf16(self, precision: str) -> bool:
         """Whether a workload of `precision` computes in bfloat16 here: the strategy's own precision goes first."""

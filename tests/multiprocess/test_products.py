@@ -15,6 +15,8 @@ from equality import assert_equal, check, merge, reference, train, train_part
 from models import ODDITIES, WORKLOADS, first
 from pool import Pools
 from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
 from traces import remembered
 
 from shardwise.parallel import reduce
@@ -51,6 +53,39 @@ PRODUCTS = (
     "fsdp=2,pp=2,schedule=interleaved,recompute=selective",
     "dp=2,tp=2,sp=1,recompute=selective",
 )
+
+
+class Wide(nn.Module):
+    """Four layers of half a MiB each in float64, so that a bucket of 1 MiB does not hold all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(256, 256), nn.Tanh())))
+        self.last = nn.Linear(256, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.last(self.layers(x))
+        return found
+
+
+def wide() -> Workload:
+    generator = torch.Generator().manual_seed(3)
+    data = TensorDataset(torch.randn(16, 256, generator=generator, dtype=torch.float64), torch.arange(16) % 3)
+    return Workload(
+        name="wide",
+        model=lambda: Wide().double(),
+        dataset=data,
+        inputs=lambda batch: batch[0],
+        loss=lambda output, batch: nn.functional.cross_entropy(output, batch[1]),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        batch_size=8,
+    )
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "fsdp=2,zero=1,microbatches=2", "dp=2,tp=2", "dp=2,pp=2"])
+def test_several_buckets(workers: Pools, strategy: str) -> None:
+    for bucket in ("", ",bucket=1"):
+        check(workers, wide, strategy + bucket)
 
 
 @pytest.mark.parametrize("strategy", PRODUCTS)

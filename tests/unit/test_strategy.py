@@ -20,6 +20,7 @@ from shardwise.strategy import Strategy
         "dp=3,shares=3:1:1",
         "dp=2,pp=2,outermost=pp",
         "pp=3,speeds=1:2:4",
+        "fsdp=2,zero=1,bucket=5",
     ],
 )
 def test_its_spelling_is_read_back(text: str) -> None:
@@ -66,6 +67,12 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
         ("pp=2,schedule=gipe", "known are gpipe, 1f1b, interleaved, zero-bubble; did you mean 'gpipe'"),
         ("pp=2,stages=2", "stages=2 needs schedule=interleaved, not 1f1b"),
         ("stages=2", "stages=2 needs pp=2 or more"),
+        ("dp=2,bucket=-1", "bucket=-1: must be 1 MiB or more"),
+        ("bucket=5", "bucket=5 needs replicas that add up whole gradients"),
+        (
+            "dp=2,fsdp=2,bucket=5",
+            "bucket=5 needs replicas that add up whole gradients: dp=2 or more, or fsdp with zero=1",
+        ),
         ("microbatches=-1", "microbatches=-1: must be 1 or more"),
         (
             "recompute=ful",

@@ -188,7 +188,8 @@ class ModuleEngine:
         parameters = dict(model.named_parameters())
         trained = {name: parameters[name] for name in names}
         with self._mesh.allocating():
-            return Replicated(model, trained, group, accumulates=strategy.microbatches > 1)
+            accumulates = strategy.microbatches > 1
+            return Replicated(model, trained, group, accumulates=accumulates, bucket=strategy.bucket)
 
     def _read(self, model: nn.Module) -> None:
         """Reads our part of the parameters that are on meta, where the workload's weights are in files."""

@@ -200,7 +200,7 @@ class Holding:
                 p for p in (self._tensor(n) for n in names) if isinstance(p, nn.Parameter) and p.requires_grad
             ]
             if parameters:
-                reducers[key] = GradientReducer(parameters, group)
+                reducers[key] = GradientReducer(parameters, group, self._strategy.bucket)
         return reducers
 
     def before_backward(self, stage: int, final: bool) -> None:

@@ -14,21 +14,31 @@ BUCKET_BYTES = 25 * 2**20
 """As large as DDP's: large enough for bandwidth, small enough to overlap."""
 
 
+def bucket_bytes(bucket: int) -> int:
+    """Of a bucket of so many MiB; 0: as usual."""
+    return bucket * 2**20 or BUCKET_BYTES
+
+
 class GradientReducer:
     """Sums the gradients of some parameters over a group, bucket by bucket as they become complete.
 
     Gradients appear roughly in the reverse order of the parameters, so that is the order of the buckets.
+
+    Args:
+        parameters: whose gradients.
+        group: the replicas.
+        bucket: MiB of a bucket; 0: as usual.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, bucket: int = 0) -> None:
         self._group = group
-        self._buckets = _buckets(parameters)
+        self._buckets = _buckets(parameters, bucket_bytes(bucket))
         self._missing: list[int] = []
         self._running: list[tuple[list[Tensor], Tensor, Any]] = []
         self._launched: set[int] = set()
         self._armed = False
-        for index, bucket in enumerate(self._buckets):
-            for parameter in bucket:
+        for index, members in enumerate(self._buckets):
+            for parameter in members:
                 parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
 
     def arm(self) -> None:
@@ -75,12 +85,12 @@ class GradientReducer:
         self._armed = False
 
 
-def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _buckets(parameters: Iterable[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
     buckets: list[list[nn.Parameter]] = []
     size, dtype = 0, None
     for parameter in reversed(list(parameters)):
         bytes_ = parameter.numel() * parameter.element_size()
-        if not buckets or size + bytes_ > BUCKET_BYTES or parameter.dtype != dtype:
+        if not buckets or size + bytes_ > limit or parameter.dtype != dtype:
             buckets.append([])
             size = 0
         buckets[-1].append(parameter)

@@ -28,6 +28,7 @@ class Replicated:
         group: dist.ProcessGroup,
         *,
         accumulates: bool,
+        bucket: int = 0,
     ) -> None:
         with warnings.catch_warnings():
             # torch 2.13 wants `forward_sync_buffers` instead, which torch 2.9 does not know
@@ -36,6 +37,7 @@ class Replicated:
                 model,
                 process_group=group,
                 broadcast_buffers=False,
+                bucket_cap_mb=bucket or None,
                 init_sync=False,  # the engine has made the replicas equal
                 # saves a copy; but gradients that are parts of one bucket all look changed when one is (see below)
                 gradient_as_bucket_view=not accumulates,

@@ -43,6 +43,9 @@ FINALISTS = 5
 NEAR = 0.02
 """By how much a strategy may be worse than the best one, and is looked at still: profiles of its own tell."""
 
+BUCKETS = (1, 5, 100)
+"""MiB of buckets that are looked at beside the usual 25."""
+
 EQUAL = 0.001
 """By which one more option of a strategy must be worth it: predictions are not that exact."""
 
@@ -131,7 +134,7 @@ class _Search:
         self.room = room(self.cluster, self.wish)
         self.spans = tuple(level.span for level in self.cluster.levels if level.span < self.workers)
         self._look()
-        best = self._simplest_first(self._with_shares(self._judged()))
+        best = self._simplest_first(self._with_buckets(self._with_shares(self._judged())))
         return Plan(
             workload=self.workload.name,
             cluster=self.cluster.name,
@@ -415,6 +418,20 @@ class _Search:
             for candidate in judged[:FINALISTS]:
                 found += self._shared_out(candidate)
         return sorted([*found, *judged], key=self._rank) if found else judged
+
+    def _with_buckets(self, judged: list[Candidate]) -> list[Candidate]:
+        """With other sizes of buckets of the finalists that add gradients up in buckets."""
+        found: list[Candidate] = []
+        if self.wish.objective != "memory" and "bucket" not in self.wish.fixed:
+            for candidate in judged[:FINALISTS]:
+                strategy = candidate.strategy
+                if strategy.sums_in_buckets and not strategy.shares:
+                    others = [strategy.with_(bucket=size) for size in BUCKETS]
+                    found += [each for other in others if (each := self._in_buckets(other)) is not None]
+        return sorted([*found, *judged], key=self._rank) if found else judged
+
+    def _in_buckets(self, strategy: Strategy) -> Candidate | None:
+        return self._traced(strategy) if self.wish.refusal(strategy) is None else None
 
     def _shared_out(self, candidate: Candidate) -> list[Candidate]:
         """The best shares or stages of a strategy; none where equal ones are as good."""

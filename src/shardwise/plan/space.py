@@ -97,6 +97,8 @@ def members(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> Iterator
 def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[dict[str, Any]]:
     """What members of a family differ in: dp, fsdp, zero, outermost. What may be, most sharded first.
 
+    A size of buckets is theirs only where one is asked for: which is best is looked for among the finalists.
+
     Args:
         family: with all replicas as `dp`.
         wish: what may be.
@@ -115,7 +117,9 @@ def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[d
             for word in outermost:
                 if word == "pp" and "outermost" not in wish.fixed and _lies_alike(family, fsdp, spans):
                     continue
-                spelling = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero, "outermost": word}
+                sums = replicas > 1 and (fsdp == 1 or zero == 1)
+                bucket = int(wish.fixed.get("bucket", 0)) if sums else 0
+                spelling = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero, "outermost": word, "bucket": bucket}
                 if all(wish.allows(option, value) for option, value in spelling.items()):
                     found.append(spelling)
     return found

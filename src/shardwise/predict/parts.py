@@ -19,7 +19,7 @@ from shardwise.errors import StrategyError
 from shardwise.parallel.deal import BUCKET_BYTES as BROADCAST_BYTES
 from shardwise.parallel.deal import deal
 from shardwise.parallel.planning import check_stages, cuts_blocks, divided
-from shardwise.parallel.reduce import BUCKET_BYTES
+from shardwise.parallel.reduce import bucket_bytes
 from shardwise.predict.profile import Parameter, Profile, Value
 from shardwise.strategy import Strategy
 
@@ -212,6 +212,7 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
         cuts_blocks(strategy),
         strategy.recompute,
         strategy.speeds,
+        strategy.bucket,
     )
 
 
@@ -323,7 +324,9 @@ def _worker(
     return Worker(
         place,
         stages,
-        tuple(_reducer_buckets(several, stages[0].first)) if replicated and several else (),
+        tuple(_reducer_buckets(several, stages[0].first, bucket_bytes(strategy.bucket)))
+        if replicated and several
+        else (),
         _flat([(parameter, count) for parameter, count in trained if parameter.summed], strategy),
         tuple((workers, size) for workers, shared in tied.items() for size in _flat(shared, strategy)),
         sum(count * _share(parameter, strategy) for parameter, count in kinds),
@@ -391,12 +394,12 @@ def _assigned(parameters: Iterable[Parameter], limits: Sequence[int]) -> list[tu
     return done + list(filling.values())
 
 
-def _reducer_buckets(parameters: Sequence[Parameter], first: int) -> list[Bucket]:
+def _reducer_buckets(parameters: Sequence[Parameter], first: int, limit: int) -> list[Bucket]:
     """The buckets of `reduce.GradientReducer`; a parameter's gradient is complete at its first link from `first` on."""
     buckets: list[list[Parameter]] = []
     size, kind = 0, 0
     for parameter in reversed(parameters):
-        if not buckets or size + parameter.bytes > BUCKET_BYTES or parameter.itemsize != kind:
+        if not buckets or size + parameter.bytes > limit or parameter.itemsize != kind:
             buckets.append([])
             size = 0
         buckets[-1].append(parameter)
@@ -450,16 +453,17 @@ def _buckets(
 ) -> list[Bucket]:
     if strategy.replicas == 1:
         return []
-    parameters = profile.parameters
+    parameters, limit = profile.parameters, bucket_bytes(strategy.bucket)
     if strategy.splits_parameters:
         whole = [parameters[i] for i in own if parameters[i].trained and not parameters[i].shape and i not in twice]
         if module:
             return [Bucket(sum(parameter.bytes for parameter in whole), 0)] if whole else []
-        return _reducer_buckets(whole, first) if whole else []
+        return _reducer_buckets(whole, first, limit) if whole else []
     if module:
         ready = [parameters[index] for index in profile.ready]
-        return [Bucket(size, link) for size, link in _assigned(ready, [FIRST_BUCKET_BYTES, BUCKET_BYTES])]
-    return _reducer_buckets([parameters[i] for i in own if parameters[i].trained and i not in twice], first)
+        limits = [limit] if strategy.bucket else [FIRST_BUCKET_BYTES, limit]
+        return [Bucket(size, link) for size, link in _assigned(ready, limits)]
+    return _reducer_buckets([parameters[i] for i in own if parameters[i].trained and i not in twice], first, limit)
 
 
 def _module_parts(

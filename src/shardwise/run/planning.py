@@ -43,7 +43,7 @@ def planned(
     fix: Sequence[str],
     forbid: Sequence[str],
     out: Path | None,
-    dry_run: bool,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """The document of `plan`; see `api.plan`."""
     wish = Wish.parse(objective, max_memory, fix, forbid)
