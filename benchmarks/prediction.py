@@ -2,9 +2,9 @@
 
 python -m benchmarks.prediction [--rounds N] [--steps N] [--recipe NAME ...] [--strategy SPEC ...] [--cluster FILE]
 
-The machine is measured first, as `shardwise calibrate` does it, unless a cluster file is given. Then every run is made
-once in each round, one after the other, so that drift of the machine touches all alike; a run's time is the median over
-the rounds of its median step. Nothing of the runs goes into the predictions.
+In each round the machine is measured before the runs of each recipe, as `shardwise calibrate` does it, unless a cluster
+file is given: it is faster in some hours than in others. Every run is predicted by the measurement before it; what is
+told are the medians over the rounds. Nothing of the runs goes into the predictions.
 """
 
 from __future__ import annotations
@@ -42,38 +42,42 @@ def main() -> None:
     parser.add_argument("--cluster", help="a cluster file of this machine, in place of measuring it")
     options = parser.parse_args()
     before = environment(None)
-    cluster = measured_cluster(options.cluster)
     strategies = [Strategy.parse(text) for text in options.strategy or STRATEGIES]
-    runs = [run for recipe in options.recipe or RECIPES for run in runs_of(recipe, strategies, cluster)]
+    runs = [run for recipe in options.recipe or RECIPES for run in runs_of(recipe, strategies)]
     for _ in range(options.rounds):
-        for run in runs:
-            measure(run, options.steps)
+        for recipe in options.recipe or RECIPES:
+            cluster = measured_cluster(options.cluster)
+            own = [run for run in runs if run["recipe"] == recipe]
+            profiles = profiles_on(own[0]["source"].load(), cluster)
+            for run in own:
+                prediction = simulate(profiles, run["strategy"], cluster)
+                run["predicted"].append([prediction.step_seconds, prediction.memory.total])
+                measure(run, options.steps)
     rows = [row(run) for run in runs]
     settings = {"rounds": options.rounds, "steps": options.steps, **summary(rows)}
-    record(options.name, settings, rows, {run["name"]: run["measured"] for run in runs}, before)
+    both = {run["name"]: {"predicted": run["predicted"], "measured": run["measured"]} for run in runs}
+    record(options.name, settings, rows, both, before)
 
 
 def measured_cluster(file: str | None) -> Cluster:
     if file is not None:
         return read_cluster(file)
-    cluster = calibrate()
+    cluster = calibrate(quiet=True)
     assert cluster is not None  # there is no outer launcher
     return cluster
 
 
-def runs_of(recipe: str, strategies: Sequence[Strategy], cluster: Cluster) -> Iterable[dict[str, Any]]:
-    """The runs of a recipe that can be, with their predictions."""
+def runs_of(recipe: str, strategies: Sequence[Strategy]) -> Iterable[dict[str, Any]]:
+    """The runs of a recipe that can be."""
     source = Source(workload=recipe)
     workload = source.load()
-    profiles = profiles_on(workload, cluster)
     for strategy in strategies:
         try:
             check(workload, strategy)
         except StrategyError:
             continue
-        prediction = simulate(profiles, strategy, cluster)
         yield {"name": f"{recipe} {strategy}", "recipe": recipe, "source": source, "strategy": strategy} | {
-            "prediction": prediction,
+            "predicted": [],
             "measured": [],
         }
 
@@ -85,18 +89,23 @@ def measure(run: dict[str, Any], steps: int) -> None:
 
 
 def row(run: dict[str, Any]) -> dict[str, Any]:
-    prediction = run["prediction"]
     seconds, memory = (median(values) for values in zip(*run["measured"], strict=True))
+    foreseen, foreseen_memory = (median(values) for values in zip(*run["predicted"], strict=True))
+    pairs = zip(run["predicted"], run["measured"], strict=True)
+    time_error, memory_error = (
+        median(ratios) - 1
+        for ratios in zip(*([p / m for p, m in zip(*pair, strict=True)] for pair in pairs), strict=True)
+    )
     return {
         "recipe": run["recipe"],
         "strategy": str(run["strategy"]),
         "workers": run["strategy"].workers,
-        "predicted ms": 1e3 * prediction.step_seconds,
+        "predicted ms": 1e3 * foreseen,
         "measured ms": 1e3 * seconds,
-        "error": prediction.step_seconds / seconds - 1,
-        "predicted MiB": prediction.memory.total / 2**20,
+        "error": time_error,
+        "predicted MiB": foreseen_memory / 2**20,
         "measured MiB": memory / 2**20,
-        "memory error": prediction.memory.total / memory - 1,
+        "memory error": memory_error,
     }
 
 

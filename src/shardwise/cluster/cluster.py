@@ -35,7 +35,7 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 PROGRAMS = ("module", "sharded", "graph")
 """Kinds of program: of the module as it is (single, dp), with sharded parameters (fsdp), of a traced step (tp, pp)."""
 
-OVERHEADS = ("step", "sharded", "stage", "exchange", "again", "selective")
+OVERHEADS = ("step", "sharded", "stage", "exchange", "again", "selective", "crowded")
 """What hosts need time for beside kernels and messages, see `Device.overheads`."""
 
 
@@ -125,7 +125,7 @@ class Device:
         overheads: seconds of the host beside kernels and messages, measured (see OVERHEADS): for each step, for each
             group of parameters that `fully_shard` looks after in a pass, for each pass through a stage of a graph, for
             each exchange of tensor parallelism, for each kernel that is computed again, once more for each kernel of
-            a block that keeps the results of products.
+            a block that keeps the results of products, and for each step where workers outnumber cores.
         origins: attribute -> where it comes from.
         source: where the figures were read.
     """

@@ -397,7 +397,8 @@ class Costs:
         report = self.collective("all_reduce", REPORT_BYTES, group_of(strategy, "world"))
         if self.profile.weighted:
             report += self.collective("all_reduce", 8, replicas)
-        return Finish(reduce, self.update(worker), exchange, report, self.times.overhead("step").launching)
+        host = self.times.overhead("step").launching + self.times.crowding
+        return Finish(reduce, self.update(worker), exchange, report, host)
 
     def sums_over_workers(self, worker: Worker) -> list[tuple[tuple[int, ...], int, float]]:
         """(pipeline workers, bytes, seconds) of gradients that are added up after the last pass; none: over tp."""

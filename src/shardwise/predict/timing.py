@@ -145,6 +145,11 @@ class Timed:
         seconds = self.device.overheads.get(what, 0.0) * count * self.crowded
         return Spent(launching=seconds, inline=self.device.kind == "cpu")
 
+    @property
+    def crowding(self) -> float:
+        """Seconds for each step where workers outnumber cores, as far as they do."""
+        return self.device.overheads.get("crowded", 0.0) * (self.crowded - 1.0)
+
     def again(self, first: int, end: int, *, products: bool = False) -> Spent:
         """What it takes to compute links `first` to `end` again: up to the last tensor that is needed.
 

@@ -38,7 +38,7 @@ from shardwise.parallel.mesh import default_device
 from shardwise.predict.analysis import LinkRecorder
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import KernelTimes
-from shardwise.run.footprint import Footprint, footprint
+from shardwise.run.footprint import Footprint, crowded_step, footprint
 from shardwise.run.job import enough_gpus, join_launcher
 
 MEASURED = (
@@ -109,7 +109,10 @@ def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: b
         raise RequestError(f"workers={count}: must be 1 or more")
     gpus = enough_gpus(count)
     few = min(count, max(2, machine.cores()))  # what a process needs does not depend on how many there are
-    own = run_local(footprint, workers=few, gpus=gpus)
+    own: Footprint = run_local(footprint, workers=few, gpus=gpus)
+    crowd = run_local(crowded_step, workers=count, gpus=gpus) if count > few and own.trials else None
+    if crowd is not None:
+        own = replace(own, trials={**own.trials, "crowded": crowd})
     found: Cluster = run_local(work, (effort, quiet, own), workers=count, gpus=gpus)
     return found
 

@@ -37,7 +37,7 @@ from shardwise.workload.workload import Workload
 STEPS = 7
 """Of each training: some of them are profiled, as in every run."""
 
-TIMED = 12
+TIMED = 24
 """Further steps of each training, by the median of which it is timed."""
 
 CLASSES, HEADS = 10, 4
@@ -60,7 +60,6 @@ class Footprint:
         large: a workload with larger activations.
         strategy: how it was trained.
         grown: by how many bytes the process grew for it.
-        small: a workload with next to nothing to compute.
         trials: how long its steps took, by overhead.
     """
 
@@ -68,7 +67,6 @@ class Footprint:
     large: Workload
     strategy: Strategy
     grown: int
-    small: Workload
     trials: Mapping[str, Trial]
 
     def heap(self, device: Device) -> float:
@@ -86,11 +84,14 @@ class Footprint:
         """Seconds by overhead, so that predictions on `cluster`, which knows none yet, become what was measured."""
         if not self.trials:
             return {}
+        from shardwise.predict.profiling import Profiles
         from shardwise.predict.simulate import profiles_on, simulate
 
-        profiles = profiles_on(self.small, cluster)
+        known: dict[int, Profiles] = {}
 
         def predicted(strategy: Strategy, overheads: Mapping[str, float]) -> float:
+            workers = strategy.workers
+            profiles = known.setdefault(workers, profiles_on(_small(workers), cluster))
             return simulate(profiles, strategy, _with_overheads(cluster, overheads)).step_seconds
 
         found: dict[str, float] = {}
@@ -121,8 +122,8 @@ def footprint() -> Footprint:
     team = Team(default_device())
     large, strategy = _workload(hidden=128, batch=64 * team.size, image=16), Strategy(dp=team.size)
     if team.device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
-        return Footprint({}, large, strategy, 0, large, {})
-    small, workers = _workload(hidden=32, batch=4 * team.size), team.size
+        return Footprint({}, large, strategy, 0, {})
+    small, workers = _small(team.size), team.size
     trials: dict[str, Trial] = {}
 
     def tried(name: str, split: Strategy) -> int:
@@ -143,7 +144,18 @@ def footprint() -> Footprint:
     process = _largest(team, found)
     before = _settled()
     grown = _largest(team, {"": _peak(large, strategy)[0] - before})[""]
-    return Footprint(process, large, strategy, grown, small, trials)
+    return Footprint(process, large, strategy, grown, trials)
+
+
+def crowded_step() -> Trial | None:
+    """A training by more workers than there are cores; collective."""
+    team = Team(default_device())
+    if team.device.type != "cpu":
+        return None
+    split = Strategy(dp=team.size)
+    program = Program.build(_small(team.size), split)
+    _median_step(program, STEPS)
+    return Trial(split, max(row[0] for row in team.gathered([_median_step(program, TIMED)])))
 
 
 def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
@@ -178,6 +190,11 @@ def _settled() -> int:
         if trim is not None:
             trim(0)
     return own_memory()[1]
+
+
+def _small(workers: int) -> Workload:
+    """With next to nothing to compute."""
+    return _workload(hidden=32, batch=4 * workers)
 
 
 def _workload(hidden: int, batch: int, image: int = 8) -> Workload:
