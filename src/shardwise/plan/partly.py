@@ -5,6 +5,8 @@ What is computed again takes time and needs less memory, the more the more, so t
 
 from __future__ import annotations
 
+from math import ceil
+
 from shardwise.cluster.cluster import Cluster
 from shardwise.plan.bounds_memory import least_memory
 from shardwise.predict.condensed import Condensed
@@ -13,6 +15,9 @@ from shardwise.predict.parts import cuts_of, stage_blocks
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import timed
 from shardwise.strategy import Strategy
+
+GUESSES = 4
+"""Of the number of blocks, before the range is halved instead."""
 
 
 def may_be(profile: Condensed, strategy: Strategy) -> bool:
@@ -36,19 +41,31 @@ def fewest(profile: Profile, condensed: Condensed, strategy: Strategy, cluster: 
 
 
 def enough(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) -> Strategy | None:
-    """Of the strategies with as many blocks computed again as this one or more, the first that fits as predicted."""
+    """Of the strategies with as many blocks computed again as this one or more, the first that fits as predicted.
+
+    Each block frees about as much as any other, so that the number is guessed from what two of them need.
+    """
     blocks = len(_saved(profile, strategy, cluster))
     low, high = strategy.recomputed_of(blocks), blocks - 1
 
-    def fits(count: int) -> bool:
-        return costs_of(profile, _with(strategy, count, blocks), cluster).memory.total <= room
+    def missing(count: int) -> int:
+        return costs_of(profile, _with(strategy, count, blocks), cluster).memory.total - room
 
-    if low > high or not fits(high):
+    if low > high or (least := missing(high)) > 0:
         return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return _with(strategy, low, blocks)
+    if low == high or (most := missing(low)) <= 0:
+        return _with(strategy, low, blocks)
+    tries = 0
+    while high - low > 1:  # `low` does not fit, `high` does
+        tries += 1
+        guess = low + ceil((high - low) * most / (most - least)) if tries < GUESSES else (low + high) // 2
+        count = min(max(guess, low + 1), high - 1)
+        found = missing(count)
+        if found > 0:
+            low, most = count, found
+        else:
+            high, least = count, found
+    return _with(strategy, high, blocks)
 
 
 def _with(strategy: Strategy, count: int, blocks: int) -> Strategy:
