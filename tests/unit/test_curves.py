@@ -111,6 +111,11 @@ def test_workers_that_share_a_device(workers: int, threads: int, seconds: float)
     assert KernelTimes(device(threads=threads), workers).seconds(matmul()) == pytest.approx(seconds, rel=0.01)
 
 
+def test_kernels_take_longer_in_a_training_where_that_was_measured() -> None:
+    alone, trained = (KernelTimes(replace(device(), strain=strain)).seconds(matmul()) for strain in (1.0, 1.25))
+    assert trained == pytest.approx(1.25 * alone)
+
+
 def test_equal_kernels_add_up() -> None:
     times = KernelTimes(device())
     assert times.seconds(replace(matmul(), count=3)) == pytest.approx(3 * times.seconds(matmul()))

@@ -121,6 +121,8 @@ class Device:
         overlap: how much slower a device computes while it communicates, measured; 1: not at all.
         process: kind of program (see PROGRAMS) -> bytes of a worker's process beside its tensors, measured, where
             memory is that of the process.
+        strain: how many times as long kernels take in a training as in calls of their own, measured: other tensors are
+            in the caches there.
         heap: bytes of the process for each byte of tensors: what the allocator leaves unused, measured.
         overheads: seconds of the host beside kernels and messages, measured (see OVERHEADS): for each step, for each
             group of parameters that `fully_shard` looks after in a pass, for each pass through a stage of a graph, for
@@ -145,6 +147,7 @@ class Device:
     shared: Mapping[int, float] = field(default_factory=dict)
     overlap: float = 1.0
     process: Mapping[str, int] = field(default_factory=dict)
+    strain: float = 1.0
     heap: float = 1.0
     overheads: Mapping[str, float] = field(default_factory=dict)
     origins: Mapping[str, Origin] = field(default_factory=dict)

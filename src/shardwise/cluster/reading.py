@@ -67,6 +67,7 @@ DEVICE: dict[str, Field] = {
     "price_per_hour": PRICE,
     "watts": Number("watts of the board's power limit", default=None),
     "overlap": Number("times slower while communicating", least=1, default=1.0),
+    "strain": Number("times as long in a training", default=1.0),
     "heap": Number("bytes of the process for each byte of tensors", least=1, default=1.0),
     "process": Part("a table of program = bytes", default={}),
     "overheads": Part("a table of what = seconds", default={}),

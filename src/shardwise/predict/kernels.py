@@ -52,7 +52,8 @@ class KernelTimes:
     def _seconds(self, kernel: Kernel) -> float:
         if not self._measured:
             return gpu.kernel_seconds(kernel, self.device) * slowdown(self.device, self.workers)
-        return kernel.count * sum(share * self._looked_up(kernel, curves) for share, curves in self._measured)
+        measured = sum(share * self._looked_up(kernel, curves) for share, curves in self._measured)
+        return kernel.count * measured * self.device.strain
 
     def _looked_up(self, kernel: Kernel, curves: Curves) -> float:
         if kernel.kind == "memory":

@@ -22,6 +22,7 @@ def calibration_summary(document: Mapping[str, Any]) -> str:
             for workers, factor in document["shared"].items()
         ),
         ("overlap", f"computing takes {document['overlap']:.2f} times as long while workers communicate"),
+        ("training", f"kernels take {document['strain']:.2f} times as long as in calls of their own"),
         *(
             (
                 level["name"],

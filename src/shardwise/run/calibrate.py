@@ -49,6 +49,7 @@ MEASURED = (
     "shared",
     "overlap",
     "process",
+    "strain",
     "heap",
     "overheads",
 )
@@ -151,6 +152,8 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
     host = launch_seconds(device, team.device, effort.other)
     device = replace(device, launch_seconds=host, process=own.process, heap=own.heap(device))
     cluster = _cluster(team, device, collectives)
+    device = replace(device, strain=own.strain(cluster))
+    cluster = _cluster(team, device, collectives)
     return _cluster(team, replace(device, overheads=own.overheads(cluster)), collectives)
 
 
@@ -208,6 +211,7 @@ def summary(cluster: Cluster, out: Path, seconds: float) -> dict[str, Any]:
         "shared": {str(workers): factor for workers, factor in device.shared.items()},
         "overlap": device.overlap,
         "process_bytes": dict(device.process),
+        "strain": device.strain,
         "heap": device.heap,
         "overhead_seconds": dict(device.overheads),
         "levels": [

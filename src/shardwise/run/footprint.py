@@ -35,10 +35,16 @@ from shardwise.workload.recipes.models.vit import ViT
 from shardwise.workload.workload import Workload
 
 STEPS = 7
-"""Of each training: some of them are profiled, as in every run."""
+"""Of a training whose memory is looked at: some of them are profiled, as in every run."""
 
-TIMED = 24
-"""Further steps of each training, by the median of which it is timed."""
+WARM, TIMED = 5, 20
+"""Steps of trainings that are timed: first some that are not counted, then those by whose median they are."""
+
+LONG = 6
+"""Of a training whose steps take a few tenths of a second."""
+
+LEAST_STRAIN = 0.5
+"""Of what kernels take alone: less is no property of a machine."""
 
 CLASSES, HEADS = 10, 4
 
@@ -58,14 +64,14 @@ class Footprint:
     Attributes:
         process: kind of program -> bytes of the process; empty where memory is not that of the process.
         large: a workload with larger activations.
-        strategy: how it was trained.
+        trained: how it was trained.
         grown: by how many bytes the process grew for it.
         trials: how long its steps took, by overhead.
     """
 
     process: Mapping[str, int]
     large: Workload
-    strategy: Strategy
+    trained: Trial
     grown: int
     trials: Mapping[str, Trial]
 
@@ -75,10 +81,20 @@ class Footprint:
 
         if not self.process:
             return 1.0
-        cluster = Cluster(name="", nodes=(Nodes(device, self.strategy.workers, 1),), levels=(_ANY,))
-        memory = simulate(profiles_on(self.large, cluster), self.strategy, cluster).memory
+        cluster = Cluster(name="", nodes=(Nodes(device, self.trained.strategy.workers, 1),), levels=(_ANY,))
+        memory = simulate(profiles_on(self.large, cluster), self.trained.strategy, cluster).memory
         passing = memory.activations + memory.temporary
         return max(1.0, 1.0 + (self.grown - memory.tensors) / passing)
+
+    def strain(self, cluster: Cluster) -> float:
+        """How many times as long kernels took in a training as they are predicted to take on `cluster`."""
+        if not self.trained.seconds:
+            return 1.0
+        from shardwise.predict.simulate import profiles_on, simulate
+
+        prediction = simulate(profiles_on(self.large, cluster), self.trained.strategy, cluster)
+        kernels = prediction.compute_seconds + prediction.optimizer_seconds
+        return max(LEAST_STRAIN, 1.0 + (self.trained.seconds - prediction.step_seconds) / kernels)
 
     def overheads(self, cluster: Cluster) -> dict[str, float]:
         """Seconds by overhead, so that predictions on `cluster`, which knows none yet, become what was measured."""
@@ -91,7 +107,7 @@ class Footprint:
 
         def predicted(strategy: Strategy, overheads: Mapping[str, float]) -> float:
             workers = strategy.workers
-            profiles = known.setdefault(workers, profiles_on(_small(workers), cluster))
+            profiles = known.setdefault(workers, profiles_on(_usual(workers), cluster))
             return simulate(profiles, strategy, _with_overheads(cluster, overheads)).step_seconds
 
         found: dict[str, float] = {}
@@ -122,29 +138,29 @@ def footprint() -> Footprint:
     team = Team(default_device())
     large, strategy = _workload(hidden=128, batch=64 * team.size, image=16), Strategy(dp=team.size)
     if team.device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
-        return Footprint({}, large, strategy, 0, {})
-    small, workers = _small(team.size), team.size
-    trials: dict[str, Trial] = {}
-
-    def tried(name: str, split: Strategy) -> int:
-        size, seconds = _peak(small, split, timed=TIMED)
-        trials[name] = Trial(split, max(row[0] for row in team.gathered([seconds])))
-        return size
-
-    found = {"module": tried("step", Strategy(dp=workers))}
+        return Footprint({}, large, Trial(strategy, 0.0), 0, {})
+    workers = team.size
+    small = _workload(hidden=32, batch=4 * workers)
+    found = {"module": _peak(small, Strategy(dp=workers))}
     plain = _settled()
+    splits = {"step": Strategy(dp=workers)}
     if workers > 1:
-        found["sharded"] = tried("sharded", Strategy(fsdp=workers))
+        found["sharded"] = _peak(small, Strategy(fsdp=workers))
         residue = max(0, _settled() - plain)
-        found["graph"] = tried("stage", Strategy(pp=workers, microbatches=2 * workers)) - residue
+        splits["sharded"] = Strategy(fsdp=workers)
+        splits["stage"] = Strategy(pp=workers, microbatches=2 * workers)
+        found["graph"] = _peak(small, splits["stage"]) - residue
         if HEADS % workers == 0:
-            tried("exchange", Strategy(tp=workers))
-    tried("again", Strategy(dp=workers, recompute="full"))
-    tried("selective", Strategy(dp=workers, recompute="selective"))
+            splits["exchange"] = Strategy(tp=workers)
+    splits |= {
+        word: Strategy(dp=workers, recompute=how) for word, how in (("again", "full"), ("selective", "selective"))
+    }
     process = _largest(team, found)
     before = _settled()
-    grown = _largest(team, {"": _peak(large, strategy)[0] - before})[""]
-    return Footprint(process, large, strategy, grown, trials)
+    grown = _largest(team, {"": _peak(large, strategy) - before})[""]
+    trained = _tried(team, large, strategy, LONG)
+    trials = {name: _tried(team, _usual(workers), split, TIMED) for name, split in splits.items()}
+    return Footprint(process, large, trained, grown, trials)
 
 
 def crowded_step() -> Trial | None:
@@ -152,10 +168,18 @@ def crowded_step() -> Trial | None:
     team = Team(default_device())
     if team.device.type != "cpu":
         return None
-    split = Strategy(dp=team.size)
-    program = Program.build(_small(team.size), split)
-    _median_step(program, STEPS)
-    return Trial(split, max(row[0] for row in team.gathered([_median_step(program, TIMED)])))
+    return _tried(team, _usual(team.size), Strategy(dp=team.size), TIMED)
+
+
+def _tried(team: Team, workload: Workload, strategy: Strategy, count: int) -> Trial:
+    """The median of so many steps of a training, behind a few others; of the slowest worker. Collective."""
+    program = Program.build(workload, strategy)
+    share, took = next(program.loader().shares(0)), []
+    for _ in range(WARM + count):
+        start = time.perf_counter()
+        program.step_share(share)
+        took.append(time.perf_counter() - start)
+    return Trial(strategy, max(row[0] for row in team.gathered([statistics.median(took[WARM:])])))
 
 
 def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
@@ -163,23 +187,13 @@ def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
     return {kind: int(max(column)) for kind, column in zip(found, zip(*by_rank, strict=True), strict=True)}
 
 
-def _peak(workload: Workload, strategy: Strategy, timed: int = 0) -> tuple[int, float]:
-    """Bytes that this process needs at most in a training, and seconds of the median of more steps. Collective."""
+def _peak(workload: Workload, strategy: Strategy) -> int:
+    """Bytes that this process needs at most in a training. Collective."""
     _settled()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what there is (Linux, proc(5))
     job = Job(source=Source(workload=workload), strategy=strategy, options=Options(steps=STEPS, quiet=True))
-    program = Program.build(workload, strategy)
-    train(program, job)
-    return own_memory()[0], _median_step(program, timed) if timed else 0.0
-
-
-def _median_step(program: Program, count: int) -> float:
-    share, took = next(program.loader().shares(0)), []
-    for _ in range(count):
-        start = time.perf_counter()
-        program.step_share(share)
-        took.append(time.perf_counter() - start)
-    return statistics.median(took)
+    train(Program.build(workload, strategy), job)
+    return own_memory()[0]
 
 
 def _settled() -> int:
@@ -192,9 +206,9 @@ def _settled() -> int:
     return own_memory()[1]
 
 
-def _small(workers: int) -> Workload:
-    """With next to nothing to compute."""
-    return _workload(hidden=32, batch=4 * workers)
+def _usual(workers: int) -> Workload:
+    """With as much to compute between two exchanges as small models have: workers wait for each other there."""
+    return _workload(hidden=64, batch=16 * workers, image=16)
 
 
 def _workload(hidden: int, batch: int, image: int = 8) -> Workload:
