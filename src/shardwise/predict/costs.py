@@ -319,7 +319,7 @@ class Costs:
             if group is not None:
                 copied += count * self.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
                 copied += count * self.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
-        watched = sum(count for (group, _), count in groups.items() if group is not None)
+        watched = sum(n for (group, gathers), n in groups.items() if group is not None and (gathers or sync.reduces))
         return spent + Spent(kernels=copied) + self.times.overhead("sharded", watched)
 
     def buckets(self, stage: Stage, seconds: float) -> list[tuple[float, float]]:

@@ -28,13 +28,13 @@ class KernelTimes:
 
     Args:
         device: where.
-        workers: that share it.
+        workers: that share it, on average.
 
     Raises:
         RequestError: the device has curves, but none for workers with as many threads.
     """
 
-    def __init__(self, device: Device, workers: int = 1) -> None:
+    def __init__(self, device: Device, workers: float = 1) -> None:
         self.device, self.workers = device, workers if device.kind == "cpu" else 1
         self._known: dict[Kernel, float] = {}
         self._measured = _measured(device, self.workers) if device.curves else []
@@ -68,13 +68,13 @@ class KernelTimes:
         return found
 
 
-def _measured(device: Device, workers: int) -> list[tuple[float, Curves]]:
+def _measured(device: Device, workers: float) -> list[tuple[float, Curves]]:
     """(weight, curves) whose sum is what so many workers need.
 
     Between two measured numbers of workers with as many threads a straight line; beyond the largest one its curves,
     times how much more such workers slow each other down.
     """
-    threads = device.threads or max(1, device.cores // workers)
+    threads = device.threads or max(1, int(device.cores // workers))
     known = [count for count, each in situations(device.curves) if each == threads]
     if device.kind != "cpu":
         known, threads = [1], 1
@@ -97,7 +97,7 @@ def _measured(device: Device, workers: int) -> list[tuple[float, Curves]]:
     return [(1 - part, Curves(device.curves, below, threads)), (part, Curves(device.curves, above, threads))]
 
 
-def slowdown(device: Device, workers: int) -> float:
+def slowdown(device: Device, workers: float) -> float:
     """How much slower each of `workers` computes that share the cores of a device; between measured numbers linear."""
     if not device.shared or workers <= 1:
         return 1.0

@@ -181,7 +181,8 @@ class Seconds:
         cluster: on which.
         device: of it.
         tp: tensor-parallel workers.
-        crowd: workers of a host that compute and communicate at the same time.
+        crowd: workers of a host that communicate at the same time.
+        busy: workers of a host that compute at the same time: fewer in a pipeline, whose workers take turns to wait.
         exchanges: the times of exchanges, as far as they have been asked for.
     """
 
@@ -189,6 +190,7 @@ class Seconds:
     device: Device
     tp: int
     crowd: int
+    busy: float
     exchanges: dict[Exchanged, float] = field(default_factory=dict)
 
     @classmethod
@@ -197,23 +199,23 @@ class Seconds:
         workers = min(strategy.workers, cluster.node_size)
         device = device or slowest(cluster, precision)
         crowd = workers if device.shared or device.curves or cluster.collectives else 1
-        return cls(cluster, device, tp, crowd)
+        return cls(cluster, device, tp, crowd, _busy(crowd, device, strategy))
 
     @cached_property
     def kernels(self) -> KernelTimes:
         """The times of kernels; only made where something is not kept by `key` already."""
-        return KernelTimes(self.device, self.crowd)
+        return KernelTimes(self.device, self.busy)
 
     @property
     def key(self) -> tuple[object, ...]:
         """What they are for, to keep what is made of them."""
-        return "timed", id(self.cluster), id(self.device), self.crowd
+        return "timed", id(self.cluster), id(self.device), self.crowd, self.busy
 
     @property
     def crowded(self) -> float:
         """How much longer the host needs where workers wait for cores."""
         device = self.device
-        return max(1.0, self.crowd / device.cores) if device.kind == "cpu" and device.cores else 1.0
+        return max(1.0, self.busy / device.cores) if device.kind == "cpu" and device.cores else 1.0
 
     def of(self, each: Pass) -> Spent:
         """One pass through a layer."""
@@ -239,6 +241,17 @@ class Seconds:
             collective = Collective(exchange.operation, exchange.bytes, Group(self.tp), "tp")
             self.exchanges[exchange] = collective_seconds(collective, self.cluster, self.crowd)
         return self.exchanges[exchange]
+
+
+def _busy(workers: int, device: Device, strategy: Strategy) -> float:
+    """How many of a host's workers compute at the same time: where they outnumber its cores, those that wait in a
+    pipeline leave theirs to others. Of p workers with m microbatches each waits for p - 1 of m + p - 1 turns
+    (Narayanan et al. 2021, section 2.2).
+    """
+    if device.kind != "cpu" or strategy.pp == 1 or workers <= device.cores:
+        return workers
+    microbatches = max(strategy.microbatches, 1) * strategy.stages_per_worker
+    return max(device.cores, workers * microbatches / (microbatches + strategy.pp - 1))
 
 
 def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device | None = None) -> Timed:
