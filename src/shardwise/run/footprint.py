@@ -40,6 +40,9 @@ STEPS = 7
 WARM, TIMED = 5, 20
 """Steps of trainings that are timed: first some that are not counted, then those by whose median they are."""
 
+SECONDS, FEWEST = 3.0, 3
+"""About how long a training is timed, and by how many steps at least."""
+
 LONG = 6
 """Of a training whose steps take a few tenths of a second."""
 
@@ -172,14 +175,27 @@ def crowded_step() -> Trial | None:
 
 
 def _tried(team: Team, workload: Workload, strategy: Strategy, count: int) -> Trial:
-    """The median of so many steps of a training, behind a few others; of the slowest worker. Collective."""
+    """The median of so many steps of a training, behind a few others; of the slowest worker. Collective.
+
+    Fewer where they take long, as over slow links.
+    """
     program = Program.build(workload, strategy)
-    share, took = next(program.loader().shares(0)), []
-    for _ in range(WARM + count):
-        start = time.perf_counter()
-        program.step_share(share)
-        took.append(time.perf_counter() - start)
-    return Trial(strategy, max(row[0] for row in team.gathered([statistics.median(took[WARM:])])))
+    share = next(program.loader().shares(0))
+
+    def steps(number: int) -> list[float]:
+        took = []
+        for _ in range(number):
+            start = time.perf_counter()
+            program.step_share(share)
+            took.append(time.perf_counter() - start)
+        return took
+
+    def slowest(seconds: float) -> float:
+        return max(row[0] for row in team.gathered([seconds]))
+
+    one = slowest(steps(2)[-1])
+    steps(WARM - 2 if one * WARM < SECONDS else 0)
+    return Trial(strategy, slowest(statistics.median(steps(max(FEWEST, min(count, int(SECONDS / one)))))))
 
 
 def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
