@@ -74,6 +74,9 @@ MODELS = ("image", "language", "medical", *CONFIGURATIONS)
 USUAL = {"DDP": "dp={}", "FSDP": "fsdp={}", "tensor parallel": "tp={}"}
 """What people take without asking, for so many workers. Accelerate's default is DDP."""
 
+AXES = ("dp", "fsdp", "pp", "tp")
+"""Of every combination of degrees of these the best strategy is measured."""
+
 MEAN_TARGET, WORST_TARGET = 0.02, 0.10
 
 NAME = "regret"
@@ -181,7 +184,6 @@ def _load(model: str, folder: Path) -> Workload:
 def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
     """The choice, and the predictions of all that are to be measured."""
     from shardwise.errors import ShardwiseError
-    from shardwise.parallel.mesh import AXES
     from shardwise.plan.plan import Candidate
     from shardwise.plan.search import search
     from shardwise.plan.wish import Wish

@@ -246,9 +246,10 @@ class Seconds:
 def _busy(workers: int, device: Device, strategy: Strategy) -> float:
     """How many of a host's workers compute at the same time: where they outnumber its cores, those that wait in a
     pipeline leave theirs to others. Of p workers with m microbatches each waits for p - 1 of m + p - 1 turns
-    (Narayanan et al. 2021, section 2.2).
+    (Narayanan et al. 2021, section 2.2). Workers of one stage compute at the same time.
     """
-    if device.kind != "cpu" or strategy.pp == 1 or workers <= device.cores:
+    one_stage = workers <= strategy.stride("pp")
+    if device.kind != "cpu" or strategy.pp == 1 or workers <= device.cores or one_stage:
         return workers
     microbatches = max(strategy.microbatches, 1) * strategy.stages_per_worker
     return max(device.cores, workers * microbatches / (microbatches + strategy.pp - 1))
