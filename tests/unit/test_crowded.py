@@ -34,13 +34,19 @@ def cluster(local: int, hosts: int) -> Cluster:
     [
         ("dp=4", 4, 1, 4),
         ("pp=2,microbatches=4", 2, 1, 2),  # a core for each
-        ("pp=4,microbatches=8", 4, 1, 4 * 8 / 11),
+        ("pp=4,microbatches=8", 4, 1, 2 * 17 / 11),
         ("pp=4,microbatches=1", 4, 1, 2),  # one after the other, and a core is left
-        ("pp=4,microbatches=4,schedule=interleaved", 4, 1, 4 * 8 / 11),
-        ("dp=2,pp=2,microbatches=3", 4, 1, 3),
+        ("pp=4,microbatches=4,schedule=interleaved", 4, 1, 2 * 17 / 11),
+        ("dp=2,pp=2,microbatches=3", 4, 1, 2 * 6 / 4),
         ("dp=4,pp=2,microbatches=1", 4, 2, 2),
         ("dp=4,pp=2,microbatches=1,outermost=pp", 4, 2, 4),  # a host has workers of one stage
         ("tp=4,pp=2,microbatches=1", 4, 2, 4),
+        (
+            "dp=2,pp=4,microbatches=4,outermost=pp",
+            4,
+            2,
+            2 * 12 / 7,
+        ),  # two stages on each host: one turn of two is longer
     ],
 )
 def test_so_many_compute_at_the_same_time(spec: str, local: int, hosts: int, busy: float) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Cluster, Device
@@ -245,14 +245,32 @@ class Seconds:
 
 def _busy(workers: int, device: Device, strategy: Strategy) -> float:
     """How many of a host's workers compute at the same time: where they outnumber its cores, those that wait in a
-    pipeline leave theirs to others. Of p workers with m microbatches each waits for p - 1 of m + p - 1 turns
-    (Narayanan et al. 2021, section 2.2). Workers of one stage compute at the same time.
+    pipeline leave theirs to others.
     """
-    one_stage = workers <= strategy.stride("pp")
-    if device.kind != "cpu" or strategy.pp == 1 or workers <= device.cores or one_stage:
+    if device.kind != "cpu" or strategy.pp == 1 or workers <= device.cores:
         return workers
-    microbatches = max(strategy.microbatches, 1) * strategy.stages_per_worker
-    return max(device.cores, workers * microbatches / (microbatches + strategy.pp - 1))
+    places = max(1, min(strategy.pp, workers // strategy.stride("pp")))
+    passes = max(strategy.microbatches, 1) * strategy.stages_per_worker
+    return device.cores * _dilation(strategy.pp, places, passes, workers / places / device.cores)
+
+
+@lru_cache(maxsize=4096)
+def _dilation(pp: int, places: int, passes: int, share: float) -> float:
+    """How much longer the turns of a pipeline take on average where workers wait for cores.
+
+    In turn t the workers at the places from t - passes + 1 to t compute (Narayanan et al. 2021, figure 3), and a turn
+    takes as long as the host with most of them needs.
+
+    Args:
+        pp: places.
+        places: of them that a host has, one behind the other.
+        passes: of each place, one after the other.
+        share: of a host's cores that the workers at one place would use.
+    """
+    turns = range(passes + pp - 1)
+    hosts = [range(first, min(first + places, pp)) for first in range(0, pp, places)]
+    most = (max(sum(place <= turn < place + passes for place in host) for host in hosts) for turn in turns)
+    return sum(max(1.0, count * share) for count in most) / len(turns)
 
 
 def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device | None = None) -> Timed:
