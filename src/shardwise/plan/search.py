@@ -426,8 +426,8 @@ class _Search:
             for candidate in judged[:FINALISTS]:
                 strategy = candidate.strategy
                 if strategy.sums_in_buckets and not strategy.shares:
-                    others = [strategy.with_(bucket=size) for size in BUCKETS]
-                    found += [each for other in others if (each := self._in_buckets(other)) is not None]
+                    others = [self._in_buckets(strategy.with_(bucket=size)) for size in BUCKETS]
+                    found += [each for each in others if each and self._rank(each) < self._rank(candidate)]
         return sorted([*found, *judged], key=self._rank) if found else judged
 
     def _in_buckets(self, strategy: Strategy) -> Candidate | None:
