@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.plan.plan import Candidate, Plan, Rejected
 from shardwise.predict.judging import judged
-from shardwise.predict.prediction import Memory
 from shardwise.predict.profiling import Profiles
 from shardwise.units import format_bytes
 
@@ -28,14 +26,17 @@ def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists
     rejected: list[Rejected] = []
     smallest: list[Candidate] = [] if plan.smallest is None else [plan.smallest]
     every = iter(plan.candidates)
-    for candidate in _run(every, profiles, cluster, finalists, kept):
-        size = candidate.prediction.memory.total
+    for number, candidate in enumerate(every, 1):
+        run = _run(candidate, profiles, cluster)
+        size = run.prediction.memory.total
         if size <= room:
-            kept.append(candidate)
-            continue
-        smallest.append(candidate)
-        reason = f"its dry run needs {format_bytes(size)} of a device, there are {format_bytes(room)}"
-        rejected.append(Rejected(candidate.strategy, reason, "memory"))
+            kept.append(run)
+        else:
+            smallest.append(run)
+            reason = f"its dry run needs {format_bytes(size)} of a device, there are {format_bytes(room)}"
+            rejected.append(Rejected(run.strategy, reason, "memory"))
+        if number >= finalists and kept:
+            break
     if plan.wish.objective == "memory":
         kept.sort(key=lambda each: each.prediction.memory.total)
     return replace(
@@ -46,21 +47,11 @@ def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists
     )
 
 
-def _run(
-    every: Iterator[Candidate], profiles: Profiles, cluster: Cluster, finalists: int, kept: list[Candidate]
-) -> Iterator[Candidate]:
-    """The candidates with the memory of their dry runs, until enough of them were run and some are `kept`."""
-    for number, candidate in enumerate(every, 1):
-        if candidate.strategy.shares:
-            yield candidate
-        else:
-            run = judged(profiles, candidate.strategy, cluster)
-            memory = _as_run(candidate.prediction.memory, run.run.memory)
-            yield replace(candidate, prediction=replace(candidate.prediction, memory=memory), dry_run=run)
-        if number >= finalists and kept:
-            return
-
-
-def _as_run(predicted: Memory, run: Memory) -> Memory:
-    """The tensors of a dry run, in a process as it is predicted."""
-    return replace(run, process=predicted.process)
+def _run(candidate: Candidate, profiles: Profiles, cluster: Cluster) -> Candidate:
+    """With the tensors of a dry run, in a process as it is predicted."""
+    if candidate.strategy.shares:
+        return candidate
+    run = judged(profiles, candidate.strategy, cluster)
+    prediction = candidate.prediction
+    memory = replace(run.run.memory, process=prediction.memory.process)
+    return replace(candidate, prediction=replace(prediction, memory=memory), dry_run=run)

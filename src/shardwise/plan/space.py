@@ -117,7 +117,7 @@ def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[d
             for word in outermost:
                 if word == "pp" and "outermost" not in wish.fixed and _lies_alike(family, fsdp, spans):
                     continue
-                sums = replicas > 1 and (fsdp == 1 or zero == 1)
+                sums = family.with_(dp=replicas // fsdp, fsdp=fsdp, zero=zero).sums_in_buckets
                 bucket = int(wish.fixed.get("bucket", 0)) if sums else 0
                 spelling = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero, "outermost": word, "bucket": bucket}
                 if all(wish.allows(option, value) for option, value in spelling.items()):

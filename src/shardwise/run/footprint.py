@@ -155,9 +155,8 @@ def footprint() -> Footprint:
         found["graph"] = _peak(small, splits["stage"]) - residue
         if HEADS % workers == 0:
             splits["exchange"] = Strategy(tp=workers)
-    splits |= {
-        word: Strategy(dp=workers, recompute=how) for word, how in (("again", "full"), ("selective", "selective"))
-    }
+    splits["again"] = Strategy(dp=workers, recompute="full")
+    splits["selective"] = Strategy(dp=workers, recompute="selective")
     process = _largest(team, found)
     before = _settled()
     grown = _largest(team, {"": _peak(large, strategy) - before})[""]

@@ -117,8 +117,7 @@ def _too_small(workload: Workload, cluster: Cluster, point: Point, wish: Wish) -
     if plan.smallest is None:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in plan.rejected)) or "no strategy meets all wishes"
         raise RequestError(f"no strategy for {plan.workers} workers can be: {reasons}")
-    need, have = plan.smallest.prediction.memory.total, plan.smallest.prediction.memory_available
-    have = have if wish.max_memory is None else min(have, wish.max_memory)
+    need, have = plan.smallest.prediction.memory.total, room(cluster, wish)
     number = smallest_that_fits(workload, cluster, plan.workers, wish, ScaledProfiles(profiles_on(workload, cluster)))
     hint = f"{number} of them would do" if number else "more of them would not help"
     return (
