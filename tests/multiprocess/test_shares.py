@@ -8,11 +8,15 @@ from unittest import mock
 
 import pytest
 from breaking import assert_noticed
-from equality import check
+from equality import Factory, check
 from models import WORKLOADS, first
 from pool import Pools
 
+from shardwise.parallel import planning
+from shardwise.parallel.planning import Cuts
 from shardwise.parallel.program import Program
+from shardwise.parallel.staged import GraphEngine
+from shardwise.strategy import Strategy
 
 STRATEGIES = (
     "dp=2,shares=3:1",
@@ -52,3 +56,29 @@ def weighed_alike() -> Any:
 
 def test_replicas_that_count_alike_are_noticed(workers: Pools) -> None:
     assert_noticed(workers, WORKLOADS["tied"], "dp=2,shares=3:1", weighed_alike)
+
+
+def cut_of(factory: Factory, strategy: str) -> tuple[Cuts, Cuts]:
+    """Of one worker: the cuts it makes, and those it would make for messages of its own size.
+
+    The first links take longer, so that a place with more to send is the fairest one, but for a second's difference.
+    """
+    seconds = [3.0] * 4 + [1.0] * 96
+    timed = mock.patch.object(planning, "_timed", lambda step, tensors, data, used, repeats=3: seconds[: len(used)])
+    slow = mock.patch.dict(planning.BYTES_PER_SECOND, cpu=1500)
+    divided = mock.patch.object(planning, "divided", wraps=planning.divided)
+    agreed = mock.patch.object(planning, "_of_worker_0", wraps=planning._of_worker_0)
+    with timed, slow, divided as cut, agreed as exchanged:
+        engine = Program.build(factory(), Strategy.parse(strategy)).engine
+        assert isinstance(engine, GraphEngine)
+        costs, _, *others = cut.call_args.args
+        own = [place.bytes for place in exchanged.call_args.args[1]]
+        alone = planning.divided(costs, own, *others, **cut.call_args.kwargs)
+    return engine.division.cuts, tuple(map(tuple, alone))
+
+
+def test_replicas_cut_alike(workers: Pools) -> None:
+    """Though a larger share has larger messages, which may be worth another cut."""
+    cuts, alone = zip(*workers(4, cut_of, WORKLOADS["tied"], "dp=2,pp=2,shares=1:3"), strict=True)
+    assert len(set(cuts)) == 1
+    assert len(set(alone)) == 2

@@ -91,9 +91,9 @@ def divide(
     if cuts is not None:
         _check_cuts(cuts, stages, len(found))
         return _division(cuts, found)
-    costs = _links(step, found, _measured(step, tensors, data, parameters, mesh), parameters)
+    seconds, messages = _of_worker_0(_seconds(step, tensors, data, parameters, mesh), found, mesh)
+    costs = _links(step, found, seconds, parameters)
     device = "cpu" if mesh.device.type == "cpu" else "gpu"
-    messages = [place.bytes for place in found]
     parts = divided(costs, messages, stages, device, speeds=strategy.stage_speeds, in_blocks=in_blocks)
     return _division(tuple(map(tuple, parts)), found)
 
@@ -115,7 +115,7 @@ def _check_cuts(cuts: Cuts, stages: int, places_found: int) -> None:
 
 def divided(
     costs: Sequence[float],
-    messages: Sequence[int],
+    messages: Sequence[float],
     stages: int,
     device: str,
     *,
@@ -167,7 +167,7 @@ def _fewer_stages(strategy: Strategy, most: int) -> str:
     return "use schedule=1f1b" if most < 2 * strategy.pp else f"use stages={most // strategy.pp}"
 
 
-def _block_starts(costs: Sequence[float], messages: Sequence[int], first: int, end: int) -> list[int]:
+def _block_starts(costs: Sequence[float], messages: Sequence[float], first: int, end: int) -> list[int]:
     """Links within a stage at which blocks begin: places with as little to keep as any, evenly spread by cost."""
     inner = range(first + 1, end)
     least = min((messages[link - 1] for link in inner), default=0)
@@ -194,20 +194,33 @@ def _links(
     return links
 
 
-def _measured(
+def _seconds(
     step: StepGraph, tensors: Mapping[str, Tensor], data: Any, parameters: Collection[str], mesh: Mesh
 ) -> dict[Use, float]:
-    """Seconds of the forward pass from each use of a parameter to the next, as worker 0 measures them."""
+    """Seconds of the forward pass from each use of a parameter to the next; zeros where worker 0 measures them."""
     used = uses(step.graph, step.tensors, parameters)
-    keys = [use[0] for use in used.values()]
-    if any(tensor.is_meta for tensor in tensors.values()):  # nothing to measure with
-        return dict(zip(keys, counted(step, used), strict=True))
-    seconds = torch.zeros(len(keys), dtype=torch.float64, device=mesh.device)
-    if mesh.rank == 0:
-        seconds = torch.tensor(_timed(step, tensors, data, used), dtype=torch.float64, device=mesh.device)
+    if any(tensor.is_meta for tensor in tensors.values()):  # nothing to measure with; of a dry run nobody else counts
+        seconds = counted(step, used)
+    elif mesh.rank == 0:
+        seconds = _timed(step, tensors, data, used)
+    else:
+        seconds = [0.0] * len(used)
+    return dict(zip([use[0] for use in used.values()], seconds, strict=True))
+
+
+def _of_worker_0(
+    seconds: Mapping[Use, float], found: Sequence[Place], mesh: Mesh
+) -> tuple[dict[Use, float], list[float]]:
+    """Seconds, and bytes to send at each place, as worker 0 finds them.
+
+    All must cut alike, yet replicas with unequal shares of a batch have messages of different sizes.
+    """
+    numbers = [*seconds.values(), *(place.bytes for place in found)]
+    agreed = torch.tensor(numbers, dtype=torch.float64, device=mesh.device)
     if mesh.world is not None:
-        dist.broadcast(seconds, 0)
-    return dict(zip(keys, seconds.tolist(), strict=True))
+        dist.broadcast(agreed, 0)
+    values = agreed.tolist()
+    return dict(zip(seconds, values, strict=False)), values[len(seconds) :]
 
 
 @torch.no_grad()
