@@ -41,7 +41,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
     "outermost": OUTERMOST,
 }
-_INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages", "bucket")
+_INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages", "bucket", "offload")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,8 @@ class Strategy:
         bucket: MiB of gradients that replicas add up in one message while the backward pass goes on: the smaller, the
             sooner the first ones leave, and the more messages there are (Li et al. 2020). 0: 25, with torch DDP a first
             one of 1.
+        offload: 1: what `fsdp` splits stays in the memory of the host, which also runs the optimizer; each block comes to
+            the device when it computes (Ren et al. 2021, ZeRO-Offload). Slow: for what fits in no other way.
         precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
         shares: of the batch, one number for each replica in the order of ranks, `3:1` say; empty: all alike. For
             replicas on devices of different speed.
@@ -87,6 +89,7 @@ class Strategy:
     stages: int = 0
     recompute: str = "none"
     bucket: int = 0
+    offload: int = 0
     precision: str = ""
     shares: str = ""
     speeds: str = ""
@@ -100,8 +103,9 @@ class Strategy:
             raise StrategyError(f"microbatches={self.microbatches}: must be 1 or more")
         if self.zero not in (1, 2, 3):
             raise StrategyError(f"zero={self.zero}: must be 1, 2 or 3")
-        if self.sp not in (0, 1):
-            raise StrategyError(f"sp={self.sp}: must be 0 or 1")
+        for switch in ("sp", "offload"):
+            if getattr(self, switch) not in (0, 1):
+                raise StrategyError(f"{switch}={getattr(self, switch)}: must be 0 or 1")
         for key, known in _CHOICES.items():
             value = getattr(self, key)
             if value not in known and not (key == "precision" and value == ""):
@@ -125,6 +129,8 @@ class Strategy:
             raise StrategyError(
                 f"bucket={self.bucket} needs replicas that add up whole gradients: dp=2 or more, or fsdp with zero=1"
             )
+        if self.offload and not self.splits_parameters:
+            raise StrategyError("offload=1 needs fsdp=2 or more with zero=2 or 3: it is for what these split")
         if self.sp and self.tp == 1:
             raise StrategyError("sp=1 needs tp=2 or more: it splits activations between the tensor shards")
         if self.zero != 3 and self.fsdp == 1:

@@ -223,6 +223,28 @@ def test_recomputation(workers: Pools, strategy: str, recompute: str) -> None:
         assert_equal(result, reference(workers, factory, strategy, evaluate=True), DOUBLE)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp=2", "fsdp=2,zero=2,microbatches=2", "dp=2,fsdp=2,recompute=full"])
+def test_offloaded(workers: Pools, strategy: str) -> None:
+    for factory in (mlp, convolution, language, experts):
+        check(workers, factory, f"{strategy.replace(',microbatches=2', '') if factory is experts else strategy},offload=1")
+
+
+def policies(strategy: str) -> tuple[set[str], set[str]]:
+    """Of one worker: what torch does with slices, and where they are."""
+    from shardwise.parallel.sharded import _parameter_groups
+
+    program = Program.build(mlp(), Strategy.parse(strategy))
+    engine: Any = program.engine
+    found = {type(group.offload_policy).__name__ for group in _parameter_groups(engine.model)}
+    return found, {part.sharded_param.device.type for g in _parameter_groups(engine.model) for part in g.fsdp_params}
+
+
+def test_torch_is_told_to_offload(workers: Pools) -> None:
+    """On a CPU it makes no difference, so that results alone would not show it."""
+    assert workers(2, policies, "fsdp=2,offload=1") == [({"CPUOffloadPolicy"}, {"cpu"})] * 2
+    assert workers(2, policies, "fsdp=2") == [({"OffloadPolicy"}, {"cpu"})] * 2
+
+
 class Normalised(nn.Module):
     def __init__(self) -> None:
         super().__init__()

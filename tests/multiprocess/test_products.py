@@ -52,6 +52,8 @@ PRODUCTS = (
     "fsdp=2,tp=2,sp=1,recompute=1/2",
     "fsdp=2,pp=2,schedule=interleaved,recompute=selective",
     "dp=2,tp=2,sp=1,recompute=selective",
+    "fsdp=2,tp=2,offload=1",
+    "fsdp=2,pp=2,offload=1",
 )
 
 

@@ -24,6 +24,9 @@ memory_bandwidth = 2e12
 cores = 108
 launch_seconds = 5e-6
 flops = { bf16 = 312e12 }
+host_memory_bytes = 137438953472
+host_memory_bandwidth = 5e10
+host_bandwidth = 2.5e10
 
 [devices.small]
 name = "Small"

@@ -21,6 +21,7 @@ from shardwise.strategy import Strategy
         "dp=2,pp=2,outermost=pp",
         "pp=3,speeds=1:2:4",
         "fsdp=2,zero=1,bucket=5",
+        "dp=2,fsdp=2,zero=2,offload=1",
     ],
 )
 def test_its_spelling_is_read_back(text: str) -> None:
@@ -73,6 +74,9 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
             "dp=2,fsdp=2,bucket=5",
             "bucket=5 needs replicas that add up whole gradients: dp=2 or more, or fsdp with zero=1",
         ),
+        ("dp=2,offload=1", "offload=1 needs fsdp=2 or more with zero=2 or 3"),
+        ("fsdp=2,zero=1,offload=1", "offload=1 needs fsdp=2 or more with zero=2 or 3"),
+        ("fsdp=2,offload=2", "offload=2: must be 0 or 1"),
         ("microbatches=-1", "microbatches=-1: must be 1 or more"),
         (
             "recompute=ful",

@@ -128,6 +128,10 @@ class Device:
             group of parameters that `fully_shard` looks after in a pass, for each pass through a stage of a graph, for
             each exchange of tensor parallelism, for each kernel that is computed again, once more for each kernel of
             a block that keeps the results of products, and for each step where workers outnumber cores.
+        host_memory_bytes: of the memory of the host, this device's share; None where it is not known, and for a CPU.
+        host_memory_bandwidth: bytes per second between the host's processors and that share of its memory.
+        host_bandwidth: bytes per second between the device and the host's memory in one direction, while its neighbours
+            use theirs.
         origins: attribute -> where it comes from.
         source: where the figures were read.
     """
@@ -150,6 +154,9 @@ class Device:
     strain: float = 1.0
     heap: float = 1.0
     overheads: Mapping[str, float] = field(default_factory=dict)
+    host_memory_bytes: int | None = None
+    host_memory_bandwidth: float | None = None
+    host_bandwidth: float | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
     source: str = ""
 

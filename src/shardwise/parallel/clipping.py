@@ -18,16 +18,18 @@ def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]
 
 def squared_norm(gradients: Mapping[str, Tensor], held: Mapping[str, Held], device: torch.device) -> Tensor:
     """This worker's part of the squared global norm, 0-d: adding up those of all workers counts each element once."""
-    by_holders: dict[int, list[Tensor]] = {}
+    alike: dict[tuple[int, torch.device], list[Tensor]] = {}
     for name, gradient in gradients.items():
-        by_holders.setdefault(held[name].holders, []).append(gradient)
+        alike.setdefault((held[name].holders, gradient.device), []).append(gradient)
     total = torch.zeros((), device=device)
-    for holders, several in by_holders.items():
-        total = total + torch.stack(torch._foreach_norm(several)).square().sum() / holders
+    for (holders, _), several in alike.items():
+        total = total + (torch.stack(torch._foreach_norm(several)).square().sum() / holders).to(device)
     return total
 
 
 def clip(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
     """Scales gradients of global norm `norm` down to `limit`, as `torch.nn.utils.clip_grad_norm_` does."""
-    if gradients:
-        torch._foreach_mul_(list(gradients), (limit / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype))
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for device in dict.fromkeys(gradient.device for gradient in gradients):
+        several = [gradient for gradient in gradients if gradient.device == device]
+        torch._foreach_mul_(several, scale.to(device, several[0].dtype))

@@ -197,7 +197,7 @@ class ModuleEngine:
         if weights is None:
             return
         empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-        materialize(model, self._mesh.device, self._mesh.allocating)
+        materialize(model, self._mesh.device, self._mesh.home, self._mesh.allocating)
         made = dict(model.named_parameters())
         for name in empty:
             read_weights(weights, name, made[name], row_layout(made[name]))

@@ -41,10 +41,12 @@ def anywhere(flags: Sequence[bool], group: dist.ProcessGroup, device: torch.devi
         return [bool(flag) for flag in found.tolist()]
 
 
-def gather_full(pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> dict[str, Tensor] | None:
+def gather_full(
+    pieces: Sequence[Piece], group: dist.ProcessGroup | None, device: torch.device
+) -> dict[str, Tensor] | None:
     """Full tensors on the CPU, by name, on worker 0; None elsewhere. Collective.
 
-    Every worker gives the pieces that it holds; those that it `writes` are sent.
+    Every worker gives the pieces that it holds; those that it `writes` are sent, from `device`.
     """
     mine = [piece for piece in pieces if piece.writes and piece.layout.tiles]
     full: dict[str, Tensor] = {}
@@ -53,11 +55,10 @@ def gather_full(pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> dic
             _paste(full, piece.name, piece.layout, piece.local.cpu())
     if group is None:
         return full
-    device = pieces[0].local.device if pieces else torch.device("cpu")
     tables = gather_json([_describe(piece) for piece in mine], group, device)
     if group.rank() > 0:
         for piece in mine:
-            dist.send(piece.local.contiguous(), group=group, group_dst=0)
+            dist.send(piece.local.to(device).contiguous(), group=group, group_dst=0)
         return None
     for rank, table in enumerate(tables[1:], start=1):
         for description in table:

@@ -164,7 +164,7 @@ class Holding:
         """Reads our part of the parameters that are on meta."""
         empty = [name for name in self._places if self._tensor(name).is_meta]
         for stage in self.stages.values():
-            materialize(stage, self._mesh.device, self._mesh.allocating)
+            materialize(stage, self._mesh.device, self._mesh.home, self._mesh.allocating)
         for name in empty:
             read_weights(weights, name, self._tensor(name), self._lay_out(name, 0, 0).layout)
 

@@ -15,15 +15,22 @@ from shardwise.parallel.rows import is_split, local
 from shardwise.workload.stored import Weights
 
 
-def materialize(root: nn.Module, device: torch.device, allocating: Allocating = nullcontext) -> None:
+def materialize(
+    root: nn.Module, device: torch.device, home: torch.device | None = None, allocating: Allocating = nullcontext
+) -> None:
     """Memory for all parameters of `root` where they are on meta; tied ones stay tied, buffers as they are.
 
     Parameters of which only some rows are held stay the objects that they are; others are made anew.
-    `allocating`: see `Mesh`.
+
+    Args:
+        root: a module.
+        device: for what is held whole.
+        home: for rows; the same if left out.
+        allocating: see `Mesh`.
     """
     with allocating():
         if any(is_split(parameter) and parameter.is_meta for parameter in root.parameters()):
-            _fill_rows(root, device)
+            _fill_rows(root, home or device)
         _fill_whole(root, device)
 
 

@@ -77,6 +77,11 @@ class Mesh:
         return self.group("dp") or self.group("fsdp")
 
     @property
+    def home(self) -> torch.device:
+        """Where what `fsdp` splits is kept."""
+        return torch.device("cpu") if self.strategy.offload else self.device
+
+    @property
     def world(self) -> dist.ProcessGroup | None:
         """All workers; None where this is the only one."""
         return None if self.strategy.workers == 1 else dist.group.WORLD

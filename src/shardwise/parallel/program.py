@@ -212,7 +212,7 @@ class Program:
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """The plain weights and buffers under all their names, on the CPU of worker 0; None elsewhere."""
         pieces = [Piece(name, local(held.tensor), held.layout, held.writes) for name, held in self.engine.held.items()]
-        full = gather_full(pieces, self.mesh.world)
+        full = gather_full(pieces, self.mesh.world, self.mesh.device)
         if full is None:
             return None
         return full | {alias: full[name] for alias, name in self.engine.aliases.items()}

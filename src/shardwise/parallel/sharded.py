@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.mesh import Mesh
@@ -133,6 +133,7 @@ def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -
     assert mesh.grid is not None
     options: dict[str, Any] = {
         "mesh": mesh.grid["dp", "fsdp"] if strategy.dp > 1 else mesh.grid["fsdp"],
+        "offload_policy": CPUOffloadPolicy(mesh.device.type == "cuda") if strategy.offload else OffloadPolicy(),
         "ignored_params": {parameter for parameter in root.parameters() if parameter.dim() == 0} or None,
     }
     for block in blocks:

@@ -29,6 +29,8 @@ def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = N
     stays = profile.parameters / slices + profile.elements * profile.update.state_bytes / owners(strategy)
     updating = (stays + profile.gradients / slices) / workers
     held = _gradients(profile, strategy, slices) / workers
+    if strategy.offload:  # on the host, but for what cannot be split
+        stays = updating = held = 0.0
     if strategy.splits_parameters and stages > 1:  # of one stage at a time
         held += (profile.own if _several(strategy) else 0) / stages
         held += profile.own / stages if strategy.zero == 2 else 0

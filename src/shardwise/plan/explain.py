@@ -48,6 +48,7 @@ def explanation(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[str
     return [
         _needs(plan, profile_of),
         _chosen(plan.best),
+        *_offloaded(plan),
         *_data_against_model(plan, pure, profile_of),
         *_runner_up(plan),
         *_changes(plan, pure, cluster, profile_of),
@@ -103,6 +104,24 @@ def _chosen(best: Candidate) -> str:
         f"Chosen: {best.strategy}. A step takes {format_seconds(prediction.step_seconds)}: {parts}. {_binding(best)} "
         f"A device needs {format_bytes(prediction.memory.total)} of {format_bytes(prediction.memory_available)}."
     )
+
+
+def _offloaded(plan: Plan) -> list[str]:
+    """Why something lies on the hosts, if it does."""
+    best = plan.best
+    if best is None or not best.strategy.offload:
+        return []
+    found = (
+        "With offload=1 parameters, gradients and optimizer state lie in the memory of the hosts, which update them; each "
+        "block comes to the device when it computes. That is slow, more devices would be faster."
+    )
+    without = plan.smallest
+    if "offload" not in plan.wish.fixed and without is not None:
+        found += (
+            f" Without it nothing fits: {without.strategy} needs least, "
+            f"{format_bytes(without.prediction.memory.total)} of a device."
+        )
+    return [found]
 
 
 def _shares(prediction: Prediction) -> list[tuple[str, float]]:

@@ -28,6 +28,7 @@ from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.wish import Wish
 from shardwise.predict.condensed import Condensed
 from shardwise.predict.costs import costs_of, predict
+from shardwise.predict.offload import has_host
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
@@ -85,13 +86,43 @@ def search(
     if not 1 <= workers <= cluster.size:
         raise RequestError(f"workers={workers}: {cluster.name} has {cluster.size} devices, use 1 to {cluster.size}")
     scaled = profiles or ScaledProfiles(profiles_on(workload, cluster))
-    return Searched(_Search(workload, cluster, workers, wish or Wish(), scaled).plan(), scaled.of, scaled.traced)
+    wish = wish or Wish()
+    plan = _Search(workload, cluster, workers, wish, scaled).plan()
+    if not plan.candidates and _may_offload(cluster, wish):
+        offloading = replace(wish, fixed={**wish.fixed, "offload": "1"})
+        plan = _joined(plan, _Search(workload, cluster, workers, offloading, scaled).plan())
+    return Searched(plan, scaled.of, scaled.traced)
+
+
+def _may_offload(cluster: Cluster, wish: Wish) -> bool:
+    """Whether parameters may lie in the memory of the hosts, of which enough is known: where nothing fits without."""
+    known = all(nodes.device.kind == "gpu" and has_host(nodes.device) for nodes in cluster.nodes)
+    return known and "offload" not in wish.fixed and wish.allows("offload", 1)
+
+
+def _joined(first: Plan, second: Plan) -> Plan:
+    """The first plan, which has found nothing, with what a second search has found."""
+    return replace(
+        first,
+        candidates=second.candidates,
+        rejected=(*first.rejected, *second.rejected),
+        smallest=first.smallest if second.candidates else _smaller_of(first.smallest, second.smallest),
+        seconds=first.seconds + second.seconds,
+        looked_at=first.looked_at + second.looked_at,
+        left_out=first.left_out + second.left_out,
+    )
 
 
 def room(cluster: Cluster, wish: Wish) -> int:
     """Bytes of a device that a strategy may take."""
     least = min(nodes.device.memory_bytes for nodes in cluster.nodes)
     return least if wish.max_memory is None else min(least, wish.max_memory)
+
+
+def _smaller_of(first: Candidate | None, second: Candidate | None) -> Candidate | None:
+    """The one that needs less memory."""
+    there = [each for each in (first, second) if each is not None]
+    return min(there, key=lambda each: each.prediction.memory.total, default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,7 +505,7 @@ def _words(strategy: Strategy) -> int:
 
 
 def _family_of(strategy: Strategy) -> Strategy:
-    return strategy.with_(dp=strategy.replicas, fsdp=1, zero=3, outermost="dp")
+    return strategy.with_(dp=strategy.replicas, fsdp=1, zero=3, outermost="dp", offload=0)
 
 
 def _whole(family: Strategy) -> Strategy:

@@ -97,7 +97,8 @@ def members(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> Iterator
 def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[dict[str, Any]]:
     """What members of a family differ in: dp, fsdp, zero, outermost. What may be, most sharded first.
 
-    A size of buckets is theirs only where one is asked for: which is best is looked for among the finalists.
+    A size of buckets is theirs only where one is asked for: which is best is looked for among the finalists. So is
+    offloading, the last resort.
 
     Args:
         family: with all replicas as `dp`.
@@ -117,12 +118,19 @@ def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[d
             for word in outermost:
                 if word == "pp" and "outermost" not in wish.fixed and _lies_alike(family, fsdp, spans):
                     continue
-                sums = family.with_(dp=replicas // fsdp, fsdp=fsdp, zero=zero).sums_in_buckets
-                bucket = int(wish.fixed.get("bucket", 0)) if sums else 0
-                spelling = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero, "outermost": word, "bucket": bucket}
+                spelling: dict[str, Any] = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero, "outermost": word}
+                spelling |= _asked_for(wish, family.with_(dp=replicas // fsdp, fsdp=fsdp, zero=zero))
                 if all(wish.allows(option, value) for option, value in spelling.items()):
                     found.append(spelling)
     return found
+
+
+def _asked_for(wish: Wish, strategy: Strategy) -> dict[str, int]:
+    """Options of those that a strategy can have, and that are looked at only where they are asked for."""
+    return {
+        "bucket": int(wish.fixed.get("bucket", 0)) if strategy.sums_in_buckets else 0,
+        "offload": int(wish.fixed.get("offload", 0)) if strategy.splits_parameters else 0,
+    }
 
 
 def _lies_alike(family: Strategy, fsdp: int, spans: Sequence[int]) -> bool:

@@ -79,7 +79,7 @@ class Wish:
 
     def _complete(self) -> dict[str, str]:
         """What is fixed, with the axes that its options belong to, so that the values can be checked alone."""
-        needs = {"sp": "tp", "zero": "fsdp", "schedule": "pp", "stages": "pp", "outermost": "pp"}
+        needs = {"sp": "tp", "zero": "fsdp", "schedule": "pp", "stages": "pp", "outermost": "pp", "offload": "fsdp"}
         found = dict(self.fixed)
         for option, axis in needs.items():
             if option in self.fixed and axis not in found:

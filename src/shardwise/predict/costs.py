@@ -22,6 +22,7 @@ from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds, origins
 from shardwise.predict.memory import memory_of
 from shardwise.predict.network import level_of
+from shardwise.predict.offload import FIELDS, check_host, check_room, fetched, offloads, updated
 from shardwise.predict.parts import (
     REPORT_BYTES,
     Gathered,
@@ -80,7 +81,11 @@ def costs_of(
             f"the profile of {profile.name} is for a {profile.device}, {cluster.name} has {times.device.name}: "
             f"profile it for a {times.device.kind}"
         )
+    check_host(strategy, cluster, times.device)
     parts = parts_of(profile, strategy, times.forward.each)
+    if offloads(strategy, times.device):
+        for worker in parts.workers:
+            check_room(worker, profile.update.state_bytes, times.device)
 
     def on(device: Device) -> Costs:
         return Costs(profile, strategy, cluster, timed(profile, cluster, strategy, device), parts, size)
@@ -379,11 +384,17 @@ class Costs:
         return self._grouped[key]
 
     def _sharing(self, group: Gathered, gathers: bool, reduces: bool) -> tuple[float, float, float]:
-        gather = self.collective("all_gather", group.gather, self._fsdp) if gathers else 0.0
+        gather = self.collective("all_gather", group.gather, self._fsdp) + self._fetched(group.gather) if gathers else 0
         if not reduces or not group.reduce:
             return gather, 0.0, 0.0
         mirror = self.collective("all_reduce", group.reduce // self.strategy.fsdp, self._dp)
-        return gather, self.collective("reduce_scatter", group.reduce, self._fsdp), mirror
+        scatter = self.collective("reduce_scatter", group.reduce, self._fsdp) + self._fetched(group.reduce)
+        return gather, scatter, mirror
+
+    def _fetched(self, size: int) -> float:
+        """Seconds in which this worker's slice of so many bytes comes from the host, or goes there."""
+        device = self.times.device
+        return fetched(size / self.strategy.fsdp, device) if offloads(self.strategy, device) else 0.0
 
     # ---- after the passes -------------------------------------------------------------------------------------------
 
@@ -417,6 +428,9 @@ class Costs:
         """Seconds of the optimizer, with the norm of the gradient and clipping."""
         elements, tensors = worker.updated
         update = self.profile.update
+        if offloads(self.strategy, self.times.device):
+            moved = sum(kernel.bytes for kernel in update.kernels) + (12 if self.profile.clipped else 0)
+            return updated(moved * elements, self.times.device)
         together = update.together or self.times.device.kind == "gpu"
         kernels = 1 if together else tensors
         seconds = sum(self.moved(elements, kernel.bytes * elements, kernels) for kernel in update.kernels)
@@ -503,7 +517,9 @@ class Costs:
     @property
     def origins(self) -> dict[str, str]:
         """What the prediction rests on, by name."""
-        return dict(origins(self.cluster, self.times.device))
+        found = origins(self.cluster, self.times.device)
+        offloaded = offloads(self.strategy, self.times.device)
+        return {name: origin for name, origin in found.items() if offloaded or name not in FIELDS}
 
     @property
     def model_flops(self) -> float:

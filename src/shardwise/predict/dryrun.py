@@ -176,11 +176,12 @@ class _Run:
         share = first_share(self.workload, self.strategy, program.mesh.replica, program.engine.uniform, self.allocating)
         first = Share(share.microbatches[:1], share.samples)
         answers = Answers()
+        offloaded = self.device == "gpu" and bool(self.strategy.offload)
         device = as_on_gpu(program) if self.device == "gpu" else nullcontext()
         with self.allocating(), answers, answers.following(program.engine), device:
             for _ in range(_first_steps(program)):
                 program.step_share(first)
-            with Recorder() as recorder, recorder.following(program):
+            with Recorder(offloaded=offloaded) as recorder, recorder.following(program):
                 program.step_share(share)
         return recorder.record()
 

@@ -5,7 +5,7 @@ in the optimizer.
 
     parameters    what stays here, and what `fully_shard` has gathered
     gradients     of what stays here; whole from the start where buckets or earlier microbatches hold them
-    optimizer     its state
+    optimizer     its state; like parameters and gradients without what lies on the host (`offload`)
     activations   kept for the backward passes of all microbatches under way (Korthikanti et al. 2022, section 4)
     temporary     what passes, buckets and the optimizer need for a moment
     process       of a CPU that was measured: the worker's process without tensors, and what its allocator leaves unused
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Device
 from shardwise.predict.issuing import under_way
+from shardwise.predict.offload import left, offloads
 from shardwise.predict.parts import Block, Gathered, Stage, Worker
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile import Profile
@@ -51,6 +52,8 @@ def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
 def worker_memory(costs: Costs, worker: Worker) -> Memory:
     """The tensors of one pipeline worker, the first of its tensor-parallel workers in the first replica."""
     profile, strategy = costs.profile, costs.strategy
+    if offloads(strategy, costs.times.device):
+        worker = left(worker)
     elements, tensors = worker.updated
     state = round(elements * profile.update.state_bytes)
     updating = Memory(
@@ -155,7 +158,8 @@ def _gradients(strategy: Strategy, worker: Worker, stage: Stage, *, several: boo
             whole = worker.trained, sum(blocks) + root
             return lambda done: whole
         beside = 2 * max(blocks, default=0) + root
-        return lambda done: (worker.trained if several else done // strategy.fsdp, beside)
+        slices = 0 if worker.sliced[1] > worker.trained else 1  # none where they lie on the host
+        return lambda done: (worker.trained if several else slices * done // strategy.fsdp, beside)
     if strategy.replicas > 1 and module:
         copies = worker.trained, worker.trained if strategy.microbatches > 1 else 0
         return lambda done: copies

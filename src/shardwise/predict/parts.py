@@ -119,6 +119,7 @@ class Worker:
         trained: bytes of gradients of what stays here.
         updated: (elements, tensors) that its optimizer updates; of the replica that updates most.
         broadcast: messages with which replicas send each other updated parameters (zero=1).
+        sliced: (bytes of parameters, bytes of gradients, elements that are updated) that `fully_shard` splits.
     """
 
     place: int
@@ -130,6 +131,7 @@ class Worker:
     trained: int
     updated: tuple[int, int]
     broadcast: tuple[int, ...]
+    sliced: tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +334,19 @@ def _worker(
         sum(count * _share(parameter, strategy) for parameter, count in kinds),
         sum(count * _share(parameter, strategy) for parameter, count in trained),
         *_updated(profile, ranges, trained, strategy),
+        _sliced(kinds, strategy),
+    )
+
+
+def _sliced(kinds: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tuple[int, int, int]:
+    """See `Worker.sliced`."""
+    split = [(each, count) for each, count in kinds if _is_split(each, strategy)]
+    sizes = [(each, count * _share(each, strategy)) for each, count in split]
+    trained = [(each, size) for each, size in sizes if each.trained]
+    return (
+        sum(size for _, size in sizes),
+        sum(size for _, size in trained),
+        sum(size // each.itemsize for each, size in trained),
     )
 
 
@@ -343,9 +358,14 @@ def _flat(parameters: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tu
     return tuple(sizes.values())
 
 
+def _is_split(parameter: Parameter, strategy: Strategy) -> bool:
+    """Whether `fully_shard` splits a parameter."""
+    return strategy.splits_parameters and not parameter.buffer and bool(parameter.shape)
+
+
 def _share(parameter: Parameter, strategy: Strategy) -> int:
     """Bytes of a parameter that the first worker keeps."""
-    if not strategy.splits_parameters or parameter.buffer or not parameter.shape:
+    if not _is_split(parameter, strategy):
         return parameter.bytes
     rows = min(parameter.shape[0], ceil(parameter.shape[0] / strategy.fsdp))
     return rows * (parameter.bytes // parameter.shape[0]) if parameter.shape[0] else 0

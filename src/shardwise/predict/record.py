@@ -17,12 +17,14 @@ other) or none (losses, norms, clipping). `Recorder.mark` is a context manager f
 The recorder is a dispatch mode: it sees every operation that reaches torch's dispatcher, from Python, from autograd
 (whose backward pass runs in the calling thread on the CPU) and from C++ (DDP's reducer). Operations on tensors of a
 subclass, `DTensor`, are seen as what they do on this worker. It does not see scratch memory inside of a kernel.
+
+With `offloaded`, what workers split between them lies on the host, which updates it, and takes no memory of the device.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardwise.collective import Collective
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.program import Program
-from shardwise.parallel.rows import local
+from shardwise.parallel.rows import is_split, local
 from shardwise.parallel.schedule import Action
 from shardwise.parallel.staged import GraphEngine
 from shardwise.predict.counting import kernel_of, tensors
@@ -81,8 +83,9 @@ class Record:
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """See the module's docstring. Opened inside of a `FakeTensorMode` where there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, offloaded: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._offloaded = offloaded
         self._events: list[Event] = []
         self._storages = Storages()
         self._axes = Axes(())
@@ -125,7 +128,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def following(self, program: Program) -> Iterator[None]:
         """Surrounds steps of a program: marks their parts, and tells its tensors from others."""
         self._axes, self._engine = Axes.of(program.mesh), program.engine
-        self._storages.mark((local(held.tensor) for held in program.engine.held.values()), "parameters")
+        self._keep((held.tensor for held in program.engine.held.values()), "parameters")
         self._mark_states(program)
         with _wrapped(self, program):
             yield
@@ -134,10 +137,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _mark_states(self, program: Program) -> None:
         """States of the optimizer, and gradients: which may be there before a step, or only after it."""
         states = [] if program.optimizer is None else list(program.optimizer.state.values())
-        self._storages.mark((local(tensor) for tensor in tensors(states)), "optimizer")
-        self._storages.mark(
-            (local(p.grad) for p in program.engine.parameters.values() if p.grad is not None), "gradients"
-        )
+        self._storages.mark((local(tensor) for tensor in tensors(states)), "optimizer", elsewhere=self._offloaded)
+        self._keep((p.grad for p in program.engine.parameters.values() if p.grad is not None), "gradients")
+
+    def _keep(self, kept: Iterable[Tensor], category: str) -> None:
+        for tensor in kept:
+            self._storages.mark([local(tensor)], category, elsewhere=self._offloaded and is_split(tensor))
 
     def _when(self) -> str:
         """Which pass runs: autograd says whether it goes backward."""
@@ -165,7 +170,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._storages.seen(tensor)
         result = func(*args, **kwargs)
         for tensor in tensors(result):
-            self._storages.made(tensor)
+            self._storages.made(tensor, elsewhere=self._offloaded and self._base == "optimizer")
         what: Kernel | Collective | None
         if is_collective(func):
             what = collective_of(func, args, kwargs, result, self._axes, when or "report")

@@ -52,6 +52,7 @@ class Storages:
         self._references: dict[int, Any] = {}
         self._resize = torch.UntypedStorage.resize_
         self._categories: dict[int, str] = {}
+        self._elsewhere: set[int] = set()
 
     # ---- observing --------------------------------------------------------------------------------------------------
 
@@ -76,9 +77,11 @@ class Storages:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         self._references.clear()
 
-    def made(self, tensor: Tensor) -> None:
-        """A tensor that an operation returned."""
-        self._number(tensor.untyped_storage(), given=False)
+    def made(self, tensor: Tensor, *, elsewhere: bool = False) -> None:
+        """A tensor that an operation returned; `elsewhere`: in a memory that is not counted."""
+        number = self._number(tensor.untyped_storage(), given=False)
+        if elsewhere:
+            self._elsewhere.add(number)
 
     def seen(self, tensor: Tensor) -> None:
         """A tensor that an operation was given: if it is new here it was there before."""
@@ -89,10 +92,16 @@ class Storages:
         self.segment += 1
         self.forward = forward
 
-    def mark(self, kept: Iterable[Tensor], category: str) -> None:
-        """Says what tensors are for: `parameters`, `gradients` or `optimizer`; what was said first holds."""
+    def mark(self, kept: Iterable[Tensor], category: str, *, elsewhere: bool = False) -> None:
+        """Says what tensors are for: `parameters`, `gradients` or `optimizer`; what was said first holds.
+
+        `elsewhere`: they lie in a memory that is not counted.
+        """
         for tensor in kept:
-            self._categories.setdefault(self._number(tensor.untyped_storage(), given=True), category)
+            number = self._number(tensor.untyped_storage(), given=True)
+            self._categories.setdefault(number, category)
+            if elsewhere:
+                self._elsewhere.add(number)
 
     def _number(self, storage: torch.UntypedStorage, *, given: bool) -> int:
         key = storage._cdata
@@ -138,6 +147,8 @@ class Storages:
         """(storage, change of its size), in order; what was there before is not among them."""
         changes, seen = [], set()
         for number, change in self._events:
+            if number in self._elsewhere:
+                continue
             appears = number not in seen and self._is_inner(number)
             seen.add(number)
             changes.append((number, self._storages[number].found if appears else change))
@@ -158,7 +169,8 @@ class Storages:
         return at
 
     def _sizes_at(self, at: int) -> dict[int, int]:
-        sizes = {number: 0 if self._is_inner(number) else s.found for number, s in enumerate(self._storages)}
+        there = (number for number in range(len(self._storages)) if number not in self._elsewhere)
+        sizes = {number: 0 if self._is_inner(number) else self._storages[number].found for number in there}
         for number, change in self._changes()[:at]:
             sizes[number] += change
         return sizes

@@ -28,6 +28,7 @@ from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCu
 from shardwise.cluster.computing import Noted, Situation, kernel_curves
 from shardwise.cluster.curves import ANY, curve_name
 from shardwise.cluster.eager import small_step, small_update, timed_steps
+from shardwise.cluster.hosting import host_of
 from shardwise.cluster.linking import OPERATIONS, SIZES, collective_curves, layouts
 from shardwise.cluster.overlapping import overlap
 from shardwise.cluster.sharing import shared
@@ -52,6 +53,8 @@ MEASURED = (
     "strain",
     "heap",
     "overheads",
+    "host_memory_bandwidth",
+    "host_bandwidth",
 )
 """Fields of a device that are measured."""
 
@@ -146,9 +149,10 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
     most = max(settings)
     slowed = overlap(team, *most, effort.other) if most[0] > 1 else 1.0
     crowds = shared(team, crowded(team), effort.other) if team.device.type == "cpu" else {}
+    beside = host_of(team) if team.device.type == "cuda" else {}
     if team.rank != 0:
         return None
-    device = _device(team.device, curves, slowed, crowds)
+    device = replace(_device(team.device, curves, slowed, crowds), **beside)
     host = launch_seconds(device, team.device, effort.other)
     device = replace(device, launch_seconds=host, process=own.process, heap=own.heap(device))
     cluster = _cluster(team, device, collectives)

@@ -371,7 +371,7 @@ def _of_all(
 
     alone = _kind(expected, kind)
     typical = typical_size(alone)
-    full = gather_full(pieces, program.mesh.world)
+    full = gather_full(pieces, program.mesh.world, program.mesh.device)
     found = Deviation() if full is None else deviation(_kind(full, kind), alone, counted=counted)
     copies = [piece for piece in pieces if not piece.writes and piece.name.partition("/")[2] in alone]
     for piece in copies:

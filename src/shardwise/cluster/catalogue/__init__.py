@@ -33,6 +33,7 @@ _NODE: dict[str, Field] = {
     "device": Text("name of a device"),
     "devices": Number("devices in a node", whole=True),
     "links": Part("an array of tables", kind=list),
+    "host": Part("a table", default=None),
     "price_per_hour": PRICE,
     "origin": Text("where the figures come from", choices=ORIGINS),
     "source": SOURCE,
@@ -41,6 +42,14 @@ _LINK: dict[str, Field] = {
     "link": Text("name of a link"),
     "span": Number("devices that one domain joins", whole=True, default=None),
     "ports": Number("ports of a node", whole=True, default=None),
+}
+_MEMORY: dict[str, Field] = {
+    "memory_bytes": Number("bytes of a node", whole=True),
+    "memory_bandwidth": Number("bytes per second of a node"),
+    "link": Text("name of the link between a device and its host"),
+    "ports": Number("such links of a node", whole=True, default=None),
+    "origin": ORIGIN,
+    "source": Text("where the figures were read"),
 }
 _HOST: dict[str, Field] = {
     "launch_seconds": DEVICE["launch_seconds"],
@@ -65,6 +74,27 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Host:
+    """What a node has beside its devices.
+
+    Attributes:
+        memory_bytes: of its own memory.
+        memory_bandwidth: of that in bytes per second.
+        link: name of the link between a device and the host.
+        ports: such links of a node; None: one for each device.
+        origin: of these figures.
+        source: where they were read.
+    """
+
+    memory_bytes: int
+    memory_bandwidth: float
+    link: str
+    ports: int | None
+    origin: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class NodeKind:
     """A node as it is sold.
 
@@ -75,6 +105,7 @@ class NodeKind:
         device: key of its device.
         devices: how many it has.
         links: innermost first; the last is the network.
+        host: its own memory; None where that is not known.
         price_per_hour: of the node in US dollars.
         origin: of what it says.
         source: where it was read.
@@ -86,6 +117,7 @@ class NodeKind:
     device: str
     devices: int
     links: tuple[Link, ...]
+    host: Host | None
     price_per_hour: float | None
     origin: str
     source: str
@@ -176,7 +208,7 @@ def cluster(spec: str) -> Cluster:
     held = min(count, kind.devices)
     return Cluster(
         name=spec,
-        nodes=(Nodes(_priced(kind), held, count // held),),
+        nodes=(Nodes(_placed(kind), held, count // held),),
         levels=_levels(kind, count) if count > 1 else (),
     )
 
@@ -196,17 +228,28 @@ def _parse(spec: str) -> tuple[NodeKind, int | None]:
     return _nodes()[known[name]], count
 
 
-def _priced(kind: NodeKind) -> Device:
-    """The node's device with its share of the node's price."""
+def _placed(kind: NodeKind) -> Device:
+    """The node's device with its share of the node's price and of its host."""
     found = _entries()[kind.device].device
-    if kind.price_per_hour is None:
-        return found
-    return replace(
-        found,
-        price_per_hour=kind.price_per_hour / kind.devices,
-        origins={**found.origins, "price_per_hour": "assumed"},
-        source=f"{found.source}; {kind.source}",
-    )
+    if kind.price_per_hour is not None:
+        found = replace(
+            found,
+            price_per_hour=kind.price_per_hour / kind.devices,
+            origins={**found.origins, "price_per_hour": "assumed"},
+            source=f"{found.source}; {kind.source}",
+        )
+    return found if kind.host is None else _hosted(found, kind.host, kind.devices)
+
+
+def _hosted(device: Device, host: Host, devices: int) -> Device:
+    """A device with its share of a host that has so many."""
+    shares: dict[str, Any] = {
+        "host_memory_bytes": host.memory_bytes // devices,
+        "host_memory_bandwidth": host.memory_bandwidth / devices,
+        "host_bandwidth": _links()[host.link].bandwidth * (host.ports or devices) / devices,
+    }
+    origins: Any = {**device.origins, **dict.fromkeys(shares, host.origin)}
+    return replace(device, **shares, origins=origins, source=f"{device.source}; host: {host.source}")
 
 
 def _levels(kind: NodeKind, count: int) -> tuple[Level, ...]:
@@ -266,6 +309,8 @@ def _nodes() -> dict[str, NodeKind]:
         entries = [read_table(entry, _LINK, (where / "links").item(i)) for i, entry in enumerate(values["links"])]
         values["links"] = tuple(Link(**entry) for entry in entries)
         values["aliases"] = tuple(values["aliases"])
+        if values["host"] is not None:
+            values["host"] = Host(**read_table(values["host"], _MEMORY, where / "host"))
         kinds[key] = NodeKind(key, **values)
     return kinds
 

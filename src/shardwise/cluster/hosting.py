@@ -1,0 +1,55 @@
+"""What a GPU has of its host: memory, and how fast that is read and written, and reached from the device. Measured.
+
+All workers measure at the same time, as they train: neighbours share the host's memory, and often a link to it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from shardwise.cluster import machine
+from shardwise.cluster.team import Team
+
+BYTES = 256 * 2**20
+"""Of what is copied: more than caches hold, as all slices of a model together."""
+
+REPEATS = 5
+
+
+def host_of(team: Team, size: int = BYTES) -> dict[str, Any]:
+    """This device's share of its host, by the names of `cluster.Device`; of the slowest worker. Collective.
+
+    Args:
+        team: the workers.
+        size: bytes to copy.
+    """
+    there = torch.zeros(size // 4, pin_memory=team.device.type == "cuda")
+    here = torch.zeros(size // 4, device=team.device)
+    other = torch.zeros(size // 4)
+    updating = 2 * size / _seconds(team, lambda: other.add_(1.0))  # reads and writes it
+    fetching = size / _seconds(team, lambda: here.copy_(there, non_blocking=True))
+    returning = size / _seconds(team, lambda: there.copy_(here, non_blocking=True))
+    found = team.gathered([updating, min(fetching, returning)])
+    return {
+        "host_memory_bytes": machine.memory_bytes() // max(map(len, team.hosts)),
+        "host_memory_bandwidth": min(row[0] for row in found),
+        "host_bandwidth": min(row[1] for row in found),
+    }
+
+
+def _seconds(team: Team, call: Callable[[], object]) -> float:
+    """Median of several calls, begun by all workers together after one that counts for nothing."""
+    found = []
+    for _ in range(REPEATS + 1):
+        team.wait()
+        start = time.perf_counter()
+        call()
+        if team.device.type == "cuda":
+            torch.cuda.synchronize(team.device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[1:])

@@ -1,0 +1,154 @@
+"""Parameters in the memory of the host: what that costs, and when a plan comes to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.find import find_cluster
+from shardwise.cluster.hosting import host_of
+from shardwise.cluster.team import Team
+from shardwise.errors import StrategyError
+from shardwise.parallel.mesh import default_device
+from shardwise.plan.bounds import least_seconds
+from shardwise.plan.bounds_memory import least_memory
+from shardwise.plan.explain import explanation
+from shardwise.plan.search import search
+from shardwise.plan.space import divisors, families, members
+from shardwise.plan.wish import Wish
+from shardwise.predict.condensed import condense
+from shardwise.predict.constants import constants
+from shardwise.predict.costs import predict
+from shardwise.predict.judging import judged
+from shardwise.predict.offload import HOST_SHARE, fetched, updated
+from shardwise.predict.profiling import Profiles
+from shardwise.predict.scaled import ScaledProfiles
+from shardwise.strategy import Strategy
+from shardwise.workload.recipes.gpt import gpt
+
+WORKLOAD = gpt(4, 256, 4, 2, vocabulary=512, sequence=128, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def profiles() -> ScaledProfiles:
+    return ScaledProfiles(Profiles(WORKLOAD, "gpu"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Cluster:
+    return find_cluster("h100x4")
+
+
+def changed(cluster: Cluster, **fields: Any) -> Cluster:
+    nodes = tuple(replace(each, device=replace(each.device, **fields)) for each in cluster.nodes)
+    return replace(cluster, nodes=nodes)
+
+
+def predicted(profiles: ScaledProfiles, strategy: str, cluster: Cluster) -> Any:
+    parsed = Strategy.parse(strategy)
+    return predict(profiles.traced.of(parsed), parsed, cluster)
+
+
+def test_slices_travel_and_the_host_updates_them(profiles: ScaledProfiles, cluster: Cluster) -> None:
+    device = cluster.nodes[0].device
+    assert device.host_bandwidth is not None and device.host_memory_bandwidth is not None
+    share = constants().link_share
+    assert fetched(1e9, device) == pytest.approx(constants().link_hop + 1e9 / (device.host_bandwidth * share))
+    assert updated(1e9, device) == pytest.approx(1e9 / (device.host_memory_bandwidth * HOST_SHARE))
+    measured = replace(device, origins={"host_memory_bandwidth": "measured", "host_bandwidth": "measured"})
+    assert updated(1e9, measured) == 1e9 / device.host_memory_bandwidth
+    assert fetched(1e9, measured) == constants().link_hop + 1e9 / device.host_bandwidth
+
+    without, with_ = (predicted(profiles, f"fsdp=4{more}", cluster) for more in ("", ",offload=1"))
+    trained = sum(p.elements for p in profiles.one().parameters if p.trained)
+    moved = sum(kernel.bytes for kernel in profiles.one().update.kernels) + (12 if profiles.one().clipped else 0)
+    assert with_.optimizer_seconds == pytest.approx(updated(moved * trained / 4, device), rel=0.01)
+    assert with_.communication_seconds > without.communication_seconds
+    assert with_.memory.optimizer == 0
+    assert with_.memory.total < without.memory.total
+    assert "host_bandwidth" in with_.origins
+    assert "host_bandwidth" not in without.origins
+
+
+def test_a_slower_link_to_the_host_is_slower(profiles: ScaledProfiles, cluster: Cluster) -> None:
+    fast, slow = (
+        predicted(profiles, "fsdp=4,offload=1", changed(cluster, host_bandwidth=rate)) for rate in (1e12, 1e9)
+    )
+    assert slow.step_seconds > 2 * fast.step_seconds
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["fsdp=4,offload=1", "fsdp=2,zero=2,offload=1", "dp=2,fsdp=2,microbatches=2,offload=1", "fsdp=2,pp=2,offload=1"],
+)
+def test_its_dry_run_needs_as_much(profiles: ScaledProfiles, cluster: Cluster, strategy: str) -> None:
+    found = judged(profiles.traced, Strategy.parse(strategy), cluster).document()
+    assert found["bytes_agree"]
+    assert found["memory_error"] < 0.05, (found["memory"], found["predicted"]["memory"])
+    assert found["memory"]["optimizer"] == 0
+
+
+def test_a_cpu_is_its_own_host() -> None:
+    cluster = find_cluster("epyc-7763x4")
+    profiles = Profiles(WORKLOAD, "cpu")
+    plain, offloaded = (Strategy.parse(f"fsdp=4,precision=float32{more}") for more in ("", ",offload=1"))
+    assert predict(profiles.of(plain), plain, cluster) == predict(profiles.of(offloaded), offloaded, cluster)
+
+
+def test_hosts_of_which_nothing_is_known_are_refused(profiles: ScaledProfiles, cluster: Cluster) -> None:
+    unknown = changed(cluster, host_bandwidth=None)
+    with pytest.raises(StrategyError, match=r"nothing is known of the hosts of h100x4: write host_bandwidth of NVIDIA"):
+        predicted(profiles, "fsdp=4,offload=1", unknown)
+    with pytest.raises(StrategyError, match=r"offload=1 needs .* of its host's memory for each device, there are"):
+        predicted(profiles, "fsdp=4,offload=1", changed(cluster, host_memory_bytes=1000))
+
+
+def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluster: Cluster) -> None:
+    wish = Wish(fixed={"offload": "1"})
+    links = len(profiles.one().links)
+    every = [m for f in families(4, 16, wish, divisors(4), links) for m in members(f, wish)]
+    assert every
+    for strategy in every:
+        assert strategy.offload and strategy.splits_parameters
+        prediction = predict(profiles.of(strategy), strategy, cluster)
+        condensed = condense(profiles.of(strategy))
+        assert least_seconds(condensed, strategy, cluster) <= prediction.step_seconds * 1.0001, strategy
+        assert least_memory(condensed, strategy) <= prediction.memory.total, strategy
+
+
+def test_it_is_the_last_resort(profiles: ScaledProfiles, cluster: Cluster) -> None:
+    assert all(not each.strategy.offload for each in search(WORKLOAD, cluster, 4, Wish(), profiles).plan.candidates)
+    smallest = search(WORKLOAD, cluster, 4, Wish(objective="memory"), profiles).plan.best
+    assert smallest is not None and not smallest.strategy.offload
+    tight = Wish(max_memory=smallest.prediction.memory.total - 1)
+    found = search(WORKLOAD, cluster, 4, tight, profiles)
+    assert found.plan.best is not None and found.plan.best.strategy.offload
+    assert found.plan.best.prediction.memory.total < smallest.prediction.memory.total
+    assert any(entry.kind == "memory" for entry in found.plan.rejected)
+    words = " ".join(explanation(found.plan, cluster, found.profile_of))
+    assert "lie in the memory of the hosts" in words
+    assert "Without it nothing fits" in words
+
+    forbidden = replace(tight, forbidden=(("offload", ""),))
+    assert search(WORKLOAD, cluster, 4, forbidden, profiles).plan.best is None
+    unknown = changed(cluster, host_memory_bytes=None)
+    assert search(WORKLOAD, unknown, 4, tight, profiles).plan.best is None
+
+
+def test_the_fastest_with_it_is_found(profiles: ScaledProfiles, cluster: Cluster) -> None:
+    wish = Wish(fixed={"offload": "1"})
+    every = [m for f in families(4, 16, wish, divisors(4), len(profiles.one().links)) for m in members(f, wish)]
+    best = min(predict(profiles.of(strategy), strategy, cluster).step_seconds for strategy in every)
+    found = search(WORKLOAD, cluster, 4, wish, profiles).plan.best
+    assert found is not None
+    assert found.prediction.step_seconds <= best * 1.01
+
+
+def test_a_host_is_measured() -> None:
+    found = host_of(Team(default_device()), 2**20)
+    assert found["host_memory_bytes"] > 2**28
+    assert found["host_memory_bandwidth"] > 1e6
+    assert found["host_bandwidth"] > 1e6
