@@ -1,8 +1,11 @@
 """Executes a pipeline's table of actions: computes, sends and receives.
 
 A value goes straight from the stage that makes it to each stage that uses it, and its gradient comes back the same
-way: a skip connection that crosses several stages is one message, not one per stage. Receives are posted one action
-ahead, sends are not waited for until the pass is over.
+way: a skip connection that crosses several stages is one message, not one per stage.
+
+Receives are posted one action ahead. A send is waited for, and its memory given back, once its receive must have been
+posted: a message from a worker tells how far that has come in its own table. To wait for it any sooner might be for
+ever, to wait until the pass is over would hold the messages of all microbatches.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ class Pass:
     Attributes:
         work: what the stages compute.
         actions: of this worker.
+        others: the actions of any worker.
         given: per microbatch, the batch and constants by placeholder.
         scales: per microbatch, what its loss is multiplied with.
         enter: called with the number of a microbatch before its forward pass.
@@ -52,10 +56,21 @@ class Pass:
 
     work: Work
     actions: Sequence[Action]
+    others: Callable[[int], Sequence[Action]]
     given: Sequence[Mapping[str, Any]]
     scales: Sequence[Tensor]
     enter: Callable[[int], None]
     before_backward: Callable[[int, bool], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A message on its way: the place of the action that wants it in the table of its worker, and its memory."""
+
+    worker: int
+    place: int
+    handle: Any
+    message: Tensor
 
 
 class Pipeline:
@@ -87,13 +102,16 @@ class Pipeline:
         self._inflight: dict[tuple[int, int], Inflight] = {}
         self._arriving: dict[Action, list[tuple[fx.Node, Tensor, Any]]] = {}
         self._here: dict[tuple[Action, int, fx.Node], Tensor] = {}
-        self._sent: list[tuple[Any, Tensor]] = []
+        self._sent: list[Sent] = []
+        self._tables: Callable[[int], Sequence[Action]] = lambda _: ()
+        self._places: dict[int, dict[Action, int]] = {}
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def run(self, work: Pass) -> Tensor:
         """Gradients of a pass, left in `.grad`; returns the sum of scale times loss that this worker computed."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._tables = work.others
         last = {action.stage: index for index, action in enumerate(work.actions) if action.kind != FORWARD}
         for index, action in enumerate(work.actions):
             self._post(work.work, action)
@@ -202,7 +220,9 @@ class Pipeline:
                 handle.wait()
             values[node] = buffer if node not in values else values[node] + buffer
         for source, nodes in self._sources(work, action):
-            if self._on(source) == self.worker:
+            if self._on(source) != self.worker:
+                self._forget(self._on(source), self._place(Action(action.kind, source, action.microbatch)))
+            else:
                 for node in nodes:
                     value = self._here.pop((_key(action), source, node))
                     values[node] = value if node not in values else values[node] + value
@@ -218,13 +238,34 @@ class Pipeline:
                 continue
             message = message.contiguous()
             tag = self._tag(action, action.stage, target)
-            self._sent.append((dist.isend(message, self._rank(target), self.group, tag), message))
+            handle = dist.isend(message, self._rank(target), self.group, tag)
+            self._sent.append(Sent(self._on(target), self._place(arrival), handle, message))
+
+    def _place(self, action: Action) -> int:
+        """Of an action in its worker's table; of an evaluation, which has none, 0."""
+        worker = self._on(action.stage)
+        if worker not in self._places:
+            table = enumerate(self._tables(worker))
+            self._places[worker] = {_key(each): place for place, each in table if each.kind != WEIGHT}
+        return self._places[worker].get(_key(action), 0)
+
+    def _forget(self, worker: int, place: int) -> None:
+        """What a worker that has been at a place of its table must have asked for: it posts one action ahead."""
+        asked = [sent for sent in self._sent if sent.worker == worker and sent.place <= place + 1]
+        if not asked:
+            return
+        with record_function(WAIT):
+            for sent in asked:
+                sent.handle.wait()
+        self._sent = [sent for sent in self._sent if sent.worker != worker or sent.place > place + 1]
 
     def _finish(self) -> None:
         with record_function(WAIT):
-            for handle, _ in self._sent:
-                handle.wait()
+            for sent in self._sent:
+                sent.handle.wait()
         self._sent.clear()
+        self._places.clear()
+        self._tables = lambda _: ()
 
     def _on(self, stage: int) -> int:
         return stage % self.workers

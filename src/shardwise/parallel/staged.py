@@ -30,7 +30,7 @@ from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
 from shardwise.parallel.planning import Cuts, cuts_blocks, divide
 from shardwise.parallel.precision import widen_loss
-from shardwise.parallel.schedule import order
+from shardwise.parallel.schedule import Action, order
 from shardwise.parallel.stage import Work, prepare
 from shardwise.parallel.tensor import partition
 from shardwise.parallel.traced import traced
@@ -215,18 +215,22 @@ class GraphEngine:
             yield self._pass(key, list(group), scales)
 
     def _pass(self, key: Key, entries: list[_Entry], scales: Sequence[Tensor]) -> Pass:
-        strategy, mesh = self._strategy, self._mesh
+        strategy = self._strategy
         work = self._work(key, entries[0].data)
-        actions = order(
-            strategy.schedule,
-            mesh.coordinate("pp"),
-            strategy.pp,
-            strategy.stages_per_worker,
-            len(entries),
-            last_whole=self._holding.sharded,
-        )
+
+        def actions(worker: int) -> Sequence[Action]:
+            return order(
+                strategy.schedule,
+                worker,
+                strategy.pp,
+                strategy.stages_per_worker,
+                len(entries),
+                last_whole=self._holding.sharded,
+            )
+
         return Pass(
             work,
+            actions(self._mesh.coordinate("pp")),
             actions,
             [self._given(work, entry.data) for entry in entries],
             [scales[entry.number] * self._holding.loss_factor for entry in entries],
