@@ -75,18 +75,21 @@ def test_turns_are_those_of_the_table(text: str, count: int) -> None:
 def test_activations_that_are_kept(text: str, count: int) -> None:
     strategy = Strategy.parse(text).with_(microbatches=count)
     for place in range(strategy.pp):
-        kept = most = 0
+        kept, before = 0, []
         for action in actions_of(strategy, place):
+            if action.kind not in (FORWARD, WEIGHT):
+                before.append(kept)
             kept += (action.kind == FORWARD) - (action.kind in (BACKWARD, WEIGHT))
-            most = max(most, kept)
-        assert sum(number for _, number in under_way(strategy, place)) == most
+        first, later = (sum(number for _, number in each) for each in under_way(strategy, place))
+        assert first == before[0]
+        assert later == max(before[1:], default=0)
 
 
 def test_known_numbers() -> None:
     """1f1b keeps as many microbatches as there are stages behind (Narayanan et al. 2021), gpipe all of them."""
     many = Strategy.parse("pp=4,microbatches=1000")
-    assert [dict(under_way(many, place))[place] for place in range(4)] == [4, 3, 2, 1]
-    assert under_way(many.with_(schedule="gpipe"), 0) == ((0, 1000),)
+    assert [[dict(each)[place] for each in under_way(many, place)] for place in range(4)] == [[n, n] for n in (4, 3, 2, 1)]
+    assert under_way(many.with_(schedule="gpipe"), 0) == (((0, 1000),), ((0, 999),))
     first = turns(many, 0)
     assert [(turn.action.kind, turn.first, turn.final, turn.count) for turn in first] == [
         (FORWARD, False, False, 1000),

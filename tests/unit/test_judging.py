@@ -22,8 +22,8 @@ from shardwise.workload.recipes.medical import medical
 from shardwise.workload.workload import Workload
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "gpt": lambda: gpt(2, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
-    "language": lambda: language(sequence=64, layers=2, hidden=64, tied=True, dropout=0.1),
+    "gpt": lambda: gpt(4, 512, 8, 4, vocabulary=4096, sequence=256, batch_size=16),
+    "language": lambda: language(tied=True, dropout=0.1),
     "image": lambda: image(batch_size=16),
     "resnet": lambda: image(model="resnet", batch_size=16),
     "medical": lambda: medical(batch_size=8, channels=4, patch=16, norm="batch"),
@@ -62,6 +62,9 @@ GRID = [
 ]
 
 
+MEMORY_TOLERANCE = 0.05
+
+
 @cache
 def profiles(name: str, device: str, samples: int = 0) -> Profiles:
     workload = WORKLOADS[name]()
@@ -81,6 +84,7 @@ def test_messages_are_the_same(name: str, strategy: str) -> None:
         document = judge(name, strategy, place).document()
         assert document["predicted"]["communicated"] == document["communicated"]
         assert document["bytes_agree"]
+        print(name,strategy,place,document["memory_error"],document["memory"],document["predicted"]["memory"])
 
 
 @pytest.mark.parametrize("strategy", ["fsdp=2,tp=2,precision=float32", "pp=2,precision=float32"])

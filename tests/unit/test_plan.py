@@ -222,7 +222,7 @@ def test_a_degree_that_does_not_divide_heads_keeps_its_reason(workload: Workload
 
 def test_nothing_fits_says_by_how_much_and_what_would_do(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match=r"needs least, .* too much: .*(would do|not help)"):
-        planned(Source(workload=SPEC), "a100-40x4", 4, objective="time", max_memory="6MiB", fix=[], forbid=[], out=None)
+        planned(Source(workload=SPEC), "a100-40x4", 4, objective="time", max_memory="4MiB", fix=[], forbid=[], out=None)
 
 
 def test_words_say_what_was_computed(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> None:

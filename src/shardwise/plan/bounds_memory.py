@@ -1,10 +1,10 @@
 """What a strategy needs at least of the device that needs most, from sums over its profile alone.
 
     updating    parameters and the optimizer's state, with the gradients
-    passing     the same while the last microbatch goes backwards, with the gradients that are there then, whole ones of
-                a stage that `fully_shard` looks after included, and what the worker with most microbatches under way
-                keeps of them: all of it, or what blocks hand to each other where they are computed again, with the
-                results of products where these stay
+    passing     the same while a microbatch goes backwards, with what the worker with most microbatches under way keeps of
+                them: all of it, or what blocks hand to each other where they are computed again, with the results of
+                products where these stay; a later microbatch than the first finds gradients, whole ones of a stage that
+                `fully_shard` looks after
 
 Both are the mean over the workers of a pipeline, for which stages count as nearly equal (`even`).
 """
@@ -24,37 +24,42 @@ def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = N
 
     `saved`: of one microbatch, where part of the blocks is computed again, what the others keep.
     """
-    workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
+    workers, stages, count = strategy.pp, strategy.pp * strategy.stages_per_worker, strategy.microbatches
     slices = strategy.fsdp if strategy.splits_parameters else 1
     stays = profile.parameters / slices + profile.elements * profile.update.state_bytes / owners(strategy)
     updating = (stays + profile.gradients / slices) / workers
-    held = _gradients(profile, strategy, slices) / workers
     if strategy.offload:  # on the host, but for what cannot be split
-        stays = updating = held = 0.0
-    if strategy.splits_parameters and stages > 1:  # of one stage at a time
-        held += (profile.own if _several(strategy) else 0) / stages
-        held += profile.own / stages if strategy.zero == 2 else 0
-    under_way = _under_way(workers, strategy.microbatches, strategy.schedule, strategy.stages_per_worker)
+        stays = updating = 0.0
+    stays /= workers
+    if strategy.splits_parameters and strategy.zero == 2 and stages > 1:
+        stays += profile.own / stages
+    buckets = strategy.sums_in_buckets and strategy.tp == strategy.pp == 1  # those of DDP are there from the start
+    first = _kept(profile, strategy, saved, count) + (profile.gradients if buckets else 0)
+    later = _gradients(profile, strategy, slices) + _kept(profile, strategy, saved, count - (workers > 1))
+    return max(updating, stays + first, stays + later if count > 1 else 0.0, profile.largest)
+
+
+def _kept(profile: Condensed, strategy: Strategy, saved: float | None, count: int) -> float:
+    """Bytes of activations of the worker that keeps most of them, of so many microbatches."""
+    workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
+    under_way = _under_way(workers, count, strategy.schedule, strategy.stages_per_worker)
     share = even(profile, workers)
     if saved is None and strategy.recomputes:
-        kept = share * (_handed(profile, strategy, stages) + _products(profile, strategy)) * under_way / workers
-    else:
-        kept = (profile.saved if saved is None else saved) / workers
-        kept *= max(share * under_way, 1) if workers > 1 else 1
-    return max(updating, stays / workers + held + kept, profile.largest)
-
-
-def _several(strategy: Strategy) -> bool:
-    """Whether gradients are there before the last backward pass begins."""
-    return strategy.microbatches > 1
+        return share * (_handed(profile, strategy, stages) + _products(profile, strategy)) * under_way / workers
+    kept = (profile.saved if saved is None else saved) / workers
+    return kept * (max(share * under_way, 1) if workers > 1 else 1)
 
 
 def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
-    """Bytes of gradients that are there in the last backward pass, of all workers of a pipeline together."""
+    """Bytes of gradients that are there in a backward pass that is not the first one."""
     alone = strategy.tp == strategy.pp == 1
-    if strategy.replicas > 1 and alone and not strategy.splits_parameters:  # DDP's buckets
-        return profile.gradients * (2.0 if _several(strategy) else 1.0)
-    return profile.gradients / slices if _several(strategy) else 0.0
+    if strategy.sums_in_buckets and alone:  # twice, with DDP's buckets
+        return profile.gradients * 2.0
+    if not strategy.splits_parameters:
+        return profile.gradients / strategy.pp
+    if alone:
+        return 0.0 if strategy.offload else profile.gradients / slices
+    return profile.own / (strategy.pp * strategy.stages_per_worker)  # whole ones, of one stage at a time
 
 
 def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:

@@ -195,26 +195,41 @@ def _table(strategy: Strategy, place: int) -> tuple[Turn, ...]:
     return tuple(found)
 
 
-def under_way(strategy: Strategy, place: int) -> tuple[tuple[int, int], ...]:
-    """(stage, microbatches) whose activations a worker keeps when these are most."""
+Counts = tuple[tuple[int, int], ...]
+"""(stage, microbatches) whose activations a worker keeps."""
+
+
+def under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
+    """What a worker keeps in its first backward pass, and when that is most in a later one; nothing: there is none."""
     strategy = _of_order(strategy)
     short, long, times = _shorter(strategy)
     few, more = _under_way(short, place), _under_way(long, place)
     if not times:
         return few
-    if [stage for stage, _ in few] != [stage for stage, _ in more]:
+    if any([stage for stage, _ in a] != [stage for stage, _ in b] for a, b in zip(few, more, strict=True)):
         return _under_way(strategy, place)
-    return tuple((stage, a + times * (b - a)) for (stage, a), (_, b) in zip(few, more, strict=True))
+    first, later = (
+        tuple((stage, a + times * (b - a)) for (stage, a), (_, b) in zip(less, most, strict=True))
+        for less, most in zip(few, more, strict=True)
+    )
+    return first, later
 
 
 @lru_cache(maxsize=65536)
-def _under_way(strategy: Strategy, place: int) -> tuple[tuple[int, int], ...]:
+def _under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
     kinds, chunks = sequence(strategy, place)
     change = np.where(kinds == FORWARDS, 1, np.where((kinds == BACKWARDS) | (kinds == WEIGHTS), -1, 0))
-    end = int(np.argmax(np.cumsum(change))) + 1
-    counts = np.bincount(chunks[:end], weights=change[:end]).astype(int)
-    seen = np.unique(chunks[:end])
-    return tuple((int(chunk) * strategy.pp + place, int(counts[chunk])) for chunk in seen)
+    before = np.cumsum(change) - change
+    backward = np.flatnonzero((kinds == BACKWARDS) | (kinds == INPUTS))
+    first, others = int(backward[0]), backward[1:]
+    most = [first, *([int(others[np.argmax(before[others])])] if len(others) else [])]
+    found = [_counts(strategy, place, chunks[:end], change[:end]) for end in most]
+    return found[0], found[1] if len(found) > 1 else ()
+
+
+def _counts(strategy: Strategy, place: int, chunks: Integers, change: Integers) -> Counts:
+    counts = np.bincount(chunks, weights=change).astype(int)
+    return tuple((int(chunk) * strategy.pp + place, int(counts[chunk])) for chunk in np.unique(chunks))
 
 
 def communicated(profile: Profile, parts: Parts, place: int = 0) -> Mapping[Key, tuple[int, int]]:

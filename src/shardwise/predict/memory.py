@@ -14,16 +14,17 @@ in the optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Device
 from shardwise.predict.issuing import under_way
 from shardwise.predict.offload import left, offloads
-from shardwise.predict.parts import Block, Gathered, Stage, Worker
+from shardwise.predict.parts import Block, Stage, Worker
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile import Profile
+from shardwise.predict.sharded import held_at_links
 from shardwise.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -67,37 +68,85 @@ def worker_memory(costs: Costs, worker: Worker) -> Memory:
 
 
 def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -> Memory:
-    """At the peak of a backward pass."""
-    counts = dict(under_way(strategy, worker.place))
+    """At the peak of a backward pass: of the first one, or of a later one, which finds gradients."""
     stages = {stage.number: stage for stage in worker.stages}
     products = strategy.keeps_products
     kept = {number: _kept(profile, stage, products=products) for number, stage in stages.items()}
-    several = sum(counts.get(number, 0) for number in stages) > 1 or strategy.microbatches > 1
-    best: Memory | None = None
-    for number, stage in stages.items():
-        others = sum(counts.get(n, 0) * size for n, size in kept.items()) - (kept[number] if counts.get(number) else 0)
-        gathered = _gathered(strategy, stage)
-        gradients_at = _gradients(strategy, worker, stage, several=several)
-        for activations, temporary, done in _moments(profile, stage, products=products):
-            gradients, buckets = gradients_at(done)
-            memory = Memory(
-                parameters=worker.parameters + gathered,
-                gradients=gradients,
-                optimizer=state,
-                activations=others + activations + stage.received,
-                temporary=temporary + buckets,
+    module = strategy.tp == strategy.pp == 1
+    batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # those of a pipeline come all at once
+    found: list[Memory] = []
+    for counts, later in _passes(strategy, worker.place):
+        every = sum(count * kept[number] for number, count in counts.items())
+        for number in counts:
+            stage = stages[number]
+            peak = _peak(profile, strategy, worker, stage, later=later)
+            found.append(
+                Memory(
+                    parameters=worker.parameters + peak.gathered,
+                    gradients=peak.gradients,
+                    optimizer=state,
+                    activations=every - kept[number] + peak.activations + stage.received,
+                    temporary=peak.temporary + batches,
+                )
             )
-            if best is None or memory.total > best.total:
-                best = memory
-    assert best is not None
-    return best
+    return max(found, key=lambda memory: memory.total)
+
+
+def _passes(strategy: Strategy, place: int) -> list[tuple[dict[int, int], bool]]:
+    """(microbatches under way by stage, whether gradients are there) of the backward passes with most of them."""
+    if strategy.tp == strategy.pp == 1:
+        return [({0: 1}, strategy.microbatches > 1)]
+    first, later = under_way(strategy, place)
+    return [({n: count for n, count in each if count}, gradients) for each, gradients in ((first, False), (later, True)) if each]
+
+
+@dataclass(frozen=True, slots=True)
+class _Peak:
+    """Bytes at the peak of one backward pass of a stage; activations are those of its microbatch."""
+
+    gathered: int
+    gradients: int
+    activations: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.gathered + self.gradients + self.activations + self.temporary
+
+
+def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *, later: bool) -> _Peak:
+    products = strategy.keeps_products
+    if not strategy.splits_parameters:
+        gradients_at = _gradients(strategy, worker, later=later)
+        moments = _moments(profile, stage, products=products)
+        peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
+        return max(peaks, key=lambda peak: peak.total)
+    offloaded = worker.sliced[1] > worker.trained
+    key = ("sharded peak", id(stage), strategy.microbatches > 1, strategy.schedule, later, products, offloaded)
+    if key not in profile.kept:
+        held = held_at_links(profile, strategy, stage, worker.trained, later=later)
+        moments = _all_moments(profile, stage, products=products)
+        peaks = [
+            _Peak(each.gathered, 0 if offloaded else each.slices, activations, temporary + each.whole)
+            for each, (activations, temporary, _) in zip(held, moments, strict=True)
+        ]
+        profile.kept[key] = max(peaks, key=lambda peak: peak.total), stage  # which is kept: no other gets its id
+    found = profile.kept[key]
+    assert isinstance(found, tuple)
+    peak: _Peak = found[0]
+    return peak
+
+
+def _beside(gradients: tuple[int, int], activations: int, temporary: int) -> tuple[int, int, int]:
+    """(gradients, activations, temporary with the buckets of gradients)."""
+    return gradients[0], activations, temporary + gradients[1]
 
 
 def _kept(profile: Profile, stage: Stage, *, products: bool) -> int:
     """What is kept of a microbatch: of blocks that are computed again their inputs, and results of `products`."""
     inside = sum(profile.saved[block.end] - profile.saved[block.first] for block in stage.recomputed)
     stays = sum(_products(profile, block) for block in stage.recomputed) if products else 0
-    return max(0, stage.kept - inside) + stage.handed + stays
+    return max(0, stage.kept - inside) + sum(size for _, size in stage.handed) + stays
 
 
 def _products(profile: Profile, block: Block) -> int:
@@ -130,8 +179,10 @@ def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tupl
     found, done = [], 0
     for link in reversed(range(stage.first, stage.end)):
         layer = profile.links[link].layer
-        before = gone[block_of[link].first if link in block_of else link]  # of blocks that are not computed again yet
-        activations = boundary + stage.handed + profile.saved[link + 1] - profile.saved[stage.first] - before
+        start = block_of[link].first if link in block_of else link
+        handed = sum(size for until, size in stage.handed if until <= start)
+        before = gone[start]  # of blocks that are not computed again yet
+        activations = boundary + handed + profile.saved[link + 1] - profile.saved[stage.first] - before
         found.append((max(0, activations), max(layer.temporary_backward, layer.temporary_forward), done))
         done += complete[link]
     return found
@@ -148,30 +199,10 @@ def _pareto(moments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int
     return found
 
 
-def _gradients(strategy: Strategy, worker: Worker, stage: Stage, *, several: bool) -> Callable[[int], tuple[int, int]]:
-    """(gradients, buckets beside them) in the last backward pass, by the bytes of gradients that are complete."""
-    module = strategy.tp == strategy.pp == 1
-    if strategy.splits_parameters:
-        blocks = [block.gathered.reduce for block in stage.blocks if block.gathered is not None]
-        root = stage.root.reduce if stage.root is not None else 0
-        if not module and several:  # whole until the last backward pass
-            whole = worker.trained, sum(blocks) + root
-            return lambda done: whole
-        beside = 2 * max(blocks, default=0) + root
-        slices = 0 if worker.sliced[1] > worker.trained else 1  # none where they lie on the host
-        return lambda done: (worker.trained if several else slices * done // strategy.fsdp, beside)
-    if strategy.replicas > 1 and module:
+def _gradients(strategy: Strategy, worker: Worker, *, later: bool) -> Callable[[int], tuple[int, int]]:
+    """(gradients, buckets beside them) by the bytes of gradients that a backward pass has completed."""
+    if strategy.replicas > 1 and strategy.tp == strategy.pp == 1:
         copies = worker.trained, worker.trained if strategy.microbatches > 1 else 0
         return lambda done: copies
     alone = strategy.replicas == 1
-    return lambda done: (worker.trained if several else done, 0 if alone else min(done, worker.trained))
-
-
-def _gathered(strategy: Strategy, stage: Stage) -> int:
-    """What `fully_shard` has gathered at the peak."""
-    groups: list[Gathered] = [block.gathered for block in stage.blocks if block.gathered is not None]
-    root = 0 if stage.root is None else stage.root.gather
-    if strategy.zero != 3:
-        return root + sum(group.gather for group in groups)
-    largest = sorted((group.gather for group in groups), reverse=True)[:2]
-    return root + sum(largest)
+    return lambda done: (worker.trained if later else done, 0 if alone else min(done, worker.trained))

@@ -83,8 +83,8 @@ class Stage:
         returned: gradients of each microbatch by the stage that they go to.
         received: bytes of the values that arrive for a microbatch.
         kept: bytes that are kept of a microbatch between its passes, without recomputation.
-        handed: bytes of what arrives and of what blocks hand to each other, where recomputation keeps nothing else of a
-            microbatch; 0 where no block is computed again.
+        handed: (link, bytes) of what arrives and of what blocks hand to each other, where recomputation keeps nothing
+            else of a microbatch: until the backward pass of that link; nothing where no block is computed again.
     """
 
     number: int
@@ -97,7 +97,7 @@ class Stage:
     returned: tuple[tuple[int, tuple[int, ...]], ...]
     received: int
     kept: int
-    handed: int
+    handed: tuple[tuple[int, int], ...]
 
     @property
     def recomputed(self) -> tuple[Block, ...]:
@@ -464,7 +464,7 @@ def _stage(
         returned,
         received,
         kept,
-        received + _between(profile, again, first, end) if again else 0,
+        ((first, received), *_between(profile, again, first, end)) if again else (),
     )
 
 
@@ -561,22 +561,29 @@ def _handed(
     return flat[0], flat[1], received, kept
 
 
-def _between(profile: Profile, again: Sequence[Block], first: int, end: int) -> int:
-    """Bytes of a stage's own values that are kept although what these blocks save is dropped.
+def _between(profile: Profile, again: Sequence[Block], first: int, end: int) -> list[tuple[int, int]]:
+    """(link, bytes) of a stage's own values that are kept although what these blocks save is dropped.
 
-    That is what one of them gets from another part of the stage, and what others save of what one of them saved first.
+    They are kept until the backward pass of that link. That is what one of them gets from another part of the stage, and what others save of what one of them saved first.
     What is saved first by a part that is not computed again counts there.
     """
-    block_of = {link: number for number, block in enumerate(again) for link in range(block.first, block.end)}
+    block_of = {link: block for block in again for link in range(block.first, block.end)}
     bounds = {bound for block in again for bound in (block.first, block.end) if first < bound < end}
     passing = {id(value): value for bound in bounds for value in profile.live[bound] if value.made >= first}
-    return sum(value.held for value in passing.values() if _outlasts(value, block_of, end))
+    sizes: dict[int, int] = {}
+    for value in passing.values():
+        until = _needed_until(value, block_of, end)
+        if until is not None:
+            sizes[until] = sizes.get(until, 0) + value.held
+    return sorted(sizes.items())
 
 
-def _outlasts(value: Value, block_of: Mapping[int, int], end: int) -> bool:
+def _needed_until(value: Value, block_of: Mapping[int, Block], end: int) -> int | None:
+    """The link whose backward pass is the last to need a value; None: it is not kept for others than who made it."""
     saved = [link for link in value.saved if link < end]
     if saved and saved[0] not in block_of:
-        return False
+        return None
     made = block_of.get(value.made)
-    enters = any(block_of.get(link, made) != made for link in value.used if link < end)
-    return enters or any(link not in block_of for link in saved)
+    entered = [block for link in value.used if link < end and (block := block_of.get(link, made)) is not made]
+    found = [block.first for block in entered if block is not None] + [link for link in saved if link not in block_of]
+    return min(found, default=None)

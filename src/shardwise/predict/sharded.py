@@ -1,0 +1,97 @@
+"""What `fully_shard` holds at each link of a stage's backward pass: gathered parameters, and gradients on their way.
+
+    gathered     the block that goes backward and the one that will (Zhao et al. 2023, PyTorch FSDP, section 3.3.2);
+                 with zero=2 all that have not yet; the root always
+    gradients    of a block whole while it goes backward, beside what the one behind it is still scattering; slices after
+
+With tp or pp and several microbatches gradients stay whole until the last of them, and so does what is gathered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardwise.predict.parts import Block, Stage
+from shardwise.predict.profile import Profile
+from shardwise.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes at one link: of what is gathered, of slices of gradients, of whole gradients and what is scattered."""
+
+    gathered: int
+    slices: int
+    whole: int
+
+
+def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
+    """At each link of the stage, in the order of the backward pass.
+
+    Args:
+        profile: of the workload.
+        strategy: that splits parameters.
+        stage: of it.
+        trained: bytes of all slices of gradients of the worker.
+        later: whether an earlier backward pass has left gradients.
+    """
+    blocks = stage.blocks
+    gathers = [0 if block.gathered is None else block.gathered.gather for block in blocks]
+    reduces = [0 if block.gathered is None else block.gathered.reduce for block in blocks]
+    root_gather, root_reduce = (0, 0) if stage.root is None else (stage.root.gather, stage.root.reduce)
+    module = strategy.tp == strategy.pp == 1
+    keeps = not module and strategy.microbatches > 1
+    of_root, of_blocks = _complete(profile, stage, module=module)
+    found = []
+    done_root = done_block = 0
+    last = len(blocks)
+    for link in reversed(range(stage.first, stage.end)):
+        place, inside = _block_at(blocks, link)
+        if place != last:
+            last, done_block = place, 0
+        before, after = sum(gathers[: place + 1]), sum(gathers[place + 1 :])
+        if strategy.zero != 3:
+            gathered = before + (after if keeps else 0)
+        elif keeps and later and strategy.schedule == "gpipe":  # the pass before it has left all of them
+            gathered = before + after
+        else:
+            gathered = sum(gathers[max(0, place - inside) : place + 1]) + (after if keeps else 0)
+        reduced = sum(reduces[place + 1 :])
+        if keeps:
+            whole = sum(reduces) + root_reduce if later else min(reduced + done_block, sum(reduces)) + done_root
+            slices = 0
+        else:
+            behind = reduces[place + 1] if place + 1 < len(blocks) else 0
+            whole = done_root + behind + (done_block if inside else 0)
+            if inside and link == blocks[place].first:
+                whole = done_root + reduces[place] + max(behind, reduces[place])
+            slices = trained if later else reduced // strategy.fsdp
+        found.append(Held(root_gather + gathered, slices, whole))
+        done_root += of_root.get(link, 0)
+        done_block += of_blocks.get(link, 0)
+    return found
+
+
+def _block_at(blocks: tuple[Block, ...], link: int) -> tuple[int, bool]:
+    """(the block of a link, or the next one that goes backward after it, whether the link is in it); -1: none is."""
+    place = max((number for number, block in enumerate(blocks) if block.first <= link), default=-1)
+    return place, place >= 0 and link < blocks[place].end
+
+
+def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int, int], dict[int, int]]:
+    """Link -> bytes of gradients that it completes: of the root's parameters, and of those of blocks."""
+    inside = {index for block in profile.blocks for index in block} if module else set()
+    root: dict[int, int] = {}
+    blocks: dict[int, int] = {}
+    for index in profile.within(stage.first, stage.end):
+        parameter = profile.parameters[index]
+        if not parameter.trained:
+            continue
+        own = [link for link in parameter.links if stage.first <= link < stage.end]
+        if not module:
+            first, last = (_block_at(stage.blocks, link)[0] for link in (min(own), max(own)))
+            if first == last:
+                inside.add(index)
+        where = blocks if index in inside else root
+        where[min(own)] = where.get(min(own), 0) + parameter.bytes
+    return root, blocks
