@@ -80,7 +80,7 @@ def test_activations_that_are_kept(text: str, count: int) -> None:
             if action.kind not in (FORWARD, WEIGHT):
                 before.append(kept)
             kept += (action.kind == FORWARD) - (action.kind in (BACKWARD, WEIGHT))
-        first, later = (sum(number for _, number in each) for each in under_way(strategy, place))
+        first, later = (sum(kept + put_off for _, kept, put_off in each) for each in under_way(strategy, place))
         assert first == before[0]
         assert later == max(before[1:], default=0)
 
@@ -88,8 +88,9 @@ def test_activations_that_are_kept(text: str, count: int) -> None:
 def test_known_numbers() -> None:
     """1f1b keeps as many microbatches as there are stages behind (Narayanan et al. 2021), gpipe all of them."""
     many = Strategy.parse("pp=4,microbatches=1000")
-    assert [[dict(each)[place] for each in under_way(many, place)] for place in range(4)] == [[n, n] for n in (4, 3, 2, 1)]
-    assert under_way(many.with_(schedule="gpipe"), 0) == (((0, 1000),), ((0, 999),))
+    for place in range(4):
+        assert under_way(many, place) == (((place, 4 - place, 0),),) * 2
+    assert under_way(many.with_(schedule="gpipe"), 0) == (((0, 1000, 0),), ((0, 999, 0),))
     first = turns(many, 0)
     assert [(turn.action.kind, turn.first, turn.final, turn.count) for turn in first] == [
         (FORWARD, False, False, 1000),

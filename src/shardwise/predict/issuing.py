@@ -195,8 +195,8 @@ def _table(strategy: Strategy, place: int) -> tuple[Turn, ...]:
     return tuple(found)
 
 
-Counts = tuple[tuple[int, int], ...]
-"""(stage, microbatches) whose activations a worker keeps."""
+Counts = tuple[tuple[int, int, int], ...]
+"""(stage, microbatches whose activations a worker keeps, microbatches of which it keeps what gradients of weights need)."""
 
 
 def under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
@@ -206,10 +206,12 @@ def under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
     few, more = _under_way(short, place), _under_way(long, place)
     if not times:
         return few
-    if any([stage for stage, _ in a] != [stage for stage, _ in b] for a, b in zip(few, more, strict=True)):
+    if any([each[0] for each in a] != [each[0] for each in b] for a, b in zip(few, more, strict=True)):
         return _under_way(strategy, place)
     first, later = (
-        tuple((stage, a + times * (b - a)) for (stage, a), (_, b) in zip(less, most, strict=True))
+        tuple(
+            (stage, a + times * (b - a), c + times * (d - c)) for (stage, a, c), (_, b, d) in zip(less, most, strict=True)
+        )
         for less, most in zip(few, more, strict=True)
     )
     return first, later
@@ -223,13 +225,17 @@ def _under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
     backward = np.flatnonzero((kinds == BACKWARDS) | (kinds == INPUTS))
     first, others = int(backward[0]), backward[1:]
     most = [first, *([int(others[np.argmax(before[others])])] if len(others) else [])]
-    found = [_counts(strategy, place, chunks[:end], change[:end]) for end in most]
+    put_off = np.where(kinds == INPUTS, 1, np.where(kinds == WEIGHTS, -1, 0))
+    found = [_counts(strategy, place, chunks[:end], change[:end], put_off[:end]) for end in most]
     return found[0], found[1] if len(found) > 1 else ()
 
 
-def _counts(strategy: Strategy, place: int, chunks: Integers, change: Integers) -> Counts:
-    counts = np.bincount(chunks, weights=change).astype(int)
-    return tuple((int(chunk) * strategy.pp + place, int(counts[chunk])) for chunk in np.unique(chunks))
+def _counts(strategy: Strategy, place: int, chunks: Integers, change: Integers, put_off: Integers) -> Counts:
+    both, weights = (np.bincount(chunks, weights=each).astype(int) for each in (change, put_off))
+    return tuple(
+        (int(chunk) * strategy.pp + place, int(both[chunk] - weights[chunk]), int(weights[chunk]))
+        for chunk in np.unique(chunks)
+    )
 
 
 def communicated(profile: Profile, parts: Parts, place: int = 0) -> Mapping[Key, tuple[int, int]]:

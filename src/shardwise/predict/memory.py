@@ -13,17 +13,20 @@ in the optimizer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Device
-from shardwise.predict.issuing import under_way
+from shardwise.predict.gpu import ELEMENT_BYTES
+from shardwise.predict.issuing import Counts, under_way
+from shardwise.predict.kernel import Kernel
 from shardwise.predict.offload import left, offloads
 from shardwise.predict.parts import Block, Stage, Worker
 from shardwise.predict.prediction import Memory
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile import Link, Profile
 from shardwise.predict.sharded import held_at_links
 from shardwise.strategy import Strategy
 
@@ -76,8 +79,9 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -
     batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # those of a pipeline come all at once
     found: list[Memory] = []
     for counts, later in _passes(strategy, worker.place):
-        every = sum(count * kept[number] for number, count in counts.items())
-        for number in counts:
+        every = sum(count * kept[number] for number, count, _ in counts)
+        every += sum(count * _put_off(profile, stages[number].first, stages[number].end) for number, _, count in counts)
+        for number in (number for number, count, _ in counts if count):
             stage = stages[number]
             peak = _peak(profile, strategy, worker, stage, later=later)
             found.append(
@@ -92,12 +96,34 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -
     return max(found, key=lambda memory: memory.total)
 
 
-def _passes(strategy: Strategy, place: int) -> list[tuple[dict[int, int], bool]]:
-    """(microbatches under way by stage, whether gradients are there) of the backward passes with most of them."""
+def _passes(strategy: Strategy, place: int) -> list[tuple[Counts, bool]]:
+    """(what is under way, whether gradients are there) of the backward passes with most of it."""
     if strategy.tp == strategy.pp == 1:
-        return [({0: 1}, strategy.microbatches > 1)]
+        return [(((0, 1, 0),), strategy.microbatches > 1)]
     first, later = under_way(strategy, place)
-    return [({n: count for n, count in each if count}, gradients) for each, gradients in ((first, False), (later, True)) if each]
+    return [(each, gradients) for each, gradients in ((first, False), (later, True)) if each]
+
+
+def _put_off(profile: Profile, first: int, end: int) -> int:
+    """Bytes that gradients of the weights of these links need: what was multiplied with them, and its gradient."""
+    if not profile.split:
+        return 0
+    key = ("put off",)
+    if key not in profile.kept:
+        profile.kept[key] = tuple(accumulate(map(_operands, profile.links), initial=0))
+    sums = profile.kept[key]
+    assert isinstance(sums, tuple)
+    return int(sums[end] - sums[first])
+
+
+def _operands(link: Link) -> int:
+    kernels = [kernel for kernel in link.layer.weights.kernels if kernel.kind in ("matmul", "convolution")]
+    return round(sum(kernel.count * (kernel.bytes - _result(kernel)) for kernel in kernels))
+
+
+def _result(kernel: Kernel) -> float:
+    """Bytes that a product of matrices writes."""
+    return math.prod(kernel.shape[:3]) * ELEMENT_BYTES[kernel.dtype] if kernel.kind == "matmul" else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +209,7 @@ def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tupl
         handed = sum(size for until, size in stage.handed if until <= start)
         before = gone[start]  # of blocks that are not computed again yet
         activations = boundary + handed + profile.saved[link + 1] - profile.saved[stage.first] - before
+        activations += _put_off(profile, link + 1, stage.end)
         found.append((max(0, activations), max(layer.temporary_backward, layer.temporary_forward), done))
         done += complete[link]
     return found
