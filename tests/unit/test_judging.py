@@ -11,9 +11,10 @@ import pytest
 from traces import remembered
 
 from shardwise.cluster.find import find_cluster
-from shardwise.predict import issuing
+from shardwise.predict import issuing, memory
 from shardwise.predict.judging import Judged, judged
 from shardwise.predict.profiling import Profiles
+from shardwise.predict.sharded import Held
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 from shardwise.workload.recipes.image import image
@@ -22,8 +23,9 @@ from shardwise.workload.recipes.medical import medical
 from shardwise.workload.workload import Workload
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "gpt": lambda: gpt(4, 512, 8, 4, vocabulary=4096, sequence=256, batch_size=16),
-    "language": lambda: language(tied=True, dropout=0.1),
+    "gpt": lambda: gpt(2, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
+    "larger gpt": lambda: gpt(4, 512, 8, 4, vocabulary=4096, sequence=256, batch_size=16),
+    "language": lambda: language(sequence=64, layers=2, hidden=64, tied=True, dropout=0.1),
     "image": lambda: image(batch_size=16),
     "resnet": lambda: image(model="resnet", batch_size=16),
     "medical": lambda: medical(batch_size=8, channels=4, patch=16, norm="batch"),
@@ -63,6 +65,34 @@ GRID = [
 
 
 MEMORY_TOLERANCE = 0.05
+MEMORY_GRID = [
+    *(
+        ("larger gpt", strategy)
+        for strategy in (
+            "single,microbatches=2",
+            "dp=2",
+            "fsdp=4",
+            "fsdp=4,offload=1",
+            "fsdp=2,zero=2",
+            "fsdp=2,microbatches=2,recompute=selective",
+            "dp=2,fsdp=2,microbatches=2,recompute=full",
+            "fsdp=2,recompute=1/2",
+            "tp=2,sp=1,recompute=full",
+            "fsdp=2,tp=2",
+            "pp=4",
+            "pp=2,schedule=gpipe",
+            "pp=2,schedule=interleaved",
+            "pp=2,schedule=zero-bubble",
+            "fsdp=2,pp=2",
+            "fsdp=2,pp=2,zero=2,schedule=gpipe",
+            "tp=2,pp=2,sp=1",
+            "dp=2,pp=2,recompute=full",
+        )
+    ),
+    ("language", "tp=2"),
+    ("image", "pp=2"),
+    ("medical", "dp=2"),
+]
 
 
 @cache
@@ -84,7 +114,23 @@ def test_messages_are_the_same(name: str, strategy: str) -> None:
         document = judge(name, strategy, place).document()
         assert document["predicted"]["communicated"] == document["communicated"]
         assert document["bytes_agree"]
-        print(name,strategy,place,document["memory_error"],document["memory"],document["predicted"]["memory"])
+
+
+@pytest.mark.parametrize(("name", "strategy"), MEMORY_GRID)
+def test_memory_is_the_same(name: str, strategy: str) -> None:
+    document = judge(name, strategy).document()
+    found = document["memory"], document["predicted"]["memory"]
+    assert document["memory_error"] <= MEMORY_TOLERANCE, found
+
+
+def test_memory_that_is_not_counted_is_noticed() -> None:
+    right = memory.held_at_links
+
+    def without_gathers(*args: Any, **options: Any) -> list[Held]:
+        return [replace(held, gathered=0) for held in right(*args, **options)]
+
+    with mock.patch.object(memory, "held_at_links", without_gathers):
+        assert judge("larger gpt", "fsdp=4,microbatches=2").document()["memory_error"] > MEMORY_TOLERANCE
 
 
 @pytest.mark.parametrize("strategy", ["fsdp=2,tp=2,precision=float32", "pp=2,precision=float32"])

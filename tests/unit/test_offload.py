@@ -54,7 +54,8 @@ def predicted(profiles: ScaledProfiles, strategy: str, cluster: Cluster) -> Any:
 
 def test_slices_travel_and_the_host_updates_them(profiles: ScaledProfiles, cluster: Cluster) -> None:
     device = cluster.nodes[0].device
-    assert device.host_bandwidth is not None and device.host_memory_bandwidth is not None
+    assert device.host_bandwidth is not None
+    assert device.host_memory_bandwidth is not None
     share = constants().link_share
     assert fetched(1e9, device) == pytest.approx(constants().link_hop + 1e9 / (device.host_bandwidth * share))
     assert updated(1e9, device) == pytest.approx(1e9 / (device.host_memory_bandwidth * HOST_SHARE))
@@ -112,7 +113,8 @@ def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluste
     every = [m for f in families(4, 16, wish, divisors(4), links) for m in members(f, wish)]
     assert every
     for strategy in every:
-        assert strategy.offload and strategy.splits_parameters
+        assert strategy.offload
+        assert strategy.splits_parameters
         prediction = predict(profiles.of(strategy), strategy, cluster)
         condensed = condense(profiles.of(strategy))
         assert least_seconds(condensed, strategy, cluster) <= prediction.step_seconds * 1.0001, strategy
@@ -122,10 +124,12 @@ def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluste
 def test_it_is_the_last_resort(profiles: ScaledProfiles, cluster: Cluster) -> None:
     assert all(not each.strategy.offload for each in search(WORKLOAD, cluster, 4, Wish(), profiles).plan.candidates)
     smallest = search(WORKLOAD, cluster, 4, Wish(objective="memory"), profiles).plan.best
-    assert smallest is not None and not smallest.strategy.offload
+    assert smallest is not None
+    assert not smallest.strategy.offload
     tight = Wish(max_memory=smallest.prediction.memory.total - 1)
     found = search(WORKLOAD, cluster, 4, tight, profiles)
-    assert found.plan.best is not None and found.plan.best.strategy.offload
+    assert found.plan.best is not None
+    assert found.plan.best.strategy.offload
     assert found.plan.best.prediction.memory.total < smallest.prediction.memory.total
     assert any(entry.kind == "memory" for entry in found.plan.rejected)
     words = " ".join(explanation(found.plan, cluster, found.profile_of))

@@ -1,9 +1,9 @@
 """What a strategy needs at least of the device that needs most, from sums over its profile alone.
 
     updating    parameters and the optimizer's state, with the gradients
-    passing     the same while a microbatch goes backwards, with what the worker with most microbatches under way keeps of
-                them: all of it, or what blocks hand to each other where they are computed again, with the results of
-                products where these stay; a later microbatch than the first finds gradients, whole ones of a stage that
+    passing     the same while a microbatch goes backwards, with what the worker that has most under way keeps of them:
+                all of it, or what blocks hand to each other where they are computed again, with the results of products
+                where these stay; a later microbatch than the first finds gradients, whole ones of a stage that
                 `fully_shard` looks after
 
 Both are the mean over the workers of a pipeline, for which stages count as nearly equal (`even`).

@@ -112,8 +112,8 @@ def _offloaded(plan: Plan) -> list[str]:
     if best is None or not best.strategy.offload:
         return []
     found = (
-        "With offload=1 parameters, gradients and optimizer state lie in the memory of the hosts, which update them; each "
-        "block comes to the device when it computes. That is slow, more devices would be faster."
+        "With offload=1 parameters, gradients and optimizer state lie in the memory of the hosts, which update them; "
+        "each block comes to the device when it computes. That is slow, more devices would be faster."
     )
     without = plan.smallest
     if "offload" not in plan.wish.fixed and without is not None:

@@ -167,7 +167,7 @@ class _Chunks(Sequence[Tensor]):
 def as_on_gpu(program: Program) -> Iterator[None]:
     """Surrounds steps of a program that are to run the kernels of a GPU, on tensors without data.
 
-    An optimizer that was not told otherwise takes all parameters at once, as it does on a GPU by itself, not on its host.
+    An optimizer that was not told otherwise takes all parameters at once, as it does by itself on a GPU, not on a host.
     """
     on_host = program.optimizer is None or program.strategy.offload
     for group in () if on_host else program.optimizer.param_groups:  # type: ignore[union-attr]

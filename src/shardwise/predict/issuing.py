@@ -210,7 +210,8 @@ def under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
         return _under_way(strategy, place)
     first, later = (
         tuple(
-            (stage, a + times * (b - a), c + times * (d - c)) for (stage, a, c), (_, b, d) in zip(less, most, strict=True)
+            (stage, a + times * (b - a), c + times * (d - c))
+            for (stage, a, c), (_, b, d) in zip(less, most, strict=True)
         )
         for less, most in zip(few, more, strict=True)
     )
