@@ -64,7 +64,7 @@ class Strategy:
         bucket: MiB of gradients that replicas add up in one message while the backward pass goes on: the smaller, the
             sooner the first ones leave, and the more messages there are (Li et al. 2020). 0: 25, with torch DDP a first
             one of 1.
-        offload: 1: what `fsdp` splits stays in the memory of the host, which also runs the optimizer; each block comes to
+        offload: 1: what `fsdp` splits stays in the memory of the host, which runs the optimizer; each block comes to
             the device when it computes (Ren et al. 2021, ZeRO-Offload). Slow: for what fits in no other way.
         precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
         shares: of the batch, one number for each replica in the order of ranks, `3:1` say; empty: all alike. For

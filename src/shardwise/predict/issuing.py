@@ -196,7 +196,7 @@ def _table(strategy: Strategy, place: int) -> tuple[Turn, ...]:
 
 
 Counts = tuple[tuple[int, int, int], ...]
-"""(stage, microbatches whose activations a worker keeps, microbatches of which it keeps what gradients of weights need)."""
+"""(stage, microbatches whose activations a worker keeps, those of which it keeps what gradients of weights need)."""
 
 
 def under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
@@ -208,14 +208,14 @@ def under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
         return few
     if any([each[0] for each in a] != [each[0] for each in b] for a, b in zip(few, more, strict=True)):
         return _under_way(strategy, place)
-    first, later = (
-        tuple(
-            (stage, a + times * (b - a), c + times * (d - c))
-            for (stage, a, c), (_, b, d) in zip(less, most, strict=True)
-        )
-        for less, most in zip(few, more, strict=True)
-    )
+    first, later = (_extended(less, most, times) for less, most in zip(few, more, strict=True))
     return first, later
+
+
+def _extended(few: Counts, more: Counts, times: int) -> Counts:
+    """With so many times what the second has more than the first."""
+    pairs = zip(few, more, strict=True)
+    return tuple((stage, a + times * (b - a), c + times * (d - c)) for (stage, a, c), (_, b, d) in pairs)
 
 
 @lru_cache(maxsize=65536)

@@ -19,7 +19,7 @@ from shardwise.strategy import Strategy
 from shardwise.units import format_bytes
 
 HOST_SHARE = 0.8
-"""Assumed: of the bandwidth of a host's memory, what programs reach that only read and write (McCalpin 1995, STREAM)."""
+"""Assumed: of a host's memory bandwidth, what programs reach that only read and write (McCalpin 1995, STREAM)."""
 
 FIELDS = ("host_memory_bytes", "host_memory_bandwidth", "host_bandwidth")
 

@@ -2,7 +2,7 @@
 
     gathered     the block that goes backward and the one that will (Zhao et al. 2023, PyTorch FSDP, section 3.3.2);
                  with zero=2 all that have not yet; the root always
-    gradients    of a block whole while it goes backward, beside what the one behind it is still scattering; slices after
+    gradients    of a block whole while it goes backward, beside what the one behind it still scatters; slices after
 
 With tp or pp and several microbatches gradients stay whole until the last of them, and so does what is gathered.
 """
