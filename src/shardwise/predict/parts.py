@@ -565,8 +565,8 @@ def _between(profile: Profile, again: Sequence[Block], first: int, end: int) -> 
     """(link, bytes) of a stage's own values that are kept although what these blocks save is dropped.
 
     They are kept until the backward pass of that link: what one of these blocks gets from another part of the stage,
-    and what others save of what one of them saved first. What is saved first by a part that is not computed again counts
-    there.
+    and what others save of what one of them saved first. What is saved first by a part that is not computed again
+    counts there.
     """
     block_of = {link: block for block in again for link in range(block.first, block.end)}
     bounds = {bound for block in again for bound in (block.first, block.end) if first < bound < end}
