@@ -151,7 +151,7 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
     key = ("sharded peak", id(stage), strategy.microbatches > 1, strategy.schedule, later, products, offloaded)
     if key not in profile.kept:
         held = held_at_links(profile, strategy, stage, worker.trained, later=later)
-        moments = _all_moments(profile, stage, products=products)
+        moments = _every_moment(profile, stage, products=products)
         peaks = [
             _Peak(each.gathered, 0 if offloaded else each.slices, activations, temporary + each.whole)
             for each, (activations, temporary, _) in zip(held, moments, strict=True)
@@ -184,6 +184,17 @@ def _moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[in
     key = ("moments", stage.first, stage.end, stage.recomputed, products)
     if key not in profile.kept:
         profile.kept[key] = _pareto(_all_moments(profile, stage, products=products))
+    found = profile.kept[key]
+    assert isinstance(found, list)
+    return found
+
+
+def _every_moment(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
+    """Also those that another one exceeds in all, in the order of the backward pass."""
+    again = tuple((block.first, block.end) for block in stage.recomputed)  # whatever is gathered of them
+    key = ("every moment", stage.first, stage.end, stage.kept, stage.handed, again, products)
+    if key not in profile.kept:
+        profile.kept[key] = _all_moments(profile, stage, products=products)
     found = profile.kept[key]
     assert isinstance(found, list)
     return found

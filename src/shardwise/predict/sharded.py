@@ -9,7 +9,9 @@ With tp or pp and several microbatches gradients stay whole until the last of th
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 from shardwise.predict.parts import Block, Stage
 from shardwise.predict.profile import Profile
@@ -41,6 +43,7 @@ def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: i
     root_gather, root_reduce = (0, 0) if stage.root is None else (stage.root.gather, stage.root.reduce)
     module = strategy.tp == strategy.pp == 1
     keeps = not module and strategy.microbatches > 1
+    gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
     of_root, of_blocks = _complete(profile, stage, module=module)
     found = []
     done_root = done_block = 0
@@ -49,16 +52,18 @@ def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: i
         place, inside = _block_at(blocks, link)
         if place != last:
             last, done_block = place, 0
-        before, after = sum(gathers[: place + 1]), sum(gathers[place + 1 :])
+        before = gathered_until[place + 1]
+        after = gathered_until[-1] - before
         if strategy.zero != 3:
             gathered = before + (after if keeps else 0)
         elif keeps and later and strategy.schedule == "gpipe":  # the pass before it has left all of them
             gathered = before + after
         else:
-            gathered = sum(gathers[max(0, place - inside) : place + 1]) + (after if keeps else 0)
-        reduced = sum(reduces[place + 1 :])
+            gathered = before - gathered_until[max(0, place - inside)] + (after if keeps else 0)
+        reduced = reduced_until[-1] - reduced_until[place + 1]
         if keeps:
-            whole = sum(reduces) + root_reduce if later else min(reduced + done_block, sum(reduces)) + done_root
+            every = reduced_until[-1]
+            whole = every + root_reduce if later else min(reduced + done_block, every) + done_root
             slices = 0
         else:
             behind = reduces[place + 1] if place + 1 < len(blocks) else 0
@@ -74,7 +79,7 @@ def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: i
 
 def _block_at(blocks: tuple[Block, ...], link: int) -> tuple[int, bool]:
     """(the block of a link, or the next one that goes backward after it, whether the link is in it); -1: none is."""
-    place = max((number for number, block in enumerate(blocks) if block.first <= link), default=-1)
+    place = bisect_right(blocks, link, key=lambda block: block.first) - 1
     return place, place >= 0 and link < blocks[place].end
 
 
