@@ -44,7 +44,12 @@ def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: i
     module = strategy.tp == strategy.pp == 1
     keeps = not module and strategy.microbatches > 1
     gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
-    of_root, of_blocks = _complete(profile, stage, module=module)
+    key = ("complete", stage.first, stage.end, tuple((block.first, block.end) for block in blocks), module)
+    if key not in profile.kept:
+        profile.kept[key] = _complete(profile, stage, module=module)
+    complete = profile.kept[key]
+    assert isinstance(complete, tuple)
+    of_root, of_blocks = complete
     found = []
     done_root = done_block = 0
     last = len(blocks)
