@@ -56,7 +56,8 @@ def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
 def worker_memory(costs: Costs, worker: Worker) -> Memory:
     """The tensors of one pipeline worker, the first of its tensor-parallel workers in the first replica."""
     profile, strategy = costs.profile, costs.strategy
-    if offloads(strategy, costs.times.device):
+    offloaded = offloads(strategy, costs.times.device)
+    if offloaded:
         worker = left(worker)
     elements, tensors = worker.updated
     state = round(elements * profile.update.state_bytes)
@@ -67,10 +68,12 @@ def worker_memory(costs: Costs, worker: Worker) -> Memory:
         activations=0,
         temporary=min(profile.largest, worker.trained) if tensors else 0,
     )
-    return max((updating, _passing(profile, strategy, worker, state)), key=lambda memory: memory.total)
+    return max(
+        (updating, _passing(profile, strategy, worker, state, offloaded=offloaded)), key=lambda memory: memory.total
+    )
 
 
-def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -> Memory:
+def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *, offloaded: bool) -> Memory:
     """At the peak of a backward pass: of the first one, or of a later one, which finds gradients."""
     stages = {stage.number: stage for stage in worker.stages}
     products = strategy.keeps_products
@@ -83,7 +86,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int) -
         every += sum(count * _put_off(profile, stages[number].first, stages[number].end) for number, _, count in counts)
         for number in (number for number, count, _ in counts if count):
             stage = stages[number]
-            peak = _peak(profile, strategy, worker, stage, later=later)
+            peak = _peak(profile, strategy, worker, stage, later=later, offloaded=offloaded)
             found.append(
                 Memory(
                     parameters=worker.parameters + peak.gathered,
@@ -140,14 +143,13 @@ class _Peak:
         return self.gathered + self.gradients + self.activations + self.temporary
 
 
-def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *, later: bool) -> _Peak:
+def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *, later: bool, offloaded: bool) -> _Peak:
     products = strategy.keeps_products
     if not strategy.splits_parameters:
         gradients_at = _gradients(strategy, worker, later=later)
         moments = _moments(profile, stage, products=products)
         peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
         return max(peaks, key=lambda peak: peak.total)
-    offloaded = worker.sliced[1] > worker.trained
     key = ("sharded peak", id(stage), strategy.microbatches > 1, strategy.schedule, later, products, offloaded)
     if key not in profile.kept:
         held = held_at_links(profile, strategy, stage, worker.trained, later=later)
@@ -183,7 +185,7 @@ def _moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[in
     """(activations of the microbatch, temporary, bytes of gradients that are there) when each link goes backwards."""
     key = ("moments", stage.first, stage.end, stage.recomputed, products)
     if key not in profile.kept:
-        profile.kept[key] = _pareto(_all_moments(profile, stage, products=products))
+        profile.kept[key] = _pareto(_every_moment(profile, stage, products=products))
     found = profile.kept[key]
     assert isinstance(found, list)
     return found
@@ -192,7 +194,7 @@ def _moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[in
 def _every_moment(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
     """Also those that another one exceeds in all, in the order of the backward pass."""
     again = tuple((block.first, block.end) for block in stage.recomputed)  # whatever is gathered of them
-    key = ("every moment", stage.first, stage.end, stage.kept, stage.handed, again, products)
+    key = ("every moment", stage.first, stage.end, again, products)
     if key not in profile.kept:
         profile.kept[key] = _all_moments(profile, stage, products=products)
     found = profile.kept[key]

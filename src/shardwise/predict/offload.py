@@ -31,13 +31,16 @@ def offloads(strategy: Strategy, device: Device) -> bool:
 
 def has_host(device: Device) -> bool:
     """Whether a device's host is known."""
-    return all(getattr(device, name) is not None for name in FIELDS)
+    return not _missing(device)
+
+
+def _missing(device: Device) -> list[str]:
+    return [name for name in FIELDS if getattr(device, name) is None]
 
 
 def check_host(strategy: Strategy, cluster: Cluster, device: Device) -> None:
     """Raises StrategyError where a strategy offloads and the cluster does not say what its hosts have."""
-    if offloads(strategy, device) and not has_host(device):
-        missing = [name for name in FIELDS if getattr(device, name) is None]
+    if offloads(strategy, device) and (missing := _missing(device)):
         raise StrategyError(
             f"offload=1: nothing is known of the hosts of {cluster.name}: write {' and '.join(missing)} of "
             f"{device.name} into a cluster file, or leave offload out"

@@ -53,8 +53,6 @@ MEASURED = (
     "strain",
     "heap",
     "overheads",
-    "host_memory_bandwidth",
-    "host_bandwidth",
 )
 """Fields of a device that are measured."""
 
@@ -152,7 +150,8 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
     beside = host_of(team) if team.device.type == "cuda" else {}
     if team.rank != 0:
         return None
-    device = replace(_device(team.device, curves, slowed, crowds), **beside)
+    device = _device(team.device, curves, slowed, crowds)
+    device = replace(device, **beside, origins={**device.origins, **dict.fromkeys(beside, "measured")})
     host = launch_seconds(device, team.device, effort.other)
     device = replace(device, launch_seconds=host, process=own.process, heap=own.heap(device))
     cluster = _cluster(team, device, collectives)
