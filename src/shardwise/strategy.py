@@ -216,6 +216,11 @@ class Strategy:
         return batch_size // self.microbatches // sum(self.parts) * self.parts[replica]
 
     @property
+    def kind(self) -> tuple[bool, ...]:
+        """Which of dp, fsdp, tp and pp there are."""
+        return self.dp > 1, self.fsdp > 1, self.tp > 1, self.pp > 1
+
+    @property
     def splits_parameters(self) -> bool:
         """Whether replicas keep slices of the parameters and gather them (`fsdp` with zero=2 or 3)."""
         return self.fsdp > 1 and self.zero > 1

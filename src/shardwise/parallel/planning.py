@@ -134,12 +134,29 @@ def divided(
         speeds: of the worker of each stage; none: all are as fast.
         in_blocks: whether stages are cut into blocks.
     """
+    starts = stage_starts(costs, messages, stages, device, speeds)
+    return in_blocks_from(costs, messages, starts) if in_blocks else [[start] for start in starts]
+
+
+def stage_starts(
+    costs: Sequence[float], messages: Sequence[float], stages: int, device: str, speeds: Sequence[int] = ()
+) -> list[int]:
+    """The first link of each stage; see `divided`."""
     least = min(messages, default=0)
-    starts = balanced(costs, [(size - least) / BYTES_PER_SECOND[device] for size in messages], stages, speeds)
-    return [
-        [first, *(_block_starts(costs, messages, first, end) if in_blocks else [])]
-        for first, end in pairwise([0, *starts, len(costs)])
-    ]
+    sends = [(size - least) / BYTES_PER_SECOND[device] for size in messages]
+    return [0, *balanced(costs, sends, stages, speeds)]
+
+
+def in_blocks_from(costs: Sequence[float], messages: Sequence[float], starts: Sequence[int]) -> list[list[int]]:
+    """The links at which the blocks of each stage begin, of stages that begin at `starts`."""
+    known: dict[object, list[int]] = {}  # most stages of a deep model are alike
+    found = []
+    for first, end in pairwise([*starts, len(costs)]):
+        own = tuple(costs[first:end]), tuple(messages[first : end - 1])
+        if own not in known:
+            known[own] = _block_starts(*own)
+        found.append([first, *(first + start for start in known[own])])
+    return found
 
 
 def cuts_blocks(strategy: Strategy) -> bool:
@@ -167,14 +184,16 @@ def _fewer_stages(strategy: Strategy, most: int) -> str:
     return "use schedule=1f1b" if most < 2 * strategy.pp else f"use stages={most // strategy.pp}"
 
 
-def _block_starts(costs: Sequence[float], messages: Sequence[float], first: int, end: int) -> list[int]:
-    """Links within a stage at which blocks begin: places with as little to keep as any, evenly spread by cost."""
-    inner = range(first + 1, end)
-    least = min((messages[link - 1] for link in inner), default=0)
-    narrow = [link for link in inner if messages[link - 1] <= least]
+def _block_starts(costs: Sequence[float], messages: Sequence[float]) -> list[int]:
+    """Links of a stage, counted from its first, at which blocks begin.
+
+    They are places with as little to keep as any, evenly spread by cost.
+    """
+    least = min(messages, default=0)
+    narrow = [place + 1 for place, size in enumerate(messages) if size <= least]
     if not narrow:
         return []
-    bounds = [first, *narrow, end]
+    bounds = [0, *narrow, len(costs)]
     merged = [sum(costs[a:b]) for a, b in pairwise(bounds)]
     count = min(MOST_BLOCKS, len(merged))
     return [bounds[start] for start in balanced(merged, [0.0] * (len(merged) - 1), count)]

@@ -218,7 +218,7 @@ def _runner_up(plan: Plan) -> Iterator[str]:
     """Why the next best one of another kind lost."""
     best = plan.best
     assert best is not None
-    other = next((each for each in plan.candidates[1:] if _axes(each.strategy) != _axes(best.strategy)), None)
+    other = next((each for each in plan.candidates[1:] if each.strategy.kind != best.strategy.kind), None)
     other = other or next(iter(plan.candidates[1:]), None)
     if other is None:
         yield "No other strategy fits."
@@ -233,10 +233,6 @@ def _runner_up(plan: Plan) -> Iterator[str]:
     share = format_share(max(0.0, seconds) / best.prediction.step_seconds)
     reason = f", most of it {most} ({format_seconds(more[most])} more)" if more[most] > 0 else ""
     yield f"The runner-up of another kind, {other.strategy}, takes {share} longer{reason}."
-
-
-def _axes(strategy: Strategy) -> tuple[bool, ...]:
-    return strategy.dp > 1, strategy.fsdp > 1, strategy.tp > 1, strategy.pp > 1
 
 
 # ---- what would change the choice -----------------------------------------------------------------------------------
@@ -271,10 +267,10 @@ def _changes(plan: Plan, pure: Sequence[Candidate], cluster: Cluster, profile_of
 def _diverse(plan: Plan) -> list[Candidate]:
     """The best candidates, and the best one of each combination of axes."""
     found = list(plan.candidates[:TRIED])
-    seen = {_axes(each.strategy) for each in found}
+    seen = {each.strategy.kind for each in found}
     for candidate in plan.candidates[TRIED:]:
-        if _axes(candidate.strategy) not in seen:
-            seen.add(_axes(candidate.strategy))
+        if candidate.strategy.kind not in seen:
+            seen.add(candidate.strategy.kind)
             found.append(candidate)
     return found
 

@@ -30,6 +30,7 @@ from shardwise.predict.condensed import Condensed
 from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.offload import has_host
 from shardwise.predict.prediction import Prediction
+from shardwise.predict.profile import Profile
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
@@ -157,6 +158,10 @@ class _Search:
     room: int = 0
     spans: tuple[int, ...] = ()
     """Of the cluster's levels that do not hold all workers."""
+    worst_of_all: float = math.inf
+    """Value above which a strategy is not among the finalists any more."""
+    best_of: dict[tuple[bool, ...], float] = field(default_factory=dict)
+    """Of each combination of axes the best value so far."""
 
     def plan(self) -> Plan:
         """See `search`."""
@@ -342,7 +347,8 @@ class _Search:
         number, best, worst = len(order), math.inf, _Threshold(FINALISTS)
         while order:
             bound, _, what = order[0]
-            if bound > min(worst.value, best * (1 + NEAR)):
+            self.worst_of_all = min(worst.value, best * (1 + NEAR))
+            if bound > self.worst_of_all:
                 break
             heapq.heappop(order)
             if isinstance(what, _Family):
@@ -366,6 +372,8 @@ class _Search:
                 value = self._value(candidate.prediction)
                 best = min(best, value)
                 worst.add(value)
+                kind = candidate.strategy.kind
+                self.best_of[kind] = min(value, self.best_of.get(kind, math.inf))
         self._leave_out(order)
         if not self.found:  # how much is missing is known only of what was predicted
             for _, strategy in sorted(self.too_large, key=lambda entry: entry[0])[:FINALISTS]:
@@ -380,9 +388,8 @@ class _Search:
         for family, entries in together.items():
             least, count = min(bound for bound, _ in entries), sum(count for _, count in entries)
             needed = format_bytes(least) if self.wish.objective == "memory" else format_seconds(least)
-            reason = f"cannot win: needs {needed} at least"
             self.left_out += count
-            self.rejected.append(Rejected(family, reason, "slower", count))
+            self.rejected.append(Rejected(family, _cannot_win(needed), "slower", count))
 
     def _predicted(self, strategy: Strategy, *, anyway: bool = False) -> Candidate | None:
         """What a strategy costs; None, and noted, where it cannot be or does not fit.
@@ -392,6 +399,8 @@ class _Search:
         try:
             profile = self.scaled.of(strategy)
             if self._is_partly(strategy):
+                if not anyway and self._is_slower(profile, strategy):
+                    return None
                 enough_again = enough(profile, strategy, self.cluster, self.room)
                 if enough_again is None or self.wish.refusal(enough_again) is not None:
                     return None
@@ -406,6 +415,18 @@ class _Search:
             return None
         self.looked_at += 1
         return candidate if self._fits(candidate) else None
+
+    def _is_slower(self, profile: Profile, strategy: Strategy) -> bool:
+        """Whether it is not the best of its kind, and no finalist, with the fewest blocks that may do; noted then.
+
+        What is computed again takes time, so that with as many as it takes to fit it is slower still.
+        """
+        limit = max(self.worst_of_all, self.best_of.get(strategy.kind, math.inf))
+        if limit == math.inf or (seconds := costs_of(profile, strategy, self.cluster).step_seconds) <= limit:
+            return False
+        self.left_out += 1
+        self.rejected.append(Rejected(strategy, _cannot_win(format_seconds(seconds)), "slower"))
+        return True
 
     def _fits(self, candidate: Candidate) -> bool:
         memory = candidate.prediction.memory.total
@@ -502,6 +523,10 @@ class _Search:
 def _words(strategy: Strategy) -> int:
     """How much there is to say of a strategy; a part of the blocks is more than all of them."""
     return str(strategy).count(",") + ("/" in strategy.recompute)
+
+
+def _cannot_win(least: str) -> str:
+    return f"cannot win: needs {least} at least"
 
 
 def _family_of(strategy: Strategy) -> Strategy:

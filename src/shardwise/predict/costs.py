@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.errors import StrategyError
 from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
+from shardwise.predict.alike import alike
 from shardwise.predict.issuing import Sync
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds, origins
@@ -141,6 +143,16 @@ class Finish:
     host: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Of all pipeline workers their passes and what comes after, the seconds of the step, what of the report shows."""
+
+    works: list[Work]
+    finishes: list[Finish]
+    seconds: float
+    report: float
+
+
 class Costs:
     """The times of one strategy's parts; see `predict`.
 
@@ -261,33 +273,10 @@ class Costs:
             first: whether gradients are there for the first time; later they are added up.
         """
         group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
-        key = self._alike(stage), kind, sync, final, first, self._like(group)
+        key = alike(self.profile, stage), kind, sync, final, first, self._like(group)
         if key not in self._passed:
             self._passed[key] = self._pass(stage, kind, sync, final, first)
         return self._passed[key]
-
-    def _alike(self, stage: Stage) -> int:
-        """A number that stages with equal links, blocks and buckets share."""
-        kept = self.profile.kept
-        key = ("alike", id(stage))
-        if key not in kept:
-            first, end = stage.first, stage.end
-            described = (
-                tuple(id(link.layer) for link in self.profile.links[first:end]),
-                tuple(
-                    (block.first - first, block.end - first, block.gathered, block.recomputed) for block in stage.blocks
-                ),
-                stage.root,
-                tuple((bucket.bytes, bucket.ready - first) for bucket in stage.buckets),
-                self._trained(stage),
-            )
-            known = kept.setdefault(("kinds of stages",), {})
-            assert isinstance(known, dict)
-            kept[key] = known.setdefault(described, len(known)), stage  # which is kept, so that no other gets its id
-        found = kept[key]
-        assert isinstance(found, tuple)
-        number: int = found[0]
-        return number
 
     def _like(self, group: Group) -> Group:
         """The group that begins at rank 0, where its collectives take as long as this one's."""
@@ -451,18 +440,28 @@ class Costs:
         group = message_group(self.strategy, source % pp, target % pp)
         return sum(self.collective("send", size, group) for size in sizes)
 
-    def prediction(self) -> Prediction:
-        """See `predict`."""
+    @cached_property
+    def _played(self) -> _Step:
         works = [work_of(self.at(worker), worker) for worker in self.parts.workers]
         ends = self._ends(works)
         finishes = [self.at(worker).finish(worker) for worker in self.parts.workers]
         last = max(end + f.reduce + f.update + f.exchange + f.host for end, f in zip(ends, finishes, strict=True))
         report = max(finish.report for finish in finishes)
         hidden = min(report, max(finish.update for finish in finishes)) if not self.waits_for_norm else 0.0
-        step = last + report - hidden
+        return _Step(works, finishes, last + report - hidden, report - hidden)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one optimizer step; quicker to know than all of `prediction`."""
+        return self._played.seconds
+
+    def prediction(self) -> Prediction:
+        """See `predict`."""
+        played = self._played
+        works, finishes, step, report = played.works, played.finishes, played.seconds, played.report
         index = max(range(len(works)), key=lambda number: works[number].seconds)
         work, finish = works[index], finishes[index]
-        exposed = work.exposed + work.spent.exchanges + finish.reduce + finish.exchange + report - hidden
+        exposed = work.exposed + work.spent.exchanges + finish.reduce + finish.exchange + report
         host = work.host + finish.host
         busy = work.spent.kernels + work.slowed + host
         bubble = max(0.0, step - busy - exposed - finish.update)

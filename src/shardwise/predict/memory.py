@@ -20,6 +20,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Device
+from shardwise.predict.alike import alike, gathered_alike
 from shardwise.predict.gpu import ELEMENT_BYTES
 from shardwise.predict.issuing import Counts, under_way
 from shardwise.predict.kernel import Kernel
@@ -27,7 +28,7 @@ from shardwise.predict.offload import left, offloads
 from shardwise.predict.parts import Block, Stage, Worker
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile import Link, Profile
-from shardwise.predict.sharded import held_at_links
+from shardwise.predict.sharded import Held, held_at_links, keeps_gradients
 from shardwise.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -150,19 +151,36 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
         moments = _moments(profile, stage, products=products)
         peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
         return max(peaks, key=lambda peak: peak.total)
-    key = ("sharded peak", id(stage), strategy.microbatches > 1, strategy.schedule, later, products, offloaded)
+    trained = 0 if keeps_gradients(strategy) else worker.trained  # whole ones there, whatever the worker's slices are
+    own = (alike(profile, stage), trained, _traits(strategy), strategy.keeps_products, later, offloaded)
+    key = ("sharded peak", *own)
     if key not in profile.kept:
-        held = held_at_links(profile, strategy, stage, worker.trained, later=later)
+        held = _held(profile, strategy, stage, trained, later=later)
         moments = _every_moment(profile, stage, products=products)
         peaks = [
             _Peak(each.gathered, 0 if offloaded else each.slices, activations, temporary + each.whole)
             for each, (activations, temporary, _) in zip(held, moments, strict=True)
         ]
-        profile.kept[key] = max(peaks, key=lambda peak: peak.total), stage  # which is kept: no other gets its id
+        profile.kept[key] = max(peaks, key=lambda peak: peak.total)
     found = profile.kept[key]
-    assert isinstance(found, tuple)
-    peak: _Peak = found[0]
-    return peak
+    assert isinstance(found, _Peak)
+    return found
+
+
+def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
+    """See `held_at_links`; kept for stages that are alike."""
+    key = ("held", gathered_alike(profile, stage), trained, _traits(strategy), later)
+    if key not in profile.kept:
+        profile.kept[key] = held_at_links(profile, strategy, stage, trained, later=later)
+    found = profile.kept[key]
+    assert isinstance(found, list)
+    return found
+
+
+def _traits(strategy: Strategy) -> tuple[object, ...]:
+    """What of a strategy decides what `fully_shard` holds of a stage."""
+    module = strategy.tp == strategy.pp == 1
+    return module, strategy.fsdp, strategy.zero, strategy.microbatches > 1, strategy.schedule
 
 
 def _beside(gradients: tuple[int, int], activations: int, temporary: int) -> tuple[int, int, int]:

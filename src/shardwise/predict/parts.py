@@ -18,7 +18,7 @@ from shardwise.collective import Group
 from shardwise.errors import StrategyError
 from shardwise.parallel.deal import BUCKET_BYTES as BROADCAST_BYTES
 from shardwise.parallel.deal import deal
-from shardwise.parallel.planning import check_stages, cuts_blocks, divided
+from shardwise.parallel.planning import check_stages, cuts_blocks, in_blocks_from, stage_starts
 from shardwise.parallel.reduce import bucket_bytes
 from shardwise.predict.profile import Parameter, Profile, Value
 from shardwise.strategy import Strategy
@@ -232,12 +232,15 @@ def cuts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> tup
 
 
 def _graph_cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> list[list[int]]:
-    stages = strategy.pp * strategy.stages_per_worker
-    messages = [link.message for link in profile.links[1:]]
-    if stages == 1 and not cuts_blocks(strategy):
-        return [[0]]
-    speeds = strategy.stage_speeds
-    return divided(costs, messages, stages, profile.device, speeds=speeds, in_blocks=cuts_blocks(strategy))
+    """As `planning.divided` cuts; where the stages begin is kept, with and without blocks."""
+    stages, messages = strategy.pp * strategy.stages_per_worker, [link.message for link in profile.links[1:]]
+    key = "stages", id(costs), stages, strategy.speeds
+    if key not in profile.kept:
+        profile.kept[key] = costs, stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds)
+    found = profile.kept[key]
+    assert isinstance(found, tuple)
+    starts: list[int] = found[1]
+    return in_blocks_from(costs, messages, starts) if cuts_blocks(strategy) else [[start] for start in starts]
 
 
 def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
@@ -295,9 +298,7 @@ def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]]
                 f"{name} is used in several stages of one worker: fsdp cannot shard it twice: use zero=1, or "
                 "schedule=1f1b"
             )
-        stages = tuple(
-            _stage(profile, strategy, stage, cuts[stage], bounds, stage_of, twice, module=module) for stage in own
-        )
+        stages = tuple(_stage(profile, strategy, stage, cuts, bounds, stage_of, twice, module=module) for stage in own)
         tied = {
             index: tuple(sorted({stage % strategy.pp for stage in found}))
             for index, found in homes.items()
@@ -437,7 +438,7 @@ def _stage(
     profile: Profile,
     strategy: Strategy,
     number: int,
-    starts: Sequence[int],
+    cuts: Sequence[Sequence[int]],
     bounds: Sequence[int],
     stage_of: Sequence[int],
     twice: set[int],
@@ -446,13 +447,18 @@ def _stage(
 ) -> Stage:
     first, end = bounds[number], bounds[number + 1]
     own = profile.within(first, end)
-    ranges = list(pairwise([*starts, end]))
+    ranges = tuple(pairwise([*cuts[number], end]))
     blocks: tuple[Block, ...] = ()
     root = None
     if cuts_blocks(strategy):
         blocks, root = (_module_parts if module else _graph_parts)(profile, strategy, ranges, own)
     again = [block for block in blocks if block.recomputed]
-    sent, returned, received, kept = _handed(profile, number, bounds, stage_of)
+    key = ("handed", id(cuts), number)
+    if key not in profile.kept:
+        profile.kept[key] = _handed(profile, number, bounds, stage_of), cuts
+    found = profile.kept[key]
+    assert isinstance(found, tuple)
+    sent, returned, received, kept = found[0]
     return Stage(
         number,
         first,
@@ -487,7 +493,7 @@ def _buckets(
 
 
 def _module_parts(
-    profile: Profile, strategy: Strategy, ranges: Sequence[tuple[int, int]], own: Sequence[int]
+    profile: Profile, strategy: Strategy, ranges: tuple[tuple[int, int], ...], own: Sequence[int]
 ) -> tuple[tuple[Block, ...], Gathered | None]:
     """The module's repeated blocks; what is between them is neither recomputed nor gathered apart."""
     inside = {index for block in profile.blocks for index in block}
@@ -502,18 +508,33 @@ def _module_parts(
 
 
 def _graph_parts(
-    profile: Profile, strategy: Strategy, ranges: Sequence[tuple[int, int]], own: Sequence[int]
+    profile: Profile, strategy: Strategy, ranges: tuple[tuple[int, int], ...], own: Sequence[int]
 ) -> tuple[tuple[Block, ...], Gathered | None]:
     """Consecutive ranges of links; what several of them use is gathered for the whole stage."""
-    several = Counter(index for a, b in ranges for index in profile.within(a, b))
-    shared = [index for index in own if several[index] > 1]
-    by_block = [[index for index in profile.within(a, b) if several[index] == 1] for a, b in ranges]
     sharded, again = strategy.splits_parameters, strategy.recomputed_of(len(ranges))
-    blocks = tuple(
-        Block(a, b, _gathered(profile, indices, strategy) if sharded else None, number < again)
-        for number, ((a, b), indices) in enumerate(zip(ranges, by_block, strict=True))
+    groups: Sequence[Gathered | None] = [None] * (len(ranges) + 1)
+    if sharded:
+        key = ("gathered", ranges, strategy.fsdp)
+        if key not in profile.kept:
+            profile.kept[key] = _gathered_apart(profile, strategy, ranges, own)
+        found = profile.kept[key]
+        assert isinstance(found, tuple)
+        groups = found
+    blocks = (
+        Block(a, b, group, number < again)
+        for number, ((a, b), group) in enumerate(zip(ranges, groups[:-1], strict=True))
     )
-    return blocks, _gathered(profile, shared, strategy) if sharded else None
+    return tuple(blocks), groups[-1]
+
+
+def _gathered_apart(
+    profile: Profile, strategy: Strategy, ranges: Sequence[tuple[int, int]], own: Sequence[int]
+) -> tuple[Gathered | None, ...]:
+    """What is gathered for each range of links, and last what several of them use."""
+    several = Counter(index for a, b in ranges for index in profile.within(a, b))
+    alone = [[index for index in profile.within(a, b) if several[index] == 1] for a, b in ranges]
+    shared = [index for index in own if several[index] > 1]
+    return tuple(_gathered(profile, indices, strategy) for indices in [*alone, shared])
 
 
 def _gathered(profile: Profile, indices: Iterable[int], strategy: Strategy) -> Gathered | None:

@@ -248,6 +248,21 @@ class Profile:
                 found[link].append(index)
         return tuple(map(tuple, found))
 
+    @cached_property
+    def kinds_of_links(self) -> tuple[int, ...]:
+        """For each link a number that links share which do, keep and complete the same, wherever they lie."""
+        own = [self.saved[link + 1] - self.saved[link] for link in range(len(self.links))]
+        known: dict[object, int] = {}
+        return tuple(
+            known.setdefault((id(link.layer), kept, self._used_by(number)), len(known))
+            for number, (link, kept) in enumerate(zip(self.links, own, strict=True))
+        )
+
+    def _used_by(self, link: int) -> tuple[object, ...]:
+        """The parameters of a link, each with how far the other links are that use it."""
+        used = ((self._kinds[index], self.parameters[index].links) for index in self._users[link])
+        return tuple((kind, tuple(other - link for other in links)) for kind, links in used)
+
     def within(self, first: int, end: int) -> tuple[int, ...]:
         """Indices of the parameters that links `first` to `end` use, ascending."""
         key = ("within", first, end)

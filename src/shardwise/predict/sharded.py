@@ -42,7 +42,7 @@ def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: i
     reduces = [0 if block.gathered is None else block.gathered.reduce for block in blocks]
     root_gather, root_reduce = (0, 0) if stage.root is None else (stage.root.gather, stage.root.reduce)
     module = strategy.tp == strategy.pp == 1
-    keeps = not module and strategy.microbatches > 1
+    keeps = keeps_gradients(strategy)
     gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
     key = ("complete", stage.first, stage.end, tuple((block.first, block.end) for block in blocks), module)
     if key not in profile.kept:
@@ -80,6 +80,11 @@ def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: i
         done_root += of_root.get(link, 0)
         done_block += of_blocks.get(link, 0)
     return found
+
+
+def keeps_gradients(strategy: Strategy) -> bool:
+    """Whether gradients stay whole from one microbatch to the next, and are scattered behind the last one."""
+    return (strategy.tp > 1 or strategy.pp > 1) and strategy.microbatches > 1
 
 
 def _block_at(blocks: tuple[Block, ...], link: int) -> tuple[int, bool]:
