@@ -367,6 +367,7 @@ def plan(
     forbid: Sequence[str] = (),
     out: str | Path | None = None,
     dry_run: bool = False,
+    pareto: bool = False,
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
@@ -383,6 +384,8 @@ def plan(
         out: where to write the chosen one as a plan file.
         dry_run: also run the real program of the finalists, on workers and tensors that are not there: those that need
             more memory than there is are rejected. Seconds for each of a small model, up to a minute of a large one.
+        pareto: also search for the front of time and memory: the fastest strategy for each smaller need of memory, in
+            steps of a twentieth. Takes a search for each.
         settings: parameters of the workload's function.
         seed: of weights, data order and dropout; None: the workload's own.
 
@@ -409,6 +412,7 @@ def plan(
             forbid=forbid,
             out=None if out is None else Path(out),
             dry_run=dry_run,
+            pareto=pareto,
         )
     )
     return document

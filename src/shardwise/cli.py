@@ -137,6 +137,7 @@ def _plan(options: argparse.Namespace) -> None:
         forbid=options.forbid,
         out=options.out,
         dry_run=options.dry_run,
+        pareto=options.pareto,
         settings=dict(options.set),
         seed=options.seed,
     )
@@ -297,6 +298,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument(
         "--dry-run", action="store_true", help="also run the finalists' real program, without memory or hardware"
     )
+    plan.add_argument("--pareto", action="store_true", help="also the fastest strategy for each smaller need of memory")
     plan.add_argument("--check", metavar="FILE", help="say whether a plan file still holds, in place of planning")
     _add_output(plan)
     plan.set_defaults(run=_plan)

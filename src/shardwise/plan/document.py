@@ -44,6 +44,17 @@ def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def front_rows(front: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """The Pareto front, fastest first: each strategy with its time and its memory as parts of the first one's."""
+    rows = []
+    for each in front:
+        first, own = front[0].prediction, each.prediction
+        times = own.step_seconds / first.step_seconds
+        share = own.memory.total / first.memory.total
+        rows.append({**candidate(str(each.strategy), own), "times_fastest": times, "memory_share": share})
+    return rows
+
+
 def _candidate(each: Candidate) -> dict[str, Any]:
     found = candidate(str(each.strategy), each.prediction)
     return found if each.dry_run is None else {**found, "dry_run": each.dry_run.document()}

@@ -10,10 +10,8 @@ The search is exact with respect to the closed form: what is left out has a lowe
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,12 +23,12 @@ from shardwise.plan.partly import enough, fewest, may_be
 from shardwise.plan.plan import Candidate, Plan, Rejected
 from shardwise.plan.shares import shared_out, staged_out
 from shardwise.plan.space import divisors, families, members, spellings
+from shardwise.plan.standing import Queue, Standing
 from shardwise.plan.wish import Wish
 from shardwise.predict.condensed import Condensed
 from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.offload import has_host
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.profile import Profile
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
@@ -60,8 +58,17 @@ class Searched:
     """A plan, and the profiles that it was made from, to ask further questions."""
 
     plan: Plan
-    profile_of: ProfileOf
-    profiles: Profiles
+    scaled: ScaledProfiles
+
+    @property
+    def profile_of(self) -> ProfileOf:
+        """The profile that a strategy is ranked by."""
+        return self.scaled.of
+
+    @property
+    def profiles(self) -> Profiles:
+        """Those that were traced."""
+        return self.scaled.traced
 
 
 def search(
@@ -92,7 +99,7 @@ def search(
     if not plan.candidates and _may_offload(cluster, wish):
         offloading = replace(wish, fixed={**wish.fixed, "offload": "1"})
         plan = _joined(plan, _Search(workload, cluster, workers, offloading, scaled).plan())
-    return Searched(plan, scaled.of, scaled.traced)
+    return Searched(plan, scaled)
 
 
 def _may_offload(cluster: Cluster, wish: Wish) -> bool:
@@ -158,10 +165,8 @@ class _Search:
     room: int = 0
     spans: tuple[int, ...] = ()
     """Of the cluster's levels that do not hold all workers."""
-    worst_of_all: float = math.inf
-    """Value above which a strategy is not among the finalists any more."""
-    best_of: dict[tuple[bool, ...], float] = field(default_factory=dict)
-    """Of each combination of axes the best value so far."""
+    queue: Queue[_Family | Strategy] = field(default_factory=Queue)
+    standing: Standing = field(default_factory=lambda: Standing(FINALISTS, NEAR))
 
     def plan(self) -> Plan:
         """See `search`."""
@@ -169,8 +174,7 @@ class _Search:
         self.traced = self.scaled.traced
         self.room = room(self.cluster, self.wish)
         self.spans = tuple(level.span for level in self.cluster.levels if level.span < self.workers)
-        self._look()
-        best = self._simplest_first(self._with_buckets(self._with_shares(self._judged())))
+        best = self._simplest_first(self._with_buckets(self._with_shares(self._searched())))
         return Plan(
             workload=self.workload.name,
             cluster=self.cluster.name,
@@ -338,51 +342,77 @@ class _Search:
 
     # ---- the way through it -----------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """Families and strategies by their bounds, until the next one cannot be among the finalists."""
-        order: list[tuple[float, int, _Family | Strategy]] = [
-            (family.bound, number, family) for number, family in enumerate(self._families())
-        ]
-        heapq.heapify(order)
-        number, best, worst = len(order), math.inf, _Threshold(FINALISTS)
-        while order:
-            bound, _, what = order[0]
-            self.worst_of_all = min(worst.value, best * (1 + NEAR))
-            if bound > self.worst_of_all:
-                break
-            heapq.heappop(order)
-            if isinstance(what, _Family):
-                closer = self._closer(what)
-                if closer == math.inf:
-                    continue
-                if closer > bound:
-                    heapq.heappush(order, (closer, number, replace(what, bound=closer)))
-                    number += 1
-                    continue
-                for least, strategy in self._members(what.strategy):
-                    heapq.heappush(order, (max(bound, least), number, strategy))
-                    number += 1
-                continue
-            candidate = self._predicted(what)
-            for least, smaller in self._smaller(what) if candidate is None else ():
-                heapq.heappush(order, (max(bound, least), number, smaller))
-                number += 1
-            if candidate is not None:
-                self.found.append(candidate)
-                value = self._value(candidate.prediction)
-                best = min(best, value)
-                worst.add(value)
-                kind = candidate.strategy.kind
-                self.best_of[kind] = min(value, self.best_of.get(kind, math.inf))
-        self._leave_out(order)
-        if not self.found:  # how much is missing is known only of what was predicted
+    def _searched(self) -> list[Candidate]:
+        """All that fit, best first, as `_judged`.
+
+        Where a finalist does not fit as it was traced, others are looked at that need not be better than it.
+        """
+        for family in self._families():
+            self.queue.add(family.bound, family)
+        judged: list[Candidate] | None = None
+        while judged is None:
+            self._look()
+            judged = self._judged()
+        self._leave_out()
+        if not judged:  # how much is missing is known only of what was predicted
             for _, strategy in sorted(self.too_large, key=lambda entry: entry[0])[:FINALISTS]:
                 self._predicted(strategy, anyway=True)
+        return judged
 
-    def _leave_out(self, bounded: Sequence[tuple[float, int, _Family | Strategy]]) -> None:
+    def _look(self) -> None:
+        """Families and strategies by their bounds, until the next one cannot be among the finalists."""
+        self.standing = Standing(FINALISTS, NEAR)
+        for candidate in self.found:
+            self.standing.add(self._value(candidate.prediction), candidate.strategy.kind)
+        while self.queue.least <= self.standing.limit and self.queue.least < math.inf:
+            bound, what = self.queue.take()
+            if isinstance(what, _Family):
+                self._open(bound, what)
+                continue
+            slower = self._seconds_above(what)
+            if slower is not None:
+                self.queue.add(max(bound, slower), what)
+                continue
+            found = self._predicted(what)
+            if found is None:
+                self._add_smaller(bound, what)
+            else:
+                self.found.append(found)
+                self.standing.add(self._value(found.prediction), found.strategy.kind)
+
+    def _open(self, bound: float, family: _Family) -> None:
+        """Puts the members of a family into the queue, or itself with a higher bound."""
+        closer = self._closer(family)
+        if bound < closer < math.inf:
+            self.queue.add(closer, replace(family, bound=closer))
+        elif closer <= bound:
+            for least, strategy in self._members(family.strategy):
+                self.queue.add(max(bound, least), strategy)
+
+    def _add_smaller(self, bound: float, strategy: Strategy) -> None:
+        """Into the queue, with something computed again, where a strategy does not fit as it is."""
+        for least, smaller in self._smaller(strategy):
+            self.queue.add(max(bound, least), smaller)
+
+    def _seconds_above(self, strategy: Strategy) -> float | None:
+        """Seconds that a strategy takes at least, where blocks are computed again so that it fits; None: it may win.
+
+        With as many blocks as it takes to fit it is slower than with the fewest that may do. Where those are no
+        finalist's and not the best of its kind either, it need not be known how many it takes.
+        """
+        limit = self.standing.limit_of(strategy.kind)
+        if not self._is_partly(strategy) or self.wish.objective == "memory" or limit == math.inf:
+            return None
+        try:
+            seconds = costs_of(self.scaled.of(strategy), strategy, self.cluster).step_seconds
+        except (StrategyError, WorkloadError):
+            return None  # `_predicted` tells why
+        return seconds if seconds > limit else None
+
+    def _leave_out(self) -> None:
         """Those that cannot win, by what they compute: replicas in all spellings together."""
         together: dict[Strategy, list[tuple[float, int]]] = {}
-        for bound, _, what in bounded:
+        for bound, what in self.queue:
             family, count = (what.strategy, what.count) if isinstance(what, _Family) else (_family_of(what), 1)
             together.setdefault(family, []).append((bound, count))
         for family, entries in together.items():
@@ -399,8 +429,6 @@ class _Search:
         try:
             profile = self.scaled.of(strategy)
             if self._is_partly(strategy):
-                if not anyway and self._is_slower(profile, strategy):
-                    return None
                 enough_again = enough(profile, strategy, self.cluster, self.room)
                 if enough_again is None or self.wish.refusal(enough_again) is not None:
                     return None
@@ -415,18 +443,6 @@ class _Search:
             return None
         self.looked_at += 1
         return candidate if self._fits(candidate) else None
-
-    def _is_slower(self, profile: Profile, strategy: Strategy) -> bool:
-        """Whether it is not the best of its kind, and no finalist, with the fewest blocks that may do; noted then.
-
-        What is computed again takes time, so that with as many as it takes to fit it is slower still.
-        """
-        limit = max(self.worst_of_all, self.best_of.get(strategy.kind, math.inf))
-        if limit == math.inf or (seconds := costs_of(profile, strategy, self.cluster).step_seconds) <= limit:
-            return False
-        self.left_out += 1
-        self.rejected.append(Rejected(strategy, _cannot_win(format_seconds(seconds)), "slower"))
-        return True
 
     def _fits(self, candidate: Candidate) -> bool:
         memory = candidate.prediction.memory.total
@@ -451,17 +467,23 @@ class _Search:
         other = prediction.step_seconds if self.wish.objective == "memory" else prediction.memory.total
         return self._value(prediction) * (1 + EQUAL * words), other, words
 
-    def _judged(self) -> list[Candidate]:
-        """All that fit, best first, the finalists predicted from profiles of their own."""
+    def _judged(self) -> list[Candidate] | None:
+        """All that fit, best first, the finalists predicted from profiles of their own; None: one does not fit then.
+
+        It is not among those that were found any more, and what of it is computed again comes into the queue.
+        """
         ranked = sorted(self.found, key=self._rank)
         judged: list[Candidate] = []
-        for number, candidate in enumerate(ranked):
-            if len(judged) == FINALISTS:
-                return sorted(judged, key=self._rank) + ranked[number:]
+        for candidate in ranked[:FINALISTS]:
             again = self._traced(candidate.strategy)
-            if again is not None:
+            if again is None:
+                self.found.remove(candidate)
+                self._add_smaller(self._value(candidate.prediction), candidate.strategy)
+            else:
                 judged.append(again)
-        return sorted(judged, key=self._rank)
+        if len(judged) < len(ranked[:FINALISTS]):
+            return None
+        return sorted(judged, key=self._rank) + ranked[FINALISTS:]
 
     def _with_shares(self, judged: list[Candidate]) -> list[Candidate]:
         """With shares, or stages, of the finalists' devices of different speed to match, where that is better."""
@@ -536,22 +558,3 @@ def _family_of(strategy: Strategy) -> Strategy:
 def _whole(family: Strategy) -> Strategy:
     """With weights' gradients not put off: bounds of both are the same, and one profile less is needed."""
     return family.with_(schedule="1f1b") if family.schedule == "zero-bubble" else family
-
-
-class _Threshold:
-    """The n-th smallest of the values so far; infinite while there are fewer."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._largest: list[float] = []
-
-    def add(self, value: float) -> None:
-        """Takes one more value."""
-        heapq.heappush(self._largest, -value)
-        if len(self._largest) > self._count:
-            heapq.heappop(self._largest)
-
-    @property
-    def value(self) -> float:
-        """See the class."""
-        return -self._largest[0] if len(self._largest) == self._count else float("inf")

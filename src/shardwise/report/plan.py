@@ -7,7 +7,7 @@ from typing import Any
 
 from shardwise.report.prediction import dry_run_rows, prediction_rows
 from shardwise.report.text import table
-from shardwise.units import format_rate, format_seconds, format_share
+from shardwise.units import format_bytes, format_rate, format_seconds, format_share
 
 SHOWN = 8
 """Candidates in the table."""
@@ -32,6 +32,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         "",
         _rejected(document),
         *_scaling(document),
+        *_pareto(document),
     ]
     if "out" in document:
         lines += ["", f"wrote {document['out']}: run it with  shardwise train WORKLOAD --strategy {document['out']}"]
@@ -63,6 +64,25 @@ def _scaling(document: Mapping[str, Any]) -> list[str]:
         else "No number of devices fits."
     )
     return ["", table(header, rows), "", words]
+
+
+def _pareto(document: Mapping[str, Any]) -> list[str]:
+    """What less memory costs; nothing where that was not asked for."""
+    if "pareto" not in document:
+        return []
+    header = ["strategy", "step", "times the fastest", "memory/device", "of the fastest's"]
+    rows = [
+        [
+            row["strategy"],
+            format_seconds(row["step_seconds"]),
+            f"{row['times_fastest']:.2f}",
+            format_bytes(row["memory_bytes"]),
+            format_share(row["memory_share"]),
+        ]
+        for row in document["pareto"]
+    ]
+    words = "What less memory costs: no strategy is faster than one of these and needs no more."
+    return ["", words, "", table(header, rows)]
 
 
 def _scaling_row(row: Mapping[str, Any]) -> list[str]:

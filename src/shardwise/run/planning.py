@@ -14,9 +14,10 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import DoesNotFit, RequestError, WorkloadError
 from shardwise.parallel.planning import cuts_blocks
-from shardwise.plan.document import plan_document
+from shardwise.plan.document import front_rows, plan_document
 from shardwise.plan.explain import explanation
 from shardwise.plan.file import PlanFile, read_plan, write_plan
+from shardwise.plan.front import front
 from shardwise.plan.judge import judge
 from shardwise.plan.scaling import Point, cheapest, counts, dollars, scaling, smallest_that_fits, worth
 from shardwise.plan.search import FINALISTS, Searched, room
@@ -44,6 +45,7 @@ def planned(
     forbid: Sequence[str],
     out: Path | None,
     dry_run: bool = False,
+    pareto: bool = False,
 ) -> dict[str, Any]:
     """The document of `plan`; see `api.plan`."""
     wish = Wish.parse(objective, max_memory, fix, forbid)
@@ -62,6 +64,8 @@ def planned(
     document = plan_document(plan, explanation(plan, cluster, point.searched.profile_of))
     if len(points) > 1:
         document |= _curve(points, cluster)
+    if pareto:
+        document["pareto"] = front_rows(front(workload, cluster, point.searched))
     if out is not None:
         write_plan(out, _file(source, cluster_text, point.searched, cluster))
         document["out"] = str(out)
