@@ -6,10 +6,12 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from shardwise.launch.allocator import keep_memory
+from shardwise.launch.allocator import TUNABLES, keep_memory, starting
+from shardwise.launch.local import run_local
 
 STEPS = """
 import resource
@@ -30,18 +32,45 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(**environment: str) -> tuple[bool, int]:
-    """Whether memory is kept, and how often the system had to give a page in ten steps of 164 MiB."""
+HOLES = """
+from shardwise.launch.allocator import keep_memory
+import torch
+
+keep_memory()
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous"))
+
+kept, before = [], anonymous()
+for _ in range(60):
+    for size in (24, 3, 12, 6, 24):
+        large = torch.ones(2**18 * size)  # MiB
+        kept.append(torch.ones(3))
+        del large
+print(anonymous() - before)
+"""
+
+
+def of_process(program: str, **environment: str) -> str:
+    """What a program prints in a process of its own."""
     chosen = ("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES")
     plain = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
     done = subprocess.run(
-        [sys.executable, "-c", STEPS], env={**plain, **environment}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], env={**plain, **environment}, capture_output=True, text=True, check=True
     )
-    kept, count = done.stdout.split()
+    return done.stdout
+
+
+def faults(**environment: str) -> tuple[bool, int]:
+    """Whether memory is kept, and how often the system had to give a page in ten steps of 164 MiB."""
+    kept, count = of_process(STEPS, **environment).split()
     return kept == "1", int(count)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems have other allocators")
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems have other allocators")
+
+
+@glibc
 def test_pages_are_not_cleared_anew() -> None:
     kept, ours = faults()
     left, usual = faults(MALLOC_TOP_PAD_="0")
@@ -50,6 +79,28 @@ def test_pages_are_not_cleared_anew() -> None:
     assert ours * 10 < usual
 
 
-def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LD_PRELOAD", "libjemalloc.so.2")
+@glibc
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell memory so")
+def test_what_tensors_leave_is_taken_by_others_of_their_size() -> None:
+    """Never more than one of 24 MiB at a time; the process may grow to two, and does to several without."""
+    assert starting()
+    ours, usual = int(of_process(HOLES, **starting())), int(of_process(HOLES))
+    assert ours < 2 * 24 * 1024
+    assert usual > 1.5 * ours
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("LD_PRELOAD", "libjemalloc.so.2"), ("MALLOC_ARENA_MAX", "1"), (TUNABLES, "glibc.malloc.top_pad=0")],
+)
+def test_what_a_person_chose_is_left_alone(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    assert not starting()
     assert not keep_memory()
+
+
+@glibc
+def test_workers_start_with_it_and_nothing_stays_behind() -> None:
+    before = os.environ.get(TUNABLES)
+    assert run_local(os.getenv, (TUNABLES,), workers=1) == starting()[TUNABLES]
+    assert os.environ.get(TUNABLES) == before

@@ -16,13 +16,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise import errors
 from shardwise.errors import ShardwiseError, StrategyError, WorkerFailed
-from shardwise.launch.allocator import keep_memory
+from shardwise.launch.allocator import keep_memory, starting
 from shardwise.launch.scheduling import run_uninterrupted
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _run_agent(address: str, workers: int) -> dict[int, int]:
     from torch.distributed.launcher.api import elastic_launch
 
     program = str(Path(__file__).with_name("worker.py"))
-    with _quiet_agent(), _restored_signals():
+    with _quiet_agent(), _restored_signals(), _environment(starting()):
         try:
             elastic_launch(_config(workers), sys.executable)(program, address)
         except ChildFailedError as error:
@@ -220,6 +220,21 @@ def _restored_signals() -> Iterator[None]:
         os.environ.pop(variable, None)
         if before is not None:
             os.environ[variable] = before
+
+
+@contextlib.contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment, which workers inherit, with something more in it."""
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
