@@ -362,6 +362,7 @@ CONVOLUTIONS: tuple[tuple[int, int, int, int, int, int], ...] = (
     *((3, batch, c, d, side, 3) for batch, side in ((8, 6), (4, 12)) for c, d in ((8, 16), (16, 16), (32, 32))),
     *((3, 4, c, d, side, 3) for side in (6, 12) for c, d in ((16, 8), (16, 32), (32, 16), (32, 64), (64, 32))),
     *((3, batch, c, d, 24, 3) for batch in (2, 8) for c, d in ((1, 8), (8, 8), (16, 8))),
+    *((3, 4, c, d, side, 3) for c, d, side in ((8, 4, 24), (16, 4, 24), (8, 8, 12))),  # fewer than a register holds
     *((3, batch, c, d, side, 2) for batch, side in ((8, 12), (4, 24)) for c, d in ((8, 8), (16, 32))),
     *((3, batch, c, d, side, 1) for batch, side in ((8, 12), (4, 24)) for c, d in ((8, 3), (16, 16))),
 )
