@@ -10,16 +10,13 @@ pass, tensor parallelism for each exchange, blocks that are computed again for e
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -28,7 +25,7 @@ from shardwise.cluster.team import Team
 from shardwise.parallel.mesh import default_device
 from shardwise.parallel.program import Program
 from shardwise.run.job import Job, Options, Source
-from shardwise.run.metrics import own_memory
+from shardwise.run.memory import REFERENCES, give_back, own_memory, restart_peak
 from shardwise.run.train import train
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.models.vit import ViT
@@ -140,7 +137,7 @@ def footprint() -> Footprint:
     """Trains with each kind of program; collective. To be asked before anything else has been imported and computed."""
     team = Team(default_device())
     large, strategy = _workload(hidden=128, batch=64 * team.size, image=16), Strategy(dp=team.size)
-    if team.device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
+    if team.device.type != "cpu" or not REFERENCES.exists():
         return Footprint({}, large, Trial(strategy, 0.0), 0, {})
     workers = team.size
     small = _workload(hidden=32, batch=4 * workers)
@@ -205,19 +202,15 @@ def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
 def _peak(workload: Workload, strategy: Strategy) -> int:
     """Bytes that this process needs at most in a training. Collective."""
     _settled()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what there is (Linux, proc(5))
+    restart_peak()
     job = Job(source=Source(workload=workload), strategy=strategy, options=Options(steps=STEPS, quiet=True))
-    train(Program.build(workload, strategy), job)
-    return own_memory()[0]
+    most = train(Program.build(workload, strategy), job).summary["memory_bytes_by_worker"]
+    return int(most[dist.get_rank()])
 
 
 def _settled() -> int:
     """Bytes of this process once everything that can be given back is."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    give_back()
     return own_memory()[1]
 
 

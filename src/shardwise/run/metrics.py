@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from shardwise.parallel.pipeline import WAIT
+from shardwise.run.memory import give_back, peak_memory, restart_peak
 from shardwise.run.result import Step
 
 Interval = tuple[float, float]
@@ -37,9 +35,6 @@ SETTLED = 3
 PROFILED = 2
 """Steps that are profiled, where the run is long enough."""
 
-
-STATUS = Path("/proc/self/status")
-"""Where Linux says what a process uses."""
 
 MESSAGES = ("gloo:recv", "gloo:send", "c10d::recv", "c10d::send")
 """Events of messages between pipeline stages."""
@@ -131,11 +126,14 @@ class Sampler:
         device: where it computes.
         steps: numbers of the steps to profile.
         spent: what was found, one entry per profiled step.
+        peak: bytes that this worker had used at most before a step was profiled: what the profiler keeps of a step is
+            no part of the training's memory.
     """
 
     device: torch.device
     steps: range
     spent: list[Spent] = field(default_factory=list)
+    peak: int = 0
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -143,6 +141,7 @@ class Sampler:
         if number not in self.steps:
             yield
             return
+        before = peak_memory(self.device)
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints that it starts and stops
         gpu = self.device.type == "cuda"
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
@@ -151,6 +150,20 @@ class Sampler:
             seconds = self._now() - begin
         communication, exposed = communicating(profiler.events() or [], self.device)
         self.spent.append(Spent(seconds, communication, min(exposed, seconds)))
+        del profiler
+        self._forget(before)
+
+    def _forget(self, before: int) -> None:
+        """Takes what the profiler needed out of the peak, where the system can."""
+        if self.device.type == "cuda":  # it keeps nothing there
+            return
+        give_back()
+        if restart_peak():
+            self.peak = max(self.peak, before)
+
+    def peak_memory(self) -> int:
+        """Bytes that this worker has used at most."""
+        return max(self.peak, peak_memory(self.device))
 
     def total(self) -> Spent | None:
         """The sum over the profiled steps; None where there are none."""
@@ -222,26 +235,6 @@ def overlap(a: Sequence[Interval], b: Sequence[Interval]) -> float:
     return total
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this worker has used at most: on a GPU by tensors, else by its process, without the files it maps.
-
-    These (libraries, and data that is mapped) lie in memory once, however many workers there are.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if STATUS.exists():  # getrusage would count the parent's memory from before this program was loaded
-        return own_memory()[0]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def own_memory() -> tuple[int, int]:
-    """(most, now): bytes of this process that are in memory, without mapped files; see proc(5)."""
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    kilobytes = {name: int(lines[name].split()[0]) for name in ("VmHWM", "VmRSS", "RssFile")}
-    return tuple(1024 * (kilobytes[name] - kilobytes["RssFile"]) for name in ("VmHWM", "VmRSS"))  # type: ignore[return-value]
-
-
 def summarize(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What all workers measured, as one: keys memory_bytes (the largest), alpha, exposed_alpha, communication_share.
 
@@ -268,6 +261,6 @@ def measure(sampler: Sampler) -> dict[str, Any]:
     """What this worker measured, JSON-able."""
     spent = sampler.total()
     return {
-        "memory_bytes": peak_memory(sampler.device),
+        "memory_bytes": sampler.peak_memory(),
         "spent": spent and [spent.step, spent.communication, spent.exposed],
     }
