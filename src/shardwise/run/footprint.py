@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -141,22 +140,22 @@ def footprint() -> Footprint:
         return Footprint({}, large, Trial(strategy, 0.0), 0, {})
     workers = team.size
     small = _workload(hidden=32, batch=4 * workers)
-    found = {"module": _peak(small, Strategy(dp=workers))}
+    found = {"module": _peak(team, small, Strategy(dp=workers))}
     plain = _settled()
     splits = {"step": Strategy(dp=workers)}
     if workers > 1:
-        found["sharded"] = _peak(small, Strategy(fsdp=workers))
+        found["sharded"] = _peak(team, small, Strategy(fsdp=workers))
         residue = max(0, _settled() - plain)
         splits["sharded"] = Strategy(fsdp=workers)
         splits["stage"] = Strategy(pp=workers, microbatches=2 * workers)
-        found["graph"] = _peak(small, splits["stage"]) - residue
+        found["graph"] = _peak(team, small, splits["stage"]) - residue
         if HEADS % workers == 0:
             splits["exchange"] = Strategy(tp=workers)
     splits["again"] = Strategy(dp=workers, recompute="full")
     splits["selective"] = Strategy(dp=workers, recompute="selective")
     process = _largest(team, found)
     before = _settled()
-    grown = _largest(team, {"": _peak(large, strategy) - before})[""]
+    grown = _largest(team, {"": _peak(team, large, strategy) - before})[""]
     trained = _tried(team, large, strategy, LONG)
     trials = {name: _tried(team, _usual(workers), split, TIMED) for name, split in splits.items()}
     return Footprint(process, large, trained, grown, trials)
@@ -199,13 +198,13 @@ def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
     return {kind: int(max(column)) for kind, column in zip(found, zip(*by_rank, strict=True), strict=True)}
 
 
-def _peak(workload: Workload, strategy: Strategy) -> int:
+def _peak(team: Team, workload: Workload, strategy: Strategy) -> int:
     """Bytes that this process needs at most in a training. Collective."""
     _settled()
     restart_peak()
     job = Job(source=Source(workload=workload), strategy=strategy, options=Options(steps=STEPS, quiet=True))
     most = train(Program.build(workload, strategy), job).summary["memory_bytes_by_worker"]
-    return int(most[dist.get_rank()])
+    return int(most[team.rank])
 
 
 def _settled() -> int:
