@@ -21,8 +21,8 @@ PREFIX = "shardwise"
 PORT = 29477
 HOSTS = 2
 BURST_SECONDS = 0.0005
-"""Of its rate, what a link passes at once; at least `LEAST_BURST` bytes, a few frames: a real link passes none. With more
-small messages would cost nothing on a slow link. What the kernel hands down in larger pieces is cut to frames."""
+"""Of its rate, what a link passes at once; at least `LEAST_BURST` bytes, a few frames: a real link passes none. With
+more small messages would cost nothing on a slow link. What the kernel hands down in larger pieces is cut to frames."""
 LEAST_BURST = 8 * 1024
 QUEUE_SECONDS = 0.4
 

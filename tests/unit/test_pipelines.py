@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from shardwise.parallel.schedule import Action, order
+from shardwise.parallel.schedule import BACKWARD, Action, order
 from shardwise.predict.passes import Piece, bucketed, gathered
 from shardwise.predict.pipelines import Messages, StageTime, Timed, pipeline_seconds, played
 
@@ -119,3 +119,10 @@ def test_buckets() -> None:
     # complete at 1 and 2 of 5 s: sent 1-4, 4-7
     assert bucketed([(1.0, 3.0), (2.0, 3.0)], 5.0) == (6.0, 2.0)
     assert bucketed([(1.0, 1.0), (2.0, 1.0)], 5.0) == (2.0, 0.0)
+
+
+def test_what_a_worker_sends_waits_for_what_it_sent_before() -> None:
+    """Two passes of one second that send for ten each: the second sends when the first has; alone it ends at 11."""
+    table = [Timed(Action(BACKWARD, stage, 0), 1.0, after=10.0, sending=10.0) for stage in (1, 0)]
+    assert played([table], {}) == [21.0]
+    assert played([table[:1]], {}) == [11.0]

@@ -99,6 +99,17 @@ def test_closed_form_of_a_gpt(profiles: dict[tuple[str, str], Profiles], text: s
     assert closed.memory == step.prediction.memory
 
 
+@pytest.mark.parametrize("slower", [10, 1000])
+@pytest.mark.parametrize("text", ["dp=2,pp=2,schedule=interleaved", "dp=2,pp=2", "dp=2,pp=2,schedule=zero-bubble"])
+def test_closed_form_over_slow_links(profiles: dict[tuple[str, str], Profiles], text: str, slower: int) -> None:
+    """There buckets of one stage are still under way when those of the next one are complete."""
+    machines = find_cluster("h100x8")
+    levels = tuple(replace(level, bandwidth=level.bandwidth / slower) for level in machines.levels)
+    step, closed = played(profiles["gpt", "gpu"], text, replace(machines, levels=levels))
+    assert closed.step_seconds == pytest.approx(step.prediction.step_seconds, rel=0.05)
+    assert parts(closed) == pytest.approx(closed.step_seconds, rel=0.05)
+
+
 @pytest.mark.parametrize("cluster", ["h100x8", "epyc-7763x8"])
 @pytest.mark.parametrize("text", ["dp=4", "fsdp=4", "tp=2", "pp=4", "dp=2,pp=2", "fsdp=2,pp=2", "dp=2,tp=2,pp=2"])
 @pytest.mark.parametrize("recipe", ["image", "medical"])

@@ -47,12 +47,14 @@ class Timed:
         seconds: that the device needs.
         launching: that its host needs to start it; it runs ahead.
         after: that the worker needs beyond it before it is done, while what the pass sends is under way.
+        sending: seconds of what it sends then, behind what earlier passes of the worker send.
     """
 
     action: Action
     seconds: float
     launching: float = 0.0
     after: float = 0.0
+    sending: float = 0.0
 
 
 Messages = Mapping[tuple[str, int], Sequence[tuple[int, float]]]
@@ -80,6 +82,7 @@ class _Game:
         self._clocks, self._hosts = [0.0] * len(tables), [0.0] * len(tables)
         self._arrived: dict[tuple[str, int, int, int], float] = {}
         self._channels: dict[tuple[int, int], float] = {}
+        self._sent = [0.0] * len(tables)
         self._targets: dict[tuple[str, int], list[tuple[int, float]]] = {}
         for (kind, target), sources in messages.items():
             for source, seconds in sources:
@@ -113,7 +116,9 @@ class _Game:
         self._hosts[worker] += turn.launching
         end = max(start + turn.seconds, self._hosts[worker])
         self._clocks[worker] = end
-        self.ends[worker] = max(self.ends[worker], end + turn.after)
+        if turn.sending or turn.after:
+            self._sent[worker] = max(self._sent[worker] + turn.sending, end + turn.after)
+        self.ends[worker] = max(end, self._sent[worker])
         for target, seconds in self._targets.get((kind, action.stage), ()):
             channel = worker, target % len(self.tables)
             sent = max(end, self._channels.get(channel, 0.0)) + seconds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ def work_of(costs: Costs, worker: Worker) -> Work:
     spent = Spent()
     for turn, passed in passes:
         spent += passed.compute.times(turn.count)
-    exposed = [_exposed(costs, worker, turn, passed) for turn, passed in passes]
+    exposed = _exposed(costs, passes)
     turned = [turn for turn, _ in passes]
     seconds = [
         passed.compute.device + waited + passed.slowed for (_, passed), waited in zip(passes, exposed, strict=True)
@@ -89,11 +89,27 @@ def work_of(costs: Costs, worker: Worker) -> Work:
     )
 
 
-def _exposed(costs: Costs, worker: Worker, turn: Turn, passed: Passed) -> float:
-    """What a pass waits for; the buckets of other stages than the one that ends last have its passes to hide behind."""
-    strategy = costs.strategy
-    hidden = turn.final and strategy.pp > 1 and not strategy.splits_parameters
-    return 0.0 if hidden and turn.action.stage != worker.stages[0].number else passed.exposed
+def _exposed(costs: Costs, passes: Sequence[tuple[Turn, Passed]]) -> list[float]:
+    """What each pass waits for.
+
+    In a pipeline buckets of gradients are waited for when all passes are over. Those of one stage follow those of the
+    stage behind it, and have the passes of the stages before it to hide behind.
+    """
+    found = [passed.exposed for _, passed in passes]
+    if costs.strategy.pp == 1 or costs.strategy.splits_parameters:
+        return found
+    final = [place for place, (turn, _) in enumerate(passes) if turn.final]
+    final.sort(key=lambda place: -passes[place][0].action.stage)
+    now = channel = 0.0
+    for place in final:
+        passed = passes[place][1]
+        now += passed.compute.device + passed.slowed
+        if passed.communication:
+            channel = max(channel + passed.communication, now + passed.exposed)
+        found[place] = 0.0
+    if final:
+        found[final[-1]] = max(0.0, channel - now)
+    return found
 
 
 def _usual(turned: Iterable[Turn], seconds: Iterable[float]) -> dict[tuple[int, str], float]:
@@ -128,7 +144,8 @@ def table_of(costs: Costs, worker: Worker) -> list[Timed]:
         passed = costs.passed(stages[action.stage], action.kind, turn.sync, turn.final, turn.first)
         seconds = passed.compute.device + passed.slowed + (passed.exposed if sharded else 0.0)
         launching = 0.0 if passed.compute.inline else passed.compute.launching
-        found.append(Timed(action, seconds, launching, 0.0 if sharded else passed.exposed))
+        after = (0.0, 0.0) if sharded else (passed.exposed, passed.communication)
+        found.append(Timed(action, seconds, launching, *after))
     return found
 
 
