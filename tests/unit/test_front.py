@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from small_gpt import SPEC, everything
 
 from shardwise import api
 from shardwise.cluster.cluster import Cluster
@@ -15,46 +16,22 @@ from shardwise.plan import search as searching
 from shardwise.plan.front import STEP, front, undominated
 from shardwise.plan.plan import Candidate
 from shardwise.plan.search import Searched, search
-from shardwise.plan.space import divisors, families, members
 from shardwise.plan.standing import Queue, Standing
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import predict
-from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.report.plan import plan_summary
 from shardwise.strategy import Strategy
-from shardwise.workload.load import load_workload
 from shardwise.workload.workload import Workload
 
-SPEC = "gpt:layers=2,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=4"
 PARTS = ("none", "selective", "full", "1/4", "1/2", "3/4")
-
-
-@pytest.fixture(scope="module")
-def workload() -> Workload:
-    return load_workload(SPEC)
-
-
-@pytest.fixture(scope="module")
-def profiles(workload: Workload) -> ScaledProfiles:
-    return ScaledProfiles(Profiles(workload))
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Cluster:
-    return find_cluster("a100-40x4")
 
 
 @pytest.fixture(scope="module")
 def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> dict[Strategy, tuple[float, int]]:
     """(seconds, bytes) of every strategy for 4 devices."""
     links = len(profiles.of(Strategy()).links)
-    every = {
-        member.with_(recompute=again)
-        for family in families(4, workload.batch_size, Wish(), divisors(4), links)
-        for member in members(family, Wish())
-        for again in PARTS
-    }
+    every = {member.with_(recompute=again) for member in everything(workload, 4, Wish(), links) for again in PARTS}
     found = {strategy: predict(profiles.traced.of(strategy), strategy, cluster) for strategy in every}
     return {strategy: (each.step_seconds, each.memory.total) for strategy, each in found.items()}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_gpt import SPEC, everything
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
@@ -18,7 +19,6 @@ from shardwise.plan.explain import explanation, with_bandwidth
 from shardwise.plan.file import PlanFile, read_plan, write_plan
 from shardwise.plan.scaling import Point, counts, enlarged, worth
 from shardwise.plan.search import Searched, search
-from shardwise.plan.space import divisors, families, members
 from shardwise.plan.wish import Wish
 from shardwise.predict.condensed import condense
 from shardwise.predict.costs import predict
@@ -34,32 +34,10 @@ from shardwise.units import parse_bytes
 from shardwise.workload.load import load_workload
 from shardwise.workload.workload import Workload
 
-SPEC = "gpt:layers=2,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=4"
-
-
-@pytest.fixture(scope="module")
-def workload() -> Workload:
-    return load_workload(SPEC)
-
-
-@pytest.fixture(scope="module")
-def profiles(workload: Workload) -> ScaledProfiles:
-    return ScaledProfiles(Profiles(workload))
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Cluster:
-    return find_cluster("a100-40x4")
-
 
 def with_memory(cluster: Cluster, size: int) -> Cluster:
     nodes = tuple(replace(n, device=replace(n.device, memory_bytes=size)) for n in cluster.nodes)
     return replace(cluster, nodes=nodes)
-
-
-def everything(workload: Workload, workers: int, wish: Wish, links: int, spans: tuple[int, ...] = ()) -> list[Strategy]:
-    found = families(workers, workload.batch_size, wish, divisors(workers), links)
-    return [member for family in found for member in members(family, wish, spans)]
 
 
 @pytest.fixture(scope="module")

@@ -206,9 +206,7 @@ def _quiet_agent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restored_signals() -> Iterator[None]:
-    """Puts signal handlers and the environment back as they were: the agent leaves its own behind."""
-    variable = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-    before = os.environ.get(variable)
+    """Puts signal handlers back as they were: the agent leaves its own behind."""
     numbers = [getattr(signal, name) for name in _HANDLED]
     in_main = threading.current_thread() is threading.main_thread()  # else the agent sets none
     handlers = {number: signal.getsignal(number) for number in numbers} if in_main else {}
@@ -217,15 +215,15 @@ def _restored_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        os.environ.pop(variable, None)
-        if before is not None:
-            os.environ[variable] = before
 
 
 @contextlib.contextmanager
 def _environment(more: Mapping[str, str]) -> Iterator[None]:
-    """This process's environment, which workers inherit, with something more in it."""
-    before = {name: os.environ.get(name) for name in more}
+    """This process's environment, which workers inherit, with something more in it; then as it was.
+
+    The agent leaves a variable of its own behind.
+    """
+    before = {name: os.environ.get(name) for name in (*more, "TORCHELASTIC_SIGNALS_TO_HANDLE")}
     os.environ.update(more)
     try:
         yield

@@ -134,8 +134,7 @@ def divided(
         speeds: of the worker of each stage; none: all are as fast.
         in_blocks: whether stages are cut into blocks.
     """
-    starts = stage_starts(costs, messages, stages, device, speeds)
-    return in_blocks_from(costs, messages, starts) if in_blocks else [[start] for start in starts]
+    return blocks_from(costs, messages, stage_starts(costs, messages, stages, device, speeds), in_blocks=in_blocks)
 
 
 def stage_starts(
@@ -147,8 +146,12 @@ def stage_starts(
     return [0, *balanced(costs, sends, stages, speeds)]
 
 
-def in_blocks_from(costs: Sequence[float], messages: Sequence[float], starts: Sequence[int]) -> list[list[int]]:
-    """The links at which the blocks of each stage begin, of stages that begin at `starts`."""
+def blocks_from(
+    costs: Sequence[float], messages: Sequence[float], starts: Sequence[int], *, in_blocks: bool
+) -> list[list[int]]:
+    """The links at which the blocks of each stage begin, of stages that begin at `starts`; see `divided`."""
+    if not in_blocks:
+        return [[start] for start in starts]
     known: dict[object, list[int]] = {}  # most stages of a deep model are alike
     found = []
     for first, end in pairwise([*starts, len(costs)]):

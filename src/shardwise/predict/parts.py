@@ -18,7 +18,7 @@ from shardwise.collective import Group
 from shardwise.errors import StrategyError
 from shardwise.parallel.deal import BUCKET_BYTES as BROADCAST_BYTES
 from shardwise.parallel.deal import deal
-from shardwise.parallel.planning import check_stages, cuts_blocks, in_blocks_from, stage_starts
+from shardwise.parallel.planning import blocks_from, check_stages, cuts_blocks, stage_starts
 from shardwise.parallel.reduce import bucket_bytes
 from shardwise.predict.profile import Parameter, Profile, Value
 from shardwise.strategy import Strategy
@@ -240,7 +240,7 @@ def _graph_cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) ->
     found = profile.kept[key]
     assert isinstance(found, tuple)
     starts: list[int] = found[1]
-    return in_blocks_from(costs, messages, starts) if cuts_blocks(strategy) else [[start] for start in starts]
+    return blocks_from(costs, messages, starts, in_blocks=cuts_blocks(strategy))
 
 
 def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:

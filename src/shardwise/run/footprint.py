@@ -24,7 +24,7 @@ from shardwise.cluster.team import Team
 from shardwise.parallel.mesh import default_device
 from shardwise.parallel.program import Program
 from shardwise.run.job import Job, Options, Source
-from shardwise.run.memory import REFERENCES, give_back, own_memory, restart_peak
+from shardwise.run.memory import give_back, own_memory, restart_peak
 from shardwise.run.train import train
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.models.vit import ViT
@@ -136,7 +136,7 @@ def footprint() -> Footprint:
     """Trains with each kind of program; collective. To be asked before anything else has been imported and computed."""
     team = Team(default_device())
     large, strategy = _workload(hidden=128, batch=64 * team.size, image=16), Strategy(dp=team.size)
-    if team.device.type != "cpu" or not REFERENCES.exists():
+    if team.device.type != "cpu" or not restart_peak():
         return Footprint({}, large, Trial(strategy, 0.0), 0, {})
     workers = team.size
     small = _workload(hidden=32, batch=4 * workers)
@@ -200,7 +200,7 @@ def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
 
 def _peak(team: Team, workload: Workload, strategy: Strategy) -> int:
     """Bytes that this process needs at most in a training. Collective."""
-    _settled()
+    give_back()
     restart_peak()
     job = Job(source=Source(workload=workload), strategy=strategy, options=Options(steps=STEPS, quiet=True))
     most = train(Program.build(workload, strategy), job).summary["memory_bytes_by_worker"]

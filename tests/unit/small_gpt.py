@@ -1,0 +1,16 @@
+"""A GPT that is small enough to try every strategy of it."""
+
+from __future__ import annotations
+
+from shardwise.plan.space import divisors, families, members
+from shardwise.plan.wish import Wish
+from shardwise.strategy import Strategy
+from shardwise.workload.workload import Workload
+
+SPEC = "gpt:layers=2,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=4"
+
+
+def everything(workload: Workload, workers: int, wish: Wish, links: int, spans: tuple[int, ...] = ()) -> list[Strategy]:
+    """All strategies for so many workers that a search goes through."""
+    found = families(workers, workload.batch_size, wish, divisors(workers), links)
+    return [member for family in found for member in members(family, wish, spans)]
