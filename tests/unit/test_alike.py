@@ -18,6 +18,7 @@ from shardwise.plan.wish import Wish
 from shardwise.predict import costs
 from shardwise.predict.alike import alike, gathered_alike
 from shardwise.predict.costs import costs_of, predict
+from shardwise.predict.kept import Kept
 from shardwise.predict.profiling import Profiles
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
@@ -52,7 +53,7 @@ def test_what_is_kept_changes_nothing(profiles: Profiles, cluster: Cluster) -> N
     for strategy in some(profiles, Wish(fixed={"tp": "2"}), 400):
         try:
             warm = profiles.of(strategy)
-            alone = predict(replace(warm, kept={}), strategy, cluster)
+            alone = predict(replace(warm, kept=Kept()), strategy, cluster)
         except StrategyError:
             continue
         tried += 1
@@ -79,9 +80,11 @@ def test_what_is_computed_again_counts_but_not_for_what_is_gathered(profiles: Pr
 
 def test_stages_that_are_taken_for_alike_are_noticed(profiles: Profiles, cluster: Cluster) -> None:
     strategy = Strategy.parse("fsdp=2,pp=4,recompute=full")
-    right = predict(replace(profiles.of(strategy), kept={}), strategy, cluster)
+    right = predict(replace(profiles.of(strategy), kept=Kept()), strategy, cluster)
     with mock.patch.object(costs, "alike", return_value=0):
-        assert predict(replace(profiles.of(strategy), kept={}), strategy, cluster).step_seconds != right.step_seconds
+        assert (
+            predict(replace(profiles.of(strategy), kept=Kept()), strategy, cluster).step_seconds != right.step_seconds
+        )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shardwise.cluster.cluster import Cluster, Device, Level, Nodes
+from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, Level, Nodes, Sample
 from shardwise.collective import Collective, Group
 from shardwise.errors import StrategyError
 from shardwise.parallel.planning import divided
@@ -257,6 +257,27 @@ def test_two_stages() -> None:
     assert one.waits("F", 1) == pytest.approx(one.message(0, 1, (500, 2000)))
     assert found.step_seconds == pytest.approx(9 * 3 * f + messages, rel=0.02)
     assert found.bubble_seconds == pytest.approx(3 * f + messages, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "between", "seconds"),
+    [
+        ("pp=4", (1, 2), 10.0),  # the only one of this pipeline that crosses the hosts
+        ("pp=4", (0, 1), 2.0),  # beside others of this host
+        ("dp=2,pp=2,outermost=pp", (0, 1), 20.0),  # one of each replica
+        ("dp=2,pp=2", (0, 1), 2.0),
+    ],
+)
+def test_only_messages_that_cross_hosts_share_what_is_between_them(
+    strategy: str, between: tuple[int, int], seconds: float
+) -> None:
+    def measured(nodes: int, groups: int, seconds: float) -> CollectiveCurve:
+        return CollectiveCurve("send", 2, nodes, (Sample((1000,), seconds),), groups)
+
+    curves = measured(1, 1, 1.0), measured(1, 2, 2.0), measured(2, 1, 10.0), measured(2, 2, 20.0)
+    two_hosts = replace(CLUSTER, nodes=(Nodes(DEVICE, 2, 2),), collectives=curves)
+    found = costs_of(profile(), Strategy.parse(strategy), two_hosts)
+    assert found.message(*between, (1000,)) == pytest.approx(seconds)
 
 
 def test_recompute_adds_a_forward_pass_up_to_what_is_needed() -> None:

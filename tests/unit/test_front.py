@@ -12,7 +12,7 @@ from small_gpt import SPEC, everything
 from shardwise import api
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
-from shardwise.plan import search as searching
+from shardwise.plan.finalists import Finalists
 from shardwise.plan.front import STEP, front, undominated
 from shardwise.plan.plan import Candidate
 from shardwise.plan.search import Searched, search
@@ -97,7 +97,7 @@ def test_others_are_looked_at_where_finalists_do_not_fit_as_they_were_traced(
 ) -> None:
     """All that a first look finds is taken away, so that what it left out has to be looked at again."""
     first = {str(each.strategy) for each in searched.plan.candidates}
-    right = searching._Search._traced
+    right = Finalists.traced
 
     def traced(self: Any, strategy: Strategy) -> Candidate | None:
         return (
@@ -106,7 +106,7 @@ def test_others_are_looked_at_where_finalists_do_not_fit_as_they_were_traced(
             else right(self, strategy)
         )
 
-    with mock.patch.object(searching._Search, "_traced", traced):
+    with mock.patch.object(Finalists, "traced", traced):
         found = search(workload, cluster, 4, Wish(forbidden=(("offload", ""),)), profiles).plan
     assert found.best is not None
     assert not first & {str(each.strategy) for each in found.candidates[:5]}

@@ -68,4 +68,4 @@ def test_kept_bytes_count_where_they_are_kept_first() -> None:
 
 
 def test_flops() -> None:
-    assert PROFILE.flops() == 4 * 3 * 8.0
+    assert PROFILE.flops == 4 * 3 * 8.0

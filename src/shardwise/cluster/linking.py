@@ -25,6 +25,9 @@ SIZES = (1024, 16 * 1024, 128 * 1024, 1024**2, 8 * 1024**2)
 LEAST, MOST = 4, 60
 """Calls of each size."""
 
+SLOW = 0.1
+"""Seconds of a call above which two of them are enough, the first one included: what warming up takes does not show."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -106,31 +109,34 @@ Call = Callable[[int, dist.ProcessGroup, torch.device], Callable[[], int]]
 
 def _timed(call: Call, size: int, group: dist.ProcessGroup, device: torch.device, seconds: float) -> list[float]:
     once = call(size, group, device)
-    for _ in range(2):
-        once()
-    first = []
-    for _ in range(3):
-        start = _now(device)
-        once()
-        first.append(_now(device) - start)
-    took = torch.tensor([min(first)], device=device)  # a slow one would leave too few to tell
-    dist.all_reduce(took, dist.ReduceOp.MAX, group=group)
-    found = []
-    for _ in range(min(MOST, max(LEAST, int(seconds / max(float(took), 1e-6))))):
+
+    def clocked() -> tuple[float, int]:
         start = _now(device)
         count = once()
-        found.append((_now(device) - start) / count)
-    return found
+        return _now(device) - start, count
+
+    def slowest(took: float) -> float:
+        agreed = torch.tensor([took], device=device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
+        return float(agreed)
+
+    first = clocked()
+    if slowest(first[0]) > SLOW:
+        return [took / count for took, count in (first, clocked())]
+    once()
+    took = slowest(min(clocked()[0] for _ in range(3)))  # a slow one would leave too few to tell
+    calls = (clocked() for _ in range(min(MOST, max(LEAST, int(seconds / max(took, 1e-6))))))
+    return [took / count for took, count in calls]
 
 
 def _undisturbed(found: Sequence[float]) -> float:
-    """The lower quartile.
+    """The lower quartile; of a few the least.
 
     Where workers share cores a message takes one of two times: as long as it travels, or until the receiver has a core
     again, and how often it does is up to chance. Waiting is measured where it happens, in whole steps
     (`cluster.Device.overheads`).
     """
-    return statistics.quantiles(found, n=4)[0] if len(found) > 1 else found[0]
+    return statistics.quantiles(found, n=4)[0] if len(found) >= LEAST else min(found)
 
 
 def _now(device: torch.device) -> float:

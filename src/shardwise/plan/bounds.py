@@ -84,11 +84,7 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
 def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[StageTime]:
     times = timed(profile, cluster, strategy)
     key = ("bounds", "stages", id(times), strategy.pp, strategy.stages_per_worker, strategy.recompute)
-    if key not in profile.kept:
-        profile.kept[key] = _cut_in_stages(profile, strategy, cluster, times)
-    found = profile.kept[key]
-    assert isinstance(found, list)
-    return found
+    return profile.kept.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times), times)
 
 
 def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> list[StageTime]:

@@ -80,12 +80,7 @@ def _saved(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[int]:
     times = timed(profile, cluster, strategy)
     module = strategy.tp == strategy.pp == 1
     key = ("partly", id(times), module, strategy.pp, strategy.stages_per_worker)
-    if key not in profile.kept:
-        profile.kept[key] = _saved_of(profile, strategy, times.forward.each), times
-    found = profile.kept[key]
-    assert isinstance(found, tuple)
-    saved: list[int] = found[0]
-    return saved
+    return profile.kept.once(key, lambda: _saved_of(profile, strategy, times.forward.each), times)
 
 
 def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...]) -> list[int]:

@@ -22,16 +22,11 @@ def gathered_alike(profile: Profile, stage: Stage) -> int:
 
 
 def _number(profile: Profile, name: str, stage: Stage, described: Callable[[Profile, Stage], object]) -> int:
-    key = (name, id(stage))
-    if key not in profile.kept:
-        known = profile.kept.setdefault((name,), {})
-        assert isinstance(known, dict)
-        number = known.setdefault(described(profile, stage), len(known))
-        profile.kept[key] = number, stage  # which is kept, so that no other gets its id
-    found = profile.kept[key]
-    assert isinstance(found, tuple)
-    own: int = found[0]
-    return own
+    def number() -> int:
+        known: dict[object, int] = profile.kept.once((name,), dict)
+        return known.setdefault(described(profile, stage), len(known))
+
+    return profile.kept.once((name, id(stage)), number, stage)
 
 
 def _described(profile: Profile, stage: Stage) -> object:

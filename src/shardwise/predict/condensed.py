@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shardwise.cluster.cluster import Cluster
+from shardwise.predict.kept import Kept
 from shardwise.predict.parts import module_blocks
 from shardwise.predict.profile import Layer, Profile, Update
 from shardwise.predict.timing import Seconds
@@ -60,7 +61,7 @@ class Condensed:
     repeated_products: int
     largest: int
     update: Update
-    kept: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
+    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
     """What has been derived of it, by what it was derived for."""
 
 
@@ -88,12 +89,7 @@ class Times:
 
 def condense(profile: Profile) -> Condensed:
     """Of a profile; kept with it."""
-    key = ("condensed",)
-    if key not in profile.kept:
-        profile.kept[key] = _condensed(profile)
-    found = profile.kept[key]
-    assert isinstance(found, Condensed)
-    return found
+    return profile.kept.once(("condensed",), lambda: _condensed(profile))
 
 
 def _condensed(profile: Profile) -> Condensed:
@@ -134,11 +130,7 @@ def _backwards(layer: Layer) -> int:
 def times_of(condensed: Condensed, cluster: Cluster, strategy: Strategy) -> Times:
     """The times on a cluster; kept for the next strategy that asks for the same."""
     seconds = Seconds.on(cluster, strategy, condensed.tp, condensed.precision)
-    if seconds.key not in condensed.kept:
-        condensed.kept[seconds.key] = _timed(condensed, seconds)
-    found = condensed.kept[seconds.key]
-    assert isinstance(found, Times)
-    return found
+    return condensed.kept.once(seconds.key, lambda: _timed(condensed, seconds))
 
 
 def _timed(condensed: Condensed, seconds: Seconds) -> Times:

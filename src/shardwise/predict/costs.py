@@ -203,19 +203,14 @@ class Costs:
 
     # ---- one collective, one kernel ---------------------------------------------------------------------------------
 
-    def collective(self, operation: str, size: int, group: Group) -> float:
-        """Seconds; the same call costs nothing to ask for again."""
+    def collective(self, operation: str, size: int, group: Group, workers: int = 0) -> float:
+        """Seconds; the same call costs nothing to ask for again. `workers` do the same at the same time; 0: all do."""
         if group.size <= 1:
             return 0.0
-        crowd = self.strategy.workers if self.cluster.collectives else 0
+        crowd = (workers or self.strategy.workers) if self.cluster.collectives else 0
         key = ("collective", id(self.cluster), operation, size, group, crowd)
-        if key not in self.profile.kept:
-            self.profile.kept[key] = collective_seconds(
-                Collective(operation, size, group), self.cluster, self.strategy.workers
-            )
-        found = self.profile.kept[key]
-        assert isinstance(found, float)
-        return found
+        collective = Collective(operation, size, group)
+        return self.profile.kept.once(key, lambda: collective_seconds(collective, self.cluster, crowd), self.cluster)
 
     def moved(self, elements: float, size: float, count: int) -> float:
         """Seconds of `count` kernels that move `size` bytes of `elements` elements in all."""
@@ -337,14 +332,13 @@ class Costs:
 
     def _trained(self, stage: Stage) -> tuple[int, int, int]:
         """Elements, bytes and number of the parameters of a stage that have a gradient."""
-        key = ("trained", stage.first, stage.end)
-        if key not in self.profile.kept:
+
+        def count() -> tuple[int, int, int]:
             own = [self.profile.parameters[index] for index in self.profile.within(stage.first, stage.end)]
             own = [parameter for parameter in own if parameter.trained]
-            self.profile.kept[key] = sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
-        found = self.profile.kept[key]
-        assert isinstance(found, tuple)
-        return found
+            return sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
+
+        return self.profile.kept.once(("trained", stage.first, stage.end), count)
 
     def pieces(self, stage: Stage, kind: str, sync: Sync, spent: Spent) -> tuple[list[Piece], Piece]:
         """The parts of a pass between gathers, in the order in which they compute, and what belongs to all of them."""
@@ -433,12 +427,19 @@ class Costs:
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def message(self, source: int, target: int, sizes: Iterable[int]) -> float:
-        """Seconds of messages between two stages, one after the other; nothing where both are on one worker."""
-        pp = self.strategy.pp
-        if source % pp == target % pp:
+        """Seconds of messages between two stages, one after the other; nothing where both are on one worker.
+
+        Within a node all neighbours of a pipeline send at the same time. Of those only some are in different nodes:
+        what crosses from one node to another are the messages of these two stages, one for each copy of the pipeline.
+        """
+        strategy = self.strategy
+        source, target = source % strategy.pp, target % strategy.pp
+        if source == target:
             return 0.0
-        group = message_group(self.strategy, source % pp, target % pp)
-        return sum(self.collective("send", size, group) for size in sizes)
+        group = message_group(strategy, source, target)
+        crosses = len({rank // self.cluster.node_size for rank in group.ranks}) > 1
+        workers = 2 * strategy.replicas * strategy.tp if crosses else 0
+        return sum(self.collective("send", size, group, workers) for size in sizes)
 
     @cached_property
     def _played(self) -> _Step:
@@ -523,12 +524,7 @@ class Costs:
     @property
     def model_flops(self) -> float:
         """Of the step, all devices together, without what is computed again."""
-        key = ("flops",)
-        if key not in self.profile.kept:
-            self.profile.kept[key] = self.profile.flops()
-        found = self.profile.kept[key]
-        assert isinstance(found, float)
-        return found * self.strategy.microbatches * self.strategy.replicas * self.strategy.tp
+        return self.profile.flops * self.strategy.microbatches * self.strategy.replicas * self.strategy.tp
 
     def _ends(self, works: list[Work]) -> list[float]:
         """When each worker has done its last backward pass."""

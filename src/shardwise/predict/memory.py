@@ -112,12 +112,8 @@ def _put_off(profile: Profile, first: int, end: int) -> int:
     """Bytes that gradients of the weights of these links need: what was multiplied with them, and its gradient."""
     if not profile.split:
         return 0
-    key = ("put off",)
-    if key not in profile.kept:
-        profile.kept[key] = tuple(accumulate(map(_operands, profile.links), initial=0))
-    sums = profile.kept[key]
-    assert isinstance(sums, tuple)
-    return int(sums[end] - sums[first])
+    sums = profile.kept.once(("put off",), lambda: tuple(accumulate(map(_operands, profile.links), initial=0)))
+    return sums[end] - sums[first]
 
 
 def _operands(link: Link) -> int:
@@ -153,28 +149,23 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
         return max(peaks, key=lambda peak: peak.total)
     trained = 0 if keeps_gradients(strategy) else worker.trained  # whole ones there, whatever the worker's slices are
     own = (alike(profile, stage), trained, _traits(strategy), strategy.keeps_products, later, offloaded)
-    key = ("sharded peak", *own)
-    if key not in profile.kept:
+
+    def highest() -> _Peak:
         held = _held(profile, strategy, stage, trained, later=later)
         moments = _every_moment(profile, stage, products=products)
-        peaks = [
+        peaks = (
             _Peak(each.gathered, 0 if offloaded else each.slices, activations, temporary + each.whole)
             for each, (activations, temporary, _) in zip(held, moments, strict=True)
-        ]
-        profile.kept[key] = max(peaks, key=lambda peak: peak.total)
-    found = profile.kept[key]
-    assert isinstance(found, _Peak)
-    return found
+        )
+        return max(peaks, key=lambda peak: peak.total)
+
+    return profile.kept.once(("sharded peak", *own), highest)
 
 
 def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
     """See `held_at_links`; kept for stages that are alike."""
     key = ("held", gathered_alike(profile, stage), trained, _traits(strategy), later)
-    if key not in profile.kept:
-        profile.kept[key] = held_at_links(profile, strategy, stage, trained, later=later)
-    found = profile.kept[key]
-    assert isinstance(found, list)
-    return found
+    return profile.kept.once(key, lambda: held_at_links(profile, strategy, stage, trained, later=later))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
@@ -202,22 +193,14 @@ def _products(profile: Profile, block: Block) -> int:
 def _moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
     """(activations of the microbatch, temporary, bytes of gradients that are there) when each link goes backwards."""
     key = ("moments", stage.first, stage.end, stage.recomputed, products)
-    if key not in profile.kept:
-        profile.kept[key] = _pareto(_every_moment(profile, stage, products=products))
-    found = profile.kept[key]
-    assert isinstance(found, list)
-    return found
+    return profile.kept.once(key, lambda: _pareto(_every_moment(profile, stage, products=products)))
 
 
 def _every_moment(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
     """Also those that another one exceeds in all, in the order of the backward pass."""
     again = tuple((block.first, block.end) for block in stage.recomputed)  # whatever is gathered of them
     key = ("every moment", stage.first, stage.end, again, products)
-    if key not in profile.kept:
-        profile.kept[key] = _all_moments(profile, stage, products=products)
-    found = profile.kept[key]
-    assert isinstance(found, list)
-    return found
+    return profile.kept.once(key, lambda: _all_moments(profile, stage, products=products))
 
 
 def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:

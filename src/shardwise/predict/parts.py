@@ -192,13 +192,12 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> Pa
     if strategy.pp > 1:
         check_stages(strategy, len(profile.links) - 1)
     key = ("parts", id(costs), _traits(strategy))
-    if key not in profile.kept:
+
+    def divide() -> tuple[tuple[Worker, ...], tuple[tuple[int, ...], ...]]:
         cuts = cuts_of(profile, strategy, costs)
-        workers = tuple(_workers(profile, strategy, cuts, module=strategy.tp == strategy.pp == 1))
-        profile.kept[key] = costs, workers, cuts
-    found = profile.kept[key]
-    assert isinstance(found, tuple)
-    return Parts(strategy, *found[1:])
+        return tuple(_workers(profile, strategy, cuts, module=strategy.tp == strategy.pp == 1)), cuts
+
+    return Parts(strategy, *profile.kept.once(key, divide, costs))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
@@ -223,23 +222,16 @@ def cuts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> tup
     if strategy.tp == strategy.pp == 1:
         return (tuple(_module_cuts(profile, strategy)),)
     key = "cuts", id(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds
-    if key not in profile.kept:
-        profile.kept[key] = costs, tuple(tuple(starts) for starts in _graph_cuts(profile, strategy, costs))
-    found = profile.kept[key]
-    assert isinstance(found, tuple)
-    cuts: tuple[tuple[int, ...], ...] = found[1]
-    return cuts
+    return profile.kept.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs))), costs)
 
 
 def _graph_cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> list[list[int]]:
     """As `planning.divided` cuts; where the stages begin is kept, with and without blocks."""
     stages, messages = strategy.pp * strategy.stages_per_worker, [link.message for link in profile.links[1:]]
     key = "stages", id(costs), stages, strategy.speeds
-    if key not in profile.kept:
-        profile.kept[key] = costs, stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds)
-    found = profile.kept[key]
-    assert isinstance(found, tuple)
-    starts: list[int] = found[1]
+    starts = profile.kept.once(
+        key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds), costs
+    )
     return blocks_from(costs, messages, starts, in_blocks=cuts_blocks(strategy))
 
 
@@ -454,11 +446,7 @@ def _stage(
         blocks, root = (_module_parts if module else _graph_parts)(profile, strategy, ranges, own)
     again = [block for block in blocks if block.recomputed]
     key = ("handed", id(cuts), number)
-    if key not in profile.kept:
-        profile.kept[key] = _handed(profile, number, bounds, stage_of), cuts
-    found = profile.kept[key]
-    assert isinstance(found, tuple)
-    sent, returned, received, kept = found[0]
+    sent, returned, received, kept = profile.kept.once(key, lambda: _handed(profile, number, bounds, stage_of), cuts)
     return Stage(
         number,
         first,
@@ -515,11 +503,7 @@ def _graph_parts(
     groups: Sequence[Gathered | None] = [None] * (len(ranges) + 1)
     if sharded:
         key = ("gathered", ranges, strategy.fsdp)
-        if key not in profile.kept:
-            profile.kept[key] = _gathered_apart(profile, strategy, ranges, own)
-        found = profile.kept[key]
-        assert isinstance(found, tuple)
-        groups = found
+        groups = profile.kept.once(key, lambda: _gathered_apart(profile, strategy, ranges, own))
     blocks = (
         Block(a, b, group, number < again)
         for number, ((a, b), group) in enumerate(zip(ranges, groups[:-1], strict=True))

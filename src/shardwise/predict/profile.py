@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
 
+from shardwise.predict.kept import Kept
 from shardwise.predict.kernel import Kernel
 
 
@@ -206,7 +207,7 @@ class Profile:
     ready: tuple[int, ...] = ()
     batch_bytes: int = 0
     notes: tuple[str, ...] = ()
-    kept: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
+    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
     """What has been derived of it, by what it was derived for."""
 
     @cached_property
@@ -265,12 +266,8 @@ class Profile:
 
     def within(self, first: int, end: int) -> tuple[int, ...]:
         """Indices of the parameters that links `first` to `end` use, ascending."""
-        key = ("within", first, end)
-        if key not in self.kept:
-            self.kept[key] = tuple(sorted(set(chain.from_iterable(self._users[first:end]))))
-        found = self.kept[key]
-        assert isinstance(found, tuple)
-        return found
+        users = self._users
+        return self.kept.once(("within", first, end), lambda: tuple(sorted(set(chain.from_iterable(users[first:end])))))
 
     @cached_property
     def shared(self) -> tuple[int, ...]:
@@ -288,14 +285,13 @@ class Profile:
 
     def kinds_within(self, ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[Parameter, int], ...]:
         """(one of them, how many) of the parameters that ranges of links use, like ones together, in their order."""
-        key = ("kinds within", ranges)
-        if key not in self.kept:
+
+        def count() -> tuple[tuple[Parameter, int], ...]:
             indices = {index for first, end in ranges for index in self.within(first, end)}
             counts = Counter(map(self._kinds.__getitem__, sorted(indices)))
-            self.kept[key] = tuple((self.parameters[kind], count) for kind, count in counts.items())
-        found = self.kept[key]
-        assert isinstance(found, tuple)
-        return found
+            return tuple((self.parameters[kind], many) for kind, many in counts.items())
+
+        return self.kept.once(("kinds within", ranges), count)
 
     @cached_property
     def largest(self) -> int:
@@ -307,6 +303,7 @@ class Profile:
         """Indices of the trained parameters."""
         return tuple(index for index, parameter in enumerate(self.parameters) if parameter.trained)
 
+    @cached_property
     def flops(self) -> float:
         """Floating point operations of one microbatch on one worker, forward and backward, without recomputation."""
         total = 0.0

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from shardwise.predict.kept import Kept
 from shardwise.predict.profile import Parameter, Profile, Value
 
 
@@ -148,7 +149,7 @@ class _Middle:
             values=tuple(self._values(short.values)),
             ready=tuple(self._ready(short.ready)),
             blocks=(),
-            kept={},
+            kept=Kept(),
         )
 
     def _link(self, link: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.predict.condensed import Condensed, condense
+from shardwise.predict.kept import Kept
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.profile import Link, Parameter, Pass, Profile, Value
 from shardwise.predict.profiling import Profiles
@@ -49,10 +50,11 @@ def between(first: P, second: P, at: float, repeats_at: float | None = None) -> 
     """
     try:
         line = _Line(at, at if repeats_at is None else repeats_at)
-        found = line.of(replace(first, kept={}), replace(second, kept={}, **_same(first)))
+        nothing = Kept()  # the same of both: it is not to be drawn through
+        found = line.of(replace(first, kept=nothing), replace(second, kept=nothing, **_same(first)))
     except _Unlike:
         return None
-    return replace(found, kept={})
+    return replace(found, kept=Kept())
 
 
 def _same(profile: Profile | Condensed) -> dict[str, Any]:
@@ -198,7 +200,7 @@ class ScaledProfiles:
             if _split(strategy):
                 alone = alone.with_(pp=2, schedule="zero-bubble")
             self._corners[key] = replace(
-                self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, kept={}
+                self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, kept=Kept()
             )
         return self._corners[key]
 

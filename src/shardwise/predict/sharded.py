@@ -45,11 +45,7 @@ def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: i
     keeps = keeps_gradients(strategy)
     gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
     key = ("complete", stage.first, stage.end, tuple((block.first, block.end) for block in blocks), module)
-    if key not in profile.kept:
-        profile.kept[key] = _complete(profile, stage, module=module)
-    complete = profile.kept[key]
-    assert isinstance(complete, tuple)
-    of_root, of_blocks = complete
+    of_root, of_blocks = profile.kept.once(key, lambda: _complete(profile, stage, module=module))
     found = []
     done_root = done_block = 0
     last = len(blocks)

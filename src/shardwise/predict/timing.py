@@ -283,11 +283,7 @@ def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device
         device: of the cluster; the slowest if left out, which all others wait for.
     """
     seconds = Seconds.on(cluster, strategy, profile.tp, profile.precision, device)
-    if seconds.key not in profile.kept:
-        profile.kept[seconds.key] = _timed(profile, seconds)
-    found = profile.kept[seconds.key]
-    assert isinstance(found, Timed)
-    return found
+    return profile.kept.once(seconds.key, lambda: _timed(profile, seconds))
 
 
 def _timed(profile: Profile, seconds: Seconds) -> Timed:

@@ -17,10 +17,12 @@ from shardwise.parallel.planning import cuts_blocks
 from shardwise.plan.document import front_rows, plan_document
 from shardwise.plan.explain import explanation
 from shardwise.plan.file import PlanFile, read_plan, write_plan
+from shardwise.plan.finalists import FINALISTS
 from shardwise.plan.front import front
 from shardwise.plan.judge import judge
 from shardwise.plan.scaling import Point, cheapest, counts, dollars, scaling, smallest_that_fits, worth
-from shardwise.plan.search import FINALISTS, Searched, room
+from shardwise.plan.search import Searched
+from shardwise.plan.task import room
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import costs_of
 from shardwise.predict.scaled import ScaledProfiles

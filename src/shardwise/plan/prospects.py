@@ -1,0 +1,189 @@
+"""Families of strategies and their members, each with what it costs at least: what a search has to look at.
+
+A strategy that does not fit as it is may do so with something computed again; that is found here, too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from shardwise.errors import StrategyError, WorkloadError
+from shardwise.plan.bounds import family_seconds, least_seconds, staged_seconds
+from shardwise.plan.bounds_memory import least_memory
+from shardwise.plan.lost import Lost
+from shardwise.plan.partly import fewest, may_be
+from shardwise.plan.space import divisors, families, members, spellings
+from shardwise.plan.task import Task
+from shardwise.predict.condensed import Condensed
+from shardwise.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Strategies that differ in how replicas keep parameters.
+
+    Attributes:
+        bound: least value of the objective of all of them.
+        strategy: that names them, with all replicas as `dp`.
+        count: how many they are.
+    """
+
+    bound: float
+    strategy: Strategy
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prospects:
+    """See the module.
+
+    Attributes:
+        task: what is searched for.
+        lost: where what cannot be or cannot fit is noted.
+    """
+
+    task: Task
+    lost: Lost
+
+    def families(self) -> list[Family]:
+        """Those that the model allows and that may fit, with their bounds."""
+        links, tensor = self._cut(), [1]
+        if links > 1:
+            degrees = self.task.scaled.traced.tensor_degrees()
+            for tp in divisors(self.task.workers)[1:]:
+                refusal = degrees.refusal(tp)
+                if refusal is None:
+                    tensor.append(tp)
+                else:
+                    self.lost.impossible(Strategy(tp=tp), refusal)
+        found: list[Family] = []
+        known: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+        for family in families(self.task.workers, self.task.workload.batch_size, self.task.wish, tensor, links):
+            key = family.dp, family.pp, family.tp
+            if key not in known:
+                known[key] = spellings(family, self.task.wish, self.task.spans)
+            spelled = known[key]
+            if not spelled:
+                continue
+            try:
+                profile = self.task.scaled.condensed(_whole(family))
+            except (StrategyError, WorkloadError) as error:
+                self.lost.impossible(family, str(error), len(spelled))
+                continue
+            smallest = family.with_(**spelled[0])  # the most sharded one
+            size = least_memory(profile, smallest)
+            if size > self.task.room and not self._may_be_smaller(profile, smallest):
+                self.lost.cannot_fit(smallest, size, len(spelled))
+                continue
+            bound = size if self.task.least_memory else family_seconds(profile, family, self.task.cluster)
+            found.append(Family(bound, family, len(spelled)))
+        return found
+
+    def closer(self, family: Family) -> float:
+        """A higher bound of a family, where there is one; infinite where none of it fits."""
+        if self.task.least_memory:
+            return family.bound
+        strategy, whole = family.strategy, _whole(family.strategy)
+        smallest = strategy.with_(**spellings(strategy, self.task.wish, self.task.spans)[0])
+        condensed = self.task.scaled.condensed(whole)
+        try:
+            size = least_memory(condensed, smallest)
+            if size > self.task.room:  # the one that needs least of them all, with as many blocks as must be
+                partly = fewest(self.task.scaled.of(whole), condensed, smallest, self.task.cluster, self.task.room)
+                selective = self._may_be_selective(condensed, smallest)
+                if partly is None and not selective:
+                    self.lost.cannot_fit(smallest, size, family.count)
+                    return math.inf
+                if partly is not None and not selective:
+                    strategy = strategy.with_(recompute=partly.recompute)
+            if strategy.pp == 1 and not strategy.recomputes:
+                return family.bound
+            return max(family.bound, staged_seconds(self.task.scaled.of(whole), strategy, self.task.cluster))
+        except (StrategyError, WorkloadError):
+            return family.bound  # its members tell why
+
+    def members(self, family: Strategy) -> list[tuple[float, Strategy]]:
+        """(least value of the objective, strategy) of those of a family that may fit."""
+        every = list(members(family, self.task.wish, self.task.spans))
+        profile = self.task.scaled.condensed(_whole(family))
+        sizes = [least_memory(profile, strategy) for strategy in every]
+        fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.task.room]
+        if self.task.least_memory:
+            found = fitting
+        else:
+            found = [(least_seconds(profile, strategy, self.task.cluster), strategy) for _, strategy in fitting]
+        if len(fitting) < len(every):
+            least = min(size for size in sizes if size > self.task.room)
+            self.lost.cannot_fit(every[sizes.index(least)], least, len(every) - len(fitting))
+            for strategy, size in zip(every, sizes, strict=True):
+                found += self.smaller(strategy) if size > self.task.room else []
+        return found
+
+    def smaller(self, strategy: Strategy) -> list[tuple[float, Strategy]]:
+        """(bound, strategy) with something computed again, for one that does not fit as it is."""
+        return [entry for entry in (self._selective(strategy), self._partly(strategy)) if entry is not None]
+
+    def _selective(self, strategy: Strategy) -> tuple[float, Strategy] | None:
+        """(bound, strategy) with all computed again that are no results of products."""
+        condensed = self.task.scaled.condensed(_whole(family_of(strategy)))
+        if not self._may_be_selective(condensed, strategy):
+            return None
+        selective = strategy.with_(recompute="selective")
+        return least_seconds(condensed, selective, self.task.cluster), selective
+
+    def _partly(self, strategy: Strategy) -> tuple[float, Strategy] | None:
+        """(bound, strategy) with some blocks computed again."""
+        try:
+            whole = _whole(family_of(strategy))
+            condensed = self.task.scaled.condensed(whole)
+            if not self._may_be_partly(condensed, strategy):
+                return None
+            profile = self.task.scaled.of(whole)
+            partly = fewest(profile, condensed, strategy, self.task.cluster, self.task.room)
+            if partly is None:
+                return None
+            staged = staged_seconds(profile, family_of(partly), self.task.cluster)
+        except (StrategyError, WorkloadError):
+            return None
+        return max(staged, least_seconds(condensed, strategy, self.task.cluster)), partly
+
+    def _may_be_smaller(self, profile: Condensed, strategy: Strategy) -> bool:
+        """Whether a strategy that does not fit may, with something computed again."""
+        return self._may_be_selective(profile, strategy) or self._may_be_partly(profile, strategy)
+
+    def _may_be_selective(self, profile: Condensed, strategy: Strategy) -> bool:
+        """Whether it may with all computed again that are no results of products."""
+        return self._may_be(profile, strategy, "selective")
+
+    def _may_be_partly(self, profile: Condensed, strategy: Strategy) -> bool:
+        """Whether it may with some of its blocks computed again."""
+        return may_be(profile, strategy) and self._may_be(profile, strategy, "full")
+
+    def _may_be(self, profile: Condensed, strategy: Strategy, recompute: str) -> bool:
+        if strategy.recomputes or self.task.least_memory:
+            return False
+        if not (self.task.wish.allows("recompute", "none") and self.task.wish.allows("recompute", recompute)):
+            return False
+        return least_memory(profile, strategy.with_(recompute=recompute)) <= self.task.room
+
+    def _cut(self) -> int:
+        """Pieces that the step can be cut into; 1 where it cannot be traced, and the reason noted."""
+        profile = self.task.scaled.one()
+        if not profile.cut:
+            reason = f"cannot be traced ({'; '.join(profile.notes)}), so that tp and pp are not possible"
+            self.lost.impossible(Strategy(tp=2), reason)
+            self.lost.impossible(Strategy(pp=2), reason)
+            return 1
+        return len(profile.links)
+
+
+def family_of(strategy: Strategy) -> Strategy:
+    """The strategy that names the family of one."""
+    return strategy.with_(dp=strategy.replicas, fsdp=1, zero=3, outermost="dp", offload=0)
+
+
+def _whole(family: Strategy) -> Strategy:
+    """With weights' gradients not put off: bounds of both are the same, and one profile less is needed."""
+    return family.with_(schedule="1f1b") if family.schedule == "zero-bubble" else family
