@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,8 +20,14 @@ from torch.utils.data import Subset
 from shardwise.parallel import planning, staged
 from shardwise.parallel.deferred import WeightGradients
 from shardwise.parallel.holding import Holding
+from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.messages import measured_links
 from shardwise.parallel.pipeline import Pipeline
+from shardwise.parallel.planning import Cuts
+from shardwise.parallel.program import Program
 from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT
+from shardwise.parallel.staged import GraphEngine
+from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
 ALL = {**WORKLOADS, **ODDITIES}
@@ -92,6 +98,46 @@ def test_small_last_batches(workers: Pools, name: str, samples: int, strategy: s
 @pytest.mark.parametrize("seed", range(12))
 def test_random_models(workers: Pools, seed: int) -> None:
     check(workers, partial(random_workload, seed), f"pp=2,schedule={SCHEDULES[1 + seed % 2 * 2]}")
+
+
+# ---- where to cut ---------------------------------------------------------------------------------------------------
+
+
+def links_of(strategy: str) -> list[float]:
+    return measured_links(Mesh.build(Strategy.parse(strategy)))
+
+
+@pytest.mark.parametrize(
+    ("count", "strategy", "hops"),
+    [
+        (2, "dp=2", 0),
+        (2, "pp=2", 1),
+        (2, "pp=2,schedule=interleaved", 2),
+        (4, "dp=2,pp=2,outermost=pp", 1),
+        (4, "pp=4,schedule=interleaved", 4),
+    ],
+)
+def test_all_workers_know_the_same_links(workers: Pools, count: int, strategy: str, hops: int) -> None:
+    found = workers(count, links_of, strategy)
+    assert all(each == found[0] for each in found)
+    assert len(found[0]) == hops
+    assert all(0 <= seconds < 1e-5 for seconds in found[0])
+
+
+def cuts_over(slowest: float, factory: Callable[[], Workload]) -> tuple[Cuts, list[float]]:
+    """The cuts of two stages whose link takes so many seconds for a byte, and the bytes to send at each place."""
+    links = mock.patch.object(planning, "measured_links", return_value=[slowest])
+    agreed = mock.patch.object(planning, "_of_worker_0", wraps=planning._of_worker_0)
+    with even_costs(), links, agreed as exchanged:
+        engine = Program.build(factory(), Strategy.parse("pp=2")).engine
+        assert isinstance(engine, GraphEngine)
+        return engine.division.cuts, [place.bytes for place in exchanged.call_args.args[1]]
+
+
+def test_a_slow_link_is_cut_where_least_crosses_it(workers: Pools) -> None:
+    (fast, messages), _ = workers(2, cuts_over, 0.0, WORKLOADS["unet"])
+    (slow, _), _ = workers(2, cuts_over, 1.0, WORKLOADS["unet"])
+    assert messages[slow[1][0] - 1] == min(messages) < messages[fast[1][0] - 1]
 
 
 # ---- broken on purpose ----------------------------------------------------------------------------------------------

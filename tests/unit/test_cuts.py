@@ -121,6 +121,23 @@ def test_balanced_is_the_best(seed: int) -> None:
         assert worst(tuple(found)) == min(worst(each) for each in combinations(range(1, count), parts - 1))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_balanced_with_slow_links_is_the_best(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    count, parts = 7, 2 + seed % 4
+    costs = torch.randint(1, 20, (count,), generator=draw).tolist()
+    sends = torch.randint(0, 5, (count - 1,), generator=draw).tolist()
+    slower = torch.randint(1, 9, (parts - 1,), generator=draw).tolist()
+
+    def worst(starts: tuple[int, ...]) -> float:
+        bounds = pairwise([0, *starts, count])
+        arrives = [0, *(sends[start - 1] * factor for start, factor in zip(starts, slower, strict=True))]
+        return max(sum(costs[a:b]) + more for (a, b), more in zip(bounds, arrives, strict=True))
+
+    found = balanced(costs, sends, parts, slower=slower)
+    assert worst(tuple(found)) == min(worst(each) for each in combinations(range(1, count), parts - 1))
+
+
 def test_sections_compute_what_the_module_computes() -> None:
     torch.manual_seed(0)
     model = Skip()

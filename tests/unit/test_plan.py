@@ -17,6 +17,7 @@ from shardwise.plan.bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.plan.bounds_memory import least_memory
 from shardwise.plan.explain import explanation, with_bandwidth
 from shardwise.plan.file import PlanFile, read_plan, write_plan
+from shardwise.plan.prospects import family_of
 from shardwise.plan.scaling import Point, counts, enlarged, worth
 from shardwise.plan.search import Searched, search
 from shardwise.plan.wish import Wish
@@ -66,10 +67,13 @@ def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluste
         assert least_memory(profile, strategy) <= prediction.memory.total, strategy
 
 
-def test_bounds_hold_for_deep_pipelines_too() -> None:
-    """Stages of a few layers each, many microbatches, sharded replicas: a sample of all there are."""
+@pytest.mark.parametrize("slower", [1, 1000])
+def test_bounds_hold_for_deep_pipelines_too(slower: float) -> None:
+    """Stages of a few layers each, many microbatches, sharded replicas: a sample of all there are; and slow links."""
     workload = load_workload("gpt:layers=24,hidden=512,heads=8,vocabulary=512,sequence=128,batch_size=64")
-    profiles, cluster = ScaledProfiles(Profiles(workload)), find_cluster("h100x32")
+    profiles, fast = ScaledProfiles(Profiles(workload)), find_cluster("h100x32")
+    between = (replace(level, bandwidth=level.bandwidth / slower) for level in fast.levels[1:])
+    cluster = replace(fast, levels=(fast.levels[0], *between))
     chosen = random.Random(1).sample(everything(workload, 32, Wish(), len(profiles.one().links)), 250)
     checked = 0
     for strategy in chosen:
@@ -83,6 +87,7 @@ def test_bounds_hold_for_deep_pipelines_too() -> None:
         assert least_seconds(condensed, strategy, cluster) <= seconds, strategy
         if strategy.pp > 1:
             assert staged_seconds(profile, strategy, cluster) <= seconds, strategy
+            assert staged_seconds(profile, family_of(strategy), cluster) <= seconds, strategy
         checked += 1
     assert checked > 100
 

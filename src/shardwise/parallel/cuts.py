@@ -147,7 +147,13 @@ def _crossing(local: LocalGraph, sequence: list[fx.Node]) -> list[tuple[int, int
     return crossing
 
 
-def balanced(costs: Sequence[float], sends: Sequence[float], parts: int, speeds: Sequence[float] = ()) -> list[int]:
+def balanced(
+    costs: Sequence[float],
+    sends: Sequence[float],
+    parts: int,
+    speeds: Sequence[float] = (),
+    slower: Sequence[float] = (),
+) -> list[int]:
     """Cuts a chain into consecutive parts such that the most expensive part is as cheap as can be.
 
     Dynamic programming over (parts, end), of parts that cost no more than those of some way to cut. Of equally good
@@ -158,6 +164,7 @@ def balanced(costs: Sequence[float], sends: Sequence[float], parts: int, speeds:
         sends: what it costs to begin a part at each link but the first (what arrives there), in the same unit.
         parts: their number.
         speeds: of who computes each part; a part costs so many times less. None: all are as fast.
+        slower: how many times as much it costs to begin each part but the first. None: as `sends` says.
 
     Returns:
         the first link of each part but the first.
@@ -172,17 +179,18 @@ def balanced(costs: Sequence[float], sends: Sequence[float], parts: int, speeds:
         return []
     until = np.array(list(accumulate(costs, initial=0.0)))
     entry = np.array([0.0, *sends, 0.0])
-    speeds = speeds or [1.0] * parts
-    starts, own = _parts_up_to(until, entry, _even(until, entry, parts) * max(speeds) / min(speeds))
+    speeds, slower = speeds or [1.0] * parts, [1.0, *(slower or [1.0] * (parts - 1))]
+    starts, own = _parts_up_to(until, _even(until, entry, parts, slower) * max(speeds) / min(speeds))
     lines = np.arange(count + 1)
     worst, sent = until / speeds[0], np.zeros(count + 1)
     choices: list[list[int]] = []
     for part in range(1, parts):
-        cost = np.where(starts >= part, np.maximum(worst[starts], own / speeds[part]), np.inf)
+        arrives = entry * slower[part]
+        cost = np.where(starts >= part, np.maximum(worst[starts], (own + arrives[starts]) / speeds[part]), np.inf)
         least = cost.min(axis=1)
-        total = np.where(cost == least[:, None], (sent + entry)[starts], np.inf)
+        total = np.where(cost == least[:, None], (sent + arrives)[starts], np.inf)
         choice = starts[lines, total.argmin(axis=1)]
-        worst, sent = least, (sent + entry)[choice]
+        worst, sent = least, (sent + arrives)[choice]
         choices.append(choice.tolist())
     cuts: list[int] = []
     end = count
@@ -192,7 +200,7 @@ def balanced(costs: Sequence[float], sends: Sequence[float], parts: int, speeds:
     return cuts[::-1]
 
 
-def _even(until: Floats, entry: Floats, parts: int) -> float:
+def _even(until: Floats, entry: Floats, parts: int, slower: Sequence[float]) -> float:
     """What the most expensive part costs where all take about as many links or as much as each other."""
     count = len(until) - 1
     shares = np.arange(1, parts) / parts
@@ -200,11 +208,12 @@ def _even(until: Floats, entry: Floats, parts: int) -> float:
     fitting = np.clip(by_cost, np.arange(1, parts), count - parts + np.arange(1, parts))
     fitting = np.maximum.accumulate(fitting - np.arange(parts - 1)) + np.arange(parts - 1)
     bounds = np.concatenate(([0], fitting, [count]))
-    return float((np.diff(until[bounds]) + entry[bounds[:-1]]).max())
+    return float((np.diff(until[bounds]) + entry[bounds[:-1]] * np.array(slower)).max())
 
 
-def _parts_up_to(until: Floats, entry: Floats, most: float) -> tuple[Integers, Floats]:
-    """(start, cost) of the parts that end before each link and cost no more than `most`: a row for each end.
+def _parts_up_to(until: Floats, most: float) -> tuple[Integers, Floats]:
+    """(start, cost without what arrives) of the parts that end before each link and cost no more than `most`: a row
+    for each end.
 
     Rows are filled up with a first column of starts that cost infinitely much.
     """
@@ -216,7 +225,7 @@ def _parts_up_to(until: Floats, entry: Floats, most: float) -> tuple[Integers, F
     starts = ends[:, None] - np.arange(width, 0, -1)[None, :]
     fits = starts >= 0
     starts = np.maximum(starts, 0)
-    own = until[:, None] - until[starts] + entry[starts]
+    own = until[:, None] - until[starts]
     return starts, np.where(fits & (own <= slack), own, np.inf)
 
 

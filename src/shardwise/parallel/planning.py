@@ -22,13 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from shardwise.errors import StrategyError
 from shardwise.parallel.cuts import Place, Use, balanced, calls, common, places, uses
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.messages import measured_links, much_slower
 from shardwise.parallel.partitioner import LocalGraph
 from shardwise.strategy import Strategy
 from shardwise.workload.graph import StepGraph, batch_leaves
 
 BYTES_PER_SECOND = {"cpu": 1e9, "gpu": 2.5e10}
 """Assumed of a message between stages, only to choose between cuts: gloo between processes reaches about the one, an
-adapter of 200 Gb/s the other."""
+adapter of 200 Gb/s the other. Links that are much slower have factors (`messages.much_slower`)."""
 
 FLOPS_PER_SECOND, MEMORY_BYTES_PER_SECOND = 1e11, 1e10
 """Assumed of a worker where nothing can be measured: only their ratio has a say in where to cut."""
@@ -94,7 +95,8 @@ def divide(
     seconds, messages = _of_worker_0(_seconds(step, tensors, data, parameters, mesh), found, mesh)
     costs = _links(step, found, seconds, parameters)
     device = "cpu" if mesh.device.type == "cpu" else "gpu"
-    parts = divided(costs, messages, stages, device, speeds=strategy.stage_speeds, in_blocks=in_blocks)
+    slower = much_slower(measured_links(mesh), BYTES_PER_SECOND[device])
+    parts = divided(costs, messages, stages, device, speeds=strategy.stage_speeds, slower=slower, in_blocks=in_blocks)
     return _division(tuple(map(tuple, parts)), found)
 
 
@@ -120,6 +122,7 @@ def divided(
     device: str,
     *,
     speeds: Sequence[int] = (),
+    slower: Sequence[float] = (),
     in_blocks: bool,
 ) -> list[list[int]]:
     """The links at which the blocks of each stage begin.
@@ -132,18 +135,26 @@ def divided(
         stages: their number.
         device: kind of device that sends them, `cpu` or `gpu`.
         speeds: of the worker of each stage; none: all are as fast.
+        slower: how many times slower than assumed messages are from each worker to the next; none: they are not.
         in_blocks: whether stages are cut into blocks.
     """
-    return blocks_from(costs, messages, stage_starts(costs, messages, stages, device, speeds), in_blocks=in_blocks)
+    starts = stage_starts(costs, messages, stages, device, speeds, slower)
+    return blocks_from(costs, messages, starts, in_blocks=in_blocks)
 
 
 def stage_starts(
-    costs: Sequence[float], messages: Sequence[float], stages: int, device: str, speeds: Sequence[int] = ()
+    costs: Sequence[float],
+    messages: Sequence[float],
+    stages: int,
+    device: str,
+    speeds: Sequence[int] = (),
+    slower: Sequence[float] = (),
 ) -> list[int]:
     """The first link of each stage; see `divided`."""
     least = min(messages, default=0)
     sends = [(size - least) / BYTES_PER_SECOND[device] for size in messages]
-    return [0, *balanced(costs, sends, stages, speeds)]
+    of_stages = [slower[stage % len(slower)] for stage in range(stages - 1)] if slower else []
+    return [0, *balanced(costs, sends, stages, speeds, of_stages)]
 
 
 def blocks_from(

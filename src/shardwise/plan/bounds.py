@@ -25,13 +25,14 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.plan.bounds_memory import even, owners
 from shardwise.predict.condensed import Condensed, Times, times_of
+from shardwise.predict.hops import slower_hops
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds
 from shardwise.predict.parts import cuts_of, group_of, recomputed_links
 from shardwise.predict.pipelines import StageTime, alone
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import Timed, timed
-from shardwise.strategy import Strategy
+from shardwise.strategy import OUTERMOST, Strategy
 
 INPUTS = 0.4
 """Of a backward pass, the least that gradients of inputs take; half where both are products of one size."""
@@ -67,8 +68,12 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
 
     Slower to know than `family_seconds`, and closer: stages are not equal. Whatever the schedule, a worker computes all
     its stages for each microbatch, after the stages before its first one and before them on the way back; and one
-    microbatch goes through all stages.
+    microbatch goes through all stages. Nothing is known where links are slow: then they have a say in where stages are
+    cut, and a family's strategies send over different ones.
     """
+    words = OUTERMOST if strategy.pp > 1 and strategy.replicas > 1 else (strategy.outermost,)
+    if any(slower_hops(profile, strategy.with_(outermost=word), cluster) for word in words):
+        return 0.0
     stages = _stages(profile, strategy, cluster)
     around, best = 0.0, alone(stages)
     for place, stage in enumerate(stages[: strategy.pp]):

@@ -11,6 +11,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.plan.bounds_memory import least_memory
 from shardwise.predict.condensed import Condensed
 from shardwise.predict.costs import costs_of
+from shardwise.predict.hops import slower_hops
 from shardwise.predict.parts import cuts_of, stage_blocks
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import timed
@@ -79,15 +80,16 @@ def _saved(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[int]:
     """
     times = timed(profile, cluster, strategy)
     module = strategy.tp == strategy.pp == 1
-    key = ("partly", id(times), module, strategy.pp, strategy.stages_per_worker)
-    return profile.kept.once(key, lambda: _saved_of(profile, strategy, times.forward.each), times)
+    slower = slower_hops(profile, strategy, cluster)
+    key = ("partly", id(times), module, strategy.pp, strategy.stages_per_worker, slower)
+    return profile.kept.once(key, lambda: _saved_of(profile, strategy, times.forward.each, slower), times)
 
 
-def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...]) -> list[int]:
+def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], slower: tuple[float, ...]) -> list[int]:
     if not profile.cut:
         return []
     saved = profile.saved
-    cuts = cuts_of(profile, strategy.with_(recompute="full"), costs)
+    cuts = cuts_of(profile, strategy.with_(recompute="full"), costs, slower)
     ends = [*(starts[0] for starts in cuts[1:]), len(profile.links)]
     stages = [
         [saved[last] - saved[first] for first, last in stage_blocks(profile, strategy, starts, end)]

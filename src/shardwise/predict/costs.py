@@ -19,6 +19,7 @@ from shardwise.collective import Collective, Group
 from shardwise.errors import StrategyError
 from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 from shardwise.predict.alike import alike
+from shardwise.predict.hops import slower_hops, workers_at_once
 from shardwise.predict.issuing import Sync
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds, origins
@@ -84,7 +85,7 @@ def costs_of(
             f"profile it for a {times.device.kind}"
         )
     check_host(strategy, cluster, times.device)
-    parts = parts_of(profile, strategy, times.forward.each)
+    parts = parts_of(profile, strategy, times.forward.each, slower_hops(profile, strategy, cluster))
     if offloads(strategy, times.device):
         for worker in parts.workers:
             check_room(worker, profile.update.state_bytes, times.device)
@@ -427,18 +428,13 @@ class Costs:
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def message(self, source: int, target: int, sizes: Iterable[int]) -> float:
-        """Seconds of messages between two stages, one after the other; nothing where both are on one worker.
-
-        Within a node all neighbours of a pipeline send at the same time. Of those only some are in different nodes:
-        what crosses from one node to another are the messages of these two stages, one for each copy of the pipeline.
-        """
+        """Seconds of messages between two stages, one after the other; nothing where both are on one worker."""
         strategy = self.strategy
         source, target = source % strategy.pp, target % strategy.pp
         if source == target:
             return 0.0
         group = message_group(strategy, source, target)
-        crosses = len({rank // self.cluster.node_size for rank in group.ranks}) > 1
-        workers = 2 * strategy.replicas * strategy.tp if crosses else 0
+        workers = workers_at_once(strategy, self.cluster, group)
         return sum(self.collective("send", size, group, workers) for size in sizes)
 
     @cached_property

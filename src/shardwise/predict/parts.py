@@ -177,7 +177,7 @@ def replica_axis(strategy: Strategy) -> str:
     return "dp" if strategy.dp > 1 else "fsdp"
 
 
-def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> Parts:
+def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...] = ()) -> Parts:
     """Divides a profile over the workers of a strategy (its number of microbatches settled).
 
     Args:
@@ -185,16 +185,17 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> Pa
         strategy: how to divide.
         costs: seconds of the forward pass of each link, by which stages are balanced; the same object where they are
             the same, for what is found is kept.
+        slower: how many times slower than assumed messages are between neighbours, see `planning.divided`.
 
     Raises:
         StrategyError: there are more stages than links; a tied parameter that fsdp cannot shard.
     """
     if strategy.pp > 1:
         check_stages(strategy, len(profile.links) - 1)
-    key = ("parts", id(costs), _traits(strategy))
+    key = ("parts", id(costs), _traits(strategy), slower)
 
     def divide() -> tuple[tuple[Worker, ...], tuple[tuple[int, ...], ...]]:
-        cuts = cuts_of(profile, strategy, costs)
+        cuts = cuts_of(profile, strategy, costs, slower)
         return tuple(_workers(profile, strategy, cuts, module=strategy.tp == strategy.pp == 1)), cuts
 
     return Parts(strategy, *profile.kept.once(key, divide, costs))
@@ -217,20 +218,24 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
     )
 
 
-def cuts_of(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> tuple[tuple[int, ...], ...]:
-    """Links at which the blocks of each stage begin; `costs` as in `parts_of`."""
+def cuts_of(
+    profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...] = ()
+) -> tuple[tuple[int, ...], ...]:
+    """Links at which the blocks of each stage begin; `costs` and `slower` as in `parts_of`."""
     if strategy.tp == strategy.pp == 1:
         return (tuple(_module_cuts(profile, strategy)),)
-    key = "cuts", id(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds
-    return profile.kept.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs))), costs)
+    key = "cuts", id(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds, slower
+    return profile.kept.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs, slower))), costs)
 
 
-def _graph_cuts(profile: Profile, strategy: Strategy, costs: Sequence[float]) -> list[list[int]]:
+def _graph_cuts(
+    profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...]
+) -> list[list[int]]:
     """As `planning.divided` cuts; where the stages begin is kept, with and without blocks."""
     stages, messages = strategy.pp * strategy.stages_per_worker, [link.message for link in profile.links[1:]]
-    key = "stages", id(costs), stages, strategy.speeds
+    key = "stages", id(costs), stages, strategy.speeds, slower
     starts = profile.kept.once(
-        key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds), costs
+        key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds, slower), costs
     )
     return blocks_from(costs, messages, starts, in_blocks=cuts_blocks(strategy))
 
