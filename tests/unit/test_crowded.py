@@ -38,6 +38,8 @@ def cluster(local: int, hosts: int) -> Cluster:
         ("pp=4,microbatches=1", 4, 1, 2),  # one after the other, and a core is left
         ("pp=4,microbatches=4,schedule=interleaved", 4, 1, 2 * 17 / 11),
         ("dp=2,pp=2,microbatches=3", 4, 1, 2 * 6 / 4),
+        ("dp=2,pp=2,microbatches=1", 4, 1, 2),
+        ("dp=2,pp=2,microbatches=1,schedule=zero-bubble", 4, 1, 2 * 6 / 4),  # weights beside the other's gradients
         ("dp=4,pp=2,microbatches=1", 4, 2, 2),
         ("dp=4,pp=2,microbatches=1,outermost=pp", 4, 2, 4),  # a host has workers of one stage
         ("tp=4,pp=2,microbatches=1", 4, 2, 4),

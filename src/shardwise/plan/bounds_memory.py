@@ -26,7 +26,7 @@ def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = N
     """
     workers, stages, count = strategy.pp, strategy.pp * strategy.stages_per_worker, strategy.microbatches
     slices = strategy.fsdp if strategy.splits_parameters else 1
-    stays = profile.parameters / slices + profile.elements * profile.update.state_bytes / owners(strategy)
+    stays = _stays(profile, strategy)
     updating = (stays + profile.gradients / slices) / workers
     if strategy.offload:  # on the host, but for what cannot be split
         stays = updating = 0.0
@@ -37,6 +37,24 @@ def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = N
     first = _kept(profile, strategy, saved, count) + (profile.gradients if buckets else 0)
     later = _gradients(profile, strategy, slices) + _kept(profile, strategy, saved, count - (workers > 1))
     return max(updating, stays + first, stays + later if count > 1 else 0.0, profile.largest)
+
+
+def most_of_the_model(profile: Condensed, strategy: Strategy, room: int) -> list[float]:
+    """The largest part of the model that each worker of a pipeline of one stage each has room for, at most.
+
+    1f1b keeps a microbatch less on each further worker, which therefore may have more layers.
+    """
+    stays, count = _stays(profile, strategy), strategy.microbatches
+    if count > 1 and not strategy.splits_parameters:
+        stays += profile.gradients
+    kept = [count if strategy.schedule == "gpipe" else min(count, strategy.pp - place) for place in range(strategy.pp)]
+    return [room / max(1.0, stays + microbatches * profile.saved) for microbatches in kept]
+
+
+def _stays(profile: Condensed, strategy: Strategy) -> float:
+    """Bytes of the parameters and of the optimizer's state that stay on all workers of a pipeline together."""
+    slices = strategy.fsdp if strategy.splits_parameters else 1
+    return profile.parameters / slices + profile.elements * profile.update.state_bytes / owners(strategy)
 
 
 def _kept(profile: Condensed, strategy: Strategy, saved: float | None, count: int) -> float:

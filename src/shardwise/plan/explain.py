@@ -49,6 +49,7 @@ def explanation(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[str
         _needs(plan, profile_of),
         _chosen(plan.best),
         *_offloaded(plan),
+        *_unequal(plan.best, cluster, profile_of),
         *_data_against_model(plan, pure, profile_of),
         *_runner_up(plan),
         *_changes(plan, pure, cluster, profile_of),
@@ -122,6 +123,19 @@ def _offloaded(plan: Plan) -> list[str]:
             f"{format_bytes(without.prediction.memory.total)} of a device."
         )
     return [found]
+
+
+def _unequal(best: Candidate, cluster: Cluster, profile_of: ProfileOf) -> Iterator[str]:
+    """Why stages are of different size where devices are alike, if they are."""
+    strategy = best.strategy
+    if not strategy.speeds or len({id(nodes.device) for nodes in cluster.nodes}) > 1:
+        return
+    equal = strategy.with_(speeds="")
+    need = predict(profile_of(equal), equal, cluster).memory.total
+    yield (
+        f"With stages as equal as they can be a device would need {format_bytes(need)}: speeds={strategy.speeds} gives "
+        "fewer layers to the workers that keep most."
+    )
 
 
 def _shares(prediction: Prediction) -> list[tuple[str, float]]:

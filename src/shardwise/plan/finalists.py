@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from shardwise.errors import StrategyError
+from shardwise.plan.evened import evened, may_be_evened
 from shardwise.plan.lost import Lost
 from shardwise.plan.partly import enough
 from shardwise.plan.plan import Candidate
@@ -45,14 +46,18 @@ class Finalists:
         return [self._in_few_words(candidate) for candidate in best]
 
     def traced(self, strategy: Strategy) -> Candidate | None:
-        """As predicted from a profile of its own, with as much computed again as it takes; None: it does not fit."""
+        """As predicted from a profile of its own, with as much computed again, or stages as unequal, as it takes; None:
+        it does not fit.
+        """
         profile = self.task.scaled.traced.of(strategy)
         candidate = Candidate(strategy, predict(profile, strategy, self.task.cluster))
         if self.lost.fits(candidate):
             return candidate
-        if not self.task.computed_again_to_fit(strategy):
-            return None
-        more = enough(profile, strategy, self.task.cluster, self.task.room)
+        more = None
+        if self.task.computed_again_to_fit(strategy):
+            more = enough(profile, strategy, self.task.cluster, self.task.room)
+        elif strategy.speeds and may_be_evened(strategy.with_(speeds=""), self.task.cluster):
+            more = evened(profile, strategy.with_(speeds=""), self.task.cluster, self.task.room)
         return None if more is None else Candidate(more, predict(profile, more, self.task.cluster))
 
     def _with_shares(self, judged: list[Candidate]) -> list[Candidate]:

@@ -12,11 +12,12 @@ from typing import Any
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.plan.bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.plan.bounds_memory import least_memory
+from shardwise.plan.evened import least_share, may_be_evened
 from shardwise.plan.lost import Lost
 from shardwise.plan.partly import fewest, may_be
 from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.task import Task
-from shardwise.predict.condensed import Condensed
+from shardwise.predict.condensed import Condensed, times_of
 from shardwise.strategy import Strategy
 
 
@@ -33,6 +34,13 @@ class Family:
     bound: float
     strategy: Strategy
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Uneven:
+    """A strategy that fits with stages of unequal size, if at all."""
+
+    strategy: Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +100,12 @@ class Prospects:
             size = least_memory(condensed, smallest)
             if size > self.task.room:  # the one that needs least of them all, with as many blocks as must be
                 partly = fewest(self.task.scaled.of(whole), condensed, smallest, self.task.cluster, self.task.room)
-                selective = self._may_be_selective(condensed, smallest)
-                if partly is None and not selective:
+                uneven = self._least_share(condensed, smallest) is not None
+                others = uneven or self._may_be_selective(condensed, smallest)
+                if partly is None and not others:
                     self.lost.cannot_fit(smallest, size, family.count)
                     return math.inf
-                if partly is not None and not selective:
+                if partly is not None and not others:
                     strategy = strategy.with_(recompute=partly.recompute)
             if strategy.pp == 1 and not strategy.recomputes:
                 return family.bound
@@ -104,15 +113,14 @@ class Prospects:
         except (StrategyError, WorkloadError):
             return family.bound  # its members tell why
 
-    def members(self, family: Strategy) -> list[tuple[float, Strategy]]:
+    def members(self, family: Strategy) -> list[tuple[float, Strategy | Uneven]]:
         """(least value of the objective, strategy) of those of a family that may fit."""
         every = list(members(family, self.task.wish, self.task.spans))
         profile = self.task.scaled.condensed(_whole(family))
         sizes = [least_memory(profile, strategy) for strategy in every]
         fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.task.room]
-        if self.task.least_memory:
-            found = fitting
-        else:
+        found: list[tuple[float, Strategy | Uneven]] = list(fitting)
+        if not self.task.least_memory:
             found = [(least_seconds(profile, strategy, self.task.cluster), strategy) for _, strategy in fitting]
         if len(fitting) < len(every):
             least = min(size for size in sizes if size > self.task.room)
@@ -121,9 +129,20 @@ class Prospects:
                 found += self.smaller(strategy) if size > self.task.room else []
         return found
 
-    def smaller(self, strategy: Strategy) -> list[tuple[float, Strategy]]:
-        """(bound, strategy) with something computed again, for one that does not fit as it is."""
-        return [entry for entry in (self._selective(strategy), self._partly(strategy)) if entry is not None]
+    def smaller(self, strategy: Strategy) -> list[tuple[float, Strategy | Uneven]]:
+        """(bound, what) with something computed again or with unequal stages, for one that does not fit as it is."""
+        every = self._selective(strategy), self._partly(strategy), self._uneven(strategy)
+        return [entry for entry in every if entry is not None]
+
+    def _uneven(self, strategy: Strategy) -> tuple[float, Uneven] | None:
+        """(bound, what) with stages of unequal size."""
+        condensed = self.task.scaled.condensed(_whole(family_of(strategy)))
+        share = self._least_share(condensed, strategy)
+        if share is None:
+            return None
+        times = times_of(condensed, self.task.cluster, strategy)
+        busy = strategy.microbatches * share * (times.forward + times.backward + times.weights)
+        return max(busy, least_seconds(condensed, strategy, self.task.cluster)), Uneven(strategy)
 
     def _selective(self, strategy: Strategy) -> tuple[float, Strategy] | None:
         """(bound, strategy) with all computed again that are no results of products."""
@@ -150,8 +169,15 @@ class Prospects:
         return max(staged, least_seconds(condensed, strategy, self.task.cluster)), partly
 
     def _may_be_smaller(self, profile: Condensed, strategy: Strategy) -> bool:
-        """Whether a strategy that does not fit may, with something computed again."""
-        return self._may_be_selective(profile, strategy) or self._may_be_partly(profile, strategy)
+        """Whether a strategy that does not fit may, with something computed again or with unequal stages."""
+        again = self._may_be_selective(profile, strategy) or self._may_be_partly(profile, strategy)
+        return again or self._least_share(profile, strategy) is not None
+
+    def _least_share(self, profile: Condensed, strategy: Strategy) -> float | None:
+        """Of the worker that has most of the model, with unequal stages; None: it does not fit with these either."""
+        if self.task.least_memory or not may_be_evened(strategy, self.task.cluster):
+            return None
+        return least_share(profile, strategy, self.task.room)
 
     def _may_be_selective(self, profile: Condensed, strategy: Strategy) -> bool:
         """Whether it may with all computed again that are no results of products."""

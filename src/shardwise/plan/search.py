@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
+from shardwise.plan.evened import evened
 from shardwise.plan.finalists import FINALISTS, Finalists
 from shardwise.plan.lost import Lost
 from shardwise.plan.partly import enough
 from shardwise.plan.plan import Candidate, Plan
-from shardwise.plan.prospects import Family, Prospects, family_of
+from shardwise.plan.prospects import Family, Prospects, Uneven, family_of
 from shardwise.plan.standing import Queue, Standing
 from shardwise.plan.task import Task
 from shardwise.plan.wish import Wish
@@ -120,7 +121,7 @@ class _Search:
     finalists: Finalists = field(init=False)
     found: list[Candidate] = field(default_factory=list)
     looked_at: int = 0
-    queue: Queue[Family | Strategy] = field(default_factory=Queue)
+    queue: Queue[Family | Strategy | Uneven] = field(default_factory=Queue)
     standing: Standing = field(default_factory=lambda: Standing(FINALISTS, NEAR))
 
     def __post_init__(self) -> None:
@@ -171,6 +172,9 @@ class _Search:
             if isinstance(what, Family):
                 self._open(bound, what)
                 continue
+            if isinstance(what, Uneven):
+                self._note(self._evened(what.strategy))
+                continue
             slower = self._seconds_above(what)
             if slower is not None:
                 self.queue.add(max(bound, slower), what)
@@ -179,8 +183,21 @@ class _Search:
             if found is None:
                 self._add_smaller(bound, what)
             else:
-                self.found.append(found)
-                self.standing.add(self.task.value(found.prediction), found.strategy.kind)
+                self._note(found)
+
+    def _note(self, found: Candidate | None) -> None:
+        """Takes what fits among what was found."""
+        if found is not None:
+            self.found.append(found)
+            self.standing.add(self.task.value(found.prediction), found.strategy.kind)
+
+    def _evened(self, strategy: Strategy) -> Candidate | None:
+        """With stages of unequal size, such that they fit."""
+        try:
+            fitting = evened(self.task.scaled.of(strategy), strategy, self.task.cluster, self.task.room)
+        except (StrategyError, WorkloadError):
+            return None  # with equal ones the reason was noted
+        return None if fitting is None or self.task.wish.refusal(fitting) is not None else self._predicted(fitting)
 
     def _open(self, bound: float, family: Family) -> None:
         """Puts the members of a family into the queue, or itself with a higher bound."""
@@ -192,7 +209,7 @@ class _Search:
                 self.queue.add(max(bound, least), strategy)
 
     def _add_smaller(self, bound: float, strategy: Strategy) -> None:
-        """Into the queue, with something computed again, where a strategy does not fit as it is."""
+        """Into the queue, with something computed again or unequal stages, where a strategy does not fit as it is."""
         for least, smaller in self.prospects.smaller(strategy):
             self.queue.add(max(bound, least), smaller)
 
@@ -215,7 +232,8 @@ class _Search:
         """Those that cannot win, by what they compute: replicas in all spellings together."""
         together: dict[Strategy, list[tuple[float, int]]] = {}
         for bound, what in self.queue:
-            family, count = (what.strategy, what.count) if isinstance(what, Family) else (family_of(what), 1)
+            strategy = what if isinstance(what, Strategy) else what.strategy
+            family, count = (strategy, what.count) if isinstance(what, Family) else (family_of(strategy), 1)
             together.setdefault(family, []).append((bound, count))
         for family, entries in together.items():
             least, count = min(bound for bound, _ in entries), sum(count for _, count in entries)

@@ -2,45 +2,31 @@
 
     step = passes of the busiest pipeline worker + bubble + what it waits for others + optimizer + report
 
-Implemented in: `timing` (kernels and exchanges of each link), `parts` (who holds what), `passes` (what is hidden behind
-compute), `work` (the passes of a worker), `pipelines` (bubbles), `memory` (bytes), `issuing` (messages). `timeline`
-plays the same parts as events.
+Implemented in: `timing` (kernels and exchanges of each link), `parts` (who holds what), `stage_costs` (the passes of a
+stage), `passes` (what is hidden behind compute), `work` (the passes of a worker), `pipelines` (bubbles), `memory`
+(bytes), `issuing` (messages). `timeline` plays the same parts as events.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from shardwise.cluster.cluster import Cluster, Device
-from shardwise.collective import Collective, Group
+from shardwise.collective import Group
 from shardwise.errors import StrategyError
-from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
-from shardwise.predict.alike import alike
-from shardwise.predict.hops import slower_hops, workers_at_once
-from shardwise.predict.issuing import Sync
-from shardwise.predict.kernel import Kernel
-from shardwise.predict.kernels import collective_seconds, origins
-from shardwise.predict.memory import memory_of
-from shardwise.predict.network import level_of
-from shardwise.predict.offload import FIELDS, check_host, check_room, fetched, offloads, updated
-from shardwise.predict.parts import (
-    REPORT_BYTES,
-    Gathered,
-    Parts,
-    Stage,
-    Worker,
-    group_of,
-    message_group,
-    parts_of,
-)
-from shardwise.predict.passes import Passed, Piece, bucketed, gathered, slowed
+from shardwise.parallel.schedule import BACKWARD, FORWARD
+from shardwise.predict.hops import slower_hops
+from shardwise.predict.kernels import origins
+from shardwise.predict.memory import memory_at, memory_of
+from shardwise.predict.offload import FIELDS, check_host, check_room, offloads, updated
+from shardwise.predict.parts import REPORT_BYTES, Parts, Worker, group_of, parts_of
 from shardwise.predict.pipelines import Messages, StageTime, pipeline_seconds, played
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile import Profile
-from shardwise.predict.timing import DTYPES, Spent, Timed, timed
+from shardwise.predict.stage_costs import StageCosts
+from shardwise.predict.timing import DTYPES, Timed, timed
 from shardwise.predict.work import Work, table_of, work_of
 from shardwise.strategy import Strategy
 
@@ -95,7 +81,8 @@ def costs_of(
 
     if device is not None:
         return on(device)
-    places = [on(slowest_at(strategy, cluster, place)) for place in range(strategy.pp)] if strategy.speeds else []
+    several = strategy.speeds and len({id(nodes.device) for nodes in cluster.nodes}) > 1
+    places = [on(slowest_at(strategy, cluster, place)) for place in range(strategy.pp)] if several else []
     return Costs(profile, strategy, cluster, times, parts, size, places)
 
 
@@ -154,7 +141,7 @@ class _Step:
     report: float
 
 
-class Costs:
+class Costs(StageCosts):
     """The times of one strategy's parts; see `predict`.
 
     Args:
@@ -172,15 +159,9 @@ class Costs:
         batch_size: int,
         places: Sequence[Costs] = (),
     ) -> None:
+        super().__init__(profile, strategy, cluster, times)
         self._places = tuple(places)
-        self.profile, self.strategy, self.cluster = profile, strategy, cluster
-        self.times, self.parts, self.batch_size = times, parts, batch_size
-        self.blocking = times.device.kind == "cpu"
-        self.overlap = times.device.overlap
-        self._passed: dict[object, Passed] = {}
-        self._moved: dict[tuple[float, float, int], float] = {}
-        self._grouped: dict[tuple[Gathered | None, bool, bool], tuple[float, float, float]] = {}
-        self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
+        self.parts, self.batch_size = parts, batch_size
         self.messages = self._between()
 
     def at(self, worker: Worker) -> Costs:
@@ -201,184 +182,6 @@ class Costs:
     def waits(self, kind: str, stage: int) -> float:
         """Seconds of the messages that a stage waits for before a forward (F), or a backward (B) pass."""
         return sum(seconds for _, seconds in self.messages.get((kind, stage), ()))
-
-    # ---- one collective, one kernel ---------------------------------------------------------------------------------
-
-    def collective(self, operation: str, size: int, group: Group, workers: int = 0) -> float:
-        """Seconds; the same call costs nothing to ask for again. `workers` do the same at the same time; 0: all do."""
-        if group.size <= 1:
-            return 0.0
-        crowd = (workers or self.strategy.workers) if self.cluster.collectives else 0
-        key = ("collective", id(self.cluster), operation, size, group, crowd)
-        collective = Collective(operation, size, group)
-        return self.profile.kept.once(key, lambda: collective_seconds(collective, self.cluster, crowd), self.cluster)
-
-    def moved(self, elements: float, size: float, count: int) -> float:
-        """Seconds of `count` kernels that move `size` bytes of `elements` elements in all."""
-        if count < 1 or elements < 1:
-            return 0.0
-        key = elements, size, count
-        if key not in self._moved:
-            self._moved[key] = self._copied(elements, size, count)
-        return self._moved[key]
-
-    def _copied(self, elements: float, size: float, count: int) -> float:
-        kernel = Kernel("copy", "memory", "float32", 0.0, size / count, (max(1, round(elements / count)),), count=count)
-        return self.times.kernel(kernel)
-
-    # ---- passes -----------------------------------------------------------------------------------------------------
-
-    def spent(self, stage: Stage, kind: str) -> Spent:
-        """What a stage computes of one microbatch; norms over replicas and what is computed again with it."""
-        times = self.times
-        if kind == WEIGHT:
-            return times.weights.between(stage.first, stage.end)
-        forward = kind == FORWARD
-        spent = (times.forward if forward else times.backward).between(stage.first, stage.end)
-        if not forward and kind != INPUT and self.profile.split:
-            spent += times.weights.between(stage.first, stage.end)
-        if not forward:
-            for block in stage.recomputed:
-                spent += times.again(block.first, block.end, products=self.strategy.keeps_products)
-        return spent + Spent(exchanges=self._norms(stage, forward))
-
-    def _norms(self, stage: Stage, forward: bool) -> float:
-        if self.strategy.replicas == 1 or not self.times.normalised:
-            return 0.0
-        group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
-        total = 0.0
-        for link, channels in self.times.normalised:
-            if not stage.first <= link < stage.end:
-                continue
-            gather = self.collective("all_gather", 4 * self.strategy.replicas * (2 * channels + 1), group)
-            if forward:
-                total += gather
-            else:
-                total += self.collective("all_reduce", 8 * channels, group)
-                total += gather if any(block.first <= link < block.end for block in stage.recomputed) else 0.0
-        return total
-
-    def passed(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
-        """One pass of one stage.
-
-        Args:
-            stage: which.
-            kind: F, B, I or W.
-            sync: what `fully_shard` does; None without it.
-            final: whether gradients are complete after it.
-            first: whether gradients are there for the first time; later they are added up.
-        """
-        group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
-        key = alike(self.profile, stage), kind, sync, final, first, self._like(group)
-        if key not in self._passed:
-            self._passed[key] = self._pass(stage, kind, sync, final, first)
-        return self._passed[key]
-
-    def _like(self, group: Group) -> Group:
-        """The group that begins at rank 0, where its collectives take as long as this one's."""
-        begins = replace(group, first=0)
-        levels = self.cluster.levels
-        alike = (
-            not self.cluster.collectives and levels and level_of(begins, self.cluster) == level_of(group, self.cluster)
-        )
-        return begins if alike else group
-
-    def _pass(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
-        spent = self.computed(stage, kind, sync, final=final, first=first)
-        if sync is not None and kind != WEIGHT:
-            pieces, root = self.pieces(stage, kind, sync, spent)
-            total, exposed = gathered(pieces, root, blocking=self.blocking)
-            return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
-        if final and stage.buckets and kind != WEIGHT:
-            total, exposed = bucketed(self.buckets(stage, spent.device), spent.device)
-            return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
-        return Passed(spent)
-
-    def computed(self, stage: Stage, kind: str, sync: Sync | None, *, final: bool, first: bool) -> Spent:
-        """What one pass computes: `spent`, and what is done to gradients and gathered parameters; see `passed`."""
-        spent = self.spent(stage, kind)
-        if self.strategy.tp > 1 or self.strategy.pp > 1:
-            spent += self.times.overhead("stage")
-        if kind not in (FORWARD, INPUT):
-            spent += Spent(kernels=self._gradients(stage, final=final, first=first))
-        if sync is None or kind == WEIGHT:
-            return spent
-        copied = 0.0
-        groups = Counter((block.gathered, sync.blocks) for block in stage.blocks) + Counter([(stage.root, sync.root)])
-        for (group, gathers), count in groups.items():
-            if group is not None:
-                copied += count * self.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
-                copied += count * self.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
-        watched = sum(n for (group, gathers), n in groups.items() if group is not None and (gathers or sync.reduces))
-        return spent + Spent(kernels=copied) + self.times.overhead("sharded", watched)
-
-    def buckets(self, stage: Stage, seconds: float) -> list[tuple[float, float]]:
-        """(when it is complete, how long it takes) of each bucket of a backward pass of `seconds`."""
-        times = self.times
-        group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
-        whole = times.backward.total[stage.end] - times.backward.total[stage.first]
-        stretch = seconds / whole if whole else 1.0
-        end, total = times.backward.total[stage.end], times.backward.total
-        takes = {size: self.collective("all_reduce", size, group) for size in {b.bytes for b in stage.buckets}}
-        return [((end - total[bucket.ready]) * stretch, takes[bucket.bytes]) for bucket in stage.buckets]
-
-    def _gradients(self, stage: Stage, *, final: bool, first: bool) -> float:
-        """What is done to gradients beside computing them: added to those of earlier microbatches, put into buckets."""
-        elements, size, count = self._trained(stage)
-        seconds = 0.0 if first else self.moved(elements, 3 * size, count)
-        if final and stage.buckets and not self.strategy.splits_parameters:
-            copies = 1 if self.strategy.tp == self.strategy.pp == 1 else 2
-            seconds += copies * self.moved(elements, 2 * size, count)
-        return seconds
-
-    def _trained(self, stage: Stage) -> tuple[int, int, int]:
-        """Elements, bytes and number of the parameters of a stage that have a gradient."""
-
-        def count() -> tuple[int, int, int]:
-            own = [self.profile.parameters[index] for index in self.profile.within(stage.first, stage.end)]
-            own = [parameter for parameter in own if parameter.trained]
-            return sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
-
-        return self.profile.kept.once(("trained", stage.first, stage.end), count)
-
-    def pieces(self, stage: Stage, kind: str, sync: Sync, spent: Spent) -> tuple[list[Piece], Piece]:
-        """The parts of a pass between gathers, in the order in which they compute, and what belongs to all of them."""
-        forward = kind == FORWARD
-        sums = self.times.forward if forward else self.times.backward
-        whole = sums.total[stage.end] - sums.total[stage.first]
-        stretch = spent.device / whole if whole else 1.0
-        found: list[Piece] = []
-        at = stage.first
-        for number, block in enumerate(stage.blocks):
-            if block.first > at:
-                found.append(Piece((sums.total[block.first] - sums.total[at]) * stretch))
-            seconds = (sums.total[block.end] - sums.total[max(at, block.first)]) * stretch
-            found.append(Piece(seconds, *self._group(block.gathered, sync.blocks, sync.reduces), f"block {number}"))
-            at = max(at, block.end)
-        if at < stage.end:
-            found.append(Piece((sums.total[stage.end] - sums.total[at]) * stretch))
-        root = Piece(0.0, *self._group(stage.root, sync.root, sync.reduces))
-        return (found if forward else found[::-1]), root
-
-    def _group(self, group: Gathered | None, gathers: bool, reduces: bool) -> tuple[float, float, float]:
-        """Seconds of (gather, scatter, sum over dp)."""
-        key = group, gathers, reduces
-        if key not in self._grouped:
-            self._grouped[key] = (0.0, 0.0, 0.0) if group is None else self._sharing(group, gathers, reduces)
-        return self._grouped[key]
-
-    def _sharing(self, group: Gathered, gathers: bool, reduces: bool) -> tuple[float, float, float]:
-        gather = self.collective("all_gather", group.gather, self._fsdp) + self._fetched(group.gather) if gathers else 0
-        if not reduces or not group.reduce:
-            return gather, 0.0, 0.0
-        mirror = self.collective("all_reduce", group.reduce // self.strategy.fsdp, self._dp)
-        scatter = self.collective("reduce_scatter", group.reduce, self._fsdp) + self._fetched(group.reduce)
-        return gather, scatter, mirror
-
-    def _fetched(self, size: int) -> float:
-        """Seconds in which this worker's slice of so many bytes comes from the host, or goes there."""
-        device = self.times.device
-        return fetched(size / self.strategy.fsdp, device) if offloads(self.strategy, device) else 0.0
 
     # ---- after the passes -------------------------------------------------------------------------------------------
 
@@ -426,16 +229,6 @@ class Costs:
         return seconds
 
     # ---- the step ---------------------------------------------------------------------------------------------------
-
-    def message(self, source: int, target: int, sizes: Iterable[int]) -> float:
-        """Seconds of messages between two stages, one after the other; nothing where both are on one worker."""
-        strategy = self.strategy
-        source, target = source % strategy.pp, target % strategy.pp
-        if source == target:
-            return 0.0
-        group = message_group(strategy, source, target)
-        workers = workers_at_once(strategy, self.cluster, group)
-        return sum(self.collective("send", size, group, workers) for size in sizes)
 
     @cached_property
     def _played(self) -> _Step:
@@ -504,6 +297,10 @@ class Costs:
     def memory(self) -> Memory:
         """Of the device that needs most."""
         return memory_of(self)
+
+    def memory_at(self, worker: Worker) -> Memory:
+        """Of a pipeline worker's device."""
+        return memory_at(self, worker)
 
     @property
     def least_memory(self) -> int:

@@ -40,9 +40,16 @@ def memory_of(costs: Costs, *, ends: bool = False) -> Memory:
     workers = costs.parts.workers
     if ends and len(workers) > 1:
         workers = workers[:: len(workers) - 1]
-    found = [worker_memory(costs, worker) for worker in workers]
-    most = max(found, key=lambda memory: memory.total)
-    return replace(most, process=_process(most, costs.times.device, costs.strategy))
+    return _in_process(max((worker_memory(costs, worker) for worker in workers), key=lambda each: each.total), costs)
+
+
+def memory_at(costs: Costs, worker: Worker) -> Memory:
+    """Of one pipeline worker, with its process."""
+    return _in_process(worker_memory(costs, worker), costs)
+
+
+def _in_process(memory: Memory, costs: Costs) -> Memory:
+    return replace(memory, process=_process(memory, costs.times.device, costs.strategy))
 
 
 def _process(memory: Memory, device: Device, strategy: Strategy) -> int:

@@ -251,6 +251,8 @@ def _busy(workers: int, device: Device, strategy: Strategy) -> float:
         return workers
     places = max(1, min(strategy.pp, workers // strategy.stride("pp")))
     passes = max(strategy.microbatches, 1) * strategy.stages_per_worker
+    if strategy.schedule == "zero-bubble":  # begins and ends with passes of a third, and waits for no more than those
+        passes *= 3
     return device.cores * _dilation(strategy.pp, places, passes, workers / places / device.cores)
 
 

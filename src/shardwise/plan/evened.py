@@ -1,0 +1,193 @@
+"""Pipelines whose stages are cut by what fits, where equal ones do not: the worker that keeps most gets fewer layers.
+
+With x the share of the model that a worker has, k the microbatches that it keeps, S the bytes of the whole model's
+parameters, gradients and optimizer, A the bytes that all of it keeps of a microbatch:
+
+    what fits        x (S + k A) <= room
+    the largest      the least L for which all shares min(x, L) together are the whole model: a step computes m L T
+
+A strategy spells such stages as `speeds`. Related: Sun et al. 2024 (AdaPipe), who cut and recompute together.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from math import gcd
+
+from shardwise.cluster.cluster import Cluster
+from shardwise.plan.bounds_memory import most_of_the_model
+from shardwise.plan.shares import MOST_REPLICAS
+from shardwise.predict.condensed import Condensed
+from shardwise.predict.costs import Costs, costs_of
+from shardwise.predict.hops import slower_hops
+from shardwise.predict.parts import Stage, cuts_of
+from shardwise.predict.prediction import Memory
+from shardwise.predict.profile import Profile
+from shardwise.strategy import Strategy
+
+ROUNDS = 12
+"""Of cutting anew by what the last cut needs."""
+
+HALVINGS = 40
+"""Of the range in which the cost of the most expensive worker is looked for."""
+
+FINE = (20, 100, 1000)
+"""Parts of the largest stage in which the others are told: as few as say where to cut."""
+
+
+def may_be_evened(strategy: Strategy, cluster: Cluster) -> bool:
+    """Whether stages can be made unequal for memory's sake: not where they are unequal for another reason."""
+    alike = len({id(nodes.device) for nodes in cluster.nodes}) == 1
+    plain = strategy.stages_per_worker == 1 and not strategy.speeds and not strategy.recomputes
+    return alike and plain and 1 < strategy.pp <= MOST_REPLICAS
+
+
+def least_share(profile: Condensed, strategy: Strategy, room: int) -> float | None:
+    """Of the model that the worker with most of it has at least; None: it cannot fit, however it is cut."""
+    return level(most_of_the_model(profile, strategy, room))
+
+
+def level(most: Sequence[float]) -> float | None:
+    """The least L for which all min(x, L) add up to 1; None: all x together are less.
+
+    >>> level([0.25, 1.0, 1.0])
+    0.375
+    """
+    left = 1.0
+    for number, share in enumerate(sorted(most)):
+        even = left / (len(most) - number)
+        if share >= even:
+            return even
+        left -= share
+    return None
+
+
+def evened(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) -> Strategy | None:
+    """The strategy with stages that fit, as equal as they can be then; None: there are none, or equal ones fit.
+
+    Cut by what each worker would need in proportion to what it has, and cut anew until that is so.
+    """
+    tried = strategy
+    costs = costs_of(profile, tried, cluster)
+    sums, stored = [0.0, *accumulate(costs.times.forward.each)], _stored(profile)
+    places = _places(profile)
+    aims = [float(room)] * strategy.pp
+    for number in range(ROUNDS):
+        needs = [costs.memory_at(worker) for worker in costs.parts.workers]
+        if all(need.total <= room for need in needs):
+            return tried if tried.speeds else None
+        if number:
+            aims = [aim - max(0, need.total - room) for aim, need in zip(aims, needs, strict=True)]
+        most = [
+            _Limit.of(need, worker.stages[0], stored, profile.saved, aim)
+            for need, worker, aim in zip(needs, costs.parts.workers, aims, strict=True)
+        ]
+        starts = cut(sums, places, most)
+        if starts is None:
+            return None
+        tried = _spelled(profile, strategy, cluster, costs, sums, starts)
+        costs = costs_of(profile, tried, cluster)
+    return None
+
+
+def _stored(profile: Profile) -> list[int]:
+    """Bytes of the parameters of the links before each one, and of all; each counts where it is used first."""
+    sizes = [0] * len(profile.links)
+    for parameter in profile.parameters:
+        sizes[parameter.links[0]] += parameter.bytes
+    return list(accumulate(sizes, initial=0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """What a stage may have: `rest` bytes, `per_stored` of parameters and `per_saved` of activations within `room`."""
+
+    stored: Sequence[int]
+    saved: Sequence[int]
+    per_stored: float
+    per_saved: float
+    rest: int
+    room: float
+
+    @classmethod
+    def of(cls, need: Memory, stage: Stage, stored: Sequence[int], saved: Sequence[int], room: float) -> _Limit:
+        """Of a worker that needs so much with a stage."""
+        first, end = stage.first, stage.end
+        per_stored = (need.parameters + need.gradients + need.optimizer) / max(1, stored[end] - stored[first])
+        per_saved = need.activations / max(1, saved[end] - saved[first])
+        return cls(stored, saved, per_stored, per_saved, need.temporary + need.process, room)
+
+    def allows(self, first: int, end: int) -> bool:
+        """Whether it may have links `first` to `end`."""
+        stored, saved = self.stored[end] - self.stored[first], self.saved[end] - self.saved[first]
+        return self.rest + self.per_stored * stored + self.per_saved * saved <= self.room
+
+
+def _places(profile: Profile) -> list[int]:
+    """Links before which least is to be sent."""
+    least = min(link.message for link in profile.links[1:])
+    return [number for number, link in enumerate(profile.links) if number and link.message <= least]
+
+
+def cut(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit]) -> list[int] | None:
+    """Where stages begin such that each is within its limit, and the most expensive one costs as little as can be.
+
+    Stages are filled from the last one on, which keeps fewest microbatches: the first one gets what is left.
+
+    Args:
+        sums: costs of the links before each one, and of all.
+        places: links where a stage may begin, ascending.
+        limits: of each stage.
+
+    Returns:
+        the first link of each stage; None: there is no such cut.
+    """
+    low, high = sums[-1] / len(limits), sums[-1]
+    best = _filled(sums, places, limits, high)
+    if best is None:
+        return None
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        found = _filled(sums, places, limits, middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, middle
+    return best
+
+
+def _filled(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit], most: float) -> list[int] | None:
+    """Stages that cost no more than `most`, each with as many links as may be."""
+    starts: list[int] = []
+    end, left = len(sums) - 1, len(places)
+
+    def may_have(limit: _Limit, end: int, first: int) -> bool:
+        return sums[end] - sums[first] <= most * (1 + 1e-9) and limit.allows(first, end)
+
+    for number in range(len(limits) - 1, 0, -1):
+        first = bisect_left(places, True, hi=left, key=partial(may_have, limits[number], end))
+        first = max(first, number - 1)  # a place for each stage before it
+        if first >= left:
+            return None
+        starts.append(places[first])
+        end, left = places[first], first
+    return [0, *reversed(starts)] if may_have(limits[0], end, 0) else None
+
+
+def _spelled(
+    profile: Profile, strategy: Strategy, cluster: Cluster, costs: Costs, sums: Sequence[float], starts: Sequence[int]
+) -> Strategy:
+    """With speeds that lead to stages which begin there, or nearly so."""
+    sizes = [sums[end] - sums[first] for first, end in pairwise([*starts, len(sums) - 1])]
+    found = strategy
+    for fine in FINE:
+        numbers = [max(1, round(fine * size / max(sizes))) for size in sizes]
+        found = strategy.with_(speeds=":".join(str(number // gcd(*numbers)) for number in numbers))
+        cuts = cuts_of(profile, found, costs.times.forward.each, slower_hops(profile, found, cluster))
+        if [stage[0] for stage in cuts] == list(starts):
+            break
+    return found

@@ -1,0 +1,60 @@
+"""Seconds of one collective, one message and one kernel that moves bytes, under a strategy on a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shardwise.cluster.cluster import Cluster
+from shardwise.collective import Collective, Group
+from shardwise.predict.hops import workers_at_once
+from shardwise.predict.kernel import Kernel
+from shardwise.predict.kernels import collective_seconds
+from shardwise.predict.parts import message_group
+from shardwise.predict.profile import Profile
+from shardwise.predict.timing import Timed
+from shardwise.strategy import Strategy
+
+
+class Calls:
+    """See the module.
+
+    Args:
+        profile, strategy, cluster: what is predicted.
+        times: of the profile on the cluster's device.
+    """
+
+    def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> None:
+        self.profile, self.strategy, self.cluster, self.times = profile, strategy, cluster, times
+        self._moved: dict[tuple[float, float, int], float] = {}
+
+    def collective(self, operation: str, size: int, group: Group, workers: int = 0) -> float:
+        """Seconds; the same call costs nothing to ask for again. `workers` do the same at the same time; 0: all do."""
+        if group.size <= 1:
+            return 0.0
+        crowd = (workers or self.strategy.workers) if self.cluster.collectives else 0
+        key = ("collective", id(self.cluster), operation, size, group, crowd)
+        collective = Collective(operation, size, group)
+        return self.profile.kept.once(key, lambda: collective_seconds(collective, self.cluster, crowd), self.cluster)
+
+    def moved(self, elements: float, size: float, count: int) -> float:
+        """Seconds of `count` kernels that move `size` bytes of `elements` elements in all."""
+        if count < 1 or elements < 1:
+            return 0.0
+        key = elements, size, count
+        if key not in self._moved:
+            self._moved[key] = self._copied(elements, size, count)
+        return self._moved[key]
+
+    def _copied(self, elements: float, size: float, count: int) -> float:
+        kernel = Kernel("copy", "memory", "float32", 0.0, size / count, (max(1, round(elements / count)),), count=count)
+        return self.times.kernel(kernel)
+
+    def message(self, source: int, target: int, sizes: Iterable[int]) -> float:
+        """Seconds of messages between two stages, one after the other; nothing where both are on one worker."""
+        strategy = self.strategy
+        source, target = source % strategy.pp, target % strategy.pp
+        if source == target:
+            return 0.0
+        group = message_group(strategy, source, target)
+        workers = workers_at_once(strategy, self.cluster, group)
+        return sum(self.collective("send", size, group, workers) for size in sizes)

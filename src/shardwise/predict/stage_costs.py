@@ -1,0 +1,184 @@
+"""What the passes of one stage cost: what it computes, and what it gathers, scatters and adds up meanwhile."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from shardwise.cluster.cluster import Cluster
+from shardwise.collective import Group
+from shardwise.parallel.schedule import FORWARD, INPUT, WEIGHT
+from shardwise.predict.alike import alike
+from shardwise.predict.calls import Calls
+from shardwise.predict.issuing import Sync
+from shardwise.predict.network import level_of
+from shardwise.predict.offload import fetched, offloads
+from shardwise.predict.parts import Gathered, Stage, group_of
+from shardwise.predict.passes import Passed, Piece, bucketed, gathered, slowed
+from shardwise.predict.profile import Profile
+from shardwise.predict.timing import Spent, Timed
+from shardwise.strategy import Strategy
+
+
+class StageCosts(Calls):
+    """See the module; arguments as of `Calls`."""
+
+    def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> None:
+        super().__init__(profile, strategy, cluster, times)
+        self.blocking = times.device.kind == "cpu"
+        self.overlap = times.device.overlap
+        self._passed: dict[object, Passed] = {}
+        self._grouped: dict[tuple[Gathered | None, bool, bool], tuple[float, float, float]] = {}
+        self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
+
+    def spent(self, stage: Stage, kind: str) -> Spent:
+        """What a stage computes of one microbatch; norms over replicas and what is computed again with it."""
+        times = self.times
+        if kind == WEIGHT:
+            return times.weights.between(stage.first, stage.end)
+        forward = kind == FORWARD
+        spent = (times.forward if forward else times.backward).between(stage.first, stage.end)
+        if not forward and kind != INPUT and self.profile.split:
+            spent += times.weights.between(stage.first, stage.end)
+        if not forward:
+            for block in stage.recomputed:
+                spent += times.again(block.first, block.end, products=self.strategy.keeps_products)
+        return spent + Spent(exchanges=self._norms(stage, forward))
+
+    def _norms(self, stage: Stage, forward: bool) -> float:
+        if self.strategy.replicas == 1 or not self.times.normalised:
+            return 0.0
+        group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
+        total = 0.0
+        for link, channels in self.times.normalised:
+            if not stage.first <= link < stage.end:
+                continue
+            gather = self.collective("all_gather", 4 * self.strategy.replicas * (2 * channels + 1), group)
+            if forward:
+                total += gather
+            else:
+                total += self.collective("all_reduce", 8 * channels, group)
+                total += gather if any(block.first <= link < block.end for block in stage.recomputed) else 0.0
+        return total
+
+    def passed(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
+        """One pass of one stage.
+
+        Args:
+            stage: which.
+            kind: F, B, I or W.
+            sync: what `fully_shard` does; None without it.
+            final: whether gradients are complete after it.
+            first: whether gradients are there for the first time; later they are added up.
+        """
+        group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
+        key = alike(self.profile, stage), kind, sync, final, first, self._like(group)
+        if key not in self._passed:
+            self._passed[key] = self._pass(stage, kind, sync, final, first)
+        return self._passed[key]
+
+    def _like(self, group: Group) -> Group:
+        """The group that begins at rank 0, where its collectives take as long as this one's."""
+        begins = replace(group, first=0)
+        levels = self.cluster.levels
+        alike = (
+            not self.cluster.collectives and levels and level_of(begins, self.cluster) == level_of(group, self.cluster)
+        )
+        return begins if alike else group
+
+    def _pass(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
+        spent = self.computed(stage, kind, sync, final=final, first=first)
+        if sync is not None and kind != WEIGHT:
+            pieces, root = self.pieces(stage, kind, sync, spent)
+            total, exposed = gathered(pieces, root, blocking=self.blocking)
+            return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
+        if final and stage.buckets and kind != WEIGHT:
+            total, exposed = bucketed(self.buckets(stage, spent.device), spent.device)
+            return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
+        return Passed(spent)
+
+    def computed(self, stage: Stage, kind: str, sync: Sync | None, *, final: bool, first: bool) -> Spent:
+        """What one pass computes: `spent`, and what is done to gradients and gathered parameters; see `passed`."""
+        spent = self.spent(stage, kind)
+        if self.strategy.tp > 1 or self.strategy.pp > 1:
+            spent += self.times.overhead("stage")
+        if kind not in (FORWARD, INPUT):
+            spent += Spent(kernels=self._gradients(stage, final=final, first=first))
+        if sync is None or kind == WEIGHT:
+            return spent
+        copied = 0.0
+        groups = Counter((block.gathered, sync.blocks) for block in stage.blocks) + Counter([(stage.root, sync.root)])
+        for (group, gathers), count in groups.items():
+            if group is not None:
+                copied += count * self.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
+                copied += count * self.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
+        watched = sum(n for (group, gathers), n in groups.items() if group is not None and (gathers or sync.reduces))
+        return spent + Spent(kernels=copied) + self.times.overhead("sharded", watched)
+
+    def buckets(self, stage: Stage, seconds: float) -> list[tuple[float, float]]:
+        """(when it is complete, how long it takes) of each bucket of a backward pass of `seconds`."""
+        times = self.times
+        group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
+        whole = times.backward.total[stage.end] - times.backward.total[stage.first]
+        stretch = seconds / whole if whole else 1.0
+        end, total = times.backward.total[stage.end], times.backward.total
+        takes = {size: self.collective("all_reduce", size, group) for size in {b.bytes for b in stage.buckets}}
+        return [((end - total[bucket.ready]) * stretch, takes[bucket.bytes]) for bucket in stage.buckets]
+
+    def _gradients(self, stage: Stage, *, final: bool, first: bool) -> float:
+        """What is done to gradients beside computing them: added to those of earlier microbatches, put into buckets."""
+        elements, size, count = self._trained(stage)
+        seconds = 0.0 if first else self.moved(elements, 3 * size, count)
+        if final and stage.buckets and not self.strategy.splits_parameters:
+            copies = 1 if self.strategy.tp == self.strategy.pp == 1 else 2
+            seconds += copies * self.moved(elements, 2 * size, count)
+        return seconds
+
+    def _trained(self, stage: Stage) -> tuple[int, int, int]:
+        """Elements, bytes and number of the parameters of a stage that have a gradient."""
+
+        def count() -> tuple[int, int, int]:
+            own = [self.profile.parameters[index] for index in self.profile.within(stage.first, stage.end)]
+            own = [parameter for parameter in own if parameter.trained]
+            return sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
+
+        return self.profile.kept.once(("trained", stage.first, stage.end), count)
+
+    def pieces(self, stage: Stage, kind: str, sync: Sync, spent: Spent) -> tuple[list[Piece], Piece]:
+        """The parts of a pass between gathers, in the order in which they compute, and what belongs to all of them."""
+        forward = kind == FORWARD
+        sums = self.times.forward if forward else self.times.backward
+        whole = sums.total[stage.end] - sums.total[stage.first]
+        stretch = spent.device / whole if whole else 1.0
+        found: list[Piece] = []
+        at = stage.first
+        for number, block in enumerate(stage.blocks):
+            if block.first > at:
+                found.append(Piece((sums.total[block.first] - sums.total[at]) * stretch))
+            seconds = (sums.total[block.end] - sums.total[max(at, block.first)]) * stretch
+            found.append(Piece(seconds, *self._group(block.gathered, sync.blocks, sync.reduces), f"block {number}"))
+            at = max(at, block.end)
+        if at < stage.end:
+            found.append(Piece((sums.total[stage.end] - sums.total[at]) * stretch))
+        root = Piece(0.0, *self._group(stage.root, sync.root, sync.reduces))
+        return (found if forward else found[::-1]), root
+
+    def _group(self, group: Gathered | None, gathers: bool, reduces: bool) -> tuple[float, float, float]:
+        """Seconds of (gather, scatter, sum over dp)."""
+        key = group, gathers, reduces
+        if key not in self._grouped:
+            self._grouped[key] = (0.0, 0.0, 0.0) if group is None else self._sharing(group, gathers, reduces)
+        return self._grouped[key]
+
+    def _sharing(self, group: Gathered, gathers: bool, reduces: bool) -> tuple[float, float, float]:
+        gather = self.collective("all_gather", group.gather, self._fsdp) + self._fetched(group.gather) if gathers else 0
+        if not reduces or not group.reduce:
+            return gather, 0.0, 0.0
+        mirror = self.collective("all_reduce", group.reduce // self.strategy.fsdp, self._dp)
+        scatter = self.collective("reduce_scatter", group.reduce, self._fsdp) + self._fetched(group.reduce)
+        return gather, scatter, mirror
+
+    def _fetched(self, size: int) -> float:
+        """Seconds in which this worker's slice of so many bytes comes from the host, or goes there."""
+        device = self.times.device
+        return fetched(size / self.strategy.fsdp, device) if offloads(self.strategy, device) else 0.0
