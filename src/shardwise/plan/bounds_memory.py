@@ -42,7 +42,8 @@ def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = N
 def most_of_the_model(profile: Condensed, strategy: Strategy, room: int) -> list[float]:
     """The largest part of the model that each worker of a pipeline of one stage each has room for, at most.
 
-    1f1b keeps a microbatch less on each further worker, which therefore may have more layers.
+    1f1b keeps a microbatch less on each further worker, which therefore may have more layers. Parameters and what is
+    kept count as spread alike over the model, which is nearly so where it is deep.
     """
     stays, count = _stays(profile, strategy), strategy.microbatches
     if count > 1 and not strategy.splits_parameters:

@@ -5,7 +5,8 @@
 
 A family is opened only when its bound is the lowest that is left, so that most are never spelled out.
 
-The search is exact with respect to the closed form: what is left out has a lower bound above what was found.
+The search is exact with respect to the closed form: what is left out has a lower bound above what was found. Only for
+stages that are unequal so that they fit the bound takes parameters, activations and time as spread alike over the model.
 """
 
 from __future__ import annotations
