@@ -138,6 +138,26 @@ def test_a_run_out_of_memory_falls_back_and_says_so(
     assert "strategy fsdp=2 ran out of memory: trying pp=2" in told
 
 
+def test_unequal_stages_are_cut_as_they_were_planned(monkeypatch: pytest.MonkeyPatch, machine: Path) -> None:
+    """What fits was found for these cuts; equal stages are cut by what training measures."""
+    found = choose(load_workload(SPEC), 2, quiet=True)
+    jobs: list[Any] = []
+    for spec in ("pp=2,speeds=1:3", "pp=2", "dp=2"):
+        best = candidate(spec, 1.0, 100)
+        monkeypatch.setattr(automatic, "choose", lambda *_, best=best, **__: replace(found, best=best, others=(best,)))
+        monkeypatch.setattr(
+            automatic,
+            "run_job",
+            lambda job: jobs.append(job) or SimpleNamespace(summary={"step_seconds": 0.0}),
+        )
+        train_automatically(Asked(SPEC, steps=1), machine.parent / spec, quiet=True)
+    unequal, equal, whole = (job.cuts for job in jobs)
+    assert [len(stage) for stage in unequal] == [1, 1]
+    assert unequal[1][0] > 0
+    assert not equal
+    assert not whole
+
+
 @pytest.mark.parametrize("outcomes", [[out_of_memory()] * 3, [WorkerFailed("x", rank=0, traceback="ValueError")]])
 def test_other_failures_and_the_last_one_are_not_hidden(
     monkeypatch: pytest.MonkeyPatch, outcomes: list[WorkerFailed]

@@ -6,7 +6,7 @@
 A family is opened only when its bound is the lowest that is left, so that most are never spelled out.
 
 The search is exact with respect to the closed form: what is left out has a lower bound above what was found. Only for
-stages that are unequal so that they fit the bound takes parameters, activations and time as spread alike over the model.
+stages that are unequal so that they fit, the bound takes parameters, activations and time as spread alike over a model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
+from shardwise.parallel.planning import Cuts, cuts_blocks
 from shardwise.plan.evened import evened
 from shardwise.plan.finalists import FINALISTS, Finalists
 from shardwise.plan.lost import Lost
@@ -56,6 +57,13 @@ class Searched:
     def profiles(self) -> Profiles:
         """Those that were traced."""
         return self.scaled.traced
+
+    def cuts(self, strategy: Strategy, cluster: Cluster) -> Cuts:
+        """Where the model is cut as it was predicted; nothing where it stays whole."""
+        if strategy.pp == 1 and (strategy.tp == 1 or not cuts_blocks(strategy)):
+            return ()
+        alike = strategy.with_(shares="")
+        return costs_of(self.profile_of(alike), alike, cluster).parts.cuts
 
 
 def search(

@@ -7,15 +7,17 @@ said.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.launch.local import under_torchrun
+from shardwise.parallel.planning import Cuts
 from shardwise.plan.explain import explanation
 from shardwise.plan.plan import Candidate, Plan
 from shardwise.plan.scaling import counts
@@ -49,11 +51,13 @@ class Choice:
         best: to train with.
         others: the other strategies that fit, best first.
         words: why, a paragraph each.
+        cuts: of a strategy whose stages are unequal: what fits was found for these. Others are cut as is measured.
     """
 
     best: Candidate
     others: tuple[Candidate, ...]
     words: tuple[str, ...]
+    cuts: Callable[[Strategy], Cuts] = lambda _: ()
 
     def smaller(self) -> Iterator[Candidate]:
         """What to fall back to: each of them needs less memory than the one before."""
@@ -96,7 +100,11 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
         key=lambda candidate: candidate.prediction.step_seconds,
     )
     assert best.plan.best is not None
-    return Choice(best.plan.best, tuple(candidates), tuple(words))
+
+    def cuts(strategy: Strategy) -> Cuts:
+        return best.cuts(strategy, cluster) if strategy.speeds else ()
+
+    return Choice(best.plan.best, tuple(candidates), tuple(words), cuts)
 
 
 def _seconds(searched: Searched) -> float:
@@ -149,7 +157,8 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
     smaller = choice.smaller()
     candidate = choice.best
     while True:
-        job = settle(replace(asked, strategy=candidate.strategy, workers=None), out, quiet=quiet, **options)
+        chosen = replace(asked, strategy=candidate.strategy, workers=None)
+        job = settle(chosen, out, quiet=quiet, cuts=choice.cuts(candidate.strategy), **options)
         try:
             document = _with_verdict(candidate, run_job(job).summary, choice.words)
         except WorkerFailed as error:
@@ -176,9 +185,11 @@ def _with_launcher(workload: Workload, asked: Asked, out: str | Path | None, **o
         except NotMeasured as error:
             asked = _unmeasured(asked, error)
             _say_unmeasured(asked, error, quiet=bool(options["quiet"]))
-    told = Workers().exchange("" if choice is None else str(choice.best.strategy))[0]
-    asked = replace(asked, strategy=told, workers=None) if told else replace(asked, strategy=None)
-    summary = run_job(settle(asked, out, **options)).summary
+    told = None if choice is None else (str(choice.best.strategy), choice.cuts(choice.best.strategy))
+    chosen = json.loads(Workers().exchange(json.dumps(told))[0])
+    strategy, cuts = chosen or (None, ())
+    asked = replace(asked, strategy=strategy, workers=None if strategy else asked.workers)
+    summary = run_job(settle(asked, out, cuts=tuple(map(tuple, cuts)), **options)).summary
     return summary if choice is None else _with_verdict(choice.best, summary, choice.words)
 
 

@@ -13,7 +13,6 @@ import torch
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import DoesNotFit, RequestError, WorkloadError
-from shardwise.parallel.planning import cuts_blocks
 from shardwise.plan.document import front_rows, plan_document
 from shardwise.plan.explain import explanation
 from shardwise.plan.file import PlanFile, read_plan, write_plan
@@ -24,7 +23,6 @@ from shardwise.plan.scaling import Point, cheapest, counts, dollars, scaling, sm
 from shardwise.plan.search import Searched
 from shardwise.plan.task import room
 from shardwise.plan.wish import Wish
-from shardwise.predict.costs import costs_of
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.at_hand import cluster_at_hand
@@ -159,15 +157,12 @@ def _file(source: Source, name: str | None, searched: Searched, cluster: Cluster
     assert isinstance(source.workload, str)
     assert searched.plan.best is not None
     strategy, prediction = searched.plan.best.strategy, searched.plan.best.prediction
-    alike = strategy.with_(shares="")
-    parts = costs_of(searched.profile_of(alike), alike, cluster).parts
-    cut = strategy.pp > 1 or (strategy.tp > 1 and cuts_blocks(strategy))
     return PlanFile(
         workload=source.workload,
         settings={key: str(value) for key, value in source.settings.items()},
         cluster=name or "",
         strategy=strategy,
-        cuts=parts.cuts if cut else (),
+        cuts=searched.cuts(strategy, cluster),
         prediction={
             "step_seconds": prediction.step_seconds,
             "samples_per_second": prediction.samples_per_second,

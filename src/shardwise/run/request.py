@@ -41,8 +41,18 @@ class Asked:
     epochs: int | None = None
 
 
-def settle(asked: Asked, out: str | Path | None, *, resume: bool = False, on_disk: bool = True, **options: Any) -> Job:
+def settle(
+    asked: Asked,
+    out: str | Path | None,
+    *,
+    resume: bool = False,
+    on_disk: bool = True,
+    cuts: Cuts = (),
+    **options: Any,
+) -> Job:
     """The job that was asked for, checked; its folder is `out` (None: a new one in runs/), unless it is not `on_disk`.
+
+    `cuts`: of the model as they were planned; none: as a plan file or measured costs say.
 
     Raises:
         RequestError: it cannot be done; says which part of it is wrong.
@@ -55,8 +65,8 @@ def settle(asked: Asked, out: str | Path | None, *, resume: bool = False, on_dis
     workload = source.load()
     check(workload, strategy)
     (forecast,) = forecasts(workload, [strategy], quiet=settled.quiet)
-    cuts = _cuts(asked.strategy)
-    job = Job(source=source, strategy=strategy, options=settled, folder=resumed, forecast=forecast, cuts=cuts)
+    cut = cuts or _cuts(asked.strategy)
+    job = Job(source=source, strategy=strategy, options=settled, folder=resumed, forecast=forecast, cuts=cut)
     return replace(job, folder=settle_folder(out, workload, job)) if on_disk else job
 
 
