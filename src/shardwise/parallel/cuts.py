@@ -180,24 +180,35 @@ def balanced(
     until = np.array(list(accumulate(costs, initial=0.0)))
     entry = np.array([0.0, *sends, 0.0])
     speeds, slower = speeds or [1.0] * parts, [1.0, *(slower or [1.0] * (parts - 1))]
-    starts, own = _parts_up_to(until, _even(until, entry, parts, slower) * max(speeds) / min(speeds))
-    lines = np.arange(count + 1)
+    most = _even(until, entry, parts, slower) * max(speeds) / min(speeds)
+    starts, own = _parts_up_to(until, most)
     worst, sent = until / speeds[0], np.zeros(count + 1)
-    choices: list[list[int]] = []
+    choices: list[tuple[int, list[int]]] = []
     for part in range(1, parts):
-        arrives = entry * slower[part]
-        cost = np.where(starts >= part, np.maximum(worst[starts], (own + arrives[starts]) / speeds[part]), np.inf)
+        band = _ends(until, part, parts, most)
+        from_, arrives = starts[band], entry * slower[part]
+        cost = np.where(from_ >= part, np.maximum(worst[from_], (own[band] + arrives[from_]) / speeds[part]), np.inf)
         least = cost.min(axis=1)
-        total = np.where(cost == least[:, None], (sent + arrives)[starts], np.inf)
-        choice = starts[lines, total.argmin(axis=1)]
-        worst, sent = least, (sent + arrives)[choice]
-        choices.append(choice.tolist())
+        sums = sent + arrives
+        total = np.where(cost == least[:, None], sums[from_], np.inf)
+        choice = from_[np.arange(len(from_)), total.argmin(axis=1)]
+        worst, sent = np.full(count + 1, np.inf), np.zeros(count + 1)
+        worst[band], sent[band] = least, sums[choice]
+        choices.append((band.start, choice.tolist()))
     cuts: list[int] = []
     end = count
-    for choice in reversed(choices):
-        end = choice[end]
+    for first, choice in reversed(choices):
+        end = choice[end - first]
         cuts.append(end)
     return cuts[::-1]
+
+
+def _ends(until: Floats, part: int, parts: int, most: float) -> slice:
+    """Where a part may end, if neither those up to it nor those behind it cost more than `most` each."""
+    slack = most * (1 + 1e-9)
+    low = np.searchsorted(until, until[-1] - (parts - part - 1) * slack)
+    high = np.searchsorted(until, (part + 1) * slack, side="right")
+    return slice(int(low), min(int(high), len(until)))
 
 
 def _even(until: Floats, entry: Floats, parts: int, slower: Sequence[float]) -> float:

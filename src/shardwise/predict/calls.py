@@ -56,5 +56,5 @@ class Calls:
         if source == target:
             return 0.0
         group = message_group(strategy, source, target)
-        workers = workers_at_once(strategy, self.cluster, group)
+        workers = workers_at_once(strategy, self.cluster, group) if self.cluster.collectives else 0
         return sum(self.collective("send", size, group, workers) for size in sizes)
