@@ -98,6 +98,16 @@ def test_fallbacks_need_less_and_less() -> None:
     assert [str(each.strategy) for each in choice.smaller()] == ["fsdp=2", "pp=2"]
 
 
+def test_the_last_fallback_keeps_parameters_on_the_hosts(machine: Path) -> None:
+    large = load_workload("gpt:layers=4,hidden=512,heads=4,vocabulary=4096,sequence=16,batch_size=4")
+    choice = choose(large, 2, quiet=True)
+    last = choice.last_resort()
+    assert last is not None
+    assert last.strategy.offload == 1
+    assert list(choice.smaller())[-1].strategy == last.strategy
+    assert list(replace(choice, best=last).smaller()) == []
+
+
 def out_of_memory() -> WorkerFailed:
     return WorkerFailed("worker 1 failed", rank=1, traceback="torch.OutOfMemoryError: CUDA out of memory. Tried ...")
 

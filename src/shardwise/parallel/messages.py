@@ -15,8 +15,8 @@ import torch.distributed as dist
 from shardwise.parallel.mesh import Mesh
 from shardwise.strategy import Strategy
 
-ELEMENTS = {"cpu": 2**16, "cuda": 2**20}
-"""Of the message that is timed: 256 KiB, or 4 MiB, of which an accelerator sends more in the same time."""
+CPU_BYTES, ACCELERATOR_BYTES = 2**18, 2**22
+"""Of the message that is timed: an accelerator sends more in the same time."""
 
 REPEATS = 4
 """The quickest counts: a message is slow for many reasons that are gone with the next one."""
@@ -50,16 +50,15 @@ def measured_links(mesh: Mesh) -> list[float]:
     for source in range(hops):
         target = (source + 1) % workers
         if place in (source, target):
-            seconds = _timed(place == source, target if place == source else source, mesh, group)
-            found[source] = seconds / 4 / ELEMENTS.get(mesh.device.type, ELEMENTS["cuda"])
+            found[source] = _per_byte(place == source, target if place == source else source, mesh, group)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.world)
     return [float(each) for each in found]
 
 
-def _timed(first: bool, other: int, mesh: Mesh, group: dist.ProcessGroup) -> float:
+def _per_byte(first: bool, other: int, mesh: Mesh, group: dist.ProcessGroup) -> float:
     """Seconds of a message beyond those of an empty one, as the worker that sends it has them; 0 on the other."""
-    large = torch.zeros(ELEMENTS.get(mesh.device.type, ELEMENTS["cuda"]), device=mesh.device)
-    small = torch.zeros(1, device=mesh.device)
+    size = CPU_BYTES if mesh.device.type == "cpu" else ACCELERATOR_BYTES
+    small, large = (torch.zeros(count, dtype=torch.uint8, device=mesh.device) for count in (1, size))
     rank = dist.get_global_rank(group, other)
 
     def there_and_back(message: torch.Tensor) -> float:
@@ -75,4 +74,4 @@ def _timed(first: bool, other: int, mesh: Mesh, group: dist.ProcessGroup) -> flo
 
     tries = [(there_and_back(small), there_and_back(large)) for _ in range(1 + REPEATS)][1:]
     empty, full = (min(each) for each in zip(*tries, strict=True))
-    return max(0.0, full - empty) if first else 0.0
+    return max(0.0, full - empty) / size if first else 0.0

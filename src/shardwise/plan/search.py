@@ -99,7 +99,7 @@ def search(
     wish = wish or Wish()
     with _few_collections():
         plan = _Search(Task(workload, cluster, workers, wish, scaled)).plan()
-        if not plan.candidates and _may_offload(cluster, wish):
+        if not plan.candidates and may_offload(cluster, wish):
             offloading = replace(wish, fixed={**wish.fixed, "offload": "1"})
             plan = _joined(plan, _Search(Task(workload, cluster, workers, offloading, scaled)).plan())
     return Searched(plan, scaled)
@@ -118,7 +118,7 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _may_offload(cluster: Cluster, wish: Wish) -> bool:
+def may_offload(cluster: Cluster, wish: Wish) -> bool:
     """Whether parameters may lie in the memory of the hosts, of which enough is known: where nothing fits without."""
     known = all(nodes.device.kind == "gpu" and has_host(nodes.device) for nodes in cluster.nodes)
     return known and "offload" not in wish.fixed and wish.allows("offload", 1)

@@ -9,10 +9,7 @@ T = TypeVar("T")
 
 
 class Kept:
-    """Results by what they are of; they live as long as what they were derived from.
-
-    profile.kept.once(("flops",), profile.flops)
-    """
+    """Results by what they are of; they live as long as what they were derived from."""
 
     def __init__(self) -> None:
         self._known: dict[object, tuple[Any, tuple[object, ...]]] = {}

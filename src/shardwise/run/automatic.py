@@ -21,7 +21,7 @@ from shardwise.parallel.planning import Cuts
 from shardwise.plan.explain import explanation
 from shardwise.plan.plan import Candidate, Plan
 from shardwise.plan.scaling import counts
-from shardwise.plan.search import Searched, search
+from shardwise.plan.search import Searched, may_offload, search
 from shardwise.plan.wish import Wish
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.scaled import ScaledProfiles
@@ -52,12 +52,14 @@ class Choice:
         others: the other strategies that fit, best first.
         words: why, a paragraph each.
         cuts: of a strategy whose stages are unequal: what fits was found for these. Others are cut as is measured.
+        last_resort: the best strategy with parameters on the hosts, which is looked for when it is asked for.
     """
 
     best: Candidate
     others: tuple[Candidate, ...]
     words: tuple[str, ...]
     cuts: Callable[[Strategy], Cuts] = lambda _: ()
+    last_resort: Callable[[], Candidate | None] = lambda: None
 
     def smaller(self) -> Iterator[Candidate]:
         """What to fall back to: each of them needs less memory than the one before."""
@@ -66,6 +68,9 @@ class Choice:
             if candidate.prediction.memory.total < 0.9 * memory:
                 memory = candidate.prediction.memory.total
                 yield candidate
+        last = self.last_resort()
+        if last is not None and last.prediction.memory.total < 0.9 * memory:
+            yield last
 
 
 def choose(workload: Workload, workers: int | None = None, *, quiet: bool = False) -> Choice:
@@ -104,7 +109,13 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
     def cuts(strategy: Strategy) -> Cuts:
         return best.cuts(strategy, cluster) if strategy.speeds else ()
 
-    return Choice(best.plan.best, tuple(candidates), tuple(words), cuts)
+    def last_resort() -> Candidate | None:
+        if best.plan.best is None or best.plan.best.strategy.offload or not may_offload(cluster, Wish()):
+            return None
+        offloading = Wish(fixed={"offload": "1"})
+        return search(workload, cluster, best.plan.workers, offloading, profiles).plan.best
+
+    return Choice(best.plan.best, tuple(candidates), tuple(words), cuts, last_resort)
 
 
 def _seconds(searched: Searched) -> float:
