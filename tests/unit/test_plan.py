@@ -290,6 +290,12 @@ def test_more_devices_stop_paying_where_they_bring_less_than_half(cluster: Clust
     assert found.workers == 4
 
 
+def test_one_device_that_is_too_small_is_told_how_many_would_do() -> None:
+    source = Source(workload=SPEC)
+    with pytest.raises(DoesNotFit, match=r"does not fit into 1 device of .*: \d+ of them would do"):
+        planned(source, "a100-40x1", None, objective="time", max_memory="8MiB", fix=[], forbid=[], out=None)
+
+
 def test_a_larger_cluster_has_more_of_its_nodes(cluster: Cluster) -> None:
     larger = enlarged(cluster, 64)
     assert larger.size >= 64

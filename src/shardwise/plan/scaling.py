@@ -97,12 +97,14 @@ def smallest_that_fits(
 
 
 def enlarged(cluster: Cluster, devices: int) -> Cluster:
-    """The cluster with more of its last kind of nodes, until it has so many devices."""
+    """The cluster with more of its last kind of nodes, until it has so many devices.
+
+    Of a single device no links are known: messages take no time then, which tells nothing less of what fits.
+    """
     if cluster.size >= devices:
         return cluster
     last = cluster.nodes[-1]
     missing = -(-(devices - cluster.size) // last.devices)
     nodes = (*cluster.nodes[:-1], replace(last, count=last.count + missing))
-    outer = cluster.levels[-1]
-    levels = (*cluster.levels[:-1], replace(outer, span=max(outer.span, devices)))
-    return replace(cluster, nodes=nodes, levels=levels)
+    outer = (replace(level, span=max(level.span, devices)) for level in cluster.levels[-1:])
+    return replace(cluster, nodes=nodes, levels=(*cluster.levels[:-1], *outer))

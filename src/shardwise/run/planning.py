@@ -123,9 +123,10 @@ def _too_small(workload: Workload, cluster: Cluster, point: Point, wish: Wish) -
         raise RequestError(f"no strategy for {plan.workers} workers can be: {reasons}")
     need, have = plan.smallest.prediction.memory.total, room(cluster, wish)
     number = smallest_that_fits(workload, cluster, plan.workers, wish, ScaledProfiles(profiles_on(workload, cluster)))
+    devices = "1 device" if plan.workers == 1 else f"{plan.workers} devices"
     hint = f"{number} of them would do" if number else "more of them would not help"
     return (
-        f"{plan.workload} does not fit into {plan.workers} devices of {cluster.name}: {plan.smallest.strategy} needs "
+        f"{plan.workload} does not fit into {devices} of {cluster.name}: {plan.smallest.strategy} needs "
         f"least, {format_bytes(need)} of a device that has {format_bytes(have)}, {format_bytes(need - have)} too much: "
         f"{hint}"
     )
