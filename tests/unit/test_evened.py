@@ -8,7 +8,6 @@ from itertools import combinations, pairwise
 import pytest
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.cluster.find import find_cluster
 from shardwise.parallel.planning import divided
 from shardwise.plan.evened import evened, least_share, level
 from shardwise.plan.explain import explanation
@@ -16,7 +15,6 @@ from shardwise.plan.search import search
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import Costs, costs_of
 from shardwise.predict.judging import judged
-from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
@@ -28,16 +26,6 @@ SPEC = "gpt:layers=12,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=
 @pytest.fixture(scope="module")
 def workload() -> Workload:
     return load_workload(SPEC)
-
-
-@pytest.fixture(scope="module")
-def profiles(workload: Workload) -> ScaledProfiles:
-    return ScaledProfiles(Profiles(workload))
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Cluster:
-    return find_cluster("a100-40x4")
 
 
 def needs(costs: Costs) -> list[int]:

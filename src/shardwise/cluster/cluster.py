@@ -224,6 +224,11 @@ class Cluster:
         """Devices of the smallest node: what a group of neighbours can count on."""
         return min(nodes.devices for nodes in self.nodes)
 
+    @property
+    def alike(self) -> bool:
+        """Whether all devices are of one kind."""
+        return len({id(nodes.device) for nodes in self.nodes}) == 1
+
     def device(self, rank: int) -> Device:
         """The device that a rank has.
 

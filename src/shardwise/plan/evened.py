@@ -41,9 +41,8 @@ FINE = (20, 100, 1000)
 
 def may_be_evened(strategy: Strategy, cluster: Cluster) -> bool:
     """Whether stages can be made unequal for memory's sake: not where they are unequal for another reason."""
-    alike = len({id(nodes.device) for nodes in cluster.nodes}) == 1
     plain = strategy.stages_per_worker == 1 and not strategy.speeds and not strategy.recomputes
-    return alike and plain and 1 < strategy.pp <= MOST_REPLICAS
+    return cluster.alike and plain and 1 < strategy.pp <= MOST_REPLICAS
 
 
 def least_share(profile: Condensed, strategy: Strategy, room: int) -> float | None:

@@ -128,7 +128,7 @@ def _offloaded(plan: Plan) -> list[str]:
 def _unequal(best: Candidate, cluster: Cluster, profile_of: ProfileOf) -> Iterator[str]:
     """Why stages are of different size where devices are alike, if they are."""
     strategy = best.strategy
-    if not strategy.speeds or len({id(nodes.device) for nodes in cluster.nodes}) > 1:
+    if not strategy.speeds or not cluster.alike:
         return
     equal = strategy.with_(speeds="")
     need = predict(profile_of(equal), equal, cluster).memory.total

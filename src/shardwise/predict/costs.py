@@ -81,7 +81,7 @@ def costs_of(
 
     if device is not None:
         return on(device)
-    several = strategy.speeds and len({id(nodes.device) for nodes in cluster.nodes}) > 1
+    several = strategy.speeds and not cluster.alike
     places = [on(slowest_at(strategy, cluster, place)) for place in range(strategy.pp)] if several else []
     return Costs(profile, strategy, cluster, times, parts, size, places)
 
