@@ -55,5 +55,7 @@ def stack_of(row: Row, dtype: str) -> Stack:
         deepspeed=deepspeed,
         padded=old or engine or nanotron,
         balanced=nanotron,
+        stops_early=elementwise in ("eager", "compiled"),
+        fused_norms=elementwise != "eager" or nanotron,  # nanotron has a kernel for them
         norm_inputs="sailor" not in source,
     )

@@ -61,7 +61,11 @@ def block(sizes: Sizes, setup: Setup) -> Passes:
         *_elementwise_backward(sizes, setup),
         *casts_backward,
     )
-    return Passes(forward, backward, _recomputed(setup, forward, attention_core, attention_in))
+    needed = (*attention_in, *attention_core, *attention_out, *mlp[:-2], *casts_forward)
+    again = needed if setup.stack.stops_early else forward
+    if setup.recompute == "operations":
+        again = tuple(kernel for kernel in again if kernel.kind == "memory") + _every_second(sizes, setup)
+    return Passes(forward, backward, _recomputed(setup, again, attention_core))
 
 
 def tokens(sizes: Sizes, setup: Setup) -> int:
@@ -82,7 +86,7 @@ def _attention(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel], 
     t, h, tp, e = tokens(sizes, setup), sizes.hidden, setup.tensor, _width(setup)
     residual, linear = _residual_elements(sizes, setup), setup.linear_dtype
     kind = setup.stack.elementwise
-    before = [_norm(setup, residual), product("qkv", linear, t, sizes.qkv // tp, h, output_bytes=e)]
+    before = [_norm(sizes, setup, residual), product("qkv", linear, t, sizes.qkv // tp, h, output_bytes=e)]
     if kind == "megatron":
         before.append(moving("bias", setup.dtype, t * sizes.qkv / tp, 2 * e))
     elif not sizes.learned_positions:
@@ -93,8 +97,17 @@ def _attention(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel], 
     return before, core, after
 
 
-def _norm(setup: Setup, elements: float) -> Kernel:
-    return moving("norm", setup.dtype, elements, 2 * _width(setup))
+PASSES_OF_NORM = (2, 4)
+"""How often a fused norm reads or writes an element, forward and backward."""
+
+PASSES_IN_PARTS = (16, 48)
+"""The same of a root mean square norm of elementary operations in float32: to float32 and back (3 + 3 widths), square
+(4), mean (2), times the root (4 of float32), times the weight (2); their gradients are some three times as much."""
+
+
+def _norm(sizes: Sizes, setup: Setup, elements: float, *, backward: bool = False) -> Kernel:
+    passes = PASSES_OF_NORM if setup.stack.fused_norms or not sizes.gated else PASSES_IN_PARTS
+    return moving("norm", setup.dtype, elements, passes[backward] * _width(setup), backward=backward)
 
 
 def _residual(setup: Setup, elements: float) -> Kernel:
@@ -138,7 +151,7 @@ def _mlp(sizes: Sizes, setup: Setup) -> list[Kernel]:
     if setup.stack.elementwise == "eager" and sizes.gated:
         passes = 5
     return [
-        _norm(setup, residual),
+        _norm(sizes, setup, residual),
         product("up", linear, t, sizes.up // tp, h, output_bytes=e),
         moving("activation", setup.dtype, wide, passes * e),
         product("down", linear, t, h, sizes.ffn // tp, output_bytes=e),
@@ -203,10 +216,10 @@ def _elementwise_backward(sizes: Sizes, setup: Setup) -> list[Kernel]:
     if kind == "eager" and sizes.gated:
         activation = 8
     kernels = [
-        moving("norm", dtype, residual, 4 * e, backward=True),
+        _norm(sizes, setup, residual, backward=True),
         moving("residual", dtype, residual, 3 * e, backward=True),
         moving("activation", dtype, wide, activation * e, backward=True),
-        moving("norm", dtype, residual, 4 * e, backward=True),
+        _norm(sizes, setup, residual, backward=True),
         moving("residual", dtype, residual, 3 * e, backward=True),
     ]
     if kind == "megatron" or sizes.biases:
@@ -234,15 +247,19 @@ def _casts(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel]]:
     )
 
 
-def _recomputed(
-    setup: Setup, forward: Sequence[Kernel], core: Iterable[Kernel], before: Iterable[Kernel]
-) -> tuple[Kernel, ...]:
-    """What runs once more before a block's backward pass."""
-    if setup.recompute == "full":
-        return tuple(forward)
+def _recomputed(setup: Setup, forward: Sequence[Kernel], core: Iterable[Kernel]) -> tuple[Kernel, ...]:
+    """What runs once more before a block's backward pass, where all of it would be `forward`."""
     if setup.recompute == "selective":
         return tuple(core)
-    if setup.recompute == "operations":
-        products = [kernel for kernel in forward if kernel.kind == "matmul"]
-        return tuple([kernel for kernel in forward if kernel.kind == "memory"] + products[1::2])
-    return ()
+    return () if setup.recompute == "none" else tuple(forward)
+
+
+def _every_second(sizes: Sizes, setup: Setup) -> tuple[Kernel, ...]:
+    """Products that are computed again where every second one is (torchtitan's selective recomputation by operation):
+    each linear layer has its own, and the last one's result is not needed."""
+    t, h, tp, keys = tokens(sizes, setup), sizes.hidden, setup.tensor, sizes.kv_heads * sizes.head_size
+    layers = [(h, h // tp), (h, keys // tp), (h, keys // tp), (h // tp, h), *[(h, sizes.ffn // tp)] * (1 + sizes.gated)]
+    return tuple(
+        product("again", setup.linear_dtype, t, outputs, inputs, output_bytes=_width(setup))
+        for inputs, outputs in layers[1::2]
+    )

@@ -110,6 +110,9 @@ class Stack:
         deepspeed: whether DeepSpeed's engine runs it, with its buckets and buffers of the pipeline.
         balanced: whether stages are cut by the cost of blocks and output instead of by number.
         padded: whether the vocabulary is padded to a multiple of 128 for each tensor-parallel rank.
+        stops_early: whether recomputing a block ends with the last tensor that its backward pass needs, before the last
+            product (torch.utils.checkpoint without reentry; Megatron-LM's own checkpoint repeats everything).
+        fused_norms: whether a root mean square norm is one kernel; those of elementary operations are many.
         norm_inputs: whether norms keep their input for the backward pass; memory-efficient ones use their output.
     """
 
@@ -133,6 +136,8 @@ class Stack:
     deepspeed: bool = False
     balanced: bool = False
     padded: bool = False
+    stops_early: bool = False
+    fused_norms: bool = True
     norm_inputs: bool = True
 
 

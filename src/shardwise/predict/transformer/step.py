@@ -237,11 +237,13 @@ class _Step:
         return self._part(self.clock.of(kernels), len(kernels), 2, backward=False)
 
     def layer_backward(self) -> Part:
-        again = {"full": 1.0, "layers": 0.5}.get(self.setup.recompute)
-        repeated, share = (self.passes.recomputed, 1.0) if again is None else (self.passes.forward, again)
+        stack, repeated = self.setup.stack, self.passes.recomputed
+        share = 0.5 if self.setup.recompute == "layers" else 1.0
         kernels = self.clock.of(self.passes.backward) + share * self.clock.of(repeated)
         started = share * len(repeated) + len(self.passes.backward)
-        return self._part(kernels, started, 2 + 2 * (again or 0.0), backward=True)
+        whole = self.setup.recompute in ("full", "layers")
+        reductions = share * (1 if stack.stops_early else 2) if whole else 0.0
+        return self._part(kernels, started, 2 + reductions, backward=True)
 
     def _part(self, kernels: float, started: float, reductions: float, *, backward: bool) -> Part:
         """`kernels`: their seconds; `started`: how many there are."""
