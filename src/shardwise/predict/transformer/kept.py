@@ -62,7 +62,7 @@ def backward_moment(sizes: Sizes, setup: Setup) -> float:
     w, t = width(setup), setup.tensor
     mlp = w * (sizes.ffn + sizes.up) / t
     attention = w * (sizes.qkv + sizes.hidden) / t
-    if setup.stack.attention in ("unfused", "eager"):
+    if setup.stack.attention == "unfused":
         attention += 2 * w * sizes.heads * sizes.sequence / t
     gradients = tokens(sizes, setup) * (max(mlp, attention) + w * sizes.hidden)
     again = {"none": 0.0, "selective": tokens(sizes, setup) * _scores(sizes, setup)}
@@ -99,7 +99,7 @@ def _inside(sizes: Sizes, setup: Setup) -> float:
 
 
 def _scores(sizes: Sizes, setup: Setup) -> float:
-    if setup.stack.attention not in ("unfused", "eager"):
+    if setup.stack.attention != "unfused":
         return 4.0 * sizes.heads / setup.tensor  # the logarithm of each row's sum
     w = width(setup)
     return sizes.heads * sizes.sequence * (2 * w + 1 if setup.stack.dropout else w) / setup.tensor

@@ -119,17 +119,32 @@ def _core(sizes: Sizes, setup: Setup) -> list[Kernel]:
     """Attention itself, between its two linear layers."""
     t, tp, e, d = tokens(sizes, setup), setup.tensor, _width(setup), sizes.head_size
     heads, b = max(1, sizes.heads // tp), setup.micro_batch
-    if setup.stack.attention in ("flash", "fused"):
+    if setup.stack.attention != "unfused":
         return [_flash(sizes, setup, backward=False)]
     s = sizes.sequence
     scores = float(b * heads) * s * s
     kernels = [product("scores", setup.dtype, s, s, d, batch=b * heads, output_bytes=e)]
-    kernels.append(moving("softmax", setup.dtype, scores, (2 if setup.stack.attention == "unfused" else 6) * e))
+    kernels += _softmax(setup, b * heads, scores, backward=False)
     if setup.stack.dropout:
         kernels.append(moving("dropout", setup.dtype, scores, 2 * e + 1))
     kernels.append(product("context", setup.dtype, s, d, s, batch=b * heads, output_bytes=e))
     kernels.append(moving("transpose", setup.dtype, t * sizes.hidden / tp, 2 * e))
     return kernels
+
+
+FUSED_SOFTMAX_GROUP = 4
+"""Megatron-LM's kernel that scales, masks and takes the softmax wants a multiple of so many heads times samples
+(`FusedScaleMaskSoftmax.is_kernel_available`); PyTorch's operations do it in float32 otherwise."""
+
+SOFTMAX_PARTS = {False: (3, 4, 4.5, 4, 3), True: (3, 6, 4.5, 4, 3)}
+"""Widths that they read and write of each score: to float32, scaled, masked, softmax, back; and the same backward."""
+
+
+def _softmax(setup: Setup, batch: int, scores: float, *, backward: bool) -> list[Kernel]:
+    """Of `batch` matrices of scores."""
+    fused = (3,) if backward else (2,)
+    passes = SOFTMAX_PARTS[backward] if batch % FUSED_SOFTMAX_GROUP else fused
+    return [moving("softmax", setup.dtype, scores, each * _width(setup), backward=backward) for each in passes]
 
 
 def _flash(sizes: Sizes, setup: Setup, *, backward: bool) -> Kernel:
@@ -190,7 +205,7 @@ def accumulation(setup: Setup, elements: float) -> list[Kernel]:
 
 def _attention_backward(sizes: Sizes, setup: Setup) -> list[Kernel]:
     e, tp, d, s = _width(setup), setup.tensor, sizes.head_size, sizes.sequence
-    if setup.stack.attention in ("flash", "fused"):
+    if setup.stack.attention != "unfused":
         return [_flash(sizes, setup, backward=True)]
     batch = setup.micro_batch * max(1, sizes.heads // tp)
     scores = float(batch) * s * s
@@ -198,7 +213,7 @@ def _attention_backward(sizes: Sizes, setup: Setup) -> list[Kernel]:
     kernels = [
         product("context inputs", dtype, s, s, d, batch=batch, output_bytes=e, backward=True),
         product("context values", dtype, s, d, s, batch=batch, output_bytes=e, backward=True),
-        moving("softmax", dtype, scores, (3 if setup.stack.attention == "unfused" else 7) * e, backward=True),
+        *_softmax(setup, batch, scores, backward=True),
         product("queries", dtype, s, d, s, batch=batch, output_bytes=e, backward=True),
         product("keys", dtype, s, d, s, batch=batch, output_bytes=e, backward=True),
         moving("transpose", dtype, tokens(sizes, setup) * 4 * sizes.hidden / tp, 2 * e, backward=True),

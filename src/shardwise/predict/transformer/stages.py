@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from math import ceil
 
 from shardwise.predict.transformer.sizes import Setup, Sizes
 
@@ -12,13 +11,15 @@ def layers_of_stages(sizes: Sizes, setup: Setup) -> list[float]:
     """Blocks of each stage.
 
     Megatron-LM gives every stage as many; where they do not divide evenly, embedding and output count as blocks. Others
-    (`Stack.balanced`) end a stage with the block whose cost reaches the stage's share, the output counted by its
-    parameters (nanotron, `build_model`).
+    (`Stack.balanced`) end a stage with the block whose cost reaches the stage's share, blocks counted by the
+    parameters of their matrices with as many heads of keys as of queries, the output by its own (nanotron,
+    `build_model` and `get_block_compute_costs`).
     """
     layers, stages = sizes.layers, setup.pipeline
     if setup.stack.balanced and stages > 1:
-        output = sizes.vocab * sizes.hidden / sizes.layer_matrices
-        ends = [min(layers, ceil((layers + output) * (stage + 1) / stages)) for stage in range(stages)]
+        each = sizes.hidden * (4 * sizes.hidden + sizes.up + sizes.ffn)
+        total = layers * each + sizes.vocab * sizes.hidden
+        ends = [min(layers, -(-total * (stage + 1) // (stages * each))) for stage in range(stages)]
         return [float(end - start) for start, end in zip([0, *ends[:-1]], [*ends[:-1], layers], strict=True)]
     if layers % stages == 0:
         return [layers / stages] * stages

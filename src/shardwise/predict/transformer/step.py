@@ -2,7 +2,7 @@
 
     step      = pipeline + exposed gradient reduction + optimizer
     pipeline  = m (F + B of the slowest stage) + (F + B of the other stages) / v + messages   (1F1B, interleaved by v)
-    F, B      = max(kernels + exposed collectives, host)                                           per microbatch
+    F, B      = sum over blocks and ends of max(kernels + exposed collectives, host)               per microbatch
 
 Ranks are laid out as Megatron does: tensor parallel ones are neighbours, then context, data, pipeline parallel ones.
 """
@@ -88,17 +88,18 @@ class Groups:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Seconds of one pass over one microbatch of a stage: kernels, exposed communication, all communication, host."""
+    """Seconds of one pass over one microbatch of a stage: kernels, exposed communication, all communication, and for
+    how long the device waits for its host."""
 
     kernels: float
     exposed: float
     communication: float
-    host: float
+    waiting: float
 
     @property
     def seconds(self) -> float:
-        """The device waits for the host where that is slower."""
-        return max(self.kernels + self.exposed, self.host)
+        """Of the device."""
+        return self.kernels + self.exposed + self.waiting
 
 
 def predict(
@@ -155,7 +156,7 @@ class _Step:
         update = self.update()
         kernels = m * (forward.kernels + backward.kernels)
         exposed_inside = m * (forward.exposed + backward.exposed)
-        host = max(0.0, work - kernels - exposed_inside)
+        host = m * (forward.waiting + backward.waiting)
         exposed = exposed_inside + messages + tied + reduction_exposed + gathering
         samples = setup.micro_batch * m * setup.data
         device = self.clock.device
@@ -201,14 +202,15 @@ class _Step:
             parts = []
             for index, layer in enumerate((layer_forward, layer_backward)):
                 extra = (embedding[index] if first else ()) + (head[index] if last else ())
-                kernels = count * layer.kernels + self.clock.of(extra)
+                beside = self.clock.of(extra)
                 shared = self.tensor_head(index) if last else 0.0
+                host = self.host(len(extra)) + neighbours * self.clock.numbers.host_message
                 parts.append(
                     Part(
-                        kernels=kernels,
+                        kernels=count * layer.kernels + beside,
                         exposed=count * layer.exposed + shared,
                         communication=count * layer.communication + shared,
-                        host=count * layer.host + self.host(len(extra)) + neighbours * self.clock.numbers.host_message,
+                        waiting=count * layer.waiting + max(0.0, host - beside - shared),
                     )
                 )
             result.append((parts[0], parts[1]))
@@ -254,7 +256,7 @@ class _Step:
             kernels=kernels,
             exposed=exposed + ring + sharded_exposed,
             communication=total + ring + sharded,
-            host=self.host(started, calls),
+            waiting=max(0.0, self.host(started, calls) - kernels - exposed - ring - sharded_exposed),
         )
 
     def tensor_parallel(self, reductions: float, *, backward: bool) -> tuple[float, float, float]:
