@@ -132,19 +132,26 @@ def _core(sizes: Sizes, setup: Setup) -> list[Kernel]:
     return kernels
 
 
-FUSED_SOFTMAX_GROUP = 4
-"""Megatron-LM's kernel that scales, masks and takes the softmax wants a multiple of so many heads times samples
-(`FusedScaleMaskSoftmax.is_kernel_available`); PyTorch's operations do it in float32 otherwise."""
+FUSED_SOFTMAX = ((2.0,), (3.0,))
+"""Widths of a score that the kernel reads and writes which scales, masks and takes the softmax; forward, backward."""
 
-SOFTMAX_PARTS = {False: (3, 4, 4.5, 4, 3), True: (3, 6, 4.5, 4, 3)}
-"""Widths that they read and write of each score: to float32, scaled, masked, softmax, back; and the same backward."""
+HALF_SOFTMAX = ((3.0, 4.0, 4.5, 4.0, 3.0), (3.0, 6.0, 4.5, 4.0, 3.0))
+"""The same of operations of their own in half precision: to float32, scaled, masked, softmax, back."""
+
+FLOAT_SOFTMAX = ((2.25, 2.0), (3.0, 2.25))
+"""The same in float32: masked, softmax; their gradients."""
+
+FUSED_SOFTMAX_GROUP = 4
+"""Megatron-LM's kernel wants half precision, and a multiple of so many heads times samples
+(`FusedScaleMaskSoftmax.is_kernel_available`)."""
 
 
 def _softmax(setup: Setup, batch: int, scores: float, *, backward: bool) -> list[Kernel]:
     """Of `batch` matrices of scores."""
-    fused = (3,) if backward else (2,)
-    passes = SOFTMAX_PARTS[backward] if batch % FUSED_SOFTMAX_GROUP else fused
-    return [moving("softmax", setup.dtype, scores, each * _width(setup), backward=backward) for each in passes]
+    widths = FLOAT_SOFTMAX
+    if _width(setup) == 2:
+        widths = HALF_SOFTMAX if batch % FUSED_SOFTMAX_GROUP else FUSED_SOFTMAX
+    return [moving("softmax", setup.dtype, scores, each * _width(setup), backward=backward) for each in widths[backward]]
 
 
 def _flash(sizes: Sizes, setup: Setup, *, backward: bool) -> Kernel:
