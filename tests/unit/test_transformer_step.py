@@ -13,6 +13,7 @@ from shardwise.predict.constants import Constants, constants
 from shardwise.predict.gpu import kernel_seconds
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.network import collective_seconds
+from shardwise.predict.transformer.ends import embedding, head
 from shardwise.predict.transformer.layer import accumulation, block
 from shardwise.predict.transformer.sizes import Setup, Sizes, Stack
 from shardwise.predict.transformer.step import Clock, Groups, _Step, explained, paced, predict
@@ -171,13 +172,88 @@ def test_the_host_is_waited_for_where_it_is_slower() -> None:
     assert found.layer_forward().seconds == len(passes.forward)
     again = step(setup(recompute="full"), slow).layer_backward()
     assert again.seconds == len(passes.forward) + len(passes.backward)
-    assert step(setup(graphs=True), slow).layer_forward().host == 0.0
+    assert step(setup(graphs=True), slow).layer_forward().waiting == 0.0
+
+
+def test_a_slow_end_does_not_hide_that_the_blocks_wait() -> None:
+    # the loss of a vast vocabulary takes longer than the host needs for all blocks; they wait for it all the same
+    numbers = replace(NUMBERS, host_kernel=1e-3)
+    sizes = replace(SIZES, vocab=100 * V)
+    found = setup()
+    whole = _Step(sizes, found, Clock(CLUSTER, GPU, numbers), Groups.of(found), block(sizes, found))
+    ((forward, _),) = whole.stages()
+    assert forward.kernels > L * 1e-3 * len(block(sizes, found).forward)
+    assert forward.waiting == pytest.approx(L * whole.layer_forward().waiting, rel=1e-12)
+    assert whole.layer_forward().waiting > 0
 
 
 def test_messages_take_time_of_the_host() -> None:
     numbers = replace(NUMBERS, host_message=1.0)
     stages = step(setup(pipeline=4), numbers).stages()
-    assert [forward.host for forward, _ in stages] == [1, 2, 2, 1]
+    ends = [step(setup()).clock.of(kernels(SIZES, setup())[0]) for kernels in (embedding, head)]
+    assert [forward.waiting for forward, _ in stages] == pytest.approx([1 - ends[0], 2, 2, 1 - ends[1]])
+
+
+def test_recomputation_ends_with_what_the_backward_pass_needs() -> None:
+    passes = block(SIZES, setup(recompute="full", stops_early=True))
+    left_out = passes.forward[len(passes.recomputed) :]
+    assert [kernel.operation for kernel in left_out] == ["down", "residual"]
+    assert passes.recomputed == passes.forward[: len(passes.recomputed)]
+    assert block(SIZES, setup(recompute="full")).recomputed == passes.forward
+    # the reduction of that product is not repeated either: three instead of four in the backward pass
+    each = 2 * (7 / 8) * 2 * S * H / 100e9
+    for early, reductions in ((True, 3), (False, 4)):
+        found = step(setup(tensor=8, recompute="full", stops_early=early))
+        assert found.layer_backward().communication == pytest.approx(reductions * each, rel=1e-6)
+
+
+def test_half_of_the_blocks_is_recomputed() -> None:
+    whole, half, none = (step(setup(recompute=name)).layer_backward().kernels for name in ("full", "layers", "none"))
+    assert half == pytest.approx((whole + none) / 2)
+
+
+def test_every_second_product_is_recomputed() -> None:
+    # torchtitan saves queries, values, gate and the last product; keys, the projection and the second of the gated pair
+    # run again: 2 T h (kv + h + ffn) operations
+    sizes = replace(SIZES, gated=True, kv_heads=8)
+    passes = block(sizes, setup(recompute="operations", stops_early=True))
+    products = [kernel for kernel in passes.recomputed if kernel.kind == "matmul"]
+    assert sum(kernel.flops for kernel in products) == 2 * S * H * (H // 4 + H + 4 * H)
+    assert not [kernel for kernel in passes.recomputed if kernel.kind == "attention"]
+
+
+def test_norms_of_elementary_operations_move_more() -> None:
+    gated = replace(SIZES, gated=True)
+
+    def norms(sizes: Sizes, fused: bool) -> tuple[float, float]:
+        passes = block(sizes, setup(fused_norms=fused))
+        forward, backward = (
+            next(kernel.bytes for kernel in kernels if kernel.operation == "norm")
+            for kernels in (passes.forward, passes.backward)
+        )
+        return forward / (S * H), backward / (S * H)
+
+    assert norms(gated, True) == norms(SIZES, False) == (4, 8)
+    assert norms(gated, False) == (32, 96)  # of layer norms PyTorch has one kernel
+
+
+@pytest.mark.parametrize(
+    ("changes", "forward", "backward"),
+    [
+        ({"tensor": 8}, 1, 1),  # 4 matrices of scores
+        ({"tensor": 16}, 5, 5),  # 2 of them: not a multiple of 4
+        ({"tensor": 16, "micro_batch": 2}, 1, 1),
+        ({"dtype": "float32", "linear_dtype": "float32"}, 2, 2),
+    ],
+)
+def test_fused_softmax_wants_half_precision_and_groups_of_four(
+    changes: dict[str, Any], forward: int, backward: int
+) -> None:
+    passes = block(SIZES, setup(attention="unfused", **changes))
+    counts = [
+        [kernel.operation for kernel in kernels].count("softmax") for kernels in (passes.forward, passes.backward)
+    ]
+    assert counts == [forward, backward]
 
 
 def test_products_add_to_gradients_themselves() -> None:

@@ -151,7 +151,9 @@ def _softmax(setup: Setup, batch: int, scores: float, *, backward: bool) -> list
     widths = FLOAT_SOFTMAX
     if _width(setup) == 2:
         widths = HALF_SOFTMAX if batch % FUSED_SOFTMAX_GROUP else FUSED_SOFTMAX
-    return [moving("softmax", setup.dtype, scores, each * _width(setup), backward=backward) for each in widths[backward]]
+    return [
+        moving("softmax", setup.dtype, scores, each * _width(setup), backward=backward) for each in widths[backward]
+    ]
 
 
 def _flash(sizes: Sizes, setup: Setup, *, backward: bool) -> Kernel:
@@ -277,8 +279,10 @@ def _recomputed(setup: Setup, forward: Sequence[Kernel], core: Iterable[Kernel])
 
 
 def _every_second(sizes: Sizes, setup: Setup) -> tuple[Kernel, ...]:
-    """Products that are computed again where every second one is (torchtitan's selective recomputation by operation):
-    each linear layer has its own, and the last one's result is not needed."""
+    """Products that torchtitan's selective recomputation by operation computes again: every second one.
+
+    Each linear layer has its own, and the last one's result is not needed.
+    """
     t, h, tp, keys = tokens(sizes, setup), sizes.hidden, setup.tensor, sizes.kv_heads * sizes.head_size
     layers = [(h, h // tp), (h, keys // tp), (h, keys // tp), (h // tp, h), *[(h, sizes.ffn // tp)] * (1 + sizes.gated)]
     return tuple(

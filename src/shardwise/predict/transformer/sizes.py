@@ -89,7 +89,8 @@ class Stack:
     """What the software does: which kernels it runs and what it overlaps.
 
     Attributes:
-        attention: `unfused` (products with a fused softmax between), `flash`, `fused` (cuDNN or flash attention 3 on Hopper and later).
+        attention: `unfused` (products with a fused softmax between), `flash`, `fused` (cuDNN or flash attention 3 on
+            Hopper and later).
         elementwise: `megatron` (fused bias, dropout and residual), `eager`, `compiled`, `te` (Transformer Engine).
         loss: `megatron` (vocabulary-parallel, float32 in steps), `eager` (float32 in two steps), `fused`.
         dropout: whether dropout runs.

@@ -88,8 +88,14 @@ class Groups:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Seconds of one pass over one microbatch of a stage: kernels, exposed communication, all communication, and for
-    how long the device waits for its host."""
+    """Seconds of one pass over one microbatch of a stage.
+
+    Attributes:
+        kernels: that run.
+        exposed: communication that nothing hides.
+        communication: all of it.
+        waiting: of the device for its host.
+    """
 
     kernels: float
     exposed: float
@@ -149,7 +155,6 @@ class _Step:
         slowest = max(range(len(totals)), key=totals.__getitem__)
         forward, backward = stages[slowest]
         m = setup.microbatches
-        work = m * totals[slowest]
         bubble = (sum(totals) - totals[slowest]) / setup.chunks
         messages, tied = self.messages(), self.tied_embedding()
         reduction, reduction_exposed, gathering = self.gradients(totals[slowest])
