@@ -132,13 +132,15 @@ def _core(sizes: Sizes, setup: Setup) -> list[Kernel]:
     return kernels
 
 
-FUSED_SOFTMAX = ((2.0,), (3.0,))
+Widths = tuple[tuple[float, ...], tuple[float, ...]]
+
+FUSED_SOFTMAX: Widths = ((2.0,), (3.0,))
 """Widths of a score that the kernel reads and writes which scales, masks and takes the softmax; forward, backward."""
 
-HALF_SOFTMAX = ((3.0, 4.0, 4.5, 4.0, 3.0), (3.0, 6.0, 4.5, 4.0, 3.0))
+HALF_SOFTMAX: Widths = ((3.0, 4.0, 4.5, 4.0, 3.0), (3.0, 6.0, 4.5, 4.0, 3.0))
 """The same of operations of their own in half precision: to float32, scaled, masked, softmax, back."""
 
-FLOAT_SOFTMAX = ((2.25, 2.0), (3.0, 2.25))
+FLOAT_SOFTMAX: Widths = ((2.25, 2.0), (3.0, 2.25))
 """The same in float32: masked, softmax; their gradients."""
 
 FUSED_SOFTMAX_GROUP = 4
