@@ -23,7 +23,7 @@ from shardwise.predict.condensed import condense
 from shardwise.predict.constants import constants
 from shardwise.predict.costs import predict
 from shardwise.predict.judging import judged
-from shardwise.predict.offload import HOST_SHARE, fetched, updated
+from shardwise.predict.offload import HOST_LINK_SHARE, HOST_SHARE, fetched, updated
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.strategy import Strategy
@@ -56,8 +56,8 @@ def test_slices_travel_and_the_host_updates_them(profiles: ScaledProfiles, clust
     device = cluster.nodes[0].device
     assert device.host_bandwidth is not None
     assert device.host_memory_bandwidth is not None
-    share = constants().link_share
-    assert fetched(1e9, device) == pytest.approx(constants().link_hop + 1e9 / (device.host_bandwidth * share))
+    slowed = device.host_bandwidth * HOST_LINK_SHARE
+    assert fetched(1e9, device) == pytest.approx(constants().link_hop + 1e9 / slowed)
     assert updated(1e9, device) == pytest.approx(1e9 / (device.host_memory_bandwidth * HOST_SHARE))
     measured = replace(device, origins={"host_memory_bandwidth": "measured", "host_bandwidth": "measured"})
     assert updated(1e9, measured) == 1e9 / device.host_memory_bandwidth

@@ -47,7 +47,9 @@ class Constants:
         host_kernel: the host's time to launch one kernel of a layer, Python of the layer included.
         host_message: the host's time for one message between stages of a pipeline.
         host_collective: the host's time to launch one collective, waiting for the streams included.
-        link_share: share of the datasheet's bandwidth that a collective reaches within a node.
+        link_share: share of the datasheet's bandwidth that a collective reaches within a node while it sends.
+        link_copy: what a rank needs beside to read, add and write its message in one pass of a ring within a node,
+            relative to sending all of it over its links.
         network_share: the same between nodes, over networks whose adapters do the transport (InfiniBand, RoCE).
         hosted_share: the same over networks whose transport runs on the host (Omni-Path, EFA, TCP).
         collective_start: of any collective.
@@ -83,6 +85,7 @@ class Constants:
     host_message: float
     host_collective: float
     link_share: float
+    link_copy: float
     network_share: float
     hosted_share: float
     collective_start: float

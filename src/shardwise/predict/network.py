@@ -2,7 +2,8 @@
 
 With n ranks, k of them in each node, S bytes (as `collective.Collective` counts them):
 
-    all_gather, reduce_scatter   every byte crosses each link (n-1)/n times in n-1 steps (Patarasuk and Yuan 2009)
+    all_gather, reduce_scatter   every byte crosses each link (n-1)/n times in n-1 steps (Patarasuk and Yuan 2009), and
+                                 each rank reads, adds and writes its message beside (`Constants.link_copy`)
     all_reduce                   both after each other; or up and down a tree between nodes, which needs fewer steps
     all_to_all                   what stays in a node goes over its links, the rest over the network
     broadcast, reduce            the message crosses each link once
@@ -70,7 +71,8 @@ def level_of(group: Group, cluster: Cluster) -> Level:
 def _message_seconds(amount: float, level: Level, inside: bool, numbers: Constants) -> float:
     share = numbers.link_share if inside else network_share(level, numbers)
     hop = numbers.link_hop if inside else numbers.network_hop
-    return hop + level.latency + amount / (level.bandwidth * share)
+    copied = numbers.link_copy if inside else 0.0
+    return hop + level.latency + (1 + copied) * amount / (level.bandwidth * share)
 
 
 def network_share(level: Level, numbers: Constants) -> float:
@@ -82,15 +84,15 @@ def _within(operation: str, amount: float, ranks: int, level: Level, numbers: Co
     """Among `ranks` ranks that one domain of links joins."""
     bandwidth = level.bandwidth * numbers.link_share
     hop = numbers.link_hop + level.latency
-    share = (ranks - 1) / ranks
+    share, copied = (ranks - 1) / ranks, numbers.link_copy
     passes = RING_PASSES.get(operation)
     if passes:
-        return numbers.collective_start + passes * ((ranks - 1) * hop + share * amount / bandwidth)
-    if operation == "all_to_all":
-        return numbers.collective_start + hop * log2(ranks) + share * amount / bandwidth
+        return numbers.collective_start + passes * ((ranks - 1) * hop + (share + copied) * amount / bandwidth)
+    if operation == "all_to_all":  # written before it is sent and read afterwards, as two passes
+        return numbers.collective_start + hop * log2(ranks) + (share + 2 * copied) * amount / bandwidth
     if operation == "barrier":
         return numbers.collective_start + 2 * hop * ceil(log2(ranks))
-    return numbers.collective_start + (ranks - 1) * hop + amount / bandwidth
+    return numbers.collective_start + (ranks - 1) * hop + (1 + copied) * amount / bandwidth
 
 
 def _across(
@@ -104,7 +106,9 @@ def _across(
     share = (ranks - 1) / ranks
     passes = RING_PASSES.get(operation)
     if passes:
-        moved = share * amount / ports if local == 1 else max(share * amount / ports, share * amount / links)
+        moved = share * amount / ports
+        if local > 1:
+            moved = max(moved, (share + numbers.link_copy) * amount / links)
         ring = nodes * hop_outer + nodes * (local - 1) * hop_inner
         tree = ceil(log2(nodes)) * hop_outer + (local - 1) * hop_inner
         steps = min(ring, tree) if operation == "all_reduce" else ring

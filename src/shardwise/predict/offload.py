@@ -21,6 +21,9 @@ from shardwise.units import format_bytes
 HOST_SHARE = 0.8
 """Assumed: of a host's memory bandwidth, what programs reach that only read and write (McCalpin 1995, STREAM)."""
 
+HOST_LINK_SHARE = 0.75
+"""Assumed: of the datasheet's bandwidth between host and device, what copies of page-locked memory reach."""
+
 FIELDS = ("host_memory_bytes", "host_memory_bandwidth", "host_bandwidth")
 
 
@@ -76,7 +79,7 @@ def fetched(size: float, device: Device) -> float:
         return 0.0
     numbers = constants()
     assert device.host_bandwidth is not None
-    share = 1.0 if device.origins.get("host_bandwidth") == "measured" else numbers.link_share
+    share = 1.0 if device.origins.get("host_bandwidth") == "measured" else HOST_LINK_SHARE
     return numbers.link_hop + size / (device.host_bandwidth * share)
 
 
