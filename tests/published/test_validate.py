@@ -22,10 +22,13 @@ RUNS = Path(__file__).with_name("runs.csv")
 DOCS = Path(__file__).parents[2] / "docs"
 
 REACHED = {
-    "vTrain single node": 0.08,
+    "vTrain single node": 0.06,
     "vTrain multi": 0.08,
     "BLOOM prequel": 0.05,
-    "SC21": 0.03,
+    "SC21": 0.02,
+    "llm-foundry A100-80GB": 0.05,
+    "llm-foundry H100-80GB": 0.04,
+    "torchtitan": 0.08,
     "Megatron 2020": 0.04,
     "Korthikanti": 0.05,
     "Sailor GH200": 0.11,
@@ -47,7 +50,7 @@ def test_all_rows_are_predicted(document: dict[str, Any]) -> None:
 
 
 def test_mean_over_groups(document: dict[str, Any]) -> None:
-    assert document["mean_of_groups"] < 0.06
+    assert document["mean_of_groups"] < 0.055
 
 
 @pytest.mark.parametrize("group", REACHED)
@@ -56,7 +59,7 @@ def test_group(document: dict[str, Any], group: str) -> None:
 
 
 def test_no_group_is_far_off(document: dict[str, Any]) -> None:
-    assert {name for name, group in document["groups"].items() if group["mean_error"] > 0.1} == set()
+    assert {name for name, group in document["groups"].items() if group["mean_error"] > 0.11} == set()
 
 
 @pytest.mark.parametrize("group", MEMORY)
