@@ -14,7 +14,7 @@ from shardwise import cli
 from shardwise.cluster.cluster import ORIGINS
 from shardwise.errors import DataError
 from shardwise.predict.published import validate as module
-from shardwise.predict.published.summary import percentile, rank_correlation
+from shardwise.predict.published.summary import percentile, rank_correlation, rank_correlation_of_scatter
 from shardwise.predict.published.validate import validate
 from shardwise.predict.transformer import step
 
@@ -174,6 +174,16 @@ def test_repeated_rows_say_how_measurements_scatter(tmp_path: Path) -> None:
     group = validate(path)["groups"]["SC21"]
     assert group["repeated_rows"] == 2
     assert group["repeat_largest_deviation"] == pytest.approx(1 / 3)
+
+
+def test_scatter_bounds_the_rank_correlation() -> None:
+    steady = [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [4.0, 4.0], [5.0, 5.0]]
+    assert rank_correlation_of_scatter(steady) == pytest.approx(1)
+    noisy = [[value * 0.7, value * 1.4] for value, _ in steady]
+    perfect = rank_correlation_of_scatter(noisy)
+    assert perfect is not None
+    assert 0.7 < perfect < 0.95
+    assert rank_correlation_of_scatter(steady[:4]) is None
 
 
 def test_statistics_by_hand() -> None:

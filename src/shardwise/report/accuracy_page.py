@@ -178,16 +178,19 @@ def _repeats(document: Mapping[str, Any]) -> str:
         "",
         _wrapped(
             "Rows of one group that say the same of model, software, strategy and machine, measured several "
-            "times: how far each is from the mean of its like. No predictor that is given the rows can do better there."
+            "times: how far each is from the mean of its like, and the rank correlation that a perfect predictor is to "
+            "expect where all rows of the group scatter as these do. No predictor that is given the rows can do better."
         ),
         "",
-        "| group | rows measured again | mean deviation | largest |",
-        "| --- | ---: | ---: | ---: |",
+        "| group | rows measured again | mean deviation | largest | rank correlation of a perfect predictor |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, group in found.items():
         deviation = _share(group["repeat_mean_deviation"])
         largest = _share(group["repeat_largest_deviation"])
-        lines.append(f"| {_name(name)} | {group['repeated_rows']} | {deviation} | {largest} |")
+        perfect = group["repeat_rank_correlation"]
+        ranked = "" if perfect is None else f"{perfect:.3f}"
+        lines.append(f"| {_name(name)} | {group['repeated_rows']} | {deviation} | {largest} | {ranked} |")
     return "\n".join(lines)
 
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
+import statistics
 from collections.abc import Sequence
+
+DRAWS = 200
+"""How often measurements are drawn anew to tell what rank correlation their scatter allows."""
+
+FEWEST_REPEATS = 5
+"""Measurements beyond the first of each thing, below which their scatter is not known well enough for that."""
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -52,3 +60,26 @@ def place_of_best(measured: Sequence[float], predicted: Sequence[float]) -> int:
     """Which place, from 1, the fastest measured one has among the predictions."""
     best = min(range(len(measured)), key=measured.__getitem__)
     return 1 + sum(1 for value in predicted if value < predicted[best])
+
+
+def rank_correlation_of_scatter(alike: Sequence[Sequence[float]]) -> float | None:
+    """Rank correlation with the measurements that a predictor of the true values is to expect: 1 if they never scatter.
+
+    Args:
+        alike: measurements of one thing each, in any unit. Their geometric mean stands for the true value, and around
+            it they are log-normal with one spread, that of all repeats together.
+
+    Returns:
+        The mean over measurements drawn anew (always the same draws), None where too few things are measured again.
+    """
+    logarithms = [[math.log(value) for value in values] for values in alike]
+    repeats = sum(len(values) - 1 for values in logarithms)
+    if repeats < FEWEST_REPEATS:
+        return None
+    means = [statistics.fmean(values) for values in logarithms]
+    squares = sum((value - middle) ** 2 for values, middle in zip(logarithms, means, strict=True) for value in values)
+    spread = math.sqrt(squares / repeats)
+    true = [middle for values, middle in zip(logarithms, means, strict=True) for _ in values]
+    draws = random.Random(0)
+    found = [rank_correlation(true, [draws.gauss(middle, spread) for middle in true]) for _ in range(DRAWS)]
+    return mean([value for value in found if value is not None])

@@ -16,7 +16,13 @@ from shardwise.predict.published.columns import named
 from shardwise.predict.published.counted import memory_terms
 from shardwise.predict.published.lacking import Lacking
 from shardwise.predict.published.row import Run, read
-from shardwise.predict.published.summary import mean, percentile, place_of_best, rank_correlation
+from shardwise.predict.published.summary import (
+    mean,
+    percentile,
+    place_of_best,
+    rank_correlation,
+    rank_correlation_of_scatter,
+)
 from shardwise.predict.transformer.step import explained, predict
 
 WORST = 5
@@ -117,7 +123,8 @@ def _errors(errors: Sequence[float]) -> dict[str, float | None]:
 
 def _group(rows: Sequence[Held]) -> dict[str, Any]:
     memory_errors = [abs(each.memory_error) for each in rows if each.memory_error is not None]
-    deviations = _repeats(rows)
+    alike = _alike(rows)
+    deviations = _deviations(alike)
     predicted, measured = [each.prediction.step_seconds for each in rows], [each.run.step_seconds for each in rows]
     return {
         "rows": len(rows),
@@ -130,18 +137,24 @@ def _group(rows: Sequence[Held]) -> dict[str, Any]:
         "repeated_rows": len(deviations),
         "repeat_mean_deviation": mean(deviations),
         "repeat_largest_deviation": max(deviations, default=None),
+        "repeat_rank_correlation": rank_correlation_of_scatter(alike) if len(rows) >= RANKED_ROWS else None,
     }
 
 
-def _repeats(rows: Sequence[Held]) -> list[float]:
-    """How far each row is from the mean of those that say the same, where there are several; relative."""
+def _alike(rows: Sequence[Held]) -> list[list[float]]:
+    """Measured seconds of rows that say the same."""
     alike: dict[object, list[float]] = {}
     for each in rows:
         run = each.run
         key = (run.sizes, run.setup, run.cluster.size, run.cluster.device(0).name, run.cluster.name)
         alike.setdefault(key, []).append(run.step_seconds)
-    found = []
-    for seconds in alike.values():
+    return list(alike.values())
+
+
+def _deviations(alike: Sequence[Sequence[float]]) -> list[float]:
+    """How far each row is from the mean of those that say the same, where there are several; relative."""
+    found: list[float] = []
+    for seconds in alike:
         middle = statistics.fmean(seconds)
         found += [abs(value / middle - 1) for value in seconds if len(seconds) > 1]
     return found
