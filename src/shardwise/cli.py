@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from shardwise import __version__, api
 from shardwise.ending import end
@@ -173,9 +173,21 @@ def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable
     if os.environ.get("RANK", "0") != "0":
         return
     if options.json:
-        sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+        _write(sys.stdout, json.dumps(document, allow_nan=False) + "\n")
     if not (options.json and options.quiet):
-        (sys.stderr if options.json else sys.stdout).write(view(document) + "\n")
+        _write(sys.stderr if options.json else sys.stdout, view(document) + "\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Writes all of it now; a reader that has gone (`| head -1`) wants no more of it."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the end of the process stumbles over it again
+        raise ShardwiseError(f"the result cannot be written: {error.strerror}; the command itself was done") from error
 
 
 def _say_error(error: ShardwiseError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -62,3 +63,29 @@ def test_a_run_that_failed_before_its_first_step_is_not_in_the_way(run: Run, fol
     done = run("train", "work.py:small", "--out", "out", "--steps", "1", status=1)
     assert done.stderr.count("OSError: no such weights") == 1
     assert not (folder / "out").exists()
+
+
+def validated(out: int, *, page: bool) -> subprocess.Popen[str]:
+    runs = Path(__file__).parents[1] / "published" / "runs.csv"
+    arguments = command("validate", str(runs), *([] if page else ["--json", "--quiet"]))
+    return subprocess.Popen(arguments, stdout=out, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("page", [True, False])
+def test_a_reader_that_has_enough(*, page: bool) -> None:
+    reading, writing = os.pipe()
+    process = validated(writing, page=page)
+    os.close(writing)
+    os.close(reading)  # as `| true`
+    assert process.communicate(timeout=SECONDS)[1] == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("page", [True, False])
+def test_a_full_disk(*, page: bool) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = validated(full.fileno(), page=page)
+        assert process.communicate(timeout=SECONDS)[1] == (
+            "shardwise: the result cannot be written: No space left on device; the command itself was done\n"
+        )
+    assert process.returncode == 1

@@ -45,7 +45,8 @@ def _rejected(document: Mapping[str, Any]) -> str:
         counts[entry["kind"]] = counts.get(entry["kind"], 0) + entry["count"]
     found = [f"{count:,} {KINDS[kind]}" for kind, count in counts.items()]
     seconds = format_seconds(document["search_seconds"])
-    searched = f"Searched in {seconds}: {document['predicted']:,} strategies predicted"
+    predicted = "1 strategy" if document["predicted"] == 1 else f"{document['predicted']:,} strategies"
+    searched = f"Searched in {seconds}: {predicted} predicted"
     if document["left_out"]:
         searched += f", {document['left_out']:,} left out because they could not win"
     others = f" Of the others {', '.join(found)}; --json has each reason." if found else ""
