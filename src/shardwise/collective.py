@@ -12,7 +12,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import gcd
 
 OPERATIONS = (
     "all_reduce",
@@ -34,6 +37,19 @@ class Group:
     size: int
     stride: int = 1
     first: int = 0
+
+    @staticmethod
+    def of(ranks: Sequence[int]) -> Group:
+        """These, ascending; as many, evenly spaced and no farther apart, where they are not evenly spaced.
+
+        Groups of a mesh are; stages of a pipeline that share a parameter (an encoder, a decoder and an output) need not
+        be.
+        """
+        first, last = ranks[0], ranks[-1]
+        if len(ranks) == 1:
+            return Group(1, 1, first)
+        apart = gcd(*(after - before for before, after in pairwise(ranks)))
+        return Group(len(ranks), (last - first) // apart // (len(ranks) - 1) * apart, first)
 
     @property
     def ranks(self) -> range:

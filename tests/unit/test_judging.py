@@ -13,6 +13,7 @@ from traces import remembered
 
 from shardwise.cluster.find import find_cluster
 from shardwise.predict import issuing, memory
+from shardwise.predict.costs import costs_of
 from shardwise.predict.judging import Judged, judged
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.sharded import Held
@@ -26,6 +27,7 @@ from shardwise.workload.workload import Workload
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "gpt": lambda: gpt(2, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
     "larger gpt": lambda: gpt(4, 512, 8, 4, vocabulary=4096, sequence=256, batch_size=16),
+    "few tokens": lambda: gpt(4, 512, 8, 4, vocabulary=256, sequence=64, batch_size=4),
     "language": lambda: language(sequence=64, layers=2, hidden=64, tied=True, dropout=0.1),
     "image": lambda: image(batch_size=16),
     "resnet": lambda: image(model="resnet", batch_size=16),
@@ -90,6 +92,8 @@ MEMORY_GRID = [
             "dp=2,pp=2,recompute=full",
         )
     ),
+    # little is kept for the backward pass, so that the optimizer's copy of all parameters makes the peak
+    *(("few tokens", strategy) for strategy in ("single", "dp=4,recompute=full", "tp=4", "fsdp=4,zero=1", "pp=2")),
     ("language", "tp=2"),
     ("image", "pp=2"),
     ("medical", "dp=2"),
@@ -122,6 +126,17 @@ def test_memory_is_the_same(name: str, strategy: str) -> None:
     document = judge(name, strategy).document()
     found = document["memory"], document["predicted"]["memory"]
     assert document["memory_error"] <= MEMORY_TOLERANCE, found
+
+
+def test_an_optimizer_that_needs_memory_for_a_moment_is_noticed() -> None:
+    found = profiles("few tokens", "gpu")
+    with remembered("few tokens"):
+        profile = found.of(Strategy())
+        assert profile.update.temporary_bytes == 4  # AdamW's root of the second moments
+        kept = replace(profile, update=replace(profile.update, temporary_bytes=0.0))
+    right = judge("few tokens", "single")
+    wrong = costs_of(kept, Strategy(), find_cluster("h100x16")).memory
+    assert wrong.total < (1 - MEMORY_TOLERANCE) * right.memory.total
 
 
 def test_memory_that_is_not_counted_is_noticed() -> None:

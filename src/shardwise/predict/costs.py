@@ -206,8 +206,7 @@ class Costs(StageCosts):
         if strategy.tp > 1:
             found += [((), size, self.collective("all_reduce", size, tensor)) for size in worker.summed]
         for workers, size in worker.tied:
-            step = (workers[-1] - workers[0]) // max(len(workers) - 1, 1)
-            group = Group(len(workers), step * strategy.stride("pp"), strategy.rank(pp=workers[0]))
+            group = Group.of([strategy.rank(pp=place) for place in workers])
             found.append((workers, size, self.collective("all_reduce", size, group)))
         return found
 

@@ -32,6 +32,7 @@ from shardwise.parallel.planning import Cuts
 from shardwise.parallel.program import Program
 from shardwise.parallel.staged import GraphEngine
 from shardwise.predict.fakes import Answers, ModelWithoutValues, as_on_gpu, fake_workers, first_share, replicated
+from shardwise.predict.grouped import widen_grouped_products
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.models import builds
 from shardwise.predict.prediction import Memory
@@ -124,6 +125,7 @@ def dry_run(
 
 def _without_memory() -> Allocating:
     """What gives tensors without data, always of one kind."""
+    widen_grouped_products()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return lambda: mode
 

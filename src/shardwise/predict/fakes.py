@@ -31,6 +31,7 @@ from shardwise.parallel.values import facts
 from shardwise.predict.accelerated import AsOnGPU
 from shardwise.predict.counting import tensors
 from shardwise.predict.models import batch
+from shardwise.predict.updating import all_at_once
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, cut_batch
 from shardwise.workload.workload import Workload
@@ -169,10 +170,8 @@ def as_on_gpu(program: Program) -> Iterator[None]:
 
     An optimizer that was not told otherwise takes all parameters at once, as it does by itself on a GPU, not on a host.
     """
-    on_host = program.optimizer is None or program.strategy.offload
-    for group in () if on_host else program.optimizer.param_groups:  # type: ignore[union-attr]
-        if group.get("foreach", False) is None and not group.get("fused"):
-            group["foreach"] = True
+    if program.optimizer is not None and not program.strategy.offload:
+        all_at_once(program.optimizer)
     engine: Any = program.engine
     owner, name = (engine._keyed, "at") if isinstance(engine, GraphEngine) else (engine._operations, "_again")
     original = getattr(owner, name)

@@ -128,16 +128,4 @@ def collective_of(
         when = "backward" if goes_back(given["tag"]) else "forward"  # receives are posted before their pass
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(moved))
     axis = axes.members[-1][0] if when == "report" and axes.members else axes.name(ranks)
-    return Collective(kind, size, group_of(ranks), axis, when, asynchronous)
-
-
-def group_of(ranks: Sequence[int]) -> Group:
-    """Ranks in three numbers.
-
-    Raises:
-        ValueError: they are not evenly spaced, which groups of a mesh are.
-    """
-    first, stride = ranks[0], ranks[1] - ranks[0] if len(ranks) > 1 else 1
-    if list(ranks) != list(range(first, first + len(ranks) * stride, stride)):
-        raise ValueError(f"ranks {list(ranks)} are not evenly spaced")
-    return Group(len(ranks), stride, first)
+    return Collective(kind, size, Group.of(ranks), axis, when, asynchronous)

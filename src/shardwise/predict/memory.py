@@ -68,13 +68,16 @@ def worker_memory(costs: Costs, worker: Worker) -> Memory:
     if offloaded:
         worker = left(worker)
     elements, tensors = worker.updated
-    state = round(elements * profile.update.state_bytes)
+    update = profile.update
+    state = round(elements * update.state_bytes)
+    together = update.together or (costs.times.device.kind == "gpu" and not offloaded)
+    one = min(profile.largest, worker.trained) if tensors else 0
     updating = Memory(
         parameters=worker.parameters,
         gradients=worker.trained,
         optimizer=state,
         activations=0,
-        temporary=min(profile.largest, worker.trained) if tensors else 0,
+        temporary=round(elements * update.temporary_bytes) if together else one,
     )
     return max(
         (updating, _passing(profile, strategy, worker, state, offloaded=offloaded)), key=lambda memory: memory.total

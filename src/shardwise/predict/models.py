@@ -24,6 +24,7 @@ from shardwise.parallel.cuts import Place
 from shardwise.parallel.model import evaluating, persistent_buffers, plain_model, untouched
 from shardwise.parallel.traced import traced
 from shardwise.parallel.values import unlike
+from shardwise.predict.grouped import widen_grouped_products
 from shardwise.predict.profile import Update
 from shardwise.predict.updating import update_of
 from shardwise.workload.data import first_samples
@@ -74,6 +75,7 @@ class Model:
     @classmethod
     def of(cls, workload: Workload, module: nn.Module) -> Model:
         """A model without values, short where it can be."""
+        widen_grouped_products()
         layers = repeated_layers(module)
         return cls(workload, module, layers if layers is not None and len(layers) > SHORT else None)
 

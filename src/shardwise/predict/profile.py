@@ -155,11 +155,13 @@ class Update:
         kernels: of one element: `bytes` and `flops` are to be multiplied with the elements.
         state_bytes: that it keeps for each element.
         together: whether a kernel takes all parameters at once, not one after the other.
+        temporary_bytes: that it needs for a moment for each element, where it takes all at once, as on a GPU.
     """
 
     kernels: tuple[Kernel, ...] = ()
     state_bytes: float = 0.0
     together: bool = False
+    temporary_bytes: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

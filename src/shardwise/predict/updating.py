@@ -20,24 +20,36 @@ _SIDE = 256
 
 def update_of(workload: Workload) -> Update:
     """The kernels of one element in a later step (in the first one the state is made), and the bytes of its state."""
-    one, _ = _updated(workload, 1)
-    two, state = _updated(workload, 2)
-    elements = 2 * _SIDE**2
+    one, two = _updated(workload, 1), _updated(workload, 2)
+    together = len(one.kernels) == len(two.kernels)
     return Update(
-        tuple(two[: len(one)]) if len(one) == len(two) else tuple(one), state / elements, len(one) == len(two)
+        kernels=two.kernels[: len(one.kernels)] if together else one.kernels,
+        state_bytes=two.state_bytes,
+        together=together,
+        temporary_bytes=_updated(workload, 2, on_gpu=True).temporary_bytes,
     )
 
 
-def _updated(workload: Workload, count: int) -> tuple[list[Kernel], int]:
-    """Kernels of a step on so many matrices, per element of all of them, and bytes of the state."""
-    recorder = LinkRecorder()
+def all_at_once(optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer that was not told otherwise takes all parameters at once, as on a GPU it does by itself."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def _updated(workload: Workload, count: int, *, on_gpu: bool = False) -> Update:
+    """A step on so many matrices, per element of all of them."""
+    recorder = LinkRecorder(cpu=False)
     with FakeTensorMode():
         parameters = [nn.Parameter(torch.empty(_SIDE, _SIDE)) for _ in range(count)]
         optimizer = workload.optimizer(list(parameters))
+        if on_gpu:
+            all_at_once(optimizer)
         for number in range(2):
             for parameter in parameters:
                 parameter.grad = torch.empty(_SIDE, _SIDE)
             if number:
+                before = recorder.watch()
                 with recorder:
                     optimizer.step()
             else:
@@ -45,7 +57,11 @@ def _updated(workload: Workload, count: int) -> tuple[list[Kernel], int]:
         held = [value for state in optimizer.state.values() for value in state.values()]
     elements = count * _SIDE**2
     kernels = [_per_element(kernel, elements) for kernel in recorder.take().kernels if kernel.bytes >= elements]
-    return kernels, sum(_bytes(value) for value in held)
+    return Update(
+        kernels=tuple(kernels),
+        state_bytes=sum(_bytes(value) for value in held) / elements,
+        temporary_bytes=(recorder.peak - before) / elements,
+    )
 
 
 def _per_element(kernel: Kernel, elements: int) -> Kernel:
