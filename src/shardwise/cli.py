@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from shardwise import __version__, api
 from shardwise.ending import end
@@ -28,6 +28,9 @@ from shardwise.report.calibration import calibration_summary
 from shardwise.report.plan import check_summary, plan_summary
 from shardwise.report.prediction import prediction_table
 from shardwise.report.text import comparison_table, training_summary, verification_table
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
@@ -61,7 +64,7 @@ def _train(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         out=options.out,
         resume=options.resume,
-        settings=dict(options.set),
+        settings=_once("--set", options.set),
         seed=options.seed,
         checkpoint_every=options.checkpoint_every,
         keep=options.keep,
@@ -78,7 +81,7 @@ def _compare(options: argparse.Namespace) -> None:
         steps=options.steps,
         epochs=options.epochs,
         out=options.out,
-        settings=dict(options.set),
+        settings=_once("--set", options.set),
         seed=options.seed,
         quiet=options.quiet,
     )
@@ -91,7 +94,7 @@ def _verify(options: argparse.Namespace) -> None:
         options.strategy,
         steps=options.steps,
         dtype=options.dtype,
-        settings=dict(options.set),
+        settings=_once("--set", options.set),
         seed=options.seed,
         out=options.out,
     )
@@ -112,9 +115,9 @@ def _simulate(options: argparse.Namespace) -> None:
         options.strategy,
         cluster=options.cluster,
         trace=options.trace,
-        slow=dict(options.slow),
+        slow=_once("--slow", options.slow),
         dry_run=options.dry_run,
-        settings=dict(options.set),
+        settings=_once("--set", options.set),
         seed=options.seed,
     )
     _print(options, document, prediction_table)
@@ -122,11 +125,14 @@ def _simulate(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     if options.check is not None:
+        _check_alone(options)
         document = api.check_plan(options.check, cluster=options.cluster)
         _print(options, document, check_summary)
         if not document["holds"]:
             raise PlanBroken(f"{options.check} does not hold: {'; '.join(document['reasons'])}")
         return
+    if options.workload is None:
+        raise RequestError("plan: give a workload to plan for (image, gpt:layers=24, ...), or --check FILE")
     document = api.plan(
         options.workload,
         cluster=options.cluster,
@@ -138,10 +144,30 @@ def _plan(options: argparse.Namespace) -> None:
         out=options.out,
         dry_run=options.dry_run,
         pareto=options.pareto,
-        settings=dict(options.set),
+        settings=_once("--set", options.set),
         seed=options.seed,
     )
     _print(options, document, plan_summary)
+
+
+def _check_alone(options: argparse.Namespace) -> None:
+    """Refuses what a plan file that is checked says already."""
+    given = {
+        "WORKLOAD": options.workload,
+        "--set": options.set,
+        "--seed": options.seed,
+        "--workers": options.workers,
+        "--objective": options.objective != "time",
+        "--max-memory": options.max_memory,
+        "--fix": options.fix,
+        "--forbid": options.forbid,
+        "--out": options.out,
+        "--dry-run": options.dry_run,
+        "--pareto": options.pareto,
+    }
+    words = [name for name, value in given.items() if value not in (None, False, [])]
+    if words:
+        raise RequestError(f"--check {options.check} is of that plan alone: leave out {', '.join(words)}")
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -408,6 +434,17 @@ def _slow(text: str) -> tuple[int, float]:
         return int(rank), float(times)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: write RANK=TIMES, for example 3=1.5") from None
+
+
+def _once(option: str, pairs: Sequence[tuple[_Key, _Value]]) -> dict[_Key, _Value]:
+    """Pairs of one option by their key. Raises RequestError where two of them say different things of one."""
+    found: dict[_Key, _Value] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise RequestError(
+                f"{option} {key}={found[key]} and {option} {key}={value} contradict each other: leave one of them out"
+            )
+    return found
 
 
 def _setting(text: str) -> tuple[str, str]:

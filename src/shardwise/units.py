@@ -36,6 +36,15 @@ def format_rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def format_bits(bandwidth: float) -> str:
+    """1.25e9 -> '10 Gb/s': bytes per second as links are sold, in bits."""
+    bits = bandwidth * 8
+    for unit, size in (("Tb/s", 1e12), ("Gb/s", 1e9), ("Mb/s", 1e6)):
+        if bits >= size:
+            return f"{bits / size:.3g} {unit}"
+    return f"{bits:.3g} b/s"
+
+
 def format_share(value: float) -> str:
     """0.123 -> '12%'."""
     return f"{value * 100:.0f}%"

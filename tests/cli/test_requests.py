@@ -79,6 +79,90 @@ def test_compare_refuses_what_was_asked_for(capsys: pytest.CaptureFixture[str]) 
     assert "does not divide by the 3 replicas" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("plan", "plan: give a workload to plan for (image, gpt:layers=24, ...), or --check FILE"),
+        (
+            "plan image --check p.toml --workers 2 --fix tp=2",
+            "--check p.toml is of that plan alone: leave out WORKLOAD, --workers, --fix",
+        ),
+        ("plan image --cluster h100x4 --fix tp=4 --fix tp=2", "--fix tp=4 and --fix tp=2 contradict each other"),
+        (
+            "simulate image --cluster h100x2 --strategy dp=2 --set batch_size=8 --set batch_size=4",
+            "--set batch_size=8 and --set batch_size=4 contradict each other",
+        ),
+        (
+            "simulate image --cluster h100x2 --strategy dp=2 --slow 1=2 --slow 1=3",
+            "--slow 1=2.0 and --slow 1=3.0 contradict each other",
+        ),
+        (
+            "simulate gpt:layers=1,hidden=64,heads=2,precision=bf16 --cluster v100x8 --strategy dp=8",
+            "V100 SXM2 32GB has no rate for bf16; it has rates for float32, float64, fp16: use precision=float32",
+        ),
+    ],
+)
+def test_predictions(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96}
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300}
+BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_size": 64, "intermediate_size": 96}
+CODE = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (
+            {**LLAMA, **SMALL, "hidden_size": -64},
+            "batch_size=8",
+            "LlamaForCausalLM cannot be built of it: RuntimeError",
+        ),
+        (
+            {**BERT, **SMALL, "max_position_embeddings": 64},
+            "sequence=65",
+            "BertForMaskedLM has 64 positions (max_position_embeddings in hf/config.json): use sequence=64",
+        ),
+        (CODE, "batch_size=8", "hf/config.json names code of its own (auto_map), which is not run"),
+    ],
+)
+def test_configurations(
+    config: dict[str, object], settings: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text(json.dumps(config))
+    (folder / "hf" / "own.py").write_text("raise AssertionError('code of a folder was run')")
+    command = ["simulate", "hf", "--cluster", "h100x2", "--strategy", "dp=2", "--set", settings, "--quiet"]
+    assert main(command) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_computed_positions_have_no_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text(json.dumps({**LLAMA, **SMALL, "max_position_embeddings": 64}))
+    command = ["simulate", "hf", "--cluster", "h100x2", "--strategy", "dp=2", "--set", "sequence=96", "--quiet"]
+    assert main(command) == 0
+    assert "fits" in capsys.readouterr().out
+
+
+def test_one_strategy_that_cannot_be_does_not_end_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    strategies = ["--strategy=dp=8", "--strategy=dp=8,precision=float32"]
+    workload = "gpt:layers=1,hidden=64,heads=2,precision=bf16"
+    assert main(["simulate", workload, "--cluster", "v100x8", *strategies, "--json", "--quiet"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["strategy"] for row in document["candidates"]] == ["dp=8,precision=float32"]
+    assert "no rate for bf16" in document["rejected"][0]["reason"]
+
+
 def test_export_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "empty", "model.safetensors"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

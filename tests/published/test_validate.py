@@ -110,6 +110,8 @@ def rows(**changes: str) -> str:
         ({"layers": ""}, "no layers"),
         ({"hidden": "wide"}, "hidden is 'wide', not a number"),
         ({"global_batch": "-8"}, "global_batch is -8, not positive"),
+        ({"layers": "12", "pp": "16", "n_gpus": "512"}, "12 layers are too few for the 16 stages of pp x vpp"),
+        ({"kv_heads": "7"}, "24 heads do not share 7 kv_heads evenly"),
         ({"target_step_time_s": "", "step_time_s": "", "step_time_s_derived": ""}, "no target_step_time_s"),
     ],
 )

@@ -16,7 +16,7 @@ from shardwise.predict.costs import predict
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.uneven import ProfileOf, predict_shares
 from shardwise.strategy import Strategy
-from shardwise.units import format_bytes, format_seconds, format_share
+from shardwise.units import format_bits, format_bytes, format_seconds, format_share
 
 PARTS = {
     "compute_seconds": "computing",
@@ -270,8 +270,8 @@ def _changes(plan: Plan, pure: Sequence[Candidate], cluster: Cluster, profile_of
                 continue
             said.add(str(found.strategy))
             yield (
-                f"With {_times(factor)} the bandwidth of {level.name} ({_bits(level.bandwidth * factor)} instead of "
-                f"{_bits(level.bandwidth)}) {found.strategy} would be best, at "
+                f"With {_times(factor)} the bandwidth of {level.name} ({format_bits(level.bandwidth * factor)} instead "
+                f"of {format_bits(level.bandwidth)}) {found.strategy} would be best, at "
                 f"{format_seconds(found.prediction.step_seconds)}."
             )
     if len(said) == 1:
@@ -326,15 +326,6 @@ def _stretched(curve: CollectiveCurve, factor: float) -> CollectiveCurve:
 def _times(factor: float) -> str:
     words = {0.1: "a tenth of", 0.25: "a quarter of", 4.0: "four times", 10.0: "ten times"}
     return words[factor]
-
-
-def _bits(bandwidth: float) -> str:
-    """As links are sold: bits per second."""
-    bits = bandwidth * 8
-    for unit, size in (("Tb/s", 1e12), ("Gb/s", 1e9), ("Mb/s", 1e6)):
-        if bits >= size:
-            return f"{bits / size:.3g} {unit}"
-    return f"{bits:.3g} b/s"
 
 
 def _count(number: float) -> str:

@@ -52,7 +52,13 @@ class Wish:
         if objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
             raise RequestError(f"objective={objective}: known are {known}{nearest(objective, OBJECTIVES)}")
-        fixed = dict(_fixed(text) for text in _words(fix))
+        fixed: dict[str, str] = {}
+        for option, value in (_fixed(text) for text in _words(fix)):
+            if fixed.setdefault(option, value) != value:
+                raise RequestError(
+                    f"--fix {option}={fixed[option]} and --fix {option}={value} contradict each other: "
+                    "leave one of them out"
+                )
         forbidden = tuple(_forbidden(text) for text in _words(forbid))
         wish = cls(
             objective=objective,

@@ -86,7 +86,8 @@ def rate(device: Device, dtype: str) -> float:
     """
     if dtype not in device.flops:
         known = ", ".join(sorted(device.flops))
-        raise RequestError(f"{device.name} has no rate for {dtype}; it has rates for {known}")
+        use = next((f": use precision={each}" for each in ("bf16", "float32") if each in device.flops), "")
+        raise RequestError(f"{device.name} has no rate for {dtype}; it has rates for {known}{use}")
     return device.flops[dtype]
 
 

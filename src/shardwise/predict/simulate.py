@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardwise.cluster.cluster import Cluster
-from shardwise.errors import StrategyError, WorkloadError
+from shardwise.cluster.cluster import Cluster, Level
+from shardwise.errors import RequestError, StrategyError
 from shardwise.predict.document import document
 from shardwise.predict.judging import Judged, judged
 from shardwise.predict.prediction import Prediction
@@ -53,7 +53,7 @@ def simulation(
         dry: whether the worker that needs most memory is run dry, too; see `predict.judging`.
 
     Raises:
-        StrategyError, WorkloadError: none of the strategies can be.
+        RequestError: none of the strategies can be.
     """
     start = time.perf_counter()
     profiles = profiles_on(workload, cluster)
@@ -61,7 +61,7 @@ def simulation(
     timelines: dict[str, Timeline] = {}
     judgements: dict[str, Judged] = {}
     rejected: list[tuple[str, str]] = []
-    refusal: StrategyError | WorkloadError | None = None
+    refusal: RequestError | None = None
     for strategy in strategies:
         try:
             if dry:
@@ -73,15 +73,27 @@ def simulation(
                 predictions.append((str(strategy), timelines[str(strategy)].prediction))
             else:
                 predictions.append((str(strategy), simulate(profiles, strategy, cluster)))
-        except (StrategyError, WorkloadError) as error:
+        except RequestError as error:
             refusal = refusal or error
             rejected.append((str(strategy), str(error)))
     if refusal is not None and not predictions:
         raise refusal
     found = document(workload.name, cluster.name, predictions, rejected, time.perf_counter() - start)
+    found["links"] = [_link(level) for level in cluster.levels]
+    found["slowed"] = {str(rank): times for rank, times in (slowed or {}).items()}
     for candidate in found["candidates"] if dry else ():
         candidate["dry_run"] = judgements[candidate["strategy"]].document()
     return Simulated(found, timelines)
+
+
+def _link(level: Level) -> dict[str, Any]:
+    return {
+        "name": level.name,
+        "devices": level.span,
+        "bytes_per_second": level.bandwidth,
+        "latency_seconds": level.latency,
+        "origins": dict(level.origins),
+    }
 
 
 def profiles_on(workload: Workload, cluster: Cluster) -> Profiles:

@@ -24,7 +24,7 @@ def accuracy_table(document: Mapping[str, Any]) -> str:
         "",
         "The worst rows:",
         *(_worst(row) for row in document["worst"]),
-        *([f"Skipped {len(skipped)} rows:"] if skipped else []),
+        *([f"Skipped {len(skipped)} {'row' if len(skipped) == 1 else 'rows'}:"] if skipped else []),
         *(f"  line {row['line']}: {row['reason']}" for row in skipped[:SKIPPED_SHOWN]),
         *([f"  and {len(skipped) - SKIPPED_SHOWN} more"] if len(skipped) > SKIPPED_SHOWN else []),
     ]

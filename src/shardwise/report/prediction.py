@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardwise.report.text import table
-from shardwise.units import format_bytes, format_rate, format_seconds, format_share
+from shardwise.report.text import UNKNOWN, table
+from shardwise.units import format_bits, format_bytes, format_rate, format_seconds, format_share
 
 
 def prediction_table(document: Mapping[str, Any]) -> str:
@@ -43,6 +43,7 @@ def dry_run_rows(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
     header = ["strategy", "worker", "memory predicted", "dry run", "off", "sent predicted", "dry run", "messages"]
     runs = [(candidate["strategy"], candidate["dry_run"]) for candidate in candidates if "dry_run" in candidate]
     notes = [f"{strategy}: {note}" for strategy, run in runs for note in run["notes"]]
+    notes += [_too_much(candidate) for candidate in candidates if _dry_run_alone_says_no(candidate)]
     return ["", table(header, [_dry_run(strategy, run) for strategy, run in runs]), *notes] if runs else []
 
 
@@ -53,11 +54,47 @@ def _dry_run(strategy: str, run: Mapping[str, Any]) -> list[str]:
         str(run["rank"]),
         format_bytes(predicted["memory_bytes"]),
         format_bytes(run["memory_bytes"]),
-        format_share(run["memory_error"]),
+        _off(predicted["memory_bytes"], run["memory_bytes"]),
         format_bytes(predicted["communicated_bytes"]),
         format_bytes(run["communicated_bytes"]),
         "alike" if run["bytes_agree"] else "NOT ALIKE",
     ]
+
+
+def _off(predicted: float, run: float) -> str:
+    """With its sign: too little is worse than too much."""
+    if not run:
+        return UNKNOWN
+    error = predicted / run - 1
+    return f"{error:+.0%}" if abs(error) >= 0.005 else "0%"
+
+
+def _dry_run_alone_says_no(candidate: Mapping[str, Any]) -> bool:
+    run = candidate.get("dry_run")
+    return run is not None and candidate["fits"] and run["memory_bytes"] > candidate["memory_available_bytes"]
+
+
+def _too_much(candidate: Mapping[str, Any]) -> str:
+    needed, there = candidate["dry_run"]["memory_bytes"], candidate["memory_available_bytes"]
+    return (
+        f"{candidate['strategy']} does not fit: the dry run of its program needs {format_bytes(needed)}, a device has "
+        f"{format_bytes(there)}"
+    )
+
+
+def _links(document: Mapping[str, Any]) -> list[str]:
+    """How the devices are joined, from the innermost links on."""
+    words = []
+    for link in document.get("links", ()):
+        origin = link["origins"].get("bandwidth")
+        said = f" ({origin})" if origin else ""
+        words.append(f"{link['devices']} devices by {link['name']}, {format_bits(link['bytes_per_second'])} each{said}")
+    return [f"links: {'; '.join(words)}"] if words else []
+
+
+def _slowed(document: Mapping[str, Any]) -> list[str]:
+    ranks = [f"rank {rank} computes {times:g} times as long" for rank, times in document.get("slowed", {}).items()]
+    return [f"{', '.join(ranks)}; who exchanges with it waits"] if ranks else []
 
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
@@ -68,6 +105,8 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
                 origins[origin].append(name)
     return [
         document["explanation"],
+        *_slowed(document),
+        *_links(document),
         *(f"{origin}: {', '.join(names)}" for origin, names in origins.items()),
         *(f"{entry['strategy']} cannot be: {entry['reason']}" for entry in document["rejected"]),
     ]

@@ -48,10 +48,11 @@ def read(row: Row, line: int) -> Run:
     """Understands one row.
 
     Raises:
-        Lacking: says what is missing or unknown.
+        Lacking: says what is missing, unknown or contradicts itself.
     """
     sizes, assumed = sizes_of(row)
     setup, unstated = _setup(row)
+    _check(sizes, setup)
     cluster, unknown = cluster_of(row, setup.devices)
     setup = _on_device(setup, cluster)
     memory = number(row, "peak_mem_gib")
@@ -168,6 +169,15 @@ def _batch(row: Row, dp: int) -> tuple[int, int]:
             f"global_batch {batch} is no whole number of microbatches: micro_batch x dp = {micro} x {dp} = {micro * dp}"
         )
     return micro, batch // (micro * dp)
+
+
+def _check(sizes: Sizes, setup: Setup) -> None:
+    """Raises Lacking: the model cannot be what the columns say, or cannot be split so."""
+    stages = setup.pipeline * setup.chunks
+    if stages > sizes.layers + 2:  # embedding and output may be stages of their own
+        raise Lacking(f"{sizes.layers} layers are too few for the {stages} stages of pp x vpp")
+    if sizes.heads % sizes.kv_heads:
+        raise Lacking(f"{sizes.heads} heads do not share {sizes.kv_heads} kv_heads evenly")
 
 
 def _sequence_parallel(row: Row, tp: int, dtype: str, elementwise: str) -> bool:

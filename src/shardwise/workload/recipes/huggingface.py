@@ -31,10 +31,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.errors import DataError, WorkloadError
+from shardwise.workload.graph import first_line
 from shardwise.workload.recipes.checks import check_positive
 from shardwise.workload.recipes.datasets.cache import Array, LazyArray, cached, fingerprint
 from shardwise.workload.recipes.datasets.images import digits
@@ -73,6 +75,7 @@ def huggingface_workload(folder: Path) -> Callable[..., Workload]:
     ) -> Workload:
         check_positive(batch_size=batch_size, sequence=sequence, learning_rate=learning_rate)
         architecture = _architecture(folder)
+        architecture.check_sequence(sequence)
         task = _task(architecture, folder, sequence, data)
         return Workload(
             name=folder.resolve().name,
@@ -89,17 +92,57 @@ def huggingface_workload(folder: Path) -> Callable[..., Workload]:
     return workload
 
 
+_UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What models raise that are built of sizes that make no sense."""
+
+_COMPUTED_POSITIONS = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
+"""Fields of configurations whose positions are computed, for sequences of any length."""
+
+
 @dataclass(frozen=True)
 class _Architecture:
-    """A class of transformers, what it does, and its configuration."""
+    """A class of transformers, what it does, its configuration and the folder that this is from."""
 
     kind: str
     name: str
     config: Any
+    folder: Path
 
     def build(self) -> nn.Module:
-        model: nn.Module = getattr(require("transformers", "transformers", "huggingface"), self.name)(self.config)
+        """Raises WorkloadError: the class cannot be made of the configuration."""
+        made = getattr(require("transformers", "transformers", "huggingface"), self.name)
+        try:
+            model: nn.Module = made(self.config)
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise WorkloadError(
+                f"{self.folder / CONFIG}: {self.name} cannot be built of it: {first_line(error)}; correct its sizes"
+            ) from error
         return model
+
+    def check_sequence(self, sequence: int) -> None:
+        """Raises WorkloadError: the model has a table of positions, and the samples are longer."""
+        config = _text_config(self.config)
+        positions = getattr(config, "max_position_embeddings", None)
+        computed = any(getattr(config, name, None) for name in _COMPUTED_POSITIONS)
+        if self.kind == "image" or computed or not isinstance(positions, int):
+            return
+        if "roberta" in config.model_type or config.model_type == "camembert":  # they count from the padding's index on
+            positions -= config.pad_token_id + 1
+        if sequence > positions:
+            raise WorkloadError(
+                f"sequence={sequence}: {self.name} has {positions} positions (max_position_embeddings in "
+                f"{self.folder / CONFIG}): use sequence={positions} or less"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,8 +159,13 @@ def _architecture(folder: Path) -> _Architecture:
     transformers = require("transformers", "transformers", "huggingface")
     auto = require("transformers.models.auto.modeling_auto", "transformers", "huggingface")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise WorkloadError(
+                f"{folder / CONFIG} names code of its own (auto_map), which is not run: write a workload function for "
+                "the model (file.py:function)"
+            ) from error
         raise WorkloadError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise WorkloadError(f"{folder / CONFIG}: the weights are quantized; training needs a folder with plain ones")
@@ -127,14 +175,14 @@ def _architecture(folder: Path) -> _Architecture:
     for kind, mapping in _KINDS.items():
         names = getattr(auto, mapping)
         if named and any(named == name or named in name for name in _texts(names.values())):
-            return _Architecture(kind, named, config)
+            return _Architecture(kind, named, config, folder)
     # a bare model, or none named: with the head of what it is known for
     kinds = (["translation"] if getattr(config, "is_encoder_decoder", False) else []) + ["masked", "causal", "image"]
     for kind in kinds:
         mapping = _KINDS[kind]
         name = next(iter(_texts([getattr(auto, mapping).get(config.model_type, ())])), None)
         if name is not None:
-            return _Architecture(kind, name, config)
+            return _Architecture(kind, name, config, folder)
     raise WorkloadError(
         f"{folder / CONFIG}: {named or config.model_type} is neither a causal, masked or encoder-decoder language "
         "model nor an image classifier: write a workload function for it (file.py:function)"
