@@ -341,8 +341,13 @@ def test_memory_of_one_worker() -> None:
     assert memory.optimizer == 8 * trained // 4
     # the peak is where the backward pass begins: what each link keeps, and the two values that are kept
     assert memory.activations == 4 * 10_000 + 1000 + 500
-    # with little to keep it is in the update, which takes as much as the largest parameter for a moment
-    assert costs("single,microbatches=8").memory.temporary == 2560
+    # with little to keep it is in the update, which copies all parameters for a moment
+    update = Update((moving(12.0),), 8.0, temporary_bytes=4.0)
+    assert costs("single,microbatches=8", update=update).memory.temporary == trained
+    # one after the other on a host: the largest one
+    hosts = replace(CLUSTER, nodes=tuple(replace(n, device=replace(n.device, kind="cpu")) for n in CLUSTER.nodes))
+    one = Strategy.parse("single,microbatches=8")
+    assert costs_of(profile(update=update), one, hosts).memory.temporary == 2560
 
 
 def test_memory_of_a_pipeline() -> None:
