@@ -347,7 +347,7 @@ def test_memory_of_one_worker() -> None:
     # one after the other on a host: the largest one
     hosts = replace(CLUSTER, nodes=tuple(replace(n, device=replace(n.device, kind="cpu")) for n in CLUSTER.nodes))
     one = Strategy.parse("single,microbatches=8")
-    assert costs_of(profile(update=update), one, hosts).memory.temporary == 2560
+    assert costs_of(profile(update=update, device="cpu"), one, hosts).memory.temporary == 2560
 
 
 def test_memory_of_a_pipeline() -> None:
