@@ -3,6 +3,7 @@
     python    a script of its own; when its first line is `# name.py`, it is only saved under that name
     bash      one command a line; `make` and what sets up the machine are not run here, their names are checked
     console   `$ command`, then what it prints: a line that ends in ... is a beginning
+    toml, csv   saved under the name in their first line, `# name.toml`, which is not part of them
 
 `<!-- not run: reason -->` on the line before a block keeps it from being run.
 """
@@ -38,9 +39,9 @@ class Block:
 
     @property
     def saved_as(self) -> str:
-        """File name in the first line of a Python block, or nothing."""
-        match = re.match(r"# ([\w/]+\.py)\n", self.code)
-        return match.group(1) if match and self.language == "python" else ""
+        """File name in the first line of a block of Python, TOML or CSV, or nothing."""
+        match = re.match(r"# ([\w/]+\.(\w+))\n", self.code)
+        return match.group(1) if match and match.group(2) == {"python": "py"}.get(self.language, self.language) else ""
 
 
 def blocks(page: Path) -> list[Block]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from blocks import PAGES, ROOT, TWIN, Block, blocks, commands, run_command
 
-RUN = [block for page in PAGES for block in blocks(page) if block.language in ("python", "bash", "console")]
+LANGUAGES = ("python", "bash", "console", "toml", "csv")
+RUN = [block for page in PAGES for block in blocks(page) if block.language in LANGUAGES]
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,9 @@ def test_block(block: Block, folders: dict[Path, Path]) -> None:
     folder = folders[block.page]
     if block.language == "python":
         run_python(block, folder)
+    elif block.language in ("toml", "csv"):
+        assert block.saved_as, "say how the file is called, in the first line"
+        (folder / block.saved_as).write_text(block.code.partition("\n")[2])
     else:
         run_shell(block, folder)
 
