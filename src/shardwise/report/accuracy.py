@@ -49,6 +49,6 @@ def _share(value: float | None) -> str:
 def _worst(row: Mapping[str, Any]) -> str:
     terms = ", ".join(f"{name} {format_seconds(value)}" for name, value in row["terms"].items() if value > 0)
     return (
-        f"  line {row['line']} ({row['group'] or 'no group'}): {row['run']}: {format_seconds(row['predicted_seconds'])} predicted, "
-        f"{format_seconds(row['measured_seconds'])} measured ({row['error']:+.0%}): {terms}"
+        f"  line {row['line']} ({row['group'] or 'no group'}): {row['run']}: "
+        f"{format_seconds(row['predicted_seconds'])} predicted, {format_seconds(row['measured_seconds'])} measured ({row['error']:+.0%}): {terms}"
     )
