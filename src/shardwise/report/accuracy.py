@@ -48,7 +48,8 @@ def _share(value: float | None) -> str:
 
 def _worst(row: Mapping[str, Any]) -> str:
     terms = ", ".join(f"{name} {format_seconds(value)}" for name, value in row["terms"].items() if value > 0)
+    predicted, measured = (format_seconds(row[key]) for key in ("predicted_seconds", "measured_seconds"))
     return (
-        f"  line {row['line']} ({row['group'] or 'no group'}): {row['run']}: "
-        f"{format_seconds(row['predicted_seconds'])} predicted, {format_seconds(row['measured_seconds'])} measured ({row['error']:+.0%}): {terms}"
+        f"  line {row['line']} ({row['group'] or 'no group'}): {row['run']}: {predicted} predicted, {measured} measured "
+        f"({row['error']:+.0%}): {terms}"
     )
