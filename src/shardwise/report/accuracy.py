@@ -50,6 +50,6 @@ def _worst(row: Mapping[str, Any]) -> str:
     terms = ", ".join(f"{name} {format_seconds(value)}" for name, value in row["terms"].items() if value > 0)
     predicted, measured = (format_seconds(row[key]) for key in ("predicted_seconds", "measured_seconds"))
     return (
-        f"  line {row['line']} ({row['group'] or 'no group'}): {row['run']}: {predicted} predicted, {measured} measured "
-        f"({row['error']:+.0%}): {terms}"
+        f"  line {row['line']} ({row['group'] or 'no group'}): {row['run']}: {predicted} predicted, "
+        f"{measured} measured ({row['error']:+.0%}): {terms}"
     )
