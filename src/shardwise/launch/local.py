@@ -36,6 +36,12 @@ MONITOR_SECONDS = 0.05
 STOP_SECONDS = 5
 """Seconds that workers have to end after a signal, before they are killed."""
 
+TASKS = Path("/proc/self/task")
+"""Threads of this process, where the system shows them."""
+
+LOOK_SECONDS, QUIET_LOOKS = 0.005, 3
+"""Between looks at other threads, and how many in a row must find none that runs."""
+
 _HANDLED = ("SIGTERM", "SIGHUP", "SIGQUIT")
 """Signals on which the agent ends its workers. An interrupt needs no handler: it is an exception already."""
 
@@ -134,6 +140,26 @@ def leave() -> None:
     # a worker that left while others still send would look to them like one that died
     dist.all_reduce(torch.zeros(1))
     dist.destroy_process_group()
+
+
+def rest(seconds: float = 1.0) -> None:
+    """Waits, at most so long, until no other thread of this process runs.
+
+    Those of gloo let go of what they have sent a moment after who waited for it goes on. Where they need the
+    interpreter for that while it ends, the process is aborted (pytorch/pytorch#179291).
+    """
+    own, end, quiet = threading.get_native_id(), time.monotonic() + seconds, 0
+    while quiet < QUIET_LOOKS and time.monotonic() < end:
+        time.sleep(LOOK_SECONDS)  # who waits for the interpreter gets it now
+        quiet = 0 if any(_runs(task) for task in TASKS.glob("*") if task.name != str(own)) else quiet + 1
+
+
+def _runs(task: Path) -> bool:
+    try:
+        state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # it has ended
+        return False
+    return state == "R"
 
 
 def _use_loopback() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from shardwise.launch.local import join, run_local, under_torchrun
+from shardwise.launch.local import join, rest, run_local, under_torchrun
 from shardwise.run.result import Forecast, Step, Trained
 from shardwise.run.runfolder import discard_unused
 from shardwise.run.workers import Workers
@@ -148,6 +148,7 @@ def join_launcher(workers: int) -> None:
 def _leave_at_exit() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        rest()
 
 
 def enough_gpus(workers: int) -> bool:

@@ -1,0 +1,54 @@
+"""What a process waits for before its interpreter ends."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import zlib
+
+import pytest
+
+from shardwise.launch.local import rest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are shown by Linux")
+
+
+def test_threads_that_run_are_waited_for() -> None:
+    done = threading.Event()
+
+    def compute() -> None:
+        zlib.compress(bytes(range(256)) * 400_000, 9)  # without the interpreter
+        done.set()
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    rest(seconds=60)
+    assert done.is_set()
+    thread.join()
+
+
+def test_threads_that_wait_are_not() -> None:
+    go = threading.Event()
+    thread = threading.Thread(target=go.wait)
+    thread.start()
+    began = time.monotonic()
+    rest(seconds=60)
+    assert time.monotonic() - began < 30
+    go.set()
+    thread.join()
+
+
+def test_it_does_not_wait_without_end() -> None:
+    stop = False
+
+    def spin() -> None:
+        while not stop:
+            zlib.crc32(bytes(1_000_000))
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    rest(seconds=0.1)
+    assert thread.is_alive()
+    stop = True
+    thread.join()
