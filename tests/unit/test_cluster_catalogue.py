@@ -123,6 +123,7 @@ def test_price_is_of_one_device_and_assumed() -> None:
     [
         ("h10", "did you mean 'h100'?"),
         ("h1000x8", "did you mean 'h100'?"),
+        ("h100x-8", "is neither a device nor a node"),
         ("tpu-v4x8", "'tpu-v4' is neither a device nor a node"),
         ("zzz", "known devices are v100-sxm2-32, "),
         ("h100x12", "12 devices do not fill nodes of 8 (NVIDIA DGX H100); 8 or 16 would"),

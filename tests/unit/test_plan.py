@@ -177,11 +177,22 @@ def test_wishes_are_met(
 
 
 @pytest.mark.parametrize(
+    "option", ["bucket=5", "stages=2", "outermost=pp", "offload=1", "sp=1", "zero=2", "recompute=3/16"]
+)
+def test_values_that_need_an_axis_are_taken(option: str) -> None:
+    Wish.parse(fix=[option])
+    Wish.parse(forbid=[option])
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"objective": "speed"}, "objective=speed: known are time, memory, money"),
         ({"fix": ["tp=8"], "forbid": ["tp"]}, "--fix tp=8 and --forbid tp contradict each other"),
         ({"fix": ["schedule=gpipe"], "forbid": ["schedule=gpipe"]}, "contradict"),
+        ({"fix": ["tp=8", "tp=4"]}, "--fix tp=8 and --fix tp=4 contradict each other"),
+        ({"forbid": ["schedule=banana"]}, "--forbid schedule=banana: schedule=banana: known are gpipe, 1f1b"),
+        ({"forbid": ["tp=0"]}, "--forbid tp=0: tp=0: a degree is 1 or more"),
         ({"fix": ["tpp=8"]}, "unknown option 'tpp'"),
         ({"fix": ["tp"]}, "has no value"),
         ({"fix": ["zero=4"]}, "zero=4"),

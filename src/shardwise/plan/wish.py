@@ -79,13 +79,23 @@ class Wish:
                         f"--fix {option}={value} and --forbid {asked} contradict each other: leave one of them out"
                     )
         try:
-            Strategy.parse(",".join(f"{option}={value}" for option, value in self._complete().items()) or "single")
+            self._parse_fixed()
         except RequestError as error:
             raise RequestError(f"--fix {' --fix '.join(self._fixed_words())}: {error}") from None
+        for word, without in self.forbidden:
+            try:
+                Wish(fixed={word: without} if without else {})._parse_fixed()
+            except RequestError as error:
+                raise RequestError(f"--forbid {word}={without}: {error}") from None
+
+    def _parse_fixed(self) -> None:
+        """Raises RequestError: no strategy has these values."""
+        Strategy.parse(",".join(f"{option}={value}" for option, value in self._complete().items()) or "single")
 
     def _complete(self) -> dict[str, str]:
         """What is fixed, with the axes that its options belong to, so that the values can be checked alone."""
-        needs = {"sp": "tp", "zero": "fsdp", "schedule": "pp", "stages": "pp", "outermost": "pp", "offload": "fsdp"}
+        needs = {"sp": "tp", "zero": "fsdp", "offload": "fsdp", "bucket": "dp"}
+        needs |= dict.fromkeys(("schedule", "stages", "outermost"), "pp")
         found = dict(self.fixed)
         for option, axis in needs.items():
             if option in self.fixed and axis not in found:

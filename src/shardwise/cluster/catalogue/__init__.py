@@ -216,7 +216,7 @@ def cluster(spec: str) -> Cluster:
 def _parse(spec: str) -> tuple[NodeKind, int | None]:
     """(node, number of devices). A name that ends in an x and digits itself (`rtx4090`) is found as a whole first."""
     name, known = _plain(spec), {**_sold_in(), **_node_names()}
-    counted = re.fullmatch(r"(.+?)-?x-?(\d+)", name)
+    counted = re.fullmatch(r"(.+?)(?:-x-?|x)(\d+)", name)
     count = None
     if name not in known and counted:
         name, count = counted[1], int(counted[2])
