@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO
 
 from shardwise import __version__, api
 from shardwise.ending import end
@@ -20,6 +20,7 @@ from shardwise.errors import (
     RequestError,
     ShardwiseError,
     WorkerFailed,
+    agreed,
     nearest,
 )
 from shardwise.report.accuracy import accuracy_table
@@ -28,9 +29,6 @@ from shardwise.report.calibration import calibration_summary
 from shardwise.report.plan import check_summary, plan_summary
 from shardwise.report.prediction import prediction_table
 from shardwise.report.text import comparison_table, training_summary, verification_table
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
@@ -64,7 +62,7 @@ def _train(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         out=options.out,
         resume=options.resume,
-        settings=_once("--set", options.set),
+        settings=agreed("--set", options.set),
         seed=options.seed,
         checkpoint_every=options.checkpoint_every,
         keep=options.keep,
@@ -81,7 +79,7 @@ def _compare(options: argparse.Namespace) -> None:
         steps=options.steps,
         epochs=options.epochs,
         out=options.out,
-        settings=_once("--set", options.set),
+        settings=agreed("--set", options.set),
         seed=options.seed,
         quiet=options.quiet,
     )
@@ -94,7 +92,7 @@ def _verify(options: argparse.Namespace) -> None:
         options.strategy,
         steps=options.steps,
         dtype=options.dtype,
-        settings=_once("--set", options.set),
+        settings=agreed("--set", options.set),
         seed=options.seed,
         out=options.out,
     )
@@ -115,9 +113,9 @@ def _simulate(options: argparse.Namespace) -> None:
         options.strategy,
         cluster=options.cluster,
         trace=options.trace,
-        slow=_once("--slow", options.slow),
+        slow=agreed("--slow", options.slow),
         dry_run=options.dry_run,
-        settings=_once("--set", options.set),
+        settings=agreed("--set", options.set),
         seed=options.seed,
     )
     _print(options, document, prediction_table)
@@ -144,7 +142,7 @@ def _plan(options: argparse.Namespace) -> None:
         out=options.out,
         dry_run=options.dry_run,
         pareto=options.pareto,
-        settings=_once("--set", options.set),
+        settings=agreed("--set", options.set),
         seed=options.seed,
     )
     _print(options, document, plan_summary)
@@ -209,11 +207,12 @@ def _write(stream: TextIO, text: str) -> None:
     try:
         stream.write(text)
         stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the end of the process stumbles over it again
-        raise ShardwiseError(f"the result cannot be written: {error.strerror}; the command itself was done") from error
+        if not isinstance(error, BrokenPipeError):
+            raise ShardwiseError(
+                f"the result cannot be written: {error.strerror}; the command itself was done"
+            ) from error
 
 
 def _say_error(error: ShardwiseError) -> None:
@@ -434,17 +433,6 @@ def _slow(text: str) -> tuple[int, float]:
         return int(rank), float(times)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: write RANK=TIMES, for example 3=1.5") from None
-
-
-def _once(option: str, pairs: Sequence[tuple[_Key, _Value]]) -> dict[_Key, _Value]:
-    """Pairs of one option by their key. Raises RequestError where two of them say different things of one."""
-    found: dict[_Key, _Value] = {}
-    for key, value in pairs:
-        if found.setdefault(key, value) != value:
-            raise RequestError(
-                f"{option} {key}={found[key]} and {option} {key}={value} contradict each other: leave one of them out"
-            )
-    return found
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -22,6 +22,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 class ShardwiseError(Exception):
@@ -87,6 +91,21 @@ class ClusterError(RequestError):
 
 class NotMeasured(ClusterError):
     """Nothing is known of this machine, and it is not to be measured now."""
+
+
+def agreed(option: str, pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, _Value]:
+    """Values of an option that may be given several times, by their keys.
+
+    Raises:
+        RequestError: two of them say different things of one key.
+    """
+    found: dict[_Key, _Value] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise RequestError(
+                f"{option} {key}={found[key]} and {option} {key}={value} contradict each other: leave one of them out"
+            )
+    return found
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

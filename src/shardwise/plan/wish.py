@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
-from shardwise.errors import RequestError, nearest
+from shardwise.errors import RequestError, agreed, nearest
 from shardwise.strategy import Strategy
 from shardwise.units import parse_bytes
 
@@ -52,13 +52,7 @@ class Wish:
         if objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
             raise RequestError(f"objective={objective}: known are {known}{nearest(objective, OBJECTIVES)}")
-        fixed: dict[str, str] = {}
-        for option, value in (_fixed(text) for text in _words(fix)):
-            if fixed.setdefault(option, value) != value:
-                raise RequestError(
-                    f"--fix {option}={fixed[option]} and --fix {option}={value} contradict each other: "
-                    "leave one of them out"
-                )
+        fixed = agreed("--fix", map(_fixed, _words(fix)))
         forbidden = tuple(_forbidden(text) for text in _words(forbid))
         wish = cls(
             objective=objective,

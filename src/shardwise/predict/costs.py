@@ -217,12 +217,10 @@ class Costs(StageCosts):
         if offloads(self.strategy, self.times.device):
             moved = sum(kernel.bytes for kernel in update.kernels) + (12 if self.profile.clipped else 0)
             return updated(moved * elements, self.times.device)
-        together = update.together or self.times.device.kind == "gpu"
-        kernels = 1 if together else tensors
+        kernels = 1 if update.at_once(self.times.device.kind) else tensors
         seconds = sum(self.moved(elements, kernel.bytes * elements, kernels) for kernel in update.kernels)
         if self.profile.clipped:
-            count = 1 if together else tensors
-            seconds += self.moved(elements, 4 * elements, count) + self.moved(elements, 8 * elements, count)
+            seconds += self.moved(elements, 4 * elements, kernels) + self.moved(elements, 8 * elements, kernels)
         if self.times.device.kind == "gpu":
             seconds = max(seconds, len(update.kernels) * self.times.device.launch_seconds)
         return seconds

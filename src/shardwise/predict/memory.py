@@ -70,14 +70,14 @@ def worker_memory(costs: Costs, worker: Worker) -> Memory:
     elements, tensors = worker.updated
     update = profile.update
     state = round(elements * update.state_bytes)
-    together = update.together or (costs.times.device.kind == "gpu" and not offloaded)
+    at_once = update.at_once("cpu" if offloaded else costs.times.device.kind)
     one = min(profile.largest, worker.trained) if tensors else 0
     updating = Memory(
         parameters=worker.parameters,
         gradients=worker.trained,
         optimizer=state,
         activations=0,
-        temporary=round(elements * update.temporary_bytes) if together else one,
+        temporary=round(elements * update.temporary_bytes) if at_once else one,
     )
     return max(
         (updating, _passing(profile, strategy, worker, state, offloaded=offloaded)), key=lambda memory: memory.total

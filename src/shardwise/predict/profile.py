@@ -163,6 +163,10 @@ class Update:
     together: bool = False
     temporary_bytes: float = 0.0
 
+    def at_once(self, device: str) -> bool:
+        """Whether a kernel takes all parameters at once on this kind of device."""
+        return self.together or device == "gpu"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:

@@ -100,9 +100,9 @@ def settle_source(workload: AnyWorkload, settings: Mapping[str, Any] | None = No
         return Source(workload=workload, settings=settings or {}, seed=seed)
     if isinstance(workload, Workload) and settings:
         raise WorkloadError(f"settings {sorted(settings)} need the function that makes workload {workload.name!r}")
-    if not isinstance(workload, Workload) and not callable(workload):
-        raise WorkloadError(f"workload must be a name, a Workload or a function that returns one, not {workload!r}")
-    made = workload if isinstance(workload, Workload) else workload(**(settings or {}))
+    made: Any = workload
+    if not isinstance(workload, Workload) and callable(workload):
+        made = workload(**(settings or {}))
     if not isinstance(made, Workload):
         raise WorkloadError(f"workload must be a name, a Workload or a function that returns one, not {workload!r}")
     return Source(workload=made, seed=seed)

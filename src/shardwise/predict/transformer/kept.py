@@ -107,7 +107,5 @@ def _scores(sizes: Sizes, setup: Setup) -> float:
 
 def _operations(sizes: Sizes, setup: Setup) -> float:
     """Outputs of attention and of every second product in turn: torchtitan's selective checkpointing by operation."""
-    keys = sizes.kv_heads * sizes.head_size
-    first = [sizes.ffn, sizes.ffn] if sizes.gated else [sizes.ffn]
-    outputs = [sizes.hidden, keys, keys, sizes.hidden, *first, sizes.hidden]
-    return width(setup) * (sizes.hidden + sum(outputs[::2])) / setup.tensor
+    outputs = sum(outputs for _, outputs in sizes.linears()[::2])
+    return width(setup) * (sizes.hidden + outputs) / setup.tensor

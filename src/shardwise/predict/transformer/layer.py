@@ -62,10 +62,8 @@ def block(sizes: Sizes, setup: Setup) -> Passes:
         *casts_backward,
     )
     needed = (*attention_in, *attention_core, *attention_out, *mlp[:-2], *casts_forward)
-    again = needed if setup.stack.stops_early else forward
-    if setup.recompute == "operations":
-        again = tuple(kernel for kernel in again if kernel.kind == "memory") + _every_second(sizes, setup)
-    return Passes(forward, backward, _recomputed(setup, again, attention_core))
+    repeated = needed if setup.stack.stops_early else forward
+    return Passes(forward, backward, _recomputed(sizes, setup, repeated, attention_core))
 
 
 def tokens(sizes: Sizes, setup: Setup) -> int:
@@ -273,11 +271,15 @@ def _casts(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel]]:
     )
 
 
-def _recomputed(setup: Setup, forward: Sequence[Kernel], core: Iterable[Kernel]) -> tuple[Kernel, ...]:
-    """What runs once more before a block's backward pass, where all of it would be `forward`."""
+def _recomputed(sizes: Sizes, setup: Setup, whole: Sequence[Kernel], core: Iterable[Kernel]) -> tuple[Kernel, ...]:
+    """What runs once more before a block's backward pass, where all of it would be `whole`."""
+    if setup.recompute == "none":
+        return ()
     if setup.recompute == "selective":
         return tuple(core)
-    return () if setup.recompute == "none" else tuple(forward)
+    if setup.recompute == "operations":
+        return (*(kernel for kernel in whole if kernel.kind == "memory"), *_every_second(sizes, setup))
+    return tuple(whole)
 
 
 def _every_second(sizes: Sizes, setup: Setup) -> tuple[Kernel, ...]:
@@ -285,9 +287,7 @@ def _every_second(sizes: Sizes, setup: Setup) -> tuple[Kernel, ...]:
 
     Each linear layer has its own, and the last one's result is not needed.
     """
-    t, h, tp, keys = tokens(sizes, setup), sizes.hidden, setup.tensor, sizes.kv_heads * sizes.head_size
-    layers = [(h, h // tp), (h, keys // tp), (h, keys // tp), (h // tp, h), *[(h, sizes.ffn // tp)] * (1 + sizes.gated)]
     return tuple(
-        product("again", setup.linear_dtype, t, outputs, inputs, output_bytes=_width(setup))
-        for inputs, outputs in layers[1::2]
+        product("again", setup.linear_dtype, tokens(sizes, setup), outputs, inputs, output_bytes=_width(setup))
+        for inputs, outputs in sizes.linears(setup.tensor)[1:-1:2]
     )

@@ -50,6 +50,15 @@ class Sizes:
         """Columns of the first product of the MLP, the gate's included."""
         return self.ffn * (2 if self.gated else 1)
 
+    def linears(self, tensor: int = 1) -> list[tuple[int, int]]:
+        """(inputs, outputs) on one of `tensor` ranks of a block's linear layers where each is a layer of its own.
+
+        Queries, keys, values, projection, the first one of the MLP and its gate, the last one.
+        """
+        h, keys, wide = self.hidden, self.kv_heads * self.head_size // tensor, self.ffn // tensor
+        own = h // tensor
+        return [(h, own), (h, keys), (h, keys), (own, h), *[(h, wide)] * (1 + self.gated), (wide, h)]
+
     @property
     def layer_matrices(self) -> int:
         """Parameters of the matrices of one block."""
