@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import RequestError, StrategyError
-from shardwise.launch.local import threads_per_worker, under_torchrun
+from shardwise.launch.context import under_launcher
+from shardwise.launch.join import join_launcher, threads_per_worker
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
@@ -52,11 +53,13 @@ def train(
     steps: int | None = None,
     epochs: int | None = None,
     out: str | Path | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     checkpoint_every: int = 0,
     keep: int = 3,
+    hang_timeout: float | None = None,
+    grace: float = 20.0,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Trains a workload on local workers, or as one of the workers of an outer torchrun.
@@ -70,11 +73,14 @@ def train(
         epochs: passes over the dataset; with neither steps nor epochs there is one.
         out: the run's folder; None: a new one in runs/.
         resume: go on with the run in `out` (None: the newest of this workload). What is not given is as the run had
-            it; another strategy may be given.
+            it; another strategy may be given. `"auto"`: go on where there is such a run, else begin one.
         settings: parameters of the workload's function.
         seed: of weights, data order and dropout; None: the workload's own.
         checkpoint_every: optimizer steps between checkpoints; 0: one after each epoch.
         keep: how many checkpoints stay.
+        hang_timeout: seconds that a worker may take for a step before the run counts as hung and is ended; None: ten
+            times the predicted step, at least 60 s.
+        grace: seconds that the run has to write a checkpoint when it is told to end (SIGTERM).
         quiet: no progress bar.
 
     Returns:
@@ -82,18 +88,26 @@ def train(
 
     Raises:
         RequestError: the request is wrong; found before any worker starts, but for a checkpoint that does not fit.
-        WorkerFailed: a worker died.
+        WorkerFailed: a worker died; WorkerHung, which is one: a worker did not get on.
+        SystemExit: the run was told to end, and has written a checkpoint.
     """
     from shardwise.run.job import run_job
-    from shardwise.run.request import Asked, settle
+    from shardwise.run.request import Asked, settle, settle_resume
 
     asked = Asked(workload, settings or {}, seed, strategy, workers, steps, epochs)
-    if strategy in (None, "auto") and not resume:
+    resumed = settle_resume(resume, out, asked)
+    options: dict[str, Any] = {
+        "checkpoint_every": checkpoint_every,
+        "keep": keep,
+        "hang_timeout": hang_timeout,
+        "grace": grace,
+        "quiet": quiet,
+    }
+    if strategy in (None, "auto") and not resumed:
         from shardwise.run.automatic import train_automatically
 
-        return train_automatically(asked, out, checkpoint_every=checkpoint_every, keep=keep, quiet=quiet)
-    job = settle(asked, out, resume=resume, checkpoint_every=checkpoint_every, keep=keep, quiet=quiet)
-    return run_job(job).summary
+        return train_automatically(asked, out, **options)
+    return run_job(settle(asked, out, resume=resumed, **options)).summary
 
 
 def train_parallel(
@@ -175,11 +189,10 @@ def parallelize(workload: str | Workload | Callable[..., Workload], strategy: st
         RequestError: the request is wrong, or there are not as many workers as the strategy needs.
     """
     from shardwise.parallel.program import Program
-    from shardwise.run.job import join_launcher
     from shardwise.run.request import check, settle_source, settle_strategy
 
     settled = settle_strategy(strategy, None)
-    if under_torchrun():
+    if under_launcher():
         join_launcher(settled.workers)
     elif settled.workers > 1:
         raise StrategyError(
@@ -222,7 +235,7 @@ def compare(
     from shardwise.run.log import finite
     from shardwise.run.request import settle_compared, settle_options, settle_source
 
-    if under_torchrun():
+    if under_launcher():
         raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
     source, options = settle_source(workload, settings, seed), settle_options(steps=steps, epochs=epochs, quiet=quiet)
     loaded = source.load()
@@ -284,7 +297,7 @@ def verify(
     from shardwise.run.verify import verification
     from shardwise.run.verify import verify as verify_each
 
-    if under_torchrun():
+    if under_launcher():
         raise RequestError("verify starts its own workers, as many as each strategy needs: run it without torchrun")
     source = settle_source(workload, settings, seed)
     steps, dtype = settle_verified(steps, dtype)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from shardwise import __version__, api
@@ -20,9 +22,12 @@ from shardwise.errors import (
     RequestError,
     ShardwiseError,
     WorkerFailed,
+    WorkerHung,
     agreed,
     nearest,
 )
+from shardwise.launch.context import is_first, rank_context
+from shardwise.launch.signals import Terminated
 from shardwise.report.accuracy import accuracy_table
 from shardwise.report.accuracy_page import accuracy_files
 from shardwise.report.calibration import calibration_summary
@@ -42,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ShardwiseError as error:
         _say_error(error)
         return error.exit_status
+    except Terminated as error:
+        return int(str(error.code))
+    except SystemExit as error:
+        sys.stderr.write(f"shardwise: the workload's code called sys.exit({error.code}), the command was not done\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("shardwise: interrupted, all workers have ended\n")
         return INTERRUPTED
@@ -49,8 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """The program `shardwise`: `main`, and the end of the process."""
+    """Run the program `shardwise`: `main`, and the end of the process."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt_once)
     end(main())
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; a second Ctrl-C must not break into what the first one ends, which takes no time."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -61,11 +79,13 @@ def _train(options: argparse.Namespace) -> None:
         steps=options.steps,
         epochs=options.epochs,
         out=options.out,
-        resume=options.resume,
+        resume="auto" if options.resume == "auto" else options.resume is not None,
         settings=agreed("--set", options.set),
         seed=options.seed,
         checkpoint_every=options.checkpoint_every,
         keep=options.keep,
+        hang_timeout=options.hang_timeout,
+        grace=options.grace,
         quiet=options.quiet,
     )
     _print(options, document, training_summary)
@@ -194,7 +214,7 @@ def _write_page(page: Path, document: dict[str, Any]) -> None:
 
 def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable[[dict[str, Any]], str]) -> None:
     """The document on standard output and its view on standard error with --json, else the view on standard output."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return
     if options.json:
         _write(sys.stdout, json.dumps(document, allow_nan=False) + "\n")
@@ -216,11 +236,25 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def _say_error(error: ShardwiseError) -> None:
-    """One line; the traceback of a worker that died before it. A wrong request is told by one worker only."""
-    if isinstance(error, WorkerFailed) and error.traceback:
+    """Tell it in one line, after the traceback of a worker that died. A wrong request is told by one worker only."""
+    if isinstance(error, WorkerHung):
+        sys.stderr.write(f"{error.traceback}shardwise: {error}\n")
+    elif isinstance(error, WorkerFailed) and error.traceback:
         sys.stderr.write(f"{error.traceback.rstrip()}\nshardwise: worker {error.rank} failed, all workers have ended\n")
-    elif not (isinstance(error, RequestError) and os.environ.get("RANK", "0") != "0"):
+    elif not isinstance(error, RequestError) or _is_to_say():
         sys.stderr.write(f"shardwise: {error}\n")
+
+
+def _is_to_say() -> bool:
+    try:
+        context = rank_context()
+    except RequestError:
+        return True
+    if context is None:
+        return True
+    from shardwise.launch.board import is_to_say
+
+    return is_to_say(context)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -243,7 +277,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser, commands = _parsers()
-    options, unknown = parser.parse_known_args(arguments)
+    options, unknown = parser.parse_known_args(_spelled_out(arguments))
     command = commands.get(options.command or "", parser)
     if unknown:
         word = unknown[0]
@@ -252,6 +286,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if options.command is None:
         parser.error(f"no command: known are {', '.join(commands)}")
     return options
+
+
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """Give --resume, which may stand alone, a value: what follows it may be the workload."""
+    spelled: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if word == "--resume":
+            spelled.append(f"--resume={'auto' if following == 'auto' else 'run'}")
+        elif not (word == "auto" and spelled and spelled[-1] == "--resume=auto"):
+            spelled.append(word)
+    return spelled
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -263,11 +308,25 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     train.add_argument(
         "--strategy", metavar="SPEC", help="auto, single, dp=2, tp=2,pp=2, ..., or a plan file (default: auto)"
     )
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out, under any strategy")
+    train.add_argument(
+        "--resume",
+        choices=("run", "auto"),
+        metavar="auto",
+        help="go on with the run in --out, under any strategy; auto: begin where there is none",
+    )
     train.add_argument(
         "--checkpoint-every", type=_whole, default=0, metavar="N", help="steps between checkpoints (default: an epoch)"
     )
     train.add_argument("--keep", type=_whole, default=3, metavar="K", help="checkpoints that stay (default: 3)")
+    train.add_argument(
+        "--hang-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end a run whose step takes longer (default: ten predicted steps, at least 60)",
+    )
+    train.add_argument(
+        "--grace", type=float, default=20.0, metavar="SECONDS", help="to write a checkpoint on SIGTERM (default: 20)"
+    )
     train.set_defaults(run=_train)
     compare = commands.add_parser(
         "compare", help="train under several strategies", description="Measures one strategy after another."

@@ -2,6 +2,7 @@
 
 ShardwiseError                      exit 1: the work itself failed
 ├── WorkerFailed                    a worker process died; carries its rank and its own traceback
+│   └── WorkerHung                  a worker holds the others up, or they wait for each other; carries its stack
 ├── NotVerified                     a verification that does not hold
 ├── DoesNotFit                      no strategy fits into the memory of the devices
 ├── PlanBroken                      a plan file that does not hold on this cluster
@@ -41,6 +42,10 @@ class WorkerFailed(ShardwiseError):
         super().__init__(message)
         self.rank = rank
         self.traceback = traceback
+
+
+class WorkerHung(WorkerFailed):
+    """A worker that did not get on for too long. `rank` says which, `traceback` is its stack (may be empty)."""
 
 
 class NotVerified(ShardwiseError):

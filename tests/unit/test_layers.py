@@ -26,18 +26,24 @@ FLOORS: dict[str, set[str]] = {
     "report": VALUES,
     "cluster": VALUES,
     "workload": VALUES | {"cluster"},
-    "parallel": VALUES | {"cluster", "workload"},
+    "parallel": VALUES | {"cluster", "workload", "launch"},
     "predict": VALUES | {"cluster", "workload", "parallel"},
     "plan": VALUES | {"cluster", "workload", "parallel", "predict"},
     "run": VALUES | {"cluster", "workload", "parallel", "predict", "plan", "launch", "report"},
     "api": VALUES | {"cluster", "workload", "parallel", "predict", "plan", "launch", "report", "run"},
-    "cli": VALUES | {"report", "api", "ending"},
+    "cli": VALUES | {"launch", "report", "api", "ending"},
     "__main__": {"cli"},
     "__init__": VALUES | {"workload", "api"},
 }
 """Module or folder -> the others that it may import."""
 
-WITHOUT_TORCH = ("shardwise", "shardwise.cli", "shardwise.launch.local", "shardwise.workload.workload")
+WITHOUT_TORCH = (
+    "shardwise",
+    "shardwise.cli",
+    "shardwise.launch.local",
+    "shardwise.launch.join",
+    "shardwise.workload.workload",
+)
 """Modules that are imported before it is known whether torch is needed."""
 
 

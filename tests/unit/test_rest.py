@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 
-from shardwise.launch.local import rest
+from shardwise.launch.join import rest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are shown by Linux")
 

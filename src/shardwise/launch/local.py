@@ -1,49 +1,36 @@
-"""Workers on this machine, started by torch's own elastic launcher; and this process as a worker of an outer one.
+"""Workers on this machine: fresh interpreters, each told over a Unix socket what to call.
 
-    run_local ── elastic agent ── python .../worker.py   rank 0 ┐
-        └─────── switchboard ─────────── function ────▶  rank 1 ┘ one process group
+    run_local ── Processes ──── python .../worker.py      rank 0 ┐
+        └─────── Switchboard ── function, arguments ───▶  rank 1 ┘ one process group, which meets over a file
 
-Workers are fresh interpreters that import nothing of the parent's main module: scripts need no `__main__` guard, and
-functions defined in a script or a notebook travel by value.
+Workers import nothing of the parent's main module: scripts need no `__main__` guard, and functions defined in a script
+or a notebook travel by value. Nothing listens on a network: the socket and the file lie in a folder that only this user
+can enter, and gloo's own connections are on the loopback device.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from shardwise import errors
-from shardwise.errors import ShardwiseError, StrategyError, WorkerFailed
-from shardwise.launch.allocator import keep_memory, starting
-from shardwise.launch.scheduling import run_uninterrupted
+from shardwise.errors import ShardwiseError, WorkerFailed, WorkerHung
+from shardwise.launch.join import threads_per_worker
+from shardwise.launch.processes import Processes
+from shardwise.launch.signals import Signals, Terminated
+from shardwise.launch.watch import SUSPENDED_SECONDS
 
 if TYPE_CHECKING:
-    from torch.distributed.launcher.api import LaunchConfig
+    from shardwise.launch.switchboard import Ending, Switchboard
 
-    from shardwise.launch.switchboard import Ending
+LOOK_SECONDS = 0.02
+"""How often the parent looks after its workers."""
 
-MONITOR_SECONDS = 0.05
-"""How often the agent looks after its workers."""
-
-STOP_SECONDS = 5
-"""Seconds that workers have to end after a signal, before they are killed."""
-
-TASKS = Path("/proc/self/task")
-"""Threads of this process, where the system shows them."""
-
-LOOK_SECONDS, QUIET_LOOKS = 0.005, 3
-"""Between looks at other threads, and how many in a row must find none that runs."""
-
-_HANDLED = ("SIGTERM", "SIGHUP", "SIGQUIT")
-"""Signals on which the agent ends its workers. An interrupt needs no handler: it is an exception already."""
+ENDING_SECONDS = 5.0
+"""How long workers that have answered may take to end."""
 
 
 class RemoteTraceback(Exception):
@@ -60,8 +47,10 @@ def run_local(
     workers: int,
     threads: int | None = None,
     gpus: bool = True,
+    grace: float = 0.0,
+    patience: float = float("inf"),
 ) -> Any:
-    """Calls `function(*args)` in each of `workers` processes that form one process group; returns what rank 0 returned.
+    """Call `function(*args)` in each of `workers` processes that form one process group; return rank 0's result.
 
     Args:
         function: any function; it and its arguments travel by cloudpickle.
@@ -69,214 +58,123 @@ def run_local(
         workers: number of processes; 1 is a process of its own too, so that comparisons are fair.
         threads: intra-op threads of each; None: the cores shared out evenly. OMP_NUM_THREADS goes first.
         gpus: whether workers may use GPUs.
+        grace: seconds that workers get to return by themselves after SIGTERM, which is passed on to them (see
+            `launch.stop`); 0: they are ended at once.
+        patience: seconds for which a worker may be stopped (SIGSTOP) before all are ended.
 
     Raises:
         WorkerFailed: a worker died; all others have been ended.
         ShardwiseError: one that a worker raised comes back as the same class.
+        KeyboardInterrupt: Ctrl-C; all workers have been ended.
+        Terminated: this process was told to end (SIGTERM, SIGHUP) and the workers did not return within `grace`.
     """
     import cloudpickle
 
     from shardwise.launch.switchboard import Switchboard  # what it imports would slow down `shardwise --help`
 
-    setup = {"path": sys.path, "threads": threads or threads_per_worker(workers), "gpus": gpus}
-    switchboard = Switchboard(setup, cloudpickle.dumps((function, args)))
-    try:
-        exits = _run_agent(switchboard.address, workers)
-        switchboard.settle()
-        if exits or switchboard.endings or switchboard.returned is None:
-            raise _failure(switchboard.endings, exits)
-        return cloudpickle.loads(switchboard.returned)
-    finally:
-        switchboard.close()
-        _end_groups(switchboard.processes)
-
-
-def threads_per_worker(workers: int) -> int:
-    """Intra-op threads with which `workers` processes share the cores of this machine: at least 1."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, cores // workers)
-
-
-def under_torchrun() -> bool:
-    """Whether this process is one of the workers of a launcher already, so that none are started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def join(workers: int | None = None) -> None:
-    """Makes this process a worker of the launcher that started it: device, threads, default process group.
-
-    Raises:
-        StrategyError: the launcher started another number than `workers`.
-    """
-    import torch
-    import torch.distributed as dist
-
-    started = int(os.environ["WORLD_SIZE"])
-    if workers is not None and workers != started:
-        raise StrategyError(f"{workers} workers are asked for, the launcher started {started}: use {started}")
-    if dist.is_initialized():
-        return
-    keep_memory()
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(threads_per_worker(int(os.environ.get("LOCAL_WORLD_SIZE", started))))
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    with contextlib.suppress(RuntimeError):  # settled already where something has computed in parallel
-        torch.set_num_interop_threads(1)
-    _use_loopback()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        run_uninterrupted()
-        dist.init_process_group("gloo")
-
-
-def leave() -> None:
-    """Ends the process group once all workers are done with it."""
-    import torch
-    import torch.distributed as dist
-
-    # a worker that left while others still send would look to them like one that died
-    dist.all_reduce(torch.zeros(1))
-    dist.destroy_process_group()
-
-
-def rest(seconds: float = 1.0) -> None:
-    """Waits, at most so long, until no other thread of this process runs.
-
-    Those of gloo let go of what they have sent a moment after who waited for it goes on. Where they need the
-    interpreter for that while it ends, the process is aborted (pytorch/pytorch#179291).
-    """
-    own, end, quiet = threading.get_native_id(), time.monotonic() + seconds, 0
-    while quiet < QUIET_LOOKS and time.monotonic() < end:
-        time.sleep(LOOK_SECONDS)  # who waits for the interpreter gets it now
-        quiet = 0 if any(_runs(task) for task in TASKS.glob("*") if task.name != str(own)) else quiet + 1
-
-
-def _runs(task: Path) -> bool:
-    try:
-        state = (task / "stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:  # it has ended
-        return False
-    return state == "R"
-
-
-def _use_loopback() -> None:
-    """Lets gloo talk over the loopback device where all workers are here: it needs no name lookup, and no network."""
-    import socket
-
-    local = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    names = {name for _, name in socket.if_nameindex()}
-    loopback = next((name for name in ("lo", "lo0") if name in names), None)
-    if local and loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-
-
-def _run_agent(address: str, workers: int) -> dict[int, int]:
-    """Runs the workers to their end. Returns rank -> exit status where they failed, else nothing.
-
-    Raises:
-        SystemExit: this process got a signal to end; its workers are gone.
-    """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
-
-    program = str(Path(__file__).with_name("worker.py"))
-    with _quiet_agent(), _restored_signals(), _environment(starting()):
+    setup = {"path": sys.path, "threads": threads or threads_per_worker(workers), "gpus": gpus, "workers": workers}
+    with Signals() as signals:
+        switchboard = Switchboard(setup, cloudpickle.dumps((function, args)))
+        processes: Processes | None = None
         try:
-            elastic_launch(_config(workers), sys.executable)(program, address)
-        except ChildFailedError as error:
-            return {rank: failure.exitcode for rank, failure in error.failures.items()}
-        except SignalException as error:
-            raise SystemExit(128 + error.sigval) from None
-    return {}
+            processes = Processes(workers, switchboard.address)
+            _attend(processes, switchboard, signals, grace, Patience(processes, patience))
+            assert switchboard.returned is not None
+            return cloudpickle.loads(switchboard.returned)
+        finally:
+            signals.mute()  # what comes now cannot end it sooner: all of this takes milliseconds
+            if processes is not None:
+                processes.kill()
+            switchboard.close()
 
 
-def _config(workers: int) -> LaunchConfig:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.launcher.api import LaunchConfig
+class Patience:
+    """Notices workers that are stopped for too long: they cannot notice it themselves, nor can a single one's peers."""
 
-    handled = [n for n in _HANDLED if signal.getsignal(getattr(signal, n)) != signal.SIG_IGN]  # nohup stays nohup
-    return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        run_id=f"shardwise-{os.getpid()}-{time.monotonic_ns()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # any free port
-        local_addr="localhost",
-        max_restarts=0,
-        monitor_interval=MONITOR_SECONDS,
-        signals_to_handle=",".join(handled),
-        shutdown_timeout=STOP_SECONDS,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-    )
+    def __init__(self, processes: Processes, seconds: float) -> None:
+        self._processes, self._seconds = processes, seconds
+        self._since: dict[int, float] = {}
+        self._looked = time.monotonic()
 
-
-@contextlib.contextmanager
-def _quiet_agent() -> Iterator[None]:
-    """Keeps the agent's log lines about failed workers away: one clear error says it instead. LOGLEVEL brings them."""
-    loggers = [logging.getLogger(f"torch.distributed.{name}") for name in ("elastic", "launcher")]
-    before = [(log.propagate, list(log.handlers)) for log in loggers]
-    if "LOGLEVEL" not in os.environ:
-        for log in loggers:
-            log.propagate, log.handlers = False, [logging.NullHandler()]
-    try:
-        yield
-    finally:
-        for log, (propagate, handlers) in zip(loggers, before, strict=True):
-            log.propagate, log.handlers = propagate, handlers
+    def check(self) -> None:
+        """Look at most once a second. Raises WorkerHung."""
+        now = time.monotonic()
+        if now - self._looked < 1.0:
+            return
+        if now - self._looked > SUSPENDED_SECONDS:  # this process was stopped as well: all of it, on purpose
+            self._since = {}
+        self._looked = now
+        self._since = {rank: self._since.get(rank, now) for rank in self._processes.stopped()}
+        for rank, since in self._since.items():
+            if now - since > self._seconds:
+                raise WorkerHung(
+                    f"worker {rank} has been stopped (SIGSTOP) for {now - since:.0f} s; all workers are ended",
+                    rank=rank,
+                )
 
 
-@contextlib.contextmanager
-def _restored_signals() -> Iterator[None]:
-    """Puts signal handlers back as they were: the agent leaves its own behind."""
-    numbers = [getattr(signal, name) for name in _HANDLED]
-    in_main = threading.current_thread() is threading.main_thread()  # else the agent sets none
-    handlers = {number: signal.getsignal(number) for number in numbers} if in_main else {}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def _attend(processes: Processes, switchboard: Switchboard, signals: Signals, grace: float, patience: Patience) -> None:
+    """Look after the workers until all have answered and ended.
 
-
-@contextlib.contextmanager
-def _environment(more: Mapping[str, str]) -> Iterator[None]:
-    """This process's environment, which workers inherit, with something more in it; then as it was.
-
-    The agent leaves a variable of its own behind.
+    Raises:
+        ShardwiseError: one of them failed.
+        Terminated: this process was told to end.
     """
-    before = {name: os.environ.get(name) for name in (*more, "TORCHELASTIC_SIGNALS_TO_HANDLE")}
-    os.environ.update(more)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    told = 0.0
+    while len(switchboard.finished) < len(processes):
+        if signals.stop and not told:
+            told = time.monotonic()
+            processes.send(signal.SIGTERM)
+        if told and (signals.again or time.monotonic() >= told + grace):
+            raise Terminated(128 + signals.stop)
+        early = processes.exits().keys() - switchboard.finished
+        switchboard.settle(early)
+        if switchboard.endings or early - switchboard.finished:
+            error = _linger(processes, switchboard)
+            if told and isinstance(error, WorkerFailed) and not error.traceback:
+                raise Terminated(128 + signals.stop)  # it had no handler yet
+            raise error
+        patience.check()
+        time.sleep(LOOK_SECONDS)
+    _await_exits(processes, ENDING_SECONDS)
+
+
+def _await_exits(processes: Processes, seconds: float) -> None:
+    """Wait, `seconds` at most, until all processes have ended by themselves."""
+    end = time.monotonic() + seconds
+    while len(processes.exits()) < len(processes) and time.monotonic() < end:
+        time.sleep(LOOK_SECONDS)
+
+
+def _linger(processes: Processes, switchboard: Switchboard) -> ShardwiseError:
+    """Wait a moment for the cause of a failure, which can be seen a little later than its effects; return the error."""
+    from shardwise.launch.switchboard import LINGER_SECONDS
+
+    _await_exits(processes, LINGER_SECONDS)
+    exits = processes.exits()
+    switchboard.settle(exits)
+    ended = {rank: status for rank, status in exits.items() if rank not in switchboard.finished}
+    return _failure(list(switchboard.endings), ended)
 
 
 def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
-    """The error of the worker that failed first; those that it caused in the others are not told.
+    """Return the error of the worker that failed first; those that it caused in the others are not told.
 
-    The cause can be seen a little later than its effects: a death without a word goes before the reports around it.
+    Args:
+        endings: what workers reported, or that their connection broke, before any was ended from here.
+        exits: rank -> exit status of those that ended by themselves.
     """
-    stopped = -signal.SIGTERM  # how the agent ends those that are left
     if not endings:
-        rank = min(exits, key=lambda rank: (exits[rank] == stopped, rank), default=0)
-        return WorkerFailed(f"worker {rank} {_ended(exits.get(rank, 0))} before it was ready", rank=rank)
+        rank = min(exits)
+        return WorkerFailed(f"worker {rank} {_ended(exits[rank])} before it was ready", rank=rank)
 
     from shardwise.launch.switchboard import LINGER_SECONDS
 
     soon = min(ending.time for ending in endings) + LINGER_SECONDS
+    # a death without a word goes before the reports around it: those are of broken connections
     first = min(
         (ending for ending in endings if ending.time <= soon),
-        key=lambda ending: (exits.get(ending.rank) == stopped, ending.report is not None, ending.time),
+        key=lambda ending: (ending.report is not None, ending.time),
     )
     if first.report is None:
         return WorkerFailed(f"worker {first.rank} {_ended(exits.get(first.rank, 0))}", rank=first.rank)
@@ -285,8 +183,13 @@ def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
 
 def _reported(rank: int, report: dict[str, Any]) -> ShardwiseError:
     kind = getattr(errors, report["error"], None)
+    if kind is WorkerHung:
+        return WorkerHung(report["message"], rank=report["rank"], traceback=report["traceback"])
     if isinstance(kind, type) and issubclass(kind, ShardwiseError) and kind is not WorkerFailed:
         return kind(report["message"])
+    if report["error"] == "SystemExit":
+        code = report["message"] or "0"
+        return WorkerFailed(f"worker {rank} left early: the workload's code called sys.exit({code})", rank=rank)
     message = f"worker {rank} failed: {report['error']}: {report['message']}"
     failed = WorkerFailed(message, rank=rank, traceback=report["traceback"])
     failed.__cause__ = RemoteTraceback(report["traceback"])
@@ -294,15 +197,8 @@ def _reported(rank: int, report: dict[str, Any]) -> ShardwiseError:
 
 
 def _ended(status: int) -> str:
-    """How a process ended, in words: 'was killed by SIGKILL', 'ended with exit status 3'."""
+    """Say how a process ended: 'was killed by SIGKILL', 'ended with exit status 3'."""
     if status >= 0:
-        return f"ended with exit status {status}"
+        return f"ended with exit status {status}" + ("" if status else ", its work was not done")
     name = signal.Signals(-status).name
     return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-
-
-def _end_groups(processes: dict[int, int]) -> None:
-    """Ends what dead workers had started themselves: each was the head of its own process group."""
-    for process in processes.values():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process, signal.SIGKILL)

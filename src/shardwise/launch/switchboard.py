@@ -2,8 +2,8 @@
 
 Frames on the Unix socket between one worker and its parent, in this order:
 
-    worker  {"rank", "pid"}                            it is there
-    parent  {"path", "threads", "gpus", "linger"}      where to import from, threads to compute with, GPUs or none
+    worker  {"rank"}                                   it is there
+    parent  {"path", "threads", "gpus", "linger", ...}  where to import from, threads to compute with, GPUs or none
     parent  function and arguments                     by cloudpickle: to our own child, never through a file
     worker  {"time", "returned"} and what was returned    or    {"time", "error", "message", "traceback"}
 
@@ -20,6 +20,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -53,22 +54,23 @@ class Switchboard:
     Attributes:
         address: path of the socket that workers connect to.
         endings: workers that failed or died.
-        processes: rank -> process id of every worker that reported.
+        finished: ranks of workers that have answered.
         returned: what rank 0 returned, as cloudpickle wrote it; None before.
     """
 
     def __init__(self, setup: dict[str, Any], work: bytes) -> None:
-        self._setup, self._work = json.dumps({**setup, "linger": LINGER_SECONDS}).encode(), work
         self._folder = tempfile.mkdtemp(prefix="shardwise-", dir=_socket_parent())
+        shown = {**setup, "linger": LINGER_SECONDS, "folder": self._folder}
+        self._setup, self._work = json.dumps(shown).encode(), work
         self.address = str(Path(self._folder) / "socket")
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.address)  # the folder is ours alone (mkdtemp), so nobody else can connect
         self._listener.listen(1024)
         self._woken, self._wake = socket.socketpair()
         self._ranks: dict[Connection, int] = {}
-        self._finished: list[Connection] = []
+        self._answered: list[Connection] = []
         self.endings: list[Ending] = []
-        self.processes: dict[int, int] = {}
+        self.finished: set[int] = set()
         self.returned: bytes | None = None
         self._thread = threading.Thread(target=self._serve, name="shardwise-switchboard", daemon=True)
         self._thread.start()
@@ -77,16 +79,16 @@ class Switchboard:
         """Stops serving and hangs up: a worker that is still there then ends itself."""
         self._wake.send(b"x")
         self._thread.join()
-        for connection in (*self._ranks, *self._finished):
+        for connection in (*self._ranks, *self._answered):
             connection.close()
         for end in (self._listener, self._woken, self._wake):
             end.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def settle(self, seconds: float = 30.0) -> None:
-        """Waits, `seconds` at most, until the last words of all workers have been heard; they have ended already."""
+    def settle(self, ended: Collection[int], seconds: float = 5.0) -> None:
+        """Wait, `seconds` at most, until the last words of the workers that have `ended` have been heard."""
         deadline = time.monotonic() + seconds
-        while self._ranks and time.monotonic() < deadline:
+        while any(rank in ended for rank in list(self._ranks.values())) and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def _serve(self) -> None:
@@ -103,9 +105,7 @@ class Switchboard:
     def _welcome(self) -> None:
         connection = Connection(self._listener.accept()[0].detach())
         try:
-            hello = json.loads(connection.recv_bytes())
-            self._ranks[connection] = hello["rank"]
-            self.processes[hello["rank"]] = hello["pid"]
+            self._ranks[connection] = json.loads(connection.recv_bytes())["rank"]
             connection.send_bytes(self._setup)
             connection.send_bytes(self._work)
         except (EOFError, OSError):
@@ -121,9 +121,11 @@ class Switchboard:
         except (EOFError, OSError):
             self._hang_up(connection, None)
             return
-        if self._ranks.pop(connection) == 0:
+        rank = self._ranks.pop(connection)
+        if rank == 0:
             self.returned = returned
-        self._finished.append(connection)  # from here on its end means nothing
+        self._answered.append(connection)  # from here on its end means nothing
+        self.finished.add(rank)
 
     def _hang_up(self, connection: Connection, report: dict[str, Any] | None) -> None:
         rank = self._ranks.pop(connection, None)

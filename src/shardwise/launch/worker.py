@@ -6,7 +6,6 @@ Everything heavy is imported after the parent said where to import from and with
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -16,27 +15,24 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
-"""Linux, <sys/prctl.h>: the signal that a process gets when its parent dies."""
-
 
 def main(address: str) -> None:
-    """Connects to the parent, calls the function that it sends, answers, and ends this process."""
+    """Connect to the parent, call the function that it sends, answer, and end this process."""
     os.dup2(2, 1)  # standard output is the parent's alone: what workers print must not mix with its JSON
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.enable()
-    _die_with_parent()
     line = socket.socket(socket.AF_UNIX)
     line.connect(address)
     parent = Connection(line.detach())
-    _send(parent, {"rank": int(os.environ["RANK"]), "pid": os.getpid()})
+    _send(parent, {"rank": int(os.environ["RANK"])})
     setup, work = json.loads(parent.recv_bytes()), parent.recv_bytes()
     threading.Thread(target=_end_with, args=(parent,), name="shardwise-parent", daemon=True).start()
     try:
-        returned = _work(setup, work)
+        returned = _work(setup, work, parent)
     except BaseException as error:
         _report(parent, error)
         time.sleep(setup["linger"])
@@ -48,32 +44,43 @@ def main(address: str) -> None:
     end(0)
 
 
-def _work(setup: dict[str, Any], work: bytes) -> bytes:
-    """Calls the function among all workers; what it returned as cloudpickle writes it, empty unless rank 0."""
+def _work(setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
+    """Call the function among all workers; return its result as cloudpickle writes it, empty unless rank 0."""
     sys.path[:] = setup["path"]
     os.environ.setdefault("OMP_NUM_THREADS", str(setup["threads"]))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not setup["gpus"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from shardwise.launch import watch
+    from shardwise.launch.join import die_with_parent, join_local, leave
+
+    die_with_parent()
+    rank = int(os.environ["RANK"])
+    watch.settle(rank, setup["workers"], watch.FolderBoard(setup["folder"]), partial(_tell, parent))
     import cloudpickle
 
-    from shardwise.launch.local import join, leave
-
-    join()
+    join_local(os.path.join(setup["folder"], "store"), rank, setup["workers"])
     function, arguments = cloudpickle.loads(work)
     value = function(*arguments)
     leave()
-    returned: bytes = cloudpickle.dumps(value) if os.environ["RANK"] == "0" else b""
+    returned: bytes = cloudpickle.dumps(value) if rank == 0 else b""
     return returned
 
 
+def _tell(parent: Connection, error: BaseException) -> None:
+    """Report an error from another thread than the one that works, which hangs, and end this process."""
+    _report(parent, error)
+    os._exit(1)
+
+
 def _report(parent: Connection, error: BaseException) -> None:
-    """Tells the parent what went wrong, leaving out this file's own frames."""
+    """Tell the parent what went wrong, leaving out this file's own frames."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
     text = "".join(traceback.format_exception(type(error), error, frames))
     report = {"time": time.monotonic(), "error": type(error).__name__, "message": str(error), "traceback": text}
+    report |= {name: value for name, value in vars(error).items() if name in ("rank", "traceback")}  # WorkerFailed
     with contextlib.suppress(OSError):
         _send(parent, report)
 
@@ -87,11 +94,6 @@ def _end_with(parent: Connection) -> None:
     with contextlib.suppress(EOFError, OSError):
         parent.recv_bytes()
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the launcher starts each worker as a group of its own
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.errors import WorkloadError
+from shardwise.launch import watch
 from shardwise.parallel.clipping import clip, local_gradients, squared_norm
 from shardwise.parallel.deal import DealtParameters
 from shardwise.parallel.engine import Engine
@@ -149,6 +150,7 @@ class Program:
         if pending is not None:
             pending.wait()  # it ran beside the optimizer
         self.steps += 1
+        watch.beat()
         return report[0]
 
     def evaluate(self) -> dict[str, float]:
@@ -168,6 +170,7 @@ class Program:
                 values = self.engine.evaluate(microbatch).double()
                 sums[0] += (values * weights).where(weights > 0, 0)
                 sums[1] += weights
+            watch.beat()
         # the workers of one replica have parts of one value, but each has counted all of the replica's weight
         sums[1] /= self.strategy.workers // self.strategy.replicas
         if self.mesh.world is not None:

@@ -17,7 +17,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.reading import read_cluster
 from shardwise.cluster.writing import write_cluster
 from shardwise.errors import ClusterError, NotMeasured
-from shardwise.launch.local import under_torchrun
+from shardwise.launch.context import rank_context, under_launcher
 from shardwise.workload.recipes.datasets.cache import cache_folder
 
 SETTING = "SHARDWISE_CLUSTER"
@@ -49,7 +49,7 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
             return read_cluster(path)
         except ClusterError:
             path.unlink()  # of another version, or damaged: it is measured again
-    if under_torchrun():
+    if under_launcher():
         raise NotMeasured(f"this machine has not been measured: run shardwise calibrate, or set {SETTING} to a file")
     if not quiet:
         sys.stderr.write(f"measuring this machine once, for predictions ({SETTING}={OFF} leaves them out)\n")
@@ -63,11 +63,11 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
 
 def check_hosts() -> None:
     """Raises NotMeasured where an outer launcher's workers are on several hosts, of which no file says anything."""
-    local, size = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-    if local != size and os.environ.get(SETTING, "") in ("", OFF):
+    context = rank_context()
+    if context is not None and not context.one_host and os.environ.get(SETTING, "") in ("", OFF):
         raise NotMeasured(
-            f"{size} workers on several hosts have not been measured: run shardwise calibrate with the same launcher, "
-            f"and set {SETTING} to its file"
+            f"{context.workers} workers on several hosts have not been measured: run shardwise calibrate with the "
+            f"same launcher, and set {SETTING} to its file"
         )
 
 

@@ -8,7 +8,6 @@ said.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
-from shardwise.launch.local import under_torchrun
+from shardwise.launch.context import is_first, rank_context
+from shardwise.launch.join import join_launcher
 from shardwise.parallel.planning import Cuts
 from shardwise.plan.explain import explanation
 from shardwise.plan.plan import Candidate, Plan
@@ -27,7 +27,7 @@ from shardwise.predict.prediction import Prediction
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.run.at_hand import check_hosts, cluster_at_hand
-from shardwise.run.job import join_launcher, run_job
+from shardwise.run.job import run_job
 from shardwise.run.request import Asked, check, settle, settle_options, settle_source, settle_strategy
 from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
@@ -154,8 +154,9 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
     source = settle_source(asked.workload, asked.settings, asked.seed)
     workload = source.load()
     check(workload, Strategy())
-    if under_torchrun():
-        return _with_launcher(workload, asked, out, quiet=quiet, **options)
+    context = rank_context()
+    if context is not None:
+        return _with_launcher(context.workers, workload, asked, out, quiet=quiet, **options)
     try:
         choice = choose(workload, asked.workers, quiet=quiet)
     except NotMeasured as error:
@@ -184,12 +185,13 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
         return document
 
 
-def _with_launcher(workload: Workload, asked: Asked, out: str | Path | None, **options: Any) -> dict[str, Any]:
+def _with_launcher(
+    count: int, workload: Workload, asked: Asked, out: str | Path | None, **options: Any
+) -> dict[str, Any]:
     """As one of the workers of an outer launcher: all take what the first one chooses. Nothing is tried again."""
-    count = int(os.environ["WORLD_SIZE"])
     join_launcher(count)
     choice: Choice | None = None
-    if os.environ["RANK"] == "0":
+    if is_first():
         try:
             check_hosts()
             choice = choose(workload, asked.workers or count, quiet=bool(options["quiet"]))

@@ -9,7 +9,6 @@ overlap      how much slower they compute meanwhile
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +33,15 @@ from shardwise.cluster.overlapping import overlap
 from shardwise.cluster.sharing import shared
 from shardwise.cluster.team import Team
 from shardwise.errors import RequestError
-from shardwise.launch.local import run_local, under_torchrun
+from shardwise.launch.context import rank_context
+from shardwise.launch.join import join_launcher
+from shardwise.launch.local import run_local
 from shardwise.parallel.mesh import default_device
 from shardwise.predict.analysis import LinkRecorder
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import KernelTimes
 from shardwise.run.footprint import Footprint, crowded_step, footprint
-from shardwise.run.job import enough_gpus, join_launcher
+from shardwise.run.job import enough_gpus
 
 MEASURED = (
     "flops",
@@ -102,9 +103,9 @@ def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: b
         RequestError: there cannot be so many workers.
         WorkerFailed: a worker died.
     """
-    if under_torchrun():
-        started = int(os.environ["WORLD_SIZE"])
-        join_launcher(workers or started)
+    context = rank_context()
+    if context is not None:
+        join_launcher(workers or context.workers)
         return work(effort, quiet, footprint())
     count = torch.cuda.device_count() or LARGEST if workers is None else workers
     if count < 1:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import NotMeasured, ShardwiseError, WorkerFailed
+from shardwise.launch.context import is_first
 from shardwise.run.at_hand import cluster_at_hand
 from shardwise.run.result import Forecast
 from shardwise.strategy import Strategy
@@ -34,7 +35,7 @@ def forecasts(
     Raises:
         ClusterError: the cluster file that the environment sets is wrong.
     """
-    if os.environ.get("RANK", "0") != "0":  # one worker of an outer launcher tells
+    if not is_first():  # one worker of an outer launcher tells
         return [Forecast(reason="the first worker predicts") for _ in strategies]
     try:
         cluster = cluster_at_hand(quiet=quiet)

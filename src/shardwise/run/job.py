@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import sys
 from collections.abc import Mapping
@@ -11,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from shardwise.launch.local import join, rest, run_local, under_torchrun
+from shardwise.launch import stop, watch
+from shardwise.launch.context import is_first, under_launcher
+from shardwise.launch.join import join_launcher
+from shardwise.launch.local import run_local
+from shardwise.launch.signals import Terminated
 from shardwise.run.result import Forecast, Step, Trained
 from shardwise.run.runfolder import discard_unused
 from shardwise.run.workers import Workers
@@ -23,6 +25,10 @@ from shardwise.workload.workload import Workload
 
 if TYPE_CHECKING:
     from shardwise.parallel.planning import Cuts
+
+
+PATIENCE_SECONDS = 15.0
+"""How much longer the parent waits for a stopped worker than its peers do, who can tell more of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +64,8 @@ class Options:
         resume: go on from the newest checkpoint in the run's folder, where there is one.
         quiet: no progress bar.
         weights: give back the trained weights.
+        hang_timeout: seconds that a worker may take for a step before the run counts as hung; None: see `launch.watch`.
+        grace: seconds that a run has to write a checkpoint once it is told to end.
     """
 
     steps: int | None = None
@@ -67,6 +75,8 @@ class Options:
     resume: bool = False
     quiet: bool = False
     weights: bool = False
+    hang_timeout: float | None = None
+    grace: float = 20.0
 
     def total(self, batches: int | None) -> int | None:
         """Optimizer steps at the end, of epochs of `batches` steps; None where that is not known before."""
@@ -107,28 +117,50 @@ def run_job(job: Job, *, threads: int | None = None, gpus: bool | None = None) -
         WorkerFailed: a local worker died.
         RequestError: a worker found the request wrong.
     """
-    if under_torchrun():
+    if under_launcher():
         join_launcher(job.strategy.workers)
-        return _everywhere(work(job))
+        return _unless_stopped(_everywhere(work(job)))
     workers = job.strategy.workers
     try:
         trained: Trained = run_local(
-            work, (job,), workers=workers, threads=threads, gpus=enough_gpus(workers) if gpus is None else gpus
+            work,
+            (job,),
+            workers=workers,
+            threads=threads,
+            gpus=enough_gpus(workers) if gpus is None else gpus,
+            grace=0.0 if job.folder is None else job.options.grace,
+            patience=watch.limits(job.options.hang_timeout, job.forecast.seconds).idle + PATIENCE_SECONDS,
         )
-    except BaseException:
+    except BaseException as error:
         if job.folder is not None and not job.options.resume:
             discard_unused(job.folder)
+        if isinstance(error, Terminated) and job.folder is not None:
+            sys.stderr.write(f"shardwise: told to end: no checkpoint was written within {job.options.grace:g} s\n")
         raise
-    return trained
+    return _unless_stopped(trained)
+
+
+def _unless_stopped(trained: Trained) -> Trained:
+    """Return what was trained. Raises Terminated, and says so, where a signal ended it before its time."""
+    if not trained.stopped:
+        return trained
+    if is_first():
+        summary = trained.summary
+        kept = f"a checkpoint is in {summary['run']}, --resume goes on" if summary["run"] else "nothing was kept"
+        sys.stderr.write(f"shardwise: told to end after step {summary['steps']}: {kept}\n")
+    raise Terminated(128 + trained.stopped)
 
 
 def work(job: Job) -> Trained:
-    """Does a job, as one of its workers. Collective."""
+    """Do a job, as one of its workers. Collective."""
     from shardwise.parallel.program import Program
     from shardwise.run.train import train
 
-    program = Program.build(job.source.load(), job.strategy, cuts=job.cuts)
-    return train(program, job)
+    if job.folder is not None:
+        stop.listen()
+    with watch.watching(watch.limits(job.options.hang_timeout, job.forecast.seconds)):
+        program = Program.build(job.source.load(), job.strategy, cuts=job.cuts)
+        return train(program, job)
 
 
 def _everywhere(trained: Trained) -> Trained:
@@ -136,19 +168,6 @@ def _everywhere(trained: Trained) -> Trained:
     mine = json.dumps({"summary": trained.summary, "steps": [asdict(step) for step in trained.steps]})
     first = json.loads(Workers().exchange(mine)[0])
     return replace(trained, summary=first["summary"], steps=tuple(Step(**step) for step in first["steps"]))
-
-
-def join_launcher(workers: int) -> None:
-    """Makes this process one of the `workers` of the launcher that started it, until it ends."""
-    if not dist.is_initialized():
-        atexit.register(_leave_at_exit)
-    join(workers)
-
-
-def _leave_at_exit() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        rest()
 
 
 def enough_gpus(workers: int) -> bool:

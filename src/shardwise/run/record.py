@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from shardwise.launch import watch
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint import Checkpoints
 from shardwise.run.job import Job
@@ -111,16 +112,16 @@ class Record:
         self._saved = self.program.steps
         self._clock.resume()
 
-    def close(self, loss: float | None, metrics: dict[str, float]) -> Trained:
-        """Waits until everything is on disk, and sums up."""
+    def close(self, loss: float | None, metrics: dict[str, float], stopped: int = 0) -> Trained:
+        """Wait until everything is on disk, and sum up; `stopped` is the signal that ended the run before its time."""
         if self._checkpoints is not None:
             self._checkpoints.wait()
         measured = [json.loads(text) for text in Workers().exchange(json.dumps(measure(self._sampler)))]
-        summary = self._summary(loss, metrics, summarize(measured))
+        summary = self._summary(loss, metrics, summarize(measured)) | {"stopped": stopped or None}
         if self._log is not None and self.job.folder is not None:
             write_summary(self.job.folder, summary)
         full = self.program.full_state_dict() if self.job.options.weights else None
-        return Trained(summary, tuple(self._steps), self._evaluations, full)
+        return Trained(summary, tuple(self._steps), self._evaluations, full, stopped)
 
     def _summary(self, loss: float | None, metrics: dict[str, float], measured: dict[str, Any]) -> dict[str, Any]:
         seconds, rate = typical(self._steps)
@@ -151,6 +152,7 @@ class Record:
                 "memory_error": relative_error(forecast.memory_bytes, measured["memory_bytes"]),
                 "run": None if folder is None else str(folder),
                 "notes": list(self.program.engine.notes),
+                "slow_workers": watch.slow_workers(),
                 "reasons": reasons,
             }
         )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import DataError, RequestError, RunFolderError, StrategyError, WorkloadError, nearest
-from shardwise.launch.local import under_torchrun
+from shardwise.launch.context import is_first, rank_context, under_launcher
+from shardwise.launch.join import join_launcher
 from shardwise.plan.file import is_plan_file, read_plan
 from shardwise.run.forecast import forecasts
-from shardwise.run.job import Job, Options, Source, join_launcher
-from shardwise.run.runfolder import create_run, find_run, last_request, read_run, reopen_run
+from shardwise.run.job import Job, Options, Source
+from shardwise.run.runfolder import create_run, find_run, is_finished, last_request, read_run, reopen_run
 from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 AnyWorkload = str | Workload | Callable[..., Workload]
 """A name (see `workload.load`), a workload, or a function that returns one."""
+
+LONGEST_SECONDS = 1e6
+"""Upper end of options that are times."""
 
 DEFAULT_COMPARED = 2
 """Workers of the strategies that `compare` takes when none are given."""
@@ -75,7 +78,7 @@ def as_before(asked: Asked, folder: Path) -> Asked:
     before = last_request(read_run(folder))
     named = isinstance(asked.workload, str) and before["source"] is not None
     same_length = asked.steps is None and asked.epochs is None
-    same_split = asked.strategy is None and asked.workers is None and not under_torchrun()
+    same_split = asked.strategy is None and asked.workers is None and not under_launcher()
     return replace(
         asked,
         settings={**before["settings"], **asked.settings} if named else asked.settings,
@@ -92,6 +95,23 @@ def run_to_resume(out: str | Path | None, asked: Asked) -> Path:
         return find_run(Path(out), "")
     source = settle_source(asked.workload, asked.settings).workload
     return find_run(None, source if isinstance(source, str) else source.name)
+
+
+def settle_resume(resume: bool | str, out: str | Path | None, asked: Asked) -> bool:
+    """Decide whether a run is gone on with; `auto`: where there is one in `out` (None: an unfinished one in runs/).
+
+    Raises:
+        RequestError: `resume` is something else.
+    """
+    if isinstance(resume, bool):
+        return resume
+    if resume != "auto":
+        raise RequestError(f"resume={resume}: must be True, False or 'auto'")
+    try:
+        folder = run_to_resume(out, asked)
+    except RunFolderError:
+        return False
+    return out is not None or not is_finished(folder)
 
 
 def settle_source(workload: AnyWorkload, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> Source:
@@ -116,8 +136,9 @@ def settle_strategy(strategy: str | Strategy | None, workers: int | None) -> Str
     """
     if workers is not None and workers < 1:
         raise StrategyError(f"workers={workers}: must be 1 or more")
-    if workers is None and under_torchrun():
-        workers = int(os.environ["WORLD_SIZE"])
+    context = rank_context()
+    if workers is None and context is not None:
+        workers = context.workers
     if strategy is None:
         return Strategy(dp=workers or 1)
     settled = _read(strategy) if isinstance(strategy, str) else strategy
@@ -142,10 +163,15 @@ def _cuts(strategy: str | Strategy | None) -> Cuts | None:
 def settle_options(**values: Any) -> Options:
     """The options of a training; one epoch where neither steps nor epochs are given. Raises RequestError."""
     options = Options(**values)
-    for name, least in (("steps", 1), ("epochs", 1), ("checkpoint_every", 0), ("keep", 1)):
+    for name, least in (("steps", 1), ("epochs", 1), ("checkpoint_every", 0), ("keep", 1), ("grace", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise RequestError(f"{name}={value}: must be {least} or more")
+    limit = options.hang_timeout
+    if limit is not None and not 0 < limit <= LONGEST_SECONDS:
+        raise RequestError(f"hang_timeout={limit:g}: must be a number of seconds above 0, at most {LONGEST_SECONDS:g}")
+    if not options.grace <= LONGEST_SECONDS:
+        raise RequestError(f"grace={options.grace:g}: must be a number of seconds, at most {LONGEST_SECONDS:g}")
     if options.steps is None and options.epochs is None:
         return Options(**{**values, "epochs": 1})
     return options
@@ -189,10 +215,10 @@ def settle_folder(out: str | Path | None, workload: Workload, job: Job) -> Path:
             return reopen_run(job.folder, description)
         return create_run(None if out is None else Path(out), description)
 
-    if not under_torchrun():
+    if not under_launcher():
         return make()
     join_launcher(job.strategy.workers)
-    return Path(Workers().exchange(str(make()) if os.environ["RANK"] == "0" else "")[0])
+    return Path(Workers().exchange(str(make()) if is_first() else "")[0])
 
 
 def settle_verified(steps: int, dtype: str) -> tuple[int, str]:

@@ -59,9 +59,11 @@ class Trained:
         steps: the steps of this run; on rank 0 only.
         evaluations: step -> what was measured on held-out data after it.
         weights: the plain model's weights by name, on rank 0 only and if they were asked for.
+        stopped: number of the signal that ended it before its time; 0: none did.
     """
 
     summary: dict[str, Any]
     steps: tuple[Step, ...]
     evaluations: dict[int, dict[str, float]]
     weights: dict[str, Tensor] | None = None
+    stopped: int = 0

@@ -58,6 +58,15 @@ def find_run(out: Path | None, workload: str) -> Path:
     return out
 
 
+def is_finished(folder: Path) -> bool:
+    """Tell whether the run in `folder` came to its end: not ended by a signal, a failure or a kill."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and not summary.get("stopped")
+
+
 def reopen_run(folder: Path, description: Mapping[str, Any]) -> Path:
     """Notes in a run's folder that it goes on, and how.
 

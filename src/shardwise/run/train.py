@@ -7,6 +7,7 @@ from typing import Any
 
 from shardwise.errors import CheckpointError, DataError
 from shardwise.parallel.program import Program
+from shardwise.run.agreement import Agreement
 from shardwise.run.job import Job
 from shardwise.run.record import Record
 from shardwise.run.result import Trained
@@ -36,7 +37,7 @@ def train(program: Program, job: Job) -> Trained:
         CheckpointError: the run cannot be resumed from its checkpoint.
     """
     options, loader = job.options, program.loader()
-    record = Record(program, job)
+    record, agreement = Record(program, job), Agreement()
     progress = _start(record, program, resume=options.resume)
     total = options.total(loader.batches)
     with record.open(total):
@@ -45,6 +46,9 @@ def train(program: Program, job: Job) -> Trained:
                 with record.step(progress.epoch, share.samples) as step:
                     step.loss = program.step_share(share)
                 progress = replace(progress, batch=progress.batch + 1)
+                if signal := agreement.stop():
+                    record.save(asdict(replace(progress, loss=record.loss())))
+                    return record.close(record.loss(), progress.metrics, signal)
                 if _done(program.steps, total):
                     break
                 if options.checkpoint_every and program.steps % options.checkpoint_every == 0:

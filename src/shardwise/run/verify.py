@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from shardwise.errors import WorkloadError
+from shardwise.launch import watch
 from shardwise.launch.local import run_local
 from shardwise.parallel.partitioner import Uncut
 from shardwise.run.deviation import Deviation, deviation, typical_size
@@ -202,7 +203,9 @@ class _Prover:
     def _run(self, function: Any, trials: Sequence[Trial]) -> Any:
         workers = trials[0].strategy.workers
         written = [cloudpickle.dumps(trial) for trial in trials]
-        return run_local(function, (written,), workers=workers, threads=self._threads, gpus=enough_gpus(workers))
+        return run_local(
+            watched, (function, written), workers=workers, threads=self._threads, gpus=enough_gpus(workers)
+        )
 
 
 def _without_options(axis: str) -> dict[str, Any]:
@@ -213,6 +216,12 @@ def _without_options(axis: str) -> dict[str, Any]:
 
 
 # ---- what workers do ------------------------------------------------------------------------------------------------
+
+
+def watched(function: Callable[[Sequence[bytes]], Any], trials: Sequence[bytes]) -> Any:
+    """Call `function(trials)` under the watch that notices when workers hang."""
+    with watch.watching(watch.limits(None, None)):
+        return function(trials)
 
 
 def record_all(trials: Sequence[bytes]) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.launch.local import under_torchrun
+from shardwise.launch.context import under_launcher
 from shardwise.parallel.materialize import materialize
 from shardwise.workload.workload import Workload
 
@@ -19,7 +19,7 @@ def filled_model(workload: Workload, weights: dict[str, Tensor] | None) -> nn.Mo
     if weights is not None:
         materialize(model, torch.device("cpu"))
         model.load_state_dict(weights)
-    if under_torchrun() and dist.is_initialized():
+    if under_launcher() and dist.is_initialized():
         for tensor in model.state_dict().values():  # they share their memory with the module
             dist.broadcast(tensor, src=0)
     return model

@@ -1,0 +1,306 @@
+"""Watch over a worker from a thread of its own: notice that the job hangs, name who holds it up, and end it.
+
+The main thread reports that it gets on with `beat`. A worker that has not for longer than its limit asks all the others
+what they are doing; each answers from its watching thread, also while its main thread hangs. From the answers every one
+of them concludes the same (`verdict.hang`), and the lowest rank that can says it. A worker that does not answer is
+stopped, or its host is gone, or a thread of it holds the interpreter's lock for good.
+
+    asked      call           number of the last question
+    answered   state-RANK     {"call", ...State}
+               pace-RANK      {...Pace}
+               host-RANK      name of its host, process id
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from shardwise.errors import WorkerHung
+from shardwise.launch.board import Board, FolderBoard, OutOfReach, StoreBoard
+from shardwise.launch.stacks import look
+from shardwise.launch.verdict import Hang, Limits, Pace, State, hang, slow, slow_message, to_json
+
+__all__ = ["FolderBoard", "StoreBoard", "beat", "settle", "slow_workers", "watching"]
+
+LEAST_SECONDS = 60.0
+"""The shortest limit where none is asked for, and the one for preparations that only wait."""
+
+BUSY_TIMES = 10.0
+"""How many times as long a worker may compute as it may wait, where no limit is asked for."""
+
+SAMPLE_SECONDS, TICK_SECONDS, PACE_SECONDS = 0.1, 1.0, 5.0
+"""Between looks at the main thread, looks at the board, and reports of a worker's pace."""
+
+ANSWER_SECONDS, TURN_SECONDS = 4.0, 3.0
+"""For the answers of the others; and for lower ranks to say what was found, per rank that is below."""
+
+SUSPENDED_SECONDS = 3.0
+"""Between two samples, above which the process itself was not running."""
+
+BUSY_SHARE = 0.2
+"""Of a processor, from which on a worker counts as busy."""
+
+
+@dataclass(slots=True)
+class _Seat:
+    """Where this process sits among the workers; the same for its whole life."""
+
+    rank: int
+    workers: int
+    board: Board
+    report: Callable[[BaseException], None]
+    beats: int = 0
+    last: float = field(default_factory=time.monotonic)
+    slow: list[str] = field(default_factory=list)
+
+
+_seat: _Seat | None = None
+_watch: _Watch | None = None
+
+
+def settle(rank: int, workers: int, board: Board, report: Callable[[BaseException], None]) -> None:
+    """Say who this process is among the workers, once.
+
+    Args:
+        rank: its number.
+        workers: how many there are.
+        board: over which they talk.
+        report: tells an error of this process and ends it; called from another thread than the main one.
+    """
+    global _seat
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        faulthandler.register(signal.SIGUSR1, all_threads=False)
+    _seat = _Seat(rank, workers, board, report)
+
+
+def beat() -> None:
+    """Note that this worker gets on: a step, a batch of an evaluation, a checkpoint is done."""
+    if _seat is not None:
+        _seat.beats += 1
+        _seat.last = time.monotonic()
+
+
+def slow_workers() -> list[str]:
+    """Return what was said of slow workers so far, on the first worker."""
+    return [] if _seat is None else list(_seat.slow)
+
+
+def limits(asked: float | None, step_seconds: float | None) -> Limits:
+    """Return the limits that were asked for, else those for steps that are predicted to take `step_seconds`."""
+    if asked is not None:
+        return Limits(asked, asked)
+    idle = max(LEAST_SECONDS, BUSY_TIMES * (step_seconds or 0.0))
+    return Limits(idle, BUSY_TIMES * idle)
+
+
+@contextlib.contextmanager
+def watching(limit: Limits) -> Iterator[None]:
+    """Watch over this worker while the block runs; does nothing in a process that is no worker.
+
+    After it the watch still answers the others, which may not be done yet.
+    """
+    global _watch
+    if _seat is None:
+        yield
+        return
+    _watch = _watch or _Watch(_seat)
+    _seat.beats, _seat.last = 0, time.monotonic()
+    _watch.asked = limit
+    try:
+        yield
+    finally:
+        _watch.asked = None
+
+
+class _Watch:
+    """The watch over one worker, from its first job on until the process ends."""
+
+    def __init__(self, seat: _Seat) -> None:
+        self.seat = seat
+        self.asked: Limits | None = None
+        self._call = self._answered = 0
+        self._samples: list[bool] = []
+        self._places: Counter[str] = Counter()
+        self._window = (time.monotonic(), seat.beats)
+        self._used = (time.monotonic(), time.process_time())
+        self._busy = True
+        self._lost_since: float | None = None
+        self._hosts: dict[int, tuple[str, int]] = {}
+        self._slow: int | None = None
+        self._suspect: int | None = None
+        threading.Thread(target=self._run, name="shardwise-watch", daemon=True).start()
+
+    @property
+    def limit(self) -> Limits:
+        """Return the limits that hold now: until the first step is done, models are traced and weights are read."""
+        if self.asked is None:
+            return Limits(float("inf"), float("inf"))
+        if self.seat.beats:
+            return self.asked
+        return Limits(max(LEAST_SECONDS, self.asked.idle), max(BUSY_TIMES * LEAST_SECONDS, self.asked.busy))
+
+    def _run(self) -> None:
+        ticked = looked = time.monotonic()
+        while True:
+            time.sleep(SAMPLE_SECONDS)
+            gap = time.monotonic() - looked
+            looked += gap
+            if gap > SUSPENDED_SECONDS:  # the whole process stood still, as a suspended job does: that is no hang
+                self.seat.last += gap
+            seen = look()
+            self._samples.append(seen.waiting)
+            if not seen.waiting:
+                self._places[seen.operation] += 1
+            if looked - ticked >= TICK_SECONDS:
+                ticked = looked
+                self._tick()
+
+    def _tick(self) -> None:
+        self._measure_use()
+        try:
+            self._meet()
+            self._answer()
+            self._tell_pace()
+            if self._stalled() > self.limit.idle:
+                self._ask()
+            self._lost_since = None
+        except OutOfReach:
+            self._lose()
+
+    def _stalled(self) -> float:
+        return time.monotonic() - self.seat.last
+
+    def _measure_use(self) -> None:
+        now, used = time.monotonic(), time.process_time()
+        before, used_before = self._used
+        self._busy = used - used_before > BUSY_SHARE * (now - before)
+        self._used = (now, used)
+
+    # ---- who is where ----
+
+    def _meet(self) -> None:
+        """Learn the hosts of all workers while they can still be asked."""
+        if len(self._hosts) == self.seat.workers:
+            return
+        if not self._hosts:
+            self.seat.board.put(f"host-{self.seat.rank}", json.dumps([socket.gethostname(), os.getpid()]))
+        for rank in range(self.seat.workers):
+            text = self.seat.board.get(f"host-{rank}") if rank not in self._hosts else None
+            if text is not None:
+                name, process = json.loads(text)
+                self._hosts[rank] = (str(name), int(process))
+
+    # ---- questions and answers ----
+
+    def _state(self) -> State:
+        seen = look()
+        return State(self._stalled(), self.seat.beats, seen.waiting, self._busy, seen.operation, seen.stack())
+
+    def _answer(self) -> None:
+        """Answer the newest question, if there is one that has not been answered yet."""
+        call = int(self.seat.board.get("call") or 0)
+        if call > self._answered:
+            self._answered = call
+            text = json.dumps({"call": call, **to_json(self._state())})
+            self.seat.board.put(f"state-{self.seat.rank}", text)
+
+    def _ask(self) -> None:
+        """Ask all workers what they are doing; say and end it where the job hangs."""
+        self._call = max(self._call, self._answered) + 1
+        self.seat.board.put("call", str(self._call))
+        end = time.monotonic() + ANSWER_SECONDS
+        states: dict[int, State | None] = {}
+        while time.monotonic() < end and (not states or None in states.values()):
+            self._answer()
+            states = {rank: self._read(rank) for rank in range(self.seat.workers)}
+            time.sleep(SAMPLE_SECONDS)
+        found = hang(states, self.limit, {rank: host for rank, (host, _) in self._hosts.items()})
+        if found is None or self._stalled() <= self.limit.idle:
+            return
+        able = [rank for rank, state in states.items() if state is not None]
+        time.sleep(sum(rank < self.seat.rank for rank in able) * TURN_SECONDS)
+        if self._stalled() > self.limit.idle:
+            self._show_stacks([rank for rank, state in states.items() if state is None])
+            self._end(found)
+
+    def _read(self, rank: int) -> State | None:
+        text = self.seat.board.get(f"state-{rank}")
+        fields = json.loads(text) if text else {"call": 0}
+        return State(**fields) if fields.pop("call") >= self._call else None
+
+    def _show_stacks(self, silent: list[int]) -> None:
+        """Let those that do not answer, but are on this host, write their stacks to standard error."""
+        here = socket.gethostname()
+        for host, process in (self._hosts[rank] for rank in silent if rank in self._hosts):
+            if host == here and hasattr(signal, "SIGUSR1"):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, signal.SIGUSR1)  # of `faulthandler`: it needs no lock of the interpreter
+        time.sleep(SAMPLE_SECONDS)
+
+    def _lose(self) -> None:
+        """Count how long the board has been out of reach: with a step that does not end, the link or host is gone."""
+        now = time.monotonic()
+        self._lost_since = self._lost_since or now
+        if min(now - self._lost_since, self._stalled()) > self.limit.idle:
+            host = f" on {self._hosts[0][0]}" if 0 in self._hosts else ""
+            message = f"worker 0{host} cannot be reached for {self._stalled():.0f} s"
+            self._end(Hang(0, f"{message}; worker {self.seat.rank} waits in {look().operation}", ""))
+
+    def _end(self, found: Hang) -> None:
+        remedy = f"give --hang-timeout more than {self.limit.idle:g} s if it only needs longer"
+        message = f"{found.message}; all workers are ended: {remedy}"
+        self.seat.report(WorkerHung(message, rank=found.rank, traceback=found.stack))
+
+    # ---- pace ----
+
+    def _tell_pace(self) -> None:
+        """Put this worker's pace on the board now and then; the first worker compares all of them."""
+        begin, beats = self._window
+        if time.monotonic() - begin < PACE_SECONDS or self.seat.beats < beats + 3:
+            return
+        waiting = sum(self._samples) / len(self._samples)
+        place = self._places.most_common(1)[0][0] if self._places else ""
+        self.seat.board.put(f"pace-{self.seat.rank}", json.dumps(to_json(Pace(waiting, place))))
+        self._samples, self._places = [], Counter()
+        self._window = (time.monotonic(), self.seat.beats)
+        if self.seat.rank == 0:
+            self._compare()
+
+    def _compare(self) -> None:
+        """Say that a worker has become slow, once it was so twice in a row, and that it no longer is."""
+        texts = {rank: self.seat.board.get(f"pace-{rank}") for rank in range(self.seat.workers)}
+        paces = {rank: Pace(**json.loads(text)) for rank, text in texts.items() if text}
+        found = slow(paces) if len(paces) == self.seat.workers else None
+        before, self._suspect = self._suspect, found
+        if found == self._slow or found != before:
+            return
+        message = f"worker {self._slow} keeps up again" if found is None else slow_message(found, paces)
+        self._slow = found
+        self.seat.slow.append(message)
+        _say(message)
+
+
+def _say(message: str) -> None:
+    """Write a line for a person above a progress bar that may be there."""
+    from tqdm import tqdm
+
+    tqdm.write(f"shardwise: {message}", file=sys.stderr)
+
+
+def report_here(error: BaseException) -> None:
+    """Tell an error of this process, which another launcher started, and end it."""
+    if isinstance(error, WorkerHung):
+        sys.stderr.write(f"{error.traceback}shardwise: {error}\n")
+        sys.stderr.flush()
+    os._exit(1)
