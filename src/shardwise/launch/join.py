@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def join_launcher(workers: int | None = None) -> None:
         for variable, device in _loopback().items():
             os.environ.setdefault(variable, device)
     _init(_meet(context), context.rank, context.workers)
-    watch.settle(context.rank, context.workers, board_of(context), watch.report_here)
+    board = board_of(context)
+    watch.settle(context.rank, context.workers, board, partial(watch.report_here, board))
     atexit.register(_leave_at_exit)
 
 
@@ -136,18 +138,36 @@ def _init(store: Any, rank: int, workers: int) -> None:
 
 def _meet(context: RankContext) -> Any:
     """Connect to the launcher's store. Raises RequestError where the other workers do not come."""
-    from torch.distributed import rendezvous  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
     seconds = meet_seconds()
+    begin = time.monotonic()
     try:
+        if context.elastic or context.rank:
+            _await_port(context, begin + seconds)
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
-    except (RuntimeError, ValueError) as error:  # DistNetworkError, DistStoreError: nobody answers
+    except (OSError, RuntimeError, ValueError) as error:  # DistNetworkError, DistStoreError: nobody answers
         raise RequestError(
             f"rank {context.rank} of {context.workers} (RANK, WORLD_SIZE): the other workers did not meet at "
             f"{context.address}:{context.port} within {seconds:g} s ({_first_line(error)}): start all of them, or "
             "unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT to start local workers"
         ) from error
-    return store
+    # torchrun keeps its store over restarts, and what the last attempt wrote there must not be read again
+    return PrefixStore(f"shardwise/{context.restarts}", store)
+
+
+def _await_port(context: RankContext, end: float) -> None:
+    """Wait until something answers at the meeting point; torch's own attempts fill the screen. Raises OSError."""
+    while True:
+        left = end - time.monotonic()
+        try:
+            socket.create_connection((context.address, context.port), timeout=max(left, 0.1)).close()
+        except OSError:
+            if left <= 0:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 def meet_seconds() -> float:

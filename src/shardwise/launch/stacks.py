@@ -79,7 +79,7 @@ def _runs(thread: threading.Thread) -> bool:
 
 
 def _operation(frame: FrameType) -> str:
-    """Name what `frame` is in: a collective of torch, the backward pass, else the innermost function that is not torch's."""
+    """Name what `frame` is in: a collective, the backward pass, else the innermost function that is not torch's."""
     outer: FrameType | None = frame
     operation = ""
     while outer is not None and _in_torch(outer.f_code.co_filename):

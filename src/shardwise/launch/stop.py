@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from functools import partial
 from types import FrameType
 
 _requested = 0
 
 
-def listen() -> None:
-    """Note SIGTERM and SIGHUP from now on, in place of ending at once.
+def listen(grace: float) -> None:
+    """Note SIGTERM and SIGHUP from now on, in place of ending at once; `grace` seconds later this process ends.
 
     A second one changes nothing: schedulers send it to all processes of a job, and the launcher passes it on besides.
     """
@@ -18,7 +20,7 @@ def listen() -> None:
         return
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _note)
+            signal.signal(number, partial(_note, grace))
 
 
 def requested() -> int:
@@ -26,6 +28,11 @@ def requested() -> int:
     return _requested
 
 
-def _note(number: int, _: FrameType | None) -> None:
+def _note(grace: float, number: int, _: FrameType | None) -> None:
     global _requested
-    _requested = _requested or number
+    if _requested:
+        return
+    _requested = number
+    timer = threading.Timer(grace, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()

@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from os import _exit
 
 from shardwise.errors import WorkerHung
 from shardwise.launch.board import Board, FolderBoard, OutOfReach, StoreBoard
@@ -231,7 +232,7 @@ class _Watch:
         able = [rank for rank, state in states.items() if state is not None]
         time.sleep(sum(rank < self.seat.rank for rank in able) * TURN_SECONDS)
         if self._stalled() > self.limit.idle:
-            self._show_stacks([rank for rank, state in states.items() if state is None])
+            self._stir([rank for rank, state in states.items() if state is None])
             self._end(found)
 
     def _read(self, rank: int) -> State | None:
@@ -239,14 +240,15 @@ class _Watch:
         fields = json.loads(text) if text else {"call": 0}
         return State(**fields) if fields.pop("call") >= self._call else None
 
-    def _show_stacks(self, silent: list[int]) -> None:
-        """Let those that do not answer, but are on this host, write their stacks to standard error."""
+    def _stir(self, silent: list[int]) -> None:
+        """Let those that do not answer, but are on this host, write their stacks to standard error, and end them."""
         here = socket.gethostname()
         for host, process in (self._hosts[rank] for rank in silent if rank in self._hosts):
             if host == here and hasattr(signal, "SIGUSR1"):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(process, signal.SIGUSR1)  # of `faulthandler`: it needs no lock of the interpreter
-        time.sleep(SAMPLE_SECONDS)
+                    time.sleep(SAMPLE_SECONDS)
+                    os.kill(process, signal.SIGKILL)  # a stopped process hears nothing else
 
     def _lose(self) -> None:
         """Count how long the board has been out of reach: with a step that does not end, the link or host is gone."""
@@ -298,9 +300,12 @@ def _say(message: str) -> None:
     tqdm.write(f"shardwise: {message}", file=sys.stderr)
 
 
-def report_here(error: BaseException) -> None:
-    """Tell an error of this process, which another launcher started, and end it."""
-    if isinstance(error, WorkerHung):
+def report_here(board: StoreBoard, error: BaseException) -> None:
+    """Tell an error of this process, which another launcher started, unless another worker has; end this process."""
+    first = True
+    with contextlib.suppress(OutOfReach):
+        first = board.add("hang") == 1
+    if first and isinstance(error, WorkerHung):
         sys.stderr.write(f"{error.traceback}shardwise: {error}\n")
         sys.stderr.flush()
-    os._exit(1)
+    _exit(1)

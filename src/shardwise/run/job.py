@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shardwise.ending import failing_exits
 from shardwise.launch import stop, watch
 from shardwise.launch.context import is_first, under_launcher
 from shardwise.launch.join import join_launcher
@@ -119,7 +120,8 @@ def run_job(job: Job, *, threads: int | None = None, gpus: bool | None = None) -
     """
     if under_launcher():
         join_launcher(job.strategy.workers)
-        return _unless_stopped(_everywhere(work(job)))
+        with failing_exits():
+            return _unless_stopped(_everywhere(work(job)))
     workers = job.strategy.workers
     try:
         trained: Trained = run_local(
@@ -157,7 +159,7 @@ def work(job: Job) -> Trained:
     from shardwise.run.train import train
 
     if job.folder is not None:
-        stop.listen()
+        stop.listen(job.options.grace)
     with watch.watching(watch.limits(job.options.hang_timeout, job.forecast.seconds)):
         program = Program.build(job.source.load(), job.strategy, cuts=job.cuts)
         return train(program, job)
