@@ -291,7 +291,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _spelled_out(arguments: list[str]) -> list[str]:
     """Give --resume, which may stand alone, a value: what follows it may be the workload."""
     spelled: list[str] = []
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if word == "--resume":
             spelled.append(f"--resume={'auto' if following == 'auto' else 'run'}")
         elif not (word == "auto" and spelled and spelled[-1] == "--resume=auto"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -56,3 +57,27 @@ def processes_with(mark: str) -> list[int]:
         if marked and state != "Z" and int(process.name) != os.getpid():
             found.append(int(process.name))
     return found
+
+
+@contextlib.contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Train the small workload in the background, and end it with the block."""
+    process = subprocess.Popen(
+        command("train", "work.py:small", "--quiet", *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    """Read standard error up to the line with `text`."""
+    assert process.stderr is not None
+    while text not in process.stderr.readline():
+        assert process.poll() is None

@@ -17,13 +17,16 @@ WORKLOAD = """
     from torch.utils.data import TensorDataset
     from shardwise import Evaluation, Workload
 
-    def small(batch_size: int = 8, samples: int = 28, fail: str = "", hidden: int = 6) -> Workload:
+    def small(
+        batch_size: int = 8, samples: int = 28, fail: str = "", hidden: int = 6, pause: float = 0.0, slow: float = 0.0
+    ) -> Workload:
         generator = torch.Generator().manual_seed(1)
         data = TensorDataset(torch.randn(samples, 4, generator=generator), torch.arange(samples) % 3)
         calls = []
 
         def loss(output, batch):
             calls.append(0)
+            time.sleep(pause + (slow if os.environ.get("RANK") == "1" else 0.0))
             if fail and len(calls) == 3:
                 misbehave(fail)
             return F.cross_entropy(output, batch[1])
@@ -51,6 +54,12 @@ WORKLOAD = """
             print("failing at", time.time(), flush=True)
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "sleep":
+                time.sleep(100)
+            if how == "leave":
+                os._exit(0)
             raise ValueError("sample 17 is odd")
 
     def broken():

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import Run, command, hear_interrupts, processes_with
+from command import Run, command, processes_with, read_until, started
 
 SECONDS = 60.0
 """Longest from the failure to the end of everything, on a machine that has other things to do; else it is two."""
@@ -39,22 +39,39 @@ def test_a_worker_that_dies(how: str, run: Run, folder: Path, mark: str) -> None
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"]
 )
 def test_a_signal_to_the_command(number: signal.Signals, status: int, folder: Path, mark: str) -> None:
-    process = subprocess.Popen(
-        command("train", "work.py:small", "--strategy", "dp=2", "--set", "fail=wait", "--quiet"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_interrupts,
-    )
-    assert process.stderr is not None
-    while "waiting" not in process.stderr.readline():  # of two workers, which may write into each other's line
-        assert process.poll() is None
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=SECONDS)
+    with started("--strategy", "dp=2", "--set", "fail=wait", "--grace", "0.5", "--out", "out") as process:
+        read_until(process, "waiting")  # of two workers, which may write into each other's line
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == status
     assert "Traceback" not in errors
     assert output == ""
+    assert (
+        errors.splitlines()[-1]
+        == {
+            130: "shardwise: interrupted, all workers have ended",
+            143: "shardwise: told to end: no checkpoint was written within 0.5 s",
+        }[status]
+    )
     assert processes_with(mark) == []
+
+
+@pytest.mark.parametrize("how", ["wait", "stop"])
+def test_ctrl_c_twice_ends_at_once(how: str, folder: Path, mark: str) -> None:
+    with started("--strategy", "dp=2", "--set", f"fail={how}") as process:
+        read_until(process, "waiting" if how == "wait" else "failing at")
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "shardwise: interrupted, all workers have ended"
+    assert processes_with(mark) == []
+
+
+def test_work_that_is_left_is_no_success(run: Run, folder: Path) -> None:
+    done = run("train", "work.py:small", "--strategy", "dp=2", "--set", "fail=leave", "--quiet", status=1)
+    assert done.stderr.splitlines()[-1] == "shardwise: worker 1 ended with exit status 0, its work was not done"
 
 
 def test_a_run_that_failed_before_its_first_step_is_not_in_the_way(run: Run, folder: Path) -> None:

@@ -29,7 +29,7 @@ FLOORS: dict[str, set[str]] = {
     "parallel": VALUES | {"cluster", "workload", "launch"},
     "predict": VALUES | {"cluster", "workload", "parallel"},
     "plan": VALUES | {"cluster", "workload", "parallel", "predict"},
-    "run": VALUES | {"cluster", "workload", "parallel", "predict", "plan", "launch", "report"},
+    "run": VALUES | {"ending", "cluster", "workload", "parallel", "predict", "plan", "launch", "report"},
     "api": VALUES | {"cluster", "workload", "parallel", "predict", "plan", "launch", "report", "run"},
     "cli": VALUES | {"launch", "report", "api", "ending"},
     "__main__": {"cli"},

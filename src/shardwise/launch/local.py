@@ -172,13 +172,15 @@ def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
 
     soon = min(ending.time for ending in endings) + LINGER_SECONDS
     # a death without a word goes before the reports around it: those are of broken connections
-    first = min(
-        (ending for ending in endings if ending.time <= soon),
-        key=lambda ending: (ending.report is not None, ending.time),
-    )
+    first = min((ending for ending in endings if ending.time <= soon), key=_precedence)
     if first.report is None:
         return WorkerFailed(f"worker {first.rank} {_ended(exits.get(first.rank, 0))}", rank=first.rank)
     return _reported(first.rank, first.report)
+
+
+def _precedence(ending: Ending) -> tuple[bool, bool, float]:
+    hung = ending.report is not None and ending.report["error"] == WorkerHung.__name__
+    return (not hung, ending.report is not None, ending.time)
 
 
 def _reported(rank: int, report: dict[str, Any]) -> ShardwiseError:

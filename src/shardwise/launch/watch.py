@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import _exit
 
@@ -77,7 +77,7 @@ def settle(rank: int, workers: int, board: Board, report: Callable[[BaseExceptio
         rank: its number.
         workers: how many there are.
         board: over which they talk.
-        report: tells an error of this process and ends it; called from another thread than the main one.
+        report: tells an error of this process; called from another thread than the main one.
     """
     global _seat
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
@@ -232,23 +232,12 @@ class _Watch:
         able = [rank for rank, state in states.items() if state is not None]
         time.sleep(sum(rank < self.seat.rank for rank in able) * TURN_SECONDS)
         if self._stalled() > self.limit.idle:
-            self._stir([rank for rank, state in states.items() if state is None])
-            self._end(found)
+            self._end(found, [rank for rank, state in states.items() if state is None])
 
     def _read(self, rank: int) -> State | None:
         text = self.seat.board.get(f"state-{rank}")
         fields = json.loads(text) if text else {"call": 0}
         return State(**fields) if fields.pop("call") >= self._call else None
-
-    def _stir(self, silent: list[int]) -> None:
-        """Let those that do not answer, but are on this host, write their stacks to standard error, and end them."""
-        here = socket.gethostname()
-        for host, process in (self._hosts[rank] for rank in silent if rank in self._hosts):
-            if host == here and hasattr(signal, "SIGUSR1"):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(process, signal.SIGUSR1)  # of `faulthandler`: it needs no lock of the interpreter
-                    time.sleep(SAMPLE_SECONDS)
-                    os.kill(process, signal.SIGKILL)  # a stopped process hears nothing else
 
     def _lose(self) -> None:
         """Count how long the board has been out of reach: with a step that does not end, the link or host is gone."""
@@ -259,10 +248,18 @@ class _Watch:
             message = f"worker 0{host} cannot be reached for {self._stalled():.0f} s"
             self._end(Hang(0, f"{message}; worker {self.seat.rank} waits in {look().operation}", ""))
 
-    def _end(self, found: Hang) -> None:
+    def _end(self, found: Hang, silent: Sequence[int] = ()) -> None:
+        """Tell that the job hangs, and end this process and those of `silent` ranks that are on this host."""
+        here = socket.gethostname()
+        near = [process for host, process in (self._hosts[r] for r in silent if r in self._hosts) if host == here]
+        if hasattr(signal, "SIGUSR1"):
+            _send(near, signal.SIGUSR1)  # `faulthandler` shows their stacks: it needs no lock of the interpreter
+            time.sleep(SAMPLE_SECONDS)
         remedy = f"give --hang-timeout more than {self.limit.idle:g} s if it only needs longer"
         message = f"{found.message}; all workers are ended: {remedy}"
         self.seat.report(WorkerHung(message, rank=found.rank, traceback=found.stack))
+        _send(near, signal.SIGKILL)  # a stopped process hears nothing else
+        _exit(1)
 
     # ---- pace ----
 
@@ -293,6 +290,12 @@ class _Watch:
         _say(message)
 
 
+def _send(processes: Sequence[int], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process, number)
+
+
 def _say(message: str) -> None:
     """Write a line for a person above a progress bar that may be there."""
     from tqdm import tqdm
@@ -301,11 +304,10 @@ def _say(message: str) -> None:
 
 
 def report_here(board: StoreBoard, error: BaseException) -> None:
-    """Tell an error of this process, which another launcher started, unless another worker has; end this process."""
+    """Tell an error of this process, which another launcher started, unless another worker has."""
     first = True
     with contextlib.suppress(OutOfReach):
         first = board.add("hang") == 1
     if first and isinstance(error, WorkerHung):
         sys.stderr.write(f"{error.traceback}shardwise: {error}\n")
         sys.stderr.flush()
-    _exit(1)

@@ -56,7 +56,7 @@ def _work(setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
 
     die_with_parent()
     rank = int(os.environ["RANK"])
-    watch.settle(rank, setup["workers"], watch.FolderBoard(setup["folder"]), partial(_tell, parent))
+    watch.settle(rank, setup["workers"], watch.FolderBoard(setup["folder"]), partial(_report, parent))
     import cloudpickle
 
     join_local(os.path.join(setup["folder"], "store"), rank, setup["workers"])
@@ -65,12 +65,6 @@ def _work(setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
     leave()
     returned: bytes = cloudpickle.dumps(value) if rank == 0 else b""
     return returned
-
-
-def _tell(parent: Connection, error: BaseException) -> None:
-    """Report an error from another thread than the one that works, which hangs, and end this process."""
-    _report(parent, error)
-    os._exit(1)
 
 
 def _report(parent: Connection, error: BaseException) -> None:

@@ -166,7 +166,7 @@ def settle_options(**values: Any) -> Options:
     for name, least in (("steps", 1), ("epochs", 1), ("checkpoint_every", 0), ("keep", 1), ("grace", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise RequestError(f"{name}={value}: must be {least} or more")
+            raise RequestError(f"{name}={value:g}: must be {least} or more")
     limit = options.hang_timeout
     if limit is not None and not 0 < limit <= LONGEST_SECONDS:
         raise RequestError(f"hang_timeout={limit:g}: must be a number of seconds above 0, at most {LONGEST_SECONDS:g}")
