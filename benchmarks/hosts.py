@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 PREFIX = "shardwise"
 PORT = 29477
@@ -54,12 +55,21 @@ def hosts(rate: float) -> Iterator[None]:
 
 
 def run_on_hosts(module: str, arguments: Sequence[str], per_host: int, environment: Mapping[str, str]) -> int:
-    """Runs `python -m module ARGUMENTS` as workers with torchrun's environment; the largest exit status.
+    """Run `python -m module ARGUMENTS` as workers with torchrun's environment; return the largest exit status.
 
     Ends all of them when one fails, or this process is interrupted.
     """
+    with started_on_hosts(module, arguments, per_host, environment) as workers:
+        return _wait(workers)
+
+
+@contextlib.contextmanager
+def started_on_hosts(
+    module: str, arguments: Sequence[str], per_host: int, environment: Mapping[str, str], **streams: Any
+) -> Iterator[list[subprocess.Popen[Any]]]:
+    """Start `python -m module ARGUMENTS` as workers with torchrun's environment, by rank; end them with the block."""
     size = HOSTS * per_host
-    workers: list[subprocess.Popen[bytes]] = []
+    workers: list[subprocess.Popen[Any]] = []
     try:
         for rank in range(size):
             host, local = divmod(rank, per_host)
@@ -76,13 +86,18 @@ def run_on_hosts(module: str, arguments: Sequence[str], per_host: int, environme
             }
             command = [*_inside(host), sys.executable, "-m", module, *arguments]
             everything = {**os.environ, **environment, **{key: str(value) for key, value in own.items()}}
-            workers.append(subprocess.Popen(command, env=everything, start_new_session=True))
-        return _wait(workers)
+            workers.append(subprocess.Popen(command, env=everything, start_new_session=True, **streams))
+        yield workers
     finally:
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
+
+
+def cut_link() -> None:
+    """Take the link between the hosts down: what is sent from now on is lost, and nobody is told."""
+    _run("ip", "-n", _namespace(1), "link", "set", device(1), "down")
 
 
 def cores() -> list[int]:
@@ -142,7 +157,7 @@ def _run(*command: str) -> None:
         raise NoHosts(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(workers: Sequence[subprocess.Popen[Any]]) -> int:
     """Until all have ended, or one has failed."""
     left = list(workers)
     while left:

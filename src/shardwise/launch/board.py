@@ -7,15 +7,20 @@ connection of the board's own, because a store's connection is blocked while a m
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from shardwise.launch.context import RankContext
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+_Answer = TypeVar("_Answer")
 
 ANSWER_SECONDS = 5.0
 """How long a store may take to answer before it counts as out of reach."""
@@ -77,39 +82,44 @@ class StoreBoard:
 
     def put(self, name: str, text: str) -> None:
         """Write `text` under `name`. Raises OutOfReach."""
-        try:
-            self._connected().set(f"{self._job}/{name}", text)
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        self._ask(lambda store: store.set(f"{self._job}/{name}", text))
 
     def get(self, name: str) -> str | None:
         """Return the text under `name`; None where there is none. Raises OutOfReach."""
         key = f"{self._job}/{name}"
-        try:
-            store = self._connected()
-            return store.get(key).decode() if store.check([key]) else None
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        return self._ask(lambda store: store.get(key).decode() if store.check([key]) else None)
 
     def add(self, name: str) -> int:
         """Count up the number under `name`, which begins at 0, and return it. Raises OutOfReach."""
+        return self._ask(lambda store: int(store.add(f"{self._job}/{name}", 1)))
+
+    def _ask(self, question: Callable[[TCPStore], _Answer]) -> _Answer:
+        """Return what the store answers.
+
+        A store has no time limit of its own on most questions: where a link is cut, an answer never comes. So each
+        question has a thread, which is left behind with its connection.
+        """
+        answers: SimpleQueue[_Answer | OutOfReach] = SimpleQueue()
+        threading.Thread(target=lambda: answers.put(self._answer(question)), daemon=True).start()
         try:
-            return int(self._connected().add(f"{self._job}/{name}", 1))
+            answer = answers.get(timeout=ANSWER_SECONDS)
+        except Empty:
+            answer = OutOfReach(f"{self._address}:{self._port} does not answer")
+        if isinstance(answer, OutOfReach):
+            self._store = None  # what was asked may still be answered: the connection is of no more use
+            raise answer
+        return answer
+
+    def _answer(self, question: Callable[[TCPStore], _Answer]) -> _Answer | OutOfReach:
+        try:
+            if self._store is None:
+                from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+                limit = timedelta(seconds=ANSWER_SECONDS)
+                self._store = TCPStore(self._address, self._port, is_master=False, timeout=limit)
+            return question(self._store)
         except RuntimeError as error:
-            raise self._lost(error) from error
-
-    def _connected(self) -> TCPStore:
-        if self._store is None:
-            from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-            self._store = TCPStore(
-                self._address, self._port, is_master=False, timeout=timedelta(seconds=ANSWER_SECONDS)
-            )
-        return self._store
-
-    def _lost(self, error: RuntimeError) -> OutOfReach:
-        self._store = None  # what was asked may still be answered: the connection is of no more use
-        return OutOfReach(str(error))
+            return OutOfReach(str(error))
 
 
 def board_of(context: RankContext) -> StoreBoard:

@@ -152,7 +152,7 @@ class _Watch:
         return Limits(max(LEAST_SECONDS, self.asked.idle), max(BUSY_TIMES * LEAST_SECONDS, self.asked.busy))
 
     def _run(self) -> None:
-        ticked = looked = time.monotonic()
+        ticked, looked = 0.0, time.monotonic()
         while True:
             time.sleep(SAMPLE_SECONDS)
             gap = time.monotonic() - looked
