@@ -20,7 +20,8 @@ from torch import Tensor
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.parallel.layout import Layout
 from shardwise.run import folder, reading, saving
-from shardwise.run.checkpoint import Checkpoints, export_safetensors
+from shardwise.run.checkpoint import Checkpoints
+from shardwise.run.export import export_safetensors
 
 Held = tuple[Layout, bool] | None
 

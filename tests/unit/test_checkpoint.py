@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from shardwise.errors import CheckpointError, RunFolderError, ShardwiseError
 from shardwise.parallel.layout import Layout, Tile
 from shardwise.run import saving
-from shardwise.run.checkpoint import Checkpoints, export_safetensors
+from shardwise.run.checkpoint import Checkpoints
+from shardwise.run.export import export_safetensors
 from shardwise.run.index import Index
 from shardwise.run.tensorfile import TensorSpec, write_tensors
 

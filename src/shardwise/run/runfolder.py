@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.errors import RunFolderError
+from shardwise.run.jsonfile import write_json
 
 DESCRIPTION, SUMMARY, METRICS, TENSORBOARD = "run.json", "summary.json", "metrics.jsonl", "tensorboard"
 RUNS = Path("runs")
@@ -129,14 +130,6 @@ def _numbered(workload: str, strategy: str) -> Path:
             number += 1
         else:
             return RUNS / f"{name}-{number}"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a document so that it is there whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
 
 
 def _versions() -> dict[str, str]:

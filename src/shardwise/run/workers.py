@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import ShardwiseError
+
+_Value = TypeVar("_Value")
 
 
 class Workers:
@@ -40,6 +45,16 @@ class Workers:
         for found in self.exchange(problem):
             if found:
                 raise error(found)
+
+    def all_or_none(self, action: Callable[[], _Value], error: type[ShardwiseError]) -> _Value:
+        """Return what `action` gives here, unless it raised `error` on one of the workers: then all do. Collective."""
+        value, problem = None, ""
+        try:
+            value = action()
+        except error as raised:
+            problem = str(raised)
+        self.raise_first(problem, error)
+        return cast("_Value", value)
 
     def anywhere(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is set on any worker; all have as many flags. Collective."""
