@@ -15,6 +15,7 @@ from signing import edit, joined, sign, split_file
 from standin import StandIn, adam_like
 
 from shardwise.errors import CheckpointError
+from shardwise.parallel.optimizer_state import load_schedule_state, schedule_state
 from shardwise.run.checkpoint import Checkpoints
 from shardwise.run.cover import cover_problem
 from shardwise.run.export import export_safetensors
@@ -226,3 +227,22 @@ def test_cover_is_exact() -> None:
 def test_cover_of_many_parts_is_quick() -> None:
     count = 20_000  # comparing each with each would take minutes
     assert cover_problem((count, 3), [((row, 0), (1, 3)) for row in reversed(range(count))]) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["scheduler"].update(step=5), "has 'step' among the counts of the scheduler"),
+        (lambda state: state["scheduler"].update(optimizer=5), "has 'optimizer' among the counts of the scheduler"),
+        (lambda state: state["groups"][0].update(betas=[0.1, 0.2, 0.3]), r"has 3 values where the optimizer has \(0.9"),
+    ],
+    ids=["method", "optimizer", "betas"],
+)
+def test_schedule_that_would_break_the_next_step(change: Any, message: str) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    state = json.loads(json.dumps(schedule_state(optimizer, scheduler)))
+    load_schedule_state(optimizer, scheduler, state)
+    change(state)
+    with pytest.raises(CheckpointError, match=message):
+        load_schedule_state(optimizer, scheduler, state)
