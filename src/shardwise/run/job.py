@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.launch.local import join, rest, run_local, under_torchrun
+from shardwise.run.lock import released
 from shardwise.run.result import Forecast, Step, Trained
 from shardwise.run.runfolder import discard_unused
 from shardwise.run.workers import Workers
@@ -107,6 +108,11 @@ def run_job(job: Job, *, threads: int | None = None, gpus: bool | None = None) -
         WorkerFailed: a local worker died.
         RequestError: a worker found the request wrong.
     """
+    with released(job.folder):
+        return _run(job, threads, gpus)
+
+
+def _run(job: Job, threads: int | None, gpus: bool | None) -> Trained:
     if under_torchrun():
         join_launcher(job.strategy.workers)
         return _everywhere(work(job))

@@ -37,6 +37,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.parallel.layout import Box, Layout, Piece, Tile
 from shardwise.run.folder import begin, hidden_path, prune, publish, write_manifest
 from shardwise.run.index import INDEX, Chunk, Index, Stored, chunk_key, merge_files, tensors_metadata
+from shardwise.run.runfolder import note_checkpoint
 from shardwise.run.tensorfile import FileSum, TensorSpec, write_file, write_tensors
 from shardwise.run.workers import Workers
 
@@ -216,6 +217,7 @@ class FolderWriter(StorageWriter):
         files[INDEX] = write_file(partial / INDEX, iter([index.text().encode()]))
         write_manifest(partial, files)
         publish(self.final)
+        note_checkpoint(self.final.parents[1], int(self.index.state.get("steps", 0)))
         prune(self.final, self.keep, self.protected)
 
     def _file(self, rank: int) -> Path:
