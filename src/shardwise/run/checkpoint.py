@@ -26,7 +26,7 @@ from shardwise.run.jsonfile import short
 from shardwise.run.reading import FolderReader, TileLoadPlanner
 from shardwise.run.restored import unlike
 from shardwise.run.saving import PIECES, FolderWriter, Stager, TileSavePlanner
-from shardwise.run.workers import Workers
+from shardwise.run.workers import Vote, Workers
 
 
 class Checkpointed(Protocol):
@@ -68,6 +68,8 @@ class Checkpoints:
         self._stager = Stager()
         self._pending: Future[Any] | None = None
         self._met: Workers | None = None
+        self._voters: Workers | None = None
+        self._vote: Vote | None = None
 
     def save(self, program: Checkpointed, progress: dict[str, Any]) -> None:
         """Copies the program's tensors, and writes them while the training goes on.
@@ -89,12 +91,33 @@ class Checkpoints:
         )
         self._pending = _start(program.pieces(), writer, self._stager)
 
+    def poll(self) -> None:
+        """Raise what failed in the last save soon after it did, on all workers before the same step.
+
+        Called before every step, it never waits for a write: all workers are asked whether theirs has ended, and hear
+        the answer before the next step. A failure is known to all that took part as soon as it is known to one.
+
+        Raises:
+            ShardwiseError: see `wait`.
+        """
+        if self._pending is None:
+            return
+        vote, self._vote = self._vote, None
+        if vote is not None and vote.unanimous():
+            self.wait()
+        else:
+            assert self._voters is not None
+            self._vote = self._voters.vote(self._pending.done())
+
     def wait(self) -> None:
         """Returns when the last checkpoint is complete on disk.
 
         Raises:
             ShardwiseError: it could not be written (on all workers): which worker, and why.
         """
+        vote, self._vote = self._vote, None
+        if vote is not None:
+            vote.unanimous()
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -143,7 +166,8 @@ class Checkpoints:
     def _workers(self) -> Workers:
         """Created at the first use, which all workers come to."""
         if self._met is None:
-            self._met = Workers()
+            # the thread that writes talks on the first while the second is asked
+            self._met, self._voters = Workers(), Workers()
         return self._met
 
 

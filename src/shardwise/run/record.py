@@ -72,7 +72,13 @@ class Record:
 
     @contextmanager
     def step(self, epoch: int, samples: int) -> Iterator[Running]:
-        """Surrounds one optimizer step of `samples` samples over all workers."""
+        """Surrounds one optimizer step of `samples` samples over all workers.
+
+        Raises:
+            ShardwiseError: the last checkpoint could not be written.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.poll()
         running, rate = Running(), self._learning_rate()
         number = self.program.steps - self._first
         with self._sampler.step(number):
@@ -90,12 +96,9 @@ class Record:
         self._pause()
         return self._steps[-1].loss if self._steps else None
 
-    def evaluate(self, epoch: int, before: dict[str, float]) -> dict[str, float]:
-        """Measures on held-out data; `before` where no step has been taken since."""
-        step = self.program.steps
-        if step == self._first or step in self._evaluations:
-            return before
-        values = self.program.evaluate()
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Measures on held-out data."""
+        step, values = self.program.steps, self.program.evaluate()
         if values:
             self._evaluations[step] = values
             if self._log is not None:
@@ -107,6 +110,8 @@ class Record:
         """Begins to write a checkpoint with `progress` (JSON-able) in it, unless the last one is of this step."""
         if self._checkpoints is None or self.program.steps == self._saved:
             return
+        if self._log is not None:
+            self._log.sync()
         self._checkpoints.save(self.program, finite(dict(progress)))
         self._saved = self.program.steps
         self._clock.resume()
