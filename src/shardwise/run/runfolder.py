@@ -35,6 +35,7 @@ RUNS = Path("runs")
 MOST_BYTES = 1 << 24
 """Size of a run.json, or of a summary."""
 
+_LONGEST_TEXT = 1000
 _FIRST_CHECKPOINT = "first_checkpoint"
 _REQUEST: dict[str, tuple[type, ...]] = {
     "workload": (str,),
@@ -149,8 +150,9 @@ def _check_request(content: object, *, required: bool) -> None:
     for key, types in _REQUEST.items():
         if key not in content and required:
             raise ValueError(f"there is no {key!r}")
-        if key in content and type(content[key]) not in types:
-            raise ValueError(f"{key!r} is {short(content[key])}")
+        value = content.get(key)
+        if key in content and (type(value) not in types or (isinstance(value, str) and len(value) > _LONGEST_TEXT)):
+            raise ValueError(f"{key!r} is {short(value)}")
     if any(type(value) is not str for value in content.get("settings", {}).values()):
         raise ValueError(f"'settings' is {short(content['settings'])}")
 
