@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from shardwise.run.metrics import Clock, Sampler, measure, sampled_steps, summar
 from shardwise.run.result import Step, Trained, relative_error
 from shardwise.run.runfolder import write_summary
 from shardwise.run.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -51,6 +54,8 @@ class Record:
         """Fills the program from the newest checkpoint, and returns the progress in it; None where there is none."""
         path = None if self._checkpoints is None else self._checkpoints.latest()
         if self._checkpoints is None or path is None:
+            if self.program.mesh.rank == 0:
+                logger.warning("%s holds no checkpoint yet: the run begins anew", self.job.folder)
             return None
         progress = self._checkpoints.load(self.program, path)
         self._first = self._saved = self.program.steps

@@ -168,14 +168,11 @@ def check_checkpoints(folder: Path) -> None:
     Raises:
         RunFolderError: they are gone.
     """
-    if complete(folder / CHECKPOINTS):
-        return
-    if _wrote_checkpoints(folder):
+    if not complete(folder / CHECKPOINTS) and _wrote_checkpoints(folder):
         raise RunFolderError(
             f"{folder} has lost its checkpoints: {folder / CHECKPOINTS} holds none; put them back, or begin anew with "
             "another --out"
         )
-    tell("%s holds no checkpoint yet: the run begins anew", folder)
 
 
 def check_described(folder: Path, problem: RunFolderError, *, open_ends: bool) -> None:
