@@ -291,9 +291,9 @@ def verify(
         RequestError: the request is wrong; found before any worker starts.
         WorkerFailed: a worker died.
     """
+    from shardwise.run.jsonfile import write_json
     from shardwise.run.log import finite
     from shardwise.run.request import check, settle_document, settle_source, settle_strategy, settle_verified
-    from shardwise.run.runfolder import write_json
     from shardwise.run.verify import verification
     from shardwise.run.verify import verify as verify_each
 
@@ -350,9 +350,9 @@ def simulate(
     from shardwise.cluster.find import find_cluster
     from shardwise.predict.simulate import simulation
     from shardwise.report.perfetto import chrome_trace
+    from shardwise.run.jsonfile import write_json
     from shardwise.run.log import finite
     from shardwise.run.request import settle_file, settle_slow, settle_source, settle_strategy
-    from shardwise.run.runfolder import write_json
 
     settled = [settle_strategy(strategy, None) for strategy in strategies]
     if not settled:
@@ -508,7 +508,7 @@ def export(run: str | Path, out: str | Path) -> None:
         RunFolderError: there is no run in the folder `run`.
         CheckpointError: it has no checkpoint that is whole.
     """
-    from shardwise.run.checkpoint import export_safetensors
+    from shardwise.run.export import export_safetensors
 
     export_safetensors(Path(run), Path(out))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,9 @@ def _no_worker_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "other" / "run.json").write_text(json.dumps({**description, "steps": None, "epochs": 1}))
     (folder / "torn").mkdir()
     (folder / "torn" / "run.json").write_text('{"workload": "small"')
+    shutil.copytree(folder / "other", folder / "lost")
+    lost = {**description, "steps": None, "epochs": 1, "first_checkpoint": 4}
+    (folder / "lost" / "run.json").write_text(json.dumps(lost))
     (folder / "full").mkdir()
     (folder / "full" / "thesis.txt").write_text("")
 
@@ -51,6 +55,7 @@ def _no_worker_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--out empty --resume", "empty holds no run to resume"),
         ("--out missing --resume", "missing holds no run to resume"),
         ("--out torn --resume", "torn/run.json is not the description of a run"),
+        ("--out lost --resume", "lost has lost its checkpoints: lost/checkpoints holds none; put them back, or begin"),
         ("--resume", "holds no run of workload 'work.py:small' to resume"),
         ("--out other --resume", "other holds a run of workload 'other', not 'small'"),
     ],

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import BOX, Run
+from command import BOX, Run, command, processes_with
+from full_disk import full_disk  # noqa: F401 - a fixture
 from safetensors import safe_open
 
 
@@ -69,6 +71,37 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(run: Run, folder: Pa
     done = run("train", "work.py:small", "--resume", "--steps", "2")  # it has more already
     assert done.stdout.startswith("small under single: 6 steps on 1 worker\n  loss ")
     assert losses(only) == expected
+
+
+def test_one_at_a_time_in_a_folder(run: Run, folder: Path, mark: str) -> None:
+    options = ("work.py:small", "--strategy", "single", "--out", "out", "--quiet", "--checkpoint-every", "1")
+    first = subprocess.Popen(command("train", *options, "--set", "fail=wait"), stderr=subprocess.PIPE, text=True)
+    assert first.stderr is not None
+    try:
+        while "waiting" not in first.stderr.readline():
+            assert first.poll() is None
+        second = run("train", *options, "--resume", "--set", "fail=", status=2)
+        assert second.stdout == ""
+        line = (
+            f"shardwise: out is in use: process {first.pid} trains in it; wait until it has ended, or use another --out"
+        )
+        assert second.stderr.splitlines() == [line]
+        run("export", "out", "model.safetensors")
+    finally:
+        first.kill()
+        first.communicate()
+    assert processes_with(mark) == []
+    run("train", *options, "--resume", "--set", "fail=")
+    assert list(losses(folder / "out")) == [1, 2, 3, 4]
+
+
+def test_full_disk(run: Run, folder: Path, full_disk: Path) -> None:  # noqa: F811
+    options = ("work.py:small", "--strategy", "dp=2", "--out", str(full_disk / "run"))
+    done = run("train", *options, "--epochs", "100", "--set", "hidden=4000", status=1)
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("shardwise: ")
+    assert "No space left on device" in last
 
 
 def test_under_torchrun(run: Run, folder: Path) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.parallel.layout import Layout
 from shardwise.run import folder, reading, saving
-from shardwise.run.checkpoint import Checkpoints, export_safetensors
+from shardwise.run.checkpoint import Checkpoints
+from shardwise.run.export import export_safetensors
 
 Held = tuple[Layout, bool] | None
 
@@ -253,6 +254,37 @@ def warnings_of_latest(run: Path) -> tuple[int, str]:
         folder.logger.removeHandler(handler)
     assert path is not None
     return len(lines), path.name
+
+
+def test_failed_write_is_told_on_all_workers_before_the_same_step(workers: Pools, tmp_path: Path) -> None:
+    def train() -> tuple[int, str]:
+        checkpoints, written = Checkpoints(tmp_path), saving.write_tensors
+
+        def full(*args: Any) -> Any:
+            time.sleep(0.05)
+            raise OSError(28, "No space left on device")
+
+        if dist.get_rank() == 1:
+            saving.write_tensors = full
+        checkpoints.save(StandIn(*adam_like(7), split=here(rows), steps=7), {})
+        step = 0
+        try:
+            while step < 10**6:
+                checkpoints.poll()
+                dist.all_reduce(torch.ones(8))
+                step += 1
+        except ShardwiseError as error:
+            return step, str(error)
+        finally:
+            saving.write_tensors = written
+        raise AssertionError("nothing was told")
+
+    (first, line), (second, same) = workers(2, train)
+    assert first == second
+    assert line == same
+    assert "step-00000007 could not be written by worker 1: [Errno 28] No space left on device" in line
+    workers(2, save, tmp_path, rows)
+    check_load(tmp_path, whole)
 
 
 def test_worker_killed_while_it_writes(workers: Pools, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from shardwise.parallel import reduce
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.program import Program
-from shardwise.run.checkpoint import Checkpoints, export_safetensors
+from shardwise.run.checkpoint import Checkpoints
+from shardwise.run.export import export_safetensors
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

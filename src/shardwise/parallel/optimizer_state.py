@@ -127,9 +127,13 @@ def load_schedule_state(
     """Puts the result of `schedule_state` back.
 
     Raises:
-        CheckpointError: another number of parameter groups.
+        CheckpointError: another number of parameter groups, or values that are none of a scheduler's or optimizer's.
     """
     if scheduler is not None and state["scheduler"] is not None:
+        known = scheduler.state_dict()
+        for key in state["scheduler"]:
+            if key not in known and hasattr(scheduler, key):  # a method, or what it works on
+                raise CheckpointError(f"the checkpoint has {key!r} among the counts of the scheduler, which is none")
         scheduler.load_state_dict(_like(scheduler.state_dict(), state["scheduler"]))
     if optimizer is None:
         return
@@ -179,6 +183,8 @@ def _like(model: Any, value: Any) -> Any:
         return type(model)({**model, **restored})  # type: ignore[call-arg]
     if isinstance(model, (list, tuple)) and isinstance(value, list):
         value = _fitted(value, len(model))
+        if isinstance(model, tuple) and len(model) != len(value):
+            raise CheckpointError(f"the checkpoint has {len(value)} values where the optimizer has {model}")
         if len(model) != len(value):
             return type(model)(value)
         return type(model)(_like(old, new) for old, new in zip(model, value, strict=True))

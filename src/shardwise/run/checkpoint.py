@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as read_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from shardwise.errors import CheckpointError, RunFolderError
+from shardwise.errors import CheckpointError
 from shardwise.parallel.engine import Engine
-from shardwise.parallel.layout import Piece, Tile
-from shardwise.run.folder import damage, final_path, newest_whole
-from shardwise.run.index import Index, Stored
+from shardwise.parallel.layout import Piece
+from shardwise.run.folder import damage, final_path, newest_whole, step_of
+from shardwise.run.headers import header_problem
+from shardwise.run.index import Index
+from shardwise.run.jsonfile import short
 from shardwise.run.reading import FolderReader, TileLoadPlanner
+from shardwise.run.restored import unlike
 from shardwise.run.saving import PIECES, FolderWriter, Stager, TileSavePlanner
-from shardwise.run.tensorfile import write_tensors
-from shardwise.run.workers import Workers
+from shardwise.run.workers import Vote, Workers
 
 
 class Checkpointed(Protocol):
@@ -52,6 +54,7 @@ class Checkpoints:
     Attributes:
         folder: where the checkpoints are.
         keep: how many of the newest stay.
+        protected: steps whose checkpoints stay besides; what is in it at a save holds for that save.
 
     Raises:
         CheckpointError: `keep` is below 1.
@@ -61,9 +64,12 @@ class Checkpoints:
         if keep < 1:
             raise CheckpointError(f"keep={keep}: at least the newest checkpoint stays, use 1 or more")
         self.folder, self.keep = Path(folder) / "checkpoints", keep
+        self.protected: set[int] = set()
         self._stager = Stager()
         self._pending: Future[Any] | None = None
         self._met: Workers | None = None
+        self._voters: Workers | None = None
+        self._vote: Vote | None = None
 
     def save(self, program: Checkpointed, progress: dict[str, Any]) -> None:
         """Copies the program's tensors, and writes them while the training goes on.
@@ -80,8 +86,28 @@ class Checkpoints:
             optimizer="" if optimizer is None else type(optimizer).__name__,
             random=bytes(torch.get_rng_state().tolist()).hex(),
         )
-        writer = FolderWriter(final_path(self.folder, program.steps), index, self.keep, workers)
+        writer = FolderWriter(
+            final_path(self.folder, program.steps), index, self.keep, workers, frozenset(self.protected)
+        )
         self._pending = _start(program.pieces(), writer, self._stager)
+
+    def poll(self) -> None:
+        """Raise what failed in the last save soon after it did, on all workers before the same step.
+
+        Called before every step, it never waits for a write: all workers are asked whether theirs has ended, and hear
+        the answer before the next step. A failure is known to all that took part as soon as it is known to one.
+
+        Raises:
+            ShardwiseError: see `wait`.
+        """
+        if self._pending is None:
+            return
+        vote, self._vote = self._vote, None
+        if vote is not None and vote.unanimous():
+            self.wait()
+        else:
+            assert self._voters is not None
+            self._vote = self._voters.vote(self._pending.done())
 
     def wait(self) -> None:
         """Returns when the last checkpoint is complete on disk.
@@ -89,6 +115,9 @@ class Checkpoints:
         Raises:
             ShardwiseError: it could not be written (on all workers): which worker, and why.
         """
+        vote, self._vote = self._vote, None
+        if vote is not None:
+            vote.unanimous()
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -123,19 +152,22 @@ class Checkpoints:
         self.wait()
         workers = self._workers()
         workers.raise_first(damage(path, workers.rank, workers.count), CheckpointError)
-        index = Index.read(path)
+        index = workers.all_or_none(lambda: Index.read(path), CheckpointError)
+        workers.raise_first(header_problem(path, index, workers.rank, workers.count), CheckpointError)
         pieces = {piece.name: piece for piece in program.pieces()}
-        workers.raise_first(_mismatch(path, index, pieces, program.optimizer), CheckpointError)
+        workers.raise_first(_mismatch(path, index, pieces, program), CheckpointError)
         _check_all_held(path, index, pieces, workers)
-        _read(path, index, pieces | _optimizer_pieces(index, program))
+        states = workers.all_or_none(lambda: _optimizer_pieces(path, index, program), CheckpointError)
+        _read(path, index, pieces | states)
         program.load_state(index.state)
-        torch.set_rng_state(torch.tensor(list(bytes.fromhex(index.random)), dtype=torch.uint8))
+        torch.set_rng_state(_random_state(index))
         return index.progress
 
     def _workers(self) -> Workers:
         """Created at the first use, which all workers come to."""
         if self._met is None:
-            self._met = Workers()
+            # the thread that writes talks on the first while the second is asked
+            self._met, self._voters = Workers(), Workers()
         return self._met
 
 
@@ -156,12 +188,18 @@ def _start(pieces: list[Piece], writer: FolderWriter, stager: Stager) -> Future[
 def _read(path: Path, index: Index, pieces: dict[str, Piece]) -> None:
     _expect_single_process()
     # each worker plans and reads for itself, as a single process does
-    read_checkpoint(
-        {PIECES: list(pieces.values())},
-        storage_reader=FolderReader(path, index),
-        planner=TileLoadPlanner(),
-        no_dist=True,
-    )
+    try:
+        read_checkpoint(
+            {PIECES: list(pieces.values())},
+            storage_reader=FolderReader(path, index),
+            planner=TileLoadPlanner(),
+            no_dist=True,
+        )
+    except CheckpointException as error:  # all was as it should be a moment ago
+        reason = next(iter(error.failures.values()))[0]
+        if not isinstance(reason, (OSError, SafetensorError)):
+            raise
+        raise CheckpointError(f"checkpoint {path} cannot be read any more: {reason}") from None
 
 
 def _expect_single_process() -> None:
@@ -169,7 +207,7 @@ def _expect_single_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def _optimizer_pieces(index: Index, program: Checkpointed) -> dict[str, Piece]:
+def _optimizer_pieces(path: Path, index: Index, program: Checkpointed) -> dict[str, Piece]:
     """The optimizer states of the checkpoint that this worker holds, made where there are none yet."""
     found = {}
     for name, stored in index.tensors.items():
@@ -177,13 +215,50 @@ def _optimizer_pieces(index: Index, program: Checkpointed) -> dict[str, Piece]:
         if kind == "optimizer":
             parameter, _, state = rest.rpartition("/")
             piece = program.optimizer_piece(parameter, state, stored.spec.shape, stored.spec.dtype)
-            if piece is not None:
-                found[name] = piece
+            if piece is None:
+                continue
+            if (piece.layout.shape, piece.local.dtype) != (stored.spec.shape, stored.spec.dtype):
+                there = f"{stored.spec.dtype} of shape {stored.spec.shape}"
+                here = f"{piece.local.dtype} of shape {piece.layout.shape}"
+                raise CheckpointError(f"checkpoint {path} has {rest} as {there}, here it is {here}")
+            found[name] = piece
     return found
 
 
-def _mismatch(path: Path, index: Index, pieces: Mapping[str, Piece], optimizer: torch.optim.Optimizer | None) -> str:
+def _mismatch(path: Path, index: Index, pieces: Mapping[str, Piece], program: Checkpointed) -> str:
     """One line on the first thing that does not fit this worker; empty where all does."""
+    return _other_model(path, index, pieces, program.optimizer) or _other_state(path, index, program.state())
+
+
+def _other_state(path: Path, index: Index, now: dict[str, Any]) -> str:
+    """One line on what of the training's state cannot be put back, besides tensors."""
+    problem = _state_problem(path, index, now)
+    return f"checkpoint {path} is damaged: index.json: {problem}" if problem else ""
+
+
+def _state_problem(path: Path, index: Index, now: dict[str, Any]) -> str:
+    if missing := sorted(now.keys() - index.state.keys()):
+        return f"there is no {missing[0]!r} of the training's state"
+    if problem := unlike(now, index.state, "state"):
+        return problem
+    if index.state["steps"] != step_of(path):
+        return f"it is of step {short(index.state['steps'])}"
+    try:
+        _random_state(index)
+    except (ValueError, RuntimeError):
+        return "the state of the random numbers is none"
+    return ""
+
+
+def _random_state(index: Index) -> Tensor:
+    """The state for torch's CPU generator. Raises ValueError or RuntimeError where it is none."""
+    state = torch.tensor(list(bytes.fromhex(index.random)), dtype=torch.uint8)
+    torch.Generator().set_state(state)
+    return state
+
+
+def _other_model(path: Path, index: Index, pieces: Mapping[str, Piece], optimizer: torch.optim.Optimizer | None) -> str:
+    """One line on the first tensor of the model, or the optimizer, that is not the one here; empty where all are."""
     for name, piece in pieces.items():
         plain, stored = name.removeprefix("model/"), index.tensors.get(name)
         if stored is None:
@@ -211,49 +286,3 @@ def _check_all_held(path: Path, index: Index, pieces: Mapping[str, Piece], worke
             raise CheckpointError(
                 f"checkpoint {path} is of another model: it has {plain} of shape {shape}, which is not here"
             )
-
-
-def export_safetensors(run: Path, out: Path) -> None:
-    """Writes the full plain weights of a run's newest checkpoint to one file, tied ones under each of their names.
-
-    `model.load_state_dict(safetensors.torch.load_file(out))` reads it. Memory is bounded by the largest tensor.
-
-    Raises:
-        RunFolderError: the run is not there or holds no checkpoint, or `out` is there already.
-        CheckpointError: all its checkpoints are damaged.
-    """
-    run, out = Path(run), Path(out)
-    if not run.is_dir():
-        raise RunFolderError(f"run folder {run} is not there: give the folder that a training wrote")
-    if out.exists():
-        raise RunFolderError(f"{out} is there already: remove it, or give another name")
-    folder = newest_whole(run / "checkpoints")
-    if folder is None:
-        raise RunFolderError(f"run folder {run} holds no checkpoint: train until the first one is written")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        _export(folder, partial)
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _export(folder: Path, out: Path) -> None:
-    index = Index.read(folder)
-    prefix = "model/"
-    stored = {name.removeprefix(prefix): entry for name, entry in index.tensors.items() if name.startswith(prefix)}
-    stored |= {alias: stored[name] for alias, name in index.aliases.items()}
-    # a checkpoint of thousands of workers has more files than a process may have open
-    opened = lru_cache(maxsize=64)(lambda name: safe_open(folder / name, "pt"))
-    specs = {name: entry.spec for name, entry in stored.items()}
-    write_tensors(out, specs, lambda name: _assemble(stored[name], opened), {"format": "pt"})
-
-
-def _assemble(stored: Stored, opened: Callable[[str], Any]) -> Tensor:
-    """The full tensor of its chunks."""
-    full = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
-    for chunk in stored.chunks:
-        Tile(chunk.offsets, chunk.sizes, start=chunk.offsets).view(full).copy_(opened(chunk.file).get_tensor(chunk.key))
-    return full

@@ -12,21 +12,27 @@ manifest.json            bytes and CRC-32 of every other file; written last
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
 import re
 import shutil
+import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from shardwise.errors import CheckpointError
+from shardwise.run.jsonfile import entry, read_json, short, sync_folder
 from shardwise.run.tensorfile import FileSum, write_file
 
 MANIFEST = "manifest.json"
-_COMPLETE = re.compile(r"step-(\d{8,})")
-_HIDDEN = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
+MOST_BYTES = 1 << 30
+"""Size of a JSON document of a checkpoint: ten million parts of tensors, say 4,096 workers with 2,000 tensors each."""
+
+_COMPLETE = re.compile(r"step-([0-9]{8,})")
+_HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(partial|replaced|deleted)")
+_NAME = re.compile(r"[0-9A-Za-z][-.0-9A-Za-z]*")
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +84,7 @@ def newest_whole(parent: Path) -> Path | None:
 
 def write_manifest(folder: Path, sums: Mapping[str, FileSum]) -> None:
     """Writes what the files of a checkpoint must look like; `sums` by file name."""
-    files = {name: {"bytes": entry.bytes, "crc32": entry.crc32} for name, entry in sorted(sums.items())}
+    files = _entries(sums)
     text = json.dumps({"files": files, "crc32": _own_sum(files)}, indent=1)
     write_file(folder / MANIFEST, iter([text.encode()]))
 
@@ -91,33 +97,60 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
     if not folder.is_dir():
         return f"checkpoint {folder} is not there"
     try:
-        files = _manifest(folder)
-        for name, entry in files.items():
-            size = (folder / name).stat().st_size
-            if size != entry.bytes:
-                return f"checkpoint {folder} is damaged: {name} has {size} bytes instead of {entry.bytes}"
+        files = read_manifest(folder)
+        for name, written in files.items():
+            size = check_file(folder, name)
+            if size != written.bytes:
+                return f"checkpoint {folder} is damaged: {name} has {size} bytes instead of {written.bytes}"
         for name in sorted(files)[part::parts]:
             if FileSum.of(folder / name) != files[name]:
                 return f"checkpoint {folder} is damaged: the checksum of {name} is wrong"
-    except FileNotFoundError as error:
-        return f"checkpoint {folder} is damaged: {Path(error.filename).name} is missing"
+    except CheckpointError as error:
+        return str(error)
     except OSError as error:
         return f"checkpoint {folder} cannot be read: {error}"
-    except ValueError:
-        return f"checkpoint {folder} is damaged: {MANIFEST} is not as it was written"
     return ""
 
 
-def _manifest(folder: Path) -> dict[str, FileSum]:
-    """ValueError where the manifest is not what `write_manifest` wrote."""
+def check_file(folder: Path, name: str) -> int:
+    """Check that a file of a checkpoint is there and regular; a link could lead out of the folder. Returns its bytes.
+
+    Raises:
+        CheckpointError: it is missing, or it is a link, a folder, a pipe or a device.
+    """
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
-        files = content["files"]
-        if content["crc32"] != _own_sum(files):
-            raise ValueError("checksum")
-        return {str(name): FileSum(entry["bytes"], entry["crc32"]) for name, entry in files.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(str(error)) from error
+        found = (folder / name).lstat()
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"checkpoint {folder} is damaged: {name} is no regular file")
+    return found.st_size
+
+
+def read_manifest(folder: Path) -> dict[str, FileSum]:
+    """Read what the files of a checkpoint must look like; their names are plain ones.
+
+    Raises:
+        CheckpointError: the manifest is not what `write_manifest` wrote.
+    """
+    check_file(folder, MANIFEST)
+    content = read_json(folder / MANIFEST, MOST_BYTES, CheckpointError, "manifest")
+    try:
+        for name in (files := entry(content, "files", dict)):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{short(name)} is no plain name")
+        sums = {name: FileSum(entry(file, "bytes", int), entry(file, "crc32", int)) for name, file in files.items()}
+        if entry(content, "crc32", int) != _own_sum(_entries(sums)):
+            raise ValueError("its own checksum is wrong")
+        return sums
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} is not as it was written: {error}") from None
+
+
+def _entries(sums: Mapping[str, FileSum]) -> dict[str, dict[str, int]]:
+    return {name: {"bytes": written.bytes, "crc32": written.crc32} for name, written in sorted(sums.items())}
 
 
 def _own_sum(files: Mapping[str, object]) -> int:
@@ -131,7 +164,7 @@ def begin(final: Path) -> Path:
     for path in parent.iterdir():
         hidden = _HIDDEN.fullmatch(path.name)
         if hidden and not (hidden[2] == "replaced" and not (parent / hidden[1]).exists()):
-            shutil.rmtree(path)
+            _take_away(path)
     partial = hidden_path(final, "partial")
     partial.mkdir()
     return partial
@@ -140,19 +173,28 @@ def begin(final: Path) -> Path:
 def publish(final: Path) -> None:
     """Renames the partial folder of a checkpoint into place once everything in it is on disk."""
     partial, replaced = hidden_path(final, "partial"), hidden_path(final, "replaced")
-    _sync_folder(partial)
+    sync_folder(partial)
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     if replaced.exists():
         _remove(replaced)
 
 
-def prune(newest: Path, keep: int) -> None:
-    """Deletes the checkpoints before `newest`, which has just been written, but for the last `keep` - 1 of them."""
+def step_of(folder: Path) -> int:
+    """Return the number of optimizer steps that the name of a complete checkpoint says."""
+    return int(_final_name(folder).removeprefix("step-"))
+
+
+def prune(newest: Path, keep: int, protected: Container[int] = frozenset()) -> None:
+    """Delete the checkpoints before `newest`, which has just been written, but for the last `keep` - 1 of them.
+
+    Those after the steps in `protected` stay, too, and are not counted among the `keep`.
+    """
     folders = complete(newest.parent)
-    for folder in folders[folders.index(newest) + keep :]:
+    earlier = [folder for folder in folders[folders.index(newest) + 1 :] if step_of(folder) not in protected]
+    for folder in earlier[keep - 1 :]:
         deleted = hidden_path(folder.with_name(_final_name(folder)), "deleted")
         try:
             folder.rename(deleted)  # in one stroke: a kill while its files go must not leave half of it under its name
@@ -164,13 +206,13 @@ def prune(newest: Path, keep: int) -> None:
 
 def _remove(folder: Path) -> None:
     """Deletes one of our folders; what cannot be deleted now is tried again before the next checkpoint."""
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _take_away(folder)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Waits until the entries of a folder are on disk: a rename is only then sure to outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _take_away(folder: Path) -> None:
+    """Deletes a folder; of a link to one, which somebody put there, the link alone. Raises OSError."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

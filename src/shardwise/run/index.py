@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -14,10 +15,16 @@ from safetensors import safe_open
 
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.parallel.layout import Box
-from shardwise.run.tensorfile import TensorSpec
+from shardwise.run.cover import MOST_DIMENSIONS, cover_problem
+from shardwise.run.folder import MOST_BYTES, check_file, read_manifest
+from shardwise.run.jsonfile import entry, read_json, short
+from shardwise.run.tensorfile import DTYPES, TensorSpec
 
 INDEX = "index.json"
 FORMAT = 1
+_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
+_MOST_ELEMENTS = 1 << 58
+_LONGEST_NAME = 500
 _TENSORS = "tensors"
 _REST = ("progress", "state", "aliases", "optimizer", "random")
 
@@ -62,19 +69,24 @@ class Index:
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        """The index of a complete checkpoint.
+        """Read the index of a complete checkpoint: every value has its type, and every tensor is covered exactly.
 
         Raises:
-            CheckpointError: it is of a format that this version does not know.
+            CheckpointError: it is damaged, or of a format that this version does not know.
         """
-        content = json.loads((folder / INDEX).read_bytes())
-        if content["format"] != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {folder} is of format {content['format']}, this version reads {FORMAT}: "
-                "use the version of Shardwise that wrote it"
-            )
-        rest = {key: content[key] for key in _REST}
-        return cls(_from_json(content["tensors"]), **rest)
+        files = read_manifest(folder)
+        check_file(folder, INDEX)
+        content = read_json(folder / INDEX, MOST_BYTES, CheckpointError, "index")
+        try:
+            known = entry(content, "format", int)
+            if known == FORMAT:
+                return _parsed(content, files)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {INDEX}: {error}") from None
+        raise CheckpointError(
+            f"checkpoint {folder} is of format {known}, this version reads {FORMAT}: "
+            "use the version of Shardwise that wrote it"
+        )
 
     def text(self) -> str:
         """JSON, which `read` reads. Raises TypeError where `progress` or `state` are not JSON-able."""
@@ -108,7 +120,8 @@ def merge_files(paths: Iterable[Path]) -> dict[str, Stored]:
                 raise ShardwiseError(f"workers disagree on {name}: {earlier.spec} and {stored.spec}")
             tensors[name] = Stored(stored.spec, (*earlier.chunks, *stored.chunks))
     for name, stored in tensors.items():
-        _check_cover(name, stored)
+        if problem := cover_problem(stored.spec.shape, [(chunk.offsets, chunk.sizes) for chunk in stored.chunks]):
+            raise ShardwiseError(f"{name} {problem}")
     return tensors
 
 
@@ -123,28 +136,69 @@ def _to_json(tensors: Mapping[str, Stored]) -> dict[str, Any]:
     }
 
 
+def _parsed(content: Mapping[str, Any], files: Collection[str]) -> Index:
+    """The index of a JSON document, whose chunks lie in some of `files`. Raises ValueError."""
+    index = Index(
+        _from_json(entry(content, "tensors", dict)),
+        aliases=entry(content, "aliases", dict),
+        progress=entry(content, "progress", dict),
+        state=entry(content, "state", dict),
+        optimizer=entry(content, "optimizer", str),
+        random=entry(content, "random", str),
+    )
+    for name in (*index.tensors, *index.aliases, index.optimizer or "none"):
+        header = name.endswith("__metadata__")  # what safetensors files have under that name is no tensor
+        if header or not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+            raise ValueError(f"{short(name)} cannot be a name")
+    for name, stored in index.tensors.items():
+        _check_stored(name, stored, files)
+    if unused := set(files) - {INDEX, *(chunk.file for stored in index.tensors.values() for chunk in stored.chunks)}:
+        raise ValueError(f"it says nothing of {min(unused)}")
+    for alias, target in index.aliases.items():
+        if type(target) is not str or f"model/{target}" not in index.tensors or f"model/{alias}" in index.tensors:
+            raise ValueError(f"{short(alias)} is a further name of {short(target)}, which cannot be")
+    return index
+
+
+def _check_stored(name: str, stored: Stored, files: Container[str]) -> None:
+    """Raises ValueError where a tensor cannot be what a training wrote."""
+    kind, _, rest = name.partition("/")
+    if kind not in ("model", "optimizer") or not rest:
+        raise ValueError(f"{short(name)} is the name of no tensor")
+    if problem := cover_problem(stored.spec.shape, [(chunk.offsets, chunk.sizes) for chunk in stored.chunks]):
+        raise ValueError(f"{short(name)} {problem}")
+    for chunk in stored.chunks:
+        if not _FILE.fullmatch(chunk.file) or chunk.file not in files:
+            raise ValueError(f"{short(chunk.file)} is no file of this checkpoint")
+        if chunk.key != chunk_key(name, chunk.offsets, chunk.sizes == stored.spec.shape):
+            raise ValueError(f"{short(chunk.key)} is not what a part of {short(name)} is called")
+
+
 def _from_json(content: Mapping[str, Any]) -> dict[str, Stored]:
+    """Raises ValueError where a value is not of its type."""
     return {
         name: Stored(
-            TensorSpec(_dtype(entry["dtype"]), tuple(entry["shape"])),
-            tuple(Chunk(c["file"], c["key"], tuple(c["offsets"]), tuple(c["sizes"])) for c in entry["chunks"]),
+            TensorSpec(_dtype(entry(tensor, "dtype", str)), _box(tensor, "shape")),
+            tuple(_chunk(part) for part in entry(tensor, "chunks", list)),
         )
-        for name, entry in content.items()
+        for name, tensor in content.items()
     }
 
 
-def _check_cover(name: str, stored: Stored) -> None:
-    """Counts elements and places, which finds a part that nobody or two wrote."""
-    written = sum(prod(chunk.sizes) for chunk in stored.chunks)
-    places = {chunk.offsets for chunk in stored.chunks}
-    if written != prod(stored.spec.shape) or len(places) != len(stored.chunks):
-        raise ShardwiseError(
-            f"{name} has {prod(stored.spec.shape)} elements, the workers wrote {written} in {len(stored.chunks)} parts"
-        )
+def _chunk(part: object) -> Chunk:
+    return Chunk(entry(part, "file", str), entry(part, "key", str), _box(part, "offsets"), _box(part, "sizes"))
+
+
+def _box(content: object, key: str) -> Box:
+    values = entry(content, key, list)
+    if len(values) > MOST_DIMENSIONS or any(type(value) is not int or value < 0 for value in values):
+        raise ValueError(f"{key!r} is {short(values)} and not a list of sizes")
+    if prod(max(value, 1) for value in values) > _MOST_ELEMENTS:
+        raise ValueError(f"{key!r} is {short(values)}, more than any memory holds")
+    return tuple(values)
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"{name!r} is not a dtype of torch {torch.__version__}")
-    return dtype
+    if name not in DTYPES:
+        raise ValueError(f"{short(name)} is no dtype of a checkpoint")
+    return DTYPES[name]

@@ -17,6 +17,7 @@ from shardwise.launch.context import is_first, under_launcher
 from shardwise.launch.join import join_launcher
 from shardwise.launch.local import run_local
 from shardwise.launch.signals import Terminated
+from shardwise.run.lock import released
 from shardwise.run.result import Forecast, Step, Trained
 from shardwise.run.runfolder import discard_unused
 from shardwise.run.workers import Workers
@@ -118,6 +119,11 @@ def run_job(job: Job, *, threads: int | None = None, gpus: bool | None = None) -
         WorkerFailed: a local worker died.
         RequestError: a worker found the request wrong.
     """
+    with released(job.folder):
+        return _run(job, threads, gpus)
+
+
+def _run(job: Job, threads: int | None, gpus: bool | None) -> Trained:
     if under_launcher():
         join_launcher(job.strategy.workers)
         with failing_exits():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
+from shardwise.errors import ShardwiseError
+from shardwise.run.board import Board
+from shardwise.run.metricsfile import MetricsFile
 from shardwise.run.result import Step
 from shardwise.run.runfolder import METRICS, TENSORBOARD
 from shardwise.units import format_rate
@@ -30,8 +32,8 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, title: str, done: int, total: int | None, *, quiet: bool) -> None:
-        self._file = None if folder is None else _open_metrics(folder / METRICS, done)
-        self._board = None if folder is None else _open_board(folder / TENSORBOARD, done)
+        self._file = None if folder is None else MetricsFile(folder / METRICS, done)
+        self._board = None if folder is None else Board(folder / TENSORBOARD, done)
         tqdm.monitor_interval = 0  # no thread of its own
         self._bar = tqdm(
             desc=title,
@@ -74,11 +76,14 @@ class Log:
 
     def _write(self, record: dict[str, Any], scalars: Mapping[str, float | None]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(finite(record)) + "\n")
+            self._file.write(finite(record))
         if self._board is not None:
-            for name, value in scalars.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, record["step"])
+            self._board.add(record["step"], scalars)
+
+    def sync(self) -> None:
+        """Waits until what was written to metrics.jsonl is on disk. Raises ShardwiseError."""
+        if self._file is not None:
+            self._file.sync()
 
     def __enter__(self) -> Log:
         return self
@@ -87,10 +92,11 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        if self._file is not None:
-            self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._file is not None:
+            with contextlib.suppress(*((ShardwiseError,) if error else ())):  # what went wrong first is told
+                self._file.close()
 
 
 def finite(value: Any) -> Any:
@@ -100,22 +106,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _open_metrics(path: Path, done: int) -> IO[str]:
-    """Opens metrics.jsonl to append to, without what an earlier run wrote after the step at which this one goes on."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
-    return path.open("a", buffering=1)
-
-
-def _open_board(folder: Path, done: int) -> Any:
-    if find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=done + 1 if done else None)

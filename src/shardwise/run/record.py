@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from shardwise.run.metrics import Clock, Sampler, measure, sampled_steps, summar
 from shardwise.run.result import Step, Trained, relative_error
 from shardwise.run.runfolder import write_summary
 from shardwise.run.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -52,6 +55,8 @@ class Record:
         """Fills the program from the newest checkpoint, and returns the progress in it; None where there is none."""
         path = None if self._checkpoints is None else self._checkpoints.latest()
         if self._checkpoints is None or path is None:
+            if self.program.mesh.rank == 0:
+                logger.warning("%s holds no checkpoint yet: the run begins anew", self.job.folder)
             return None
         progress = self._checkpoints.load(self.program, path)
         self._first = self._saved = self.program.steps
@@ -73,7 +78,13 @@ class Record:
 
     @contextmanager
     def step(self, epoch: int, samples: int) -> Iterator[Running]:
-        """Surrounds one optimizer step of `samples` samples over all workers."""
+        """Surrounds one optimizer step of `samples` samples over all workers.
+
+        Raises:
+            ShardwiseError: the last checkpoint could not be written.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.poll()
         running, rate = Running(), self._learning_rate()
         number = self.program.steps - self._first
         with self._sampler.step(number):
@@ -91,12 +102,9 @@ class Record:
         self._pause()
         return self._steps[-1].loss if self._steps else None
 
-    def evaluate(self, epoch: int, before: dict[str, float]) -> dict[str, float]:
-        """Measures on held-out data; `before` where no step has been taken since."""
-        step = self.program.steps
-        if step == self._first or step in self._evaluations:
-            return before
-        values = self.program.evaluate()
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Measures on held-out data."""
+        step, values = self.program.steps, self.program.evaluate()
         if values:
             self._evaluations[step] = values
             if self._log is not None:
@@ -108,6 +116,8 @@ class Record:
         """Begins to write a checkpoint with `progress` (JSON-able) in it, unless the last one is of this step."""
         if self._checkpoints is None or self.program.steps == self._saved:
             return
+        if self._log is not None:
+            self._log.sync()
         self._checkpoints.save(self.program, finite(dict(progress)))
         self._saved = self.program.steps
         self._clock.resume()

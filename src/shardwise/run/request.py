@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import DataError, RequestError, RunFolderError, StrategyError, WorkloadError, nearest
-from shardwise.launch.context import is_first, rank_context, under_launcher
+from shardwise.launch.context import rank_context, under_launcher
 from shardwise.launch.join import join_launcher
 from shardwise.plan.file import is_plan_file, read_plan
 from shardwise.run.forecast import forecasts
 from shardwise.run.job import Job, Options, Source
-from shardwise.run.runfolder import create_run, find_run, is_finished, last_request, read_run, reopen_run
+from shardwise.run.runfolder import (
+    check_checkpoints,
+    check_described,
+    create_run,
+    find_run,
+    is_finished,
+    last_request,
+    read_run,
+    reopen_run,
+)
 from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
@@ -74,16 +83,25 @@ def settle(
 
 
 def as_before(asked: Asked, folder: Path) -> Asked:
-    """What is left open as the run in `folder` had it. Raises RunFolderError where that cannot be read."""
-    before = last_request(read_run(folder))
-    named = isinstance(asked.workload, str) and before["source"] is not None
+    """What is left open as the run in `folder` had it.
+
+    Raises:
+        RunFolderError: that cannot be read, and is needed; or the run has lost its checkpoints.
+    """
     same_length = asked.steps is None and asked.epochs is None
     same_split = asked.strategy is None and asked.workers is None and not under_launcher()
+    try:
+        before = last_request(read_run(folder))
+    except RunFolderError as error:
+        check_described(folder, error, open_ends=same_length or same_split)
+        return asked
+    check_checkpoints(folder)
+    named = isinstance(asked.workload, str) and before["source"] is not None
     return replace(
         asked,
         settings={**before["settings"], **asked.settings} if named else asked.settings,
         seed=before["seed"] if asked.seed is None else asked.seed,
-        strategy=before["strategy"] if same_split else asked.strategy,
+        strategy=Strategy.parse(before["strategy"]) if same_split else asked.strategy,  # never the name of a file
         steps=before["steps"] if same_length else asked.steps,
         epochs=before["epochs"] if same_length else asked.epochs,
     )
@@ -218,7 +236,9 @@ def settle_folder(out: str | Path | None, workload: Workload, job: Job) -> Path:
     if not under_launcher():
         return make()
     join_launcher(job.strategy.workers)
-    return Path(Workers().exchange(str(make()) if is_first() else "")[0])
+    workers = Workers()
+    made = workers.all_or_none(lambda: str(make()) if workers.rank == 0 else "", RunFolderError)
+    return Path(workers.exchange(made)[0])
 
 
 def settle_verified(steps: int, dtype: str) -> tuple[int, str]:

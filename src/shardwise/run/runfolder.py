@@ -6,38 +6,63 @@ runs/image-dp2-1/
     tensorboard/     the same for TensorBoard, where it is installed
     checkpoints/     see `run.checkpoint`
     summary.json     how it ended: what `train --json` prints
+    .lock            see `run.lock`
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import logging
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shardwise.errors import RunFolderError
+from shardwise.errors import RunFolderError, ShardwiseError
+from shardwise.files import read_regular
+from shardwise.launch.context import is_first
+from shardwise.run.folder import complete
+from shardwise.run.jsonfile import parse_json, read_json, short, write_json
+from shardwise.run.lock import LOCK, release_lock, take_lock
 
 DESCRIPTION, SUMMARY, METRICS, TENSORBOARD = "run.json", "summary.json", "metrics.jsonl", "tensorboard"
+CHECKPOINTS = "checkpoints"
 RUNS = Path("runs")
+
+MOST_BYTES = 1 << 24
+"""Size of a run.json, or of a summary."""
+
+_LONGEST_TEXT = 1000
+_FIRST_CHECKPOINT = "first_checkpoint"
+_REQUEST: dict[str, tuple[type, ...]] = {
+    "workload": (str,),
+    "source": (str, type(None)),
+    "settings": (dict,),
+    "seed": (int,),
+    "strategy": (str,),
+    "steps": (int, type(None)),
+    "epochs": (int, type(None)),
+}
+"""What a description says of a request, and its types."""
+
+logger = logging.getLogger(__name__)
 
 
 def create_run(out: Path | None, description: Mapping[str, Any]) -> Path:
-    """Makes the folder of a new run: `out`, or one in runs/ named after workload and strategy.
+    """Makes the folder of a new run: `out`, or one in runs/ named after workload and strategy; locks it.
 
     Raises:
         RunFolderError: `out` is in use, or cannot be made.
     """
     try:
         folder = _numbered(description["workload"], description["strategy"]) if out is None else _empty(out)
+        write_json(folder / DESCRIPTION, {**description, "created": _now(), "versions": _versions()})
     except OSError as error:
         raise RunFolderError(f"{out or RUNS} cannot be made: {error.strerror}; use another --out") from error
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json(folder / DESCRIPTION, {**description, "created": created, "versions": _versions()})
     return folder
 
 
@@ -48,12 +73,11 @@ def find_run(out: Path | None, workload: str) -> Path:
         RunFolderError: there is none.
     """
     if out is None:
-        described = [folder for folder in RUNS.glob("*") if (folder / DESCRIPTION).is_file()]
-        runs = [folder for folder in described if workload in (read_run(folder)[key] for key in ("source", "workload"))]
+        runs = [folder for folder in RUNS.glob("*") if (folder / DESCRIPTION).is_file() and _is_of(folder, workload)]
         if not runs:
             raise RunFolderError(f"{RUNS}/ holds no run of workload {workload!r} to resume: give its folder with --out")
         return max(runs, key=lambda folder: (folder / DESCRIPTION).stat().st_mtime)
-    if not (out / DESCRIPTION).is_file():
+    if not (os.path.lexists(out / DESCRIPTION) or complete(out / CHECKPOINTS)):
         raise RunFolderError(f"{out} holds no run to resume: give --out a run's folder, or leave --resume out")
     return out
 
@@ -61,41 +85,86 @@ def find_run(out: Path | None, workload: str) -> Path:
 def is_finished(folder: Path) -> bool:
     """Tell whether the run in `folder` came to its end: not ended by a signal, a failure or a kill."""
     try:
-        summary = json.loads((folder / SUMMARY).read_text())
-    except (OSError, ValueError):
+        summary = read_json(folder / SUMMARY, MOST_BYTES, RunFolderError, "summary")
+    except RunFolderError:
         return False
     return isinstance(summary, dict) and not summary.get("stopped")
 
 
+def _is_of(folder: Path, workload: str) -> bool:
+    """Whether a folder holds a run of a workload; one that nobody can tell is passed over, and said so."""
+    try:
+        content = read_run(folder)
+    except RunFolderError as error:
+        tell("%s; it is passed over: to go on with it, give --out %s", error, folder)
+        return False
+    return workload in (content["source"], content["workload"])
+
+
 def reopen_run(folder: Path, description: Mapping[str, Any]) -> Path:
-    """Notes in a run's folder that it goes on, and how.
+    """Locks a run's folder, and notes in it that it goes on, and how. A description that is damaged is put aside.
 
     Raises:
-        RunFolderError: it is a run of another workload.
+        RunFolderError: it is a run of another workload, or another process is at it.
     """
-    before = read_run(folder)
+    take_lock(folder)
+    try:
+        before = _before(folder, description)
+        again = {**description, "resumed": _now(), "versions": _versions()}
+        write_json(folder / DESCRIPTION, {**before, "resumes": [*before.get("resumes", []), again]})
+    except OSError as error:
+        release_lock(folder)
+        raise RunFolderError(f"{folder / DESCRIPTION} cannot be written: {error.strerror}") from error
+    except BaseException:
+        release_lock(folder)
+        raise
+    return folder
+
+
+def _before(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run was begun with, as far as it can be read."""
+    try:
+        before = read_run(folder)
+    except RunFolderError:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / DESCRIPTION).replace(folder / f"{DESCRIPTION}.damaged")
+        return {**description, "created": _now(), "versions": _versions()}
     if before["workload"] != description["workload"]:
         raise RunFolderError(
             f"{folder} holds a run of workload {before['workload']!r}, not {description['workload']!r}: "
             "use another --out"
         )
-    again = {
-        **description,
-        "resumed": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": _versions(),
-    }
-    write_json(folder / DESCRIPTION, {**before, "resumes": [*before.get("resumes", []), again]})
-    return folder
+    return before
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a run's run.json says. Raises RunFolderError where it cannot be read."""
+    """What a run's run.json says, every value of its type. Raises RunFolderError where it cannot be read."""
+    text = read_regular(folder / DESCRIPTION, MOST_BYTES, RunFolderError, "run description")
     try:
-        content: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
-        _ = [content[key] for key in ("workload", "source", "settings", "seed", "strategy", "steps", "epochs")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{folder / DESCRIPTION} is not the description of a run: {error}") from error
-    return content
+        content = parse_json(text)
+        _check_request(content, required=True)
+        resumes = content.get("resumes", [])
+        if not isinstance(resumes, list):
+            raise ValueError(f"'resumes' is {short(resumes)}")
+        for resumed in resumes:
+            _check_request(resumed, required=False)
+    except ValueError as error:
+        raise RunFolderError(f"{folder / DESCRIPTION} is not the description of a run: {error}") from None
+    return dict(content)
+
+
+def _check_request(content: object, *, required: bool) -> None:
+    """Raises ValueError where a value is missing or of another type."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{short(content)} is no JSON object")
+    for key, types in _REQUEST.items():
+        if key not in content and required:
+            raise ValueError(f"there is no {key!r}")
+        value = content.get(key)
+        if key in content and (type(value) not in types or (isinstance(value, str) and len(value) > _LONGEST_TEXT)):
+            raise ValueError(f"{key!r} is {short(value)}")
+    if any(type(value) is not str for value in content.get("settings", {}).values()):
+        raise ValueError(f"'settings' is {short(content['settings'])}")
 
 
 def last_request(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,28 +172,108 @@ def last_request(description: Mapping[str, Any]) -> dict[str, Any]:
     return {**description, **(description.get("resumes") or [{}])[-1]}
 
 
+def check_checkpoints(folder: Path) -> None:
+    """Check that a run to go on with still has the checkpoints that it wrote; one that wrote none begins anew.
+
+    Raises:
+        RunFolderError: they are gone.
+    """
+    if not complete(folder / CHECKPOINTS) and _wrote_checkpoints(folder):
+        raise RunFolderError(
+            f"{folder} has lost its checkpoints: {folder / CHECKPOINTS} holds none; put them back, or begin anew with "
+            "another --out"
+        )
+
+
+def check_described(folder: Path, problem: RunFolderError, *, open_ends: bool) -> None:
+    """Say that a run goes on without its description, which cannot be read.
+
+    Raises:
+        RunFolderError: there is no checkpoint to go on from, or what was asked for leaves something open.
+    """
+    if not complete(folder / CHECKPOINTS):
+        raise problem
+    if open_ends:
+        raise RunFolderError(
+            f"{problem}; its checkpoints are there: to go on from them, give the run's --strategy, and its --steps or "
+            "--epochs, with --set and --seed where it had them"
+        )
+    tell("%s; the run goes on from its checkpoints as the command line says", problem)
+
+
+def _wrote_checkpoints(folder: Path) -> bool:
+    """Whether run.json says so, or the run came to its end: it has written one there."""
+    if _FIRST_CHECKPOINT in read_run(folder):
+        return True
+    try:
+        summary = read_json(folder / SUMMARY, MOST_BYTES, RunFolderError, "summary")
+    except RunFolderError:
+        return False
+    return isinstance(summary, dict) and summary.get("steps", 0) != 0
+
+
+def note_checkpoint(folder: Path, step: int) -> None:
+    """Note in a run's folder, where it is one, that a checkpoint was written. Raises OSError."""
+    with contextlib.suppress(RunFolderError):
+        content = read_run(folder)
+        if _FIRST_CHECKPOINT not in content:
+            write_json(folder / DESCRIPTION, {**content, _FIRST_CHECKPOINT: step})
+
+
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Writes how the run ended."""
-    write_json(folder / SUMMARY, summary)
+    """Writes how the run ended. Raises ShardwiseError where it cannot be written."""
+    with told_writing(folder / SUMMARY):
+        write_json(folder / SUMMARY, summary)
+
+
+@contextlib.contextmanager
+def told_writing(path: Path) -> Iterator[None]:
+    """Turn what fails while a file of the run is written into one line.
+
+    Raises:
+        ShardwiseError: the disk is full, say.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ShardwiseError(
+            f"{path} cannot be written: {error.strerror}; make room, then go on with --resume"
+        ) from error
+
+
+def tell(message: str, *values: object) -> None:
+    """Warn in one line, on one worker only where an outer launcher started this process."""
+    if is_first():
+        logger.warning(message, *values)
 
 
 def discard_unused(folder: Path) -> None:
     """Removes a new run's folder in which no step was taken, so that the same command can be given again."""
     metrics = folder / METRICS
     unused = not metrics.exists() or metrics.stat().st_size == 0
-    if unused and {path.name for path in folder.iterdir()} <= {DESCRIPTION, METRICS, TENSORBOARD}:
+    if unused and {path.name for path in folder.iterdir()} <= {DESCRIPTION, METRICS, TENSORBOARD, LOCK}:
         shutil.rmtree(folder)
 
 
 def _empty(out: Path) -> Path:
+    _check_unused(out)
+    out.mkdir(parents=True, exist_ok=True)
+    take_lock(out)
+    try:
+        _check_unused(out)  # nobody else can begin here any more; somebody may have, before
+    except RunFolderError:
+        release_lock(out)
+        raise
+    return out
+
+
+def _check_unused(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise RunFolderError(f"{out} is a file: --out must be a folder")
     if (out / DESCRIPTION).exists():
         raise RunFolderError(f"{out} holds another run: use --resume to go on with it, or another --out")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != LOCK for path in out.iterdir()):
         raise RunFolderError(f"{out} is not empty: use another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 def _numbered(workload: str, strategy: str) -> Path:
@@ -132,20 +281,18 @@ def _numbered(workload: str, strategy: str) -> Path:
     RUNS.mkdir(exist_ok=True)
     number = 1
     while True:
+        folder = RUNS / f"{name}-{number}"
         try:
-            (RUNS / f"{name}-{number}").mkdir()
+            folder.mkdir()
         except FileExistsError:
             number += 1
         else:
-            return RUNS / f"{name}-{number}"
+            take_lock(folder)
+            return folder
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a document so that it is there whole or not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _versions() -> dict[str, str]:

@@ -37,6 +37,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.parallel.layout import Box, Layout, Piece, Tile
 from shardwise.run.folder import begin, hidden_path, prune, publish, write_manifest
 from shardwise.run.index import INDEX, Chunk, Index, Stored, chunk_key, merge_files, tensors_metadata
+from shardwise.run.runfolder import note_checkpoint
 from shardwise.run.tensorfile import FileSum, TensorSpec, write_file, write_tensors
 from shardwise.run.workers import Workers
 
@@ -135,10 +136,13 @@ class FolderWriter(StorageWriter):
         index: everything but the tensors.
         keep: how many checkpoints stay.
         workers: who writes.
+        protected: steps whose checkpoints stay besides.
     """
 
-    def __init__(self, final: Path, index: Index, keep: int, workers: Workers) -> None:
-        self.final, self.index, self.keep, self.workers = final, index, keep, workers
+    def __init__(
+        self, final: Path, index: Index, keep: int, workers: Workers, protected: frozenset[int] = frozenset()
+    ) -> None:
+        self.final, self.index, self.keep, self.workers, self.protected = final, index, keep, workers, protected
         self._written: FileSum | None = None
         self._problem = ""
 
@@ -213,7 +217,8 @@ class FolderWriter(StorageWriter):
         files[INDEX] = write_file(partial / INDEX, iter([index.text().encode()]))
         write_manifest(partial, files)
         publish(self.final)
-        prune(self.final, self.keep)
+        note_checkpoint(self.final.parents[1], int(self.index.state.get("steps", 0)))
+        prune(self.final, self.keep, self.protected)
 
     def _file(self, rank: int) -> Path:
         return hidden_path(self.final, "partial") / f"rank-{rank:05d}.safetensors"

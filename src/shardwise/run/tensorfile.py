@@ -38,6 +38,9 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _CODES}
+"""Name of a dtype, as torch spells it without `torch.` -> the dtype: all that safetensors files can hold."""
+
 _READ_BYTES = 1 << 22
 
 
@@ -52,6 +55,11 @@ class TensorSpec:
     def bytes(self) -> int:
         """Size of the values."""
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def code(self) -> str | None:
+        """The dtype as safetensors files spell it; None for one that they cannot hold."""
+        return _CODES.get(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +139,10 @@ def _header(names: list[str], specs: Mapping[str, TensorSpec], metadata: Mapping
     offset = 0
     for name in names:
         spec = specs[name]
-        if spec.dtype not in _CODES:
+        if spec.code is None:
             raise ShardwiseError(f"tensor {name} is {spec.dtype}, which safetensors files cannot hold")
         end = offset + spec.bytes
-        header[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -9,7 +9,9 @@ from shardwise.errors import CheckpointError, DataError
 from shardwise.parallel.program import Program
 from shardwise.run.agreement import Agreement
 from shardwise.run.job import Job
+from shardwise.run.jsonfile import short
 from shardwise.run.record import Record
+from shardwise.run.restored import unlike
 from shardwise.run.result import Trained
 
 
@@ -18,7 +20,7 @@ class Progress:
     """How far a training is: `batch` of `epoch` is the next. Travels with checkpoints.
 
     `batch_size` and `seed` say which samples that batch has; `loss` (of the last step) and `metrics` (of the last
-    evaluation) are the last known.
+    evaluation) are the last known. `evaluated` is the step of that evaluation, -1 where there was none.
     """
 
     batch_size: int
@@ -27,6 +29,7 @@ class Progress:
     batch: int = 0
     loss: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    evaluated: int = -1
 
 
 def train(program: Program, job: Job) -> Trained:
@@ -55,9 +58,11 @@ def train(program: Program, job: Job) -> Trained:
                     record.save(asdict(replace(progress, loss=record.loss())))
             else:
                 progress = _next_epoch(progress)
-            progress = replace(progress, loss=record.loss(), metrics=record.evaluate(progress.epoch, progress.metrics))
+            loss = record.loss()
+            progress = _evaluated(record, program, progress if loss is None else replace(progress, loss=loss))
             if not options.checkpoint_every:
                 record.save(asdict(progress))
+        progress = _evaluated(record, program, progress)  # an evaluation that a kill cut short is still to be made
         record.save(asdict(progress))
         return record.close(progress.loss, progress.metrics)
 
@@ -68,7 +73,7 @@ def _start(record: Record, program: Program, *, resume: bool) -> Progress:
     saved = record.load() if resume else None
     if saved is None:
         return fresh
-    progress = Progress(**saved)
+    progress = restored(saved, fresh, program.steps)
     for name in ("batch_size", "seed") if progress.batch else ():
         before, now = getattr(progress, name), getattr(fresh, name)
         if before != now:
@@ -76,6 +81,40 @@ def _start(record: Record, program: Program, *, resume: bool) -> Progress:
                 f"the run stopped within an epoch with {name}={before}: resume it with that, not {now}"
             )
     return replace(progress, batch_size=fresh.batch_size, seed=fresh.seed)
+
+
+def restored(saved: dict[str, Any], fresh: Progress, steps: int) -> Progress:
+    """The progress in a checkpoint, where every value is of its kind; earlier ones do not say what was evaluated.
+
+    Raises:
+        CheckpointError: it is not what `train` gave.
+    """
+    problem = _progress_problem(asdict(fresh), saved)
+    if problem:
+        raise CheckpointError(f"the checkpoint of step {steps} is damaged: {problem}")
+    ended = not saved.get("batch")  # it was written after the evaluation at the end of an epoch
+    return replace(fresh, **{"evaluated": steps if ended else -1, **saved})
+
+
+def _progress_problem(known: dict[str, Any], saved: dict[str, Any]) -> str:
+    """One line on the first value of a saved progress that is none; empty where all are as they should be."""
+    if odd := sorted((saved.keys() ^ known.keys()) - {"evaluated"}):
+        return f"progress has {short(odd[0])}" if odd[0] in saved else f"progress has no {odd[0]}"
+    numbers = {"loss": saved["loss"], **(saved["metrics"] if isinstance(saved["metrics"], dict) else {})}
+    for name, value in numbers.items():
+        if value is not None and type(value) not in (int, float):
+            return f"{short(name)} is {short(value)}"
+    for name in ("epoch", "batch"):
+        if type(saved[name]) is not int or saved[name] < 0:
+            return f"{name} is {short(saved[name])}"
+    return unlike(known, saved, "progress")
+
+
+def _evaluated(record: Record, program: Program, progress: Progress) -> Progress:
+    """The progress with an evaluation after its last step."""
+    if progress.evaluated == program.steps or program.steps == 0:
+        return progress
+    return replace(progress, metrics=record.evaluate(progress.epoch), evaluated=program.steps)
 
 
 def _done(count: int, wanted: int | None) -> bool:

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import ShardwiseError
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """A question to all workers that has been asked (see `Workers.vote`)."""
+
+    votes: Tensor
+    asked: Any
+
+    def unanimous(self) -> bool:
+        """Return whether all workers agreed, once all have been asked."""
+        if self.asked is not None:
+            self.asked.wait()
+        return bool(self.votes.item())
 
 
 class Workers:
@@ -41,12 +61,28 @@ class Workers:
             if found:
                 raise error(found)
 
+    def all_or_none(self, action: Callable[[], _Value], error: type[ShardwiseError]) -> _Value:
+        """Return what `action` gives here, unless it raised `error` on one of the workers: then all do. Collective."""
+        value, problem = None, ""
+        try:
+            value = action()
+        except error as raised:
+            problem = str(raised)
+        self.raise_first(problem, error)
+        return cast("_Value", value)
+
     def anywhere(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is set on any worker; all have as many flags. Collective."""
         union = torch.tensor(flags, dtype=torch.uint8)
         if self.count > 1:
             dist.all_reduce(union, dist.ReduceOp.MAX, group=self.group)
         return [bool(flag) for flag in union.tolist()]
+
+    def vote(self, agrees: bool) -> Vote:
+        """Begin to ask whether all workers agree; what they do meanwhile does not wait for the answer. Collective."""
+        votes = torch.tensor([agrees], dtype=torch.uint8)
+        asked = None if self.count == 1 else dist.all_reduce(votes, dist.ReduceOp.MIN, group=self.group, async_op=True)
+        return Vote(votes, asked)
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.count)]

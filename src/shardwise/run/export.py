@@ -1,0 +1,89 @@
+"""Trained weights of a run as one plain file, put together from the parts in its newest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shardwise.errors import CheckpointError, RunFolderError
+from shardwise.parallel.layout import Tile
+from shardwise.run.folder import newest_whole
+from shardwise.run.headers import header_problem
+from shardwise.run.index import Index, Stored
+from shardwise.run.tensorfile import write_tensors
+
+MOST_TIMES = 64
+"""How many times as large as the stored weights an export may become: tied weights are written under all names."""
+
+_PREFIX = "model/"
+
+
+def export_safetensors(run: Path, out: Path) -> None:
+    """Writes the full plain weights of a run's newest checkpoint to one file, tied ones under each of their names.
+
+    `model.load_state_dict(safetensors.torch.load_file(out))` reads it. Memory is bounded by the largest tensor.
+
+    Raises:
+        RunFolderError: the run is not there or holds no checkpoint, or `out` is there already or cannot be written.
+        CheckpointError: all its checkpoints are damaged.
+    """
+    run, out = Path(run), Path(out)
+    if not run.is_dir():
+        raise RunFolderError(f"run folder {run} is not there: give the folder that a training wrote")
+    if out.exists():
+        raise RunFolderError(f"{out} is there already: remove it, or give another name")
+    folder = newest_whole(run / "checkpoints")
+    if folder is None:
+        raise RunFolderError(f"run folder {run} holds no checkpoint: train until the first one is written")
+    stored = _weights(folder)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        try:
+            _export(folder, stored, partial)
+            partial.rename(out)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{out} cannot be written: {error.strerror}; give a file in another folder") from error
+
+
+def _weights(folder: Path) -> dict[str, Stored]:
+    """The weights in a checkpoint by all their names. Raises CheckpointError where its files do not hold them."""
+    index = Index.read(folder)
+    if problem := header_problem(folder, index):
+        raise CheckpointError(problem)
+    stored = {n.removeprefix(_PREFIX): entry for n, entry in index.tensors.items() if n.startswith(_PREFIX)}
+    named = stored | {alias: stored[name] for alias, name in index.aliases.items()}
+    there, wanted = (sum(entry.spec.bytes for entry in part.values()) for part in (stored, named))
+    if wanted > MOST_TIMES * there:
+        raise CheckpointError(
+            f"checkpoint {folder} gives {there} bytes of weights so many names that {wanted} bytes would be written: "
+            f"more than {MOST_TIMES} times as many are not"
+        )
+    return named
+
+
+def _export(folder: Path, stored: dict[str, Stored], out: Path) -> None:
+    # a checkpoint of thousands of workers has more files than a process may have open
+    opened = lru_cache(maxsize=64)(lambda name: safe_open(folder / name, "pt"))
+    specs = {name: entry.spec for name, entry in stored.items()}
+    try:
+        write_tensors(out, specs, lambda name: _assemble(stored[name], opened), {"format": "pt"})
+    except SafetensorError as error:  # all was as it should be a moment ago
+        raise CheckpointError(f"checkpoint {folder} cannot be read any more: {error}") from None
+
+
+def _assemble(stored: Stored, opened: Callable[[str], Any]) -> Tensor:
+    """The full tensor of its chunks, which cover it."""
+    full = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
+    for chunk in stored.chunks:
+        Tile(chunk.offsets, chunk.sizes, start=chunk.offsets).view(full).copy_(opened(chunk.file).get_tensor(chunk.key))
+    return full

@@ -1,0 +1,113 @@
+"""One process at a time trains in a run's folder: who owns the run holds a lock on a file in it until it ends.
+
+The kernel lets go of the lock when its holder dies, however that happens, so none is ever left behind. The file stays,
+with the last holder's name in it, and means nothing by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardwise.errors import RunFolderError
+
+LOCK = ".lock"
+_HOLDER = re.compile(rb"([0-9]{1,10}) ([-.\w]{1,255})\n")
+
+_held: dict[Path, int] = {}
+"""Folder -> the open file that holds its lock."""
+
+
+def take_lock(folder: Path) -> None:
+    """Take the lock of a run's folder until `release_lock` or the end of this process.
+
+    A file system that knows no locks is told in one line on standard error, and the run goes on without.
+
+    Raises:
+        RunFolderError: another process has it; says which. Or the file cannot be made.
+    """
+    file = _open(folder)
+    try:
+        _lock(file)
+    except BlockingIOError:
+        holder = _holder(file)
+        os.close(file)
+        raise RunFolderError(
+            f"{folder} is in use: {holder} trains in it; wait until it has ended, or use another --out"
+        ) from None
+    except OSError as error:
+        os.close(file)
+        sys.stderr.write(
+            f"{folder} cannot be locked ({error.strerror}): see to it that no other run uses it meanwhile\n"
+        )
+        return
+    _held[folder.resolve()] = file
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without the name of who has it
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+
+
+def release_lock(folder: Path) -> None:
+    """Let go of the lock of a folder, where this process has it."""
+    file = _held.pop(folder.resolve(), None)
+    if file is not None:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def released(folder: Path | None) -> Iterator[None]:
+    """Let go of the lock of a run's folder when the run is over, for the next one in this process."""
+    try:
+        yield
+    finally:
+        if folder is not None:
+            release_lock(folder)
+
+
+def _open(folder: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        file = os.open(folder / LOCK, flags, 0o644)
+    except OSError as error:
+        raise RunFolderError(f"{folder / LOCK} cannot be made: {error.strerror}; use another --out") from None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise RunFolderError(f"{folder / LOCK} is no regular file: remove it, or use another --out")
+    return file
+
+
+def _lock(file: int) -> None:
+    """Raises BlockingIOError where another has it, OSError where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system has no locks") from None
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _holder(file: int) -> str:
+    """Who wrote into the file last, in words."""
+    found = _HOLDER.fullmatch(os.pread(file, 300, 0))
+    if found is None:
+        return "another process"
+    host = found[2].decode()
+    return f"process {int(found[1])}" + ("" if host == socket.gethostname() else f" on {host}")
+
+
+def _let_go_in_child() -> None:
+    """Close a forked child's copies: it may outlive the holder, and is none."""
+    for file in _held.values():
+        with contextlib.suppress(OSError):
+            os.close(file)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)

@@ -1,0 +1,106 @@
+"""The file `metrics.jsonl` of a run: one JSON object per step and per evaluation, mended where a run goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from shardwise.errors import RunFolderError
+from shardwise.files import check_regular
+from shardwise.run.jsonfile import parse_json, sync_folder
+from shardwise.run.runfolder import told_writing
+
+_LONGEST_LINE = 1 << 20
+"""Bytes; a longer line is damaged."""
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """The file, open to append to, without what an earlier run wrote after the step at which this one goes on.
+
+    Lines that are damaged are left out, and the file that had them is kept beside it, which one line says.
+
+    Args:
+        path: of the file; it may be there.
+        done: steps before.
+
+    Raises:
+        RunFolderError: there is something else under its name.
+        ShardwiseError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, done: int) -> None:
+        self.path = path
+        self._evaluated = False
+        with told_writing(path):
+            if os.path.lexists(path):
+                check_regular(path, RunFolderError, "metrics file")
+                self._mend(done)
+            self._file: IO[bytes] = path.open("ab", buffering=0)
+        self._done = done
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a line; the evaluation of the step at which the run goes on only if it is not there yet.
+
+        Raises:
+            ShardwiseError: the disk is full, say.
+        """
+        if self._evaluated and "evaluation" in record and record["step"] == self._done:
+            return
+        line = memoryview((json.dumps(record) + "\n").encode())
+        with told_writing(self.path):
+            while line:
+                line = line[self._file.write(line) :]  # a disk that is nearly full takes a part of it
+
+    def sync(self) -> None:
+        """Waits until all lines are on disk. Raises ShardwiseError."""
+        with told_writing(self.path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file, with all lines on disk. Raises ShardwiseError."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
+
+    def _mend(self, done: int) -> None:
+        """Keeps the lines up to step `done`."""
+        partial, aside = self.path.with_name(f".{self.path.name}.partial"), self.path.with_name("metrics.damaged")
+        partial.unlink(missing_ok=True)
+        damaged = 0
+        with partial.open("xb") as new:
+            for line, record in _records(self.path):
+                if record is None:
+                    damaged += 1
+                elif record["step"] <= done:
+                    new.write(line)
+                    self._evaluated |= record["step"] == done and "evaluation" in record
+            new.flush()
+            os.fsync(new.fileno())
+        if damaged:
+            self.path.replace(aside)
+            logger.warning("%s: %d damaged lines are left out; the file as it was is %s", self.path, damaged, aside)
+        partial.replace(self.path)
+        sync_folder(self.path.parent)
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Every line with what it says; None: it is damaged. A last line that a kill cut short is passed over."""
+    with path.open("rb") as file:
+        while line := file.readline(_LONGEST_LINE):
+            if line.endswith(b"\n") or len(line) == _LONGEST_LINE:
+                yield line, _record(line)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardwise.errors import RunFolderError
+from shardwise.run.lock import LOCK, release_lock, released, take_lock
+from shardwise.run.runfolder import create_run, reopen_run
+
+HOLDER = """
+import sys
+from pathlib import Path
+from shardwise.run.lock import take_lock
+take_lock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+REQUEST = {
+    "workload": "small",
+    "source": None,
+    "settings": {},
+    "seed": 0,
+    "strategy": "single",
+    "steps": 3,
+    "epochs": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def free(tmp_path: Path) -> Any:
+    yield
+    release_lock(tmp_path)
+    release_lock(tmp_path / "run")
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    line = [sys.executable, "-c", HOLDER, str(folder)]
+    process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_second_is_told_who_has_it_and_a_killed_holder_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = holder(tmp_path)
+    with pytest.raises(RunFolderError, match=rf"is in use: process {process.pid} trains in it; wait until .* --out"):
+        take_lock(tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    take_lock(tmp_path)
+
+
+def test_one_run_after_another_in_one_process(tmp_path: Path) -> None:
+    take_lock(tmp_path)
+    with pytest.raises(RunFolderError, match=f"process {os.getpid()} trains in it"):
+        take_lock(tmp_path)
+    with pytest.raises(ValueError, match="broken"), released(tmp_path):
+        raise ValueError("broken")
+    take_lock(tmp_path)
+
+
+def test_forked_child_does_not_keep_it(tmp_path: Path) -> None:
+    take_lock(tmp_path)
+    heard, said = os.pipe()
+    ready, there = os.pipe()
+    child = os.fork()
+    if child == 0:  # as workers of a data loader are, who may outlive their parent
+        os.close(said)
+        os.write(there, b"x")
+        os.read(heard, 1)
+        os._exit(0)
+    os.close(heard)
+    try:
+        os.read(ready, 1)
+        release_lock(tmp_path)
+        take_lock(tmp_path)
+    finally:
+        os.close(said)
+        os.waitpid(child, 0)
+
+
+def test_new_run_and_one_that_goes_on(tmp_path: Path) -> None:
+    folder = create_run(tmp_path / "run", REQUEST)
+    with pytest.raises(RunFolderError, match="is in use"):
+        reopen_run(folder, REQUEST)
+    release_lock(folder)
+    with pytest.raises(RunFolderError, match="holds a run of workload 'small'"):
+        reopen_run(folder, {**REQUEST, "workload": "other"})
+    reopen_run(folder, REQUEST)
+
+
+def test_two_that_begin_in_one_folder(tmp_path: Path) -> None:
+    take_lock(tmp_path)
+    with pytest.raises(RunFolderError, match="is in use"):
+        create_run(tmp_path, REQUEST)
+    release_lock(tmp_path)
+    assert create_run(tmp_path, REQUEST) == tmp_path  # the file alone does not count
+
+
+def test_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    take_lock(tmp_path)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"{tmp_path} cannot be locked (No locks available)" in told
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_something_else_in_its_place(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "mine").write_text("precious")
+    if kind == "link":
+        (tmp_path / LOCK).symlink_to(tmp_path / "mine")
+    else:
+        os.mkfifo(tmp_path / LOCK)
+    with pytest.raises(RunFolderError, match=r"\.lock (cannot be made|is no regular file)"):
+        take_lock(tmp_path)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_odd_holder(tmp_path: Path) -> None:
+    file = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT)
+    os.write(file, b"\x1b[2J\nroot")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    with pytest.raises(RunFolderError, match="another process trains in it"):
+        take_lock(tmp_path)
+    os.close(file)
