@@ -137,6 +137,19 @@ def test_last_ones_stay(tmp_path: Path) -> None:
         Checkpoints(tmp_path, keep=0)
 
 
+def test_protected_ones_stay_besides_the_last_ones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.protected = {10, 30}
+    for step in (10, 20, 30, 40, 50):
+        checkpoints.save(StandIn(*adam_like(step), steps=step), {})
+    checkpoints.wait()
+    assert folders(tmp_path) == ["step-00000010", "step-00000030", "step-00000040", "step-00000050"]
+    checkpoints.protected = {10}
+    checkpoints.save(StandIn(*adam_like(60), steps=60), {})
+    checkpoints.wait()
+    assert folders(tmp_path) == ["step-00000010", "step-00000050", "step-00000060"]
+
+
 def test_going_back_never_deletes_what_was_just_written(tmp_path: Path) -> None:
     saved(tmp_path, 20, 40, 60, 80)
     saved(tmp_path, 50, keep=1)

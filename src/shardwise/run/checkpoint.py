@@ -52,6 +52,7 @@ class Checkpoints:
     Attributes:
         folder: where the checkpoints are.
         keep: how many of the newest stay.
+        protected: steps whose checkpoints stay besides; what is in it at a save holds for that save.
 
     Raises:
         CheckpointError: `keep` is below 1.
@@ -61,6 +62,7 @@ class Checkpoints:
         if keep < 1:
             raise CheckpointError(f"keep={keep}: at least the newest checkpoint stays, use 1 or more")
         self.folder, self.keep = Path(folder) / "checkpoints", keep
+        self.protected: set[int] = set()
         self._stager = Stager()
         self._pending: Future[Any] | None = None
         self._met: Workers | None = None
@@ -80,7 +82,7 @@ class Checkpoints:
             optimizer="" if optimizer is None else type(optimizer).__name__,
             random=bytes(torch.get_rng_state().tolist()).hex(),
         )
-        writer = FolderWriter(final_path(self.folder, program.steps), index, self.keep, workers)
+        writer = FolderWriter(final_path(self.folder, program.steps), index, self.keep, workers, frozenset(self.protected))
         self._pending = _start(program.pieces(), writer, self._stager)
 
     def wait(self) -> None:

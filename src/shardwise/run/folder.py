@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from shardwise.errors import CheckpointError
@@ -149,10 +149,19 @@ def publish(final: Path) -> None:
         _remove(replaced)
 
 
-def prune(newest: Path, keep: int) -> None:
-    """Deletes the checkpoints before `newest`, which has just been written, but for the last `keep` - 1 of them."""
+def step_of(folder: Path) -> int:
+    """Return the number of optimizer steps that the name of a complete checkpoint says."""
+    return int(_final_name(folder).removeprefix("step-"))
+
+
+def prune(newest: Path, keep: int, protected: Container[int] = frozenset()) -> None:
+    """Delete the checkpoints before `newest`, which has just been written, but for the last `keep` - 1 of them.
+
+    Those after the steps in `protected` stay, too, and are not counted among the `keep`.
+    """
     folders = complete(newest.parent)
-    for folder in folders[folders.index(newest) + keep :]:
+    earlier = [folder for folder in folders[folders.index(newest) + 1 :] if step_of(folder) not in protected]
+    for folder in earlier[keep - 1 :]:
         deleted = hidden_path(folder.with_name(_final_name(folder)), "deleted")
         try:
             folder.rename(deleted)  # in one stroke: a kill while its files go must not leave half of it under its name

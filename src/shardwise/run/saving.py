@@ -135,10 +135,13 @@ class FolderWriter(StorageWriter):
         index: everything but the tensors.
         keep: how many checkpoints stay.
         workers: who writes.
+        protected: steps whose checkpoints stay besides.
     """
 
-    def __init__(self, final: Path, index: Index, keep: int, workers: Workers) -> None:
-        self.final, self.index, self.keep, self.workers = final, index, keep, workers
+    def __init__(
+        self, final: Path, index: Index, keep: int, workers: Workers, protected: frozenset[int] = frozenset()
+    ) -> None:
+        self.final, self.index, self.keep, self.workers, self.protected = final, index, keep, workers, protected
         self._written: FileSum | None = None
         self._problem = ""
 
@@ -213,7 +216,7 @@ class FolderWriter(StorageWriter):
         files[INDEX] = write_file(partial / INDEX, iter([index.text().encode()]))
         write_manifest(partial, files)
         publish(self.final)
-        prune(self.final, self.keep)
+        prune(self.final, self.keep, self.protected)
 
     def _file(self, rank: int) -> Path:
         return hidden_path(self.final, "partial") / f"rank-{rank:05d}.safetensors"
