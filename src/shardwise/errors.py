@@ -3,6 +3,7 @@
 ShardwiseError                      exit 1: the work itself failed
 ├── WorkerFailed                    a worker process died; carries its rank and its own traceback
 ├── NotVerified                     a verification that does not hold
+├── NotFinite                       a training whose loss or gradient is not finite
 ├── DoesNotFit                      no strategy fits into the memory of the devices
 ├── PlanBroken                      a plan file that does not hold on this cluster
 ├── NotAccurate                     predictions that are further off than was asked for
@@ -45,6 +46,10 @@ class WorkerFailed(ShardwiseError):
 
 class NotVerified(ShardwiseError):
     """A parallel run that does not equal one process."""
+
+
+class NotFinite(ShardwiseError):
+    """A loss or a gradient that is infinite or not a number; all workers raise it at the same step."""
 
 
 class NotAccurate(ShardwiseError):
