@@ -58,6 +58,7 @@ def train(
     checkpoint_every: int = 0,
     keep: int = 3,
     quiet: bool = False,
+    on_nan: str = "stop",
 ) -> dict[str, Any]:
     """Trains a workload on local workers, or as one of the workers of an outer torchrun.
 
@@ -76,6 +77,9 @@ def train(
         checkpoint_every: optimizer steps between checkpoints; 0: one after each epoch.
         keep: how many checkpoints stay.
         quiet: no progress bar.
+        on_nan: what to do at a step whose loss or gradient is not finite. `stop`: nothing of it is applied, and the
+            training ends with NotFinite. `skip`: its update is left out, on all workers; after 20 in a row it stops.
+            `go`: train on. Each tells the step and the first module whose output is not finite.
 
     Returns:
         The document that `shardwise train --json` prints.
@@ -83,16 +87,18 @@ def train(
     Raises:
         RequestError: the request is wrong; found before any worker starts, but for a checkpoint that does not fit.
         WorkerFailed: a worker died.
+        NotFinite: a loss or a gradient is infinite or not a number.
     """
     from shardwise.run.job import run_job
     from shardwise.run.request import Asked, settle
 
     asked = Asked(workload, settings or {}, seed, strategy, workers, steps, epochs)
+    options: dict[str, Any] = {"checkpoint_every": checkpoint_every, "keep": keep, "on_nan": on_nan}
     if strategy in (None, "auto") and not resume:
         from shardwise.run.automatic import train_automatically
 
-        return train_automatically(asked, out, checkpoint_every=checkpoint_every, keep=keep, quiet=quiet)
-    job = settle(asked, out, resume=resume, checkpoint_every=checkpoint_every, keep=keep, quiet=quiet)
+        return train_automatically(asked, out, quiet=quiet, **options)
+    job = settle(asked, out, resume=resume, quiet=quiet, **options)
     return run_job(job).summary
 
 
@@ -112,6 +118,7 @@ def train_parallel(
     metric: str | Callable[..., Any] = "loss",
     out: str | Path | None = None,
     quiet: bool = False,
+    on_nan: str = "stop",
     **fields: Any,
 ) -> TrainedModel:
     """Trains a plain model in parallel, from a script or a notebook, and returns it.
@@ -136,11 +143,13 @@ def train_parallel(
         metric: what to measure on it besides the loss: `accuracy`, or a function like `loss`.
         out: the run's folder; None: nothing is written to disk.
         quiet: no progress bar.
+        on_nan: as in `train`.
         fields: further fields of `Workload`: weight, collate, schedule, clip_norm, precision, seed.
 
     Raises:
         RequestError: the request is wrong; found before any worker starts.
         WorkerFailed: a worker died.
+        NotFinite: a loss or a gradient is infinite or not a number.
     """
     from shardwise.run.job import run_job
     from shardwise.run.request import Asked, settle
@@ -158,7 +167,7 @@ def train_parallel(
         **fields,
     )
     asked = Asked(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs)
-    job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True)
+    job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True, on_nan=on_nan)
     return _trained_model(plain, job, run_job(job))
 
 
@@ -224,7 +233,10 @@ def compare(
 
     if under_torchrun():
         raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
-    source, options = settle_source(workload, settings, seed), settle_options(steps=steps, epochs=epochs, quiet=quiet)
+    source, options = (
+        settle_source(workload, settings, seed),
+        settle_options(steps=steps, epochs=epochs, quiet=quiet, on_nan="go"),
+    )
     loaded = source.load()
     auto: Strategy | None = None
     if "auto" in strategies:

@@ -15,6 +15,7 @@ from shardwise.ending import end
 from shardwise.errors import (
     DataError,
     NotAccurate,
+    NotFinite,
     NotVerified,
     PlanBroken,
     RequestError,
@@ -67,6 +68,7 @@ def _train(options: argparse.Namespace) -> None:
         checkpoint_every=options.checkpoint_every,
         keep=options.keep,
         quiet=options.quiet,
+        on_nan=options.on_nan,
     )
     _print(options, document, training_summary)
 
@@ -216,10 +218,10 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def _say_error(error: ShardwiseError) -> None:
-    """One line; the traceback of a worker that died before it. A wrong request is told by one worker only."""
+    """One line; the traceback of a worker that died before it. What all workers raise is told by one only."""
     if isinstance(error, WorkerFailed) and error.traceback:
         sys.stderr.write(f"{error.traceback.rstrip()}\nshardwise: worker {error.rank} failed, all workers have ended\n")
-    elif not (isinstance(error, RequestError) and os.environ.get("RANK", "0") != "0"):
+    elif not (isinstance(error, RequestError | NotFinite) and os.environ.get("RANK", "0") != "0"):
         sys.stderr.write(f"shardwise: {error}\n")
 
 
@@ -268,6 +270,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--checkpoint-every", type=_whole, default=0, metavar="N", help="steps between checkpoints (default: an epoch)"
     )
     train.add_argument("--keep", type=_whole, default=3, metavar="K", help="checkpoints that stay (default: 3)")
+    train.add_argument(
+        "--on-nan",
+        default="stop",
+        metavar="WHAT",
+        help="at a loss or gradient that is not finite: stop, skip the step's update, or go on (default: stop)",
+    )
     train.set_defaults(run=_train)
     compare = commands.add_parser(
         "compare", help="train under several strategies", description="Measures one strategy after another."

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from shardwise.errors import CheckpointError, RunFolderError
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.layout import Piece, Tile
-from shardwise.run.folder import damage, final_path, newest_whole
+from shardwise.run.folder import complete, damage, final_path, newest_whole
 from shardwise.run.index import Index, Stored
 from shardwise.run.reading import FolderReader, TileLoadPlanner
 from shardwise.run.saving import PIECES, FolderWriter, Stager, TileSavePlanner
@@ -82,7 +82,9 @@ class Checkpoints:
             optimizer="" if optimizer is None else type(optimizer).__name__,
             random=bytes(torch.get_rng_state().tolist()).hex(),
         )
-        writer = FolderWriter(final_path(self.folder, program.steps), index, self.keep, workers, frozenset(self.protected))
+        writer = FolderWriter(
+            final_path(self.folder, program.steps), index, self.keep, workers, frozenset(self.protected)
+        )
         self._pending = _start(program.pieces(), writer, self._stager)
 
     def wait(self) -> None:
@@ -95,22 +97,33 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint; None where there is none at all. Warns about each damaged one that it skips.
+    def latest(self, *, finite: bool = False) -> Path | None:
+        """The newest whole checkpoint; None where there is none at all. Warns about each one that it skips.
+
+        `finite`: the newest of those whose weights and loss are finite.
 
         One worker looks, so that all take the same one and its bytes are read once.
 
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
+            CheckpointError: there are checkpoints, and all are damaged, or not finite.
         """
         workers, found, problem = self._workers(), "", ""
         if workers.rank == 0:
             try:
-                path = newest_whole(self.folder)
+                path = newest_whole(self.folder, not_finite if finite else lambda _: "")
                 found = "" if path is None else path.name
             except CheckpointError as error:
                 problem = str(error)
         workers.raise_first(problem, CheckpointError)
+        found = workers.exchange(found)[0]
+        return self.folder / found if found else None
+
+    def last_finite(self) -> Path | None:
+        """The newest whole checkpoint whose weights and loss are finite; None where there is none."""
+        workers, found = self._workers(), ""
+        if workers.rank == 0:
+            finite = (path for path in complete(self.folder) if not (damage(path) or not_finite(path)))
+            found = next((path.name for path in finite), "")
         found = workers.exchange(found)[0]
         return self.folder / found if found else None
 
@@ -139,6 +152,12 @@ class Checkpoints:
         if self._met is None:
             self._met = Workers()
         return self._met
+
+
+def not_finite(folder: Path) -> str:
+    """Say of a whole checkpoint that its weights or its loss are not finite; empty where they are."""
+    finite = Index.read(folder).progress.get("finite", True)
+    return "" if finite else f"checkpoint {folder} is not finite: its weights or its loss are inf or nan"
 
 
 def _start(pieces: list[Piece], writer: FolderWriter, stager: Stager) -> Future[Any]:
@@ -229,7 +248,7 @@ def export_safetensors(run: Path, out: Path) -> None:
         raise RunFolderError(f"run folder {run} is not there: give the folder that a training wrote")
     if out.exists():
         raise RunFolderError(f"{out} is there already: remove it, or give another name")
-    folder = newest_whole(run / "checkpoints")
+    folder = newest_whole(run / "checkpoints", not_finite)
     if folder is None:
         raise RunFolderError(f"run folder {run} holds no checkpoint: train until the first one is written")
     out.parent.mkdir(parents=True, exist_ok=True)

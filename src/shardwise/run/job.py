@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from shardwise.parallel.planning import Cuts
 
 
+STOP, SKIP, GO = "stop", "skip", "go"
+POLICIES = (STOP, SKIP, GO)
+"""What may be done at a step whose loss or gradient is not finite, see `run.guard`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Where a workload comes from. Workers load it themselves where it has a name, so that no data is sent around.
@@ -58,6 +63,7 @@ class Options:
         resume: go on from the newest checkpoint in the run's folder, where there is one.
         quiet: no progress bar.
         weights: give back the trained weights.
+        on_nan: at a step whose loss or gradient is not finite: `stop`, `skip` its update, or `go` on.
     """
 
     steps: int | None = None
@@ -67,6 +73,7 @@ class Options:
     resume: bool = False
     quiet: bool = False
     weights: bool = False
+    on_nan: str = STOP
 
     def total(self, batches: int | None) -> int | None:
         """Optimizer steps at the end, of epochs of `batches` steps; None where that is not known before."""

@@ -12,7 +12,7 @@ from shardwise.errors import DataError, RequestError, RunFolderError, StrategyEr
 from shardwise.launch.local import under_torchrun
 from shardwise.plan.file import is_plan_file, read_plan
 from shardwise.run.forecast import forecasts
-from shardwise.run.job import Job, Options, Source, join_launcher
+from shardwise.run.job import POLICIES, Job, Options, Source, join_launcher
 from shardwise.run.runfolder import create_run, find_run, last_request, read_run, reopen_run
 from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
@@ -146,6 +146,9 @@ def settle_options(**values: Any) -> Options:
         value = getattr(options, name)
         if value is not None and value < least:
             raise RequestError(f"{name}={value}: must be {least} or more")
+    if options.on_nan not in POLICIES:
+        known = f"known are {', '.join(POLICIES)}{nearest(options.on_nan, POLICIES)}"
+        raise RequestError(f"on_nan={options.on_nan}: {known}")
     if options.steps is None and options.epochs is None:
         return Options(**{**values, "epochs": 1})
     return options

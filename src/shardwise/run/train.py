@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shardwise.errors import CheckpointError, DataError
+from shardwise.errors import CheckpointError, DataError, NotFinite
 from shardwise.parallel.program import Program
 from shardwise.run.job import Job
 from shardwise.run.record import Record
@@ -17,7 +19,8 @@ class Progress:
     """How far a training is: `batch` of `epoch` is the next. Travels with checkpoints.
 
     `batch_size` and `seed` say which samples that batch has; `loss` (of the last step) and `metrics` (of the last
-    evaluation) are the last known.
+    evaluation) are the last known. `finite` says whether weights and loss were, `skipped_steps` how many updates were
+    not applied.
     """
 
     batch_size: int
@@ -26,6 +29,8 @@ class Progress:
     batch: int = 0
     loss: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    finite: bool = True
+    skipped_steps: int = 0
 
 
 def train(program: Program, job: Job) -> Trained:
@@ -34,12 +39,13 @@ def train(program: Program, job: Job) -> Trained:
     Raises:
         DataError: the dataset is empty.
         CheckpointError: the run cannot be resumed from its checkpoint.
+        NotFinite: loss or gradient of a step are not, and the options say to stop.
     """
     options, loader = job.options, program.loader()
     record = Record(program, job)
     progress = _start(record, program, resume=options.resume)
     total = options.total(loader.batches)
-    with record.open(total):
+    with record.open(total), _left_finite(record, lambda: progress):
         while not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
             for share in loader.shares(progress.epoch, progress.batch):
                 with record.step(progress.epoch, share.samples) as step:
@@ -72,6 +78,16 @@ def _start(record: Record, program: Program, *, resume: bool) -> Progress:
                 f"the run stopped within an epoch with {name}={before}: resume it with that, not {now}"
             )
     return replace(progress, batch_size=fresh.batch_size, seed=fresh.seed)
+
+
+@contextmanager
+def _left_finite(record: Record, progress: Callable[[], Progress]) -> Iterator[None]:
+    """Leaves what was before a step that is not finite as a checkpoint, and says from where to go on."""
+    try:
+        yield
+    except NotFinite as error:
+        record.save_finite(asdict(replace(progress(), loss=record.loss())))
+        raise NotFinite(f"{error}; {record.way_on()}") from None
 
 
 def _done(count: int, wanted: int | None) -> bool:
