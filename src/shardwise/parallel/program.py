@@ -23,6 +23,7 @@ from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optimizer_state import OptimizerState, load_schedule_state, schedule_state
 from shardwise.parallel.planning import Cuts
 from shardwise.parallel.rows import local
+from shardwise.parallel.same_data import check_same_data
 from shardwise.parallel.shards import Shards
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Loader, Share, share_of
@@ -101,9 +102,11 @@ class Program:
         Raises:
             StrategyError: the degrees do not fit the workers, the batch or the model.
             WorkloadError: the model cannot be built, or cannot be trained.
+            DataError: other workers have other data.
         """
         strategy = strategy.for_batch(workload.batch_size)
         mesh = Mesh.build(strategy, device, allocating)
+        check_same_data(workload, mesh)
         return cls(workload, strategy, mesh, build_engine(workload, strategy, mesh, cuts))
 
     def loader(

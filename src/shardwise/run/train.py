@@ -12,6 +12,8 @@ from shardwise.parallel.program import Program
 from shardwise.run.job import Job
 from shardwise.run.record import Record
 from shardwise.run.result import Trained
+from shardwise.run.streams import StreamAgreement
+from shardwise.workload.data import Loader, is_map_style
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +39,14 @@ def train(program: Program, job: Job) -> Trained:
     """Trains until the steps or epochs that `job` asks for are done. Collective; all workers must see the run's folder.
 
     Raises:
-        DataError: the dataset is empty.
+        DataError: the dataset is empty, or not the same on all workers.
         CheckpointError: the run cannot be resumed from its checkpoint.
         NotFinite: loss or gradient of a step are not, and the options say to stop.
     """
-    options, loader = job.options, program.loader()
+    options = job.options
     record = Record(program, job)
     progress = _start(record, program, resume=options.resume)
+    loader = _agreeing(program)
     total = options.total(loader.batches)
     with record.open(total), _left_finite(record, lambda: progress):
         while not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
@@ -62,6 +65,14 @@ def train(program: Program, job: Job) -> Trained:
                 record.save(asdict(progress))
         record.save(asdict(progress))
         return record.close(progress.loss, progress.metrics)
+
+
+def _agreeing(program: Program) -> Loader:
+    """The loader of the training data; workers agree on each batch of a stream."""
+    loader = program.loader()
+    if is_map_style(loader.dataset) or program.mesh.world is None:
+        return loader
+    return replace(loader, agree=StreamAgreement(program.steps + 1))
 
 
 def _start(record: Record, program: Program, *, resume: bool) -> Progress:

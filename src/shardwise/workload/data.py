@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ import torch
 from torch.utils.data import IterableDataset, default_collate
 
 from shardwise.errors import DataError
+
+FAILED = -1
+"""Told in place of a number of samples where they cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,8 @@ class Loader:
         parts: of a batch, one for each replica.
         microbatches: rows per batch.
         uniform: fixed shapes, see `cut_batch`.
+        agree: called with the number of samples of each global batch of a stream before it is given, 0 at the end, or
+            `FAILED`: it raises where other workers read another number. None: nobody is asked.
     """
 
     dataset: Any
@@ -115,6 +121,7 @@ class Loader:
     parts: tuple[int, ...] = (1,)
     microbatches: int = 1
     uniform: bool = False
+    agree: Callable[[int], None] | None = None
 
     @property
     def batches(self) -> int | None:
@@ -142,9 +149,22 @@ class Loader:
 
     def _streamed(self, start: int) -> Iterator[Share]:
         stream = iter(self.dataset)
-        batches = iter(lambda: list(itertools.islice(stream, self.batch_size)), [])
-        for samples in itertools.islice(batches, start, None):
+        for _ in itertools.islice(stream, start * self.batch_size):
+            pass
+        while samples := self._read(stream):
             yield self._share(samples, list)
+
+    def _read(self, stream: Iterator[Any]) -> list[Any]:
+        """The samples of the next global batch, as many on all workers."""
+        agree = self.agree or (lambda _: None)
+        try:
+            samples = list(itertools.islice(stream, self.batch_size))
+        except Exception:
+            with suppress(Exception):  # this worker's own error is the one to tell
+                agree(FAILED)
+            raise
+        agree(len(samples))
+        return samples
 
     def _fetch(self, indices: list[int]) -> list[Any]:
         fetch_many = getattr(self.dataset, "__getitems__", None)
