@@ -21,8 +21,8 @@ class StreamAgreement:
         self._workers = Workers()
         self._step = first
 
-    def __call__(self, samples: int) -> None:
-        """Take the number of samples that were read for the next step. Collective.
+    def __call__(self, samples: int, why: str) -> None:
+        """Take the number of samples that were read for the next step, or why there are none. Collective.
 
         Raises:
             DataError: other workers read another number.
@@ -31,11 +31,10 @@ class StreamAgreement:
         step, self._step = self._step, self._step + 1
         counts = self._workers.numbers(samples)
         if FAILED in counts:
-            raise ShardwiseError(f"step {step}: rank {counts.index(FAILED)} could not read its samples")
+            rank, reasons = counts.index(FAILED), self._workers.exchange(why)
+            raise ShardwiseError(f"step {step}: rank {rank} could not read its samples: {reasons[rank]}")
         if len(set(counts)) > 1:
             found = by_rank([f"{count} sample{'' if count == 1 else 's'}" for count in counts])
-            raise DataError(
-                f"step {step}: the stream of samples gave {found}: all workers must read the same stream"
-            )
+            raise DataError(f"step {step}: the stream of samples gave {found}: all workers must read the same stream")
         if not samples:
             self._step = step  # the next epoch begins with it
