@@ -61,6 +61,7 @@ def train(
     hang_timeout: float | None = None,
     grace: float = 20.0,
     quiet: bool = False,
+    on_nan: str = "stop",
 ) -> dict[str, Any]:
     """Trains a workload on local workers, or as one of the workers of an outer torchrun.
 
@@ -82,6 +83,9 @@ def train(
             times the predicted step, at least 60 s.
         grace: seconds that the run has to write a checkpoint when it is told to end (SIGTERM).
         quiet: no progress bar.
+        on_nan: what to do at a step whose loss or gradient is not finite. `stop`: nothing of it is applied, and the
+            training ends with NotFinite. `skip`: its update is left out, on all workers; after 20 in a row it stops.
+            `go`: train on. Each tells the step and the first module whose output is not finite.
 
     Returns:
         The document that `shardwise train --json` prints.
@@ -89,6 +93,7 @@ def train(
     Raises:
         RequestError: the request is wrong; found before any worker starts, but for a checkpoint that does not fit.
         WorkerFailed: a worker died; WorkerHung, which is one: a worker did not get on.
+        NotFinite: a loss or a gradient is infinite or not a number.
         SystemExit: the run was told to end, and has written a checkpoint.
     """
     from shardwise.run.job import run_job
@@ -102,6 +107,7 @@ def train(
         "hang_timeout": hang_timeout,
         "grace": grace,
         "quiet": quiet,
+        "on_nan": on_nan,
     }
     if strategy in (None, "auto") and not resumed:
         from shardwise.run.automatic import train_automatically
@@ -126,6 +132,7 @@ def train_parallel(
     metric: str | Callable[..., Any] = "loss",
     out: str | Path | None = None,
     quiet: bool = False,
+    on_nan: str = "stop",
     **fields: Any,
 ) -> TrainedModel:
     """Trains a plain model in parallel, from a script or a notebook, and returns it.
@@ -150,11 +157,13 @@ def train_parallel(
         metric: what to measure on it besides the loss: `accuracy`, or a function like `loss`.
         out: the run's folder; None: nothing is written to disk.
         quiet: no progress bar.
+        on_nan: as in `train`.
         fields: further fields of `Workload`: weight, collate, schedule, clip_norm, precision, seed.
 
     Raises:
         RequestError: the request is wrong; found before any worker starts.
         WorkerFailed: a worker died.
+        NotFinite: a loss or a gradient is infinite or not a number.
     """
     from shardwise.run.job import run_job
     from shardwise.run.request import Asked, settle
@@ -172,7 +181,7 @@ def train_parallel(
         **fields,
     )
     asked = Asked(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs)
-    job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True)
+    job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True, on_nan=on_nan)
     return _trained_model(plain, job, run_job(job))
 
 
@@ -237,7 +246,10 @@ def compare(
 
     if under_launcher():
         raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
-    source, options = settle_source(workload, settings, seed), settle_options(steps=steps, epochs=epochs, quiet=quiet)
+    source, options = (
+        settle_source(workload, settings, seed),
+        settle_options(steps=steps, epochs=epochs, quiet=quiet, on_nan="go"),
+    )
     loaded = source.load()
     auto: Strategy | None = None
     if "auto" in strategies:

@@ -17,6 +17,7 @@ from shardwise.ending import end
 from shardwise.errors import (
     DataError,
     NotAccurate,
+    NotFinite,
     NotVerified,
     PlanBroken,
     RequestError,
@@ -87,6 +88,7 @@ def _train(options: argparse.Namespace) -> None:
         hang_timeout=options.hang_timeout,
         grace=options.grace,
         quiet=options.quiet,
+        on_nan=options.on_nan,
     )
     _print(options, document, training_summary)
 
@@ -236,12 +238,12 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def _say_error(error: ShardwiseError) -> None:
-    """Tell it in one line, after the traceback of a worker that died. A wrong request is told by one worker only."""
+    """Tell it in one line, after the traceback of a worker that died. What all workers raise is told by one only."""
     if isinstance(error, WorkerHung):
         sys.stderr.write(f"{error.traceback}shardwise: {error}\n")
     elif isinstance(error, WorkerFailed) and error.traceback:
         sys.stderr.write(f"{error.traceback.rstrip()}\nshardwise: worker {error.rank} failed, all workers have ended\n")
-    elif not isinstance(error, RequestError) or _is_to_say():
+    elif not isinstance(error, RequestError | NotFinite) or _is_to_say():
         sys.stderr.write(f"shardwise: {error}\n")
 
 
@@ -326,6 +328,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     train.add_argument(
         "--grace", type=float, default=20.0, metavar="SECONDS", help="to write a checkpoint on SIGTERM (default: 20)"
+    )
+    train.add_argument(
+        "--on-nan",
+        default="stop",
+        metavar="WHAT",
+        help="at a loss or gradient that is not finite: stop, skip the step's update, or go on (default: stop)",
     )
     train.set_defaults(run=_train)
     compare = commands.add_parser(

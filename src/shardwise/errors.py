@@ -4,6 +4,7 @@ ShardwiseError                      exit 1: the work itself failed
 ├── WorkerFailed                    a worker process died; carries its rank and its own traceback
 │   └── WorkerHung                  a worker holds the others up, or they wait for each other; carries its stack
 ├── NotVerified                     a verification that does not hold
+├── NotFinite                       a training whose loss or gradient is not finite
 ├── DoesNotFit                      no strategy fits into the memory of the devices
 ├── PlanBroken                      a plan file that does not hold on this cluster
 ├── NotAccurate                     predictions that are further off than was asked for
@@ -50,6 +51,10 @@ class WorkerHung(WorkerFailed):
 
 class NotVerified(ShardwiseError):
     """A parallel run that does not equal one process."""
+
+
+class NotFinite(ShardwiseError):
+    """A loss or a gradient that is infinite or not a number; all workers raise it at the same step."""
 
 
 class NotAccurate(ShardwiseError):

@@ -223,7 +223,7 @@ def test_all_damaged_is_an_error_and_none_at_all_is_not(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "new").latest() is None
     checkpoints = saved(tmp_path, 10)
     damage(newest(checkpoints) / "rank-00000.safetensors")
-    with pytest.raises(CheckpointError, match=r"no checkpoint .* is whole: .*rank-00000.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* can be used: .*rank-00000.safetensors"):
         checkpoints.latest()
 
 

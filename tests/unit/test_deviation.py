@@ -43,11 +43,22 @@ def test_what_cannot_be_compared_is_infinitely_far(actual: dict[str, torch.Tenso
     assert found.why == why
 
 
-def test_not_a_number_equals_itself_only() -> None:
+def test_not_a_number_proves_nothing() -> None:
     nan, one = torch.tensor([math.nan, 1.0]), torch.tensor([1.0, 1.0])
-    assert deviation({"a": nan}, {"a": nan}).error == 0
-    assert deviation({"a": nan}, {"a": one}).error == math.inf
-    assert deviation({"a": one}, {"a": nan}).error == math.inf
+    for actual, expected, why in (
+        (nan, nan, "on one worker and in parallel: that proves nothing"),
+        (nan, one, "in parallel only"),
+        (one, nan, "on one worker only"),
+    ):
+        found = deviation({"a": actual}, {"a": expected})
+        assert found.error == math.inf
+        assert found.why.endswith(why)
+
+
+def test_infinities_are_equal_or_not() -> None:
+    mask = torch.tensor([-math.inf, 0.0])
+    assert deviation({"mask": mask}, {"mask": mask.clone()}).error == 0
+    assert deviation({"mask": -mask}, {"mask": mask}).error == math.inf
 
 
 def test_integers_are_equal_or_not() -> None:

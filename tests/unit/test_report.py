@@ -20,6 +20,8 @@ TRAINED = {
     "predicted_memory_bytes": 318 * 2**20,
     "memory_error": 0.02,
     "reasons": {},
+    "skipped_steps": 0,
+    "first_not_finite_step": None,
     "run": "runs/image-dp2-1",
 }
 
@@ -74,6 +76,7 @@ def test_comparison_table() -> None:
         "communication_share": 0.25,
         "speedup": 1.8,
         "loss_difference": 1.2e-7,
+        "first_not_finite_step": None,
     }
     unknown = {**row, "strategy": "single", "workers": 1, "metrics": {}, "speedup": None, "loss_difference": None}
     unknown |= {"error": None, "memory_error": None}

@@ -16,6 +16,11 @@ def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]
     return {name: local(parameter.grad) for name, parameter in parameters.items() if parameter.grad is not None}
 
 
+def local_tensors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The parts of the parameters that are held here, sharing their memory."""
+    return {name: local(parameter) for name, parameter in parameters.items()}
+
+
 def squared_norm(gradients: Mapping[str, Tensor], held: Mapping[str, Held], device: torch.device) -> Tensor:
     """This worker's part of the squared global norm, 0-d: adding up those of all workers counts each element once."""
     alike: dict[tuple[int, torch.device], list[Tensor]] = {}

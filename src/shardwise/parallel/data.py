@@ -15,8 +15,10 @@ from torch.utils.data import default_collate
 from shardwise.errors import WorkloadError
 from shardwise.parallel.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.buffers import Buffers
+from shardwise.parallel.clipping import local_gradients
 from shardwise.parallel.deal import deal
 from shardwise.parallel.engine import Held, Position
+from shardwise.parallel.faults import Fault, Pass, gradient_fault, module_fault, passes_of
 from shardwise.parallel.materialize import materialize, read_weights
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.model import aliases_of, build_model, evaluating, untouched
@@ -116,6 +118,35 @@ class ModuleEngine:
             metric = torch.zeros_like(loss) if evaluation is None else evaluation.measure(output, data)
         self._replicas.reshard()
         return torch.stack([loss.double(), torch.as_tensor(metric, device=loss.device).double()])
+
+    def find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
+        """The first output that is not finite, see `Engine.find_fault`."""
+        fault = module_fault(self.model, self._replay, passes_of(share, scales), self._mesh.rank)
+        self._replicas.reshard()
+        return fault
+
+    def find_gradient_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
+        """A gradient that is not finite, see `Engine.find_gradient_fault`; on which replica, where each has its own."""
+        if self._strategy.splits_parameters and self._mesh.replica_group is not None:
+            return gradient_fault(local_gradients(self.parameters), -1)
+        found = [self._own_gradient_fault(each) for each in passes_of(share, scales)]
+        return next(filter(None, found), None)
+
+    def _own_gradient_fault(self, each: Pass) -> Fault | None:
+        """A gradient of a microbatch that is not finite before replicas add theirs up."""
+        loss = self._replay(each.microbatch)
+        # unlike `backward` it leaves `.grad` alone, and nothing is exchanged
+        parameters, start = list(self.parameters.values()), self._gradient_of(loss, each.scale)
+        gradients = torch.autograd.grad(loss, parameters, start, allow_unused=True)
+        given = {name: g for name, g in zip(self.parameters, gradients, strict=True) if g is not None}
+        return gradient_fault(given, self._mesh.rank) if each.counts else None
+
+    def _replay(self, microbatch: Microbatch) -> Tensor:
+        """The loss of a forward pass in training, of the plain module."""
+        data = self._enter(microbatch)
+        with self._operations.training_pass():
+            output = self._forward(self.model, data)
+        return self._loss(output, data)
 
     def _gradient_of(self, loss: Tensor, scale: Tensor) -> Tensor:
         """What the backward pass starts from: what adds up the replicas' gradients divides by their number."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
 from shardwise.parallel.layout import Layout
 from shardwise.workload.data import Microbatch, Share
+
+if TYPE_CHECKING:
+    from shardwise.parallel.faults import Fault
 
 
 @dataclass(slots=True)
@@ -98,6 +101,17 @@ class Engine(Protocol):
         `scales` has one 0-d tensor per microbatch of the share. Returns a 0-d tensor, detached: this worker's part of
         that sum, such that adding up the values of all workers gives it (0 where a worker does not hold the loss).
         """
+        ...
+
+    def find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
+        """Find this worker's first value that is not finite in the forward passes of a share, by running them again.
+
+        Nothing is changed but buffers and torch's random state. Microbatches whose scale is 0 count nothing.
+        """
+        ...
+
+    def find_gradient_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
+        """Find a parameter held here whose gradient is not finite, after a step whose forward passes are finite."""
         ...
 
     def evaluate(self, microbatch: Microbatch) -> Tensor:

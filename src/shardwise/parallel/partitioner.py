@@ -26,7 +26,7 @@ from shardwise.parallel.placement import (
     Sharded,
     local_shape,
 )
-from shardwise.workload.graph import StepGraph, outside_model
+from shardwise.workload.graph import StepGraph, modules_around, outside_model
 
 Labels = tuple[str | None, ...]
 """One name per dimension of a value; dimensions of one name are cut alike; None: cannot be cut in this operation."""
@@ -101,7 +101,8 @@ class LocalGraph:
 
     Attributes:
         graph: placeholders (named as in `step`), calls, one output. `meta` of each node: `shape`, `dtype` (of what lies
-            here), `grad`, `outside` (of the module: the loss).
+            here), `grad`, `outside` (of the module: the loss), `module` (path of the innermost that computes it; None:
+            outside).
         step: the whole step.
         placements: of every parameter and buffer that the step uses.
         summed: parameters whose gradients here are summands: to be added up over the tensor-parallel workers.
@@ -193,6 +194,7 @@ class Partitioner:
         self._entered: dict[str, fx.Node] = {}
         self._direct: set[str] = set()
         self._outside = False
+        self._module: str | None = None
         self._roots = roots(step.graph)
         self._changed = changed_under_another_name(step.graph, self._roots)
         self._written = {
@@ -243,6 +245,7 @@ class Partitioner:
 
     def _call(self, node: fx.Node) -> Any:
         self._outside = outside_model(node)
+        self._module = next(reversed(modules_around(node)), None)
         self._because = f"{_name_of(node.target)} takes all of it"
         if node.target is operator.getitem:
             return self._value(node.args[0])[node.args[1]]
@@ -400,7 +403,7 @@ class Partitioner:
         for each in values:
             self._use(each)
         node = self.graph.call_function(function, _nodes(tuple(args)))
-        node.meta.update(shape=None, dtype=None, grad=False)
+        node.meta.update(shape=None, dtype=None, grad=False, module=self._module)
         carries = any(v.grad for v in values)
         results = []
         for index, (val, placement) in enumerate(zip(like, placements, strict=True)):
@@ -420,6 +423,7 @@ class Partitioner:
             dtype=value.dtype,
             grad=value.grad,
             outside=self._outside,
+            module=self._module,
         )
 
     # ---- making values fit ------------------------------------------------------------------------------------------

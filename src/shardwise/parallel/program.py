@@ -13,15 +13,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
-from shardwise.parallel.clipping import clip, local_gradients, squared_norm
+from shardwise.parallel.clipping import clip, local_gradients, local_tensors, squared_norm
 from shardwise.parallel.deal import DealtParameters
 from shardwise.parallel.engine import Engine
+from shardwise.parallel.faults import parameter_fault
 from shardwise.parallel.gather import anywhere, gather_full
+from shardwise.parallel.judgement import Judge, Judgement
 from shardwise.parallel.layout import Piece
 from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optimizer_state import OptimizerState, load_schedule_state, schedule_state
 from shardwise.parallel.planning import Cuts
 from shardwise.parallel.rows import local
+from shardwise.parallel.same_data import check_same_data
 from shardwise.parallel.shards import Shards
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Loader, Share, share_of
@@ -75,6 +78,8 @@ class Program:
         )
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
+        self._applied: Tensor | None = None
+        self._judgement: Judgement | None = None
 
     @classmethod
     def build(
@@ -98,9 +103,11 @@ class Program:
         Raises:
             StrategyError: the degrees do not fit the workers, the batch or the model.
             WorkloadError: the model cannot be built, or cannot be trained.
+            DataError: other workers have other data.
         """
         strategy = strategy.for_batch(workload.batch_size)
         mesh = Mesh.build(strategy, device, allocating)
+        check_same_data(workload, mesh)
         return cls(workload, strategy, mesh, build_engine(workload, strategy, mesh, cuts))
 
     def loader(
@@ -130,28 +137,46 @@ class Program:
 
     def step_share(self, share: Share) -> Tensor:
         """One optimizer step on a global batch of which `share` holds our samples. Returns the global mean loss."""
+        judgement, scales = self._judgement, self._scales(share)
+        if judgement is not None:
+            judgement.begin()
         for parameter in self.engine.parameters.values():
             parameter.grad = None
         self.engine.position.step = self.steps
-        loss = self.engine.forward_backward(share, self._scales(share))
-        gradients = {} if self.workload.clip_norm is None else local_gradients(self.engine.parameters)
+        loss = self.engine.forward_backward(share, scales)
+        clipped = self.workload.clip_norm is not None
+        gradients = local_gradients(self.engine.parameters) if clipped or judgement else {}
         square = self._squared_norm(gradients)
         report = self._report(loss, square)
         pending = None if self.mesh.world is None else dist.all_reduce(report, group=self.mesh.world, async_op=True)
-        together = self.workload.clip_norm is not None and not self._whole_everywhere
-        if pending is not None and (together or self.engine.unused):
+        together = clipped and not self._whole_everywhere
+        if pending is not None and (together or judgement or self.engine.unused):
             pending.wait()
         if self.engine.unused:
             self._forget_unused(report)
-        if self.workload.clip_norm is not None:
+        if clipped:
             self.gradient_norm = (report[1] if together else square).sqrt()
-            clip(list(gradients.values()), self.gradient_norm, self.workload.clip_norm)
-        self._update()
+        if judgement is None or judgement.accepts(share, scales, report):
+            if self.workload.clip_norm is not None and self.gradient_norm is not None:
+                clip(list(gradients.values()), self.gradient_norm, self.workload.clip_norm)
+            self._update()
+            self._applied = report
         if pending is not None:
             pending.wait()  # it ran beside the optimizer
         self.steps += 1
         watch.beat()
         return report[0]
+
+    def judged_by(self, judge: Judge | None) -> None:
+        """Ask `judge` from now on whether the update of a step is applied; None: all are, and nothing waits for it."""
+        self._judgement = None if judge is None else Judgement(self.engine, self.mesh, judge)
+
+    def is_finite(self) -> bool:
+        """Return whether all parameters are finite, and loss and gradient of the last update. Collective."""
+        parameters = local_tensors(self.engine.parameters)
+        broken = parameter_fault(parameters, self.mesh.rank) is not None
+        broken |= self._applied is not None and not bool(self._applied.isfinite().all())
+        return not (broken if self.mesh.world is None else anywhere([broken], self.mesh.world, self.mesh.device)[0])
 
     def evaluate(self) -> dict[str, float]:
         """Mean loss and metric over the held-out samples, each counted once; the same on all workers.
@@ -255,7 +280,7 @@ class Program:
         total = weights.sum()
         if self.mesh.replica_group is not None:
             dist.all_reduce(total, group=self.mesh.replica_group)
-        return list((weights / total).where(total > 0, 0).unbind())
+        return list((weights / total).where(~(total <= 0), 0).unbind())  # of a weight of nan it is nan
 
     def _weights(self, share: Share) -> list[Tensor]:
         """What each microbatch counts, 0-d float64: its samples, or the workload's own weight of them."""

@@ -23,8 +23,11 @@ def is_split(tensor: Any) -> bool:
 
 def local(tensor: Any) -> Tensor:
     """The part of a tensor that is held here, sharing its memory."""
+    if not is_split(tensor):
+        whole: Tensor = tensor.detach()
+        return whole
     with torch.no_grad():
-        part: Tensor = tensor.to_local() if is_split(tensor) else tensor.detach()
+        part: Tensor = tensor.to_local()
         return part
 
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.parallel.buffers import ReplicaBuffers
+from shardwise.parallel.clipping import local_gradients
 from shardwise.parallel.deferred import WeightGradients, defer_weights
 from shardwise.parallel.engine import Held, Position
 from shardwise.parallel.exchange import Exchange
+from shardwise.parallel.faults import Fault, Watched, gradient_fault, passes_of
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.materialize import move_values
@@ -242,6 +244,26 @@ class GraphEngine:
         """The batch and the module's constants, by placeholder."""
         step = work.local.step
         return {**dict(zip(step.leaves, batch_leaves(data), strict=True)), **step.constants}
+
+    @torch.no_grad()
+    def find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
+        """The first value that leaves a module and is not finite, see `Engine.find_fault`."""
+        found = []
+        for each in passes_of(share, scales):
+            data = to_device(each.microbatch.data, self._mesh.device)
+            self.position.enter(each.microbatch)
+            watched = Watched(self._work(self._key(True, data), data), list(self._pipeline.stages))
+            results = self._pipeline.evaluate(watched.work, self._given(watched.work, data))
+            found.append(watched.fault(each, self._mesh.rank, None if results is None else results[0]))
+        self._holding.after_evaluation()
+        return min(filter(None, found), default=None)
+
+    def find_gradient_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
+        """A gradient that is not finite, see `Engine.find_gradient_fault`; replicas have added theirs up."""
+        known = self._mesh.replica_group is None and self._strategy.tp == 1
+        later = self._strategy.pp - 1 - self._mesh.coordinate("pp")  # later stages go backward first
+        gradients = local_gradients(self.parameters)
+        return gradient_fault(gradients, self._mesh.rank if known else -1, later * len(self._placements))
 
     @torch.no_grad()
     def evaluate(self, microbatch: Microbatch) -> Tensor:

@@ -38,11 +38,20 @@ def training_summary(document: Mapping[str, Any]) -> str:
             "communication",
             f"{_share(document['communication_share'])} of a step, alpha {_number(alpha)}, exposed {_number(exposed)}",
         ),
+        *([("not finite", told)] if (told := _not_finite(document)) else []),
         *([("run", document["run"])] if document["run"] else []),
     ]
     width = max(len(name) for name, _ in lines)
     title = f"{document['workload']} under {document['strategy']}: {document['steps']} steps on {workers}"
     return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in lines)])
+
+
+def _not_finite(document: Mapping[str, Any]) -> str:
+    """Say at which step loss or gradient first were not finite, and how many updates were skipped; empty: at none."""
+    skipped, first = document["skipped_steps"], document["first_not_finite_step"]
+    words = [f"first at step {first}"] if first else []
+    words += [f"{skipped} update{'s' if skipped != 1 else ''} skipped"] if skipped else []
+    return ", ".join(words)
 
 
 def _predicted(document: Mapping[str, Any]) -> str:
@@ -127,6 +136,11 @@ def comparison_table(document: Mapping[str, Any]) -> str:
         "speed: samples/s over one worker's.",
         "loss difference: the largest relative one to one worker's loss in the first 20 steps.",
         *(f"{entry['strategy']} cannot be: {entry['reason']}" for entry in document["rejected"]),
+        *(
+            f"{row['strategy']}: loss or gradient are not finite from step {row['first_not_finite_step']} on"
+            for row in document["results"]
+            if row["first_not_finite_step"]
+        ),
     ]
     return "\n".join([table(header, rows), "", *notes])
 

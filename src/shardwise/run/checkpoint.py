@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from shardwise.errors import CheckpointError
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.layout import Piece
-from shardwise.run.folder import damage, final_path, newest_whole, step_of
+from shardwise.run.folder import complete, damage, final_path, newest_whole, step_of
 from shardwise.run.headers import header_problem
 from shardwise.run.index import Index
 from shardwise.run.jsonfile import short
@@ -122,22 +122,33 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint; None where there is none at all. Warns about each damaged one that it skips.
+    def latest(self, *, finite: bool = False) -> Path | None:
+        """The newest whole checkpoint; None where there is none at all. Warns about each one that it skips.
+
+        `finite`: the newest of those whose weights and loss are finite.
 
         One worker looks, so that all take the same one and its bytes are read once.
 
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
+            CheckpointError: there are checkpoints, and all are damaged, or not finite.
         """
         workers, found, problem = self._workers(), "", ""
         if workers.rank == 0:
             try:
-                path = newest_whole(self.folder)
+                path = newest_whole(self.folder, not_finite if finite else lambda _: "")
                 found = "" if path is None else path.name
             except CheckpointError as error:
                 problem = str(error)
         workers.raise_first(problem, CheckpointError)
+        found = workers.exchange(found)[0]
+        return self.folder / found if found else None
+
+    def last_finite(self) -> Path | None:
+        """The newest whole checkpoint whose weights and loss are finite; None where there is none."""
+        workers, found = self._workers(), ""
+        if workers.rank == 0:
+            finite = (path for path in complete(self.folder) if not (damage(path) or not_finite(path)))
+            found = next((path.name for path in finite), "")
         found = workers.exchange(found)[0]
         return self.folder / found if found else None
 
@@ -169,6 +180,12 @@ class Checkpoints:
             # the thread that writes talks on the first while the second is asked
             self._met, self._voters = Workers(), Workers()
         return self._met
+
+
+def not_finite(folder: Path) -> str:
+    """Say of a whole checkpoint that its weights or its loss are not finite; empty where they are."""
+    finite = Index.read(folder).progress.get("finite", True)
+    return "" if finite else f"checkpoint {folder} is not finite: its weights or its loss are inf or nan"
 
 
 def _start(pieces: list[Piece], writer: FolderWriter, stager: Stager) -> Future[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 from shardwise.run.result import Trained
@@ -54,6 +55,7 @@ def _row(trained: Trained, base: Trained | None) -> dict[str, Any]:
         "measured_memory_bytes": summary["memory_bytes"],
         "memory_error": summary["memory_error"],
         "loss": summary["loss"],
+        "first_not_finite_step": summary["first_not_finite_step"],
         "metrics": summary["metrics"],
         "samples_per_second": summary["samples_per_second"],
         "alpha": summary["alpha"],
@@ -85,4 +87,4 @@ def loss_difference(trained: Trained, base: Trained) -> float | None:
     """The largest relative difference between the losses of the first steps; None where there is no finite one."""
     pairs = list(zip(trained.steps[:COMPARED_STEPS], base.steps[:COMPARED_STEPS], strict=False))
     differences = [abs(ours.loss - theirs.loss) / max(abs(theirs.loss), 1e-30) for ours, theirs in pairs]
-    return max(differences, default=None)
+    return max((each for each in differences if isfinite(each)), default=None)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NO_PROOF = "that proves nothing"
+"""Ends what is said of numbers that are not finite on one worker either."""
+
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
@@ -40,7 +43,8 @@ def deviation(
 ) -> Deviation:
     """||a - b|| / max(||b||, what a tensor of its size typically has), the largest over tensors.
 
-    A tensor that is zero but for rounding is held against the typical size of the others. Integers must be equal.
+    A tensor that is zero but for rounding is held against the typical size of the others. Integers must be equal, and
+    infinities too. What holds nan is infinitely far from anything: it proves nothing.
 
     Args:
         actual: by name.
@@ -56,7 +60,7 @@ def deviation(
         a, b = actual[name], expected[name]
         if a.shape == b.shape:
             mask = None if counted is None else counted.get(name)
-            worst |= Deviation(_error(a, b, mask, typical), name)
+            worst |= Deviation(_error(a, b, mask, typical), name, _holds_nan(a, b))
     return worst
 
 
@@ -68,14 +72,27 @@ def _of_other_kind(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor])
             yield name, f"has shape {tuple(actual[name].shape)}, not {tuple(expected[name].shape)}"
 
 
+def _holds_nan(actual: Tensor, expected: Tensor) -> str:
+    """Say which of two tensors holds nan; empty: neither."""
+    here, alone = bool(actual.isnan().any()), bool(expected.isnan().any())
+    if here and alone:
+        return f"holds nan on one worker and in parallel: {NO_PROOF}"
+    return "holds nan in parallel only" if here else "holds nan on one worker only" if alone else ""
+
+
 def _error(actual: Tensor, expected: Tensor, mask: Tensor | None, typical: float) -> float:
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else math.inf
     a, b = actual.double(), expected.double()
+    if bool(a.isnan().any()) or bool(b.isnan().any()):
+        return math.inf
     if mask is not None:
         a, b = a[mask], b[mask]
+    infinite = a.isinf() | b.isinf()
+    if bool(infinite.any()):
+        if not torch.equal(a[infinite], b[infinite]):
+            return math.inf
+        a, b = a[~infinite], b[~infinite]
     scale = max(float(b.norm()), typical * math.sqrt(b.numel()))
     difference = float((a - b).norm())
-    if math.isnan(difference):
-        return 0.0 if torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) else math.inf
     return difference / scale if scale else difference

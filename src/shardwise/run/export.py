@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardwise.errors import CheckpointError, RunFolderError
 from shardwise.parallel.layout import Tile
+from shardwise.run.checkpoint import not_finite
 from shardwise.run.folder import newest_whole
 from shardwise.run.headers import header_problem
 from shardwise.run.index import Index, Stored
@@ -38,7 +39,7 @@ def export_safetensors(run: Path, out: Path) -> None:
         raise RunFolderError(f"run folder {run} is not there: give the folder that a training wrote")
     if out.exists():
         raise RunFolderError(f"{out} is there already: remove it, or give another name")
-    folder = newest_whole(run / "checkpoints")
+    folder = newest_whole(run / "checkpoints", not_finite)
     if folder is None:
         raise RunFolderError(f"run folder {run} holds no checkpoint: train until the first one is written")
     stored = _weights(folder)

@@ -19,7 +19,7 @@ import re
 import shutil
 import stat
 import zlib
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 from shardwise.errors import CheckpointError
@@ -62,23 +62,24 @@ def _final_name(path: Path) -> str:
     return hidden[1] if hidden and hidden[2] == "replaced" else path.name
 
 
-def newest_whole(parent: Path) -> Path | None:
+def newest_whole(parent: Path, wanted: Callable[[Path], str] = lambda _: "") -> Path | None:
     """The newest checkpoint whose files are as they were written; None where there is none at all.
 
-    Every damaged one on the way is said in a warning. Reads all bytes of the one that it returns.
+    Every damaged one on the way is said in a warning, and every one of which `wanted` says why not. Reads all bytes of
+    the one that it returns.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged: to start anew unasked would lose the run.
+        CheckpointError: there are checkpoints, and none can be used: to start anew unasked would lose the run.
     """
     problems = []
     for folder in complete(parent):
-        problem = damage(folder)
+        problem = damage(folder) or wanted(folder)
         if not problem:
             return folder
         problems.append(problem)
         logger.warning("%s; trying the one before", problem)
     if problems:
-        raise CheckpointError(f"no checkpoint in {parent} is whole: {problems[0]}; train into another folder")
+        raise CheckpointError(f"no checkpoint in {parent} can be used: {problems[0]}; train into another folder")
     return None
 
 

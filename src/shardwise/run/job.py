@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from shardwise.parallel.planning import Cuts
 
 
+STOP, SKIP, GO = "stop", "skip", "go"
+POLICIES = (STOP, SKIP, GO)
+"""What may be done at a step whose loss or gradient is not finite, see `run.guard`."""
+
 PATIENCE_SECONDS = 15.0
 """How much longer the parent waits for a stopped worker than its peers do, who can tell more of it."""
 
@@ -68,6 +72,7 @@ class Options:
         weights: give back the trained weights.
         hang_timeout: seconds that a worker may take for a step before the run counts as hung; None: see `launch.watch`.
         grace: seconds that a run has to write a checkpoint once it is told to end.
+        on_nan: at a step whose loss or gradient is not finite: `stop`, `skip` its update, or `go` on.
     """
 
     steps: int | None = None
@@ -79,6 +84,7 @@ class Options:
     weights: bool = False
     hang_timeout: float | None = None
     grace: float = 20.0
+    on_nan: str = STOP
 
     def total(self, batches: int | None) -> int | None:
         """Optimizer steps at the end, of epochs of `batches` steps; None where that is not known before."""

@@ -67,9 +67,9 @@ class Log:
         record = {"step": step, "epoch": epoch, "evaluation": dict(values)}
         self._write(record, {f"evaluation/{name}": value for name, value in values.items()})
 
-    def say(self, line: str) -> None:
-        """One line for a person, above the progress bar."""
-        if not self._bar.disable:
+    def say(self, line: str, *, always: bool = False) -> None:
+        """One line for a person, above the progress bar; `always`: where there is none, too."""
+        if always or not self._bar.disable:
             self._bar.clear()
             sys.stderr.write(line + "\n")
             self._bar.refresh()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +16,9 @@ from torch import Tensor
 from shardwise.launch import watch
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint import Checkpoints
-from shardwise.run.job import Job
+from shardwise.run.folder import final_path, step_of
+from shardwise.run.guard import Guard
+from shardwise.run.job import GO, Job
 from shardwise.run.log import Log, finite
 from shardwise.run.metrics import Clock, Sampler, measure, sampled_steps, summarize, typical
 from shardwise.run.result import Step, Trained, relative_error
@@ -45,21 +49,30 @@ class Record:
     _evaluations: dict[int, dict[str, float]] = field(init=False, default_factory=dict)
     _first: int = field(init=False, default=0)
     _saved: int = field(init=False, default=0)
+    _finite: int | None = field(init=False, default=None)
+    _guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
         if self.job.folder is not None:
             self._checkpoints = Checkpoints(self.job.folder, self.job.options.keep)
         self._clock = Clock(self.program.mesh.device)
+        self._guard = Guard(self.program, self.job.options.on_nan, self._warn)
 
     def load(self) -> dict[str, Any] | None:
         """Fills the program from the newest checkpoint, and returns the progress in it; None where there is none."""
-        path = None if self._checkpoints is None else self._checkpoints.latest()
+        going = self.job.options.on_nan == GO
+        path = None if self._checkpoints is None else self._checkpoints.latest(finite=not going)
         if self._checkpoints is None or path is None:
             if self.program.mesh.rank == 0:
                 logger.warning("%s holds no checkpoint yet: the run begins anew", self.job.folder)
             return None
         progress = self._checkpoints.load(self.program, path)
         self._first = self._saved = self.program.steps
+        self._guard.skipped = int(progress.get("skipped_steps", 0))
+        last = self._checkpoints.last_finite() if going else path
+        self._finite = None if last is None else step_of(last)
+        if not progress.get("finite", True):
+            self._warn(f"resuming from {path.name}, which is not finite; the last finite one is {last and last.name}")
         return progress
 
     @contextmanager
@@ -118,9 +131,27 @@ class Record:
             return
         if self._log is not None:
             self._log.sync()
-        self._checkpoints.save(self.program, finite(dict(progress)))
+        whole = self.program.is_finite()
+        self._checkpoints.protected = set() if whole or self._finite is None else {self._finite}
+        noted = {"finite": whole, "skipped_steps": self._guard.skipped}
+        self._checkpoints.save(self.program, finite({**progress, **noted}))
         self._saved = self.program.steps
+        self._finite = self._saved if whole else self._finite
         self._clock.resume()
+
+    def save_finite(self, progress: Mapping[str, Any]) -> None:
+        """Write a checkpoint where all weights are finite, and wait until it is on disk."""
+        if self._checkpoints is not None:
+            if self.program.is_finite():
+                self.save(progress)
+            self._checkpoints.wait()
+
+    def way_on(self) -> str:
+        """Say what there is to go on from after a step that is not finite."""
+        if self._checkpoints is None or self._finite is None:
+            return "there is no checkpoint before it: begin anew with a lower learning rate, or with --on-nan skip"
+        path = final_path(self._checkpoints.folder, self._finite)
+        return f"the last finite checkpoint is {path}: --resume, with a lower learning rate or --on-nan skip"
 
     def close(self, loss: float | None, metrics: dict[str, float], stopped: int = 0) -> Trained:
         """Wait until everything is on disk, and sum up; `stopped` is the signal that ended the run before its time."""
@@ -140,6 +171,8 @@ class Record:
         reasons = {"predicted_seconds": forecast.reason} if forecast.seconds is None else {}
         if loss is None:
             reasons["loss"] = "no step was taken"
+        elif not isfinite(loss):
+            reasons["loss"] = f"the last step's is {loss}, the first that was not finite is step {self._guard.first}"
         if seconds is None:
             reasons["step_seconds"] = reasons["samples_per_second"] = "no step was timed"
         if measured["alpha"] is None:
@@ -152,6 +185,8 @@ class Record:
                 "workers": strategy.workers,
                 "steps": self.program.steps,
                 "loss": loss,
+                "skipped_steps": self._guard.skipped,
+                "first_not_finite_step": self._guard.first,
                 "metrics": metrics,
                 "samples_per_second": rate,
                 "step_seconds": seconds,
@@ -167,6 +202,13 @@ class Record:
             }
         )
         return summary
+
+    def _warn(self, line: str) -> None:
+        """Tells a person what must not be missed, on rank 0."""
+        if self._log is not None:
+            self._log.say(line, always=True)
+        elif self.program.mesh.rank == 0:
+            sys.stderr.write(f"{line}\n")
 
     def _pause(self) -> None:
         """Completes the steps so far; the time from here on is no step's until the clock goes on."""

@@ -12,7 +12,7 @@ from shardwise.launch.context import rank_context, under_launcher
 from shardwise.launch.join import join_launcher
 from shardwise.plan.file import is_plan_file, read_plan
 from shardwise.run.forecast import forecasts
-from shardwise.run.job import Job, Options, Source
+from shardwise.run.job import POLICIES, Job, Options, Source
 from shardwise.run.runfolder import (
     check_checkpoints,
     check_described,
@@ -190,6 +190,9 @@ def settle_options(**values: Any) -> Options:
         raise RequestError(f"hang_timeout={limit:g}: must be a number of seconds above 0, at most {LONGEST_SECONDS:g}")
     if not options.grace <= LONGEST_SECONDS:
         raise RequestError(f"grace={options.grace:g}: must be a number of seconds, at most {LONGEST_SECONDS:g}")
+    if options.on_nan not in POLICIES:
+        known = f"known are {', '.join(POLICIES)}{nearest(options.on_nan, POLICIES)}"
+        raise RequestError(f"on_nan={options.on_nan}: {known}")
     if options.steps is None and options.epochs is None:
         return Options(**{**values, "epochs": 1})
     return options

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shardwise.errors import CheckpointError, DataError
+from shardwise.errors import CheckpointError, DataError, NotFinite
 from shardwise.parallel.program import Program
 from shardwise.run.agreement import Agreement
 from shardwise.run.job import Job
@@ -13,6 +15,8 @@ from shardwise.run.jsonfile import short
 from shardwise.run.record import Record
 from shardwise.run.restored import unlike
 from shardwise.run.result import Trained
+from shardwise.run.streams import StreamAgreement
+from shardwise.workload.data import Loader, is_map_style
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,8 @@ class Progress:
     """How far a training is: `batch` of `epoch` is the next. Travels with checkpoints.
 
     `batch_size` and `seed` say which samples that batch has; `loss` (of the last step) and `metrics` (of the last
-    evaluation) are the last known. `evaluated` is the step of that evaluation, -1 where there was none.
+    evaluation) are the last known. `evaluated` is the step of that evaluation, -1 where there was none. `finite` says
+    whether weights and loss were, `skipped_steps` how many updates were not applied.
     """
 
     batch_size: int
@@ -30,20 +35,28 @@ class Progress:
     loss: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     evaluated: int = -1
+    finite: bool = True
+    skipped_steps: int = 0
+
+
+LATER_FIELDS = {"evaluated", "finite", "skipped_steps"}
+"""What checkpoints of earlier versions do not have."""
 
 
 def train(program: Program, job: Job) -> Trained:
     """Trains until the steps or epochs that `job` asks for are done. Collective; all workers must see the run's folder.
 
     Raises:
-        DataError: the dataset is empty.
+        DataError: the dataset is empty, or not the same on all workers.
         CheckpointError: the run cannot be resumed from its checkpoint.
+        NotFinite: loss or gradient of a step are not, and the options say to stop.
     """
-    options, loader = job.options, program.loader()
+    options = job.options
     record, agreement = Record(program, job), Agreement()
     progress = _start(record, program, resume=options.resume)
+    loader = _agreeing(program)
     total = options.total(loader.batches)
-    with record.open(total):
+    with record.open(total), _left_finite(record, lambda: progress):
         while not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
             for share in loader.shares(progress.epoch, progress.batch):
                 with record.step(progress.epoch, share.samples) as step:
@@ -65,6 +78,14 @@ def train(program: Program, job: Job) -> Trained:
         progress = _evaluated(record, program, progress)  # an evaluation that a kill cut short is still to be made
         record.save(asdict(progress))
         return record.close(progress.loss, progress.metrics)
+
+
+def _agreeing(program: Program) -> Loader:
+    """The loader of the training data; workers agree on each batch of a stream."""
+    loader = program.loader()
+    if is_map_style(loader.dataset) or program.mesh.world is None:
+        return loader
+    return replace(loader, agree=StreamAgreement(program.steps + 1))
 
 
 def _start(record: Record, program: Program, *, resume: bool) -> Progress:
@@ -98,7 +119,7 @@ def restored(saved: dict[str, Any], fresh: Progress, steps: int) -> Progress:
 
 def _progress_problem(known: dict[str, Any], saved: dict[str, Any]) -> str:
     """One line on the first value of a saved progress that is none; empty where all are as they should be."""
-    if odd := sorted((saved.keys() ^ known.keys()) - {"evaluated"}):
+    if odd := sorted((saved.keys() ^ known.keys()) - LATER_FIELDS):
         return f"progress has {short(odd[0])}" if odd[0] in saved else f"progress has no {odd[0]}"
     numbers = {"loss": saved["loss"], **(saved["metrics"] if isinstance(saved["metrics"], dict) else {})}
     for name, value in numbers.items():
@@ -115,6 +136,16 @@ def _evaluated(record: Record, program: Program, progress: Progress) -> Progress
     if progress.evaluated == program.steps or program.steps == 0:
         return progress
     return replace(progress, metrics=record.evaluate(progress.epoch), evaluated=program.steps)
+
+
+@contextmanager
+def _left_finite(record: Record, progress: Callable[[], Progress]) -> Iterator[None]:
+    """Leaves what was before a step that is not finite as a checkpoint, and says from where to go on."""
+    try:
+        yield
+    except NotFinite as error:
+        record.save_finite(asdict(replace(progress(), loss=record.loss())))
+        raise NotFinite(f"{error}; {record.way_on()}") from None
 
 
 def _done(count: int, wanted: int | None) -> bool:

@@ -28,7 +28,7 @@ from shardwise.errors import WorkloadError
 from shardwise.launch import watch
 from shardwise.launch.local import run_local
 from shardwise.parallel.partitioner import Uncut
-from shardwise.run.deviation import Deviation, deviation, typical_size
+from shardwise.run.deviation import NO_PROOF, Deviation, deviation, typical_size
 from shardwise.run.job import Source, enough_gpus
 from shardwise.strategy import Strategy
 from shardwise.workload.float64 import in_float64
@@ -101,6 +101,12 @@ class Proof:
         """Whether every error is within the tolerance."""
         return all(each.error <= self.tolerance for each in (self.loss, self.gradient, self.parameter))
 
+    @property
+    def tells(self) -> bool:
+        """Whether it fails because of what is parallel: not where one worker's numbers are not finite either."""
+        whys = (self.loss.why, self.gradient.why, self.parameter.why)
+        return not self.passed and not any(why.endswith(NO_PROOF) for why in whys)
+
 
 def verify(
     source: Source, strategies: Sequence[Strategy], *, steps: int, float64: bool, threads: int
@@ -114,7 +120,7 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="shardwise-verify-") as folder:
         prover = _Prover(source, steps, float64, threads, Path(folder))
         proofs = prover.prove(strategies)
-        return [(proof, "" if proof.passed else prover.blame(proof.strategy)) for proof in proofs]
+        return [(proof, prover.blame(proof.strategy) if proof.tells else "") for proof in proofs]
 
 
 def verification(workload: str, proofs: Sequence[tuple[Proof, str]], dtype: str) -> dict[str, Any]:
@@ -154,7 +160,7 @@ def _failure(proof: Proof, axis: str) -> str:
         if not found.error <= proof.tolerance:
             what = f"{kind} {found.tensor}".strip()
             how = found.why or f"differs by {found.error:.1e}, more than {proof.tolerance:.1e}"
-            return f"{what} {how}; most likely at fault: {axis}"
+            return f"{what} {how}" + (f"; most likely at fault: {axis}" if axis else "")
     raise AssertionError("a proof that holds")
 
 
@@ -277,7 +283,7 @@ def compare(trial: Trial) -> Proof | None:
         expected = load_file(folder / f"step-{step}.safetensors")
         alone = float(expected.pop("loss"))
         counted = _told(_kind(expected, "gradient"), tolerance)
-        loss |= Deviation(_relative(value, alone), f"step {step + 1}")
+        loss |= _loss_deviation(value, alone, f"step {step + 1}")
         gradient |= _of_all(program, program.gradient_pieces(), expected, "gradient", None)
         parameter |= _of_all(program, _model_pieces(program), expected, "model", counted)
         _start_from(program, expected)
@@ -323,11 +329,13 @@ def rounding(program: Any, trial: Trial) -> float:
     return SAFETY * eps * math.sqrt(max(widest, positions)) * math.sqrt(max(layers, 1))
 
 
-def _relative(value: float, expected: float) -> float:
-    error = abs(value - expected) / max(abs(expected), 1e-30)
-    if math.isnan(error):
-        return 0.0 if math.isnan(value) and math.isnan(expected) else math.inf
-    return error
+def _loss_deviation(value: float, alone: float, step: str) -> Deviation:
+    """How far a loss is from one worker's: infinitely where either is not finite, for then it proves nothing."""
+    if not math.isfinite(alone):
+        return Deviation(math.inf, step, f"is {alone} on one worker and {value} in parallel: {NO_PROOF}")
+    if not math.isfinite(value):
+        return Deviation(math.inf, step, f"is {value} in parallel only")
+    return Deviation(abs(value - alone) / max(abs(alone), 1e-30), step)
 
 
 def _shares(program: Any, steps: int) -> Any:

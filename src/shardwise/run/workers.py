@@ -1,4 +1,4 @@
-"""What the workers tell each other about checkpoints: short texts, as bytes in tensors, so nothing is unpickled."""
+"""What the workers tell each other beside the training: short texts, as bytes in tensors, so nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ class Workers:
         padded = torch.frombuffer(bytearray(data.ljust(max(longest, 1), b"\0")), dtype=torch.uint8)
         parts = self._gather(padded)
         return [bytes(part[: int(n)].tolist()).decode() for part, n in zip(parts, lengths, strict=True)]
+
+    def numbers(self, number: int) -> list[int]:
+        """Everybody's number, by rank, in one small message. Collective."""
+        return [number] if self.count == 1 else [int(each) for each in self._gather(torch.tensor([number]))]
 
     def raise_first(self, problem: str, error: type[ShardwiseError]) -> None:
         """Raises `error` on all workers where one of them has a `problem` (not empty): the first one's. Collective."""

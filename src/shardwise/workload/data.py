@@ -12,8 +12,10 @@ A global batch is first cut into microbatches (rows), each row into replicas (ce
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,9 @@ import torch
 from torch.utils.data import IterableDataset, default_collate
 
 from shardwise.errors import DataError
+
+FAILED = -1
+"""Told in place of a number of samples where they cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,8 @@ class Loader:
         parts: of a batch, one for each replica.
         microbatches: rows per batch.
         uniform: fixed shapes, see `cut_batch`.
+        agree: called with the number of samples of each global batch of a stream before it is given, 0 at the end, or
+            `FAILED` and why: it raises where other workers read another number. None: nobody is asked.
     """
 
     dataset: Any
@@ -115,6 +122,7 @@ class Loader:
     parts: tuple[int, ...] = (1,)
     microbatches: int = 1
     uniform: bool = False
+    agree: Callable[[int, str], None] | None = None
 
     @property
     def batches(self) -> int | None:
@@ -142,9 +150,22 @@ class Loader:
 
     def _streamed(self, start: int) -> Iterator[Share]:
         stream = iter(self.dataset)
-        batches = iter(lambda: list(itertools.islice(stream, self.batch_size)), [])
-        for samples in itertools.islice(batches, start, None):
+        for _ in itertools.islice(stream, start * self.batch_size):
+            pass
+        while samples := self._read(stream):
             yield self._share(samples, list)
+
+    def _read(self, stream: Iterator[Any]) -> list[Any]:
+        """The samples of the next global batch, as many on all workers."""
+        agree = self.agree or (lambda samples, why: None)
+        try:
+            samples = list(itertools.islice(stream, self.batch_size))
+        except Exception as error:
+            with suppress(Exception):  # this worker's own error is the one to tell
+                agree(FAILED, _where(error))
+            raise
+        agree(len(samples), "")
+        return samples
 
     def _fetch(self, indices: list[int]) -> list[Any]:
         fetch_many = getattr(self.dataset, "__getitems__", None)
@@ -156,6 +177,13 @@ class Loader:
         cells = [row[self.replica] for row in rows]
         loaded = [collate(fetch([batch[i] for i in cell] or batch[:1])) for cell in cells]
         return Share(tuple(Microbatch(d, len(c), c.start) for d, c in zip(loaded, cells, strict=True)), len(batch))
+
+
+def _where(error: Exception) -> str:
+    """An error in one line, with the place that raised it: other workers have no traceback of it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"
 
 
 def _compute_alone(pool: ThreadPoolExecutor) -> None:

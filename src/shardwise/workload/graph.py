@@ -178,15 +178,15 @@ def _follows_data(node: fx.Node) -> bool:
 
 def _enclosing(graph: fx.Graph, node: fx.Node) -> str | None:
     """The innermost module around `node` that gives nothing whose shape follows the data; None: there is none."""
-    for path in reversed(_modules_around(node)):
-        inside = [other for other in graph.nodes if path in _modules_around(other)]
-        given = [other for other in inside if any(path not in _modules_around(user) for user in other.users)]
+    for path in reversed(modules_around(node)):
+        inside = [other for other in graph.nodes if path in modules_around(other)]
+        given = [other for other in inside if any(path not in modules_around(user) for user in other.users)]
         if not any(_follows_data(other) for other in given):
             return path
     return None
 
 
-def _modules_around(node: fx.Node) -> list[str]:
+def modules_around(node: fx.Node) -> list[str]:
     """Names in the model of the modules that a call is made in, the outermost first."""
     stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return [path.removeprefix("model").removeprefix(".") for path in stack if path.split(".")[0] == "model"]

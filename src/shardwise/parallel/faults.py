@@ -1,0 +1,231 @@
+"""Finds where in a step the first value that is not finite appeared, by running its forward passes again.
+
+The step's update has not been applied and what its passes changed has been taken back, so the same values appear. On
+plain modules hooks look at what each module returns; on a worker's graph, at the values that leave a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from shardwise.parallel.cuts import calls
+from shardwise.parallel.memory import writes_in_place
+from shardwise.parallel.partitioner import LocalGraph
+from shardwise.parallel.sections import Section
+from shardwise.parallel.stage import Work
+from shardwise.parallel.values import tensors_of
+from shardwise.workload.data import Microbatch, Share
+
+LOSS = "the loss function"
+"""What is named where every module returned finite values."""
+
+LAST = 2**62
+"""The place of the loss: after all modules."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Fault:
+    """The first value that is not finite on a worker; the smallest one of all workers is the first of the step.
+
+    Attributes:
+        microbatch: its number in the step.
+        place: its number in the order of the pass.
+        rank: the worker; -1: not known.
+        what: `module 'blocks.1.fc'`, `the gradient of head.weight`, ...
+        value: `nan` or `inf`.
+    """
+
+    microbatch: int
+    place: int
+    rank: int
+    what: str
+    value: str
+
+    def __str__(self) -> str:
+        """Say in words where it is: `module 'blocks.1.fc' on worker 1 (inf)`."""
+        where = "" if self.rank < 0 else f" on worker {self.rank}"
+        return f"{self.what}{where} ({self.value})"
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A microbatch whose forward pass is run again.
+
+    Attributes:
+        number: its place in the share.
+        microbatch: its samples.
+        scale: what its loss is multiplied with, 0-d.
+        counts: whether that is not 0: else nothing comes of it.
+    """
+
+    number: int
+    microbatch: Microbatch
+    scale: Tensor
+    counts: bool
+
+    def fault(self, rank: int, place: int, what: str, value: str) -> Fault:
+        """Return a fault in this pass. An infinite mask in a batch is common, so that only nan is told of it."""
+        sick = not_finite(self.microbatch.data) == "nan"
+        return Fault(self.number, place, rank, f"{what}, of a batch that holds nan itself," if sick else what, value)
+
+
+def passes_of(share: Share, scales: Sequence[Tensor]) -> list[Pass]:
+    """Return the passes of a share."""
+    together = enumerate(zip(share.microbatches, scales, strict=True))
+    return [Pass(number, microbatch, scale, bool(scale != 0)) for number, (microbatch, scale) in together]
+
+
+def not_finite(value: Any) -> str:
+    """Return `nan` or `inf` where tensors in `value` hold such numbers, else an empty string."""
+    floats = [tensor.detach() for tensor in tensors_of(value) if tensor.is_floating_point() or tensor.is_complex()]
+    if any(bool(tensor.isnan().any()) for tensor in floats):
+        return "nan"
+    return "inf" if any(bool(tensor.isinf().any()) for tensor in floats) else ""
+
+
+def parameter_fault(parameters: Mapping[str, Tensor], rank: int) -> Fault | None:
+    """Find a parameter that is not finite before the step."""
+    for name, parameter in parameters.items():
+        if value := not_finite(parameter):
+            return Fault(-1, 0, rank, f"parameter {name}, before the step,", value)
+    return None
+
+
+def scale_fault(scales: Sequence[Tensor]) -> Fault | None:
+    """Find a microbatch whose weight is not finite; one replica's makes those of all so."""
+    for number, scale in enumerate(scales):
+        if value := not_finite(scale):
+            return Fault(number, -1, -1, "the weight of the batch", value)
+    return None
+
+
+def gradient_fault(gradients: Mapping[str, Tensor], rank: int, first: int = 0) -> Fault | None:
+    """Find the last parameter in the order of the model whose gradient is not finite: the backward pass begins there.
+
+    `rank`: -1 where gradients of several workers are added up already; `first`: the place of the first that is looked
+    at.
+    """
+    for place, (name, gradient) in enumerate(reversed(list(gradients.items())), first):
+        if value := not_finite(gradient):
+            return Fault(0, place, rank, f"the gradient of {name}", value)
+    return None
+
+
+def module_fault(
+    model: nn.Module, replay: Callable[[Microbatch], Tensor], passes: Sequence[Pass], rank: int
+) -> Fault | None:
+    """Find the first module whose output is not finite. Collective where the model's passes are.
+
+    Args:
+        model: whose modules are looked at.
+        replay: runs the forward pass of a microbatch, and returns its loss.
+        passes: of this worker.
+        rank: this worker.
+    """
+    found: list[Fault] = []
+    for each in passes:
+        with torch.no_grad(), _hooked(model) as seen:
+            loss = replay(each.microbatch)
+        if value := not_finite(loss):
+            seen.append((LAST, LOSS, value))
+        if seen and each.counts:  # no early end: other workers take part in every pass
+            found.append(each.fault(rank, *seen[0]))
+    return min(found, default=None)
+
+
+@contextmanager
+def _hooked(model: nn.Module) -> Iterator[list[tuple[int, str, str]]]:
+    """Notes (place, module, value) of outputs that are not finite, in the order of the pass."""
+    seen: list[tuple[int, str, str]] = []
+    returned = 0
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal returned
+            returned += 1
+            if not seen and (value := not_finite(output)):
+                seen.append((returned, _named(name), value))
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _named(path: str) -> str:
+    return f"module {path!r}" if path else "the model itself"
+
+
+class Watched:
+    """A worker's part of a traced step that looks at every value that leaves a module.
+
+    Args:
+        work: what the stages compute.
+        own: the numbers of this worker's stages.
+
+    Attributes:
+        work: the same work, which notes what it sees in `seen`.
+        seen: (place in the graph, module, value) of the first value that is not finite; None: all are finite.
+    """
+
+    def __init__(self, work: Work, own: Sequence[int]) -> None:
+        self.seen: tuple[int, str, str] | None = None
+        self._places = {node: place for place, node in enumerate(calls(work.local.graph))}
+        stages = list(work.stages)
+        for stage in own:
+            blocks = tuple(
+                replace(piece, function=self._interpreted(piece.section, work.local)) for piece in stages[stage].blocks
+            )
+            stages[stage] = replace(stages[stage], blocks=blocks)
+        self.work = replace(work, stages=tuple(stages))
+
+    def fault(self, each: Pass, rank: int, loss: Tensor | None) -> Fault | None:
+        """Return what was seen of a microbatch, and forget it; `loss` where it lies on this worker."""
+        seen, self.seen = self.seen, None
+        if seen is None and loss is not None and (value := not_finite(loss)):
+            seen = LAST, LOSS, value
+        return each.fault(rank, *seen) if seen and each.counts else None
+
+    def _interpreted(self, section: Section, local: LocalGraph) -> Callable[..., tuple[Any, ...]]:
+        """Runs a section call by call, as `sections.compiled` does in one function."""
+        tensors = local.step.tensors
+        holders = [n for n in local.graph.nodes if n.op == "placeholder" and tensors.get(n.name) in section.tensors]
+        copies = any(writes_in_place(node) and node.args[0] not in holders for node in section.nodes)
+
+        def run(*arguments: Any) -> tuple[Any, ...]:
+            named = dict(zip(section.tensors, arguments, strict=False))
+            rest = arguments[len(section.tensors) :]
+            values: dict[fx.Node, Any] = {node: named[tensors[node.name]] for node in holders}
+            values.update(zip((*section.given, *section.inputs), rest, strict=True))
+            if copies:
+                values.update({node: values[node].clone() for node in section.inputs})
+            for node in section.nodes:
+                args: Any = fx.node.map_arg(node.args, values.__getitem__)
+                kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                self._look(node, values[node])
+            return tuple(values[node] for node in section.outputs)
+
+        return run
+
+    def _look(self, node: fx.Node, value: Any) -> None:
+        path = node.meta.get("module")
+        if path is not None and self.seen is None and _leaves(node, path) and (kind := not_finite(value)):
+            self.seen = self._places[node], _named(path), kind
+
+
+def _leaves(node: fx.Node, path: str) -> bool:
+    """Whether what a call in the module at `path` gives is used outside of it."""
+    inside = f"{path}." if path else ""
+    others = [user.meta.get("module") for user in node.users]
+    return any(other is None or not (other == path or other.startswith(inside)) for other in others)

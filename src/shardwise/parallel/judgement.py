@@ -1,0 +1,100 @@
+"""Decides whether the update of a step is applied, once its loss and gradient are known.
+
+The numbers are those that all workers have added up for themselves: no message more, and all decide the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.parallel.clipping import local_tensors
+from shardwise.parallel.engine import Engine
+from shardwise.parallel.faults import Fault, parameter_fault, scale_fault
+from shardwise.parallel.gather import gather_json
+from shardwise.parallel.mesh import Mesh
+from shardwise.workload.data import Share
+
+Judge = Callable[[float, float, Callable[[], Fault | None]], bool]
+"""(global loss, squared global norm of the gradient, search) -> whether the update of the step is applied.
+
+Called on all workers with the same numbers. Where it raises, the step has not been. The search, which is collective,
+runs the passes again and finds the first value that is not finite; None: it cannot be told.
+"""
+
+
+class Judgement:
+    """Asks a judge about each step; what its passes changed is taken back where the update is not applied."""
+
+    def __init__(self, engine: Engine, mesh: Mesh, judge: Judge) -> None:
+        self._engine, self._mesh, self._judge = engine, mesh, judge
+        self._buffers = [h.tensor.detach() for h in engine.held.values() if not isinstance(h.tensor, nn.Parameter)]
+        self._values = [buffer.clone() for buffer in self._buffers]
+        self._random = self._state()
+
+    def begin(self) -> None:
+        """Note what the passes of the next step may change: buffers, torch's random state."""
+        _copy(self._values, self._buffers)
+        self._random = self._state()
+
+    def accepts(self, share: Share, scales: Sequence[Tensor], report: Tensor) -> bool:
+        """Return whether the update of a step is applied, from its sums over all workers: loss, squared norm, ..."""
+        loss, square, *_ = report.tolist()
+        accepted = False
+        try:
+            accepted = self._judge(loss, square, lambda: self._find_fault(share, scales))
+        except BaseException:
+            self._set(self._random)
+            raise
+        finally:
+            if not accepted:
+                _copy(self._buffers, self._values)
+        return accepted
+
+    def _find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
+        """The first value of all workers that is not finite, by its kind: what comes first is looked for first."""
+        engine = self._engine
+        found = scale_fault(scales) or self._first(parameter_fault(local_tensors(engine.parameters), self._mesh.rank))
+        for search in (engine.find_fault, engine.find_gradient_fault):
+            if found is None:
+                with self._replayed():
+                    found = self._first(search(share, scales))
+        return found
+
+    def _first(self, fault: Fault | None) -> Fault | None:
+        """The first of all workers. Collective."""
+        if self._mesh.world is None:
+            return fault
+        everybody = gather_json(fault and astuple(fault), self._mesh.world, self._mesh.device)
+        return min((Fault(*each) for each in everybody if each is not None), default=None)
+
+    @contextmanager
+    def _replayed(self) -> Iterator[None]:
+        """Surrounds passes that begin where the step began, and leave no trace."""
+        buffers, random = [buffer.clone() for buffer in self._buffers], self._state()
+        _copy(self._buffers, self._values)
+        self._set(self._random)
+        try:
+            yield
+        finally:
+            _copy(self._buffers, buffers)
+            self._set(random)
+
+    def _state(self) -> tuple[Tensor, Tensor | None]:
+        device = self._mesh.device
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def _set(self, state: tuple[Tensor, Tensor | None]) -> None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], self._mesh.device)
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)

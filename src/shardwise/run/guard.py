@@ -1,0 +1,72 @@
+"""What a training does at a step whose loss or gradient is not finite: it stops, skips the update, or goes on.
+
+A skipped step counts as a step: its batch is used up, and the next one has the next number. Its update is not applied,
+the schedule of the learning rate does not move, and buffers are what they were before: on all workers alike, as in one
+process. What `torch.amp.GradScaler` and DeepSpeed do with an overflow is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from shardwise.errors import NotFinite
+from shardwise.parallel.faults import Fault
+from shardwise.parallel.program import Program
+from shardwise.run.job import GO, SKIP, STOP
+
+MOST_SKIPPED = 20
+"""Steps in a row that are skipped: more is no accident of one batch."""
+
+
+class Guard:
+    """Judges the steps of a program, see `Program.judged_by`.
+
+    Args:
+        program: what is trained.
+        policy: one of `job.POLICIES`.
+        say: tells a person one line; called once.
+        skipped: steps that were skipped before a resume.
+
+    Attributes:
+        skipped: steps whose update was not applied.
+        first: number of the first step that was not finite, from 1; None: all were.
+    """
+
+    def __init__(self, program: Program, policy: str, say: Callable[[str], None], skipped: int = 0) -> None:
+        self.skipped = skipped
+        self.first: int | None = None
+        self._program, self._policy, self._say = program, policy, say
+        self._in_a_row = 0
+        program.judged_by(self._judge)
+
+    def _judge(self, loss: float, square: float, search: Callable[[], Fault | None]) -> bool:
+        """Says whether a step's update is applied; the same on all workers. Raises NotFinite."""
+        if math.isfinite(loss) and math.isfinite(square):
+            self._in_a_row = 0
+            return True
+        step = self._program.steps + 1
+        told, self.first = self.first is not None, self.first or step
+        self._in_a_row += 1
+        if self._policy == STOP:
+            raise NotFinite(f"step {step}: {_said(loss, search())}; nothing of this step was applied")
+        if self._policy == SKIP and self._in_a_row == MOST_SKIPPED:
+            raise NotFinite(f"step {step}: {_said(loss, search())}; skipped {MOST_SKIPPED} such steps in a row")
+        if not told:
+            done = "its update is skipped" if self._policy == SKIP else "the training goes on (--on-nan go)"
+            self._say(f"step {step}: {_said(loss, search())}; {done}, further ones are not told")
+        if self._policy == GO:
+            self._program.judged_by(None)
+            return True
+        self.skipped += 1
+        return False
+
+
+def _said(loss: float, fault: Fault | None) -> str:
+    """What is not finite, and where that begins."""
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is not finite (the loss is {loss:.4g})"
+    if fault is not None:
+        return f"{what}; the first that is not finite is {fault}"
+    if math.isfinite(loss):
+        return f"{what}; no single gradient is inf or nan, their squared norm overflows"
+    return f"{what}; which module comes first cannot be told: the same passes gave finite numbers when run again"

@@ -1,0 +1,158 @@
+"""Workers that are given other data than the rest: told before it is trained on, by all of them, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pool import Pools
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+from shardwise.parallel.program import Program
+from shardwise.run.job import Job, Options, Source
+from shardwise.run.train import train
+from shardwise.strategy import Strategy
+from shardwise.workload.workload import Evaluation, Workload
+
+BATCH = 8
+Sample = tuple[Tensor, Tensor]
+
+
+def rows(count: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(count, 4, generator=generator), torch.arange(count) % 3)
+
+
+class Stream(IterableDataset[Sample]):
+    """`lengths[rank]` samples; reading number `broken` fails on the last rank."""
+
+    def __init__(self, lengths: list[int], broken: int | None = None) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.length, self.broken = lengths[self.rank], broken
+
+    def __iter__(self) -> Iterator[Sample]:
+        for number, sample in enumerate(rows(self.length)):
+            if number == self.broken and self.rank == dist.get_world_size() - 1:
+                raise KeyError("the 20th is gone")
+            yield sample
+
+
+def workload(dataset: Any, **changes: Any) -> Workload:
+    options: dict[str, Any] = {
+        "name": "data",
+        "model": lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)),
+        "dataset": dataset,
+        "inputs": lambda batch: batch[0],
+        "loss": lambda output, batch: F.cross_entropy(output, batch[1]),
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        "batch_size": BATCH,
+    }
+    return Workload(**{**options, **changes})
+
+
+def build(strategy: str, field: str) -> str:
+    """What a worker says of a program that is built where one field is another on its last rank."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    held_out = Evaluation(dataset=rows(5 if last and field == "evaluation" else 6), metric="m", measure=lambda o, b: 0)
+    changes: dict[str, Any] = {"evaluation": held_out}
+    if last and field in ("seed", "batch_size"):
+        changes[field] = 4
+    work = workload(rows(40 if last and field == "dataset" else 64), **changes)
+    try:
+        Program.build(work, Strategy.parse(strategy))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "tp=2", "pp=2", "fsdp=2"])
+def test_datasets_of_two_lengths(workers: Pools, strategy: str) -> None:
+    found = workers(2, build, strategy, "dataset")
+    line = (
+        "DataError: the dataset of workload 'data' has 64 samples on rank 0, 40 samples on rank 1: it must be the same "
+        "on every worker"
+    )
+    assert found == [line] * 2
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        (
+            "evaluation",
+            "the held-out dataset of workload 'data' has 6 samples on ranks 0, 1 and 2, 5 samples on rank 3",
+        ),
+        ("seed", "the order of the data of workload 'data' has seed=0 on ranks 0, 1 and 2, seed=4 on rank 3"),
+        ("batch_size", "the batch of workload 'data' has batch_size=8 on ranks 0, 1 and 2, batch_size=4 on rank 3"),
+        ("nothing", ""),
+    ],
+)
+def test_what_else_must_be_the_same(workers: Pools, field: str, words: str) -> None:
+    for line in workers(4, build, "dp=4", field):
+        assert line.startswith(f"DataError: {words}" if words else "")
+        assert bool(line) == bool(words)
+
+
+def run(strategy: str, lengths: list[int], broken: int | None, options: Options) -> tuple[str, list[float]]:
+    """What a worker says of a training, and the losses of its steps on rank 0."""
+    work = workload(Stream(lengths, broken))
+    job = Job(source=Source(workload=work), strategy=Strategy.parse(strategy), options=options)
+    try:
+        trained = train(Program.build(work, job.strategy), job)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", []
+    return "", [step.loss for step in trained.steps]
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "tp=2", "pp=2"])
+@pytest.mark.parametrize(("short", "left"), [(20, "4 samples"), (16, "0 samples"), (17, "1 sample")])
+def test_a_stream_that_ends_early(workers: Pools, strategy: str, short: int, left: str) -> None:
+    """Within a batch, and between two: both ranks say so before the third step."""
+    results = workers(2, run, strategy, [64, short], None, Options(epochs=1, quiet=True))
+    line = (
+        f"DataError: step 3: the stream of samples gave 8 samples on rank 0, {left} on rank 1: all workers must "
+        "read the same stream"
+    )
+    assert [said for said, _ in results] == [line] * 2
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "pp=2"])
+def test_a_stream_that_breaks_on_one_rank(workers: Pools, strategy: str) -> None:
+    (other, _), (own, _) = workers(2, run, strategy, [64, 64], 20, Options(epochs=1, quiet=True))
+    assert own == "KeyError: 'the 20th is gone'"
+    assert other.startswith("ShardwiseError: step 3: rank 1 could not read its samples: KeyError: 'the 20th is gone' (")
+    assert "\n" not in other
+
+
+@pytest.mark.parametrize("options", [Options(epochs=2, quiet=True), Options(steps=5, quiet=True)])
+def test_streams_that_are_alike_are_read_to_their_end(workers: Pools, options: Options) -> None:
+    """Over epochs with a small last batch, or up to a step within one."""
+    alone = run("single", [28], None, options)
+    for said, losses in workers(2, run, "dp=2", [28, 28], None, options)[:1]:
+        assert said == ""
+        assert losses == pytest.approx(alone[1], rel=1e-5)
+        assert len(losses) == options.steps or 8
+
+
+def test_the_step_of_a_later_epoch_is_named(workers: Pools) -> None:
+    class Shrinking(Stream):
+        def __iter__(self) -> Iterator[Sample]:
+            yield from super().__iter__()
+            self.length -= self.rank  # one sample less in the next epoch
+
+    def both() -> str:
+        work = workload(Shrinking([16, 16]))
+        job = Job(source=Source(workload=work), strategy=Strategy.parse("dp=2"), options=Options(epochs=3, quiet=True))
+        try:
+            train(Program.build(work, job.strategy), job)
+        except Exception as error:
+            return str(error)
+        return ""
+
+    for said in workers(2, both):
+        assert said.startswith("step 4: the stream of samples gave 8 samples on rank 0, 7 samples on rank 1")
