@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from shardwise.errors import CheckpointError, NotFinite, RequestError
 from shardwise.parallel.program import Program
-from shardwise.run.checkpoint import export_safetensors
+from shardwise.run.export import export_safetensors
 from shardwise.run.guard import MOST_SKIPPED, Guard
 from shardwise.run.index import Index
 from shardwise.run.job import Job, Options, Source
