@@ -15,12 +15,13 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "shardwise"
 
-VALUES = {"errors", "units", "strategy", "collective"}
+VALUES = {"errors", "units", "strategy", "collective", "files"}
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "units": set(),
     "strategy": {"errors"},
     "collective": {"errors", "units"},
+    "files": {"errors", "units"},
     "ending": set(),
     "launch": VALUES | {"ending"},
     "report": VALUES,

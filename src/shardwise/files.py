@@ -1,0 +1,119 @@
+"""Files that a user names, opened with care: regular ones only, and no more of them than there may be.
+
+A FIFO waits for a writer for ever, `/dev/zero` never ends, a socket or a device does what it likes when it is opened.
+Everything here raises the error class that the caller gives, with one line: the file, what is wrong, what would do.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from shardwise.errors import RequestError
+from shardwise.units import format_bytes
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe (FIFO)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def read_regular(
+    path: Path | str, limit_bytes: int, error_class: type[RequestError] = RequestError, what: str = "file"
+) -> bytes:
+    """Read a whole regular file of at most `limit_bytes` bytes.
+
+    Args:
+        path: of the file; links are followed.
+        limit_bytes: a larger file is refused before any of it is read.
+        error_class: what to raise.
+        what: the file in a word or two, for messages: `plan file`.
+
+    Raises:
+        error_class: there is no such file, it is no regular one, it is too large, or it cannot be read.
+    """
+    descriptor = _opened(path, error_class, what)
+    try:
+        _check_kind(os.fstat(descriptor), path, error_class, what)
+        _check_size(os.fstat(descriptor).st_size, limit_bytes, path, error_class, what)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(limit_bytes + 1)  # some files, of /proc say, have more than they state
+    except OSError as error:
+        raise error_class(f"{what} {path}: cannot be read: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
+    _check_size(len(content), limit_bytes, path, error_class, what)
+    return content
+
+
+def read_regular_text(
+    path: Path | str, limit_bytes: int, error_class: type[RequestError] = RequestError, what: str = "file"
+) -> str:
+    """Read a whole regular file as text in UTF-8; see `read_regular` for arguments and errors."""
+    try:
+        return read_regular(path, limit_bytes, error_class, what).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise error_class(f"{what} {path}: is not text in UTF-8: byte {error.start} is wrong") from None
+
+
+def check_regular(
+    path: Path | str,
+    error_class: type[RequestError] = RequestError,
+    what: str = "file",
+    limit_bytes: int | None = None,
+) -> int:
+    """Check a file that a library opens by its name: it is there, regular, and not too large. Returns its bytes.
+
+    Raises:
+        error_class: see `read_regular`.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise error_class(f"{what} {path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise error_class(f"{what} {path}: cannot be read: {_reason(error)}") from None
+    _check_kind(found, path, error_class, what)
+    if limit_bytes is not None:
+        _check_size(found.st_size, limit_bytes, path, error_class, what)
+    return found.st_size
+
+
+def _opened(path: Path | str, error_class: type[RequestError], what: str) -> int:
+    """The descriptor of a file; a FIFO without a writer is opened too, and nothing waits for one."""
+    try:
+        return os.open(path, os.O_RDONLY | _NO_WAITING)
+    except FileNotFoundError:
+        raise error_class(f"{what} {path}: there is no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        _check_special(path, error_class, what)
+        raise error_class(f"{what} {path}: cannot be read: {_reason(error)}") from None
+
+
+def _check_special(path: Path | str, error_class: type[RequestError], what: str) -> None:
+    """Say what a file is that cannot even be opened, such as a socket."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return
+    _check_kind(found, path, error_class, what)
+
+
+def _check_kind(found: os.stat_result, path: Path | str, error_class: type[RequestError], what: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "no regular file")
+        raise error_class(f"{what} {path}: is {kind}: give a regular file")
+
+
+def _check_size(size: int, limit: int, path: Path | str, error_class: type[RequestError], what: str) -> None:
+    if size > limit:
+        raise error_class(f"{what} {path}: is larger than {format_bytes(limit)}, the most that is read")
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
