@@ -22,6 +22,7 @@ from shardwise.errors import (
     WorkerFailed,
     agreed,
     nearest,
+    one_line,
 )
 from shardwise.report.accuracy import accuracy_table
 from shardwise.report.accuracy_page import accuracy_files
@@ -29,6 +30,8 @@ from shardwise.report.calibration import calibration_summary
 from shardwise.report.plan import check_summary, plan_summary
 from shardwise.report.prediction import prediction_table
 from shardwise.report.text import comparison_table, training_summary, verification_table
+from shardwise.starting import check_streams, leave_out_working_directory
+from shardwise.units import parse_number, parse_whole
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
@@ -45,11 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("shardwise: interrupted, all workers have ended\n")
         return INTERRUPTED
+    except SystemExit as ended:
+        if ended.code:
+            raise
+        _say_error(ShardwiseError("the workload's code ended the program (sys.exit): nothing was done to its end"))
+        return ShardwiseError.exit_status
     return 0
 
 
 def command() -> NoReturn:
     """The program `shardwise`: `main`, and the end of the process."""
+    check_streams()
+    leave_out_working_directory()
     end(main())
 
 
@@ -124,7 +134,7 @@ def _simulate(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     if options.check is not None:
         _check_alone(options)
-        document = api.check_plan(options.check, cluster=options.cluster)
+        document = api.check_plan(options.check, cluster=options.cluster, workload=options.workload)
         _print(options, document, check_summary)
         if not document["holds"]:
             raise PlanBroken(f"{options.check} does not hold: {'; '.join(document['reasons'])}")
@@ -151,7 +161,6 @@ def _plan(options: argparse.Namespace) -> None:
 def _check_alone(options: argparse.Namespace) -> None:
     """Refuses what a plan file that is checked says already."""
     given = {
-        "WORKLOAD": options.workload,
         "--set": options.set,
         "--seed": options.seed,
         "--workers": options.workers,
@@ -230,9 +239,18 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **keywords)
 
     def error(self, message: str) -> NoReturn:
-        """Usage and one line on standard error, exit status 2."""
-        self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {message}\n")
+        """Write one line on standard error and end with exit status 2."""
+        _, missing, names = message.partition("arguments are required: ")
+        if missing:
+            message = self._missing(names.split(", "))
+        self.exit(2, f"{self.prog}: {one_line(message)}; {self.prog} --help says more\n")
+
+    def _missing(self, names: Sequence[str]) -> str:
+        """Say what is missing, and what could be given where it is one thing."""
+        if len(names) > 1:
+            return f"{', '.join(names[:-1])} and {names[-1]} are missing"
+        known = {"/".join(action.option_strings) or action.metavar: action.help for action in self._actions}
+        return f"{names[0]} is missing: {known.get(names[0]) or 'give one'}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -336,7 +354,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--dry-run", action="store_true", help="also run the finalists' real program, without memory or hardware"
     )
     plan.add_argument("--pareto", action="store_true", help="also the fastest strategy for each smaller need of memory")
-    plan.add_argument("--check", metavar="FILE", help="say whether a plan file still holds, in place of planning")
+    plan.add_argument("--check", metavar="FILE", help="say whether a plan file still holds")
     _add_output(plan)
     plan.set_defaults(run=_plan)
     calibrate = commands.add_parser(
@@ -412,17 +430,17 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _whole(text: str) -> int:
     try:
-        return int(text)
+        return parse_whole(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def _share(text: str) -> float:
     try:
-        value = float(text)
+        value = parse_number(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
+    if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share: give 0.1 for 10%")
     return value
 
@@ -430,7 +448,7 @@ def _share(text: str) -> float:
 def _slow(text: str) -> tuple[int, float]:
     rank, _, times = text.partition("=")
     try:
-        return int(rank), float(times)
+        return parse_whole(rank), parse_number(times)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: write RANK=TIMES, for example 3=1.5") from None
 
