@@ -170,13 +170,13 @@ class Strategy:
         """Reads `single` or `axis=degree,...,option=word`. Raises StrategyError naming the nearest known word."""
         known = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        parts = [part.strip(" ") for part in text.split(",") if part.strip(" ")]
         if not parts:
             raise StrategyError(f"strategy {text!r} is empty; for example: single, dp=2, tp=2,pp=2")
         for part in parts:
             if part == "single":
                 continue
-            key, equals, value = (piece.strip() for piece in part.partition("="))
+            key, equals, value = (piece.strip(" ") for piece in part.partition("="))
             if key not in known:
                 raise StrategyError(
                     f"unknown axis {key!r} in strategy {text!r}: known are single, {', '.join(known)}"

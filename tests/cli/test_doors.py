@@ -13,6 +13,8 @@ import pytest
 from shardwise import api
 from shardwise.cli import main
 from shardwise.errors import RequestError
+from shardwise.run.job import Job
+from shardwise.run.result import Trained
 from shardwise.starting import leave_out_working_directory
 
 PLAN = 'version = 1\nworkload = "{workload}"\ncluster = "h100x2"\nstrategy = "dp=2"\n'
@@ -58,9 +60,8 @@ def test_the_working_directory_shadows_no_installed_package(
     ours = str(Path(api.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": f"{ours}{path}", "SHARDWISE_CLUSTER": "off"}
     arguments = ["simulate", ".", "--cluster", "h100x2", "--strategy", "dp=2", "--quiet"]
-    done = subprocess.run(
-        [*start, *arguments], cwd=hostile, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [*start, *arguments]
+    done = subprocess.run(command, cwd=hostile, env=environment, capture_output=True, text=True, check=False)
     assert ran(tmp_path) == []
     assert done.returncode == 0, done.stderr
 
@@ -209,11 +210,10 @@ class TestNothingCanBeKept:
     def test_else_it_is_said_and_trained(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from shardwise.run.result import Trained
+        def run_job(job: Job) -> Trained:
+            return Trained({"strategy": str(job.strategy)}, (), {})
 
-        monkeypatch.setattr(
-            "shardwise.run.automatic.run_job", lambda job: Trained({"strategy": str(job.strategy)}, (), {})
-        )
+        monkeypatch.setattr("shardwise.run.automatic.run_job", run_job)
         document = api.train("work.py:small", steps=1, workers=2)
         assert document["strategy"] == "dp=2"
         assert "strategy dp=2, for nothing can be chosen: what is measured cannot be kept in" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardwise.errors import RequestError, RunFolderError, StrategyError, nearest
+from shardwise.errors import RequestError, RunFolderError, StrategyError, nearest, one_line
 from shardwise.strategy import MOST, Strategy
 from shardwise.tomlfile import read_toml
 
@@ -122,14 +122,14 @@ def read_plan(path: Path) -> PlanFile:
         cluster=_text(path, found, "cluster") if "cluster" in found else "",
         cuts=_cuts(path, found.get("cuts", [])),
         prediction={key: _number(path, key, value) for key, value in tables["prediction"].items()},
-        made_with={key: _text(path, tables["made_with"], key) for key in tables["made_with"]},
+        made_with={one_line(key): one_line(_text(path, tables["made_with"], key)) for key in tables["made_with"]},
     )
 
 
 def _text(path: Path, found: Mapping[str, Any], key: str) -> str:
     value = found.get(key)
-    if not isinstance(value, str) or not value.isprintable():
-        raise RequestError(f"plan file {path}: {key}={value!r}: must be a line of text in quotes")
+    if not isinstance(value, str):
+        raise RequestError(f"plan file {path}: {key}={value!r}: must be text in quotes")
     return value
 
 

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -231,7 +232,7 @@ def _check_workload(path: Path, workload: str, named: str | None) -> None:
     if named is None and names_function(workload):
         raise RequestError(
             f"plan file {path}: workload {workload!r} is a function, whose code would run: if you trust it, "
-            f"name it too: shardwise plan {workload} --check {path}"
+            f"name it too: shardwise plan {quote(workload)} --check {quote(str(path))}"
         )
 
 

@@ -135,7 +135,7 @@ def _of_sizes(spec: str) -> Callable[..., Any]:
     function = _import_module("shardwise.workload.recipes.gpt").gpt
     settings = {}
     for part in filter(None, spec.removeprefix(SIZES).split(",")):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
+        key, equals, value = (piece.strip(" ") for piece in part.partition("="))
         if not equals or not key or not value:
             raise WorkloadError(
                 f"{part!r} in workload {spec!r} has no value: write {SIZES}layers=96,hidden=12288,heads=96"

@@ -349,7 +349,7 @@ def _sold_in() -> dict[str, str]:
 
 def _plain(name: str) -> str:
     """A name as it is looked up: lower case, hyphens, without the maker."""
-    text = re.sub(r"[\s_]+", "-", name.strip().lower())
+    text = re.sub(r"[ _]+", "-", name.strip(" ").lower())
     return re.sub(r"^(nvidia|amd|intel|aws|azure|gcp)-(instinct-|geforce-)?", "", text)
 
 

@@ -52,9 +52,6 @@ CONFIG, TOKENIZER, ADAPTER = "config.json", "tokenizer.json", "adapter_config.js
 LARGEST_CONFIG, LARGEST_TOKENIZER = 16 << 20, 256 << 20
 """Bytes at most."""
 
-LARGEST_IMAGE = 1024
-"""Pixels of a side: all digits are scaled to that at once, to 7.5 GB."""
-
 HIDDEN_EVERY = 7
 """One of so many tokens is hidden from a masked language model: about the 15% of BERT (Devlin et al. 2018)."""
 
@@ -300,8 +297,6 @@ def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def _images(config: Any) -> _Task:
     size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    if size > LARGEST_IMAGE:
-        raise WorkloadError(f"image_size={size}: the digits are scaled to {LARGEST_IMAGE} pixels at most")
     if config.num_labels < 10:
         raise WorkloadError(f"num_labels={config.num_labels}: the digits have 10 classes")
     channels = config.num_channels

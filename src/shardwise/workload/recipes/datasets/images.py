@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from shardwise.errors import DataError
 from shardwise.files import check_regular
+from shardwise.workload.recipes.checks import check_at_most
 from shardwise.workload.recipes.datasets.cache import Array, cached
 from shardwise.workload.recipes.datasets.splits import stratified_split
 from shardwise.workload.recipes.packages import folder_of, require
@@ -26,6 +27,9 @@ Sample = dict[str, Tensor]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 """Of Pillow, by what is in the file: none that runs a program, such as its EPS."""
+
+LARGEST_DIGITS = 1024
+"""Pixels of a side of the digits: all of them are scaled at once, to 7.5 GB."""
 
 MOST_PIXELS = 128_000_000
 """Of an image: half a gigabyte in memory."""
@@ -105,8 +109,9 @@ def digits(size: int = 8) -> Images:
     """1,797 handwritten digits of 8 x 8 pixels, every fifth of each class held out; other sizes are interpolated.
 
     Raises:
-        WorkloadError: scikit-learn is not installed.
+        WorkloadError: scikit-learn is not installed, or the size fills the memory.
     """
+    check_at_most(LARGEST_DIGITS, image_size=size)
     folder_of("sklearn", "scikit-learn", "image")  # importing it takes seconds: only where the cache has no digits
     version = importlib.metadata.version("scikit-learn")
     table = torch.from_numpy(np.array(cached("digits", [version], _digits_table)))
