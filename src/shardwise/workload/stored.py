@@ -117,7 +117,7 @@ class StoredWeights:
 
 def _beside(folder: Path, file: str) -> Path:
     """A file that an index names. Raises WorkloadError: it is none of the same folder, or is not there."""
-    if not isinstance(file, str) or Path(file).name != file:
+    if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
         raise WorkloadError(f"{folder / INDEX}: {file!r} is not the plain name of a file beside it")
     if not os.path.lexists(folder / file):
         raise WorkloadError(f"the weights in {str(folder)!r} are not whole: {file} is missing")
