@@ -1,6 +1,9 @@
 """`python -m shardwise` is the command `shardwise`."""
 
-from shardwise.cli import command
+from shardwise.starting import leave_out_working_directory
 
 if __name__ == "__main__":
+    leave_out_working_directory()  # before anything is imported from it
+    from shardwise.cli import command
+
     command()

@@ -5,13 +5,14 @@ request -> checked -> workers -> program -> run -> summary
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardwise.errors import RequestError, StrategyError
+from shardwise.errors import NotMeasured, RequestError, StrategyError
 from shardwise.launch.context import under_launcher
 from shardwise.launch.join import join_launcher, threads_per_worker
 from shardwise.strategy import Strategy
@@ -443,23 +444,25 @@ def plan(
     return document
 
 
-def check_plan(path: str | Path, *, cluster: str | None = None) -> dict[str, Any]:
+def check_plan(path: str | Path, *, cluster: str | None = None, workload: str | None = None) -> dict[str, Any]:
     """Says whether a plan file still holds.
 
     Args:
         path: of the plan file.
         cluster: as in `plan`; None: the one that the plan was made for.
+        workload: the file's, which must be given where it is a function: a file alone runs no code of others.
 
     Returns:
         The document that `shardwise plan --check --json` prints: `holds`, and `reasons` where it does not.
 
     Raises:
-        RequestError: the file cannot be read, or the workload or the cluster of it is wrong.
+        RequestError: the file cannot be read, the workload or the cluster of it is wrong, or its workload is a function
+            and is not given.
     """
     from shardwise.run.log import finite
     from shardwise.run.planning import checked
 
-    document: dict[str, Any] = finite(checked(Path(path), cluster))
+    document: dict[str, Any] = finite(checked(Path(path), cluster, workload))
     return document
 
 
@@ -482,6 +485,7 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
         WorkerFailed: a worker died.
     """
     from shardwise.cluster.writing import check_place, write_cluster
+    from shardwise.run.at_hand import check_place as check_kept
     from shardwise.run.at_hand import keep
     from shardwise.run.calibrate import calibrate as measure
     from shardwise.run.calibrate import summary
@@ -492,7 +496,13 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
     if cluster is None:  # another worker of an outer launcher has it
         return {"cluster": str(out)}
     write_cluster(cluster, out)
-    keep(cluster)
+    try:
+        check_kept()
+    except NotMeasured as error:
+        if not quiet:
+            sys.stderr.write(f"{out} is written; {error}\n")
+    else:
+        keep(cluster)
     return summary(cluster, Path(out), time.perf_counter() - begin)
 
 

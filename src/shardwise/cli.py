@@ -26,6 +26,7 @@ from shardwise.errors import (
     WorkerHung,
     agreed,
     nearest,
+    one_line,
 )
 from shardwise.launch.context import is_first, rank_context
 from shardwise.launch.signals import Terminated
@@ -35,6 +36,8 @@ from shardwise.report.calibration import calibration_summary
 from shardwise.report.plan import check_summary, plan_summary
 from shardwise.report.prediction import prediction_table
 from shardwise.report.text import comparison_table, training_summary, verification_table
+from shardwise.starting import check_streams, leave_out_working_directory
+from shardwise.units import parse_number, parse_whole
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
@@ -61,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """Run the program `shardwise`: `main`, and the end of the process."""
+    check_streams()
+    leave_out_working_directory()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt_once)
     end(main())
@@ -146,7 +151,7 @@ def _simulate(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     if options.check is not None:
         _check_alone(options)
-        document = api.check_plan(options.check, cluster=options.cluster)
+        document = api.check_plan(options.check, cluster=options.cluster, workload=options.workload)
         _print(options, document, check_summary)
         if not document["holds"]:
             raise PlanBroken(f"{options.check} does not hold: {'; '.join(document['reasons'])}")
@@ -173,7 +178,6 @@ def _plan(options: argparse.Namespace) -> None:
 def _check_alone(options: argparse.Namespace) -> None:
     """Refuses what a plan file that is checked says already."""
     given = {
-        "WORKLOAD": options.workload,
         "--set": options.set,
         "--seed": options.seed,
         "--workers": options.workers,
@@ -266,9 +270,18 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **keywords)
 
     def error(self, message: str) -> NoReturn:
-        """Usage and one line on standard error, exit status 2."""
-        self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {message}\n")
+        """Write one line on standard error and end with exit status 2."""
+        _, missing, names = message.partition("arguments are required: ")
+        if missing:
+            message = self._missing(names.split(", "))
+        self.exit(2, f"{self.prog}: {one_line(message)}; {self.prog} --help says more\n")
+
+    def _missing(self, names: Sequence[str]) -> str:
+        """Say what is missing, and what could be given where it is one thing."""
+        if len(names) > 1:
+            return f"{', '.join(names[:-1])} and {names[-1]} are missing"
+        known = {"/".join(action.option_strings) or action.metavar: action.help for action in self._actions}
+        return f"{names[0]} is missing: {known.get(names[0]) or 'give one'}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -322,12 +335,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     train.add_argument("--keep", type=_whole, default=3, metavar="K", help="checkpoints that stay (default: 3)")
     train.add_argument(
         "--hang-timeout",
-        type=float,
+        type=_seconds,
         metavar="SECONDS",
         help="end a run whose step takes longer (default: ten predicted steps, at least 60)",
     )
     train.add_argument(
-        "--grace", type=float, default=20.0, metavar="SECONDS", help="to write a checkpoint on SIGTERM (default: 20)"
+        "--grace", type=_seconds, default=20.0, metavar="SECONDS", help="to write a checkpoint on SIGTERM (default: 20)"
     )
     train.add_argument(
         "--on-nan",
@@ -403,7 +416,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--dry-run", action="store_true", help="also run the finalists' real program, without memory or hardware"
     )
     plan.add_argument("--pareto", action="store_true", help="also the fastest strategy for each smaller need of memory")
-    plan.add_argument("--check", metavar="FILE", help="say whether a plan file still holds, in place of planning")
+    plan.add_argument("--check", metavar="FILE", help="say whether a plan file still holds")
     _add_output(plan)
     plan.set_defaults(run=_plan)
     calibrate = commands.add_parser(
@@ -479,17 +492,24 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _whole(text: str) -> int:
     try:
-        return int(text)
+        return parse_whole(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
+def _seconds(text: str) -> float:
+    try:
+        return parse_number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
+
+
 def _share(text: str) -> float:
     try:
-        value = float(text)
+        value = parse_number(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
+    if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share: give 0.1 for 10%")
     return value
 
@@ -497,7 +517,7 @@ def _share(text: str) -> float:
 def _slow(text: str) -> tuple[int, float]:
     rank, _, times = text.partition("=")
     try:
-        return int(rank), float(times)
+        return parse_whole(rank), parse_number(times)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: write RANK=TIMES, for example 3=1.5") from None
 

@@ -17,7 +17,7 @@ ShardwiseError                      exit 1: the work itself failed
     └── ClusterError                a device nobody knows; a cluster file with a wrong, missing or unknown field
         └── NotMeasured             this machine, of which nothing is known
 
-Messages are one line: what is wrong, the value, what would do.
+Messages are one line: what is wrong, the value, what would do. `ShardwiseError` sees to it, whatever the value is.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from typing import TypeVar
+
+LONGEST_MESSAGE, LONGEST_WORD = 1500, 100
+"""Characters of a message, and of a word in one that is too long."""
+
+LONGEST_GUESS = 80
+"""Characters of a word that is compared with the known ones: longer words take long, and are no slips of the hand."""
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -34,6 +40,9 @@ class ShardwiseError(Exception):
     """The work itself failed."""
 
     exit_status = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class WorkerFailed(ShardwiseError):
@@ -103,6 +112,22 @@ class NotMeasured(ClusterError):
     """Nothing is known of this machine, and it is not to be measured now."""
 
 
+def one_line(text: str) -> str:
+    """Make a text one line that a terminal shows as it is: control characters escaped, endless values cut short."""
+    text = " ".join(part.strip() for part in text.splitlines())
+    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    if len(line) <= LONGEST_MESSAGE:
+        return line
+    line = " ".join(_shortened(word, LONGEST_WORD) for word in line.split(" "))
+    return _shortened(line, LONGEST_MESSAGE)
+
+
+def _shortened(text: str, most: int) -> str:
+    """Cut the middle out of a text of more than `most` characters: what is wrong is at its start, the remedy last."""
+    half = most // 2 - 1
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
 def agreed(option: str, pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, _Value]:
     """Values of an option that may be given several times, by their keys.
 
@@ -120,5 +145,5 @@ def agreed(option: str, pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, _Val
 
 def nearest(value: str, known: Iterable[str]) -> str:
     """Gives "; did you mean 'x'?" when a known word is close to `value`, else an empty string."""
-    matches = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(value[:LONGEST_GUESS], list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -24,7 +24,7 @@ _NO_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getatt
 
 
 def read_regular(
-    path: Path | str, limit_bytes: int, error_class: type[RequestError] = RequestError, what: str = "file"
+    path: Path | str, limit_bytes: int, error_class: type[RequestError] = RequestError, what: str = ""
 ) -> bytes:
     """Read a whole regular file of at most `limit_bytes` bytes.
 
@@ -32,7 +32,7 @@ def read_regular(
         path: of the file; links are followed.
         limit_bytes: a larger file is refused before any of it is read.
         error_class: what to raise.
-        what: the file in a word or two, for messages: `plan file`.
+        what: the file in a word or two, for messages: `plan file`; may be empty.
 
     Raises:
         error_class: there is no such file, it is no regular one, it is too large, or it cannot be read.
@@ -44,7 +44,7 @@ def read_regular(
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             content = file.read(limit_bytes + 1)  # some files, of /proc say, have more than they state
     except OSError as error:
-        raise error_class(f"{what} {path}: cannot be read: {error.strerror}") from None
+        raise error_class(f"{_named(what, path)}: cannot be read: {error.strerror}") from None
     finally:
         os.close(descriptor)
     _check_size(len(content), limit_bytes, path, error_class, what)
@@ -52,19 +52,19 @@ def read_regular(
 
 
 def read_regular_text(
-    path: Path | str, limit_bytes: int, error_class: type[RequestError] = RequestError, what: str = "file"
+    path: Path | str, limit_bytes: int, error_class: type[RequestError] = RequestError, what: str = ""
 ) -> str:
     """Read a whole regular file as text in UTF-8; see `read_regular` for arguments and errors."""
     try:
         return read_regular(path, limit_bytes, error_class, what).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise error_class(f"{what} {path}: is not text in UTF-8: byte {error.start} is wrong") from None
+        raise error_class(f"{_named(what, path)}: is not text in UTF-8: byte {error.start} is wrong") from None
 
 
 def check_regular(
     path: Path | str,
     error_class: type[RequestError] = RequestError,
-    what: str = "file",
+    what: str = "",
     limit_bytes: int | None = None,
 ) -> int:
     """Check a file that a library opens by its name: it is there, regular, and not too large. Returns its bytes.
@@ -75,9 +75,9 @@ def check_regular(
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        raise error_class(f"{what} {path}: there is no such file") from None
+        raise error_class(f"{_named(what, path)}: there is no such file") from None
     except (OSError, ValueError) as error:
-        raise error_class(f"{what} {path}: cannot be read: {_reason(error)}") from None
+        raise error_class(f"{_named(what, path)}: cannot be read: {_reason(error)}") from None
     _check_kind(found, path, error_class, what)
     if limit_bytes is not None:
         _check_size(found.st_size, limit_bytes, path, error_class, what)
@@ -89,10 +89,10 @@ def _opened(path: Path | str, error_class: type[RequestError], what: str) -> int
     try:
         return os.open(path, os.O_RDONLY | _NO_WAITING)
     except FileNotFoundError:
-        raise error_class(f"{what} {path}: there is no such file") from None
+        raise error_class(f"{_named(what, path)}: there is no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         _check_special(path, error_class, what)
-        raise error_class(f"{what} {path}: cannot be read: {_reason(error)}") from None
+        raise error_class(f"{_named(what, path)}: cannot be read: {_reason(error)}") from None
 
 
 def _check_special(path: Path | str, error_class: type[RequestError], what: str) -> None:
@@ -107,12 +107,16 @@ def _check_special(path: Path | str, error_class: type[RequestError], what: str)
 def _check_kind(found: os.stat_result, path: Path | str, error_class: type[RequestError], what: str) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "no regular file")
-        raise error_class(f"{what} {path}: is {kind}: give a regular file")
+        raise error_class(f"{_named(what, path)}: is {kind}: give a regular file")
 
 
 def _check_size(size: int, limit: int, path: Path | str, error_class: type[RequestError], what: str) -> None:
     if size > limit:
-        raise error_class(f"{what} {path}: is larger than {format_bytes(limit)}, the most that is read")
+        raise error_class(f"{_named(what, path)}: is larger than {format_bytes(limit)}, the most that is read")
+
+
+def _named(what: str, path: Path | str) -> str:
+    return f"{what} {path}" if what else str(path)
 
 
 def _reason(error: Exception) -> str:

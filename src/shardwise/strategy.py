@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from math import ceil, gcd
+from math import ceil, gcd, isqrt
 from typing import Any
 
 from shardwise.errors import StrategyError, nearest
+from shardwise.units import parse_whole
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
 RECOMPUTE = ("none", "selective", "full")
@@ -36,12 +37,19 @@ PRODUCTS = frozenset(
 product of two activations (`bmm`) is attention that is spelled out, whose results are large."""
 PRECISIONS = ("float32", "bf16")
 OUTERMOST = ("dp", "pp")
+SUGGESTED = 16
+"""Values that a message names at most."""
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
     "outermost": OUTERMOST,
 }
+MOST = 1_000_000
+"""Workers of a strategy, and the largest value of any of its numbers: more is a slip of the hand."""
+
 _INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages", "bucket", "offload")
+_TEXTS = ("schedule", "recompute", "precision", "shares", "speeds", "outermost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +104,7 @@ class Strategy:
     outermost: str = "dp"
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for axis in ("dp", "fsdp", "tp", "pp"):
             if getattr(self, axis) < 1:
                 raise StrategyError(f"{axis}={getattr(self, axis)}: a degree is 1 or more")
@@ -110,10 +119,24 @@ class Strategy:
             value = getattr(self, key)
             if value not in known and not (key == "precision" and value == ""):
                 raise StrategyError(f"{key}={value}: known are {', '.join(known)}{nearest(value, known)}")
+        if self.workers > MOST:
+            raise StrategyError(f"the degrees make {self.workers} workers: at most {MOST} can be planned for")
         share = _share_of_blocks(self.recompute)
         if 0 < share < 1:  # in lowest terms, so that equal strategies are equal values
             object.__setattr__(self, "recompute", str(share))
         self._check_options()
+
+    def _check_kinds(self) -> None:
+        """Raises StrategyError: a number that is none or out of all bounds, a word that is none."""
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise StrategyError(f"{name}={value!r}: must be a whole number")
+            if not -MOST <= value <= MOST:
+                raise StrategyError(f"{name}={_shown(value)}: must be {MOST} or less")
+        for name in _TEXTS:
+            if not isinstance(getattr(self, name), str):
+                raise StrategyError(f"{name}={getattr(self, name)!r}: must be a text")
 
     def _check_options(self) -> None:
         """An option without the axis that it belongs to is a mistake, not a wish."""
@@ -147,13 +170,13 @@ class Strategy:
         """Reads `single` or `axis=degree,...,option=word`. Raises StrategyError naming the nearest known word."""
         known = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        parts = [part.strip(" ") for part in text.split(",") if part.strip(" ")]
         if not parts:
             raise StrategyError(f"strategy {text!r} is empty; for example: single, dp=2, tp=2,pp=2")
         for part in parts:
             if part == "single":
                 continue
-            key, equals, value = (piece.strip() for piece in part.partition("="))
+            key, equals, value = (piece.strip(" ") for piece in part.partition("="))
             if key not in known:
                 raise StrategyError(
                     f"unknown axis {key!r} in strategy {text!r}: known are single, {', '.join(known)}"
@@ -296,7 +319,7 @@ class Strategy:
                 f"use {_multiples(batch_size, unit)}, or microbatches={_divisors(share)}"
             )
         if self.schedule == "interleaved" and count % self.pp:
-            fitting = [n for n in range(self.pp, share + 1, self.pp) if share % n == 0]
+            fitting = [n for n in _divisors_of(share) if n % self.pp == 0]
             hint = f"use microbatches={' or '.join(map(str, fitting[:4]))}" if fitting else "use another batch_size"
             raise StrategyError(
                 f"schedule=interleaved needs microbatches that divide by pp={self.pp}, not {count}: {hint}"
@@ -317,8 +340,8 @@ class Strategy:
 
 def _check_numbers(option: str, text: str, count: int, what: str) -> None:
     numbers = text.split(":")
-    if not all(number.isdecimal() and int(number) for number in numbers) or len(numbers) != count:
-        example = ":".join(["2", *["1"] * (count - 1)])
+    if not all(_is_count(number) for number in numbers) or len(numbers) != count:
+        example = ":".join(["2", *["1"] * (min(count, 8) - 1)]) + (":..." if count > 8 else "")
         raise StrategyError(
             f"{option}={text}: one whole number of 1 or more for each of the {count} {what}, "
             f"with colons between them: {option}={example}"
@@ -330,7 +353,7 @@ def _share_of_blocks(recompute: str) -> Fraction:
     if recompute in RECOMPUTE:
         return Fraction(recompute != "none")
     over, slash, under = recompute.partition("/")
-    whole = bool(slash) and over.isdecimal() and under.isdecimal()
+    whole = bool(slash) and _is_count(over) and _is_count(under)
     if not whole or not 0 < int(over) < int(under):
         raise StrategyError(
             f"recompute={recompute}: known are {', '.join(RECOMPUTE)} and parts of the blocks, 1/2 or 3/4 say"
@@ -341,9 +364,22 @@ def _share_of_blocks(recompute: str) -> Fraction:
 
 def _integer(key: str, value: str) -> int:
     try:
-        return int(value)
+        return parse_whole(value)
     except ValueError:
-        raise StrategyError(f"{key}={value}: must be a whole number") from None
+        raise StrategyError(f"{key}={value}: must be a whole number of at most {MOST}, in digits 0 to 9") from None
+
+
+def _is_count(text: str) -> bool:
+    """Return whether a text is a whole number from 1 on."""
+    try:
+        return 1 <= parse_whole(text) <= MOST
+    except ValueError:
+        return False
+
+
+def _shown(value: int) -> str:
+    """A number for a message, also one of more digits than Python writes."""
+    return str(value) if abs(value) < 10**30 else f"a number of {value.bit_length()} bits"
 
 
 def _multiples(batch_size: int, unit: int) -> str:
@@ -352,4 +388,12 @@ def _multiples(batch_size: int, unit: int) -> str:
 
 
 def _divisors(number: int) -> str:
-    return " or ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    """The divisors of a number, for messages: all, or the smallest ones."""
+    found = _divisors_of(number)
+    return " or ".join(map(str, found[:SUGGESTED])) + (" ..." if len(found) > SUGGESTED else "")
+
+
+def _divisors_of(number: int) -> list[int]:
+    """All divisors, ascending, in as many steps as its square root."""
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

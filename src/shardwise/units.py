@@ -1,8 +1,18 @@
-"""Bytes, seconds and rates, as people read them. Inside Shardwise values are plain bytes, seconds, per second."""
+"""Numbers as people write them; bytes, seconds and rates as people read them.
+
+Inside Shardwise values are plain bytes, seconds, per second.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+
+LARGEST_WHOLE = 2**63 - 1
+"""Of whole numbers that are read: what every file format and torch can hold."""
+
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_NUMBER = re.compile(r"-?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,3})?")
 
 _ENDS = (("iB", 1024), ("B", 1000), ("", 1000))
 
@@ -50,6 +60,29 @@ def format_share(value: float) -> str:
     return f"{value * 100:.0f}%"
 
 
+def parse_whole(text: str, most: int = LARGEST_WHOLE) -> int:
+    """Read a whole number in ASCII digits, at most `most` either way: '12', '-3'; no '+3', '03', '1_000' or '1e3'.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not _WHOLE.fullmatch(text) or abs(int(text)) > most:
+        raise ValueError(f"{text!r} is not a whole number of at most {most}")
+    return int(text)
+
+
+def parse_number(text: str) -> float:
+    """Read a finite number in ASCII digits: '12', '0.5', '-1e-3'; no 'nan', 'inf', '1_000' or '1e999'.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is not a finite number")
+    return value + 0.0  # of zeros there is one
+
+
 _UNITS: dict[str, int] = {
     "": 1,
     "B": 1,
@@ -59,8 +92,11 @@ _UNITS: dict[str, int] = {
 
 def parse_bytes(text: str) -> int:
     """'40GiB' -> 42949672960, '40GB' -> 40000000000, '1024' -> 1024. Raises ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,19}(?:\.[0-9]{1,19})?)\s*([A-Za-z]{0,3})\s*", text)
     unit = match and next((unit for unit in _UNITS if unit.lower() == match[2].lower()), None)
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a size in bytes")
-    return int(float(match[1]) * _UNITS[unit] + 0.5)
+    size = int(float(match[1]) * _UNITS[unit] + 0.5)
+    if size > LARGEST_WHOLE:
+        raise ValueError(f"{text!r} is more than a file or a memory can have")
+    return size

@@ -125,7 +125,7 @@ def test_rows_that_lack_something_are_skipped(tmp_path: Path, changes: dict[str,
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="there is no such file"):
         validate(tmp_path / "missing.csv")
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(DataError, match="has no rows"):

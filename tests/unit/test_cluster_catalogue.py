@@ -128,7 +128,7 @@ def test_price_is_of_one_device_and_assumed() -> None:
         ("zzz", "known devices are v100-sxm2-32, "),
         ("h100x12", "12 devices do not fill nodes of 8 (NVIDIA DGX H100); 8 or 16 would"),
         ("h100x0", "must have one device or more"),
-        ("nowhere.toml", "nowhere.toml: cannot be read: No such file"),
+        ("nowhere.toml", "nowhere.toml: there is no such file"),
     ],
 )
 def test_what_is_not_there_is_an_error_in_one_line(spec: str, said: str) -> None:

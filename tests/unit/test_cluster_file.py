@@ -260,7 +260,7 @@ def test_missing_tables(table: str, tmp_path: Path) -> None:
 
 
 def test_not_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="cannot be read: Is a directory"):
+    with pytest.raises(ClusterError, match="is a folder: give a regular file"):
         read_cluster(tmp_path)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ClusterError, match="is not text in UTF-8"):

@@ -15,14 +15,16 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "shardwise"
 
-VALUES = {"errors", "units", "strategy", "collective", "files"}
+VALUES = {"errors", "units", "strategy", "collective", "files", "tomlfile"}
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "units": set(),
-    "strategy": {"errors"},
+    "strategy": {"errors", "units"},
     "collective": {"errors", "units"},
     "files": {"errors", "units"},
+    "tomlfile": {"errors", "units", "files"},
     "ending": set(),
+    "starting": set(),
     "launch": VALUES | {"ending"},
     "report": VALUES,
     "cluster": VALUES,
@@ -32,8 +34,8 @@ FLOORS: dict[str, set[str]] = {
     "plan": VALUES | {"cluster", "workload", "parallel", "predict"},
     "run": VALUES | {"ending", "cluster", "workload", "parallel", "predict", "plan", "launch", "report"},
     "api": VALUES | {"cluster", "workload", "parallel", "predict", "plan", "launch", "report", "run"},
-    "cli": VALUES | {"launch", "report", "api", "ending"},
-    "__main__": {"cli"},
+    "cli": VALUES | {"launch", "report", "api", "ending", "starting"},
+    "__main__": {"cli", "starting"},
     "__init__": VALUES | {"workload", "api"},
 }
 """Module or folder -> the others that it may import."""

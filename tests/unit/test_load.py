@@ -102,6 +102,21 @@ def test_file_imports_its_neighbours(tmp_path: Path) -> None:
     assert load_workload(f"{tmp_path / 'mine.py'}:make").name == "beside"
 
 
+@pytest.mark.parametrize("spec", ["mine_here.py:make", "mine_here:make"])
+def test_neighbours_shadow_no_installed_package(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (installed / "twice_there.py").write_text("NAME = 'installed'")
+    (tmp_path / "twice_there.py").write_text("NAME = 'beside'")
+    (tmp_path / "mine_here.py").write_text(GOOD.replace("name=name", "name=NAME") + "\nfrom twice_there import NAME\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
+    for name in ("mine_here", "twice_there"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert load_workload(spec).name == "installed"
+    sys.modules.pop("twice_there")
+
+
 def test_module(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (good.parent / "package_of_workloads").mkdir()
     (good.parent / "package_of_workloads" / "inner.py").write_text(GOOD)

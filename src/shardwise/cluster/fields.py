@@ -37,7 +37,7 @@ class Number:
 
     def read(self, value: Any) -> Any:
         """The value. Raises ValueError where it is not one of this field."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:  # nan is not
             raise ValueError
         if self.whole and not isinstance(value, int):
             raise ValueError
@@ -61,7 +61,9 @@ class Text:
 
     def read(self, value: Any) -> str:
         """The value. Raises ValueError where it is not one of this field."""
-        if not isinstance(value, str) or (not value and self.default is ...):
+        if not isinstance(value, str):
+            raise ValueError
+        if self.default is ... and (not value or not value.isprintable()):  # a name is shown on terminals
             raise ValueError
         if self.choices and value not in self.choices:
             raise ValueError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from shardwise.cluster import catalogue
 from shardwise.cluster.cluster import Cluster
@@ -15,6 +15,6 @@ def find_cluster(text: str) -> Cluster:
     Raises:
         ClusterError: the file is wrong, or the catalogue has no such name.
     """
-    if text.endswith(".toml") or Path(text).is_file():
+    if text.endswith(".toml") or os.path.isfile(text):
         return read_cluster(text)
     return catalogue.cluster(text)

@@ -23,7 +23,6 @@ What was measured is kept in rows: a curve's samples are `[sizes ..., seconds, s
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,12 @@ from shardwise.cluster.cluster import (
 from shardwise.cluster.fields import Field, Flag, Number, Part, Text, Where, read_field, read_mapping, read_table, show
 from shardwise.collective import OPERATIONS
 from shardwise.errors import ClusterError
+from shardwise.strategy import MOST
+from shardwise.tomlfile import read_toml
+from shardwise.units import parse_whole
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+LARGEST = 16 << 20
+"""Bytes of a cluster file at most: a thorough calibration has half a megabyte."""
 
 PRICE = Number("US dollars per hour", least=0, default=None)
 SOURCE = Text("where the figures were read", default="")
@@ -145,15 +145,7 @@ def read_cluster(path: Path | str) -> Cluster:
 
 def load_toml(path: Path) -> dict[str, Any]:
     """A TOML file's content. Raises ClusterError where it cannot be read."""
-    try:
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ClusterError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ClusterError(f"{path}: is not text in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ClusterError(f"{path}: is not TOML: {str(error).splitlines()[0]}") from None
-    return content
+    return read_toml(path, LARGEST, ClusterError, "")
 
 
 def parse_cluster(content: dict[str, Any], file: str) -> Cluster:
@@ -180,6 +172,8 @@ def _check(cluster: Cluster, where: Where) -> None:
         raise (where / "nodes").error("is empty: there must be one kind of nodes at least")
     if cluster.size > 1 and not cluster.levels:
         raise (where / "levels").error(f"is empty: {cluster.size} devices need links between them")
+    if cluster.size > MOST:
+        raise (where / "nodes").error(f"have {cluster.size} devices: at most {MOST} can be planned for")
     spans = [level.span for level in cluster.levels]
     if any(inner >= outer for inner, outer in itertools.pairwise(spans)):
         raise (where / "levels").error(f"have spans {spans} (devices): must ascend, the innermost first")
@@ -221,9 +215,16 @@ def read_origins(table: Any, fields: Mapping[str, Field], where: Where) -> dict[
 def _shared(values: Mapping[str, Any], where: Where) -> dict[int, float]:
     shared = values["shared"]
     for workers in shared:
-        if not workers.isdigit() or int(workers) < 1:
+        if not _is_count(workers):
             raise (where / "shared" / workers).error("is not a number of workers")
     return {int(workers): read_field(shared, workers, SLOWER, where / "shared") for workers in shared}
+
+
+def _is_count(text: str) -> bool:
+    try:
+        return parse_whole(text, MOST) >= 1
+    except ValueError:
+        return False
 
 
 def _nodes(table: Any, devices: Mapping[str, Device], where: Where) -> Nodes:
@@ -258,4 +259,4 @@ def _value(value: Any, field: Field, where: Where) -> Any:
     try:
         return field.read(value)
     except ValueError:
-        raise where.error(f"has {value!r}: must be {field.expected}") from None
+        raise where.error(f"has {show(value)}: must be {field.expected}") from None

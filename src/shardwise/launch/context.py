@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardwise.errors import RequestError
+from shardwise.units import parse_whole
 
 LOCAL_WORKER = "SHARDWISE_LOCAL_WORKER"
 """Set in the environment of workers that Shardwise itself started: for them there is no other launcher."""
@@ -100,10 +101,32 @@ def is_first() -> bool:
     return context is None or context.rank == 0
 
 
+def given_threads() -> int | None:
+    """Return the intra-op threads that the environment sets for each worker; None where it sets none.
+
+    Raises:
+        RequestError: OMP_NUM_THREADS is no number.
+    """
+    text = os.environ.get("OMP_NUM_THREADS")
+    if text is None:
+        return None
+    try:
+        threads = parse_whole(text.partition(",")[0].strip())  # OpenMP takes a number for each level of nesting
+    except ValueError:
+        threads = 0
+    if threads < 1:
+        raise RequestError(f"OMP_NUM_THREADS={text} in the environment: must be a whole number of 1 or more")
+    return threads
+
+
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environment.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not (text.isascii() and text.isdigit() and len(text) < 10):
+    try:
+        number = parse_whole(text or "")
+    except ValueError:
+        number = -1
+    if number < 0:
         raise RequestError(f"{name}={text} in the environment is no whole number: unset it, or start with a launcher")
-    return int(text)
+    return number

@@ -20,7 +20,7 @@ from shardwise.errors import RequestError, StrategyError
 from shardwise.launch import watch
 from shardwise.launch.allocator import keep_memory
 from shardwise.launch.board import board_of
-from shardwise.launch.context import RankContext, rank_context
+from shardwise.launch.context import RankContext, given_threads, rank_context
 from shardwise.launch.scheduling import run_uninterrupted
 
 PR_SET_PDEATHSIG = 1
@@ -117,9 +117,9 @@ def _start(local_rank: str, local_workers: int) -> None:
     import torch
 
     keep_memory()
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(threads_per_worker(local_workers))
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    threads = given_threads() or threads_per_worker(local_workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
     with contextlib.suppress(RuntimeError):  # settled already where something has computed in parallel
         torch.set_num_interop_threads(1)
     if torch.cuda.is_available():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwise import errors
 from shardwise.errors import ShardwiseError, WorkerFailed, WorkerHung
+from shardwise.launch.context import given_threads
 from shardwise.launch.join import threads_per_worker
 from shardwise.launch.processes import Processes
 from shardwise.launch.signals import Signals, Terminated
@@ -72,6 +73,7 @@ def run_local(
 
     from shardwise.launch.switchboard import Switchboard  # what it imports would slow down `shardwise --help`
 
+    given_threads()  # refused here, before any worker starts
     setup = {"path": sys.path, "threads": threads or threads_per_worker(workers), "gpus": gpus, "workers": workers}
     with Signals() as signals:
         switchboard = Switchboard(setup, cloudpickle.dumps((function, args)))

@@ -18,25 +18,24 @@ torch = "2.13.0"
 from __future__ import annotations
 
 import json
-import sys
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardwise.errors import RequestError, RunFolderError, StrategyError, nearest
-from shardwise.strategy import Strategy
+from shardwise.errors import RequestError, RunFolderError, StrategyError, nearest, one_line
+from shardwise.strategy import MOST, Strategy
+from shardwise.tomlfile import read_toml
 
 if TYPE_CHECKING:
     from shardwise.parallel.planning import Cuts
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 VERSION = 1
+
+LARGEST = 1 << 20
+"""Bytes of a plan file at most."""
 
 _KEYS = ("version", "workload", "settings", "cluster", "strategy", "cuts", "prediction", "made_with")
 _PREDICTED = ("step_seconds", "memory_bytes", "samples_per_second", "alpha")
@@ -92,8 +91,11 @@ def write_plan(path: Path, plan: PlanFile) -> None:
         if table:
             lines += ["", f"[{name}]", *(f"{_key(key)} = {_value(value)}" for key, value in table.items())]
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except (OSError, UnicodeEncodeError) as error:  # a name that is no text cannot be in a file that is
+        raise RunFolderError(f"out={path}: cannot be written: {error}") from None
 
 
 def read_plan(path: Path) -> PlanFile:
@@ -102,16 +104,11 @@ def read_plan(path: Path) -> PlanFile:
     Raises:
         RequestError: it cannot be read, or a key of it is missing, unknown or wrong; names file and key.
     """
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError(f"plan file {path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RequestError(f"plan file {path}: cannot be read: {error}") from None
+    found = read_toml(path, LARGEST, RequestError, "plan file")
     for key in found:
         if key not in _KEYS:
             raise RequestError(f"plan file {path}: unknown key {key}{nearest(key, _KEYS)}")
-    if found.get("version") != VERSION:
+    if found.get("version") != VERSION or isinstance(found["version"], bool):
         raise RequestError(f"plan file {path}: version={found.get('version')}: this program reads version {VERSION}")
     tables = {name: _table(path, found, name) for name in ("settings", "prediction", "made_with")}
     try:
@@ -121,11 +118,11 @@ def read_plan(path: Path) -> PlanFile:
     return PlanFile(
         workload=_text(path, found, "workload"),
         strategy=strategy,
-        settings={key: str(value) for key, value in tables["settings"].items()},
+        settings={key: _setting(path, key, value) for key, value in tables["settings"].items()},
         cluster=_text(path, found, "cluster") if "cluster" in found else "",
         cuts=_cuts(path, found.get("cuts", [])),
         prediction={key: _number(path, key, value) for key, value in tables["prediction"].items()},
-        made_with={key: str(value) for key, value in tables["made_with"].items()},
+        made_with={one_line(key): one_line(_text(path, tables["made_with"], key)) for key in tables["made_with"]},
     )
 
 
@@ -134,6 +131,14 @@ def _text(path: Path, found: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise RequestError(f"plan file {path}: {key}={value!r}: must be text in quotes")
     return value
+
+
+def _setting(path: Path, key: str, value: Any) -> str:
+    if not isinstance(value, str | int | float):
+        raise RequestError(
+            f"plan file {path}: settings.{key}={value!r}: must be text in quotes, a number, true or false"
+        )
+    return str(value)
 
 
 def _table(path: Path, found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -146,7 +151,7 @@ def _table(path: Path, found: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _cuts(path: Path, value: Any) -> Cuts:
     stages = value if isinstance(value, list) and all(isinstance(stage, list) and stage for stage in value) else [[-1]]
     starts: list[Any] = [start for stage in stages for start in stage]
-    whole = all(isinstance(start, int) and not isinstance(start, bool) for start in starts)
+    whole = all(isinstance(start, int) and not isinstance(start, bool) and start <= MOST for start in starts)
     if not whole or any(a >= b for a, b in pairwise(starts)) or (starts and starts[0] != 0):
         raise RequestError(
             f"plan file {path}: cuts={value!r}: must be a list of stages, each a list of the links at which its blocks "
@@ -158,13 +163,13 @@ def _cuts(path: Path, value: Any) -> Cuts:
 def _number(path: Path, key: str, value: Any) -> float:
     if key not in _PREDICTED:
         raise RequestError(f"plan file {path}: unknown key prediction.{key}{nearest(key, _PREDICTED)}")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise RequestError(f"plan file {path}: prediction.{key}={value!r}: must be a number, 0 or more")
     return float(value)
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no bare DEL, JSON does
 
 
 def _key(name: str) -> str:

@@ -18,7 +18,7 @@ from shardwise.cluster.reading import read_cluster
 from shardwise.cluster.writing import write_cluster
 from shardwise.errors import ClusterError, NotMeasured
 from shardwise.launch.context import rank_context, under_launcher
-from shardwise.workload.recipes.datasets.cache import cache_folder
+from shardwise.workload.recipes.datasets.cache import cache_folder, check_writable
 
 SETTING = "SHARDWISE_CLUSTER"
 OFF = "off"
@@ -43,6 +43,7 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
         raise NotMeasured(f"this machine is not measured: {SETTING}={OFF}")
     if setting:
         return read_cluster(setting)
+    check_place()
     path = cached_file()
     if path.is_file():
         try:
@@ -59,6 +60,17 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
     assert cluster is not None
     keep(cluster)
     return cluster
+
+
+def check_place() -> None:
+    """Raises NotMeasured where a cluster cannot be kept: it would be measured, for a minute, at every start."""
+    try:
+        check_writable()
+    except OSError as error:
+        raise NotMeasured(
+            f"what is measured cannot be kept in {error.filename} ({error.strerror}): set XDG_CACHE_HOME to a folder "
+            f"that can be written, or {SETTING} to a cluster file"
+        ) from None
 
 
 def check_hosts() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import NotMeasured, ShardwiseError, WorkerFailed
-from shardwise.launch.context import is_first
+from shardwise.launch.context import given_threads, is_first
 from shardwise.run.at_hand import cluster_at_hand
 from shardwise.run.result import Forecast
 from shardwise.strategy import Strategy
@@ -43,8 +42,8 @@ def forecasts(
         return [Forecast(reason=str(error)) for _ in strategies]
     from shardwise.predict.simulate import profiles_on  # what traces models takes long to import
 
-    given = os.environ.get("OMP_NUM_THREADS") or threads
-    cluster = cluster if given is None else _with_threads(cluster, int(given))
+    given = given_threads() or threads
+    cluster = cluster if given is None else _with_threads(cluster, given)
     profiles = profiles_on(workload, cluster)
     return [_forecast(profiles, strategy, cluster) for strategy in strategies]
 

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.at_hand import cluster_at_hand
 from shardwise.run.job import Source
-from shardwise.units import format_bytes, format_seconds, format_share
+from shardwise.units import format_bytes, format_seconds, format_share, parse_whole
+from shardwise.workload.load import names_function
 from shardwise.workload.workload import Workload
 
 CHANGED = 0.2
@@ -89,7 +91,7 @@ def _numbers(workers: int | str | None, cluster: Cluster) -> list[int]:
         return [cluster.size]
     first, dots, last = str(workers).partition("..")
     try:
-        low, high = int(first), int(last if dots else first)
+        low, high = parse_whole(first), parse_whole(last if dots else first)
     except ValueError:
         raise RequestError(f"workers={workers}: give a number, or a range such as 1..64") from None
     if not 1 <= low <= high <= cluster.size:
@@ -181,12 +183,13 @@ def versions() -> dict[str, str]:
     return {"shardwise": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
-def checked(path: Path, cluster_text: str | None = None) -> dict[str, Any]:
+def checked(path: Path, cluster_text: str | None = None, named: str | None = None) -> dict[str, Any]:
     """Whether a plan file still holds: it can be, fits, and is predicted to take what it says.
 
     Args:
         path: of the plan file.
         cluster_text: in place of the plan's own.
+        named: workload that the user trusts; a function that only the file names is not run.
 
     Returns:
         `plan`, `holds`, `reasons`, and the prediction of today beside the file's.
@@ -195,6 +198,7 @@ def checked(path: Path, cluster_text: str | None = None) -> dict[str, Any]:
         RequestError: the file cannot be read, or the workload or the cluster of it is wrong.
     """
     plan = read_plan(path)
+    _check_workload(path, plan.workload, named)
     workload = Source(workload=plan.workload, settings=plan.settings).load()
     cluster = _cluster(cluster_text or plan.cluster or None)
     reasons = [
@@ -219,6 +223,17 @@ def checked(path: Path, cluster_text: str | None = None) -> dict[str, Any]:
             f"{format_share(abs(prediction.step_seconds / then - 1))} off the {format_seconds(then)} in the file"
         )
     return _check_document(path, plan, prediction.step_seconds, broken, reasons)
+
+
+def _check_workload(path: Path, workload: str, named: str | None) -> None:
+    """Raises RequestError: the file names another workload than the user, or code that the user does not name."""
+    if named is not None and named != workload:
+        raise RequestError(f"plan file {path}: is of workload {workload!r}, not {named!r}")
+    if named is None and names_function(workload):
+        raise RequestError(
+            f"plan file {path}: workload {workload!r} is a function, whose code would run: if you trust it, "
+            f"name it too: shardwise plan {quote(workload)} --check {quote(str(path))}"
+        )
 
 
 def _check_document(

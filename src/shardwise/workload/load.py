@@ -5,6 +5,7 @@ Every mistake is one line. Importing this module does not import torch; loading 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -12,11 +13,11 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from shardwise.errors import RequestError, WorkloadError, nearest
 from shardwise.workload.settings import convert_settings, parameters_of
@@ -44,13 +45,18 @@ def load_workload(spec: str, settings: Mapping[str, Any] | None = None) -> Workl
         WorkloadError: it cannot be found, imported or built, or a setting is wrong.
         DataError: its data is missing or of the wrong kind.
     """
+    with not_ending():
+        return _load(spec, settings or {})
+
+
+def _load(spec: str, settings: Mapping[str, Any]) -> Workload:
     function = _find_function(spec)
-    arguments = convert_settings(f"workload {spec!r}", _parameters(spec, function), settings or {})
+    arguments = convert_settings(f"workload {spec!r}", _parameters(spec, function), settings)
     try:
         workload = function(**arguments)
     except RequestError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise WorkloadError(f"workload {spec!r} cannot be built: {_one_line(error)}{_place(error)}") from error
     if not isinstance(workload, Workload):
         raise WorkloadError(
@@ -61,7 +67,33 @@ def load_workload(spec: str, settings: Mapping[str, Any] | None = None) -> Workl
 
 def workload_parameters(spec: str) -> dict[str, inspect.Parameter]:
     """The parameters of the function that `spec` names, by name, with resolved annotations. Raises WorkloadError."""
-    return _parameters(spec, _find_function(spec))
+    with not_ending():
+        return _parameters(spec, _find_function(spec))
+
+
+def names_function(spec: str) -> bool:
+    """Return whether a workload is a function of a file or module, whose code runs when it is loaded.
+
+    Recipes, models by their sizes and Hugging Face folders run no code but Shardwise's own and that of packages.
+    """
+    return not (spec in RECIPES or _is_sizes(spec) or _is_folder(spec))
+
+
+@contextlib.contextmanager
+def not_ending() -> Iterator[None]:
+    """Let code that is loaded not end this process: `os._exit` raises SystemExit within, as `sys.exit` does."""
+    end, process = os._exit, os.getpid()
+
+    def refuse(status: int) -> NoReturn:
+        if os.getpid() != process:  # a process that was forked meanwhile, which ends like this
+            end(status)
+        raise SystemExit(status)
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = end
 
 
 def _parameters(spec: str, function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -74,10 +106,10 @@ def _parameters(spec: str, function: Callable[..., Any]) -> dict[str, inspect.Pa
 def _find_function(spec: str) -> Callable[..., Any]:
     if spec in RECIPES:
         return _function_of(_import_module(f"shardwise.workload.recipes.{spec}"), spec, spec)
-    if spec.startswith(SIZES) and not spec.removeprefix(SIZES).isidentifier():
+    if _is_sizes(spec):
         return _of_sizes(spec)
     source, colon, name = spec.rpartition(":")
-    if (Path(spec) / "config.json").is_file():
+    if _is_folder(spec):
         module = _import_module("shardwise.workload.recipes.huggingface")
         found: Callable[..., Any] = module.huggingface_workload(Path(spec))
         return found
@@ -86,8 +118,16 @@ def _find_function(spec: str) -> Callable[..., Any]:
     if not source or not name:
         raise WorkloadError(f"workload {spec!r}: write path/to/file.py:function or package.module:function")
     is_file = source.endswith(".py") or os.sep in source
-    module = _import_file(Path(source)) if is_file else _import_module(source)
+    module = _import_file(Path(source)) if is_file else _import_module_here(source)
     return _function_of(module, name, source)
+
+
+def _is_sizes(spec: str) -> bool:
+    return spec.startswith(SIZES) and not spec.removeprefix(SIZES).isidentifier()
+
+
+def _is_folder(spec: str) -> bool:
+    return os.path.isfile(os.path.join(spec, "config.json"))
 
 
 def _of_sizes(spec: str) -> Callable[..., Any]:
@@ -95,7 +135,7 @@ def _of_sizes(spec: str) -> Callable[..., Any]:
     function = _import_module("shardwise.workload.recipes.gpt").gpt
     settings = {}
     for part in filter(None, spec.removeprefix(SIZES).split(",")):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
+        key, equals, value = (piece.strip(" ") for piece in part.partition("="))
         if not equals or not key or not value:
             raise WorkloadError(
                 f"{part!r} in workload {spec!r} has no value: write {SIZES}layers=96,hidden=12288,heads=96"
@@ -111,9 +151,9 @@ def _of_sizes(spec: str) -> Callable[..., Any]:
 
 def _unknown(spec: str) -> str:
     path = Path(spec)
-    if path.is_file():
+    if os.path.isfile(path):
         return f"workload {spec!r} names no function: write {spec}:FUNCTION"
-    if path.is_dir():
+    if os.path.isdir(path):
         return f"workload {spec!r} is a folder without a config.json: give {_FORMS}"
     return f"unknown workload {spec!r}: give {_FORMS}{nearest(spec, RECIPES)}"
 
@@ -132,10 +172,19 @@ def _function_of(module: ModuleType, name: str, source: str) -> Callable[..., An
     raise WorkloadError(f"no function {name!r} in {source}: {listed}{nearest(name, known)}")
 
 
+def _import_module_here(name: str) -> ModuleType:
+    """Import a module that is installed or lies in the working directory; what is installed goes first."""
+    _add_to_path(os.getcwd())
+    return _import_module(name)
+
+
+def _add_to_path(folder: str) -> None:
+    """Let modules of a folder be imported, but none in place of an installed one: a `torch.py` there stays unused."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
 def _import_module(name: str) -> ModuleType:
-    """An importable module; the working directory counts, as it does for `python -m`."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
     except RequestError:
@@ -149,17 +198,17 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Runs a file as a module, with its folder on the import path as when Python runs a script."""
-    path = path.expanduser()
-    if not path.is_file():
-        raise WorkloadError(f"there is no file {str(path)!r}{_nearest_file(path)}")
+    """Runs a file as a module, with its folder last on the import path: it may import its neighbours."""
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path):
+        there = f"{str(path)!r} is no regular file" if os.path.exists(path) else f"there is no file {str(path)!r}"
+        raise WorkloadError(f"{there}{_nearest_file(path)}")
     path = path.resolve()
     name = f"shardwise_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     specification = importlib.util.spec_from_file_location(name, path)
     if specification is None or specification.loader is None:
         raise WorkloadError(f"{str(path)!r} is not a Python file: its name must end in .py")
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
+    _add_to_path(str(path.parent))
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     try:
@@ -181,7 +230,9 @@ def _travel_by_value(module: ModuleType) -> None:
 
 
 def _nearest_file(path: Path) -> str:
-    neighbours = [str(path.with_name(other.name)) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    neighbours = (
+        [str(path.with_name(other.name)) for other in path.parent.glob("*.py")] if os.path.isdir(path.parent) else []
+    )
     return nearest(str(path), neighbours)
 
 
@@ -199,6 +250,8 @@ def _place(error: BaseException, within: Path | None = None) -> str:
 def _one_line(error: BaseException) -> str:
     message = error.msg if isinstance(error, SyntaxError) else str(error)
     text = " ".join(str(message).split())
+    if isinstance(error, SystemExit):
+        return f"SystemExit: {text}: a workload must not end the program"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

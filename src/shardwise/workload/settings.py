@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from shardwise.errors import WorkloadError, nearest
+from shardwise.units import parse_number, parse_whole
 
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 _NONE = ("none", "null")
 _WORDS = {int: "a whole number (int)", float: "a number (float)", bool: "true or false (bool)"}
+_READERS: dict[Any, Callable[[str], Any]] = {int: parse_whole, float: parse_number, str: str, Path: Path}
 _KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -87,8 +89,8 @@ def _convert(text: str, kind: Any) -> Any:
         return _boolean(text)
     if kind is types.NoneType:
         return _member(text.lower(), dict.fromkeys(_NONE))
-    if kind in (int, float, str, Path):
-        return kind(text)
+    if kind in _READERS:
+        return _READERS[kind](text)
     origin = typing.get_origin(kind)
     if origin is Literal:
         return _member(text, {str(choice): choice for choice in typing.get_args(kind)})

@@ -7,6 +7,7 @@ there). The engines cut it as any other and read what they hold.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from shardwise.errors import WorkloadError
+from shardwise.files import check_regular, read_regular
+
+LARGEST_INDEX = 256 << 20
+"""Bytes of an index at most."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -53,20 +58,22 @@ class StoredWeights:
             WorkloadError: the index or a file of it cannot be read.
         """
         try:
-            if (folder / INDEX).is_file():
-                index = json.loads((folder / INDEX).read_text())["weight_map"]
-                files = {name: folder / file for name, file in index.items()}
-            elif (folder / SINGLE).is_file():
-                with safe_open(folder / SINGLE, framework="pt") as file:
-                    files = dict.fromkeys(file.keys(), folder / SINGLE)
+            if (folder / INDEX).exists():
+                text = read_regular(folder / INDEX, LARGEST_INDEX, WorkloadError)
+                index = dict(json.loads(text)["weight_map"])
+            elif (folder / SINGLE).exists():
+                index = dict.fromkeys(_names_in(folder / SINGLE), SINGLE)
             else:
                 return None
+            known = {file: _names_in(_beside(folder, file)) for file in dict.fromkeys(index.values())}
+        except WorkloadError:
+            raise
         except Exception as error:
             raise WorkloadError(f"the weights in {str(folder)!r} cannot be read: {error}") from error
-        missing = next((path for path in files.values() if not path.is_file()), None)
+        missing = next((name for name, file in index.items() if name not in known[file]), None)
         if missing is not None:
-            raise WorkloadError(f"the weights in {str(folder)!r} are not whole: {missing.name} is missing")
-        return cls(files, {})
+            raise WorkloadError(f"the weights in {str(folder)!r} are not whole: {index[missing]} has no {missing}")
+        return cls({name: folder / file for name, file in index.items()}, {})
 
     def named_for(self, module: nn.Module, prefix: str) -> StoredWeights | str:
         """The same by the names of `module`; or what stands in the way: a parameter that is not in the files.
@@ -106,6 +113,22 @@ class StoredWeights:
             box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
             part: Tensor = file.get_slice(key)[box]
             return part
+
+
+def _beside(folder: Path, file: str) -> Path:
+    """A file that an index names. Raises WorkloadError: it is none of the same folder, or is not there."""
+    if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+        raise WorkloadError(f"{folder / INDEX}: {file!r} is not the plain name of a file beside it")
+    if not os.path.lexists(folder / file):
+        raise WorkloadError(f"the weights in {str(folder)!r} are not whole: {file} is missing")
+    return folder / file
+
+
+def _names_in(path: Path) -> set[str]:
+    """The tensors that a safetensors file holds. Raises WorkloadError where it is no regular file."""
+    check_regular(path, WorkloadError)
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
 
 
 def _spellings(name: str, prefix: str) -> list[str]:

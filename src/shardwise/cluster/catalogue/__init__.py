@@ -22,7 +22,9 @@ from typing import Any
 from shardwise.cluster.cluster import ORIGINS, Cluster, Device, Level, Nodes
 from shardwise.cluster.fields import Field, Number, Part, Text, Where, read_table
 from shardwise.cluster.reading import DEVICE, ORIGIN, PRICE, SOURCE, load_toml, parse_device, parse_level
-from shardwise.errors import ClusterError
+from shardwise.errors import LONGEST_GUESS, ClusterError
+from shardwise.strategy import MOST
+from shardwise.units import parse_whole
 
 FOLDER = Path(__file__).parent
 
@@ -216,16 +218,23 @@ def cluster(spec: str) -> Cluster:
 def _parse(spec: str) -> tuple[NodeKind, int | None]:
     """(node, number of devices). A name that ends in an x and digits itself (`rtx4090`) is found as a whole first."""
     name, known = _plain(spec), {**_sold_in(), **_node_names()}
-    counted = re.fullmatch(r"(.+?)(?:-x-?|x)(\d+)", name)
+    counted = re.fullmatch(r"([^\n]+?)(?:-x-?|x)([0-9]+)", name)
     count = None
     if name not in known and counted:
-        name, count = counted[1], int(counted[2])
+        name, count = counted[1], _count(spec, counted[2])
     if name not in known:
         raise ClusterError(
             f"cluster {spec!r}: {name!r} is neither a device nor a node of the catalogue{_near(name, known)}; "
             "a cluster file must end in .toml or be there"
         )
     return _nodes()[known[name]], count
+
+
+def _count(spec: str, digits: str) -> int:
+    try:
+        return parse_whole(digits, MOST)
+    except ValueError:
+        raise ClusterError(f"cluster {spec!r}: write 1 to {MOST} devices behind the x") from None
 
 
 def _placed(kind: NodeKind) -> Device:
@@ -340,13 +349,13 @@ def _sold_in() -> dict[str, str]:
 
 def _plain(name: str) -> str:
     """A name as it is looked up: lower case, hyphens, without the maker."""
-    text = re.sub(r"[\s_]+", "-", name.strip().lower())
+    text = re.sub(r"[ _]+", "-", name.strip(" ").lower())
     return re.sub(r"^(nvidia|amd|intel|aws|azure|gcp)-(instinct-|geforce-)?", "", text)
 
 
 def _near(name: str, names: Iterable[str]) -> str:
     """The nearest known names; all devices where none is near."""
-    close = difflib.get_close_matches(_plain(name), sorted(names), n=4, cutoff=0.5)
+    close = difflib.get_close_matches(_plain(name)[:LONGEST_GUESS], sorted(names), n=4, cutoff=0.5)
     if close:
         others = f" (also near: {', '.join(close[1:])})" if close[1:] else ""
         return f"; did you mean {close[0]!r}?{others}"

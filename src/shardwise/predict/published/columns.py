@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from shardwise.errors import one_line
 from shardwise.predict.published.lacking import Lacking
+from shardwise.units import parse_number
 
 NAMES: dict[str, str] = {
     "group": "",
@@ -55,6 +57,9 @@ NAMES: dict[str, str] = {
 EMPTY = {"", "-", "--", "n/a", "na", "nan", "null", "?", "unknown", "not stated", "not given", "unspecified"}
 """Cells that say nothing."""
 
+SMALLEST, LARGEST = 1e-9, 1e9
+"""What a cell's number may be: no run has more of anything that is counted here."""
+
 Row = Mapping[str, str]
 
 
@@ -85,7 +90,7 @@ def _plain(name: str) -> str:
 
 def text(row: Row, column: str) -> str:
     """What a cell says; nothing where it is empty or says that it is unknown."""
-    cell = (row.get(column) or "").strip()
+    cell = one_line(row.get(column) or "").strip()
     return "" if cell.lower() in EMPTY else cell
 
 
@@ -98,13 +103,13 @@ def number(row: Row, column: str) -> float | None:
     cell = text(row, column)
     if not cell or cell.lower() == "none":
         return None
-    plain = cell.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", cell) else cell
+    plain = cell.replace(",", "") if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", cell) else cell
     try:
-        value = float(plain)
+        value = parse_number(plain)
     except ValueError:
         raise Lacking(f"{column} is {cell!r}, not a number") from None
-    if not 0 < value < float("inf"):
-        raise Lacking(f"{column} is {cell}, not positive")
+    if not SMALLEST <= value <= LARGEST:
+        raise Lacking(f"{column} is {cell}, " + ("not positive" if value <= 0 else "which no run has"))
     return value
 
 

@@ -105,7 +105,7 @@ def zero(text: str) -> int:
 
 def shards(text: str) -> int | None:
     """Ranks that share parameters where the text says so ("over 64", "HSDP 8")."""
-    found = re.search(r"(?:over|hsdp|hybrid[ _]shard)\D{0,2}(\d+)", text.lower())
+    found = re.search(r"(?:over|hsdp|hybrid[ _]shard)\D{0,2}([0-9]{1,9})", text.lower())
     return int(found.group(1)) if found else None
 
 
@@ -133,13 +133,13 @@ def node_bandwidth(text: str) -> float | None:
     """
     words = text.lower().replace(",", "")
     words = re.sub(r"busbw\s*[\d.]+\s*gbps", "", words)
-    per_gpu = re.search(r"(\d+(?:\.\d+)?)\s*gb(?:ps|/s|it/s)?\s*(?:per|/)\s*gpu", words)
+    per_gpu = re.search(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*gb(?:ps|/s|it/s)?\s*(?:per|/)\s*gpu", words)
     if per_gpu:
         return -float(per_gpu.group(1)) * 1e9 / 8
-    many = re.search(r"(\d+)\s*x\s*(?:[a-z -]*?)(\d+)\s*gb", words)
+    many = re.search(r"([0-9]{1,9})\s*x\s*(?:[a-z -]*?)([0-9]{1,9})\s*gb", words)
     if many:
         return int(many.group(1)) * int(many.group(2)) * 1e9 / 8
-    for found in re.finditer(r"(\d+(?:\.\d+)?)\s*gb(?:ps|/s|it/s)?", words):
+    for found in re.finditer(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*gb(?:ps|/s|it/s)?", words):
         if "nvlink" in words[: found.start()][-12:] or "busbw" in words[: found.start()][-12:]:
             continue
         return float(found.group(1)) * 1e9 / 8
@@ -157,11 +157,11 @@ def network(text: str) -> str:
 
 def nvlink_links(text: str) -> int | None:
     """Links of NVLink that each device has, where the text says so ("NVLink (4-link)")."""
-    found = re.search(r"nvlink\w*\s*\(?(\d+)[- ]links?\b", text.lower())
+    found = re.search(r"nvlink\w*\s*\(?([0-9]{1,9})[- ]links?\b", text.lower())
     return int(found.group(1)) if found else None
 
 
 def nvlink_domain(text: str) -> int | None:
     """Devices that one domain of NVLink joins, where the text says so ("NVL72")."""
-    found = re.search(r"nvl(\d+)", text.lower())
+    found = re.search(r"nvl([0-9]{1,9})", text.lower())
     return int(found.group(1)) if found else None

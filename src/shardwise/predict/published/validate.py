@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardwise.errors import DataError, RequestError
+from shardwise.errors import DataError, RequestError, one_line
+from shardwise.files import read_regular_text
 from shardwise.predict.constants import constants, documented, fit_record
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.published.columns import named
+from shardwise.predict.published.columns import named, text
 from shardwise.predict.published.counted import memory_terms
 from shardwise.predict.published.lacking import Lacking
 from shardwise.predict.published.row import Run, read
@@ -24,6 +26,9 @@ from shardwise.predict.published.summary import (
     rank_correlation_of_scatter,
 )
 from shardwise.predict.transformer.step import explained, predict
+
+LARGEST = 64 << 20
+"""Bytes of a table at most."""
 
 WORST = 5
 """Rows of which the document says term by term what was predicted."""
@@ -68,7 +73,7 @@ def validate(path: str | Path) -> dict[str, Any]:
             memory = memory_terms(run.sizes, run.setup, run.counted, constants())
             held.append(Held(run, predict(run.sizes, run.setup, run.cluster), memory))
         except (Lacking, RequestError) as error:
-            skipped.append({"line": line, "group": row.get("group") or "", "reason": str(error)})
+            skipped.append({"line": line, "group": text(row, "group"), "reason": one_line(str(error))})
     if not held:
         first = f": line {skipped[0]['line']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"{path}: no row can be predicted{first}")
@@ -77,14 +82,14 @@ def validate(path: str | Path) -> dict[str, Any]:
 
 def read_rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
     """(line, row by the columns that are known) of a file. Raises DataError."""
+    content = read_regular_text(path, LARGEST, DataError)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows: list[tuple[int, Mapping[str, str]]] = []
-            columns = named([name for name in reader.fieldnames or () if name is not None])
-            for row in reader:
-                rows.append((reader.line_num, {columns[k]: v or "" for k, v in row.items() if k in columns}))
-    except (OSError, ValueError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(content.removeprefix("\ufeff"), newline=""))
+        rows: list[tuple[int, Mapping[str, str]]] = []
+        columns = named([name for name in reader.fieldnames or () if name is not None])
+        for row in reader:
+            rows.append((reader.line_num, {columns[k]: v or "" for k, v in row.items() if k in columns}))
+    except (ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV: {error}; give a file with one run a row") from error
     if not rows:
         raise DataError(f"{path}: has no rows; give a CSV file with one run a row")

@@ -25,7 +25,7 @@ from __future__ import annotations
 from typing import Literal
 
 from shardwise.errors import WorkloadError
-from shardwise.workload.recipes.checks import check_divides, check_positive
+from shardwise.workload.recipes.checks import DEEPEST, MOST, check_at_most, check_divides, check_positive
 from shardwise.workload.recipes.datasets.text import Windows, standard_library
 from shardwise.workload.recipes.language import next_token_loss
 from shardwise.workload.recipes.models.gpt import GPT
@@ -52,7 +52,9 @@ def gpt(
     clip_norm: float | None = 1.0,
 ) -> Workload:
     """Predicts the next token."""
-    check_positive(layers=layers, heads=heads, sequence=sequence, learning_rate=learning_rate)
+    check_positive(layers=layers, heads=heads, sequence=sequence, learning_rate=learning_rate, batch_size=batch_size)
+    check_at_most(DEEPEST, layers=layers, heads=heads)
+    check_at_most(MOST, vocabulary=vocabulary)
     check_divides("hidden", hidden, 2 * heads, f"2 x heads={heads}, for rotary attention turns pairs of features")
     if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)

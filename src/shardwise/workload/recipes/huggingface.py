@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.errors import DataError, WorkloadError
+from shardwise.files import check_regular
 from shardwise.workload.graph import first_line
 from shardwise.workload.recipes.checks import check_positive
 from shardwise.workload.recipes.datasets.cache import Array, LazyArray, cached, fingerprint
@@ -43,10 +44,14 @@ from shardwise.workload.recipes.datasets.images import digits
 from shardwise.workload.recipes.datasets.text import Corpus, Span, Windows, standard_library, user_corpus
 from shardwise.workload.recipes.packages import require
 from shardwise.workload.recipes.training import adamw
-from shardwise.workload.stored import StoredModel, StoredWeights
+from shardwise.workload.stored import SINGLE, StoredModel, StoredWeights
 from shardwise.workload.workload import Workload
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, TOKENIZER, ADAPTER = "config.json", "tokenizer.json", "adapter_config.json"
+
+LARGEST_CONFIG, LARGEST_TOKENIZER = 16 << 20, 256 << 20
+"""Bytes at most."""
+
 HIDDEN_EVERY = 7
 """One of so many tokens is hidden from a masked language model: about the 15% of BERT (Devlin et al. 2018)."""
 
@@ -156,6 +161,7 @@ class _Task:
 
 def _architecture(folder: Path) -> _Architecture:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    check_regular(folder / CONFIG, WorkloadError, limit_bytes=LARGEST_CONFIG)
     transformers = require("transformers", "transformers", "huggingface")
     auto = require("transformers.models.auto.modeling_auto", "transformers", "huggingface")
     try:
@@ -169,6 +175,7 @@ def _architecture(folder: Path) -> _Architecture:
         raise WorkloadError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise WorkloadError(f"{folder / CONFIG}: the weights are quantized; training needs a folder with plain ones")
+    _refuse_code(config, folder)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # a cache is of use where text is generated
     named = (config.architectures or [""])[0]
@@ -187,6 +194,27 @@ def _architecture(folder: Path) -> _Architecture:
         f"{folder / CONFIG}: {named or config.model_type} is neither a causal, masked or encoder-decoder language "
         "model nor an image classifier: write a workload function for it (file.py:function)"
     )
+
+
+def _refuse_code(config: Any, folder: Path) -> None:
+    """Raises WorkloadError: the configuration names code that transformers would fetch, or weights that are pickled."""
+    for each in _nested(config):
+        attention = getattr(each, "_attn_implementation", None)
+        if attention is not None and not str(attention).isidentifier():
+            raise WorkloadError(
+                f"{folder / CONFIG}: attn_implementation={attention!r} is code from elsewhere, which is not run: "
+                "remove it, or write eager or sdpa"
+            )
+        if getattr(each, "transformers_weights", None) is not None:
+            raise WorkloadError(f"{folder / CONFIG}: transformers_weights is not followed: name the file {SINGLE}")
+    if (folder / ADAPTER).exists():
+        raise WorkloadError(f"{folder} holds an adapter ({ADAPTER}): merge it into the model's weights")
+
+
+def _nested(config: Any) -> list[Any]:
+    """A configuration and those of its parts, an image encoder's say."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(each for part in parts if part is not None for each in _nested(part))]
 
 
 def _texts(names: Any) -> list[str]:
@@ -213,7 +241,12 @@ def _converted(architecture: _Architecture, folder: Path) -> nn.Module:
     """The model with weights that transformers has to rename or join."""
     transformers = require("transformers", "transformers", "huggingface")
     model: nn.Module = getattr(transformers, architecture.name).from_pretrained(
-        folder, config=architecture.config, local_files_only=True, dtype="float32"
+        folder,
+        config=architecture.config,
+        local_files_only=True,
+        use_safetensors=True,  # the others are pickled
+        trust_remote_code=False,
+        dtype="float32",
     )
     return model
 
@@ -280,8 +313,9 @@ def _text_config(config: Any) -> Any:
 
 def _corpus(folder: Path, data: str | None, vocabulary: int) -> Corpus:
     corpus = standard_library() if data is None else user_corpus(data, "uint16", None)
-    if corpus.unit == "byte" and (folder / TOKENIZER).is_file():
+    if corpus.unit == "byte" and (folder / TOKENIZER).exists():
         tokenizer = folder / TOKENIZER
+        check_regular(tokenizer, DataError, limit_bytes=LARGEST_TOKENIZER)
         corpus = Corpus(
             _tokenized(corpus.train, tokenizer), _tokenized(corpus.held_out, tokenizer), vocabulary, "token"
         )

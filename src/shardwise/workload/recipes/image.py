@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.errors import WorkloadError
-from shardwise.workload.recipes.checks import check_divides, check_positive, check_share
+from shardwise.workload.recipes.checks import DEEPEST, check_at_most, check_divides, check_positive, check_share
 from shardwise.workload.recipes.datasets.images import Images, digits, image_folder
 from shardwise.workload.recipes.models.resnet import ResNet
 from shardwise.workload.recipes.models.vit import ViT
@@ -86,6 +86,7 @@ def _check(model: str, size: int, patch: int, layers: int, hidden: int, heads: i
     if model not in ("vit", "resnet"):
         raise WorkloadError(f"model={model}: must be vit or resnet")
     check_positive(image_size=size, patch_size=patch, layers=layers, heads=heads)
+    check_at_most(DEEPEST, image_size=size, layers=layers, heads=heads)
     check_divides("hidden", hidden, 4, "4, for the first layers have a quarter and a half of it")
     if model == "vit":
         check_divides("image_size", size, patch, f"patch_size={patch}")

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.workload.recipes.checks import check_divides, check_positive, check_share
+from shardwise.workload.recipes.checks import DEEPEST, MOST, check_at_most, check_divides, check_positive, check_share
 from shardwise.workload.recipes.datasets.text import Windows, standard_library, user_corpus
 from shardwise.workload.recipes.models.gpt import GPT
 from shardwise.workload.recipes.training import adamw, warmup_cosine
@@ -53,7 +53,9 @@ def language(
 ) -> Workload:
     """Predicts the next byte (or token); scored in bits per byte on held-out files."""
     check_positive(sequence=sequence, layers=layers, heads=heads, schedule_steps=schedule_steps)
-    check_positive(learning_rate=learning_rate, evaluation_samples=evaluation_samples)
+    check_positive(learning_rate=learning_rate, evaluation_samples=evaluation_samples, batch_size=batch_size)
+    check_at_most(DEEPEST, layers=layers, heads=heads)
+    check_at_most(MOST, vocabulary=vocabulary or 0)
     check_share(dropout=dropout)
     check_divides("hidden", hidden, 2 * heads, f"2 x heads={heads}, for rotary attention turns pairs of features")
     corpus = standard_library() if data is None else user_corpus(data, token_dtype, vocabulary)

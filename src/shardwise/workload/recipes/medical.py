@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwise.errors import WorkloadError
-from shardwise.workload.recipes.checks import check_divides, check_positive, check_share
+from shardwise.workload.recipes.checks import check_at_most, check_divides, check_positive, check_share
 from shardwise.workload.recipes.datasets.volumes import mni_brain, volume_folder
 from shardwise.workload.recipes.models.unet import UNet3d
 from shardwise.workload.recipes.training import adamw, warmup_cosine
@@ -49,6 +49,7 @@ def medical(
     check_positive(channels=channels, levels=levels, batch_size=batch_size)
     check_positive(learning_rate=learning_rate, schedule_steps=schedule_steps)
     check_share(dropout=dropout)
+    check_at_most(16, levels=levels)
     check_divides("patch", patch, 2 ** (levels - 1), f"{2 ** (levels - 1)}, for levels={levels} halve it")
     if patch < 2**levels:
         raise WorkloadError(f"patch={patch}: levels={levels} leave a single voxel of it; use patch={2**levels} or more")

@@ -7,6 +7,7 @@ were made from, and are written beside their place and renamed, so that one cut 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
@@ -54,7 +55,10 @@ def cached(name: str, key: Sequence[object], build: Callable[[], Array]) -> Arra
         build: makes the array. Where the cache folder cannot be written, its result is used as it is.
     """
     digest = hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:20]
-    path = cache_folder() / f"{name}-{digest}.npy"
+    try:
+        path = cache_folder() / f"{name}-{digest}.npy"
+    except OSError:
+        return build()
     with contextlib.suppress(OSError, ValueError):  # not there, or not whole: made (again) below
         return _opened(path)
     array = build()
@@ -65,9 +69,23 @@ def cached(name: str, key: Sequence[object], build: Callable[[], Array]) -> Arra
 
 
 def cache_folder() -> Path:
-    """Where arrays are kept; may not exist yet."""
+    """Where arrays are kept; may not exist yet. Raises OSError where the user has no home folder."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "shardwise"
+    try:
+        return (Path(base) if base else Path("~/.cache").expanduser()) / "shardwise"
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder", "~/.cache/shardwise") from error
+
+
+def check_writable() -> None:
+    """Raises OSError: nothing can be kept in the cache folder; its `filename` says where not."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _opened(path: Path) -> Array:

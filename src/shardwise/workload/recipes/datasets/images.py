@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shardwise.errors import DataError
+from shardwise.files import check_regular
+from shardwise.workload.recipes.checks import check_at_most
 from shardwise.workload.recipes.datasets.cache import Array, cached
 from shardwise.workload.recipes.datasets.splits import stratified_split
 from shardwise.workload.recipes.packages import folder_of, require
@@ -23,6 +25,15 @@ Sample = dict[str, Tensor]
 """`image`: float32 (channels, size, size), normalised; `label`: int64 ()."""
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+"""Of Pillow, by what is in the file: none that runs a program, such as its EPS."""
+
+LARGEST_DIGITS = 1024
+"""Pixels of a side of the digits: all of them are scaled at once, to 7.5 GB."""
+
+MOST_PIXELS = 128_000_000
+"""Of an image: half a gigabyte in memory."""
+
 _HELD_OUT = ("val", "valid", "validation", "test")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's colours, the field's convention for photographs."""
@@ -73,20 +84,34 @@ class Images:
 def _read(path: Path, size: int) -> Array:
     from PIL import Image, ImageOps
 
+    check_regular(path, DataError)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
+            _check_pixels(path, *image.size)
             fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # what Pillow raises for damaged files
         raise DataError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
     return np.array(fitted)
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    """Raises DataError before anything is decoded: a file of some kilobytes can say that it has gigapixels."""
+    if width * height > MOST_PIXELS:
+        raise DataError(f"{path} has {width} x {height} pixels: at most {MOST_PIXELS} are read; make it smaller")
 
 
 def digits(size: int = 8) -> Images:
     """1,797 handwritten digits of 8 x 8 pixels, every fifth of each class held out; other sizes are interpolated.
 
     Raises:
-        WorkloadError: scikit-learn is not installed.
+        WorkloadError: scikit-learn is not installed, or the size fills the memory.
     """
+    check_at_most(LARGEST_DIGITS, image_size=size)
     folder_of("sklearn", "scikit-learn", "image")  # importing it takes seconds: only where the cache has no digits
     version = importlib.metadata.version("scikit-learn")
     table = torch.from_numpy(np.array(cached("digits", [version], _digits_table)))
@@ -148,5 +173,7 @@ def _labelled(top: Path, classes: list[str]) -> list[tuple[Path, int]]:
             )
         visible = (path for path in folder.rglob("*") if not path.name.startswith("."))
         found = (path for path in visible if path.suffix.lower() in _SUFFIXES)
-        files += [(path, classes.index(folder.name)) for path in sorted(found)]
+        for path in sorted(found):
+            check_regular(path, DataError)
+            files.append((path, classes.index(folder.name)))
     return files

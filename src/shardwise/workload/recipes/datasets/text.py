@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shardwise.errors import DataError
+from shardwise.files import check_regular, read_regular
+from shardwise.units import format_bytes
 from shardwise.workload.recipes.datasets.cache import Array, LazyArray, cached, fingerprint
 from shardwise.workload.recipes.datasets.splits import split_names
 
@@ -34,6 +36,9 @@ _TOKENS = (".bin", ".npy")
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__"}
 _BYTES = 256
 _CHUNK = 1 << 24
+
+MOST_BYTES = 8 << 30
+"""Text that is joined in memory."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def user_corpus(data: str, token_dtype: str, vocabulary: int | None) -> Corpus:
     pair = _token_pair(path)
     if pair is not None:
         return _tokens(list(pair), token_dtype, vocabulary)
-    if path.is_file() and path.suffix in _TOKENS:
+    if os.path.isfile(path) and path.suffix in _TOKENS:
         return _tokens([path], token_dtype, vocabulary)
     corpus = _user_text(path, data)
     if vocabulary is not None and vocabulary < _BYTES:
@@ -122,10 +127,12 @@ def _token_pair(folder: Path) -> tuple[Path, Path] | None:
 
 
 def _user_text(path: Path, data: str) -> Corpus:
-    if path.is_dir():
+    if os.path.isdir(path):
         files = [file for file in _walk(path) if _is_text(file)]
     else:
-        found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if os.path.exists(path):
+            check_regular(path, DataError, "data")
+        found = [path] if os.path.isfile(path) else sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [file for file in found if file.is_file() and file.stat().st_size]
     if not files:
         missing = "no text files in it" if path.is_dir() else "there is no such file with anything in it"
@@ -138,11 +145,12 @@ def _user_text(path: Path, data: str) -> Corpus:
 
 
 def _walk(root: Path) -> list[Path]:
-    """All files below a folder, sorted; hidden ones and installed packages are left out."""
+    """All regular files below a folder, sorted; hidden ones and installed packages are left out."""
     files: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("."))
-        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        visible = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        files += [path for path in visible if path.is_file()]  # a pipe or a device would be waited for
     return files
 
 
@@ -160,12 +168,19 @@ def _texts(name: str, root: Path, files: list[Path]) -> Corpus:
 
 
 def _joined(name: str, files: list[Path]) -> LazyArray:
+    if sum(path.stat().st_size for path in files) > MOST_BYTES:
+        raise DataError(
+            f"{files[0].parent} has more than {format_bytes(MOST_BYTES)} of text, which is read into memory: "
+            "give it as token ids (.bin), which are not"
+        )
     key = [sys.implementation.cache_tag, fingerprint(files)]
     return LazyArray(partial(cached, name, key, partial(_join, files)))
 
 
 def _join(files: list[Path]) -> Array:
-    return np.frombuffer(b"\n".join(path.read_bytes() for path in files), dtype=np.uint8)
+    sizes = [check_regular(path, DataError) for path in files]
+    contents = (read_regular(path, size, DataError) for path, size in zip(files, sizes, strict=True))
+    return np.frombuffer(b"\n".join(contents), dtype=np.uint8)
 
 
 def _whole(tokens: LazyArray) -> Span:

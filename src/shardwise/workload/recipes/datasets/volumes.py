@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shardwise.errors import DataError
+from shardwise.files import check_regular
 from shardwise.workload.recipes.datasets.cache import Array, LazyArray, cached, fingerprint
+from shardwise.workload.recipes.datasets.nifti import open_nifti
 from shardwise.workload.recipes.datasets.splits import split_names
 from shardwise.workload.recipes.packages import folder_of, require
 
@@ -209,7 +210,10 @@ def _cases(root: Path, images: str, labels: str) -> list[Case]:
 
 
 def _nifti(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.iterdir()) if path.name.endswith(_NIFTI) and not path.name.startswith("."))
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(_NIFTI) and not path.name.startswith("."):
+            check_regular(path, DataError)
+            yield path
 
 
 def _stem(path: Path) -> str:
@@ -224,11 +228,10 @@ def _is_channel(stem: str, case: str) -> bool:
 
 def _read(path: Path) -> Array:
     """The voxels of a NIfTI file as float32. Raises DataError where it cannot be read."""
-    import nibabel
-
     try:
-        loaded: Any = nibabel.load(path)
-        return np.asarray(loaded.dataobj, dtype=np.float32)
+        return np.asarray(open_nifti(path).dataobj, dtype=np.float32)
+    except DataError:
+        raise
     except Exception as error:  # nibabel raises what its many formats raise
         raise DataError(f"{path} cannot be read as NIfTI: {' '.join(str(error).split())}") from error
 
