@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Terminated as error:
         return int(str(error.code))
     except SystemExit as error:
-        sys.stderr.write(f"shardwise: the workload's code called sys.exit({error.code}), the command was not done\n")
+        code = "" if error.code is None else error.code
+        sys.stderr.write(f"shardwise: the workload's code ended the program by sys.exit({code}): nothing was done\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("shardwise: interrupted, all workers have ended\n")
