@@ -5,7 +5,7 @@ of the fault are drawn with `--seed`. A row holds if the run ends by itself (or 
 right exit status, names the right rank, leaves no process behind, and its checkpoint can be gone on from. Exit status 1
 where one does not.
 
-    python -m benchmarks.faults [--fault kill ...] [--strategy dp=2 ...] [--seed N] [--rounds N]
+    python -m benchmarks.faults [--fault kill ...] [--strategy dp=2 ...] [--seed N] [--rounds N] [--write PAGE]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faulty import MOMENT
-from benchmarks.harness import environment, record
+from benchmarks.harness import environment, record, table
 from benchmarks.hosts import NoHosts, cut_link, hosts, started_on_hosts
 
 STRATEGIES = ("dp=2", "fsdp=2", "tp=2", "pp=2")
@@ -36,6 +36,7 @@ HANG_SECONDS = 5.0
 """What the rows give as --hang-timeout: the default is a minute at least."""
 
 LONGEST_SECONDS = 120.0
+MARKERS = re.compile(r"(?<=^)(<!-- faults: start [^\n]*-->\n).*?(<!-- faults: end -->)", re.MULTILINE | re.DOTALL)
 MARK = "SHARDWISE_FAULTS"
 WORKLOAD = f"{Path(__file__).with_name('faulty.py')}:workload"
 
@@ -243,6 +244,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the rank and the step of each fault")
     parser.add_argument("--rounds", type=int, default=1, help="how often all of it is done")
     parser.add_argument("--name", default="faults", help="of the files in results/")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page, between its markers")
     options = parser.parse_args()
     before, generator = environment(1), random.Random(options.seed)
     outcomes: list[Outcome] = []
@@ -252,7 +254,22 @@ def main() -> int:
     rows = [{key: shown(value) for key, value in asdict(outcome).items()} for outcome in outcomes]
     settings = {"seed": options.seed, "hang_timeout_seconds": HANG_SECONDS}
     record(options.name, settings, rows, None, before)
+    if options.write is not None:
+        write_page(options.write, rows)
     return int(not all(outcome.holds for outcome in outcomes))
+
+
+def write_page(page: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the rows into a page between its two markers, without what is the same in all of them."""
+    left_out = ("orphans", "resumed")
+    shorter = [
+        {**{k: v for k, v in row.items() if k not in left_out}, "said": row["said"].partition("; all workers")[0]}
+        for row in rows
+    ]
+    text, count = MARKERS.subn(lambda match: f"{match[1]}\n{table(shorter)}\n\n{match[2]}", page.read_text())
+    if count != 1:
+        raise SystemExit(f"{page} has {count} pairs of markers, must have one")
+    page.write_text(text)
 
 
 def plan(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
