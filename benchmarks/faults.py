@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -155,16 +156,24 @@ def told(errors: str, pattern: str) -> str:
 
 def resume(strategy: str, length: int) -> str:
     """Go on from what is left, without the fault; `yes` if all losses are those of a run that nothing happened to."""
-    for folder, more in (("run", ("--resume", "auto")), ("whole", ())):
-        settings = {"fault": "", "pause": 0.0}
-        pairs = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        line = [sys.executable, "-m", "shardwise", "train", WORKLOAD, "--strategy", strategy, "--out", folder, *more]
-        done = subprocess.run(
-            [*line, "--quiet", "--steps", str(length), *pairs], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            return next(reversed(done.stderr.strip().splitlines()), "no")
-    return "yes" if losses("run") == losses("whole") else "other losses"
+    done = again(strategy, length, "run", "--resume", "auto")
+    if done.returncode:
+        return next(reversed(done.stderr.strip().splitlines()), "no")
+    return "yes" if losses("run") == undisturbed(strategy, length) else "other losses"
+
+
+@functools.cache
+def undisturbed(strategy: str, length: int) -> dict[int, float]:
+    """Return the losses of a run that nothing happens to."""
+    again(strategy, length, "whole").check_returncode()
+    return losses("whole")
+
+
+def again(strategy: str, length: int, folder: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """Train without a fault in `folder`."""
+    line = [sys.executable, "-m", "shardwise", "train", WORKLOAD, "--strategy", strategy, "--out", folder, *more]
+    settings = ["--set", "fault=", "--set", "pause=0", "--steps", str(length), "--quiet"]
+    return subprocess.run([*line, *settings], capture_output=True, text=True, check=False)
 
 
 def losses(folder: str) -> dict[int, float]:

@@ -34,6 +34,10 @@ class Faulty(Dataset[tuple[torch.Tensor, ...]]):
     def __len__(self) -> int:
         return SAMPLES
 
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        """Return one sample, as the strategies that trace the model look at; nothing goes wrong here."""
+        return self._data[index]
+
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, ...]]:
         self._batches += 1
         time.sleep(self._pause)
