@@ -9,6 +9,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Tests predict nothing but where they say so: measuring the machine first would take half a minute.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reads it when torch is loaded
 os.environ.setdefault("SHARDWISE_CLUSTER", "off")
 
 SLOW = ("test_readme.py", "test_judging.py", "test_dry_run.py", "test_launch.py")

@@ -209,7 +209,8 @@ def test_without_measurements_train_takes_dp_and_says_so(
 
 
 def test_several_hosts_want_a_file(monkeypatch: pytest.MonkeyPatch, machine: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     check_hosts()
     monkeypatch.delenv("SHARDWISE_CLUSTER")

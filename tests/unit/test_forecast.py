@@ -125,8 +125,8 @@ def test_measured_once(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_under_another_launcher(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(NotMeasured, match="run shardwise calibrate"):
         cluster_at_hand()
     keep(BOX)
@@ -147,6 +147,7 @@ def trained(strategy: str, predicted: float | None, measured: float) -> Trained:
         "workers": 1 if strategy == "single" else 2,
         "steps": 1,
         "predicted_seconds": predicted,
+        "first_not_finite_step": None,
         "step_seconds": measured,
         "error": relative_error(predicted, measured),
         "predicted_memory_bytes": 10,
