@@ -186,7 +186,7 @@ def as_on_gpu(program: Program) -> Iterator[None]:
 
     @contextmanager
     def again(*args: Any, **kwargs: Any) -> Iterator[None]:
-        with original(*args, **kwargs), AsOnGPU():  # recomputation runs in the backward pass, where modes opened outside do not apply
+        with original(*args, **kwargs), AsOnGPU():  # modes opened outside do not reach the backward pass
             yield
 
     with mock.patch.object(owner, name, again), AsOnGPU():
@@ -236,7 +236,7 @@ class ModelWithoutValues:
 def first_share(workload: Workload, strategy: Strategy, replica: int, uniform: bool, allocating: Allocating) -> Share:
     """Return one replica's share of a step on the first samples of the dataset.
 
-    Every microbatch is a copy with memory of its own, as when each is loaded.
+    Every microbatch is a separate copy of the same samples, so that each has memory of its own.
 
     Args:
         workload: workload that owns the dataset.
