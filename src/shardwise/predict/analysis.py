@@ -47,7 +47,7 @@ class Spec:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all elements of the shape, as if none shared memory."""
+        """Return the bytes of all elements of the shape, counted as if none shared memory."""
         count = self.dtype.itemsize
         for size in self.shape:
             count *= size
@@ -56,7 +56,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output of a segment.
+    """An output of a segment.
 
     Attributes:
         spec: shape, strides and dtype.
@@ -185,7 +185,7 @@ def _place(tensor: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calls:
-    """One segment as it stands in the graph.
+    """The calls of a segment with their inputs and outputs in the graph.
 
     Attributes:
         nodes: its calls, in order.
@@ -299,7 +299,7 @@ class _Arrived(torch.autograd.Function):
 
 @dataclass(slots=True)
 class _Run:
-    """One run of a segment, forward and backward, with what it saves for the backward pass."""
+    """A run of a segment, forward and backward, that notes what it saves for the backward pass."""
 
     analyst: Analyst
     link: Calls

@@ -255,7 +255,7 @@ class Costs(StageCosts):
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of one optimizer step; cheaper than `prediction`, which also computes memory."""
+        """Return the seconds of one optimizer step; cheaper than `prediction`, which also computes memory."""
         return self._played.seconds
 
     def prediction(self) -> Prediction:
@@ -301,14 +301,14 @@ class Costs(StageCosts):
 
     @property
     def waits_for_norm(self) -> bool:
-        """True if clipping needs an all-reduce of the gradient norm, so that the update waits for the report."""
+        """Return whether clipping needs an all-reduce of the gradient norm, so that the update waits for the report."""
         strategy = self.strategy
         whole = strategy.tp == strategy.pp == 1 and not strategy.splits_parameters
         return self.profile.clipped and not whole
 
     @property
     def memory(self) -> Memory:
-        """Peak memory of the device that needs most."""
+        """Return the peak memory of the device that needs most."""
         return memory_of(self)
 
     def memory_at(self, worker: Worker) -> Memory:
@@ -317,19 +317,19 @@ class Costs(StageCosts):
 
     @property
     def least_memory(self) -> int:
-        """Lower bound of the peak bytes: the larger of the first and the last pipeline worker."""
+        """Return a lower bound of the peak bytes: the larger of the first and the last pipeline worker."""
         return memory_of(self, ends=True).total
 
     @property
     def origins(self) -> dict[str, str]:
-        """Name of each input -> its origin: measured, datasheet, fitted or assumed."""
+        """Return name -> origin of each input of the prediction: measured, datasheet, fitted or assumed."""
         found = origins(self.cluster, self.times.device)
         offloaded = offloads(self.strategy, self.times.device)
         return {name: origin for name, origin in found.items() if offloaded or name not in FIELDS}
 
     @property
     def model_flops(self) -> float:
-        """FLOPs of the step on all devices together, without recomputation."""
+        """Return the FLOPs of the step on all devices together, without recomputation."""
         return self.profile.flops * self.strategy.microbatches * self.strategy.replicas * self.strategy.tp
 
     def _ends(self, works: list[Work]) -> list[float]:

@@ -65,27 +65,27 @@ class DryRun:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """Kernels and collectives in the order of issue, each with the mark of its part of the step."""
+        """Return kernels and collectives in the order of issue, each with the mark of its part of the step."""
         return self.record.events
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """Kernels in the order of issue."""
+        """Return the kernels in the order of issue."""
         return self.record.kernels
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
-        """Collectives in the order of issue."""
+        """Return the collectives in the order of issue."""
         return self.record.collectives
 
     @property
     def memory(self) -> Memory:
-        """Bytes at the memory peak of the step, by category."""
+        """Return the bytes at the memory peak of the step, by category."""
         return self.record.memory
 
     @property
     def flops(self) -> float:
-        """FLOPs of this rank, recomputation included."""
+        """Return the FLOPs of this rank, recomputation included."""
         return sum(kernel.flops * kernel.count for kernel in self.kernels)
 
 
@@ -143,7 +143,7 @@ def _builds(workload: Workload) -> Iterator[ModelWithoutValues]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One dry run; `allocating` gives the mode of tensors without data, or a null context if they have values."""
+    """A single dry run; `allocating` gives the mode of tensors without data, or a null context if they have values."""
 
     workload: Workload
     strategy: Strategy

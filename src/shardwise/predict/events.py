@@ -23,7 +23,7 @@ COMPUTE = "compute"
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """One operation of one worker on one of its streams. All times are in seconds.
+    """An operation of one worker on one of its streams. All times are in seconds.
 
     Attributes:
         worker: index of the worker.
@@ -65,13 +65,13 @@ class Operation:
 
     @property
     def computing(self) -> float:
-        """Seconds of device work, slowed by communication, without the host's part."""
+        """Return the seconds of device work, slowed by communication, without the host's part."""
         share = 1.0 - self.hosted / self.seconds if self.seconds else 1.0
         return (self.ready - self.start) * share
 
     @property
     def floor(self) -> float:
-        """Time at which its launch ends, before which it cannot end."""
+        """Return the time at which its launch ends; the operation cannot end before."""
         return self._issued + self.launch
 
 

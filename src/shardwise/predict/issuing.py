@@ -98,7 +98,7 @@ class Turn:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Everything that identifies the pass except its microbatch and the count."""
+        """Return everything that identifies the pass except its microbatch and the count."""
         return self.action.kind, self.action.stage, self.sync, self.final, self.first
 
 

@@ -20,7 +20,7 @@ from shardwise.strategy import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One worker of a strategy, both predicted by the closed form and observed in a dry run.
+    """A worker of a strategy, both predicted by the closed form and observed in a dry run.
 
     Attributes:
         run: result of the dry run.
