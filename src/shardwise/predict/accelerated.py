@@ -1,6 +1,7 @@
-"""What runs otherwise on a GPU than on the CPU where a step is looked at.
+"""Make a step that is traced on the CPU run the operations that a GPU would run.
 
-rms_norm          one kernel each way, where the CPU has about ten, all of which keep something
+rms_norm          one kernel per direction, where the CPU runs about ten, each of which saves a tensor for the backward
+                  pass
 under autocast    more operations compute in float32 than on a CPU
                   (ATen/autocast_mode.h: AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE)
 """
@@ -28,11 +29,14 @@ WIDENED = frozenset(
     "upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa "
     "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum norm".split()
 )
-"""Operations that autocast gives float32 on CUDA."""
+"""Names of the operations whose inputs autocast casts to float32 on CUDA."""
 
 
 def on_gpu(target: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of a graph as a GPU would run it, on tensors without data."""
+    """Return the function that runs a graph's call target as a GPU would, on tensors without data.
+
+    A target that is not an ATen overload is returned unchanged.
+    """
     if not isinstance(target, torch._ops.OpOverload):
         return target
     run: Callable[..., Any] = _rms_norm if target.overloadpacket is aten.rms_norm else target
@@ -48,7 +52,10 @@ def on_gpu(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class AsOnGPU(TorchFunctionMode):
-    """While it is open, what is called runs as `on_gpu` says: operations, and torch's functions by their names."""
+    """Mode under which everything called runs as a GPU would run it.
+
+    ATen overloads go through `on_gpu`; functions of torch's Python API are matched by name.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,7 +77,11 @@ def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: fl
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The fused kernels, which torch has for CUDA alone; without data it takes their shapes from the definition."""
+    """RMS norm by torch's fused kernels, one forward and one backward.
+
+    torch implements these kernels for CUDA only. On tensors without data it derives the shapes of their results from
+    the operation's decomposition, so that they can be called here too.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, shape: list[int], eps: float | None) -> Tensor:

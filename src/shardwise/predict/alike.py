@@ -1,4 +1,7 @@
-"""Stages that are alike: of a deep model most of them are, and what one of them needs the others need too."""
+"""Number pipeline stages so that equal stages share a number, and with it every cached result.
+
+Most stages of a deep model are equal, so that what is computed for one of them holds for all.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ from shardwise.predict.profile import Profile
 
 
 def alike(profile: Profile, stage: Stage) -> int:
-    """A number that stages share which differ in nothing but in where they lie.
+    """Return a number that two stages of the profile share if they differ only in their position in the model.
 
-    Their links keep and complete the same, and what arrives, what stays, blocks and buckets are equal.
+    Such stages have equal segments, blocks and gradient buckets, receive the same number of bytes, and keep the same
+    number of bytes per microbatch.
     """
     return _number(profile, "alike", stage, _described)
 
 
 def gathered_alike(profile: Profile, stage: Stage) -> int:
-    """The same of stages whose links and gathered blocks are equal, whatever is computed again."""
+    """Return a number that two stages share if their segments and gathered blocks are equal, recomputed or not."""
     return _number(profile, "gathered alike", stage, _gathered)
 
 

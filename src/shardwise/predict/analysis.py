@@ -1,4 +1,8 @@
-"""What one link of a step needs: its calls run on tensors without data, forwards and backwards, and noted down."""
+"""Measure what one segment of a step needs by running it on tensors without data, forward and backward.
+
+A segment is the piece of the step's graph between two neighbouring cut points. The result is its kernels, its
+tensor-parallel collectives, and the bytes that it saves for the backward pass or needs temporarily.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from shardwise.predict.profile import Exchanged, Layer, Pass
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """How a tensor lies in memory, without its data."""
+    """Shape, strides and dtype of a tensor, and whether it requires a gradient."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -33,17 +37,17 @@ class Spec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Spec:
-        """That of a tensor."""
+        """Return the spec of `tensor`."""
         return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.requires_grad)
 
     def empty(self) -> Tensor:
-        """A tensor like that; a leaf."""
+        """Create an uninitialized leaf tensor that matches the spec."""
         made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
         return made.requires_grad_(self.grad)
 
     @property
     def bytes(self) -> int:
-        """Of the elements."""
+        """Return the bytes of all elements of the shape, counted as if none shared memory."""
         count = self.dtype.itemsize
         for size in self.shape:
             count *= size
@@ -52,13 +56,13 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a link makes.
+    """An output of a segment.
 
     Attributes:
-        spec: how it lies.
-        alias: the input in whose memory it lies; None: it has memory of its own.
-        held: bytes of that memory.
-        saved: whether the link keeps it for its backward pass.
+        spec: shape, strides and dtype.
+        alias: index of the input whose storage it shares; None if it has a storage of its own.
+        held: bytes of its storage.
+        saved: whether the segment saves it for its own backward pass; False for an alias.
     """
 
     spec: Spec
@@ -69,13 +73,13 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """What was found out about a link.
+    """Everything that was measured of one segment.
 
     Attributes:
-        layer: what it needs.
-        outputs: what it makes.
-        saved: inputs that it keeps for its backward pass.
-        ready: its parameters with a gradient, in the order in which these appear.
+        layer: its kernels, collectives and bytes.
+        outputs: its outputs, in the order of `Calls.outputs`.
+        saved: indices of the inputs that it saves for its backward pass.
+        ready: indices of the weights that receive a gradient, in the order in which their gradients become complete.
     """
 
     layer: Layer
@@ -85,7 +89,7 @@ class Analysis:
 
 
 class NotedExchange(Exchange):
-    """The exchanges of the first of `ranks` tensor-parallel workers, noted down instead of done."""
+    """Collectives of tensor-parallel rank 0 among `ranks`, recorded instead of executed."""
 
     def __init__(self, ranks: int, recorder: LinkRecorder) -> None:
         super().__init__(None, 0, ranks)
@@ -102,19 +106,20 @@ class NotedExchange(Exchange):
 
 
 class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes kernels, exchanges and memory of what runs on tensors without data.
+    """Records the kernels, tensor-parallel collectives and memory of operations on tensors without data.
 
     Args:
-        cpu: whether it is noted for a CPU, where some kernels need memory while they run.
+        cpu: whether to record for a CPU, on which some kernels need workspace memory while they run.
 
     Attributes:
-        kernels: since `take` was called last.
-        exchanges: likewise.
-        normalised: channels of batch norms, likewise.
-        products: bytes of the results of products, see `parallel.selective`, likewise.
-        live: bytes in tensors that were made while it was on and that are still there.
-        peak: the most of that since `watch` was called last.
-        when: `forward` or `backward`.
+        kernels: kernels since the last call of `take`.
+        exchanges: tensor-parallel collectives since the last call of `take`.
+        normalised: channels of each batch norm since the caller last emptied the list.
+        products: bytes of the results that selective recomputation keeps (see `parallel.selective`), since the caller
+            last reset it.
+        live: bytes of the storages that were created while recording and still exist.
+        peak: largest value of `live`, workspaces included, since the last call of `watch`.
+        when: `forward` or `backward`; the caller sets it.
     """
 
     def __init__(self, *, cpu: bool = True) -> None:
@@ -142,22 +147,22 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def exchange(self, operation: str, *parts: Tensor) -> None:
-        """Notes an exchange of all `parts` together."""
+        """Record one collective whose message is all `parts` together."""
         self.exchanges.append(Exchanged(operation, sum(part.numel() * part.element_size() for part in parts)))
 
     def take(self) -> Pass:
-        """What was noted since the last call."""
+        """Return the kernels and collectives recorded since the last call."""
         taken = Pass(tuple(self.kernels), tuple(self.exchanges))
         self.kernels, self.exchanges = [], []
         return taken
 
     def watch(self) -> int:
-        """Begins to look for the peak of memory; returns the bytes that are there."""
+        """Restart the search for the memory peak and return the bytes that are live now."""
         self.peak = self.live
         return self.live
 
     def forget(self, tensor: Tensor) -> None:
-        """What `tensor` takes does not count from here on."""
+        """Stop counting the storage of `tensor`."""
         self._free(_place(tensor))
 
     def _note(self, tensor: Tensor) -> None:
@@ -180,15 +185,15 @@ def _place(tensor: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calls:
-    """One link as it lies in the graph.
+    """The calls of a segment with their inputs and outputs in the graph.
 
     Attributes:
-        nodes: its calls.
+        nodes: its calls, in order.
         weights: parameters and buffers that it uses.
-        given: what comes from the batch.
-        inputs: what other links made.
-        outputs: what it makes for others.
-        again: inputs that later links use too: their gradients are added up.
+        given: values that are computed from the batch.
+        inputs: values that other segments compute.
+        outputs: values that it computes for other segments.
+        again: inputs that later segments use too, so that their gradients have to be accumulated.
         loss: whether its first output is the loss.
     """
 
@@ -203,15 +208,17 @@ class Calls:
 
 @dataclass(slots=True)
 class Analyst:
-    """Finds out what links need; equal ones once.
+    """Analyses segments and caches the result, so that equal segments run only once.
 
     Attributes:
-        mode: in which tensors have no data.
-        recorder: what notes.
-        bf16: whether to compute in bfloat16 where torch's autocast says so.
-        gpu: whether to compute as a GPU does it.
-        later: work on weights that is put off, see `parallel.deferred`; None: none is.
-        sites: function -> argument that numbers the calls that draw, which makes no difference here.
+        mode: mode under which tensors have no data.
+        recorder: records what runs.
+        bf16: whether to run under torch's autocast to bfloat16.
+        gpu: whether to run the operations that a GPU would run.
+        later: store of the weight gradients that a zero-bubble schedule computes later (see `parallel.deferred`); None
+            if each backward pass computes all gradients.
+        sites: function that draws random numbers -> index of the argument that numbers its calls. Segments that differ
+            only in that argument are equal.
     """
 
     mode: FakeTensorMode
@@ -223,7 +230,7 @@ class Analyst:
     _known: dict[Any, Analysis] = field(default_factory=dict)
 
     def link(self, calls: Calls) -> Analysis:
-        """What one link needs."""
+        """Return the analysis of a segment, cached for all equal segments."""
         key = self._key(calls)
         if key not in self._known:
             self._known[key] = _Run(self, calls).analysis()
@@ -255,7 +262,10 @@ class Analyst:
 
 
 def _function(target: Any) -> tuple[Any, ...]:
-    """What a call calls, comparable: a function with arguments bound to it is made anew for each call."""
+    """Return a key by which equal call targets compare equal.
+
+    A `functools.partial` is a new object for each call, so that it is compared by its function and its arguments.
+    """
     if hasattr(target, "func"):
         return target.func, str(target.args), str(target.keywords)
     return (target,)
@@ -272,7 +282,11 @@ def _literal(value: Any, number: Mapping[fx.Node, int]) -> Any:
 
 
 class _Arrived(torch.autograd.Function):
-    """What another link made: its gradient goes there, and is not copied into a leaf as that of a parameter may be."""
+    """Marks an input that another segment computes.
+
+    The gradient of such an input ends here. Without this function it would accumulate in the `grad` of a leaf, which
+    may cost a copy that the real step does not make.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -285,7 +299,7 @@ class _Arrived(torch.autograd.Function):
 
 @dataclass(slots=True)
 class _Run:
-    """One link as it runs."""
+    """A run of a segment, forward and backward, that notes what it saves for the backward pass."""
 
     analyst: Analyst
     link: Calls
@@ -339,7 +353,7 @@ class _Run:
         recorder, clean = self.analyst.recorder, not any(writes_in_place(node) for node in self.link.nodes)
         recorder.when = "forward"
         if not clean:
-            for node in self.link.inputs:  # as `sections.compiled` does it
+            for node in self.link.inputs:  # `sections.compiled` clones them too
                 values[node] = values[node].clone()
         last = {argument: node for node in self.link.nodes for argument in node.all_input_nodes}
         with torch.enable_grad(), self._saving(), self._precision():
@@ -386,7 +400,11 @@ class _Run:
         return sum(size for place, size in self._saved.items() if place not in others)
 
     def _backward(self, results: list[Tensor]) -> tuple[Pass, Pass, int]:
-        """(backward pass, weights' part of it where that is put off, most bytes meanwhile)."""
+        """Run the backward pass and return (its work, the deferred work on weights, peak bytes).
+
+        The deferred work is empty if nothing is deferred. The peak includes the gradients of the outputs, but not those
+        of the weights. If no output requires a gradient, there is no work and the peak is 0.
+        """
         recorder = self.analyst.recorder
         roots = [result for result in (results[:1] if self.link.loss else results) if result.requires_grad]
         if not roots:
@@ -411,7 +429,7 @@ class _Run:
         return backward, weights, most
 
     def _add_up(self) -> None:
-        """Gradients of inputs that later links use too are added to those that came from there."""
+        """Record one addition for each input that later segments use too: its gradients are accumulated."""
         for node in self.link.again:
             spec = self.link.inputs[node]
             if spec.grad:
@@ -422,6 +440,6 @@ class _Run:
                 self.analyst.recorder.kernels.append(kernel)
 
     def _complete(self, tensor: Tensor, index: int) -> None:
-        if tensor.grad is not None:  # none flows back where a function gives none
+        if tensor.grad is not None:  # None if a custom backward function returned no gradient
             self._ready.append(index)
             self.analyst.recorder.forget(tensor.grad)

@@ -1,4 +1,4 @@
-"""Seconds of one collective, one message and one kernel that moves bytes, under a strategy on a cluster."""
+"""Compute the seconds of one collective, one pipeline message and one copy kernel under a strategy on a cluster."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from shardwise.strategy import Strategy
 
 
 class Calls:
-    """See the module.
+    """Seconds of collectives, pipeline messages and copies, cached.
 
     Args:
         profile, strategy, cluster: what is predicted.
-        times: of the profile on the cluster's device.
+        times: seconds of the profile's segments on the device.
     """
 
     def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> None:
@@ -28,7 +28,14 @@ class Calls:
         self._moved: dict[tuple[float, float, int], float] = {}
 
     def collective(self, operation: str, size: int, group: Group, workers: int = 0) -> float:
-        """Seconds; the same call costs nothing to ask for again. `workers` do the same at the same time; 0: all do."""
+        """Return the seconds of one collective, cached with the profile.
+
+        Args:
+            operation: one of `collective.OPERATIONS`.
+            size: bytes of the message, as `collective.Collective` counts them.
+            group: ranks that take part; a group of one rank takes no time.
+            workers: ranks that communicate at the same time; 0 if all do.
+        """
         if group.size <= 1:
             return 0.0
         crowd = (workers or self.strategy.workers) if self.cluster.collectives else 0
@@ -37,7 +44,7 @@ class Calls:
         return self.profile.kept.once(key, lambda: collective_seconds(collective, self.cluster, crowd), self.cluster)
 
     def moved(self, elements: float, size: float, count: int) -> float:
-        """Seconds of `count` kernels that move `size` bytes of `elements` elements in all."""
+        """Return the seconds of `count` copy kernels that together move `elements` elements and `size` bytes."""
         if count < 1 or elements < 1:
             return 0.0
         key = elements, size, count
@@ -50,7 +57,7 @@ class Calls:
         return self.times.kernel(kernel)
 
     def message(self, source: int, target: int, sizes: Iterable[int]) -> float:
-        """Seconds of messages between two stages, one after the other; nothing where both are on one worker."""
+        """Return the seconds of messages sent one after another between two stages; 0.0 if one rank holds both."""
         strategy = self.strategy
         source, target = source % strategy.pp, target % strategy.pp
         if source == target:

@@ -1,6 +1,6 @@
-"""What bounds need of a profile: its different layers, how often each is there, and sums over its parameters.
+"""Condense a profile to what the bounds of the search need: distinct layers with counts, and sums over parameters.
 
-A model of a hundred equal blocks is as small as one of two, so that thousands of them are made in a search.
+A model of a hundred equal blocks becomes as small as one of two, so that a search can afford thousands of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shardwise.strategy import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Equal links: their layer, how many there are, and how many of these lie in repeated blocks of the module."""
+    """Equal segments: their layer, their number, and how many of them lie in repeated blocks of the module."""
 
     layer: Layer
     count: int
@@ -26,24 +26,25 @@ class Counted:
 
 @dataclass(frozen=True)
 class Condensed:
-    """A profile without the order of its links.
+    """A profile without the order of its segments. All bytes are those of one rank.
 
     Attributes:
-        tp: tensor-parallel workers that it is for.
+        tp: degree of tensor parallelism.
         precision: `float32` or `bf16`.
-        layers: different ones, in the order in which they first come.
+        layers: distinct layers, in the order of their first occurrence.
         parameters: bytes of parameters and buffers.
-        gradients: bytes of what is trained.
-        elements: of what is trained.
-        own: bytes of what is trained and used by one link alone.
-        repeated: bytes of what is trained and lies in repeated blocks of the module.
-        message: least bytes to send where the step is cut.
-        narrow: places where it may be cut with no more to send than that.
-        saved: bytes that are kept of a microbatch for the backward pass.
-        products: bytes of results of products of a microbatch.
-        repeated_products: the same in repeated blocks of the module.
-        largest: most bytes that one link needs while it goes backwards, which recomputation needs too.
-        update: of the optimizer.
+        gradients: bytes of trained parameters.
+        elements: number of elements of trained parameters.
+        own: bytes of the trained parameters that only one segment uses.
+        repeated: bytes of the trained parameters in repeated blocks of the module.
+        message: bytes of the smallest message at any cut point.
+        narrow: number of cut points with a message of that size.
+        saved: bytes that one microbatch saves for the backward pass.
+        products: bytes of one microbatch's results that selective recomputation keeps, see `parallel.selective`.
+        repeated_products: the part of `products` in repeated blocks of the module.
+        largest: most bytes that the backward pass of any one segment needs, even with recomputation: what it saves,
+            plus the temporary tensors of its forward or backward pass.
+        update: kernels and state of the optimizer.
     """
 
     tp: int
@@ -62,19 +63,19 @@ class Condensed:
     largest: int
     update: Update
     kept: Kept = field(default_factory=Kept, repr=False, compare=False)
-    """What has been derived of it, by what it was derived for."""
+    """Cache of everything derived from this value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of one microbatch, all links together.
+    """Seconds of one microbatch on one rank, summed over all segments.
 
     Attributes:
-        forward, backward, weights: of the passes, exchanges of tensor parallelism included.
-        again: of what is computed again at least: each link up to what its backward pass needs.
-        repeated: the same of links in repeated blocks alone.
-        rest, repeated_rest: the same two where the results of products are kept.
-        seconds: of kernels on the device.
+        forward, backward, weights: seconds of the passes, tensor-parallel collectives included.
+        again: lower bound of full recomputation: each segment up to the last tensor that its backward pass needs.
+        repeated: the part of `again` in repeated blocks of the module.
+        rest, repeated_rest: `again` and `repeated` with selective recomputation, which keeps the results of matmuls.
+        seconds: the model that gives the seconds of single passes on the device.
     """
 
     forward: float
@@ -88,7 +89,7 @@ class Times:
 
 
 def condense(profile: Profile) -> Condensed:
-    """Of a profile; kept with it."""
+    """Return the condensed form of a profile, cached with the profile."""
     return profile.kept.once(("condensed",), lambda: _condensed(profile))
 
 
@@ -128,7 +129,7 @@ def _backwards(layer: Layer) -> int:
 
 
 def times_of(condensed: Condensed, cluster: Cluster, strategy: Strategy) -> Times:
-    """The times on a cluster; kept for the next strategy that asks for the same."""
+    """Return the seconds of a microbatch on a cluster, cached for all strategies with the same rates."""
     seconds = Seconds.on(cluster, strategy, condensed.tp, condensed.precision)
     return condensed.kept.once(seconds.key, lambda: _timed(condensed, seconds))
 

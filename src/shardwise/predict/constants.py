@@ -1,6 +1,7 @@
-"""What cannot be derived from datasheets: a few numbers, each named, fitted once for all published runs together.
+"""Constants of the cost model that no datasheet gives, fitted once to all published runs together.
 
-The values lie in `constants.json`, which `python -m benchmarks.fit` writes together with how well each is determined.
+The values are in `constants.json`. `python -m benchmarks.fit` writes that file, including how well the runs determine
+each constant.
 """
 
 from __future__ import annotations
@@ -15,49 +16,51 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constants:
-    """Numbers of the cost model. Times in seconds, shares between 0 and 1.
+    """Constants of the cost model: times in seconds, shares between 0 and 1.
 
     Attributes:
-        sustained_default: share of the datasheet's rate that large matrix products keep up where power does not limit
-            them: float32 without tensor cores, and at most GPUs of other families than the following.
-        sustained_ampere: the same, limited by power, for Ampere at the watts per FLOP/s of A100 SXM.
-        sustained_hopper: the same for Hopper and Ada at the watts per FLOP/s of H100 SXM.
-        sustained_blackwell: the same for Blackwell at the watts per FLOP/s of GB200.
-        sustained_ultra: the same for Blackwell Ultra at the watts per FLOP/s of GB300.
-        power_exponent: how that share grows with watts per FLOP/s among GPUs of one family.
-        sustained_fp8: rate of fp8 products over twice the sustained rate of bf16.
-        sustained_fp4: rate of fp4 products over four times the sustained rate of bf16.
-        idle_boost: power of the share of a step in which a GPU computes, by which its products take less time: what it
-            does not draw while it waits it may draw then.
-        sustained_tf32: rate of tf32 products over the datasheet's, relative to bf16.
-        tile_overhead: edge of a tile that costs as much as filling it, in elements: a tile of m x n runs at
+        sustained_default: share of the datasheet's rate that large matmuls sustain if power does not limit them. Used
+            for float32 without tensor cores, and as the upper limit for GPU families not listed below.
+        sustained_ampere: power-limited share for Ampere at the watts per FLOP/s of A100 SXM.
+        sustained_hopper: power-limited share for Hopper and Ada at the watts per FLOP/s of H100 SXM.
+        sustained_blackwell: power-limited share for Blackwell at the watts per FLOP/s of GB200.
+        sustained_ultra: power-limited share for Blackwell Ultra at the watts per FLOP/s of GB300.
+        power_exponent: exponent with which the share grows with watts per FLOP/s among GPUs of one family.
+        sustained_fp8: rate of fp8 matmuls divided by twice the sustained rate of bf16.
+        sustained_fp4: rate of fp4 matmuls divided by four times the sustained rate of bf16.
+        idle_boost: exponent by which matmuls become faster on a GPU that is partly idle, because the power saved while
+            idle is available while computing: their time is multiplied by (busy share of the step) ** idle_boost.
+        sustained_tf32: share of the datasheet's rate that tf32 matmuls sustain, relative to the share of bf16.
+        tile_overhead: tile edge, in elements, at which the overhead equals the useful work: a tile of m x n runs at
             1 / (1 + tile_overhead (1/m + 1/n)) of the rate.
-        prologue: length along k that starting and ending a tile costs, in elements.
-        partial_wave: how much of a whole wave an almost empty last wave of tiles costs; 1: all of it.
+        prologue: cost of starting and ending a tile, in elements along k.
+        partial_wave: cost of an almost empty last wave of tiles, relative to a full wave.
         memory_share: share of the datasheet's memory bandwidth that kernels reach.
-        kernel_start: from one kernel's end to the next one's beginning on a busy device.
-        product_start: the same of products, convolutions and attention, which fill and drain their pipelines besides.
-        attention_forward: share of the sustained rate that flash attention reaches with heads of 128, forward.
-        attention_backward: the same, backward.
-        attention_softmax: exponentials per head element: with heads of d elements attention runs at
-            1 / (1 + attention_softmax / d) of its rate, relative to 128.
-        attention_hopper: share of its rate that flash attention 2 keeps on Hopper and later, whose asynchronous
-            products it does not use.
-        attention_fused: the same for cuDNN and flash attention 3, relative to the sustained rate.
-        host_kernel: the host's time to launch one kernel of a layer, Python of the layer included.
-        host_message: the host's time for one message between stages of a pipeline.
-        host_collective: the host's time to launch one collective, waiting for the streams included.
+        kernel_start: gap between the end of one kernel and the start of the next on a busy device.
+        product_start: the same gap for matmuls, convolutions and attention, which also fill and drain their pipelines.
+        attention_forward: share of the sustained rate that flash attention reaches at head size 128, forward pass.
+        attention_backward: the same share for the backward pass.
+        attention_softmax: cost of the softmax in elements of the head: with head size d, attention runs at
+            1 / (1 + attention_softmax / d) of its rate, normalized to 1 at head size 128.
+        attention_hopper: factor on the rate of flash attention 2 on Hopper and later, because it does not use their
+            asynchronous matmuls.
+        attention_fused: the same factor for cuDNN and flash attention 3.
+        host_kernel: host time to launch one kernel of a layer, the layer's Python code included.
+        host_message: host time for one message between pipeline stages.
+        host_collective: host time to launch one collective, stream synchronization included.
         link_share: share of the datasheet's bandwidth that a collective reaches within a node while it sends.
-        link_copy: what a rank needs beside to read, add and write its message in one pass of a ring within a node,
-            relative to sending all of it over its links.
-        network_share: the same between nodes, over networks whose adapters do the transport (InfiniBand, RoCE).
-        hosted_share: the same over networks whose transport runs on the host (Omni-Path, EFA, TCP).
-        collective_start: of any collective.
-        link_hop: per step of a ring within a node.
-        network_hop: per step of a ring between nodes.
-        overlap_loss: seconds that computation loses per second of communication that runs at the same time.
-        allocator_slack: what PyTorch's allocator reserves beyond what is allocated, relative.
-        context_bytes: what CUDA and NCCL hold of a GPU's memory besides, in a job of many nodes.
+        link_copy: time for a rank to read, add and write its message in one pass of a ring within a node, relative to
+            the time to send the whole message over its links.
+        network_share: share of the datasheet's bandwidth between nodes, over networks whose adapters do the transport
+            (InfiniBand, RoCE).
+        hosted_share: the same share over networks whose transport runs on the host (Omni-Path, EFA, TCP).
+        collective_start: fixed cost of any collective.
+        link_hop: latency of one step of a ring within a node.
+        network_hop: latency of one step of a ring between nodes.
+        overlap_loss: compute seconds lost per second of communication that runs at the same time.
+        allocator_slack: memory that PyTorch's caching allocator reserves beyond what is allocated, relative to the
+            latter.
+        context_bytes: GPU memory that CUDA and NCCL hold besides tensors in a job of many nodes.
     """
 
     sustained_default: float
@@ -104,22 +107,25 @@ def _file() -> Mapping[str, Any]:
 
 
 def documented() -> Mapping[str, Mapping[str, Any]]:
-    """Name -> value, origin, source.
+    """Return name -> value, origin and source of each constant.
 
-    Where it was fitted also `start`, its value before the fit, and by how much the mean error over groups rises with a
-    tenth less (`rise_below`) and a tenth more (`rise_above`) of it.
+    A fitted constant also has `start`, its value before the fit, and the increase of the mean error over groups if the
+    constant is 10% smaller (`rise_below`) or 10% larger (`rise_above`).
     """
     found: Mapping[str, Mapping[str, Any]] = _file()["constants"]
     return found
 
 
 def fit_record() -> Mapping[str, Any]:
-    """What was fitted to how many rows, and the error by group with constants fitted without it (`held_out`)."""
+    """Return the record of the fit: its number of `rows` and its errors.
+
+    `held_out` gives the error of each group of rows under constants that were fitted without that group.
+    """
     found: Mapping[str, Any] = _file()["fit"]
     return found
 
 
 @cache
 def constants() -> Constants:
-    """The constants that predictions use."""
+    """Load the constants that predictions use by default."""
     return Constants(**{field.name: float(documented()[field.name]["value"]) for field in fields(Constants)})

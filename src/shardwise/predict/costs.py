@@ -1,10 +1,14 @@
-"""What a strategy costs, in closed form: from a profile, in the time that a search over thousands of strategies has.
+"""Predict step time and memory of a strategy in closed form, from a profile.
 
-    step = passes of the busiest pipeline worker + bubble + what it waits for others + optimizer + report
+It is fast enough for a search over thousands of strategies.
 
-Implemented in: `timing` (kernels and exchanges of each link), `parts` (who holds what), `stage_costs` (the passes of a
-stage), `passes` (what is hidden behind compute), `work` (the passes of a worker), `pipelines` (bubbles), `memory`
-(bytes), `issuing` (messages). `timeline` plays the same parts as events.
+    step = passes of the busiest pipeline worker + bubble + exposed communication + optimizer + report
+
+The report is the all-reduce of loss and gradient norm at the end of a step.
+
+Implemented in: `timing` (kernels and tensor-parallel collectives of each segment), `parts` (what each worker holds),
+`stage_costs` (passes of one stage), `passes` (overlap of communication and compute), `work` (passes of one worker),
+`pipelines` (bubbles), `memory` (bytes), `issuing` (collectives). `timeline` simulates the same parts event by event.
 """
 
 from __future__ import annotations
@@ -31,21 +35,25 @@ from shardwise.predict.work import Work, table_of, work_of
 from shardwise.strategy import Strategy
 
 SHORT_TABLE = 256
-"""Microbatches on stages up to which the table of a schedule is played; the formulas are good where there are many."""
+"""Limit of stages x microbatches up to which a schedule is simulated pass by pass.
+
+The formulas, used beyond it, are accurate if there are many passes.
+"""
 
 
 def predict(profile: Profile, strategy: Strategy, cluster: Cluster, batch_size: int = 0) -> Prediction:
-    """What one optimizer step costs.
+    """Predict time and memory of one optimizer step.
 
     Args:
-        profile: of the workload, for the strategy's tp, sp, precision and size of microbatch.
-        strategy: how to split it.
-        cluster: on what; it may have more devices than the strategy has workers.
-        batch_size: global; the workload's if left out.
+        profile: profile of the workload for the strategy's tp, sp, precision and microbatch size.
+        strategy: strategy to predict.
+        cluster: cluster to run on; it may have more devices than the strategy has workers.
+        batch_size: global batch size in samples; 0 selects the workload's.
 
     Raises:
-        StrategyError: the batch does not divide, the profile is for another strategy, or it has too many stages.
-        RequestError: the cluster has no rate for the dtype, or no link between workers.
+        StrategyError: The batch does not divide, the profile is for another strategy or kind of device, the strategy
+            has too many stages, or its offloading does not fit into the host.
+        RequestError: The cluster has no rate for the dtype, or no link between two workers.
     """
     costs = costs_of(profile, strategy, cluster, batch_size)
     return costs.prediction()
@@ -54,10 +62,14 @@ def predict(profile: Profile, strategy: Strategy, cluster: Cluster, batch_size: 
 def costs_of(
     profile: Profile, strategy: Strategy, cluster: Cluster, batch_size: int = 0, device: Device | None = None
 ) -> Costs:
-    """The parts of a prediction, which the timeline is made of too. Raises as `predict` does.
+    """Build the costs that a prediction, and the timeline, are computed from.
 
-    They are for `device` of the cluster, or else for the slowest, for which stages are cut in any case; where workers
-    of a pipeline have `speeds` of their own, each is for the slowest device that it has in any replica.
+    Stages are always cut for the slowest device of the cluster. Costs are computed for `device`, by default the slowest
+    as well. If the strategy has `speeds` and the cluster several kinds of devices, each pipeline worker instead gets
+    the slowest device that it has in any replica.
+
+    Raises:
+        StrategyError, RequestError: As in `predict`; also if the strategy has unequal shares.
     """
     size = batch_size or profile.batch_size
     strategy = strategy.for_batch(size)
@@ -87,7 +99,7 @@ def costs_of(
 
 
 def slowest_at(strategy: Strategy, cluster: Cluster, place: int) -> Device:
-    """What the worker at a place of the pipeline computes on; of all replicas that which the others wait for."""
+    """Return the slowest device of pipeline worker `place` in any replica, the one that all others wait for."""
     ranks = (
         strategy.rank(dp=row, fsdp=column, pp=place, tp=shard)
         for row in range(strategy.dp)
@@ -114,14 +126,15 @@ def _check(profile: Profile, strategy: Strategy, size: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """What a worker does after its last backward pass.
+    """Seconds of a worker's step after its last backward pass.
 
     Attributes:
-        reduce: sums of gradients over tp and over pipeline workers that share parameters.
-        update: the optimizer, norms and clipping.
-        exchange: what replicas send each other of what they updated.
-        report: losses, which all workers add up.
-        host: what the host needs for every step, beside all of this.
+        reduce: all-reduces of gradients over tp, over pipeline workers that share parameters, and over replicas for
+            parameters that several stages of the worker use.
+        update: optimizer, gradient norm and clipping.
+        exchange: broadcasts of updated parameters between replicas (zero=1).
+        report: all-reduce of losses and norms over all workers.
+        host: fixed host time per step.
     """
 
     reduce: float
@@ -133,7 +146,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Of all pipeline workers their passes and what comes after, the seconds of the step, what of the report shows."""
+    """The computed step: per-worker work and epilogue, step time, exposed time of the loss all-reduce (seconds)."""
 
     works: list[Work]
     finishes: list[Finish]
@@ -142,11 +155,11 @@ class _Step:
 
 
 class Costs(StageCosts):
-    """The times of one strategy's parts; see `predict`.
+    """Times and bytes of one strategy on one device, from which `predict` computes the step.
 
     Args:
-        profile, strategy, cluster, times, parts, batch_size: what they are made of.
-        places: of each pipeline worker, where these are on different devices; none: all are like this.
+        profile, strategy, cluster, times, parts, batch_size: see `costs_of`.
+        places: costs of each pipeline worker if they have different devices; empty if all have this device.
     """
 
     def __init__(
@@ -165,7 +178,7 @@ class Costs(StageCosts):
         self.messages = self._between()
 
     def at(self, worker: Worker) -> Costs:
-        """Those on the device of a pipeline worker."""
+        """Return the costs on the device of a pipeline worker."""
         return self._places[worker.place] if self._places else self
 
     def _between(self) -> Messages:
@@ -180,13 +193,13 @@ class Costs(StageCosts):
         return found
 
     def waits(self, kind: str, stage: int) -> float:
-        """Seconds of the messages that a stage waits for before a forward (F), or a backward (B) pass."""
+        """Return the seconds of all messages that a stage receives before a forward (F) or backward (B) pass."""
         return sum(seconds for _, seconds in self.messages.get((kind, stage), ()))
 
     # ---- after the passes -------------------------------------------------------------------------------------------
 
     def finish(self, worker: Worker) -> Finish:
-        """What a worker does after its last backward pass."""
+        """Compute the seconds that a worker needs after its last backward pass."""
         strategy = self.strategy
         replicas = group_of(strategy, "replicas", worker.place)
         reduce = sum(self.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
@@ -199,7 +212,10 @@ class Costs(StageCosts):
         return Finish(reduce, self.update(worker), exchange, report, host)
 
     def sums_over_workers(self, worker: Worker) -> list[tuple[tuple[int, ...], int, float]]:
-        """(pipeline workers, bytes, seconds) of gradients that are added up after the last pass; none: over tp."""
+        """Return (pipeline workers, bytes, seconds) of each gradient all-reduce after the last backward pass.
+
+        The tuple of pipeline workers is empty for an all-reduce over tp.
+        """
         strategy = self.strategy
         tensor = group_of(strategy, "tp")
         found: list[tuple[tuple[int, ...], int, float]] = []
@@ -211,7 +227,7 @@ class Costs(StageCosts):
         return found
 
     def update(self, worker: Worker) -> float:
-        """Seconds of the optimizer, with the norm of the gradient and clipping."""
+        """Compute the seconds of the optimizer, gradient norm and clipping included."""
         elements, tensors = worker.updated
         update = self.profile.update
         if offloads(self.strategy, self.times.device):
@@ -239,11 +255,11 @@ class Costs(StageCosts):
 
     @property
     def step_seconds(self) -> float:
-        """Of one optimizer step; quicker to know than all of `prediction`."""
+        """Return the seconds of one optimizer step; cheaper than `prediction`, which also computes memory."""
         return self._played.seconds
 
     def prediction(self) -> Prediction:
-        """See `predict`."""
+        """Return the prediction of the step; times are those of the busiest pipeline worker."""
         played = self._played
         works, finishes, step, report = played.works, played.finishes, played.seconds, played.report
         index = max(range(len(works)), key=lambda number: works[number].seconds)
@@ -285,39 +301,39 @@ class Costs(StageCosts):
 
     @property
     def waits_for_norm(self) -> bool:
-        """Whether the norm of the gradient is known only when all workers have told theirs."""
+        """Return whether clipping needs an all-reduce of the gradient norm, so that the update waits for the report."""
         strategy = self.strategy
         whole = strategy.tp == strategy.pp == 1 and not strategy.splits_parameters
         return self.profile.clipped and not whole
 
     @property
     def memory(self) -> Memory:
-        """Of the device that needs most."""
+        """Return the peak memory of the device that needs most."""
         return memory_of(self)
 
     def memory_at(self, worker: Worker) -> Memory:
-        """Of a pipeline worker's device."""
+        """Return the peak memory of a pipeline worker's device."""
         return memory_at(self, worker)
 
     @property
     def least_memory(self) -> int:
-        """Bytes of the device that needs most, or fewer: without the pipeline workers between its ends."""
+        """Return a lower bound of the peak bytes: the larger of the first and the last pipeline worker."""
         return memory_of(self, ends=True).total
 
     @property
     def origins(self) -> dict[str, str]:
-        """What the prediction rests on, by name."""
+        """Return name -> origin of each input of the prediction: measured, datasheet, fitted or assumed."""
         found = origins(self.cluster, self.times.device)
         offloaded = offloads(self.strategy, self.times.device)
         return {name: origin for name, origin in found.items() if offloaded or name not in FIELDS}
 
     @property
     def model_flops(self) -> float:
-        """Of the step, all devices together, without what is computed again."""
+        """Return the FLOPs of the step on all devices together, without recomputation."""
         return self.profile.flops * self.strategy.microbatches * self.strategy.replicas * self.strategy.tp
 
     def _ends(self, works: list[Work]) -> list[float]:
-        """When each worker has done its last backward pass."""
+        """Return the time, in seconds, at which each worker has finished its last backward pass."""
         strategy = self.strategy
         if strategy.pp == 1:
             return [work.seconds for work in works]
@@ -336,7 +352,10 @@ class Costs(StageCosts):
 
 
 def _after_hosts(ends: Sequence[float], stages: Sequence[StageTime], launching: Sequence[float]) -> list[float]:
-    """The ends of workers whose hosts may be slower: the last gradients come after the hosts of those behind."""
+    """Delay the ends of workers whose hosts launch more slowly than their devices compute.
+
+    The last backward pass of a worker also follows the end of the worker behind it, which sends it the last gradients.
+    """
     found: list[float] = []
     for place in reversed(range(len(ends))):
         hosts = launching[place]

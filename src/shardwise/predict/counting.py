@@ -1,9 +1,11 @@
-"""What one operation asks of a device: kind, FLOPs and bytes, from the operation and its tensors.
+"""Count the work of one operation for a device: kind, FLOPs and bytes, from the operation and its tensors.
 
-FLOPs are those of `torch.utils.flop_counter` (a multiply-add is two; attention in full, its backward pass with the
-scores computed again: 2.5 times the forward pass), with formulas of our own where that counts nothing: attention on
-the CPU, recurrent layers. Bytes are the operands read and the results written once, each element once, however often
-it is repeated by an expanded dimension.
+FLOPs are counted as in `torch.utils.flop_counter`: a multiply-add is two. Attention counts in full, without a causal
+mask, and its backward pass, which recomputes the scores, counts 2.5 times the forward pass. Operations that torch does
+not count, attention on the CPU and recurrent layers, have formulas here.
+
+Bytes are the operands read once plus the results written once. An element that an expanded dimension repeats counts
+once.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ DTYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
 }
-"""Of floating dtypes as `cluster.DTYPES` spells them; whole numbers count as float32, their bytes as they are."""
+"""Floating dtype -> its name in `cluster.DTYPES`.
+
+An operation without floating operands is timed as float32, but its bytes are counted with its real element sizes.
+"""
 
 SHORT_ROW = 64
-"""Elements of a row below which an elementwise operation spends its time on going from row to row."""
+"""Row length, in elements, below which stepping from row to row dominates an elementwise operation."""
 
 Shape = tuple[int, ...]
 Counted = tuple[str, float, Shape, bool]
-"""Kind, FLOPs, shape and whether it is a kernel of the backward pass, as in `Kernel`."""
+"""(kind, FLOPs, shape, True if it is a kernel of the backward pass), as in `Kernel`."""
 Counter = Callable[[tuple[Any, ...], Any], Counted]
 
 _COUNTERS: dict[Any, Counter] = {}
@@ -57,15 +62,17 @@ _FREE = {
     aten.record_stream,
 }
 SMALL = 20480
-"""Elements of the first four dimensions up to which torch computes a convolution of a single sample with code of its
-own on a CPU, not with oneDNN (ATen/native/Convolution.cpp: `ConvParams::use_mkldnn`)."""
+"""Most elements in the first four dimensions of the input for which torch uses its own CPU convolution.
+
+Larger inputs, and batches of several samples, use oneDNN (ATen/native/Convolution.cpp: `ConvParams::use_mkldnn`).
+"""
 
 _ROWS_READ = {aten.embedding, aten.index_select, aten.gather, aten.index, aten.select_backward, aten.slice_backward}
-"""Operations that read no more of their first operand than they write."""
+"""Operations that read at most as many bytes of their first operand as they write."""
 
 
 def counts(*operations: Any) -> Callable[[Counter], Counter]:
-    """Registers a formula."""
+    """Return a decorator that registers a formula for `operations`."""
 
     def register(counter: Counter) -> Counter:
         _COUNTERS.update(dict.fromkeys(operations, counter))
@@ -75,9 +82,19 @@ def counts(*operations: Any) -> Callable[[Counter], Counter]:
 
 
 def kernel_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, when: str) -> Kernel | None:
-    """The kernel that a call of `operation` is; None where it computes and moves nothing (views, empty tensors)."""
+    """Return the kernel that a call of `operation` runs.
+
+    Returns None if the call neither computes nor moves data: views, empty tensors, queries of a tensor's properties.
+
+    Args:
+        operation: overload that the dispatcher calls.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        result: result of the call.
+        when: phase of the step, for `Kernel.when`.
+    """
     packet = operation.overloadpacket
-    if packet in _FREE or operation.is_view or operation.namespace == "prim":  # that asks for properties of tensors
+    if packet in _FREE or operation.is_view or operation.namespace == "prim":  # `prim` queries properties of tensors
         return None
     inputs, outputs = list(tensors((args, kwargs))), list(tensors(result))
     if not outputs and not inputs:
@@ -102,10 +119,11 @@ def kernel_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], res
 
 
 def _row(operands: Sequence[Tensor]) -> float:
-    """Elements that lie next to each other in all operands of an elementwise operation; infinite where all of them do.
+    """Return the number of elements that are contiguous in all operands of an elementwise operation.
 
-    Neighbouring dimensions are one where, for every operand, the outer stride is the inner stride times the inner size,
-    as torch's TensorIterator merges them (ATen/TensorIterator.cpp, coalesce_dimensions).
+    Returns infinity if all elements of the operation are. Neighbouring dimensions merge if, for every operand, the
+    outer stride is the inner stride times the inner size, as in torch's TensorIterator (ATen/TensorIterator.cpp,
+    coalesce_dimensions).
     """
     shape: Sequence[int] = operands[-1].shape
     if all(operand.shape == shape and operand.is_contiguous() for operand in operands):
@@ -123,8 +141,10 @@ def _row(operands: Sequence[Tensor]) -> float:
 
 
 def _broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The shape of operands of an elementwise operation together. Worked out here: under dispatch modes, torch's own
-    functions for it and for what follows are as slow as the operation itself.
+    """Return the broadcast shape of the operands of an elementwise operation.
+
+    Under dispatch modes torch's own broadcasting functions are as slow as the operation itself, so that this function
+    and `_strides` replace them.
     """
     longest = max(map(len, shapes))
     padded = [(*[1] * (longest - len(shape)), *shape) for shape in shapes]
@@ -132,13 +152,13 @@ def _broadcast(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def _strides(operand: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-    """Of an operand that is expanded to a shape."""
+    """Return the strides of an operand expanded to `shape`; 0 in repeated dimensions and those of size 1."""
     own = [0 if size == 1 else stride for size, stride in zip(operand.shape, operand.stride(), strict=True)]
     return (*[0] * (len(shape) - len(own)), *own)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
+    """Yield the tensors in nested tuples, lists and dicts, in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
@@ -162,7 +182,7 @@ def _bytes(packet: Any, inputs: list[Tensor], outputs: list[Tensor]) -> float:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes of the elements that lie in memory: a dimension that is only repeated (stride 0) counts once."""
+    """Return the bytes of the distinct elements of a tensor; a repeated dimension (stride 0) counts once."""
     if not tensor.numel():
         return 0
     elements = prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
@@ -173,7 +193,7 @@ def _formula(packet: Any, args: tuple[Any, ...], result: Any) -> float:
     return float(flop_registry[packet](*args, out_val=result))
 
 
-# ---- matrix products ------------------------------------------------------------------------------------------------
+# ---- matmuls --------------------------------------------------------------------------------------------------------
 
 
 @counts(aten.mm)
@@ -218,7 +238,11 @@ def _rnn_backward(args: tuple[Any, ...], result: Any) -> Counted:
 
 
 def _recurrent(x: Tensor, to_input: Tensor, to_hidden: Tensor, times: int, *, backward: bool) -> Counted:
-    """One layer over a whole sequence: products of every token with both matrices, (gates * hidden, features)."""
+    """Count a recurrent layer over a whole sequence as one matmul of all tokens with both weight matrices.
+
+    Together the matrices have the shape (gates * hidden size, input features + hidden size). `times` is the number of
+    such matmuls: 1 forward, 2 backward.
+    """
     steps, samples = x.shape[0], x.shape[1]
     gates, features = to_input.shape[0], to_input.shape[1] + to_hidden.shape[1]
     flops = 2.0 * times * steps * samples * gates * features
@@ -246,13 +270,16 @@ def _attention(args: tuple[Any, ...], result: Any) -> Counted:
     aten._scaled_dot_product_cudnn_attention_backward,
 )
 def _attention_backward(args: tuple[Any, ...], result: Any) -> Counted:
-    """Five products where the forward pass has two: the scores again, and the gradients of both (Dao et al. 2022)."""
+    """Count the backward pass of attention as 2.5 times its forward pass.
+
+    It has five matmuls instead of two: one recomputes the scores, four compute gradients (Dao et al. 2022).
+    """
     flops, shape = _attended(*args[1:4])
     return "attention", 2.5 * flops, shape, True
 
 
 def _causal(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of attention looks back only."""
+    """Return whether a call of attention has the argument `is_causal` set."""
     names = [argument.name for argument in operation._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return bool(given.get("is_causal", False))
@@ -280,9 +307,10 @@ def _convolution_backward(args: tuple[Any, ...], result: Any) -> Counted:
 
 
 def _convolved(x: Tensor, weight: Tensor, output: Tensor, args: tuple[Any, ...]) -> Shape:
-    """(batch, channels in / groups, channels out, positions, window); `args` end as those of `convolution` do.
+    """Return the shape (batch, channels in / groups, channels out, positions, window size) of a convolution.
 
-    Positions are those where the window is laid: of the output, of the input where the convolution is transposed.
+    Positions are the positions of the window: elements of the output per channel, or of the input if the convolution is
+    transposed. `args` holds `transposed` and `groups` at the same indices as the arguments of `aten.convolution`.
     """
     channels_in, groups, transposed = x.shape[1], args[8], args[6]
     positions = prod((x if transposed else output).shape[2:])
@@ -290,14 +318,17 @@ def _convolved(x: Tensor, weight: Tensor, output: Tensor, args: tuple[Any, ...])
 
 
 def _native(x: Tensor, weight: Tensor, *, groups: int) -> bool:
-    """Whether torch takes its own code on a CPU; see `SMALL`."""
+    """Return whether torch computes a convolution with its own CPU code instead of oneDNN, see `SMALL`."""
     window = weight.shape[2:]
     wide = len(window) > 1 and min(window[-2:]) > 3
     return x.dtype == torch.float32 and x.shape[0] == 1 and groups == 1 and prod(x.shape[:4]) <= SMALL and not wide
 
 
 def workspace(kernel: Kernel) -> int:
-    """Bytes that a kernel on a CPU needs while it runs: a convolution by torch's own code lays out every window."""
+    """Return the bytes of scratch memory that a CPU kernel needs while it runs.
+
+    Only convolutions by torch's own code need any: they unfold every window into a float32 matrix.
+    """
     if not kernel.operation.startswith(NATIVE):
         return 0
     batch, inputs, _, positions, window = kernel.shape

@@ -1,4 +1,4 @@
-"""Predictions as JSON: the document that `simulate` and `plan` print."""
+"""Convert predictions to the JSON document that `simulate` and `plan` print."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardwise.units import format_bytes, format_seconds, format_share
 
 
 def candidate(strategy: str, prediction: Prediction) -> dict[str, Any]:
-    """One strategy and what it will cost."""
+    """Return the JSON object of one strategy and its prediction; times in seconds, memory in bytes."""
     memory = prediction.memory
     return {
         "strategy": strategy,
@@ -41,14 +41,16 @@ def document(
     rejected: Sequence[tuple[str, str]],
     seconds: float,
 ) -> dict[str, Any]:
-    """The document of predictions for several strategies.
+    """Build the document of predictions for several strategies.
+
+    Its `best` is the fastest strategy that fits into memory, None if none fits.
 
     Args:
-        workload: its name.
-        cluster: its name.
-        predictions: (strategy, prediction), the best one is found here: the fastest of those that fit.
-        rejected: (strategy, reason).
-        seconds: that it took to predict.
+        workload: name of the workload.
+        cluster: name of the cluster.
+        predictions: (strategy, prediction) of each strategy.
+        rejected: (strategy, reason) of each strategy that cannot work.
+        seconds: time that it took to predict.
     """
     candidates = [candidate(strategy, prediction) for strategy, prediction in predictions]
     fitting = [each for each in candidates if each["fits"]]
@@ -65,7 +67,7 @@ def document(
 
 
 def explained(strategy: str, prediction: Prediction) -> str:
-    """Where the time of a step goes and what the memory holds, in two sentences."""
+    """Explain in two sentences how the step time and the memory of a strategy are composed."""
     parts = {
         "computing": prediction.compute_seconds,
         "waiting for communication": prediction.exposed_communication_seconds,
@@ -84,7 +86,7 @@ def explained(strategy: str, prediction: Prediction) -> str:
 
 
 def _largest(parts: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Those that make up one percent or more, the largest first."""
+    """Return (name, value) of the parts with at least one percent of the total, largest first."""
     total = sum(parts.values())
     shown = [(name, value) for name, value in parts.items() if value >= 0.01 * total > 0]
     return sorted(shown, key=lambda part: -part[1])

@@ -1,12 +1,12 @@
-"""Runs one step of the real program of one worker among any number, on workers and tensors that are not there.
+"""Run one training step of one rank of a job of any size in a single process, without hardware or memory.
 
     run = dry_run(workload, Strategy.parse("dp=128,pp=16,tp=8"), rank=3)
-    run.collectives       what it sends, in order, with groups and bytes
-    run.kernels           what it computes
-    run.memory            at its peak, by what it is for
+    run.collectives       collectives in order, with groups and bytes
+    run.kernels           kernels in order
+    run.memory            peak memory by category
 
-The program is the one that trains: `Program` on torch's fake process group, its parameters, gradients and activations
-tensors without data. What it does is observed by `record.Recorder`, as on real workers.
+The program is the one that trains: `Program` on torch's fake process group. Its parameters, gradients and activations
+are tensors without data. `record.Recorder` observes it, as it does on real workers.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _FOLLOWS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
-    """What one worker does in one optimizer step, after the first.
+    """The observed work of one rank in one optimizer step, after optimizer states and buckets exist.
 
     Attributes:
-        strategy: with the number of microbatches settled.
-        rank: of the worker.
+        strategy: strategy with a definite number of microbatches.
+        rank: global rank of the worker.
         record: kernels, collectives and memory.
-        cuts: into stages and blocks; None where the module ran as it is.
-        notes: what a person should know, one line each.
+        cuts: segments at which stages and blocks begin; None if the module ran uncut (tp = pp = 1).
+        notes: remarks for the user, one line each.
     """
 
     strategy: Strategy
@@ -65,50 +65,51 @@ class DryRun:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """Kernels and collectives in the order in which they are issued, with their place in the step."""
+        """Return kernels and collectives in the order of issue, each with the mark of its part of the step."""
         return self.record.events
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """In order."""
+        """Return the kernels in the order of issue."""
         return self.record.kernels
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
-        """In order."""
+        """Return the collectives in the order of issue."""
         return self.record.collectives
 
     @property
     def memory(self) -> Memory:
-        """Peak bytes."""
+        """Return the bytes at the memory peak of the step, by category."""
         return self.record.memory
 
     @property
     def flops(self) -> float:
-        """Floating point operations, recomputation included."""
+        """Return the FLOPs of this rank, recomputation included."""
         return sum(kernel.flops * kernel.count for kernel in self.kernels)
 
 
 def dry_run(
     workload: Workload, strategy: Strategy, rank: int = 0, *, cuts: Cuts | None = None, device: str = "cpu"
 ) -> DryRun:
-    """Runs the step of worker `rank` of the job that trains `workload` under `strategy`.
+    """Run one training step of rank `rank` without hardware and without memory for parameters or activations.
 
-    Takes no memory for parameters or activations, and no hardware. A step whose shapes or branches follow the values of
-    its data is run with values instead, as one real worker computes it; the notes then say so.
+    If shapes or branches of the step depend on the values of its data, the step runs with real values, and memory for
+    one worker, instead. The notes of the result then say so.
 
     Args:
-        workload: what is trained.
-        strategy: how it is split.
-        rank: which worker.
-        cuts: of the step, as a program on real workers measured them or a prediction wants them; None: as costs,
-            counted from FLOPs and bytes, say.
-        device: kind of device, `cpu` or `gpu`: which kernels run, and how the optimizer takes its parameters.
+        workload: workload to train.
+        strategy: strategy to train it under.
+        rank: global rank of the worker.
+        cuts: cuts of the step, as measured on real workers or chosen by a prediction; None balances costs that are
+            counted from FLOPs and bytes.
+        device: kind of device, `cpu` or `gpu`. It selects the kernels, and the way in which the optimizer updates its
+            parameters: all at once, or one after another.
 
     Raises:
-        StrategyError: the strategy cannot work for this workload, or has no such worker.
-        WorkloadError: the model cannot be built or traced.
-        DataError: the dataset is empty.
+        StrategyError: The strategy cannot work for this workload, or has no such rank.
+        WorkloadError: The model cannot be built or traced.
+        DataError: The dataset is empty.
     """
     strategy = strategy.for_batch(workload.batch_size)
     if not 0 <= rank < strategy.workers:
@@ -124,14 +125,14 @@ def dry_run(
 
 
 def _without_memory() -> Allocating:
-    """What gives tensors without data, always of one kind."""
+    """Return a function that gives the fake-tensor mode of a dry run, the same mode at each call."""
     widen_grouped_products()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return lambda: mode
 
 
 def _builds(workload: Workload) -> Iterator[ModelWithoutValues]:
-    """The ways in which the model can be built without values, the quickest first."""
+    """Yield model factories that build the model without values, fastest first."""
 
     def build(number: int) -> Any:
         return next(islice(builds(workload), number, None)).module
@@ -142,7 +143,7 @@ def _builds(workload: Workload) -> Iterator[ModelWithoutValues]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One dry run; `allocating` gives the mode of tensors without data, or nothing where they have values."""
+    """A single dry run; `allocating` gives the mode of tensors without data, or a null context if they have values."""
 
     workload: Workload
     strategy: Strategy
@@ -152,7 +153,7 @@ class _Run:
     allocating: Allocating
 
     def result(self) -> DryRun:
-        """Builds the program and runs it."""
+        """Build the program of the rank, run its steps and return what was observed."""
         with fake_workers(self.rank, self.strategy.workers), torch.random.fork_rng():
             program = Program.build(
                 self.workload,
@@ -172,9 +173,9 @@ class _Run:
         )
 
     def _recorded(self, program: Program) -> Record:
-        """A step, after others in which states of the optimizer and buckets are made."""
+        """Record one step after warm-up steps, which create optimizer states and buckets."""
         patched: Any = program
-        patched._by_all = lambda _: True  # others leave the same parameters unused
+        patched._by_all = lambda _: True  # assume that all ranks leave the same parameters unused
         share = first_share(self.workload, self.strategy, program.mesh.replica, program.engine.uniform, self.allocating)
         first = Share(share.microbatches[:1], share.samples)
         answers = Answers()
@@ -189,5 +190,5 @@ class _Run:
 
 
 def _first_steps(program: Program) -> int:
-    """Steps until the next ones are like each other: DDP orders its buckets anew when the second begins."""
+    """Return the number of warm-up steps: 1, or 2 under DDP, which rebuilds its buckets as the second step begins."""
     return 2 if replicated(program.engine) is not None else 1

@@ -1,13 +1,13 @@
-"""A simulation of workers that compute and communicate: each has a host that issues operations onto streams.
+"""Discrete-event simulation of workers that compute and communicate.
 
-    host      issues one operation after the other; may wait until one is done
-    stream    does its operations in the order in which they were issued, each when what it needs is done
-    together  operations of several workers that begin when all of them can, and end at the same time (a collective)
+    host      each worker has one; it issues operations onto streams one after another, and may wait for one to finish
+    stream    runs its operations in the order of issue, each as soon as the operations that it depends on are done
+    together  a collective: operations of several workers that start when all of them can, and end at the same time
 
-While a worker communicates it computes at 1 / `overlap` of its speed (`cluster.Device.overlap`).
+While a worker communicates, it computes at 1 / `overlap` of its speed (`cluster.Device.overlap`).
 
-The rules are those of CUDA's streams and events and of NCCL's collectives; a worker that computes on its host (a CPU)
-is one whose host waits for each operation.
+The rules are those of CUDA streams and events and of NCCL collectives. A CPU worker, which computes on its host, is
+one whose host waits for each operation.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 COMPUTE = "compute"
-"""The stream whose operations communication slows down."""
+"""Name of the compute stream, the only one that communication slows down."""
 
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """Something that a worker does.
+    """An operation of one worker on one of its streams. All times are in seconds.
 
     Attributes:
-        worker: which.
-        stream: of the worker.
-        name: for people.
-        kind: for sums: what it belongs to.
-        seconds: it takes, alone.
-        launch: seconds that the host needs to start it; it cannot be done before the host is.
-        hosted: of its seconds, those that are the host's, where the device is the host.
-        crowds: whether it slows down what the worker computes meanwhile.
-        notes: for people, by name.
-        start, end: when it was done; negative: it was not.
-        ready: when it would have ended if the host had been ahead of it.
-        idle: since when its stream had nothing to do; negative: it had.
-        cause: the operation that it waited for last; None: for none, or for the host.
+        worker: index of the worker.
+        stream: name of the stream.
+        name: label for display.
+        kind: category by which times are summed, such as `forward`.
+        seconds: duration without contention.
+        launch: host time to launch it; the operation cannot end before its launch does.
+        hosted: part of `seconds` that is host time, if the device is its own host.
+        crowds: whether it slows down what the worker computes at the same time.
+        notes: details for display, by name.
+        start, end: simulated times; negative if the operation has not run.
+        ready: time at which it would have ended if the host had launched it early enough.
+        idle: time since which its stream had been idle when it started; negative if the stream was busy until then.
+        cause: operation that it waited for last; None if it waited for none, or for the host.
     """
 
     worker: int
@@ -65,13 +65,13 @@ class Operation:
 
     @property
     def computing(self) -> float:
-        """Seconds for which it computed."""
+        """Return the seconds of device work, slowed by communication, without the host's part."""
         share = 1.0 - self.hosted / self.seconds if self.seconds else 1.0
         return (self.ready - self.start) * share
 
     @property
     def floor(self) -> float:
-        """When the host has started all of it."""
+        """Return the time at which its launch ends; the operation cannot end before."""
         return self._issued + self.launch
 
 
@@ -85,24 +85,27 @@ class _Meeting:
 class _Worker:
     overlap: float
     program: deque[tuple[bool, Operation]] = field(default_factory=deque)
-    """(whether to wait for it, operation)."""
+    """Queue of the host: (True to wait for it or False to issue it, operation)."""
     streams: dict[str, deque[Operation]] = field(default_factory=dict)
     busy: dict[str, Operation | None] = field(default_factory=dict)
     free: dict[str, float] = field(default_factory=dict)
     crowd: int = 0
     blocker: Operation | None = None
-    """What the host waited for just now."""
+    """Operation that the host waited for last, if it has launched nothing since."""
 
 
 class Stuck(Exception):
-    """Operations that wait for each other: a mistake in what was asked for, or a deadlock of the real program."""
+    """Operations wait for each other: the simulation was built wrongly, or the real program would deadlock."""
 
 
 class Simulation:
-    """What workers do, first written down in the order in which their hosts issue it, then run.
+    """Operations of all workers: first issued in the order of their hosts, then run once.
 
     Args:
-        overlaps: for each worker, how much slower it computes while it communicates; 1: not at all.
+        overlaps: for each worker, the factor by which its compute takes longer while it communicates; 1 for no effect.
+
+    Attributes:
+        done: finished operations, in the order in which they end.
     """
 
     def __init__(self, overlaps: Sequence[float]) -> None:
@@ -115,12 +118,13 @@ class Simulation:
     # ---- what is to be done -----------------------------------------------------------------------------------------
 
     def issue(self, operation: Operation, after: Iterable[Operation | None] = (), together: object = None) -> Operation:
-        """The worker's host issues an operation next.
+        """Append an operation to its worker's host queue and return it.
 
         Args:
-            operation: new.
-            after: what it needs, of any worker.
-            together: a key that the same operation has on the other workers that take part.
+            operation: new operation.
+            after: operations, of any worker, that must end before it starts; None entries are skipped.
+            together: key shared by the operations of all workers that take part in one collective; None if it is not
+                a collective.
         """
         for needed in after:
             if needed is not None:
@@ -133,17 +137,17 @@ class Simulation:
         return operation
 
     def wait(self, worker: int, operation: Operation | None) -> None:
-        """The worker's host waits until an operation is done, its own or another worker's."""
+        """Make the worker's host wait until an operation of any worker is done; None adds no wait."""
         if operation is not None:
             self._workers[worker].program.append((True, operation))
 
     # ---- time -------------------------------------------------------------------------------------------------------
 
     def run(self) -> float:
-        """Does everything; returns when the last operation is done.
+        """Run all issued operations and return the time, in seconds, at which the last one ends.
 
         Raises:
-            Stuck: some of it never can be.
+            Stuck: Some operations wait for each other and never run.
         """
         waiting: dict[int, list[int]] = {}
         for number in range(len(self._workers)):
@@ -170,7 +174,7 @@ class Simulation:
         heapq.heappush(self._events, (when, self._count, worker, operation, version))
 
     def _host(self, now: float, number: int, waiting: dict[int, list[int]]) -> None:
-        """The host goes on until it waits, or until it has to start something that takes it time."""
+        """Advance a host until it has to wait for an operation, or launches one that takes it time."""
         worker = self._workers[number]
         while worker.program:
             waits, operation = worker.program[0]
@@ -191,7 +195,7 @@ class Simulation:
                 return
 
     def _try(self, now: float, operation: Operation) -> None:
-        """Begins an operation if nothing stands in its way any more."""
+        """Start an operation if its dependencies, its stream and all members of its collective are ready."""
         worker = self._workers[operation.worker]
         queue = worker.streams.get(operation.stream)
         if operation._pending or not queue or queue[0] is not operation or worker.busy.get(operation.stream):
@@ -200,7 +204,7 @@ class Simulation:
         if meeting is None:
             self._begin(now, operation)
             return
-        worker.busy[operation.stream] = operation  # it stands here until the others come
+        worker.busy[operation.stream] = operation  # the stream is blocked until all members are ready
         meeting.ready += 1
         if meeting.ready == len(meeting.members):
             for member in meeting.members:
@@ -222,13 +226,13 @@ class Simulation:
         return 1.0 / worker.overlap if operation.stream == COMPUTE and worker.crowd else 1.0
 
     def _plan(self, now: float, operation: Operation) -> None:
-        """When it will be done if nothing changes."""
+        """Schedule the end of an operation at the current speed; replaces its earlier schedule."""
         operation._version += 1
         operation.ready = now + operation._left / self._speed(operation)
         self._push(max(operation.ready, operation.floor), operation.worker, operation, operation._version)
 
     def _crowd(self, now: float, worker: _Worker, more: int) -> None:
-        """The worker communicates with one operation more, or less."""
+        """Add `more` (1 or -1) to the operations that slow down compute, and reschedule the running one."""
         computing = worker.busy.get(COMPUTE)
         changes = computing is not None and computing.start >= 0 and worker.overlap > 1.0
         if changes and computing is not None:

@@ -1,9 +1,10 @@
-"""What a dry run gives a program in place of other workers, of memory and of data.
+"""Stand-ins that a dry run gives a program for other workers, for memory and for data.
 
-Of other workers there is torch's fake process group, whose collectives return at once: this process is a rank of a job
-of any size. What a worker asks the others about (`parallel.values.facts`) they answer as it would answer itself. Memory
-is that of tensors without data: a model is built on the meta device, and its parameters become fake tensors when they
-would be read from files. Data are the first samples of the dataset, without their values.
+workers   torch's fake process group, whose collectives return at once, so that this process is a rank of a job of any
+          size. Questions to other workers (`parallel.values.facts`) get the answer that this worker gives itself.
+memory    tensors without data: the model is built on the meta device, and its parameters become fake tensors at the
+          point at which a real program reads them from files
+data      the first samples of the dataset, without their values
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from shardwise.workload.workload import Workload
 
 @contextmanager
 def fake_workers(rank: int, workers: int) -> Iterator[None]:
-    """While it is open, this process is worker `rank` of so many; one worker needs no others.
+    """Make this process rank `rank` of `workers` inside the context; a single worker gets no process group.
 
     Raises:
-        RuntimeError: it is a worker of real ones.
+        RuntimeError: The process has a process group already.
     """
     if dist.is_initialized():
         raise RuntimeError("a dry run needs a process that is not a worker: it has a process group already")
@@ -64,10 +65,10 @@ def fake_workers(rank: int, workers: int) -> Iterator[None]:
 
 
 class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What torch's DDP expects of a process group, and a fake one does not give. Opened inside of a `FakeTensorMode`.
+    """Mode that adds to torch's fake process group the results that DDP relies on.
 
-    The future of a reduction holds what was reduced; and the order of the buckets, which DDP's first worker tells the
-    others in tensors of whole numbers, has values.
+    The future of an all-reduce holds the reduced tensors. The order of DDP's buckets, which rank 0 broadcasts in int32
+    tensors, has real values. Open it inside a `FakeTensorMode`.
     """
 
     def __init__(self) -> None:
@@ -87,12 +88,12 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result[0], binding._create_work_from_future(future).boxed()
         if function is torch.ops.c10d.recv_.default:
             for received in args[0]:
-                received.zero_()  # where tensors have values, these must have some
+                received.zero_()  # received tensors need defined values if tensors have data
         return result
 
     @contextmanager
     def following(self, engine: Engine) -> Iterator[None]:
-        """Surrounds steps of an engine; what DDP does before a forward pass is watched."""
+        """Wrap steps of an engine: inside DDP's pre-forward hook, where it rebuilds its buckets, keep real values."""
         wrapped: Any = replicated(engine)
         if wrapped is None:
             yield
@@ -114,13 +115,16 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def replicated(engine: Engine) -> DistributedDataParallel | None:
-    """What an engine has wrapped its model in; None where it replicates none by DDP."""
+    """Return the `DistributedDataParallel` around an engine's model. Returns None if the engine does not use DDP."""
     called = engine.model_of_replicas if isinstance(engine, ModuleEngine) else None
     return called if isinstance(called, DistributedDataParallel) else None
 
 
 def _is_order(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call is about the numbers of DDP's buckets (c10d: Reducer::sync_bucket_indices): all of them int32."""
+    """Return whether a call handles the order of DDP's buckets, which is sent as int32 tensors with real values.
+
+    See c10d: Reducer::sync_bucket_indices.
+    """
     given = list(tensors((args, kwargs)))
     if not given:
         return kwargs.get("dtype") is torch.int32
@@ -129,7 +133,10 @@ def _is_order(args: Any, kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def _lazy_chunks() -> Iterator[None]:
-    """`fully_shard` cuts each parameter into the parts of all workers to take its own: of 16,384, seconds for each."""
+    """Make `fully_shard` create the shards of meta parameters on demand.
+
+    It otherwise creates the shards of all workers to take its own: with 16,384 workers, seconds per parameter.
+    """
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 
     original = _fsdp_param._chunk_with_empty  # type: ignore[attr-defined]
@@ -143,7 +150,7 @@ def _lazy_chunks() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Chunks(Sequence[Tensor]):
-    """The parts of a tensor as `torch.chunk` makes them, empty ones at the end, each when it is asked for."""
+    """Chunks of a tensor as from `torch.chunk`, padded with empty ones at the end, each created on access."""
 
     tensor: Tensor
     chunks: int
@@ -166,9 +173,10 @@ class _Chunks(Sequence[Tensor]):
 
 @contextmanager
 def as_on_gpu(program: Program) -> Iterator[None]:
-    """Surrounds steps of a program that are to run the kernels of a GPU, on tensors without data.
+    """Make the steps of a program inside the context run the kernels of a GPU, on tensors without data.
 
-    An optimizer that was not told otherwise takes all parameters at once, as it does by itself on a GPU, not on a host.
+    Unless configured otherwise, the optimizer updates all parameters at once (`foreach`), which is torch's default on a
+    GPU only. An offloaded optimizer runs on the host and is left alone.
     """
     if program.optimizer is not None and not program.strategy.offload:
         all_at_once(program.optimizer)
@@ -178,7 +186,7 @@ def as_on_gpu(program: Program) -> Iterator[None]:
 
     @contextmanager
     def again(*args: Any, **kwargs: Any) -> Iterator[None]:
-        with original(*args, **kwargs), AsOnGPU():  # torch's backward pass is out of the mode's sight
+        with original(*args, **kwargs), AsOnGPU():  # modes opened outside do not reach the backward pass
             yield
 
     with mock.patch.object(owner, name, again), AsOnGPU():
@@ -190,22 +198,22 @@ def as_on_gpu(program: Program) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class NoValues:
-    """`stored.Weights` of a model whose parameters have no values: of no memory either."""
+    """Weights (see `stored.Weights`) of a model whose parameters have neither values nor memory."""
 
     shapes: dict[str, tuple[int, ...]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter."""
+        """Return the shape of a parameter."""
         return self.shapes[name]
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """A box of a parameter: one number, repeated."""
+        """Return a box of a parameter of shape `sizes`: a single zero, expanded."""
         return torch.zeros(()).expand(tuple(sizes))
 
 
 @dataclass
 class ModelWithoutValues:
-    """A model factory: what `build` makes, its parameters on the meta device."""
+    """Model factory that calls `build`, which builds the model on the meta device, and knows its shapes beforehand."""
 
     build: Callable[[], nn.Module]
     weights: NoValues = field(init=False)
@@ -218,7 +226,7 @@ class ModelWithoutValues:
         self._built = [module]
 
     def __call__(self) -> nn.Module:
-        """Builds the module."""
+        """Return the module built at initialization on the first call, a new one on each later call."""
         return self._built.pop() if self._built else self.build()
 
 
@@ -226,14 +234,16 @@ class ModelWithoutValues:
 
 
 def first_share(workload: Workload, strategy: Strategy, replica: int, uniform: bool, allocating: Allocating) -> Share:
-    """What one replica does in a step on the first samples of the dataset; each microbatch in memory of its own.
+    """Return one replica's share of a step on the first samples of the dataset.
+
+    Every microbatch is a separate copy of the same samples, so that each has memory of its own.
 
     Args:
-        workload: whose dataset it is.
-        strategy: with the number of microbatches settled.
-        replica: which.
+        workload: workload that owns the dataset.
+        strategy: strategy with a definite number of microbatches.
+        replica: index of the replica.
         uniform: see `workload.data.cut_batch`.
-        allocating: surrounds what takes memory; it may give none, and the tensors no data.
+        allocating: context in which the tensors are created; under a fake-tensor mode they have no data.
     """
     rows = cut_batch(workload.batch_size, strategy.parts, strategy.microbatches, uniform=uniform)
     cells = [row[replica] for row in rows]

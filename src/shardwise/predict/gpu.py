@@ -1,12 +1,12 @@
-"""How long a GPU is busy with one kernel: an analytic model with few constants, for any device of the catalogue.
+"""Estimate the seconds that a GPU takes for one kernel, with an analytic model for any device of the catalogue.
 
-    matmul     tiles are dealt to the SMs in waves; the last wave counts as a whole one
-               seconds = waves x tile FLOPs / (rate of an SM x efficiency of the tile), but not less than bytes need
+    matmul     tiles are assigned to the SMs in waves; a partly filled last wave costs up to a full one
+               seconds = waves x tile FLOPs / (rate of an SM x efficiency of the tile), at least the time of its bytes
     attention  flash attention: FLOPs of the unmasked half over a share of the rate (Dao 2023, arXiv:2307.08691)
     memory     bytes over a share of the memory's bandwidth (roofline, Williams et al. 2009)
 
-Large products do not reach the datasheet's rate, because the clock falls until the power suffices: `sustained` is the
-share that is left.
+Large matmuls do not reach the datasheet's rate, because the GPU lowers its clock to stay within its power limit:
+`sustained` is the share that remains.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from shardwise.predict.constants import Constants, constants
 from shardwise.predict.kernel import Kernel
 
 TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (128, 64), (64, 128), (64, 64))
-"""Tiles of the output that libraries of matrix products offer, rows x columns."""
+"""Output tiles that matmul libraries offer, as (rows, columns)."""
 
 SPLITS = (1, 2, 4, 8)
-"""Into how many parts the summed dimension may be split when there are too few tiles for all SMs."""
+"""Numbers of parts into which a matmul may split its summed dimension (split-k) if it has too few tiles for all SMs."""
 
 FAMILIES = {
     "ampere": ("sustained_ampere", 400 / 312e12),
@@ -29,17 +29,19 @@ FAMILIES = {
     "blackwell": ("sustained_blackwell", 1200 / 2500e12),
     "blackwell ultra": ("sustained_ultra", 1400 / 2500e12),
 }
-"""Family -> its constant, and the watts per FLOP/s in half precision of the device that it is stated for: A100 SXM,
-H100 SXM, GB200, GB300."""
+"""Architecture -> (its field of `Constants`, watts per half-precision FLOP/s of the reference device of that field).
+
+The reference devices are A100 SXM, H100 SXM (for Hopper and Ada), GB200 and GB300.
+"""
 
 LARGEST_SHARE = 0.96
-"""Of the datasheet's rate, whatever the power."""
+"""Upper limit of the share of the datasheet's rate, however much power there is."""
 
 UNLIMITED = ("float32", "float64")
-"""Dtypes whose units lack the tensor cores' hunger for power."""
+"""Dtypes that do not use tensor cores, so that power does not limit their rate."""
 
 NARROW = {"fp8": 2.0, "fp4": 4.0}
-"""Dtypes of narrow operands -> how many of them take the place of one of half precision."""
+"""Dtype narrower than half precision -> its nominal rate relative to half precision."""
 
 ELEMENT_BYTES = {
     "float64": 8.0,
@@ -52,19 +54,19 @@ ELEMENT_BYTES = {
 }
 
 CAUSAL_TILE = 128
-"""Rows of a block of flash attention: of the masked half it computes the blocks on the diagonal."""
+"""Rows of a block of flash attention, which computes whole blocks on the diagonal in spite of the causal mask."""
 
 
 def kernel_seconds(kernel: Kernel, device: Device, numbers: Constants | None = None) -> float:
-    """Seconds that the device is busy with `kernel`, all `kernel.count` of them.
+    """Compute the seconds that a device is busy with all `kernel.count` runs of a kernel.
 
     Args:
-        kernel: what to compute.
-        device: from the catalogue or from a file.
-        numbers: constants of the model; those that were fitted if left out.
+        kernel: kernel to run.
+        device: device from the catalogue or a cluster file.
+        numbers: constants of the model; None selects the fitted ones.
 
     Raises:
-        RequestError: the device has no rate for the kernel's dtype.
+        RequestError: The device has no rate for the kernel's dtype.
     """
     numbers = numbers or constants()
     if kernel.kind == "matmul" and len(kernel.shape) == 4:
@@ -79,10 +81,10 @@ def kernel_seconds(kernel: Kernel, device: Device, numbers: Constants | None = N
 
 
 def rate(device: Device, dtype: str) -> float:
-    """Datasheet FLOPs per second.
+    """Return the datasheet's FLOP/s of a device for a dtype.
 
     Raises:
-        RequestError: the device has no rate for this dtype.
+        RequestError: The device has no rate for this dtype.
     """
     if dtype not in device.flops:
         known = ", ".join(sorted(device.flops))
@@ -92,7 +94,7 @@ def rate(device: Device, dtype: str) -> float:
 
 
 def sustained(device: Device, dtype: str, numbers: Constants) -> float:
-    """Share of the datasheet's rate that large products of this dtype keep up."""
+    """Return the share of the datasheet's rate that large matmuls of a dtype sustain, between 0 and 1."""
     if dtype in UNLIMITED:
         return numbers.sustained_default
     half = device.flops.get("bf16") or device.flops.get("fp16")
@@ -106,9 +108,10 @@ def sustained(device: Device, dtype: str, numbers: Constants) -> float:
 
 
 def _powered(device: Device, half: float | None, numbers: Constants) -> float:
-    """The share in half precision, as far as the device's power lasts.
+    """Return the share of the half-precision rate that a device sustains within its power limit.
 
-    Of other families it is as of Hopper, but no more than any of them keeps up.
+    Families not in `FAMILIES` scale as Hopper does, up to `sustained_default`. That is also their share if the power or
+    the half-precision rate is unknown.
     """
     own = FAMILIES.get(device.architecture.lower()) or FAMILIES.get(family(device))
     name, reference = own or FAMILIES["hopper"]
@@ -121,12 +124,16 @@ def _powered(device: Device, half: float | None, numbers: Constants) -> float:
 
 
 def family(device: Device) -> str:
-    """First word of the architecture: `blackwell` of `blackwell ultra`."""
+    """Return the first word of the architecture in lower case: `blackwell` for `Blackwell Ultra`."""
     return (device.architecture.lower().split() or [""])[0]
 
 
 def matmul_seconds(kernel: Kernel, device: Device, numbers: Constants) -> float:
-    """The best tile, without the start of the kernel. Shape: (batch, m, n, k)."""
+    """Compute the seconds of a matmul of shape (batch, m, n, k) with its fastest tile, without the kernel start.
+
+    Raises:
+        RequestError: The device has no rate for the kernel's dtype.
+    """
     batch, m, n, k = kernel.shape
     per_sm = rate(device, kernel.dtype) * sustained(device, kernel.dtype, numbers) / device.cores
     best = min(
@@ -141,7 +148,10 @@ def matmul_seconds(kernel: Kernel, device: Device, numbers: Constants) -> float:
 def _tiled(
     batch: int, m: int, n: int, k: int, tile: tuple[int, int], split: int, cores: int, numbers: Constants
 ) -> float:
-    """FLOPs that each SM has time for while the product is computed with this tile."""
+    """Return the duration of a matmul with one tile and split, in FLOPs of one SM.
+
+    Divided by the sustained rate of an SM it gives seconds.
+    """
     rows, columns = tile
     tiles = batch * -(-m // rows) * -(-n // columns) * split
     whole, rest = divmod(tiles, cores)
@@ -152,9 +162,13 @@ def _tiled(
 
 
 def attention_seconds(kernel: Kernel, device: Device, numbers: Constants) -> float:
-    """Flash attention, without the start of the kernel. Shape: (batch, heads, queries, keys, head size).
+    """Compute the seconds of flash attention, without the kernel start.
 
-    `kernel.flops` counts the causal half that is skipped, as the field does.
+    The kernel has the shape (batch, heads, queries, keys, head size). By convention `kernel.flops` includes the causal
+    half that the kernel skips.
+
+    Raises:
+        RequestError: The device has no rate for the kernel's dtype.
     """
     _, _, queries, _, size = kernel.shape
     unmasked = 1.0 if "dense" in kernel.operation else min(1.0, 0.5 + CAUSAL_TILE / (2 * queries))
@@ -167,7 +181,7 @@ def attention_seconds(kernel: Kernel, device: Device, numbers: Constants) -> flo
 
 
 def _as_matmul(kernel: Kernel, device: Device, numbers: Constants) -> float:
-    """A convolution as the implicit product that libraries compute it by (Chetlur et al. 2014)."""
+    """Compute the seconds of a convolution as the implicit matmul that libraries run (Chetlur et al. 2014)."""
     batch, inputs, outputs, positions, window = kernel.shape
     product = Kernel(
         kernel.operation,

@@ -1,7 +1,7 @@
-"""Grouped products (the experts of a mixture) on tensors without data, in every dtype that torch multiplies.
+"""Let grouped matmuls (mixture of experts) run on tensors without data in every dtype that torch multiplies.
 
-`torch._grouped_mm` takes float32 and float16 too, on hosts and on GPUs, but the function that tells the shape of its
-result refuses all but bfloat16. This is the one place that reaches into it.
+`torch._grouped_mm` accepts float32 and float16 too, on CPUs and GPUs, but its meta kernel, which computes the shape of
+the result, rejects all dtypes but bfloat16. This module alone patches that kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ _SHAPES: Any = _meta_registrations
 
 @cache
 def widen_grouped_products() -> None:
-    """From now on a grouped product of any floating dtype has a shape; what else is wrong is refused still."""
+    """Patch torch's meta kernel of grouped matmuls to accept any floating dtype, for the rest of the process.
+
+    All other checks of the kernel stay in force. Repeated calls have no effect.
+    """
     refusing = _SHAPES._meta_grouped_mm_common
 
     def shape_of(mat_a: Tensor, mat_b: Tensor, scale_a: Any = None, *args: Any, **kwargs: Any) -> Tensor:

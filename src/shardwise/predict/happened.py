@@ -1,4 +1,4 @@
-"""Where the time of a worker went in a simulated step: what it computed, and what it waited for."""
+"""Attribute the time of a worker in a simulated step to compute, communication, bubble, optimizer and host."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from shardwise.predict.prediction import Prediction
 
 PASSES = ("forward", "backward", "backward of inputs", "backward of weights")
 _CLOSE = 1e-12
-"""Seconds: times that are the same but for rounding."""
+"""Seconds within which two times are considered equal."""
 
 
 class Happened:
-    """What was done, by worker.
+    """Finished operations of a simulation, grouped by worker.
 
     Args:
-        done: operations of all workers.
-        received: messages by the worker that they came to.
-        inline: whether devices are their hosts, which are never waited for apart.
+        done: operations of all workers, in the order in which they ended.
+        received: receiving worker -> its messages.
+        inline: whether devices are their own hosts, so that no separate wait for the host exists.
     """
 
     def __init__(self, done: Iterable[Operation], received: Mapping[int, Sequence[Operation]], *, inline: bool) -> None:
@@ -35,11 +35,17 @@ class Happened:
                 self._communicated.setdefault(operation.worker, []).append(operation)
 
     def computed(self, worker: int) -> float:
-        """Seconds for which a worker computed."""
+        """Return the seconds for which a worker computed."""
         return sum(operation.computing for operation in self._computed[worker])
 
     def prediction(self, worker: int, step: float, **others: Any) -> Prediction:
-        """The step as one worker saw it; `others`: fields that time says nothing of."""
+        """Return the prediction of the step as one worker saw it.
+
+        Args:
+            worker: index of the worker.
+            step: seconds of the whole step.
+            others: the fields of `Prediction` that do not follow from the simulated times.
+        """
         computed, own = self._computed[worker], self._communicated.get(worker, [])
         messages = self._received.get(worker, ())
         passes = [operation for operation in computed if operation.kind in PASSES]
@@ -68,7 +74,10 @@ class Happened:
         return [operation for operation in own if operation.kind == "exchanges"]
 
     def _waits(self, computed: Sequence[Operation], own: Sequence[Operation]) -> tuple[float, float, float]:
-        """Seconds without computing: (while it communicates, while others are not ready, for its host)."""
+        """Return the seconds in which a worker waits: (for communication, for other workers, for its host).
+
+        Host time of tensor-parallel collectives is not part of the first.
+        """
         exposed = waiting = idle = 0.0
         busy = _Busy(own)
         for operation in computed:
@@ -89,7 +98,7 @@ class Happened:
 
 
 class _Busy:
-    """Times in which any of some operations goes on."""
+    """Union of the time intervals of some operations."""
 
     def __init__(self, operations: Iterable[Operation]) -> None:
         self._starts: list[float] = []
@@ -102,7 +111,7 @@ class _Busy:
                 self._ends.append(end)
 
     def within(self, first: float, last: float) -> float:
-        """Seconds of them between two times."""
+        """Return the seconds between two times during which any of the operations runs."""
         total = 0.0
         for index in range(bisect_left(self._ends, first), len(self._starts)):
             if self._starts[index] >= last:

@@ -1,4 +1,4 @@
-"""Messages between the workers of a pipeline: how many there are at once, and which links are slow enough to cut by."""
+"""Determine how many ranks send pipeline messages at once, and which links are so slow that cuts should avoid them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from shardwise.predict.profile import Profile
 from shardwise.strategy import Strategy
 
 SMALL, LARGE = 2**17, 2**20
-"""Bytes of two messages: what the larger one takes longer is by how much it is larger."""
+"""Bytes of two messages whose difference in time gives the seconds per byte of a link, without its latency."""
 
 
 def workers_at_once(strategy: Strategy, cluster: Cluster, group: Group) -> int:
-    """Workers that send, or are sent to, at the same time as those of a message.
+    """Return the number of ranks that send or receive at the same time as the two ranks of a message.
 
-    Within a node all neighbours of a pipeline send at the same time. Of those only some are in different nodes: what
-    crosses from one node to another are the messages of two stages, one for each copy of the pipeline.
+    Within a node, all ranks of the pipeline send to their neighbours at once. Between two nodes, only the messages
+    between two stages cross, one for each copy of the pipeline.
     """
     crosses = len({rank // cluster.node_size for rank in group.ranks}) > 1
     return 2 * strategy.replicas * strategy.tp if crosses else strategy.workers
 
 
 def slower_hops(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple[float, ...]:
-    """How many times slower than assumed messages are from each worker to the next; see `planning.divided`."""
+    """Return for each pipeline worker how many times slower than assumed its link to the next worker is.
+
+    A link that is not much slower has the factor 1. Returns an empty tuple if all links are like that, or without a
+    pipeline. The assumption is `planning.BYTES_PER_SECOND`; see `planning.divided` for the use of the factors.
+    """
     if strategy.pp == 1:
         return ()
     axes = tuple(getattr(strategy, axis) for axis in ("dp", "fsdp", "pp", "tp"))

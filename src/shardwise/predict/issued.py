@@ -1,7 +1,7 @@
-"""Collectives as torch's dispatcher sees them: from Python, from DDP's reducer and from `fully_shard` alike.
+"""Recognize collectives in torch's dispatcher, whether Python, DDP's reducer or `fully_shard` issues them.
 
-Every call of a process group arrives there exactly once, as an operation of `c10d` (or, as functional collectives do
-it, of `_c10d_functional`, which reaches the process group without a second one).
+Every call of a process group passes the dispatcher exactly once, as an operation of `c10d`. Functional collectives
+appear as an operation of `_c10d_functional` instead, and reach the process group without a second operation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ _OPERATIONS = {
     "recv_": ("recv", 0),
     "barrier": ("barrier", None),
 }
-"""Operation of `c10d` -> what it is called here, and which argument its bytes are those of."""
+"""Operation of `c10d` -> (operation of `Collective`, index of the argument whose tensors are the message).
+
+The index is None if there is no message.
+"""
 
 _FUNCTIONAL = {
     "all_reduce": ("all_reduce", False),
@@ -53,13 +56,16 @@ _FUNCTIONAL = {
     "reduce_scatter_tensor_coalesced": ("reduce_scatter", False),
     "all_to_all_single": ("all_to_all", False),
 }
-"""Operation of `_c10d_functional` -> what it is called here, and whether its bytes are those of the result."""
+"""Operation of `_c10d_functional` -> (operation of `Collective`, whether the message is the result).
+
+Otherwise the message is the first argument.
+"""
 
 _SILENT = {"wait_tensor", "check_for_nan", "monitored_barrier_"}
 
 
 class UnknownCollective(NotImplementedError):
-    """An operation of a process group that no strategy is known to use."""
+    """A process group ran an operation that `collective_of` does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +73,15 @@ class Axes:
     """The ranks that differ from this one along each axis of a strategy.
 
     Attributes:
-        members: (axis, global ranks), innermost first; the last is all of them.
+        members: (axis, global ranks), innermost axis first; the last is `world` with all ranks. Empty if the axes are
+            unknown.
     """
 
     members: tuple[tuple[str, frozenset[int]], ...]
 
     @classmethod
     def of(cls, mesh: Mesh | None) -> Axes:
-        """Those of a worker's mesh; None: nothing is known of an axis."""
+        """Return the axes of a worker's mesh. Returns empty axes if there is no mesh or it has no grid."""
         if mesh is None or mesh.grid is None:
             return cls(())
         found = [
@@ -87,22 +94,30 @@ class Axes:
         return cls((*found, ("world", frozenset(range(dist.get_world_size())))))
 
     def name(self, ranks: Sequence[int]) -> str:
-        """The innermost axis along which all of `ranks` lie; empty where there is none."""
+        """Return the innermost axis that contains all `ranks`. Returns an empty string if there is none."""
         return next((axis for axis, members in self.members if members.issuperset(ranks)), "")
 
 
 def is_collective(operation: Any) -> bool:
-    """Whether an operation of the dispatcher is one of a process group."""
+    """Return whether the dispatcher's `operation` belongs to a process group."""
     return operation.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 def collective_of(
     operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, axes: Axes, when: str
 ) -> Collective | None:
-    """The collective that a call of `operation` is; None where it only waits.
+    """Return the collective that a call of `operation` issues. Returns None if the call only waits or checks.
+
+    Args:
+        operation: overload that the dispatcher calls, see `is_collective`.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        result: result of the call.
+        axes: axes of this rank, to name the axis of the group.
+        when: phase of the step for `Collective.when`; for send and recv the tag of the message decides instead.
 
     Raises:
-        UnknownCollective: it is none of those that are known.
+        UnknownCollective: The operation is not in the tables of this module.
     """
     name = operation.overloadpacket.__name__
     if name in _SILENT:
@@ -125,7 +140,7 @@ def collective_of(
     if kind in ("send", "recv"):
         other = ranks[given["dst" if kind == "send" else "src"]]
         ranks = sorted((dist.get_rank(), other))
-        when = "backward" if goes_back(given["tag"]) else "forward"  # receives are posted before their pass
+        when = "backward" if goes_back(given["tag"]) else "forward"  # a receive is posted before the pass that needs it
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(moved))
     axis = axes.members[-1][0] if when == "report" and axes.members else axes.name(ranks)
     return Collective(kind, size, Group.of(ranks), axis, when, asynchronous)

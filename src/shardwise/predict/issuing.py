@@ -1,6 +1,6 @@
-"""What the program tells other workers in one step: every collective of every worker, counted.
+"""Count the collectives and messages that every pipeline worker issues in one step, and order its passes.
 
-The dry run counts the same by running the program; both must agree to the byte.
+The dry run counts them by running the program; both must agree to the byte.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from shardwise.predict.profile import Exchanged, Profile
 from shardwise.strategy import Strategy
 
 Key = tuple[str, str, str]
-"""(operation, axis, when), as in `collective.Collective`."""
+"""Key of a count: (operation, axis, when), as in `collective.Collective`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """What `fully_shard` does around one action of a stage.
+    """Collectives of `fully_shard` around one action of a stage.
 
     Attributes:
-        blocks: whether the blocks are gathered.
-        root: whether the rest of the stage is.
-        reduces: whether gradients are scattered.
+        blocks: whether the parameters of the blocks are all-gathered.
+        root: whether the other parameters of the stage are all-gathered.
+        reduces: whether gradients are reduce-scattered.
     """
 
     blocks: bool
@@ -39,7 +39,7 @@ class Sync:
 
 @lru_cache(maxsize=1024)
 def actions_of(strategy: Strategy, place: int) -> Sequence[Action]:
-    """What a worker does in one step, in its order: the table that the program executes."""
+    """Return the actions of pipeline worker `place` in one step, in the order in which the program executes them."""
     return order(
         strategy.schedule,
         place,
@@ -51,10 +51,11 @@ def actions_of(strategy: Strategy, place: int) -> Sequence[Action]:
 
 
 def syncs(strategy: Strategy, actions: Sequence[Action]) -> list[Sync]:
-    """What `fully_shard` does at each action; see `holding.before_backward` and `sharded.split_parameters`.
+    """Return the collectives of `fully_shard` at each action of a worker.
 
-    With tp or pp gradients are reduced in the last backward pass of a stage, and parameters stay gathered between
-    others; without, each microbatch reduces its own.
+    With tp or pp, gradients are reduced in the last backward pass of a stage, and the earlier backward passes leave
+    the parameters gathered. Otherwise each microbatch reduces its own gradients. See `holding.before_backward` and
+    `sharded.split_parameters`.
     """
     module = strategy.tp == strategy.pp == 1
     whole: dict[int, bool] = {}
@@ -79,14 +80,14 @@ def syncs(strategy: Strategy, actions: Sequence[Action]) -> list[Sync]:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Passes of a worker that are alike.
+    """Equal passes of one worker, which differ only in their microbatch.
 
     Attributes:
-        action: one of them.
-        sync: what `fully_shard` does; None without it.
-        final: whether the gradients of the stage are complete after it.
-        first: whether gradients are there for the first time; later they are added up.
-        count: how many there are.
+        action: one of the passes.
+        sync: collectives of `fully_shard`; None without it.
+        final: whether it is the last backward pass (B or I) of its stage, which starts the reduction of gradients.
+        first: whether gradients are written for the first time; later passes accumulate into them.
+        count: number of such passes.
     """
 
     action: Action
@@ -97,12 +98,15 @@ class Turn:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What it is, whatever the microbatch and the number."""
+        """Return everything that identifies the pass except its microbatch and the count."""
         return self.action.kind, self.action.stage, self.sync, self.final, self.first
 
 
 def turns(strategy: Strategy, place: int) -> tuple[Turn, ...]:
-    """The different passes of a worker in one step, however many microbatches there are."""
+    """Return the distinct passes of pipeline worker `place` in one step, with counts.
+
+    The time needed does not grow with the number of microbatches.
+    """
     strategy = _of_order(strategy)
     short, long, times = _shorter(strategy)
     if not times:
@@ -114,7 +118,7 @@ def turns(strategy: Strategy, place: int) -> tuple[Turn, ...]:
 
 
 def _of_order(strategy: Strategy) -> Strategy:
-    """A strategy with the same order of passes; the same one for all that have it."""
+    """Return a normalized strategy that is equal for all strategies with the same order of passes, for use as a key."""
     return Strategy(
         fsdp=2 if strategy.splits_parameters else 1,
         zero=strategy.zero if strategy.splits_parameters else 3,
@@ -127,9 +131,10 @@ def _of_order(strategy: Strategy) -> Strategy:
 
 
 def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
-    """Two strategies with few microbatches, and how often their difference makes the rest of `strategy`'s.
+    """Return two strategies with few microbatches and the factor that extrapolates linearly from them to `strategy`.
 
-    Where pipelines are full, a round of `pp` microbatches is like the one before it.
+    In a full pipeline each round of `pp` microbatches equals the one before it, and the two differ by one round. The
+    factor is 0 if `strategy` itself is short enough.
     """
     pp, count = strategy.pp, strategy.microbatches
     few = 3 * pp + count % pp
@@ -148,7 +153,7 @@ def _turns(strategy: Strategy, place: int) -> tuple[Turn, ...]:
 
 
 def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Turn]:
-    """The different passes of one stage, in the order in which they first come; see `syncs` and `table`."""
+    """Yield the distinct passes of one stage in the order of their first occurrence; see `syncs` and `table`."""
     module = strategy.tp == strategy.pp == 1
     apart = kinds == WEIGHTS
     index = np.arange(len(kinds))
@@ -158,7 +163,7 @@ def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Turn]
     final = index == backwards[-1]
     rooted = gathers = reduces = np.zeros_like(first)
     if strategy.splits_parameters:
-        others = np.flatnonzero(~apart)  # W needs nothing: what comes before it is what was gathered before
+        others = np.flatnonzero(~apart)  # W gathers nothing, so skip it to find the preceding pass
         before = np.full(len(kinds), -1)
         before[others[1:]] = kinds[others[:-1]]
         rooted = (kinds == FORWARDS) if module else index == 0
@@ -176,7 +181,7 @@ def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Turn]
 
 
 def table(strategy: Strategy, place: int) -> tuple[Turn, ...]:
-    """All passes of a worker in its order, one by one."""
+    """Return all passes of pipeline worker `place` one by one, each with a count of 1, in execution order."""
     return _table(_of_order(strategy), place)
 
 
@@ -196,11 +201,14 @@ def _table(strategy: Strategy, place: int) -> tuple[Turn, ...]:
 
 
 Counts = tuple[tuple[int, int, int], ...]
-"""(stage, microbatches whose activations a worker keeps, those of which it keeps what gradients of weights need)."""
+"""Microbatches in flight: (stage, number with saved activations, number that only wait for weight gradients)."""
 
 
 def under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
-    """What a worker keeps in its first backward pass, and when that is most in a later one; nothing: there is none."""
+    """Return the microbatches in flight in a worker's first backward pass, and the most in any later one.
+
+    The second is empty if there is only one backward pass.
+    """
     strategy = _of_order(strategy)
     short, long, times = _shorter(strategy)
     few, more = _under_way(short, place), _under_way(long, place)
@@ -213,7 +221,7 @@ def under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
 
 
 def _extended(few: Counts, more: Counts, times: int) -> Counts:
-    """With so many times what the second has more than the first."""
+    """Extrapolate counts linearly: `few + times * (more - few)`."""
     pairs = zip(few, more, strict=True)
     return tuple((stage, a + times * (b - a), c + times * (d - c)) for (stage, a, c), (_, b, d) in pairs)
 
@@ -240,9 +248,9 @@ def _counts(strategy: Strategy, place: int, chunks: Integers, change: Integers, 
 
 
 def communicated(profile: Profile, parts: Parts, place: int = 0) -> Mapping[Key, tuple[int, int]]:
-    """(operation, axis, when) -> (how many, bytes) that a pipeline worker issues in one step.
+    """Count the collectives of pipeline worker `place` in one step: (operation, axis, when) -> (number, bytes).
 
-    Axes and phases are those of `collective.Collective`; bytes are counted as there.
+    Axes, phases and bytes are those of `collective.Collective`.
     """
     return _Counting(profile, parts, parts.workers[place]).counted()
 
@@ -254,7 +262,7 @@ class _Counting:
         self._bytes: Counter[Key] = Counter()
 
     def counted(self) -> Mapping[Key, tuple[int, int]]:
-        """See `communicated`."""
+        """Return the counts of one worker; see `communicated`."""
         strategy = self.strategy
         actions = actions_of(strategy, self.worker.place)
         stages = {stage.number: stage for stage in self.worker.stages}
@@ -282,7 +290,7 @@ class _Counting:
             self._bytes[operation, axis, when] += times * size
 
     def _exchanges(self, stage: Stage) -> None:
-        """Of tensor parallelism and of batch norms, in every microbatch."""
+        """Count the collectives of tensor parallelism and batch norms of one stage, recomputation included."""
         times = self.strategy.microbatches
         for link in self.profile.links[stage.first : stage.end]:
             layer = link.layer

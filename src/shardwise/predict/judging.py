@@ -1,4 +1,4 @@
-"""Holds the closed form against the dry run: what one says of a worker beside what the real program of it did."""
+"""Compare the closed form with the dry run: predicted memory and collectives of a worker beside observed ones."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from shardwise.strategy import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One worker of a strategy, predicted and run dry.
+    """A worker of a strategy, both predicted by the closed form and observed in a dry run.
 
     Attributes:
-        run: the dry run.
-        memory: as the closed form predicts it.
-        communicated: (operation, axis, when) -> (how many, bytes), as the closed form counts them.
-        seconds: that the dry run took.
+        run: result of the dry run.
+        memory: peak memory that the closed form predicts.
+        communicated: (operation, axis, when) -> (number, bytes) of collectives that the closed form predicts.
+        seconds: time that the dry run took.
     """
 
     run: DryRun
@@ -35,7 +35,7 @@ class Judged:
     seconds: float
 
     def document(self) -> dict[str, Any]:
-        """As `simulate` prints it."""
+        """Return the comparison as the JSON object that `simulate` prints."""
         found = counted(self.run.collectives)
         return {
             "rank": self.run.rank,
@@ -59,16 +59,16 @@ class Judged:
 
 
 def judged(profiles: Profiles, strategy: Strategy, cluster: Cluster, place: int | None = None) -> Judged:
-    """A worker run dry with the cuts of the closed form.
+    """Run one worker dry, with the cuts that the closed form chooses, and compare the two.
 
     Args:
-        profiles: of the workload.
-        strategy: how it is split.
-        cluster: on what.
-        place: of the worker in its pipeline; None: that which by the closed form needs most memory.
+        profiles: profiles of the workload.
+        strategy: strategy to run.
+        cluster: cluster that the closed form predicts for.
+        place: pipeline index of the worker; None selects the one that needs most memory by the closed form.
 
     Raises:
-        StrategyError, WorkloadError: as `dry_run` does.
+        StrategyError, WorkloadError: As in `dry_run`.
     """
     costs = costs_of(profiles.of(strategy), strategy, cluster)
     memories = [worker_memory(costs, worker) for worker in costs.parts.workers]
@@ -83,7 +83,7 @@ def judged(profiles: Profiles, strategy: Strategy, cluster: Cluster, place: int 
 
 
 def counted(collectives: Iterable[Collective]) -> dict[Key, tuple[int, int]]:
-    """(operation, axis, when) -> (how many, bytes)."""
+    """Count collectives: (operation, axis, when) -> (number, bytes)."""
     found: dict[Key, tuple[int, int]] = {}
     for each in collectives:
         key = each.operation, each.axis, each.when
