@@ -149,7 +149,7 @@ class Parts:
     strategy: Strategy
     workers: tuple[Worker, ...]
     cuts: tuple[tuple[int, ...], ...]
-    """For each stage, the segments at which its blocks begin."""
+    """Segments at which the blocks of each stage begin."""
 
     @property
     def stages(self) -> dict[int, Stage]:

@@ -123,7 +123,7 @@ def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, f
 def _machine(
     strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float], row: int, column: int, place: int
 ) -> tuple[Device, float]:
-    """Return (slowest device, largest factor) of a pipeline worker's tensor-parallel ranks, which wait for each other."""
+    """Return (slowest device, largest factor) of a pipeline worker's tensor-parallel ranks, which run in step."""
     first = strategy.rank(dp=row, fsdp=column, pp=place)
     ranks = range(first, first + strategy.tp)
     devices = {id(device): device for device in map(cluster.device, ranks)}.values()
