@@ -11,7 +11,7 @@ moments are computed, and the largest is the peak.
     temporary     short-lived tensors of passes, gradient buckets and the optimizer, and the batch
     process       on a CPU that was measured: the worker's process without tensors, and what its allocator leaves unused
 
-With `offload=1` sharded parameters, their gradients and their optimizer state lie on the host and do not count.
+Sharded parameters, their gradients and their optimizer state do not count under `offload=1`: they lie on the host.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def memory_of(costs: Costs, *, ends: bool = False) -> Memory:
     """Return the memory of the pipeline worker that needs most.
 
-    With `ends` only the first and the last pipeline worker are looked at: that is faster and gives a lower bound.
+    If `ends` is set, only the first and the last pipeline worker are computed: that is faster and a lower bound.
     """
     workers = costs.parts.workers
     if ends and len(workers) > 1:

@@ -94,7 +94,7 @@ class Model:
         self._blocks.clear()
 
     def update(self) -> Update:
-        """Return what the optimizer does to each element of a parameter."""
+        """Return the optimizer's work and memory per element of a parameter, recorded once."""
         self._update = self._update or update_of(self.workload)
         return self._update
 

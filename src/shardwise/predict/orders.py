@@ -58,7 +58,7 @@ def _alternating(forward: Integers, backward: Integers, ahead: int) -> tuple[Int
 def _zero_bubble(place: int, workers: int, count: int, *, last_whole: bool) -> Integers:
     """Return the kinds only: each worker has a single stage.
 
-    With `last_whole` the last backward pass is not split, and all earlier weight gradients are complete before it.
+    If `last_whole` is set, the last backward pass is not split, and all earlier weight gradients precede it.
     """
     plain, _ = _alternating(np.zeros(count, np.int64), np.zeros(count, np.int64), min(workers - place - 1, count))
     found: list[int] = []

@@ -599,7 +599,7 @@ def _handed(
 
 
 def _between(profile: Profile, again: Sequence[Block], first: int, end: int) -> list[tuple[int, int]]:
-    """Return (segment, bytes) of the stage's own values that stay although the recomputed blocks `again` save nothing.
+    """Return (segment, bytes) of the stage's own values that stay although its recomputed blocks `again` save nothing.
 
     A value stays until the backward pass of that segment. It is either an input of a recomputed block from another part
     of the stage, or a value that a recomputed block saves first and a part that is not recomputed saves too. Values

@@ -20,8 +20,8 @@ The recorder is a dispatch mode: it sees every operation that reaches torch's di
 tensors, `DTensor`, are seen as the local operations that they run on this worker. Workspace inside of kernels is not
 seen.
 
-With `offloaded`, sharded parameters, their gradients and their optimizer states lie on the host and take no memory of
-the device.
+If `offloaded` is set, sharded parameters, their gradients and their optimizer states lie on the host and take no memory
+of the device.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._storages.mark([local(tensor)], category, elsewhere=self._offloaded and is_split(tensor))
 
     def _when(self) -> str:
-        """Return the current phase; whether a backward pass or a recomputation runs is asked of autograd."""
+        """Return the current phase. In a forward or backward phase, autograd says whether a backward pass runs."""
         if self._base in ("forward", "backward") and torch._C._current_graph_task_id() != -1:
             return "recompute" if self._engine is not None and self._engine.recomputing else "backward"
         return self._base

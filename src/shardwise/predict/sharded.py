@@ -5,7 +5,7 @@
     gradients    unsharded for the block in its backward pass, and for the block before whose reduce-scatter still runs;
                  shards for all others
 
-With tp or pp and several microbatches, gradients stay unsharded and parameters stay gathered until the last microbatch.
+Under tp or pp with several microbatches, gradients stay unsharded and parameters gathered until the last microbatch.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class Timed:
     def again(self, first: int, end: int, *, products: bool = False) -> Spent:
         """Return the time to recompute segments `first` to `end`, up to the last tensor that the backward pass needs.
 
-        With `products` recomputation is selective: it keeps the results of `strategy.PRODUCTS`.
+        If `products` is set, recomputation is selective: the results of `strategy.PRODUCTS` are kept.
         """
         last = self.keeps[end - 1]
         if last < first:

@@ -1,6 +1,6 @@
 """Sums over all passes of a step on one pipeline worker, from forward to backward; without a pipeline, its only worker.
 
-What follows the passes (optimizer, remaining all-reduces, report) is in `costs`.
+Module `costs` adds the work after the passes: optimizer, remaining all-reduces, report.
 """
 
 from __future__ import annotations

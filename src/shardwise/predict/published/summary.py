@@ -49,7 +49,10 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation. Returns None if there are fewer than three pairs or a sequence is constant."""
+    """Return Spearman's rank correlation.
+
+    Returns None if there are fewer than three pairs, or all values of `a` or of `b` are equal.
+    """
     if len(a) < 3:
         return None
     x, y = ranks(a), ranks(b)
