@@ -1,4 +1,4 @@
-"""What is derived from a profile again and again in a search, worked out once."""
+"""Memo table for values that a search derives from a profile again and again."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ T = TypeVar("T")
 
 
 class Kept:
-    """Results by what they are of; they live as long as what they were derived from."""
+    """Memo table: results by key. It belongs to one object and lives as long as that object."""
 
     def __init__(self) -> None:
         self._known: dict[object, tuple[Any, tuple[object, ...]]] = {}
 
     def once(self, key: object, make: Callable[[], T], *alive: object) -> T:
-        """The result of `make` when it was first asked for with this key.
+        """Return the memoized result for `key`; call `make` only the first time that the key is asked for.
 
         Args:
-            key: tells apart what is made; equal keys mean equal results.
-            make: works it out.
-            alive: what `key` names by its id, kept so that nothing else gets that.
+            key: identifies the result; equal keys mean equal results.
+            make: computes the result.
+            alive: objects that `key` names by their `id()`. They are kept alive so that Python gives no other object
+                the same id.
         """
         found = self._known.get(key)
         if found is None:

@@ -1,4 +1,4 @@
-"""One kernel: what a device is asked to compute, without how long that takes."""
+"""Description of one kernel: its operation, FLOPs, bytes and shape, without its time."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ class Kernel:
     """A call of one operation on one device.
 
     Attributes:
-        operation: for people and for grouping, for example `aten.mm`; of attention that is not causal it begins
-            with `dense`.
-            An elementwise operation on short rows begins with `rows` (see `predict.counting`).
+        operation: name of the operation, for display and for grouping, for example `aten.mm`. The prefix `dense` marks
+            attention that is not causal, the prefix `rows` an elementwise operation on short rows (see
+            `predict.counting`).
         kind: one of KINDS; `memory` is everything that only moves and combines values: elementwise, norms, softmax,
             embeddings, copies, optimizers.
-        dtype: one of `cluster.DTYPES`, of what is multiplied.
+        dtype: data type of the operands, one of `cluster.DTYPES`.
         flops: floating point operations, a multiply-add counted as two; causal attention counted in full.
-        bytes: read and written.
+        bytes: bytes read and written.
         shape: matmul (batch, m, n, k): batch times (m x k) @ (k x n); attention (batch, heads, queries, keys, head
             size); convolution (batch, channels in / groups, channels out, positions of the window, window size);
             memory (elements,).
         backward: whether it belongs to the backward pass; attention and convolution run other kernels there.
-        count: equal kernels after each other.
-        when: `forward`, `backward`, `recompute` or `optimizer` (with clipping and norms), where it was recorded.
+        count: number of equal kernels in succession. `flops` and `bytes` are those of one of them.
+        when: phase in which it was recorded: `forward`, `backward`, `recompute` or `optimizer` (which includes
+            clipping and norms); empty if none was recorded.
     """
 
     operation: str
@@ -42,5 +43,5 @@ class Kernel:
 
     @property
     def product(self) -> bool:
-        """Whether its result stays where the rest of a block is computed again, see `strategy.PRODUCTS`."""
+        """Return whether selective recomputation keeps its result instead of recomputing it: `strategy.PRODUCTS`."""
         return self.operation.rpartition(" ")[2] in PRODUCTS

@@ -1,12 +1,12 @@
-"""Seconds of kernels and collectives on a cluster: between the points that were measured there, else by the models.
+"""Seconds of kernels and collectives on a cluster: interpolated from measurements if there are any, else modelled.
 
-    a device with curves           cluster.curves, for as many workers with as many threads as there will be
-    a device without               predict.gpu, from datasheets
-    a cluster with collectives     their curves, for groups of as many ranks at the same time as there will be
-    without, and for operations    predict.network, from the levels' latency and bandwidth
-    that were not measured
+    device with curves           `cluster.curves`, for the number of workers per host and threads per worker of the job
+    device without curves        `predict.gpu`, from datasheets
+    cluster with collectives     their curves, for the group size and the number of concurrent groups of the job
+    cluster without, and         `predict.network`, from the latency and bandwidth of the levels
+    operations not measured
 
-Workers that share the cores of a CPU slow each other down; how much is measured.
+Workers that share the cores of a CPU slow each other down; calibration measures by how much.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from shardwise.predict.kernel import Kernel
 
 
 class KernelTimes:
-    """Seconds of kernels on one device; each different kernel is looked up once.
+    """Seconds of kernels on one device, with a cache of kernels that were already looked up.
 
     Args:
-        device: where.
-        workers: that share it, on average.
+        device: the device that runs the kernels.
+        workers: average number of workers that share the device. A GPU is never shared: there it counts as 1.
 
     Raises:
-        RequestError: the device has curves, but none for workers with as many threads.
+        RequestError: the device has curves, but none for workers with this number of threads.
     """
 
     def __init__(self, device: Device, workers: float = 1) -> None:
@@ -40,10 +40,10 @@ class KernelTimes:
         self._measured = _measured(device, self.workers) if device.curves else []
 
     def seconds(self, kernel: Kernel) -> float:
-        """Seconds that the device is busy with `kernel`, all `kernel.count` of them.
+        """Return the seconds for which all `kernel.count` executions keep the device busy.
 
         Raises:
-            RequestError: nothing is known of the kernel's dtype on this device.
+            RequestError: the device has neither a rate nor a measurement for the kernel's dtype.
         """
         if kernel not in self._known:
             self._known[kernel] = self._seconds(kernel)
@@ -69,10 +69,11 @@ class KernelTimes:
 
 
 def _measured(device: Device, workers: float) -> list[tuple[float, Curves]]:
-    """(weight, curves) whose sum is what so many workers need.
+    """Return (weight, curves) pairs; the weighted sum of their times is the time with `workers` workers per host.
 
-    Between two measured numbers of workers with as many threads a straight line; beyond the largest one its curves,
-    times how much more such workers slow each other down.
+    Between two measured numbers of workers with the same number of threads, times are interpolated linearly. Beyond
+    the largest measured number its curves are used, times the ratio of the slowdowns (see `slowdown`). Where no
+    slowdown was measured, the factor is how far the threads exceed the cores and the threads that were measured.
     """
     threads = device.threads or max(1, int(device.cores // workers))
     known = [count for count, each in situations(device.curves) if each == threads]
@@ -98,7 +99,11 @@ def _measured(device: Device, workers: float) -> list[tuple[float, Curves]]:
 
 
 def slowdown(device: Device, workers: float) -> float:
-    """How much slower each of `workers` computes that share the cores of a device; between measured numbers linear."""
+    """Return the factor by which each of `workers` workers on the same cores is slower than one worker alone.
+
+    It is interpolated linearly between measured numbers of workers, and grows in proportion beyond the largest one.
+    Returns 1 if no slowdown was measured.
+    """
     if not device.shared or workers <= 1:
         return 1.0
     known = sorted({1: 1.0, **device.shared}.items())
@@ -110,17 +115,21 @@ def slowdown(device: Device, workers: float) -> float:
 
 
 def launches(kernels: Iterable[Kernel]) -> int:
-    """How many kernels the host starts."""
+    """Count the kernels that the host launches: the sum of their `count`."""
     return sum(kernel.count for kernel in kernels)
 
 
 def collective_seconds(collective: Collective, cluster: Cluster, workers: int = 0) -> float:
-    """Seconds of a collective, from its ranks' start to their end.
+    """Return the seconds of a collective whose ranks all start together, until the last one is done.
+
+    If no group of this size was measured, the time of the nearest measured size is scaled by the ratio of the modelled
+    times.
 
     Args:
-        collective: what is issued.
-        cluster: on which.
-        workers: of the whole job; 0: those of the collective's group. Its other groups do the same at the same time.
+        collective: the operation, bytes and group.
+        cluster: the cluster that runs it.
+        workers: workers of the whole job, which form `workers // group.size` groups that run the same collective at
+            the same time; 0 selects the fewest groups that were measured.
 
     Raises:
         RequestError: the cluster has no level that spans the group.
@@ -147,12 +156,15 @@ def _modelled(collective: Collective, cluster: Cluster) -> float:
 
 
 def _nodes_of(collective: Collective, cluster: Cluster) -> int:
-    """Over how many nodes the ranks are spread."""
+    """Count the nodes over which the ranks of a collective are spread."""
     return len({rank // cluster.node_size for rank in collective.group.ranks})
 
 
 def _at_once(curves: Sequence[CollectiveCurve], size: int, groups: int) -> float:
-    """Seconds of groups that communicate at the same time: between measured numbers linear, beyond as the nearest."""
+    """Return the seconds of a collective of `size` bytes while `groups` groups run it at the same time.
+
+    It is interpolated linearly between measured numbers of groups. Outside of their range the nearest one is used.
+    """
     lines = {curve.groups: Line(curve.samples)(size) for curve in curves}
     known = sorted(lines)
     groups = max(groups, known[0])
@@ -165,7 +177,7 @@ def _at_once(curves: Sequence[CollectiveCurve], size: int, groups: int) -> float
 
 
 def origins(cluster: Cluster, device: Device) -> Mapping[str, str]:
-    """What seconds on a cluster rest on: attribute of the device, its links or collectives -> origin."""
+    """Return the origin of each number behind the times: attribute of the device, kernels or collectives -> origin."""
     found: dict[str, str] = dict(device.origins)
     if device.curves:
         found["kernels"] = "measured"

@@ -1,14 +1,17 @@
-"""Peak bytes of one device, by what they are for: tensors, not what kernels use inside.
+"""Peak memory of one device in bytes, by category. It counts tensors, not the workspace inside of kernels.
 
-The peak is looked for where it can be: at each link of a backward pass, with the microbatches that are under way, and
-in the optimizer.
+The peak can occur at any segment of a backward pass, with its microbatches in flight, or in the optimizer. All of these
+moments are computed, and the largest is the peak.
 
-    parameters    what stays here, and what `fully_shard` has gathered
-    gradients     of what stays here; whole from the start where buckets or earlier microbatches hold them
-    optimizer     its state; like parameters and gradients without what lies on the host (`offload`)
-    activations   kept for the backward passes of all microbatches under way (Korthikanti et al. 2022, section 4)
-    temporary     what passes, buckets and the optimizer need for a moment
-    process       of a CPU that was measured: the worker's process without tensors, and what its allocator leaves unused
+    parameters    parameters and buffers that this worker holds, and parameters that `fully_shard` has gathered
+    gradients     gradients of the parameters that it holds; all of them from the start of the backward pass if DDP's
+                  buckets or earlier microbatches have allocated them
+    optimizer     optimizer state
+    activations   saved for the backward passes of all microbatches in flight (Korthikanti et al. 2022, section 4)
+    temporary     short-lived tensors of passes, gradient buckets and the optimizer, and the batch
+    process       on a CPU that was measured: the worker's process without tensors, and what its allocator leaves unused
+
+Sharded parameters, their gradients and their optimizer state do not count under `offload=1`: they lie on the host.
 """
 
 from __future__ import annotations
@@ -36,7 +39,10 @@ if TYPE_CHECKING:
 
 
 def memory_of(costs: Costs, *, ends: bool = False) -> Memory:
-    """Of the pipeline worker that needs most; `ends`: of the first and the last one, which is quicker to know."""
+    """Return the memory of the pipeline worker that needs most.
+
+    If `ends` is set, only the first and the last pipeline worker are computed: that is faster and a lower bound.
+    """
     workers = costs.parts.workers
     if ends and len(workers) > 1:
         workers = workers[:: len(workers) - 1]
@@ -44,7 +50,7 @@ def memory_of(costs: Costs, *, ends: bool = False) -> Memory:
 
 
 def memory_at(costs: Costs, worker: Worker) -> Memory:
-    """Of one pipeline worker, with its process."""
+    """Return the memory of one pipeline worker, including that of its process."""
     return _in_process(worker_memory(costs, worker), costs)
 
 
@@ -53,7 +59,11 @@ def _in_process(memory: Memory, costs: Costs) -> Memory:
 
 
 def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
-    """What a worker's process needs beside its tensors, where that was measured (`cluster.Device`)."""
+    """Return the bytes that a worker's process needs beside its tensors; 0 if the device has no measurement of them.
+
+    They are the process of this kind of program (`cluster.Device.process`), and what the allocator leaves unused of
+    activations and temporary tensors (`cluster.Device.heap`).
+    """
     kind = "graph" if strategy.tp > 1 or strategy.pp > 1 else "sharded" if strategy.splits_parameters else "module"
     own = device.process.get(kind, device.process.get("module", 0))
     if kind == "graph" and strategy.splits_parameters:
@@ -62,7 +72,10 @@ def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
 
 
 def worker_memory(costs: Costs, worker: Worker) -> Memory:
-    """The tensors of one pipeline worker, the first of its tensor-parallel workers in the first replica."""
+    """Return the memory of one pipeline worker's tensors: the larger of the optimizer's peak and the passes' peak.
+
+    The worker is the first of its tensor-parallel group in the first replica.
+    """
     profile, strategy = costs.profile, costs.strategy
     offloaded = offloads(strategy, costs.times.device)
     if offloaded:
@@ -85,12 +98,16 @@ def worker_memory(costs: Costs, worker: Worker) -> Memory:
 
 
 def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *, offloaded: bool) -> Memory:
-    """At the peak of a backward pass: of the first one, or of a later one, which finds gradients."""
+    """Return the memory at the peak of the backward passes.
+
+    Two backward passes are looked at: the first one, and of the later ones, which find gradients allocated, the one
+    with the most microbatches in flight.
+    """
     stages = {stage.number: stage for stage in worker.stages}
     products = strategy.keeps_products
     kept = {number: _kept(profile, stage, products=products) for number, stage in stages.items()}
     module = strategy.tp == strategy.pp == 1
-    batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # those of a pipeline come all at once
+    batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # a pipeline loads all at once
     found: list[Memory] = []
     for counts, later in _passes(strategy, worker.place):
         every = sum(count * kept[number] for number, count, _ in counts)
@@ -111,7 +128,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
 
 
 def _passes(strategy: Strategy, place: int) -> list[tuple[Counts, bool]]:
-    """(what is under way, whether gradients are there) of the backward passes with most of it."""
+    """Return (microbatches in flight, whether gradients are already allocated) of the backward passes to look at."""
     if strategy.tp == strategy.pp == 1:
         return [(((0, 1, 0),), strategy.microbatches > 1)]
     first, later = under_way(strategy, place)
@@ -119,7 +136,11 @@ def _passes(strategy: Strategy, place: int) -> list[tuple[Counts, bool]]:
 
 
 def _put_off(profile: Profile, first: int, end: int) -> int:
-    """Bytes that gradients of the weights of these links need: what was multiplied with them, and its gradient."""
+    """Return the bytes of a microbatch whose weight gradients of segments `first` to `end` are delayed (zero-bubble).
+
+    They are the operands of the matmuls and convolutions that compute these gradients: inputs, and gradients of
+    outputs. Returns 0 if the profile is not `split`.
+    """
     if not profile.split:
         return 0
     sums = profile.kept.once(("put off",), lambda: tuple(accumulate(map(_operands, profile.links), initial=0)))
@@ -132,13 +153,13 @@ def _operands(link: Link) -> int:
 
 
 def _result(kernel: Kernel) -> float:
-    """Bytes that a product of matrices writes."""
+    """Return the bytes of a matmul's result; 0 for other kernels."""
     return math.prod(kernel.shape[:3]) * ELEMENT_BYTES[kernel.dtype] if kernel.kind == "matmul" else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Peak:
-    """Bytes at the peak of one backward pass of a stage; activations are those of its microbatch."""
+    """Bytes at the peak of one backward pass of a stage; activations are those of this microbatch alone."""
 
     gathered: int
     gradients: int
@@ -157,7 +178,7 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
         moments = _moments(profile, stage, products=products)
         peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
         return max(peaks, key=lambda peak: peak.total)
-    trained = 0 if keeps_gradients(strategy) else worker.trained  # whole ones there, whatever the worker's slices are
+    trained = 0 if keeps_gradients(strategy) else worker.trained  # gradients kept unsharded do not depend on it
     own = (alike(profile, stage), trained, _traits(strategy), strategy.keeps_products, later, offloaded)
 
     def highest() -> _Peak:
@@ -173,24 +194,27 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
 
 
 def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
-    """See `held_at_links`; kept for stages that are alike."""
+    """Return `held_at_links` of a stage, cached for all stages that are equal up to their position."""
     key = ("held", gathered_alike(profile, stage), trained, _traits(strategy), later)
     return profile.kept.once(key, lambda: held_at_links(profile, strategy, stage, trained, later=later))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
-    """What of a strategy decides what `fully_shard` holds of a stage."""
+    """Return the cache key of a strategy: the options that decide what `fully_shard` holds of a stage."""
     module = strategy.tp == strategy.pp == 1
     return module, strategy.fsdp, strategy.zero, strategy.microbatches > 1, strategy.schedule
 
 
 def _beside(gradients: tuple[int, int], activations: int, temporary: int) -> tuple[int, int, int]:
-    """(gradients, activations, temporary with the buckets of gradients)."""
+    """Combine (gradients, their buckets) with the rest to (gradients, activations, temporary including buckets)."""
     return gradients[0], activations, temporary + gradients[1]
 
 
 def _kept(profile: Profile, stage: Stage, *, products: bool) -> int:
-    """What is kept of a microbatch: of blocks that are computed again their inputs, and results of `products`."""
+    """Return the bytes saved of one microbatch between its forward and its backward pass through a stage.
+
+    A recomputed block saves its inputs only, and with `products` also the results that selective recomputation keeps.
+    """
     inside = sum(profile.saved[block.end] - profile.saved[block.first] for block in stage.recomputed)
     stays = sum(_products(profile, block) for block in stage.recomputed) if products else 0
     return max(0, stage.kept - inside) + sum(size for _, size in stage.handed) + stays
@@ -201,14 +225,17 @@ def _products(profile: Profile, block: Block) -> int:
 
 
 def _moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
-    """(activations of the microbatch, temporary, bytes of gradients that are there) when each link goes backwards."""
+    """Return the Pareto-optimal moments of the backward pass, one per segment.
+
+    Each is (activations of the microbatch, temporary, gradients completed so far) in bytes.
+    """
     key = ("moments", stage.first, stage.end, stage.recomputed, products)
     return profile.kept.once(key, lambda: _pareto(_every_moment(profile, stage, products=products)))
 
 
 def _every_moment(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
-    """Also those that another one exceeds in all, in the order of the backward pass."""
-    again = tuple((block.first, block.end) for block in stage.recomputed)  # whatever is gathered of them
+    """Return the moments of all segments, in the order of the backward pass; see `_moments`."""
+    again = tuple((block.first, block.end) for block in stage.recomputed)  # independent of what is gathered
     key = ("every moment", stage.first, stage.end, again, products)
     return profile.kept.once(key, lambda: _all_moments(profile, stage, products=products))
 
@@ -231,7 +258,7 @@ def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tupl
         layer = profile.links[link].layer
         start = block_of[link].first if link in block_of else link
         handed = sum(size for until, size in stage.handed if until <= start)
-        before = gone[start]  # of blocks that are not computed again yet
+        before = gone[start]  # activations of blocks that are not recomputed yet
         activations = boundary + handed + profile.saved[link + 1] - profile.saved[stage.first] - before
         activations += _put_off(profile, link + 1, stage.end)
         found.append((max(0, activations), max(layer.temporary_backward, layer.temporary_forward), done))
@@ -240,7 +267,7 @@ def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tupl
 
 
 def _pareto(moments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Without those that another one exceeds in all."""
+    """Drop moments that another one exceeds both in memory and in the gradients completed."""
     found: list[tuple[int, int, int]] = []
     most = -1
     for activations, temporary, done in sorted(moments, key=lambda m: (-m[2], -(m[0] + m[1]))):
@@ -251,7 +278,7 @@ def _pareto(moments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int
 
 
 def _gradients(strategy: Strategy, worker: Worker, *, later: bool) -> Callable[[int], tuple[int, int]]:
-    """(gradients, buckets beside them) by the bytes of gradients that a backward pass has completed."""
+    """Return a function from the bytes of gradients completed to (gradients, buckets beside them) in bytes."""
     if strategy.replicas > 1 and strategy.tp == strategy.pp == 1:
         copies = worker.trained, worker.trained if strategy.microbatches > 1 else 0
         return lambda done: copies

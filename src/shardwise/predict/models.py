@@ -1,7 +1,7 @@
-"""The model of a workload as predictions look at it: without memory, short where its layers repeat, traced once.
+"""A workload's model as predictions trace it: without parameter memory, shortened if its layers repeat, traced once.
 
-Parameters have no values, so that a model may be larger than this machine. Of a long list of equal layers only the
-first `SHORT` are looked at; `predict.repeating` makes the rest of them.
+Parameters have no values, so that a model may be larger than this machine's memory. Only the first `SHORT` of a long
+list of equal layers are traced; `predict.repeating` extends the profile to all of them.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from shardwise.workload.stored import without_parameters
 from shardwise.workload.workload import Workload, call_model
 
 SHORT = 4
-"""Layers that are looked at: the first, two in the middle that must be alike, the last."""
+"""Number of layers that are traced: the first one, two in the middle that must be equal, and the last one."""
 
 _ALONE = 4
-"""Samples that are looked at alone when blocks are looked for, as `parallel.data` does it."""
+"""Number of samples that are passed one by one to find repeated blocks, as `parallel.data` does."""
 
 LARGE_BUFFER = 2**16
-"""Bytes of a buffer from which on its memory is not touched."""
+"""Bytes from which on a buffer's memory is allocated without being touched."""
 
 _FILLS = {
     torch.ops.aten.normal_.default,
@@ -49,24 +49,24 @@ _FILLS = {
     torch.ops.aten.zero_.default,
     torch.ops.aten.fill_.Scalar,
 }
-"""Initializers, which on meta change nothing but take a millisecond each."""
+"""Initializers: on the meta device they change nothing but take a millisecond each."""
 
 
 @dataclass(slots=True)
 class Model:
-    """A build of a workload's model, and what was found out about its steps.
+    """A build of a workload's model, with a cache of what was traced from it.
 
     Attributes:
-        workload: what is trained.
-        module: plain.
-        layers: a list of equal layers, of which the first `SHORT` are looked at; None: all of the module is.
+        workload: the workload that builds it.
+        module: the plain module.
+        layers: a list of equal layers of which only the first `SHORT` are traced; None: the whole module is traced.
     """
 
     workload: Workload
     module: nn.Module
     layers: nn.ModuleList | nn.Sequential | None = None
     evaluated: dict[tuple[int, int], Sequence[Place]] = field(default_factory=dict)
-    """(tp, sp) -> where the graph of an evaluation may be cut."""
+    """(tp, sp) -> cut points of the evaluation graph."""
     _steps: dict[tuple[int, bool], StepGraph] = field(default_factory=dict)
     _steady: dict[int, set[nn.Module]] = field(default_factory=dict)
     _blocks: dict[int, list[list[str]]] = field(default_factory=dict)
@@ -74,19 +74,19 @@ class Model:
 
     @classmethod
     def of(cls, workload: Workload, module: nn.Module) -> Model:
-        """A model without values, short where it can be."""
+        """Wrap a module without values; shorten it if it has a list of more than `SHORT` equal layers."""
         widen_grouped_products()
         layers = repeated_layers(module)
         return cls(workload, module, layers if layers is not None and len(layers) > SHORT else None)
 
     @contextmanager
     def short(self) -> Iterator[nn.Module]:
-        """The module as long as it is looked at."""
+        """Yield the module, which is shortened to its first `SHORT` layers while the context is open."""
         with nullcontext() if self.layers is None else shortened(self.layers, SHORT):
             yield self.module
 
     def lengthen(self) -> None:
-        """From here on all of the module is looked at."""
+        """Stop shortening: trace the whole module from here on, and drop all that was cached."""
         self.layers = None
         self._steps.clear()
         self.evaluated.clear()
@@ -94,15 +94,15 @@ class Model:
         self._blocks.clear()
 
     def update(self) -> Update:
-        """What the optimizer does."""
+        """Return the optimizer's work and memory per element of a parameter, recorded once."""
         self._update = self._update or update_of(self.workload)
         return self._update
 
     def step(self, samples: int, *, training: bool = True) -> StepGraph:
-        """The graph of a step, traced once for each number of samples. To be called while `short` is open.
+        """Return the graph of a step, traced once for each number of samples. Call it while `short` is open.
 
         Raises:
-            Untraceable: it cannot be traced.
+            Untraceable: the step cannot be traced.
         """
         key = samples, training
         if key not in self._steps:
@@ -111,24 +111,24 @@ class Model:
         return self._steps[key]
 
     def evaluation(self, samples: int) -> StepGraph:
-        """The graph of an evaluation: one that has been traced, or else of so many samples."""
+        """Return the graph of an evaluation: any one that is already traced, else trace it with `samples` samples."""
         known = (step for (_, training), step in self._steps.items() if not training)
         return next(known, None) or self.step(samples, training=False)
 
     def any_step(self) -> StepGraph:
-        """The graph of a training step of any number of samples: one that has been traced, where there is one."""
+        """Return the graph of a training step: any one that is already traced, else trace it with one sample."""
         known = (step for (_, training), step in self._steps.items() if training)
         return next(known, None) or self.step(1)
 
     def prefixes(self) -> tuple[str, ...]:
-        """How the names of the parameters of each of the repeated layers begin."""
+        """Return the prefix of the parameter names of each repeated layer; empty if no layers are left out."""
         if self.layers is None:
             return ()
         path = next(name for name, module in self.module.named_modules() if module is self.layers)
         return tuple(f"{path}.{name}." if path else f"{name}." for name in self.layers._modules)
 
     def blocks(self, samples: int) -> list[list[str]]:
-        """Names of the parameters of the repeated blocks that `fully_shard` and recomputation take one by one."""
+        """Return the parameter names of each repeated block: the units of `fully_shard` and of recomputation."""
         if samples not in self._blocks:
             self._blocks[samples] = self._found_blocks(samples)
         return self._blocks[samples]
@@ -142,7 +142,7 @@ class Model:
         return [[names[tensor] for tensor in block.parameters()] for block in found]
 
     def _like(self, steady: set[nn.Module]) -> set[nn.Module]:
-        """The modules of layers that were not looked at, where those of a layer in the middle are steady."""
+        """Return the steady modules of the layers that are left out, inferred from a traced layer in the middle."""
         if self.layers is None:
             return set()
         like = self.layers[1]
@@ -150,7 +150,10 @@ class Model:
         return {layer.get_submodule(name) for layer in list(self.layers)[SHORT:] for name in names}
 
     def _seen(self, module: nn.Module, samples: int) -> set[nn.Module]:
-        """Steady in passes of a batch of so many samples; 0: of some samples alone."""
+        """Return the modules that are steady in a pass of a batch of `samples` samples; 0: in passes of single samples.
+
+        See `parallel.blocks.steady_modules`.
+        """
         if samples not in self._steady:
             if samples:
                 batches = [batch(self.workload, samples)]
@@ -168,13 +171,16 @@ class Model:
             self.called(given, self.workload.precision)
 
     def called(self, data: Any, precision: str) -> Any:
-        """What the module makes of a batch."""
+        """Return the module's output for a batch, under autocast if `precision` is `bf16`."""
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             return call_model(self.module, self.workload.inputs(data))
 
 
 def builds(workload: Workload) -> Iterator[Model]:
-    """The model without values in the ways in which it may be built, the quickest first."""
+    """Yield builds of the model without values, the fastest first: on the meta device, then without parameters' memory.
+
+    The meta device is left out if the model's factory does not run on it.
+    """
     module = _on_meta(workload)
     if module is not None:
         yield Model.of(workload, module)
@@ -184,13 +190,13 @@ def builds(workload: Workload) -> Iterator[Model]:
 
 
 def with_values(workload: Workload) -> Model:
-    """The model as it is trained."""
+    """Build the model with real values, for models that cannot be traced."""
     with torch.random.fork_rng():
         return Model(workload, plain_model(workload))
 
 
 class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Leaves out what fills tensors without memory."""
+    """Dispatch mode that skips initializers of tensors on the meta device."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _FILLS and args[0].is_meta:
@@ -199,7 +205,10 @@ class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _on_meta(workload: Workload) -> nn.Module | None:
-    """The module without memory and without random numbers; None where its factory computes with what it makes."""
+    """Build the module on the meta device, except for its buffers, and restore the random state.
+
+    Returns None if the factory cannot run there, for example because it computes with values of its tensors.
+    """
     with torch.random.fork_rng():
         try:
             with torch.device("meta"), _Unfilled():  # type: ignore[no-untyped-call]
@@ -208,30 +217,30 @@ def _on_meta(workload: Workload) -> nn.Module | None:
             return None
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:  # their values make no difference, but they must have some
+            if buffer is not None and buffer.is_meta:  # any values will do, but they must exist
                 module._buffers[name] = _zeros(buffer)
     return model if all(parameter.is_meta for parameter in model.parameters()) else None
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """On the CPU, in pages that take no memory, and no time, before somebody looks at them."""
+    """Return zeros on the CPU, in the shape of a tensor. Pages of large ones take no memory or time until touched."""
     if like.nbytes < LARGE_BUFFER:
         return torch.zeros(like.shape, dtype=like.dtype, device="cpu")
     return torch.from_numpy(np.zeros(like.nbytes, dtype=np.uint8)).view(like.dtype).view(like.shape)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by their first names, those of a module together."""
+    """Return parameters and persistent buffers by name, in the order of the state dict; shared ones under one name."""
     known: dict[str, Tensor] = {**dict(model.named_parameters()), **persistent_buffers(model)}
     return {name: known[name] for name in model.state_dict() if name in known}
 
 
 def batch(workload: Workload, samples: int) -> Any:
-    """A batch of so many samples: the first of the dataset, again from the start where it has fewer.
+    """Return a batch of the dataset's first `samples` samples, repeated from the start if it has fewer.
 
     Raises:
         WorkloadError: the dataset can be read only once.
-        DataError: it is empty.
+        DataError: the dataset is empty.
     """
     found = first_samples(workload.dataset, samples)
     if found is None:

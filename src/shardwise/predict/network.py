@@ -1,16 +1,16 @@
-"""How long a collective takes on a cluster: rings and trees over the cluster's levels, latency and bandwidth.
+"""Analytic model of collective times: rings and trees over the levels of a cluster, from latency and bandwidth.
 
-With n ranks, k of them in each node, S bytes (as `collective.Collective` counts them):
+For n ranks, k of them in each node, and S bytes (as `collective.Collective` counts them):
 
     all_gather, reduce_scatter   every byte crosses each link (n-1)/n times in n-1 steps (Patarasuk and Yuan 2009), and
-                                 each rank reads, adds and writes its message beside (`Constants.link_copy`)
-    all_reduce                   both after each other; or up and down a tree between nodes, which needs fewer steps
-    all_to_all                   what stays in a node goes over its links, the rest over the network
+                                 each rank also reads, adds and writes its message (`Constants.link_copy`)
+    all_reduce                   reduce_scatter, then all_gather; or up and down a tree of the nodes, in fewer steps
+    all_to_all                   bytes that stay in a node go over its links, all others over the network
     broadcast, reduce            the message crosses each link once
     send, recv                   the message crosses one link
 
 A ring enters and leaves each node once, over the network ports of all k of its ranks together. Sibling groups, whose
-ranks lie in the same nodes, do the same at the same time over the ports of their own ranks.
+ranks lie in the same nodes, run the same collective at the same time over the ports of their own ranks.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from shardwise.errors import RequestError
 from shardwise.predict.constants import Constants, constants
 
 HOSTED = ("omni-path", "efa", "tcpxo", "ethernet")
-"""Beginnings of the names of networks whose transport runs on the host's processors."""
+"""Prefixes of the names of networks whose transport runs on the host's processors."""
 
 RING_PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 
 
 def collective_seconds(collective: Collective, cluster: Cluster, numbers: Constants | None = None) -> float:
-    """Seconds from the first rank's start to the end, if all ranks start together.
+    """Return the seconds of a collective whose ranks all start together, until the last one is done.
 
     Args:
-        collective: what is issued.
-        cluster: its levels are used; measured curves take precedence elsewhere.
-        numbers: constants of the model; those that were fitted if left out.
+        collective: the operation, bytes and group.
+        cluster: the cluster, of which only the levels are read. `kernels.collective_seconds` prefers measured curves.
+        numbers: constants of the model; None selects the fitted ones.
 
     Raises:
         RequestError: the cluster has no level that spans the group.
@@ -53,10 +53,10 @@ def collective_seconds(collective: Collective, cluster: Cluster, numbers: Consta
 
 
 def level_of(group: Group, cluster: Cluster) -> Level:
-    """The innermost level whose domains hold the whole group.
+    """Return the innermost level of which one domain contains the whole group.
 
     Raises:
-        RequestError: none spans it.
+        RequestError: no level spans the group.
     """
     last = group.ranks[-1]
     for level in cluster.levels:
@@ -76,19 +76,19 @@ def _message_seconds(amount: float, level: Level, inside: bool, numbers: Constan
 
 
 def network_share(level: Level, numbers: Constants) -> float:
-    """Share of a network's datasheet bandwidth that a collective reaches."""
+    """Return the share of a network's datasheet bandwidth that a collective reaches."""
     return numbers.hosted_share if level.name.startswith(HOSTED) else numbers.network_share
 
 
 def _within(operation: str, amount: float, ranks: int, level: Level, numbers: Constants) -> float:
-    """Among `ranks` ranks that one domain of links joins."""
+    """Return the seconds of a collective among `ranks` ranks in one domain of a level."""
     bandwidth = level.bandwidth * numbers.link_share
     hop = numbers.link_hop + level.latency
     share, copied = (ranks - 1) / ranks, numbers.link_copy
     passes = RING_PASSES.get(operation)
     if passes:
         return numbers.collective_start + passes * ((ranks - 1) * hop + (share + copied) * amount / bandwidth)
-    if operation == "all_to_all":  # written before it is sent and read afterwards, as two passes
+    if operation == "all_to_all":  # copied before sending and after receiving
         return numbers.collective_start + hop * log2(ranks) + (share + 2 * copied) * amount / bandwidth
     if operation == "barrier":
         return numbers.collective_start + 2 * hop * ceil(log2(ranks))
@@ -98,7 +98,7 @@ def _within(operation: str, amount: float, ranks: int, level: Level, numbers: Co
 def _across(
     operation: str, amount: float, ranks: int, local: int, inner: Level, outer: Level, numbers: Constants
 ) -> float:
-    """Among ranks of several nodes, `local` of them in each."""
+    """Return the seconds of a collective among `ranks` ranks that lie in several nodes, `local` of them in each."""
     nodes = ceil(ranks / local)
     ports = outer.bandwidth * network_share(outer, numbers) * local
     links = inner.bandwidth * numbers.link_share

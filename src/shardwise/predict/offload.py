@@ -1,10 +1,10 @@
-"""What `offload=1` costs: what `fully_shard` splits lies in the memory of the host, which also updates it.
+"""Costs of `offload=1`: sharded parameters lie in the memory of the host, and its processors update them.
 
-    before each gather     this worker's slice goes to the device
-    after each scatter     its slice of the gradients goes back
-    the optimizer          runs on the host's processors, as fast as their memory is read and written
+    before each all-gather        this worker's shard is copied to the device
+    after each reduce-scatter     its shard of the gradients is copied back
+    optimizer                     runs on the host's processors, bound by the bandwidth of their memory
 
-A CPU is its own host: there it makes no difference.
+A CPU is its own host: there offloading makes no difference.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from shardwise.strategy import Strategy
 from shardwise.units import format_bytes
 
 HOST_SHARE = 0.8
-"""Assumed: of a host's memory bandwidth, what programs reach that only read and write (McCalpin 1995, STREAM)."""
+"""Assumed share of a host's memory bandwidth that programs reach which only read and write (McCalpin 1995, STREAM)."""
 
 HOST_LINK_SHARE = 0.75
-"""Assumed: of the datasheet's bandwidth between host and device, what copies of page-locked memory reach."""
+"""Assumed share of the datasheet's bandwidth between host and device that copies of page-locked memory reach."""
 
 FIELDS = ("host_memory_bytes", "host_memory_bandwidth", "host_bandwidth")
 
 
 def offloads(strategy: Strategy, device: Device) -> bool:
-    """Whether anything lies elsewhere than on the device."""
+    """Return whether a strategy keeps anything in a host's memory: it offloads, and the device is a GPU."""
     return bool(strategy.offload) and device.kind == "gpu"
 
 
 def has_host(device: Device) -> bool:
-    """Whether a device's host is known."""
+    """Return whether all figures of a device's host are known, which offloading needs: those in FIELDS."""
     return not _missing(device)
 
 
@@ -42,7 +42,7 @@ def _missing(device: Device) -> list[str]:
 
 
 def check_host(strategy: Strategy, cluster: Cluster, device: Device) -> None:
-    """Raises StrategyError where a strategy offloads and the cluster does not say what its hosts have."""
+    """Raise StrategyError if a strategy offloads and the device lacks figures of its host."""
     if offloads(strategy, device) and (missing := _missing(device)):
         raise StrategyError(
             f"offload=1: nothing is known of the hosts of {cluster.name}: write {' and '.join(missing)} of "
@@ -51,7 +51,13 @@ def check_host(strategy: Strategy, cluster: Cluster, device: Device) -> None:
 
 
 def check_room(worker: Worker, state_bytes: float, device: Device) -> None:
-    """Raises StrategyError where the host's memory does not hold what a worker keeps there."""
+    """Raise StrategyError if the host's memory is too small for a worker's offloaded parameters and their state.
+
+    Args:
+        worker: the worker, whose sharded parameters, gradients and optimizer state are offloaded.
+        state_bytes: bytes of optimizer state per element.
+        device: the device, with its share of the host's memory.
+    """
     parameters, gradients, elements = worker.sliced
     needed = round(parameters + gradients + elements * state_bytes)
     there = device.host_memory_bytes or 0
@@ -63,7 +69,7 @@ def check_room(worker: Worker, state_bytes: float, device: Device) -> None:
 
 
 def left(worker: Worker) -> Worker:
-    """What stays on the device: parameters that are not split, and buffers."""
+    """Return the worker with only what stays on the device: unsharded parameters, and buffers."""
     parameters, gradients, elements = worker.sliced
     return replace(
         worker,
@@ -74,7 +80,7 @@ def left(worker: Worker) -> Worker:
 
 
 def fetched(size: float, device: Device) -> float:
-    """Seconds in which so many bytes go from the host to the device, or back."""
+    """Return the seconds to copy `size` bytes from the host to the device, or back."""
     if not size:
         return 0.0
     numbers = constants()
@@ -84,7 +90,7 @@ def fetched(size: float, device: Device) -> float:
 
 
 def updated(size: float, device: Device) -> float:
-    """Seconds in which the host reads and writes so many bytes of its memory."""
+    """Return the seconds in which the host reads and writes `size` bytes of its memory."""
     assert device.host_memory_bandwidth is not None
     measured = device.origins.get("host_memory_bandwidth") == "measured"
     return size / (device.host_memory_bandwidth * (1.0 if measured else HOST_SHARE))

@@ -1,7 +1,7 @@
-"""The order of a pipeline worker's passes as arrays: what `parallel.schedule.order` lists, for thousands of strategies.
+"""Order of a pipeline worker's passes as NumPy arrays: `parallel.schedule.order`, fast enough for a search.
 
-A pass is its kind (an index of KINDS) and its chunk: the n-th of the worker's stages. Tests hold both against the
-tables that the program executes.
+A pass is (kind, chunk): an index into KINDS, and an index into the worker's stages. Tests compare both with the tables
+that the program executes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 
 
 def sequence(strategy: Strategy, place: int) -> tuple[Integers, Integers]:
-    """(kinds, chunks) of the passes of pipeline worker `place` in one step."""
+    """Return (kinds, chunks) of the passes of one step on the worker with pipeline rank `place`, in its order."""
     workers, stages, count = strategy.pp, strategy.stages_per_worker, strategy.microbatches
     if workers == 1 or strategy.schedule == "gpipe" or (strategy.schedule == "interleaved" and count % workers):
         return _gpipe(stages, count) if workers > 1 else _alone(stages, count)
@@ -47,7 +47,7 @@ def _gpipe(stages: int, count: int) -> tuple[Integers, Integers]:
 
 
 def _alternating(forward: Integers, backward: Integers, ahead: int) -> tuple[Integers, Integers]:
-    """`ahead` forwards, then pairs of a forward and a backward, then the backwards that are left."""
+    """Return `ahead` forwards, then pairs of a forward and a backward, then the backwards that are left."""
     pairs = len(forward) - ahead
     kinds = np.concatenate([np.full(ahead, FORWARDS), np.tile([FORWARDS, BACKWARDS], pairs), np.full(ahead, BACKWARDS)])
     chunks = np.empty(2 * len(forward), np.int64)
@@ -56,7 +56,10 @@ def _alternating(forward: Integers, backward: Integers, ahead: int) -> tuple[Int
 
 
 def _zero_bubble(place: int, workers: int, count: int, *, last_whole: bool) -> Integers:
-    """Kinds alone: there is one stage."""
+    """Return the kinds only: each worker has a single stage.
+
+    If `last_whole` is set, the last backward pass is not split, and all earlier weight gradients precede it.
+    """
     plain, _ = _alternating(np.zeros(count, np.int64), np.zeros(count, np.int64), min(workers - place - 1, count))
     found: list[int] = []
     pending = done = 0

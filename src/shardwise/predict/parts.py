@@ -1,9 +1,11 @@
-"""What each worker holds of a workload under a strategy, and when it tells the others: the program's shape in numbers.
+"""Division of a workload over the workers of a strategy: stages, blocks, buckets and shards, with their bytes.
 
-Everything that `parallel` decides about messages is decided here in the same way, from a profile instead of a module:
+It repeats the decisions of `parallel` about cuts and communication, from a profile instead of a module:
 
     ModuleEngine   (tp = pp = 1)    one stage; DDP's buckets, or `fully_shard` on the module's repeated blocks
     GraphEngine    (tp or pp)       stages and blocks cut by cost; buckets of `reduce.GradientReducer`, or `fully_shard`
+
+Segments are known by their index in `Profile.links`; a range from `first` to `end` excludes `end`.
 """
 
 from __future__ import annotations
@@ -24,15 +26,18 @@ from shardwise.predict.profile import Parameter, Profile, Value
 from shardwise.strategy import Strategy
 
 FIRST_BUCKET_BYTES = 2**20
-"""Of DDP's first bucket (Li et al. 2020; torch/csrc/distributed/c10d/reducer.hpp: kDefaultFirstBucketBytes)."""
+"""Bytes of DDP's first bucket (Li et al. 2020; torch/csrc/distributed/c10d/reducer.hpp: kDefaultFirstBucketBytes)."""
 
 REPORT_BYTES = 24
-"""Loss, squared norm, and whether parameters were left unused: three float64, see `parallel.program`."""
+"""Bytes that all ranks all-reduce after a step: loss, squared norm, flag of unused parameters: three float64.
+
+See `parallel.program`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Gradients that are added up together: complete when the backward pass has done link `ready`."""
+    """Gradients that are all-reduced together, as soon as the backward pass is through segment `ready`."""
 
     bytes: int
     ready: int
@@ -43,9 +48,9 @@ class Gathered:
     """Parameters that `fully_shard` gathers together.
 
     Attributes:
-        gather: bytes of the gathered parameters, padded.
-        reduce: bytes of their gradients before they are scattered, padded; 0: none is trained.
-        parameters: bytes of the parameters.
+        gather: bytes of the gathered parameters, with padding.
+        reduce: bytes of their gradients before the reduce-scatter, with padding; 0 if none is trained.
+        parameters: bytes of the parameters, without padding.
     """
 
     gather: int
@@ -55,12 +60,12 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive links that are gathered, freed and recomputed together.
+    """Consecutive segments that are gathered, freed and recomputed together.
 
     Attributes:
-        first, end: its links.
+        first, end: its range of segments.
         gathered: its parameters; None without `fully_shard`.
-        recomputed: whether its activations are dropped and computed again.
+        recomputed: whether its activations are dropped and recomputed.
     """
 
     first: int
@@ -74,17 +79,18 @@ class Stage:
     """One pipeline stage.
 
     Attributes:
-        number: of the stage; it lies on worker `number % pp`.
-        first, end: its links.
-        blocks: of it, in order; none where it is neither recomputed nor sharded in blocks.
-        root: parameters that `fully_shard` gathers for all of the stage.
-        buckets: of gradients, in the order in which they are complete.
-        sent: messages of each microbatch by the stage that they go to, bytes each.
-        returned: gradients of each microbatch by the stage that they go to.
-        received: bytes of the values that arrive for a microbatch.
-        kept: bytes that are kept of a microbatch between its passes, without recomputation.
-        handed: (link, bytes) of what arrives and of what blocks hand to each other, where recomputation keeps nothing
-            else of a microbatch: until the backward pass of that link; nothing where no block is computed again.
+        number: stage index; the stage lies on the worker with pipeline rank `number % pp`.
+        first, end: its range of segments.
+        blocks: its blocks, in order; empty if it is neither recomputed nor sharded block by block.
+        root: parameters that `fully_shard` gathers for the whole stage.
+        buckets: gradient buckets, in the order in which they become complete.
+        sent: (stage that receives them, bytes of each message) of the activations sent for a microbatch.
+        returned: (stage that receives them, bytes of each message) of the gradients sent back for a microbatch.
+        received: bytes of the activations that arrive for a microbatch.
+        kept: bytes saved of a microbatch between its forward and its backward pass, without recomputation.
+        handed: (segment, bytes) of the values that recomputation saves of a microbatch: those that arrive at the stage,
+            and those that enter and leave recomputed blocks. They are freed after the backward pass of that segment.
+            Empty if no block is recomputed.
     """
 
     number: int
@@ -101,25 +107,27 @@ class Stage:
 
     @property
     def recomputed(self) -> tuple[Block, ...]:
-        """The blocks that are computed again."""
+        """Return the blocks whose activations are recomputed."""
         return tuple(block for block in self.blocks if block.recomputed)
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker of the pipeline (the only one without): what it holds besides its stages.
+    """One worker of the pipeline; without a pipeline there is only one.
 
     Attributes:
-        place: in the pipeline.
-        stages: its own, ascending.
-        twice: buckets of what several of its stages use.
-        summed: bytes that are added up over tp after the last backward pass, one message each.
-        tied: (pipeline workers, bytes) that share parameters: added up over them.
-        parameters: bytes of parameters and buffers that stay here.
-        trained: bytes of gradients of what stays here.
-        updated: (elements, tensors) that its optimizer updates; of the replica that updates most.
-        broadcast: messages with which replicas send each other updated parameters (zero=1).
-        sliced: (bytes of parameters, bytes of gradients, elements that are updated) that `fully_shard` splits.
+        place: its pipeline rank.
+        stages: its stages, in ascending order.
+        twice: gradient buckets of parameters that several of its stages use.
+        summed: bytes of each message that is all-reduced over tp after the last backward pass.
+        tied: (pipeline ranks, bytes) of the gradients of parameters that these pipeline workers share. They are
+            all-reduced over these workers.
+        parameters: bytes of parameters and buffers that this worker holds: its shard, where they are sharded.
+        trained: bytes of the gradients of these parameters.
+        updated: (elements, tensors) that its optimizer updates, for the replica that updates most.
+        broadcast: bytes of the messages in which replicas send each other updated parameters (zero=1).
+        sliced: (bytes of parameters, bytes of gradients, elements updated) of the shards that `fully_shard` leaves on
+            this worker; included in `parameters`, `trained` and `updated`.
     """
 
     place: int
@@ -136,23 +144,23 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """All workers of one pipeline, and the groups of the first of them."""
+    """All workers of one pipeline, which is the same in every replica."""
 
     strategy: Strategy
     workers: tuple[Worker, ...]
     cuts: tuple[tuple[int, ...], ...]
-    """Links at which the blocks of each stage begin."""
+    """Segments at which the blocks of each stage begin."""
 
     @property
     def stages(self) -> dict[int, Stage]:
-        """All stages by number."""
+        """Return the stages of all workers by stage index."""
         return {stage.number: stage for worker in self.workers for stage in worker.stages}
 
 
 def group_of(strategy: Strategy, axis: str, place: int = 0) -> Group:
-    """The ranks of an axis, with the first replica's pipeline worker `place` among them.
+    """Return the group of an axis that contains pipeline rank `place` of the first replica.
 
-    `replicas` are dp and fsdp together, `world` all.
+    Axis `replicas` is dp and fsdp together, `world` all ranks.
     """
     first = place * strategy.stride("pp")
     if axis == "world":
@@ -167,28 +175,29 @@ def group_of(strategy: Strategy, axis: str, place: int = 0) -> Group:
 
 
 def message_group(strategy: Strategy, source: int, target: int) -> Group:
-    """The two ranks between which a message goes, of pipeline workers `source` and `target`."""
+    """Return the group of the two ranks that exchange a message, from pipeline ranks `source` and `target`."""
     low, high = sorted((source, target))
     return Group(2, (high - low) * strategy.stride("pp"), strategy.rank(pp=low))
 
 
 def replica_axis(strategy: Strategy) -> str:
-    """What the axis of all replicas is called."""
+    """Return the name of the mesh axis over which replicas communicate: `dp` if there are several, else `fsdp`."""
     return "dp" if strategy.dp > 1 else "fsdp"
 
 
 def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...] = ()) -> Parts:
-    """Divides a profile over the workers of a strategy (its number of microbatches settled).
+    """Divide a profile over the workers of a strategy.
 
     Args:
-        profile: for the strategy's tp, sp, microbatch and precision.
-        strategy: how to divide.
-        costs: seconds of the forward pass of each link, by which stages are balanced; the same object where they are
-            the same, for what is found is kept.
-        slower: how many times slower than assumed messages are between neighbours, see `planning.divided`.
+        profile: the profile for the strategy's tp, sp, microbatch and precision.
+        strategy: the strategy, with its number of microbatches settled.
+        costs: seconds of the forward pass of each segment, by which stages are balanced. Pass the same object for the
+            same costs: the result is cached by its `id()`.
+        slower: for neighbouring pipeline ranks, how many times slower than assumed their messages are; see
+            `planning.divided`.
 
     Raises:
-        StrategyError: there are more stages than links; a tied parameter that fsdp cannot shard.
+        StrategyError: there are more stages than segments, or fsdp cannot shard a tied parameter.
     """
     if strategy.pp > 1:
         check_stages(strategy, len(profile.links) - 1)
@@ -202,7 +211,7 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slowe
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
-    """What of a strategy decides who holds what."""
+    """Return the cache key of a strategy: the options that decide which worker holds what."""
     dealt = strategy.replicas if strategy.zero == 1 else strategy.replicas > 1
     sharded = strategy.fsdp if strategy.splits_parameters else 0
     return (
@@ -221,7 +230,7 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
 def cuts_of(
     profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...] = ()
 ) -> tuple[tuple[int, ...], ...]:
-    """Links at which the blocks of each stage begin; `costs` and `slower` as in `parts_of`."""
+    """Return the segments at which the blocks of each stage begin; `costs` and `slower` as in `parts_of`."""
     if strategy.tp == strategy.pp == 1:
         return (tuple(_module_cuts(profile, strategy)),)
     key = "cuts", id(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds, slower
@@ -231,7 +240,7 @@ def cuts_of(
 def _graph_cuts(
     profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...]
 ) -> list[list[int]]:
-    """As `planning.divided` cuts; where the stages begin is kept, with and without blocks."""
+    """Cut stages and their blocks as `planning.divided` does; the cached stages do not depend on the blocks."""
     stages, messages = strategy.pp * strategy.stages_per_worker, [link.message for link in profile.links[1:]]
     key = "stages", id(costs), stages, strategy.speeds, slower
     starts = profile.kept.once(
@@ -241,7 +250,7 @@ def _graph_cuts(
 
 
 def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
-    """Where the links of the module's blocks begin, and the parts between them."""
+    """Return the segments at which the module's repeated blocks, and the parts between them, begin."""
     if not cuts_blocks(strategy):
         return [0]
     bounds = {0}
@@ -251,7 +260,7 @@ def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
 
 
 def module_blocks(profile: Profile) -> list[tuple[int, int]]:
-    """Links (first, end) of the module's repeated blocks, in the order of the module."""
+    """Return the segment range (first, end) of each repeated block, in the order of the module."""
     found = []
     for block in profile.blocks:
         links = [link for index in block for link in profile.parameters[index].links]
@@ -260,21 +269,21 @@ def module_blocks(profile: Profile) -> list[tuple[int, int]]:
 
 
 def stage_blocks(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
-    """Links (first, end) of the blocks of a stage, in the order in which they are computed again.
+    """Return the segment range (first, end) of each block of a stage, in the order in which recomputation takes them.
 
     Args:
-        profile: of the workload.
-        strategy: its number of microbatches does not matter.
-        starts: links at which the stage's blocks begin, see `cuts_of`.
-        end: of the stage.
+        profile: the workload's profile.
+        strategy: the strategy; its number of microbatches does not matter.
+        starts: segments at which the stage's blocks begin, see `cuts_of`.
+        end: end of the stage's segments.
     """
     return module_blocks(profile) if strategy.tp == strategy.pp == 1 else list(pairwise([*starts, end]))
 
 
 def recomputed_links(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
-    """Those of `stage_blocks` that are computed again.
+    """Return the ranges of `stage_blocks` that are recomputed.
 
-    Where the module could not be traced its blocks all lie on the one link there is, which is computed again once.
+    A module that could not be traced has a single segment, which contains all blocks: it is recomputed once.
     """
     blocks = stage_blocks(profile, strategy, starts, end)
     count = strategy.recomputed_of(len(blocks))
@@ -337,7 +346,7 @@ def _worker(
 
 
 def _sliced(kinds: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tuple[int, int, int]:
-    """See `Worker.sliced`."""
+    """Return the shards of (parameter, count) pairs that `fully_shard` leaves on this worker; see `Worker.sliced`."""
     split = [(each, count) for each, count in kinds if _is_split(each, strategy)]
     sizes = [(each, count * _share(each, strategy)) for each, count in split]
     trained = [(each, size) for each, size in sizes if each.trained]
@@ -349,7 +358,7 @@ def _sliced(kinds: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tuple
 
 
 def _flat(parameters: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tuple[int, ...]:
-    """Bytes of the messages in which gradients of (parameter, how many) are added up: one for each size of elements."""
+    """Return the bytes of the messages that sum gradients of (parameter, count) pairs: one message per element size."""
     sizes: dict[int, int] = {}
     for parameter, count in parameters:
         sizes[parameter.itemsize] = sizes.get(parameter.itemsize, 0) + count * _share(parameter, strategy)
@@ -357,12 +366,12 @@ def _flat(parameters: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tu
 
 
 def _is_split(parameter: Parameter, strategy: Strategy) -> bool:
-    """Whether `fully_shard` splits a parameter."""
+    """Return whether `fully_shard` shards a parameter: not a buffer, nor a scalar, which has no rows to split."""
     return strategy.splits_parameters and not parameter.buffer and bool(parameter.shape)
 
 
 def _share(parameter: Parameter, strategy: Strategy) -> int:
-    """Bytes of a parameter that the first worker keeps."""
+    """Return the bytes of a parameter that the first fsdp rank holds: its shard, or all of an unsharded parameter."""
     if not _is_split(parameter, strategy):
         return parameter.bytes
     rows = min(parameter.shape[0], ceil(parameter.shape[0] / strategy.fsdp))
@@ -375,7 +384,10 @@ def _updated(
     kinds: Sequence[tuple[Parameter, int]],
     strategy: Strategy,
 ) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """(elements, tensors) of the replica that updates most, and what replicas send each other then."""
+    """Return (elements, tensors) of the replica that updates most, and the bytes of the broadcasts that follow.
+
+    Only under zero=1 does each replica update its own parameters and broadcast them.
+    """
     if strategy.zero != 1 or strategy.replicas == 1:
         elements = sum(count * (_share(parameter, strategy) // parameter.itemsize) for parameter, count in kinds)
         return (elements, sum(count for _, count in kinds)), ()
@@ -391,12 +403,15 @@ def _updated(
 
 
 def _coalesced(parameters: Iterable[Parameter], limits: Sequence[int]) -> list[int]:
-    """Bytes of the buckets that torch makes: closed as soon as they reach the limit, one kind of element each."""
+    """Return the bytes of torch's buckets, which close once they reach the limit and hold one element size each."""
     return [size for size, _ in _assigned(parameters, limits)]
 
 
 def _assigned(parameters: Iterable[Parameter], limits: Sequence[int]) -> list[tuple[int, int]]:
-    """(bytes, smallest first link) of torch's buckets (c10d: compute_bucket_assignment_by_size)."""
+    """Return (bytes, smallest first segment) of torch's buckets (c10d: compute_bucket_assignment_by_size).
+
+    `limits` are the bytes at which successive buckets close; the last one holds for all further buckets.
+    """
     done: list[tuple[int, int]] = []
     filling: dict[int, tuple[int, int]] = {}
     used: dict[int, int] = {}
@@ -413,7 +428,10 @@ def _assigned(parameters: Iterable[Parameter], limits: Sequence[int]) -> list[tu
 
 
 def _reducer_buckets(parameters: Sequence[Parameter], first: int, limit: int) -> list[Bucket]:
-    """The buckets of `reduce.GradientReducer`; a parameter's gradient is complete at its first link from `first` on."""
+    """Return the buckets of `reduce.GradientReducer`.
+
+    A parameter's gradient is complete when the backward pass is through its first segment from `first` on.
+    """
     buckets: list[list[Parameter]] = []
     size, kind = 0, 0
     for parameter in reversed(parameters):
@@ -488,7 +506,10 @@ def _buckets(
 def _module_parts(
     profile: Profile, strategy: Strategy, ranges: tuple[tuple[int, int], ...], own: Sequence[int]
 ) -> tuple[tuple[Block, ...], Gathered | None]:
-    """The module's repeated blocks; what is between them is neither recomputed nor gathered apart."""
+    """Return (blocks, root) of a module that runs as it is.
+
+    The blocks are the module's repeated blocks. All between them belongs to the root and is not recomputed.
+    """
     inside = {index for block in profile.blocks for index in block}
     sharded = strategy.splits_parameters
     again = len(recomputed_links(profile, strategy, (), 0))
@@ -503,7 +524,10 @@ def _module_parts(
 def _graph_parts(
     profile: Profile, strategy: Strategy, ranges: tuple[tuple[int, int], ...], own: Sequence[int]
 ) -> tuple[tuple[Block, ...], Gathered | None]:
-    """Consecutive ranges of links; what several of them use is gathered for the whole stage."""
+    """Return (blocks, root) of a stage of a traced graph.
+
+    The blocks are consecutive ranges of segments. Parameters that several of them use belong to the root.
+    """
     sharded, again = strategy.splits_parameters, strategy.recomputed_of(len(ranges))
     groups: Sequence[Gathered | None] = [None] * (len(ranges) + 1)
     if sharded:
@@ -519,7 +543,7 @@ def _graph_parts(
 def _gathered_apart(
     profile: Profile, strategy: Strategy, ranges: Sequence[tuple[int, int]], own: Sequence[int]
 ) -> tuple[Gathered | None, ...]:
-    """What is gathered for each range of links, and last what several of them use."""
+    """Return the parameters gathered for each range of segments, then the group of those that several ranges use."""
     several = Counter(index for a, b in ranges for index in profile.within(a, b))
     alone = [[index for index in profile.within(a, b) if several[index] == 1] for a, b in ranges]
     shared = [index for index in own if several[index] > 1]
@@ -527,7 +551,10 @@ def _gathered_apart(
 
 
 def _gathered(profile: Profile, indices: Iterable[int], strategy: Strategy) -> Gathered | None:
-    """A group of `fully_shard`: rows are padded so that all workers have as many."""
+    """Build a group of `fully_shard`, which pads rows so that all ranks hold equally many.
+
+    Returns None if nothing is gathered.
+    """
     gather = reduce = size = 0
     for index in indices:
         parameter = profile.parameters[index]
@@ -547,7 +574,7 @@ Messages = tuple[tuple[int, tuple[int, ...]], ...]
 def _handed(
     profile: Profile, number: int, bounds: Sequence[int], stage_of: Sequence[int]
 ) -> tuple[Messages, Messages, int, int]:
-    """Messages to other stages, gradients to other stages, bytes that arrive, bytes that are kept of a microbatch."""
+    """Return (sent, returned, received, kept) of a stage for one microbatch; see the attributes of `Stage`."""
     first, end = bounds[number], bounds[number + 1]
     sent: dict[int, list[int]] = {}
     returned: dict[int, list[int]] = {}
@@ -559,7 +586,7 @@ def _handed(
             for target in targets:
                 sent.setdefault(target, []).append(value.message)
             if not any(first <= link < end for link in value.saved[:1]):
-                kept += value.held  # an output is kept until its gradient comes
+                kept += value.held  # an output is held until its gradient arrives
         elif value.made >= 0:
             received += value.message
             kept += value.message if not first <= (value.saved or (-1,))[0] < end else 0
@@ -572,11 +599,11 @@ def _handed(
 
 
 def _between(profile: Profile, again: Sequence[Block], first: int, end: int) -> list[tuple[int, int]]:
-    """(link, bytes) of a stage's own values that are kept although what these blocks save is dropped.
+    """Return (segment, bytes) of the stage's own values that stay although its recomputed blocks `again` save nothing.
 
-    They are kept until the backward pass of that link: what one of these blocks gets from another part of the stage,
-    and what others save of what one of them saved first. What is saved first by a part that is not computed again
-    counts there.
+    A value stays until the backward pass of that segment. It is either an input of a recomputed block from another part
+    of the stage, or a value that a recomputed block saves first and a part that is not recomputed saves too. Values
+    that a part that is not recomputed saves first are counted there.
     """
     block_of = {link: block for block in again for link in range(block.first, block.end)}
     bounds = {bound for block in again for bound in (block.first, block.end) if first < bound < end}
@@ -590,7 +617,11 @@ def _between(profile: Profile, again: Sequence[Block], first: int, end: int) -> 
 
 
 def _needed_until(value: Value, block_of: Mapping[int, Block], end: int) -> int | None:
-    """The link whose backward pass is the last to need a value; None: it is not kept for others than who made it."""
+    """Return the segment whose backward pass is the last to need a value.
+
+    Returns None if the value is not held beside what parts save: a part that is not recomputed saves it first, or no
+    such part saves it and no recomputed block uses it other than the one that made it.
+    """
     saved = [link for link in value.saved if link < end]
     if saved and saved[0] not in block_of:
         return None

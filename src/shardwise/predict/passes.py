@@ -1,14 +1,14 @@
-"""How long one pass of one stage takes on one worker, with what is gathered and reduced meanwhile.
+"""Overlap of compute and communication in one pass of one stage on one worker.
 
-A worker computes on one stream and communicates on another (a group's collectives run one after the other, as NCCL
-runs them; those of another group beside them):
+A worker computes on one stream and communicates on another. Collectives of one group run one after the other, as NCCL
+runs them; collectives of different groups run concurrently:
 
-    buckets    a gradient bucket is sent as soon as the backward pass has completed it; the pass ends when the last
-               bucket has arrived                                    (Li et al. 2020, PyTorch Distributed, section 4)
-    gathers    the next block is gathered while one computes; its gradients are scattered while the block before it
-               computes                                              (Zhao et al. 2023, PyTorch FSDP, section 3.3)
+    buckets    a gradient bucket is all-reduced as soon as the backward pass has completed it; the pass ends when the
+               last all-reduce is done                               (Li et al. 2020, PyTorch Distributed, section 4)
+    gathers    while one block computes, the next one is gathered and the gradients of the block that computed before
+               are reduce-scattered                                  (Zhao et al. 2023, PyTorch FSDP, section 3.3)
 
-On a CPU a gather or a scatter of `fully_shard` blocks the worker: nothing is hidden.
+On a CPU an all-gather or a reduce-scatter of `fully_shard` blocks the worker: nothing is hidden.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from shardwise.predict.timing import Spent
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Links that compute without a break: what has to be gathered before, and what is reduced after.
+    """Consecutive segments that compute without a break, with the all-gather before and the reduction after them.
 
     Attributes:
-        compute: seconds.
-        gather: seconds of the gather that it waits for.
-        reduce: seconds in which its gradients are scattered.
-        mirror: seconds in which what was scattered is added up over dp.
-        name: for people.
+        compute: seconds of compute.
+        gather: seconds of the all-gather that it waits for.
+        reduce: seconds of the reduce-scatter of its gradients.
+        mirror: seconds of the all-reduce over dp of the scattered gradients (hybrid sharding).
+        name: name for display.
     """
 
     compute: float
@@ -39,19 +39,19 @@ class Piece:
 
     @property
     def communication(self) -> float:
-        """All of it."""
+        """Return the seconds of its communication, hidden or not."""
         return self.gather + self.reduce + self.mirror
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """One pass.
+    """Costs of one pass of one stage.
 
     Attributes:
-        compute: what was computed.
+        compute: time of kernels, exchanges and launches.
         communication: seconds of gathers, reductions and buckets, hidden or not.
-        exposed: of these, what the worker waited for.
-        slowed: by how much computing took longer while it communicated.
+        exposed: seconds of `communication` for which the worker waits.
+        slowed: seconds by which compute takes longer because the worker communicates meanwhile.
     """
 
     compute: Spent
@@ -61,19 +61,19 @@ class Passed:
 
 
 def gathered(pieces: Sequence[Piece], root: Piece, *, blocking: bool) -> tuple[float, float]:
-    """(communication, exposed) of a pass through pieces in the order in which they compute.
+    """Return (communication, exposed) seconds of a pass of a sharded stage.
 
     Args:
-        pieces: of the stage.
-        root: what is gathered before all of them, and reduced after all.
-        blocking: whether nothing is hidden.
+        pieces: pieces of the stage, in the order in which they compute.
+        root: the piece that is gathered before all others and reduced after them.
+        blocking: whether communication blocks the worker, so that nothing is hidden.
     """
     total = root.communication + sum(piece.communication for piece in pieces)
     if blocking:
         return total, total
     now = channel = root.gather
-    outer = 0.0  # the channel of dp
-    asked = 0.0  # when the gather of the next piece is asked for: as the piece before it begins to compute
+    outer = 0.0  # time until which the channel of dp is busy
+    asked = 0.0  # time at which the gather of the next piece is issued: when the piece before it begins to compute
     computed = 0.0
     reductions: list[tuple[float, Piece]] = []
 
@@ -88,7 +88,7 @@ def gathered(pieces: Sequence[Piece], root: Piece, *, blocking: bool) -> tuple[f
         if piece.gather:
             channel = max(channel, asked) + piece.gather
             now = max(now, channel)
-        reduce()  # those of earlier pieces stand behind this gather
+        reduce()  # reductions of earlier pieces are queued behind this gather
         asked = now
         now += piece.compute
         computed += piece.compute
@@ -101,11 +101,11 @@ def gathered(pieces: Sequence[Piece], root: Piece, *, blocking: bool) -> tuple[f
 
 
 def bucketed(buckets: Iterable[tuple[float, float]], end: float) -> tuple[float, float]:
-    """(communication, exposed) of gradient buckets.
+    """Return (communication, exposed) seconds of the all-reduces of gradient buckets.
 
     Args:
-        buckets: (when it is complete, how long it takes), in order.
-        end: of the backward pass.
+        buckets: (time at which it is complete, seconds of its all-reduce) of each bucket, in order.
+        end: time at which the backward pass has computed everything.
     """
     channel = total = 0.0
     for ready, seconds in buckets:
@@ -115,8 +115,8 @@ def bucketed(buckets: Iterable[tuple[float, float]], end: float) -> tuple[float,
 
 
 def slowed(hidden: float, overlap: float) -> float:
-    """How much longer a worker computes that communicates for `hidden` seconds meanwhile.
+    """Return the seconds by which compute takes longer because `hidden` seconds of communication overlap with it.
 
-    While both go on it computes at 1 / `overlap` of its speed (`cluster.Device.overlap`).
+    During the overlap a worker computes at 1 / `overlap` of its speed (`cluster.Device.overlap`).
     """
     return hidden * (1.0 - 1.0 / overlap) if overlap > 1.0 else 0.0

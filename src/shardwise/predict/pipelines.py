@@ -1,16 +1,17 @@
-"""How long a pipeline takes, in closed form, from the passes of its stages.
+"""Step time of a pipeline from the passes of its stages, in closed form.
 
-With p workers, m microbatches, f, b, w seconds of a stage's forward, backward (of the inputs) and weights' pass, and
-l of a message, L = sum of all f and b + 2 sum of l is what one microbatch takes alone:
+Let there be p workers and m microbatches. A stage needs f, b and w seconds for its forward pass, its backward pass (for
+inputs, where it is split) and its pass for weight gradients, and a message takes l seconds. One microbatch alone then
+takes L = sum of all f and b + 2 sum of l:
 
     gpipe         L + (m - 1) (max f + max b)                                    (Huang et al. 2019)
-    1f1b          L + (m - 1) max (f + b), or where messages take long: a worker s has p - s microbatches under way,
+    1f1b          L + (m - 1) max (f + b), or more where messages are slow: worker s has p - s microbatches in flight,
                   so that every (p - s)-th waits for a whole round trip          (Narayanan et al. 2019)
-    interleaved   the same with v passes of stages of 1/v                        (Narayanan et al. 2021, section 2.2)
-    zero-bubble   the first p - 1 intervals without the weights' pass            (Qi et al. 2023, section 2, ZB-H1)
+    interleaved   like 1f1b, with v passes of stages of 1/v                      (Narayanan et al. 2021, section 2.2)
+    zero-bubble   like 1f1b, but w is not part of the first p - 1 intervals      (Qi et al. 2023, section 2, ZB-H1)
 
 For equal stages and l = 0 these give bubbles of (p - 1) (f + b), (p - 1) (f + b) / v and (p - 1) (f + b - w).
-A short table is played instead: pass by pass, each as soon as its worker and what it needs are there.
+Short tables are simulated instead, pass by pass: each starts as soon as its worker and its inputs are ready.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from shardwise.parallel.schedule import BACKWARD, INPUT, Action
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """Seconds of one stage: passes of one microbatch, and the messages that it waits for.
+    """Seconds of one stage: its passes for one microbatch, and the messages that it waits for.
 
     Attributes:
-        forward, backward, weights: of one microbatch.
-        arrives: until what the stage before sent has arrived, after it was sent.
-        returns: until the gradient that the stage behind sent has arrived.
+        forward, backward, weights: seconds of each pass; `backward` is for inputs only where `weights` is above 0.
+        arrives: seconds of the messages with activations, from previous stages.
+        returns: seconds of the messages with gradients, from later stages.
     """
 
     forward: float
@@ -40,14 +41,15 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One pass of a table with its seconds.
+    """One pass of a worker's table, with its seconds.
 
     Attributes:
-        action: which.
-        seconds: that the device needs.
-        launching: that its host needs to start it; it runs ahead.
-        after: that the worker needs beyond it before it is done, while what the pass sends is under way.
-        sending: seconds of what it sends then, behind what earlier passes of the worker send.
+        action: kind of pass, stage and microbatch.
+        seconds: seconds of the device.
+        launching: seconds of the host to launch its kernels; the host runs ahead of the device.
+        after: least seconds from the end of the pass until its gradient buckets are reduced. The worker continues with
+            other passes meanwhile.
+        sending: seconds of the all-reduces of its buckets, queued behind those of the worker's earlier passes.
     """
 
     action: Action
@@ -58,15 +60,17 @@ class Timed:
 
 
 Messages = Mapping[tuple[str, int], Sequence[tuple[int, float]]]
-"""(F or B, stage) -> (stage on another worker that it hears from, seconds of the message)."""
+"""(F or B, stage that receives) -> (stage on another worker that sends, seconds of the message) of each message."""
 
 
 def played(tables: Sequence[Sequence[Timed]], messages: Messages) -> list[float]:
-    """When each worker has done its table. Messages from one worker to another follow each other.
+    """Simulate a pipeline and return the time at which each worker is done with its table.
+
+    Messages from one worker to another are sent one after the other.
 
     Args:
-        tables: of each worker; stage s lies on worker s % their number.
-        messages: between stages on different workers.
+        tables: the table of each worker, by pipeline rank; stage s lies on worker s % len(tables).
+        messages: messages between stages on different workers.
     """
     game = _Game(tables, messages)
     while any(place < len(table) for place, table in zip(game.places, tables, strict=True)):
@@ -89,7 +93,7 @@ class _Game:
                 self._targets.setdefault((kind, source), []).append((target, seconds))
 
     def play(self, worker: int) -> None:
-        """Goes on until the worker waits for another one, or has done its table."""
+        """Run passes of a worker until it has to wait for another worker, or is done with its table."""
         table = self.tables[worker]
         while self.places[worker] < len(table):
             turn = table[self.places[worker]]
@@ -100,7 +104,7 @@ class _Game:
             self._pass(worker, turn, max(self._clocks[worker], arrived))
 
     def _when(self, action: Action) -> float | None:
-        """When what an action needs is there; None: that is not known yet."""
+        """Return the time at which all inputs of an action have arrived; None if one of them has not been sent yet."""
         latest = 0.0
         kind = BACKWARD if action.kind == INPUT else action.kind
         for source, _ in self.messages.get((kind, action.stage), ()):
@@ -126,13 +130,13 @@ class _Game:
 
 
 def pipeline_seconds(schedule: str, stages: Sequence[StageTime], workers: int, microbatches: int) -> float:
-    """Until the first stage has done its last backward pass.
+    """Return the seconds from the start of a step until the first stage is done with its last backward pass.
 
     Args:
-        schedule: as in `strategy.Strategy`.
-        stages: all of them in order; stage s lies on worker s % workers.
-        workers: of the pipeline.
-        microbatches: of a step.
+        schedule: name of the schedule, as in `strategy.Strategy`.
+        stages: times of all stages, in order; stage s lies on worker s % workers.
+        workers: number of pipeline workers.
+        microbatches: microbatches per step.
     """
     if schedule == "interleaved" and microbatches % workers == 0:
         found = _interleaved(stages, workers, microbatches)
@@ -143,11 +147,11 @@ def pipeline_seconds(schedule: str, stages: Sequence[StageTime], workers: int, m
     else:
         found = _alternating(stages, microbatches)
     between = max(sum(max(s.arrives, s.returns) for s in stages[w::workers]) for w in range(workers))
-    return max(found, alone(stages) + (microbatches - 1) * between)  # messages follow each other, too
+    return max(found, alone(stages) + (microbatches - 1) * between)  # messages are sent one after the other, too
 
 
 def alone(stages: Sequence[StageTime]) -> float:
-    """What one microbatch takes alone, without weights that are put off."""
+    """Return the seconds of one microbatch alone, without its delayed passes for weight gradients."""
     return sum(stage.forward + stage.backward + stage.arrives + stage.returns for stage in stages)
 
 
@@ -187,7 +191,11 @@ def _zero_bubble(stages: Sequence[StageTime], microbatches: int) -> float:
 
 
 def _interleaved(stages: Sequence[StageTime], workers: int, microbatches: int) -> float:
-    """All stages of a worker for each microbatch, and once the others' first stages to fill and to drain."""
+    """Return the seconds of an interleaved schedule.
+
+    They are all microbatches on the busiest worker, plus one pass through the first stage of each other worker to fill
+    the pipeline and one to drain it.
+    """
     busy = [sum(s.forward + s.backward for s in stages[w::workers]) for w in range(workers)]
     most = max(range(workers), key=lambda w: busy[w])
     first = stages[:workers]

@@ -1,4 +1,4 @@
-"""What a strategy will cost on a cluster."""
+"""Prediction of one training step: time by part, peak memory, throughput and utilization."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Peak memory of one device in bytes, by what it holds; `process`: what a CPU's worker needs beside its tensors."""
+    """Peak memory of one device in bytes, by category.
+
+    `process` is what a worker on a CPU needs beside its tensors; on a GPU it is 0. See `predict.memory` for the others.
+    """
 
     parameters: int
     gradients: int
@@ -19,46 +22,46 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Return the bytes of all categories together."""
         return self.tensors + self.process
 
     @property
     def tensors(self) -> int:
-        """Without the process."""
+        """Return the bytes of all tensors: every category but `process`."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.temporary
 
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary", "process")
-"""Of memory, in the order of `Memory`'s fields."""
+"""Categories of memory: the fields of `Memory`, in their order."""
 
 
 def categories(memory: Memory) -> dict[str, int]:
-    """Bytes by category."""
+    """Return the bytes of each category of memory by name."""
     return {name: getattr(memory, name) for name in CATEGORIES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Of one optimizer step, on the device that is busiest. All times in seconds.
+    """Predicted costs of one optimizer step. Times are seconds on the busiest device.
 
-    step = compute + exposed communication + bubble + optimizer + host, where communication that is hidden behind
-    compute is not exposed.
+    step = compute + exposed communication + bubble + optimizer + host, where communication is exposed if compute does
+    not hide it.
 
     Attributes:
-        step_seconds: one optimizer step.
-        compute_seconds: kernels of forward and backward passes, recomputation included.
+        step_seconds: time of one optimizer step.
+        compute_seconds: kernels of forward and backward passes, including recomputation.
         communication_seconds: all communication, hidden or not.
-        exposed_communication_seconds: during which the device waits.
-        bubble_seconds: during which it waits for other stages of the pipeline.
+        exposed_communication_seconds: time for which the device waits for communication.
+        bubble_seconds: time for which the device waits for other stages of the pipeline.
         optimizer_seconds: update of the parameters.
-        host_seconds: during which it waits for the host to launch kernels.
-        memory: of the device that needs most.
-        memory_available: of that device in bytes.
-        model_flops: floating point operations of the step that the model needs, without recomputation, all devices.
-        peak_flops: per second, of all devices together in the dtype of the computation.
-        samples: of one step.
-        terms: finer parts of the step's time for people, by name.
-        origins: what the prediction rests on, by name: measured, datasheet, fitted or assumed.
+        host_seconds: time for which the device waits for the host to launch kernels.
+        memory: peak memory of the device that needs most.
+        memory_available: bytes of device memory that it has to fit into.
+        model_flops: floating point operations that the model needs for the step on all devices, without recomputation.
+        peak_flops: floating point operations per second of all devices together, in the dtype of the computation.
+        samples: samples of one step on all devices.
+        terms: finer parts of the step's time for display, seconds by name.
+        origins: origin of each number that the prediction rests on, by name: measured, datasheet, fitted or assumed.
     """
 
     step_seconds: float
@@ -78,25 +81,25 @@ class Prediction:
 
     @property
     def alpha(self) -> float:
-        """Communication time over compute time, as in T = T_compute (1 + alpha)."""
+        """Return communication time over compute time: alpha in T = T_compute (1 + alpha)."""
         return self.communication_seconds / self.compute_seconds if self.compute_seconds else 0.0
 
     @property
     def exposed_alpha(self) -> float:
-        """Communication that is not hidden behind compute, over compute time."""
+        """Return exposed communication time over compute time."""
         return self.exposed_communication_seconds / self.compute_seconds if self.compute_seconds else 0.0
 
     @property
     def fits(self) -> bool:
-        """Whether the memory is enough."""
+        """Return whether the peak memory fits into the device's memory."""
         return self.memory.total <= self.memory_available
 
     @property
     def samples_per_second(self) -> float:
-        """Of all devices together."""
+        """Return the throughput of all devices together."""
         return self.samples / self.step_seconds
 
     @property
     def model_flops_utilization(self) -> float:
-        """FLOPs that the model needs over what the devices could do in that time (MFU; Chowdhery et al. 2022)."""
+        """Return the model's FLOPs over the peak FLOPs of the step (model FLOPs utilization; Chowdhery et al. 2022)."""
         return self.model_flops / (self.step_seconds * self.peak_flops)

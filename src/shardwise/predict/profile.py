@@ -1,14 +1,15 @@
-"""What one step of a workload needs on one device: the value that predictions are computed from.
+"""Profile of one step of a workload on one device: kernels, exchanges, parameters and activations. Predictions read it.
 
-A step is a chain of links, the parts between neighbouring places where its graph can be cut (see `parallel.cuts`). Each
-link has a layer: the kernels, exchanges and bytes of one microbatch on one worker of tensor parallelism. Equal links
-share one layer, so that a model of a thousand equal blocks is as quick to predict as one of two.
+A step is a chain of segments: the pieces of its graph between neighbouring cut points (see `parallel.cuts`). A segment
+is a `Link`, and segments are known by their index in the chain. Each has a `Layer`: kernels, exchanges and bytes of one
+microbatch on one tensor-parallel worker. Equal segments share one layer object, so that a model of a thousand equal
+blocks is as fast to predict as one of two.
 
-    profile.links[i].layer.forward     kernels of the forward pass of link i
-    profile.parameters                 what is trained, and which links use it
-    profile.values                     what links hand to each other: messages of a pipeline, activations that are kept
+    profile.links[i].layer.forward     kernels and exchanges of the forward pass of segment i
+    profile.parameters                 parameters and buffers, and the segments that use them
+    profile.values                     tensors that segments hand to each other: messages of a pipeline, activations
 
-`predict.profiling` makes them from workloads.
+`predict.profiling` makes profiles from workloads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from shardwise.predict.kernel import Kernel
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """One exchange among tensor-parallel workers: operation and bytes as in `collective.Collective`."""
+    """One collective among tensor-parallel workers: operation and bytes as in `collective.Collective`."""
 
     operation: str
     bytes: int
@@ -39,26 +40,26 @@ class Pass:
 
     @property
     def rest(self) -> Pass:
-        """Without products: what is computed again where their results are kept."""
+        """Return the part of the pass that selective recomputation runs again: all kernels but `strategy.PRODUCTS`."""
         return replace(self, kernels=tuple(kernel for kernel in self.kernels if not kernel.product))
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one microbatch needs of one link on one worker.
+    """Kernels, exchanges and bytes of one microbatch in one segment on one worker.
 
     Attributes:
         forward: the forward pass.
-        backward: the backward pass; of the inputs only, where the profile is `split`.
-        weights: gradients of the weights, where the profile is `split` (zero-bubble); else empty.
-        recomputed: what is computed again where this is the last link of a block that is recomputed: torch stops after
-            the last tensor that the backward pass needs.
+        backward: the backward pass; if the profile is `split`, only for gradients of the inputs.
+        weights: the pass for gradients of the weights, if the profile is `split` (zero-bubble); else empty.
+        recomputed: the part of the forward pass that is recomputed if this is the last segment of a recomputed block:
+            torch stops after the last tensor that the backward pass needs.
         keeps: whether the backward pass needs any tensor of the forward pass.
-        inside: bytes that are kept for the backward pass, without the values that links hand to each other.
-        products: bytes of the results of products, which stay where the rest is computed again (`parallel.selective`).
-        temporary_forward: most bytes at a time beside what is kept, in the forward pass.
-        temporary_backward: the same in the backward pass, gradients of activations included.
-        normalised: channels of each batch norm in training.
+        inside: bytes saved for the backward pass, without the values that segments hand to each other.
+        products: bytes of the results that selective recomputation keeps (`parallel.selective`).
+        temporary_forward: peak bytes of the forward pass beside what is saved.
+        temporary_backward: peak bytes of the backward pass beside what is saved, including gradients of activations.
+        normalised: number of channels of each batch norm in training mode.
     """
 
     forward: Pass = Pass()
@@ -78,13 +79,13 @@ class Parameter:
     """One parameter, or buffer, as one tensor-parallel worker holds it.
 
     Attributes:
-        name: in the plain module.
-        shape: of what one worker holds.
-        itemsize: bytes of an element.
-        links: that use it, ascending.
+        name: name in the plain module.
+        shape: shape of the part that one worker holds.
+        itemsize: bytes per element.
+        links: segments that use it, in ascending order.
         trained: whether it has a gradient.
-        cut: whether tensor parallelism cuts it.
-        summed: whether its gradients are summands of the tensor-parallel workers.
+        cut: whether tensor parallelism shards it.
+        summed: whether each tensor-parallel worker computes a partial gradient, so that they must be summed over tp.
         buffer: whether it is a buffer.
     """
 
@@ -99,7 +100,7 @@ class Parameter:
 
     @cached_property
     def elements(self) -> int:
-        """Of what one worker holds."""
+        """Count the elements that one worker holds."""
         count = 1
         for size in self.shape:
             count *= size
@@ -107,21 +108,21 @@ class Parameter:
 
     @cached_property
     def bytes(self) -> int:
-        """Of what one worker holds."""
+        """Return the bytes that one worker holds."""
         return self.elements * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What one link makes and others use.
+    """A tensor that one segment makes and others use.
 
     Attributes:
-        message: bytes when it is sent from one stage to another.
-        held: bytes that it takes while it is kept.
-        made: the link that makes it; -1: it is computed from the batch, by whoever needs it.
-        used: links that use it, ascending.
-        saved: links that keep it for their backward pass, ascending.
-        grad: whether a gradient comes back.
+        message: bytes of the message that sends it from one stage to another.
+        held: bytes of memory that it takes while it is alive; 0 if it is a view of another value.
+        made: segment that makes it; -1 if it is computed from the batch alone, by each stage that needs it.
+        used: segments that use it, in ascending order.
+        saved: segments that save it for their backward pass, in ascending order.
+        grad: whether it has a gradient, which is sent back.
     """
 
     message: int
@@ -134,12 +135,12 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One link of the chain.
+    """One segment of the chain: a piece of the step's graph between two neighbouring cut points.
 
     Attributes:
-        layer: what it needs.
-        message: bytes to send where the step is cut before this link; 0 for the first.
-        constants: bytes of tensors that the module holds but does not save, by the first link that uses them.
+        layer: its kernels, exchanges and bytes.
+        message: bytes to send if the step is cut before this segment; 0 for the first one.
+        constants: bytes of the module's tensors outside of its state dict that this segment is the first to use.
     """
 
     layer: Layer
@@ -149,13 +150,13 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What the optimizer does to one element of a parameter.
+    """Work and memory of the optimizer per element of a parameter.
 
     Attributes:
-        kernels: of one element: `bytes` and `flops` are to be multiplied with the elements.
-        state_bytes: that it keeps for each element.
-        together: whether a kernel takes all parameters at once, not one after the other.
-        temporary_bytes: that it needs for a moment for each element, where it takes all at once, as on a GPU.
+        kernels: kernels of an update, with `bytes` and `flops` per element.
+        state_bytes: bytes of optimizer state per element.
+        together: whether one kernel updates all parameters (`foreach`, `fused`) instead of one kernel for each.
+        temporary_bytes: bytes of short-lived tensors per element if one kernel updates all parameters, as on a GPU.
     """
 
     kernels: tuple[Kernel, ...] = ()
@@ -164,34 +165,34 @@ class Update:
     temporary_bytes: float = 0.0
 
     def at_once(self, device: str) -> bool:
-        """Whether a kernel takes all parameters at once on this kind of device."""
+        """Return whether one kernel updates all parameters on this kind of device, as torch does on any GPU."""
         return self.together or device == "gpu"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """See the module's docstring.
+    """Profile of one step of a workload on one device; see the module's docstring.
 
     Attributes:
-        name: of the workload.
-        tp: tensor-parallel workers that it is for.
-        sp: whether activations are cut along the sequence.
-        microbatch: samples.
+        name: name of the workload.
+        tp: degree of tensor parallelism that it is for.
+        sp: whether activations are sharded along the sequence (sequence parallelism).
+        microbatch: samples of a microbatch.
         precision: `float32` or `bf16`.
-        device: kind of device that it is for, `gpu` or `cpu`: they run other kernels and keep other tensors.
-        batch_size: global, as the workload has it.
-        links: the chain.
-        parameters: and buffers, in the order of the module.
-        values: that links hand to each other.
+        device: kind of device that it is for, `gpu` or `cpu`: they run other kernels and save other tensors.
+        batch_size: global batch size of the workload.
+        links: the chain of segments.
+        parameters: parameters and buffers, in the order of the module.
+        values: tensors that segments hand to each other.
         blocks: indices of the parameters of each repeated block of the module, in its order; see `parallel.blocks`.
-        update: of the optimizer.
-        weighted: whether the workload has its own weight, which replicas add up in each step.
+        update: work of the optimizer per element.
+        weighted: whether the workload weights its batches, so that replicas all-reduce the weight in each step.
         clipped: whether gradients are clipped.
-        split: whether gradients of weights are apart from those of inputs (zero-bubble).
+        split: whether gradients of weights and of inputs are computed in passes of their own (zero-bubble).
         cut: whether the step could be traced, so that tp and pp are possible.
-        ready: indices of trained parameters in the order in which their gradients are complete.
-        batch_bytes: of the data of one microbatch.
-        notes: what a person should know, one line each.
+        ready: indices of trained parameters in the order in which their gradients become complete.
+        batch_bytes: bytes of the data of one microbatch.
+        notes: remarks to show to users, one line each.
     """
 
     name: str
@@ -214,13 +215,13 @@ class Profile:
     batch_bytes: int = 0
     notes: tuple[str, ...] = ()
     kept: Kept = field(default_factory=Kept, repr=False, compare=False)
-    """What has been derived of it, by what it was derived for."""
+    """Memo table for values that are derived from this profile."""
 
     @cached_property
     def saved(self) -> tuple[int, ...]:
-        """Sums of the bytes kept for the backward pass of links 0 to i: one entry more than links.
+        """Prefix sums of the bytes saved for the backward pass: entry i is the sum over segments before i.
 
-        A value that several links keep counts where it is kept first.
+        A value that several segments save counts at the first of them.
         """
         own = [link.layer.inside for link in self.links]
         for value in self.values:
@@ -230,12 +231,12 @@ class Profile:
 
     @cached_property
     def products(self) -> tuple[int, ...]:
-        """Sums of the bytes of the results of products of links 0 to i: one entry more than links."""
+        """Prefix sums of the bytes that selective recomputation keeps: entry i is the sum over segments before i."""
         return tuple(accumulate((link.layer.products for link in self.links), initial=0))
 
     @cached_property
     def live(self) -> tuple[tuple[Value, ...], ...]:
-        """Before each link, and behind the last: the values that are made before and used from there on."""
+        """List the live values before each segment and after the last one: made before that point and used after it."""
         found: list[list[Value]] = [[] for _ in range(len(self.links) + 1)]
         for value in self.values:
             for link in range(max(value.made + 1, 0), value.used[-1] + 1):
@@ -243,7 +244,7 @@ class Profile:
         return tuple(map(tuple, found))
 
     def crossing(self, first: int, end: int) -> list[Value]:
-        """Values that come into links `first` to `end` from outside, or leave them."""
+        """Return the values that enter segments `first` to `end` from earlier ones, or leave them for later ones."""
         arriving = [value for value in self.live[first] if any(first <= link < end for link in value.used)]
         return arriving + [value for value in self.live[end] if value.made >= first]
 
@@ -257,7 +258,7 @@ class Profile:
 
     @cached_property
     def kinds_of_links(self) -> tuple[int, ...]:
-        """For each link a number that links share which do, keep and complete the same, wherever they lie."""
+        """Number the kinds of segments: equal numbers mean equal layer, saved bytes and parameters, at any position."""
         own = [self.saved[link + 1] - self.saved[link] for link in range(len(self.links))]
         known: dict[object, int] = {}
         return tuple(
@@ -266,23 +267,23 @@ class Profile:
         )
 
     def _used_by(self, link: int) -> tuple[object, ...]:
-        """The parameters of a link, each with how far the other links are that use it."""
+        """Return the parameters of a segment, as (kind, distances to the segments that use it) pairs."""
         used = ((self._kinds[index], self.parameters[index].links) for index in self._users[link])
         return tuple((kind, tuple(other - link for other in links)) for kind, links in used)
 
     def within(self, first: int, end: int) -> tuple[int, ...]:
-        """Indices of the parameters that links `first` to `end` use, ascending."""
+        """Return the indices of the parameters that segments `first` to `end` use, in ascending order."""
         users = self._users
         return self.kept.once(("within", first, end), lambda: tuple(sorted(set(chain.from_iterable(users[first:end])))))
 
     @cached_property
     def shared(self) -> tuple[int, ...]:
-        """Indices of the parameters that several links use."""
+        """Return the indices of the parameters that several segments use."""
         return tuple(index for index, parameter in enumerate(self.parameters) if len(parameter.links) > 1)
 
     @cached_property
     def _kinds(self) -> tuple[int, ...]:
-        """For each parameter the index of the first one that is like it but for its name and its links."""
+        """Map each parameter to the first one that differs from it in name and segments only, by index."""
         first: dict[object, int] = {}
         return tuple(
             first.setdefault((p.shape, p.itemsize, p.trained, p.cut, p.summed, p.buffer), index)
@@ -290,7 +291,7 @@ class Profile:
         )
 
     def kinds_within(self, ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[Parameter, int], ...]:
-        """(one of them, how many) of the parameters that ranges of links use, like ones together, in their order."""
+        """Group the parameters that ranges of segments use by kind: (one parameter of the kind, count), in order."""
 
         def count() -> tuple[tuple[Parameter, int], ...]:
             indices = {index for first, end in ranges for index in self.within(first, end)}
@@ -301,17 +302,17 @@ class Profile:
 
     @cached_property
     def largest(self) -> int:
-        """Bytes of the largest trained parameter."""
+        """Return the bytes of the largest trained parameter; 0 if none is trained."""
         return max((self.parameters[index].bytes for index in self.trained), default=0)
 
     @cached_property
     def trained(self) -> tuple[int, ...]:
-        """Indices of the trained parameters."""
+        """Return the indices of the trained parameters."""
         return tuple(index for index, parameter in enumerate(self.parameters) if parameter.trained)
 
     @cached_property
     def flops(self) -> float:
-        """Floating point operations of one microbatch on one worker, forward and backward, without recomputation."""
+        """Return the FLOPs of one microbatch on one worker, forward and backward, without recomputation."""
         total = 0.0
         for link in self.links:
             layer = link.layer

@@ -1,6 +1,6 @@
-"""From a workload to its profile: its step is traced once without memory, cut into links, and each kind of link run.
+"""Profiler: traces a workload's step once without memory, cuts it into segments, and analyses each kind of segment.
 
-Parameters have no values here and nothing is computed, so that a model may be larger than this machine.
+Parameters have no values here and nothing is computed, so that a model may be larger than this machine's memory.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from shardwise.workload.workload import Workload
 
 @dataclass(slots=True)
 class Profiles:
-    """The profiles of one workload, each made once, from models that are built and traced once.
+    """Cache of a workload's profiles. Each profile is made once, from models that are built and traced once.
 
         profiles = Profiles(workload)
         profiles.of(Strategy.parse("tp=2,pp=2"))
 
     Attributes:
-        workload: what is trained.
+        workload: the workload to profile.
         device: kind of device, `gpu` or `cpu`.
     """
 
@@ -54,11 +54,15 @@ class Profiles:
     _models: _Models | None = None
 
     def of(self, strategy: Strategy, batch_size: int = 0) -> Profile:
-        """The profile that a strategy is predicted from; `batch_size`: in place of the workload's.
+        """Return the profile that a strategy is predicted from.
+
+        Args:
+            strategy: the strategy.
+            batch_size: global batch size; 0 selects the workload's.
 
         Raises:
-            StrategyError: the batch does not divide.
-            WorkloadError: the step cannot be traced, and the strategy has tp.
+            StrategyError: the batch does not divide into the strategy's microbatches.
+            WorkloadError: the strategy has tp above 1, but the step cannot be traced.
         """
         size = batch_size or self.workload.batch_size
         strategy = strategy.for_batch(size)
@@ -75,7 +79,11 @@ class Profiles:
         return self._known[key]
 
     def tensor_degrees(self) -> TensorDegrees:
-        """Which tensor degrees the model can be cut into. Raises Untraceable where it cannot be traced."""
+        """Return the degrees of tensor parallelism that the model allows.
+
+        Raises:
+            Untraceable: the step cannot be traced.
+        """
         self._models = self._models or _Models(self.workload, self.device)
         return self._models.tensor_degrees()
 
@@ -90,26 +98,27 @@ def profile(
     split: bool = False,
     device: str = "gpu",
 ) -> Profile:
-    """What one microbatch of a workload needs on one device.
+    """Profile one microbatch of a workload on one device.
 
     Args:
-        workload: what is trained; its model is built without memory for parameters.
-        tp: tensor-parallel workers.
-        sp: 1: activations between sharded layers are cut along the sequence.
-        microbatch: samples.
-        precision: `float32` or `bf16`; empty: the workload's.
-        split: gradients of weights apart from those of inputs, as a zero-bubble pipeline computes them.
+        workload: the workload to profile; its model is built without memory for parameters.
+        tp: degree of tensor parallelism.
+        sp: 1 shards activations between sharded layers along the sequence.
+        microbatch: samples of the microbatch.
+        precision: `float32` or `bf16`; empty selects the workload's.
+        split: whether gradients of weights and of inputs are computed in passes of their own, as in a zero-bubble
+            pipeline.
         device: kind of device, `gpu` or `cpu`.
 
     Raises:
-        WorkloadError: the model cannot be built, or not be traced though `tp` is above 1.
+        WorkloadError: the model cannot be built, or `tp` is above 1 and the model cannot be traced.
         DataError: the dataset is empty.
     """
     return _Models(workload, device).profile(tp, sp, microbatch, precision or workload.precision, split)
 
 
 class _Models:
-    """The builds of a model that can be profiled: those that were seen not to be traceable are not tried again."""
+    """Builds of a model to profile, the fastest first. A build that turned out to be untraceable is not tried again."""
 
     def __init__(self, workload: Workload, device: str) -> None:
         self._workload, self._device = workload, device
@@ -117,7 +126,7 @@ class _Models:
         self._model: Model | None = next(self._builds)
 
     def profile(self, tp: int, sp: int, microbatch: int, precision: str, split: bool) -> Profile:
-        """See `profile`."""
+        """Profile the first build that can be traced, else the model with real values; see `profile` above."""
         while self._model is not None:
             profiler = _Profiler(self._model, self._device, tp, sp, microbatch, precision, split)
             try:
@@ -136,7 +145,7 @@ class _Models:
 
 @dataclass(slots=True)
 class _Traced:
-    """A step in all the forms that its analysis needs."""
+    """A partitioned step: the graph of one worker, its cut points, and its segments as subgraphs."""
 
     local: LocalGraph
     found: list[Place]
@@ -157,19 +166,23 @@ class _Profiler:
         self.weights = WeightGradients()
 
     def profile(self) -> Profile:
-        """Of a model without values. Raises Untraceable."""
+        """Profile a model without values. Raises Untraceable if its step cannot be traced."""
         with self.model.short() as module:
             found = self._cut(module)
         if self.model.layers is not None:
             longer = deepened(found, self.model.prefixes())
-            if longer is None:  # equal layers that take part in the step in different ways
+            if longer is None:  # equal layers that the step uses in different ways
                 self.model.lengthen()
                 return self.profile()
             found = longer
         return self._with_blocks(found)
 
     def profile_with_values(self) -> Profile:
-        """Of a model that is known not to be traceable as a whole."""
+        """Profile a model with real values, as a single segment if its step cannot be traced.
+
+        Raises:
+            Untraceable: the step cannot be traced, but tp is above 1.
+        """
         try:
             return self._with_blocks(self._cut(self.model.module))
         except Untraceable as error:
@@ -228,7 +241,7 @@ class _Profiler:
     def _evaluated(
         self, named: Mapping[str, nn.Parameter], trained: frozenset[str], local: LocalGraph
     ) -> Sequence[Place]:
-        """Where the graph of an evaluation may be cut: at the same parameters for any number of samples."""
+        """Return the cut points of the evaluation graph, cached: they are the same for any number of samples."""
         known, key = self.model.evaluated, (self.tp, self.sp)
         if key not in known:
             known[key] = places(self._partitioned(self.model.evaluation(self.samples), trained, local), named)
@@ -248,7 +261,7 @@ class _Profiler:
         return local
 
     def _batch_norm(self, x: Tensor, *others: Any) -> Tensor:
-        """Notes a batch norm, whose statistics are those of all replicas."""
+        """Run a batch norm and record its channels: in training its statistics are computed over all replicas."""
         self.recorder.normalised.append(int(x.shape[1]))
         return self.keyed.batch_norm(x, *others)
 
@@ -268,7 +281,7 @@ class _Profiler:
     # ---- a module that cannot be traced -----------------------------------------------------------------------------
 
     def _whole(self, model: nn.Module, why: str) -> Profile:
-        """The module as one link, from one pass through it on real data."""
+        """Profile a module that cannot be traced as a single segment, from a step on real data."""
         data, tensors = batch(self.workload, self.samples), tensors_of(model)
         parameters = tuple(
             Parameter(
@@ -296,7 +309,11 @@ class _Profiler:
         )
 
     def _run(self, model: nn.Module, data: Any) -> tuple[Layer, list[str]]:
-        """One forward and one backward pass, noted."""
+        """Run one forward and one backward pass and record them.
+
+        Returns:
+            The layer, and names of the trained parameters in the order in which their gradients become complete.
+        """
         recorder, saved, ready = self.recorder, {}, []
         own = {int(t.untyped_storage()._cdata) for t in (*model.parameters(), *model.buffers())}
 
@@ -339,7 +356,7 @@ class _Profiler:
             return output
         return map_tensors(lambda tensor: tensor.float() if tensor.dtype == torch.bfloat16 else tensor, output)
 
-    # ---- what both have ---------------------------------------------------------------------------------------------
+    # ---- either way -------------------------------------------------------------------------------------------------
 
     def _finished(self, data: Any, **found: Any) -> Profile:
         return Profile(
@@ -360,7 +377,7 @@ class _Profiler:
 
 
 def _given(step: StepGraph, data: Any, mode: FakeTensorMode) -> dict[str, Any]:
-    """The batch and the module's constants without their data, by placeholder."""
+    """Return the batch and the module's constants as fake tensors, by placeholder name."""
     leaves = dict(zip(step.leaves, batch_leaves(data), strict=True))
     return {
         name: mode.from_tensor(value.detach()) if isinstance(value, Tensor) else value
@@ -369,7 +386,7 @@ def _given(step: StepGraph, data: Any, mode: FakeTensorMode) -> dict[str, Any]:
 
 
 def _specs(local: LocalGraph, tensors: Mapping[str, Tensor]) -> dict[fx.Node, Spec]:
-    """How the parameters and buffers of a graph lie on one worker, by placeholder."""
+    """Return how each parameter and buffer lies in the memory of one worker, by placeholder."""
     found = {}
     for node in local.graph.nodes:
         name = local.step.tensors.get(node.name) if node.op == "placeholder" else None
@@ -390,7 +407,7 @@ def _used(parts: Sequence[Section]) -> dict[str, list[int]]:
 
 
 class _Chain:
-    """The links of a step, analysed one after the other."""
+    """Segments of a step, analysed one after the other."""
 
     def __init__(self, analyst: Analyst, cut: _Traced, given: Mapping[str, Any], specs: Mapping[fx.Node, Spec]) -> None:
         self._analyst, self._cut, self._specs = analyst, cut, specs
@@ -413,7 +430,7 @@ class _Chain:
         self.ready: list[str] = []
 
     def run(self) -> None:
-        """Analyses all of them."""
+        """Analyse all segments; fills `links` and `ready`."""
         parts, found = self._cut.parts, self._cut.found
         for number, part in enumerate(parts):
             for node in part.inputs:
@@ -427,7 +444,7 @@ class _Chain:
         self._order()
 
     def values(self) -> Iterable[Value]:
-        """What links hand to each other."""
+        """Yield the tensors that segments hand to each other, after `run`."""
         for node, made in self._made.items():
             users = self._uses.get(node, [])
             if not users:
@@ -446,7 +463,7 @@ class _Chain:
             )
 
     def _with_batch(self, part: Section, layer: Layer) -> Layer:
-        """The layer of a link with what comes from the batch alone, computed by whoever needs it first."""
+        """Add the kernels that depend on the batch alone to the forward pass of the segment that needs them first."""
         needed = [node for node in part.nodes if node in self._from_batch]
         kernels = tuple(kernel for node in needed for kernel in self._from_batch.pop(node))
         if not kernels:
@@ -458,14 +475,14 @@ class _Chain:
         return self._layers[key]
 
     def _constants(self, part: Section) -> int:
-        """Bytes of the module's constants that a link uses first."""
+        """Return the bytes of the module's constants that a segment is the first to use."""
         held = self._cut.local.step.constants
         new = [node.name for node in part.given if node.name in held and node.name not in self._held_constants]
         self._held_constants.update(new)
         return sum(held[name].numel() * held[name].element_size() for name in new)
 
     def _compute(self) -> None:
-        """Computes what comes from the batch alone."""
+        """Run and record the nodes that depend on the batch and on constants alone."""
         recorder = self._analyst.recorder
         with self._analyst.mode, recorder, torch.no_grad():
             for node in self._cut.local.graph.nodes:
@@ -501,7 +518,7 @@ class _Chain:
         self._saves.setdefault(self._root[node], []).append(link)
 
     def _order(self) -> None:
-        """Gradients of the whole step in the order in which they are complete: with the first use of each."""
+        """Order the parameters by when their gradients become complete: in the backward pass of their first use."""
         first: dict[str, int] = {}
         for number, names in enumerate(self._ready_of):
             for name in names:

@@ -1,24 +1,27 @@
-"""Observes one step of a program as it runs, on real workers or on fake ones: kernels, collectives, memory.
+"""Recorder of one step of a program on real or fake workers: kernels, collectives, and memory at its peak.
 
-    program.step_share(share)                         # a step or two first: buckets are built, optimizer states made
+    program.step_share(share)                         # warm up: buckets are built, optimizer states allocated
     with Recorder() as recorder, recorder.following(program):
         program.step_share(share)
     record = recorder.record()
     record.kernels        # tuple[Kernel], in order; `Kernel.when` says forward, backward, recompute or optimizer
     record.collectives    # tuple[Collective], in order
     record.events         # both in one order, each with its mark: Event("0F3", Kernel | Collective)
-    record.memory         # prediction.Memory at the moment of the peak: the bytes of all tensors that are alive
+    record.memory         # prediction.Memory at the peak: the bytes of all tensors that are alive
 
-Marks are spelled as the pipeline's actions are: stage, kind (F forward, B backward, I and W its two halves, for inputs
-and weights), microbatch: `0F3`. Without a pipeline there is stage 0 alone. What belongs to no microbatch has the mark
-`reduce` (sums of gradients after the last backward pass), `update` (the optimizer, and what replicas then send each
-other) or none (losses, norms, clipping). `Recorder.mark` is a context manager for marks of one's own.
+A mark is spelled like an action of the pipeline: stage index, kind (F forward, B backward, or its halves I for inputs
+and W for weights) and microbatch, for example `0F3`. Without a pipeline there is stage 0 alone. Events that belong to
+no microbatch have the mark `reduce` (all-reduces of gradients after the last backward pass), `update` (the optimizer,
+and broadcasts of updated parameters) or none (losses, norms, clipping). `Recorder.mark` is a context manager for marks
+of one's own.
 
 The recorder is a dispatch mode: it sees every operation that reaches torch's dispatcher, from Python, from autograd
-(whose backward pass runs in the calling thread on the CPU) and from C++ (DDP's reducer). Operations on tensors of a
-subclass, `DTensor`, are seen as what they do on this worker. It does not see scratch memory inside of a kernel.
+(whose backward pass runs in the calling thread on the CPU) and from C++ (DDP's reducer). Operations on a subclass of
+tensors, `DTensor`, are seen as the local operations that they run on this worker. Workspace inside of kernels is not
+seen.
 
-With `offloaded`, what workers split between them lies on the host, which updates it, and takes no memory of the device.
+If `offloaded` is set, sharded parameters, their gradients and their optimizer states lie on the host and take no memory
+of the device.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened: `mark` says in which part of the step."""
+    """A kernel or collective that a worker issued; `mark` says in which part of the step."""
 
     mark: str
     what: Kernel | Collective
@@ -59,11 +62,11 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What happened in one step on one worker.
+    """Record of one step on one worker.
 
     Attributes:
         events: kernels and collectives, in the order in which they were issued.
-        memory: at its peak.
+        memory: memory of all tensors at the peak, by category.
     """
 
     events: tuple[Event, ...]
@@ -71,17 +74,17 @@ class Record:
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """In the order in which they were issued."""
+        """Return the kernels in the order in which they were issued."""
         return tuple(event.what for event in self.events if isinstance(event.what, Kernel))
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
-        """In the order in which they were issued."""
+        """Return the collectives in the order in which they were issued."""
         return tuple(event.what for event in self.events if isinstance(event.what, Collective))
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """See the module's docstring. Opened inside of a `FakeTensorMode` where there is one."""
+    """Dispatch mode that records a step; see the module's docstring. Open it inside of any `FakeTensorMode`."""
 
     def __init__(self, *, offloaded: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -94,7 +97,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._engine: Engine | None = None
 
     def __enter__(self) -> Recorder:
-        gc.collect()  # what is held in circles would go at some moment of the step, whichever
+        gc.collect()  # else reference cycles would be freed at an arbitrary moment of the step
         self._collects = gc.isenabled()
         gc.disable()
         self._storages.open()
@@ -108,14 +111,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             gc.enable()
 
     def record(self) -> Record:
-        """What was observed."""
+        """Return the record of all that was observed so far."""
         return Record(tuple(self._events), self._storages.peak())
 
     # ---- the parts of a step ----------------------------------------------------------------------------------------
 
     @contextmanager
     def mark(self, mark: str | None = None, base: str | None = None) -> Iterator[None]:
-        """Surrounds a part of the step; `base`: what it is part of: forward, backward, optimizer."""
+        """Mark events while the context is open.
+
+        Args:
+            mark: their mark; None leaves it as it is.
+            base: their phase: `forward`, `backward` or `optimizer`; None leaves it as it is.
+        """
         before = self._mark, self._base
         self._mark = self._mark if mark is None else mark
         self._base = self._base if base is None else base
@@ -126,7 +134,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def following(self, program: Program) -> Iterator[None]:
-        """Surrounds steps of a program: marks their parts, and tells its tensors from others."""
+        """Mark the parts of a program's steps while the context is open, and categorize the program's tensors."""
         self._axes, self._engine = Axes.of(program.mesh), program.engine
         self._keep((held.tensor for held in program.engine.held.values()), "parameters")
         self._mark_states(program)
@@ -135,7 +143,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._mark_states(program)
 
     def _mark_states(self, program: Program) -> None:
-        """States of the optimizer, and gradients: which may be there before a step, or only after it."""
+        """Categorize optimizer states and gradients, which may exist before a step or only after it."""
         states = [] if program.optimizer is None else list(program.optimizer.state.values())
         self._storages.mark((local(tensor) for tensor in tensors(states)), "optimizer", elsewhere=self._offloaded)
         self._keep((p.grad for p in program.engine.parameters.values() if p.grad is not None), "gradients")
@@ -145,13 +153,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._storages.mark([local(tensor)], category, elsewhere=self._offloaded and is_split(tensor))
 
     def _when(self) -> str:
-        """Which pass runs: autograd says whether it goes backward."""
+        """Return the current phase. In a forward or backward phase, autograd says whether a backward pass runs."""
         if self._base in ("forward", "backward") and torch._C._current_graph_task_id() != -1:
             return "recompute" if self._engine is not None and self._engine.recomputing else "backward"
         return self._base
 
     def _place(self, when: str) -> str:
-        """The mark; a microbatch's own is spelled for its forward pass."""
+        """Return the current mark. A microbatch's mark says F (forward); in its backward pass that becomes B."""
         mark = self._mark
         return mark.replace("F", "B") if when in ("backward", "recompute") and mark[:1].isdigit() else mark
 
@@ -159,7 +167,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind not in _PLAIN for kind in types):
-            return NotImplemented  # it will do what it does on tensors that are here
+            return NotImplemented  # the subclass calls again with its local tensors
         kwargs = kwargs or {}
         when = self._when()
         place = self._place(when)
@@ -183,7 +191,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _wrapped(recorder: Recorder, program: Program) -> Iterator[None]:
-    """Marks parts of the program's steps by functions around its own."""
+    """Mark the parts of a program's steps by wrapping its methods while the context is open."""
     engine: Any = program.engine
     replaced: list[tuple[Any, str]] = []
 
@@ -215,7 +223,7 @@ def _wrapped(recorder: Recorder, program: Program) -> Iterator[None]:
 
 
 def _count_microbatches(recorder: Recorder, engine: Any, replaced: list[tuple[Any, str]]) -> None:
-    """Marks the microbatches of a module that runs as it is: each begins when its data arrive."""
+    """Mark the microbatches of a module that runs as it is: each begins when its data enter the engine."""
     original = engine._enter
     seen = 0
 

@@ -1,10 +1,10 @@
-"""Profiles of models with many equal layers, from the profile of the same model with few of them.
+"""Extension of a profile of a model with four layers to the same model with any number of equal layers.
 
-    layer 0 | layer 1 | layer 2 | layer 3        of which layers 1 and 2 are seen to be alike in everything
-    layer 0 | layer 1 | layer 1 | layer 1 ...    | layer 2 | layer 3
+    layer 0 | layer 1 | layer 2 | layer 3                      the traced profile; layers 1 and 2 must be equal
+    layer 0 | layer 1 | layer 1 | ... | layer 2 | layer 3      the extended profile: layer 1 is copied
 
-What comes before and behind layers 1 and 2 (the ends of the model, and how the first and the last layer differ) stays
-as it is. Stages are cut on the whole chain, as if all of it had been traced.
+All before layer 1 and after layer 2 (the ends of the model, the first and the last layer) stays as it is. Stages are
+cut on the extended chain of segments, as if all of it had been traced.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from shardwise.predict.profile import Parameter, Profile, Value
 
 
 def deepened(short: Profile, layers: Sequence[str]) -> Profile | None:
-    """The profile of a model with more layers, without `blocks`; None where two in the middle are not alike.
+    """Extend a profile to all layers of a model, without `blocks`.
+
+    Returns None if the two layers in the middle are not equal.
 
     Args:
-        short: of the model with its first four layers.
-        layers: how the names of the parameters of each layer begin, of all that the model has.
+        short: profile of the model with its first four layers only.
+        layers: prefix of the parameter names of each layer of the whole model.
     """
     middle = _middle(short, layers)
     if middle is None or not middle.alike(short):
@@ -31,7 +33,10 @@ def deepened(short: Profile, layers: Sequence[str]) -> Profile | None:
 
 
 def _middle(short: Profile, layers: Sequence[str]) -> _Middle | None:
-    """Where layers 1 and 2 lie."""
+    """Find the segments and parameters of layers 1 and 2.
+
+    Returns None if the parameters of a layer are not contiguous, or the layers are not of one size and adjacent.
+    """
     starts, members = [], []
     for prefix in layers[:4]:
         own = [index for index, parameter in enumerate(short.parameters) if parameter.name.startswith(prefix)]
@@ -47,13 +52,13 @@ def _middle(short: Profile, layers: Sequence[str]) -> _Middle | None:
 
 @dataclass(frozen=True, slots=True)
 class _Middle:
-    """Layers 1 and 2 of a short profile.
+    """Position of layers 1 and 2 in the profile of a shortened model.
 
     Attributes:
-        layers: how names begin.
-        first: link of layer 1.
-        size: links of each.
-        one, two: their parameters.
+        layers: prefix of the parameter names of each layer of the whole model.
+        first: first segment of layer 1.
+        size: number of segments of each of the two layers.
+        one, two: indices of their parameters.
     """
 
     layers: tuple[str, ...]
@@ -64,23 +69,23 @@ class _Middle:
 
     @property
     def second(self) -> int:
-        """First link of layer 2."""
+        """Return the first segment of layer 2."""
         return self.first + self.size
 
     @property
     def end(self) -> int:
-        """First link behind layer 2."""
+        """Return the first segment after layer 2."""
         return self.second + self.size
 
     @property
     def more(self) -> int:
-        """Layers that are added."""
+        """Return the number of layers to add."""
         return len(self.layers) - 4
 
-    # ---- whether they are alike ---------------------------------------------------------------------------------
+    # ---- comparison ---------------------------------------------------------------------------------------------
 
     def alike(self, short: Profile) -> bool:
-        """Whether layer 2 is layer 1, moved, in everything that a profile says of them."""
+        """Return whether layer 2 equals layer 1 in everything that a profile contains, up to its position."""
         links = short.links
         if links[self.first : self.second] != links[self.second : self.end]:
             return False
@@ -103,7 +108,7 @@ class _Middle:
         return [link - first for link in links if first <= link < first + self.size]
 
     def _the_same(self, links: Sequence[int]) -> bool:
-        """Whether both use something from outside in the same way, or only layer 1 what the layer before hands it."""
+        """Return whether both layers use a value from outside alike, or only layer 1 does (the output of layer 0)."""
         there = self._within(links, self.second)
         return not there or self._within(links, self.first) == there
 
@@ -129,7 +134,7 @@ class _Middle:
         return self.one, self.two
 
     def _following(self, value: Value, distance: int) -> Value:
-        """What a layer makes, so many links further on."""
+        """Return a value that a layer makes, moved by `distance` segments."""
         return replace(
             value,
             made=value.made + distance,
@@ -137,10 +142,10 @@ class _Middle:
             saved=self._plus(value.saved, distance),
         )
 
-    # ---- more of them -------------------------------------------------------------------------------------------
+    # ---- extension ----------------------------------------------------------------------------------------------
 
     def deepened(self, short: Profile) -> Profile:
-        """With as many layers as there are names."""
+        """Return the profile of the whole model: layer 1 is repeated until all of `layers` are there."""
         links = short.links
         return replace(
             short,
@@ -156,7 +161,10 @@ class _Middle:
         return link + (self.more * self.size if link >= self.second else 0)
 
     def _links(self, links: Sequence[int]) -> tuple[int, ...]:
-        """Of something from outside: all copies use it where layer 2 does."""
+        """Return the segments that use a value or parameter from outside of the middle, in the extended chain.
+
+        If layer 2 uses it, so do all copies of layer 1.
+        """
         own = self._within(links, self.first) if self._within(links, self.second) else []
         copies = (self.second + number * self.size + link for number in range(self.more) for link in own)
         return tuple(sorted(chain(map(self._link, links), copies)))
@@ -191,7 +199,7 @@ class _Middle:
         yield from (self._following(value, self.more * self.size) for value in behind)
 
     def _ready(self, ready: Sequence[int]) -> Iterable[int]:
-        """Gradients of the last layers are complete first."""
+        """Yield parameters in the order in which their gradients become complete: those of the last layers first."""
         count = len(self.one)
         own = [index for index in ready if index in self.one]
         for index in ready:

@@ -1,12 +1,12 @@
-"""Profiles at sizes that were not traced: what a step needs is a plane over its microbatch and its shards.
+"""Profiles interpolated between few traced ones, for any microbatch size and degree of tensor parallelism.
 
-Every shape, FLOP and byte of a microbatch of m samples on one of t tensor-parallel workers is
+Every shape, FLOP count and byte count of a microbatch of m samples on one of t tensor-parallel workers is
 
-    a + b m + c / t + d m / t          and how often a kernel runs is  a + b t  (one copy for each worker)
+    a + b m + c / t + d m / t          and a kernel runs  a + b t  times (one copy for each worker)
 
-so that few traced profiles give all others: a search over hundreds of (tp, microbatch) traces a handful of steps.
-A number that does not follow the rule (a kernel that changes with the size, tensors of a single sample that need no
-copy, heads that no longer divide) shows when the finalists of a search are traced themselves.
+for constants a to d. A handful of traced steps therefore gives the profiles of the hundreds of (tp, microbatch) pairs
+of a search. Numbers that do not follow this rule (a kernel that changes with the size, tensors of a single sample that
+need no copy, heads that no longer divide) show up when the finalists of a search are traced themselves.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from shardwise.strategy import Strategy
 T = TypeVar("T")
 
 SMALL, LARGE = 2, 4
-"""Tensor-parallel degrees, and samples of a microbatch, that are traced to know larger ones."""
+"""Degrees of tensor parallelism, and samples of a microbatch, that are traced; other sizes are interpolated."""
 
 
 class _Unlike(Exception):
-    """Two profiles that differ in more than numbers."""
+    """Raised for two profiles that differ in more than numbers, so that there is no line through them."""
 
 
 P = TypeVar("P", bound=Profile | Condensed)
 
 
 def between(first: P, second: P, at: float, repeats_at: float | None = None) -> P | None:
-    """The profile on the line through two: `first` at 0, `second` at 1. None where they differ in more than numbers.
+    """Return the profile on the line through two others, by linear interpolation or extrapolation of all numbers.
 
-    Equal kernels of a pass are put together where the two have different numbers of them. Names, sizes of the
-    workload's batch and what was derived are those of `first`.
+    Returns None if the two differ in more than numbers. Equal kernels of a pass are merged if the two have different
+    numbers of kernels. Names, batch size and other fields that are not interpolated are those of `first`.
 
     Args:
-        first: at 0.
-        second: at 1, of the same workload.
-        at: where on the line.
-        repeats_at: where on the line of how often kernels run; None: `at`.
+        first: profile at position 0 of the line.
+        second: profile of the same workload at position 1.
+        at: position on the line.
+        repeats_at: position on the line for the number of times that kernels run; None selects `at`.
     """
     try:
         line = _Line(at, at if repeats_at is None else repeats_at)
-        nothing = Kept()  # the same of both: it is not to be drawn through
+        nothing = Kept()  # shared by both, so that it is not interpolated
         found = line.of(replace(first, kept=nothing), replace(second, kept=nothing, **_same(first)))
     except _Unlike:
         return None
@@ -58,7 +58,7 @@ def between(first: P, second: P, at: float, repeats_at: float | None = None) -> 
 
 
 def _same(profile: Profile | Condensed) -> dict[str, Any]:
-    """What is not to be drawn through."""
+    """Return the fields that are not interpolated but taken from a profile."""
     if isinstance(profile, Condensed):
         return {"tp": profile.tp}
     return {name: getattr(profile, name) for name in ("tp", "microbatch", "batch_size", "notes", "ready", "blocks")}
@@ -66,19 +66,19 @@ def _same(profile: Profile | Condensed) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Line:
-    """a + (b - a) at, for every number of two equal trees."""
+    """Linear interpolation a + (b - a) at of every number in two trees of equal structure."""
 
     at: float
     repeats_at: float
     known: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def of(self, a: T, b: T) -> T:
-        """Raises _Unlike where the trees differ in more than numbers."""
+        """Return the interpolated tree, cached for each pair. Raises _Unlike if they differ in more than numbers."""
         if a is b:
             return a
         key = (id(a), id(b))
         if key not in self.known:
-            self.known[key] = self._made(a, b), a, b  # the two are kept, so that no other gets their place in memory
+            self.known[key] = self._made(a, b), a, b  # keep both alive: their ids are the key
         found: T = self.known[key][0]
         return found
 
@@ -123,7 +123,7 @@ class _Line:
         return a if a == b else max(0, round(a + (b - a) * self.at))
 
     def _value(self, a: Value, b: Value) -> Value:
-        """There are as many of them as links in a deep model, so that this is written out."""
+        """Interpolate a value. Written out for speed: a deep model has about as many values as segments."""
         if (a.made, a.used, a.saved, a.grad) != (b.made, b.used, b.saved, b.grad):
             raise _Unlike
         if a.message == b.message and a.held == b.held:
@@ -131,7 +131,7 @@ class _Line:
         return Value(self._number(a.message, b.message), self._number(a.held, b.held), a.made, a.used, a.saved, a.grad)
 
     def _kernel(self, a: Kernel, b: Kernel) -> Kernel:
-        """Most of what there is are kernels."""
+        """Interpolate a kernel. Written out for speed: most objects of a profile are kernels."""
         names, others = (a.operation, a.kind, a.dtype, a.backward, a.when), (b.operation, b.kind, b.dtype)
         if names != (*others, b.backward, b.when) or len(a.shape) != len(b.shape):
             raise _Unlike
@@ -154,7 +154,7 @@ class _Line:
 
 
 def _merged(kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
-    """Equal kernels as one that runs several times."""
+    """Merge equal kernels into one whose count is the sum of theirs."""
     counts: dict[Kernel, int] = {}
     for kernel in kernels:
         alone = replace(kernel, count=1)
@@ -163,10 +163,10 @@ def _merged(kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
 
 
 class ScaledProfiles:
-    """Like `Profiles`, from few of them.
+    """Source of profiles like `Profiles`, which interpolates between few traced ones.
 
     Args:
-        traced: where the profiles at the corners come from.
+        traced: source of the traced profiles at the corners.
     """
 
     def __init__(self, traced: Profiles) -> None:
@@ -176,15 +176,15 @@ class ScaledProfiles:
         self._condensed = _Plane(lambda *corner: condense(self._corner(*corner)), _for_degree)
 
     def of(self, strategy: Strategy, batch_size: int = 0) -> Profile:
-        """The profile that a strategy is ranked by; raises as `Profiles.of` does."""
+        """Return the profile by which a search ranks a strategy. Raises as `Profiles.of` does."""
         return self._profiles.at(*self._where(strategy, batch_size))
 
     def condensed(self, strategy: Strategy) -> Condensed:
-        """What bounds are worked out from; raises as `Profiles.of` does."""
+        """Return the condensed profile from which bounds are computed. Raises as `Profiles.of` does."""
         return self._condensed.at(*self._where(strategy))
 
     def one(self) -> Profile:
-        """Of a microbatch on one worker: of which size does not matter."""
+        """Return a traced profile for a single worker, with some size of microbatch."""
         return self._corner(Strategy(), 1, SMALL)
 
     def _where(self, strategy: Strategy, batch_size: int = 0) -> tuple[Strategy, int]:
@@ -206,11 +206,11 @@ class ScaledProfiles:
 
 
 class _Plane(Generic[P]):
-    """Profiles of all (tp, samples), drawn through those at its corners.
+    """Profiles for all (tp, samples), interpolated between traced ones at the corners.
 
     Args:
-        corner: (strategy, tp, samples) -> what was traced there.
-        named: (profile, tp, samples) -> the profile, which says now what it is for.
+        corner: (strategy, tp, samples) -> the traced profile.
+        named: (profile, tp, samples) -> the profile with its fields set to these sizes.
     """
 
     def __init__(self, corner: Callable[[Strategy, int, int], P], named: Callable[[P, int, int], P]) -> None:
@@ -218,7 +218,7 @@ class _Plane(Generic[P]):
         self._known: dict[tuple[Any, ...], P] = {}
 
     def at(self, strategy: Strategy, samples: int) -> P:
-        """For a strategy's tp, sp, precision and schedule."""
+        """Return the profile for `samples` samples and a strategy's tp, sp, precision and schedule."""
         tp = strategy.tp
         if tp <= SMALL or tp == LARGE:
             return self._of_samples(strategy, tp, samples)
@@ -261,7 +261,7 @@ class _Plane(Generic[P]):
 
 
 def _convolves(profile: Profile | Condensed) -> bool:
-    """Whether there are convolutions: of a single sample torch computes them with other code."""
+    """Return whether a profile has convolutions: for a single sample torch computes them with other kernels."""
     found = profile.links if isinstance(profile, Profile) else profile.layers
     return any(kernel.kind == "convolution" for each in found for kernel in each.layer.forward.kernels)
 
@@ -275,5 +275,5 @@ def _for_degree(condensed: Condensed, tp: int, _: int) -> Condensed:
 
 
 def _split(strategy: Strategy) -> bool:
-    """Whether the gradients of weights are apart from those of inputs."""
+    """Return whether gradients of weights and of inputs are computed in passes of their own (zero-bubble)."""
     return strategy.schedule == "zero-bubble"

@@ -1,10 +1,11 @@
-"""What `fully_shard` holds at each link of a stage's backward pass: gathered parameters, and gradients on their way.
+"""Bytes that `fully_shard` holds at each segment of a stage's backward pass: gathered parameters, and gradients.
 
-    gathered     the block that goes backward and the one that will (Zhao et al. 2023, PyTorch FSDP, section 3.3.2);
-                 with zero=2 all that have not yet; the root always
-    gradients    of a block whole while it goes backward, beside what the one behind it still scatters; slices after
+    gathered     with zero=3 the block in its backward pass and the one that follows in it (Zhao et al. 2023, PyTorch
+                 FSDP, section 3.3.2); with zero=2 all blocks whose backward pass is not over; the root always
+    gradients    unsharded for the block in its backward pass, and for the block before whose reduce-scatter still runs;
+                 shards for all others
 
-With tp or pp and several microbatches gradients stay whole until the last of them, and so does what is gathered.
+Under tp or pp with several microbatches, gradients stay unsharded and parameters gathered until the last microbatch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from shardwise.strategy import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Bytes at one link: of what is gathered, of slices of gradients, of whole gradients and what is scattered."""
+    """Bytes at one segment.
+
+    Attributes:
+        gathered: gathered parameters.
+        slices: shards of gradients.
+        whole: unsharded gradients, and the buffers of reduce-scatters in flight.
+    """
 
     gathered: int
     slices: int
@@ -28,13 +35,13 @@ class Held:
 
 
 def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
-    """At each link of the stage, in the order of the backward pass.
+    """Return the bytes held at each segment of a stage, in the order of the backward pass.
 
     Args:
-        profile: of the workload.
-        strategy: that splits parameters.
-        stage: of it.
-        trained: bytes of all slices of gradients of the worker.
+        profile: the workload's profile.
+        strategy: a strategy that shards parameters.
+        stage: one of its stages.
+        trained: bytes of all gradient shards of the worker.
         later: whether an earlier backward pass has left gradients.
     """
     blocks = stage.blocks
@@ -57,7 +64,7 @@ def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: i
         after = gathered_until[-1] - before
         if strategy.zero != 3:
             gathered = before + (after if keeps else 0)
-        elif keeps and later and strategy.schedule == "gpipe":  # the pass before it has left all of them
+        elif keeps and later and strategy.schedule == "gpipe":  # the previous backward pass left all gathered
             gathered = before + after
         else:
             gathered = before - gathered_until[max(0, place - inside)] + (after if keeps else 0)
@@ -79,18 +86,21 @@ def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: i
 
 
 def keeps_gradients(strategy: Strategy) -> bool:
-    """Whether gradients stay whole from one microbatch to the next, and are scattered behind the last one."""
+    """Return whether gradients stay unsharded between microbatches, with one reduce-scatter after the last of them."""
     return (strategy.tp > 1 or strategy.pp > 1) and strategy.microbatches > 1
 
 
 def _block_at(blocks: tuple[Block, ...], link: int) -> tuple[int, bool]:
-    """(the block of a link, or the next one that goes backward after it, whether the link is in it); -1: none is."""
+    """Return (index of a segment's block, True), or (index of the next block in the backward pass, False).
+
+    The second form is for a segment outside of all blocks; its index is -1 if no block follows in the backward pass.
+    """
     place = bisect_right(blocks, link, key=lambda block: block.first) - 1
     return place, place >= 0 and link < blocks[place].end
 
 
 def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int, int], dict[int, int]]:
-    """Link -> bytes of gradients that it completes: of the root's parameters, and of those of blocks."""
+    """Return two mappings from a segment to the bytes of gradients that it completes: for the root, and for blocks."""
     inside = {index for block in profile.blocks for index in block} if module else set()
     root: dict[int, int] = {}
     blocks: dict[int, int] = {}

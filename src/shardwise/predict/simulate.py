@@ -1,4 +1,4 @@
-"""Predictions of several strategies of one workload on one cluster."""
+"""Predictions for several strategies of one workload on one cluster: what `shardwise simulate` computes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from shardwise.workload.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """What `simulation` found.
+    """Result of `simulation`.
 
     Attributes:
-        document: see `predict.document`.
-        timelines: strategy -> its step, operation by operation; none where nothing was played.
+        document: the document to print, see `predict.document`.
+        timelines: strategy -> its simulated step, operation by operation; empty if the closed form was used.
     """
 
     document: dict[str, Any]
@@ -42,18 +42,18 @@ def simulation(
     slowed: Mapping[int, float] | None = None,
     dry: bool = False,
 ) -> Simulated:
-    """Predictions of some strategies.
+    """Predict several strategies; those that are not possible are listed as rejected.
 
     Args:
-        workload: what is trained.
-        strategies: what to predict.
-        cluster: on what.
-        play: whether steps are played as events, in place of the closed form.
-        slowed: rank -> how many times as long as usual it computes; steps are played then.
-        dry: whether the worker that needs most memory is run dry, too; see `predict.judging`.
+        workload: the workload to train.
+        strategies: the strategies to predict.
+        cluster: the cluster to train on.
+        play: whether to simulate steps as events instead of using the closed form.
+        slowed: rank -> factor by which its compute takes longer than usual (a straggler); implies `play`.
+        dry: whether to dry-run the worker that needs most memory, too; see `predict.judging`.
 
     Raises:
-        RequestError: none of the strategies can be.
+        RequestError: none of the strategies is possible; the error is that of the first one.
     """
     start = time.perf_counter()
     profiles = profiles_on(workload, cluster)
@@ -97,25 +97,25 @@ def _link(level: Level) -> dict[str, Any]:
 
 
 def profiles_on(workload: Workload, cluster: Cluster) -> Profiles:
-    """The profiles of a workload as the kernels of a cluster's devices run it."""
+    """Return the source of a workload's profiles for the kind of a cluster's slowest device, `gpu` or `cpu`."""
     return Profiles(workload, slowest(cluster, workload.precision).kind)
 
 
 def simulate(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Prediction:
-    """What one strategy costs, on the first devices of the cluster.
+    """Predict one strategy in closed form, on the first devices of the cluster.
 
     Raises:
-        StrategyError: it needs more devices than there are, or cannot be for this model and batch.
+        StrategyError: it needs more devices than the cluster has, or is not possible for this model and batch.
     """
     _check_size(strategy, cluster)
     return predict_shares(profiles.of, strategy, cluster, profiles.workload.batch_size)
 
 
 def played(profiles: Profiles, strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> Timeline:
-    """A step of one strategy, operation by operation.
+    """Simulate a step of one strategy, operation by operation.
 
     Raises:
-        StrategyError: as `simulate`, or it has no such rank as is slowed.
+        StrategyError: as `simulate`, or a rank in `slowed` does not exist.
     """
     _check_size(strategy, cluster)
     refuse_shares(strategy, "a step that is played")

@@ -1,4 +1,4 @@
-"""What the passes of one stage cost: what it computes, and what it gathers, scatters and adds up meanwhile."""
+"""Costs of the passes of one stage: compute, and the communication of `fully_shard` or gradient buckets meanwhile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shardwise.strategy import Strategy
 
 
 class StageCosts(Calls):
-    """See the module; arguments as of `Calls`."""
+    """Times of the passes of a strategy's stages, cached; arguments as of `Calls`."""
 
     def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> None:
         super().__init__(profile, strategy, cluster, times)
@@ -32,7 +32,10 @@ class StageCosts(Calls):
         self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
 
     def spent(self, stage: Stage, kind: str) -> Spent:
-        """What a stage computes of one microbatch; norms over replicas and what is computed again with it."""
+        """Return the time of one microbatch's pass through a stage, with recomputation and batch norms over replicas.
+
+        `kind` is F, B, I or W, as in `parallel.schedule`.
+        """
         times = self.times
         if kind == WEIGHT:
             return times.weights.between(stage.first, stage.end)
@@ -62,14 +65,14 @@ class StageCosts(Calls):
         return total
 
     def passed(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
-        """One pass of one stage.
+        """Return the costs of one pass of one stage, cached for all stages that are equal up to their position.
 
         Args:
-            stage: which.
-            kind: F, B, I or W.
-            sync: what `fully_shard` does; None without it.
-            final: whether gradients are complete after it.
-            first: whether gradients are there for the first time; later they are added up.
+            stage: the stage.
+            kind: F, B, I or W, as in `parallel.schedule`.
+            sync: communication of `fully_shard` around the pass; None without it.
+            final: whether the stage's gradients are complete after the pass.
+            first: whether it is the first pass to compute gradients; later ones add to them.
         """
         group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
         key = alike(self.profile, stage), kind, sync, final, first, self._like(group)
@@ -78,7 +81,7 @@ class StageCosts(Calls):
         return self._passed[key]
 
     def _like(self, group: Group) -> Group:
-        """The group that begins at rank 0, where its collectives take as long as this one's."""
+        """Return the group moved to rank 0 if its collectives take equally long there, else the group as it is."""
         begins = replace(group, first=0)
         levels = self.cluster.levels
         alike = (
@@ -98,7 +101,10 @@ class StageCosts(Calls):
         return Passed(spent)
 
     def computed(self, stage: Stage, kind: str, sync: Sync | None, *, final: bool, first: bool) -> Spent:
-        """What one pass computes: `spent`, and what is done to gradients and gathered parameters; see `passed`."""
+        """Return the compute time of one pass: `spent`, and copies of gradients and gathered parameters.
+
+        Arguments as of `passed`.
+        """
         spent = self.spent(stage, kind)
         if self.strategy.tp > 1 or self.strategy.pp > 1:
             spent += self.times.overhead("stage")
@@ -116,7 +122,10 @@ class StageCosts(Calls):
         return spent + Spent(kernels=copied) + self.times.overhead("sharded", watched)
 
     def buckets(self, stage: Stage, seconds: float) -> list[tuple[float, float]]:
-        """(when it is complete, how long it takes) of each bucket of a backward pass of `seconds`."""
+        """Return (time at which it is complete, seconds of its all-reduce) of each bucket.
+
+        Times count from the start of the backward pass, which takes `seconds`.
+        """
         times = self.times
         group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
         whole = times.backward.total[stage.end] - times.backward.total[stage.first]
@@ -126,7 +135,7 @@ class StageCosts(Calls):
         return [((end - total[bucket.ready]) * stretch, takes[bucket.bytes]) for bucket in stage.buckets]
 
     def _gradients(self, stage: Stage, *, final: bool, first: bool) -> float:
-        """What is done to gradients beside computing them: added to those of earlier microbatches, put into buckets."""
+        """Return the seconds to add gradients to those of earlier microbatches and to copy them into buckets."""
         elements, size, count = self._trained(stage)
         seconds = 0.0 if first else self.moved(elements, 3 * size, count)
         if final and stage.buckets and not self.strategy.splits_parameters:
@@ -135,7 +144,7 @@ class StageCosts(Calls):
         return seconds
 
     def _trained(self, stage: Stage) -> tuple[int, int, int]:
-        """Elements, bytes and number of the parameters of a stage that have a gradient."""
+        """Return (elements, bytes, count) of the trained parameters of a stage."""
 
         def count() -> tuple[int, int, int]:
             own = [self.profile.parameters[index] for index in self.profile.within(stage.first, stage.end)]
@@ -145,7 +154,10 @@ class StageCosts(Calls):
         return self.profile.kept.once(("trained", stage.first, stage.end), count)
 
     def pieces(self, stage: Stage, kind: str, sync: Sync, spent: Spent) -> tuple[list[Piece], Piece]:
-        """The parts of a pass between gathers, in the order in which they compute, and what belongs to all of them."""
+        """Return the pieces of a pass between gathers, in the order in which they compute, and the root's piece.
+
+        The times of the pieces are scaled so that they add up to `spent.device`.
+        """
         forward = kind == FORWARD
         sums = self.times.forward if forward else self.times.backward
         whole = sums.total[stage.end] - sums.total[stage.first]
@@ -164,7 +176,7 @@ class StageCosts(Calls):
         return (found if forward else found[::-1]), root
 
     def _group(self, group: Gathered | None, gathers: bool, reduces: bool) -> tuple[float, float, float]:
-        """Seconds of (gather, scatter, sum over dp)."""
+        """Return the seconds of (all-gather, reduce-scatter, all-reduce over dp) of a group of parameters, cached."""
         key = group, gathers, reduces
         if key not in self._grouped:
             self._grouped[key] = (0.0, 0.0, 0.0) if group is None else self._sharing(group, gathers, reduces)
@@ -179,6 +191,9 @@ class StageCosts(Calls):
         return gather, scatter, mirror
 
     def _fetched(self, size: int) -> float:
-        """Seconds in which this worker's slice of so many bytes comes from the host, or goes there."""
+        """Return the seconds to copy this worker's shard of `size` gathered bytes from the host, or back.
+
+        Returns 0 if nothing is offloaded.
+        """
         device = self.times.device
         return fetched(size / self.strategy.fsdp, device) if offloads(self.strategy, device) else 0.0

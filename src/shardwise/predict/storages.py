@@ -1,8 +1,8 @@
-"""How much memory tensors take, from the moments at which their storages come and go.
+"""Memory of tensors, by category, from the moments at which their storages are allocated and freed.
 
-What a storage is for is known only later: a tensor of the forward pass is an activation if it outlives the part of the
-pass in which it was made, and temporary if it does not. So storages are written down as they come and go, and looked
-at when the step is over.
+The category of a storage is known only afterwards: a tensor of the forward pass is an activation if it outlives the
+stretch of the step in which it was made, and temporary if it does not. Storages are therefore logged as they come and
+go, and categorized when the step is over.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from torch import Tensor
 from shardwise.predict.prediction import Memory
 
 GIVEN = -1
-"""Segment of storages that were there before."""
+"""Pseudo-stretch (`segment`) of storages that no observed operation made."""
 
 
 @dataclass(slots=True)
 class _Storage:
-    """One storage: `segment` in which it was made, whether that was a forward pass, and in which it went.
+    """One storage.
 
-    `found`: its size when it was seen first, if no operation made it.
+    Attributes:
+        segment: stretch of the step in which it was made; GIVEN if no observed operation made it.
+        forward: whether it was made in a forward pass or a recomputation.
+        size: current bytes.
+        found: bytes when it was first seen, if no observed operation made it; else 0.
+        resized: whether it was ever resized, as `fully_shard` does with gathered parameters.
+        died: stretch in which it was freed; None if it is alive.
     """
 
     segment: int
@@ -37,10 +43,10 @@ class _Storage:
 
 
 class Storages:
-    """Follows the storages of tensors that are `seen` or `made`, until it is closed.
+    """Log of the storages of tensors that are `seen` or `made`, until it is closed.
 
-    A segment is a stretch of the step: what is made in one of a forward pass (or of its repetition) and still there in
-    the next is an activation.
+    A step is divided into stretches (`segment` is the number of the current one). A storage that is made in a stretch
+    of a forward pass or a recomputation, and alive in the next one, is an activation.
     """
 
     def __init__(self) -> None:
@@ -57,7 +63,7 @@ class Storages:
     # ---- observing --------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Follows changes of size too (`fully_shard` frees and fills parameters so)."""
+        """Start to log resizes as well: `fully_shard` frees and allocates gathered parameters by resizing storages."""
         original, self._resize = self._resize, torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
@@ -73,29 +79,29 @@ class Storages:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
 
     def close(self) -> None:
-        """Ends it; what comes and goes from here on is not followed."""
+        """Stop logging: storages that are allocated or freed from here on are ignored."""
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         self._references.clear()
 
     def made(self, tensor: Tensor, *, elsewhere: bool = False) -> None:
-        """A tensor that an operation returned; `elsewhere`: in a memory that is not counted."""
+        """Log a tensor that an operation returned; `elsewhere` if its memory is not counted (the host's)."""
         number = self._number(tensor.untyped_storage(), given=False)
         if elsewhere:
             self._elsewhere.add(number)
 
     def seen(self, tensor: Tensor) -> None:
-        """A tensor that an operation was given: if it is new here it was there before."""
+        """Log a tensor that an operation was given: if it is unknown, it existed before."""
         self._number(tensor.untyped_storage(), given=True)
 
     def next(self, *, forward: bool) -> None:
-        """Another stretch of the step begins; `forward`: of a forward pass or its repetition."""
+        """Begin another stretch of the step; `forward` if it is part of a forward pass or a recomputation."""
         self.segment += 1
         self.forward = forward
 
     def mark(self, kept: Iterable[Tensor], category: str, *, elsewhere: bool = False) -> None:
-        """Says what tensors are for: `parameters`, `gradients` or `optimizer`; what was said first holds.
+        """Assign tensors to a category: `parameters`, `gradients` or `optimizer`. The first assignment holds.
 
-        `elsewhere`: they lie in a memory that is not counted.
+        `elsewhere` if they lie in memory that is not counted (the host's).
         """
         for tensor in kept:
             number = self._number(tensor.untyped_storage(), given=True)
@@ -129,7 +135,7 @@ class Storages:
     # ---- looking ----------------------------------------------------------------------------------------------------
 
     def peak(self) -> Memory:
-        """The moment with the most memory, by what it is for."""
+        """Return the memory at the moment at which it is highest, by category."""
         at = self._highest()
         totals = dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "temporary"), 0)
         for number, size in self._sizes_at(at).items():
@@ -137,14 +143,14 @@ class Storages:
         return Memory(**totals)
 
     def held(self) -> Mapping[str, int]:
-        """Bytes at the end, by category: what stays between steps, with what is about to go."""
+        """Return the bytes alive at the end, by category; they include tensors that are about to be freed."""
         totals: dict[str, int] = {}
         for number, size in self._sizes_at(len(self._changes())).items():
             totals[self._category(number)] = totals.get(self._category(number), 0) + size
         return totals
 
     def _changes(self) -> list[tuple[int, int]]:
-        """(storage, change of its size), in order; what was there before is not among them."""
+        """Return (storage, change of its size) in order, without the initial size of storages that existed before."""
         changes, seen = [], set()
         for number, change in self._events:
             if number in self._elsewhere:
@@ -155,12 +161,12 @@ class Storages:
         return changes
 
     def _is_inner(self, number: int) -> bool:
-        """Whether no operation made a storage but it was not there before either: a collective has made it inside."""
+        """Return whether a storage was allocated inside of a collective: no operation made it, yet it was freed."""
         storage = self._storages[number]
         return storage.segment == GIVEN and storage.died is not None and number not in self._categories
 
     def _highest(self) -> int:
-        """The number of changes before the peak."""
+        """Return the number of changes up to the peak."""
         total = best = at = 0
         for index, (_, change) in enumerate(self._changes()):
             total += change
@@ -180,6 +186,6 @@ class Storages:
         if number in self._categories:
             return self._categories[number]
         if storage.resized:
-            return "parameters"  # gathered
+            return "parameters"  # gathered by fully_shard
         outlives = storage.died is None or storage.died > storage.segment
         return "activations" if storage.forward and outlives else "temporary"

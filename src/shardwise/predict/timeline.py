@@ -1,13 +1,13 @@
-"""A step as it happens: what the program issues on each worker, with how long each part takes, in a simulation.
+"""Timeline of one step: a discrete-event simulation of the operations that the program issues on each worker.
 
-    order of passes          the tables that the runner executes         (`parallel.schedule`)
-    gradients in buckets     sent as soon as they are complete           (Li et al. 2020, section 4)
-    sharded parameters       gathered while the block before computes    (Zhao et al. 2023, section 3.3)
-    messages of a pipeline   a stage begins when what it needs has arrived
-    collectives              begin when all that take part are ready: all wait for the slowest
+    order of passes          the tables that the runner executes                  (`parallel.schedule`)
+    gradient buckets         all-reduced as soon as they are complete             (Li et al. 2020, section 4)
+    sharded parameters       gathered while the previous block computes           (Zhao et al. 2023, section 3.3)
+    pipeline messages        a pass begins when its inputs have arrived
+    collectives              begin when all participants are ready: all wait for the slowest
 
-`costs` says how long parts take; what is hidden behind what, and who waits for whom, is seen here. Replicas that are
-alike do the same at the same time, so that one of each kind stands for all of them.
+`costs` gives the times of the parts; overlap and waiting result from the simulation. Equal replicas do the same at the
+same time, so that one replica of each kind represents all of them.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward of inputs", 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A replica that stands for all that are like it.
+    """A replica that represents all replicas like it.
 
     Attributes:
-        row, column: which: coordinates along dp and fsdp.
-        machines: of each pipeline worker: its slowest device, and how much slower than usual it is.
+        row, column: its coordinates along dp and fsdp.
+        machines: for each pipeline rank, (slowest device, factor by which compute takes longer than usual).
     """
 
     row: int
@@ -48,13 +48,13 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What happened in a step.
+    """A simulated step.
 
     Attributes:
-        prediction: of the worker that computes longest.
-        operations: of all workers that were simulated, in the order in which they ended.
-        ranks: of each worker that was simulated, the first of its tensor-parallel ranks.
-        names: of each, for people.
+        prediction: the step as the worker sees it that computes longest.
+        operations: operations of all simulated workers, in the order in which they ended.
+        ranks: rank of each simulated worker: the first of its tensor-parallel ranks.
+        names: name of each simulated worker for display.
     """
 
     prediction: Prediction
@@ -63,7 +63,7 @@ class Timeline:
     names: tuple[str, ...]
 
     def document(self) -> list[dict[str, Any]]:
-        """A row for each operation that takes time: process, rank, stream, name, kind, start, seconds, and notes."""
+        """Return a row for each operation that takes time: process, rank, stream, name, kind, start, seconds, notes."""
         return [
             {
                 "process": self.names[operation.worker],
@@ -87,14 +87,14 @@ def timeline(
     batch_size: int = 0,
     slowed: Mapping[int, float] | None = None,
 ) -> Timeline:
-    """One optimizer step on a cluster, operation by operation.
+    """Simulate one optimizer step on a cluster, operation by operation.
 
     Args:
-        profile: of the workload, as for `costs.predict`.
-        strategy: how to split it.
-        cluster: on what; its nodes may be of several kinds.
-        batch_size: global; the workload's if left out.
-        slowed: rank -> how many times as long as usual it computes: a straggler.
+        profile: the workload's profile, as for `costs.predict`.
+        strategy: the strategy to simulate.
+        cluster: the cluster; its nodes may be of several kinds.
+        batch_size: global batch size; 0 selects the workload's.
+        slowed: rank -> factor by which its compute takes longer than usual (a straggler).
 
     Raises:
         StrategyError, RequestError: as `costs.predict` does.
@@ -105,7 +105,10 @@ def timeline(
 
 
 def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> list[Pipeline]:
-    """One replica of each kind, in each kind of row of replicas that share their parameters."""
+    """Choose the replicas to simulate: one of each kind in each kind of fsdp group.
+
+    Two replicas are of one kind if their pipeline workers have the same devices and factors.
+    """
     rows: dict[object, list[Pipeline]] = {}
     kinds = len(cluster.nodes) > 1 or bool(slowed)
     for row in range(strategy.dp if kinds else 1):
@@ -120,7 +123,7 @@ def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, f
 def _machine(
     strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float], row: int, column: int, place: int
 ) -> tuple[Device, float]:
-    """What a pipeline worker computes on: its tensor-parallel ranks wait for the slowest of them."""
+    """Return (slowest device, largest factor) of a pipeline worker's tensor-parallel ranks, which run in step."""
     first = strategy.rank(dp=row, fsdp=column, pp=place)
     ranks = range(first, first + strategy.tp)
     devices = {id(device): device for device in map(cluster.device, ranks)}.values()
@@ -143,17 +146,17 @@ def _costs_by_device(usual: Costs, pipelines: Iterable[Pipeline], batch_size: in
 
 @dataclass(slots=True)
 class _Host:
-    """Where a worker's host is while its program is written down.
+    """State of a worker's host while the operations of its program are issued.
 
     Attributes:
-        number: of the worker in the simulation.
-        pipeline, place: which worker it is.
-        costs: on its device.
-        factor: how many times as long as usual it computes.
-        worker: what it holds.
-        last: the operation that it computed last.
-        barrier: what its next computation has to wait for.
-        sums: reductions of gradients that are waited for at the end.
+        number: number of the worker in the simulation.
+        pipeline, place: replica and pipeline rank of the worker.
+        costs: costs on its device.
+        factor: factor by which its compute takes longer than usual.
+        worker: its stages and shards.
+        last: its last operation on the compute stream.
+        barrier: operations that its next one on the compute stream has to wait for.
+        sums: reductions of gradients that it waits for after its passes.
     """
 
     number: int
@@ -168,7 +171,7 @@ class _Host:
 
 
 class _Step:
-    """Writes the program of each worker down, and runs all of them."""
+    """Issues the operations of each worker's program, then runs the simulation."""
 
     def __init__(self, usual: Costs, pipelines: Sequence[Pipeline], costs: Mapping[int, Costs]) -> None:
         self.usual, self.strategy, self.pipelines = usual, usual.strategy, pipelines
@@ -189,7 +192,7 @@ class _Step:
         self._messages: dict[object, Operation] = {}
 
     def timeline(self) -> Timeline:
-        """See `timeline`."""
+        """Simulate the step; see the function `timeline`."""
         for host in self.hosts:
             self._program(host)
         seconds = self.simulation.run()
@@ -211,7 +214,7 @@ class _Step:
         return Timeline(prediction, tuple(self.simulation.done), ranks, names)
 
     def _received(self) -> dict[int, list[Operation]]:
-        """Messages by the number of the worker that they come to."""
+        """Return the pipeline messages by the number of the worker that receives them."""
         found: dict[int, list[Operation]] = {}
         for message in self._messages.values():
             found.setdefault(int(str(message.notes["to"])), []).append(message)
@@ -247,12 +250,15 @@ class _Step:
         together: object = None,
         **notes: object,
     ) -> Operation:
-        """Communication."""
+        """Issue a communication; those with equal `together` on several workers form one collective."""
         operation = Operation(host.number, stream, name, kind, seconds, crowds=True, notes=notes)
         return self.simulation.issue(operation, after, together)
 
     def _compute(self, host: _Host, action: Action, spent: Spent, share: float = 1.0, part: str = "") -> Operation:
-        """A part of a pass on the compute stream, and the exchanges of tensor parallelism that it waits for."""
+        """Issue a share of a pass on the compute stream, then its exchanges of tensor parallelism.
+
+        Returns the last operation of the two; the next computation waits for the exchanges.
+        """
         kernels = spent.kernels * share * host.factor
         launching = spent.launching * share * host.factor
         exchanges = spent.exchanges * share
@@ -293,7 +299,7 @@ class _Step:
             self.simulation.wait(host.number, operation)
 
     def _needed(self, host: _Host, operation: Operation) -> None:
-        """The next computation waits for it; a CPU at once."""
+        """Make the next computation wait for an operation; on a CPU the host waits at once."""
         host.barrier.append(operation)
         if self.inline:
             self.simulation.wait(host.number, operation)
@@ -301,7 +307,10 @@ class _Step:
     # ---- messages ---------------------------------------------------------------------------------------------------
 
     def _message(self, pipeline: Pipeline, action: Action, source: int, target: int, seconds: float) -> Operation:
-        """What goes from one stage to another for a microbatch; `action`: of the sender or of the receiver."""
+        """Return the message from one stage to another for a microbatch, created when first asked for.
+
+        `action` may be that of the sender or that of the receiver.
+        """
         forward = action.kind == FORWARD
         key = pipeline.row, pipeline.column, forward, source, target, action.microbatch
         if key not in self._messages:
@@ -337,7 +346,7 @@ class _Step:
     # ---- gradients and parameters -----------------------------------------------------------------------------------
 
     def _bucketed(self, host: _Host, action: Action, stage: Stage, spent: Spent) -> None:
-        """The last backward pass of a stage: buckets leave as they are complete."""
+        """Issue the last backward pass of a stage, with the all-reduce of each bucket as soon as it is complete."""
         done, whole = 0.0, spent.device
         buckets = host.costs.buckets(stage, whole)
         for number, (ready, seconds) in enumerate(buckets):
@@ -354,7 +363,7 @@ class _Step:
             self._compute(host, action, spent, (whole - done) / whole, "to the end")
 
     def _sharded(self, host: _Host, action: Action, stage: Stage, sync: Sync, spent: Spent) -> None:
-        """A pass whose parameters are gathered, and whose gradients are scattered, block by block."""
+        """Issue a pass of a sharded stage: all-gathers and reduce-scatters, block by block."""
         pieces, root = host.costs.pieces(stage, action.kind, sync, spent)
         whole = sum(piece.compute for piece in pieces)
         begun = [*host.barrier, host.last]
@@ -386,7 +395,7 @@ class _Step:
         return self._issue(host, "fsdp", name, "parameters", piece.gather, after, together)
 
     def _scatter(self, host: _Host, action: Action, ready: list[tuple[Piece, Operation]]) -> None:
-        """Gradients of pieces that have computed; those stand behind the gather of the next piece."""
+        """Issue the reduce-scatters of pieces that have computed; they queue behind the gather of the next piece."""
         for piece, computed in ready:
             where = host.place, str(action), piece.name
             name = f"{piece.name or 'the rest'} of {action}"
@@ -408,7 +417,7 @@ class _Step:
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def _finish(self, host: _Host) -> None:
-        """After the passes: sums that are left, the update, and what replicas tell each other of it."""
+        """Issue what follows the passes: remaining all-reduces, the update, and broadcasts of updated parameters."""
         costs, strategy, worker = host.costs, self.strategy, host.worker
         finish = costs.finish(worker)
         replicas = group_of(strategy, "replicas", worker.place)
@@ -449,7 +458,7 @@ class _Step:
 
 
 def _name(host: _Host, rank: int) -> str:
-    """What a person reads of a worker."""
+    """Return the name of a worker for display: rank, stages, device, and how much slower it is."""
     numbers = ", ".join(str(stage.number) for stage in host.worker.stages)
     several = "s" if len(host.worker.stages) > 1 else ""
     where = f", stage{several} {numbers}" if host.costs.strategy.pp > 1 else ""

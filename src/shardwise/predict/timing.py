@@ -1,11 +1,11 @@
-"""Seconds of the links of a profile on the devices of a cluster, as sums that any range of links is read from at once.
+"""Seconds of a profile's segments on a device of a cluster, as prefix sums: any range of segments is one subtraction.
 
-A link's kernels start one after the other as the host launches them (Yu et al. 2021 call it launch-bound where the
-device is faster):
+The host launches a segment's kernels one after the other. Where the device is faster, the segment is launch-bound (Yu
+et al. 2021):
 
     seconds = max(sum of kernel times, launches x launch time)
 
-A CPU computes what it starts, so that both add up there.
+A CPU both launches kernels and computes them, so that the two add up there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from shardwise.strategy import Strategy
 DTYPES = {"float32": "float32", "bf16": "bf16"}
 
 WATCHED_SECONDS = 4e-5
-"""Assumed where no host was measured: what one needs for each kernel of a block that keeps the results of its products
-(`parallel.selective`), in both passes together; 37 microseconds on a core of an EPYC of 2024."""
+"""Assumed overhead of the host for each kernel of a block under selective recomputation (`parallel.selective`), forward
+and recomputation together, if none was measured. It was 37 microseconds on a core of an EPYC of 2024."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,10 @@ class Spent:
     """Seconds of a pass, or of a part of it.
 
     Attributes:
-        kernels: that the device computes.
-        exchanges: of tensor parallelism, which are waited for.
-        launching: that the host needs to start the kernels.
-        inline: whether the device is the host, so that it does not compute meanwhile.
+        kernels: seconds of kernels on the device.
+        exchanges: seconds of the collectives of tensor parallelism, which block the device.
+        launching: seconds of the host to launch the kernels.
+        inline: whether the device is the host (a CPU), so that launching and computing do not overlap.
     """
 
     kernels: float = 0.0
@@ -47,12 +47,12 @@ class Spent:
 
     @property
     def device(self) -> float:
-        """What the device needs, if its host is ahead of it."""
+        """Return the seconds of the device if its host runs ahead of it."""
         return self.kernels + self.exchanges + (self.launching if self.inline else 0.0)
 
     @property
     def total(self) -> float:
-        """With waiting for the host, which runs ahead of a device where it can."""
+        """Return the seconds including waiting for the host: the larger of the device's and the host's."""
         return max(self.device, self.launching)
 
     def __add__(self, other: Spent) -> Spent:
@@ -64,18 +64,18 @@ class Spent:
         )
 
     def times(self, count: float) -> Spent:
-        """So many of it."""
+        """Return the seconds of `count` such passes."""
         return Spent(self.kernels * count, self.exchanges * count, self.launching * count, self.inline)
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Sums over links 0 to i, one entry more than links.
+    """Prefix sums over segments: entry i is the sum over segments before i, so that there is one entry more.
 
     Attributes:
         kernels, exchanges, launching, inline: as in `Spent`.
-        total: what the device needs, if its host is ahead.
-        each: seconds of every link alone, as its program measures it to cut stages.
+        total: seconds of the device if its host runs ahead of it.
+        each: seconds of each segment alone (not a sum), as the program measures them to cut stages.
     """
 
     kernels: tuple[float, ...]
@@ -87,7 +87,7 @@ class Sums:
 
     @classmethod
     def of(cls, spent: Sequence[Spent]) -> Sums:
-        """Of what each link spends."""
+        """Build the sums from the time of each segment."""
         return cls(
             tuple(accumulate((each.kernels for each in spent), initial=0.0)),
             tuple(accumulate((each.exchanges for each in spent), initial=0.0)),
@@ -98,7 +98,7 @@ class Sums:
         )
 
     def between(self, first: int, end: int) -> Spent:
-        """Links `first` to `end`."""
+        """Return the time of segments `first` to `end`."""
         return Spent(
             self.kernels[end] - self.kernels[first],
             self.exchanges[end] - self.exchanges[first],
@@ -109,21 +109,21 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """The times of a profile's links.
+    """Times of a profile's segments on one device of a cluster.
 
     Attributes:
-        cluster: on which.
-        device: the slowest of it, which all others wait for.
-        kernels: the times of its kernels.
-        forward: of the forward pass.
-        backward: of the backward pass; of the inputs only, where the profile is split.
-        weights: of the weights, where the profile is split.
-        repeated: of the forward pass, where it is computed again.
-        recomputed: the same of each link, where it is the last that is computed again.
-        rest, recomputed_rest: the same two where the results of products are kept.
-        keeps: the last link up to each that the backward pass needs anything of; -1: none does.
-        normalised: (link, channels) of batch norms.
-        crowded: how much longer the host needs where workers wait for cores.
+        cluster: the cluster.
+        device: the device; by default the slowest of the cluster, which all others wait for.
+        kernels: times of kernels on the device.
+        forward: forward pass.
+        backward: backward pass; if the profile is split, only for gradients of inputs.
+        weights: pass for gradients of weights, if the profile is split.
+        repeated: forward pass as a recomputation.
+        recomputed: recomputation of each segment if it is the last one to recompute, which stops early.
+        rest, recomputed_rest: like `repeated` and `recomputed`, under selective recomputation.
+        keeps: for each segment, the last one up to it of which the backward pass needs any tensor; -1 if there is none.
+        normalised: (segment, channels) of each batch norm.
+        crowded: factor by which the host takes longer because workers outnumber cores.
     """
 
     cluster: Cluster
@@ -141,19 +141,19 @@ class Timed:
     crowded: float = 1.0
 
     def overhead(self, what: str, count: int = 1) -> Spent:
-        """What the host needs beside kernels, see `cluster.Device.overheads`."""
+        """Return the host's overhead `what`, `count` times; see `cluster.Device.overheads`."""
         seconds = self.device.overheads.get(what, 0.0) * count * self.crowded
         return Spent(launching=seconds, inline=self.device.kind == "cpu")
 
     @property
     def crowding(self) -> float:
-        """Seconds for each step where workers outnumber cores, as far as they do."""
+        """Return the extra seconds of each step because workers outnumber cores; 0 if they do not."""
         return self.device.overheads.get("crowded", 0.0) * (self.crowded - 1.0)
 
     def again(self, first: int, end: int, *, products: bool = False) -> Spent:
-        """What it takes to compute links `first` to `end` again: up to the last tensor that is needed.
+        """Return the time to recompute segments `first` to `end`, up to the last tensor that the backward pass needs.
 
-        `products`: their results are kept.
+        If `products` is set, recomputation is selective: the results of `strategy.PRODUCTS` are kept.
         """
         last = self.keeps[end - 1]
         if last < first:
@@ -163,27 +163,27 @@ class Timed:
         return self.repeated.between(first, last) + self.recomputed[last]
 
     def kernel(self, kernel: Kernel) -> float:
-        """Seconds of a kernel on the device."""
+        """Return the seconds of a kernel on the device."""
         return self.kernels.seconds(kernel)
 
 
 def slowest(cluster: Cluster, precision: str) -> Device:
-    """The device of a cluster that all others wait for, in the dtype of the computation."""
+    """Return the device of a cluster that all others wait for: the lowest rate in the dtype of the computation."""
     dtype = DTYPES[precision]
     return min((nodes.device for nodes in cluster.nodes), key=lambda device: device.flops.get(dtype, 0.0))
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of passes on a device of a cluster.
+    """Times of passes on one device of a cluster.
 
     Attributes:
-        cluster: on which.
-        device: of it.
-        tp: tensor-parallel workers.
+        cluster: the cluster.
+        device: one of its devices.
+        tp: degree of tensor parallelism.
         crowd: workers of a host that communicate at the same time.
-        busy: workers of a host that compute at the same time: fewer in a pipeline, whose workers take turns to wait.
-        exchanges: the times of exchanges, as far as they have been asked for.
+        busy: average workers of a host that compute at the same time: fewer in a pipeline, whose workers take turns.
+        exchanges: cache of the times of exchanges.
     """
 
     cluster: Cluster
@@ -195,7 +195,7 @@ class Seconds:
 
     @classmethod
     def on(cls, cluster: Cluster, strategy: Strategy, tp: int, precision: str, device: Device | None = None) -> Seconds:
-        """Of a strategy's workers; `device`: of the cluster, the slowest if left out, which all others wait for."""
+        """Build the times for a strategy's workers on a device of the cluster; None selects the slowest device."""
         workers = min(strategy.workers, cluster.node_size)
         device = device or slowest(cluster, precision)
         crowd = workers if device.shared or device.curves or cluster.collectives else 1
@@ -203,22 +203,22 @@ class Seconds:
 
     @cached_property
     def kernels(self) -> KernelTimes:
-        """The times of kernels; only made where something is not kept by `key` already."""
+        """Return the times of kernels, made only when needed: results that are cached by `key` do not need them."""
         return KernelTimes(self.device, self.busy)
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What they are for, to keep what is made of them."""
+        """Return the cache key for results that are derived from these times."""
         return "timed", id(self.cluster), id(self.device), self.crowd, self.busy
 
     @property
     def crowded(self) -> float:
-        """How much longer the host needs where workers wait for cores."""
+        """Return the factor by which the host takes longer because workers outnumber cores; 1 on a GPU."""
         device = self.device
         return max(1.0, self.busy / device.cores) if device.kind == "cpu" and device.cores else 1.0
 
     def of(self, each: Pass) -> Spent:
-        """One pass through a layer."""
+        """Return the time of one pass through a layer."""
         busy = sum(self.kernels.seconds(kernel) for kernel in each.kernels)
         sent = sum(map(self._exchange, each.exchanges))
         host = launches(each.kernels) * self.device.launch_seconds
@@ -226,11 +226,11 @@ class Seconds:
         return Spent(busy, sent, host * self.crowded, self.device.kind == "cpu")
 
     def of_layer(self, layer: Layer) -> tuple[Spent, Spent, Spent]:
-        """Its forward and backward pass, and those of the weights."""
+        """Return the times of a layer's forward pass, backward pass and pass for gradients of weights."""
         return self.of(layer.forward), self.of(layer.backward), self.of(layer.weights)
 
     def again(self, each: Pass, *, products: bool = False) -> Spent:
-        """Computing a pass again; `products`: but for these, whose results are kept."""
+        """Return the time to recompute a pass; with `products` it is selective and keeps `strategy.PRODUCTS`."""
         overheads = self.device.overheads
         host = overheads.get("again", 0.0) + (overheads.get("selective", WATCHED_SECONDS) if products else 0.0)
         watched = Spent(launching=host * launches(each.kernels) * self.crowded, inline=self.device.kind == "cpu")
@@ -244,30 +244,31 @@ class Seconds:
 
 
 def _busy(workers: int, device: Device, strategy: Strategy) -> float:
-    """How many of a host's workers compute at the same time: where they outnumber its cores, those that wait in a
-    pipeline leave theirs to others.
+    """Return how many of a host's workers compute at the same time, on average.
+
+    If the workers of a pipeline outnumber the cores, those that wait leave their cores to others. Else it is `workers`.
     """
     if device.kind != "cpu" or strategy.pp == 1 or workers <= device.cores:
         return workers
     places = max(1, min(strategy.pp, workers // strategy.stride("pp")))
     passes = max(strategy.microbatches, 1) * strategy.stages_per_worker
-    if strategy.schedule == "zero-bubble":  # begins and ends with passes of a third, and waits for no more than those
+    if strategy.schedule == "zero-bubble":  # passes are a third as long, and so are the bubbles
         passes *= 3
     return device.cores * _dilation(strategy.pp, places, passes, workers / places / device.cores)
 
 
 @lru_cache(maxsize=4096)
 def _dilation(pp: int, places: int, passes: int, share: float) -> float:
-    """How much longer the turns of a pipeline take on average where workers wait for cores.
+    """Return the average factor by which the turns of a pipeline take longer because workers wait for cores.
 
-    In turn t the workers at the places from t - passes + 1 to t compute (Narayanan et al. 2021, figure 3), and a turn
-    takes as long as the host with most of them needs.
+    In turn t the workers with pipeline ranks t - passes + 1 to t compute (Narayanan et al. 2021, figure 3). A turn
+    takes as long as the host on which most of them run.
 
     Args:
-        pp: places.
-        places: of them that a host has, one behind the other.
-        passes: of each place, one after the other.
-        share: of a host's cores that the workers at one place would use.
+        pp: number of pipeline ranks.
+        places: consecutive pipeline ranks on one host.
+        passes: passes of each worker, one per turn.
+        share: share of a host's cores that its workers of one pipeline rank would use.
     """
     turns = range(passes + pp - 1)
     hosts = [range(first, min(first + places, pp)) for first in range(0, pp, places)]
@@ -276,13 +277,13 @@ def _dilation(pp: int, places: int, passes: int, share: float) -> float:
 
 
 def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device | None = None) -> Timed:
-    """The times of a profile on a cluster; kept for the next strategy that asks for the same.
+    """Return the times of a profile's segments on a cluster, cached for all strategies with the same times.
 
     Args:
-        profile: for the strategy.
-        cluster: on which.
-        strategy: how many workers there are.
-        device: of the cluster; the slowest if left out, which all others wait for.
+        profile: the profile for the strategy.
+        cluster: the cluster.
+        strategy: the strategy, which decides how many workers share a host.
+        device: a device of the cluster; None selects the slowest one, which all others wait for.
     """
     seconds = Seconds.on(cluster, strategy, profile.tp, profile.precision, device)
     return profile.kept.once(seconds.key, lambda: _timed(profile, seconds))

@@ -1,7 +1,7 @@
-"""What a strategy costs whose replicas have unequal shares of the batch: as much as the replica that takes longest.
+"""Prediction of strategies whose replicas have unequal shares of the batch: the slowest replica decides.
 
-Each replica is predicted as if all had as many samples as it has, on the slowest of its own devices; all wait for the
-last one. Replicas with equal shares on equal devices are predicted once.
+Each replica is predicted as if all replicas had its number of samples, on the slowest of its own devices. Replicas with
+equal shares on equal devices are predicted once.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from shardwise.strategy import Strategy
 
 
 class ProfileOf(Protocol):
-    """Where profiles come from: `Profiles.of`, `ScaledProfiles.of`."""
+    """Source of profiles, such as `Profiles.of` and `ScaledProfiles.of`."""
 
     def __call__(self, strategy: Strategy, batch_size: int = 0) -> Profile:
-        """The profile for a strategy; `batch_size`: in place of the workload's."""
+        """Return the profile for a strategy and a global batch size; 0 selects the workload's."""
 
 
 def predict_shares(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batch_size: int) -> Prediction:
-    """What one step of any strategy costs.
+    """Predict one step of a strategy with or without unequal shares.
 
     Args:
-        profile_of: its profiles.
-        strategy: with or without `shares`.
-        cluster: on what.
-        batch_size: global.
+        profile_of: source of profiles.
+        strategy: the strategy, with or without `shares`.
+        cluster: the cluster to train on.
+        batch_size: global batch size.
 
     Raises:
         StrategyError, RequestError: as `costs.predict` does.
@@ -54,7 +54,7 @@ def predict_shares(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, 
 
 
 def replica(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, samples: int, rank: int) -> Prediction:
-    """What a step takes where all replicas have `samples` in each microbatch, on the device of `rank`."""
+    """Predict a step as if all replicas had `samples` samples per microbatch, on the device of `rank`."""
     plain, size = strategy.with_(shares=""), samples * strategy.microbatches * strategy.replicas
     device = cluster.device(rank)
     costs = costs_of(profile_of(plain, size), plain, cluster, size, device)
@@ -62,7 +62,7 @@ def replica(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, samples
 
 
 def _different(strategy: Strategy, cluster: Cluster, batch_size: int) -> set[tuple[int, int]]:
-    """(samples of a microbatch, rank of the slowest device) of replicas that are not alike."""
+    """Return (samples per microbatch, rank of the slowest device) of each kind of replica."""
     alike: dict[tuple[int, int], int] = {}
     for number in range(strategy.replicas):
         rank = slowest_rank(strategy, cluster, number)
@@ -71,7 +71,7 @@ def _different(strategy: Strategy, cluster: Cluster, batch_size: int) -> set[tup
 
 
 def slowest_rank(strategy: Strategy, cluster: Cluster, number: int) -> int:
-    """Of a replica's devices the one that its others wait for."""
+    """Return the rank of a replica's slowest device, which its other ranks wait for."""
     dtype = DTYPES[strategy.precision or "float32"]
 
     def rate(rank: int) -> float:
@@ -82,7 +82,7 @@ def slowest_rank(strategy: Strategy, cluster: Cluster, number: int) -> int:
 
 
 def _ranks(strategy: Strategy, number: int) -> Iterator[int]:
-    """Of one replica."""
+    """Yield all ranks of one replica."""
     row, column = divmod(number, strategy.fsdp)
     for place in range(strategy.pp):
         for shard in range(strategy.tp):
@@ -90,7 +90,7 @@ def _ranks(strategy: Strategy, number: int) -> Iterator[int]:
 
 
 def refuse_shares(strategy: Strategy, what: str) -> None:
-    """Raises StrategyError where a strategy has shares, for what knows equal ones only."""
+    """Raise StrategyError if a strategy has unequal shares, for the feature `what`, which does not support them."""
     if strategy.shares:
         raise StrategyError(
             f"shares={strategy.shares}: {what} knows equal shares only; leave it out, or leave out shares"

@@ -1,4 +1,4 @@
-"""What a workload's optimizer does to each element of a parameter, seen on two parameters without data."""
+"""Work and memory of a workload's optimizer per element, recorded on one and on two parameters without data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from shardwise.predict.profile import Update
 from shardwise.workload.workload import Workload
 
 _SIDE = 256
-"""Of the matrices that are updated; large enough that what is not done per element does not count."""
+"""Rows and columns of the recorded parameters; large enough that costs which are not per element do not count."""
 
 
 def update_of(workload: Workload) -> Update:
-    """The kernels of one element in a later step (in the first one the state is made), and the bytes of its state."""
+    """Return the kernels, the state and the temporary bytes of an update per element.
+
+    They are recorded in the second step, because the first one allocates the state.
+    """
     one, two = _updated(workload, 1), _updated(workload, 2)
     together = len(one.kernels) == len(two.kernels)
     return Update(
@@ -31,14 +34,14 @@ def update_of(workload: Workload) -> Update:
 
 
 def all_at_once(optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer that was not told otherwise takes all parameters at once, as on a GPU it does by itself."""
+    """Set `foreach` on an optimizer unless the user chose otherwise: the default of torch on a GPU."""
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True
 
 
 def _updated(workload: Workload, count: int, *, on_gpu: bool = False) -> Update:
-    """A step on so many matrices, per element of all of them."""
+    """Record an update of `count` matrices; costs are per element."""
     recorder = LinkRecorder(cpu=False)
     with FakeTensorMode():
         parameters = [nn.Parameter(torch.empty(_SIDE, _SIDE)) for _ in range(count)]

@@ -1,4 +1,7 @@
-"""What one pipeline worker does in all passes of a step, added up: without a pipeline, all of it."""
+"""Sums over all passes of a step on one pipeline worker, from forward to backward; without a pipeline, its only worker.
+
+Module `costs` adds the work after the passes: optimizer, remaining all-reduces, report.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,15 @@ class Work:
     """Seconds of all passes of a worker.
 
     Attributes:
-        times: of its stages, for one microbatch.
-        spent: computing and exchanges.
-        forward, backward: of the passes of each kind.
+        times: times of one microbatch by stage index.
+        spent: kernels, exchanges and launches.
+        forward, backward: compute of the passes of each kind.
         communication: gathers, scatters and buckets, hidden or not.
-        exposed: of these, what it waits for.
-        slowed: by how much it computes longer because it communicates.
-        messages: that it receives.
-        heads: by stage, what its first forward pass takes longer than the others: gathers.
-        tails: by stage, what its last backward pass takes longer: reductions.
+        exposed: part of `communication` that the worker waits for.
+        slowed: time by which compute takes longer because the worker communicates meanwhile.
+        messages: messages that it receives from other stages.
+        heads: by stage index, extra time of the first forward pass over the others: gathers.
+        tails: by stage index, extra time of the last backward pass over the others: reductions.
     """
 
     times: Mapping[int, StageTime]
@@ -46,22 +49,22 @@ class Work:
 
     @property
     def device(self) -> float:
-        """All of it, if the host is ahead and no other stage has to be waited for."""
+        """Return the seconds of the device if its host runs ahead and no other stage has to be waited for."""
         return self.spent.device + self.exposed + self.slowed
 
     @property
     def host(self) -> float:
-        """Waiting for the host, which runs ahead over all passes."""
+        """Return the seconds for which the device waits for its host, which runs ahead over all passes."""
         return self.spent.launching if self.spent.inline else max(0.0, self.spent.launching - self.device)
 
     @property
     def seconds(self) -> float:
-        """All of it, without waiting for other stages."""
+        """Return the seconds of all passes, without waiting for other stages."""
         return max(self.device, self.spent.launching)
 
 
 def work_of(costs: Costs, worker: Worker) -> Work:
-    """Adds up the passes of a worker."""
+    """Sum the times of all passes of a worker."""
     stages = {stage.number: stage for stage in worker.stages}
     passes = [
         (turn, costs.passed(stages[turn.action.stage], turn.action.kind, turn.sync, turn.final, turn.first))
@@ -90,10 +93,10 @@ def work_of(costs: Costs, worker: Worker) -> Work:
 
 
 def _exposed(costs: Costs, passes: Sequence[tuple[Turn, Passed]]) -> list[float]:
-    """What each pass waits for.
+    """Return the exposed communication of each pass, in seconds.
 
-    In a pipeline buckets of gradients are waited for when all passes are over. Those of one stage follow those of the
-    stage behind it, and have the passes of the stages before it to hide behind.
+    A pipeline worker waits for its gradient buckets only when all passes are over. The buckets of one stage queue
+    behind those of its later stages, and the passes of its earlier stages hide them.
     """
     found = [passed.exposed for _, passed in passes]
     if costs.strategy.pp == 1 or costs.strategy.splits_parameters:
@@ -113,7 +116,7 @@ def _exposed(costs: Costs, passes: Sequence[tuple[Turn, Passed]]) -> list[float]
 
 
 def _usual(turned: Iterable[Turn], seconds: Iterable[float]) -> dict[tuple[int, str], float]:
-    """(stage, kind) -> seconds of most of its passes."""
+    """Map (stage, kind) to the seconds of its most frequent pass."""
     found: dict[tuple[int, str], tuple[int, float]] = {}
     for turn, each in zip(turned, seconds, strict=True):
         key = turn.action.stage, turn.action.kind
@@ -135,7 +138,10 @@ def _times(costs: Costs, stages: Iterable[int], usual: Mapping[tuple[int, str], 
 
 
 def table_of(costs: Costs, worker: Worker) -> list[Timed]:
-    """All passes of a worker in its order. Buckets of gradients are waited for when all passes are over."""
+    """List all passes of a worker in its order, with their times.
+
+    The worker waits for its gradient buckets only when all passes are over.
+    """
     stages = {stage.number: stage for stage in worker.stages}
     sharded = costs.strategy.splits_parameters
     found = []
@@ -150,7 +156,7 @@ def table_of(costs: Costs, worker: Worker) -> list[Timed]:
 
 
 def _ends(costs: Costs, turned: list[Turn], seconds: list[float]) -> tuple[dict[int, float], dict[int, float]]:
-    """(heads, tails); none without a pipeline, where nobody waits for them."""
+    """Return `Work.heads` and `Work.tails`; both are empty without a pipeline, where no other stage waits for them."""
     heads: dict[int, float] = {}
     tails: dict[int, float] = {}
     if costs.strategy.pp == 1:
@@ -159,7 +165,7 @@ def _ends(costs: Costs, turned: list[Turn], seconds: list[float]) -> tuple[dict[
     for turn, each in zip(turned, seconds, strict=True):
         stage = turn.action.stage
         like = usual[stage, turn.action.kind]
-        if turn.action.kind == BACKWARD and (stage, INPUT) in usual:  # the only one that is not split
+        if turn.action.kind == BACKWARD and (stage, INPUT) in usual:  # the only backward pass that is not split
             like = usual[stage, INPUT] + usual[stage, WEIGHT]
         more = max(0.0, each - like)
         if turn.action.kind == FORWARD:

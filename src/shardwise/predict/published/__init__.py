@@ -1,1 +1,1 @@
-"""Training runs that others published, read from a CSV and held against predictions."""
+"""Comparison of predictions with training runs that others published, read from a CSV file."""

@@ -1,4 +1,4 @@
-"""The columns of a table of runs, whatever a file calls them, and what their cells hold.
+"""Columns of a table of published runs, under any of their usual names, and readers of their cells.
 
 "TP size" -> tp    "Global batch size" -> global_batch    "1,536" -> 1536    "n/a" -> nothing
 """
@@ -52,22 +52,22 @@ NAMES: dict[str, str] = {
     "peak_mem_gib": "peak_memory_gib memory_gib max_memory_gib",
     "notes": "note remarks comment",
 }
-"""Column -> other names of it."""
+"""Column -> its other names, separated by spaces."""
 
 EMPTY = {"", "-", "--", "n/a", "na", "nan", "null", "?", "unknown", "not stated", "not given", "unspecified"}
-"""Cells that say nothing."""
+"""Cells that count as empty, in lower case."""
 
 SMALLEST, LARGEST = 1e-9, 1e9
-"""What a cell's number may be: no run has more of anything that is counted here."""
+"""Bounds of a cell's number: no run has more of anything that these columns count."""
 
 Row = Mapping[str, str]
 
 
 def named(header: Sequence[str]) -> dict[str, str]:
-    """A file's column -> the column it means; those that mean none keep their name.
+    """Map each column of a file to the column of `NAMES` that it means; unknown columns keep their name.
 
     Raises:
-        ValueError: two columns of the file mean the same.
+        ValueError: two columns of the file mean the same one.
     """
     known = {_plain(other): name for name, others in NAMES.items() for other in (name, *others.split())}
     result: dict[str, str] = {}
@@ -89,16 +89,18 @@ def _plain(name: str) -> str:
 
 
 def text(row: Row, column: str) -> str:
-    """What a cell says; nothing where it is empty or says that it is unknown."""
+    """Return the text of a cell; the empty string if the cell is missing, empty or one of `EMPTY`."""
     cell = one_line(row.get(column) or "").strip()
     return "" if cell.lower() in EMPTY else cell
 
 
 def number(row: Row, column: str) -> float | None:
-    """A positive number; None of an empty cell.
+    """Return the positive number in a cell.
+
+    Returns None if the cell is empty.
 
     Raises:
-        Lacking: something else.
+        Lacking: the cell is not a number, or the number is out of bounds.
     """
     cell = text(row, column)
     if not cell or cell.lower() == "none":
@@ -114,10 +116,12 @@ def number(row: Row, column: str) -> float | None:
 
 
 def whole(row: Row, column: str) -> int | None:
-    """A whole number above 0; None of an empty cell.
+    """Return the positive whole number in a cell.
+
+    Returns None if the cell is empty.
 
     Raises:
-        Lacking: something else.
+        Lacking: the cell is not a whole number, or the number is out of bounds.
     """
     value = number(row, column)
     if value is not None and value != int(value):
@@ -126,10 +130,10 @@ def whole(row: Row, column: str) -> int | None:
 
 
 def needed(row: Row, column: str) -> int:
-    """A whole number that a row must have.
+    """Return the positive whole number in a cell that every row must fill.
 
     Raises:
-        Lacking: it has none.
+        Lacking: the cell is empty, or not a whole number within bounds.
     """
     value = whole(row, column)
     if value is None:
@@ -138,5 +142,5 @@ def needed(row: Row, column: str) -> int:
 
 
 def degree(row: Row, column: str) -> int:
-    """A degree of parallelism: 1 of an empty cell and of 0, which some write for none."""
+    """Return the degree of parallelism in a cell: 1 if the cell is empty or 0, which some tables write for none."""
     return 1 if text(row, column) in ("0", "0.0") else whole(row, column) or 1

@@ -1,9 +1,9 @@
-"""What a source counts as memory, and the predicted memory counted alike.
+"""Kind of memory that a source reports, and the predicted memory counted in the same way.
 
-allocated   tensors, as `torch.cuda.max_memory_allocated` says: what is predicted
-reserved    what the allocator took from the device for them: the same where its segments grow (torchtitan sets
-            `expandable_segments`), else more by what fragments leave unused
-device      what `nvidia-smi` shows: reserved, and what CUDA and NCCL hold themselves
+allocated   tensors, as in `torch.cuda.max_memory_allocated`: the quantity that is predicted
+reserved    memory that the allocator took from the device: equal to allocated if its memory segments can grow
+            (torchtitan sets `expandable_segments`), else more because of fragmentation
+device      memory that `nvidia-smi` shows: reserved, and what CUDA and NCCL hold themselves
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from shardwise.predict.transformer.sizes import Setup, Sizes
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What a source counts.
+    """Kind of memory that a source reports, and of which rank.
 
     Attributes:
         kind: `allocated`, `reserved` or `device`.
-        first: whether it is rank 0 that says it, which is of the first stage, instead of the rank that needs most.
+        first: whether it is the memory of rank 0, in the first pipeline stage, instead of the rank that needs most.
     """
 
     kind: str = "allocated"
@@ -30,7 +30,7 @@ class Counted:
 
 
 def counted_of(row: Row) -> Counted:
-    """What the source of a row counts, as far as it says so: tensors that are allocated where it does not."""
+    """Return the kind of memory that a row's source reports, by words in its notes; `allocated` if they do not say."""
     words = f"{text(row, 'notes')} {text(row, 'source')}".lower()
     if "nvidia-smi" in words:
         return Counted("device")
@@ -40,7 +40,7 @@ def counted_of(row: Row) -> Counted:
 
 
 def memory_terms(sizes: Sizes, setup: Setup, counted: Counted, numbers: Constants) -> dict[str, float]:
-    """Bytes by what they are for, which add up to what the source counts."""
+    """Return the predicted bytes by category. They add up to the kind of memory that the source reports."""
     found = memory_of_stage(sizes, setup, 0) if counted.first else memory(sizes, setup)
     terms: dict[str, float] = dict(asdict(found))
     if counted.kind in ("reserved", "device"):

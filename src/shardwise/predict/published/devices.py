@@ -1,4 +1,4 @@
-"""The catalogue's device that a row's text means: exactly, or by the words that it has in common with a device's names.
+"""Lookup of the catalogue's device that a row's text means: by its name, else by words in common with a device's names.
 
 "A100-80GB (8-GPU node; card memory not printed)"   a100-sxm-80
 "H100-96GB-HBM2e-500W"                              h100-96-hbm2e
@@ -14,14 +14,14 @@ from shardwise.errors import ClusterError
 from shardwise.predict.published.lacking import Lacking
 
 MAKERS = {"nvidia", "amd", "intel", "tesla", "instinct", "geforce", "gpu", "gpus"}
-"""Words that tell no device from another."""
+"""Words that do not distinguish one device from another."""
 
 
 def find(text: str) -> Device:
-    """The device that a text means.
+    """Return the catalogue's device that a text means.
 
     Raises:
-        Lacking: the catalogue has none; says the nearest known name.
+        Lacking: the catalogue has no such device; the message suggests the nearest known name.
     """
     if not text.strip():
         raise Lacking("no gpu")
@@ -35,7 +35,7 @@ def find(text: str) -> Device:
 
 
 def _device(name: str) -> Device:
-    """The device of that name, or the one of the node of that name. Raises ClusterError."""
+    """Return the device of a name, else that of the node of that name. Raises ClusterError if there is neither."""
     try:
         return catalogue.device(name)
     except ClusterError as wrong:
@@ -46,7 +46,10 @@ def _device(name: str) -> Device:
 
 
 def _candidates(text: str) -> list[str]:
-    """From the whole text to its first words: what stands in parentheses and behind the model says more than a name."""
+    """Return names to try in order, from the whole text down to its first word.
+
+    Shorter ones leave out remarks in parentheses, makers, and words after the model's name.
+    """
     bare = re.sub(r"\(.*?\)", " ", text).strip()
     words = [word for word in re.split(r"[\s_-]+", bare.lower()) if word and word not in MAKERS]
     words = [re.sub(r"^(\d+)x(?=[a-z])", "", word) for word in words]
@@ -57,5 +60,5 @@ def _candidates(text: str) -> list[str]:
 
 
 def sold_in(device: Device) -> str:
-    """The node that a device is sold in."""
+    """Return the catalogue's name of the node that a device is sold in."""
     return catalogue.sold_in(device.name)

@@ -1,7 +1,7 @@
-"""The reason why a row is not predicted."""
+"""Error that says why a row of a table of runs is not predicted."""
 
 from __future__ import annotations
 
 
 class Lacking(ValueError):
-    """A row that does not say what is needed, or says something unknown. The message says what."""
+    """Raised for a row that lacks something needed or says something unknown; the message names it."""

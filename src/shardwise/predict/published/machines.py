@@ -1,4 +1,4 @@
-"""The cluster that a row ran on: its devices in their nodes, over its network."""
+"""Cluster that a row's run used: its devices in their nodes, and its network."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from shardwise.predict.published import devices, spelling
 from shardwise.predict.published.columns import Row, text, whole
 
 SYSTEMS = {"hf cluster": ", EFA 3200 Gbps"}
-"""Clusters that rows name without a word on their network, which other rows of the same source describe."""
+"""Named clusters -> their network, which other rows of the same source describe."""
 
 LINK, NEWER_LINK = 25e9, 50e9
-"""Bytes per second of one link of NVLink in one direction: generations 2 to 4, and 5 (NVIDIA's whitepapers)."""
+"""Bytes per second of one NVLink link in one direction: of generations 2 to 4, and of 5 (NVIDIA's whitepapers)."""
 
 
 def cluster_of(row: Row, gpus: int) -> tuple[Cluster, list[str]]:
-    """The row's devices in their nodes, and what the row does not say: that is as in the node they are sold in.
+    """Build a row's cluster of `gpus` devices, and list what the row does not say.
+
+    Unstated figures are those of the node that the device is sold in.
 
     Raises:
-        Lacking: a device that the catalogue does not have.
+        Lacking: the catalogue does not have the device.
     """
     device = devices.find(text(row, "gpu"))
     kind = catalogue.node(devices.sold_in(device))

@@ -1,4 +1,4 @@
-"""One row of a table of runs: what it says, as sizes, a setup and a cluster."""
+"""Reader of one row of a table of runs: model sizes, training setup, cluster, and measurements."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from shardwise.predict.transformer.sizes import Setup, Sizes
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that was measured.
+    """A published run with its measurements.
 
     Attributes:
-        line: of the file.
-        group: of the table.
-        label: for people.
-        sizes: of the model.
-        setup: of the training.
-        cluster: that it ran on.
-        step_seconds: measured.
-        memory_bytes: measured, None where the row does not say.
-        counted: what the source counts as memory.
-        assumed: what the row does not say, and what was taken for it.
+        line: line number in the file.
+        group: group of the table's rows that it belongs to.
+        label: description for display.
+        sizes: sizes of the model.
+        setup: setup of the training.
+        cluster: cluster that it ran on.
+        step_seconds: measured time of a step.
+        memory_bytes: measured peak memory; None if the row does not say.
+        counted: kind of memory that the source reports.
+        assumed: each thing that the row does not say, with the value assumed for it.
     """
 
     line: int
@@ -45,10 +45,10 @@ class Run:
 
 
 def read(row: Row, line: int) -> Run:
-    """Understands one row.
+    """Read one row of a table.
 
     Raises:
-        Lacking: says what is missing, unknown or contradicts itself.
+        Lacking: something is missing, unknown or contradictory; the message names it.
     """
     sizes, assumed = sizes_of(row)
     setup, unstated = _setup(row)
@@ -78,7 +78,7 @@ def _label(row: Row, setup: Setup) -> str:
 
 
 def _step_seconds(row: Row, setup: Setup, sizes: Sizes) -> float:
-    """Measured; from the throughput where that is what the row states."""
+    """Return the measured seconds of a step, computed from the throughput if the row states only that."""
     for column in ("target_step_time_s", "step_time_s", "step_time_s_derived"):
         seconds = number(row, column)
         if seconds:
@@ -91,7 +91,7 @@ def _step_seconds(row: Row, setup: Setup, sizes: Sizes) -> float:
 
 
 def _on_device(setup: Setup, cluster: Cluster) -> Setup:
-    """Single precision on a device without TensorFloat-32 is plain float32."""
+    """Replace tf32 by float32 if the device does not support TensorFloat-32."""
     rates = cluster.device(0).flops
     if setup.dtype == "tf32" and "tf32" not in rates and "float32" in rates:
         return replace(setup, dtype="float32", linear_dtype="float32")
@@ -134,7 +134,7 @@ def _stated(cell: str) -> bool:
 
 
 def _degrees(row: Row) -> tuple[int, int, int, int]:
-    """Tensor, pipeline, context and data parallel degrees, whose product is the number of GPUs."""
+    """Return the degrees of tensor, pipeline, context and data parallelism; their product is the number of GPUs."""
     tp, pp, cp, dp = degree(row, "tp"), degree(row, "pp"), degree(row, "cp"), whole(row, "dp")
     gpus = whole(row, "n_gpus")
     if degree(row, "ep") > 1:
@@ -146,13 +146,13 @@ def _degrees(row: Row) -> tuple[int, int, int, int]:
     if gpus % (tp * pp * cp):
         raise Lacking(f"{gpus} GPUs are not a multiple of tp x pp x cp = {tp * pp * cp}")
     left = gpus // (tp * pp * cp)
-    if dp not in (None, left, left * cp):  # some count context parallel ranks among the data parallel ones
+    if dp not in (None, left, left * cp):  # some sources count context parallel ranks in dp
         raise Lacking(f"dp is {dp}, but {gpus} GPUs over tp x pp x cp = {tp * pp * cp} leave {left}")
     return tp, pp, cp, left
 
 
 def _batch(row: Row, dp: int) -> tuple[int, int]:
-    """Sequences per microbatch, and microbatches: two of microbatch, global batch and accumulation say the third."""
+    """Return (sequences per microbatch, microbatches), from two of microbatch, global batch and accumulation."""
     micro, batch, accumulated = whole(row, "micro_batch"), whole(row, "global_batch"), whole(row, "grad_accum")
     if batch is None:
         if micro is None or accumulated is None:
@@ -172,7 +172,7 @@ def _batch(row: Row, dp: int) -> tuple[int, int]:
 
 
 def _check(sizes: Sizes, setup: Setup) -> None:
-    """Raises Lacking: the model cannot be what the columns say, or cannot be split so."""
+    """Raise Lacking if the model's sizes contradict each other, or it has too few layers for its pipeline stages."""
     stages = setup.pipeline * setup.chunks
     if stages > sizes.layers + 2:  # embedding and output may be stages of their own
         raise Lacking(f"{sizes.layers} layers are too few for the {stages} stages of pp x vpp")

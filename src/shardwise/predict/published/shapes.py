@@ -1,7 +1,7 @@
-"""The sizes of the model that a row means: its columns, and what the shape of a model of that name adds.
+"""Sizes of a row's model, from its columns and, for models known by name, from `architectures.csv`.
 
-Two things no column says: whether the MLP has a gate, and whether embedding and output share their matrix. Where the
-model is known by name, they are known; else they are those with which the sizes come nearest to the parameters stated.
+No column says whether the MLP has a gate, or whether embedding and output share their matrix. If the name does not
+decide it, the combination is chosen whose number of parameters is nearest to the stated one.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from shardwise.predict.published.lacking import Lacking
 from shardwise.predict.transformer.sizes import Sizes
 
 GATED = ("llama", "mistral", "qwen", "gemma", "palm", "internlm", "baichuan", "deepseek", "yi-")
-"""Families whose MLP has a gate, by what their names contain."""
+"""Families whose MLP has a gate, by substrings of their models' names."""
 
 LEARNED = ("gpt", "mpt", "opt", "bert")
-"""Families with learned positions and biases."""
+"""Families with learned positions and biases, by substrings of their models' names."""
 
 SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")
 
 NEAR = 0.002
-"""Relative: sizes that come as near to the parameters stated are not told apart by them."""
+"""Relative difference below which two distances to the stated number of parameters count as equal."""
 
 EXPERTS = 2.0
-"""A row that states so many times the parameters of its sizes has experts, of which no column says how many."""
+"""Ratio of stated to computed parameters above which a model is a mixture of experts, whose number no column says."""
 
 
 @cache
 def architectures() -> Mapping[str, Mapping[str, str]]:
-    """Models that are known by name, from `architectures.csv`, by name in lower case without hyphens."""
+    """Return the rows of `architectures.csv`, by the model's name reduced to lower-case letters and digits."""
     lines = resources.files("shardwise.predict.published").joinpath("architectures.csv").read_text(encoding="utf-8")
     return {_plain(row["model"]): row for row in csv.DictReader(lines.splitlines())}
 
 
 def sizes_of(row: Row) -> tuple[Sizes, list[str]]:
-    """The sizes, and what the row does not say of them.
+    """Return the sizes of a row's model, and a list of those that were taken from the model's name.
 
     Raises:
-        Lacking: a size that neither the row nor the model's name says, or a mixture of experts.
+        Lacking: neither the row nor the model's name gives a size, or the model is a mixture of experts.
     """
     known = architectures().get(_plain(text(row, "model")), {})
     stated = {name: whole(row, name) for name in SHAPE}
@@ -71,7 +71,7 @@ def sizes_of(row: Row) -> tuple[Sizes, list[str]]:
 
 
 def _nearest(row: Row, plain: Mapping[str, Any], known: Mapping[str, str]) -> Sizes:
-    """The sizes whose number of parameters is nearest to what the row states."""
+    """Return the sizes whose number of parameters is nearest to the stated one; the usual sizes if none is stated."""
     gated = {"3" in known["mlp"]} if known else {False, True}
     tied = {known["embeddings"] == "tied"} if known else _tied(text(row, "notes").lower())
     candidates = [Sizes(**plain, gated=g, tied=t) for g in sorted(gated) for t in sorted(tied, reverse=True)]
@@ -87,7 +87,7 @@ def _nearest(row: Row, plain: Mapping[str, Any], known: Mapping[str, str]) -> Si
 
 
 def _tied(notes: str) -> set[bool]:
-    """Whether embedding and output share their matrix, as far as the notes say."""
+    """Return the possible values of `Sizes.tied` (embedding and output share their matrix), as far as the notes say."""
     if "untied" in notes and "tied" not in notes.replace("untied", ""):
         return {False}
     return {True, False}

@@ -1,4 +1,4 @@
-"""Which software a row's run had: what its source, precision and notes tell of kernels and of what overlaps."""
+"""Software of a row's run, inferred from its source, precision and notes: kernels, and overlap of communication."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from shardwise.predict.published.columns import Row, text
 from shardwise.predict.transformer.sizes import Stack
 
 DEEPSPEED = ("deepspeed", "bigscience", "bloom", "vtrain", "sailor")
-"""Sources that ran Megatron-DeepSpeed."""
+"""Words that mark sources which ran Megatron-DeepSpeed."""
 
 ENGINE = ("nemo", "megatron-bridge", "transformer engine", "transformerengine")
-"""Sources that ran NVIDIA's Transformer Engine."""
+"""Words that mark sources which ran NVIDIA's Transformer Engine."""
 
 
 def stack_of(row: Row, dtype: str) -> Stack:
-    """The software of a row's run, as far as it matters for time and memory."""
+    """Infer the software of a row's run, as far as it matters for time and memory."""
     source = f"{text(row, 'source')} {text(row, 'group')} {row.get('compile')} {row.get('notes')}".lower()
     deepspeed = any(word in source for word in DEEPSPEED)
     old = dtype in ("fp16", "tf32", "float32") or deepspeed
@@ -29,9 +29,9 @@ def stack_of(row: Row, dtype: str) -> Stack:
     else:
         elementwise, attention, loss = "eager", "flash", "eager"
     nanotron = "nanotron" in source
-    if nanotron:  # the vocabulary is sharded, and so is its loss, by the algorithm of Megatron
+    if nanotron:  # the vocabulary and its loss are sharded by Megatron's algorithm
         loss = "megatron"
-    nanotron_zero = nanotron and spelling.zero(text(row, "zero_fsdp")) > 0  # it reduces when the pass is over
+    nanotron_zero = nanotron and spelling.zero(text(row, "zero_fsdp")) > 0  # it reduces gradients only after the pass
     recent = engine or "korthikanti" in source  # Megatron-LM of 2022 and later
     half = dtype == "fp16" or (dtype == "bf16" and "pure" in text(row, "precision").lower())
     return Stack(

@@ -1,4 +1,4 @@
-"""What the cells of a table of runs mean: precisions, recomputation, sharding, schedules, networks."""
+"""Parsers of free text in a table of runs: precision, recomputation, sharding, schedule and network."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from shardwise.predict.published.lacking import Lacking
 
 NO = {"no", "none", "off", "false", "0", "disabled", "not"}
-"""First words that deny."""
+"""First words of a cell that mean no."""
 
 YES = {"yes", "on", "true", "1", "enabled", "full", "all", "uniform", "always"}
-"""First words that affirm."""
+"""First words of a cell that mean yes."""
 
 NETWORKS = (
     (r"omni-?path|\bopa\b", "omni-path-100"),
@@ -21,17 +21,19 @@ NETWORKS = (
     (r"tcpx", "tcpxo-200"),
     (r"ethernet|\btcp\b", "ethernet-100"),
 )
-"""What texts call networks, and a link of the catalogue of that kind."""
+"""Pattern of a network's name in texts, and the catalogue's link of that kind."""
 
 REPLICATED = ("ddp", "dp", "allreduce", "all-reduce", "replicated", "data parallel", "3d", "not stated", "megatron")
-"""What texts say of gradients that are reduced and states that are not sharded."""
+"""Words that mean plain data parallelism: gradients are all-reduced and states are not sharded."""
 
 
 def precision(text: str) -> tuple[str, str, str]:
-    """Dtype of activations, dtype of linear layers, scaling of fp8 or fp4.
+    """Parse a precision into (dtype of activations, dtype of linear layers, scaling of fp8 or fp4).
+
+    The scaling is empty for other dtypes.
 
     Raises:
-        Lacking: the text names none.
+        Lacking: the text names no known precision.
     """
     words = text.lower()
     if "fp4" in words or "float4" in words:
@@ -59,10 +61,10 @@ def _scaling(words: str) -> str:
 
 
 def recompute(text: str) -> str:
-    """One of the values of `Setup.recompute`; nothing stated means `none`, as frameworks have it.
+    """Parse recomputation into a value of `Setup.recompute`; empty text means `none`, the default of frameworks.
 
     Raises:
-        Lacking: the text is none that is known.
+        Lacking: the text is unknown.
     """
     words = text.lower()
     first = (re.findall(r"[a-z0-9]+", words) or ["none"])[0]
@@ -80,10 +82,10 @@ def recompute(text: str) -> str:
 
 
 def zero(text: str) -> int:
-    """Stage of sharding, 0 to 3 (Rajbhandari et al. 2020); nothing stated means 0.
+    """Parse the ZeRO stage, 0 to 3 (Rajbhandari et al. 2020); empty text means 0.
 
     Raises:
-        Lacking: the text is none that is known.
+        Lacking: the text is unknown.
     """
     words = text.lower()
     if re.search(r"shard_grad_op|grad_op", words):
@@ -104,16 +106,19 @@ def zero(text: str) -> int:
 
 
 def shards(text: str) -> int | None:
-    """Ranks that share parameters where the text says so ("over 64", "HSDP 8")."""
+    """Parse the number of ranks over which parameters are sharded ("over 64", "HSDP 8").
+
+    Returns None if the text does not say.
+    """
     found = re.search(r"(?:over|hsdp|hybrid[ _]shard)\D{0,2}([0-9]{1,9})", text.lower())
     return int(found.group(1)) if found else None
 
 
 def schedule(text: str) -> str:
-    """`1f1b` or `gpipe`; interleaving is what the number of virtual stages says.
+    """Parse a schedule into `1f1b` or `gpipe`; interleaving follows from the number of virtual stages instead.
 
     Raises:
-        Lacking: another one.
+        Lacking: the text names another schedule.
     """
     words = re.sub(r"[^a-z0-9]", "", text.lower())
     if not words or any(word in words for word in ("1f1b", "onefoneb", "interleaved", "pipedreamflush", "looped")):
@@ -126,10 +131,12 @@ def schedule(text: str) -> str:
 
 
 def node_bandwidth(text: str) -> float | None:
-    """Bytes per second of one node's network in one direction, where the text states it.
+    """Parse the bandwidth of a node's network: bytes per second in one direction; negative if it is that of one GPU.
+
+    Returns None if the text does not state it. Examples:
 
     "8x200Gb HDR IB per node", "800 Gbps per node", "4x Omni-Path 100Gb per node", "EFA 3200 Gbps", "RoCE 1600
-    Gbps/node", "RDMA 400Gb/s per GPU" (negative: per GPU).
+    Gbps/node", "RDMA 400Gb/s per GPU" (negative).
     """
     words = text.lower().replace(",", "")
     words = re.sub(r"busbw\s*[\d.]+\s*gbps", "", words)
@@ -147,7 +154,10 @@ def node_bandwidth(text: str) -> float | None:
 
 
 def network(text: str) -> str:
-    """Name in the catalogue of the network's links where the text says what they are; their rate is another matter."""
+    """Parse the kind of a network into the name of a link in the catalogue, whose rate may differ from the text's.
+
+    Returns an empty string if the text does not say.
+    """
     words = text.lower()
     for pattern, link in NETWORKS:
         if re.search(pattern, words):
@@ -156,12 +166,12 @@ def network(text: str) -> str:
 
 
 def nvlink_links(text: str) -> int | None:
-    """Links of NVLink that each device has, where the text says so ("NVLink (4-link)")."""
+    """Parse the number of NVLink links of each device ("NVLink (4-link)"). Returns None if the text does not say."""
     found = re.search(r"nvlink\w*\s*\(?([0-9]{1,9})[- ]links?\b", text.lower())
     return int(found.group(1)) if found else None
 
 
 def nvlink_domain(text: str) -> int | None:
-    """Devices that one domain of NVLink joins, where the text says so ("NVL72")."""
+    """Parse the number of devices in one NVLink domain ("NVL72"). Returns None if the text does not say."""
     found = re.search(r"nvl([0-9]{1,9})", text.lower())
     return int(found.group(1)) if found else None

@@ -1,4 +1,4 @@
-"""How far predictions are from measurements: relative errors, and whether they rank alike."""
+"""Statistics that compare predictions with measurements: means, percentiles and rank correlation."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import statistics
 from collections.abc import Sequence
 
 DRAWS = 200
-"""How often measurements are drawn anew to tell what rank correlation their scatter allows."""
+"""Number of times that measurements are redrawn to estimate the rank correlation that their scatter allows."""
 
 FEWEST_REPEATS = 5
-"""Measurements beyond the first of each thing, below which their scatter is not known well enough for that."""
+"""Least number of repeated measurements, beyond the first of each thing, to estimate their scatter from."""
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """Arithmetic mean; None of nothing."""
+    """Return the arithmetic mean. Returns None if there are no values."""
     return sum(values) / len(values) if values else None
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The value below which that share lies, between neighbours in proportion; None of nothing."""
+    """Return the value below which a share of the values lies, interpolated linearly between neighbours.
+
+    Returns None if there are no values.
+    """
     if not values:
         return None
     ordered = sorted(values)
@@ -31,7 +34,7 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """Rank of each value from 1; equal values share the mean of their ranks."""
+    """Return the rank of each value, from 1; equal values share the mean of their ranks."""
     order = sorted(range(len(values)), key=values.__getitem__)
     result = [0.0] * len(values)
     start = 0
@@ -46,7 +49,10 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's: the correlation of ranks. None for fewer than three pairs or where all of one are equal."""
+    """Return Spearman's rank correlation.
+
+    Returns None if there are fewer than three pairs, or all values of `a` or of `b` are equal.
+    """
     if len(a) < 3:
         return None
     x, y = ranks(a), ranks(b)
@@ -57,20 +63,20 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def place_of_best(measured: Sequence[float], predicted: Sequence[float]) -> int:
-    """Which place, from 1, the fastest measured one has among the predictions."""
+    """Return the position, from 1, that the fastest measured run has among the predictions."""
     best = min(range(len(measured)), key=measured.__getitem__)
     return 1 + sum(1 for value in predicted if value < predicted[best])
 
 
 def rank_correlation_of_scatter(alike: Sequence[Sequence[float]]) -> float | None:
-    """Rank correlation with the measurements that a predictor of the true values is to expect: 1 if they never scatter.
+    """Estimate the rank correlation with the measurements that a perfect predictor would reach: 1 without scatter.
 
     Args:
-        alike: measurements of one thing each, in any unit. Their geometric mean stands for the true value, and around
-            it they are log-normal with one spread, that of all repeats together.
+        alike: repeated measurements of one thing each, in any unit. Their geometric mean is taken for the true value,
+            around which they are log-normal; one spread is estimated from all repeats together.
 
     Returns:
-        The mean over measurements drawn anew (always the same draws), None where too few things are measured again.
+        The mean over redrawn measurements (always the same draws). None if there are too few repeated measurements.
     """
     logarithms = [[math.log(value) for value in values] for values in alike]
     repeats = sum(len(values) - 1 for values in logarithms)

@@ -1,4 +1,4 @@
-"""Holds predictions against a table of runs that others measured."""
+"""Comparison of predictions with a table of measured runs: what `shardwise validate` computes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,24 @@ from shardwise.predict.published.summary import (
 from shardwise.predict.transformer.step import explained, predict
 
 LARGEST = 64 << 20
-"""Bytes of a table at most."""
+"""Largest size of a table's file in bytes."""
 
 WORST = 5
-"""Rows of which the document says term by term what was predicted."""
+"""Number of rows with the largest errors that the document lists."""
 
 RANKED_ROWS = 10
-"""Groups of so many rows get a rank correlation."""
+"""Least number of rows of a group for a rank correlation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A run beside its prediction; the predicted memory is what the run's source counts."""
+    """A measured run and its prediction.
+
+    Attributes:
+        run: the run.
+        prediction: the predicted step.
+        memory: predicted bytes by category, counted as the run's source counts memory.
+    """
 
     run: Run
     prediction: Prediction
@@ -47,24 +53,24 @@ class Held:
 
     @property
     def error(self) -> float:
-        """Of the step's time, relative to the measured one; negative where too little was predicted."""
+        """Return the relative error of the step's time; negative if the prediction is too low."""
         return self.prediction.step_seconds / self.run.step_seconds - 1
 
     @property
     def memory_error(self) -> float | None:
-        """Of the peak memory; None where the row does not state it."""
+        """Return the relative error of the peak memory. Returns None if the row does not state it."""
         measured = self.run.memory_bytes
         return sum(self.memory.values()) / measured - 1 if measured else None
 
 
 def validate(path: str | Path) -> dict[str, Any]:
-    """The document of `shardwise validate`: predicted against measured, per row and by group.
+    """Return the document of `shardwise validate`: predictions compared with measurements, per row and by group.
 
     Args:
         path: a CSV file with the columns of tests/published/README.md.
 
     Raises:
-        DataError: the file cannot be read, has no rows, or none that says what is needed.
+        DataError: the file cannot be read, has no rows, or has no row that can be predicted.
     """
     held, skipped = [], []
     for line, row in read_rows(Path(path)):
@@ -81,7 +87,7 @@ def validate(path: str | Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
-    """(line, row by the columns that are known) of a file. Raises DataError."""
+    """Read (line number, cells by column) of each row of a file. Raises DataError if it is unreadable or empty."""
     content = read_regular_text(path, LARGEST, DataError)
     try:
         reader = csv.DictReader(io.StringIO(content.removeprefix("\ufeff"), newline=""))
@@ -147,7 +153,7 @@ def _group(rows: Sequence[Held]) -> dict[str, Any]:
 
 
 def _alike(rows: Sequence[Held]) -> list[list[float]]:
-    """Measured seconds of rows that say the same."""
+    """Group the measured seconds of rows that describe the same run: equal sizes, setup and cluster."""
     alike: dict[object, list[float]] = {}
     for each in rows:
         run = each.run
@@ -157,7 +163,7 @@ def _alike(rows: Sequence[Held]) -> list[list[float]]:
 
 
 def _deviations(alike: Sequence[Sequence[float]]) -> list[float]:
-    """How far each row is from the mean of those that say the same, where there are several; relative."""
+    """Return the relative deviation of each repeated measurement from the mean of its group."""
     found: list[float] = []
     for seconds in alike:
         middle = statistics.fmean(seconds)
