@@ -57,8 +57,9 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
 def split(
     step: StepGraph, ranks: int, trained: frozenset[str], *, sequence: bool = False
 ) -> tuple[LocalGraph, tuple[Obstacle, ...]]:
-    """Return the graph of the first of `ranks` tensor-parallel workers and its obstacles. The graph is for inspection:
-    it cannot run.
+    """Return the graph of the first of `ranks` tensor-parallel workers and its obstacles.
+
+    The graph is for inspection: it cannot run.
     """
     nothing = Replacements(_never, _never, _never, _never)
     return partition(step, Exchange(None, 0, ranks), nothing, trained=trained, sequence=sequence)
@@ -82,8 +83,9 @@ class TensorDegrees:
     _known: dict[tuple[int, bool], str | None] = field(default_factory=dict)
 
     def refusal(self, degree: int, *, sequence: bool = False) -> str | None:
-        """Return an error message that names what `degree` fails to divide and the degrees that fit. Returns None if
-        `degree` fits.
+        """Return an error message that names what `degree` fails to divide and the degrees that fit.
+
+        Returns None if `degree` fits.
         """
         wrong = self._wrong(degree, sequence=sequence)
         if wrong is None:

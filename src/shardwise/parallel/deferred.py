@@ -77,10 +77,9 @@ class WeightGradients:
 
 
 def defer_weights(graph: fx.Graph, store: WeightGradients, tensors: Collection[str]) -> None:
-    """Replace linear layers and convolutions whose weight is a placeholder in `tensors` by versions that can defer its
-    gradient.
+    """Make the linear layers and convolutions of a graph able to defer the gradients of their weights.
 
-    Changes `graph` in place.
+    Replaces them in place, if weight and bias are placeholders named in `tensors`.
     """
     for node in graph.nodes:
         if node.op != "call_function" or len(node.args) < 2 or not _is_tensor(node.args[1], tensors):
@@ -156,8 +155,9 @@ def _now_or_later(
     bias: Tensor | None,
     of_bias: Callable[[], Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute the gradients of weight and bias, or defer them and return None. Only a leaf tensor's gradient can be
-    deferred.
+    """Compute the gradients of weight and bias, or defer them and return None.
+
+    Only a leaf tensor's gradient can be deferred.
 
     `weight` is the parameter itself: where activations are recomputed, the tensor saved for the backward pass is a
     copy.

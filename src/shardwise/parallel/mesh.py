@@ -63,8 +63,9 @@ class Mesh:
         return 0 if self.grid is None else self.grid.get_local_rank(axis)
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
-        """Return the group of workers that differ from this one in `axis` only. Returns None if that is this worker
-        alone.
+        """Return the group of workers that differ from this one in `axis` only.
+
+        Returns None if that is this worker alone.
         """
         if self.grid is None or getattr(self.strategy, axis) == 1:
             return None
@@ -87,9 +88,7 @@ class Mesh:
 
     @property
     def home(self) -> torch.device:
-        """Return the device that holds the parameters that `fsdp` shards: the CPU with offloading, else the compute
-        device.
-        """
+        """Return the device of the parameters that `fsdp` shards: the CPU with offloading, else the compute device."""
         return torch.device("cpu") if self.strategy.offload else self.device
 
     @property

@@ -22,8 +22,7 @@ REPEATS = 4
 """Timed repetitions, of which the fastest counts: most causes of a slow message are gone at the next one."""
 
 MUCH = 4.0
-"""Factor by which a link must be slower than assumed before cut points depend on it, so that noise does not move them.
-"""
+"""Factor by which a link must be slower than assumed to move cut points, so that noise does not move them."""
 
 
 def much_slower(seconds_per_byte: Sequence[float], bytes_per_second: float) -> tuple[float, ...]:
@@ -64,9 +63,7 @@ def measured_links(mesh: Mesh) -> list[float]:
 
 
 def _per_byte(first: bool, other: int, mesh: Mesh, group: dist.ProcessGroup) -> float:
-    """Return the seconds per byte of a large message beyond those of an empty one, on the sending worker; 0 on the
-    receiver.
-    """
+    """Measure the seconds per byte of a large message beyond a one-byte one. Returns 0 on the receiving worker."""
     size = CPU_BYTES if mesh.device.type == "cpu" else ACCELERATOR_BYTES
     small, large = (torch.zeros(count, dtype=torch.uint8, device=mesh.device) for count in (1, size))
     rank = dist.get_global_rank(group, other)

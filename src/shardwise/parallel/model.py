@@ -24,8 +24,9 @@ _BUILT: WeakSet[nn.Module] = WeakSet()
 
 
 def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
-    """Build the module of `workload` on this worker's device, with the weights of worker 0. Collective over all
-    workers.
+    """Build the module of `workload` on this worker's device, with the weights of worker 0.
+
+    Collective over all workers.
 
     A factory that ignores the random seed gives different weights on every worker, so worker 0 broadcasts its own to
     all. The random state that the factory leaves behind is replaced: from here on each replica draws its own numbers.

@@ -42,8 +42,9 @@ class GradientReducer:
                 parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
 
     def arm(self) -> None:
-        """Start to count ready gradients. Call before the last backward pass of a step, whose gradients are final when
-        they appear.
+        """Start to count ready gradients.
+
+        Call before the last backward pass of a step, whose gradients are final when they appear.
         """
         self._armed = True
         self._missing = [len(bucket) for bucket in self._buckets]
