@@ -110,7 +110,7 @@ def repeat_interleave(p: Partitioner, node: fx.Node, args: list[Any], kwargs: di
 
 
 def select(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """x[:, i]: remove a dimension."""
+    """x[:, i]: remove a dimension, which must not be sharded."""
     x, like = args[0], node.meta["val"]
     dim = args[1] % len(x.shape)
     if p.takes_form(x):
