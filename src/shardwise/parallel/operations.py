@@ -192,7 +192,9 @@ class Operations:
         return forward
 
     def _normalisation(self, module: Any) -> Callable[[Tensor], Tensor]:
-        """Return `_BatchNorm.forward` with the statistics of all replicas and without a second update in recomputation.
+        """Return a `_BatchNorm.forward` with the statistics of all replicas.
+
+        Recomputation does not update them again.
         """
 
         def forward(input: Tensor) -> Tensor:  # noqa: A002

@@ -8,8 +8,7 @@ With P workers, stage s is on worker s % P. For P = 3 workers and 4 microbatches
     2  F0 F1 F2 F3 B0 B1 B2 B3             2  F0 B0 F1 B1 F2 B2 F3 B3
 
     interleaved (Narayanan et al. 2021)    several stages per worker: smaller bubbles, more messages
-    zero-bubble (ZB-H1; Qi et al. 2023)    the backward pass in two parts: I for the inputs, which others need, and W
-    for
+    zero-bubble (ZB-H1; Qi et al. 2023)    the backward pass in two: I for the inputs, which others need, and W for
                                            the weights, which fills the bubbles
 """
 
