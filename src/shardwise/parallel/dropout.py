@@ -218,7 +218,7 @@ class KeyedDropout:
     ) -> Tensor:
         """Compute `scaled_dot_product_attention`.
 
-        With dropout it uses plain matmuls, because fused kernels draw their own masks.
+        Uses plain matmuls if there is dropout, because fused kernels draw their own masks.
         """
         if dropout_p == 0:
             return F.scaled_dot_product_attention(

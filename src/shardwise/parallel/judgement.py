@@ -29,7 +29,7 @@ collective, runs the passes again and finds the first value that is not finite. 
 
 
 class Judgement:
-    """Ask a judge about each step, and undo the effects of its passes if the update is not applied."""
+    """Caller of a judge: asks it about each step, and undoes the effects of its passes if the update is not applied."""
 
     def __init__(self, engine: Engine, mesh: Mesh, judge: Judge) -> None:
         self._engine, self._mesh, self._judge = engine, mesh, judge

@@ -80,7 +80,7 @@ class Mesh:
     def replica_group(self) -> dist.ProcessGroup | None:
         """Return the group of workers that hold the same part of the model and compute other shares of the batch.
 
-        With fsdp it includes the workers among which that part is sharded. Returns None if that is this worker alone.
+        Workers that shard that part with fsdp belong to the group too. Returns None if that is this worker alone.
         """
         if self.replicas is not None:
             return self.replicas.get_group()

@@ -37,7 +37,7 @@ def much_slower(seconds_per_byte: Sequence[float], bytes_per_second: float) -> t
 def hops_of(strategy: Strategy) -> int:
     """Return the number of worker-to-worker links that a pipeline's messages take.
 
-    With several stages per worker the link from the last worker to the first counts too.
+    The link from the last worker to the first counts too if workers have several stages.
     """
     return strategy.pp if strategy.stages_per_worker > 1 else strategy.pp - 1
 

@@ -46,7 +46,9 @@ def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
 
 
 def plain_model(workload: Workload) -> nn.Module:
-    """Build the module with its factory from the workload's seed, in training mode. Sets torch's random state.
+    """Call the workload's factory under the workload's seed, and return the module in training mode.
+
+    Sets torch's random state.
 
     Raises:
         WorkloadError: the factory builds no `nn.Module`.

@@ -45,7 +45,7 @@ DRAWN = "the model draws random numbers outside of dropout: these differ from th
 
 
 class Operations:
-    """Replace the operations of one model that depend on who computes what.
+    """Replacements for the operations of one model that depend on who computes what.
 
     Args:
         position: the position in the training; the engine keeps it up to date.
@@ -91,7 +91,7 @@ class Operations:
     def recompute(self, block: nn.Module, *, products: bool = False) -> None:
         """Make `block` drop its activations and recompute them in the backward pass, with the same dropout masks.
 
-        With `products` it saves the results of its matmuls, convolutions and attention, see `selective`.
+        If `products` is set, it saves the results of its matmuls, convolutions and attention, see `selective`.
         """
         original = block.forward
         contexts = self._selective_contexts if products else self._contexts

@@ -244,7 +244,7 @@ def _seconds(
     Returns zeros where worker 0 measures them.
     """
     used = uses(step.graph, step.tensors, parameters)
-    if any(tensor.is_meta for tensor in tensors.values()):  # nothing to measure, and a dry run has no worker 0
+    if any(tensor.is_meta for tensor in tensors.values()):  # nothing to measure; a dry run has no worker 0 to ask
         seconds = counted(step, used)
     elif mesh.rank == 0:
         seconds = _timed(step, tensors, data, used)

@@ -20,7 +20,7 @@ def bucket_bytes(bucket: int) -> int:
 
 
 class GradientReducer:
-    """Sums the gradients of some parameters over a group, bucket by bucket as they become complete.
+    """Reducer of the gradients of some parameters over a group, bucket by bucket as they become complete.
 
     Gradients become ready roughly in the reverse order of the parameters, so the buckets are in that order too.
 

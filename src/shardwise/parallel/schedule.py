@@ -1,6 +1,6 @@
 """Order in which a pipeline worker computes: pure tables, which the runner executes and a simulator can replay.
 
-With P workers, stage s is on worker s % P. For P = 3 workers and 4 microbatches, F forward, B backward:
+Stage s is on worker s % P of P workers. For P = 3 workers and 4 microbatches, F forward, B backward:
 
     gpipe (Huang et al. 2019)              1f1b (Narayanan et al. 2019)
     0  F0 F1 F2 F3 B0 B1 B2 B3             0  F0 F1 F2 B0 F3 B1 B2 B3
