@@ -1,1 +1,1 @@
-"""The program that trains: one file per axis, assembled in `program`."""
+"""Program that trains a model in parallel: one module per parallel axis, assembled in `program`."""

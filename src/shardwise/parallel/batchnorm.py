@@ -1,7 +1,8 @@
 """Batch normalisation over the samples of all replicas (torch's own exists on GPUs only).
 
-Statistics are combined as Chan, Golub and LeVeque (1979) do it: every replica sends its count, mean and centred sum of
-squares, so nothing cancels, and all replicas add them up in one order: their running statistics stay bit-identical.
+Statistics are combined as in Chan, Golub and LeVeque (1979): every replica sends its count, mean and centred sum of
+squares, so there is no cancellation. All replicas add them in the same order, so their running statistics stay
+bit-identical.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ def batch_norm(
     group: dist.ProcessGroup | None,
     counted: bool = True,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm` in training, with the statistics of all of `group`.
+    """Compute `torch.nn.functional.batch_norm` in training, with the statistics of the whole `group`.
 
     Args:
         x: shape (samples, channels, ...).
-        weight: per channel, or None; so is `bias`.
+        weight: shape (channels,), or None, like `bias`.
         bias: see `weight`.
         running_mean: updated in place, like `running_var` (with the unbiased variance), unless None.
         running_var: see `running_mean`.
         momentum: weight of the new statistics in the running ones.
         eps: added to the variance.
-        group: the replicas; None: this worker alone.
-        counted: whether the samples of `x` count; False for one that only keeps the replica in step.
+        group: the replicas; None for this worker alone.
+        counted: whether the samples of `x` count; False for a dummy sample that only keeps the replica in step.
 
-    Collective: all of `group` call it, also for the backward pass.
+    Collective: all of `group` call it, and all of them run its backward pass.
     """
     output: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, running_mean, running_var, momentum, eps, group, counted
@@ -75,7 +76,7 @@ class _BatchNorm(torch.autograd.Function):
         sums = torch.stack([by_bias, by_weight])
         if ctx.group is not None:
             dist.all_reduce(sums, group=ctx.group)
-        if ctx.counted:  # the statistics depend on x
+        if ctx.counted:  # the statistics depend on x only if it counts
             inverse = torch.rsqrt(var + ctx.eps)
             factor = inverse if weight is None else inverse * weight.to(inverse.dtype)
             by_mean, by_var = sums / count.clamp(min=1) * factor
@@ -89,7 +90,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _statistics(x: Tensor, group: dist.ProcessGroup | None, counted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(count (), mean (channels,), centred sum of squares (channels,)) over the group, float32 or wider."""
+    """Compute (count (), mean (channels,), centred sum of squares (channels,)) over the group, in float32 or wider."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     dims = [dim for dim in range(x.dim()) if dim != 1]
     var, mean = torch.var_mean(wide, dims, correction=0)
@@ -105,7 +106,7 @@ def _statistics(x: Tensor, group: dist.ProcessGroup | None, counted: bool) -> tu
 
 
 def _combine(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One set of statistics from those of the replicas: (replicas, means and squares and count)."""
+    """Combine the replicas' statistics into one set, from shape (replicas, [means, squares, count])."""
     counts = parts[:, -1:]
     means, squares = parts[:, :-1].chunk(2, dim=1)
     count = counts.sum()
@@ -121,7 +122,7 @@ def _update(
     squares: Tensor,
     momentum: float,
 ) -> None:
-    """Moves the running statistics towards the new ones; not at all where no sample counts."""
+    """Move the running statistics towards the new ones. Leaves them unchanged if no sample counts."""
     share = (count > 0).to(mean.dtype) * momentum
     if running_mean is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), share.to(running_mean.dtype))
@@ -133,7 +134,7 @@ def _update(
 def _local_gradients(
     gradient: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x's gradient with the statistics held fixed, sum of gradient times normalised x, sum of gradient)."""
+    """Compute (gradient of x with fixed statistics, sum of gradient times normalised x, sum of gradient)."""
     ones = torch.ones_like(mean) if weight is None else weight
     direct, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
         gradient, x, ones, mean, var, None, None, False, eps, [True, True, True]

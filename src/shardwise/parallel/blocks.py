@@ -1,8 +1,8 @@
-"""The repeated blocks of a model, found by its structure: what is sharded, or recomputed, one after the other.
+"""Find the repeated blocks of a model by its structure. They are sharded or recomputed one after the other.
 
-A block is a module whose class occurs more than once, outermost first: a transformer's layers, a ResNet's blocks. Where
-a repeated module is made of repeated blocks itself (the towers of a two-tower model, the stages of a ResNet), those
-are taken. Names and known classes play no part.
+A block is a module whose class occurs more than once, outermost first: a transformer's layers, a ResNet's blocks. If a
+repeated module consists of repeated blocks itself (the towers of a two-tower model, the stages of a ResNet), the inner
+ones are taken. Names and known classes play no part.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from shardwise.parallel.values import tensors_of
 
 _REAL_SHARE = 0.1
-"""A class of blocks that holds less of the parameters than this stays with the root."""
+"""Smallest share of the parameters that a class of blocks must hold; a smaller one stays with the root."""
 _MADE_OF = 2 / 3
-"""A module is made of inner blocks where these hold at least this share of its parameters."""
+"""Share of a module's parameters that its inner blocks must hold to be taken in its place."""
 
 
 def repeated_blocks(model: nn.Module, called: set[nn.Module]) -> list[nn.Module]:
-    """The blocks of `model` in the order of its modules, none inside another.
+    """Return the blocks of `model` in the order of its modules, none inside another.
 
     Args:
         model: plain modules.
-        called: see `steady_modules`: a block is one of them (the hooks of what is only iterated over never run), and
-            shares no parameter with other modules.
+        called: the result of `steady_modules`. Only these can be blocks, because hooks of a module that is only
+            iterated over never run. A block also shares no parameter with other modules.
     """
     found = _descend(model, _fit(model, called, composite=True))
     found = found or _descend(model, _fit(model, called, composite=False))
@@ -39,10 +39,10 @@ def repeated_blocks(model: nn.Module, called: set[nn.Module]) -> list[nn.Module]
 
 
 def steady_modules(model: nn.Module, passes: Iterable[Callable[[], object]]) -> set[nn.Module]:
-    """The modules that can be called in another way than `model` does it, as some passes through it show.
+    """Return the modules that can be gathered, hooked or recomputed, as observed in some passes through `model`.
 
-    Each pass calls them exactly once (no experts, no branches), and they leave alone the tensors that they are called
-    with: what a caller sees of such a change would be lost where a block is computed again or its inputs are hooked.
+    Each pass calls them exactly once (no experts, no branches), and they do not write into their input tensors. A
+    caller would not see such a write if the block is recomputed or its inputs are hooked.
     """
     called, overwriting = set(model.modules()), set()
     for run in passes:
@@ -69,7 +69,7 @@ def steady_modules(model: nn.Module, passes: Iterable[Callable[[], object]]) -> 
 
 
 def _fit(model: nn.Module, called: set[nn.Module], *, composite: bool) -> set[nn.Module]:
-    """Modules that could be blocks: of a repeated class, always called, with parameters that nobody else uses."""
+    """Return the modules that could be blocks: of a repeated class, always called, with parameters of their own."""
     owners = _owners(model)
     optional = _optional(model, called)
     modules = [
@@ -88,7 +88,7 @@ def _fit(model: nn.Module, called: set[nn.Module], *, composite: bool) -> set[nn
 
 
 def _optional(model: nn.Module, called: set[nn.Module]) -> set[nn.Module]:
-    """Modules with a sibling of their class that was not always called: experts, of which each sample takes some."""
+    """Return the modules with a sibling of their class that was not always called, such as experts of an MoE layer."""
     optional: set[nn.Module] = set()
     for parent in model.modules():
         skipped = {type(child) for child in parent.children() if child not in called}
@@ -97,7 +97,7 @@ def _optional(model: nn.Module, called: set[nn.Module]) -> set[nn.Module]:
 
 
 def _owners(model: nn.Module) -> dict[Tensor, set[nn.Module]]:
-    """Parameter -> the modules that it is registered in."""
+    """Map each parameter to the modules that it is registered in."""
     owners: dict[Tensor, set[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -116,7 +116,7 @@ def _descend(module: nn.Module, fit: set[nn.Module]) -> list[nn.Module]:
 
 
 def _made_of_blocks(module: nn.Module, fit: set[nn.Module]) -> bool:
-    """Whether one repeated class inside `module` holds most of its parameters."""
+    """Return whether one repeated class inside `module` holds most of its parameters."""
     inner: dict[type, list[nn.Module]] = {}
     for part in module.modules():
         if part is not module and part in fit:

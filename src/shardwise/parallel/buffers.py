@@ -1,4 +1,4 @@
-"""Keeps the buffers of a model on every replica what they are on the others, and the tensors that they were."""
+"""Keep the buffers of a model equal on all replicas, and keep them the same tensor objects."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from shardwise.parallel.values import facts
 
 
 class ReplicaBuffers:
-    """Buffers that every replica of `group` (None: there is one) has a copy of.
+    """Buffers of which every replica of `group` has a copy (None: there is one replica).
 
-    Batch norm's are the same on all replicas by themselves, and so are counters. A buffer that a forward pass changes
-    otherwise follows the samples of its replica. Which do is seen after the first step; as under DDP the others then
-    take those of the first replica, in every step.
+    Batch norm's statistics are equal on all replicas anyway, and so are counters. A buffer that a forward pass changes
+    in another way follows the samples of its replica. Such buffers are found after the first step. As under DDP, the
+    first replica then broadcasts them in every step.
 
     Attributes:
-        notes: what a person should know, one line each.
+        notes: what the user should know, one line each.
     """
 
     def __init__(self, buffers: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
@@ -34,7 +34,7 @@ class ReplicaBuffers:
         self._drifting: list[Tensor] | None = None
 
     def settle(self) -> None:
-        """After a step's passes. Collective over the replicas."""
+        """Make the buffers equal after the passes of a step. Collective over the replicas."""
         if self._group is None:
             return
         if self._drifting is None:
@@ -43,7 +43,7 @@ class ReplicaBuffers:
         broadcast(self._drifting, self._group, 0)
 
     def _find_drifting(self, group: dist.ProcessGroup) -> list[Tensor]:
-        """The buffers that changed and are not the same on all replicas."""
+        """Return the buffers that changed and differ between replicas. Collective."""
         digests = {
             name: _digest(buffer) for name, buffer in self._buffers.items() if buffer._version != self._versions[name]
         }
@@ -60,10 +60,10 @@ class ReplicaBuffers:
 
 
 class Buffers(ReplicaBuffers):
-    """The persistent buffers of a model that is trained on the replicas of `group`.
+    """Persistent buffers of a model that is trained on the replicas of `group`.
 
     Attributes:
-        persistent: the buffers by name; a model that assigns a new tensor gets it copied into the old one.
+        persistent: the buffers by name. If the model assigns a new tensor, it is copied into the old one.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -72,7 +72,7 @@ class Buffers(ReplicaBuffers):
         super().__init__(self.persistent, group)
 
     def settle(self) -> None:
-        """After a step's passes. Collective over the replicas."""
+        """Copy newly assigned buffers into the old ones, and make all buffers equal. Collective over the replicas."""
         for module, name in self._places:
             key, buffer = name.rpartition(".")[2], self.persistent[name]
             assigned = module._buffers.get(key)

@@ -1,4 +1,4 @@
-"""Whether a strategy can work for a model, found from its graph before any worker starts."""
+"""Check from a model's graph that a strategy can work for it, before any worker starts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from shardwise.workload.graph import StepGraph, example
 from shardwise.workload.workload import Workload
 
 LEAST_SHARED = 0.5
-"""A tensor degree that cuts less than this share of the parameters is refused."""
+"""Smallest share of the parameters (0 to 1) that a tensor degree must shard; a degree that shards less is refused."""
 
 DEGREES = (2, 3, 4, 6, 8, 12, 16)
-"""Tensor degrees that are proposed in place of one that does not fit."""
+"""Tensor degrees that an error message may propose in place of one that does not fit."""
 
 
 def check_strategy(workload: Workload, strategy: Strategy) -> None:
-    """Raises StrategyError where `strategy` cannot work for this model; WorkloadError where it cannot be traced.
+    """Raise StrategyError if `strategy` cannot work for this model, or WorkloadError if the step cannot be traced.
 
-    Traces the model in this process; starts nothing.
+    Traces the model in this process and starts no worker.
     """
     strategy = strategy.for_batch(workload.batch_size)
     if strategy.tp == strategy.pp == 1:
@@ -57,7 +57,10 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
 def split(
     step: StepGraph, ranks: int, trained: frozenset[str], *, sequence: bool = False
 ) -> tuple[LocalGraph, tuple[Obstacle, ...]]:
-    """The graph of the first of `ranks` tensor-parallel workers, to look at: nothing of it can run."""
+    """Return the graph of the first of `ranks` tensor-parallel workers and its obstacles.
+
+    The graph is for inspection: it cannot run.
+    """
     nothing = Replacements(_never, _never, _never, _never)
     return partition(step, Exchange(None, 0, ranks), nothing, trained=trained, sequence=sequence)
 
@@ -68,11 +71,11 @@ def _never(*_: Any) -> Any:
 
 @dataclass(slots=True)
 class TensorDegrees:
-    """Which tensor degrees a traced step can be cut into.
+    """Tensor degrees that a traced step can be sharded by.
 
     Attributes:
-        step: of one microbatch.
-        parameters: of the model, by name.
+        step: the traced step of one microbatch.
+        parameters: the model's parameters by name.
     """
 
     step: StepGraph
@@ -80,7 +83,10 @@ class TensorDegrees:
     _known: dict[tuple[int, bool], str | None] = field(default_factory=dict)
 
     def refusal(self, degree: int, *, sequence: bool = False) -> str | None:
-        """What a degree fails to divide, and which would do; None where it can be."""
+        """Return an error message that names what `degree` fails to divide and the degrees that fit.
+
+        Returns None if `degree` fits.
+        """
         wrong = self._wrong(degree, sequence=sequence)
         if wrong is None:
             return None
@@ -103,9 +109,9 @@ class TensorDegrees:
 def _in_the_way(
     degree: int, local: LocalGraph, obstacles: Sequence[Obstacle], parameters: Mapping[str, nn.Parameter]
 ) -> str | None:
-    """What a tensor degree fails to divide so that it is of no use; None where it is."""
+    """Return the reason why a tensor degree is of no use. Returns None if the degree works."""
     for obstacle in obstacles:
-        # fewer key heads than workers are copied; query heads are what there is to cut
+        # too few key heads are replicated, but query heads are what attention is sharded by
         if obstacle.what == "query heads" or (obstacle.what == "heads" and degree % obstacle.size):
             return f"the {obstacle.size} attention heads"
     features = [o.what for o in obstacles if o.what not in ("heads", "query heads")]

@@ -1,4 +1,4 @@
-"""The norm of a gradient that lies on many workers, and scaling it down to a limit."""
+"""Compute the norm of a gradient that lies on many workers, and scale the gradient down to a limit."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from shardwise.parallel.rows import local
 
 
 def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The parts of the gradients that are held here, sharing their memory."""
+    """Return the local parts of the gradients by name; they share the gradients' memory."""
     return {name: local(parameter.grad) for name, parameter in parameters.items() if parameter.grad is not None}
 
 
 def local_tensors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The parts of the parameters that are held here, sharing their memory."""
+    """Return the local parts of the parameters by name; they share the parameters' memory."""
     return {name: local(parameter) for name, parameter in parameters.items()}
 
 
 def squared_norm(gradients: Mapping[str, Tensor], held: Mapping[str, Held], device: torch.device) -> Tensor:
-    """This worker's part of the squared global norm, 0-d: adding up those of all workers counts each element once."""
+    """Compute this worker's part of the squared global norm, 0-d. The parts of all workers add up to it.
+
+    Each element counts once: its square is divided by the number of workers that hold it.
+    """
     alike: dict[tuple[int, torch.device], list[Tensor]] = {}
     for name, gradient in gradients.items():
         alike.setdefault((held[name].holders, gradient.device), []).append(gradient)
@@ -33,7 +36,10 @@ def squared_norm(gradients: Mapping[str, Tensor], held: Mapping[str, Held], devi
 
 
 def clip(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
-    """Scales gradients of global norm `norm` down to `limit`, as `torch.nn.utils.clip_grad_norm_` does."""
+    """Scale gradients of global norm `norm` down to `limit`, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Changes them in place.
+    """
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for device in dict.fromkeys(gradient.device for gradient in gradients):
         several = [gradient for gradient in gradients if gradient.device == device]

@@ -1,9 +1,9 @@
-"""Where a step may be cut into consecutive parts, and where it is best cut.
+"""Find the cut points of a step and the best cut into consecutive parts.
 
-A part may begin before any call that uses a parameter; between two such calls the place with the least to send is
-taken. Places are known by the parameter use that follows them, so that every shape of a step (training, evaluation,
-the last small batch) is cut alike. What is computed from the batch alone (masks, positions) is not sent: each part
-that needs it computes it again.
+A part may begin before any call that uses a parameter. Between two such calls, the point with the fewest bytes to send
+is taken. A cut point is identified by the parameter use that follows it, so every shape of a step (training,
+evaluation, the last small batch) is cut alike. Values computed from the batch alone (masks, positions) are not sent:
+each part that needs them recomputes them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ Use = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A place where a step may be cut: before call `position`, which is `bytes` in `values` to send onwards."""
+    """Cut point of a step, before call `position`: `values` values with `bytes` bytes in total are sent onwards.
+
+    `use` is the parameter use that follows it.
+    """
 
     use: Use
     position: int
@@ -40,12 +43,12 @@ class Place:
 
 
 def calls(graph: fx.Graph) -> list[fx.Node]:
-    """The calls of a graph, in order."""
+    """List the calls of a graph in order."""
     return [node for node in graph.nodes if node.op == "call_function"]
 
 
 def from_batch(local: LocalGraph) -> set[fx.Node]:
-    """Nodes that depend on the batch and on constants only, so that any worker can compute them."""
+    """Return the nodes that depend on the batch and on constants only, so that any worker can compute them."""
     tensors = set(local.step.tensors)
     found: set[fx.Node] = set()
     where = roots(local.graph)
@@ -64,13 +67,13 @@ def from_batch(local: LocalGraph) -> set[fx.Node]:
 
 
 def uses(graph: fx.Graph, tensors: Mapping[str, str], parameters: Collection[str]) -> dict[fx.Node, list[Use]]:
-    """Which uses of parameters each call is; `tensors` names those that placeholders stand for."""
+    """Map each call to the parameter uses that it makes. `tensors` maps placeholders to parameter and buffer names."""
     names = {node: tensors.get(node.name) for node in graph.nodes if node.op == "placeholder"}
     passed_on = (Exchange.enter, Exchange.divide)
     counts: dict[str, int] = {}
     found: dict[fx.Node, list[Use]] = {}
     for node in calls(graph):
-        if getattr(node.target, "__func__", None) in passed_on:  # the same tensor
+        if getattr(node.target, "__func__", None) in passed_on:  # its result is the same tensor
             names[node] = names.get(node.all_input_nodes[0])
             continue
         for argument in node.all_input_nodes:
@@ -82,7 +85,7 @@ def uses(graph: fx.Graph, tensors: Mapping[str, str], parameters: Collection[str
 
 
 def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
-    """All places where the step may be cut, in order."""
+    """Return all cut points of the step in order."""
     sequence = calls(local.graph)
     used = uses(local.graph, local.step.tensors, parameters)
     live = _crossing(local, sequence)
@@ -104,7 +107,7 @@ def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
 
 
 def common(training: Sequence[Place], evaluation: Sequence[Place]) -> list[Place]:
-    """The places of a training step that are in its evaluation too, in the same order."""
+    """Return the cut points of a training step that exist in its evaluation too, in the same order."""
     position = {place.use: place.position for place in evaluation}
     found: list[Place] = []
     last = -1
@@ -116,13 +119,16 @@ def common(training: Sequence[Place], evaluation: Sequence[Place]) -> list[Place
 
 
 def _uncut(local: LocalGraph, parameters: Collection[str]) -> list[tuple[fx.Node, fx.Node]]:
-    """(first, last) calls that must stay in one part."""
+    """Return (first, last) pairs of calls that must stay in one part."""
     buffers = {placeholder for placeholder, name in local.step.tensors.items() if name not in parameters}
     return together(local.graph, buffers)
 
 
 def _crossing(local: LocalGraph, sequence: list[fx.Node]) -> list[tuple[int, int] | None]:
-    """Before each call: (bytes, number) of the values that are made before and used after; None: no cut is possible."""
+    """Return before each call (bytes, number) of the values made before and used after it.
+
+    None if no cut is possible there.
+    """
     batch = from_batch(local)
     number = {node: index for index, node in enumerate(sequence)}
     starts: list[list[fx.Node]] = [[] for _ in range(len(sequence) + 2)]
@@ -154,20 +160,20 @@ def balanced(
     speeds: Sequence[float] = (),
     slower: Sequence[float] = (),
 ) -> list[int]:
-    """Cuts a chain into consecutive parts such that the most expensive part is as cheap as can be.
+    """Cut a chain of segments into consecutive parts so that the most expensive part is as cheap as possible.
 
-    Dynamic programming over (parts, end), of parts that cost no more than those of some way to cut. Of equally good
-    cuts the one that sends least is taken.
+    Dynamic programming over (parts, end), restricted to parts that cost no more than those of a known cut. Among
+    equally good cuts the one that sends least is chosen.
 
     Args:
-        costs: of each link of the chain, at least as many as `parts`.
-        sends: what it costs to begin a part at each link but the first (what arrives there), in the same unit.
-        parts: their number.
-        speeds: of who computes each part; a part costs so many times less. None: all are as fast.
-        slower: how many times as much it costs to begin each part but the first. None: as `sends` says.
+        costs: cost of each segment of the chain, at least as many as `parts`.
+        sends: cost to begin a part at each segment but the first (receiving its input), in the same unit.
+        parts: number of parts.
+        speeds: speed of the worker of each part, which divides the part's cost. Empty: all are equally fast.
+        slower: factor on the cost to begin each part but the first. Empty: 1.
 
     Returns:
-        the first link of each part but the first.
+        the first segment of each part but the first.
 
         >>> balanced([1, 1, 1, 3], [0, 0, 0], 2)
         [3]
@@ -204,7 +210,7 @@ def balanced(
 
 
 def _ends(until: Floats, part: int, parts: int, most: float) -> slice:
-    """Where a part may end, if neither those up to it nor those behind it cost more than `most` each."""
+    """Return the range of possible ends of part `part`, if no part may cost more than `most`."""
     slack = most * (1 + 1e-9)
     low = np.searchsorted(until, until[-1] - (parts - part - 1) * slack)
     high = np.searchsorted(until, (part + 1) * slack, side="right")
@@ -212,7 +218,10 @@ def _ends(until: Floats, part: int, parts: int, most: float) -> slice:
 
 
 def _even(until: Floats, entry: Floats, parts: int, slower: Sequence[float]) -> float:
-    """What the most expensive part costs where all take about as many links or as much as each other."""
+    """Compute the cost of the most expensive part of a cut into about equal parts.
+
+    The best cut costs at most as much.
+    """
     count = len(until) - 1
     shares = np.arange(1, parts) / parts
     by_cost = np.searchsorted(until, shares * until[-1])
@@ -223,10 +232,9 @@ def _even(until: Floats, entry: Floats, parts: int, slower: Sequence[float]) -> 
 
 
 def _parts_up_to(until: Floats, most: float) -> tuple[Integers, Floats]:
-    """(start, cost without what arrives) of the parts that end before each link and cost no more than `most`: a row
-    for each end.
+    """Return (start, cost without receiving) of all parts that cost at most `most`, with one row per end.
 
-    Rows are filled up with a first column of starts that cost infinitely much.
+    A part with end n ends before segment n. Rows are padded at the front with starts of infinite cost.
     """
     count = len(until) - 1
     ends = np.arange(count + 1)
@@ -241,11 +249,11 @@ def _parts_up_to(until: Floats, most: float) -> tuple[Integers, Floats]:
 
 
 def positions(local: LocalGraph, cut: Sequence[Use], parameters: Collection[str]) -> list[int]:
-    """Where the places `cut` are in another shape of the step, as numbers of calls."""
+    """Convert the cut points `cut` to call indices in another shape of the step."""
     found = {place.use: place.position for place in places(local, parameters)}
     return [found[use] for use in cut]
 
 
 def ranges(local: LocalGraph, at: Sequence[int]) -> list[range]:
-    """The calls of each part when a step is cut before the calls `at`."""
+    """Return the call indices of each part of a step that is cut before the calls `at`."""
     return [range(start, end) for start, end in pairwise([0, *at, len(calls(local.graph))])]

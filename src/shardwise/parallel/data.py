@@ -1,4 +1,4 @@
-"""Runs a plain module as it is, on its share of the batch: `single`, `dp`, `fsdp` and `dp` times `fsdp`."""
+"""Run a plain module unchanged on a share of the batch, for `single`, `dp`, `fsdp` and `dp` times `fsdp`."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from shardwise.parallel.sharded import Sharded
 
 _ALONE = 4
-"""Samples that are looked at alone when blocks are looked for."""
+"""Number of samples that are passed through the model one by one to find its blocks."""
 
 
 class ModuleEngine:
-    """Runs the module of a workload, whole or sharded; see `engine.Engine` for what each attribute means.
+    """Engine that runs the module of a workload, whole or sharded. See `engine.Engine` for the attributes.
 
     Raises:
-        WorkloadError: the model has nothing to train, or is not the same on all workers.
+        WorkloadError: the model has nothing to train, or differs between workers.
         StrategyError: the model cannot be sharded.
     """
 
@@ -73,27 +73,27 @@ class ModuleEngine:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know, one line each."""
+        """Return what the user should know, one line each."""
         unkeyed = self._operations.draws_unkeyed and self._mesh.world is not None
         return (*self._notes, *self._buffers.notes, *((DRAWN,) if unkeyed else ()))
 
     @property
     def model_of_replicas(self) -> nn.Module:
-        """What is called in training: the model, or what torch wraps it in."""
+        """Return what is called in training: the model, or torch's wrapper around it."""
         return self._replicas.call
 
     @property
     def recomputing(self) -> bool:
-        """See `Engine.recomputing`."""
+        """Return whether a block is being recomputed, see `Engine.recomputing`."""
         return self._operations.recomputing
 
     @property
     def unused(self) -> Sequence[str]:
-        """Names of parameters without a gradient on this worker."""
+        """Return the names of parameters without a gradient on this worker, see `Engine.unused`."""
         return self._replicas.unused
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
-        """Gradients of a share, see `Engine.forward_backward`."""
+        """Compute the gradients of a share, see `Engine.forward_backward`."""
         total: Tensor | None = None
         last = len(share.microbatches) - 1
         for number, (microbatch, scale) in enumerate(zip(share.microbatches, scales, strict=True)):
@@ -109,7 +109,7 @@ class ModuleEngine:
         return total
 
     def evaluate(self, microbatch: Microbatch) -> Tensor:
-        """(loss, metric) of a microbatch, see `Engine.evaluate`."""
+        """Return (loss, metric) of a microbatch, see `Engine.evaluate`."""
         data = self._enter(microbatch)
         evaluation = self._workload.evaluation
         with evaluating(self.model), torch.no_grad():
@@ -120,45 +120,51 @@ class ModuleEngine:
         return torch.stack([loss.double(), torch.as_tensor(metric, device=loss.device).double()])
 
     def find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
-        """The first output that is not finite, see `Engine.find_fault`."""
+        """Find the first output that is not finite, see `Engine.find_fault`."""
         fault = module_fault(self.model, self._replay, passes_of(share, scales), self._mesh.rank)
         self._replicas.reshard()
         return fault
 
     def find_gradient_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
-        """A gradient that is not finite, see `Engine.find_gradient_fault`; on which replica, where each has its own."""
+        """Find a gradient that is not finite, see `Engine.find_gradient_fault`.
+
+        Names the replica too, unless the replicas' gradients have been summed into sharded ones.
+        """
         if self._strategy.splits_parameters and self._mesh.replica_group is not None:
             return gradient_fault(local_gradients(self.parameters), -1)
         found = [self._own_gradient_fault(each) for each in passes_of(share, scales)]
         return next(filter(None, found), None)
 
     def _own_gradient_fault(self, each: Pass) -> Fault | None:
-        """A gradient of a microbatch that is not finite before replicas add theirs up."""
+        """Recompute the gradients of one microbatch and find one that is not finite, before the replicas sum them."""
         loss = self._replay(each.microbatch)
-        # unlike `backward` it leaves `.grad` alone, and nothing is exchanged
+        # unlike `backward` this leaves `.grad` unchanged and communicates nothing
         parameters, start = list(self.parameters.values()), self._gradient_of(loss, each.scale)
         gradients = torch.autograd.grad(loss, parameters, start, allow_unused=True)
         given = {name: g for name, g in zip(self.parameters, gradients, strict=True) if g is not None}
         return gradient_fault(given, self._mesh.rank) if each.counts else None
 
     def _replay(self, microbatch: Microbatch) -> Tensor:
-        """The loss of a forward pass in training, of the plain module."""
+        """Compute the loss of a microbatch in a training forward pass of the plain module, without DDP."""
         data = self._enter(microbatch)
         with self._operations.training_pass():
             output = self._forward(self.model, data)
         return self._loss(output, data)
 
     def _gradient_of(self, loss: Tensor, scale: Tensor) -> Tensor:
-        """What the backward pass starts from: what adds up the replicas' gradients divides by their number."""
+        """Return the gradient of the loss that starts the backward pass: `scale` times the number of replicas.
+
+        DDP and FSDP average gradients over the replicas, which cancels the factor.
+        """
         if self._workload.weight is not None:
             return (scale * self._strategy.replicas).to(loss.dtype)
-        # the scales of a training run are few, always the same objects: every small operation costs time
+        # a training run has few scales, always the same objects: cache the results, every small operation costs time
         if id(scale) not in self._gradients:
             self._gradients[id(scale)] = (scale, (scale * self._strategy.replicas).to(loss.dtype))
         return self._gradients[id(scale)][1]
 
     def _enter(self, microbatch: Microbatch) -> Any:
-        """Notes where the microbatch stands; returns its data on our device."""
+        """Move the position to a microbatch, and return its data on our device."""
         data = to_device(microbatch.data, self._mesh.device)
         self.position.enter(microbatch)
         return data
@@ -172,7 +178,11 @@ class ModuleEngine:
         return map_tensors(lambda tensor: tensor.float() if tensor.dtype == torch.bfloat16 else tensor, output)
 
     def _output(self, data: Any) -> Any:
-        """Of a training pass; nobody keeps it, for it is large and only some losses need it in the backward pass."""
+        """Compute the output of a training pass.
+
+        A function of its own, so that no local variable keeps the large output alive: only some losses need it in the
+        backward pass.
+        """
         with self._operations.training_pass():
             return self._forward(self._replicas.call, data)
 
@@ -190,7 +200,7 @@ class ModuleEngine:
         return self._strategy.in_bf16(self._workload.precision)
 
     def _guarded(self, output: Any, scale: Tensor) -> Any:
-        """Keeps the gradient of a microbatch without weight at zero, also where its mean is one over nothing."""
+        """Keep the gradient of a microbatch with scale 0 at zero, even if its loss is a mean over nothing (0 / 0)."""
         if self._workload.weight is None:
             return output
 
@@ -201,14 +211,14 @@ class ModuleEngine:
         return map_tensors(guard, output)
 
     def _split(self, model: nn.Module, names: Sequence[str]) -> Alone | Replicated | Sharded:
-        """Wraps the model as the strategy wants it."""
+        """Wrap the model as the strategy requires: recomputed blocks, FSDP, DDP or none."""
         strategy, group = self._strategy, self._mesh.replica_group
         sharded = strategy.splits_parameters
         blocks = self._find_blocks(model) if sharded or strategy.recomputes else []
         for block in blocks[: strategy.recomputed_of(len(blocks))]:
             self._operations.recompute(block, products=strategy.keeps_products)
         if group is not None and sharded:
-            from shardwise.parallel.sharded import Sharded  # a second to import
+            from shardwise.parallel.sharded import Sharded  # importing it takes a second
 
             replicas = Sharded(model, blocks, self._mesh)
             self._read(model)
@@ -223,7 +233,7 @@ class ModuleEngine:
             return Replicated(model, trained, group, accumulates=accumulates, bucket=strategy.bucket)
 
     def _read(self, model: nn.Module) -> None:
-        """Reads our part of the parameters that are on meta, where the workload's weights are in files."""
+        """Read this worker's part of the parameters on the meta device, if the workload's weights are in files."""
         weights = weights_of(self._workload.model)
         if weights is None:
             return
@@ -253,12 +263,12 @@ class ModuleEngine:
         return blocks
 
     def _look(self, model: nn.Module, batch: Any) -> None:
-        """A pass through a model that may have no values yet."""
+        """Run one forward pass through a model, with stand-ins for parameters that have no values yet."""
         with stand_ins(model, batch) as (mode, given), mode or nullcontext():
             self._forward(model, given)
 
     def _lay_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Held]:
-        """How each tensor lies here. Which replica writes it is dealt out, so that they share the work."""
+        """Describe how each tensor lies on this worker. The replicas share the work of writing checkpoints."""
         strategy, mesh = self._strategy, self._mesh
         sizes = {name: tensor.numel() for name, tensor in tensors.items()}
         by_all, by_rows = deal(sizes, strategy.replicas), deal(sizes, strategy.dp)
@@ -273,7 +283,7 @@ class ModuleEngine:
 
 
 class Alone:
-    """One worker: nothing to exchange."""
+    """Replication over a single worker, which has nothing to communicate."""
 
     unused: Sequence[str] = ()
 
@@ -281,15 +291,15 @@ class Alone:
         self.call = model
 
     def microbatch(self, first: bool, last: bool) -> AbstractContextManager[None]:
-        """Surrounds forward and backward pass of a microbatch."""
+        """Return a context for the forward and backward pass of a microbatch; it does nothing."""
         return nullcontext()
 
     def reshard(self) -> None:
-        """Nothing is gathered."""
+        """Do nothing: no parameter is gathered."""
 
 
 class _Guard(torch.autograd.Function):
-    """The same value; its gradient is zero where the scale of the microbatch is."""
+    """Identity in the forward pass; the gradient is zero if the scale of the microbatch is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -303,9 +313,10 @@ class _Guard(torch.autograd.Function):
 
 
 def first_batches(workload: Workload, strategy: Strategy) -> list[Any]:
-    """One replica's first microbatch in the dataset's own order, and its first samples each alone.
+    """Return one replica's first microbatch in the dataset's own order, and a few first samples as batches of one.
 
-    Samples alone show what not every batch calls. Empty where that would use up an iterable dataset.
+    Single samples reveal modules that not every batch calls. Returns an empty list if reading would use up an iterable
+    dataset.
     """
     count = max(1, workload.batch_size // (strategy.replicas * max(strategy.microbatches, 1)))
     samples = first_samples(workload.dataset, max(count, _ALONE))

@@ -1,4 +1,4 @@
-"""Dealing whole tensors to workers: who updates which under ZeRO-1, who writes which to a checkpoint."""
+"""Distribute whole tensors over workers: for updates under ZeRO-1, and for writing checkpoints."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import _broadcast_coalesced
 
 BUCKET_BYTES = 64 * 2**20
-"""Tensors are sent together up to this size."""
+"""Largest total size in bytes of the tensors that one broadcast message carries."""
 
 
 def deal(sizes: Mapping[str, int], workers: int) -> dict[str, int]:
-    """Name -> worker, such that the workers get about the same: the largest first, each to who has least so far.
+    """Assign each name to a worker so that the workers' total sizes are about equal.
+
+    Greedy: the largest tensor first, each to the worker with the smallest load so far.
 
     >>> deal({"a": 4, "b": 3, "c": 2}, 2)
     {'a': 0, 'b': 1, 'c': 1}
     """
-    loads = [(0, worker) for worker in range(workers)]  # a heap: the least load, of the first worker that has it
+    loads = [(0, worker) for worker in range(workers)]  # a heap of (load, worker), least load first
     owners = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         load, owner = loads[0]
@@ -30,10 +32,10 @@ def deal(sizes: Mapping[str, int], workers: int) -> dict[str, int]:
 
 
 class DealtParameters:
-    """ZeRO-1: each replica updates the parameters dealt to it and sends them to the others.
+    """ZeRO-1: each replica updates the parameters assigned to it and broadcasts them to the others.
 
-    Whole parameters are dealt, not slices of them, so that every optimizer that treats parameters one by one stays
-    what it is, also one that uses a parameter's shape or norm.
+    Whole parameters are assigned, not slices. Every optimizer that treats parameters one by one therefore works
+    unchanged, even one that uses a parameter's shape or norm.
 
     Attributes:
         mine: names of the parameters that this replica updates; may be empty.
@@ -48,13 +50,13 @@ class DealtParameters:
             self._by_owner[owners[name]].append(parameter.detach())
 
     def exchange(self) -> None:
-        """Sends every replica's updated parameters to all others. Collective over the replicas."""
+        """Broadcast every replica's updated parameters to all others. Collective over the replicas."""
         for owner, tensors in enumerate(self._by_owner):
             broadcast(tensors, self._group, owner)
 
 
 def broadcast(tensors: Sequence[Tensor], group: dist.ProcessGroup, source: int) -> None:
-    """Overwrites `tensors` with those of worker `source` of the group, many in one message."""
+    """Overwrite `tensors` with those of worker `source` of the group, many per message. Collective."""
     if tensors:
         with torch.no_grad():
             _broadcast_coalesced(group, list(tensors), BUCKET_BYTES, source)

@@ -1,7 +1,8 @@
-"""Gradients of weights computed apart from those of inputs: what lets a zero-bubble pipeline fill its bubbles.
+"""Weight gradients computed apart from input gradients, so that a zero-bubble pipeline can fill its bubbles.
 
-While a backward pass is split, linear layers and convolutions give the gradient of their input at once and keep what
-they need for that of their weight (Qi et al. 2023, section 2); everything else computes both at once.
+While a backward pass is split, linear layers and convolutions compute the gradient of their input at once and save what
+the gradient of their weight needs for later (Qi et al. 2023, section 2). All other operations compute both gradients at
+once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Key = tuple[int, int]
 
 
 class WeightGradients:
-    """Work on weights that was put off, by (stage, microbatch)."""
+    """Store of deferred weight-gradient computations, by (stage, microbatch)."""
 
     def __init__(self) -> None:
         self._open: Key | None = None
@@ -34,26 +35,26 @@ class WeightGradients:
 
     @property
     def deferring(self) -> bool:
-        """Whether the backward pass that runs is split."""
+        """Return whether the running backward pass defers its weight gradients."""
         return self._open is not None
 
     def begin(self, key: Key | None) -> None:
-        """From here on work is put off under `key`; None: it is done at once."""
+        """Defer weight gradients under `key` from here on. None computes them at once."""
         self._open = key
 
     def defer(self, work: Callable[[], None]) -> None:
-        """Puts off a piece of work."""
+        """Defer one computation under the key that `begin` set."""
         assert self._open is not None
         self._pending.setdefault(self._open, []).append(work)
 
     def compute(self, key: Key) -> None:
-        """Does what was put off under `key`."""
+        """Run the computations deferred under `key`, without autograd."""
         with torch.no_grad():
             for work in self._pending.pop(key, []):
                 work()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`torch.nn.functional.linear`."""
+        """Compute `torch.nn.functional.linear`, with weight and bias gradients that can be deferred."""
         output: Tensor = _Linear.apply(self, x, weight, bias)  # type: ignore[no-untyped-call]
         return output
 
@@ -69,14 +70,17 @@ class WeightGradients:
         output_padding: list[int],
         groups: int,
     ) -> Tensor:
-        """`torch.convolution`."""
+        """Compute `torch.convolution`, with weight and bias gradients that can be deferred."""
         options = (stride, padding, dilation, transposed, output_padding, groups)
         output: Tensor = _Convolution.apply(self, x, weight, bias, options)  # type: ignore[no-untyped-call]
         return output
 
 
 def defer_weights(graph: fx.Graph, store: WeightGradients, tensors: Collection[str]) -> None:
-    """Makes linear layers and convolutions of a graph put off the gradients of weights that are placeholders."""
+    """Make the linear layers and convolutions of a graph able to defer the gradients of their weights.
+
+    Replaces them in place, if weight and bias are placeholders named in `tensors`.
+    """
     for node in graph.nodes:
         if node.op != "call_function" or len(node.args) < 2 or not _is_tensor(node.args[1], tensors):
             continue
@@ -95,7 +99,7 @@ def _is_tensor(argument: Any, tensors: Collection[str]) -> bool:
 
 
 def _convolution_arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Arguments of `torch.convolution` for a call of conv1d, 2d, 3d or their transposes."""
+    """Convert the arguments of a conv1d, 2d or 3d call, or of a transposed one, to those of `torch.convolution`."""
     transposed = "transpose" in str(node.target)
     space = len(node.args[1].meta["shape"]) - 2  # type: ignore[union-attr]
     defaults: tuple[Any, ...] = (None, 1, 0, 0, 1, 1) if transposed else (None, 1, 0, 1, 1)
@@ -111,7 +115,7 @@ def _convolution_arguments(node: fx.Node) -> tuple[Any, ...]:
 
 
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    """Adds to `.grad` as autograd does."""
+    """Add a gradient to `parameter.grad` as autograd does, cast to the parameter's dtype."""
     gradient = gradient.to(parameter.dtype)
     if parameter.grad is None:
         parameter.grad = gradient
@@ -151,9 +155,12 @@ def _now_or_later(
     bias: Tensor | None,
     of_bias: Callable[[], Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight and bias, or None where they are put off: only a leaf keeps what it gets later.
+    """Compute the gradients of weight and bias, or defer them and return None.
 
-    `weight` is the parameter itself; what was saved of it is a copy where activations are recomputed.
+    Only a leaf tensor's gradient can be deferred.
+
+    `weight` is the parameter itself: where activations are recomputed, the tensor saved for the backward pass is a
+    copy.
     """
     wanted = [
         (tensor, compute)

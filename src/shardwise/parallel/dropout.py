@@ -1,12 +1,12 @@
-"""Dropout that does not depend on who computes it.
+"""Dropout that does not depend on which worker computes it.
 
-What is drawn for an element depends on the seed, the step, the place in the model (the site), the position of the
-sample in the global batch and the index of the element within its sample: a counter hash, no generator with a state.
-So one process and any number of replicas drop the same elements, the shards of a tensor agree, and recomputation in
-the backward pass draws again what it drew before.
+The random bits of an element depend on the seed, the step, the call in the model (the site), the index of the sample in
+the global batch and the index of the element within its sample. They come from a counter-based hash, not from a
+generator with state. One process and any number of replicas therefore drop the same elements, the shards of a tensor
+agree, and recomputation in the backward pass draws the same mask again.
 
-Sites are numbered by the calls that draw (p above 0, in training) in the order of one forward pass; attention with
-dropout on its probabilities is one site. The index of an element is its flat (row-major) place within its sample.
+Sites are numbered by the drawing calls (p above 0, in training) in the order of one forward pass; attention with
+dropout on its probabilities is one site. The index of an element is its flat (row-major) index within its sample.
 
 The hash is murmur3's finaliser (Appleby 2011) in wrapping int32 arithmetic, which is fast on every device.
 """
@@ -32,18 +32,18 @@ _FIRST, _SECOND = 0x85EBCA6B - (1 << 32), 0xC2B2AE35 - (1 << 32)
 def keep(
     position: Position, site: int, index: Tensor, samples: int, p: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """What dropout multiplies with: 0 with probability `p`, else 1 / (1 - p).
+    """Draw the factors of dropout: 0 with probability `p`, else 1 / (1 - p).
 
     Args:
-        position: seed, step and the place of the first of the `samples` in the global batch.
-        site: number of the drawing call in the model's forward pass.
-        index: integer tensor: the index of each element within its sample, on the device of the result.
+        position: seed, step and the index of the first sample in the global batch.
+        site: index of the drawing call in the model's forward pass.
+        index: integer tensor with the index of each element within its sample, on the device of the result.
         samples: size of the result's first dimension; sample n is number `position.first + n` of the global batch.
         p: probability of dropping an element, 0 to 1.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
-        shape (samples, *index.shape).
+        the factors, shape (samples, *index.shape).
     """
     if p >= 1:
         return torch.zeros((samples, *index.shape), dtype=dtype, device=index.device)
@@ -68,16 +68,16 @@ def mask(
     along: int | None = None,
     cut: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
-    """`keep` for a tensor of `shape`, or for the part of it that lies here.
+    """Draw the factors of dropout for a tensor of `shape`, or for the part of it that lies here; see `keep`.
 
     Args:
-        position: as for `keep`; says how many samples the tensor has.
+        position: as for `keep`; it also holds the tensor's number of samples.
         site: as for `keep`.
-        shape: of the whole tensor.
+        shape: shape of the whole tensor.
         p: as for `keep`.
-        like: gives dtype and device.
-        merged: the first dimension is samples times heads.
-        along: dimension of which only a part lies here; None: all of the tensor does.
+        like: a tensor with the dtype and device of the result.
+        merged: whether the first dimension is samples times heads.
+        along: the dimension of which only a part lies here. None if the whole tensor does.
         cut: (tensor, dimension) -> its part here; goes with `along`.
     """
     samples = position.samples
@@ -96,14 +96,17 @@ def mask(
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """Murmur3's finaliser, a bijection of the 32-bit integers. Overwrites `bits`; a masked shift is a logical one."""
+    """Apply murmur3's finaliser, a bijection of the 32-bit integers. Overwrites `bits`.
+
+    Masking the result of an arithmetic shift makes the shift a logical one.
+    """
     bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_FIRST)
     bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF)).mul_(_SECOND)
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 
 
 def _key(*numbers: int) -> tuple[int, int]:
-    """Two 32-bit keys of some integers: the steps of splitmix64 (Steele et al. 2014)."""
+    """Hash integers to two 32-bit keys with the steps of splitmix64 (Steele et al. 2014)."""
     state = 0
     for number in numbers:
         state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
@@ -118,16 +121,16 @@ def _signed(word: int) -> int:
 
 
 class KeyedDropout:
-    """Replaces what draws in a forward pass; `handlers` maps torch's function to ours.
+    """Replacements for the functions that draw dropout in a forward pass. `handlers` maps torch's function to ours.
 
-    Which dimension counts the samples is told by its size: the first one where it fits; the second (sequences first);
-    the first again where it is a multiple (samples and heads or tokens in one dimension); any other that fits. A
-    tensor with none of these belongs to no sample (a weight, say): it is drawn alike on all workers. Where two
-    dimensions happen to have that size, the wrong one may be taken: dropout is then right, but not one process's.
+    The sample dimension of a tensor is found by its size: the first dimension if it fits; the second (sequences first);
+    the first again if it is a multiple (samples and heads or tokens in one dimension); any other that fits. A tensor
+    with none of these belongs to no sample (a weight, say), and all workers draw it alike. If two dimensions happen to
+    have that size, the wrong one may be taken. Dropout is then still valid, but differs from that of one process.
 
     Attributes:
-        position: where the training is; the engine keeps it up to date.
-        site: number of the next call that draws; the engine sets it to 0 before every forward pass.
+        position: the position in the training; the engine keeps it up to date.
+        site: index of the next drawing call; the engine sets it to 0 before every forward pass.
     """
 
     def __init__(self, position: Position, site: int = 0) -> None:
@@ -148,12 +151,12 @@ class KeyedDropout:
         }
 
     def mask(self, shape: torch.Size, p: float, like: Tensor, *, merged: bool = False) -> Tensor:
-        """The next site's mask for a tensor of this shape."""
+        """Draw the next site's factors for a tensor of `shape`, and advance `site`."""
         site, self.site = self.site, self.site + 1
         return mask(self.position, site, shape, p, like, merged=merged)
 
     def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
-        """`torch.nn.functional.dropout`, keyed."""
+        """Compute `torch.nn.functional.dropout` with keyed factors."""
         return self._drop(input, p, training, inplace, input.shape)
 
     def _drop(
@@ -173,10 +176,10 @@ class KeyedDropout:
         return self.dropout(input, p, train, inplace=True)
 
     def _features(self, dims: int) -> Callable[..., Tensor]:
-        """dropout1d, 2d, 3d: whole channels of `dims` dimensions."""
+        """Build dropout1d, 2d or 3d, which drops whole channels of `dims` dimensions."""
 
         def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
-            # (samples, channels, ...), where torch's dropout1d and 3d also take one sample without its dimension
+            # (samples, channels, ...); torch's dropout1d and 3d also take one sample without its dimension
             lead = 1 if input.dim() == dims + 1 and dims != 2 else 2
             return self._drop(input, p, training, inplace, input.shape[:lead])
 
@@ -189,7 +192,10 @@ class KeyedDropout:
         return self._drop_alpha(input, p, training, inplace, input.shape[:2])
 
     def _drop_alpha(self, x: Tensor, p: float, training: bool, inplace: bool, shape: torch.Size) -> Tensor:
-        """Keeps mean and variance of self-normalising networks (Klambauer et al. 2017), as torch computes it."""
+        """Apply alpha dropout, which keeps the mean and variance of self-normalising networks (Klambauer et al. 2017).
+
+        The formula is torch's.
+        """
         _check(p)
         if not training or p == 0:
             return x
@@ -210,7 +216,10 @@ class KeyedDropout:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """`scaled_dot_product_attention`; with dropout as plain matrices, for only then are its probabilities ours."""
+        """Compute `scaled_dot_product_attention`.
+
+        Uses plain matmuls if there is dropout, because fused kernels draw their own masks.
+        """
         if dropout_p == 0:
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -223,7 +232,7 @@ class KeyedDropout:
 
     def _globals(self) -> dict[str, Any]:
         def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
-            # here torch has samples and heads in one dimension, whatever the sizes look like
+            # here torch has samples and heads in one dimension, whatever the sizes are
             return self._drop(input, p, training, inplace, input.shape, merged=True)
 
         return {
@@ -236,10 +245,11 @@ class KeyedDropout:
 def attention_probabilities(
     query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None, grouped: bool
 ) -> Tensor:
-    """softmax(q k^T * scale + mask), shape (..., queries, keys), as torch documents it; `scale` None: 1/sqrt(size).
+    """Compute softmax(q k^T * scale + mask), shape (..., queries, keys), as torch documents it.
 
-    `causal` lets query n see the keys up to n. `grouped`: several query heads share a key head. A query that sees no
-    key at all (padding) has probabilities of zero, as in torch's own attention.
+    `scale` None is 1/sqrt(size of a head). With `causal`, query n attends to the keys up to n. With `grouped`, several
+    query heads share a key head. A query that may attend to no key at all (padding) has probabilities of zero, as in
+    torch's own attention.
     """
     if grouped:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
@@ -256,12 +266,15 @@ def attention_probabilities(
 
 
 def _sample_dim(shape: torch.Size, samples: int) -> int | None:
-    """The dimension that counts the samples; 0 also where it is a multiple of them; None: no dimension does."""
+    """Return the dimension that counts the samples. Returns None if there is none.
+
+    The first dimension counts them also if its size is a multiple of `samples`.
+    """
     if not shape:
         return None
     if shape[0] == samples:
         return 0
-    # samples == 1 fits every dimension: then all of the tensor belongs to the one sample
+    # samples == 1 fits every dimension: then the whole tensor belongs to the one sample
     if len(shape) > 2 and samples > 1 and shape[1] == samples:
         return 1
     if shape[0] % samples == 0 and shape[0]:
@@ -270,7 +283,7 @@ def _sample_dim(shape: torch.Size, samples: int) -> int | None:
 
 
 def _within_sample(shape: torch.Size, dim: int | None, samples: int) -> tuple[int, ...]:
-    """The shape of one sample's elements where dimension `dim` counts the samples, or a multiple of them."""
+    """Return the shape of one sample's elements, if dimension `dim` counts the samples or a multiple of them."""
     if dim is None:
         return shape
     if dim == 0:
@@ -288,7 +301,7 @@ def _check(p: float) -> None:
 
 
 def _with_globals(function: Any, replaced: dict[str, Any]) -> Any:
-    """A copy of a Python function that finds other functions under some of the names that it calls."""
+    """Copy a Python function with some of its global names replaced by other functions."""
     copy = FunctionType(
         function.__code__,
         {**function.__globals__, **replaced},

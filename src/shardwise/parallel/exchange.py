@@ -1,11 +1,11 @@
-"""How tensor-parallel workers hand values to each other, forwards and backwards.
+"""Communication among tensor-parallel workers, in the forward and in the backward pass.
 
 The gradient of a replicated value is replicated, of a sharded value sharded, of a partial value replicated. So every
-exchange has its mirror image in the backward pass (the f and g of Megatron-LM; Shoeybi et al. 2019, section 3):
+exchange has a mirror image in the backward pass (the f and g of Megatron-LM; Shoeybi et al. 2019, section 3):
 
     exchange         forward                        backward
     enter            -                              all-reduce     a replicated value enters sharded work
-    divide           -                              divide         a gradient that all have, to be added up later
+    divide           -                              divide         a gradient that all have, to be summed later
     reduce           all-reduce                     -              a partial value becomes replicated
     gather           all-gather                     slice          a sharded value becomes replicated
     slice            slice                          all-gather     a replicated value becomes sharded
@@ -26,12 +26,12 @@ Segments = tuple[int, ...]
 
 
 class Exchange:
-    """The exchanges among the workers of one tensor-parallel group.
+    """Exchanges among the workers of one tensor-parallel group.
 
     Attributes:
-        group: the workers; None only where nothing is executed.
-        rank: this worker's place among them.
-        ranks: their number.
+        group: the workers; None only if nothing is executed.
+        rank: this worker's rank in the group.
+        ranks: number of workers in the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int, ranks: int) -> None:
@@ -40,41 +40,44 @@ class Exchange:
         self.ranks = ranks
 
     def enter(self, x: Tensor) -> Tensor:
-        """The same value; its gradient is the sum of the workers' contributions."""
+        """Return the value unchanged; its gradient is all-reduced."""
         return _mirrored(x, _same, self.summed)
 
     def divide(self, x: Tensor) -> Tensor:
-        """The same value; its gradient is this worker's equal part of a gradient that all of them have."""
+        """Return the value unchanged; its gradient is divided by the number of workers.
+
+        All of them have the whole gradient.
+        """
         return _mirrored(x, _same, lambda gradient: gradient / self.ranks)
 
     def reduce(self, x: Tensor) -> Tensor:
-        """The sum over the workers."""
+        """Sum a value over the workers; the gradient passes unchanged."""
         return _mirrored(x, self.summed, lambda gradient: gradient)
 
     def gather(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        """All of a value that is sharded along `dim`."""
+        """All-gather a value that is sharded along `dim`; the gradient is sliced."""
         return _mirrored(x, self.joined, self.cut, dim, segments)
 
     def slice(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        """This worker's part along `dim`."""
+        """Return this worker's part along `dim`; the gradient is all-gathered."""
         return _mirrored(x, self.cut, self.joined, dim, segments)
 
     def gather_enter(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        """All of a sharded value, whose gradient is the sum of the workers' contributions."""
+        """All-gather a value that is sharded along `dim`; the gradient is reduce-scattered."""
         return _mirrored(x, self.joined, self.scattered, dim, segments)
 
     def reduce_scatter(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        """This worker's part along `dim` of the sum over the workers."""
+        """Reduce-scatter a value along `dim`; the gradient is all-gathered."""
         return _mirrored(x, self.scattered, self.joined, dim, segments)
 
     def summed(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """All-reduce into a new tensor, without a gradient."""
+        """All-reduce into a new tensor, without autograd."""
         total = x.clone(memory_format=torch.contiguous_format)
         self._all_reduce(total, op)
         return total
 
     def cut(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        """This worker's part along `dim`, without a gradient: of each segment its piece."""
+        """Return this worker's part along `dim`, without autograd: its piece of every segment."""
         if len(segments) == 1:
             part = segments[0] // self.ranks
             return x.narrow(dim, self.rank * part, part)
@@ -86,7 +89,7 @@ class Exchange:
         return torch.cat(pieces, dim)
 
     def joined(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        """All workers' parts along `dim` in their places, without a gradient."""
+        """All-gather the workers' parts along `dim` and put them in place, without autograd."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.ranks)]
         self._all_gather(parts, x)
@@ -97,7 +100,7 @@ class Exchange:
         return torch.cat([pieces[r][s] for s in range(len(sizes)) for r in range(self.ranks)], dim)
 
     def scattered(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        """Reduce-scatter along `dim`, without a gradient."""
+        """Reduce-scatter along `dim`, without autograd."""
         parts = [Exchange(None, r, self.ranks).cut(x, dim, segments).contiguous() for r in range(self.ranks)]
         output = torch.empty_like(parts[0])
         self._reduce_scatter(output, parts)
@@ -118,7 +121,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _mirrored(x: Tensor, there: Callable[..., Tensor], back: Callable[..., Tensor], *where: Any) -> Tensor:
-    """`there(x, *where)`, whose gradient goes through `back(gradient, *where)`."""
+    """Compute `there(x, *where)`, with `back(gradient, *where)` as its backward."""
     output: Tensor = _Mirrored.apply(x, there, back, where)  # type: ignore[no-untyped-call]
     return output
 

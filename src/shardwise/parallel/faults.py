@@ -1,7 +1,7 @@
-"""Finds where in a step the first value that is not finite appeared, by running its forward passes again.
+"""Find the first value of a step that is not finite by running its forward passes again.
 
-The step's update has not been applied and what its passes changed has been taken back, so the same values appear. On
-plain modules hooks look at what each module returns; on a worker's graph, at the values that leave a module.
+The step's update has not been applied and the effects of its passes have been undone, so the same values appear again.
+On plain modules, hooks check what each module returns; on a worker's graph, the values that leave a module are checked.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from shardwise.parallel.values import tensors_of
 from shardwise.workload.data import Microbatch, Share
 
 LOSS = "the loss function"
-"""What is named where every module returned finite values."""
+"""Name of the fault's location if every module returned finite values."""
 
 LAST = 2**62
-"""The place of the loss: after all modules."""
+"""Place of the loss in the order of a pass: after all modules."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Fault:
-    """The first value that is not finite on a worker; the smallest one of all workers is the first of the step.
+    """First value that is not finite on a worker. The smallest fault of all workers is the first one of the step.
 
     Attributes:
-        microbatch: its number in the step.
-        place: its number in the order of the pass.
-        rank: the worker; -1: not known.
+        microbatch: index of the microbatch in the step; -1 for a parameter before the step.
+        place: index of the value in the order of the pass.
+        rank: the worker's rank; -1 if it is not known.
         what: `module 'blocks.1.fc'`, `the gradient of head.weight`, ...
         value: `nan` or `inf`.
     """
@@ -48,20 +48,20 @@ class Fault:
     value: str
 
     def __str__(self) -> str:
-        """Say in words where it is: `module 'blocks.1.fc' on worker 1 (inf)`."""
+        """Describe the fault: `module 'blocks.1.fc' on worker 1 (inf)`."""
         where = "" if self.rank < 0 else f" on worker {self.rank}"
         return f"{self.what}{where} ({self.value})"
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A microbatch whose forward pass is run again.
+    """Microbatch whose forward pass is run again.
 
     Attributes:
-        number: its place in the share.
+        number: index of the microbatch in the share.
         microbatch: its samples.
-        scale: what its loss is multiplied with, 0-d.
-        counts: whether that is not 0: else nothing comes of it.
+        scale: factor of its loss, 0-d.
+        counts: whether the scale is not 0; with scale 0 the microbatch has no effect.
     """
 
     number: int
@@ -70,19 +70,22 @@ class Pass:
     counts: bool
 
     def fault(self, rank: int, place: int, what: str, value: str) -> Fault:
-        """Return a fault in this pass. An infinite mask in a batch is common, so that only nan is told of it."""
+        """Return a fault in this pass.
+
+        The message says if the batch itself holds nan; infinite masks in a batch are too common to report.
+        """
         sick = not_finite(self.microbatch.data) == "nan"
         return Fault(self.number, place, rank, f"{what}, of a batch that holds nan itself," if sick else what, value)
 
 
 def passes_of(share: Share, scales: Sequence[Tensor]) -> list[Pass]:
-    """Return the passes of a share."""
+    """Return one `Pass` for each microbatch of a share."""
     together = enumerate(zip(share.microbatches, scales, strict=True))
     return [Pass(number, microbatch, scale, bool(scale != 0)) for number, (microbatch, scale) in together]
 
 
 def not_finite(value: Any) -> str:
-    """Return `nan` or `inf` where tensors in `value` hold such numbers, else an empty string."""
+    """Return `nan` or `inf` if tensors in `value` hold such numbers (`nan` if both), else an empty string."""
     floats = [tensor.detach() for tensor in tensors_of(value) if tensor.is_floating_point() or tensor.is_complex()]
     if any(bool(tensor.isnan().any()) for tensor in floats):
         return "nan"
@@ -90,7 +93,7 @@ def not_finite(value: Any) -> str:
 
 
 def parameter_fault(parameters: Mapping[str, Tensor], rank: int) -> Fault | None:
-    """Find a parameter that is not finite before the step."""
+    """Find a parameter that was not finite before the step. Returns None if all are finite."""
     for name, parameter in parameters.items():
         if value := not_finite(parameter):
             return Fault(-1, 0, rank, f"parameter {name}, before the step,", value)
@@ -98,7 +101,7 @@ def parameter_fault(parameters: Mapping[str, Tensor], rank: int) -> Fault | None
 
 
 def scale_fault(scales: Sequence[Tensor]) -> Fault | None:
-    """Find a microbatch whose weight is not finite; one replica's makes those of all so."""
+    """Find a microbatch whose weight is not finite. One replica's weight makes the scales of all replicas so."""
     for number, scale in enumerate(scales):
         if value := not_finite(scale):
             return Fault(number, -1, -1, "the weight of the batch", value)
@@ -106,10 +109,12 @@ def scale_fault(scales: Sequence[Tensor]) -> Fault | None:
 
 
 def gradient_fault(gradients: Mapping[str, Tensor], rank: int, first: int = 0) -> Fault | None:
-    """Find the last parameter in the order of the model whose gradient is not finite: the backward pass begins there.
+    """Find the last parameter of the model whose gradient is not finite, because the backward pass starts at the end.
 
-    `rank`: -1 where gradients of several workers are added up already; `first`: the place of the first that is looked
-    at.
+    Args:
+        gradients: gradients by name, in the order of the model.
+        rank: this worker, or -1 if the gradients have already been summed over several workers.
+        first: place of the gradient that is checked first.
     """
     for place, (name, gradient) in enumerate(reversed(list(gradients.items())), first):
         if value := not_finite(gradient):
@@ -120,12 +125,12 @@ def gradient_fault(gradients: Mapping[str, Tensor], rank: int, first: int = 0) -
 def module_fault(
     model: nn.Module, replay: Callable[[Microbatch], Tensor], passes: Sequence[Pass], rank: int
 ) -> Fault | None:
-    """Find the first module whose output is not finite. Collective where the model's passes are.
+    """Find the first module whose output is not finite. Collective if the model's forward passes are.
 
     Args:
-        model: whose modules are looked at.
-        replay: runs the forward pass of a microbatch, and returns its loss.
-        passes: of this worker.
+        model: the model whose modules are checked.
+        replay: runs the forward pass of a microbatch and returns its loss.
+        passes: the passes of this worker.
         rank: this worker.
     """
     found: list[Fault] = []
@@ -134,14 +139,17 @@ def module_fault(
             loss = replay(each.microbatch)
         if value := not_finite(loss):
             seen.append((LAST, LOSS, value))
-        if seen and each.counts:  # no early end: other workers take part in every pass
+        if seen and each.counts:  # no early exit: other workers take part in every pass
             found.append(each.fault(rank, *seen[0]))
     return min(found, default=None)
 
 
 @contextmanager
 def _hooked(model: nn.Module) -> Iterator[list[tuple[int, str, str]]]:
-    """Notes (place, module, value) of outputs that are not finite, in the order of the pass."""
+    """Record the first output inside the block that is not finite.
+
+    Yields a list that gets its (place, module, value).
+    """
     seen: list[tuple[int, str, str]] = []
     returned = 0
 
@@ -167,15 +175,15 @@ def _named(path: str) -> str:
 
 
 class Watched:
-    """A worker's part of a traced step that looks at every value that leaves a module.
+    """A worker's part of a traced step that checks every value that leaves a module.
 
     Args:
-        work: what the stages compute.
-        own: the numbers of this worker's stages.
+        work: the work of the stages.
+        own: the indices of this worker's stages.
 
     Attributes:
-        work: the same work, which notes what it sees in `seen`.
-        seen: (place in the graph, module, value) of the first value that is not finite; None: all are finite.
+        work: the same work, which records its first fault in `seen`.
+        seen: (place in the graph, module, value) of the first value that is not finite. None if all are finite.
     """
 
     def __init__(self, work: Work, own: Sequence[int]) -> None:
@@ -190,14 +198,20 @@ class Watched:
         self.work = replace(work, stages=tuple(stages))
 
     def fault(self, each: Pass, rank: int, loss: Tensor | None) -> Fault | None:
-        """Return what was seen of a microbatch, and forget it; `loss` where it lies on this worker."""
+        """Return the fault that was recorded in a microbatch, and clear it.
+
+        `loss` is None on workers that do not hold it.
+        """
         seen, self.seen = self.seen, None
         if seen is None and loss is not None and (value := not_finite(loss)):
             seen = LAST, LOSS, value
         return each.fault(rank, *seen) if seen and each.counts else None
 
     def _interpreted(self, section: Section, local: LocalGraph) -> Callable[..., tuple[Any, ...]]:
-        """Runs a section call by call, as `sections.compiled` does in one function."""
+        """Return a function that runs a section call by call and checks each result.
+
+        It computes the same as `sections.compiled`.
+        """
         tensors = local.step.tensors
         holders = [n for n in local.graph.nodes if n.op == "placeholder" and tensors.get(n.name) in section.tensors]
         copies = any(writes_in_place(node) and node.args[0] not in holders for node in section.nodes)
@@ -225,7 +239,7 @@ class Watched:
 
 
 def _leaves(node: fx.Node, path: str) -> bool:
-    """Whether what a call in the module at `path` gives is used outside of it."""
+    """Return whether the result of a call in the module at `path` is used outside of that module."""
     inside = f"{path}." if path else ""
     others = [user.meta.get("module") for user in node.users]
     return any(other is None or not (other == path or other.startswith(inside)) for other in others)

@@ -1,4 +1,4 @@
-"""Collects values of all workers: small ones as JSON (nothing that arrives is unpickled), tensors piece by piece."""
+"""Collect values of all workers: small ones as JSON (nothing received is unpickled), tensors piece by piece."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardwise.parallel.values import facts
 
 
 def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
-    """The JSON-able `value` of every worker of `group`, by rank. Collective."""
+    """Gather the JSON-able `value` of every worker of `group`, by rank. Collective."""
     with facts():
         return _gather_json(value, group, device)
 
@@ -34,7 +34,7 @@ def _gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> 
 
 
 def anywhere(flags: Sequence[bool], group: dist.ProcessGroup, device: torch.device) -> list[bool]:
-    """Which of `flags` are true on any worker of `group`. Collective."""
+    """Return for each of `flags` whether it is true on any worker of `group`. Collective."""
     with facts():
         found = torch.tensor([int(flag) for flag in flags], device=device)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
@@ -44,9 +44,9 @@ def anywhere(flags: Sequence[bool], group: dist.ProcessGroup, device: torch.devi
 def gather_full(
     pieces: Sequence[Piece], group: dist.ProcessGroup | None, device: torch.device
 ) -> dict[str, Tensor] | None:
-    """Full tensors on the CPU, by name, on worker 0; None elsewhere. Collective.
+    """Gather full tensors by name on the CPU of worker 0. Returns None elsewhere. Collective.
 
-    Every worker gives the pieces that it holds; those that it `writes` are sent, from `device`.
+    Every worker passes the pieces that it holds. Those that it `writes` are sent from `device`.
     """
     mine = [piece for piece in pieces if piece.writes and piece.layout.tiles]
     full: dict[str, Tensor] = {}

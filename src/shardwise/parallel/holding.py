@@ -1,8 +1,9 @@
-"""What one worker holds of a module that is cut over workers, and how the gradients of it are added up.
+"""Tensors that one worker holds of a module cut over workers, and the reduction of their gradients.
 
-cut by tensor parallelism        gradients of the parts are whole; of replicated tensors used in parts: summed over tp
-on several replicas              summed over them in buckets, or sharded by `fully_shard`, which averages
-on several stages (tied)         summed over the workers that hold it
+cut by tensor parallelism        gradients of the shards are complete; of replicated tensors used in parts: summed over
+tp
+on several replicas              summed over the replicas in buckets, or sharded by `fully_shard`, which averages
+on several stages (tied)         summed over the workers that hold the tensor
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from shardwise.workload.stored import Weights
 
 
 class Holding:
-    """The stages of one worker with their tensors.
+    """Stages of one worker with their tensors.
 
     Attributes:
-        stages: by number.
+        stages: this worker's stages by stage index.
         sharded: whether `fully_shard` splits the parameters.
-        loss_factor: what losses are multiplied with, because gradients are averaged where they should be added.
-        final_pass: whether the pass that runs is the last of its step.
+        loss_factor: factor of the losses that turns averaged gradients into sums: the number of replicas if sharded,
+            else 1.
+        final_pass: whether the running pass is the last one of its step.
     """
 
     def __init__(
@@ -85,12 +87,16 @@ class Holding:
     # ---- which tensors where ----------------------------------------------------------------------------------------
 
     def _on(self, stages: Iterable[int]) -> list[str]:
-        """Names of the tensors that any of these stages uses, in the order of the module."""
+        """Return the names of the tensors that any of these stages uses, in the order of the module."""
         wanted = set(stages)
         return [name for name, homes in self._homes.items() if any(stage in wanted for stage, _ in homes)]
 
     def _on_several(self, own: Iterable[int]) -> list[str]:
-        """Names of the tensors that several stages of this worker use."""
+        """Return the names of the tensors that several stages of this worker use.
+
+        Raises:
+            StrategyError: there is such a tensor and fsdp would have to shard it twice.
+        """
         stages = set(own)
         found = [n for n, homes in self._homes.items() if len({s for s, _ in homes if s in stages}) > 1]
         if found and self.sharded:
@@ -128,11 +134,11 @@ class Holding:
         return tensor
 
     def trained(self, names: Collection[str]) -> dict[str, nn.Parameter]:
-        """The parameters with a gradient, by name."""
+        """Return the parameters among `names` that this worker holds, by name."""
         return {name: self._tensor(name) for name in self._places if name in names}  # type: ignore[misc]
 
     def held(self) -> dict[str, Held]:
-        """How every tensor lies here."""
+        """Return the placement of every tensor on this worker, by name."""
         sizes = {name: self._tensor(name).numel() for name in self._places}
         strategy = self._strategy
         by_all, by_rows = deal(sizes, strategy.replicas), deal(sizes, strategy.dp)
@@ -157,11 +163,11 @@ class Holding:
         return Held(tensor, layout, holders * strategy.replicas, writes and replica == mesh.replica, cut)
 
     def _workers_of(self, name: str) -> list[int]:
-        """Pipeline workers that hold a tensor."""
+        """Return the indices of the pipeline workers that hold a tensor, in ascending order."""
         return sorted({stage % self._strategy.pp for stage, _ in self._homes[name]})
 
     def _read(self, weights: Weights) -> None:
-        """Reads our part of the parameters that are on meta."""
+        """Allocate this worker's part of the parameters on the meta device, and read it from the weight files."""
         empty = [name for name in self._places if self._tensor(name).is_meta]
         for stage in self.stages.values():
             materialize(stage, self._mesh.device, self._mesh.home, self._mesh.allocating)
@@ -171,7 +177,10 @@ class Holding:
     # ---- gradients --------------------------------------------------------------------------------------------------
 
     def _tied_groups(self) -> dict[tuple[int, ...], dist.ProcessGroup]:
-        """A group for every set of pipeline workers that share a parameter. Collective over all workers."""
+        """Create a group for every set of pipeline workers that share a tensor. Collective over all workers.
+
+        Returns the groups that this worker belongs to, by the indices of their pipeline workers.
+        """
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         sets = sorted({tuple(self._workers_of(name)) for name in self._homes})
         for workers in (each for each in sets if len(each) > 1):
@@ -187,7 +196,12 @@ class Holding:
         return groups
 
     def _make_reducers(self) -> dict[int, GradientReducer]:
-        """One per stage; -1: for what several stages of this worker use, complete only at the end."""
+        """Create one reducer per stage.
+
+        Key -1 is for tensors that several stages of this worker use, complete only at the end.
+
+        Returns an empty dict without replicas. With `fully_shard` the reducers cover only 0-d parameters.
+        """
         group = self._mesh.replica_group
         if group is None:
             return {}
@@ -204,10 +218,10 @@ class Holding:
         return reducers
 
     def before_backward(self, stage: int, final: bool) -> None:
-        """Called before each backward pass of a stage; `final`: it is the last one of its pass."""
+        """Prepare a backward pass of a stage. `final` marks the stage's last backward of its pass."""
         last = final and self.final_pass
         if self.sharded:
-            module: Any = self.stages[stage]  # `fully_shard` gives it these
+            module: Any = self.stages[stage]  # `fully_shard` adds these methods
             module.set_requires_gradient_sync(last)
             module.set_is_last_backward(last)
             module.set_reshard_after_backward(last)
@@ -215,7 +229,7 @@ class Holding:
             self._reducers[stage].arm()
 
     def after_evaluation(self) -> None:
-        """See `sharded.reshard`."""
+        """Free gathered parameters, see `sharded.reshard`."""
         if self.sharded:
             from shardwise.parallel.sharded import reshard
 
@@ -223,11 +237,11 @@ class Holding:
                 reshard(stage)
 
     def reduce(self, summed: Collection[str]) -> None:
-        """Adds gradients up over all workers that contribute to them. Collective."""
+        """Sum gradients over all workers that contribute to them. Collective."""
         for reducer in self._reducers.values():
             reducer.finish()
         if self.sharded:
-            for name in self._whole:  # summed above, where fully_shard averages
+            for name in self._whole:  # summed by the reducers, but fully_shard averages
                 gradient = self._tensor(name).grad
                 if gradient is not None:
                     gradient /= self._strategy.replicas
@@ -239,12 +253,14 @@ class Holding:
             self._sum(self._complete(names, tied), tied)
 
     def _complete(self, names: Sequence[str], group: dist.ProcessGroup) -> list[str]:
-        """The parameters that have a gradient on any worker of `group`; it is made of zeros where it is missing here.
+        """Return the names of parameters that have a gradient on any worker of `group`.
+
+        A missing one here is set to zeros.
 
         A stage may use a tied parameter in a way that no gradient flows back through.
         """
         trained = [name for name in names if self._tensor(name).requires_grad]
-        if group not in self._given:  # the same in every step
+        if group not in self._given:  # equal in every step
             here = [self._tensor(name).grad is not None for name in trained]
             found = anywhere(here, group, self._mesh.device)
             self._given[group] = [name for name, given in zip(trained, found, strict=True) if given]
@@ -262,7 +278,7 @@ class Holding:
 
 
 def _homes(works: Sequence[Work], tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[int, int]]]:
-    """Where each tensor is used: (stage, block). What no work uses lies in the first block."""
+    """Return (stage, block) of every use of each tensor. A tensor that no work uses is put into the first block."""
     homes: dict[str, set[tuple[int, int]]] = {name: set() for name in tensors}
     for work in works:
         for stage, each in enumerate(work.stages):
@@ -273,7 +289,7 @@ def _homes(works: Sequence[Work], tensors: Mapping[str, Tensor]) -> dict[str, li
 
 
 def _cut(tensor: Tensor, placement: Placement | None, exchange: Exchange) -> Tensor:
-    """This worker's part of a parameter or buffer, in memory of its own."""
+    """Return this worker's part of a parameter or buffer, in memory of its own."""
     part = tensor.detach()
     if isinstance(placement, Sharded):
         part = exchange.cut(part, placement.dim, placement.segments)

@@ -1,6 +1,7 @@
-"""Decides whether the update of a step is applied, once its loss and gradient are known.
+"""Decide whether the update of a step is applied, once its loss and gradient are known.
 
-The numbers are those that all workers have added up for themselves: no message more, and all decide the same.
+The decision uses numbers that all workers have already summed. It needs no further message, and all workers decide
+alike.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.workload.data import Share
 
 Judge = Callable[[float, float, Callable[[], Fault | None]], bool]
-"""(global loss, squared global norm of the gradient, search) -> whether the update of the step is applied.
+"""Decision function: (global loss, squared global gradient norm, search) -> whether the step's update is applied.
 
-Called on all workers with the same numbers. Where it raises, the step has not been. The search, which is collective,
-runs the passes again and finds the first value that is not finite; None: it cannot be told.
+Called on all workers with the same numbers. If it raises, the step counts as not taken. The search, which is
+collective, runs the passes again and finds the first value that is not finite. It returns None if it finds none.
 """
 
 
 class Judgement:
-    """Asks a judge about each step; what its passes changed is taken back where the update is not applied."""
+    """Caller of a judge: asks it about each step, and undoes the effects of its passes if the update is not applied."""
 
     def __init__(self, engine: Engine, mesh: Mesh, judge: Judge) -> None:
         self._engine, self._mesh, self._judge = engine, mesh, judge
@@ -37,12 +38,15 @@ class Judgement:
         self._random = self._state()
 
     def begin(self) -> None:
-        """Note what the passes of the next step may change: buffers, torch's random state."""
+        """Save the state that the passes of the next step may change: buffers and torch's random state."""
         _copy(self._values, self._buffers)
         self._random = self._state()
 
     def accepts(self, share: Share, scales: Sequence[Tensor], report: Tensor) -> bool:
-        """Return whether the update of a step is applied, from its sums over all workers: loss, squared norm, ..."""
+        """Return whether the update of a step is applied.
+
+        `report` holds its sums over all workers: loss, squared norm, ...
+        """
         loss, square, *_ = report.tolist()
         accepted = False
         try:
@@ -56,7 +60,10 @@ class Judgement:
         return accepted
 
     def _find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
-        """The first value of all workers that is not finite, by its kind: what comes first is looked for first."""
+        """Find the first value of all workers that is not finite.
+
+        It checks in this order: weights of the batch, parameters, outputs of modules, gradients.
+        """
         engine = self._engine
         found = scale_fault(scales) or self._first(parameter_fault(local_tensors(engine.parameters), self._mesh.rank))
         for search in (engine.find_fault, engine.find_gradient_fault):
@@ -66,7 +73,7 @@ class Judgement:
         return found
 
     def _first(self, fault: Fault | None) -> Fault | None:
-        """The first of all workers. Collective."""
+        """Return the first fault of all workers. Returns None if there is none. Collective."""
         if self._mesh.world is None:
             return fault
         everybody = gather_json(fault and astuple(fault), self._mesh.world, self._mesh.device)
@@ -74,7 +81,10 @@ class Judgement:
 
     @contextmanager
     def _replayed(self) -> Iterator[None]:
-        """Surrounds passes that begin where the step began, and leave no trace."""
+        """Run passes inside the block from the state in which the step began.
+
+        The current state is restored afterwards.
+        """
         buffers, random = [buffer.clone() for buffer in self._buffers], self._state()
         _copy(self._buffers, self._values)
         self._set(self._random)

@@ -1,7 +1,8 @@
-"""Operations of a step that draw at random or look at the whole batch, for the graph of one worker.
+"""Operations in the graph of one worker that draw random numbers or use the whole batch.
 
-The module's own dropout is replaced where it runs as it is (`parallel.dropout`); in a graph each drawing call knows its
-site, the shape of the whole tensor and which part of it lies here, so shards of one tensor drop what one process drops.
+Where the module runs unchanged, its own dropout is replaced (`parallel.dropout`). In a graph, each drawing call knows
+its site, the shape of the whole tensor and the part that lies here. So the shards of a tensor drop the same elements as
+one process would.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ Shape = tuple[int, ...]
 
 
 class KeyedOperations:
-    """Dropout, attention with dropout and batch norm of a graph.
+    """Replacements for dropout, attention with dropout, batch norm and opaque modules of a graph.
 
     Attributes:
-        position: where the training is; the engine keeps it up to date.
-        exchange: the tensor-parallel workers.
-        replicas: the workers over which a batch norm goes; None: this one alone.
-        recomputing: whether a block is computed again.
+        position: the position in the training; the engine keeps it up to date.
+        exchange: the exchanges among the tensor-parallel workers.
+        replicas: the workers over which batch norm computes its statistics. None: this one alone.
+        recomputing: whether a block is being recomputed.
     """
 
     def __init__(self, position: Position, exchange: Exchange, replicas: dist.ProcessGroup | None) -> None:
@@ -44,7 +45,10 @@ class KeyedOperations:
 
     @contextmanager
     def at(self, position: Position, *, again: bool) -> Iterator[None]:
-        """Draws as at another position: that of a microbatch whose block is computed, for the first time or again."""
+        """Draw random numbers inside the block as at `position`, that of a microbatch whose block runs.
+
+        `again` marks the recomputation of the block.
+        """
         before = self.position, self.recomputing
         self.position, self.recomputing = position, again
         try:
@@ -53,7 +57,7 @@ class KeyedOperations:
             self.position, self.recomputing = before
 
     def mask(self, site: int, shape: Shape, p: float, placement: Placement, like: Tensor, merged: bool) -> Tensor:
-        """What the part at `placement` of a tensor of `shape` is multiplied with."""
+        """Draw the dropout factors of the part at `placement` of a tensor of `shape`."""
         whole = torch.Size(shape)
         if not isinstance(placement, Sharded):
             return draw_mask(self.position, site, whole, p, like, merged=merged)
@@ -67,16 +71,17 @@ class KeyedOperations:
     def dropout(
         self, x: Tensor, p: float, site: int, shape: Shape, placement: Placement, features: int, merged: bool
     ) -> Tensor:
-        """Dropout of the part at `placement` of a tensor of `shape`.
+        """Apply dropout to the part at `placement` of a tensor of `shape`.
 
         Args:
             x: this worker's part.
             p: probability of dropping.
-            site: number of the drawing call in the step.
-            shape: of the whole tensor.
-            placement: of the part.
-            features: 0: every element is drawn; n: only the first n dimensions are, the rest follow (whole channels).
-            merged: the first dimension is samples times heads.
+            site: index of the drawing call in the step.
+            shape: shape of the whole tensor.
+            placement: placement of the part.
+            features: 0 draws for every element; n draws for the first n dimensions only, so that whole channels are
+                dropped.
+            merged: whether the first dimension is samples times heads.
         """
         lead = features or len(shape)
         if isinstance(placement, Sharded) and placement.dim >= lead:
@@ -98,7 +103,11 @@ class KeyedOperations:
         shape: Shape,
         placement: Placement,
     ) -> Tensor:
-        """Attention whose probabilities, of `shape` in the whole, are dropped; see `KeyedDropout.attention`."""
+        """Compute attention with dropout on its probabilities, see `KeyedDropout.attention`.
+
+        `shape` and `placement` are those of the probabilities: the shape of the whole, and where this worker's part
+        lies.
+        """
         probabilities = attention_probabilities(query, key, attn_mask, is_causal, scale, False)
         mask = self.mask(site, shape, p, placement, probabilities, False)
         return (probabilities * mask).to(value.dtype) @ value
@@ -113,21 +122,21 @@ class KeyedOperations:
         momentum: float,
         eps: float,
     ) -> Tensor:
-        """Batch norm in training, over the samples of all replicas that count."""
+        """Compute batch norm in training, over the counted samples of all replicas."""
         counted = self.position.counted > 0
         if self.replicas is None and counted:
             return torch.batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps, False)
         return batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, self.replicas, counted=counted)
 
     def opaque(self, call: Call, site: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """A module that was not traced, called as it is; `site`: calls that have drawn dropout before it."""
+        """Call a module that was not traced. `site` is the number of calls that have drawn dropout before it."""
         if call.module not in self._opaque:
             group = self.replicas
             operations = Operations(self.position, tensors[0].device, None if group is None else lambda: group)
             operations.install(call.module)
             self._opaque[call.module] = operations
         buffers = [tensor for tensor in tensors[: len(call.state)] if not isinstance(tensor, nn.Parameter)]
-        # a sample that only keeps step must leave no trace
+        # a dummy sample that only keeps the worker in step must leave no trace
         kept = [] if self.position.counted else [(buffer, buffer.clone()) for buffer in buffers]
         with self._opaque[call.module].drawing_from(site, self.position):
             results = call.run(tensors)
@@ -137,5 +146,5 @@ class KeyedOperations:
 
     @property
     def draws_unkeyed(self) -> bool:
-        """Whether a module that was not traced has drawn random numbers that are not dropout's."""
+        """Return whether an untraced module has drawn random numbers outside of dropout."""
         return any(operations.draws_unkeyed for operations in self._opaque.values())

@@ -1,6 +1,6 @@
-"""Which part of a global tensor a worker holds: what checkpoints, verification and export read and write by.
+"""Layout of a worker's part of a global tensor. Checkpoints, verification and export read and write by it.
 
-A local tensor is a set of tiles. A tile is a box of the global tensor and the box of the local tensor that holds it:
+A local tensor is a set of tiles. A tile is a box of the global tensor with the box of the local tensor that holds it:
 
     global (6, 4), rows [q q | k k | v v], tp=2, rank 1            local (3, 4)
         tile offsets (1, 0) sizes (1, 4)  <->  start (0, 0)
@@ -21,14 +21,14 @@ Box = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A box of a global tensor (`offsets`, `sizes`) held from `start` on in the local tensor (same `sizes`)."""
+    """Box of a global tensor (`offsets`, `sizes`) that the local tensor holds from `start` on, with equal `sizes`."""
 
     offsets: Box
     sizes: Box
     start: Box
 
     def view(self, local: Tensor) -> Tensor:
-        """The part of `local` that this tile is: a view, so that writing to it fills the local tensor."""
+        """Return the part of `local` that this tile is, as a view: writing to it fills the local tensor."""
         for dim, (start, size) in enumerate(zip(self.start, self.sizes, strict=True)):
             local = local.narrow(dim, start, size)
         return local
@@ -36,12 +36,12 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The shape of a global tensor and the tiles of it that are held here.
+    """Shape of a global tensor and the tiles of it that are held here.
 
     Attributes:
-        shape: of the global tensor.
-        tiles: what is held of it.
-        nothing: shape of the local tensor where no tile is held: without rows, but cut along other dimensions.
+        shape: shape of the global tensor.
+        tiles: the boxes of it that are held here.
+        nothing: shape of the local tensor if no tile is held: without rows, but cut along other dimensions.
     """
 
     shape: Box
@@ -50,13 +50,15 @@ class Layout:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Layout:
-        """All of a tensor is held here."""
+        """Return the layout of a tensor that is held here whole."""
         shape = tuple(shape)
         return cls(shape, (Tile(shape and (0,) * len(shape), shape, (0,) * len(shape)),))
 
     @classmethod
     def split(cls, shape: Sequence[int], dim: int, segments: Sequence[int], rank: int, ranks: int) -> Layout:
-        """Part `rank` of `ranks` along `dim`, each of the consecutive `segments` of that dimension cut by itself.
+        """Return the layout of part `rank` of `ranks` along `dim`.
+
+        Each of the consecutive `segments` of `dim` is cut by itself.
 
         A fused query, key, value weight has three segments: each worker holds its heads of all three.
         """
@@ -74,7 +76,7 @@ class Layout:
 
     @property
     def local_shape(self) -> Box:
-        """Shape of the local tensor that holds the tiles."""
+        """Compute the shape of the local tensor that holds the tiles."""
         if not self.tiles:
             return (0, *self.shape[1:]) if self.nothing is None else self.nothing
         ends = [[s + n for s, n in zip(t.start, t.sizes, strict=True)] for t in self.tiles]
@@ -82,11 +84,11 @@ class Layout:
 
     @property
     def elements(self) -> int:
-        """Elements held here."""
+        """Count the elements held here."""
         return sum(prod(tile.sizes) for tile in self.tiles)
 
     def rows(self, start: int, stop: int) -> Layout:
-        """What is left when only the rows `start` to `stop` (first dimension) of the local tensor are kept."""
+        """Return the layout of the rows `start` to `stop` (first dimension) of the local tensor."""
         tiles = []
         for tile in self.tiles:
             first, last = max(start, tile.start[0]), min(stop, tile.start[0] + tile.sizes[0])
@@ -102,7 +104,7 @@ class Layout:
         return Layout(self.shape, tuple(tiles), None if tiles else (0, *self.local_shape[1:]))
 
     def cut(self, full: Tensor) -> Tensor:
-        """The local tensor of a full one; a new tensor that shares no memory with it."""
+        """Return the local tensor of a full one, as a new tensor that shares no memory with it."""
         local = full.new_empty(self.local_shape)
         for tile in self.tiles:
             source = full
@@ -112,7 +114,7 @@ class Layout:
         return local
 
     def paste(self, local: Tensor, full: Tensor) -> None:
-        """Writes the local tensor into its places in a full one."""
+        """Write the local tensor into its place in a full one."""
         for tile in self.tiles:
             target = full
             for dim, (offset, size) in enumerate(zip(tile.offsets, tile.sizes, strict=True)):
@@ -125,10 +127,10 @@ class Piece:
     """One worker's part of a named global tensor.
 
     Attributes:
-        name: `model/<parameter or buffer>` or `optimizer/<parameter>/<state>`, the same under every strategy.
+        name: `model/<parameter or buffer>` or `optimizer/<parameter>/<state>`, equal under every strategy.
         local: the tensor held here; reading a checkpoint writes into it.
         layout: where `local` lies in the global tensor.
-        writes: whether this worker is the one to write it, where several hold the same part.
+        writes: whether this worker writes the piece, if several workers hold it.
     """
 
     name: str

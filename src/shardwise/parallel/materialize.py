@@ -1,4 +1,4 @@
-"""Gives a module whose parameters are on the meta device memory for its part of them, and reads that from files."""
+"""Allocate the local part of parameters on the meta device, and read it from weight files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from shardwise.workload.stored import Weights
 def materialize(
     root: nn.Module, device: torch.device, home: torch.device | None = None, allocating: Allocating = nullcontext
 ) -> None:
-    """Memory for all parameters of `root` where they are on meta; tied ones stay tied, buffers as they are.
+    """Allocate all parameters of `root` that are on the meta device. Tied ones stay tied; buffers are unchanged.
 
-    Parameters of which only some rows are held stay the objects that they are; others are made anew.
+    DTensor parameters remain the same objects; others are replaced by new ones.
 
     Args:
         root: a module.
-        device: for what is held whole.
-        home: for rows; the same if left out.
+        device: device of parameters that are held whole.
+        home: device of parameters of which only some rows are held; `device` if left out.
         allocating: see `Mesh`.
     """
     with allocating():
@@ -35,7 +35,7 @@ def materialize(
 
 
 def _fill_rows(root: nn.Module, device: torch.device) -> None:
-    """`fully_shard` looks at its parameters again when a function is applied to its modules."""
+    """Allocate the DTensor parameters through `_apply`, after which `fully_shard` looks at its parameters again."""
 
     def filled(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device=device) if tensor.is_meta and is_split(tensor) else tensor
@@ -62,7 +62,7 @@ def _fill_whole(root: nn.Module, device: torch.device) -> None:
 
 
 def read_weights(weights: Weights, name: str, tensor: Tensor, layout: Layout) -> None:
-    """Fills the local part of a parameter, and reads no more than that.
+    """Read the local part of a parameter from the weight files, and nothing beyond it.
 
     Raises:
         WorkloadError: the stored tensor has another shape.
@@ -76,7 +76,7 @@ def read_weights(weights: Weights, name: str, tensor: Tensor, layout: Layout) ->
 
 
 def move_values(model: nn.Module, device: torch.device) -> None:
-    """Moves all that has values to a device; parameters on meta stay there."""
+    """Move every parameter and buffer that has values to `device`; those on meta stay there."""
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor if tensor.is_meta else tensor.to(device)

@@ -1,4 +1,4 @@
-"""Which values of a step share memory: what is changed in place under one name may be read under another."""
+"""Find values of a step that share memory: one changed in place under one name may be read under another."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import fx
 Roots = dict[fx.Node, fx.Node]
 
 _NORMALISATIONS = ("aten::batch_norm", "aten::instance_norm")
-"""They change their running statistics, which their schemas do not say."""
+"""Operators that change their running statistics although their schemas do not say so."""
 
 
 def writes_in_place(node: fx.Node) -> bool:
-    """Whether a call changes its first argument."""
+    """Return whether a call changes its first argument, by the trailing underscore of its operator."""
     name = _name(node)
     return name.endswith("_") and not name.endswith("__")
 
@@ -25,7 +25,7 @@ def _name(node: fx.Node) -> str:
 
 
 def roots(graph: fx.Graph) -> Roots:
-    """The value in whose memory each value is: for a view what it is a view of, else the value itself."""
+    """Map every value to its root: the value whose memory a view shares, or the value itself."""
     found: Roots = {}
     for node in graph.nodes:
         source = _source(node)
@@ -34,7 +34,7 @@ def roots(graph: fx.Graph) -> Roots:
 
 
 def _source(node: fx.Node) -> fx.Node | None:
-    """What a value is a view of, as the schema of its operation says."""
+    """Return the value that `node` is a view of, by the schema of its operator. Returns None if it is no view."""
     first = node.args[0] if node.args else None
     if node.op != "call_function" or not isinstance(first, fx.Node):
         return None
@@ -45,7 +45,7 @@ def _source(node: fx.Node) -> fx.Node | None:
 
 
 def _members(where: Roots) -> dict[fx.Node, list[fx.Node]]:
-    """The values in the memory of each root."""
+    """Group the values by their roots."""
     members: dict[fx.Node, list[fx.Node]] = {}
     for node, root in where.items():
         members.setdefault(root, []).append(node)
@@ -53,7 +53,7 @@ def _members(where: Roots) -> dict[fx.Node, list[fx.Node]]:
 
 
 def changed_under_another_name(graph: fx.Graph, where: Roots) -> set[fx.Node]:
-    """The roots of values that are changed in place under one name and read under another afterwards."""
+    """Return the roots of values that are changed in place under one name and read under an older name afterwards."""
     number = {node: index for index, node in enumerate(graph.nodes)}
     members = _members(where)
     found = set()
@@ -69,7 +69,7 @@ def changed_under_another_name(graph: fx.Graph, where: Roots) -> set[fx.Node]:
 
 
 def _apart(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two views begin with different parts of one split."""
+    """Return whether two views start from different parts of one split."""
     for x, y in zip(_lineage(a), _lineage(b), strict=False):
         if x is not y:
             return operator.getitem is x.target is y.target and x.args[0] is y.args[0] and x.args[1] != y.args[1]
@@ -84,11 +84,13 @@ def _lineage(node: fx.Node) -> list[fx.Node]:
 
 
 def together(graph: fx.Graph, buffers: Collection[str]) -> list[tuple[fx.Node, fx.Node]]:
-    """(first, last) calls between which a step must not be cut, for a change in place would not reach the other side.
+    """Return (first, last) pairs of calls between which a step must not be cut.
+
+    A change in place would not cross the cut.
 
     Args:
-        graph: of a step.
-        buffers: placeholders of buffers. Each worker that uses a placeholder has a copy of its own.
+        graph: the graph of a step.
+        buffers: placeholders of buffers. Each worker that uses a placeholder has its own copy.
     """
     where = roots(graph)
     changed = changed_under_another_name(graph, where)
@@ -105,7 +107,10 @@ def together(graph: fx.Graph, buffers: Collection[str]) -> list[tuple[fx.Node, f
 
 
 def _changes(node: fx.Node) -> bool:
-    """Whether a call may change a tensor that it is given; a call without a schema may (the batch norm of replicas)."""
+    """Return whether a call may change one of its arguments.
+
+    A call without a schema may: batch norm over replicas does.
+    """
     return node.op == "call_function" and (
         writes_in_place(node) or _name(node) in _NORMALISATIONS or not hasattr(node.target, "_schema")
     )

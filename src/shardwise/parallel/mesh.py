@@ -1,4 +1,4 @@
-"""Where this worker stands among all of them: its coordinate and its process group along every axis.
+"""This worker's position among all workers: its coordinate and its process group along every axis.
 
 For dp=2,tp=2: rank 0: dp 0, tp 0    rank 1: dp 0, tp 1    rank 2: dp 1, tp 0    rank 3: dp 1, tp 1
 """
@@ -21,13 +21,13 @@ Allocating = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The workers of a strategy as a grid with the axes dp, fsdp, pp, tp, in the strategy's order.
+    """Grid of a strategy's workers with the axes dp, fsdp, pp, tp, in the strategy's order.
 
     Attributes:
         strategy: its degrees are the sizes of the grid.
-        device: where this worker computes.
-        rank: this worker's number.
-        grid: torch's device mesh; None for one worker, which needs no process group.
+        device: the device that this worker computes on.
+        rank: this worker's global rank.
+        grid: torch's device mesh. None for a single worker, which needs no process group.
     """
 
     strategy: Strategy
@@ -35,15 +35,19 @@ class Mesh:
     rank: int
     grid: DeviceMesh | None
     replicas: DeviceMesh | None = None
-    """dp and fsdp flattened into one axis, where both are used."""
+    """Axes dp and fsdp flattened into one, if both are used."""
     allocating: Allocating = nullcontext
-    """Surrounds what takes memory for parameters and for buckets of gradients: a dry run takes none."""
+    """Context manager around every allocation of parameters and gradient buckets; a dry run allocates nothing in it."""
 
     @classmethod
     def build(
         cls, strategy: Strategy, device: torch.device | None = None, allocating: Allocating = nullcontext
     ) -> Mesh:
-        """The mesh of the default process group, whose size must be `strategy.workers` (StrategyError)."""
+        """Build the mesh of the default process group.
+
+        Raises:
+            StrategyError: the group's size is not `strategy.workers`.
+        """
         device = device or default_device()
         if strategy.workers == 1 and not dist.is_initialized():
             return cls(strategy, device, 0, None, allocating=allocating)
@@ -55,49 +59,55 @@ class Mesh:
         return cls(strategy, device, dist.get_rank(), grid, replicas, allocating)
 
     def coordinate(self, axis: str) -> int:
-        """This worker's place along `axis`."""
+        """Return this worker's index along `axis`; 0 without a grid."""
         return 0 if self.grid is None else self.grid.get_local_rank(axis)
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
-        """The workers that differ from this one in `axis` only; None where that is this worker alone."""
+        """Return the group of workers that differ from this one in `axis` only.
+
+        Returns None if that is this worker alone.
+        """
         if self.grid is None or getattr(self.strategy, axis) == 1:
             return None
         return self.grid.get_group(axis)
 
     @property
     def replica(self) -> int:
-        """Which share of the batch this worker computes: 0 to strategy.replicas - 1."""
+        """Return the index of this worker's share of the batch, from 0 to strategy.replicas - 1."""
         return self.coordinate("dp") * self.strategy.fsdp + self.coordinate("fsdp")
 
     @property
     def replica_group(self) -> dist.ProcessGroup | None:
-        """The workers that hold the same part of the model and compute other shares of the batch; None: this alone."""
+        """Return the group of workers that hold the same part of the model and compute other shares of the batch.
+
+        Workers that shard that part with fsdp belong to the group too. Returns None if that is this worker alone.
+        """
         if self.replicas is not None:
             return self.replicas.get_group()
         return self.group("dp") or self.group("fsdp")
 
     @property
     def home(self) -> torch.device:
-        """Where what `fsdp` splits is kept."""
+        """Return the device of the parameters that `fsdp` shards: the CPU with offloading, else the compute device."""
         return torch.device("cpu") if self.strategy.offload else self.device
 
     @property
     def world(self) -> dist.ProcessGroup | None:
-        """All workers; None where this is the only one."""
+        """Return the group of all workers. Returns None if this is the only one."""
         return None if self.strategy.workers == 1 else dist.group.WORLD
 
 
 def default_device() -> torch.device:
-    """The accelerator of this worker's local rank where there is one, else the CPU."""
+    """Return this process's current CUDA device if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def forget_meshes() -> None:
-    """Makes DTensor forget all meshes, for a process whose groups are gone and which will have others.
+    """Clear DTensor's caches of meshes, for a process whose groups are destroyed and which will create others.
 
-    What it remembers by mesh holds the groups, and each group of gloo three threads that poll.
+    The caches keep the groups alive, and every gloo group runs three threads that poll.
     """
     from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
@@ -108,5 +118,5 @@ def forget_meshes() -> None:
         lambda: _redistribute._gen_transform_infos.cache_clear(),
         lambda: _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear(),
     ):
-        with suppress(AttributeError):  # not every version of torch has all of them
+        with suppress(AttributeError):  # not every version of torch has all of these caches
             forget()

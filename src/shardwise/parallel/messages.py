@@ -1,7 +1,7 @@
-"""How fast messages are between the workers of a pipeline, where nobody has planned with it: by sending some.
+"""Measure point-to-point bandwidth between pipeline stages if no plan provides it.
 
-Where a pipeline is best cut depends on what there is to send at each place, and on how long that takes: between two
-processes of a host a megabyte is nothing, over a link of 100 Mb/s it is 80 ms.
+The best cut points of a pipeline depend on the bytes sent at each one and on how long they take: between two processes
+of one host a megabyte is almost free, over a 100 Mb/s link it takes 80 ms.
 """
 
 from __future__ import annotations
@@ -16,30 +16,37 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.strategy import Strategy
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**18, 2**22
-"""Of the message that is timed: an accelerator sends more in the same time."""
+"""Size in bytes of the timed message: an accelerator sends more in the same time."""
 
 REPEATS = 4
-"""The quickest counts: a message is slow for many reasons that are gone with the next one."""
+"""Timed repetitions, of which the fastest counts: most causes of a slow message are gone at the next one."""
 
 MUCH = 4.0
-"""Times that a link must be slower than assumed for cuts to depend on it: they are not to change with the noise."""
+"""Factor by which a link must be slower than assumed to move cut points, so that noise does not move them."""
 
 
 def much_slower(seconds_per_byte: Sequence[float], bytes_per_second: float) -> tuple[float, ...]:
-    """How many times slower each link is than assumed, 1 where it is not by `MUCH`; nothing where none is."""
+    """Return how many times slower than assumed each link is; 1 for a link that is not slower by more than `MUCH`.
+
+    Returns an empty tuple if no link is that slow.
+    """
     factors = tuple(seconds * bytes_per_second for seconds in seconds_per_byte)
     return tuple(factor if factor > MUCH else 1.0 for factor in factors) if any(f > MUCH for f in factors) else ()
 
 
 def hops_of(strategy: Strategy) -> int:
-    """From worker to worker that messages of a pipeline take: from the last one to the first, too, with more stages."""
+    """Return the number of worker-to-worker links that a pipeline's messages take.
+
+    The link from the last worker to the first counts too if workers have several stages.
+    """
     return strategy.pp if strategy.stages_per_worker > 1 else strategy.pp - 1
 
 
 def measured_links(mesh: Mesh) -> list[float]:
-    """Seconds per byte of each hop of a pipeline. Collective.
+    """Measure the seconds per byte of each link of a pipeline. Collective over all workers.
 
-    Of the slowest replica, while all replicas send; nothing where there is no pipeline, or its group sends nothing.
+    All replicas send at the same time, and the slowest one counts. Returns an empty list if there is no pipeline or if
+    its group sends nothing (the fake backend).
     """
     group = mesh.group("pp")
     if group is None or dist.get_backend(group) == "fake":
@@ -56,7 +63,7 @@ def measured_links(mesh: Mesh) -> list[float]:
 
 
 def _per_byte(first: bool, other: int, mesh: Mesh, group: dist.ProcessGroup) -> float:
-    """Seconds of a message beyond those of an empty one, as the worker that sends it has them; 0 on the other."""
+    """Measure the seconds per byte of a large message beyond a one-byte one. Returns 0 on the receiving worker."""
     size = CPU_BYTES if mesh.device.type == "cpu" else ACCELERATOR_BYTES
     small, large = (torch.zeros(count, dtype=torch.uint8, device=mesh.device) for count in (1, size))
     rank = dist.get_global_rank(group, other)
@@ -69,7 +76,7 @@ def _per_byte(first: bool, other: int, mesh: Mesh, group: dist.ProcessGroup) -> 
         else:
             dist.recv(message, rank, group)
             dist.send(small, rank, group)
-        small.item()  # waits for the device
+        small.item()  # wait for the device
         return time.perf_counter() - start
 
     tries = [(there_and_back(small), there_and_back(large)) for _ in range(1 + REPEATS)][1:]

@@ -1,4 +1,4 @@
-"""Builds the plain module of a workload, the same on every worker."""
+"""Build the plain module of a workload with equal weights on every worker."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from shardwise.workload.stored import weights_of
 from shardwise.workload.workload import Workload
 
 _BUILT: WeakSet[nn.Module] = WeakSet()
-"""Modules of programs: they are changed in place, so that none can be used twice."""
+"""Modules already used by a program. A program changes its module in place, so no module can be used twice."""
 
 
 def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
-    """The module of `workload` on our device, with the weights of worker 0. Collective over all workers.
+    """Build the module of `workload` on this worker's device, with the weights of worker 0.
 
-    A factory that does not follow the random seed gives other weights on every worker: those of worker 0 are sent to
-    all. What it leaves torch's random state at is replaced: each replica draws its own from here on.
+    Collective over all workers.
+
+    A factory that ignores the random seed gives different weights on every worker, so worker 0 broadcasts its own to
+    all. The random state that the factory leaves behind is replaced: from here on each replica draws its own numbers.
 
     Raises:
-        WorkloadError: no module, nothing to train, parameters without a shape, or another structure on some worker.
+        WorkloadError: the factory builds no module, the model has nothing to train, a parameter has no shape or no
+            values, or the structure differs between workers.
     """
     model = plain_model(workload)
     _check(model, workload)
@@ -43,10 +46,12 @@ def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
 
 
 def plain_model(workload: Workload) -> nn.Module:
-    """The module as its factory builds it from the workload's seed, in training mode. Sets torch's random state.
+    """Call the workload's factory under the workload's seed, and return the module in training mode.
+
+    Sets torch's random state.
 
     Raises:
-        WorkloadError: the factory builds no module.
+        WorkloadError: the factory builds no `nn.Module`.
     """
     torch.manual_seed(workload.seed)
     model = workload.model()
@@ -94,7 +99,7 @@ def _make_equal(model: nn.Module, workload: Workload, mesh: Mesh) -> None:
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:
-    """Further names of tied parameters and persistent buffers -> their first names."""
+    """Return every further name of a tied parameter or persistent buffer -> its first name."""
     first: dict[torch.Tensor, str] = {}
     aliases = {}
     named = [*model.named_parameters(remove_duplicate=False), *persistent_buffers(model, all_names=True).items()]
@@ -105,7 +110,7 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
 
 
 def persistent_buffers(model: nn.Module, *, all_names: bool = False) -> dict[str, torch.Tensor]:
-    """The buffers that a state dict holds, by their first name, or by each of their names."""
+    """Return the buffers that a state dict holds, by their first name or (`all_names`) by each of their names."""
     found: dict[str, torch.Tensor] = {}
     seen: set[torch.Tensor] = set()
     for prefix, module in model.named_modules(remove_duplicate=not all_names):
@@ -118,7 +123,10 @@ def persistent_buffers(model: nn.Module, *, all_names: bool = False) -> dict[str
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode that it was in, also one that is never in training."""
+    """Put `model` into evaluation mode inside the block.
+
+    Afterwards every module is in the mode that it was in before, including modules that are never in training mode.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -130,7 +138,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """What passes through the model do to its buffers meanwhile, in place or by assignment, is undone."""
+    """Undo every change that forward passes inside the block make to the buffers, in place or by assignment."""
     held = [(module, key, buffer) for module in model.modules() for key, buffer in module._buffers.items()]
     values = [None if buffer is None else buffer.clone() for _, _, buffer in held]
     try:

@@ -1,10 +1,10 @@
-"""The operations of a plain module that depend on who computes what: dropout, batch normalisation, recomputation.
+"""Operations of a plain module that depend on who computes what: dropout, batch normalisation, recomputation.
 
-They are replaced on the modules of torch that do them (`nn.Dropout`, `nn.BatchNorm2d`, `nn.MultiheadAttention`, ...),
-by a `forward` on the instance: classes and state-dict names stay. What a model calls as a function (`F.dropout`, say)
-is caught by a torch function mode. That costs about a microsecond per operation, so it is on in the first training pass
-and stays on only if it caught something. Dropout that a model starts later is noticed by torch's random state moving;
-from the next pass on it is caught too.
+They are replaced on torch's own modules (`nn.Dropout`, `nn.BatchNorm2d`, `nn.MultiheadAttention`, ...) by a `forward`
+on the instance, so classes and state-dict names are unchanged. A function that a model calls (`F.dropout`, say) is
+intercepted by a torch function mode. The mode costs about a microsecond per operation, so it is on in the first
+training pass and stays on only if it intercepted something. If a model starts to use dropout later, torch's random
+state moves; from the next pass on the mode is on again.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ _DROPOUTS: Handlers = {
     nn.AlphaDropout.forward: F.alpha_dropout,
     nn.FeatureAlphaDropout.forward: F.feature_alpha_dropout,
 }
-"""A module's forward -> the function that it calls."""
+"""The forward of each dropout module -> the function that it calls."""
 
 
 DRAWN = "the model draws random numbers outside of dropout: these differ from those of one worker"
 
 
 class Operations:
-    """Replaces the operations of one model.
+    """Replacements for the operations of one model that depend on who computes what.
 
     Args:
-        position: where the training is; the engine keeps it up to date.
-        device: where the model computes.
-        make_group: the replicas that a batch is split over, in a process group that nothing else uses (the order of
-            its collectives must not depend on when a gradient bucket happens to be ready), made at the first batch
-            norm on all of them; None: one replica.
-        recompute: whether blocks are computed again, see `recompute`.
+        position: the position in the training; the engine keeps it up to date.
+        device: the device that the model computes on.
+        make_group: creates the process group of the replicas that share a batch. Nothing else may use that group,
+            because the order of its collectives must not depend on when a gradient bucket is ready. Called at the first
+            batch norm on all replicas. None: one replica.
+        recompute: whether blocks are recomputed, see `recompute`.
 
     Attributes:
-        draws_unkeyed: whether the model draws random numbers that are not dropout's.
-        recomputing: whether a block is computed again.
+        draws_unkeyed: whether the model draws random numbers outside of dropout.
+        recomputing: whether a block is being recomputed.
     """
 
     def __init__(
@@ -76,22 +76,22 @@ class Operations:
         self._handlers: Handlers = {**self._keyed.handlers, F.batch_norm: self._batch_norm}
         self.recomputing = False
         self._everywhere: bool | None = None
-        """Whether the mode is on in all of a pass; None before the first one, which tells."""
+        """True if the mode is on during whole passes; None before the first pass, which decides."""
         self._caught = False
         self._replaced = 0
         self._own_normalisation = make_group is not None or recompute
 
     def install(self, model: nn.Module) -> None:
-        """Replaces the forward of the modules of `model` that do such an operation."""
+        """Replace the forward of the modules of `model` that perform such an operation."""
         for module in model.modules():
             forward = self._replacement(module)
             if forward is not None:
                 module.forward = forward
 
     def recompute(self, block: nn.Module, *, products: bool = False) -> None:
-        """Makes `block` drop its activations and compute them again in the backward pass, drawing the same dropout.
+        """Make `block` drop its activations and recompute them in the backward pass, with the same dropout masks.
 
-        `products`: it keeps the results of its products, see `selective`.
+        If `products` is set, it saves the results of its matmuls, convolutions and attention, see `selective`.
         """
         original = block.forward
         contexts = self._selective_contexts if products else self._contexts
@@ -104,12 +104,15 @@ class Operations:
         block.forward = forward
 
     def drawn(self) -> int:
-        """How many calls have drawn dropout in this pass."""
+        """Return the number of calls that have drawn dropout in this pass."""
         return self._keyed.site
 
     @contextmanager
     def drawing_from(self, site: int, position: Position) -> Iterator[None]:
-        """Surrounds a part of a pass at `position` that begins when `site` calls have drawn dropout."""
+        """Intercept operations inside the block, which is a part of a pass at `position`.
+
+        `site` calls have drawn dropout in that pass before.
+        """
         self._position = self._keyed.position = position
         self._keyed.site = site
         before = self._random_state()
@@ -119,7 +122,7 @@ class Operations:
 
     @contextmanager
     def training_pass(self) -> Iterator[None]:
-        """Surrounds each forward pass in training."""
+        """Intercept operations inside the block, a forward pass in training."""
         self._keyed.site = 0
         before = self._random_state()
         with self._mode() if self._everywhere is not False else nullcontext():
@@ -129,7 +132,7 @@ class Operations:
             self._everywhere = self._caught
         elif moved and not self._everywhere:
             self._everywhere = True
-            moved = False  # by dropout, perhaps: the next pass tells
+            moved = False  # perhaps dropout: the next pass tells
         self.draws_unkeyed |= moved
 
     @cached_property
@@ -137,7 +140,10 @@ class Operations:
         return None if self._make_group is None else self._make_group()
 
     def _random_state(self) -> Any:
-        """What moves when torch draws on our device. On a GPU a counter that the CPU keeps: nothing waits."""
+        """Return what changes when torch draws random numbers on our device.
+
+        On a GPU this is a counter on the CPU side, so reading it does not synchronize.
+        """
         if self._device.type == "cuda":
             return torch.cuda.default_generators[self._device.index or 0].get_offset()
         return torch.get_rng_state()
@@ -146,14 +152,17 @@ class Operations:
         return _Handled(self._handlers, self._watch)
 
     def _watch(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls the handler of `function`; notes when that made a difference."""
+        """Call the handler of `function`, and record whether it drew dropout or replaced a batch norm."""
         before = self._keyed.site + self._replaced
         output = self._handlers[function](*args, **kwargs)
         self._caught |= self._keyed.site + self._replaced != before
         return output
 
     def _replacement(self, module: Any) -> Callable[..., Any] | None:
-        """Our forward for `module`; None where its class has a forward of its own."""
+        """Return our forward for `module`.
+
+        Returns None if it needs none, for example because its class has its own forward.
+        """
         forward = type(module).forward
         if forward in _DROPOUTS:
             return self._dropout(module, _DROPOUTS[forward])
@@ -183,7 +192,10 @@ class Operations:
         return forward
 
     def _normalisation(self, module: Any) -> Callable[[Tensor], Tensor]:
-        """`_BatchNorm.forward`, with the statistics of all replicas and no second update when it is recomputed."""
+        """Return a `_BatchNorm.forward` with the statistics of all replicas.
+
+        Recomputation does not update them again.
+        """
 
         def forward(input: Tensor) -> Tensor:  # noqa: A002
             if isinstance(module, nn.SyncBatchNorm):
@@ -215,11 +227,11 @@ class Operations:
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """`torch.nn.functional.batch_norm`; `training` says whether the batch's own statistics are used."""
+        """Compute `torch.nn.functional.batch_norm`. `training` selects the batch's own statistics."""
         if not training or not self._own_normalisation:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         self._replaced += 1
-        if self.recomputing:  # they have been updated; copies, for what is saved must be as many tensors as before
+        if self.recomputing:  # already updated; clone, so that as many tensors are saved as before
             running_mean = None if running_mean is None else running_mean.clone()
             running_var = None if running_var is None else running_var.clone()
         if self._group is None:
@@ -228,17 +240,17 @@ class Operations:
         return batch_norm(input, weight, bias, running_mean, running_var, momentum, eps, self._group, counted)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """What surrounds a block's forward, and its recomputation."""
+        """Return the contexts of a block's forward and of its recomputation."""
         return nullcontext(), self._again(self._keyed.site)
 
     def _selective_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The same for a block that keeps the results of its products."""
+        """Return the contexts of a block that saves the results of its products, see `selective`."""
         forward, again = selective.contexts()
         return forward, _both(self._again(self._keyed.site), again)
 
     @contextmanager
     def _again(self, site: int) -> Iterator[None]:
-        """Draws from `site` on what was drawn there before. The backward pass may run in another thread."""
+        """Draw from `site` on inside the block, as in the first run. The backward pass may run in another thread."""
         later, self._keyed.site, self.recomputing = self._keyed.site, site, True
         try:
             with self._mode() if self._everywhere is not False else nullcontext():
@@ -254,7 +266,7 @@ def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[Non
 
 
 def _same(before: Any, after: Any) -> bool:
-    """Whether two random states are one."""
+    """Return whether two random states are equal."""
     if isinstance(before, int):
         return bool(before == after)
     with facts():
@@ -262,7 +274,7 @@ def _same(before: Any, after: Any) -> bool:
 
 
 class _Handled(TorchFunctionMode):
-    """Calls `watch`, or else the handler itself, instead of every torch function that has a handler."""
+    """Function mode that calls `watch`, or else the handler itself, in place of each torch function with a handler."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""The state of an optimizer as named pieces, and what of it and of a scheduler is plain numbers.
+"""Optimizer state as named pieces, and the plain numbers of an optimizer and a scheduler.
 
-State that has the shape of its parameter lies as the parameter does. State of any other shape (a step count, a factored
-moment) is the same on all workers that update the parameter, so it must belong to a parameter that lies here whole, or
-be a single number.
+State with the shape of its parameter is laid out like the parameter. State of any other shape (a step count, a factored
+moment) is equal on all workers that update the parameter. It must therefore be a single number, or belong to a
+parameter that lies here whole.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from shardwise.parallel.rows import is_split, local
 
 
 class OptimizerState:
-    """The state of `optimizer` for the parameters that it updates here.
+    """State of `optimizer` for the parameters that it updates here.
 
     Args:
         optimizer: built over `parameters`.
-        parameters: by name.
-        held: how each lies here.
+        parameters: parameters by name.
+        held: the placement of each on this worker.
         writes: names of the parameters whose state this worker writes.
     """
 
@@ -43,7 +43,7 @@ class OptimizerState:
         self._writes = writes
 
     def pieces(self) -> list[Piece]:
-        """`optimizer/<parameter>/<state>` for every entry that there is."""
+        """Return the piece `optimizer/<parameter>/<state>` of every entry that exists."""
         return [
             self._piece(name, key, value)
             for name, parameter in self._parameters.items()
@@ -52,10 +52,12 @@ class OptimizerState:
         ]
 
     def piece(self, name: str, key: str, shape: Sequence[int], dtype: torch.dtype) -> Piece | None:
-        """The piece of one entry, made of zeros where there is none yet; None for a parameter not updated here.
+        """Return the piece of one entry, created with zeros if it does not exist.
+
+        Returns None for a parameter not updated here.
 
         Raises:
-            CheckpointError: the entry has a shape that cannot be cut as its parameter is.
+            CheckpointError: the entry has a shape that cannot be split like its parameter.
         """
         parameter = self._parameters.get(name)
         if parameter is None:
@@ -74,7 +76,7 @@ class OptimizerState:
         return torch.zeros(shape, dtype=dtype, device=parameter.device if shape else self._number_device(parameter))
 
     def _number_device(self, parameter: Tensor) -> torch.device:
-        """Where torch's optimizers keep their step counts: on the CPU, but for fused and capturable ones."""
+        """Return the device of an optimizer's step counts: the parameter's if fused or capturable, else the CPU."""
         for group in self._optimizer.param_groups:
             if any(member is parameter for member in group["params"]):
                 beside = group.get("capturable") or group.get("fused")
@@ -94,7 +96,7 @@ class OptimizerState:
             return Piece(entry, part, held.layout, writes)
         if value.dim() and not self._is_whole(name):
             raise self._cannot_cut(name, key, tuple(value.shape))
-        # of those that share a parameter, the one with its first element
+        # one worker of those that share a parameter writes: the one with its first element
         return Piece(entry, value.detach(), Layout.whole(value.shape), writes and _has_origin(held.layout))
 
     def _is_whole(self, name: str) -> bool:
@@ -113,7 +115,7 @@ def _has_origin(layout: Layout) -> bool:
 
 
 def schedule_state(optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
-    """JSON-able: what a scheduler has counted, and the numbers of the optimizer's groups (learning rates, ...)."""
+    """Return the scheduler's counters and the numbers of the optimizer's groups (learning rates, ...), JSON-able."""
     groups = [] if optimizer is None else optimizer.param_groups
     return {
         "groups": [_plain({key: value for key, value in group.items() if key != "params"}) for group in groups],
@@ -124,15 +126,16 @@ def schedule_state(optimizer: torch.optim.Optimizer | None, scheduler: LRSchedul
 def load_schedule_state(
     optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None, state: Mapping[str, Any]
 ) -> None:
-    """Puts the result of `schedule_state` back.
+    """Restore the result of `schedule_state`.
 
     Raises:
-        CheckpointError: another number of parameter groups, or values that are none of a scheduler's or optimizer's.
+        CheckpointError: the number of parameter groups differs, or a value does not belong to the scheduler or
+            optimizer.
     """
     if scheduler is not None and state["scheduler"] is not None:
         known = scheduler.state_dict()
         for key in state["scheduler"]:
-            if key not in known and hasattr(scheduler, key):  # a method, or what it works on
+            if key not in known and hasattr(scheduler, key):  # a method, or an object that it refers to
                 raise CheckpointError(f"the checkpoint has {key!r} among the counts of the scheduler, which is none")
         scheduler.load_state_dict(_like(scheduler.state_dict(), state["scheduler"]))
     if optimizer is None:
@@ -152,7 +155,10 @@ def load_schedule_state(
 
 
 def _fitted(values: list[Any], count: int) -> list[Any]:
-    """As many as `count`, where all are the same: a worker with few parameters may have fewer groups of them."""
+    """Repeat `values` to `count` of them if all are equal.
+
+    A worker with few parameters may have fewer groups of them.
+    """
     if values and len(values) != count and all(value == values[0] for value in values):
         return values[:1] * count
     return values
@@ -162,7 +168,7 @@ _UNKNOWN = object()
 
 
 def _plain(value: Any) -> Any:
-    """The part of a value that JSON can hold: numbers, texts, and lists and dicts of them."""
+    """Return the part of a value that JSON can hold: None, numbers, strings, and lists and dicts of them."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor) and value.numel() == 1:
@@ -176,7 +182,10 @@ def _plain(value: Any) -> Any:
 
 
 def _like(model: Any, value: Any) -> Any:
-    """A plain value in the types of `model`: JSON knows neither tuples nor numbers as keys; what it left out stays."""
+    """Convert a plain value to the types of `model`.
+
+    JSON has neither tuples nor number keys. Entries that JSON left out keep their value in `model`.
+    """
     if isinstance(model, Mapping) and isinstance(value, Mapping):
         names = {str(key): key for key in model}
         restored = {names.get(key, key): _like(model.get(names.get(key, key)), item) for key, item in value.items()}

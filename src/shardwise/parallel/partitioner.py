@@ -1,6 +1,6 @@
-"""Takes the operations of a step one by one and makes their inputs fit: the machinery that the rules are written in.
+"""Walk through the operations of a step and make their inputs fit: the machinery that the rules are written with.
 
-See `tensor` for what tensor parallelism is made of.
+See `tensor` for an overview of tensor parallelism.
 """
 
 from __future__ import annotations
@@ -29,25 +29,29 @@ from shardwise.parallel.placement import (
 from shardwise.workload.graph import StepGraph, modules_around, outside_model
 
 Labels = tuple[str | None, ...]
-"""One name per dimension of a value; dimensions of one name are cut alike; None: cannot be cut in this operation."""
+"""One label per dimension of a value.
+
+Dimensions with equal labels are sharded alike; None marks one that cannot be sharded.
+"""
 
 
 Rule = Callable[["Partitioner", fx.Node, list[Any], dict[str, Any]], Any]
-"""(partitioner, call of the step, its arguments, by name) -> the result: a Value, a tuple of them, None."""
+"""Signature of a rule: (partitioner, node of the step, args, kwargs) -> a Value, a tuple of Values, or None."""
 
 
 @dataclass(slots=True, eq=False)
 class Value:
-    """A value of the step as it lies on the workers.
+    """Value of the step with its placement on the workers.
 
     Attributes:
-        node: what computes this worker's part.
+        node: the node that computes this worker's part.
         placement: how the parts make up the whole.
-        shape: of the whole.
-        dtype: of its elements.
+        shape: shape of the whole value.
+        dtype: dtype of its elements.
         grad: whether a gradient flows back through it.
-        tensor: the parameter or buffer that it is, or that all its elements come from.
-        dims: for each dimension the one of `tensor` that it is; None: none of them.
+        tensor: name of the parameter or buffer that it is, or that all its elements come from.
+        dims: for each dimension the dimension of `tensor` that it is; None if it is none of them.
+        exchanged: cache of exchanged versions of this value, by (kind, placement).
     """
 
     node: fx.Node
@@ -62,7 +66,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Replacements:
-    """What replaces operations of the step that draw at random, look at the whole batch or were not traced.
+    """Replacements for operations of the step that draw random numbers, use the whole batch or were not traced.
 
     See `parallel.keyed`.
     """
@@ -75,12 +79,12 @@ class Replacements:
 
 @dataclass(frozen=True, slots=True)
 class Uncut:
-    """Parameters that are whole on every worker.
+    """Group of parameters that every worker holds whole.
 
     Attributes:
-        reason: why.
-        names: of the parameters.
-        share: of the elements of all parameters, 0 to 1.
+        reason: why they are not sharded.
+        names: names of the parameters.
+        share: their share of the elements of all parameters, 0 to 1.
     """
 
     reason: str
@@ -88,7 +92,7 @@ class Uncut:
     share: float
 
     def __str__(self) -> str:
-        """A line for people."""
+        """Describe the group in one line for the user."""
         others = f" and {len(self.names) - 1} more" if len(self.names) > 1 else ""
         return (
             f"{self.share:.1%} of the parameters are whole on all tp workers: {self.reason} ({self.names[0]}{others})"
@@ -97,17 +101,17 @@ class Uncut:
 
 @dataclass(frozen=True, slots=True)
 class LocalGraph:
-    """What one worker computes of a step.
+    """Graph of what one worker computes of a step.
 
     Attributes:
-        graph: placeholders (named as in `step`), calls, one output. `meta` of each node: `shape`, `dtype` (of what lies
-            here), `grad`, `outside` (of the module: the loss), `module` (path of the innermost that computes it; None:
-            outside).
+        graph: placeholders (named as in `step`), calls, one output. `meta` of each node: `shape` and `dtype` (of the
+            local value), `grad`, `outside` (whether it is outside the module, in the loss), `module` (path of the
+            innermost module that computes it; None outside of all modules).
         step: the whole step.
-        placements: of every parameter and buffer that the step uses.
-        summed: parameters whose gradients here are summands: to be added up over the tensor-parallel workers.
-        reasons: why a parameter or buffer is whole on every worker.
-        notes: what a person should know, one line each.
+        placements: placement of every parameter and buffer that the step uses.
+        summed: parameters whose local gradients are partial sums, to be added up over the tensor-parallel workers.
+        reasons: for each parameter or buffer that is whole on every worker the reason.
+        notes: what the user should know, one line each.
     """
 
     graph: fx.Graph
@@ -118,13 +122,13 @@ class LocalGraph:
     notes: tuple[str, ...]
 
     def sharded_share(self, parameters: Mapping[str, Tensor]) -> float:
-        """Share of the elements of a model's parameters that are sharded, 0 to 1."""
+        """Compute the share of the elements of a model's parameters that are sharded, 0 to 1."""
         total = sum(parameter.numel() for parameter in parameters.values())
         cut = sum(p.numel() for name, p in parameters.items() if isinstance(self.placements.get(name), Sharded))
         return cut / total if total else 0.0
 
     def uncut(self, parameters: Mapping[str, Tensor]) -> list[Uncut]:
-        """The parameters of a model that are whole on every worker, by the reason; the largest share first."""
+        """Group the parameters that are whole on every worker by their reason, the largest share first."""
         total = sum(parameter.numel() for parameter in parameters.values())
         names: dict[str, list[str]] = {}
         for name in parameters:
@@ -139,22 +143,22 @@ class LocalGraph:
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """A dimension that the tensor degree does not divide."""
+    """Dimension that the tensor degree does not divide. `what` describes it for the user, `size` is its length."""
 
     what: str
     size: int
 
 
 class Partitioner:
-    """One pass over a step; `partition` makes as many as it takes.
+    """One pass over a step. `partition` repeats passes until they learn nothing new.
 
     Attributes:
-        exchange: the workers.
-        replacements: what replaces random operations.
-        sequence: whether sums are scattered along the sequence.
-        wanted: segments that a parameter's dimension should have, by what was learnt in earlier passes.
-        learnt: the same for the next pass.
-        obstacles: dimensions in the way of sharding.
+        exchange: the exchanges among the tensor-parallel workers.
+        replacements: replacements for random, batch-wide and opaque operations.
+        sequence: whether sums are reduce-scattered along the sequence instead of all-reduced.
+        wanted: (parameter, dimension) -> its segments, as learnt in earlier passes.
+        learnt: `wanted` for the next pass.
+        obstacles: dimensions that prevented sharding.
     """
 
     def __init__(
@@ -206,7 +210,7 @@ class Partitioner:
     # ---- the pass ---------------------------------------------------------------------------------------------------
 
     def run(self) -> LocalGraph:
-        """The graph of this worker."""
+        """Process every node of the step, and return the graph of this worker."""
         for node in self.step.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = self._placeholder(node)
@@ -220,7 +224,7 @@ class Partitioner:
     def _placeholder(self, node: fx.Node) -> Value | None:
         val = node.meta["val"]
         if not isinstance(val, Tensor):
-            return None  # a number or text in the batch, fixed in the graph
+            return None  # a number or string in the batch, constant in the graph
         name = self.step.tensors.get(node.name)
         copy = self._tensors.get(name or "") or self.graph.placeholder(node.name)
         dims = tuple(range(val.dim()))
@@ -235,7 +239,7 @@ class Partitioner:
         return value
 
     def _value(self, item: Any) -> Any:
-        """What the argument of a step's call is here; a parameter with the placement decided by now."""
+        """Return the Value of an argument of a call. A parameter gets the placement decided so far."""
         if not isinstance(item, fx.Node):
             return item
         value = self.values[item]
@@ -252,18 +256,18 @@ class Partitioner:
         args = fx.node.map_aggregate(node.args, self._value)
         kwargs = fx.node.map_aggregate(node.kwargs, self._value)
         result = self._rule(self, node, list(args), dict(kwargs))
-        if self._roots[node] in self._changed:  # its views must stay views of it
+        if self._roots[node] in self._changed:  # its views must remain views of it
             parts = [self.replicated(part) for part in _leaves(result) if isinstance(part, Value)]
             result = parts[0] if isinstance(result, Value) else tuple(parts)
             if writes_in_place(node):
                 self._forget_exchanged(node)
         first = node.args[0] if node.args else None
         if writes_in_place(node) and isinstance(first, fx.Node):
-            self.values[first] = result  # what was changed in place is now this
+            self.values[first] = result  # later readers of the written value get the result
         return result
 
     def _forget_exchanged(self, written: fx.Node) -> None:
-        """What was exchanged of a value before it was changed in place is not what it is now."""
+        """Clear the cached exchanges of a value that was changed in place, and of its views: they are out of date."""
         for node, value in self.values.items():
             if self._roots[node] is self._roots[written] and isinstance(value, Value):
                 value.exchanged.clear()
@@ -272,7 +276,7 @@ class Partitioner:
         summed = set()
         settled = self._settled_summed
         for name, node in self._entered.items():
-            # one all-reduce of all such gradients is cheaper than one each
+            # one all-reduce over all such gradients is cheaper than one each
             if name not in self._direct and (settled is None or name in settled):
                 node.replace_all_uses_with(self._tensors[name])
                 self.graph.erase_node(node)
@@ -286,7 +290,11 @@ class Partitioner:
         return LocalGraph(self.graph, self.step, self.placements, frozenset(summed), self.reasons, tuple(self.notes))
 
     def _divide(self, name: str) -> None:
-        """Makes a gradient that is whole on every worker one that is added up over them: another shape has it so."""
+        """Divide the gradient of a parameter by the number of workers.
+
+        The gradient is whole on every worker here, but it will be summed over them, because another shape of the step
+        needs that.
+        """
         node = self._tensors.get(name)
         if node is None:
             return
@@ -299,21 +307,21 @@ class Partitioner:
     # ---- what rules are made of -------------------------------------------------------------------------------------
 
     def undecided(self, value: Any) -> bool:
-        """Whether it is a parameter or buffer whose placement is still free."""
+        """Return whether `value` is a parameter or buffer whose placement is not decided yet."""
         return isinstance(value, Value) and value.tensor is not None and value.tensor not in self.placements
 
     def takes_form(self, value: Any) -> bool:
-        """Whether it is free and can stay so in another form: the step does not write to it."""
+        """Return whether `value` is undecided and can stay so in another form: the step does not write to it."""
         return self.undecided(value) and value.tensor not in self._written
 
     def decide(self, value: Value, placement: Placement) -> None:
-        """Settles how a parameter or buffer lies, by what is wanted of one of its forms."""
+        """Decide the placement of a parameter or buffer from the placement that one of its forms needs."""
         assert value.tensor is not None
         forms = self._forms[value.tensor]
         if isinstance(placement, Sharded):
             dim = value.dims[placement.dim]
             if dim is None or self.fixed or any(dim not in form.dims for form in forms):
-                placement = REPLICATED  # `fixed`: the step that training was planned by does not use it
+                placement = REPLICATED  # `fixed`: the step that decided the placements does not use it
             else:
                 placement = placement.at(dim)
         self.placements[value.tensor] = placement
@@ -324,14 +332,17 @@ class Partitioner:
             form.node.meta["shape"] = local_shape(form.shape, form.placement, self.ranks)
 
     def origin(self, value: Value, dim: int) -> Origin:
-        """The dimension of a parameter that dimension `dim` of one of its forms is."""
+        """Return the parameter dimension that dimension `dim` of one of its forms stands for."""
         place = value.dims[dim]
         assert value.tensor is not None
         assert place is not None
         return Origin(value.tensor, place)
 
     def segments(self, value: Value, dim: int) -> tuple[int, ...]:
-        """The segments in which dimension `dim` of a free parameter is best cut; () where it cannot be cut."""
+        """Return the best segments to shard dimension `dim` of an undecided parameter by.
+
+        Returns () if it cannot be sharded.
+        """
         place = value.dims[dim]
         return () if place is None else self.wanted.get((value.tensor or "", place), (value.shape[dim],))
 
@@ -344,14 +355,16 @@ class Partitioner:
         like: Any,
         dims: Sequence[int | None],
     ) -> Value:
-        """Another form of the free parameter `args[0]` (transposed, say), free as well: what uses it decides.
+        """Emit another form of the undecided parameter `args[0]`, for example its transpose.
+
+        The form stays undecided too: its user decides.
 
         Args:
-            function: computes the same on a part as on the whole, along every dimension that the form keeps.
-            args: the parameter and the function's other arguments.
-            kwargs: more of them by name.
-            like: the whole result.
-            dims: for each dimension of the result the one of `args[0]` that it is; None: none of them.
+            function: computes the same on a shard as on the whole, along every dimension that the form keeps.
+            args: the parameter and the function's other positional arguments.
+            kwargs: the function's keyword arguments.
+            like: a tensor with shape and dtype of the whole result.
+            dims: for each dimension of the result the dimension of `args[0]` that it is; None if it is none of them.
         """
         base: Value = args[0]
         result = self.emit(function, args, kwargs, like=like)
@@ -361,19 +374,19 @@ class Partitioner:
         return result
 
     def learn(self, origin: Origin | None, segments: Sequence[int]) -> None:
-        """Notes for the next pass that a dimension should have been cut into these segments."""
+        """Record for the next pass that a dimension should have been cut into these segments."""
         if origin is not None and not self.fixed:
             self.learnt[origin.tensor, origin.dim] = tuple(size * origin.unit for size in segments)
 
     @contextmanager
     def because(self, why: str) -> Iterator[None]:
-        """Surrounds what makes parameters whole for a reason of its own."""
+        """Record `why` as the reason for every parameter that becomes whole inside the block."""
         before, self._because = self._because, why
         yield
         self._because = before
 
     def note(self, text: str) -> None:
-        """A line for people."""
+        """Add a line for the user."""
         self.notes.setdefault(text)
 
     def emit(
@@ -385,7 +398,7 @@ class Partitioner:
         like: Any,
         placement: Placement = REPLICATED,
     ) -> Value:
-        """Calls `function` on the workers' parts; the whole result has shape and dtype of `like`."""
+        """Emit a call of `function` on the local parts. The whole result has shape and dtype of `like`."""
         values = [item for item in _leaves((args, kwargs or {})) if isinstance(item, Value)]
         for item in values:
             self._use(item)
@@ -398,7 +411,7 @@ class Partitioner:
     def emit_many(
         self, function: Callable[..., Any], args: Sequence[Any], *, like: Sequence[Any], placements: Sequence[Placement]
     ) -> tuple[Value, ...]:
-        """The same for a function that returns several values."""
+        """Emit a call of a function that returns several values, see `emit`."""
         values = [item for item in _leaves(args) if isinstance(item, Value)]
         for each in values:
             self._use(each)
@@ -429,7 +442,7 @@ class Partitioner:
     # ---- making values fit ------------------------------------------------------------------------------------------
 
     def settled(self, value: Value) -> Value:
-        """The value without open sums; undecided parameters become replicated."""
+        """Return the value without pending partial sums. An undecided parameter becomes replicated."""
         if self.undecided(value):
             self.decide(value, REPLICATED)
         if not isinstance(value.placement, Partial):
@@ -439,14 +452,14 @@ class Partitioner:
         return self._exchanged(value, "reduce", REPLICATED)
 
     def replicated(self, value: Value) -> Value:
-        """All of the value on every worker."""
+        """Return the whole value on every worker."""
         if isinstance(value.placement, Partial):
             return self._exchanged(value, "reduce", REPLICATED)
         value = self.settled(value)
         return self._exchanged(value, "gather", REPLICATED) if isinstance(value.placement, Sharded) else value
 
     def entered(self, value: Value) -> Value:
-        """All of the value on every worker, where each worker uses it for its part of something only."""
+        """Return the whole value on every worker, for use in sharded work: its gradient is summed over the workers."""
         value = self.settled(value)
         if not value.grad:
             return self.replicated(value)
@@ -455,7 +468,7 @@ class Partitioner:
         return self._exchanged(value, "enter", REPLICATED)
 
     def sharded(self, value: Value, dim: int, segments: tuple[int, ...], origin: Origin | None = None) -> Value:
-        """The value cut along `dim`; a free parameter is decided so."""
+        """Return the value sharded along `dim`. An undecided parameter is sharded without communication."""
         target = Sharded(dim, segments, origin)
         if self.undecided(value) and value.dims[dim] is not None:
             self.decide(value, Sharded(dim, segments, self.origin(value, dim)))
@@ -495,17 +508,17 @@ class Partitioner:
         weights: Sequence[str] = (),
         keep: int | None = None,
     ) -> Value:
-        """Calls `function` with the dimension of one label cut on all workers.
+        """Emit a call of `function` with the dimensions of one label sharded over the workers.
 
         Args:
-            function: computes the same on the parts as on the whole, but for the cut.
+            function: computes the same on the shards as on the whole, apart from the sharded label.
             args: Values and literals.
-            kwargs: the same by name.
+            kwargs: keyword arguments, Values and literals.
             inputs: position in `args` of each Value -> its labels.
-            output: labels of the result; a label that is missing there is summed over.
-            like: the whole result.
-            weights: labels along which a free parameter may be cut, the best first.
-            keep: position of the input whose placement decides, where it must not change (it is written to).
+            output: labels of the result; a label missing here is summed over.
+            like: a tensor with shape and dtype of the whole result.
+            weights: labels that an undecided parameter may be sharded by, the best first.
+            keep: position of an input that is written to: its placement must not change, so it decides.
         """
         args = list(args)
         label, segments, origin = self.choose(args, inputs, weights, keep)
@@ -525,7 +538,7 @@ class Partitioner:
     def choose(
         self, args: list[Any], inputs: Mapping[int, Labels], weights: Sequence[str], keep: int | None
     ) -> tuple[str | None, tuple[int, ...], Origin | None]:
-        """The label to cut, its segments and where they come from."""
+        """Return (label to shard, its segments, their origin). The label is None if nothing is sharded."""
         for index in inputs:
             if not self.undecided(args[index]):
                 args[index] = self.settled(args[index])
@@ -550,7 +563,10 @@ class Partitioner:
     def _free(
         self, args: list[Any], inputs: Mapping[int, Labels], weights: Sequence[str]
     ) -> tuple[str, tuple[int, ...], Origin] | None:
-        """The best label along which a parameter that is still free can be cut."""
+        """Return (label, segments, origin) of the best label to shard an undecided parameter by.
+
+        Returns None if there is none.
+        """
         free = [index for index in inputs if self.undecided(args[index]) and len(args[index].shape) > 1]
         if not free or not weights:
             return None
@@ -564,7 +580,10 @@ class Partitioner:
         return None
 
     def _common(self, label: str, args: list[Any], inputs: Mapping[int, Labels], first: Sharded) -> tuple[int, ...]:
-        """Segments for a label that several inputs may have cut differently; learns to cut them alike."""
+        """Return the segments for a label that several inputs may have cut differently.
+
+        Records them for the inputs that differ.
+        """
         others = [
             args[i].placement
             for i, labels in inputs.items()
@@ -582,7 +601,7 @@ class Partitioner:
         self._because = f"tp={self.ranks} divides none of its features ({' and '.join(map(str, sizes))})"
 
     def fallback(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], why: str) -> Any:
-        """Computes on every worker, from gathered inputs."""
+        """Emit the call on every worker with gathered inputs. `why` is the reason that parameters become whole."""
         self._because = why or self._because
 
         def whole(item: Any) -> Any:
@@ -603,12 +622,12 @@ class Partitioner:
 
 
 def _seen(placement: Placement, form: Value) -> Placement:
-    """How a form of a parameter lies that lies at `placement`."""
+    """Return the placement of a form of a parameter from the `placement` of the parameter itself."""
     return placement.at(form.dims.index(placement.dim)) if isinstance(placement, Sharded) else placement
 
 
 def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
-    """`functools.partial` with a name, which a graph asks for."""
+    """Return `functools.partial` with a `__name__`, which an fx graph needs."""
     result = partial(function, *args, **kwargs)
     result.__name__ = getattr(function, "__name__", "operation")  # type: ignore[attr-defined]
     return result
@@ -634,5 +653,5 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def _nodes(tree: Any) -> Any:
-    """Values by what computes them."""
+    """Replace the Values in `tree` by their nodes."""
     return fx.node.map_aggregate(tree, lambda item: item.node if isinstance(item, Value) else item)

@@ -1,11 +1,11 @@
-"""Executes a pipeline's table of actions: computes, sends and receives.
+"""Execute a pipeline's table of actions: compute, send and receive.
 
-A value goes straight from the stage that makes it to each stage that uses it, and its gradient comes back the same
-way: a skip connection that crosses several stages is one message, not one per stage.
+A value goes directly from the stage that makes it to each stage that uses it, and its gradient returns the same way. A
+skip connection across several stages is one message, not one per stage.
 
-Receives are posted one action ahead. A send is waited for, and its memory given back, once its receive must have been
-posted: a message from a worker tells how far that has come in its own table. To wait for it any sooner might be for
-ever, to wait until the pass is over would hold the messages of all microbatches.
+Receives are posted one action ahead. A send is waited for, and its memory freed, once its receive must have been
+posted: a message from a worker shows how far that worker has come in its table. Waiting any sooner could deadlock.
+Waiting until the end of the pass would hold the messages of all microbatches.
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.parallel.stage import Stage, Work
 
 WAIT = "shardwise::wait"
-"""Name under which a profiler finds the time spent waiting for messages."""
+"""Profiler range around the time spent waiting for messages."""
 
 MOST_STAGES = 256
-"""More stages would make two messages look alike."""
+"""Limit on the number of stages; with more, two messages could have the same tag."""
 
 
 @dataclass(slots=True)
 class Inflight:
-    """What is kept of a microbatch on a stage between its forward and its backward pass."""
+    """State of a microbatch on a stage between its forward and its backward pass.
+
+    Attributes:
+        inputs: received values, as leaves that collect gradients.
+        outputs: computed values that other stages use.
+        loss: the scaled loss on the last stage. None on the others.
+    """
 
     inputs: dict[fx.Node, Tensor]
     outputs: dict[fx.Node, Tensor]
@@ -45,11 +51,11 @@ class Pass:
     """Microbatches of one shape that go through the pipeline together.
 
     Attributes:
-        work: what the stages compute.
-        actions: of this worker.
-        others: the actions of any worker.
+        work: the work of the stages.
+        actions: the actions of this worker.
+        others: returns the actions of any worker.
         given: per microbatch, the batch and constants by placeholder.
-        scales: per microbatch, what its loss is multiplied with.
+        scales: per microbatch, the factor of its loss.
         enter: called with the number of a microbatch before its forward pass.
         before_backward: called with (stage, whether it is the stage's last backward of this pass).
     """
@@ -65,7 +71,14 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A message on its way: the place of the action that wants it in the table of its worker, and its memory."""
+    """Message in flight.
+
+    Attributes:
+        worker: the worker that receives it.
+        place: index of the receiving action in that worker's table.
+        handle: the handle of the send.
+        message: the sent tensor, kept alive until the send completes.
+    """
 
     worker: int
     place: int
@@ -74,14 +87,14 @@ class Sent:
 
 
 class Pipeline:
-    """This worker's stages and its connections to the others.
+    """This worker's stages and its communication with the other pipeline workers.
 
     Attributes:
-        stages: by number, the worker's own.
-        worker, workers: its place in the pipeline; stage s lies on worker s % workers.
-        group: the workers of the pipeline; None: this one alone.
-        device: where it computes.
-        weights: what split backward passes put off.
+        stages: this worker's stages by stage index.
+        worker, workers: index of this worker and number of workers; stage s is on worker s % workers.
+        group: the workers of the pipeline. None: this one alone.
+        device: the device that this worker computes on.
+        weights: the weight gradients that split backward passes deferred.
     """
 
     def __init__(
@@ -109,7 +122,12 @@ class Pipeline:
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def run(self, work: Pass) -> Tensor:
-        """Gradients of a pass, left in `.grad`; returns the sum of scale times loss that this worker computed."""
+        """Compute the gradients of a pass, left in `.grad`.
+
+        Returns the sum of scale times loss over this worker's microbatches.
+
+        The sum is 0 on workers without the last stage.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self._tables = work.others
         last = {action.stage: index for index, action in enumerate(work.actions) if action.kind != FORWARD}
@@ -140,7 +158,7 @@ class Pipeline:
         self._inflight[stage, microbatch] = kept
         if stage == len(work.work.stages) - 1:
             scale = work.scales[microbatch]
-            kept.loss = (results[0] * scale).where(scale != 0, 0)  # without weight, a mean over nothing counts nothing
+            kept.loss = (results[0] * scale).where(scale != 0, 0)  # with scale 0 the nan of an empty mean becomes 0
             return kept.loss.detach()
         for target in range(stage + 1, len(work.work.stages)):
             nodes = work.work.messages(stage, target)
@@ -167,7 +185,10 @@ class Pipeline:
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def evaluate(self, work: Work, given: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
-        """The results of the step, on the worker of the last stage; None elsewhere."""
+        """Run a forward pass in evaluation.
+
+        Returns the results of the step on the worker of the last stage, None elsewhere.
+        """
         results = None
         for stage in sorted(self.stages):
             action = Action(FORWARD, stage, 0)
@@ -188,7 +209,7 @@ class Pipeline:
     # ---- messages ---------------------------------------------------------------------------------------------------
 
     def _sources(self, work: Work, action: Action) -> list[tuple[int, list[fx.Node]]]:
-        """The stages that an action hears from, and what."""
+        """Return the stages that an action receives from, with the values that each sends."""
         if action.kind == FORWARD:
             pairs = [(source, work.messages(source, action.stage)) for source in range(action.stage)]
         elif action.kind in (BACKWARD, INPUT):
@@ -199,7 +220,7 @@ class Pipeline:
         return [(stage, nodes) for stage, nodes in pairs if nodes]
 
     def _post(self, work: Work, action: Action) -> None:
-        """Posts the receives of an action."""
+        """Post the receives of an action, unless they are posted already."""
         if action in self._arriving:
             return
         arriving = []
@@ -213,7 +234,10 @@ class Pipeline:
         self._arriving[action] = arriving
 
     def _received(self, work: Work, action: Action) -> dict[fx.Node, Tensor]:
-        """What has arrived for an action: values by node; gradients of one value from several stages added up."""
+        """Wait for the messages of an action, and return its values by node.
+
+        Gradients of one value that come from several stages are added up.
+        """
         values: dict[fx.Node, Tensor] = {}
         for node, buffer, handle in self._arriving.pop(action):
             with record_function(WAIT):
@@ -229,7 +253,7 @@ class Pipeline:
         return values
 
     def _send(self, action: Action, target: int, nodes: Sequence[fx.Node], tensors: Sequence[Tensor]) -> None:
-        """Sends values, or their gradients, from the stage of an action to another."""
+        """Send values, or their gradients, from the stage of an action to another stage."""
         arrival = Action(action.kind, target, action.microbatch)
         for node, tensor in zip(nodes, tensors, strict=True):
             message = tensor.detach().to(node.meta["dtype"])
@@ -242,7 +266,7 @@ class Pipeline:
             self._sent.append(Sent(self._on(target), self._place(arrival), handle, message))
 
     def _place(self, action: Action) -> int:
-        """Of an action in its worker's table; of an evaluation, which has none, 0."""
+        """Return the index of an action in its worker's table. Returns 0 in an evaluation, which has no table."""
         worker = self._on(action.stage)
         if worker not in self._places:
             table = enumerate(self._tables(worker))
@@ -250,7 +274,10 @@ class Pipeline:
         return self._places[worker].get(_key(action), 0)
 
     def _forget(self, worker: int, place: int) -> None:
-        """What a worker that has been at a place of its table must have asked for: it posts one action ahead."""
+        """Free the sends to a worker that must have posted their receives, because it has reached `place` in its table.
+
+        A worker posts receives one action ahead.
+        """
         asked = [sent for sent in self._sent if sent.worker == worker and sent.place <= place + 1]
         if not asked:
             return
@@ -275,18 +302,18 @@ class Pipeline:
         return dist.get_global_rank(self.group, self._on(stage))
 
     def _tag(self, action: Action, source: int, target: int) -> int:
-        """One number per group of messages, the same on both sides; within it they arrive in order."""
+        """Compute the tag of a group of messages, equal on both sides. Messages with equal tags arrive in order."""
         direction = 0 if action.kind == FORWARD else 1
         return ((action.microbatch * 2 + direction) * MOST_STAGES + source) * MOST_STAGES + target
 
 
 def goes_back(tag: int) -> bool:
-    """Whether a message is a gradient, as its tag says; see `Pipeline._tag`."""
+    """Return whether the message with this tag is a gradient; see `Pipeline._tag`."""
     return bool(tag // MOST_STAGES**2 % 2)
 
 
 def _key(action: Action) -> Action:
-    """An action without the difference between kinds of backward passes."""
+    """Return the action with any kind of backward pass replaced by BACKWARD."""
     return action if action.kind == FORWARD else Action(BACKWARD, action.stage, action.microbatch)
 
 

@@ -1,9 +1,9 @@
-"""How a value of the step lies over the tensor-parallel workers.
+"""Placement of a value of the step on the tensor-parallel workers.
 
-replicated   every worker has all of it
+replicated   every worker has the whole value
 sharded      every worker has its part along one dimension; the dimension may consist of several consecutive
              segments, each cut by itself: a fused query, key, value output has three
-partial      every worker has a summand of it
+partial      every worker has a summand: the value is the sum over the workers
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from math import prod
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The dimension of a parameter that a sharded dimension comes from; one index of it is `unit` indices there."""
+    """Dimension of a parameter that a sharded dimension comes from.
+
+    One index of the sharded one is `unit` indices of it.
+    """
 
     tensor: str
     dim: int
@@ -24,28 +27,31 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
-    """Every worker has all of it."""
+    """Placement of a value that every worker has whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Every worker has a summand."""
+    """Placement of a value of which every worker has a summand."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """Every worker has its part along `dim`, of each of the consecutive `segments` (in elements of that dimension)."""
+    """Placement of a value cut along `dim`: each worker has its part of every one of the consecutive `segments`.
+
+    `segments` are the sizes of the segments, in elements of that dimension.
+    """
 
     dim: int
     segments: tuple[int, ...]
     origin: Origin | None = None
 
     def fits(self, ranks: int) -> bool:
-        """Whether there are segments and each can be cut into `ranks` equal parts."""
+        """Return whether there are segments and each can be cut into `ranks` equal parts."""
         return bool(self.segments) and all(size % ranks == 0 for size in self.segments)
 
     def at(self, dim: int) -> Sharded:
-        """The same along another dimension."""
+        """Return this placement along another dimension."""
         return Sharded(dim, self.segments, self.origin)
 
 
@@ -55,14 +61,14 @@ PARTIAL = Partial()
 
 
 def local_shape(shape: Sequence[int], placement: Placement, ranks: int) -> tuple[int, ...]:
-    """Shape of what one worker has of a tensor of `shape`."""
+    """Compute the shape of one worker's part of a tensor of `shape`."""
     if not isinstance(placement, Sharded):
         return tuple(shape)
     return tuple(size // ranks if dim == placement.dim else size for dim, size in enumerate(shape))
 
 
 def cut_segments(segments: Sequence[int], boundaries: Iterable[int]) -> tuple[int, ...]:
-    """The segments, cut further at `boundaries`.
+    """Cut segments further at `boundaries`, which count from the start of the first one.
 
     >>> cut_segments((12,), (4, 8))
     (4, 4, 4)
@@ -77,7 +83,7 @@ def cut_segments(segments: Sequence[int], boundaries: Iterable[int]) -> tuple[in
 
 
 def between(segments: Sequence[int], start: int, end: int) -> tuple[int, ...] | None:
-    """The segments that make up the range `start` to `end`; None where it cuts through one."""
+    """Return the segments that make up the range from `start` to `end`. Returns None if the range cuts through one."""
     position, inside = 0, []
     for size in segments:
         if start <= position and position + size <= end:
@@ -89,7 +95,7 @@ def between(segments: Sequence[int], start: int, end: int) -> tuple[int, ...] | 
 
 
 def regroup(shape: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Which dimensions of `shape` become which of `new` in a reshape, in the smallest groups.
+    """Group the dimensions of `shape` with those of `new` that they become in a reshape, in the smallest groups.
 
     >>> regroup((4, 8, 48), (32, 3, 16))
     [([0, 1], [0]), ([2], [1, 2])]
@@ -116,11 +122,11 @@ def regroup(shape: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], l
 def reshaped(
     placement: Sharded, shape: Sequence[int], new: Sequence[int], ranks: int
 ) -> tuple[Sharded | None, tuple[int, ...] | None]:
-    """Where a sharded dimension is after a reshape from `shape` to `new`.
+    """Follow a sharded dimension through a reshape from `shape` to `new`.
 
     Returns:
-        (placement, None) where it can be followed; (None, segments) where it could be if the dimension had those
-        segments; (None, None) where it is lost.
+        (placement, None) if it can be followed; (None, segments) if it could be with the dimension cut into those
+        segments; (None, None) if it is lost.
     """
     group = next((g for g in regroup(shape, new) if placement.dim in g[0]), None)
     if group is None:
@@ -139,7 +145,11 @@ def reshaped(
 
 
 def _pattern(flat: tuple[int, ...], outer: int, inner: int, ranks: int) -> tuple[int, ...] | None:
-    """The segments of a dimension with `outer` before it and `inner` behind it, if `flat` are its segments."""
+    """Convert the segments `flat` of a flattened group of dimensions to those of one of its dimensions.
+
+    `outer` and `inner` are the numbers of elements before and after that dimension in the group. Returns None if the
+    segments do not fit the dimension, or if `ranks` does not divide them.
+    """
     if len(flat) % outer:
         return None
     first = flat[: len(flat) // outer]
@@ -149,7 +159,10 @@ def _pattern(flat: tuple[int, ...], outer: int, inner: int, ranks: int) -> tuple
 
 
 def _wanted(size: int, new: Sequence[int], right: list[int], ranks: int) -> tuple[int, ...] | None:
-    """Segments of a dimension of `size` with which one of the dimensions `right` that it becomes could be sharded."""
+    """Return segments of a dimension of `size` that make one of the dimensions `right` shardable after the reshape.
+
+    Returns None if `ranks` divides none of them.
+    """
     outer = 1
     for dim in right:
         if outer > 1 and new[dim] % ranks == 0:
@@ -161,7 +174,10 @@ def _wanted(size: int, new: Sequence[int], right: list[int], ranks: int) -> tupl
 def _follow(
     placement: Sharded, inner: int, outer: int, new: Sequence[int], right: list[int], dim: int
 ) -> Origin | None:
-    """The origin in units of the new dimension, while every index of it is a whole run of the origin's."""
+    """Return the origin in units of the new dimension.
+
+    Returns None if an index of it is no whole run of the origin's indices.
+    """
     origin = placement.origin
     after = prod(new[d] for d in right if d > dim)
     before = prod(new[d] for d in right if d < dim)

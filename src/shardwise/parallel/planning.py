@@ -1,8 +1,8 @@
-"""Divides a step into pipeline stages and blocks, by what its layers cost.
+"""Divide a step into pipeline stages and blocks by the cost of its layers.
 
 Costs are measured: worker 0 runs the operations of the forward pass one by one (a backward pass costs about twice as
-much, for all of them alike). All workers take its numbers, so that all cut alike. Where parameters have no values yet,
-because each worker is to read only its part of them, costs are counted instead.
+much, for all of them alike). All workers take its numbers, so all cut alike. If parameters have no values yet, because
+each worker is to read only its part of them, costs are estimated from operation counts instead.
 """
 
 from __future__ import annotations
@@ -28,28 +28,34 @@ from shardwise.strategy import Strategy
 from shardwise.workload.graph import StepGraph, batch_leaves
 
 BYTES_PER_SECOND = {"cpu": 1e9, "gpu": 2.5e10}
-"""Assumed of a message between stages, only to choose between cuts: gloo between processes reaches about the one, an
-adapter of 200 Gb/s the other. Links that are much slower have factors (`messages.much_slower`)."""
+"""Assumed bandwidth in bytes per second between stages, only used to choose between cuts.
+
+gloo between processes reaches about the first, a 200 Gb/s adapter the second. Links that are much slower have factors
+(`messages.much_slower`).
+"""
 
 FLOPS_PER_SECOND, MEMORY_BYTES_PER_SECOND = 1e11, 1e10
-"""Assumed of a worker where nothing can be measured: only their ratio has a say in where to cut."""
+"""Assumed speed of a worker where nothing can be measured; only their ratio influences the cut."""
 
 MOST_BLOCKS = 16
-"""Per stage: what is gathered, freed and recomputed together."""
+"""Largest number of blocks per stage. A block is gathered, freed and recomputed as a unit."""
 
 
 Cuts = tuple[tuple[int, ...], ...]
-"""The links at which the blocks of each stage begin; a link is what is between two neighbouring places to cut at."""
+"""First segments of the blocks of each stage.
+
+A segment is the piece of the step between two neighbouring cut points.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """Where a step is cut.
+    """Chosen cut points of a step.
 
     Attributes:
-        cuts: in numbers of links.
-        cut: all places, by the parameter use that follows them.
-        places: how many places there were to cut at.
+        cuts: first segment of each block, by stage.
+        cut: all chosen cut points, each by the parameter use that follows it.
+        places: number of available cut points.
     """
 
     cuts: Cuts
@@ -58,7 +64,7 @@ class Division:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Of each stage."""
+        """Return the number of blocks of each stage."""
         return tuple(map(len, self.cuts))
 
 
@@ -73,13 +79,13 @@ def divide(
     evaluation: LocalGraph | None = None,
     cuts: Cuts | None = None,
 ) -> Division:
-    """Cuts a step into the stages of `strategy`, and those into blocks where it gathers or recomputes. Collective.
+    """Cut a step into the stages of `strategy`, and those into blocks if it gathers or recomputes. Collective.
 
-    The graph of an evaluation, which may leave out parts of the training step, is cut at the same places.
-    Where `cuts` are given they are taken; nothing is measured then.
+    The graph of an evaluation, which may leave out parts of the training step, is cut at the same points. Given `cuts`
+    are used without measuring.
 
     Raises:
-        StrategyError: the step cannot be cut into that many stages, or the given cuts are not of such a step.
+        StrategyError: the step cannot be cut into that many stages, or the given cuts do not fit the step.
     """
     found = places(local, parameters)
     if evaluation is not None:
@@ -125,17 +131,18 @@ def divided(
     slower: Sequence[float] = (),
     in_blocks: bool,
 ) -> list[list[int]]:
-    """The links at which the blocks of each stage begin.
+    """Return the first segments of the blocks of each stage.
 
-    Every cut sends something; what counts against one is by how much that is more than at the place with the least.
+    Every cut sends something. The cost of a cut is therefore only the time of its bytes beyond those of the cheapest
+    one.
 
     Args:
-        costs: seconds of each link of a step.
-        messages: bytes to send at each place between two links.
-        stages: their number.
+        costs: seconds of each segment of a step.
+        messages: bytes to send at each cut point between two segments.
+        stages: number of stages.
         device: kind of device that sends them, `cpu` or `gpu`.
-        speeds: of the worker of each stage; none: all are as fast.
-        slower: how many times slower than assumed messages are from each worker to the next; none: they are not.
+        speeds: speed of the worker of each stage. Empty: all are equally fast.
+        slower: how many times slower than assumed the link from each worker to the next is. Empty: as assumed.
         in_blocks: whether stages are cut into blocks.
     """
     starts = stage_starts(costs, messages, stages, device, speeds, slower)
@@ -150,7 +157,7 @@ def stage_starts(
     speeds: Sequence[int] = (),
     slower: Sequence[float] = (),
 ) -> list[int]:
-    """The first link of each stage; see `divided`."""
+    """Return the first segment of each stage; see `divided`."""
     least = min(messages, default=0)
     sends = [(size - least) / BYTES_PER_SECOND[device] for size in messages]
     of_stages = [slower[stage % len(slower)] for stage in range(stages - 1)] if slower else []
@@ -160,10 +167,10 @@ def stage_starts(
 def blocks_from(
     costs: Sequence[float], messages: Sequence[float], starts: Sequence[int], *, in_blocks: bool
 ) -> list[list[int]]:
-    """The links at which the blocks of each stage begin, of stages that begin at `starts`; see `divided`."""
+    """Return the first segments of the blocks of each stage, for stages that begin at `starts`; see `divided`."""
     if not in_blocks:
         return [[start] for start in starts]
-    known: dict[object, list[int]] = {}  # most stages of a deep model are alike
+    known: dict[object, list[int]] = {}  # most stages of a deep model are equal
     found = []
     for first, end in pairwise([*starts, len(costs)]):
         own = tuple(costs[first:end]), tuple(messages[first : end - 1])
@@ -174,12 +181,12 @@ def blocks_from(
 
 
 def cuts_blocks(strategy: Strategy) -> bool:
-    """Whether a strategy gathers or recomputes a stage in parts."""
+    """Return whether a strategy gathers or recomputes a stage in parts."""
     return strategy.recomputes or strategy.splits_parameters
 
 
 def check_stages(strategy: Strategy, places_found: int) -> None:
-    """Raises StrategyError where a step with so many places to cut has fewer parts than `strategy` has stages."""
+    """Raise StrategyError if a step with `places_found` cut points has fewer parts than `strategy` has stages."""
     stages = strategy.pp * strategy.stages_per_worker
     if stages > places_found + 1:
         per_worker = f" with {strategy.stages_per_worker} stages each" if strategy.stages_per_worker > 1 else ""
@@ -190,7 +197,7 @@ def check_stages(strategy: Strategy, places_found: int) -> None:
 
 
 def _fewer_stages(strategy: Strategy, most: int) -> str:
-    """What would do where a graph can be cut into `most` stages."""
+    """Return advice for a graph that can be cut into `most` stages."""
     if most == 1:
         return "use dp, fsdp or tp"
     if most < strategy.pp:
@@ -199,9 +206,11 @@ def _fewer_stages(strategy: Strategy, most: int) -> str:
 
 
 def _block_starts(costs: Sequence[float], messages: Sequence[float]) -> list[int]:
-    """Links of a stage, counted from its first, at which blocks begin.
+    """Return the segments of a stage, counted from its first, at which blocks begin.
 
-    They are places with as little to keep as any, evenly spread by cost.
+    The first block, at 0, is left out.
+
+    Blocks begin at cut points with the fewest bytes to save, evenly spread by cost.
     """
     least = min(messages, default=0)
     narrow = [place + 1 for place, size in enumerate(messages) if size <= least]
@@ -216,7 +225,7 @@ def _block_starts(costs: Sequence[float], messages: Sequence[float]) -> list[int
 def _links(
     step: StepGraph, found: Sequence[Place], costs: Mapping[Use, float], parameters: Collection[str]
 ) -> list[float]:
-    """Cost between each two places."""
+    """Sum the costs of the parameter uses in each segment between two cut points."""
     starts = {place.use: index + 1 for index, place in enumerate(found)}
     links = [0.0] * (len(found) + 1)
     current = 0
@@ -230,9 +239,12 @@ def _links(
 def _seconds(
     step: StepGraph, tensors: Mapping[str, Tensor], data: Any, parameters: Collection[str], mesh: Mesh
 ) -> dict[Use, float]:
-    """Seconds of the forward pass from each use of a parameter to the next; zeros where worker 0 measures them."""
+    """Return the seconds of the forward pass from each parameter use to the next.
+
+    Returns zeros where worker 0 measures them.
+    """
     used = uses(step.graph, step.tensors, parameters)
-    if any(tensor.is_meta for tensor in tensors.values()):  # nothing to measure with; of a dry run nobody else counts
+    if any(tensor.is_meta for tensor in tensors.values()):  # nothing to measure; a dry run has no worker 0 to ask
         seconds = counted(step, used)
     elif mesh.rank == 0:
         seconds = _timed(step, tensors, data, used)
@@ -244,9 +256,9 @@ def _seconds(
 def _of_worker_0(
     seconds: Mapping[Use, float], found: Sequence[Place], mesh: Mesh
 ) -> tuple[dict[Use, float], list[float]]:
-    """Seconds, and bytes to send at each place, as worker 0 finds them.
+    """Return the seconds, and the bytes to send at each cut point, as worker 0 has them. Collective.
 
-    All must cut alike, yet replicas with unequal shares of a batch have messages of different sizes.
+    All must cut alike, but replicas with unequal shares of a batch have messages of different sizes.
     """
     numbers = [*seconds.values(), *(place.bytes for place in found)]
     agreed = torch.tensor(numbers, dtype=torch.float64, device=mesh.device)
@@ -258,7 +270,7 @@ def _of_worker_0(
 
 @torch.no_grad()
 def counted(step: StepGraph, used: Mapping[fx.Node, list[Use]]) -> list[float]:
-    """Seconds as if measured: FLOPs at an assumed rate, and bytes moved."""
+    """Estimate the seconds from each parameter use to the next: FLOPs and bytes moved, at assumed rates."""
     seconds = [0.0] * len(used)
     current = -1
     for node in calls(step.graph):
@@ -289,7 +301,7 @@ def _timed(
         for _ in range(repeats):
             for index, seconds in enumerate(_timed_once(step, tensors, data, used)):
                 best[index] = min(best[index], seconds)
-    for name, value in kept.items():  # batch norm's statistics are as before
+    for name, value in kept.items():  # restore batch norm's statistics
         tensors[name].data.copy_(value)
     return best
 

@@ -1,4 +1,4 @@
-"""bfloat16 under autocast for the module, float32 for the loss, in a graph as around a module that is called."""
+"""Mixed precision in a graph as around a module call: autocast to bfloat16 for the module, float32 for the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardwise.parallel.values import map_tensors
 
 
 def widen_loss(graph: fx.Graph, device: torch.device) -> None:
-    """Makes the calls of a graph that are not the module's compute in float32 also under autocast."""
+    """Make the calls of a graph outside the module compute in float32 even under autocast. Changes `graph` in place."""
     for node in graph.nodes:
         if node.op == "call_function" and node.meta.get("outside"):
             node.target = bound(_wide, device.type, node.target)

@@ -1,4 +1,4 @@
-"""The parallel model on this worker: an engine that computes gradients, and what a training step does around it."""
+"""The parallel model on this worker: an engine that computes gradients, and the rest of a training step around it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from shardwise.workload.workload import Workload
 
 
 def build_engine(workload: Workload, strategy: Strategy, mesh: Mesh, cuts: Cuts | None = None) -> Engine:
-    """The engine that runs `strategy`: the module as it is, or the parts of its graph. Collective.
+    """Build the engine that runs `strategy`: the module unchanged, or its parts of the module's graph. Collective.
 
-    `cuts`: of a graph into stages and blocks; None: as its layers' costs, measured now, say.
+    `cuts` are the cut points of a graph into stages and blocks. None chooses them by measured layer costs.
     """
     if strategy.tp == strategy.pp == 1:
         from shardwise.parallel.data import ModuleEngine
@@ -46,17 +46,17 @@ def build_engine(workload: Workload, strategy: Strategy, mesh: Mesh, cuts: Cuts 
 
 
 class Program:
-    """A workload under a strategy on this worker. Every method but the plain readers is collective.
+    """A workload under a strategy on this worker. Every method except the plain getters is collective.
 
     Attributes:
-        workload: what is trained.
+        workload: the workload to train.
         strategy: how it is split, with the number of microbatches settled.
-        mesh: where this worker stands.
-        engine: what computes the gradients.
-        optimizer: of the parameters that this worker updates; None where zero=1 leaves it none.
-        scheduler: of that optimizer's learning rate; None without a schedule.
-        steps: optimizer steps done.
-        gradient_norm: global norm of the last step's gradient before clipping; None without `clip_norm`.
+        mesh: this worker's position among all workers.
+        engine: the engine that computes the gradients.
+        optimizer: optimizer of the parameters that this worker updates. None if zero=1 assigns it none.
+        scheduler: scheduler of that optimizer's learning rate. None without a schedule.
+        steps: optimizer steps completed.
+        gradient_norm: global norm of the last step's gradient before clipping. None without `clip_norm`.
     """
 
     def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh, engine: Engine) -> None:
@@ -91,19 +91,19 @@ class Program:
         cuts: Cuts | None = None,
         allocating: Allocating = nullcontext,
     ) -> Program:
-        """Builds the model, its engine and its optimizer on every worker of the default process group.
+        """Build the model, its engine and its optimizer on every worker of the default process group.
 
         Args:
-            workload: what is trained.
+            workload: the workload to train.
             strategy: how it is split.
-            device: where this worker computes; None: `mesh.default_device`.
-            cuts: of the model's graph, see `build_engine`.
+            device: the device that this worker computes on. None selects `mesh.default_device`.
+            cuts: cut points of the model's graph, see `build_engine`.
             allocating: see `Mesh`.
 
         Raises:
             StrategyError: the degrees do not fit the workers, the batch or the model.
-            WorkloadError: the model cannot be built, or cannot be trained.
-            DataError: other workers have other data.
+            WorkloadError: the model cannot be built or trained.
+            DataError: the data differs between workers.
         """
         strategy = strategy.for_batch(workload.batch_size)
         mesh = Mesh.build(strategy, device, allocating)
@@ -118,7 +118,10 @@ class Program:
         shuffle: bool = True,
         microbatches: int | None = None,
     ) -> Loader:
-        """Loads our replica's shares of `dataset`; what is not given is the workload's and the strategy's."""
+        """Create a loader of our replica's shares of `dataset`.
+
+        Arguments left out come from the workload and the strategy.
+        """
         return Loader(
             dataset=self.workload.dataset if dataset is None else dataset,
             batch_size=batch_size or self.workload.batch_size,
@@ -132,11 +135,14 @@ class Program:
         )
 
     def step(self, batch: Any) -> Tensor:
-        """One optimizer step on a global batch, the same on all workers. Returns the global mean loss, 0-d."""
+        """Run one optimizer step on a global batch, equal on all workers. Returns the global mean loss, 0-d."""
         return self.step_share(share_of(batch, self.loader()))
 
     def step_share(self, share: Share) -> Tensor:
-        """One optimizer step on a global batch of which `share` holds our samples. Returns the global mean loss."""
+        """Run one optimizer step on a global batch of which `share` holds our samples.
+
+        Returns the global mean loss, 0-d.
+        """
         judgement, scales = self._judgement, self._scales(share)
         if judgement is not None:
             judgement.begin()
@@ -162,26 +168,29 @@ class Program:
             self._update()
             self._applied = report
         if pending is not None:
-            pending.wait()  # it ran beside the optimizer
+            pending.wait()  # it ran in parallel with the optimizer
         self.steps += 1
         watch.beat()
         return report[0]
 
     def judged_by(self, judge: Judge | None) -> None:
-        """Ask `judge` from now on whether the update of a step is applied; None: all are, and nothing waits for it."""
+        """Ask `judge` from now on whether to apply the update of a step.
+
+        None applies all updates without waiting for a decision.
+        """
         self._judgement = None if judge is None else Judgement(self.engine, self.mesh, judge)
 
     def is_finite(self) -> bool:
-        """Return whether all parameters are finite, and loss and gradient of the last update. Collective."""
+        """Return whether all parameters, and loss and gradient of the last update, are finite. Collective."""
         parameters = local_tensors(self.engine.parameters)
         broken = parameter_fault(parameters, self.mesh.rank) is not None
         broken |= self._applied is not None and not bool(self._applied.isfinite().all())
         return not (broken if self.mesh.world is None else anywhere([broken], self.mesh.world, self.mesh.device)[0])
 
     def evaluate(self) -> dict[str, float]:
-        """Mean loss and metric over the held-out samples, each counted once; the same on all workers.
+        """Compute the mean loss and metric over the held-out samples, each counted once; equal on all workers.
 
-        Returns {"loss": ..., metric name: ...}; nothing for a workload without evaluation.
+        Returns {"loss": ..., metric name: ...}, or an empty dict for a workload without evaluation.
         """
         evaluation = self.workload.evaluation
         if evaluation is None:
@@ -196,7 +205,7 @@ class Program:
                 sums[0] += (values * weights).where(weights > 0, 0)
                 sums[1] += weights
             watch.beat()
-        # the workers of one replica have parts of one value, but each has counted all of the replica's weight
+        # the workers of one replica hold parts of one value, but each of them has counted the replica's full weight
         sums[1] /= self.strategy.workers // self.strategy.replicas
         if self.mesh.world is not None:
             dist.all_reduce(sums, group=self.mesh.world)
@@ -204,7 +213,7 @@ class Program:
         return {"loss": loss, evaluation.metric: metric}
 
     def pieces(self) -> list[Piece]:
-        """This worker's part of the model (`model/<name>`) and of the optimizer's state, as far as there is any."""
+        """Return this worker's part of the model (`model/<name>`) and of the optimizer state that exists so far."""
         model = [
             Piece(f"model/{name}", local(held.tensor), held.layout, held.writes)
             for name, held in self.engine.held.items()
@@ -214,31 +223,37 @@ class Program:
     def optimizer_piece(
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
     ) -> Piece | None:
-        """The piece of one entry of the optimizer's state, made of zeros if there is none yet: to load into.
+        """Return the piece of one entry of the optimizer state to load into, created with zeros if it does not exist.
 
-        None where this worker does not update the parameter. Raises CheckpointError, see `OptimizerState.piece`.
+        Returns None if this worker does not update the parameter. Raises CheckpointError, see `OptimizerState.piece`.
         """
         if self._optimizer_state is None:
             return None
         return self._optimizer_state.piece(parameter, state, global_shape, dtype)
 
     def gradient_pieces(self) -> list[Piece]:
-        """`gradient/<name>` of the last step, after clipping; parameters that were not used have none."""
+        """Return the gradients `gradient/<name>` of the last step, after clipping. Unused parameters have none."""
         gradients = local_gradients(self.engine.parameters)
         held = self.engine.held
         return [Piece(f"gradient/{n}", g, held[n].layout, held[n].writes) for n, g in gradients.items()]
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: steps done, the scheduler's counts, the learning rates of the optimizer's groups."""
+        """Return the completed steps, the scheduler's counters and the numbers of the optimizer's groups, JSON-able."""
         return {"steps": self.steps, **schedule_state(self.optimizer, self.scheduler)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues from what `state` gave, under any strategy. Raises CheckpointError, see `load_schedule_state`."""
+        """Continue from the result of `state`, under any strategy.
+
+        Raises CheckpointError, see `load_schedule_state`.
+        """
         self.steps = int(state["steps"])
         load_schedule_state(self.optimizer, self.scheduler, state)
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
-        """The plain weights and buffers under all their names, on the CPU of worker 0; None elsewhere."""
+        """Gather the plain weights and buffers under all their names, on the CPU of worker 0.
+
+        Returns None elsewhere.
+        """
         pieces = [Piece(name, local(held.tensor), held.layout, held.writes) for name, held in self.engine.held.items()]
         full = gather_full(pieces, self.mesh.world, self.mesh.device)
         if full is None:
@@ -246,18 +261,21 @@ class Program:
         return full | {alias: full[name] for alias, name in self.engine.aliases.items()}
 
     def _deal(self) -> DealtParameters | None:
-        """With zero=1: which parameters each replica updates."""
+        """Assign each parameter to the replica that updates it.
+
+        Returns None without zero=1 or with a single replica.
+        """
         group = self.mesh.replica_group
         if self.strategy.zero != 1 or group is None:
             return None
         return DealtParameters(self.engine.parameters, group)
 
     def _written(self, updated: dict[str, nn.Parameter]) -> set[str]:
-        """Names of the parameters whose optimizer state this worker writes."""
+        """Return the names of the parameters whose optimizer state this worker writes."""
         writes = {name for name in updated if self.engine.held[name].writes}
         if self._dealt is None or not self.engine.parameters:
             return writes
-        # who updates a parameter is the only replica that has its state, whichever of them writes the parameter
+        # only the replica that updates a parameter has its state, whichever replica writes the parameter itself
         assert self.mesh.replica_group is not None
         flags = [self.engine.held[name].writes for name in self.engine.parameters]
         written = anywhere(flags, self.mesh.replica_group, self.mesh.device)
@@ -265,7 +283,7 @@ class Program:
         return {name for name in updated if by_name[name]}
 
     def _is_whole_everywhere(self) -> bool:
-        """Whether all workers hold all gradients, so that each can tell their norm by itself."""
+        """Return whether all workers hold all gradients whole, so that each can compute their norm alone."""
         if self.mesh.world is None:
             return True
         held = [self.engine.held[name].holders for name in self.engine.parameters]
@@ -273,17 +291,17 @@ class Program:
         return not anywhere([parts], self.mesh.world, self.mesh.device)[0]
 
     def _scales(self, share: Share) -> list[Tensor]:
-        """What the loss of each microbatch is multiplied with, 0-d: its weight over that of all replicas together."""
+        """Compute the factor of each microbatch's loss, 0-d: its weight divided by the total weight of all replicas."""
         if self.workload.weight is None:
             return [self._constant(microbatch.samples / share.samples) for microbatch in share.microbatches]
         weights = torch.stack(self._weights(share))
         total = weights.sum()
         if self.mesh.replica_group is not None:
             dist.all_reduce(total, group=self.mesh.replica_group)
-        return list((weights / total).where(~(total <= 0), 0).unbind())  # of a weight of nan it is nan
+        return list((weights / total).where(~(total <= 0), 0).unbind())  # nan stays nan
 
     def _weights(self, share: Share) -> list[Tensor]:
-        """What each microbatch counts, 0-d float64: its samples, or the workload's own weight of them."""
+        """Return the weight of each microbatch, 0-d float64: its number of samples, or the workload's own weight."""
         weigh = self.workload.weight
         return [
             self._constant(float(microbatch.samples))
@@ -302,27 +320,28 @@ class Program:
         return number.reshape(())
 
     def _constant(self, value: float) -> Tensor:
-        """A number on our device; those of a training run are few, and copying one there costs time."""
+        """Return a cached number on our device: a training run uses few of them, and copying one there costs time."""
         if value not in self._constants:
             self._constants[value] = torch.tensor(value, dtype=torch.float64, device=self.mesh.device)
         return self._constants[value]
 
     def _squared_norm(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Our part of the squared norm, or all of it where every worker has whole gradients."""
+        """Compute this worker's part of the squared norm, or all of it if every worker holds whole gradients."""
         if not gradients:
             return self._constant(0.0)
         square = squared_norm(gradients, self.engine.held, self.mesh.device)
         return square * self.strategy.workers if self._whole_everywhere else square
 
     def _report(self, loss: Tensor, square: Tensor) -> Tensor:
-        """What all workers add up in one message: loss, squared norm, how many workers left parameters unused."""
+        """Stack the numbers that all workers sum in one message: loss, squared norm, unused parameters (1 or 0)."""
         unused = self._constant(float(bool(self.engine.unused)))
         return torch.stack([loss.double(), square.double(), unused])
 
     def _forget_unused(self, report: Tensor) -> None:
-        """Takes the gradient of zero from parameters that no replica used: an optimizer passes over those.
+        """Remove the zero gradients of parameters that no replica used, so that the optimizer skips them.
 
-        Called on workers that left some unused. Only where all did, which all of them see here, can it be the same.
+        Called on workers that left some unused. A parameter can be unused everywhere only if all workers did, and
+        `report` tells them so.
         """
         group = self.mesh.replica_group
         if group is None or not self._by_all(report[-1]):
@@ -334,7 +353,7 @@ class Program:
                 parameter.grad = None
 
     def _by_all(self, count: Tensor) -> bool:
-        """Whether so many workers are all of them."""
+        """Return whether `count` equals the world size."""
         return int(count) == self.strategy.workers
 
     def _update(self) -> None:

@@ -1,4 +1,4 @@
-"""Adds gradients up: over replicas in buckets while the backward pass goes on, over other groups when it is done."""
+"""Sum gradients: over replicas in buckets during the backward pass, over other groups after it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET_BYTES = 25 * 2**20
-"""As large as DDP's: large enough for bandwidth, small enough to overlap."""
+"""Default bucket size in bytes, equal to DDP's: large enough for bandwidth, small enough to overlap."""
 
 
 def bucket_bytes(bucket: int) -> int:
-    """Of a bucket of so many MiB; 0: as usual."""
+    """Convert a bucket size in MiB to bytes; 0 selects the default of 25 MiB."""
     return bucket * 2**20 or BUCKET_BYTES
 
 
 class GradientReducer:
-    """Sums the gradients of some parameters over a group, bucket by bucket as they become complete.
+    """Reducer of the gradients of some parameters over a group, bucket by bucket as they become complete.
 
-    Gradients appear roughly in the reverse order of the parameters, so that is the order of the buckets.
+    Gradients become ready roughly in the reverse order of the parameters, so the buckets are in that order too.
 
     Args:
-        parameters: whose gradients.
+        parameters: the parameters whose gradients are summed.
         group: the replicas.
-        bucket: MiB of a bucket; 0: as usual.
+        bucket: bucket size in MiB; 0 selects the default.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, bucket: int = 0) -> None:
@@ -42,13 +42,19 @@ class GradientReducer:
                 parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
 
     def arm(self) -> None:
-        """From here on gradients are complete when they appear: the last backward pass begins."""
+        """Start to count ready gradients.
+
+        Call before the last backward pass of a step, whose gradients are final when they appear.
+        """
         self._armed = True
         self._missing = [len(bucket) for bucket in self._buckets]
         self._launched.clear()
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
-        """Does not hold the reducer: Python cannot free a circle through the hooks of a tensor, nor its group then."""
+        """Return a gradient hook that holds only a weak reference to the reducer.
+
+        Python cannot free a reference cycle through the hooks of a tensor, and would then never free the process group.
+        """
         ready = WeakMethod(self._ready)
 
         def hook(_: Tensor) -> None:
@@ -66,14 +72,14 @@ class GradientReducer:
             self._launch(index)
 
     def _launch(self, index: int) -> None:
-        # without a gradient zeros keep the place; no replica has one then, for the graph is the same on all
+        # zeros stand in for a missing gradient; the graph is the same on all replicas, so it is missing on all of them
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._buckets[index]]
         flat = _joined(gradients)
         self._running.append((gradients, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
         self._launched.add(index)
 
     def finish(self) -> None:
-        """Reduces what is left. Collective."""
+        """Reduce the remaining buckets, wait for all of them and write the sums into the gradients. Collective."""
         for index in range(len(self._buckets)):
             if index not in self._launched:
                 self._launch(index)
@@ -99,18 +105,18 @@ def _buckets(parameters: Iterable[nn.Parameter], limit: int) -> list[list[nn.Par
 
 
 def _joined(gradients: Sequence[Tensor]) -> Tensor:
-    """All of the gradients in one dimension."""
+    """Concatenate gradients into one 1-d tensor."""
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
 def _scatter(flat: Tensor, gradients: Sequence[Tensor]) -> None:
-    """Writes a flat sum back into gradients."""
+    """Write a flat 1-d sum back into the gradients."""
     for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
 def sum_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Sums tensors over a group in place, in one message per dtype. Collective."""
+    """Sum tensors over a group in place, with one all-reduce per dtype. Collective."""
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         chosen = [gradient for gradient in gradients if gradient.dtype == dtype]
         flat = _joined(chosen)

@@ -1,9 +1,9 @@
-"""Replicated data parallel: every worker holds all of the model and torch's DDP averages the gradients.
+"""Replicated data parallelism: every worker holds the whole model, and torch's DDP averages the gradients.
 
-DDP waits for a gradient of every parameter. One that a replica did not use in a step (a branch not taken, an expert
-without tokens) would leave its bucket open and the others waiting. `find_unused_parameters` finds those by a walk over
-the graph and one more collective in every step; here the backward pass is looked at when it is done, which is free, and
-a replica that left parameters out gives a gradient of zero for them.
+DDP waits for a gradient of every parameter. A parameter that a replica did not use in a step (a branch not taken, an
+expert without tokens) would leave its bucket open and the other replicas waiting. `find_unused_parameters` finds such
+parameters with a walk over the graph and one more collective in every step. Here they are found for free after the
+backward pass, and the replica then supplies a gradient of zero for them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Replicated:
-    """A model on all replicas. `call` is what to call instead of the model; its gradients are means."""
+    """Model replicated by DDP. Call `call` instead of the model; its gradients are means over the replicas."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Replicated:
                 process_group=group,
                 broadcast_buffers=False,
                 bucket_cap_mb=bucket or None,
-                init_sync=False,  # the engine has made the replicas equal
-                # saves a copy; but gradients that are parts of one bucket all look changed when one is (see below)
+                init_sync=False,  # the engine has already made the replicas equal
+                # saves a copy; but gradients that are views of one bucket all look changed when one is (see below)
                 gradient_as_bucket_view=not accumulates,
             )
         self._parameters = parameters
@@ -48,30 +48,30 @@ class Replicated:
 
     @contextmanager
     def microbatch(self, first: bool, last: bool) -> Iterator[None]:
-        """Surrounds forward and backward pass of a microbatch; gradients are exchanged in the last one."""
+        """Surround the forward and backward pass of a microbatch. The last one all-reduces the gradients."""
         if not last:
             with self.call.no_sync():
                 yield
             return
-        # with accumulation a gradient is there before: whether this pass adds to it shows in its version
+        # with accumulation a gradient exists already: its version shows whether this pass adds to it
         self._before = {} if first else self._versions()
         yield
         self._complete()
 
     def reshard(self) -> None:
-        """Nothing is gathered."""
+        """Do nothing: no parameter is gathered."""
 
     def _versions(self) -> dict[str, tuple[Tensor, int]]:
         return {n: (p.grad, p.grad._version) for n, p in self._parameters.items() if p.grad is not None}
 
     def _complete(self) -> None:
         missing = [name for name, parameter in self._parameters.items() if parameter.grad is None]
-        before, self._before = self._before, {}  # kept, they would be there beside those of the next step
+        before, self._before = self._before, {}  # or they stay allocated beside the next step's
         for name, (gradient, version) in before.items():
             if self._parameters[name].grad is gradient and gradient._version == version:
                 missing.append(name)
         self.unused = [name for name in missing if self._parameters[name].grad is None]
         if missing:
-            # a backward pass of its own, in which DDP's hooks see the gradients that they wait for
+            # a separate backward pass, in which DDP's hooks see the gradients that they wait for
             left_out = [self._parameters[name] for name in missing]
             torch.autograd.backward(left_out, [torch.zeros_like(parameter) for parameter in left_out])

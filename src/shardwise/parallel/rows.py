@@ -1,7 +1,7 @@
-"""Tensors of which a worker holds some rows: torch's DTensor, as `fully_shard` makes them.
+"""Tensors of which a worker holds some rows: torch's DTensor, as `fully_shard` creates them.
 
-Importing DTensor takes most of a second, and nothing is one before `fully_shard` has been imported: so it is not
-imported to ask.
+Importing DTensor takes most of a second, and no tensor is one before `fully_shard` has been imported. So this module
+does not import it just to check.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from shardwise.parallel.layout import Layout
 
 
 def is_split(tensor: Any) -> bool:
-    """Whether only some rows of a tensor are held here."""
+    """Return whether a tensor is a DTensor, of which only some rows are held here."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Any) -> Tensor:
-    """The part of a tensor that is held here, sharing its memory."""
+    """Return the part of a tensor that is held here, detached. It shares the tensor's memory."""
     if not is_split(tensor):
         whole: Tensor = tensor.detach()
         return whole
@@ -32,7 +32,7 @@ def local(tensor: Any) -> Tensor:
 
 
 def row_layout(tensor: Any) -> Layout:
-    """Where the local part of a tensor lies: the rows of a DTensor, all of a plain tensor."""
+    """Return the layout of the local part of a tensor: the rows of a DTensor, all of a plain tensor."""
     whole = Layout.whole(tensor.shape)
     if not is_split(tensor):
         return whole

@@ -1,7 +1,7 @@
-"""Tensor-parallel rules of operations that compute: how the dimensions of the result depend on those of the inputs.
+"""Tensor-parallel rules of operations that compute: how the result's dimensions depend on those of the inputs.
 
-A rule gives every dimension a label; dimensions with one label are cut alike, and a label that the result lacks is
-summed over (`Partitioner.labelled`). Replacements without a rule are computed on every worker.
+A rule gives every dimension a label. Dimensions with equal labels are sharded alike, and a label that the result lacks
+is summed over (`Partitioner.labelled`). Operations without a rule are computed on every worker.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def apply_rule(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """The result of a call of the step, as Values of this worker's graph."""
+    """Apply the rule of a call of the step, and return the result as Values of this worker's graph."""
     target = node.target
     if target is OPAQUE:
         return opaque(p, node, args, kwargs)
@@ -40,7 +40,7 @@ def apply_rule(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
 
 
 def aligned(shape: Sequence[int], output: Sequence[int]) -> Labels:
-    """Labels of a broadcast input: counted from the last dimension; None where it is stretched."""
+    """Label the dimensions of a broadcast input by their distance from the last one; None where it is broadcast."""
     offset = len(output) - len(shape)
     return tuple(
         f"d{len(output) - offset - dim}" if size == output[offset + dim] else None for dim, size in enumerate(shape)
@@ -48,7 +48,7 @@ def aligned(shape: Sequence[int], output: Sequence[int]) -> Labels:
 
 
 def pointwise(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Element by element, with broadcasting."""
+    """Elementwise operations, with broadcasting."""
     if any(isinstance(value, Value) for value in kwargs.values()):
         return p.fallback(node, args, kwargs, f"{node.target} takes a tensor by name")
     like = node.meta["val"]
@@ -72,17 +72,17 @@ def pointwise(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
 
 
 def _sums(node: fx.Node, args: list[Any], like: Tensor) -> bool:
-    """Whether a sum of open sums can stay open: one exchange for both."""
+    """Return whether an addition of partial sums can stay a partial sum, so that one all-reduce serves both."""
     return node.target is aten.add.Tensor and all(
         isinstance(v, Value) and isinstance(v.placement, Partial) and v.shape == tuple(like.shape) for v in args
     )
 
 
-# ---- products -------------------------------------------------------------------------------------------------------
+# ---- matmuls --------------------------------------------------------------------------------------------------------
 
 
 def linear(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """X (..., i) times weight (o, i), plus bias (o)."""
+    """linear: x (..., i) times weight (o, i) transposed, plus bias (o)."""
     x, weight, bias = _padded(args, 3)
     like = node.meta["val"]
     batch = tuple(f"b{dim}" for dim in range(len(x.shape) - 1))
@@ -102,7 +102,10 @@ def _product(
     like: Any,
     bias_shape: tuple[int, ...] | None = None,
 ) -> Value:
-    """A product with weights `("o", "i")`, its bias added after the sum where the sum is over workers."""
+    """Emit a matmul or convolution with weight labels "o" and "i".
+
+    A bias is added after the all-reduce if "i" is sharded.
+    """
     inputs = {0: labels[0], 1: labels[1]}
     label, _, _ = p.choose(list(args), inputs, ("o", "i"), None)
     if bias is None or label != "i":
@@ -120,7 +123,7 @@ def _product(
 
 
 def matmul(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """A (..., m, k) times b (..., k, n)."""
+    """matmul, mm, bmm: a (..., m, k) times b (..., k, n)."""
     a, b = args[:2]
     if len(a.shape) < 2 or len(b.shape) < 2:
         return p.fallback(node, args, kwargs, "a product with a vector")
@@ -140,7 +143,7 @@ def _is_weight(value: Value) -> bool:
 
 
 def grouped_matmul(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """_grouped_mm(a (rows, k), b (groups, k, n), ends): consecutive rows of a times one b each."""
+    """_grouped_mm(a (rows, k), b (groups, k, n), ends): each matrix of b multiplies a run of consecutive rows of a."""
     a, b, ends, *rest = _padded(args, 3)
     ends = kwargs.get("offs", ends)
     if len(a.shape) != 2 or len(b.shape) != 3 or ends is None or any(item is not None for item in rest):
@@ -156,7 +159,7 @@ def _grouped_mm(product: Any, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 def addmm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Bias + a (m, k) times b (k, n)."""
+    """addmm: bias + a (m, k) times b (k, n)."""
     bias, a, b = args[:3]
     if kwargs or len(args) > 3:
         return p.fallback(node, args, kwargs, "addmm with factors")
@@ -169,7 +172,7 @@ def _addmm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def einsum(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Letters are labels."""
+    """einsum: the letters of the equation are the labels."""
     equation = args[0].replace(" ", "")
     operands = list(args[1])
     terms, arrow, result = equation.partition("->")
@@ -230,7 +233,7 @@ def _convolution(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[st
 
 
 def embedding(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Rows of weight (words, features): cut by words, or by features where the words do not divide."""
+    """embedding: weight (words, features), sharded by words, or by features if the degree does not divide the words."""
     weight, index, padding, by_frequency, sparse = _padded(args, 5, (None, None, -1, False, False))
     like = node.meta["val"]
     if by_frequency or sparse:
@@ -255,7 +258,10 @@ def embedding(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
 
 
 def attention(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Query (..., heads, t, d), key and value (..., heads, s, d), mask broadcast to (..., heads, t, s)."""
+    """scaled_dot_product_attention: query (..., heads, t, d), key and value (..., heads, s, d).
+
+    The mask is broadcast to (..., heads, t, s).
+    """
     query, key, value, mask, dropout, causal = _padded(args, 6, (None, None, None, None, 0.0, False))
     dropout, causal = kwargs.get("dropout_p", dropout), kwargs.get("is_causal", causal)
     mask = kwargs.get("attn_mask", mask)
@@ -276,7 +282,7 @@ def attention(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
         inputs[3] = (*aligned(mask.shape[:-2], batch), None, None)
     full = [query, key, value, mask]
     heads = query.shape[-3] if len(query.shape) > 3 else 1
-    if heads > 1 and heads % p.ranks:  # cut within heads, it would be gathered
+    if heads > 1 and heads % p.ranks:  # sharded within heads, it would be gathered
         p.obstacles.append(Obstacle("query heads", heads))
     if dropout and p.step.training:
         return _attention_with_dropout(p, full, inputs, (*lead, None, None), like, scores, dropout, causal, scale)
@@ -309,7 +315,7 @@ def _attention_with_dropout(
 
 
 def _heads(p: Partitioner, query: Value, item: Value) -> Value:
-    """Key or value heads, one for each query head that this worker has."""
+    """Repeat key or value heads, so that each query head of this worker has one."""
     dim = len(item.shape) - 3
     times = query.shape[-3] // item.shape[-3]
     shape = (*item.shape[:dim], query.shape[-3], *item.shape[dim + 1 :])
@@ -321,7 +327,7 @@ def _heads(p: Partitioner, query: Value, item: Value) -> Value:
     return p.emit(aten.repeat_interleave.self_int, (item, times, dim), like=like, placement=where)
 
 
-# ---- normalisation, along one dimension, over dimensions ------------------------------------------------------------
+# ---- normalisation, operations along one dimension, reductions ------------------------------------------------------
 
 
 def layer_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -337,7 +343,7 @@ def layer_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
 
 
 def group_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """group_norm(x (n, c, ...), groups, weight, bias, eps, cudnn): a worker's channels are whole groups."""
+    """group_norm(x (n, c, ...), groups, weight, bias, eps, cudnn): a worker's channels must be whole groups."""
     x, groups, like = p.settled(args[0]), args[1], node.meta["val"]
     labels = ("n", "c", *(None,) * (len(x.shape) - 2))
     inputs: dict[int, Labels] = {0: labels}
@@ -353,7 +359,7 @@ def group_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
 
 
 def prelu(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """prelu(x (n, c, ...), weight (c) or (1))."""
+    """prelu(x (n, c, ...), weight (c) or (1)): sharded by samples or channels."""
     x, weight = args[:2]
     labels: Labels = ("n", "c", *(None,) * (len(x.shape) - 2)) if len(x.shape) > 1 else (None,)
     inputs: dict[int, Labels] = {0: labels, 1: ("c",) if weight.shape[0] > 1 and len(x.shape) > 1 else (None,)}
@@ -374,7 +380,7 @@ def batch_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
 
 
 def instance_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """instance_norm(x (n, c, ...), weight, bias, running mean, running var, ...)."""
+    """instance_norm(x (n, c, ...), weight, bias, running mean, running var, ...): each sample and channel by itself."""
     labels = ("n", "c", *(None,) * (len(args[0].shape) - 2))
     inputs: dict[int, Labels] = {0: labels}
     inputs.update({i: ("c",) for i in range(1, 5) if isinstance(args[i], Value)})
@@ -382,7 +388,7 @@ def instance_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[s
 
 
 def along(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """softmax, cumsum, roll, ...: (x, dim or dims, ...): every other dimension is independent."""
+    """softmax, cumsum, roll, ... (x, dim or dims, ...): every other dimension is independent."""
     x, like = args[0], node.meta["val"]
     dims = _dims(args, kwargs, len(x.shape), at=2 if node.target is aten.roll.default else 1)
     labels: Labels = tuple(None if dim in dims else f"b{dim}" for dim in range(len(x.shape)))
@@ -397,7 +403,7 @@ def _dims(args: list[Any], kwargs: dict[str, Any], rank: int, at: int = 1) -> se
 
 
 def reduction(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """sum, mean, amax, ...: (x, dims, keepdim): a sum over a sharded dimension is a sum over workers."""
+    """sum, mean, amax, ... (x, dims, keepdim): a sum over the sharded dimension gives a partial sum."""
     x, like = args[0], node.meta["val"]
     if not isinstance(like, Tensor):
         return p.fallback(node, args, kwargs, f"{node.target} gives several results")
@@ -427,18 +433,18 @@ def _spatial_1d(node: fx.Node) -> bool:
 
 
 def pad(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """pad(x, amounts, ...): the last len(amounts) / 2 dimensions change."""
+    """pad(x, amounts, ...): only the last len(amounts) / 2 dimensions change."""
     x, changed = args[0], len(args[1]) // 2
     rank = len(x.shape)
     labels: Labels = tuple(f"b{dim}" if dim < rank - changed else None for dim in range(rank))
     return p.labelled(node.target, args, kwargs, {0: labels}, labels, like=node.meta["val"])  # type: ignore[arg-type]
 
 
-# ---- random, loss ---------------------------------------------------------------------------------------------------
+# ---- random numbers, opaque modules, loss ---------------------------------------------------------------------------
 
 
 def dropout(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """dropout, feature_dropout: drawn by position, see `parallel.keyed`."""
+    """dropout, feature_dropout: the mask depends on the position of the elements, see `parallel.keyed`."""
     x, probability, training = args[:3]
     like = node.meta["val"]
     x = p.settled(x)
@@ -452,13 +458,16 @@ def dropout(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, An
 
 
 def refuse_random(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Draws from torch's generator, which workers do not share: computed as it is, and said."""
+    """Random operations other than dropout: computed unchanged from torch's generator, which workers do not share.
+
+    Adds a note.
+    """
     p.note(f"{node.target} draws from torch's own generator: not the same numbers as in one process")
     return p.fallback(node, args, kwargs, "")
 
 
 def opaque(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """A module that could not be traced: called whole, on every worker."""
+    """A module that could not be traced: called as a whole on every worker."""
     call = call_of(args[1])
     why = f"module {call.path!r} cannot be traced ({call.reason})"
     p.note(f"{why}: it is computed whole on every worker of tp, and in one stage of pp")
@@ -470,7 +479,10 @@ def opaque(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
 
 
 def cross_entropy(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """cross_entropy_loss(logits, target, weight, reduction, ignore_index, label_smoothing)."""
+    """cross_entropy_loss(logits, target, weight, reduction, ignore_index, label_smoothing).
+
+    The logits may be sharded by classes.
+    """
     logits, target, weight, mode, ignore, smoothing = _padded(args, 6, (None, None, None, 1, -100, 0.0))
     logits = p.settled(logits)
     where = logits.placement
@@ -498,7 +510,7 @@ SAME_PLACE = set(
     "full_like empty_like where fill zero float type gelu silu relu leaky_relu elu hardtanh hardswish softplus prelu "
     "rsub square".split()
 )
-"""Element by element, but not tagged so by torch."""
+"""Elementwise operations that torch does not tag as pointwise."""
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -544,4 +556,4 @@ RULES: dict[str, Rule] = {
 }
 
 OTHERS: dict[str, Rule] = {"transformers::grouped_mm_fallback": grouped_matmul}
-"""Operators that libraries define for a trace, by their full names."""
+"""Operators that libraries define for tracing, by their full names."""

@@ -1,4 +1,4 @@
-"""Finds workers that were given other data than the rest, before they train on it."""
+"""Find workers that were given other data than the rest, before they train on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardwise.workload.workload import Workload
 
 
 def check_same_data(workload: Workload, mesh: Mesh) -> None:
-    """Raise DataError where datasets, batch size or seed are not the same on all workers. Collective."""
+    """Raise DataError if datasets, batch size or seed differ between workers. Collective."""
     if mesh.world is None:
         return
     evaluation = workload.evaluation
@@ -31,13 +31,13 @@ def check_same_data(workload: Workload, mesh: Mesh) -> None:
 
 
 def _described(dataset: Any) -> str:
-    """What can be told of a dataset without reading it."""
+    """Describe a dataset as far as possible without reading it."""
     kind = "samples" if is_map_style(dataset) else "samples in a stream"
     return f"{len(dataset)} {kind}" if hasattr(dataset, "__len__") else "a stream of unknown length"
 
 
 def by_rank(values: Sequence[str]) -> str:
-    """Join what each rank has, alike ones together: `64 samples on ranks 0 and 2, 40 samples on rank 1`."""
+    """Join the ranks' values, grouping equal ones: `64 samples on ranks 0 and 2, 40 samples on rank 1`."""
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)
@@ -45,7 +45,7 @@ def by_rank(values: Sequence[str]) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """At most eight by number: a job may have thousands."""
+    """Name the ranks by number; more than eight are abbreviated, because a job may have thousands."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > 8:

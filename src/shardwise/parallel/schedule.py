@@ -1,6 +1,6 @@
-"""The order in which a pipeline worker computes: pure tables, which the runner executes and a simulator can replay.
+"""Order in which a pipeline worker computes: pure tables, which the runner executes and a simulator can replay.
 
-With P workers, stage s lies on worker s % P. For P = 3 workers and 4 microbatches, F forward, B backward:
+Stage s is on worker s % P of P workers. For P = 3 workers and 4 microbatches, F forward, B backward:
 
     gpipe (Huang et al. 2019)              1f1b (Narayanan et al. 2019)
     0  F0 F1 F2 F3 B0 B1 B2 B3             0  F0 F1 F2 B0 F3 B1 B2 B3
@@ -8,7 +8,7 @@ With P workers, stage s lies on worker s % P. For P = 3 workers and 4 microbatch
     2  F0 F1 F2 F3 B0 B1 B2 B3             2  F0 B0 F1 B1 F2 B2 F3 B3
 
     interleaved (Narayanan et al. 2021)    several stages per worker: smaller bubbles, more messages
-    zero-bubble (ZB-H1; Qi et al. 2023)    the backward pass in two: I for the inputs, which others wait for, and W for
+    zero-bubble (ZB-H1; Qi et al. 2023)    the backward pass in two: I for the inputs, which others need, and W for
                                            the weights, which fills the bubbles
 """
 
@@ -24,7 +24,7 @@ WEIGHT = "W"
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One piece of work: `kind` F, B, I or W of a microbatch on a stage."""
+    """One action of a schedule: `kind` F, B, I or W of a microbatch on a stage."""
 
     kind: str
     stage: int
@@ -37,16 +37,17 @@ class Action:
 def order(
     schedule: str, worker: int, workers: int, stages_per_worker: int, microbatches: int, *, last_whole: bool = False
 ) -> list[Action]:
-    """What worker `worker` of a pipeline does in one step, in its order.
+    """Return the actions of one pipeline worker in one step, in its order.
 
     Args:
         schedule: gpipe, 1f1b, interleaved or zero-bubble.
-        worker: its place in the pipeline.
-        workers: their number.
+        worker: its index in the pipeline.
+        workers: number of workers in the pipeline.
         stages_per_worker: 1, or more for interleaved.
-        microbatches: a multiple of `workers` for interleaved; other numbers (the tail of an epoch) go as in gpipe.
-        last_whole: the last backward of a stage is not split, and all others are complete before it (gradients that are
-            reduced as they appear need that).
+        microbatches: number of microbatches. Interleaved needs a multiple of `workers`; with other numbers (the tail of
+            an epoch) it falls back to gpipe.
+        last_whole: do not split the last backward of a stage, and complete all others before it. Gradients that are
+            reduced as they become ready need that.
     """
     if workers == 1:
         return [action for m in range(microbatches) for action in _alone(stages_per_worker, m)]
@@ -65,14 +66,14 @@ def _alone(stages: int, microbatch: int) -> list[Action]:
 
 
 def gpipe(worker: int, workers: int, stages_per_worker: int, microbatches: int) -> list[Action]:
-    """All forwards, then all backwards."""
+    """List all forwards, then all backwards."""
     stages = [worker + chunk * workers for chunk in range(stages_per_worker)]
     forward = [Action(FORWARD, s, m) for s in stages for m in range(microbatches)]
     return forward + [Action(BACKWARD, s, m) for s in reversed(stages) for m in range(microbatches)]
 
 
 def one_forward_one_backward(worker: int, workers: int, microbatches: int) -> list[Action]:
-    """Forwards to fill the pipeline, then one backward for each forward: at most `workers` activations are kept."""
+    """List forwards to fill the pipeline, then alternate: at most `workers` microbatches are in flight."""
     ahead = min(workers - worker - 1, microbatches)
     forward = [Action(FORWARD, worker, m) for m in range(microbatches)]
     backward = [Action(BACKWARD, worker, m) for m in range(microbatches)]
@@ -80,7 +81,7 @@ def one_forward_one_backward(worker: int, workers: int, microbatches: int) -> li
 
 
 def interleaved(worker: int, workers: int, stages_per_worker: int, microbatches: int) -> list[Action]:
-    """Several stages per worker, in rounds of `workers` microbatches."""
+    """Schedule several stages per worker, in rounds of `workers` microbatches."""
     total = microbatches * stages_per_worker
 
     def action(kind: str, k: int) -> Action:
@@ -97,7 +98,7 @@ def interleaved(worker: int, workers: int, stages_per_worker: int, microbatches:
 
 
 def _alternate(forward: list[Action], backward: list[Action], ahead: int) -> list[Action]:
-    """`ahead` forwards, then pairs of a forward and a backward, then the backwards that are left."""
+    """List `ahead` forwards, then pairs of a forward and a backward, then the remaining backwards."""
     actions = forward[:ahead]
     for f, b in zip(forward[ahead:], backward, strict=False):
         actions += [f, b]
@@ -105,7 +106,7 @@ def _alternate(forward: list[Action], backward: list[Action], ahead: int) -> lis
 
 
 def zero_bubble(worker: int, workers: int, microbatches: int, *, last_whole: bool = False) -> list[Action]:
-    """1f1b with the weights' gradients `worker` microbatches later than the inputs', as many as fit into bubbles."""
+    """Schedule 1f1b with split backwards. Weight gradients follow `worker` microbatches later and fill the bubbles."""
     actions: list[Action] = []
     pending: list[int] = []
     last = microbatches - 1

@@ -1,4 +1,4 @@
-"""Consecutive parts of a worker's graph, as Python functions."""
+"""Split a worker's graph into consecutive parts, and compile them to Python functions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from shardwise.parallel.partitioner import LocalGraph
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a step.
+    """Consecutive part of a step.
 
     Attributes:
-        nodes: its calls, with those that it repeats because they need the batch only.
+        nodes: its calls, including repeated ones that depend on the batch only.
         tensors: names of the parameters and buffers that it uses.
         given: placeholders of the batch and of constants that it uses.
-        inputs: values that come from earlier sections.
-        outputs: values that later sections use, or that the step returns.
+        inputs: values from earlier sections.
+        outputs: values that later sections use, or the results of the step.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -33,7 +33,7 @@ class Section:
 
 
 def sections(local: LocalGraph, at: Sequence[int]) -> list[Section]:
-    """The sections of a graph that is cut before the calls `at`."""
+    """Split a graph into sections before the calls with the indices `at`."""
     sequence = calls(local.graph)
     batch = from_batch(local)
     results = next(node for node in local.graph.nodes if node.op == "output").args[0]
@@ -71,7 +71,7 @@ def _unique(items: Iterable[Any]) -> list[Any]:
 def _with_batch_nodes(
     own: list[fx.Node], returned: list[fx.Node], batch: set[fx.Node], sequence: list[fx.Node]
 ) -> list[fx.Node]:
-    """The section's calls and what they need that comes from the batch alone, in the order of the step."""
+    """Return the section's calls and the calls that they need from the batch alone, in the order of the step."""
     needed = set(own)
     stack = [a for node in own for a in node.all_input_nodes if a in batch] + [n for n in returned if n in batch]
     while stack:
@@ -83,9 +83,9 @@ def _with_batch_nodes(
 
 
 def compiled(section: Section, local: LocalGraph) -> Callable[..., tuple[Any, ...]]:
-    """The section as a function: (tensors, given and inputs, in their order) -> outputs.
+    """Compile the section to a function: (tensors, given and inputs, in their order) -> outputs.
 
-    Straight-line Python; a value is dropped after its last use, so that what autograd does not keep is freed.
+    The function is straight-line Python. It drops a value after its last use, which frees what autograd does not save.
     """
     named = {name: f"t{index}" for index, name in enumerate(section.tensors)}
     names: dict[fx.Node, str] = {}
@@ -117,7 +117,7 @@ def _tensor_nodes(local: LocalGraph) -> set[fx.Node]:
 
 
 class _Writer:
-    """Writes calls as lines of Python; what has no literal form is looked up by name."""
+    """Writer of calls as lines of Python. A value without a literal form becomes a named constant in `scope`."""
 
     def __init__(self, names: dict[fx.Node, str]) -> None:
         self.names = names

@@ -1,11 +1,12 @@
-"""Blocks of which the products are kept and the rest is computed again (`recompute=selective`).
+"""Selective recomputation: save the results of a block's products and recompute the rest (`recompute=selective`).
 
-Products with weights, convolutions and fused attention take most of a block's time; norms, activation functions,
-dropout and attention that is spelled out take much of its memory and little time (Korthikanti et al. 2022, section 5).
-So the results of the former stay, and the latter are computed again from them.
+Products (matmuls with weights, convolutions and fused attention) take most of a block's time. Norms, activation
+functions, dropout and unfused attention take much of its memory and little time (Korthikanti et al. 2022, section 5).
+So the results of the former are saved, and the latter are recomputed from them.
 
-Torch's own `create_selective_checkpoint_contexts` wants a block to do the very same operations again; ours do not, for
-what they did to buffers is undone (`operations`, `stage`), and it refuses results that a model has written into.
+Torch's own `create_selective_checkpoint_contexts` requires that recomputation performs exactly the same operations.
+Ours does not, because its changes to buffers are undone (`operations`, `stage`). Torch's version also refuses results
+that a model has written into.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from shardwise.strategy import PRODUCTS
 
 
 def contexts() -> tuple[Keeping, Recalling]:
-    """What surrounds a block's forward, and its recomputation, for `torch.utils.checkpoint`."""
+    """Return the contexts of a block's forward and of its recomputation, for `torch.utils.checkpoint`."""
     keeping = Keeping()
     return keeping, Recalling(keeping)
 
 
 @lru_cache(maxsize=4096)
 def is_product(operation: Any) -> bool:
-    """Whether the result of an operation, as a dispatch mode is given it, is kept."""
+    """Return whether the result of an operation, as passed to a dispatch mode, is saved."""
     return f"{operation.namespace}.{operation.overloadpacket.__name__}" in PRODUCTS
 
 
 class Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps the results of products, in order.
+    """Dispatch mode that saves the results of products, in order.
 
     Attributes:
-        results: each with the versions of its tensors, which count what was written into them.
+        results: each result with the version counters of its tensors, which count the writes into them.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Recalling(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives back what was kept in place of computing it; what was written into since is computed again."""
+    """Dispatch mode that returns saved results instead of computing them. A result written into since is recomputed."""
 
     def __init__(self, keeping: Keeping) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -69,10 +70,10 @@ class Recalling(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _detached(tensor: Tensor) -> Tensor:
-    """The same tensor for us: autograd makes the other one a part of the graph that holds this mode.
+    """Return an alias of `tensor` that is not part of the autograd graph. That graph would hold this mode alive.
 
-    Below autograd, where modes are, a detached tensor counts what is written into it for itself, unless told otherwise;
-    torch's own checkpoints do that in the same way.
+    Below autograd, where modes run, a detached tensor has its own version counter, unless the guard is set; torch's own
+    checkpoints do the same.
     """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()

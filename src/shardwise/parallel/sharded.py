@@ -1,11 +1,11 @@
-"""Fully sharded data parallel: torch's `fully_shard`, block by block, with the root last.
+"""Fully sharded data parallelism: torch's `fully_shard`, block by block, with the root last.
 
-A parameter is split along its first dimension over the workers of the `fsdp` axis; `dp` above it makes replicas of that
-(HSDP). Gradients come out as means over all of them, each worker with its own rows.
+A parameter is split along its first dimension over the workers of the `fsdp` axis, and `dp` replicates the shards
+(HSDP). Gradients are means over all of these workers; each worker has its own rows.
 
-Parameters without a dimension cannot be split: they stay whole, and their gradients are averaged here. Parameters that
-a replica does not use are filled in, but each block must run on all replicas or on none: whether it does may not
-depend on the samples, for the replicas gather it together (`blocks` leaves out what it sees some samples skip).
+0-d parameters cannot be split: they stay whole, and their gradients are averaged here. A parameter that a replica does
+not use gets a gradient of zero. But each block must run on all replicas or on none, whatever the samples, because the
+replicas gather it together (`blocks` leaves out modules that it sees some samples skip).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shardwise.strategy import Strategy
 
 
 class Sharded:
-    """A model whose parameters are split. `call` is what to call: the model itself."""
+    """Model whose parameters are split. `call` is the model itself."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh) -> None:
         check_dtypes(model.parameters(), mesh.strategy)
@@ -45,13 +45,19 @@ class Sharded:
 
     @cached_property
     def _whole(self) -> dict[str, nn.Parameter]:
-        """Trained parameters that are not split; until the first step they may be made anew."""
+        """Trained 0-d parameters by name, which are not split.
+
+        Computed late: until the first step they may be replaced.
+        """
         named = self.call.named_parameters()
         return {name: parameter for name, parameter in named if parameter.dim() == 0 and parameter.requires_grad}
 
     @contextmanager
     def microbatch(self, first: bool, last: bool) -> Iterator[None]:
-        """Surrounds forward and backward pass of a microbatch; each reduces its gradients, so that they stay split."""
+        """Surround the forward and backward pass of a microbatch.
+
+        Each one reduces its gradients, so that they stay split.
+        """
         if first:
             self._used.clear()
         yield
@@ -61,11 +67,11 @@ class Sharded:
             self.unused = [name for name in trained if name not in self._used]
 
     def reshard(self) -> None:
-        """See `reshard`."""
+        """Free the gathered parameters, see the function `reshard`."""
         reshard(self.call)
 
     def _average_whole(self) -> None:
-        """Averages the gradients of parameters without a dimension. Collective over the replicas."""
+        """Average the gradients of 0-d parameters. Collective over the replicas."""
         if not self._whole:
             return
         self._used.update(name for name, parameter in self._whole.items() if parameter.grad is not None)
@@ -76,9 +82,9 @@ class Sharded:
             parameter.grad = gradient.clone()
 
     def _filled(self, group: Any, post_backward: Callable[..., None]) -> Callable[..., None]:
-        """Gives parameters that a replica did not use a gradient of zero before the replicas add theirs up.
+        """Give unused parameters of a replica a gradient of zero before the gradients are reduce-scattered.
 
-        Without it the replicas would send messages of different lengths.
+        Otherwise the replicas would send messages of different lengths.
         """
 
         def filled(*unused: Any) -> None:
@@ -90,7 +96,7 @@ class Sharded:
         return filled
 
     def _fill(self, part: Any) -> None:
-        parameter = getattr(part, "_unsharded_param", None)  # not there before the first forward pass
+        parameter = getattr(part, "_unsharded_param", None)  # it does not exist before the first forward pass
         if parameter is None or not parameter.requires_grad:
             return
         if parameter.grad is not None or part.unsharded_accumulated_grad is not None:
@@ -100,7 +106,10 @@ class Sharded:
 
 
 def _return_no_views(block: nn.Module) -> None:
-    """Copies an output that is a view: an operation in place on it would silently drop the hook that gathers again."""
+    """Make `block` clone an output that is a view.
+
+    An in-place operation on the view would silently drop the hook that gathers the parameters again.
+    """
     original = block.forward
 
     def own(tensor: Tensor) -> Tensor:
@@ -114,7 +123,7 @@ def _return_no_views(block: nn.Module) -> None:
 
 
 def _parameter_groups(model: nn.Module) -> list[Any]:
-    """Torch's groups of parameters that are gathered together (one per module before torch 2.12)."""
+    """Return torch's groups of parameters that are gathered together (one per module before torch 2.12)."""
     groups: list[Any] = []
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -125,9 +134,9 @@ def _parameter_groups(model: nn.Module) -> list[Any]:
 
 
 def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -> None:
-    """Applies `fully_shard` to `blocks` and then to `root`; parameters without a dimension stay whole."""
-    # nothing writes into what they return: blocks return no views, sections of a graph clone what they would write
-    # into, and the loss does not change the model's own output
+    """Apply `fully_shard` to `blocks` and then to `root`. 0-d parameters stay whole."""
+    # nothing writes into the returned tensors: blocks return no views, sections of a graph clone what they would
+    # write into, and the loss does not change the model's own output
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     strategy = mesh.strategy
     assert mesh.grid is not None
@@ -138,27 +147,27 @@ def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -
     }
     for block in blocks:
         fully_shard(block, reshard_after_forward=strategy.zero == 3, **options)
-    # by torch's default the root alone is kept after its forward pass: its backward pass starts right then
+    # by torch's default only the root stays gathered after its forward pass: its backward pass starts right then
     fully_shard(root, reshard_after_forward=None if strategy.zero == 3 else False, **options)
 
 
 def gather_next(root: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """In a backward pass each block has the one that follows gathered meanwhile, and the first has none.
+    """Make each block prefetch the one that follows in the backward pass, and the last one in that order none.
 
-    By default the first would have the last gathered once more, where passes of several microbatches alternate.
+    By default the last one would prefetch a block again when the passes of several microbatches alternate.
     """
     chain = [block for block in blocks if next(block.parameters(), None) is not None]
     if next(root.parameters(recurse=False), None) is not None:
         chain.append(root)
     following: Any = None
     for block in chain:
-        module: Any = block  # `fully_shard` gives it this
+        module: Any = block  # `fully_shard` adds this method
         module.set_modules_to_backward_prefetch([following or module])
         following = module
 
 
 def check_dtypes(parameters: Iterable[nn.Parameter], strategy: Strategy) -> None:
-    """Raises StrategyError where trained parameters are of several dtypes, which cannot be gathered together."""
+    """Raise StrategyError if the trained parameters have several dtypes, which cannot be gathered together."""
     dtypes = sorted({str(parameter.dtype) for parameter in parameters if parameter.requires_grad})
     if len(dtypes) > 1:
         raise StrategyError(
@@ -168,7 +177,7 @@ def check_dtypes(parameters: Iterable[nn.Parameter], strategy: Strategy) -> None
 
 
 def reshard(root: nn.Module) -> None:
-    """Frees gathered parameters, which would be out of date once the split ones are written to."""
+    """Free gathered parameters, which would be out of date once the split ones are written to."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

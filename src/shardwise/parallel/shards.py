@@ -1,7 +1,8 @@
-"""What the optimizer updates: of parameters that `fully_shard` has split, this worker's rows as plain tensors.
+"""Parameters that the optimizer updates: plain tensors of this worker's rows in place of DTensors.
 
-An optimizer over DTensors asks for every operation on every parameter how its result lies: that takes longer than a
-small model's whole backward pass. Where each element is updated by itself the rows can be updated as they are.
+An optimizer over DTensors derives the placement of the result for every operation on every parameter, which takes
+longer than a small model's whole backward pass. If each element is updated by itself, the local rows can be updated as
+plain tensors.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ BY_ELEMENT = frozenset(
         torch.optim.SGD,
     }
 )
-"""Optimizers that update each element from that element alone; others may want norms of whole parameters."""
+"""Optimizers that update each element from that element alone. Others may need norms of whole parameters."""
 
 
 class Shards:
-    """The parameters of an optimizer, which share the memory of those of the model.
+    """Parameters of an optimizer, which share the memory of the model's parameters.
 
     Args:
-        parameters: of the model, by name; DTensors or plain.
+        parameters: the model's parameters by name; DTensors or plain.
         make: the workload's function from parameters to an optimizer.
 
     Attributes:
-        optimizer: over `parameters`.
-        parameters: what it updates, by name: those of the model, or plain ones in place of DTensors.
+        optimizer: the optimizer over `parameters`.
+        parameters: the updated parameters by name: the model's, or plain ones in place of DTensors.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Shards:
         self.optimizer = make(list(self.parameters.values()))
 
     def step(self) -> None:
-        """Updates the parameters by their gradients."""
+        """Run an optimizer step on the current gradients."""
         for parameter, rows in self._split:  # the first forward pass may have moved them
             rows.data = local(parameter)
             rows.grad = None if parameter.grad is None else local(parameter.grad)

@@ -1,4 +1,4 @@
-"""The part of a model that one worker holds of one pipeline stage, as modules, and what it computes for each shape."""
+"""The part of one pipeline stage that a worker holds, as modules, and its computation for each shape of the step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shardwise.parallel.sections import Section, compiled, sections
 
 @dataclass(frozen=True, slots=True)
 class Piecework:
-    """A section ready to run: what a block computes for one shape of the step."""
+    """Compiled section: the computation of a block for one shape of the step."""
 
     section: Section
     function: Callable[..., tuple[Any, ...]]
@@ -28,10 +28,10 @@ class Piecework:
 
 @dataclass(frozen=True, slots=True)
 class StageWork:
-    """What a stage computes for one shape of the step.
+    """Computation of a stage for one shape of the step.
 
     Attributes:
-        blocks: one after the other.
+        blocks: the computations of its blocks, in order.
         inputs: values from other stages.
         outputs: values for other stages, or the results of the step.
     """
@@ -43,12 +43,12 @@ class StageWork:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What all stages compute for one shape of the step.
+    """Computation of all stages for one shape of the step.
 
     Attributes:
         local: the worker's graph of the step.
-        stages: by number; only the worker's own have compiled functions.
-        home: value that goes from one stage to another -> the stage that makes it.
+        stages: by stage index; only the worker's own have compiled functions.
+        home: value that one stage sends to another -> index of the stage that makes it.
     """
 
     local: LocalGraph
@@ -56,7 +56,7 @@ class Work:
     home: Mapping[fx.Node, int] = field(repr=False)
 
     def messages(self, source: int, target: int) -> list[fx.Node]:
-        """The values that stage `source` makes and stage `target` uses."""
+        """Return the values that stage `source` makes and stage `target` uses."""
         return [node for node in self.stages[target].inputs if self.home[node] == source]
 
 
@@ -67,7 +67,10 @@ def prepare(
     parameters: Collection[str],
     own: Collection[int],
 ) -> Work:
-    """Cuts a step into blocks at `cut`, the first `stage_blocks[0]` of them the first stage, and so on."""
+    """Cut a step into blocks at `cut`. The first `stage_blocks[0]` of them make the first stage, and so on.
+
+    Only the stages in `own` are compiled.
+    """
     parts = sections(local, positions(local, cut, parameters))
     stages: list[StageWork] = []
     home: dict[fx.Node, int] = {}
@@ -95,20 +98,23 @@ def _elsewhere(*_: Any) -> tuple[Any, ...]:
 
 
 class Block(nn.Module):
-    """Tensors that belong together: they are gathered, recomputed and freed together."""
+    """Tensors that belong together: they are gathered, recomputed and freed as a unit."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.attributes = register(self, tensors)
 
     def forward(self, work: Piecework, shared: Mapping[str, Tensor], values: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The section's outputs. `shared`: tensors that other blocks use too; `values`: given and inputs."""
+        """Compute the section's outputs.
+
+        `shared` has the tensors that other blocks use too, `values` the given and input values.
+        """
         tensors = [shared[n] if n in shared else getattr(self, self.attributes[n]) for n in work.section.tensors]
         return work.function(*tensors, *values)
 
 
 def register(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Makes `tensors` parameters and buffers of a module; returns name -> attribute."""
+    """Register `tensors` as parameters and buffers of a module. Returns name -> attribute."""
     attributes = {}
     for index, (name, tensor) in enumerate(tensors.items()):
         attributes[name] = f"tensor{index}"
@@ -120,16 +126,16 @@ def register(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]
 
 
 class Stage(nn.Module):
-    """The blocks of one stage.
+    """Module of one pipeline stage: its blocks, and the tensors that several of them use.
 
     Args:
         blocks: the tensors of each block.
         shared: tensors that several of the blocks use.
-        keyed: random operations, which recomputation must draw again.
-        recomputed: of so many of the first blocks only what is handed to them is kept, and the rest is computed again
-            in the backward pass.
-        products: whether these keep the results of their products too, see `selective`.
-        bf16: compute in bfloat16 where torch's autocast says so.
+        keyed: random operations, whose numbers recomputation must draw again.
+        recomputed: number of blocks, from the first, that save only their inputs and are recomputed in the backward
+            pass.
+        products: whether these blocks save the results of their products too, see `selective`.
+        bf16: whether to compute in bfloat16 under torch's autocast.
     """
 
     def __init__(
@@ -151,7 +157,10 @@ class Stage(nn.Module):
         self.bf16 = bf16
 
     def forward(self, work: StageWork, given: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The stage's outputs. `given`: the batch and constants by placeholder; `inputs`: as in `work.inputs`."""
+        """Compute the stage's outputs.
+
+        `given` has the batch and constants by placeholder, `inputs` the values of `work.inputs`.
+        """
         if not self.bf16:
             return self._forward(work, given, inputs)
         device = next(self.parameters()).device
@@ -172,7 +181,7 @@ class Stage(nn.Module):
     def _run_again(
         self, block: nn.Module, piece: Piecework, shared: Mapping[str, Tensor], arguments: tuple[Any, ...]
     ) -> tuple[Any, ...]:
-        """A block that keeps its inputs alone, and runs once more in the backward pass."""
+        """Run a block that saves only its inputs and is recomputed in the backward pass."""
         position = copy(self.keyed.position)
         again = False
 
@@ -196,7 +205,7 @@ def _run(
 
 
 class _kept:  # noqa: N801  a context manager
-    """What buffers hold is not changed a second time when a block is computed again."""
+    """Context manager that restores the buffers of a block after its recomputation, so that they change only once."""
 
     def __init__(self, block: nn.Module, again: bool) -> None:
         self._buffers = list(block.buffers()) if again else []
@@ -207,4 +216,4 @@ class _kept:  # noqa: N801  a context manager
     def __exit__(self, *_: Any) -> None:
         with torch.no_grad():
             for buffer, value in zip(self._buffers, self._values, strict=True):
-                buffer.data.copy_(value)  # a version that autograd does not count: nothing has changed
+                buffer.data.copy_(value)  # `.data` does not bump the version for autograd: nothing has changed

@@ -1,9 +1,10 @@
-"""Runs the traced graph of a module, cut over workers: tensor parallel, pipeline, and their products with dp and fsdp.
+"""Run the traced graph of a module, cut over workers: tp, pp, and their products with dp and fsdp.
 
     trace the step -> each worker's part of every operation (`tensor`) -> cut into stages and blocks (`planning`)
         -> modules that hold this worker's tensors (`holding`) -> executed by `pipeline`
 
-A graph has fixed shapes: the last small batch of an epoch and the evaluation have graphs of their own, cut alike.
+A graph has fixed shapes. The last small batch of an epoch and the evaluation therefore have graphs of their own, cut at
+the same points.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ from shardwise.workload.stored import weights_of
 from shardwise.workload.workload import Workload
 
 WORTH_A_NOTE = 0.01
-"""The share of the parameters from which on it is said that they are not cut, and why."""
+"""Smallest share of the parameters (0 to 1) that is worth a note if it is not sharded."""
 
 Key = tuple[Any, ...]
-"""What a graph is made for: training or evaluation, shapes and dtypes of the batch."""
+"""Cache key of a graph: training or evaluation, shapes and dtypes of the batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A microbatch with its data on our device and the number it has in its share."""
+    """Microbatch with its data on our device and its index in its share."""
 
     number: int
     microbatch: Microbatch
@@ -61,10 +62,10 @@ class _Entry:
 
 
 class GraphEngine:
-    """See the module's docstring, and `engine.Engine` for what each attribute means.
+    """Engine that runs a traced graph; see the module's docstring, and `engine.Engine` for the attributes.
 
     Attributes:
-        division: where the step is cut into stages and blocks.
+        division: the cut points of the step, which make stages and blocks.
 
     Raises:
         WorkloadError: the step cannot be traced.
@@ -127,25 +128,28 @@ class GraphEngine:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know, see `Engine.notes`."""
+        """Return what the user should know, see `Engine.notes`."""
         drawn = (DRAWN,) if self._keyed.draws_unkeyed else ()
         return (*self._local_notes, *self._buffers.notes, *drawn)
 
     @property
     def recomputing(self) -> bool:
-        """See `Engine.recomputing`."""
+        """Return whether a block is being recomputed, see `Engine.recomputing`."""
         return self._keyed.recomputing
 
     # ---- graphs -----------------------------------------------------------------------------------------------------
 
     def _example(self) -> Any:
-        """A microbatch as this worker trains on."""
+        """Return a microbatch with the number of samples that this worker trains on."""
         strategy = self._strategy
         samples = strategy.samples_of(self._mesh.replica, self._workload.batch_size)
         return to_device(example(self._workload, samples), self._mesh.device)
 
     def _evaluation(self, model: nn.Module, data: Any) -> LocalGraph | None:
-        """The graph of an evaluation, where it has a say in where the step is cut."""
+        """Return the graph of an evaluation if the step is cut, because the cut points must exist in both.
+
+        Returns None otherwise.
+        """
         cut = self._strategy.pp > 1 or cuts_blocks(self._strategy)
         if self._workload.evaluation is None or not cut:
             return None
@@ -156,7 +160,7 @@ class GraphEngine:
         return training, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
 
     def _partition(self, step: StepGraph, *, first: bool) -> LocalGraph:
-        """Our part of a step; `first`: of the one that decides how tensors lie."""
+        """Build this worker's part of a step. `first` marks the step that decides the placements of tensors."""
         keyed = self._keyed
         replacements = Replacements(keyed.dropout, keyed.attention, keyed.batch_norm, keyed.opaque)
         local, _ = partition(
@@ -181,7 +185,7 @@ class GraphEngine:
         return prepare(local, division.cut, division.blocks, self._parameters, own)
 
     def _work(self, key: Key, data: Any) -> Work:
-        """What is computed for batches of these shapes; traced when they come for the first time."""
+        """Return the work for batches of these shapes, and trace it when they occur for the first time."""
         if key not in self._works:
             with torch.random.fork_rng():
                 model = plain_model(self._workload)
@@ -195,7 +199,7 @@ class GraphEngine:
     # ---- running ----------------------------------------------------------------------------------------------------
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
-        """Gradients of a share, see `Engine.forward_backward`."""
+        """Compute the gradients of a share, see `Engine.forward_backward`."""
         total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         passes = list(self._passes(share, scales))
         for number, work in enumerate(passes):
@@ -208,7 +212,7 @@ class GraphEngine:
         return total if self._mesh.coordinate("tp") == 0 else torch.zeros_like(total)
 
     def _passes(self, share: Share, scales: Sequence[Tensor]) -> Iterator[Pass]:
-        """Microbatches of one shape after each other go through the pipeline together."""
+        """Group consecutive microbatches of equal shapes: they go through the pipeline together."""
         entries = []
         for number, microbatch in enumerate(share.microbatches):
             data = to_device(microbatch.data, self._mesh.device)
@@ -241,13 +245,13 @@ class GraphEngine:
         )
 
     def _given(self, work: Work, data: Any) -> dict[str, Any]:
-        """The batch and the module's constants, by placeholder."""
+        """Return the batch and the module's constants, by placeholder name."""
         step = work.local.step
         return {**dict(zip(step.leaves, batch_leaves(data), strict=True)), **step.constants}
 
     @torch.no_grad()
     def find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
-        """The first value that leaves a module and is not finite, see `Engine.find_fault`."""
+        """Find the first value that leaves a module and is not finite, see `Engine.find_fault`."""
         found = []
         for each in passes_of(share, scales):
             data = to_device(each.microbatch.data, self._mesh.device)
@@ -259,15 +263,15 @@ class GraphEngine:
         return min(filter(None, found), default=None)
 
     def find_gradient_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
-        """A gradient that is not finite, see `Engine.find_gradient_fault`; replicas have added theirs up."""
+        """Find a gradient that is not finite, see `Engine.find_gradient_fault`. Replicas have already summed theirs."""
         known = self._mesh.replica_group is None and self._strategy.tp == 1
-        later = self._strategy.pp - 1 - self._mesh.coordinate("pp")  # later stages go backward first
+        later = self._strategy.pp - 1 - self._mesh.coordinate("pp")  # later stages run backward first
         gradients = local_gradients(self.parameters)
         return gradient_fault(gradients, self._mesh.rank if known else -1, later * len(self._placements))
 
     @torch.no_grad()
     def evaluate(self, microbatch: Microbatch) -> Tensor:
-        """(loss, metric) of a microbatch, see `Engine.evaluate`."""
+        """Return (loss, metric) of a microbatch, see `Engine.evaluate`."""
         data = to_device(microbatch.data, self._mesh.device)
         self.position.enter(microbatch)
         work = self._work(self._key(False, data), data)

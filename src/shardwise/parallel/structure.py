@@ -1,7 +1,7 @@
-"""Tensor-parallel rules of operations that move elements and compute nothing: reshapes, permutations, cuts, joins.
+"""Tensor-parallel rules of operations that move elements without computing: reshapes, permutations, slices, joins.
 
-A sharded dimension is followed through them. Where it could be followed if a parameter's dimension were cut into other
-segments (the query, key and value of one fused matrix), the partitioner learns that for its next pass.
+A sharded dimension is followed through them. If it could be followed only with a parameter's dimension cut into other
+segments (the query, key and value of one fused matrix), the partitioner records those segments for its next pass.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def reshape(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, An
 
 
 def _missed(p: Partitioner, x: Value, placement: Sharded, new: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
-    """Learns the segments that would do; else notes a number of heads that the degree does not divide."""
+    """Record the segments that would make a reshape work.
+
+    Without such segments, record a head count that the degree does not divide.
+    """
     if wanted is not None:
         p.learn(placement.origin, wanted)
         return
@@ -46,7 +49,7 @@ def _missed(p: Partitioner, x: Value, placement: Sharded, new: tuple[int, ...], 
 
 
 def permute(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    """permute, transpose, t, movedim: where each dimension goes is read off a small tensor of the same rank."""
+    """permute, transpose, t, movedim: a small meta tensor with distinct sizes shows where each dimension goes."""
     x, like = args[0], node.meta["val"]
     probe = torch.empty(tuple(range(2, 2 + len(x.shape))), device="meta")
     order = [size - 2 for size in node.target(probe, *args[1:], **kwargs).shape]  # type: ignore[operator]
@@ -60,7 +63,7 @@ def permute(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, An
 
 
 def unsqueeze(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    """unsqueeze: a new dimension of size one."""
+    """unsqueeze: insert a dimension of size one."""
     x, like = args[0], node.meta["val"]
     if not p.takes_form(x):
         return reshape(p, node, args, kwargs)
@@ -70,7 +73,10 @@ def unsqueeze(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
 
 
 def expand(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    """Repeats dimensions of size one; the sharded one moves by the dimensions that are new."""
+    """expand: repeat dimensions of size one.
+
+    The index of the sharded dimension grows by the number of new leading dimensions.
+    """
     x, like = p.settled(args[0]), node.meta["val"]
     placement: Placement = x.placement
     if isinstance(placement, Sharded):
@@ -80,7 +86,7 @@ def expand(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
 
 
 def repeat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """repeat: possible on the parts where the sharded dimension is not the one that is repeated."""
+    """repeat: computed on the shards unless the sharded dimension itself is repeated."""
     x, like = p.settled(args[0]), node.meta["val"]
     placement = x.placement
     if not isinstance(placement, Sharded):
@@ -92,7 +98,7 @@ def repeat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
 
 
 def repeat_interleave(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """repeat_interleave(x, n, dim): the segments grow n times."""
+    """repeat_interleave(x, n, dim): along the sharded dimension every segment becomes n times as long."""
     x, like = p.settled(args[0]), node.meta["val"]
     times, dim = args[1], args[2] if len(args) > 2 else kwargs.get("dim")
     placement = x.placement
@@ -104,7 +110,7 @@ def repeat_interleave(p: Partitioner, node: fx.Node, args: list[Any], kwargs: di
 
 
 def select(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """x[:, i]: the dimension goes."""
+    """x[:, i]: remove a dimension, which must not be sharded."""
     x, like = args[0], node.meta["val"]
     dim = args[1] % len(x.shape)
     if p.takes_form(x):
@@ -121,7 +127,7 @@ def select(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
 
 
 def index(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """x[i, j, :]: the dimensions that no index goes along stay as they are."""
+    """x[i, j, :]: dimensions without an index stay as they are."""
     x, like = args[0], node.meta["val"]
     given = [None if item is None else p.replicated(item) for item in args[1]]
     given += [None] * (len(x.shape) - len(given))
@@ -131,20 +137,23 @@ def index(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
     kept = [dim for dim in range(len(x.shape)) if dim not in at]
     new = like.dim() - len(kept)
     together = at == list(range(at[0], at[0] + len(at)))
-    before = at[0] if together else 0  # torch puts what indices apart from each other give in front
+    before = at[0] if together else 0  # torch puts the dimensions of non-adjacent indices first
     dims = [*kept[:before], *[None] * new, *kept[before:]]
     return _selected(p, node, [x, given, *args[2:]], kwargs, dims)
 
 
 def index_select(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """index_select(x, dim, index)."""
+    """index_select(x, dim, index): all other dimensions are independent."""
     x, dim = args[0], args[1] % len(args[0].shape)
     dims = [None if other == dim else other for other in range(len(x.shape))]
     return _selected(p, node, [x, dim, p.replicated(args[2])], kwargs, dims)
 
 
 def _selected(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any], dims: list[int | None]) -> Value:
-    """What indices take of `args[0]`; `dims` of the result are those of it, None: what an index gives."""
+    """Emit an indexing operation on `args[0]`.
+
+    `dims` maps each result dimension to its input dimension; None: made by an index.
+    """
     x, like = args[0], node.meta["val"]
     if p.takes_form(x):
         return p.form(node.target, args, kwargs, like=like, dims=dims)  # type: ignore[arg-type]
@@ -154,7 +163,7 @@ def _selected(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
 
 
 def gather(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """gather(x, dim, index): where both are of one size, the other dimensions are independent."""
+    """gather(x, dim, index): dimensions in which both have the same size are independent, except `dim`."""
     x, dim, where, *rest = args
     dim %= max(len(x.shape), 1)
     labels = tuple(
@@ -165,7 +174,7 @@ def gather(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
 
 
 def slice_(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """x[:, start:end:step]."""
+    """x[:, start:end:step]: a slice along the sharded dimension must consist of whole segments."""
     x, like = p.settled(args[0]), node.meta["val"]
     dim = (args[1] if len(args) > 1 else 0) % len(x.shape)
     placement = x.placement
@@ -190,12 +199,12 @@ def _clamped(value: int | None, size: int, default: int) -> int:
 
 
 def split(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """split, chunk, split_with_sizes: along a sharded dimension where the parts are whole segments."""
+    """split, chunk, split_with_sizes: along the sharded dimension the parts must consist of whole segments."""
     x, likes = args[0], list(node.meta["val"])
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(x.shape)
     sizes = [like.shape[dim] for like in likes]
     if p.ranks > 1 and p.undecided(x) and len(x.shape) > 1 and all(size % p.ranks == 0 for size in sizes):
-        x = p.sharded(x, dim, tuple(sizes))  # a weight that is cut before it is used: its parts by output features
+        x = p.sharded(x, dim, tuple(sizes))  # a weight split before its use: shard each part
     x = p.settled(x)
     placement = x.placement
     if not isinstance(placement, Sharded) or placement.dim != dim:
@@ -216,7 +225,7 @@ def split(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
 
 
 def unbind(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """unbind: every index of a dimension that must not be sharded."""
+    """unbind: the unbound dimension must not be sharded."""
     x, likes = p.settled(args[0]), list(node.meta["val"])
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(x.shape)
     placement = x.placement
@@ -230,7 +239,7 @@ def unbind(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
 
 
 def cat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    """cat: along the sharded dimension the segments follow each other."""
+    """cat: along the sharded dimension the segments are concatenated too."""
     like = node.meta["val"]
     values = [p.settled(value) for value in args[0] if tuple(value.shape) != (0,)]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % like.dim()
@@ -250,7 +259,7 @@ def cat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) 
 
 
 def stack(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    """stack: a new dimension, never sharded."""
+    """stack: the new dimension is never sharded."""
     like = node.meta["val"]
     values = [p.settled(value) for value in args[0]]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % like.dim()
@@ -262,7 +271,7 @@ def stack(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
 
 
 def complex_view(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    """view_as_complex (..., 2) -> (...), view_as_real the other way: all other dimensions stay."""
+    """view_as_complex (..., 2) -> (...), and view_as_real in reverse: all other dimensions are unchanged."""
     x, like = args[0], node.meta["val"]
     lead = min(len(x.shape), like.dim())
     labels = tuple(f"b{dim}" for dim in range(lead))

@@ -1,4 +1,4 @@
-"""The graph of a step, whatever the module does: what cannot be traced becomes one call in it."""
+"""Trace a step of any module: a submodule that cannot be traced becomes one opaque call in the graph."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shardwise.workload.workload import Workload, call_model
 
 
 def traced(workload: Workload, model: nn.Module, batch: Any, *, training: bool = True) -> StepGraph:
-    """`workload.graph.trace`, with each module that cannot be traced as a call: the innermost one that fails.
+    """Trace a step with `workload.graph.trace`, with each module that cannot be traced as an opaque call.
 
-    Such a module is called with whole tensors on every worker of tp, and is never cut in two by pp. The model runs once
-    on `batch` for each of them.
+    The innermost module that fails becomes the call. It is called with whole tensors on every tp worker, and pp never
+    cuts it in two. The model runs once on `batch` for each such module.
 
     Raises:
-        Untraceable: it fails outside of all modules, in the outermost one, or where the model has no values yet.
+        Untraceable: the failure is outside of all modules or in the outermost one, or the model has no values yet.
         WorkloadError: the loss is not a scalar.
     """
     opaque: dict[str, Sequence[Call]] = {}
@@ -43,7 +43,7 @@ def traced(workload: Workload, model: nn.Module, batch: Any, *, training: bool =
 def _recorded(
     workload: Workload, model: nn.Module, batch: Any, path: str, reason: str, training: bool
 ) -> Sequence[Call]:
-    """The calls of the module at `path` in a pass on `batch`, after which all tensors are what they were."""
+    """Record the calls of the module at `path` in a pass on `batch`. Afterwards all tensors have their old values."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     operations = Operations(Position(), device)
     recorder = Recorder(model.get_submodule(path), path, reason, operations.drawn)

@@ -1,4 +1,4 @@
-"""Walks over the values that batches, inputs and outputs are made of: containers and dataclasses of tensors."""
+"""Walk through batches, inputs and outputs: containers and dataclasses of tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `function` of its tensors; tuples, lists, dicts, registered classes and dataclasses are entered."""
+    """Apply `function` to every tensor in `value`, inside tuples, lists, dicts, registered classes and dataclasses."""
 
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -31,7 +31,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors that `map_tensors` finds."""
+    """Return all tensors in `value`, in the containers that `map_tensors` walks through."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def unlike(batches: Sequence[Any]) -> list[Any]:
-    """Of batches that are alike but for the values of their tensors the first: a model without values sees no more."""
+    """Return one batch of each structure, shapes and dtypes: a model without values cannot tell the others apart."""
     found: dict[Any, Any] = {}
     for batch in batches:
         leaves, spec = tree_flatten(batch)
@@ -55,12 +55,15 @@ def unlike(batches: Sequence[Any]) -> list[Any]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch on `device`; on the CPU, where it is already, the batch itself."""
+    """Return the batch on `device`. On the CPU this is the batch itself."""
     if device.type == "cpu":
         return batch
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def facts() -> AbstractContextManager[Any]:
-    """Surrounds what workers find out about each other: these small tensors have values where a dry run has none."""
+    """Disable fake tensors inside the block.
+
+    A dry run too needs the values of the small tensors by which workers agree.
+    """
     return unset_fake_temporarily()

@@ -1,6 +1,6 @@
-"""Embedding and cross entropy with the vocabulary cut over the tensor-parallel workers.
+"""Embedding and cross entropy with the vocabulary sharded over the tensor-parallel workers.
 
-The logits are never gathered: workers exchange the largest logit, the sum of exponentials and the target's logit per
+The logits are never gathered. Workers exchange the largest logit, the sum of exponentials and the target's logit per
 position (Megatron-LM; Shoeybi et al. 2019, section 3), three numbers where gathering would send the vocabulary.
 """
 
@@ -17,7 +17,10 @@ from shardwise.parallel.exchange import Exchange, Segments
 
 
 def local_index(exchange: Exchange, segments: Segments, index: Tensor) -> Tensor:
-    """Where global `index` along a dimension cut into `segments` is on this worker; -1 where another has it."""
+    """Convert a global `index` along a dimension cut into `segments` to this worker's local index.
+
+    Returns -1 where another worker has it.
+    """
     if len(segments) == 1:
         part = segments[0] // exchange.ranks
         local = index - exchange.rank * part
@@ -29,17 +32,17 @@ def local_index(exchange: Exchange, segments: Segments, index: Tensor) -> Tensor
 
 
 def embedding(exchange: Exchange, weight: Tensor, index: Tensor, padding: int, segments: Segments) -> Tensor:
-    """This worker's summand of an embedding: rows that it does not hold are zero.
+    """Compute this worker's summand of an embedding: rows that it does not hold are zero.
 
     Args:
-        exchange: the workers.
+        exchange: the exchanges among the workers.
         weight: this worker's rows, shape (vocabulary / ranks, features).
-        index: words, any shape.
-        padding: the word whose row gets no gradient; -1: none.
-        segments: of the vocabulary.
+        index: word indices, any shape.
+        padding: the word whose row gets no gradient; -1 for none.
+        segments: segments of the vocabulary.
 
     Returns:
-        shape (*index.shape, features).
+        the summand, shape (*index.shape, features).
     """
     local = local_index(exchange, segments, index)
     missing = (local < 0).unsqueeze(-1)
@@ -58,15 +61,15 @@ def cross_entropy(
     ignore: int,
     smoothing: float,
 ) -> Tensor:
-    """`torch.nn.functional.cross_entropy` of class indices, with the classes cut over the workers.
+    """Compute `torch.nn.functional.cross_entropy` of class indices, with the classes sharded over the workers.
 
     Args:
-        exchange: the workers.
+        exchange: the exchanges among the workers.
         logits: this worker's classes, shape (samples, classes / ranks, ...) or (classes / ranks,).
-        target: class indices, shape of `logits` without the classes.
-        segments: of the classes.
-        reduction: 0 none, 1 mean over what is not ignored, 2 sum.
-        ignore: target that counts for nothing.
+        target: class indices, shape of `logits` without the class dimension.
+        segments: segments of the classes.
+        reduction: 0 none, 1 mean over the targets that are not ignored, 2 sum.
+        ignore: the target value that is ignored.
         smoothing: share of the target spread evenly over all classes.
 
     Returns:
