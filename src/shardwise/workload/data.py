@@ -133,7 +133,7 @@ class Loader:
         return -(-len(self.dataset) // self.batch_size) if hasattr(self.dataset, "__len__") else None
 
     def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
-        """Yield this replica's shares of an epoch from batch `start` on; the next share loads in a background thread."""
+        """Yield this replica's shares of an epoch from batch `start` on; a background thread loads the next one."""
         source = self._mapped(epoch, start) if is_map_style(self.dataset) else self._streamed(start)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardwise-loader") as pool:
             _compute_alone(pool)
