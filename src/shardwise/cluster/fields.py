@@ -15,11 +15,11 @@ from shardwise.errors import ClusterError, nearest
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A finite number above zero.
+    """A finite number, above zero unless `least` allows zero.
 
     Attributes:
         unit: unit to show in messages, for example `bytes per second`.
-        least: smallest value. None means anything above zero.
+        least: smallest accepted value. None means anything above zero.
         whole: whether the number must be an integer.
         default: value of a field that is left out; ... means that the field is required.
     """
@@ -37,7 +37,7 @@ class Number:
 
     def read(self, value: Any) -> Any:
         """Return the value, as a float unless it must be whole. Raises ValueError if the field does not accept it."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:  # nan is not
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:  # nor nan
             raise ValueError
         if self.whole and not isinstance(value, int):
             raise ValueError

@@ -1,6 +1,6 @@
 """Lower bounds of a strategy's step time, from sums over its profile alone, to skip strategies that cannot win.
 
-With T seconds of one microbatch through all stages, B of its backward pass, m microbatches, p workers of a pipeline:
+Terms: T seconds of one microbatch through all stages, B of its backward pass, m microbatches, p pipeline workers:
 
     computing      each worker computes its part of every microbatch, and updates its part of the parameters;
                    a pipeline of one stage each also fills and drains once: T (1 + (m - 1) / p), else m T / p
@@ -63,7 +63,7 @@ def _passes(profile: Condensed, strategy: Strategy, cluster: Cluster) -> tuple[f
 
 
 def _trip(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
-    """Return the seconds of one microbatch's messages through all pipeline workers and back, over the fastest link."""
+    """Return the seconds of one microbatch's messages through all pipeline workers and back, each to a nearest rank."""
     if strategy.pp == 1 or not profile.message:
         return 0.0
     return 2 * (strategy.pp - 1) * _collective("send", profile.message, 2, strategy.tp, _Same(cluster))
@@ -143,7 +143,7 @@ def _filled(profile: Condensed, strategy: Strategy, forward: float, one: float) 
     if strategy.schedule == "zero-bubble":  # weight gradients are postponed while the pipeline fills
         short = forward + INPUTS * (one - forward)
         return short * (1 + (min(count, workers) - 1) / workers) + max(count - workers, 0) * one / workers
-    filling = one * (workers - 1) / workers / strategy.stages_per_worker  # interleaved: of stages of equal length
+    filling = one * (workers - 1) / workers / strategy.stages_per_worker  # interleaved: time to fill equal stages
     return one * count / workers + even(profile, workers * strategy.stages_per_worker) * filling
 
 
@@ -159,9 +159,9 @@ def _update(profile: Condensed, strategy: Strategy, times: Times) -> float:
 def _gathers(strategy: Strategy, cluster: Cluster, profile: Condensed) -> float:
     """Return the seconds of a step's all-gathers and reduce-scatters by `fully_shard`; see `predict.issuing.syncs`.
 
-    With tp or pp, gradients are scattered once. With zero=3, a stage's blocks are then gathered for each forward pass
-    that follows another one and for each backward pass that follows a forward pass: once more often than there are
-    microbatches, whatever the order. Without tp and pp, each microbatch gathers and scatters.
+    Gradients are scattered once with tp or pp. In that case and with zero=3, a stage's blocks are gathered for each
+    forward pass that follows another one and for each backward pass that follows a forward pass: once more often than
+    there are microbatches, whatever the order. Without tp and pp, each microbatch gathers and scatters.
     """
     alone, count = strategy.tp == strategy.pp == 1, strategy.microbatches
     size = (profile.repeated if alone else profile.own) // strategy.pp

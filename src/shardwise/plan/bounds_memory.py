@@ -2,9 +2,9 @@
 
     updating    parameters and optimizer state, with the gradients
     passing     parameters and optimizer state during a backward pass, with the activations in flight on the worker that
-                has most of them: everything saved, or with recomputation the messages between blocks, plus the results
-                of matmuls where these are saved; from the second microbatch on also gradients, which are unsharded for
-                a stage that `fully_shard` manages
+                has most of them: everything saved, or with recomputation the messages between blocks, plus the matmul
+                results where these are saved; from the second microbatch on also gradients, which are unsharded for a
+                stage that `fully_shard` manages
 
 Both are the mean over the workers of a pipeline, for which stages count as nearly equal (`even`).
 """
@@ -42,7 +42,7 @@ def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = N
 def most_of_the_model(profile: Condensed, strategy: Strategy, room: int) -> list[float]:
     """Return the largest share of the model that fits on each worker of a pipeline with one stage per worker.
 
-    With 1f1b each further worker has one microbatch less in flight, so it may have more layers. Parameters and saved
+    Under 1f1b each further worker has one microbatch less in flight, so it may have more layers. Parameters and saved
     activations count as spread evenly over the model, which nearly holds for deep models. The result is an upper
     bound and may exceed 1; `room` is in bytes.
     """

@@ -1,6 +1,6 @@
 """Pipelines with unequal stages, cut by what fits where equal stages do not: workers that save most get fewer layers.
 
-With x the share of the model on a worker, k its microbatches in flight, S the bytes of the whole model's parameters,
+Terms: x the share of the model on a worker, k its microbatches in flight, S the bytes of the whole model's parameters,
 gradients and optimizer state, and A the bytes that the whole model saves per microbatch:
 
     what fits        x (S + k A) <= room

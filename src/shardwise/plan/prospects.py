@@ -98,7 +98,7 @@ class Prospects:
         condensed = self.task.scaled.condensed(whole)
         try:
             size = least_memory(condensed, smallest)
-            if size > self.task.room:  # even the smallest member needs the fewest recomputed blocks that fit, or more
+            if size > self.task.room:  # recompute as few blocks as fit, for the member that needs least
                 partly = fewest(self.task.scaled.of(whole), condensed, smallest, self.task.cluster, self.task.room)
                 uneven = self._least_share(condensed, smallest) is not None
                 others = uneven or self._may_be_selective(condensed, smallest)

@@ -92,7 +92,7 @@ def smallest_that_fits(
 ) -> int | None:
     """Return the smallest number of devices of this kind that fits, `above` times a power of two from 2 on.
 
-    Returns None if none was found up to `MOST_DEVICES` and 64 devices per sample of the batch.
+    Returns None if none was found up to `MOST_DEVICES`, and up to 64 times `above` times the batch size.
     """
     number = above * 2
     while number <= min(MOST_DEVICES, above * workload.batch_size * 64):

@@ -108,7 +108,7 @@ def search(
 
 @contextmanager
 def _few_collections() -> Iterator[None]:
-    """Run Python's garbage collector less often.
+    """Run Python's garbage collector less often inside the context.
 
     A search creates many objects that stay alive and hardly any cycles; collection took a sixth of its time.
     """
@@ -121,7 +121,10 @@ def _few_collections() -> Iterator[None]:
 
 
 def may_offload(cluster: Cluster, wish: Wish) -> bool:
-    """Return whether offloading may be tried if nothing fits: it is not excluded, and all hosts are known."""
+    """Return whether offloading may be tried if nothing fits without it.
+
+    The user must not have fixed or forbidden it, and all devices must be GPUs whose hosts are known.
+    """
     known = all(nodes.device.kind == "gpu" and has_host(nodes.device) for nodes in cluster.nodes)
     return known and "offload" not in wish.fixed and wish.allows("offload", 1)
 

@@ -17,7 +17,7 @@ MOST_REPLICAS = 64
 """Most replicas, or stages, that get unequal sizes: with more, the strategy would fill several lines."""
 
 FINEST = 4
-"""Largest multiple in which speeds are expressed: in whole numbers, the slowest worker has at most this one."""
+"""Largest whole number for the speed of the slowest worker, so that speeds are resolved to a quarter of it."""
 
 
 def shared_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batch_size: int) -> Iterator[Strategy]:

@@ -195,7 +195,7 @@ def _repeats(document: Mapping[str, Any]) -> str:
 
 
 def _held_out(document: Mapping[str, Any]) -> str:
-    """Format the errors of groups that were left out of the fit, beside their fitted errors; empty if there are none."""
+    """Format the errors of groups that were left out of the fit, beside their fitted errors; empty without any."""
     left = document["fit"].get("held_out", {})
     found = [(name, group) for name, group in document["groups"].items() if name in left]
     if not found:

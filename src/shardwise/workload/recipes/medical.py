@@ -84,7 +84,7 @@ def segmentation_loss(output: Tensor, batch: Any) -> Tensor:
     """
     label = batch["label"]
     overlap, total = _overlap(output.softmax(dim=1), label)
-    soft_dice = (2 * overlap + 1) / (total + 1)  # smoothed, so that an absent class counts as right
+    soft_dice = (2 * overlap + 1) / (total + 1)  # smoothed: a class absent from both scores 1
     return F.cross_entropy(output, label) + 1 - soft_dice.mean()
 
 
