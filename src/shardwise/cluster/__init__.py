@@ -1,1 +1,1 @@
-"""What there is to train on: devices, the links between them, and how fast they are."""
+"""Clusters to train on: devices, the links between them, and their speed."""

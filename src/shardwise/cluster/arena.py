@@ -1,8 +1,8 @@
-"""Memory that measured kernels find as training finds it: operands lie elsewhere in each call, results stay a while.
+"""Memory for kernel measurements that reproduces the cache state of a training step.
 
-In a training step a kernel's first operand was written just before, its others long ago, and its results go where
-nothing of it is in the caches. A kernel that is called again and again on the same tensors would be several times
-faster.
+In a training step, a kernel's first operand was written just before, its other operands were written long ago, and its
+results go to memory that is not in any cache. A kernel that is called repeatedly on the same tensors would be several
+times faster. The arena therefore places operands at new addresses in each call and keeps results alive for a while.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 KEPT_BYTES = 32 * 2**20
-"""Of results that stay alive."""
+"""Total bytes of results that the arena keeps alive."""
 
 ALIGNMENT = 64
-"""Bytes of a cache line."""
+"""Bytes in a cache line."""
 
 
 class Arena:
-    """Memory of one device, filled once.
+    """Pool of random values on one device, from which measured kernels take their operands.
 
     Args:
-        device: of the tensors.
-        size: bytes for each dtype; larger than the caches.
+        device: device of the tensors.
+        size: bytes of the pool of each dtype; should be larger than the caches.
     """
 
     def __init__(self, device: torch.device, size: int = 64 * 2**20) -> None:
@@ -39,7 +39,7 @@ class Arena:
         self._kept_bytes = 0
 
     def take(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor with normal random values, elsewhere than the ones before."""
+        """Return a tensor of normally distributed values that does not overlap recently taken ones."""
         pool, count = self._pool(dtype, prod(shape)), prod(shape)
         start = self._next[dtype]
         if start + count > pool.numel():
@@ -49,11 +49,11 @@ class Arena:
         return pool[start : start + count].view(shape)
 
     def integers(self, *shape: int, below: int) -> Tensor:
-        """A new tensor of whole numbers from 0 to `below` - 1."""
+        """Return a new tensor of random integers from 0 to `below` - 1."""
         return torch.randint(below, shape, device=self.device)
 
     def keep(self, results: Any) -> None:
-        """Keeps what a call returned until as much has been returned after it."""
+        """Keep the results of a call alive until `KEPT_BYTES` of newer results have been kept."""
         size = sum(result.untyped_storage().nbytes() for result in _tensors(results))
         self._kept.append((size, results))
         self._kept_bytes += size
@@ -61,7 +61,7 @@ class Arena:
             self._kept_bytes -= self._kept.popleft()[0]
 
     def clear(self) -> None:
-        """Frees the results."""
+        """Free the results that were kept alive."""
         self._kept.clear()
         self._kept_bytes = 0
 

@@ -1,7 +1,7 @@
-"""What is measured on a device: operations as eager PyTorch calls them, over a range of sizes.
+"""Cases to measure on a device: operations as eager PyTorch calls them, over a range of sizes.
 
-A case makes its operands, which is not timed, and calls one operation on them. What it computes (kind, FLOPs, bytes,
-shape) is noted by whoever measures, in the same way as the kernels of a model are.
+A case makes its operands, which is not timed, and calls one operation on them. The measuring code records what the
+operation computes (kind, FLOPs, bytes, shape) in the same way as for the kernels of a model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Operands = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One call to measure.
+    """One operation call to measure.
 
     Attributes:
-        make: the operands; the first tensor among them is what was written just before.
-        call: the operation.
+        make: makes the operands; the first tensor among them is the one written just before the call.
+        call: the operation to time.
     """
 
     make: Callable[[Arena], Operands]
@@ -36,20 +36,20 @@ class Case:
 
 
 ELEMENTS = (64, 4096, 32768, 262144, 2097152)
-"""Of the results of kernels that move and combine values."""
+"""Numbers of elements in the results of memory-bound kernels."""
 
 WIDTH = 128
-"""Features of a row, or places of a channel, where an operation has rows or channels."""
+"""Features in a row, or positions in a channel, for operations on rows or channels."""
 
 PRODUCTS = 2**27
-"""Multiply-adds of the largest kernels that are measured."""
+"""Multiply-adds in the largest measured matmuls."""
 
 
-# ---- kernels that move and combine values ---------------------------------------------------------------------------
+# ---- memory-bound kernels -------------------------------------------------------------------------------------------
 
 
 def all_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Everything that is measured in one dtype."""
+    """Yield all cases to measure in one dtype."""
     yield from memory_cases(dtype)
     yield from matmul_cases(dtype)
     yield from convolution_cases(dtype)
@@ -57,7 +57,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def memory_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Elementwise operations, copies, reductions, norms, losses, embeddings, pools, updates of parameters."""
+    """Yield the memory-bound cases: elementwise, copies, reductions, norms, losses, embeddings, pooling, updates."""
     for elements in ELEMENTS if dtype == torch.float32 else ELEMENTS[::2]:
         yield from (_elementwise(name, call, count, elements, dtype) for name, call, count in ELEMENTWISE)
         yield from _in_rows(elements, dtype)
@@ -101,11 +101,14 @@ ELEMENTWISE: tuple[tuple[str, Callable[..., Any], int], ...] = (
     ("addcdiv_", lambda a, b, c: aten.addcdiv_.default(a, b, c, value=1e-9), 3),
     ("fill_", lambda a: aten.fill_.Scalar(a, 1.0), 1),
 )
-"""Name, call, number of operands."""
+"""Elementwise operations: name, call, number of operands."""
 
 
 POSITIVE = ("sqrt", "rsqrt", "log")
-"""Operations that take another way where a value is negative, which in training none is."""
+"""Operations that are measured on positive values: they take another code path for negative ones.
+
+Their operands are never negative in training.
+"""
 
 
 def _elementwise(name: str, call: Callable[..., Any], count: int, elements: int, dtype: torch.dtype) -> Case:
@@ -115,12 +118,14 @@ def _elementwise(name: str, call: Callable[..., Any], count: int, elements: int,
 
 
 ROW, HEADS, TOKENS = 16, 4, 128
-"""Elements of a row where operands lie in short ones, heads, and most tokens: halves of attention heads, as rotary
-embeddings take them."""
+"""Elements in a short row, heads, and most tokens, for operands that lie in short rows of memory.
+
+The rows are halves of attention heads, as rotary embeddings take them.
+"""
 
 
 def _in_rows(elements: int, dtype: torch.dtype) -> Iterator[Case]:
-    """The same on halves of the heads of one projection for queries, keys and values, and a table for all of them."""
+    """Yield elementwise cases on halves of heads: slices of a fused QKV projection, and a table shared by all heads."""
     tokens = min(TOKENS, max(2, elements // (HEADS * ROW)))
     samples = max(1, elements // (HEADS * ROW * tokens))
     width = 2 * HEADS * ROW
@@ -166,7 +171,7 @@ def _copies(elements: int, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _heads(elements: int) -> tuple[int, int, int]:
-    """Heads, features of each and rows of so many elements."""
+    """Return the number of heads, the features per head, and the number of rows that make up `elements`."""
     heads, width = (4, 16) if elements < 4096 else (4, 32)
     return heads, width, max(1, elements // (heads * width))
 
@@ -324,11 +329,11 @@ def _pools(elements: int) -> Iterator[Case]:
     )
 
 
-# ---- matrix products ------------------------------------------------------------------------------------------------
+# ---- matmuls --------------------------------------------------------------------------------------------------------
 
 
 def matmul_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Products of matrices, and of batches of them."""
+    """Yield matmuls of single matrices and of batches of matrices."""
     sides = (16, 64, 256, 1024)
     for m, n, k in product((*sides, 4096), sides, sides):
         if m * n * k <= PRODUCTS:
@@ -362,7 +367,7 @@ CONVOLUTIONS: tuple[tuple[int, int, int, int, int, int], ...] = (
     *((3, batch, c, d, side, 3) for batch, side in ((8, 6), (4, 12)) for c, d in ((8, 16), (16, 16), (32, 32))),
     *((3, 4, c, d, side, 3) for side in (6, 12) for c, d in ((16, 8), (16, 32), (32, 16), (32, 64), (64, 32))),
     *((3, batch, c, d, 24, 3) for batch in (2, 8) for c, d in ((1, 8), (8, 8), (16, 8))),
-    *((3, 4, c, d, side, 3) for c, d, side in ((8, 4, 24), (16, 4, 24), (8, 8, 12))),  # fewer than a register holds
+    *((3, 4, c, d, side, 3) for c, d, side in ((8, 4, 24), (16, 4, 24), (8, 8, 12))),  # fewer channels than SIMD lanes
     *((3, batch, c, d, side, 2) for batch, side in ((8, 12), (4, 24)) for c, d in ((8, 8), (16, 32))),
     *((3, batch, c, d, side, 1) for batch, side in ((8, 12), (4, 24)) for c, d in ((8, 3), (16, 16))),
 )
@@ -376,7 +381,7 @@ SINGLE: tuple[tuple[int, int, int, int, int, int], ...] = (
     *((2, 1, c, d, side, 3) for c, d, side in ((1, 16, 32), (16, 32, 32), (16, 32, 8), (64, 64, 8))),
     *((2, 1, c, d, side, 1) for c, d, side in ((16, 32, 32), (64, 64, 8))),
 )
-"""Likewise, of one small sample, which torch computes with other code on a CPU."""
+"""Convolutions of one small sample, which torch computes with other code on a CPU; columns as in CONVOLUTIONS."""
 
 
 TRANSPOSED: tuple[tuple[int, int, int, int, int, int], ...] = (
@@ -384,11 +389,11 @@ TRANSPOSED: tuple[tuple[int, int, int, int, int, int], ...] = (
     (3, 8, 32, 16, 6, 2),
     (3, 8, 16, 8, 12, 2),
 )
-"""Likewise, of those that enlarge; the side is the smaller one."""
+"""Transposed convolutions; columns as in CONVOLUTIONS, and the side is that of the smaller input."""
 
 
 def convolution_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Convolutions in two and three dimensions, forwards and backwards."""
+    """Yield forward and backward convolutions in two and three dimensions."""
     for shape in (*CONVOLUTIONS, *(SINGLE if dtype == torch.float32 else ())):
         yield from _convolutions(*shape, False, dtype)
     for shape in TRANSPOSED:
@@ -415,7 +420,7 @@ def _convolutions(
         return arena.take(batch, outputs, *[reached] * dimensions, dtype=dtype), x, weight
 
     yield Case(forward, lambda x, w, b: aten.convolution.default(x, w, b, *where))
-    needed = [inputs > 3, True, True]  # nothing flows back to what comes from the data
+    needed = [inputs > 3, True, True]  # no gradient flows back to inputs that come from the data
     yield Case(backward, lambda g, x, w: aten.convolution_backward.default(g, x, w, [outputs], *where, needed))
 
 
@@ -423,7 +428,7 @@ def _convolutions(
 
 
 def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Scaled dot products over all keys and over those before, forwards and backwards."""
+    """Yield scaled dot-product attention with and without a causal mask, forward and backward."""
     for (batch, heads, sequence, size), causal in product(ATTENTIONS, (False, True)):
         yield from _attentions(batch, heads, sequence, size, causal, dtype)
 
@@ -438,7 +443,7 @@ ATTENTIONS = (
     (4, 4, 256, 64),
     (2, 4, 512, 64),
 )
-"""Batch, heads, queries and keys, head size."""
+"""Attention shapes: batch, heads, sequence length of queries and keys, head size."""
 
 
 def _attentions(batch: int, heads: int, sequence: int, size: int, causal: bool, dtype: torch.dtype) -> Iterator[Case]:

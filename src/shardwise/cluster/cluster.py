@@ -1,12 +1,12 @@
-"""Devices, nodes and links: what a prediction needs to know of the machines.
+"""Devices, nodes and links: the description of the machines that a prediction reads.
 
 A cluster is made of nodes of devices. Links come in levels, innermost first: within a node (NVLink, PCIe, shared
-memory), then between nodes, and further out where a network has more stages. A level spans so many devices; two
-devices talk over the innermost level that spans both.
+memory), then between nodes, and further out where a network has more stages. A level spans a number of devices; two
+devices communicate over the innermost level that spans both.
 
     Level("nvlink", span=8, ...), Level("infiniband", span=1024, ...)
 
-Ranks fill nodes one after the other: rank r is device r % 8 of node r // 8 where nodes have eight.
+Ranks fill nodes one after the other: with eight devices per node, rank r is device r % 8 of node r // 8.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Origin = Literal["measured", "datasheet", "fitted", "assumed"]
-"""Where a number comes from."""
+"""Provenance of a number."""
 
 ORIGINS: tuple[Origin, ...] = ("measured", "datasheet", "fitted", "assumed")
 
 DTYPES = ("float64", "float32", "tf32", "bf16", "fp16", "fp8", "fp4")
-"""Data types that a device may have a rate for, as this package spells them."""
+"""Data types that a device may have a rate for, as Shardwise spells them."""
 
 SHAPES: Mapping[str, tuple[str, ...]] = {
     "matmul": ("batch", "m", "n", "k"),
@@ -29,14 +29,14 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
     "convolution": ("batch", "channels in / groups", "channels out", "positions", "window size"),
     "memory": ("bytes",),
 }
-"""Kind of a kernel -> the sizes that its time is measured by."""
+"""Map from the kind of a kernel to the sizes that make up its shape."""
 
 
 PROGRAMS = ("module", "sharded", "graph")
-"""Kinds of program: of the module as it is (single, dp), with sharded parameters (fsdp), of a traced step (tp, pp)."""
+"""Kinds of program: the unchanged module (single, dp), sharded parameters (fsdp), a traced graph (tp, pp)."""
 
 OVERHEADS = ("step", "sharded", "stage", "exchange", "again", "selective", "crowded")
-"""What hosts need time for beside kernels and messages, see `Device.overheads`."""
+"""Host overheads beside kernels and messages, see `Device.overheads`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,9 @@ class Sample:
     """One measurement of a curve.
 
     Attributes:
-        shape: what was run, in the terms of the curve's kind.
+        shape: sizes of the measured call, in the terms of the curve's kind.
         seconds: median of the repeats.
-        spread: interquartile range of the repeats over their median.
+        spread: interquartile range of the repeats divided by their median.
     """
 
     shape: tuple[int, ...]
@@ -56,18 +56,18 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class KernelCurve:
-    """How long one kind of kernel takes on a device, by shape.
+    """Measured seconds of one kind of kernel on a device, by shape.
 
     Attributes:
         kind: one of SHAPES.
         dtype: one of DTYPES.
-        samples: measured; a shape has the sizes that SHAPES names.
-        operation: what was run, as in `predict.kernel.Kernel.operation`, for `memory`; `causal` or `dense` for
-            attention; `native` for convolutions of one small sample, which torch computes on a CPU without oneDNN; else
+        samples: measurements; a shape has the sizes that SHAPES names.
+        operation: for `memory`, the operation as in `predict.kernel.Kernel.operation`; for attention, `causal` or
+            `dense`; for convolutions of one small sample, which torch computes on a CPU without oneDNN, `native`; else
             empty.
-        backward: whether it is the backward pass of it.
-        workers: how many workers of one host ran it at the same time.
-        threads: of each of them.
+        backward: whether the backward pass of the operation was measured.
+        workers: number of workers of one host that ran it at the same time.
+        threads: number of threads of each of these workers.
     """
 
     kind: str
@@ -81,14 +81,14 @@ class KernelCurve:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveCurve:
-    """How long one collective takes, by bytes.
+    """Measured seconds of one collective, by bytes.
 
     Attributes:
         operation: as in `collective.Collective`.
-        ranks: how many take part.
-        nodes: over how many nodes they are spread.
-        samples: measured; a shape is (bytes,), counted as in `collective.Collective`.
-        groups: how many such groups communicated at the same time on the same nodes.
+        ranks: number of ranks that take part.
+        nodes: number of nodes over which the ranks are spread.
+        samples: measurements; a shape is (bytes,), counted as in `collective.Collective`.
+        groups: number of such groups that communicated at the same time on the same nodes.
     """
 
     operation: str
@@ -100,40 +100,41 @@ class CollectiveCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One processor.
+    """One processor: its datasheet figures, and its measured curves and overheads where it was calibrated.
 
     Attributes:
-        name: of the model, as its maker spells it.
+        name: model name as its maker spells it.
         kind: `gpu` or `cpu`.
         flops: dense floating point operations per second by dtype, without sparsity.
-        memory_bytes: of its own memory.
+        memory_bytes: bytes of its own memory.
         memory_bandwidth: bytes per second between the processor and its memory.
-        cores: units that work is dealt to in whole tiles: SMs, compute units, CPU cores.
-        launch_seconds: what the host needs to start one kernel from eager PyTorch; of a measured CPU what it needs
-            beside the kernel: Python, modules, autograd.
+        cores: units that work is assigned to in whole tiles: SMs, compute units, CPU cores.
+        launch_seconds: host time to start one kernel from eager PyTorch. For a measured CPU, host time beside the
+            kernel: Python, modules, autograd.
         architecture: family, for example `hopper`.
-        price_per_hour: in US dollars; None where it is not known.
-        watts: board power limit, which bounds the rate that large products keep up; None where it is not known.
-        curves: measured times of kernels; empty where nothing was measured.
-        threads: of each worker; 0: the cores shared out evenly.
-        shared: workers that share the device's cores -> how much slower each of them computes than one that has them
-            all, measured.
-        overlap: how much slower a device computes while it communicates, measured; 1: not at all.
-        process: kind of program (see PROGRAMS) -> bytes of a worker's process beside its tensors, measured, where
-            memory is that of the process.
-        strain: how many times as long kernels take in a training as in calls of their own, measured: other tensors are
-            in the caches there.
-        heap: bytes of the process for each byte of tensors: what the allocator leaves unused, measured.
-        overheads: seconds of the host beside kernels and messages, measured (see OVERHEADS): for each step, for each
-            group of parameters that `fully_shard` looks after in a pass, for each pass through a stage of a graph, for
-            each exchange of tensor parallelism, for each kernel that is computed again, once more for each kernel of
-            a block that keeps the results of products, and for each step where workers outnumber cores.
-        host_memory_bytes: of the memory of the host, this device's share; None where it is not known, and for a CPU.
+        price_per_hour: price in US dollars per hour. None if it is not known.
+        watts: board power limit, which bounds the sustained rate of large matmuls. None if it is not known.
+        curves: measured times of kernels; empty if nothing was measured.
+        threads: number of threads of each worker; 0 shares the cores evenly.
+        shared: map from the number of workers that share the device's cores to the measured slowdown of each of them,
+            compared with one worker that has all cores.
+        overlap: measured slowdown of computation while the device communicates; 1 means none.
+        process: map from the kind of program (see PROGRAMS) to the measured bytes of a worker's process beside its
+            tensors, for devices whose memory is that of the process.
+        strain: measured slowdown of kernels in a training compared with isolated calls: in a training, the caches hold
+            other tensors.
+        heap: measured bytes of the process per byte of tensors; above 1 because the allocator leaves memory unused.
+        overheads: measured seconds of the host beside kernels and messages, by name (see OVERHEADS): `step` for each
+            step; `sharded` for each group of parameters that `fully_shard` manages in a pass; `stage` for each pass
+            through a stage of a graph; `exchange` for each exchange of tensor parallelism; `again` for each recomputed
+            kernel; `selective`, in addition, for each kernel of a block that saves the results of matmuls; `crowded`
+            for each step in which workers outnumber cores.
+        host_memory_bytes: this device's share of the host's memory. None if it is not known, and for a CPU.
         host_memory_bandwidth: bytes per second between the host's processors and that share of its memory.
-        host_bandwidth: bytes per second between the device and the host's memory in one direction, while its neighbours
-            use theirs.
-        origins: attribute -> where it comes from.
-        source: where the figures were read.
+        host_bandwidth: bytes per second between the device and the host's memory in one direction, while the other
+            devices of the host use theirs.
+        origins: map from attribute to where it comes from.
+        source: reference in which the figures were read.
     """
 
     name: str
@@ -163,15 +164,15 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """Links of one kind.
+    """Links of one kind, and the number of devices that they join.
 
     Attributes:
         name: for example `nvlink4`.
-        span: how many devices one domain of such links joins.
+        span: number of devices that one domain of such links joins.
         bandwidth: bytes per second of one device in one direction.
         latency: seconds of an empty message.
-        origins: attribute -> where it comes from.
-        source: where the figures were read.
+        origins: map from attribute to where it comes from.
+        source: reference in which the figures were read.
     """
 
     name: str
@@ -192,20 +193,20 @@ class Nodes:
 
     @property
     def size(self) -> int:
-        """Devices in all of them."""
+        """Number of devices in all of these nodes."""
         return self.devices * self.count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """What there is to train on.
+    """Devices to train on and the links between them.
 
     Attributes:
-        name: for people.
+        name: name to show to users.
         nodes: kinds of nodes, in the order of the ranks.
         levels: links, innermost first; the outermost spans all devices.
-        collectives: measured times of collectives; empty where nothing was measured.
-        software: what it was measured with (torch version, backend), empty where nothing was.
+        collectives: measured times of collectives; empty if nothing was measured.
+        software: versions the cluster was measured with (torch version, backend); empty if nothing was measured.
     """
 
     name: str
@@ -216,24 +217,24 @@ class Cluster:
 
     @property
     def size(self) -> int:
-        """Number of devices."""
+        """Number of devices in the cluster."""
         return sum(nodes.size for nodes in self.nodes)
 
     @property
     def node_size(self) -> int:
-        """Devices of the smallest node: what a group of neighbours can count on."""
+        """Number of devices in the smallest node, so that a group of this many neighbours can share a node."""
         return min(nodes.devices for nodes in self.nodes)
 
     @property
     def alike(self) -> bool:
-        """Whether all devices are of one kind."""
+        """Return whether all devices are of one kind."""
         return len({id(nodes.device) for nodes in self.nodes}) == 1
 
     def device(self, rank: int) -> Device:
-        """The device that a rank has.
+        """Return the device of a rank.
 
         Raises:
-            IndexError: there are not as many devices.
+            IndexError: the cluster has no such rank.
         """
         for nodes in self.nodes:
             if rank < nodes.size:

@@ -1,4 +1,4 @@
-"""Curves of the kernels of a device, measured: one worker alone, and several that share a host's cores."""
+"""Measure kernel curves of a device: one worker alone, and several workers that share a host's cores."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from shardwise.cluster.team import Team
 from shardwise.cluster.timer import rounded, spread, timed
 
 Situation = tuple[int, int]
-"""(workers of one host at the same time, threads of each)."""
+"""Measuring situation: (workers of one host at the same time, threads of each)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """A case with what it computes, as in `KernelCurve` and `Sample`."""
+    """A case together with what it computes, in the terms of `KernelCurve` and `Sample`."""
 
     case: Case
     kind: str
@@ -33,14 +33,14 @@ class Noted:
 def kernel_curves(
     noted: Sequence[Noted], team: Team, situation: Situation, seconds: float, advance: Callable[[int], None]
 ) -> list[KernelCurve]:
-    """The curves of a device in one situation; collective over all workers, of which only the first ones measure.
+    """Measure the kernel curves of a device in one situation. Collective over all workers; only the first ones measure.
 
     Args:
-        noted: what to measure.
+        noted: cases to measure.
         team: all workers.
-        situation: how many of them measure, with how many threads.
-        seconds: to spend on each case.
-        advance: is told how many cases have been done.
+        situation: number of workers that measure, and number of threads of each.
+        seconds: time to spend on each case.
+        advance: progress callback, called with the number of cases that were just finished.
     """
     workers, threads = situation
     samples: list[tuple[Noted, Sample]] = []
@@ -57,7 +57,7 @@ def kernel_curves(
 def _samples(
     noted: Sequence[Noted], team: Team, workers: int, seconds: float, advance: Callable[[int], None]
 ) -> list[tuple[Noted, Sample]]:
-    """Every worker runs each case at the same time as the others; the typical worker's times count."""
+    """Run each case on all measuring workers at the same time, and return the median time over the workers."""
     arena = Arena(team.device)
     medians, spreads = [], []
     for each in noted:

@@ -1,12 +1,12 @@
-"""Seconds between the points that were measured.
+"""Interpolate kernel and collective times between measured points.
 
-    memory, collectives      one number of bytes. Between two points a straight line in logarithms; below the first its
-                             seconds, for what is smaller still has to be started; above the last in proportion.
-    matmul, attention,       shapes of several sizes. Seconds are start + work / rate, times how much longer the
-    convolution              nearest points took than that, weighted by their distance in logarithms (Shepard 1968;
+    memory, collectives      one number of bytes. Between two points, linear in logarithms. Below the first point, its
+                             seconds, because smaller kernels still pay the launch. Above the last, in proportion.
+    matmul, attention,       shapes of several sizes. Seconds are start + work / rate, times the slowdown of the nearest
+    convolution              points compared with that formula, weighted by their distance in logarithms (Shepard 1968;
                              Franke and Nielson 1980, "Smooth interpolation of large sets of scattered data")
 
-Far from all points a shape has the efficiency of the nearest ones.
+Far from all points, a shape has the efficiency of the nearest ones.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from collections.abc import Iterable, Sequence
 from shardwise.cluster.cluster import KernelCurve, Sample
 
 NEAREST = 8
-"""Points that a value between shapes is made of."""
+"""Number of measured points that a value is interpolated from."""
 
 STRETCH, WINDOWS = 0.2, 2.0
-"""How far a doubling of the places, and of the window, of a convolution is, compared with one of its channels: code is
-chosen by channels and window. Best of a few by leaving each measured point out in turn (median error 26%, with 1: 29%).
+"""Weights of a doubling of the positions, and of the window, in the distance between convolutions; channels weigh 1.
+
+Libraries choose a convolution's code by channels and window. The weights are the best of a few, found by leaving each
+measured point out in turn (median error 26%; with weights of 1: 29%).
 """
 
 SOFTEN = 0.01
-"""Added to distances, which are in doublings of a size, so that none is zero."""
+"""Offset added to distances, which are in doublings of a size, so that none is zero."""
 
 ANY = "aten.add"
-"""What kernels that only move and combine values are timed like, by bytes, where they have no curve of their own."""
+"""Operation whose curve by bytes stands in for memory-bound kernels that have no curve of their own."""
 
 
 ROWS = "rows "
-"""What the name of an elementwise operation begins with whose operands lie in short rows."""
+"""Prefix in the names of elementwise operations whose operands lie in short rows."""
 
 
 class Line:
-    """Seconds by one number: `Line(samples)(bytes)`."""
+    """Seconds as a function of one number: `Line(samples)(bytes)`."""
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         ordered = sorted((sample.shape[0], sample.seconds) for sample in samples)
@@ -45,7 +47,7 @@ class Line:
         self._seconds = [seconds for _, seconds in ordered]
 
     def __call__(self, size: float) -> float:
-        """Seconds of so many bytes."""
+        """Return the seconds of a kernel or collective of `size` bytes."""
         sizes, seconds = self._sizes, self._seconds
         if size <= sizes[0]:
             return seconds[0]
@@ -59,7 +61,7 @@ class Line:
 
 
 class Surface:
-    """Seconds by shape, of one kind of kernel: `Surface("matmul", samples)((1, 64, 64, 64))`."""
+    """Seconds of one kind of kernel as a function of shape: `Surface("matmul", samples)((1, 64, 64, 64))`."""
 
     def __init__(self, kind: str, samples: Sequence[Sample]) -> None:
         self._kind = kind
@@ -72,10 +74,10 @@ class Surface:
         ]
 
     def __call__(self, shape: tuple[int, ...]) -> float:
-        """Seconds of a kernel of that shape."""
+        """Return the seconds of a kernel of this shape."""
         here = _place(self._kind, shape)
         near = sorted((math.dist(here, there), longer) for there, longer in self._points)[:NEAREST]
-        radius = near[-1][0] + SOFTEN  # where a point stops to count, so that nothing jumps when it is passed
+        radius = near[-1][0] + SOFTEN  # the weight of a point reaches zero here, which keeps the surface continuous
         weights = [((radius - distance) / (radius * (distance + SOFTEN))) ** 2 for distance, _ in near]
         longer = sum(weight * more for weight, (_, more) in zip(weights, near, strict=True)) / sum(weights)
         return self._least(work(self._kind, shape)) * math.exp(longer)
@@ -85,7 +87,7 @@ class Surface:
 
 
 def work(kind: str, shape: tuple[int, ...]) -> float:
-    """Multiply-adds of a kernel of that shape, see `cluster.KernelCurve`; at least one."""
+    """Return the multiply-adds of a kernel of this shape (see `cluster.KernelCurve`), at least one."""
     if kind == "attention":
         batch, heads, queries, keys, size = shape
         return max(1.0, 2.0 * batch * heads * queries * keys * size)
@@ -93,7 +95,7 @@ def work(kind: str, shape: tuple[int, ...]) -> float:
 
 
 def _place(kind: str, shape: tuple[int, ...]) -> tuple[float, ...]:
-    """Where a shape lies among others: logarithms of what its speed depends on."""
+    """Map a shape to a point whose coordinates are the logarithms of the sizes that its speed depends on."""
     if kind == "attention":
         batch, heads, queries, keys, size = shape
         return _logarithms(batch * heads, queries, keys, size)
@@ -109,11 +111,11 @@ def _logarithms(*sizes: int) -> tuple[float, ...]:
 
 
 NATIVE = "native"
-"""What the name of a convolution begins with that torch computes with code of its own, see `predict.counting`."""
+"""Prefix in the names of convolutions that torch computes with its own code, see `predict.counting`."""
 
 
 def curve_name(kind: str, operation: str) -> str:
-    """Which curve is that of an operation of a kernel of that kind: `cluster.KernelCurve.operation`."""
+    """Return the name of the curve to use for an operation of this kind, as in `cluster.KernelCurve.operation`."""
     if kind == "memory":
         return operation.removesuffix("_")
     if kind == "attention":
@@ -122,11 +124,11 @@ def curve_name(kind: str, operation: str) -> str:
 
 
 Key = tuple[str, str, str, bool]
-"""Kind, operation, dtype, backward."""
+"""Key of a curve: (kind, operation, dtype, backward)."""
 
 
 class Curves:
-    """The curves of a device by what they are of, for one number of workers with so many threads each.
+    """Curves of a device by kernel, for one number of workers and one number of threads per worker.
 
     Attributes:
         workers, threads: see `cluster.KernelCurve`.
@@ -142,9 +144,9 @@ class Curves:
         self._made: dict[Key, Line | Surface] = {}
 
     def moved(self, operation: str, dtype: str, size: float) -> float | None:
-        """Seconds of a kernel that only moves and combines values, by bytes; None where none was measured.
+        """Return the seconds of a memory-bound kernel by bytes. Returns None if none was measured.
 
-        What has no curve of its own is timed like another operation in that dtype, or like itself in float32.
+        An operation without a curve of its own uses that of another operation in its dtype, then its own in float32.
         """
         name = curve_name("memory", operation)
         plain = name.removeprefix(ROWS)
@@ -156,9 +158,9 @@ class Curves:
         return None
 
     def computed(self, kind: str, operation: str, dtype: str, backward: bool, shape: tuple[int, ...]) -> float | None:
-        """Seconds of a matrix product, attention or convolution; None where none was measured in that dtype."""
+        """Return the seconds of a matmul, attention or convolution. Returns None if none was measured in this dtype."""
         name = curve_name(kind, operation)
-        for named in dict.fromkeys((name, "" if name == NATIVE else name)):  # files of earlier versions lack some
+        for named in dict.fromkeys((name, "" if name == NATIVE else name)):  # older files have no curve of native ones
             surface = self._curve((kind, named, dtype, backward)) or self._curve((kind, named, dtype, False))
             if isinstance(surface, Surface):
                 return surface(shape)
@@ -172,11 +174,11 @@ class Curves:
 
     @property
     def measured(self) -> list[str]:
-        """Kinds and dtypes that there are curves of, for people."""
+        """Kinds and dtypes of the measured curves, worded for messages."""
         kinds = {(kind if kind != "attention" else f"{name} {kind}", dtype) for kind, name, dtype, _ in self._samples}
         return [f"{kind} in {dtype}" for kind, dtype in sorted(kinds)]
 
 
 def situations(curves: Iterable[KernelCurve]) -> list[tuple[int, int]]:
-    """(workers, threads) that were measured, ascending."""
+    """Return the measured (workers, threads) pairs in ascending order."""
     return sorted({(curve.workers, curve.threads) for curve in curves if curve.samples})

@@ -1,4 +1,4 @@
-"""Small training steps, all of whose time is the host's: what eager PyTorch needs beside the kernels themselves."""
+"""Small training steps that are bound by the host, to measure the overhead of eager PyTorch beside its kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCKS = 12
 
 
 def small_step(device: torch.device) -> Callable[[], None]:
-    """A forward and a backward pass through modules of few features, with residuals and views as models have them."""
+    """Build a forward and backward pass through modules of few features, with residuals and views as in real models."""
     model = nn.Sequential(*[_Block() for _ in range(BLOCKS)]).to(device)
     data = torch.randn(ROWS, FEATURES, device=device)
 
@@ -38,7 +38,7 @@ class _Block(nn.Module):
 
 
 def small_update(device: torch.device) -> Callable[[], None]:
-    """An optimizer's step on parameters of few elements."""
+    """Build an AdamW step on parameters of few elements."""
     parameters = [nn.Parameter(torch.randn(FEATURES, device=device)) for _ in range(4 * BLOCKS)]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -51,7 +51,10 @@ def small_update(device: torch.device) -> Callable[[], None]:
 
 
 def timed_steps(step: Callable[[], None], seconds: float, device: torch.device) -> list[float]:
-    """Seconds of each of several steps, after some that are not counted."""
+    """Return the seconds of each of several steps, after three warm-up steps.
+
+    On a CPU these are seconds of the calling thread, else of the wall clock.
+    """
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
     for _ in range(3):
         step()

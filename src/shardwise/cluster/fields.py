@@ -1,6 +1,6 @@
-"""What a table of a cluster file may hold: every field with its unit, and one clear line where a file differs.
+"""Fields of the tables in a cluster file: the unit and range of each, and one clear message where a file differs.
 
-A table is described by field name -> Field; `read_table` checks one against its description.
+A description maps field names to Fields; `read_table` checks a table against its description.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from shardwise.errors import ClusterError, nearest
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A finite number above zero.
+    """A finite number, above zero unless `least` allows zero.
 
     Attributes:
-        unit: for people, for example `bytes per second`.
-        least: smallest value; None: anything above zero.
-        whole: no fraction.
-        default: of a field that may be left out; ... where it may not.
+        unit: unit to show in messages, for example `bytes per second`.
+        least: smallest accepted value. None means anything above zero.
+        whole: whether the number must be an integer.
+        default: value of a field that is left out; ... means that the field is required.
     """
 
     unit: str
@@ -31,13 +31,13 @@ class Number:
 
     @property
     def expected(self) -> str:
-        """What the field takes, for messages."""
+        """Description of the values that the field accepts, for messages."""
         kind = "a whole number" if self.whole else "a number"
         return f"{kind} {'above 0' if self.least is None else f'from {self.least:g} on'} ({self.unit})"
 
     def read(self, value: Any) -> Any:
-        """The value. Raises ValueError where it is not one of this field."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:  # nan is not
+        """Return the value, as a float unless it must be whole. Raises ValueError if the field does not accept it."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:  # nor nan
             raise ValueError
         if self.whole and not isinstance(value, int):
             raise ValueError
@@ -48,7 +48,7 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text that is not empty, or one of `choices` where there are any."""
+    """A string: one of `choices` if there are any, else printable and, if the field is required, not empty."""
 
     unit: str
     choices: tuple[str, ...] = ()
@@ -56,14 +56,14 @@ class Text:
 
     @property
     def expected(self) -> str:
-        """What the field takes, for messages."""
+        """Description of the values that the field accepts, for messages."""
         return f"one of {', '.join(self.choices)}" if self.choices else f"a text ({self.unit})"
 
     def read(self, value: Any) -> str:
-        """The value. Raises ValueError where it is not one of this field."""
+        """Return the value. Raises ValueError if the field does not accept it."""
         if not isinstance(value, str):
             raise ValueError
-        if self.default is ... and (not value or not value.isprintable()):  # a name is shown on terminals
+        if self.default is ... and (not value or not value.isprintable()):  # names are shown on terminals
             raise ValueError
         if self.choices and value not in self.choices:
             raise ValueError
@@ -72,13 +72,13 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """true or false."""
+    """A boolean, spelled true or false in TOML."""
 
     default: Any = ...
     expected: str = "true or false"
 
     def read(self, value: Any) -> bool:
-        """The value. Raises ValueError where it is not one of this field."""
+        """Return the value. Raises ValueError if it is not a boolean."""
         if not isinstance(value, bool):
             raise ValueError
         return value
@@ -86,14 +86,14 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A table, or an array of tables, that the caller reads further."""
+    """A nested table, or an array of tables, that the caller reads further."""
 
     expected: str
     kind: type = dict
     default: Any = ...
 
     def read(self, value: Any) -> Any:
-        """The value. Raises ValueError where it is not one of this field."""
+        """Return the value unchanged. Raises ValueError if it is not of type `kind`."""
         if not isinstance(value, self.kind):
             raise ValueError
         return value
@@ -104,7 +104,7 @@ Field = Number | Text | Flag | Part
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """A place in a file, for messages: `cluster.toml: devices.h100`."""
+    """A position in a file, for messages: `cluster.toml: devices.h100`."""
 
     file: str
     key: str = ""
@@ -113,19 +113,19 @@ class Where:
         return Where(self.file, f"{self.key}.{key}" if self.key else key)
 
     def item(self, number: int) -> Where:
-        """Entry `number` of an array."""
+        """Return the position of entry `number` of an array."""
         return Where(self.file, f"{self.key}[{number}]")
 
     def error(self, problem: str) -> ClusterError:
-        """What to raise about it."""
+        """Return the error to raise about a problem at this position."""
         return ClusterError(f"{self.file}: {self.key} {problem}" if self.key else f"{self.file}: {problem}")
 
 
 def read_table(table: Any, fields: Mapping[str, Field], where: Where) -> dict[str, Any]:
-    """The values of a table, those left out with their defaults.
+    """Check a table against its fields and return its values, with defaults for the fields that are left out.
 
     Raises:
-        ClusterError: an unknown field, one that is missing, or one that is not what it must be.
+        ClusterError: a field is unknown, missing, or has a value that it does not accept.
     """
     if not isinstance(table, dict):
         raise where.error(f"= {show(table)}: must be a table")
@@ -139,7 +139,7 @@ def read_table(table: Any, fields: Mapping[str, Field], where: Where) -> dict[st
 
 
 def read_field(table: Mapping[str, Any], name: str, field: Field, where: Where) -> Any:
-    """One value. Raises ClusterError where it is missing or is not what it must be."""
+    """Return the value of one field. Raises ClusterError if it is missing or not accepted."""
     if name not in table:
         if field.default is ...:
             raise (where / name).error(f"is missing: must be {field.expected}")
@@ -152,7 +152,7 @@ def read_field(table: Mapping[str, Any], name: str, field: Field, where: Where) 
 
 
 def read_mapping(table: Any, field: Field, where: Where, keys: tuple[str, ...], what: str) -> dict[str, Any]:
-    """A table whose keys are all of `keys`, which are `what`, and whose values are all of one kind.
+    """Read a table whose keys are all among `keys` and whose values are all of one kind; `what` names the keys.
 
     Raises:
         ClusterError: see `read_table`.
@@ -164,7 +164,7 @@ def read_mapping(table: Any, field: Field, where: Where, keys: tuple[str, ...], 
 
 
 def show(value: Any) -> str:
-    """A value as it stands in the file, shortened."""
+    """Return a value as it is spelled in the file, shortened to 40 characters."""
     if isinstance(value, bool):
         return str(value).lower()
     text = repr(value) if not isinstance(value, str) else f'"{value}"'

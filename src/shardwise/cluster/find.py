@@ -1,4 +1,4 @@
-"""The cluster that a text means: a file, or devices of the catalogue."""
+"""Find the cluster that a text names: a file, or devices of the catalogue."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardwise.cluster.reading import read_cluster
 
 
 def find_cluster(text: str) -> Cluster:
-    """The cluster of a file (it ends in `.toml`, or is there), else of a catalogue specification such as `h100x1024`.
+    """Read a cluster file (an existing file, or a name in `.toml`), or build a catalogue cluster such as `h100x1024`.
 
     Raises:
         ClusterError: the file is wrong, or the catalogue has no such name.

@@ -1,6 +1,6 @@
-"""What a GPU has of its host: memory, and how fast that is read and written, and reached from the device. Measured.
+"""Measure the host memory of a GPU: its size, its bandwidth from the processors, and its bandwidth from the device.
 
-All workers measure at the same time, as they train: neighbours share the host's memory, and often a link to it.
+All workers measure at the same time, as they train: they share the host's memory, and often a link to it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from shardwise.cluster import machine
 from shardwise.cluster.team import Team
 
 BYTES = 256 * 2**20
-"""Of what is copied: more than caches hold, as all slices of a model together."""
+"""Bytes that are copied: more than caches hold, as in a training where all slices of a model are copied."""
 
 REPEATS = 5
 
 
 def host_of(team: Team, size: int = BYTES) -> dict[str, Any]:
-    """This device's share of its host, by the names of `cluster.Device`; of the slowest worker. Collective.
+    """Measure this device's share of its host, as fields of `cluster.Device`; the slowest worker counts. Collective.
 
     Args:
-        team: the workers.
+        team: all workers.
         size: bytes to copy.
     """
     there = torch.zeros(size // 4, pin_memory=team.device.type == "cuda")
     here = torch.zeros(size // 4, device=team.device)
     other = torch.zeros(size // 4)
-    updating = 2 * size / _seconds(team, lambda: other.add_(1.0))  # reads and writes it
+    updating = 2 * size / _seconds(team, lambda: other.add_(1.0))  # each byte is read and written
     fetching = size / _seconds(team, lambda: here.copy_(there, non_blocking=True))
     returning = size / _seconds(team, lambda: there.copy_(here, non_blocking=True))
     found = team.gathered([updating, min(fetching, returning)])
@@ -43,7 +43,7 @@ def host_of(team: Team, size: int = BYTES) -> dict[str, Any]:
 
 
 def _seconds(team: Team, call: Callable[[], object]) -> float:
-    """Median of several calls, begun by all workers together after one that counts for nothing."""
+    """Return the median seconds of several calls that all workers begin together, after one warm-up call."""
     found = []
     for _ in range(REPEATS + 1):
         team.wait()

@@ -1,7 +1,7 @@
-"""Curves of collectives, measured: each operation by bytes, for groups within a host and across hosts.
+"""Measure curves of collectives: each operation by bytes, for groups within a host and across hosts.
 
-All groups of a layout communicate at the same time, as they do in training. Calls follow each other without a pause,
-so that no worker runs ahead of the others: a message goes to and fro, a broadcast comes from each worker in turn.
+All groups of a layout communicate at the same time, as they do in training. Calls follow each other without a pause.
+So that no worker runs ahead of the others, a message is sent back and forth, and each worker in turn broadcasts.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from shardwise.cluster.team import Team
 from shardwise.cluster.timer import rounded, spread
 
 SIZES = (1024, 16 * 1024, 128 * 1024, 1024**2, 8 * 1024**2)
-"""Bytes of messages, counted as in `collective.Collective`."""
+"""Bytes of the measured messages, counted as in `collective.Collective`."""
 
 LEAST, MOST = 4, 60
-"""Calls of each size."""
+"""Fewest and most calls of each size."""
 
 SLOW = 0.1
-"""Seconds of a call above which two of them are enough, the first one included: what warming up takes does not show."""
+"""Seconds of a call above which two calls are enough, the first included, because the warm-up is then negligible."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Groups that communicate at the same time.
+    """Process groups that communicate at the same time.
 
     Attributes:
-        groups: ranks of each; all of the same size.
-        nodes: hosts that each is spread over.
+        groups: ranks of each group; all groups have the same size.
+        nodes: number of hosts over which each group is spread.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -43,17 +43,17 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Of one group."""
+        """Number of ranks in one group."""
         return len(self.groups[0])
 
     @property
     def workers(self) -> list[int]:
-        """Those that take part."""
+        """Sorted ranks of all groups."""
         return sorted(rank for group in self.groups for rank in group)
 
 
 def layouts(hosts: Sequence[Sequence[int]]) -> Iterator[Layout]:
-    """Groups of the first host's workers, alone and beside each other; groups over hosts where there are several."""
+    """Yield layouts: groups of the first host's workers, alone and side by side, then groups across hosts if any."""
     first = tuple(hosts[0])
     size = 2
     while size <= len(first):
@@ -74,13 +74,13 @@ def layouts(hosts: Sequence[Sequence[int]]) -> Iterator[Layout]:
 def collective_curves(
     team: Team, layout: Layout, seconds: float, advance: Callable[[int], None]
 ) -> list[CollectiveCurve]:
-    """Every operation by bytes; collective over all workers.
+    """Measure every collective by bytes. Collective over all workers.
 
     Args:
         team: all workers.
-        layout: which of them communicate.
-        seconds: to spend on each size of each operation.
-        advance: is told how many sizes have been done.
+        layout: groups of workers that communicate.
+        seconds: time to spend on each size of each operation.
+        advance: progress callback, called with the number of sizes that were just finished.
     """
     made = [(ranks, dist.new_group(list(ranks))) for ranks in layout.groups]
     mine = next((group for ranks, group in made if team.rank in ranks), None)
@@ -104,7 +104,7 @@ def collective_curves(
 
 
 Call = Callable[[int, dist.ProcessGroup, torch.device], Callable[[], int]]
-"""(bytes, group, device) -> a call that returns how many operations it did one after the other."""
+"""Function of (bytes, group, device) that returns a call; the call returns how many operations it ran in sequence."""
 
 
 def _timed(call: Call, size: int, group: dist.ProcessGroup, device: torch.device, seconds: float) -> list[float]:
@@ -124,17 +124,17 @@ def _timed(call: Call, size: int, group: dist.ProcessGroup, device: torch.device
     if slowest(first[0]) > SLOW:
         return [took / count for took, count in (first, clocked())]
     once()
-    took = slowest(min(clocked()[0] for _ in range(3)))  # a slow one would leave too few to tell
+    took = slowest(min(clocked()[0] for _ in range(3)))  # one slow call would reduce the number of samples too much
     calls = (clocked() for _ in range(min(MOST, max(LEAST, int(seconds / max(took, 1e-6))))))
     return [took / count for took, count in calls]
 
 
 def _undisturbed(found: Sequence[float]) -> float:
-    """The lower quartile; of a few the least.
+    """Return the lower quartile, or the minimum of fewer than `LEAST` values.
 
-    Where workers share cores a message takes one of two times: as long as it travels, or until the receiver has a core
-    again, and how often it does is up to chance. Waiting is measured where it happens, in whole steps
-    (`cluster.Device.overheads`).
+    Where workers share cores, a message takes one of two times: its transfer time, or the time until the receiver gets
+    a core again. How often the second happens is up to chance. That waiting is measured in whole steps instead, see
+    `cluster.Device.overheads`.
     """
     return statistics.quantiles(found, n=4)[0] if len(found) >= LEAST else min(found)
 
@@ -200,7 +200,7 @@ def _broadcast(size: int, group: dist.ProcessGroup, device: torch.device) -> Cal
     ranks = dist.get_process_group_ranks(group)
 
     def once() -> int:
-        for source in ranks:  # each waits for the one before
+        for source in ranks:  # each broadcast waits for the one before
             dist.broadcast(tensor, source, group=group)
         return len(ranks)
 
@@ -232,4 +232,4 @@ OPERATIONS: dict[str, Call] = {
     "broadcast": _broadcast,
     "send": _send,
 }
-"""Operation, as in `collective.Collective` -> what to call."""
+"""Map from an operation, named as in `collective.Collective`, to the function that makes its call."""

@@ -1,4 +1,4 @@
-"""What this machine is: its processor, cores, memory, and the software that computes on it."""
+"""Properties of this machine: its processor, cores, memory, and software versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """What the processor calls itself."""
+    """Return the model name that the processor reports."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -17,13 +17,13 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """Of the processor that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
-    """Of the machine, or what its container may use."""
+    """Return the bytes of memory of the machine, or of its container if that has a lower limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     allowed = limit.read_text().strip() if limit.exists() else "max"
@@ -31,5 +31,5 @@ def memory_bytes() -> int:
 
 
 def software() -> dict[str, str]:
-    """Versions that times depend on."""
+    """Return the versions of torch, Python and the operating system, on which measured times depend."""
     return {"torch": version("torch"), "python": platform.python_version(), "system": platform.platform()}

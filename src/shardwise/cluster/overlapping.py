@@ -1,4 +1,4 @@
-"""How much slower a device computes while it communicates, measured."""
+"""Measure how much slower a device computes while it communicates."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch.distributed as dist
 from shardwise.cluster.team import Team
 
 SIDE = 512
-"""Of the matrices that are multiplied: some milliseconds on a CPU's core."""
+"""Rows and columns of the multiplied matrices: one matmul takes some milliseconds on a CPU core."""
 
 BYTES = 4 * 2**20
-"""Of the message that is under way meanwhile: a part of a model's gradients."""
+"""Bytes of the all-reduce that is in flight meanwhile: about one part of a model's gradients."""
 
 
 def overlap(team: Team, workers: int, threads: int, seconds: float) -> float:
-    """Seconds of computation while the workers add up gradients, over those without; at least 1.
+    """Return the slowdown of computation while the workers all-reduce gradients, at least 1.
 
-    Collective over all workers, of which the first `workers` compute with so many threads each.
+    Collective over all workers; the first `workers` compute with `threads` threads each.
     """
     group = dist.new_group(list(range(workers)))
     found = 1.0
@@ -38,7 +38,7 @@ def overlap(team: Team, workers: int, threads: int, seconds: float) -> float:
 
 
 def _compared(team: Team, group: dist.ProcessGroup, workers: int, seconds: float) -> tuple[float, float]:
-    """(seconds of a product alone, while the group communicates): medians, measured in turn."""
+    """Return the median seconds of a matmul (alone, during an all-reduce), measured alternately."""
     a, b = (torch.randn(SIDE, SIDE, device=team.device) for _ in range(2))
     message = torch.zeros(BYTES // 4, device=team.device)
     alone: list[float] = []

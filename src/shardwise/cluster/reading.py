@@ -1,6 +1,6 @@
-"""Clusters from TOML: the file format of a cluster, and of the catalogue's devices and links.
+"""Read clusters from TOML: the file format of a cluster, and of the catalogue's devices and links.
 
-    name = "two boxes"                  # for people
+    name = "two boxes"                  # name to show to users
 
     [devices.box]                       # devices, by a name of your own
     name = "NVIDIA A100 SXM4 80GB"
@@ -17,7 +17,7 @@
     bandwidth = 300e9                   # bytes per second of one device in one direction
     latency = 2e-6                      # seconds of an empty message
 
-What was measured is kept in rows: a curve's samples are `[sizes ..., seconds, spread]`; see `cluster.SHAPES`.
+Measurements are stored as rows: a sample of a curve is `[sizes ..., seconds, spread]`; see `cluster.SHAPES`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from shardwise.tomlfile import read_toml
 from shardwise.units import parse_whole
 
 LARGEST = 16 << 20
-"""Bytes of a cluster file at most: a thorough calibration has half a megabyte."""
+"""Largest size of a cluster file in bytes; a thorough calibration has half a megabyte."""
 
 PRICE = Number("US dollars per hour", least=0, default=None)
 SOURCE = Text("where the figures were read", default="")
@@ -134,22 +134,22 @@ SPREAD = Number("share of the median", least=0)
 
 
 def read_cluster(path: Path | str) -> Cluster:
-    """The cluster that a TOML file describes.
+    """Read the cluster that a TOML file describes.
 
     Raises:
-        ClusterError: the file cannot be read, is not TOML, or has a missing, wrong or unknown field; names file, key
-            and the unit.
+        ClusterError: the file cannot be read, is not TOML, or has a missing, wrong or unknown field; the message names
+            the file, the key and the unit.
     """
     return parse_cluster(load_toml(Path(path)), str(path))
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    """A TOML file's content. Raises ClusterError where it cannot be read."""
+    """Return the content of a TOML file. Raises ClusterError if it cannot be read."""
     return read_toml(path, LARGEST, ClusterError, "")
 
 
 def parse_cluster(content: dict[str, Any], file: str) -> Cluster:
-    """A cluster from the content of a file of that name. Raises ClusterError."""
+    """Build a cluster from the content of a file; `file` is its name in messages. Raises ClusterError."""
     where = Where(file)
     values = read_table(content, CLUSTER, where)
     devices = {name: parse_device(table, where / "devices" / name) for name, table in values["devices"].items()}
@@ -167,7 +167,7 @@ def parse_cluster(content: dict[str, Any], file: str) -> Cluster:
 
 
 def _check(cluster: Cluster, where: Where) -> None:
-    """What only the whole of a cluster tells."""
+    """Check what involves several tables: a node exists, and the links' spans ascend and reach all devices."""
     if not cluster.nodes:
         raise (where / "nodes").error("is empty: there must be one kind of nodes at least")
     if cluster.size > 1 and not cluster.levels:
@@ -183,7 +183,7 @@ def _check(cluster: Cluster, where: Where) -> None:
 
 
 def parse_device(table: Any, where: Where) -> Device:
-    """One device. Raises ClusterError."""
+    """Build one device from its table. Raises ClusterError."""
     values = read_table(table, DEVICE, where)
     curves = tuple(_kernel_curve(curve, (where / "curves").item(i)) for i, curve in enumerate(values.pop("curves")))
     flops = read_mapping(values.pop("flops"), RATE, where / "flops", DTYPES, "dtypes")
@@ -201,13 +201,13 @@ def parse_device(table: Any, where: Where) -> Device:
 
 
 def parse_level(table: Any, where: Where) -> Level:
-    """One level of links. Raises ClusterError."""
+    """Build one level of links from its table. Raises ClusterError."""
     values = read_table(table, LEVEL, where)
     return Level(**{**values, "origins": read_origins(values["origins"], LEVEL, where)})
 
 
 def read_origins(table: Any, fields: Mapping[str, Field], where: Where) -> dict[str, Any]:
-    """Field -> origin. Raises ClusterError where a field or an origin is unknown."""
+    """Return the map from field to origin. Raises ClusterError if a field or an origin is unknown."""
     known = tuple(name for name in fields if name not in ("name", "kind", "origins", "source"))
     return read_mapping(table, ORIGIN, where / "origins", known, "fields")
 

@@ -1,6 +1,7 @@
-"""How much slower each of several workers computes that share a host's cores, measured by what each gets done.
+"""Measure how much slower each of several workers computes when they share a host's cores.
 
-A worker of one thread is timed by its own clock, which stands still while it waits for a core.
+The measure is the work that each worker gets done. A worker of one thread is timed by its own clock, which stands still
+while the thread waits for a core.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from shardwise.cluster.computing import Situation
 from shardwise.cluster.team import Team
 
 SIDE = 192
-"""Of the matrices that are multiplied: a few hundred microseconds on a CPU's core."""
+"""Rows and columns of the multiplied matrices: one matmul takes a few hundred microseconds on a CPU core."""
 
 MOVED = 128 * 1024
-"""Elements that are added up after each product."""
+"""Elements that are added after each matmul."""
 
 
 def shared(team: Team, settings: Sequence[Situation], seconds: float) -> dict[int, float]:
-    """Workers -> how much longer each of them takes than one alone with all cores.
+    """Map each number of workers to the slowdown of each of them, compared with one worker that has all cores.
 
-    Collective over all workers, of which the first ones compute.
+    Collective over all workers; the first ones compute.
 
     Args:
         team: all workers.
         settings: (workers, threads of each); the first is one worker with all cores.
-        seconds: to spend on each of them.
+        seconds: time to spend on each setting.
     """
     took = []
     for workers, threads in settings:
@@ -46,7 +47,7 @@ def shared(team: Team, settings: Sequence[Situation], seconds: float) -> dict[in
 
 
 def _each(device: torch.device, seconds: float, clock: Callable[[], float]) -> float:
-    """Seconds of one product and one sum, the mean over so many seconds."""
+    """Return the mean seconds of one matmul and one addition, repeated for `seconds`."""
     a, b = (torch.randn(SIDE, SIDE, device=device) for _ in range(2))
     x, y = (torch.randn(MOVED, device=device) for _ in range(2))
     count, begin, start = 0, time.perf_counter(), clock()

@@ -1,7 +1,7 @@
-"""The workers that measure together: which of them are on one host, and how they wait for each other.
+"""Workers that measure together: which of them share a host, and how they wait for each other.
 
-Some measurements are made by a few of them while the others must not compute: those wait in a barrier on main memory,
-which needs no core.
+Some measurements run on a few workers while the others must not compute. The others wait in a gloo barrier in main
+memory, which needs no core.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class Team:
     """All workers of the default process group, or this process alone. Creating it is collective.
 
     Attributes:
-        rank: of this worker.
+        rank: rank of this worker.
         size: number of workers.
-        device: where this worker computes.
-        host: number of this worker's host.
-        hosts: ranks of each host, in the order of the hosts' first ranks.
+        device: device on which this worker computes.
+        host: index in `hosts` of this worker's host.
+        hosts: ranks on each host, in the order of the hosts' first ranks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,19 +37,22 @@ class Team:
         self.host = order.index(names[self.rank])
 
     def first(self, count: int) -> dist.ProcessGroup | None:
-        """The first `count` workers, for waiting; collective over all. None where that is one."""
+        """Return the process group of the first `count` workers. Collective over all; returns None for a single one."""
         if count not in self._first:
             self._first[count] = dist.new_group(list(range(count)), backend="gloo")
         return self._first[count]
 
     def wait(self, count: int = 0) -> None:
-        """Until the first `count` workers (0: all) have come here; collective over these."""
+        """Wait until the first `count` workers (0: all) have called this; collective over these."""
         group = self.first(count or self.size) if self.size > 1 else None
         if group is not None:
             dist.barrier(group)
 
     def gathered(self, values: Sequence[float], count: int = 0) -> list[list[float]]:
-        """The values of the first `count` workers (0: all) by rank, as many of each; collective over these."""
+        """Return the values of the first `count` workers (0: all) by rank.
+
+        Collective over these; all workers must pass equally many values.
+        """
         group = self.first(count or self.size) if self.size > 1 else None
         if group is None:
             return [list(values)]

@@ -1,9 +1,9 @@
-"""How long a call takes on a device, as training makes it: see `arena`.
+"""Time a call on a device under the conditions of a training step, see `arena`.
 
-What one thread computes on a CPU is timed by that thread's own clock, which stands still while the thread waits for a
-core: other programs then make the spread larger, but not the times. Several threads are timed by the clock on the wall.
-Calls for which the system had to give memory count only where there are no others: a training has its memory after the
-first steps.
+A call that runs on one CPU thread is timed by that thread's own clock, which stands still while the thread waits for a
+core: other programs then increase the spread, but not the times. Several threads are timed by the wall clock. Calls
+during which the system had to provide memory count only if there are no others, because a training has all its memory
+after the first steps.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from shardwise.cluster.arena import Arena
 from shardwise.cluster.cases import Case
 
 LEAST = 3
-"""Calls of a case that are timed, whatever they take."""
+"""Fewest timed calls of a case, no matter how long they take."""
 
 MOST = 400
 
 TRIED = 12
-"""Calls after which it is given up to wait for some that need no memory from the system."""
+"""Number of calls after which to stop waiting for calls that need no memory from the system."""
 
 PAGES = 16
-"""That the system may give during a call all the same."""
+"""Page faults up to which a call counts as one that needs no memory from the system."""
 
 LONG_SECONDS = 0.01
-"""A call that takes longer is warmed up once only."""
+"""Seconds of a call above which a single warm-up call is enough."""
 
 ASLEEP_CYCLES = 3_000_000
-"""How long a GPU is kept busy before calls that are timed together, so that the host has started them all by then."""
+"""Cycles that a GPU sleeps before calls that are timed together, so that the host has launched all of them by then."""
 
 TOGETHER = 10
-"""Calls that are timed together on a GPU."""
+"""Number of calls that are timed together on a GPU."""
 
 
 def timed(case: Case, arena: Arena, seconds: float) -> list[float]:
-    """Seconds of each of several calls.
+    """Return the seconds of each of several calls of a case.
 
     Args:
-        case: what to call.
-        arena: where its operands come from and its results go.
-        seconds: to spend on all of it.
+        case: case to call.
+        arena: memory that provides the operands and keeps the results alive.
+        seconds: time to spend on all calls together.
     """
     with torch.no_grad():
-        for _ in range(2):  # libraries choose and keep what they do at the first call
+        for _ in range(2):  # at the first call, libraries choose an algorithm and cache the choice
             start = time.perf_counter()
             case.call(*case.make(arena))
             if time.perf_counter() - start > LONG_SECONDS:
@@ -70,7 +70,7 @@ def timed(case: Case, arena: Arena, seconds: float) -> list[float]:
 
 
 def _pages() -> int:
-    """How many pages of memory the system has given to this process; 0 where it does not say."""
+    """Return the number of minor page faults of this process so far; 0 on Windows, which does not report it."""
     if sys.platform == "win32":
         return 0
     import resource
@@ -90,13 +90,16 @@ def _on_cpu(case: Case, arena: Arena) -> float:
 
 
 def _touch(operands: Sequence[Any]) -> None:
-    """The first operand is in the caches, as if the kernel before had written it."""
+    """Bring the first tensor operand into the caches, as if the previous kernel had written it."""
     first = next(operand for operand in operands if isinstance(operand, Tensor))
-    first.data.mul_(1.0)  # outside of what autograd watches
+    first.data.mul_(1.0)  # invisible to autograd
 
 
 def _on_gpu(case: Case, arena: Arena) -> float:
-    """A GPU computes behind the host: several calls between two events, started while it is busy with nothing."""
+    """Return the mean seconds of several calls on a GPU, measured between two events.
+
+    A GPU runs behind the host. It first sleeps, so that the launches do not limit the measured calls.
+    """
     operands = [case.make(arena) for _ in range(TOGETHER)]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda._sleep(ASLEEP_CYCLES)  # type: ignore[no-untyped-call]
@@ -109,12 +112,12 @@ def _on_gpu(case: Case, arena: Arena) -> float:
 
 
 def rounded(seconds: float) -> float:
-    """As many digits as a measurement has, so that a file of them can be read."""
+    """Round to four significant digits, about the precision of a measurement, which keeps the file readable."""
     return float(f"{seconds:.4g}")
 
 
 def spread(values: Sequence[float]) -> float:
-    """Interquartile range over the median."""
+    """Return the interquartile range divided by the median; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(values, n=4)

@@ -1,4 +1,4 @@
-"""Clusters to TOML, as `reading` takes them: for people to read and to edit, and exact when read again."""
+"""Write clusters as TOML in the format of `reading`: readable, editable, and exact when read again."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from shardwise.cluster.reading import DEVICE, LEVEL, NODES
 from shardwise.errors import ClusterError
 
 INLINE = ("flops", "shared", "origins", "process", "overheads")
-"""Fields that are small tables, each on one line."""
+"""Fields that are small tables, written as inline tables on one line each."""
 
 
 def write_cluster(cluster: Cluster, path: Path | str) -> None:
-    """Writes a cluster file; `read_cluster` gives back an equal cluster.
+    """Write a cluster file; `read_cluster` gives back an equal cluster.
 
-    The file is complete or not there: it is written beside its place under another name, and renamed.
+    The write is atomic: the text goes to a temporary file in the same folder, which is then renamed.
 
     Raises:
-        ClusterError: it cannot be written.
+        ClusterError: the file cannot be written.
     """
     path = Path(path)
     text = "\n".join(_cluster_lines(cluster)) + "\n"
@@ -49,10 +49,10 @@ def write_cluster(cluster: Cluster, path: Path | str) -> None:
 
 
 def check_place(path: Path | str) -> None:
-    """Whether a cluster file can be written there; to be asked before something that takes long is measured for it.
+    """Check that a cluster file can be written at this path, before a long measurement is started for it.
 
     Raises:
-        ClusterError: it cannot.
+        ClusterError: the file cannot be written there.
     """
     path = Path(path)
     if path.is_dir():
@@ -63,7 +63,7 @@ def check_place(path: Path | str) -> None:
 
 
 def _umask() -> int:
-    """Which rights new files do not have: temporary files have only their owner's."""
+    """Return the process's umask, to give the file its usual permissions: a temporary file has only the owner's."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -86,7 +86,7 @@ def _cluster_lines(cluster: Cluster) -> Iterator[str]:
 
 
 class _Same:
-    """A device as a key: by what it says, for its tables cannot be hashed."""
+    """A device as a dict key, compared by value; the device itself has mappings, which cannot be hashed."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -99,7 +99,7 @@ class _Same:
 
 
 def _names(cluster: Cluster) -> dict[_Same, str]:
-    """Different devices -> their names in the file, made of what they are called."""
+    """Map the different devices to their keys in the file, derived from the devices' names."""
     names: dict[_Same, str] = {}
     for nodes in cluster.nodes:
         same = _Same(nodes.device)
@@ -122,7 +122,7 @@ def _device_lines(same: _Same, name: str) -> Iterator[str]:
 
 
 def _field_lines(thing: Device | Level, described: Mapping[str, Field]) -> Iterator[str]:
-    """One line for each field that is not as it would be without one; units as comments."""
+    """Yield one line for each field whose value is not the default, with the unit as a comment."""
     defaults = {field.name: getattr(field, "default", None) for field in fields(thing)}
     for name, field in described.items():
         value = getattr(thing, name)
@@ -163,7 +163,7 @@ def _collective_lines(curve: CollectiveCurve) -> Iterator[str]:
 
 
 def _sample_lines(samples: Sequence[Sample]) -> Iterator[str]:
-    """Rows of [shape ..., seconds, spread]."""
+    """Yield an array of rows [shape ..., seconds, spread]."""
     if not samples:
         yield "samples = []"
         return
@@ -184,9 +184,9 @@ def _key(key: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """A number or text in TOML. The shortest decimal that reads back as the same number is what `repr` gives."""
+    """Spell a number or text in TOML; `repr` gives the shortest decimal that reads back as the same number."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
         return repr(value)
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's basic strings are JSON's
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's basic strings follow JSON

@@ -1,1 +1,5 @@
-"""Choosing: which strategies there are (`space`), what each costs at least (`bounds`), the best (`search`), and why."""
+"""Choice of a strategy.
+
+`space` lists the strategies, `bounds` gives lower bounds of their cost, `search` finds the best one, and `explain` says
+why it is the best.
+"""

@@ -1,19 +1,19 @@
-"""What a strategy costs at least, from sums over its profile alone: what cannot win is not looked at closer.
+"""Lower bounds of a strategy's step time, from sums over its profile alone, to skip strategies that cannot win.
 
-With T seconds of one microbatch through all stages, B of its backward pass, m microbatches, p workers of a pipeline:
+Terms: T seconds of one microbatch through all stages, B of its backward pass, m microbatches, p pipeline workers:
 
     computing      each worker computes its part of every microbatch, and updates its part of the parameters;
                    a pipeline of one stage each also fills and drains once: T (1 + (m - 1) / p), else m T / p
     gradients      can be sent from the last backward pass on: m T / p - B / p + all-reduce
-    gathers        `fully_shard` gathers and scatters on one channel: a step takes as long as those at least; where they
-                   block (on a CPU) they come on top
+    gathers        `fully_shard` gathers and scatters on one channel: a step takes at least as long as these do; if they
+                   block (on a CPU), their time is added
     messages       one microbatch goes through all workers and back
-    stages         closer, but slower to know: the slowest worker of the pipeline as it would be cut
+    stages         a tighter bound that takes longer to compute: the slowest worker of the pipeline as it would be cut
 
-What it needs at least stands in `bounds_memory`.
+The lower bounds of memory are in `bounds_memory`.
 
-No strategy costs less (tests hold all strategies of small jobs against their bounds), so that nothing is lost by
-leaving out what cannot be better than what is known.
+No strategy costs less than its bound (tests compare all strategies of small jobs with their bounds), so skipping
+strategies whose bound exceeds a known cost never loses the best one.
 """
 
 from __future__ import annotations
@@ -35,41 +35,47 @@ from shardwise.predict.timing import Timed, timed
 from shardwise.strategy import OUTERMOST, Strategy
 
 INPUTS = 0.4
-"""Of a backward pass, the least that gradients of inputs take; half where both are products of one size."""
+"""Least share of a backward pass that the gradients of the inputs take.
+
+It is one half if the gradients of inputs and of weights are matmuls of the same size.
+"""
 
 
 def family_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
-    """Of a step of all strategies that differ from this one in how replicas keep parameters: what is computed alone."""
+    """Bound the step time of a family from below, in seconds, by computation and pipeline messages alone.
+
+    A family is all strategies that differ only in how replicas store parameters.
+    """
     return max(_passes(profile, strategy, cluster))
 
 
 def _passes(profile: Condensed, strategy: Strategy, cluster: Cluster) -> tuple[float, float]:
-    """Seconds that the pipeline is busy from its first pass to its last, and that its mean worker computes."""
+    """Return lower bounds in seconds: from the pipeline's first pass to its last, and of the mean worker's compute."""
     times = times_of(profile, cluster, strategy)
     one = times.forward + times.backward + times.weights
-    module = strategy.tp == strategy.pp == 1  # there only repeated blocks are computed again
+    module = strategy.tp == strategy.pp == 1  # only repeated blocks are recomputed then
     if strategy.keeps_products:
         one += times.repeated_rest if module else times.rest
-    elif strategy.recompute == "full":  # of a part: not known
+    elif strategy.recompute == "full":  # if only a part of the blocks is recomputed, the time is not known here
         one += times.repeated if module else times.again
     filled = _filled(profile, strategy, times.forward, one) + _trip(profile, strategy, cluster)
     return filled, one * strategy.microbatches / strategy.pp
 
 
 def _trip(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
-    """Of one microbatch through the workers of a pipeline and back: its messages, over the shortest way there is."""
+    """Return the seconds of one microbatch's messages through all pipeline workers and back, each to a nearest rank."""
     if strategy.pp == 1 or not profile.message:
         return 0.0
     return 2 * (strategy.pp - 1) * _collective("send", profile.message, 2, strategy.tp, _Same(cluster))
 
 
 def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
-    """Of a step of a family's strategies: what is computed alone, by stages as they are cut.
+    """Bound the step time of a family from below, in seconds, by the computation of the stages as they are cut.
 
-    Slower to know than `family_seconds`, and closer: stages are not equal. Whatever the schedule, a worker computes all
-    its stages for each microbatch, after the stages before its first one and before them on the way back; and one
-    microbatch goes through all stages. Nothing is known where links are slow: then they have a say in where stages are
-    cut, and a family's strategies send over different ones.
+    This takes longer than `family_seconds` and is tighter, because stages are not equal. Whatever the schedule, a
+    worker computes all its stages for each microbatch; it starts after the stages before its first one, which also run
+    after it on the way back. One microbatch goes through all stages. Returns 0 if links between stages are slow: they
+    then influence where stages are cut, and the strategies of a family send over different links.
     """
     words = OUTERMOST if strategy.pp > 1 and strategy.replicas > 1 else (strategy.outermost,)
     if any(slower_hops(profile, strategy.with_(outermost=word), cluster) for word in words):
@@ -81,7 +87,7 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
         busy = sum(each.forward + each.backward for each in stages[place :: strategy.pp])
         best = max(best, around + strategy.microbatches * busy)
         around += stage.forward
-        if strategy.schedule != "zero-bubble":  # there weights may come after the gradient has been sent back
+        if strategy.schedule != "zero-bubble":  # zero-bubble may compute weight gradients after sending the others back
             around += stage.backward + stage.returns
     return best
 
@@ -114,7 +120,7 @@ def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times
 
 
 def least_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
-    """Of a step of this strategy (its number of microbatches settled)."""
+    """Bound the step time of one strategy from below, in seconds; its number of microbatches must be settled."""
     times = times_of(profile, cluster, strategy)
     filled, computing = _passes(profile, strategy, cluster)
     update = _update(profile, strategy, times)
@@ -130,19 +136,19 @@ def least_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> f
 
 
 def _filled(profile: Condensed, strategy: Strategy, forward: float, one: float) -> float:
-    """Of a pipeline, from its first pass to its last: `one` microbatch through all stages takes so long."""
+    """Bound a pipeline's seconds from its first pass to its last, if one microbatch takes `one` through all stages."""
     count, workers = strategy.microbatches, strategy.pp
     if strategy.schedule in ("1f1b", "gpipe"):
         return one * (1 + (count - 1) / workers)
-    if strategy.schedule == "zero-bubble":  # weights are put off while the pipeline fills
+    if strategy.schedule == "zero-bubble":  # weight gradients are postponed while the pipeline fills
         short = forward + INPUTS * (one - forward)
         return short * (1 + (min(count, workers) - 1) / workers) + max(count - workers, 0) * one / workers
-    filling = one * (workers - 1) / workers / strategy.stages_per_worker  # interleaved: of stages of equal length
+    filling = one * (workers - 1) / workers / strategy.stages_per_worker  # interleaved: time to fill equal stages
     return one * count / workers + even(profile, workers * strategy.stages_per_worker) * filling
 
 
 def _update(profile: Condensed, strategy: Strategy, times: Times) -> float:
-    """Of the mean worker: as one kernel for all of its parameters."""
+    """Return the seconds of the mean worker's optimizer step, timed as one kernel over all of its parameters."""
     elements = profile.elements / strategy.pp / owners(strategy)
     moved = sum(kernel.bytes for kernel in profile.update.kernels) * elements
     if moved < 1:
@@ -151,11 +157,11 @@ def _update(profile: Condensed, strategy: Strategy, times: Times) -> float:
 
 
 def _gathers(strategy: Strategy, cluster: Cluster, profile: Condensed) -> float:
-    """Of a step: what `fully_shard` gathers and scatters of blocks; see `predict.issuing.syncs`.
+    """Return the seconds of a step's all-gathers and reduce-scatters by `fully_shard`; see `predict.issuing.syncs`.
 
-    With tp or pp gradients are scattered once, and with zero=3 a stage's blocks are gathered for each microbatch's
+    Gradients are scattered once with tp or pp. In that case and with zero=3, a stage's blocks are gathered for each
     forward pass that follows another one and for each backward pass that follows a forward pass: once more often than
-    there are microbatches, whatever the order. Without, each microbatch gathers and scatters.
+    there are microbatches, whatever the order. Without tp and pp, each microbatch gathers and scatters.
     """
     alone, count = strategy.tp == strategy.pp == 1, strategy.microbatches
     size = (profile.repeated if alone else profile.own) // strategy.pp
@@ -167,9 +173,10 @@ def _gathers(strategy: Strategy, cluster: Cluster, profile: Condensed) -> float:
 
 
 def _unhidden(strategy: Strategy, cluster: Cluster, profile: Condensed, times: Times) -> float:
-    """Of a pipeline: what all stages, one after the other, wait for before the first microbatch and behind the last.
+    """Return the seconds that all stages of a pipeline together wait before the first microbatch and after the last.
 
-    Each gathers as the first microbatch comes, and scatters as the last one goes back, beside computing them.
+    Each stage gathers as the first microbatch arrives and scatters as the last one goes back. Only the time beyond the
+    computation of that microbatch counts.
     """
     if strategy.pp == 1:
         return 0.0
@@ -187,7 +194,7 @@ def _seconds(operation: str, size: int, strategy: Strategy, axis: str, cluster: 
 
 
 class _Same:
-    """A cluster by its identity, which is quicker to look up than its value."""
+    """A cluster compared by identity, which is faster to look up than its value."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster

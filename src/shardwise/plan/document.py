@@ -10,11 +10,11 @@ from shardwise.predict.document import candidate
 from shardwise.units import format_bytes, format_seconds
 
 SHOWN = 20
-"""Candidates that are written with all they cost; the others keep a reason."""
+"""Number of candidates that are written with all costs; the others are listed with a reason."""
 
 
 def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
-    """See `predict.document.document`; with `workers`, `objective` and how much was searched."""
+    """Build a plan's JSON document: that of `predict.document.document` plus workers, objective and search counts."""
     shown, others = plan.candidates[:SHOWN], plan.candidates[SHOWN:]
     best = plan.best
     rejected = [
@@ -45,7 +45,7 @@ def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
 
 
 def front_rows(front: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """The Pareto front, fastest first: each strategy with its time and its memory as parts of the first one's."""
+    """Return the rows of the Pareto front, fastest first, with time and memory relative to the first candidate."""
     rows = []
     for each in front:
         first, own = front[0].prediction, each.prediction

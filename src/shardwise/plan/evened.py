@@ -1,10 +1,10 @@
-"""Pipelines whose stages are cut by what fits, where equal ones do not: the worker that keeps most gets fewer layers.
+"""Pipelines with unequal stages, cut by what fits where equal stages do not: workers that save most get fewer layers.
 
-With x the share of the model that a worker has, k the microbatches that it keeps, S the bytes of the whole model's
-parameters, gradients and optimizer, A the bytes that all of it keeps of a microbatch:
+Terms: x the share of the model on a worker, k its microbatches in flight, S the bytes of the whole model's parameters,
+gradients and optimizer state, and A the bytes that the whole model saves per microbatch:
 
     what fits        x (S + k A) <= room
-    the largest      the least L for which all shares min(x, L) together are the whole model: a step computes m L T
+    largest stage    the least L for which all shares min(x, L) together are the whole model: a step computes m L T
 
 A strategy spells such stages as `speeds`. Related: Sun et al. 2024 (AdaPipe), who cut and recompute together.
 """
@@ -30,28 +30,28 @@ from shardwise.predict.profile import Profile
 from shardwise.strategy import Strategy
 
 ROUNDS = 12
-"""Of cutting anew by what the last cut needs."""
+"""Largest number of cuts, each made from the memory that the previous cut needs."""
 
 HALVINGS = 40
-"""Of the range in which the cost of the most expensive worker is looked for."""
+"""Bisection steps in the search for the cost of the most expensive worker."""
 
 FINE = (20, 100, 1000)
-"""Parts of the largest stage in which the others are told: as few as say where to cut."""
+"""Resolutions of the ratios of stages, as parts of the largest; the first that leads to the cut points is used."""
 
 
 def may_be_evened(strategy: Strategy, cluster: Cluster) -> bool:
-    """Whether stages can be made unequal for memory's sake: not where they are unequal for another reason."""
+    """Return whether stages may be cut unequally to save memory: only if nothing else makes them unequal."""
     plain = strategy.stages_per_worker == 1 and not strategy.speeds and not strategy.recomputes
     return cluster.alike and plain and 1 < strategy.pp <= MOST_REPLICAS
 
 
 def least_share(profile: Condensed, strategy: Strategy, room: int) -> float | None:
-    """Of the model that the worker with most of it has at least; None: it cannot fit, however it is cut."""
+    """Return the least possible share of the worker with the largest part of the model. Returns None if none fits."""
     return level(most_of_the_model(profile, strategy, room))
 
 
 def level(most: Sequence[float]) -> float | None:
-    """The least L for which all min(x, L) add up to 1; None: all x together are less.
+    """Return the least L for which all min(x, L) add up to 1. Returns None if all x together are less than 1.
 
     >>> level([0.25, 1.0, 1.0])
     0.375
@@ -66,9 +66,9 @@ def level(most: Sequence[float]) -> float | None:
 
 
 def evened(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) -> Strategy | None:
-    """The strategy with stages that fit, as equal as they can be then; None: there are none, or equal ones fit.
+    """Return the strategy with stages that fit and are as equal as possible. Returns None if equal or no stages fit.
 
-    Cut by what each worker would need in proportion to what it has, and cut anew until that is so.
+    Each cut limits the workers by the memory per layer that they needed with the previous cut, until all of them fit.
     """
     tried = strategy
     costs = costs_of(profile, tried, cluster)
@@ -94,7 +94,7 @@ def evened(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) ->
 
 
 def _stored(profile: Profile) -> list[int]:
-    """Bytes of the parameters of the links before each one, and of all; each counts where it is used first."""
+    """Return the cumulative bytes of parameters over the segments; each parameter counts where it is used first."""
     sizes = [0] * len(profile.links)
     for parameter in profile.parameters:
         sizes[parameter.links[0]] += parameter.bytes
@@ -103,7 +103,16 @@ def _stored(profile: Profile) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Limit:
-    """What a stage may have: `rest` bytes, `per_stored` of parameters and `per_saved` of activations within `room`."""
+    """Memory limit of a stage in bytes.
+
+    Attributes:
+        stored: cumulative bytes of parameters over the segments.
+        saved: cumulative bytes saved for the backward pass over the segments.
+        per_stored: bytes needed per byte of parameters, with gradients and optimizer state.
+        per_saved: bytes of activations needed per saved byte of one microbatch.
+        rest: bytes that do not depend on the stage's size.
+        room: bytes that the stage may need in total.
+    """
 
     stored: Sequence[int]
     saved: Sequence[int]
@@ -114,36 +123,36 @@ class _Limit:
 
     @classmethod
     def of(cls, need: Memory, stage: Stage, stored: Sequence[int], saved: Sequence[int], room: float) -> _Limit:
-        """Of a worker that needs so much with a stage."""
+        """Derive the limit of a worker from the memory `need` that it has with `stage`."""
         first, end = stage.first, stage.end
         per_stored = (need.parameters + need.gradients + need.optimizer) / max(1, stored[end] - stored[first])
         per_saved = need.activations / max(1, saved[end] - saved[first])
         return cls(stored, saved, per_stored, per_saved, need.temporary + need.process, room)
 
     def allows(self, first: int, end: int) -> bool:
-        """Whether it may have links `first` to `end`."""
+        """Return whether the stage may consist of segments `first` to `end`."""
         stored, saved = self.stored[end] - self.stored[first], self.saved[end] - self.saved[first]
         return self.rest + self.per_stored * stored + self.per_saved * saved <= self.room
 
 
 def _places(profile: Profile) -> list[int]:
-    """Links before which least is to be sent."""
+    """Return the cut points with the smallest message, as the segments before which they lie."""
     least = min(link.message for link in profile.links[1:])
     return [number for number, link in enumerate(profile.links) if number and link.message <= least]
 
 
 def cut(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit]) -> list[int] | None:
-    """Where stages begin such that each is within its limit, and the most expensive one costs as little as can be.
+    """Choose the starts of stages so that each stage is within its limit and the most expensive one is cheapest.
 
-    Stages are filled from the last one on, which keeps fewest microbatches: the first one gets what is left.
+    Stages are filled from the last one on, which has fewest microbatches in flight; the first one gets the rest.
 
     Args:
-        sums: costs of the links before each one, and of all.
-        places: links where a stage may begin, ascending.
-        limits: of each stage.
+        sums: cumulative costs: entry i is the cost of the segments before segment i, the last that of all.
+        places: cut points, as segments where a stage may begin, ascending.
+        limits: memory limit of each stage.
 
     Returns:
-        the first link of each stage; None: there is no such cut.
+        First segment of each stage. None if no cut is within the limits.
     """
     low, high = sums[-1] / len(limits), sums[-1]
     best = _filled(sums, places, limits, high)
@@ -160,7 +169,10 @@ def cut(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit]) 
 
 
 def _filled(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit], most: float) -> list[int] | None:
-    """Stages that cost no more than `most`, each with as many links as may be."""
+    """Return the first segments of stages that cost at most `most`. Each stage is as long as its limit allows.
+
+    Returns None if there are no such stages.
+    """
     starts: list[int] = []
     end, left = len(sums) - 1, len(places)
 
@@ -169,7 +181,7 @@ def _filled(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limi
 
     for number in range(len(limits) - 1, 0, -1):
         first = bisect_left(places, True, hi=left, key=partial(may_have, limits[number], end))
-        first = max(first, number - 1)  # a place for each stage before it
+        first = max(first, number - 1)  # leaves a cut point for each stage before it
         if first >= left:
             return None
         starts.append(places[first])
@@ -180,7 +192,7 @@ def _filled(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limi
 def _spelled(
     profile: Profile, strategy: Strategy, cluster: Cluster, costs: Costs, sums: Sequence[float], starts: Sequence[int]
 ) -> Strategy:
-    """With speeds that lead to stages which begin there, or nearly so."""
+    """Return the strategy with speeds whose stages begin at `starts`, or as near as the finest ratios allow."""
     sizes = [sums[end] - sums[first] for first, end in pairwise([*starts, len(sums) - 1])]
     found = strategy
     for fine in FINE:

@@ -1,7 +1,7 @@
-"""A plan in words: what the model needs, what binds, data parallel against model parallel, why others lost, what would
-change the choice.
+"""Explain a plan in words.
 
-Every number in the text is from a prediction; nothing is said that was not computed for this very workload and cluster.
+The text says what the model needs, what binds, how data parallel compares with model parallel, why the others lost, and
+what would change the choice. Every number in it comes from a prediction for this workload and cluster.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ PARTS = {
 """Parts of a step, in words."""
 
 CHANGES = (0.1, 0.25, 4.0, 10.0)
-"""Factors on the bandwidth of each kind of link that the choice is tried with."""
+"""Factors by which the bandwidth of each kind of link is changed, to see if the choice changes."""
 
 TRIED = 24
-"""Candidates that are tried on changed clusters, beside the pure ones."""
+"""Number of best candidates that are compared on changed clusters, beside the pure ones."""
 
 
 def explanation(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[str]:
-    """Sentences, one paragraph each.
+    """Return the explanation of a plan, one paragraph per entry.
 
     Args:
-        plan: what was found.
-        cluster: that it was found for.
-        profile_of: the profiles of the search.
+        plan: plan to explain.
+        cluster: cluster that the plan was made for.
+        profile_of: profiles of the search, by strategy.
     """
     pure = _pure(plan, cluster, profile_of)
     if plan.best is None:
@@ -57,7 +57,7 @@ def explanation(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[str
 
 
 def _needs(plan: Plan, profile_of: ProfileOf) -> str:
-    """What one device would have to hold alone."""
+    """Say how much memory training would need on one device alone."""
     batch = "one sample at a time"
     best = plan.best or plan.smallest
     size = 1 if best is None else _batch_size(best)
@@ -108,7 +108,7 @@ def _chosen(best: Candidate) -> str:
 
 
 def _offloaded(plan: Plan) -> list[str]:
-    """Why something lies on the hosts, if it does."""
+    """Say why parameters and optimizer state are offloaded to the hosts, if they are."""
     best = plan.best
     if best is None or not best.strategy.offload:
         return []
@@ -126,7 +126,7 @@ def _offloaded(plan: Plan) -> list[str]:
 
 
 def _unequal(best: Candidate, cluster: Cluster, profile_of: ProfileOf) -> Iterator[str]:
-    """Why stages are of different size where devices are alike, if they are."""
+    """Say why stages are unequal although all devices are of one kind, if they are."""
     strategy = best.strategy
     if not strategy.speeds or not cluster.alike:
         return
@@ -139,13 +139,13 @@ def _unequal(best: Candidate, cluster: Cluster, profile_of: ProfileOf) -> Iterat
 
 
 def _shares(prediction: Prediction) -> list[tuple[str, float]]:
-    """(part in words, share of the step), the largest first, without those below one percent."""
+    """Return (part in words, share of the step), largest first, without parts below one percent."""
     found = [(words, getattr(prediction, name) / prediction.step_seconds) for name, words in PARTS.items()]
     return sorted((part for part in found if part[1] >= 0.01), key=lambda part: -part[1])
 
 
 def _binding(candidate: Candidate) -> str:
-    """What a faster step would need most."""
+    """Say which part of the step would have to shrink most for a faster step."""
     prediction = candidate.prediction
     waits = {name: value for name, value in _shares(prediction) if name != "computing"}
     if not waits or max(waits.values()) < 0.1:
@@ -159,7 +159,7 @@ def _binding(candidate: Candidate) -> str:
 
 
 def _pure(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[Candidate]:
-    """One axis over all devices each: what textbooks compare."""
+    """Predict the pure strategies, which use one axis over all devices."""
     found = []
     for axis in ("dp", "fsdp", "tp", "pp") if plan.workers > 1 else ():
         strategy = Strategy.parse(f"{axis}={plan.workers}")
@@ -174,12 +174,12 @@ def _pure(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[Candidate
 
 
 def _covers(refused: Strategy, strategy: Strategy) -> bool:
-    """Whether a refusal of the model is about this strategy too: of its degree of tp."""
+    """Return whether the model's refusal of a pure tp strategy applies to this strategy, which has the same tp."""
     return refused.tp > 1 and refused.tp == strategy.tp and refused.workers == refused.tp
 
 
 def _data_against_model(plan: Plan, pure: Sequence[Candidate], profile_of: ProfileOf) -> Iterator[str]:
-    """T = T_compute (1 + alpha), for each axis alone, with the bytes that make alpha."""
+    """Compare the pure strategies as T = T_compute (1 + alpha), with the bytes that each kind sends."""
     if not pure:
         return
     whole = sum(p.bytes for p in profile_of(_settled(pure[0])).parameters if p.trained)
@@ -220,7 +220,7 @@ def _alpha(candidate: Candidate) -> str:
 
 
 def _rest(prediction: Prediction) -> str:
-    """What of a step is neither computing nor communication."""
+    """Say how much of a step is neither computing nor communication."""
     bubble = prediction.bubble_seconds
     other = prediction.optimizer_seconds + prediction.host_seconds
     words = [f"{format_seconds(bubble)} bubble"] if bubble >= 0.01 * prediction.step_seconds else []
@@ -229,7 +229,7 @@ def _rest(prediction: Prediction) -> str:
 
 
 def _runner_up(plan: Plan) -> Iterator[str]:
-    """Why the next best one of another kind lost."""
+    """Say why the next best candidate lost, preferably one with other axes than the best."""
     best = plan.best
     assert best is not None
     other = next((each for each in plan.candidates[1:] if each.strategy.kind != best.strategy.kind), None)
@@ -253,7 +253,7 @@ def _runner_up(plan: Plan) -> Iterator[str]:
 
 
 def _changes(plan: Plan, pure: Sequence[Candidate], cluster: Cluster, profile_of: ProfileOf) -> Iterator[str]:
-    """Other links, other memory: which strategy would be best then, of those that were looked at closest."""
+    """Say which of the best candidates would be chosen if links were faster or slower."""
     if plan.workers == 1:
         return
     best = plan.best
@@ -279,7 +279,7 @@ def _changes(plan: Plan, pure: Sequence[Candidate], cluster: Cluster, profile_of
 
 
 def _diverse(plan: Plan) -> list[Candidate]:
-    """The best candidates, and the best one of each combination of axes."""
+    """Return the best candidates, and the best one of each further combination of axes."""
     found = list(plan.candidates[:TRIED])
     seen = {each.strategy.kind for each in found}
     for candidate in plan.candidates[TRIED:]:
@@ -303,7 +303,10 @@ def _fastest(
 
 
 def with_bandwidth(cluster: Cluster, level: str, factor: float) -> Cluster:
-    """The cluster with links of one kind so many times as fast; measured collectives over them are stretched."""
+    """Return the cluster with `factor` times the bandwidth on links of one kind.
+
+    Measured collectives over these links are scaled accordingly.
+    """
     levels = tuple(
         replace(each, bandwidth=each.bandwidth * factor) if each.name == level else each for each in cluster.levels
     )
@@ -315,7 +318,7 @@ def with_bandwidth(cluster: Cluster, level: str, factor: float) -> Cluster:
 
 
 def _stretched(curve: CollectiveCurve, factor: float) -> CollectiveCurve:
-    """A curve whose seconds above those of its smallest message take so many times as long."""
+    """Return the curve with the seconds above those of its smallest message multiplied by `factor`."""
     start = min((sample.seconds for sample in curve.samples), default=0.0)
     samples = tuple(
         Sample(sample.shape, start + (sample.seconds - start) * factor, sample.spread) for sample in curve.samples

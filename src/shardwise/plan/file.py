@@ -1,13 +1,13 @@
-"""The plan file: TOML that a person can read and edit, and `train --strategy plan.toml` runs.
+"""The plan file: TOML that a user can read and edit, and `train --strategy plan.toml` runs.
 
 version = 1
 workload = "language"
 cluster = "h100x8"
 strategy = "fsdp=8,zero=2,microbatches=1"
 
-cuts = [[0], [12]]                  # with pp, or in blocks: links at which the blocks of each stage begin
+cuts = [[0], [12]]                  # with pp or blocks: segments at which the blocks of each stage begin
 
-[prediction]                        # what it will cost, as it was when the plan was made
+[prediction]                        # predicted cost at the time the plan was made
 step_seconds = 0.29
 ...
 [made_with]
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 VERSION = 1
 
 LARGEST = 1 << 20
-"""Bytes of a plan file at most."""
+"""Largest size of a plan file in bytes."""
 
 _KEYS = ("version", "workload", "settings", "cluster", "strategy", "cuts", "prediction", "made_with")
 _PREDICTED = ("step_seconds", "memory_bytes", "samples_per_second", "alpha")
@@ -43,16 +43,16 @@ _PREDICTED = ("step_seconds", "memory_bytes", "samples_per_second", "alpha")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFile:
-    """What a plan file says.
+    """Content of a plan file.
 
     Attributes:
-        workload: its name, as `train` takes it.
+        workload: name of the workload, as `train` takes it.
         settings: parameters of the workload's function.
-        cluster: that it was planned for, as `--cluster` takes it; empty: the machine that it was made on.
-        strategy: what to run.
-        cuts: of the step into stages and blocks, see `parallel.planning.Cuts`; empty: as costs say when it is run.
-        prediction: what it was predicted to cost; keys of `_PREDICTED`.
-        made_with: names of programs -> their versions.
+        cluster: cluster that was planned for, as `--cluster` takes it; empty means the machine that made the plan.
+        strategy: strategy to run.
+        cuts: cuts of the step into stages and blocks, see `parallel.planning.Cuts`; if empty, costs decide at run time.
+        prediction: predicted costs; keys of `_PREDICTED`.
+        made_with: map from a program's name to its version.
     """
 
     workload: str
@@ -65,15 +65,15 @@ class PlanFile:
 
 
 def is_plan_file(text: str) -> bool:
-    """Whether a strategy is given as the name of a plan file."""
+    """Return whether a strategy is given as the name of a plan file."""
     return text.endswith(".toml")
 
 
 def write_plan(path: Path, plan: PlanFile) -> None:
-    """Writes a plan file; it is whole or not there.
+    """Write a plan file atomically, through a temporary file beside it that is then renamed.
 
     Raises:
-        RunFolderError: there is no such folder, or a folder of that name.
+        RunFolderError: the folder does not exist, the path is a folder, or the file cannot be written.
     """
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
@@ -94,15 +94,16 @@ def write_plan(path: Path, plan: PlanFile) -> None:
     try:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         partial.replace(path)
-    except (OSError, UnicodeEncodeError) as error:  # a name that is no text cannot be in a file that is
+    except (OSError, UnicodeEncodeError) as error:  # UTF-8 cannot encode a name with lone surrogates
         raise RunFolderError(f"out={path}: cannot be written: {error}") from None
 
 
 def read_plan(path: Path) -> PlanFile:
-    """Reads a plan file.
+    """Read a plan file.
 
     Raises:
-        RequestError: it cannot be read, or a key of it is missing, unknown or wrong; names file and key.
+        RequestError: the file cannot be read, or a key is missing, unknown or wrong; the message names file and key.
+        StrategyError: the file's strategy is wrong.
     """
     found = read_toml(path, LARGEST, RequestError, "plan file")
     for key in found:
@@ -169,7 +170,7 @@ def _number(path: Path, key: str, value: Any) -> float:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no bare DEL, JSON does
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML must escape DEL, JSON need not
 
 
 def _key(name: str) -> str:

@@ -1,6 +1,6 @@
-"""The last look at the best strategies of a search: predicted from profiles of their own, with options tried on them.
+"""Final round of a search: the best strategies are predicted from their own profiles, and further options are tried.
 
-Buckets, and shares and stages of devices of different speed, are looked for among the finalists alone.
+Bucket sizes, and unequal shares and stages for devices of different speed, are searched among the finalists alone.
 """
 
 from __future__ import annotations
@@ -19,35 +19,36 @@ from shardwise.predict.uneven import predict_shares
 from shardwise.strategy import Strategy
 
 FINALISTS = 5
-"""Of the best strategies, those that are predicted again from profiles of their own."""
+"""Number of best strategies that are predicted again from profiles traced for them."""
 
 BUCKETS = (1, 5, 100)
-"""MiB of buckets that are looked at beside the usual 25."""
+"""Bucket sizes in MiB that are tried beside the default of 25."""
 
 UNSURE = 0.01
-"""By how much the chosen strategy may be predicted to be worse than the best one, if it is a simpler one."""
+"""Fraction by which the chosen strategy may be predicted worse than the best one, if it is a simpler one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finalists:
-    """See the module.
+    """The final round of a search: traces the best strategies and tries further options on them.
 
     Attributes:
-        task: what is searched for.
-        lost: where those that do not fit are noted.
+        task: task of the search.
+        lost: collects the strategies that do not fit.
     """
 
     task: Task
     lost: Lost
 
     def settled(self, judged: list[Candidate]) -> list[Candidate]:
-        """All that fit, best first as `traced`, with further options where they are worth it; the chosen one first."""
+        """Return all candidates, the chosen one first, then the best first, after trying shares, stages and buckets."""
         best = self._simplest_first(self._with_buckets(self._with_shares(judged)))
         return [self._in_few_words(candidate) for candidate in best]
 
     def traced(self, strategy: Strategy) -> Candidate | None:
-        """As predicted from a profile of its own, with as much computed again, or stages as unequal, as it takes; None:
-        it does not fit.
+        """Predict a strategy from a profile traced for it. Returns None if it does not fit.
+
+        The number of recomputed blocks, or the inequality of the stages, is increased as far as it takes to fit.
         """
         profile = self.task.scaled.traced.of(strategy)
         candidate = Candidate(strategy, predict(profile, strategy, self.task.cluster))
@@ -61,7 +62,7 @@ class Finalists:
         return None if more is None else Candidate(more, predict(profile, more, self.task.cluster))
 
     def _with_shares(self, judged: list[Candidate]) -> list[Candidate]:
-        """With shares, or stages, of the finalists' devices of different speed to match, where that is better."""
+        """Add the finalists with shares or stages that match devices of different speed, where that is better."""
         found: list[Candidate] = []
         if not self.task.least_memory:
             for candidate in judged[:FINALISTS]:
@@ -69,7 +70,7 @@ class Finalists:
         return sorted([*found, *judged], key=self.task.rank) if found else judged
 
     def _shared_out(self, candidate: Candidate) -> list[Candidate]:
-        """The best shares or stages of a strategy; none where equal ones are as good."""
+        """Return the best unequal shares or stages of a strategy; empty if equal ones are as good."""
         size, strategy = self.task.workload.batch_size, candidate.strategy.for_batch(self.task.workload.batch_size)
         every = [
             *shared_out(self.task.scaled.of, strategy, self.task.cluster, size),
@@ -84,7 +85,7 @@ class Finalists:
         return [] if best is None or self.task.rank(best) >= self.task.rank(candidate) else [best]
 
     def _with_buckets(self, judged: list[Candidate]) -> list[Candidate]:
-        """With other sizes of buckets of the finalists that add gradients up in buckets."""
+        """Add the finalists that all-reduce gradients in buckets with other bucket sizes, where that is better."""
         found: list[Candidate] = []
         if not self.task.least_memory and "bucket" not in self.task.wish.fixed:
             for candidate in judged[:FINALISTS]:
@@ -98,7 +99,7 @@ class Finalists:
         return self.traced(strategy) if self.task.wish.refusal(strategy) is None else None
 
     def _simplest_first(self, candidates: list[Candidate]) -> list[Candidate]:
-        """The one with the fewest words of those that are as good as the best, as far as can be predicted, first."""
+        """Move the strategy with the fewest words to the front, among those within `UNSURE` of the best."""
         if not candidates:
             return candidates
         best = min(self.task.value(candidate.prediction) for candidate in candidates)
@@ -107,7 +108,7 @@ class Finalists:
         return [first, *(candidate for candidate in candidates if candidate is not first)]
 
     def _in_few_words(self, candidate: Candidate) -> Candidate:
-        """Without a number of microbatches that a strategy has by itself."""
+        """Drop the number of microbatches from a strategy if it is the strategy's default."""
         size, strategy = self.task.workload.batch_size, candidate.strategy
         short = strategy.with_(microbatches=0)
         try:

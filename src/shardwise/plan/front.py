@@ -1,9 +1,9 @@
-"""The Pareto front of time and memory: for each amount of memory the fastest strategy that does with it.
+"""The Pareto front of time and memory: for each amount of memory the fastest strategy that fits in it.
 
     the fastest that fits -> the fastest that needs less memory than that -> ... -> nothing fits
 
-Each step is a search of its own, so that the front is as exact as these: no strategy is faster than one on it and needs
-no more memory, but for what is between two steps.
+Each step is a complete search. No strategy is faster than one on the front without needing more memory, except for
+strategies whose memory lies between two steps.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from shardwise.predict.scaled import ScaledProfiles
 from shardwise.workload.workload import Workload
 
 STEP = 0.05
-"""Of the memory of a strategy on the front, the least by which the next one must need less."""
+"""Least fraction of memory by which each strategy on the front must need less than the one before."""
 
 
 def front(workload: Workload, cluster: Cluster, searched: Searched) -> list[Candidate]:
-    """The strategies of the front, fastest first; none where nothing fits.
+    """Return the strategies on the front, fastest first; empty if nothing fits.
 
     Args:
-        workload: what to train.
-        cluster: on what.
-        searched: an earlier search, whose devices and constraints are taken, and its plan where that is for time.
+        workload: workload to train.
+        cluster: cluster to train on.
+        searched: an earlier search, whose devices, constraints and profiles are used; its plan is reused if its
+            objective is time.
 
     Raises:
         WorkloadError, DataError: the workload cannot be profiled at all.
@@ -50,9 +51,9 @@ def _smaller_and_smaller(
 
 
 def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those than which no other is faster without needing more memory, fastest first.
+    """Return the Pareto-optimal candidates, fastest first.
 
-    A plan's choice may be slower than another strategy, where that is as good as equal and needs more words.
+    A plan's choice may be dominated: within the precision of predictions, a strategy with fewer words is preferred.
     """
     found: list[Candidate] = []
     for each in sorted(candidates, key=lambda c: (c.prediction.step_seconds, c.prediction.memory.total)):

@@ -1,4 +1,4 @@
-"""The dry run as judge of a plan's finalists: what the closed form ranked must fit as the real program has it."""
+"""Check a plan's finalists by dry runs: strategies that the closed form ranked must fit in the real program too."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from shardwise.units import format_bytes
 
 
 def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists: int) -> Plan:
-    """A plan whose first candidates have been run dry; those that do not fit as the program has it are rejected.
+    """Return the plan with its first candidates dry-run; those that do not fit in the dry run are rejected.
 
     Args:
-        plan: as it was found.
-        profiles: of the workload.
-        cluster: that it is for.
-        room: bytes of a device.
-        finalists: how many are run; more where none of them fits. Strategies with shares stay as they are: replicas
-            with unequal shares are not run dry.
+        plan: plan to check.
+        profiles: profiles of the workload.
+        cluster: cluster of the plan.
+        room: bytes of a device that a strategy may use.
+        finalists: number of candidates to dry-run; more if none of them fits. Strategies with shares are taken as
+            they are, because replicas with unequal shares cannot be dry-run.
     """
     kept: list[Candidate] = []
     rejected: list[Rejected] = []
@@ -48,7 +48,7 @@ def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists
 
 
 def _run(candidate: Candidate, profiles: Profiles, cluster: Cluster) -> Candidate:
-    """With the tensors of a dry run, in a process as it is predicted."""
+    """Dry-run a candidate and replace its memory by that of the dry run; process memory stays as predicted."""
     if candidate.strategy.shares:
         return candidate
     run = judged(profiles, candidate.strategy, cluster)

@@ -1,4 +1,4 @@
-"""Strategies that a search did not choose, and why: none of them is forgotten."""
+"""Strategies that a search did not choose, each with its reason."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from shardwise.units import format_bytes
 
 
 class Lost:
-    """What cannot be, what does not fit and what cannot win.
+    """Strategies that are impossible, do not fit or cannot win.
 
     Args:
-        room: bytes of a device.
+        room: bytes of a device that a strategy may use.
 
     Attributes:
-        rejected: all of them, with their reasons.
-        smallest: of those that were predicted and do not fit, the one that needs least; None: there is none.
-        unpredicted: how many were left out by their bounds.
-        too_large: (least bytes, strategy) of those that do not fit by their bounds.
+        rejected: all of these strategies, with their reasons.
+        smallest: the predicted strategy that needs least memory among those that do not fit. None if there is none.
+        unpredicted: number of strategies that were skipped by their bounds.
+        too_large: (least bytes, strategy) of strategies that do not fit by their bounds.
     """
 
     def __init__(self, room: int) -> None:
@@ -28,22 +28,22 @@ class Lost:
         self.too_large: list[tuple[float, Strategy]] = []
 
     def impossible(self, strategy: Strategy, reason: str, count: int = 1) -> None:
-        """Notes what the model does not allow."""
+        """Record a strategy that the model does not allow, standing for `count` strategies."""
         self.rejected.append(Rejected(strategy, reason, "model", count))
 
     def cannot_fit(self, strategy: Strategy, least: float, count: int) -> None:
-        """Notes a strategy, the smallest of so many, that needs too much by its bound."""
+        """Record the smallest of `count` strategies, which needs too much memory by its bound of `least` bytes."""
         self.unpredicted += count
         self._too_large(strategy, least, "at least ", count)
         self.too_large.append((least, strategy))
 
     def cannot_win(self, strategy: Strategy, needed: str, count: int) -> None:
-        """Notes a family that is slower, or larger, than what was found."""
+        """Record a family of `count` strategies that is slower, or larger, than the best found."""
         self.unpredicted += count
         self.rejected.append(Rejected(strategy, f"cannot win: needs {needed} at least", "slower", count))
 
     def fits(self, candidate: Candidate) -> bool:
-        """Whether a strategy fits as predicted; noted where it does not."""
+        """Return whether a strategy fits as predicted, and record it if it does not."""
         memory = candidate.prediction.memory.total
         if memory <= self.room:
             return True

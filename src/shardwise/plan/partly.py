@@ -1,6 +1,6 @@
-"""Strategies that do not fit as they are: how many of their blocks must be computed again.
+"""Recompute a part of the blocks, for strategies that do not fit without recomputation.
 
-What is computed again takes time and needs less memory, the more the more, so that the fewest that fit are the best.
+Recomputing a block saves memory and costs time, so the fewest blocks that fit are the best.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from shardwise.predict.timing import timed
 from shardwise.strategy import Strategy
 
 GUESSES = 4
-"""Of the number of blocks, before the range is halved instead."""
+"""Interpolated guesses of the number of blocks before the search continues by bisection."""
 
 
 def may_be(profile: Condensed, strategy: Strategy) -> bool:
-    """Whether stages have several blocks each, so that some of them can be computed again and others not."""
+    """Return whether stages have several blocks each, so that a part of them can be recomputed."""
     if strategy.tp == strategy.pp == 1:
         return profile.repeated > 0
     return profile.narrow + 1 >= 2 * strategy.pp * strategy.stages_per_worker
 
 
 def fewest(profile: Profile, condensed: Condensed, strategy: Strategy, cluster: Cluster, room: int) -> Strategy | None:
-    """A strategy with as many blocks computed again as it takes at least to fit; None: some blocks are not enough.
+    """Return the strategy with the fewest recomputed blocks that fit by their bounds. Returns None if no part fits.
 
-    By bounds alone, see `bounds_memory`: it may need more (`enough`).
+    The bounds are those of `bounds_memory`; a prediction may need more blocks, see `enough`.
     """
     saved = _saved(profile, strategy, cluster)
     for count in range(1, len(saved)):
@@ -42,9 +42,10 @@ def fewest(profile: Profile, condensed: Condensed, strategy: Strategy, cluster: 
 
 
 def enough(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) -> Strategy | None:
-    """Of the strategies with as many blocks computed again as this one or more, the first that fits as predicted.
+    """Return the first strategy that fits as predicted, with at least as many recomputed blocks as this one.
 
-    Each block frees about as much as any other, so that the number is guessed from what two of them need.
+    Returns None if no part of the blocks is enough. Blocks free similar amounts of memory, so the number is
+    interpolated between two predictions.
     """
     blocks = len(_saved(profile, strategy, cluster))
     low, high = strategy.recomputed_of(blocks), blocks - 1
@@ -74,9 +75,9 @@ def _with(strategy: Strategy, count: int, blocks: int) -> Strategy:
 
 
 def _saved(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[int]:
-    """Bytes that all stages together keep of a microbatch with 0, 1, 2 ... blocks of each computed again.
+    """Return the bytes that all stages together save per microbatch with 0, 1, 2 ... recomputed blocks per stage.
 
-    Without the last entry, of all blocks: as many as the stage with most has.
+    The list has one entry for each block of the stage with most blocks; recomputing all blocks is left out.
     """
     times = timed(profile, cluster, strategy)
     module = strategy.tp == strategy.pp == 1
@@ -98,7 +99,7 @@ def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], sl
     most = max(map(len, stages))
     dropped = [0] * most
     for blocks in stages:
-        # of a stage with fewer blocks a part of them goes as soon as the same part of the most goes
+        # a stage with fewer blocks recomputes the same fraction of them as the largest stage, rounded up
         for count in range(1, most):
             dropped[count] += sum(blocks[: -(-count * len(blocks) // most)])
     return [saved[-1] - each for each in dropped]

@@ -1,4 +1,4 @@
-"""What a search found: the ranked strategies, the chosen one, and why the others lost."""
+"""Result of a search: the ranked strategies, the chosen one, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shardwise.strategy import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A strategy and what it will cost.
+    """A strategy with its predicted cost.
 
     Attributes:
         strategy: the strategy.
-        prediction: of it; the memory is that of the dry run where there was one.
-        dry_run: of the worker that needs most memory; None: it was not run.
+        prediction: predicted cost; the memory is that of the dry run if there was one.
+        dry_run: dry run of the worker that needs most memory. None if there was no dry run.
     """
 
     strategy: Strategy
@@ -27,13 +27,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A strategy, or a family of them, that was not chosen.
+    """A strategy, or a family of strategies, that was not chosen.
 
     Attributes:
-        strategy: the strategy; for a family its first member.
-        reason: why, in words.
-        kind: `model` (cannot be for this model), `memory`, `slower`, or `wish` (was not asked for).
-        count: how many strategies it stands for.
+        strategy: the strategy; for a family, one of its members.
+        reason: reason in words.
+        kind: `model` (impossible for this model), `memory`, `slower`, or `wish` (excluded by the user).
+        count: number of strategies that it stands for.
     """
 
     strategy: Strategy
@@ -44,19 +44,19 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The outcome of a search.
+    """Outcome of a search.
 
     Attributes:
-        workload: its name.
-        cluster: its name.
-        workers: devices that it is for.
-        wish: what was asked for.
-        candidates: that fit, best first; those behind the first few are known from scaled profiles alone.
-        rejected: all others.
-        smallest: of those that do not fit, the one that needs least memory; None where all fit.
-        seconds: that the search took.
-        looked_at: strategies that were predicted.
-        left_out: strategies that could not win by their bounds.
+        workload: name of the workload.
+        cluster: name of the cluster.
+        workers: number of devices.
+        wish: objective and constraints.
+        candidates: strategies that fit, best first; all but the first few are predicted from scaled profiles alone.
+        rejected: all other strategies.
+        smallest: the strategy that needs least memory among those that do not fit. None if all fit.
+        seconds: duration of the search.
+        looked_at: number of strategies that were predicted.
+        left_out: number of strategies that were skipped by their bounds.
     """
 
     workload: str
@@ -72,5 +72,5 @@ class Plan:
 
     @property
     def best(self) -> Candidate | None:
-        """The chosen one; None where nothing fits."""
+        """The chosen candidate. None if nothing fits."""
         return self.candidates[0] if self.candidates else None

@@ -1,6 +1,6 @@
-"""Families of strategies and their members, each with what it costs at least: what a search has to look at.
+"""Families of strategies and their members, each with a lower bound on its cost, as input of the search.
 
-A strategy that does not fit as it is may do so with something computed again; that is found here, too.
+A strategy that does not fit may do so with recomputation or with unequal stages; these variants are found here too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from shardwise.strategy import Strategy
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Strategies that differ in how replicas keep parameters.
+    """Strategies that differ only in how replicas store parameters.
 
     Attributes:
-        bound: least value of the objective of all of them.
-        strategy: that names them, with all replicas as `dp`.
-        count: how many they are.
+        bound: lower bound on the objective of all members.
+        strategy: representative of the family, with all replicas as `dp`.
+        count: number of members.
     """
 
     bound: float
@@ -38,25 +38,25 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Uneven:
-    """A strategy that fits with stages of unequal size, if at all."""
+    """A strategy that can only fit with unequal stages."""
 
     strategy: Strategy
 
 
 @dataclass(frozen=True, slots=True)
 class Prospects:
-    """See the module.
+    """Candidates of a search with their lower bounds.
 
     Attributes:
-        task: what is searched for.
-        lost: where what cannot be or cannot fit is noted.
+        task: task of the search.
+        lost: collects strategies that are impossible or cannot fit.
     """
 
     task: Task
     lost: Lost
 
     def families(self) -> list[Family]:
-        """Those that the model allows and that may fit, with their bounds."""
+        """Return the families that the model allows and that may fit, with their bounds."""
         links, tensor = self._cut(), [1]
         if links > 1:
             degrees = self.task.scaled.traced.tensor_degrees()
@@ -80,7 +80,7 @@ class Prospects:
             except (StrategyError, WorkloadError) as error:
                 self.lost.impossible(family, str(error), len(spelled))
                 continue
-            smallest = family.with_(**spelled[0])  # the most sharded one
+            smallest = family.with_(**spelled[0])  # the most sharded member
             size = least_memory(profile, smallest)
             if size > self.task.room and not self._may_be_smaller(profile, smallest):
                 self.lost.cannot_fit(smallest, size, len(spelled))
@@ -90,7 +90,7 @@ class Prospects:
         return found
 
     def closer(self, family: Family) -> float:
-        """A higher bound of a family, where there is one; infinite where none of it fits."""
+        """Return a tighter bound of a family where there is one; infinite if no member fits."""
         if self.task.least_memory:
             return family.bound
         strategy, whole = family.strategy, _whole(family.strategy)
@@ -98,7 +98,7 @@ class Prospects:
         condensed = self.task.scaled.condensed(whole)
         try:
             size = least_memory(condensed, smallest)
-            if size > self.task.room:  # the one that needs least of them all, with as many blocks as must be
+            if size > self.task.room:  # recompute as few blocks as fit, for the member that needs least
                 partly = fewest(self.task.scaled.of(whole), condensed, smallest, self.task.cluster, self.task.room)
                 uneven = self._least_share(condensed, smallest) is not None
                 others = uneven or self._may_be_selective(condensed, smallest)
@@ -111,10 +111,10 @@ class Prospects:
                 return family.bound
             return max(family.bound, staged_seconds(self.task.scaled.of(whole), strategy, self.task.cluster))
         except (StrategyError, WorkloadError):
-            return family.bound  # its members tell why
+            return family.bound  # the reason is recorded with its members
 
     def members(self, family: Strategy) -> list[tuple[float, Strategy | Uneven]]:
-        """(least value of the objective, strategy) of those of a family that may fit."""
+        """Return (bound on the objective, strategy) for each member of a family that may fit."""
         every = list(members(family, self.task.wish, self.task.spans))
         profile = self.task.scaled.condensed(_whole(family))
         sizes = [least_memory(profile, strategy) for strategy in every]
@@ -130,12 +130,12 @@ class Prospects:
         return found
 
     def smaller(self, strategy: Strategy) -> list[tuple[float, Strategy | Uneven]]:
-        """(bound, what) with something computed again or with unequal stages, for one that does not fit as it is."""
+        """Return (bound, variant) with recomputation or unequal stages, for a strategy that does not fit as it is."""
         every = self._selective(strategy), self._partly(strategy), self._uneven(strategy)
         return [entry for entry in every if entry is not None]
 
     def _uneven(self, strategy: Strategy) -> tuple[float, Uneven] | None:
-        """(bound, what) with stages of unequal size."""
+        """Return the bound and variant with unequal stages. Returns None if no such stages can fit."""
         condensed = self.task.scaled.condensed(_whole(family_of(strategy)))
         share = self._least_share(condensed, strategy)
         if share is None:
@@ -145,7 +145,7 @@ class Prospects:
         return max(busy, least_seconds(condensed, strategy, self.task.cluster)), Uneven(strategy)
 
     def _selective(self, strategy: Strategy) -> tuple[float, Strategy] | None:
-        """(bound, strategy) with all computed again that are no results of products."""
+        """Return the bound and variant with selective recomputation. Returns None if that cannot fit."""
         condensed = self.task.scaled.condensed(_whole(family_of(strategy)))
         if not self._may_be_selective(condensed, strategy):
             return None
@@ -153,7 +153,7 @@ class Prospects:
         return least_seconds(condensed, selective, self.task.cluster), selective
 
     def _partly(self, strategy: Strategy) -> tuple[float, Strategy] | None:
-        """(bound, strategy) with some blocks computed again."""
+        """Return the bound and variant that recomputes a part of the blocks. Returns None if that cannot fit."""
         try:
             whole = _whole(family_of(strategy))
             condensed = self.task.scaled.condensed(whole)
@@ -169,22 +169,25 @@ class Prospects:
         return max(staged, least_seconds(condensed, strategy, self.task.cluster)), partly
 
     def _may_be_smaller(self, profile: Condensed, strategy: Strategy) -> bool:
-        """Whether a strategy that does not fit may, with something computed again or with unequal stages."""
+        """Return whether a strategy that does not fit may do so with recomputation or unequal stages."""
         again = self._may_be_selective(profile, strategy) or self._may_be_partly(profile, strategy)
         return again or self._least_share(profile, strategy) is not None
 
     def _least_share(self, profile: Condensed, strategy: Strategy) -> float | None:
-        """Of the worker that has most of the model, with unequal stages; None: it does not fit with these either."""
+        """Return the share of the worker with the largest part of the model, if stages are unequal so that they fit.
+
+        Returns None if unequal stages cannot fit or may not be used.
+        """
         if self.task.least_memory or not may_be_evened(strategy, self.task.cluster):
             return None
         return least_share(profile, strategy, self.task.room)
 
     def _may_be_selective(self, profile: Condensed, strategy: Strategy) -> bool:
-        """Whether it may with all computed again that are no results of products."""
+        """Return whether a strategy may fit with selective recomputation, which saves the results of matmuls."""
         return self._may_be(profile, strategy, "selective")
 
     def _may_be_partly(self, profile: Condensed, strategy: Strategy) -> bool:
-        """Whether it may with some of its blocks computed again."""
+        """Return whether a strategy may fit if it recomputes a part of its blocks."""
         return may_be(profile, strategy) and self._may_be(profile, strategy, "full")
 
     def _may_be(self, profile: Condensed, strategy: Strategy, recompute: str) -> bool:
@@ -195,7 +198,7 @@ class Prospects:
         return least_memory(profile, strategy.with_(recompute=recompute)) <= self.task.room
 
     def _cut(self) -> int:
-        """Pieces that the step can be cut into; 1 where it cannot be traced, and the reason noted."""
+        """Return the number of segments of the step; 1, with the reason recorded, if the step cannot be traced."""
         profile = self.task.scaled.one()
         if not profile.cut:
             reason = f"cannot be traced ({'; '.join(profile.notes)}), so that tp and pp are not possible"
@@ -206,10 +209,10 @@ class Prospects:
 
 
 def family_of(strategy: Strategy) -> Strategy:
-    """The strategy that names the family of one."""
+    """Return the strategy that represents the family of `strategy`."""
     return strategy.with_(dp=strategy.replicas, fsdp=1, zero=3, outermost="dp", offload=0)
 
 
 def _whole(family: Strategy) -> Strategy:
-    """With weights' gradients not put off: bounds of both are the same, and one profile less is needed."""
+    """Replace zero-bubble by 1f1b in a family, which saves a profile: the bounds of both profiles are equal."""
     return family.with_(schedule="1f1b") if family.schedule == "zero-bubble" else family

@@ -1,4 +1,4 @@
-"""How many devices are worth having: the best plan for each number of them, and where more stop paying."""
+"""Scale the number of devices: the best plan for each number, and the number above which more devices stop paying."""
 
 from __future__ import annotations
 
@@ -14,40 +14,43 @@ from shardwise.predict.simulate import profiles_on
 from shardwise.workload.workload import Workload
 
 WORTH = 0.5
-"""Of what the first devices do in samples per second, the least that an added one must bring to be worth having."""
+"""Least samples per second that an added device must bring, as a fraction of those of each of the first devices."""
 
 MOST_DEVICES = 2**20
-"""That are looked at for the smallest number that would do."""
+"""Largest number of devices in the search for the smallest number that fits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The best plan for a number of devices; `searched.plan.best` is None where nothing fits."""
+    """The best plan for a number of devices; `searched.plan.best` is None if nothing fits."""
 
     workers: int
     searched: Searched
 
     @property
     def rate(self) -> float:
-        """Samples per second; 0 where nothing fits."""
+        """Samples per second of the best strategy; 0 if nothing fits."""
         best = self.searched.plan.best
         return best.prediction.samples_per_second if best else 0.0
 
 
 def counts(first: int, last: int) -> list[int]:
-    """The numbers of devices that a range is looked at with: its ends and the powers of two between."""
+    """Return the numbers of devices to try in a range: its ends and the powers of two between them."""
     powers = [1 << n for n in range(last.bit_length()) if first <= 1 << n <= last]
     return sorted({first, *powers, last})
 
 
 def scaling(workload: Workload, cluster: Cluster, numbers: Sequence[int], wish: Wish) -> list[Point]:
-    """The best plan for each number of devices, from the same profiles. Raises as `search` does."""
+    """Search the best plan for each number of devices, sharing profiles. Raises the errors of `search`."""
     profiles = ScaledProfiles(profiles_on(workload, cluster))
     return [Point(number, search(workload, cluster, number, wish, profiles)) for number in numbers]
 
 
 def worth(points: Sequence[Point]) -> Point | None:
-    """The last number of devices up to which each added one brings `WORTH` of what those of the first point do."""
+    """Return the last point up to which each added device brings `WORTH` of a first device's samples per second.
+
+    Returns None if nothing fits at any point.
+    """
     fitting = [point for point in points if point.rate]
     if not fitting:
         return None
@@ -61,7 +64,7 @@ def worth(points: Sequence[Point]) -> Point | None:
 
 
 def dollars(point: Point, cluster: Cluster) -> float | None:
-    """US dollars of a million samples; None where nothing fits, or a price is not known."""
+    """Return the price of a million samples in US dollars. Returns None if nothing fits or a price is unknown."""
     prices = [cluster.device(rank).price_per_hour for rank in range(point.workers)]
     if not point.rate or any(price is None for price in prices):
         return None
@@ -69,7 +72,7 @@ def dollars(point: Point, cluster: Cluster) -> float | None:
 
 
 def cheapest(points: Sequence[Point], cluster: Cluster) -> Point | None:
-    """The number of devices whose samples cost least.
+    """Return the point whose samples cost least. Returns None if nothing fits at any point.
 
     Raises:
         RequestError: the price of a device is not known.
@@ -87,7 +90,10 @@ def cheapest(points: Sequence[Point], cluster: Cluster) -> Point | None:
 def smallest_that_fits(
     workload: Workload, cluster: Cluster, above: int, wish: Wish, profiles: ScaledProfiles
 ) -> int | None:
-    """The smallest power-of-two multiple of `above` devices of the same kind that would do; None: none was found."""
+    """Return the smallest number of devices of this kind that fits, `above` times a power of two from 2 on.
+
+    Returns None if none was found up to `MOST_DEVICES`, and up to 64 times `above` times the batch size.
+    """
     number = above * 2
     while number <= min(MOST_DEVICES, above * workload.batch_size * 64):
         if search(workload, enlarged(cluster, number), number, wish, profiles).plan.best is not None:
@@ -97,9 +103,9 @@ def smallest_that_fits(
 
 
 def enlarged(cluster: Cluster, devices: int) -> Cluster:
-    """The cluster with more of its last kind of nodes, until it has so many devices.
+    """Return the cluster with enough further nodes of its last kind to have at least `devices` devices.
 
-    Of a single device no links are known: messages take no time then, which tells nothing less of what fits.
+    The links of a single device are unknown. Messages then take no time, which does not affect whether a plan fits.
     """
     if cluster.size >= devices:
         return cluster

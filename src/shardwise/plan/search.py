@@ -1,12 +1,13 @@
-"""The best strategies of all there are: families in the order of what they cost at least, until none can win any more.
+"""Search for the best strategies: families are examined by lower bound, until no remaining one can win.
 
     families -> lower bounds -> members of the best -> bounds of their own -> prediction (closed form), best bound first
     -> the best few, predicted again from profiles that were traced for them
 
-A family is opened only when its bound is the lowest that is left, so that most are never spelled out.
+A family is expanded only when its bound is the lowest one left, so most families never are.
 
-The search is exact with respect to the closed form: what is left out has a lower bound above what was found. Only for
-stages that are unequal so that they fit, the bound takes parameters, activations and time as spread alike over a model.
+The search is exact with respect to the closed form: every strategy that is skipped has a lower bound above the best
+found. The one exception is pipelines with unequal stages: their bound assumes that parameters, activations and time are
+spread evenly over the model.
 """
 
 from __future__ import annotations
@@ -41,32 +42,32 @@ from shardwise.units import format_bytes, format_seconds
 from shardwise.workload.workload import Workload
 
 NEAR = 0.02
-"""By how much a strategy may be worse than the best one, and is looked at still: profiles of its own tell."""
+"""Fraction by which a strategy may be worse than the best one and is still examined: traced profiles may reorder."""
 
 
 COLLECTIONS = (200_000, 20, 100)
-"""Thresholds of Python's collector during a search; usually it looks at new objects after 700."""
+"""Thresholds of Python's garbage collector during a search; the default collects after 700 new objects."""
 
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """A plan, and the profiles that it was made from, to ask further questions."""
+    """A plan together with the profiles that it was made from, for further queries."""
 
     plan: Plan
     scaled: ScaledProfiles
 
     @property
     def profile_of(self) -> ProfileOf:
-        """The profile that a strategy is ranked by."""
+        """Function that returns the profile by which a strategy is ranked."""
         return self.scaled.of
 
     @property
     def profiles(self) -> Profiles:
-        """Those that were traced."""
+        """Profiles that were traced."""
         return self.scaled.traced
 
     def cuts(self, strategy: Strategy, cluster: Cluster) -> Cuts:
-        """Where the model is cut as it was predicted; nothing where it stays whole."""
+        """Return the predicted cuts of the model; empty if the strategy leaves the model whole."""
         if strategy.pp == 1 and (strategy.tp == 1 or not cuts_blocks(strategy)):
             return ()
         alike = strategy.with_(shares="")
@@ -80,14 +81,14 @@ def search(
     wish: Wish | None = None,
     profiles: ScaledProfiles | None = None,
 ) -> Searched:
-    """The best strategies of a workload for so many devices of a cluster.
+    """Search the best strategies of a workload for the first `workers` devices of a cluster.
 
     Args:
-        workload: what to train.
-        cluster: on what.
-        workers: devices to use, the first ones of the cluster.
+        workload: workload to train.
+        cluster: cluster to train on.
+        workers: number of devices to use, the first ones of the cluster.
         wish: objective and constraints.
-        profiles: of the workload, where there are some from an earlier search.
+        profiles: profiles of the workload from an earlier search, if there are any.
 
     Raises:
         RequestError: the cluster has fewer devices.
@@ -107,8 +108,9 @@ def search(
 
 @contextmanager
 def _few_collections() -> Iterator[None]:
-    """Lets Python's collector look through what there is less often: a search makes much that stays, hardly a cycle,
-    and a sixth of its time went into that.
+    """Run Python's garbage collector less often inside the context.
+
+    A search creates many objects that stay alive and hardly any cycles; collection took a sixth of its time.
     """
     before = gc.get_threshold()
     gc.set_threshold(*COLLECTIONS)
@@ -119,13 +121,16 @@ def _few_collections() -> Iterator[None]:
 
 
 def may_offload(cluster: Cluster, wish: Wish) -> bool:
-    """Whether parameters may lie in the memory of the hosts, of which enough is known: where nothing fits without."""
+    """Return whether offloading may be tried if nothing fits without it.
+
+    The user must not have fixed or forbidden it, and all devices must be GPUs whose hosts are known.
+    """
     known = all(nodes.device.kind == "gpu" and has_host(nodes.device) for nodes in cluster.nodes)
     return known and "offload" not in wish.fixed and wish.allows("offload", 1)
 
 
 def _joined(first: Plan, second: Plan) -> Plan:
-    """The first plan, which has found nothing, with what a second search has found."""
+    """Add the outcome of a second search to the first plan, which has no candidates."""
     return replace(
         first,
         candidates=second.candidates,
@@ -138,7 +143,7 @@ def _joined(first: Plan, second: Plan) -> Plan:
 
 
 def _smaller_of(first: Candidate | None, second: Candidate | None) -> Candidate | None:
-    """The one that needs less memory."""
+    """Return the candidate that needs less memory. Returns None if both are None."""
     there = [each for each in (first, second) if each is not None]
     return min(there, key=lambda each: each.prediction.memory.total, default=None)
 
@@ -159,7 +164,7 @@ class _Search:
         self.prospects, self.finalists = Prospects(self.task, self.lost), Finalists(self.task, self.lost)
 
     def plan(self) -> Plan:
-        """See `search`."""
+        """Run the search, see `search`."""
         start = time.perf_counter()
         best = self.finalists.settled(self._searched())
         return Plan(
@@ -176,9 +181,9 @@ class _Search:
         )
 
     def _searched(self) -> list[Candidate]:
-        """All that fit, best first, as `_judged`.
+        """Return all candidates that fit, best first, as `_judged` returns them.
 
-        Where a finalist does not fit as it was traced, others are looked at that need not be better than it.
+        If a finalist does not fit once it was traced, the search continues with strategies that may be worse than it.
         """
         for family in self.prospects.families():
             self.queue.add(family.bound, family)
@@ -187,13 +192,13 @@ class _Search:
             self._look()
             judged = self._judged()
         self._leave_out()
-        if not judged:  # how much is missing is known only of what was predicted
+        if not judged:  # the missing memory is only known for strategies that were predicted
             for _, strategy in sorted(self.lost.too_large, key=lambda entry: entry[0])[:FINALISTS]:
                 self._predicted(strategy, anyway=True)
         return judged
 
     def _look(self) -> None:
-        """Families and strategies by their bounds, until the next one cannot be among the finalists."""
+        """Examine families and strategies by bound, until the next one cannot be among the finalists."""
         self.standing = Standing(FINALISTS, NEAR)
         for candidate in self.found:
             self.standing.add(self.task.value(candidate.prediction), candidate.strategy.kind)
@@ -216,21 +221,21 @@ class _Search:
                 self._note(found)
 
     def _note(self, found: Candidate | None) -> None:
-        """Takes what fits among what was found."""
+        """Record a candidate that fits; ignore None."""
         if found is not None:
             self.found.append(found)
             self.standing.add(self.task.value(found.prediction), found.strategy.kind)
 
     def _evened(self, strategy: Strategy) -> Candidate | None:
-        """With stages of unequal size, such that they fit."""
+        """Predict a strategy with unequal stages that fit. Returns None if there are none or they are excluded."""
         try:
             fitting = evened(self.task.scaled.of(strategy), strategy, self.task.cluster, self.task.room)
         except (StrategyError, WorkloadError):
-            return None  # with equal ones the reason was noted
+            return None  # the reason was recorded for equal stages
         return None if fitting is None or self.task.wish.refusal(fitting) is not None else self._predicted(fitting)
 
     def _open(self, bound: float, family: Family) -> None:
-        """Puts the members of a family into the queue, or itself with a higher bound."""
+        """Put the members of a family into the queue, or the family itself if it has a tighter bound."""
         closer = self.prospects.closer(family)
         if bound < closer < math.inf:
             self.queue.add(closer, replace(family, bound=closer))
@@ -239,15 +244,15 @@ class _Search:
                 self.queue.add(max(bound, least), strategy)
 
     def _add_smaller(self, bound: float, strategy: Strategy) -> None:
-        """Into the queue, with something computed again or unequal stages, where a strategy does not fit as it is."""
+        """Queue the variants with recomputation or unequal stages of a strategy that does not fit as it is."""
         for least, smaller in self.prospects.smaller(strategy):
             self.queue.add(max(bound, least), smaller)
 
     def _seconds_above(self, strategy: Strategy) -> float | None:
-        """Seconds that a strategy takes at least, where blocks are computed again so that it fits; None: it may win.
+        """Return a lower bound in seconds for a strategy that recomputes blocks to fit. Returns None if it may win.
 
-        With as many blocks as it takes to fit it is slower than with the fewest that may do. Where those are no
-        finalist's and not the best of its kind either, it need not be known how many it takes.
+        The strategy has the fewest recomputed blocks that may fit; more blocks make it slower. If already this one is
+        no finalist and not the best of its kind, the number of blocks that fits need not be found.
         """
         limit = self.standing.limit_of(strategy.kind)
         if not self.task.computed_again_to_fit(strategy) or self.task.least_memory or limit == math.inf:
@@ -255,11 +260,11 @@ class _Search:
         try:
             seconds = costs_of(self.task.scaled.of(strategy), strategy, self.task.cluster).step_seconds
         except (StrategyError, WorkloadError):
-            return None  # `_predicted` tells why
+            return None  # `_predicted` records the reason
         return seconds if seconds > limit else None
 
     def _leave_out(self) -> None:
-        """Those that cannot win, by what they compute: replicas in all spellings together."""
+        """Record the remaining queue as strategies that cannot win, one entry for each family."""
         together: dict[Strategy, list[tuple[float, int]]] = {}
         for bound, what in self.queue:
             strategy = what if isinstance(what, Strategy) else what.strategy
@@ -271,9 +276,9 @@ class _Search:
             self.lost.cannot_win(family, needed, count)
 
     def _predicted(self, strategy: Strategy, *, anyway: bool = False) -> Candidate | None:
-        """What a strategy costs; None, and noted, where it cannot be or does not fit.
+        """Predict a strategy. Returns None, and records the reason, if it is impossible or does not fit.
 
-        Where it cannot fit its time is not predicted, except `anyway`.
+        A strategy that cannot fit is not predicted, except if `anyway` is true.
         """
         try:
             profile = self.task.scaled.of(strategy)
@@ -294,9 +299,10 @@ class _Search:
         return candidate if self.lost.fits(candidate) else None
 
     def _judged(self) -> list[Candidate] | None:
-        """All that fit, best first, the finalists predicted from profiles of their own; None: one does not fit then.
+        """Return all candidates that fit, best first, with the finalists predicted from profiles traced for them.
 
-        It is not among those that were found any more, and what of it is computed again comes into the queue.
+        Returns None if a finalist then does not fit. It is removed from the candidates, and its variants with
+        recomputation or unequal stages are queued.
         """
         ranked = sorted(self.found, key=self.task.rank)
         judged: list[Candidate] = []

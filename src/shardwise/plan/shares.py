@@ -1,4 +1,4 @@
-"""What devices of different speed get: shares of the batch, and stages, each as large as its device is fast."""
+"""Shares of the batch, and pipeline stages, in proportion to the speed of unequal devices."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from shardwise.predict.uneven import ProfileOf, replica, slowest_rank
 from shardwise.strategy import Strategy
 
 MOST_REPLICAS = 64
-"""With more of them, or of stages, a strategy would be spelled on several lines."""
+"""Most replicas, or stages, that get unequal sizes: with more, the strategy would fill several lines."""
 
 FINEST = 4
-"""Speeds are told to a quarter of the slowest one."""
+"""Largest whole number for the speed of the slowest worker, so that speeds are resolved to a quarter of it."""
 
 
 def shared_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batch_size: int) -> Iterator[Strategy]:
-    """A strategy (its number of microbatches settled) with shares that its replicas may do best with; none where all
-    have equal devices.
+    """Yield the strategy with shares that may suit its replicas best; nothing if all replicas have equal devices.
+
+    The strategy's number of microbatches must be settled.
     """
     ranks = [slowest_rank(strategy, cluster, number) for number in range(strategy.replicas)]
     devices = {id(cluster.device(rank)): rank for rank in ranks}
@@ -42,8 +43,9 @@ def shared_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batc
 
 
 def staged_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batch_size: int) -> Iterator[Strategy]:
-    """A strategy (its number of microbatches settled) with stages that its pipeline workers may do best with; none
-    where all have equal devices.
+    """Yield the strategy with speeds that may suit its pipeline workers best; nothing if all have equal devices.
+
+    The strategy's number of microbatches must be settled.
     """
     devices = [slowest_at(strategy, cluster, place) for place in range(strategy.pp)]
     if len({id(device) for device in devices}) == 1 or strategy.pp > MOST_REPLICAS:
@@ -52,7 +54,7 @@ def staged_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batc
     seconds = {id(device): _of_microbatch(profile, strategy, cluster, device) for device in devices}
     speeds = [1 / seconds[id(device)] for device in devices]
     said = {(1,) * strategy.pp}
-    for times in range(1, FINEST + 1):  # of the slowest worker: its speed in whole numbers
+    for times in range(1, FINEST + 1):  # speed of the slowest worker in whole numbers
         found = tuple(max(1, round(times * speed / min(speeds))) for speed in speeds)
         lowest = tuple(number // gcd(*found) for number in found)
         if lowest not in said:
@@ -61,13 +63,13 @@ def staged_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batc
 
 
 def _of_microbatch(profile: Profile, strategy: Strategy, cluster: Cluster, device: Device) -> float:
-    """Seconds of all stages, one after the other."""
+    """Return the seconds of one microbatch through all stages, computed by one device."""
     times = timed(profile, cluster, strategy, device)
     return sum(sums.between(0, len(profile.links)).device for sums in (times.forward, times.backward, times.weights))
 
 
 def _rounded(speeds: Sequence[float], pieces: int) -> list[int]:
-    """`pieces` in proportion to speeds, one at least: each further one goes to who would be done with it first."""
+    """Divide `pieces` in proportion to speeds, at least one each; each further piece goes where it finishes first."""
     found = [1] * len(speeds)
     for _ in range(pieces - len(speeds)):
         first = min(range(len(speeds)), key=lambda number: (found[number] + 1) / speeds[number])

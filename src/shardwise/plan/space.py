@@ -1,8 +1,8 @@
-"""All strategies there are for so many workers, as families: those of a family compute the same on every worker.
+"""All strategies for a number of workers, as families: the members of a family compute the same on every worker.
 
-A family has the degrees of tp and pp, the schedule, the microbatches and what is recomputed; its members differ in how
-the replicas keep parameters: `dp`, `fsdp` with zero=1|2|3, and products of both; and in what is outermost, where that
-matters.
+A family has the degrees of tp and pp, the schedule, the microbatches and the recomputation. Its members differ in how
+replicas store parameters (`dp`, `fsdp` with zero=1|2|3, and combinations of both), and in which axis is outermost where
+that matters.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from shardwise.predict.parts import group_of, message_group
 from shardwise.strategy import OUTERMOST, PRECISIONS, Strategy
 
 MOST_STAGES = 8
-"""Stages of a worker that an interleaved schedule is looked at with."""
+"""Most stages per worker that are tried with the interleaved schedule."""
 
 
 def families(workers: int, batch_size: int, wish: Wish, tensor: Sequence[int], links: int) -> Iterator[Strategy]:
-    """One strategy for each family, with all replicas as `dp`.
+    """Yield one strategy for each family, with all replicas as `dp`.
 
     Args:
         workers: product of the degrees.
-        batch_size: global.
-        wish: what may be.
-        tensor: degrees of tp that the model can be cut into, 1 among them.
-        links: pieces that its step can be cut into; 1 where it cannot be.
+        batch_size: global batch size.
+        wish: constraints.
+        tensor: degrees of tp that the model can be split into, 1 among them.
+        links: number of segments of its step; 1 if the step cannot be cut.
     """
     for tp in divisors(workers):
         if tp not in tensor or not wish.allows("tp", tp):
@@ -65,19 +65,20 @@ def _of_degrees(tp: int, pp: int, replicas: int, share: int, wish: Wish, links: 
 
 
 def _recomputes(wish: Wish) -> tuple[str, ...]:
-    """None or all of the blocks, unless something between them is asked for: that is found for each strategy that does
-    not fit (`plan.partly`).
+    """Return the values of `recompute` to try: none and all of the blocks, unless the user fixed one.
+
+    Parts between them are tried for each strategy that does not fit, see `plan.partly`.
     """
     return (wish.fixed["recompute"],) if "recompute" in wish.fixed else ("none", "full")
 
 
 def _precisions(wish: Wish) -> tuple[str, ...]:
-    """The workload's own, unless another is asked for: it is not the planner's to change what is computed."""
+    """Return the user's precision, or the workload's own (empty): the planner does not change what is computed."""
     return tuple(word for word in PRECISIONS if wish.fixed.get("precision") == word) or ("",)
 
 
 def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterator[tuple[str, int]]:
-    """(schedule, stages of a worker); `plain`: the usual two stages are left unsaid."""
+    """Yield (schedule, stages per worker). With `plain`, the default of two interleaved stages is spelled as 0."""
     yield "1f1b", 0
     if pp == 1:
         return
@@ -89,22 +90,22 @@ def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterat
 
 
 def members(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> Iterator[Strategy]:
-    """All strategies of a family that may be; `spans` as for `spellings`."""
+    """Yield the allowed strategies of a family; `spans` as for `spellings`."""
     for spelling in spellings(family, wish, spans):
         yield family.with_(**spelling)
 
 
 def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """What members of a family differ in: dp, fsdp, zero, outermost. What may be, most sharded first.
+    """Return the options in which the members of a family differ, most sharded first: dp, fsdp, zero, outermost.
 
-    A size of buckets is theirs only where one is asked for: which is best is looked for among the finalists. So is
-    offloading, the last resort.
+    Bucket sizes and offloading are set only if the user fixed them. The best bucket size is searched among the
+    finalists; offloading is the last resort.
 
     Args:
-        family: with all replicas as `dp`.
-        wish: what may be.
-        spans: neighbouring devices that each level of the cluster holds together: where stages are outermost is looked
-            at if that puts other workers together.
+        family: representative of the family, with all replicas as `dp`.
+        wish: constraints.
+        spans: spans of the cluster's levels. Placing stages outermost is tried only if it changes which workers share
+            a level.
     """
     replicas = family.dp
     outermost = OUTERMOST if replicas > 1 and family.pp > 1 and spans else OUTERMOST[:1]
@@ -114,7 +115,7 @@ def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[d
     for fsdp in reversed(divisors(replicas)):
         for zero in (3, 2, 1) if fsdp > 1 else (3,):
             if zero == 1 and fsdp != replicas:
-                continue  # the optimizer's state is dealt to all replicas, however they are spelled
+                continue  # the optimizer state is split over all replicas in either spelling
             for word in outermost:
                 if word == "pp" and "outermost" not in wish.fixed and _lies_alike(family, fsdp, spans):
                     continue
@@ -126,7 +127,7 @@ def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[d
 
 
 def _asked_for(wish: Wish, strategy: Strategy) -> dict[str, int]:
-    """Options of those that a strategy can have, and that are looked at only where they are asked for."""
+    """Return bucket and offload as the user fixed them, or 0 where the strategy does not support them."""
     return {
         "bucket": int(wish.fixed.get("bucket", 0)) if strategy.sums_in_buckets else 0,
         "offload": int(wish.fixed.get("offload", 0)) if strategy.splits_parameters else 0,
@@ -134,7 +135,7 @@ def _asked_for(wish: Wish, strategy: Strategy) -> dict[str, int]:
 
 
 def _lies_alike(family: Strategy, fsdp: int, spans: Sequence[int]) -> bool:
-    """Whether each level holds as many workers of every axis together, whatever is outermost."""
+    """Return whether each axis has equally many workers within each level, no matter which axis is outermost."""
     plain = family.with_(dp=family.dp // fsdp, fsdp=fsdp)
     other = plain.with_(outermost="pp")
     pairs = [(group_of(plain, axis), group_of(other, axis)) for axis in ("dp", "fsdp", "replicas")] + [
@@ -145,5 +146,5 @@ def _lies_alike(family: Strategy, fsdp: int, spans: Sequence[int]) -> bool:
 
 @lru_cache(maxsize=1024)
 def divisors(number: int) -> tuple[int, ...]:
-    """All of them, ascending."""
+    """Return all divisors of a positive number in ascending order."""
     return tuple(each for each in range(1, number + 1) if number % each == 0)

@@ -1,4 +1,4 @@
-"""What a search still has to look at, least first, and what the next one has to beat."""
+"""Open items of a search, lowest bound first, and the value that the next one has to beat."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ T = TypeVar("T")
 
 
 class Queue(Generic[T]):
-    """What is left to look at, each with the least that it can cost; of equal ones the first that came."""
+    """Open items, ordered by lower bound; items with equal bounds come first in, first out."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, T]] = []
         self._came = 0
 
     def add(self, bound: float, what: T) -> None:
-        """Takes one more."""
+        """Add an item."""
         heapq.heappush(self._heap, (bound, self._came, what))
         self._came += 1
 
     def take(self) -> tuple[float, T]:
-        """(bound, what) of the one with the least bound, which is not here any more."""
+        """Remove and return (bound, item) with the lowest bound."""
         bound, _, what = heapq.heappop(self._heap)
         return bound, what
 
     @property
     def least(self) -> float:
-        """The least bound; infinite where nothing is left."""
+        """Lowest bound in the queue; infinite if the queue is empty."""
         return self._heap[0][0] if self._heap else math.inf
 
     def __iter__(self) -> Iterator[tuple[float, T]]:
@@ -37,11 +37,11 @@ class Queue(Generic[T]):
 
 
 class Standing:
-    """The values that were found so far, of which small ones are good.
+    """Best objective values so far; smaller is better.
 
     Args:
-        count: of finalists.
-        near: by how much a finalist may be worse than the best, in parts of it.
+        count: number of finalists.
+        near: fraction by which a finalist may be worse than the best.
     """
 
     def __init__(self, count: int, near: float) -> None:
@@ -50,7 +50,7 @@ class Standing:
         self._best: dict[object, float] = {}
 
     def add(self, value: float, kind: object) -> None:
-        """Takes one more value, of a kind."""
+        """Add the value of a candidate of this kind."""
         heapq.heappush(self._largest, -value)
         if len(self._largest) > self._count:
             heapq.heappop(self._largest)
@@ -58,10 +58,10 @@ class Standing:
 
     @property
     def limit(self) -> float:
-        """Above it a value is none of a finalist."""
+        """Largest value that a finalist can have."""
         worst = -self._largest[0] if len(self._largest) == self._count else math.inf
         return min(worst, (1 + self._near) * min(self._best.values(), default=math.inf))
 
     def limit_of(self, kind: object) -> float:
-        """Above it a value is neither a finalist's nor the best of its kind."""
+        """Return the largest value that a finalist, or the best of its kind, can have."""
         return max(self.limit, self._best.get(kind, math.inf))

@@ -1,4 +1,4 @@
-"""What a search is for: the workload and its profiles, the devices, and what is wished for."""
+"""Task of a search: the workload and its profiles, the devices, and the user's objective and constraints."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
 EQUAL = 0.001
-"""By which one more option of a strategy must be worth it: predictions are not that exact."""
+"""Relative gain that each further option of a strategy must bring: predictions are not more precise than that."""
 
 
 def room(cluster: Cluster, wish: Wish) -> int:
-    """Bytes of a device that a strategy may take."""
+    """Return the bytes of a device that a strategy may use: the smallest device, or the user's limit if lower."""
     least = min(nodes.device.memory_bytes for nodes in cluster.nodes)
     return least if wish.max_memory is None else min(least, wish.max_memory)
 
 
 @dataclass(frozen=True)
 class Task:
-    """See the module.
+    """Workload, devices, objective and constraints of a search.
 
     Attributes:
-        workload: what to train.
-        cluster: on what.
-        workers: devices to use, the first ones of the cluster.
+        workload: workload to train.
+        cluster: cluster to train on.
+        workers: number of devices to use, the first ones of the cluster.
         wish: objective and constraints.
         scaled: profiles of the workload.
     """
@@ -43,34 +43,34 @@ class Task:
 
     @cached_property
     def room(self) -> int:
-        """Bytes of a device that a strategy may take."""
+        """Bytes of a device that a strategy may use."""
         return room(self.cluster, self.wish)
 
     @cached_property
     def spans(self) -> tuple[int, ...]:
-        """Of the cluster's levels that do not hold all workers."""
+        """Spans of the cluster's levels that do not reach all workers."""
         return tuple(level.span for level in self.cluster.levels if level.span < self.workers)
 
     @property
     def least_memory(self) -> bool:
-        """Whether memory is what is to be small."""
+        """Return whether the objective is memory."""
         return self.wish.objective == "memory"
 
     def value(self, prediction: Prediction) -> float:
-        """What is to be small."""
+        """Return the objective value to minimize: bytes of a device, or seconds of a step."""
         return float(prediction.memory.total) if self.least_memory else prediction.step_seconds
 
     def rank(self, candidate: Candidate) -> tuple[float, float, int]:
-        """Best first; of two that are as good as equal the one with fewer words."""
+        """Return a sort key, best first; of two nearly equal candidates the one with fewer words comes first."""
         prediction, many = candidate.prediction, words(candidate.strategy)
         other = prediction.step_seconds if self.least_memory else prediction.memory.total
         return self.value(prediction) * (1 + EQUAL * many), other, many
 
     def computed_again_to_fit(self, strategy: Strategy) -> bool:
-        """Whether a part of the blocks is computed again so that it fits, not because it was asked for."""
+        """Return whether a part of the blocks is recomputed to fit, rather than because the user fixed it."""
         return "/" in strategy.recompute and "recompute" not in self.wish.fixed
 
 
 def words(strategy: Strategy) -> int:
-    """How much there is to say of a strategy; a part of the blocks is more than all of them."""
+    """Return the complexity of a strategy: its number of options less one, plus one for a part of the blocks."""
     return str(strategy).count(",") + ("/" in strategy.recompute)

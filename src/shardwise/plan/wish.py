@@ -1,4 +1,4 @@
-"""What a person wants of a plan, and what may not be."""
+"""Objective and constraints of a plan."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from shardwise.strategy import Strategy
 from shardwise.units import parse_bytes
 
 OBJECTIVES = ("time", "memory", "money")
-"""What can be made small: seconds of a step, bytes of a device, US dollars of a sample."""
+"""Objectives to minimize: seconds of a step, bytes of a device, US dollars of a sample."""
 
 AXES = ("dp", "fsdp", "tp", "pp", "sp")
-"""What `--forbid` may name alone: more than one shard of it."""
+"""Axes that `--forbid` may name without a value, which forbids a degree above 1."""
 
 OPTIONS = tuple(each.name for each in fields(Strategy))
-"""What `--fix` may set: the options of a strategy, as it spells them."""
+"""Options of a strategy that `--fix` may set, as a strategy spells them."""
 
 FOUND = ("shares", "speeds")
-"""What follows from the devices, and is not searched."""
+"""Options that are derived from the devices instead of searched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +28,9 @@ class Wish:
 
     Attributes:
         objective: one of OBJECTIVES.
-        max_memory: bytes that a device may use; None: what it has.
-        fixed: option of a strategy -> the value that it must have.
-        forbidden: (option, value that it must not have); an empty value: any but the default.
+        max_memory: bytes that a device may use. None means all that it has.
+        fixed: map from an option of a strategy to the value that it must have.
+        forbidden: (option, value that it must not have); an empty value forbids all but the default.
     """
 
     objective: str = "time"
@@ -42,12 +42,12 @@ class Wish:
     def parse(
         cls, objective: str = "time", max_memory: str | None = None, fix: Iterable[str] = (), forbid: Iterable[str] = ()
     ) -> Wish:
-        """Reads what was asked for, as the command line spells it.
+        """Parse the constraints as the command line spells them.
 
             Wish.parse(max_memory="40GiB", fix=["tp=8"], forbid=["pp", "schedule=gpipe"])
 
         Raises:
-            RequestError: an unknown word, or two wishes that contradict each other; names them.
+            RequestError: a word is unknown, or two constraints contradict each other; the message names them.
         """
         if objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
@@ -64,7 +64,7 @@ class Wish:
         return wish
 
     def _check(self) -> None:
-        """Two wishes that no strategy can meet together."""
+        """Raise RequestError if no strategy can meet all constraints."""
         for option, value in self.fixed.items():
             for word, without in self.forbidden:
                 if word == option and (without == value or (not without and value != _default(option))):
@@ -83,11 +83,11 @@ class Wish:
                 raise RequestError(f"--forbid {word}={without}: {error}") from None
 
     def _parse_fixed(self) -> None:
-        """Raises RequestError: no strategy has these values."""
+        """Raise RequestError if no strategy has the fixed values."""
         Strategy.parse(",".join(f"{option}={value}" for option, value in self._complete().items()) or "single")
 
     def _complete(self) -> dict[str, str]:
-        """What is fixed, with the axes that its options belong to, so that the values can be checked alone."""
+        """Return the fixed options with the axes that they require, so that the values can be checked alone."""
         needs = {"sp": "tp", "zero": "fsdp", "offload": "fsdp", "bucket": "dp"}
         needs |= dict.fromkeys(("schedule", "stages", "outermost"), "pp")
         found = dict(self.fixed)
@@ -104,7 +104,7 @@ class Wish:
         return [f"{option}={value}" for option, value in self.fixed.items()]
 
     def refusal(self, strategy: Strategy) -> str | None:
-        """Which wish a strategy does not meet; None where it meets all."""
+        """Return the constraint that a strategy violates. Returns None if it meets all."""
         for option, value in self.fixed.items():
             if str(getattr(strategy, option)) != value:
                 return f"--fix {option}={value}"
@@ -115,7 +115,7 @@ class Wish:
         return None
 
     def allows(self, option: str, value: object) -> bool:
-        """Whether an option may have a value, whatever else a strategy has."""
+        """Return whether an option may have a value, regardless of the strategy's other options."""
         text = str(value)
         if option in self.fixed:
             return self.fixed[option] == text

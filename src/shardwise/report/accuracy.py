@@ -1,4 +1,4 @@
-"""What a person reads of a validation: errors by group, the worst rows term by term, what was skipped."""
+"""Text of a validation: errors by group, the worst rows term by term, and the skipped rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SKIPPED_SHOWN = 10
 
 
 def accuracy_table(document: Mapping[str, Any]) -> str:
-    """One row per group and one for all."""
+    """Format the errors as a table with one row per group and one for all, then the worst and the skipped rows."""
     header = ["group", "rows", "mean", "median", "90th percentile", "bias", "rank correlation", "memory"]
     rows = [[name or "(no group)", *_cells(group)] for name, group in document["groups"].items()]
     rows.append(["all rows", *_cells({**document, "bias": None, "rank_correlation": None, "memory_mean_error": None})])

@@ -1,4 +1,4 @@
-"""The page of a validation in Markdown, with its plots: what `shardwise validate --write` writes."""
+"""Markdown page of a validation, with its plots, as `shardwise validate --write` writes it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from shardwise.report.scatter import Panel, scatter
 from shardwise.units import format_bytes, format_seconds
 
 PANEL_ROWS = 10
-"""Groups of so many rows get a panel of their own."""
+"""Least number of rows for a group to get a panel of its own."""
 
 SMALL = 0.005
-"""Terms below this share of a step are not told."""
+"""Share of a step below which a term is not listed."""
 
 GIB = 2**30
 
 
 def accuracy_files(document: Mapping[str, Any], name: str) -> dict[str, str]:
-    """The page and its plots, by file name.
+    """Return the page and its plots as a map from file name to content.
 
     Args:
-        document: of `shardwise validate`.
-        name: of the page; the plots are `STEM-times.svg` and so on, beside it.
+        document: document of `shardwise validate`.
+        name: file name of the page; the plots are named after its stem, `STEM-times.svg` and so on.
     """
     stem = name.rsplit(".", 1)[0] or "accuracy"
     times, memory = _times(document), _memory(document)
@@ -195,7 +195,7 @@ def _repeats(document: Mapping[str, Any]) -> str:
 
 
 def _held_out(document: Mapping[str, Any]) -> str:
-    """Errors where nothing was fitted, beside those where all was."""
+    """Format the errors of groups that were left out of the fit, beside their fitted errors; empty without any."""
     left = document["fit"].get("held_out", {})
     found = [(name, group) for name, group in document["groups"].items() if name in left]
     if not found:
@@ -247,7 +247,7 @@ def _skipped(document: Mapping[str, Any]) -> str:
 
 
 def _assumed(document: Mapping[str, Any]) -> str:
-    """What rows leave open, by group, with what was taken for it."""
+    """Format the values that were assumed where rows leave something open, by group; empty if there are none."""
     counts: dict[tuple[str, str], int] = {}
     for row in document["predictions"]:
         for entry in row["assumed"]:

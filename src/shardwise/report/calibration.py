@@ -1,4 +1,4 @@
-"""What a person reads of a calibration."""
+"""Text of a calibration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shardwise.units import format_bytes, format_seconds, format_share
 
 
 def calibration_summary(document: Mapping[str, Any]) -> str:
-    """What was measured, in a few lines."""
+    """Summarize the measurements of a calibration in a few lines."""
     if "samples" not in document:
         return f"the first worker writes {document['cluster']}"
     rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in document["flops"].items())

@@ -10,20 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 STREAMS = ("compute", "tp", "fsdp", "dp", "pp", "world")
-"""Threads in this order; messages have one for each worker that they go to (`pp to 1`)."""
+"""Streams in the order of their threads; messages have one stream for each receiving worker (`pp to 1`)."""
 
 _MICROSECONDS = 1e6
 _FIELDS = ("process", "stream", "name", "kind", "start_seconds", "seconds")
 
 
 def chrome_trace(steps: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The trace of one simulated step or of several.
+    """Build the trace of one or several simulated steps.
 
     Args:
-        steps: name, for example the strategy -> rows of `predict.timeline.Timeline.document`.
+        steps: map from a name, for example the strategy, to rows of `predict.timeline.Timeline.document`.
 
     Returns:
-        A document to write as JSON.
+        Document to write as JSON.
     """
     events: list[dict[str, Any]] = []
     processes: dict[tuple[str, str], int] = {}
@@ -42,7 +42,7 @@ def chrome_trace(steps: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, 
 
 
 def _place(stream: str) -> int:
-    """The number of a stream: those of a kind beside each other."""
+    """Return the thread number of a stream, which places streams of one kind next to each other."""
     kind, _, target = stream.partition(" to ")
     place = STREAMS.index(kind) if kind in STREAMS else len(STREAMS)
     return 1000 * place + (int(target) + 1 if target.isdigit() else 0)

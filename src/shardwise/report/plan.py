@@ -1,4 +1,4 @@
-"""What a person reads of a plan."""
+"""Text of a plan."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from shardwise.report.text import table
 from shardwise.units import format_bytes, format_rate, format_seconds, format_share
 
 SHOWN = 8
-"""Candidates in the table."""
+"""Number of candidates in the table."""
 
 KINDS = {
     "model": "cannot be for this model",
     "memory": "do not fit",
     "slower": "are slower",
 }
-"""Why strategies were rejected, in words."""
+"""Reasons for which strategies were rejected, in words."""
 
 
 def plan_summary(document: Mapping[str, Any]) -> str:
-    """The explanation, the best candidates, how the choice scales, and what became of the others."""
+    """Format the explanation, the best candidates, the scaling, and what happened to the other strategies."""
     lines = [
         f"{document['workload']} on {document['workers']} devices of {document['cluster']}: {document['best']}",
         "",
@@ -68,7 +68,7 @@ def _scaling(document: Mapping[str, Any]) -> list[str]:
 
 
 def _pareto(document: Mapping[str, Any]) -> list[str]:
-    """What less memory costs; nothing where that was not asked for."""
+    """Format the Pareto front of time and memory; empty if it was not requested."""
     if "pareto" not in document:
         return []
     header = ["strategy", "step", "times the fastest", "memory/device", "of the fastest's"]
@@ -102,7 +102,7 @@ def _scaling_row(row: Mapping[str, Any]) -> list[str]:
 
 
 def check_summary(document: Mapping[str, Any]) -> str:
-    """Whether a plan file holds."""
+    """Say whether a plan file is still valid, with its predicted step time now and when it was made."""
     words = "holds" if document["holds"] else "does not hold"
     lines = [f"{document['plan']}: {document['strategy']} {words}"]
     if document["step_seconds"] is not None:

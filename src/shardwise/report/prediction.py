@@ -1,4 +1,4 @@
-"""What a person reads of predictions."""
+"""Text of predictions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from shardwise.units import format_bits, format_bytes, format_rate, format_secon
 
 
 def prediction_table(document: Mapping[str, Any]) -> str:
-    """One row per strategy, where its time goes, and what the numbers rest on."""
+    """Format a table with one row per strategy and the parts of its step, and notes on the origin of the numbers."""
     lines = [f"{document['workload']} on {document['cluster']}", *prediction_rows(document["candidates"])]
     lines += [*dry_run_rows(document["candidates"]), "", *_notes(document)]
     return "\n".join(lines)
 
 
 def prediction_rows(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table of candidates; nothing where there are none."""
+    """Format the table of candidates; empty if there are none."""
     header = ["strategy", "step", "compute", "communication", "exposed", "bubble", "optimizer", "host", "alpha"]
     header += ["memory/device", "fits", "samples/s", "MFU"]
     rows = [_row(candidate) for candidate in candidates]
@@ -39,7 +39,7 @@ def _row(candidate: Mapping[str, Any]) -> list[str]:
 
 
 def dry_run_rows(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table of dry runs beside what was predicted of the same workers; nothing where there are none."""
+    """Format the table of dry runs beside the predictions of the same workers; empty if there are none."""
     header = ["strategy", "worker", "memory predicted", "dry run", "off", "sent predicted", "dry run", "messages"]
     runs = [(candidate["strategy"], candidate["dry_run"]) for candidate in candidates if "dry_run" in candidate]
     notes = [f"{strategy}: {note}" for strategy, run in runs for note in run["notes"]]
@@ -62,7 +62,7 @@ def _dry_run(strategy: str, run: Mapping[str, Any]) -> list[str]:
 
 
 def _off(predicted: float, run: float) -> str:
-    """With its sign: too little is worse than too much."""
+    """Format a relative error with its sign, because too little predicted memory is worse than too much."""
     if not run:
         return UNKNOWN
     error = predicted / run - 1
@@ -83,7 +83,7 @@ def _too_much(candidate: Mapping[str, Any]) -> str:
 
 
 def _links(document: Mapping[str, Any]) -> list[str]:
-    """How the devices are joined, from the innermost links on."""
+    """Format the links between the devices, from the innermost level on."""
     words = []
     for link in document.get("links", ()):
         origin = link["origins"].get("bandwidth")

@@ -1,7 +1,7 @@
-"""Plots of predicted against measured values as SVG: points on two logarithmic axes, with the diagonal, in panels.
+"""Scatter plots of predicted against measured values as SVG: logarithmic axes with the diagonal, in panels.
 
-Written by hand because a plot of points needs no library; numbers are rounded, so that the same document gives the same
-file everywhere.
+The SVG is written without a plotting library. Numbers are rounded, so that the same document gives the same file on
+every machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from html import escape
 from math import ceil, floor, log10
 
 Point = tuple[float, float]
-"""(measured, predicted), both positive."""
+"""Pair (measured, predicted), both positive."""
 
 COLOURS = (
     "#1f77b4",
@@ -31,7 +31,7 @@ COLOURS = (
     "#b8860b",
     "#4169e1",
 )
-"""Of the series, in their order, again from the first where there are more."""
+"""Colours of the series in their order; further series start again from the first."""
 
 BAND = 0.1
 """Relative error that the grey band around the diagonal shows."""
@@ -43,7 +43,7 @@ LEGEND_ROW = 17
 """Pixels of one line of the legend."""
 
 NARROW = 1.0
-"""Decades: shorter axes have more labels."""
+"""Decades below which an axis is short enough to get more labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class Panel:
     """One square of a plot.
 
     Attributes:
-        title: above it.
-        series: name -> points; the name says the colour, and stands in the legend where there are several.
+        title: text above the square.
+        series: map from name to points; the name decides the colour and, with several series, stands in the legend.
     """
 
     title: str
@@ -67,13 +67,13 @@ def scatter(
     columns: int = 1,
     side: int = 420,
 ) -> str:
-    """An SVG document with the panels in rows.
+    """Draw panels in rows as an SVG document.
 
     Args:
-        panels: with one point or more each.
-        label: what stands at a value of an axis.
+        panels: panels with at least one point each.
+        label: formats a value of an axis as its label.
         axes: names of the horizontal and the vertical axis.
-        columns: panels in a row.
+        columns: number of panels in a row.
         side: pixels of a panel's square.
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
@@ -130,13 +130,13 @@ def _panel(
 
 
 def _range(least: float, most: float) -> tuple[float, float]:
-    """Logarithms of both ends of an axis, with a margin; a decimal, so that rounding cannot move it."""
+    """Return log10 of both ends of an axis with a margin, rounded to 1/20 so that rounding errors cannot move it."""
     low, high = floor(log10(least) * 20 - 1) / 20, ceil(log10(most) * 20 + 1) / 20
     return low, high
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Values at which an axis has a label: powers of ten, with 2 and 5 between on short axes, more on shorter ones."""
+    """Return the values with a label: powers of ten, on short axes also 2 and 5, on shorter ones more."""
     steps: tuple[float, ...] = (1, 2, 5) if high - low < 2.5 else (1,)
     if high - low < NARROW:
         steps = (1, 1.5, 2, 3, 4, 5, 6, 8)

@@ -1,4 +1,4 @@
-"""What a person reads in a terminal: summaries and tables of the documents that `--json` prints."""
+"""Text for the terminal: summaries and tables of the documents that `--json` prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNKNOWN = "-"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others, which are numbers, to the right."""
+    """Format aligned columns: the first one to the left, the others, which are numbers, to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -22,7 +22,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def training_summary(document: Mapping[str, Any]) -> str:
-    """How a training ended, in a few lines."""
+    """Summarize how a training ended in a few lines."""
     workers = f"{document['workers']} worker" + ("s" if document["workers"] != 1 else "")
     alpha, exposed = document["alpha"], document["exposed_alpha"]
     lines = [
@@ -47,7 +47,7 @@ def training_summary(document: Mapping[str, Any]) -> str:
 
 
 def _not_finite(document: Mapping[str, Any]) -> str:
-    """Say at which step loss or gradient first were not finite, and how many updates were skipped; empty: at none."""
+    """Say at which step loss or gradient were first not finite, and how many updates were skipped; empty if never."""
     skipped, first = document["skipped_steps"], document["first_not_finite_step"]
     words = [f"first at step {first}"] if first else []
     words += [f"{skipped} update{'s' if skipped != 1 else ''} skipped"] if skipped else []
@@ -55,7 +55,7 @@ def _not_finite(document: Mapping[str, Any]) -> str:
 
 
 def _predicted(document: Mapping[str, Any]) -> str:
-    """What was predicted, and by how much that is off."""
+    """Format the predicted step time and memory with their errors, or the reason for no prediction."""
     if document["predicted_seconds"] is None:
         return f"nothing: {document['reasons']['predicted_seconds']}"
     seconds, memory = document["predicted_seconds"], document["predicted_memory_bytes"]
@@ -70,7 +70,7 @@ def _off(error: float | None) -> str:
 
 
 def verification_table(document: Mapping[str, Any]) -> str:
-    """One row per strategy, what differs where one fails, and what is not sharded."""
+    """Format a table with one row per strategy, the failures, and notes, for example on what is not sharded."""
     header = [
         "strategy",
         "workers",
@@ -107,7 +107,7 @@ def _error(value: float | None) -> str:
 
 
 def comparison_table(document: Mapping[str, Any]) -> str:
-    """One row per strategy."""
+    """Format a table with one row per strategy, and notes that explain its columns."""
     metrics = list(dict.fromkeys(name for row in document["results"] for name in row["metrics"] if name != "loss"))
     header = ["strategy", "workers", "loss", *metrics, "samples/s", "step", "predicted", "memory/worker", "predicted"]
     header += ["communication", "speed", "loss difference"]
@@ -146,7 +146,7 @@ def comparison_table(document: Mapping[str, Any]) -> str:
 
 
 def _predictions(document: Mapping[str, Any]) -> list[str]:
-    """What the columns of predictions mean, and how well they chose."""
+    """Explain the columns of predictions, and how well the predictions chose the fastest strategy."""
     reason = document["reasons"].get("predicted_seconds")
     lines = [f"not predicted: {reason}"] if reason else []
     if document["chosen"] is None:

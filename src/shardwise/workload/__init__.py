@@ -1,1 +1,1 @@
-"""What is trained: the value, its data, its traced graph, the recipes."""
+"""Workloads: the value that describes one, its data, its traced graph, and the recipes."""

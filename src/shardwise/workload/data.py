@@ -1,9 +1,8 @@
-"""Which sample goes where: the order of an epoch, and how a global batch is cut into shares and microbatches.
+"""Distribution of samples: the order of an epoch, and how a global batch is cut into shares and microbatches.
 
-The order depends on the seed and the epoch alone, never on the number of workers: the same samples make up step n
-under every strategy, each sample is seen exactly once per epoch, and a last, smaller batch is cut as evenly as it can
-be.
-A global batch is first cut into microbatches (rows), each row into replicas (cells), of one size or in given parts:
+The order depends only on the seed and the epoch, never on the number of workers. Step n has the same samples under
+every strategy, and each sample is seen exactly once per epoch. A smaller last batch is cut as evenly as possible.
+A global batch is first cut into microbatches (rows), and each row into replicas (cells), equally or in given parts:
 
     batch of 8, 2 microbatches, 2 replicas        row 0: [0 1 | 2 3]    row 1: [4 5 | 6 7]
     the same, parts of 3 and 1                    row 0: [0 1 2 | 3]    row 1: [4 5 6 | 7]
@@ -25,16 +24,18 @@ from torch.utils.data import IterableDataset, default_collate
 from shardwise.errors import DataError
 
 FAILED = -1
-"""Told in place of a number of samples where they cannot be read."""
+"""Sent to the other workers in place of a number of samples if a worker cannot read its samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
     """Samples that go through the model together on one replica.
 
-    `samples` is 0 where a replica has none of a small last batch: `data` is then one sample that only keeps the
-    replica in step with the others and counts for nothing. `first` is the position of its first sample in the global
-    batch: what is drawn at random for a sample depends on that position, not on the worker.
+    Attributes:
+        data: collated samples; if `samples` is 0, one sample that only keeps the replica in step with the others.
+        samples: number of samples that count; 0 if the replica has none of a small last batch.
+        first: position of the first sample in the global batch. Random numbers drawn for a sample depend on this
+            position, not on the worker.
     """
 
     data: Any
@@ -44,18 +45,18 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one replica does in one step, and how many samples all replicas have together."""
+    """Microbatches of one replica in one step, and the number of samples of all replicas together."""
 
     microbatches: tuple[Microbatch, ...]
     samples: int
 
 
 def cut_batch(samples: int, parts: Sequence[int], microbatches: int, *, uniform: bool = False) -> list[list[range]]:
-    """Positions of a batch of `samples`: rows of microbatches, each with one range per replica.
+    """Cut the positions of a batch of `samples` into rows of microbatches, each with one range per replica.
 
-    `parts` is what each replica has of a row. With `uniform` all cells of a replica have one size (a pipeline's shapes
-    are fixed): what does not divide goes into rows of one sample per replica at the end. Cells without a sample are
-    empty ranges.
+    A replica gets a fraction of each row in proportion to its entry in `parts`. With `uniform`, all cells of a replica
+    have one size, because a pipeline's shapes are fixed; the remainder goes into rows of one sample per replica at the
+    end. Cells without a sample are empty ranges.
 
         >>> cut_batch(8, [1, 1], 2)
         [[range(0, 2), range(2, 4)], [range(4, 6), range(6, 8)]]
@@ -78,7 +79,7 @@ def cut_batch(samples: int, parts: Sequence[int], microbatches: int, *, uniform:
 
 
 def _split(whole: range, parts: Sequence[int]) -> list[range]:
-    """Cuts a range in proportion to `parts`; what is left over goes to those that lack most, the first ones first."""
+    """Cut a range in proportion to `parts`; the remainder goes where most is lacking, to earlier parts first."""
     total = sum(parts)
     sizes = [len(whole) * part // total for part in parts]
     lacking = sorted(range(len(parts)), key=lambda n: sizes[n] - len(whole) * parts[n] / total)
@@ -89,7 +90,7 @@ def _split(whole: range, parts: Sequence[int]) -> list[range]:
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of one epoch: the same on every machine and for every number of workers."""
+    """Return the permutation of one epoch, which is the same on every machine and for every number of workers."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order: list[int] = torch.randperm(samples, generator=generator).tolist()
     return order
@@ -97,20 +98,22 @@ def epoch_order(samples: int, seed: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
-    """Loads this replica's shares of the batches of an epoch; only its own samples are read.
+    """Loader of one replica's shares of the batches of an epoch; it reads only this replica's samples.
 
     Attributes:
-        dataset: map-style or iterable. An iterable one keeps its own order and is read through by every replica.
-        batch_size: global samples per step.
-        collate: list of samples -> batch; None: torch's default.
-        seed: of the order.
-        shuffle: a fresh order in each epoch (map-style only).
-        replica: which share is ours.
-        parts: of a batch, one for each replica.
+        dataset: map-style or iterable dataset. An iterable one has its own order and is read completely by every
+            replica.
+        batch_size: samples per step of all replicas together.
+        collate: function from a list of samples to a batch. None means torch's default.
+        seed: seed of the order.
+        shuffle: whether each epoch has a new order (map-style only).
+        replica: index of this replica.
+        parts: relative share of a batch for each replica.
         microbatches: rows per batch.
-        uniform: fixed shapes, see `cut_batch`.
-        agree: called with the number of samples of each global batch of a stream before it is given, 0 at the end, or
-            `FAILED` and why: it raises where other workers read another number. None: nobody is asked.
+        uniform: whether shapes are fixed, see `cut_batch`.
+        agree: called for each global batch of an iterable dataset before it is used, with its number of samples (0 at
+            the end) or with `FAILED` and the error. It raises if other workers read another number. None means no
+            check.
     """
 
     dataset: Any
@@ -126,11 +129,11 @@ class Loader:
 
     @property
     def batches(self) -> int | None:
-        """Steps per epoch; None for an iterable dataset of unknown length."""
+        """Steps per epoch. None for an iterable dataset of unknown length."""
         return -(-len(self.dataset) // self.batch_size) if hasattr(self.dataset, "__len__") else None
 
     def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
-        """Shares of epoch `epoch` from batch `start` on, for our replica; the next one loads while one is used."""
+        """Yield this replica's shares of an epoch from batch `start` on; a background thread loads the next one."""
         source = self._mapped(epoch, start) if is_map_style(self.dataset) else self._streamed(start)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardwise-loader") as pool:
             _compute_alone(pool)
@@ -156,12 +159,12 @@ class Loader:
             yield self._share(samples, list)
 
     def _read(self, stream: Iterator[Any]) -> list[Any]:
-        """The samples of the next global batch, as many on all workers."""
+        """Read the samples of the next global batch, and check that all workers read equally many."""
         agree = self.agree or (lambda samples, why: None)
         try:
             samples = list(itertools.islice(stream, self.batch_size))
         except Exception as error:
-            with suppress(Exception):  # this worker's own error is the one to tell
+            with suppress(Exception):  # this worker's own error is the one to raise
                 agree(FAILED, _where(error))
             raise
         agree(len(samples), "")
@@ -180,44 +183,47 @@ class Loader:
 
 
 def _where(error: Exception) -> str:
-    """An error in one line, with the place that raised it: other workers have no traceback of it."""
+    """Format an error and the place that raised it in one line, for workers that do not have its traceback."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message} ({frame.filename}, line {frame.lineno})"
 
 
 def _compute_alone(pool: ThreadPoolExecutor) -> None:
-    """Keeps the thread of a pool from computing with threads of its own, beside those of the model.
+    """Restrict a pool's thread to one compute thread, so that it does not slow down the model's threads.
 
-    OpenMP knows how many threads a process has in all teams; where these are more than there are cores, it puts threads
-    to sleep as soon as they wait, and every kernel of the model has to wake them: a step takes a fifth longer then.
+    OpenMP counts the threads of a process over all teams. If they exceed the cores, it puts threads to sleep as soon as
+    they wait, and every kernel of the model has to wake them, which makes a step take a fifth longer.
     """
     threads = torch.get_num_threads()
     if threads == 1:
         return
 
     def alone() -> None:
-        torch.get_num_threads()  # a thread takes the number for all when it first asks; from then on it has its own
+        torch.get_num_threads()  # the first query copies the global number; from then on the thread has its own
         torch.set_num_threads(1)
 
     pool.submit(alone).result()
-    torch.set_num_threads(threads)  # what MKL has for all threads, and threads that start later
+    torch.set_num_threads(threads)  # restores MKL's global number, and the number for threads that start later
 
 
 def is_map_style(dataset: Any) -> bool:
-    """Whether samples are read by index; torch's `IterableDataset` has a `__getitem__` too, which raises."""
+    """Return whether samples are read by index; `IterableDataset` also has a `__getitem__`, but it raises."""
     return hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 def first_samples(dataset: Any, count: int) -> list[Any] | None:
-    """The first samples in the dataset's own order; None where that would use up an iterable that is read only once."""
+    """Return the first samples in the dataset's own order.
+
+    Returns None if reading them would use up an iterable that can be read only once.
+    """
     if is_map_style(dataset):
         return [dataset[index] for index in range(min(count, len(dataset)))]
     return None if iter(dataset) is dataset else list(itertools.islice(dataset, count))
 
 
 def batch_samples(batch: Any) -> int:
-    """Samples in a batch: the size of the first dimension of its tensors.
+    """Return the number of samples in a batch, which is the size of the first dimension of its first tensor.
 
     Raises:
         DataError: the batch holds no tensor.
@@ -229,7 +235,7 @@ def batch_samples(batch: Any) -> int:
 
 
 def take(batch: Any, cell: range) -> Any:
-    """The samples `cell` of a global batch, every tensor of it cut along its first dimension."""
+    """Slice the samples `cell` out of a global batch, along the first dimension of every tensor."""
 
     def cut(leaf: Any) -> Any:
         return leaf[cell.start : cell.stop] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
@@ -238,7 +244,7 @@ def take(batch: Any, cell: range) -> Any:
 
 
 def share_of(batch: Any, loader: Loader) -> Share:
-    """Cuts a global batch, the same on every worker, into the share of `loader`'s replica."""
+    """Cut a global batch, which is the same on every worker, into the share of `loader`'s replica."""
     samples = batch_samples(batch)
     rows = cut_batch(samples, loader.parts, loader.microbatches, uniform=loader.uniform)
     cells = [row[loader.replica] for row in rows]

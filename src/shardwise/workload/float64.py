@@ -1,7 +1,7 @@
-"""A workload in double precision: what differs then differs by more than rounding.
+"""Workloads in double precision, to tell real differences from rounding errors.
 
-Parameters, buffers and batches are converted. Modules that ask for float32 in so many words (a norm that computes wider
-than bfloat16, a softmax with a dtype) would round to it in the middle: they get float64 as well.
+Parameters, buffers and batches are converted. Modules that explicitly ask for float32 (a norm that computes wider than
+bfloat16, a softmax with a dtype) would round in the middle, so they get float64 as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shardwise.workload.workload import Workload
 
 
 def in_float64(workload: Workload) -> Workload:
-    """The same workload with all floating-point numbers in float64; without evaluation."""
+    """Return the workload with all floating-point numbers in float64 and without evaluation."""
     collate = workload.collate or default_collate
     return replace(
         workload,
@@ -34,7 +34,7 @@ def in_float64(workload: Workload) -> Workload:
 
 
 def to_float64(values: Any) -> Any:
-    """The floating-point tensors among `values` in float64."""
+    """Convert the floating-point tensors among `values` to float64."""
 
     def convert(leaf: Any) -> Any:
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
@@ -43,7 +43,7 @@ def to_float64(values: Any) -> Any:
 
 
 class _WideModel:
-    """A factory of the same model in float64."""
+    """Factory of the same model in float64."""
 
     def __init__(self, factory: Callable[[], nn.Module]) -> None:
         self._factory = factory
@@ -69,7 +69,7 @@ def _wide(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Float64(TorchFunctionMode):
-    """Reads float32 as float64 wherever a function is asked for it."""
+    """Mode that replaces float32 by float64 in the arguments of torch functions."""
 
     def __torch_function__(
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
@@ -86,11 +86,14 @@ _GROUPED = tuple(
     for found in (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None))
     if found is not None
 )
-"""What multiplies the rows of each expert with its matrix; torch has no kernel of it for float64."""
+"""Functions that multiply the rows of each expert with its matrix, for which torch has no float64 kernel."""
 
 
 def _grouped_product(a: Tensor, b: Tensor, *, offs: Tensor, **_: Any) -> Tensor:
-    """Rows of `a` (rows, k) times one `b` (groups, k, n) each; `offs` (groups): where the rows of each group end."""
+    """Multiply the rows of `a` with the matrix of their group.
+
+    `a` is (rows, k), `b` is (groups, k, n), and `offs` (groups,) has the end of each group's rows.
+    """
     rows = torch.arange(a.shape[0], device=a.device, dtype=offs.dtype)
     group = torch.searchsorted(offs, rows, right=True)
     return torch.bmm(a.unsqueeze(1), b[group]).squeeze(1)

@@ -1,6 +1,6 @@
-"""The traced graph of one training or evaluation step of a plain module: what feeds what.
+"""The traced graph of one training or evaluation step of a plain module.
 
-`torch.export` runs the module and its loss once on tensors without data and writes down the operations (ATen, before
+`torch.export` runs the module and its loss once on tensors without data and records the operations (ATen, before
 autograd; composite ones such as `linear` or `scaled_dot_product_attention` stay whole). Shapes are fixed in the graph,
 so there is one graph per batch shape; nothing else of the trace is used as a fact about the data.
 """
@@ -44,16 +44,16 @@ _LOGGERS = ("torch.export", "torch._subclasses.fake_tensor")
 
 @dataclass(frozen=True, slots=True)
 class StepGraph:
-    """One step as a graph.
+    """One step as a graph of ATen operations.
 
     Attributes:
         graph: placeholders, calls of ATen operations, one output node with a tuple of values: (loss,) in training,
             (loss, metric) in evaluation. Each node's `meta["val"]` is a tensor without data, or a tuple of them.
-        tensors: placeholder name -> name of the parameter or persistent buffer of the module.
-        constants: placeholder name -> tensor that the module holds but does not save.
-        leaves: names of the placeholders of the batch, in the order of `pytree.tree_leaves(batch)`.
+        tensors: map from a placeholder's name to the name of the module's parameter or persistent buffer.
+        constants: map from a placeholder's name to a tensor that the module holds but does not save.
+        leaves: names of the batch's placeholders, in the order of `pytree.tree_leaves(batch)`.
         training: whether the module was in training mode.
-        opaque: what the calls of modules that were not traced are; see `workload.opaque`.
+        opaque: calls of modules that were not traced; see `workload.opaque`.
     """
 
     graph: fx.Graph
@@ -65,7 +65,7 @@ class StepGraph:
 
 
 class _Step(nn.Module):
-    """Model, loss and metric as one module, so that the graph reaches from the batch to the loss."""
+    """Model, loss and metric as one module, so that the graph extends from the batch to the loss."""
 
     def __init__(self, workload: Workload, model: nn.Module, measure: Callable[[Any, Any], Tensor] | None) -> None:
         super().__init__()
@@ -83,11 +83,11 @@ class _Step(nn.Module):
 
 
 class Untraceable(WorkloadError):
-    """A step cannot be traced.
+    """Error of a step that cannot be traced.
 
     Attributes:
-        module: name in the model of the innermost module in which it failed; None: outside of all.
-        reason: in one line.
+        module: name of the innermost module in which the trace failed. None if it failed outside all modules.
+        reason: reason in one line.
     """
 
     def __init__(self, workload: Workload, module: str | None, reason: str) -> None:
@@ -105,10 +105,10 @@ def trace(
     training: bool = True,
     opaque: Mapping[str, Sequence[Call]] | None = None,
 ) -> StepGraph:
-    """The graph of one step on batches shaped like `batch`; with the workload's metric where not `training`.
+    """Trace one step on batches shaped like `batch`; the workload's metric is included unless `training` is set.
 
-    In training every part of the module is in the mode that it is in. The module keeps its modes and its tensors.
-    Modules in `opaque`, by name, are not entered; see `workload.opaque`.
+    In training, every submodule is traced in its current mode. The module's modes and tensors are unchanged afterwards.
+    Modules named in `opaque` are not entered; see `workload.opaque`.
 
     Raises:
         Untraceable: the module or its loss cannot be traced.
@@ -139,7 +139,7 @@ def trace(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export warns of things that do not concern a person who trains, and prints graphs that it fails on."""
+    """Suppress the warnings of torch.export, which do not concern users, and the graphs it prints when it fails."""
     levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}
     for logger in levels:
         logger.setLevel(logging.CRITICAL)
@@ -153,7 +153,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _innermost(model: nn.Module, error: BaseException) -> str | None:
-    """The module whose forward was running, innermost, as the tracebacks of an error and its causes show."""
+    """Return the name of the innermost module whose forward was running, from the tracebacks of an error's causes.
+
+    Returns None if no module was running.
+    """
     names = {module: name for name, module in model.named_modules()}
     found = None
     cause: BaseException | None = error
@@ -167,7 +170,7 @@ def _innermost(model: nn.Module, error: BaseException) -> str | None:
 
 
 def _follows_data(node: fx.Node) -> bool:
-    """Whether a value is a number, or has a shape, that only the data tells."""
+    """Return whether a value is a number, or has a shape, that depends on the data."""
     leaves = pytree.tree_leaves(node.meta.get("val"))
     symbols = (torch.SymInt, torch.SymFloat, torch.SymBool)
     return any(
@@ -177,7 +180,10 @@ def _follows_data(node: fx.Node) -> bool:
 
 
 def _enclosing(graph: fx.Graph, node: fx.Node) -> str | None:
-    """The innermost module around `node` that gives nothing whose shape follows the data; None: there is none."""
+    """Return the innermost module around `node` that returns nothing with a data-dependent shape or number.
+
+    Returns None if there is no such module.
+    """
     for path in reversed(modules_around(node)):
         inside = [other for other in graph.nodes if path in modules_around(other)]
         given = [other for other in inside if any(path not in modules_around(user) for user in other.users)]
@@ -187,13 +193,13 @@ def _enclosing(graph: fx.Graph, node: fx.Node) -> str | None:
 
 
 def modules_around(node: fx.Node) -> list[str]:
-    """Names in the model of the modules that a call is made in, the outermost first."""
+    """Return the names of the modules around a call, the outermost first."""
     stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return [path.removeprefix("model").removeprefix(".") for path in stack if path.split(".")[0] == "model"]
 
 
 def first_line(error: Exception) -> str:
-    """Kind and first line of an error."""
+    """Format the type and the first line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
@@ -207,12 +213,12 @@ def _check_loss(workload: Workload, graph: fx.Graph) -> None:
 
 
 def _inlined(module: fx.GraphModule) -> fx.Graph:
-    """A flat copy of the graph: bodies of `no_grad` and `autocast` regions in place, checks left out."""
+    """Copy the graph without nesting: bodies of `no_grad` and `autocast` regions in place, assertions left out."""
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            continue  # the body of a region
+            continue  # the body of a region, inlined at its call
         _copy(node, module, graph, values)
     return graph
 
@@ -235,7 +241,7 @@ def _copy(node: fx.Node, owner: fx.GraphModule, graph: fx.Graph, values: dict[fx
 
 
 def _inline_detached(body: fx.GraphModule, operands: list[Any], graph: fx.Graph) -> tuple[Any, ...]:
-    """A `no_grad` region: what it makes carries no gradient; what it changes in place is what it was, gradient too."""
+    """Inline a `no_grad` region and detach its results; tensors that it changes in place keep their gradient."""
     within = [_detached(operand, graph) for operand in operands] if _changes_tensors(body) else operands
     original = dict(zip(within, operands, strict=True))
     results = []
@@ -254,7 +260,7 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def _changes_tensors(body: fx.GraphModule) -> bool:
-    """Whether a region writes to what it is given."""
+    """Return whether a region writes in place to any tensor."""
     targets = [node.target for node in body.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     return any(target._schema.is_mutable for target in targets)
 
@@ -274,7 +280,7 @@ def _inline(body: fx.GraphModule, operands: list[Any], graph: fx.Graph) -> tuple
 
 
 def _detached(result: Any, graph: fx.Graph) -> Any:
-    """What leaves a `no_grad` region, or is written to in one, carries no gradient."""
+    """Detach a tensor that leaves a `no_grad` region, or is written to in one; return other values unchanged."""
     if not isinstance(result, fx.Node) or not isinstance(result.meta.get("val"), Tensor):
         return result
     node = graph.call_function(torch.ops.aten.detach.default, (result,))
@@ -283,7 +289,7 @@ def _detached(result: Any, graph: fx.Graph) -> Any:
 
 
 def _named(program: torch.export.ExportedProgram, graph: fx.Graph, model: nn.Module, training: bool) -> StepGraph:
-    """Placeholders by what they are. A tied tensor has one name: its first in the module."""
+    """Sort the placeholders by what they stand for; a tied tensor gets the first of its names in the module."""
     first: dict[int, str] = {}
     names: dict[str, str] = {}
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
@@ -305,11 +311,11 @@ def _named(program: torch.export.ExportedProgram, graph: fx.Graph, model: nn.Mod
 
 
 def example(workload: Workload, samples: int) -> Any:
-    """A batch of the dataset's first `samples` samples.
+    """Return a batch of the dataset's first `samples` samples.
 
     Raises:
         DataError: the dataset is empty.
-        WorkloadError: reading it would use up what training needs.
+        WorkloadError: reading it would use up samples that training needs.
     """
     chosen = first_samples(workload.dataset, samples)
     if chosen is None:
@@ -323,12 +329,12 @@ def example(workload: Workload, samples: int) -> Any:
 
 
 def outside_model(node: fx.Node) -> bool:
-    """Whether a call of a step is part of the loss, the metric or the inputs, not of the module."""
+    """Return whether a call of a step belongs to the loss, the metric or the inputs instead of the module."""
     stack = node.meta.get("nn_module_stack") or {}
     return not any(path == "model" or path.startswith("model.") for path, _ in stack.values())
 
 
 def batch_leaves(batch: Any) -> list[Any]:
-    """The values of a batch in the order of `StepGraph.leaves`."""
+    """Return the values of a batch in the order of `StepGraph.leaves`."""
     leaves: list[Any] = pytree.tree_leaves(batch)
     return leaves

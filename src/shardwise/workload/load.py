@@ -1,6 +1,6 @@
-"""From what a user writes to a `Workload`: a recipe, `path/to/file.py:function`, `package.module:function`, a folder.
+"""Load the `Workload` that a user names: a recipe, `path/to/file.py:function`, `package.module:function`, a folder.
 
-Every mistake is one line. Importing this module does not import torch; loading a recipe does.
+Every mistake is reported in one line. Importing this module does not import torch; loading a recipe does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shardwise.workload.workload import Workload
 
 RECIPES = ("image", "language", "medical")
 SIZES = "gpt:"
-"""Begins a model by its sizes: `gpt:layers=96,hidden=12288,heads=96`."""
+"""Prefix of a model given by its sizes: `gpt:layers=96,hidden=12288,heads=96`."""
 
 _FORMS = (
     f"a recipe ({', '.join(RECIPES)}), {SIZES}layers=..., path/to/file.py:function, package.module:function or a "
@@ -34,15 +34,16 @@ _FORMS = (
 
 
 def load_workload(spec: str, settings: Mapping[str, Any] | None = None) -> Workload:
-    """The workload that `spec` names, with `settings` for the parameters of its function.
+    """Build the workload that `spec` names, with `settings` for the parameters of its function.
 
     Args:
         spec: a recipe, `path/to/file.py:function`, `package.module:function` (the function returns a `Workload`), or
             a folder with a Hugging Face `config.json`, or `gpt:layers=96,hidden=12288,heads=96`.
-        settings: parameter -> text (converted by the parameter's annotation or default) or value.
+        settings: map from a parameter to its value, or to text that is converted by the parameter's annotation or
+            default.
 
     Raises:
-        WorkloadError: it cannot be found, imported or built, or a setting is wrong.
+        WorkloadError: the workload cannot be found, imported or built, or a setting is wrong.
         DataError: its data is missing or of the wrong kind.
     """
     with not_ending():
@@ -66,7 +67,7 @@ def _load(spec: str, settings: Mapping[str, Any]) -> Workload:
 
 
 def workload_parameters(spec: str) -> dict[str, inspect.Parameter]:
-    """The parameters of the function that `spec` names, by name, with resolved annotations. Raises WorkloadError."""
+    """Return the parameters of the function that `spec` names, with resolved annotations. Raises WorkloadError."""
     with not_ending():
         return _parameters(spec, _find_function(spec))
 
@@ -74,18 +75,18 @@ def workload_parameters(spec: str) -> dict[str, inspect.Parameter]:
 def names_function(spec: str) -> bool:
     """Return whether a workload is a function of a file or module, whose code runs when it is loaded.
 
-    Recipes, models by their sizes and Hugging Face folders run no code but Shardwise's own and that of packages.
+    Recipes, models by their sizes and Hugging Face folders run only the code of Shardwise and of installed packages.
     """
     return not (spec in RECIPES or _is_sizes(spec) or _is_folder(spec))
 
 
 @contextlib.contextmanager
 def not_ending() -> Iterator[None]:
-    """Let code that is loaded not end this process: `os._exit` raises SystemExit within, as `sys.exit` does."""
+    """Keep loaded code from ending this process: inside, `os._exit` raises SystemExit, as `sys.exit` does."""
     end, process = os._exit, os.getpid()
 
     def refuse(status: int) -> NoReturn:
-        if os.getpid() != process:  # a process that was forked meanwhile, which ends like this
+        if os.getpid() != process:  # a child process that was forked inside may end
             end(status)
         raise SystemExit(status)
 
@@ -131,7 +132,7 @@ def _is_folder(spec: str) -> bool:
 
 
 def _of_sizes(spec: str) -> Callable[..., Any]:
-    """The function of a model that is given by its sizes, which are defaults that settings may change."""
+    """Return the function of a model given by its sizes; the sizes become defaults that settings may override."""
     function = _import_module("shardwise.workload.recipes.gpt").gpt
     settings = {}
     for part in filter(None, spec.removeprefix(SIZES).split(",")):
@@ -145,7 +146,7 @@ def _of_sizes(spec: str) -> Callable[..., Any]:
         settings[key] = value
     parameters = parameters_of(function)
     given = {name: parameter for name, parameter in parameters.items() if name in settings}
-    known = given if len(given) == len(settings) else parameters  # what is missing may come with --set
+    known = given if len(given) == len(settings) else parameters  # missing sizes may still come with --set
     return partial(function, **convert_settings(f"workload {spec!r}", known, settings))
 
 
@@ -173,13 +174,13 @@ def _function_of(module: ModuleType, name: str, source: str) -> Callable[..., An
 
 
 def _import_module_here(name: str) -> ModuleType:
-    """Import a module that is installed or lies in the working directory; what is installed goes first."""
+    """Import a module that is installed or lies in the working directory; installed ones take precedence."""
     _add_to_path(os.getcwd())
     return _import_module(name)
 
 
 def _add_to_path(folder: str) -> None:
-    """Let modules of a folder be imported, but none in place of an installed one: a `torch.py` there stays unused."""
+    """Append a folder to the import path, so that its modules never replace installed ones such as `torch`."""
     if folder not in sys.path:
         sys.path.append(folder)
 
@@ -198,7 +199,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Runs a file as a module, with its folder last on the import path: it may import its neighbours."""
+    """Run a file as a module, with its folder last on the import path, so that it can import its neighbours."""
     path = Path(os.path.expanduser(path))
     if not os.path.isfile(path):
         there = f"{str(path)!r} is no regular file" if os.path.exists(path) else f"there is no file {str(path)!r}"
@@ -210,7 +211,7 @@ def _import_file(path: Path) -> ModuleType:
         raise WorkloadError(f"{str(path)!r} is not a Python file: its name must end in .py")
     _add_to_path(str(path.parent))
     module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    sys.modules[name] = module  # dataclasses and pickle look up a class's module there
     try:
         specification.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -223,7 +224,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _travel_by_value(module: ModuleType) -> None:
-    """Lets a workload of this file reach worker processes, which cannot import the file by its made-up name."""
+    """Pickle objects of this module by value, because worker processes cannot import it by its made-up name."""
     import cloudpickle
 
     cloudpickle.register_pickle_by_value(module)
@@ -237,7 +238,7 @@ def _nearest_file(path: Path) -> str:
 
 
 def _place(error: BaseException, within: Path | None = None) -> str:
-    """Where the error comes from: ' (file.py, line 3)', the innermost frame of the file `within` if there is one."""
+    """Format where an error was raised, as ' (file.py, line 3)'; frames of the file `within` take precedence."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}, line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,7 +1,7 @@
-"""Modules that cannot be traced, as one call each in the graph of a step.
+"""Modules that cannot be traced, each represented by one call in the graph of a step.
 
-A call is written down by running the model once on real data: with what the module was called, and the shapes of what
-came out. In a trace the operator `shardwise::opaque` stands for it; what runs a graph calls the module itself.
+A call is recorded by running the model once on real data: the arguments of the module and the shapes of its results.
+In a trace, the operator `shardwise::opaque` stands for the call; an engine that runs the graph calls the module itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum, FunctionType)
-"""What may go in and out of a module beside tensors."""
+"""Types that a module may take and return beside tensors."""
 
 _CALLS: WeakValueDictionary[int, Call] = WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -32,17 +32,17 @@ class Call:
     """One call of a module in a step.
 
     Attributes:
-        module: what is called.
-        path: its name in the model.
-        reason: why it cannot be traced, in one line.
-        state: names of its parameters and buffers, the first of the operator's tensors.
-        leaves: of its arguments; a place where each tensor is to be put.
-        spec: of the arguments.
-        outputs: tensors of the same shapes as those that came out, on meta.
-        results: leaves of the output; a place where each tensor is to be put.
-        result_spec: of the output.
-        draws: calls in it that draw dropout.
-        modes: the module and those in it -> whether each was in training.
+        module: module that is called.
+        path: name of the module in the model.
+        reason: reason in one line why it cannot be traced.
+        state: names of its parameters and buffers, which come first among the operator's tensors.
+        leaves: flattened arguments, with a placeholder for each tensor.
+        spec: tree structure of the arguments.
+        outputs: meta tensors with the shapes of the module's results.
+        results: flattened output, with a placeholder for each tensor.
+        result_spec: tree structure of the output.
+        draws: number of calls inside it that draw dropout.
+        modes: map from the module and its submodules to whether each was in training mode.
     """
 
     module: nn.Module
@@ -58,11 +58,14 @@ class Call:
     modes: dict[nn.Module, bool]
 
     def forget_values(self) -> None:
-        """Frees the tensors of the module: it is only ever called with others in their place."""
+        """Free the module's tensors, which are not needed because every call passes others in their place."""
         self.module.to("meta")
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Calls the module with its state and arguments among `tensors`; the tensors that come out."""
+        """Call the module with its state and its arguments from `tensors`, and return the tensors of its output.
+
+        Raises RuntimeError if the shapes or plain values of the output differ from those of the recorded call.
+        """
         count = len(self.state)
         args, kwargs = tree_unflatten(_filled(self.leaves, tensors[count:]), self.spec)
         state = {f"module.{name}": tensor for name, tensor in zip(self.state, tensors[:count], strict=True)}
@@ -95,7 +98,7 @@ def _in_modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
 
 
 class _Whole(nn.Module):
-    """A module whose assignments to its buffers reach the tensors that it was given for them."""
+    """Wrapper of a module that copies assignments to buffers into the tensors that were passed for them."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -108,7 +111,7 @@ class _Whole(nn.Module):
 
 @contextmanager
 def assignments_copied(model: nn.Module) -> Iterator[None]:
-    """Copies what a module assigns to a buffer into it: torch follows an assignment in the outermost module only."""
+    """Copy what submodules assign to their buffers into the buffers; torch does so for the outermost module only."""
     held = [(module, key, buffer) for module in model.modules() for key, buffer in module._buffers.items()]
     yield
     for module, key, buffer in held:
@@ -119,12 +122,12 @@ def assignments_copied(model: nn.Module) -> Iterator[None]:
 
 
 def _shapes(tensors: Sequence[Tensor], leaves: Sequence[Any]) -> list[Any]:
-    """What an output is made of, but for the values of its tensors."""
+    """Return the structure of an output: the shapes of its tensors and its plain values."""
     return _filled(leaves, [tuple(each.shape) for each in tensors])  # type: ignore[misc]
 
 
 class _Place:
-    """Where a tensor is to be put."""
+    """Placeholder for a tensor in a flattened tree."""
 
 
 def _split(tree: Any) -> tuple[list[Tensor], tuple[Any, ...], TreeSpec]:
@@ -138,7 +141,7 @@ def _split(tree: Any) -> tuple[list[Tensor], tuple[Any, ...], TreeSpec]:
 
 @torch.library.custom_op("shardwise::opaque", mutates_args=())
 def operator(tensors: list[Tensor], number: int) -> list[Tensor]:
-    """The call `number`, without gradient. Operators may not give back what they are given."""
+    """Run the call `number` without gradient; results are cloned, as operators may not return their inputs."""
     return [result.clone() for result in _CALLS[number].run(tensors)]
 
 
@@ -152,17 +155,17 @@ OPAQUE = torch.ops.shardwise.opaque.default
 
 
 def call_of(number: int) -> Call:
-    """The call that an operator in a graph stands for; whoever runs the graph keeps it."""
+    """Return the call that an operator stands for; it only lives as long as the graph's user holds it."""
     return _CALLS[number]
 
 
 def calls_in(graph: fx.Graph) -> tuple[Call, ...]:
-    """The calls that the operators in a graph stand for."""
+    """Return the calls that the operators in a graph stand for."""
     return tuple(call_of(node.args[1]) for node in graph.nodes if node.target is OPAQUE)
 
 
 class Recorder:
-    """Writes down the calls of a module while it is open; `drawn` tells how many calls have drawn dropout so far."""
+    """Recorder of a module's calls while it is open; `drawn` returns how many calls have drawn dropout so far."""
 
     def __init__(self, module: nn.Module, path: str, reason: str, drawn: Any) -> None:
         self.calls: list[Call] = []
@@ -170,7 +173,7 @@ class Recorder:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """While it is open, the module's calls are written down."""
+        """Record the module's calls inside the context."""
         own = self.module.__dict__.get("forward")
         original = self.module.forward
 
@@ -216,7 +219,7 @@ def _restore(module: nn.Module, own: Any) -> None:
 
 @contextmanager
 def hidden(calls: Mapping[str, Sequence[Call]]) -> Iterator[None]:
-    """While it is open, modules that were written down are not entered: the operator is called in their place."""
+    """Replace recorded modules by the operator inside the context, so that a trace does not enter them."""
     replaced = []
     for of_module in calls.values():
         module = of_module[0].module

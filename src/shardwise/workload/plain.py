@@ -1,4 +1,4 @@
-"""From the parts of a plain training script, a model, a dataset and a loss, to a `Workload`."""
+"""Build a `Workload` from the parts of a plain training script: a model, a dataset and a loss."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def plain_workload(
     name: str = "",
     **fields: Any,
 ) -> Workload:
-    """A workload of what a training script has at hand; `api.train_parallel` says what each argument is.
+    """Build a workload from the objects of a training script; `api.train_parallel` describes each argument.
 
     Raises:
         WorkloadError: an argument is of the wrong kind.
-        DataError: the pair of tensors does not fit together.
+        DataError: a pair of tensors has different numbers of samples and labels.
     """
     if not callable(model):
         raise WorkloadError(f"model must be an nn.Module or a function that makes one, not {model!r}")
@@ -81,14 +81,14 @@ def _default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimi
 
 
 def _of_batch(function: Function, *, pairs: bool) -> Function:
-    """As a function of (output, batch): one of (output, labels) gets the second part of a batch of pairs."""
+    """Adapt a function of (output, labels) to (output, batch), where labels are the second part of the batch."""
     if not pairs or _takes_batch(function):
         return function
     return lambda output, batch: function(output, batch[1])
 
 
 def _takes_batch(function: Function) -> bool:
-    """Whether the second parameter of a function is called `batch`, as in `Workload.loss`."""
+    """Return whether the second parameter of a function is called `batch`, as in `Workload.loss`."""
     if isinstance(function, nn.Module):
         return False
     try:
@@ -99,7 +99,9 @@ def _takes_batch(function: Function) -> bool:
 
 
 def _criterion_weight(loss: Function, dataset: Any) -> Function | None:
-    """What torch's classification losses average over where that is not the number of samples.
+    """Return the function of a batch that gives the total weight over which a torch classification loss averages.
+
+    Returns None if the loss averages over the samples.
 
     Raises:
         WorkloadError: the loss is not a mean at all.
@@ -140,5 +142,5 @@ def _evaluation(evaluation: Any, metric: str | Function, loss: Function, *, pair
 
 
 def accuracy(output: Tensor, labels: Tensor) -> Tensor:
-    """Share of samples whose largest output, shape (samples, classes, ...), is at their label (samples, ...)."""
+    """Return the share of samples whose largest output, shape (samples, classes, ...), is at their label."""
     return (output.argmax(1) == labels).float().mean()

@@ -1,10 +1,10 @@
-"""Layers that a model repeats: what is true of a few of them is true of all.
+"""Layers that a model repeats, so that it can be analysed with a few of them.
 
     layers = repeated_layers(model)      of GPT(layers=96, ...), on the meta device, say
-    with shortened(layers, 2):           the model has two layers, to look at
+    with shortened(layers, 2):           inside, the model has two layers
 
-Layers are equal where their classes, their parameters and buffers (shapes, dtypes, whether they are trained), and their
-plain attributes are, all the way down; an attribute that counts the layers (`layer_idx`) may differ.
+Layers are equal if their classes, their parameters and buffers (shapes, dtypes, whether they are trained), and their
+plain attributes are equal, recursively; an attribute that counts the layers (`layer_idx`) may differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Signature = tuple[Any, ...]
 
 
 def signature(module: nn.Module) -> Signature:
-    """What a module computes, as far as its structure tells: equal for layers that are equal but for their values."""
+    """Return a value that is equal for modules of equal structure, whatever the values of their tensors."""
     attributes = tuple(sorted((k, repr(v)) for k, v in vars(module).items() if k not in _COUNTS and _is_plain(v)))
     tensors = [*module._parameters.items(), *module._buffers.items()]
     shapes = tuple((name, None if tensor is None else _shape(tensor)) for name, tensor in tensors)
@@ -41,10 +41,7 @@ def _shape(tensor: Tensor) -> Signature:
 
 
 def repeated_layers(model: nn.Module) -> nn.ModuleList | nn.Sequential | None:
-    """The longest list of three or more equal layers, with parameters of their own; None where there is none.
-
-    Lists within a layer of another list do not count.
-    """
+    """Return the longest list of three or more equal layers that share no parameters. Returns None if there is none."""
     best: nn.ModuleList | nn.Sequential | None = None
     for module in model.modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 3:
@@ -62,7 +59,7 @@ def _alike(layers: Sequence[nn.Module]) -> bool:
 
 @contextmanager
 def shortened(layers: nn.ModuleList | nn.Sequential, count: int) -> Iterator[None]:
-    """While it is open, only the first `count` of the layers are there."""
+    """Remove all but the first `count` layers inside the context."""
     kept = dict(layers._modules)
     for name in list(kept)[count:]:
         del layers._modules[name]

@@ -1,4 +1,4 @@
-"""Settings of a workload function: `--set key=value` text becomes what the parameter's annotation or default says."""
+"""Settings of a workload function: `--set key=value` is converted by the parameter's annotation or default."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters that can be set by name, with their annotations as types where those can be resolved."""
+    """Return the parameters that can be set by name, with annotations resolved to types where possible."""
     scope = getattr(inspect.unwrap(function), "__globals__", {})
     return {
         name: parameter.replace(annotation=_resolved(parameter.annotation, scope))
@@ -31,27 +31,30 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _resolved(annotation: Any, scope: Mapping[str, Any]) -> Any:
-    """An annotation that is text (as `from __future__ import annotations` makes them) as the type it names."""
+    """Resolve an annotation that is text, as `from __future__ import annotations` makes it, to the type it names.
+
+    Returns `Parameter.empty` if it cannot be resolved.
+    """
     if not isinstance(annotation, str):
         return annotation
     try:
         return eval(annotation, {**vars(typing), "Path": Path, **scope})  # code of the workload's own file
-    except Exception:  # a name for type checkers only: the default tells the type
+    except Exception:  # a name that only type checkers see: the default decides the type
         return inspect.Parameter.empty
 
 
 def convert_settings(
     where: str, parameters: Mapping[str, inspect.Parameter], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Keyword arguments from settings; values that are not text are taken as they are.
+    """Convert settings to keyword arguments; values that are not text are used unchanged.
 
     Args:
         where: the workload as the user wrote it, for messages.
-        parameters: of the workload function, see `parameters_of`.
-        settings: name -> text or value.
+        parameters: parameters of the workload function, see `parameters_of`.
+        settings: map from a parameter's name to text or a value.
 
     Raises:
-        WorkloadError: an unknown name, a value that does not convert, a parameter that needs a value and has none.
+        WorkloadError: a name is unknown, a value cannot be converted, or a required parameter has no value.
     """
     for name in settings:
         if name not in parameters:
@@ -69,7 +72,7 @@ def convert_settings(
 
 
 def convert(text: str, parameter: inspect.Parameter) -> Any:
-    """`text` as the type of `parameter`. Raises WorkloadError naming the value and the type."""
+    """Convert `text` to the type of `parameter`. Raises WorkloadError naming the value and the type."""
     kind = parameter.annotation
     if kind is inspect.Parameter.empty or kind is Any:
         kind = str if parameter.default in (inspect.Parameter.empty, None) else type(parameter.default)
@@ -84,7 +87,7 @@ def convert(text: str, parameter: inspect.Parameter) -> Any:
 
 
 def _convert(text: str, kind: Any) -> Any:
-    """Raises ValueError where the text does not fit, TypeError where the type is not one that text can give."""
+    """Convert text to a type. Raises ValueError if the text does not fit, TypeError if no text can give the type."""
     if kind is bool:
         return _boolean(text)
     if kind is types.NoneType:
@@ -112,7 +115,10 @@ def _member(text: str, choices: Mapping[str, Any]) -> Any:
 
 
 def _first(text: str, kinds: tuple[Any, ...]) -> Any:
-    """The first type of a union that the text fits; None goes first and plain text last, for it fits everything."""
+    """Convert text to the first type of a union that it fits.
+
+    None is tried first, and text and paths last, because they fit everything.
+    """
     fits = False
     for kind in sorted(kinds, key=lambda kind: (kind is not types.NoneType, kind in (str, Path))):
         try:
@@ -121,7 +127,7 @@ def _first(text: str, kinds: tuple[Any, ...]) -> Any:
             fits = fits or kind is not types.NoneType
         except TypeError:
             continue
-    # where some other text would have done, this one is wrong; else the types are
+    # ValueError if another text could have been converted, else TypeError
     raise ValueError(text) if fits else TypeError(f"cannot convert text to {kinds}")
 
 

@@ -1,4 +1,4 @@
-"""Looks at modules whose parameters are on the meta device as if these were where the data is."""
+"""Stand-ins without data for parameters on the meta device, as if these were on the device of the data."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map
 
 @contextmanager
 def stand_ins(model: nn.Module, batch: Any) -> Iterator[tuple[FakeTensorMode | None, Any]]:
-    """While it is open, parameters on meta are tensors without data on the device of `batch`.
+    """Replace parameters on meta by tensors without data on the device of `batch` inside the context.
 
-    Yields the mode that these live in and a batch of its kind; (None, batch) where no parameter is on meta.
+    Yields their FakeTensorMode and the batch as tensors of that mode; (None, batch) if no parameter is on meta.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         yield None, batch

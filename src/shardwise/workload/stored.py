@@ -1,7 +1,7 @@
 """Weights in safetensors files, and modules that are built without memory for them: each worker reads only its part.
 
-A model factory with an attribute `weights` gives a module whose parameters are on the meta device (its buffers are
-there). The engines cut it as any other and read what they hold.
+A model factory with an attribute `weights` builds a module whose parameters are on the meta device; its buffers have
+values. The engines split it like any other module and read the parameters that they hold.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from shardwise.errors import WorkloadError
 from shardwise.files import check_regular, read_regular
 
 LARGEST_INDEX = 256 << 20
-"""Bytes of an index at most."""
+"""Largest size of an index file in bytes."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Weights(Protocol):
-    """The values of parameters that are built without any."""
+    """Source of the values of parameters that are built without memory."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the tensor that parameter `name` is, without reading it."""
+        """Return the shape of parameter `name` without reading its values."""
         ...
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """The box of parameter `name` that starts at `offsets`; nothing else of it is read."""
+        """Read the box of parameter `name` that starts at `offsets` and has `sizes`, and nothing else of it."""
         ...
 
 
@@ -43,8 +43,8 @@ class StoredWeights:
     """Tensors in safetensors files.
 
     Attributes:
-        files: tensor -> the file that holds it.
-        keys: parameter or buffer of a module -> the tensor that it is; filled in by `named_for`.
+        files: map from a tensor to the file that holds it.
+        keys: map from a module's parameter or buffer to its tensor; filled in by `named_for`.
     """
 
     files: dict[str, Path]
@@ -52,10 +52,10 @@ class StoredWeights:
 
     @classmethod
     def of_folder(cls, folder: Path) -> StoredWeights | None:
-        """Those of a Hugging Face folder: one file, or several with an index; None where there are none.
+        """Find the weights of a Hugging Face folder: one file, or several with an index. Returns None without any.
 
         Raises:
-            WorkloadError: the index or a file of it cannot be read.
+            WorkloadError: the index or one of its files cannot be read.
         """
         try:
             if (folder / INDEX).exists():
@@ -76,11 +76,12 @@ class StoredWeights:
         return cls({name: folder / file for name, file in index.items()}, {})
 
     def named_for(self, module: nn.Module, prefix: str) -> StoredWeights | str:
-        """The same by the names of `module`; or what stands in the way: a parameter that is not in the files.
+        """Return these weights under the names of `module`, or the name of a parameter that is not in the files.
 
         Args:
-            module: whose parameters are looked for. A tied one may be stored under any of its names.
-            prefix: attribute that holds all of the model but its head; files may leave it out, or have it on top.
+            module: module whose parameters are looked up. A tied parameter may be stored under any of its names.
+            prefix: attribute that holds all of the model but its head; names in files may lack it or have it in
+                addition.
         """
         names: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -98,13 +99,13 @@ class StoredWeights:
         return StoredWeights(self.files, keys)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the tensor that parameter `name` is, without reading it."""
+        """Return the shape of parameter `name` without reading its values."""
         key = self.keys[name]
         with safe_open(self.files[key], framework="pt") as file:
             return tuple(file.get_slice(key).get_shape())
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """The box of parameter `name` that starts at `offsets`; nothing else of it is read."""
+        """Read the box of parameter `name` that starts at `offsets` and has `sizes`, and nothing else of it."""
         key = self.keys[name]
         with safe_open(self.files[key], framework="pt") as file:
             if not sizes:
@@ -116,7 +117,7 @@ class StoredWeights:
 
 
 def _beside(folder: Path, file: str) -> Path:
-    """A file that an index names. Raises WorkloadError: it is none of the same folder, or is not there."""
+    """Return the path of an index's file. Raises WorkloadError if it is not in the index's folder or is missing."""
     if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
         raise WorkloadError(f"{folder / INDEX}: {file!r} is not the plain name of a file beside it")
     if not os.path.lexists(folder / file):
@@ -125,7 +126,7 @@ def _beside(folder: Path, file: str) -> Path:
 
 
 def _names_in(path: Path) -> set[str]:
-    """The tensors that a safetensors file holds. Raises WorkloadError where it is no regular file."""
+    """Return the names of the tensors in a safetensors file. Raises WorkloadError if it is not a regular file."""
     check_regular(path, WorkloadError)
     with safe_open(path, framework="pt") as file:
         return set(file.keys())
@@ -138,16 +139,16 @@ def _spellings(name: str, prefix: str) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model factory: what `build` makes, its parameters on the meta device and their values in `weights`.
+    """Model factory that builds parameters on the meta device and has their values in `weights`.
 
-    Buffers that are stored have their values: they are small, and every worker has them.
+    Stored buffers are read at once: they are small, and every worker needs them.
     """
 
     build: Callable[[], nn.Module]
     weights: StoredWeights
 
     def __call__(self) -> nn.Module:
-        """Builds the module."""
+        """Build the module with parameters on meta, and read its stored buffers."""
         with without_parameters():
             module = self.build()
         for name, buffer in module.state_dict(keep_vars=True).items():
@@ -158,7 +159,7 @@ class StoredModel:
 
 @contextmanager
 def without_parameters() -> Iterator[None]:
-    """Moves every parameter to the meta device as soon as a module has it. Buffers are as always."""
+    """Move every parameter to the meta device as soon as a module registers it; buffers are unaffected."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -174,6 +175,6 @@ def without_parameters() -> Iterator[None]:
 
 
 def weights_of(factory: Any) -> Weights | None:
-    """Where the parameters of the modules that `factory` builds are read from; None: they have their values."""
+    """Return the weights to read for the modules that `factory` builds. Returns None if these have values."""
     found: Weights | None = getattr(factory, "weights", None)
     return found

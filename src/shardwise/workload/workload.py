@@ -1,6 +1,6 @@
-"""What is trained: a frozen value that names a plain model, its loss, its data and its optimizer.
+"""The workload: a frozen value that names a plain model, its loss, its data and its optimizer.
 
-No word about parallelism is in it. Importing this module does not import torch.
+It says nothing about parallelism. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What is measured on held-out data.
+    """Measurement on held-out data.
 
     Attributes:
         dataset: map-style dataset of held-out samples, of the kind the workload trains on.
-        metric: name under which the value is reported, `accuracy` say.
-        measure: (model output, batch) -> scalar tensor, the mean over the samples of `batch`.
-        batch_size: samples per evaluation batch over all workers; 0: the workload's.
-        higher_is_better: whether a larger value is a better model.
+        metric: name under which the value is reported, for example `accuracy`.
+        measure: function of (model output, batch) that returns a scalar tensor, the mean over the samples of `batch`.
+        batch_size: samples per evaluation batch over all workers; 0 means the workload's.
+        higher_is_better: whether a larger value means a better model.
     """
 
     dataset: Any
@@ -40,24 +40,25 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A model, its loss, its data, its optimizer and the global batch.
+    """A model, its loss, its data, its optimizer and the global batch size.
 
     Attributes:
-        name: what runs and reports call it.
+        name: name in runs and reports.
         model: builds the plain `nn.Module`; called on each worker with the random seed set.
         dataset: map-style (`__len__`, `__getitem__`) or iterable; samples are tensors, tuples or dicts of tensors.
-        inputs: batch -> what the model is called with: a tensor, a tuple (args) or a dict (kwargs).
-        loss: (model output, batch) -> scalar tensor, the mean over the samples of `batch` (or over its `weight`).
-        optimizer: parameters -> torch optimizer.
-        batch_size: global: samples per optimizer step over all workers.
-        weight: batch -> what the loss averages over where that is not the number of samples (tokens that are not
-            padding, say); the global loss and gradient are then the true weighted mean.
-        collate: list of samples -> batch; None: torch's default.
-        schedule: optimizer -> learning-rate scheduler, stepped once per optimizer step.
+        inputs: maps a batch to the arguments of the model: a tensor, a tuple (args) or a dict (kwargs).
+        loss: maps (model output, batch) to a scalar tensor, the mean over the samples of `batch` (or over its
+            `weight`).
+        optimizer: maps parameters to a torch optimizer.
+        batch_size: samples per optimizer step over all workers.
+        weight: maps a batch to the total weight that the loss averages over, if that is not the number of samples: for
+            example the tokens that are not padding. The global loss and gradient are then the true weighted mean.
+        collate: maps a list of samples to a batch. None means torch's default.
+        schedule: maps an optimizer to a learning-rate scheduler, which is stepped once per optimizer step.
         evaluation: held-out data and a named metric.
-        clip_norm: largest global norm of the gradient; None: no clipping.
-        precision: `float32` or `bf16` computation; a strategy's own precision goes first.
-        seed: of the weights, the order of the data and dropout.
+        clip_norm: largest global norm of the gradient. None means no clipping.
+        precision: `float32` or `bf16` computation; a strategy's own precision takes precedence.
+        seed: seed of the weights, the order of the data and dropout.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Workload:
 
 
 def call_model(model: Any, inputs: Any) -> Any:
-    """Calls `model` with what `Workload.inputs` gave: a tensor, a tuple of arguments or a mapping of keywords."""
+    """Call `model` with the result of `Workload.inputs`: a tensor, a tuple of arguments or a mapping of keywords."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, tuple):

@@ -5,8 +5,8 @@
     cluster("p5x16")         16 devices in two p5 nodes
     cluster("dgx-a100")      one node
 
-Names are found whatever their case, with spaces or underscores for hyphens, and with or without the maker. A name that
-is not there is an error, never a stand-in.
+Look-up ignores case and the maker's name, and accepts spaces or underscores for hyphens. An unknown name is an error;
+it never falls back to a similar entry.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class Link:
     """One level of links of a node.
 
     Attributes:
-        link: name in the catalogue.
-        span: devices that one domain joins; None: all of a node.
-        ports: of a network, all devices of a node together; None within a node.
+        link: name of the link in the catalogue.
+        span: number of devices that one domain joins. None means all devices of a node.
+        ports: for a network, number of ports that all devices of a node share. None for links within a node.
     """
 
     link: str
@@ -77,15 +77,15 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What a node has beside its devices.
+    """Host memory of a node and the link by which devices reach it.
 
     Attributes:
-        memory_bytes: of its own memory.
-        memory_bandwidth: of that in bytes per second.
+        memory_bytes: bytes of host memory in the node.
+        memory_bandwidth: bytes per second between the host's processors and its memory.
         link: name of the link between a device and the host.
-        ports: such links of a node; None: one for each device.
-        origin: of these figures.
-        source: where they were read.
+        ports: number of such links in a node. None means one for each device.
+        origin: where these figures come from, one of ORIGINS.
+        source: reference in which the figures were read.
     """
 
     memory_bytes: int
@@ -102,15 +102,15 @@ class NodeKind:
 
     Attributes:
         key: name in the catalogue.
-        name: as its maker spells it.
+        name: name as its maker spells it.
         aliases: other names.
         device: key of its device.
-        devices: how many it has.
-        links: innermost first; the last is the network.
-        host: its own memory; None where that is not known.
-        price_per_hour: of the node in US dollars.
-        origin: of what it says.
-        source: where it was read.
+        devices: number of devices in the node.
+        links: levels of links, innermost first; the last is the network.
+        host: host memory of the node. None if it is not known.
+        price_per_hour: price of the node in US dollars per hour.
+        origin: where these figures come from, one of ORIGINS.
+        source: reference in which the figures were read.
     """
 
     key: str
@@ -127,7 +127,7 @@ class NodeKind:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A device with what only the catalogue knows of it: other names, and the node it is sold in."""
+    """A device with the facts that only the catalogue has: its other names and the node it is sold in."""
 
     device: Device
     aliases: tuple[str, ...]
@@ -135,10 +135,10 @@ class _Entry:
 
 
 def device(name: str) -> Device:
-    """The device of that name.
+    """Return the catalogue's device of this name.
 
     Raises:
-        ClusterError: there is none; says the nearest known name.
+        ClusterError: the catalogue has no such device; the message suggests the nearest known name.
     """
     names = _device_names()
     key = names.get(_plain(name))
@@ -148,7 +148,7 @@ def device(name: str) -> Device:
 
 
 def sold_in(name: str) -> str:
-    """Key of the node that the device of that name is sold in. Raises ClusterError."""
+    """Return the key of the node in which the device is sold. Raises ClusterError if the device is unknown."""
     names = _device_names()
     key = names.get(_plain(name))
     if key is None:
@@ -157,12 +157,12 @@ def sold_in(name: str) -> str:
 
 
 def devices() -> tuple[str, ...]:
-    """Names of all devices."""
+    """Return the keys of all devices in the catalogue."""
     return tuple(_entries())
 
 
 def node(name: str) -> NodeKind:
-    """The node of that name. Raises ClusterError."""
+    """Return the catalogue's node of this name. Raises ClusterError if it is unknown."""
     names = _node_names()
     key = names.get(_plain(name))
     if key is None:
@@ -171,12 +171,15 @@ def node(name: str) -> NodeKind:
 
 
 def nodes() -> tuple[str, ...]:
-    """Names of all nodes."""
+    """Return the keys of all nodes in the catalogue."""
     return tuple(_nodes())
 
 
 def link(name: str, span: int) -> Level:
-    """Links of that name that join `span` devices, with the bandwidth of one device or port. Raises ClusterError."""
+    """Return a level of these links that joins `span` devices.
+
+    Its bandwidth is that of one device or port. Raises ClusterError if the link is unknown.
+    """
     found = _links().get(_plain(name))
     if found is None:
         raise ClusterError(f"link {name!r} is not in the catalogue{_near(name, _links())}")
@@ -184,18 +187,18 @@ def link(name: str, span: int) -> Level:
 
 
 def links() -> tuple[str, ...]:
-    """Names of all links."""
+    """Return the keys of all links in the catalogue."""
     return tuple(_links())
 
 
 def cluster(spec: str) -> Cluster:
-    """The cluster that a specification means: NAME, or NAMExN with N devices.
+    """Build the cluster of a specification: NAME, or NAMExN with N devices.
 
-    NAME is a node, or a device in the node it is sold in. Without N it is one node; fewer devices than a node has are a
-    part of one.
+    NAME is a node, or a device in the node it is sold in. Without N the cluster is one node. An N smaller than a node
+    takes a part of one node.
 
     Raises:
-        ClusterError: an unknown name, or a number of devices that does not fill nodes.
+        ClusterError: the name is unknown, or N devices do not fill whole nodes.
     """
     kind, count = _parse(spec)
     count = kind.devices if count is None else count
@@ -216,7 +219,10 @@ def cluster(spec: str) -> Cluster:
 
 
 def _parse(spec: str) -> tuple[NodeKind, int | None]:
-    """(node, number of devices). A name that ends in an x and digits itself (`rtx4090`) is found as a whole first."""
+    """Split a specification into (node, number of devices); the number is None if it names none.
+
+    A name that itself ends in an x and digits (`rtx4090`) is looked up as a whole first.
+    """
     name, known = _plain(spec), {**_sold_in(), **_node_names()}
     counted = re.fullmatch(r"([^\n]+?)(?:-x-?|x)([0-9]+)", name)
     count = None
@@ -238,7 +244,7 @@ def _count(spec: str, digits: str) -> int:
 
 
 def _placed(kind: NodeKind) -> Device:
-    """The node's device with its share of the node's price and of its host."""
+    """Return the node's device with its share of the node's price and of its host."""
     found = _entries()[kind.device].device
     if kind.price_per_hour is not None:
         found = replace(
@@ -251,7 +257,7 @@ def _placed(kind: NodeKind) -> Device:
 
 
 def _hosted(device: Device, host: Host, devices: int) -> Device:
-    """A device with its share of a host that has so many."""
+    """Return the device with its share of a host that serves `devices` devices."""
     shares: dict[str, Any] = {
         "host_memory_bytes": host.memory_bytes // devices,
         "host_memory_bandwidth": host.memory_bandwidth / devices,
@@ -262,7 +268,7 @@ def _hosted(device: Device, host: Host, devices: int) -> Device:
 
 
 def _levels(kind: NodeKind, count: int) -> tuple[Level, ...]:
-    """Links that `count` devices in such nodes use, innermost first; the outermost spans all of them."""
+    """Return the levels of links that `count` devices use, innermost first; the outermost spans all of them."""
     levels = []
     for entry in kind.links:
         found = _links()[entry.link]
@@ -326,35 +332,35 @@ def _nodes() -> dict[str, NodeKind]:
 
 @cache
 def _device_names() -> dict[str, str]:
-    """Every name of a device -> its key."""
+    """Map every name of a device to its key."""
     return _keys((key, (entry.device.name, *entry.aliases)) for key, entry in _entries().items())
 
 
 @cache
 def _node_names() -> dict[str, str]:
-    """Every name of a node -> its key."""
+    """Map every name of a node to its key."""
     return _keys((key, (kind.name, *kind.aliases)) for key, kind in _nodes().items())
 
 
 def _keys(named: Iterable[tuple[str, Iterable[str]]]) -> dict[str, str]:
-    """Every name, as it is looked up, -> the key that it belongs to; a key is a name too."""
+    """Map every name, normalized for look-up, to its key; the key is one of the names."""
     return {_plain(name): key for key, names in named for name in (key, *names)}
 
 
 @cache
 def _sold_in() -> dict[str, str]:
-    """Every name of a device -> the node that it is sold in."""
+    """Map every name of a device to the key of the node it is sold in."""
     return {name: _entries()[key].node for name, key in _device_names().items()}
 
 
 def _plain(name: str) -> str:
-    """A name as it is looked up: lower case, hyphens, without the maker."""
+    """Normalize a name for look-up: lower case, hyphens, without the maker."""
     text = re.sub(r"[ _]+", "-", name.strip(" ").lower())
     return re.sub(r"^(nvidia|amd|intel|aws|azure|gcp)-(instinct-|geforce-)?", "", text)
 
 
 def _near(name: str, names: Iterable[str]) -> str:
-    """The nearest known names; all devices where none is near."""
+    """Return the end of an error message: the nearest known names, or all devices if none is near."""
     close = difflib.get_close_matches(_plain(name)[:LONGEST_GUESS], sorted(names), n=4, cutoff=0.5)
     if close:
         others = f" (also near: {', '.join(close[1:])})" if close[1:] else ""

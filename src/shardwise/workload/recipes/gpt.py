@@ -1,4 +1,4 @@
-"""A GPT by its sizes, `gpt:layers=96,hidden=12288,heads=96`: to predict what cannot be built here, or to train small.
+"""A GPT given by its sizes, `gpt:layers=96,hidden=12288,heads=96`: to predict models that are too large, or to train.
 
 The model is that of the recipe `language`: pre-norm blocks with RMS norm, rotary attention and SwiGLU. It trains on the
 bytes of the standard library's source, whatever the size of its vocabulary.
@@ -7,17 +7,17 @@ The parameters, after `gpt:` or for --set:
     layers: transformer blocks.
     hidden: features per token.
     heads: attention heads.
-    kv_heads: heads of keys and values; None: as many.
-    ffn: width of the perceptrons, which have three matrices; None: 8/3 of `hidden`, as many parameters as the classic
-        two matrices of width 4 `hidden`.
+    kv_heads: heads of keys and values; None means as many as `heads`.
+    ffn: width of the perceptrons, which have three matrices. None means 8/3 of `hidden`, which gives as many parameters
+        as the classic two matrices of width 4 `hidden`.
     vocabulary: number of tokens, 256 or more.
     sequence: tokens per sample.
     tied: whether the output layer shares the weight of the token embedding.
     batch_size: samples per step over all workers.
     precision: float32 or bf16.
-    learning_rate: constant.
-    weight_decay: AdamW's, of matrices.
-    clip_norm: largest norm of the gradient; None: no clipping.
+    learning_rate: constant learning rate.
+    weight_decay: AdamW's weight decay of matrices.
+    clip_norm: largest norm of the gradient; None means no clipping.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shardwise.workload.recipes.training import adamw
 from shardwise.workload.workload import Workload
 
 BYTES = 256
-"""Different tokens of the default data."""
+"""Number of different tokens in the default data."""
 
 
 def gpt(
@@ -51,7 +51,7 @@ def gpt(
     weight_decay: float = 0.1,
     clip_norm: float | None = 1.0,
 ) -> Workload:
-    """Predicts the next token."""
+    """Build a GPT of these sizes that is trained to predict the next token."""
     check_positive(layers=layers, heads=heads, sequence=sequence, learning_rate=learning_rate, batch_size=batch_size)
     check_at_most(DEEPEST, layers=layers, heads=heads)
     check_at_most(MOST, vocabulary=vocabulary)

@@ -1,23 +1,23 @@
 """A folder with a Hugging Face `config.json` as a workload: its own architecture, from its weights if it has them.
 
-What is trained follows from the architecture that the configuration names:
+The architecture that the configuration names decides the training task:
 
-    causal language model     the next token
-    encoder and decoder       the tokens that follow a text
-    masked language model     every seventh token, hidden
-    image classification      scikit-learn's digits
+    causal language model     predict the next token
+    encoder and decoder       predict the tokens that follow a text
+    masked language model     predict every seventh token, which is hidden
+    image classification      classify scikit-learn's digits
 
-Text is Python's standard library, or what `data` says; in tokens of the folder's `tokenizer.json`, else byte by byte.
-Weights in safetensors files are read by each worker in part: the part that it holds.
+Text is Python's standard library, or the user's `data`; in tokens of the folder's `tokenizer.json`, else byte by byte.
+Weights in safetensors files are not read as a whole: each worker reads the part that it holds.
 
 The parameters, for --set:
     batch_size: samples per step over all workers.
     sequence: tokens per sample.
     precision: float32 or bf16.
-    data: text or token ids as in the recipe `language`; None: the standard library's source.
-    learning_rate: constant.
-    weight_decay: AdamW's, of matrices and kernels.
-    clip_norm: largest norm of the gradient; None: no clipping.
+    data: text or token ids as in the recipe `language`; None means the standard library's source.
+    learning_rate: constant learning rate.
+    weight_decay: AdamW's weight decay of matrices and kernels.
+    clip_norm: largest norm of the gradient; None means no clipping.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from shardwise.workload.workload import Workload
 CONFIG, TOKENIZER, ADAPTER = "config.json", "tokenizer.json", "adapter_config.json"
 
 LARGEST_CONFIG, LARGEST_TOKENIZER = 16 << 20, 256 << 20
-"""Bytes at most."""
+"""Largest sizes of these files in bytes."""
 
 HIDDEN_EVERY = 7
-"""One of so many tokens is hidden from a masked language model: about the 15% of BERT (Devlin et al. 2018)."""
+"""Interval of the tokens that are hidden from a masked language model: about the 15% of BERT (Devlin et al. 2018)."""
 
 TOKENIZED_BYTES = 8_000_000
-"""How much text is turned into tokens at most: more would take minutes."""
+"""Most bytes of text that are tokenized: more would take minutes."""
 
 _KINDS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -67,7 +67,7 @@ _KINDS = {
 
 
 def huggingface_workload(folder: Path) -> Callable[..., Workload]:
-    """The workload function of a folder."""
+    """Return the workload function of a folder."""
 
     def workload(
         batch_size: int = 8,
@@ -98,15 +98,15 @@ def huggingface_workload(folder: Path) -> Callable[..., Workload]:
 
 
 _UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What models raise that are built of sizes that make no sense."""
+"""Errors that models raise if they are built with inconsistent sizes."""
 
 _COMPUTED_POSITIONS = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
-"""Fields of configurations whose positions are computed, for sequences of any length."""
+"""Configuration fields of models that compute their positions, for sequences of any length."""
 
 
 @dataclass(frozen=True)
 class _Architecture:
-    """A class of transformers, what it does, its configuration and the folder that this is from."""
+    """A class of transformers with its kind of task, its configuration and the folder of the configuration."""
 
     kind: str
     name: str
@@ -114,7 +114,7 @@ class _Architecture:
     folder: Path
 
     def build(self) -> nn.Module:
-        """Raises WorkloadError: the class cannot be made of the configuration."""
+        """Build the model. Raises WorkloadError if the class cannot be built from the configuration."""
         made = getattr(require("transformers", "transformers", "huggingface"), self.name)
         try:
             model: nn.Module = made(self.config)
@@ -135,13 +135,13 @@ class _Architecture:
         return model
 
     def check_sequence(self, sequence: int) -> None:
-        """Raises WorkloadError: the model has a table of positions, and the samples are longer."""
+        """Raise WorkloadError if the model has a table of positions that is shorter than the samples."""
         config = _text_config(self.config)
         positions = getattr(config, "max_position_embeddings", None)
         computed = any(getattr(config, name, None) for name in _COMPUTED_POSITIONS)
         if self.kind == "image" or computed or not isinstance(positions, int):
             return
-        if "roberta" in config.model_type or config.model_type == "camembert":  # they count from the padding's index on
+        if "roberta" in config.model_type or config.model_type == "camembert":  # positions start behind the padding
             positions -= config.pad_token_id + 1
         if sequence > positions:
             raise WorkloadError(
@@ -152,7 +152,7 @@ class _Architecture:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a model is trained on."""
+    """Training task of a model: its data, inputs and loss."""
 
     dataset: Any
     inputs: Callable[[Any], Any]
@@ -177,13 +177,13 @@ def _architecture(folder: Path) -> _Architecture:
         raise WorkloadError(f"{folder / CONFIG}: the weights are quantized; training needs a folder with plain ones")
     _refuse_code(config, folder)
     if getattr(config, "use_cache", False):
-        config.use_cache = False  # a cache is of use where text is generated
+        config.use_cache = False  # the key-value cache is only useful for generation
     named = (config.architectures or [""])[0]
     for kind, mapping in _KINDS.items():
         names = getattr(auto, mapping)
         if named and any(named == name or named in name for name in _texts(names.values())):
             return _Architecture(kind, named, config, folder)
-    # a bare model, or none named: with the head of what it is known for
+    # a bare model, or no architecture named: use the first head that transformers has for this type of model
     kinds = (["translation"] if getattr(config, "is_encoder_decoder", False) else []) + ["masked", "causal", "image"]
     for kind in kinds:
         mapping = _KINDS[kind]
@@ -197,7 +197,7 @@ def _architecture(folder: Path) -> _Architecture:
 
 
 def _refuse_code(config: Any, folder: Path) -> None:
-    """Raises WorkloadError: the configuration names code that transformers would fetch, or weights that are pickled."""
+    """Raise WorkloadError if the configuration names code to fetch or other weights, or the folder has an adapter."""
     for each in _nested(config):
         attention = getattr(each, "_attn_implementation", None)
         if attention is not None and not str(attention).isidentifier():
@@ -212,7 +212,7 @@ def _refuse_code(config: Any, folder: Path) -> None:
 
 
 def _nested(config: Any) -> list[Any]:
-    """A configuration and those of its parts, an image encoder's say."""
+    """Return a configuration and those of its parts, for example an image encoder."""
     parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return [config, *(each for part in parts if part is not None for each in _nested(part))]
 
@@ -238,20 +238,20 @@ def _factory(architecture: _Architecture, folder: Path) -> Callable[[], nn.Modul
 
 
 def _converted(architecture: _Architecture, folder: Path) -> nn.Module:
-    """The model with weights that transformers has to rename or join."""
+    """Build the model with weights that transformers has to rename or join."""
     transformers = require("transformers", "transformers", "huggingface")
     model: nn.Module = getattr(transformers, architecture.name).from_pretrained(
         folder,
         config=architecture.config,
         local_files_only=True,
-        use_safetensors=True,  # the others are pickled
+        use_safetensors=True,  # other formats are pickled
         trust_remote_code=False,
         dtype="float32",
     )
     return model
 
 
-# ---- what is trained ------------------------------------------------------------------------------------------------
+# ---- training tasks -------------------------------------------------------------------------------------------------
 
 
 def _task(architecture: _Architecture, folder: Path, sequence: int, data: str | None) -> _Task:
@@ -291,7 +291,7 @@ def _task(architecture: _Architecture, folder: Path, sequence: int, data: str | 
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of logits (samples, tokens, vocabulary); all samples have equally many tokens."""
+    """Return the mean cross entropy of logits (samples, tokens, vocabulary) in nats per token."""
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 

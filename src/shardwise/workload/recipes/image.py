@@ -1,19 +1,19 @@
 """Image classification: a vision transformer or a residual network on handwritten digits, or the user's own images.
 
-Its parameters, for --set:
+The parameters, for --set:
     model: `vit` or `resnet`.
-    data: folder with one sub-folder of images per class; None: scikit-learn's 1,797 digits.
-    image_size: side of the images in pixels; None: 8 for the digits, 64 for a folder.
-    patch_size: side of the transformer's patches; None: an eighth of the image, but at least 2.
+    data: folder with one sub-folder of images per class; None means scikit-learn's 1,797 digits.
+    image_size: side of the images in pixels; None means 8 for the digits, 64 for a folder.
+    patch_size: side of the transformer's patches; None means an eighth of the image, but at least 2.
     layers: transformer blocks, or basic blocks of the residual network (3 or more).
     hidden: features per patch, or channels of the last stage.
     heads: attention heads of the transformer.
     dropout: share of activations dropped in training.
     batch_size: samples per step over all workers.
-    learning_rate: largest one, after the warm-up.
-    weight_decay: AdamW's, of matrices and kernels.
+    learning_rate: largest learning rate, reached after the warm-up.
+    weight_decay: AdamW's weight decay of matrices and kernels.
     schedule_epochs: epochs over which the learning rate rises and falls.
-    clip_norm: largest norm of the gradient; None: no clipping.
+    clip_norm: largest norm of the gradient; None means no clipping.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def image(
     schedule_epochs: int = 10,
     clip_norm: float | None = 1.0,
 ) -> Workload:
-    """Classifies images; scored by accuracy on held-out ones."""
+    """Build an image classifier, scored by its accuracy on held-out images."""
     size = (64 if data else 8) if image_size is None else image_size
     patch = max(2, size // 8) if patch_size is None else patch_size
     _check(model, size, patch, layers, hidden, heads)
@@ -77,7 +77,7 @@ def image(
 
 
 def accuracy(output: Tensor, batch: Any) -> Tensor:
-    """Share of the samples whose largest logit is that of their label."""
+    """Return the share of samples whose largest logit is that of their label."""
     right: Tensor = output.argmax(dim=1) == batch["label"]
     return right.float().mean()
 

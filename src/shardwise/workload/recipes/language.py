@@ -1,10 +1,10 @@
 """Language modelling: a GPT with rotary attention on the standard library's source, or the user's own text.
 
-Its parameters, for --set:
+The parameters, for --set:
     data: text files (a file, a folder, a pattern such as `texts/*.txt`), token ids (`file.bin`, `file.npy`, or a
-        folder with `train.bin` and `val.bin`); None: the source of Python's standard library.
-    token_dtype: of the ids in a `.bin` file.
-    vocabulary: number of tokens; None: 256 for text, for token ids the largest one rounded up to 64.
+        folder with `train.bin` and `val.bin`); None means the source of Python's standard library.
+    token_dtype: dtype of the ids in a `.bin` file.
+    vocabulary: number of tokens; None means 256 for text, and for token ids the number needed, rounded up to 64.
     sequence: tokens per sample.
     layers: transformer blocks.
     hidden: features per token.
@@ -12,11 +12,11 @@ Its parameters, for --set:
     dropout: share of activations dropped in training.
     tied: whether the output layer shares the weight of the token embedding.
     batch_size: samples per step over all workers.
-    learning_rate: largest one, after the warm-up.
-    weight_decay: AdamW's, of matrices.
+    learning_rate: largest learning rate, reached after the warm-up.
+    weight_decay: AdamW's weight decay of matrices.
     schedule_steps: steps over which the learning rate rises and falls.
-    clip_norm: largest norm of the gradient; None: no clipping.
-    evaluation_samples: held-out pieces that are scored.
+    clip_norm: largest norm of the gradient; None means no clipping.
+    evaluation_samples: number of held-out windows that are scored.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def language(
     clip_norm: float | None = 1.0,
     evaluation_samples: int = 256,
 ) -> Workload:
-    """Predicts the next byte (or token); scored in bits per byte on held-out files."""
+    """Build a GPT that predicts the next byte (or token), scored in bits per byte (or token) on held-out text."""
     check_positive(sequence=sequence, layers=layers, heads=heads, schedule_steps=schedule_steps)
     check_positive(learning_rate=learning_rate, evaluation_samples=evaluation_samples, batch_size=batch_size)
     check_at_most(DEEPEST, layers=layers, heads=heads)
@@ -88,5 +88,5 @@ def language(
 
 
 def next_token_loss(output: Tensor, batch: Any) -> Tensor:
-    """Mean cross entropy in nats of the token after each place; all samples have equally many."""
+    """Return the mean cross entropy of the next token in nats; all samples have equally many tokens."""
     return F.cross_entropy(output.flatten(0, 1), batch["tokens"][:, 1:].flatten())

@@ -1,7 +1,7 @@
 """Medical segmentation: a 3-D U-Net finds grey and white matter in a brain volume, or labels the user's own volumes.
 
-Its parameters, for --set:
-    data: folder with `imagesTr/` and `labelsTr/`, or `images/` and `labels/`, of NIfTI volumes; None: the MNI152
+The parameters, for --set:
+    data: folder with `imagesTr/` and `labelsTr/`, or `images/` and `labels/`, of NIfTI volumes; None means the MNI152
         brain with grey and white matter.
     patch: side of the cubes that the volumes are cut into, in voxels.
     channels: features of the first level of the U-Net; each further level has twice as many.
@@ -9,10 +9,10 @@ Its parameters, for --set:
     norm: `instance` or `batch`.
     dropout: share of channels dropped in training.
     batch_size: samples per step over all workers.
-    learning_rate: largest one, after the warm-up.
-    weight_decay: AdamW's, of kernels.
+    learning_rate: largest learning rate, reached after the warm-up.
+    weight_decay: AdamW's weight decay of kernels.
     schedule_steps: steps over which the learning rate rises and falls.
-    clip_norm: largest norm of the gradient; None: no clipping.
+    clip_norm: largest norm of the gradient; None means no clipping.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def medical(
     schedule_steps: int = 100,
     clip_norm: float | None = 1.0,
 ) -> Workload:
-    """Gives every voxel a class; scored by the mean Dice coefficient of the classes on held-out patches."""
+    """Build a U-Net that classifies every voxel, scored by the mean Dice coefficient on held-out patches."""
     check_positive(channels=channels, levels=levels, batch_size=batch_size)
     check_positive(learning_rate=learning_rate, schedule_steps=schedule_steps)
     check_share(dropout=dropout)
@@ -74,35 +74,37 @@ def medical(
 
 
 def segmentation_loss(output: Tensor, batch: Any) -> Tensor:
-    """Cross entropy plus one minus the soft Dice of each sample: a mean over samples, however they are batched.
+    """Return the cross entropy plus one minus the soft Dice coefficient, as a mean over samples.
+
+    Because it is a mean over samples, it does not depend on how they are batched.
 
     Args:
         output: logits (B, classes, D, D, D).
-        batch: with `label`, (B, D, D, D).
+        batch: mapping with `label`, (B, D, D, D).
     """
     label = batch["label"]
     overlap, total = _overlap(output.softmax(dim=1), label)
-    soft_dice = (2 * overlap + 1) / (total + 1)  # smooth, so that a class that is not there does no harm
+    soft_dice = (2 * overlap + 1) / (total + 1)  # smoothed: a class absent from both scores 1
     return F.cross_entropy(output, label) + 1 - soft_dice.mean()
 
 
 def dice(output: Tensor, batch: Any) -> Tensor:
-    """Mean over samples of the Dice coefficient, averaged over the classes that are there or were predicted."""
+    """Return the Dice coefficient, averaged over the classes present or predicted in each sample, then over samples."""
     predicted = _one_hot(output.argmax(dim=1), output.size(1))
     overlap, total = _overlap(predicted, batch["label"])
     there = (total > 0).float()
     by_sample = (2 * overlap / total.clamp(min=1) * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
-    # a sample without any class, rightly predicted as such, is perfect
+    # a sample without any class that is predicted as such is perfect
     return torch.where(there.sum(dim=1) > 0, by_sample, torch.ones_like(by_sample)).mean()
 
 
 def _overlap(predicted: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """(voxels in both, sum of voxels in each), (B, classes - 1) each: the background, class 0, is left out."""
+    """Count the voxels in both, and the sum of the voxels in each; both (B, classes - 1), without background."""
     target = _one_hot(label, predicted.size(1))
     predicted, target = predicted[:, 1:].flatten(2), target[:, 1:].flatten(2)
     return (predicted * target).sum(dim=2), (predicted + target).sum(dim=2)
 
 
 def _one_hot(label: Tensor, classes: int) -> Tensor:
-    """(B, ...) -> float32 (B, classes, ...)."""
+    """Convert labels (B, ...) to float32 (B, classes, ...)."""
     return F.one_hot(label, classes).movedim(-1, 1).float()

@@ -1,4 +1,4 @@
-"""Optional packages that a recipe needs, named with what installs them."""
+"""Optional packages of recipes, and the extras that install them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from shardwise.errors import WorkloadError
 
 
 def require(module: str, package: str, extra: str) -> ModuleType:
-    """Imports a module of an optional package. Raises WorkloadError naming the `extra` that installs it."""
+    """Import a module of an optional package. Raises WorkloadError with the `extra` that installs it."""
     folder_of(module.partition(".")[0], package, extra)
     return importlib.import_module(module)
 
 
 def folder_of(module: str, package: str, extra: str) -> Path:
-    """The folder of an optional package, without importing it (which can take seconds). Raises like `require`."""
+    """Return the folder of an optional package without importing it, which can take seconds. Raises like `require`."""
     found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:
         raise WorkloadError(f"{package} is not installed and this workload needs it: pip install 'shardwise[{extra}]'")

@@ -13,11 +13,11 @@ from torch.optim.lr_scheduler import LambdaLR
 def adamw(
     learning_rate: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)
 ) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
-    """AdamW that decays matrices and kernels, but neither norms nor biases."""
+    """Return a factory of AdamW optimizers that decay matrices and kernels, but neither norms nor biases."""
 
     def build(parameters: Iterable[nn.Parameter]) -> Optimizer:
         parameters = list(parameters)
-        # both groups are always there, so that state saved with one set of parameters fits any other
+        # both groups always exist, so that state saved with one set of parameters fits any other
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -28,12 +28,12 @@ def adamw(
 
 
 def warmup_cosine(steps: int, warmup: float = 0.1, floor: float = 0.02) -> Callable[[Optimizer], LambdaLR]:
-    """A schedule of `steps` optimizer steps; after them the rate stays at its floor.
+    """Return a factory of learning-rate schedules: linear warm-up, then a cosine to a floor at which the rate stays.
 
     Args:
-        steps: length of the schedule, 1 or more.
+        steps: optimizer steps of the schedule, 1 or more.
         warmup: share of the steps in which the rate rises linearly.
-        floor: share of the learning rate that is left at the end.
+        floor: final learning rate as a share of the largest one.
     """
     rising = max(1, round(steps * warmup))
 

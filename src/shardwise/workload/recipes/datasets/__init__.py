@@ -1,1 +1,1 @@
-"""The recipes' data: map-style, read lazily, the same on every machine and in every process."""
+"""Data of the recipes: map-style, read lazily, equal on every machine and in every process."""

@@ -1,7 +1,7 @@
-"""Arrays that are made once and then memory-mapped: all workers of a machine share one copy in memory.
+"""Arrays that are computed once and then memory-mapped, so that all workers of a machine share one copy in memory.
 
-Files lie in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, there `shardwise`) under a name that says what they
-were made from, and are written beside their place and renamed, so that one cut short is never read.
+Files lie in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, there `shardwise`) under a name derived from their
+sources. They are written under a temporary name and renamed, so that an incomplete file is never read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 
 class LazyArray:
-    """An array that is opened when it is first used, and opened again by each process that gets it pickled."""
+    """Array that is opened at its first use, and opened again by each process that receives it pickled."""
 
     def __init__(self, open_array: Callable[[], Array]) -> None:
         self._open = open_array
@@ -30,7 +30,7 @@ class LazyArray:
 
     @property
     def array(self) -> Array:
-        """The array, read-only where it is memory-mapped."""
+        """The array, read-only if it is memory-mapped."""
         if self._array is None:
             self._array = self._open()
         return self._array
@@ -40,26 +40,26 @@ class LazyArray:
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """What files are there: their places, sizes and times of change."""
+    """Return a hash of the files' paths, sizes and modification times."""
     states = ((str(path), path.stat()) for path in paths)
     lines = [f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def cached(name: str, key: Sequence[object], build: Callable[[], Array]) -> Array:
-    """The array that `build` makes, from the cache where it is there already.
+    """Return the array from the cache, or build it and store it there.
 
     Args:
         name: start of the file's name.
         key: everything that the array depends on.
-        build: makes the array. Where the cache folder cannot be written, its result is used as it is.
+        build: makes the array. If the cache folder cannot be written, its result is used directly.
     """
     digest = hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:20]
     try:
         path = cache_folder() / f"{name}-{digest}.npy"
     except OSError:
         return build()
-    with contextlib.suppress(OSError, ValueError):  # not there, or not whole: made (again) below
+    with contextlib.suppress(OSError, ValueError):  # if the file is missing or incomplete, it is made below
         return _opened(path)
     array = build()
     with contextlib.suppress(OSError, ValueError):
@@ -69,7 +69,7 @@ def cached(name: str, key: Sequence[object], build: Callable[[], Array]) -> Arra
 
 
 def cache_folder() -> Path:
-    """Where arrays are kept; may not exist yet. Raises OSError where the user has no home folder."""
+    """Return the folder of cached arrays, which may not exist yet. Raises OSError if the user has no home folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(base) if base else Path("~/.cache").expanduser()) / "shardwise"
@@ -78,7 +78,7 @@ def cache_folder() -> Path:
 
 
 def check_writable() -> None:
-    """Raises OSError: nothing can be kept in the cache folder; its `filename` says where not."""
+    """Raise OSError if nothing can be written in the cache folder; its `filename` is that folder."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)

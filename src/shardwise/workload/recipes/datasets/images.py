@@ -22,25 +22,25 @@ from shardwise.workload.recipes.datasets.splits import stratified_split
 from shardwise.workload.recipes.packages import folder_of, require
 
 Sample = dict[str, Tensor]
-"""`image`: float32 (channels, size, size), normalised; `label`: int64 ()."""
+"""Sample with `image`: float32 (channels, size, size), normalised; and `label`: int64 ()."""
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-"""Of Pillow, by what is in the file: none that runs a program, such as its EPS."""
+"""Pillow's formats, detected by content; formats that run a program, such as EPS, are left out."""
 
 LARGEST_DIGITS = 1024
-"""Pixels of a side of the digits: all of them are scaled at once, to 7.5 GB."""
+"""Largest side of the digits in pixels: all of them are scaled at once, which then takes 7.5 GB."""
 
 MOST_PIXELS = 128_000_000
-"""Of an image: half a gigabyte in memory."""
+"""Most pixels of an image: half a gigabyte in memory."""
 
 _HELD_OUT = ("val", "valid", "validation", "test")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's colours, the field's convention for photographs."""
+"""Mean and standard deviation of ImageNet's colours, the usual normalisation of photographs."""
 
 
 class ImageTensors(Dataset[Sample]):
-    """Images that fit in memory: (samples, channels, size, size) and labels (samples,)."""
+    """Images in memory: (samples, channels, size, size), and labels (samples,)."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images = images
@@ -54,7 +54,7 @@ class ImageTensors(Dataset[Sample]):
 
 
 class ImageFiles(Dataset[Sample]):
-    """Images that are read when they are asked for, their short side scaled to `size` and the middle cut out."""
+    """Images that are read on access, scaled so that the short side is `size` and cropped to the centre square."""
 
     def __init__(self, files: list[tuple[Path, int]], size: int) -> None:
         self.files = files
@@ -72,7 +72,7 @@ class ImageFiles(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Images:
-    """Both splits of a classification task; samples are `Sample`s."""
+    """Training and held-out split of a classification task; samples are `Sample`s."""
 
     train: ImageTensors | ImageFiles
     held_out: ImageTensors | ImageFiles
@@ -100,19 +100,19 @@ def _read(path: Path, size: int) -> Array:
 
 
 def _check_pixels(path: Path, width: int, height: int) -> None:
-    """Raises DataError before anything is decoded: a file of some kilobytes can say that it has gigapixels."""
+    """Raise DataError for too many pixels before decoding, because a small file can claim to have gigapixels."""
     if width * height > MOST_PIXELS:
         raise DataError(f"{path} has {width} x {height} pixels: at most {MOST_PIXELS} are read; make it smaller")
 
 
 def digits(size: int = 8) -> Images:
-    """1,797 handwritten digits of 8 x 8 pixels, every fifth of each class held out; other sizes are interpolated.
+    """Load 1,797 handwritten digits of 8 x 8 pixels; a fifth of each class is held out, other sizes are interpolated.
 
     Raises:
-        WorkloadError: scikit-learn is not installed, or the size fills the memory.
+        WorkloadError: scikit-learn is not installed, or `size` is above `LARGEST_DIGITS`.
     """
     check_at_most(LARGEST_DIGITS, image_size=size)
-    folder_of("sklearn", "scikit-learn", "image")  # importing it takes seconds: only where the cache has no digits
+    folder_of("sklearn", "scikit-learn", "image")  # imported only if the cache has no digits, because it takes seconds
     version = importlib.metadata.version("scikit-learn")
     table = torch.from_numpy(np.array(cached("digits", [version], _digits_table)))
     images, labels = table[:, :-1].view(-1, 1, 8, 8).float(), table[:, -1].long()
@@ -126,18 +126,18 @@ def digits(size: int = 8) -> Images:
 
 
 def _digits_table() -> Array:
-    """(1797, 65) bytes: 64 pixels from 0 to 16, then the label."""
+    """Return the digits as bytes (1797, 65): 64 pixels from 0 to 16, then the label."""
     bunch: Any = require("sklearn.datasets", "scikit-learn", "image").load_digits()
     return np.concatenate([bunch.data, bunch.target[:, None]], axis=1).astype(np.uint8)
 
 
 def image_folder(root: Path, size: int) -> Images:
-    """The user's images: `root/CLASS/*`, or `root/train/CLASS/*` with `root/val/CLASS/*` or `root/test/CLASS/*`.
+    """List the user's images: `root/CLASS/*`, or `root/train/CLASS/*` with `root/val/CLASS/*` or `root/test/CLASS/*`.
 
-    Without a second split every fifth image of each class is held out.
+    Without a second split, a fifth of the images of each class is held out.
 
     Raises:
-        DataError: no such folder, nothing in it, or classes that are held out but not trained.
+        DataError: the folder is missing or has no images, or a class is held out but not trained.
         WorkloadError: Pillow is not installed.
     """
     require("PIL.Image", "pillow", "image")

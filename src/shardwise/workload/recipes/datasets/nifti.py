@@ -1,6 +1,6 @@
-"""NIfTI files whose header is believed only as far as the file can hold what it says.
+"""NIfTI files with untrusted headers.
 
-A gzip of some kilobytes unpacks to gigabytes, and a header of 348 bytes can state any number of voxels: both are
+A gzip of some kilobytes unpacks to gigabytes, and a header of 348 bytes can state any number of voxels. Both are
 compared with the size of the file, and with a maximum, before a voxel is read.
 """
 
@@ -17,23 +17,23 @@ from shardwise.files import check_regular
 from shardwise.units import format_bytes
 
 MOST_BYTES = 8 << 30
-"""Voxels of one file, unpacked."""
+"""Largest unpacked voxel data of one file in bytes."""
 
 MOST_HEADER = 16 << 20
-"""Bytes before the voxels, with the header's extensions."""
+"""Most bytes before the voxels, including the header's extensions."""
 
 GZIP_RATIO = 1032
-"""Bytes that one byte of a gzip unpacks to at most (zlib's technical details)."""
+"""Largest number of bytes that one byte of a gzip unpacks to (zlib's technical details)."""
 
 _SIZES = {348: (108, "f"), 540: (168, "q")}
-"""Bytes of the header, NIfTI-1 and 2 -> where it says at which byte the voxels begin, and in which format."""
+"""Map from the header's size, NIfTI-1 and NIfTI-2, to the position and struct format of the voxels' start."""
 
 
 def open_nifti(path: Path) -> Any:
-    """Open a NIfTI file as nibabel's image, nothing of its voxels read.
+    """Open a NIfTI file as nibabel's image without reading its voxels.
 
     Raises:
-        DataError: it is no regular file, no NIfTI, or states more than it holds or may hold.
+        DataError: the file is not regular or not NIfTI, or states more voxels than it holds or than are read.
     """
     import nibabel
 
@@ -53,7 +53,10 @@ def open_nifti(path: Path) -> Any:
 
 
 def _checked_header(path: Path) -> int:
-    """The size of the header, which tells the version. Raises DataError: it is none, or its extensions are endless."""
+    """Return the header's size, which tells the NIfTI version.
+
+    Raises DataError if the file has no valid header or if its extensions are too long.
+    """
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         head = file.read(max(_SIZES))
     for order in "<>":

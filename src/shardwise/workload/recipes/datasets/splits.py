@@ -1,4 +1,4 @@
-"""Which samples are held out: decided by the data alone, never by chance that differs between processes."""
+"""Splits into training and held-out samples that depend on the data alone, so that all processes agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 
 
 def stratified_split(labels: Sequence[int], share: float = 0.2) -> tuple[list[int], list[int]]:
-    """(training, held-out) indices: of every class about `share` is held out, at least one sample where it has two."""
+    """Split indices into (training, held-out); about `share` of each class is held out, if it has two or more samples.
+
+    At least one sample of such a class is held out.
+    """
     by_class: dict[int, list[int]] = defaultdict(list)
     for index, label in enumerate(labels):
         by_class[label].append(index)
@@ -24,9 +27,9 @@ def stratified_split(labels: Sequence[int], share: float = 0.2) -> tuple[list[in
 
 
 def split_names(names: Sequence[str], share: float) -> tuple[list[str], list[str]]:
-    """(training, held-out) names, each in their given order: the held-out ones are chosen by a hash of the name.
+    """Split names into (training, held-out), each in the given order; a hash of the name decides.
 
-    At least one is held out and one is left to train on, so there must be two.
+    At least one name is held out and one is left to train on, so there must be two.
     """
     ranked = sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
     held_out = set(ranked[: max(1, round(share * len(names)))])

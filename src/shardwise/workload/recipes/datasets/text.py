@@ -1,13 +1,13 @@
 """Text as tokens: Python's own standard library, the user's text files byte by byte, or files of token ids.
 
-What a user gives as `data`:
+Forms of a user's `data`:
 
     folder with train.bin and val.bin (or .npy)    token ids, one split each
     file.bin                                       token ids without a header, little-endian uint16 (nanoGPT's
-                                                   convention) or what `token_dtype` says; its last tenth is held out
+                                                   convention) or in `token_dtype`; its last tenth is held out
     file.npy                                       token ids, a one-dimensional array of integers; its last tenth too
-    any other file, a folder, a pattern (*.txt)    text, one token per byte; of several files about a twentieth are
-                                                   held out, of one its last tenth
+    any other file, a folder, a pattern (*.txt)    text, one token per byte; about a twentieth of several files is
+                                                   held out, and the last tenth of a single one
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ _BYTES = 256
 _CHUNK = 1 << 24
 
 MOST_BYTES = 8 << 30
-"""Text that is joined in memory."""
+"""Most bytes of text that are joined in memory."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Both splits of a text as one-dimensional arrays of tokens: what `array[first:last]` of each holds."""
+    """Training and held-out split of a text; each is a span of a one-dimensional array of tokens."""
 
     train: Span
     held_out: Span
     vocabulary: int
     unit: str
-    """What a token is: `byte` or `token`."""
+    """Unit of a token: `byte` or `token`."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens from `first` to before `last` of an array."""
+    """Tokens from `first` to before `last` of an array."""
 
     tokens: LazyArray
     first: int
@@ -62,13 +62,13 @@ class Span:
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Pieces of `sequence + 1` tokens, so that each token but the first is the target of those before it.
+    """Windows of `sequence + 1` tokens, so that each token but the first is the target of those before it.
 
-    With `count` None they follow each other, so that every token is a target once; else `count` of them lie evenly
-    over the span. Samples: `tokens`, int64 (sequence + 1,).
+    If `count` is None, windows follow each other so that every token is a target once; else `count` windows are spread
+    evenly over the span. Samples: `tokens`, int64 (sequence + 1,).
 
     Raises:
-        DataError: the span is shorter than one piece.
+        DataError: the span is shorter than one window.
     """
 
     def __init__(self, span: Span, sequence: int, count: int | None = None) -> None:
@@ -95,7 +95,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def standard_library() -> Corpus:
-    """The `.py` files of the running interpreter's standard library, byte by byte. Raises DataError without any."""
+    """Read the `.py` files of Python's standard library byte by byte. Raises DataError if it has fewer than two."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in _walk(root) if path.suffix == ".py"]
     if len(files) < 2:
@@ -104,10 +104,12 @@ def standard_library() -> Corpus:
 
 
 def user_corpus(data: str, token_dtype: str, vocabulary: int | None) -> Corpus:
-    """The user's text or tokens, see the module's docstring. `vocabulary` None: what the tokens need.
+    """Read the user's text or tokens, see the module's docstring.
+
+    A `vocabulary` of None means as many tokens as the data needs.
 
     Raises:
-        DataError: nothing there, no text in it, tokens that are no ids below `vocabulary`.
+        DataError: the data is missing, has no text, or has token ids that are negative or not below `vocabulary`.
     """
     path = Path(data).expanduser()
     pair = _token_pair(path)
@@ -145,17 +147,17 @@ def _user_text(path: Path, data: str) -> Corpus:
 
 
 def _walk(root: Path) -> list[Path]:
-    """All regular files below a folder, sorted; hidden ones and installed packages are left out."""
+    """List all regular files below a folder, sorted, without hidden files and installed packages."""
     files: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("."))
         visible = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-        files += [path for path in visible if path.is_file()]  # a pipe or a device would be waited for
+        files += [path for path in visible if path.is_file()]  # reading a pipe or a device could block
     return files
 
 
 def _is_text(path: Path) -> bool:
-    """As git tells: no NUL among the first bytes."""
+    """Return whether a file is text by git's rule: it has no NUL among its first 8,000 bytes and is not empty."""
     with path.open("rb") as file:
         head = file.read(8000)
     return bool(head) and b"\0" not in head
@@ -218,7 +220,7 @@ def _tokens(files: list[Path], dtype: str, vocabulary: int | None) -> Corpus:
         if vocabulary is not None and highest >= vocabulary:
             raise DataError(f"vocabulary={vocabulary}: {path} holds token {highest}; use {highest + 1} or more")
         needed = max(needed, highest + 1)
-    # a multiple of 64 divides between workers and runs fast; ids above the largest are never seen
+    # vocabularies that are multiples of 64 divide between workers and run fast; the added ids never occur
     size = -(-needed // 64) * 64 if vocabulary is None else vocabulary
     if len(splits) == 1:
         return _last_tenth(splits[0], size, "token")
@@ -227,6 +229,6 @@ def _tokens(files: list[Path], dtype: str, vocabulary: int | None) -> Corpus:
 
 
 def _range(tokens: LazyArray) -> Array:
-    """The smallest and the largest id, int64 (2,). A memory-mapped file is read piece by piece."""
+    """Return the smallest and the largest id as int64 (2,); a memory-mapped file is read in chunks."""
     pieces = [tokens.array[start : start + _CHUNK] for start in range(0, len(tokens.array), _CHUNK)]
     return np.array([min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)])

@@ -1,14 +1,14 @@
-"""Segmented volumes cut into patches: the MNI152 brain that nilearn brings along, or the user's folder of NIfTI files.
+"""Segmented volumes cut into patches: the MNI152 brain that ships with nilearn, or the user's folder of NIfTI files.
 
-What a user gives as `data`, nnU-Net's convention or plain names:
+Forms of a user's `data`, in nnU-Net's convention or with plain names:
 
     imagesTr/ labelsTr/ [imagesTs/ labelsTs/]    case_0000.nii.gz (one file per channel: 0000, 0001, ...), case.nii.gz
     images/ labels/                              case.nii.gz in both
     train/ and val/ or test/                     each with one of the pairs of folders above
 
-Without a second split every fifth volume is held out; of a single one the middle slab along its second axis (front to
-back in the usual orientation), and training patches do not reach into it. Left and right cannot be two splits: the
-MNI brain is symmetric, one half shows the other.
+Without a second split, a fifth of the volumes is held out. If there is a single volume, the middle slab along its
+second axis (front to back in the usual orientation) is held out, and training patches do not reach into it. Left and
+right cannot be two splits: the MNI brain is symmetric, so one half reveals the other.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _NIFTI = (".nii.gz", ".nii")
 _PAIRS = (("imagesTr", "labelsTr"), ("images", "labels"))
 _HELD_OUT = ("val", "valid", "validation", "test")
 _NOT_EMPTY = 0.25
-"""Least share of a patch's voxels that must differ from the volume's darkest value: air teaches nothing."""
+"""Least share of a patch's voxels above the volume's darkest value: patches of air have nothing to learn from."""
 
 
 class Case:
     """One volume with its labels, converted once and then memory-mapped.
 
     Attributes:
-        name: what the files are called.
-        key: says which files it comes from.
-        image: float32 (channels, X, Y, Z), each channel with mean 0 and variance 1 over what is not empty.
+        name: common name of its files.
+        key: fingerprint of its files.
+        image: float32 (channels, X, Y, Z), each channel with mean 0 and variance 1 over the voxels that are not empty.
         label: uint8 (X, Y, Z).
         shape: (X, Y, Z).
     """
@@ -62,14 +62,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Region:
-    """Part of a case: the voxels `first` to before `last` along the second axis, all of the other two."""
+    """Part of a case: voxels `first` to before `last` along the second axis, and all along the other two."""
 
     case: Case
     first: int
     last: int
 
     def corners(self, size: int, stride: int) -> Array:
-        """(patches, 3): the lowest voxels of the patches in this region that are not mostly empty."""
+        """Return the lowest corners (patches, 3) of the patches in this region that are not mostly empty."""
         key = (self.case.key, self.first, self.last, size, stride)
         return cached("patches", key, partial(self._corners, size, stride))
 
@@ -83,7 +83,9 @@ class Region:
 
 
 class Patches(Dataset[dict[str, Tensor]]):
-    """Cubes of some regions. Samples: `image`, float32 (channels, size, size, size); `label`, int64 (size, size, size).
+    """Cubic patches of regions.
+
+    Samples: `image`, float32 (channels, size, size, size); `label`, int64 (size, size, size).
 
     Raises:
         DataError: the regions have no patch of that size that is not mostly empty.
@@ -110,7 +112,7 @@ class Patches(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class Volumes:
-    """Both splits of a segmentation task; `classes` counts the background, 0, too."""
+    """Training and held-out split of a segmentation task; `classes` includes the background, 0."""
 
     train: Patches
     held_out: Patches
@@ -119,14 +121,14 @@ class Volumes:
 
 
 def mni_brain(patch: int) -> Volumes:
-    """The MNI152 template (197 x 233 x 189 voxels of 1 mm): 0 the rest, 1 grey matter, 2 white matter.
+    """Load the MNI152 template (197 x 233 x 189 voxels of 1 mm) with labels 1 grey matter, 2 white matter, 0 the rest.
 
     Raises:
         WorkloadError: nilearn or nibabel is not installed.
-        DataError: nilearn brings no template along, or the patch does not fit.
+        DataError: this nilearn has no template, or the patch does not fit.
     """
     require("nibabel", "nibabel", "medical")
-    folder = folder_of("nilearn", "nilearn", "medical") / "datasets" / "data"  # importing nilearn takes seconds
+    folder = folder_of("nilearn", "nilearn", "medical") / "datasets" / "data"  # not imported: that takes seconds
     t1, grey, white = (folder / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz" for kind in ("t1", "gm", "wm"))
     for path in (t1, grey, white):
         if not path.is_file():
@@ -135,11 +137,11 @@ def mni_brain(patch: int) -> Volumes:
 
 
 def volume_folder(root: Path, patch: int) -> Volumes:
-    """The user's volumes, see the module's docstring.
+    """Load the user's volumes, see the module's docstring.
 
     Raises:
         WorkloadError: nibabel is not installed.
-        DataError: no such folder, no pairs of image and label, files that cannot be read or do not fit together.
+        DataError: there is no such folder or no pair of image and label, or files cannot be read or do not match.
     """
     require("nibabel", "nibabel", "medical")
     if not root.is_dir():
@@ -159,7 +161,7 @@ def volume_folder(root: Path, patch: int) -> Volumes:
 
 
 def _slabs(case: Case, patch: int, classes: int) -> Volumes:
-    """One volume: a middle slab, about a fifth of it in whole patches, is held out."""
+    """Split one volume by holding out a middle slab, about a fifth of it in whole patches."""
     length = case.shape[1]
     width = max(1, round(0.2 * length / patch)) * patch
     first = (length - width) // 2
@@ -169,7 +171,7 @@ def _slabs(case: Case, patch: int, classes: int) -> Volumes:
 
 
 def _volumes(train: list[Region], held_out: list[Region], patch: int, classes: int) -> Volumes:
-    """Training patches overlap by half, held-out ones only where the last would stick out."""
+    """Cut regions into patches; training patches overlap by half, held-out ones only to fit in the last."""
     channels = train[0].case.image.array.shape[0]
     return Volumes(Patches(train, patch, max(1, patch // 2)), Patches(held_out, patch, patch), channels, classes)
 
@@ -221,23 +223,23 @@ def _stem(path: Path) -> str:
 
 
 def _is_channel(stem: str, case: str) -> bool:
-    """Whether `stem` is `case` with nnU-Net's four digits of a channel behind it."""
+    """Return whether `stem` is `case` followed by nnU-Net's channel number, an underscore and four digits."""
     suffix = stem[len(case) :]
     return stem.startswith(case) and len(suffix) == 5 and suffix[0] == "_" and suffix[1:].isdigit()
 
 
 def _read(path: Path) -> Array:
-    """The voxels of a NIfTI file as float32. Raises DataError where it cannot be read."""
+    """Return the voxels of a NIfTI file as float32. Raises DataError if it cannot be read."""
     try:
         return np.asarray(open_nifti(path).dataobj, dtype=np.float32)
     except DataError:
         raise
-    except Exception as error:  # nibabel raises what its many formats raise
+    except Exception as error:  # nibabel's formats raise many kinds of errors
         raise DataError(f"{path} cannot be read as NIfTI: {' '.join(str(error).split())}") from error
 
 
 def _read_image(paths: Sequence[Path]) -> Array:
-    """(channels, X, Y, Z) of one file per channel, or of one file with the channels last."""
+    """Read an image (channels, X, Y, Z) from one file per channel, or from one file with the channels last."""
     volumes = [_read(path) for path in paths]
     if len({volume.shape for volume in volumes}) > 1:
         raise DataError(f"{paths[0]} and the other channels of it have different shapes")
@@ -248,7 +250,7 @@ def _read_image(paths: Sequence[Path]) -> Array:
 
 
 def _normalised(volume: Array) -> Array:
-    """Mean 0 and variance 1 over the voxels that are not empty."""
+    """Scale a channel to mean 0 and variance 1 over the voxels that are not empty."""
     filled = volume[volume > volume.min()]
     if not filled.size:
         return np.zeros_like(volume)
@@ -263,7 +265,7 @@ def _read_label(paths: Sequence[Path]) -> Array:
 
 
 def _label_of_probabilities(paths: Sequence[Path]) -> Array:
-    """1, 2, ... where that map is the likeliest and above one half of its largest value, else 0."""
+    """Convert one probability map per class to labels: the likeliest class if above half of its maximum, else 0."""
     maps = np.stack([volume / volume.max() for volume in map(_read, paths)])
     return np.where(maps.max(axis=0) > 0.5, maps.argmax(axis=0) + 1, 0).astype(np.uint8)
 
@@ -276,7 +278,7 @@ def _largest_label(case: Case) -> int:
 
 
 def _starts(first: int, last: int, size: int, stride: int) -> list[int]:
-    """Where patches begin: every `stride` voxels, and one that ends at `last`. Empty where none fits."""
+    """Return the starts of patches: every `stride` voxels, and one that ends at `last`. Empty if none fits."""
     if last - first < size:
         return []
     return sorted({*range(first, last - size + 1, stride), last - size})

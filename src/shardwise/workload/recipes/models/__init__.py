@@ -1,1 +1,1 @@
-"""The recipes' models: ordinary PyTorch, nothing in it knows how it will be split."""
+"""Models of the recipes: ordinary PyTorch, written without regard to how they are split."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Rotary(nn.Module):
-    """Rotates pairs of features by an angle that grows with the position (Su et al. 2021)."""
+    """Rotary position embedding: it rotates pairs of features by an angle that grows with position (Su et al. 2021)."""
 
     cos: Tensor
     sin: Tensor
@@ -25,7 +25,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, T, D) -> (B, H, T, D)."""
+        """Rotate queries or keys (B, H, T, D); the shape is unchanged."""
         cos, sin = self.cos[: x.size(2)].to(x.dtype), self.sin[: x.size(2)].to(x.dtype)
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.rotary = Rotary(hidden // heads, sequence)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Attend within (B, T, C); the shape is unchanged."""
         B, T, C = x.shape  # noqa: N806
         q, k, v = self.qkv(x).split(self.sizes, dim=2)
         q = q.view(B, T, self.heads, C // self.heads).transpose(1, 2)  # (B, H, T, D)
@@ -69,7 +69,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Apply the perceptron to (B, T, C); the shape is unchanged."""
         out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return out
 
@@ -86,14 +86,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Apply the block to (B, T, C); the shape is unchanged."""
         x = x + self.dropout(self.attention(self.norm1(x)))
         out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
         return out
 
 
 class GPT(nn.Module):
-    """Predicts the next token at every place.
+    """Decoder that predicts the next token at every position.
 
     Args:
         vocabulary: number of tokens.
@@ -101,8 +101,8 @@ class GPT(nn.Module):
         layers: transformer blocks.
         hidden: features per token (C), an even multiple of `heads`.
         heads: attention heads (H).
-        kv_heads: heads of keys and values, which divide `heads`; None: as many.
-        inner: width of the perceptrons; None: `inner_width(hidden)`.
+        kv_heads: heads of keys and values, which divide `heads`; None means as many as `heads`.
+        inner: width of the perceptrons; None means `inner_width(hidden)`.
         dropout: share of activations dropped in training.
         tied: whether the output layer shares the weight of the token embedding.
     """
@@ -132,11 +132,11 @@ class GPT(nn.Module):
         self.apply(_initialise)
         for name, weight in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
-                # keeps the residual stream's variance over depth (GPT-2, Radford et al. 2019)
+                # keeps the residual stream's variance constant over depth (GPT-2, Radford et al. 2019)
                 nn.init.normal_(weight, std=0.02 * (2 * layers) ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, T) -> logits (B, T, vocabulary)."""
+        """Map token ids (B, T) to logits (B, T, vocabulary)."""
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
             x = block(x)
@@ -145,7 +145,10 @@ class GPT(nn.Module):
 
 
 def inner_width(hidden: int) -> int:
-    """Of a gated perceptron with as many parameters as a plain one of width 4 `hidden`, a multiple of 32."""
+    """Return the width at which a gated perceptron has the parameters of a plain one of width 4 `hidden`.
+
+    The width is rounded up to a multiple of 32.
+    """
     return -(-8 * hidden // 3 // 32) * 32
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -22,20 +22,20 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, S, S) -> (B, outputs, S / stride, S / stride)."""
+        """Map (B, inputs, S, S) to (B, outputs, S / stride, S / stride)."""
         y = F.relu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
         return F.relu(y + self.shortcut(x))
 
 
 class ResNet(nn.Module):
-    """Classifies square images.
+    """Residual network that classifies square images.
 
-    Three stages of `hidden / 4`, `hidden / 2` and `hidden` channels, each half the side of the one before.
+    Its three stages have `hidden / 4`, `hidden / 2` and `hidden` channels; each halves the side of the one before.
 
     Args:
-        image_size: side of an image in pixels; from 64 on a strided stem makes it a quarter first.
-        channels: colours of an image.
+        image_size: side of an image in pixels; from 64 on, a strided stem first reduces it to a quarter.
+        channels: channels of an image.
         classes: number of labels.
         layers: basic blocks over all stages, 3 or more.
         hidden: channels of the last stage, a multiple of 4.
@@ -61,7 +61,7 @@ class ResNet(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, channels, image_size, image_size) -> logits (B, classes)."""
+        """Map images (B, channels, image_size, image_size) to logits (B, classes)."""
         x = self.blocks(self.stem(images))
         logits: Tensor = self.head(self.dropout(self.pool(x).flatten(1)))
         return logits

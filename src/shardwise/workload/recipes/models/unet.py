@@ -15,7 +15,7 @@ _NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def _double_conv(inputs: int, outputs: int, norm: str, dropout: float) -> nn.Sequential:
-    """Two 3x3x3 convolutions, each with a norm and a leaky ReLU: (B, inputs, ...) -> (B, outputs, ...)."""
+    """Build two 3x3x3 convolutions, each with a norm and a leaky ReLU: (B, inputs, ...) -> (B, outputs, ...)."""
     return nn.Sequential(
         nn.Conv3d(inputs, outputs, 3, padding=1, bias=False),
         _NORMS[norm](outputs),
@@ -28,13 +28,13 @@ def _double_conv(inputs: int, outputs: int, norm: str, dropout: float) -> nn.Seq
 
 
 class UNet3d(nn.Module):
-    """Gives every voxel of a patch a class.
+    """U-Net that classifies every voxel of a patch.
 
     Args:
         inputs: channels of the image.
         classes: number of labels, the background included.
         channels: features of the first level; each further level has twice as many and half the side.
-        levels: resolutions; the side of a patch must divide by 2 ** (levels - 1).
+        levels: number of resolutions; the side of a patch must be divisible by 2 ** (levels - 1).
         norm: `instance` or `batch`.
         dropout: share of channels dropped in training.
     """
@@ -54,7 +54,7 @@ class UNet3d(nn.Module):
         self.head = nn.Conv3d(channels, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, D, D, D) -> logits (B, classes, D, D, D)."""
+        """Map a patch (B, inputs, D, D, D) to logits (B, classes, D, D, D)."""
         skips = []
         for block in self.down[:-1]:
             x = block(x)

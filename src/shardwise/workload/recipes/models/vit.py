@@ -1,7 +1,7 @@
 """A vision transformer (Dosovitskiy et al. 2021) in the plain form of Beyer et al. 2022: pre-norm, averaged patches.
 
-Two small convolutions come before the patches (Xiao et al. 2021): with few images they are worth a point of accuracy.
-Queries, keys and values have no biases (ViT-22B, Dehghani et al. 2023): that of the keys has no effect.
+Two small convolutions come before the patches (Xiao et al. 2021): with few images they add a point of accuracy.
+Queries, keys and values have no biases (ViT-22B, Dehghani et al. 2023): a bias of the keys has no effect.
 
 Shapes: B samples, T patches, C hidden size, H heads.
 """
@@ -24,7 +24,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Attend within (B, T, C); the shape is unchanged."""
         B, T, C = x.shape  # noqa: N806
         qkv = self.qkv(x).reshape(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, H, T, C / H) each
@@ -47,19 +47,19 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Apply the block to (B, T, C); the shape is unchanged."""
         x = x + self.dropout(self.attention(self.norm1(x)))
         out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
         return out
 
 
 class ViT(nn.Module):
-    """Classifies square images.
+    """Vision transformer that classifies square images.
 
     Args:
         image_size: side of an image in pixels, a multiple of `patch_size`.
         patch_size: side of a patch in pixels.
-        channels: colours of an image.
+        channels: channels of an image.
         classes: number of labels.
         layers: transformer blocks.
         hidden: features per patch (C), a multiple of `heads` and of 4.
@@ -87,10 +87,10 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, classes)
         self.apply(_initialise)
-        nn.init.trunc_normal_(self.position, std=0.5)  # as large as the patches, so that places count from the start
+        nn.init.trunc_normal_(self.position, std=0.5)  # as large as the patches: positions matter from the start
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, channels, image_size, image_size) -> logits (B, classes)."""
+        """Map images (B, channels, image_size, image_size) to logits (B, classes)."""
         x = self.embedding(images).flatten(2).transpose(1, 2)  # (B, T, C)
         x = self.dropout(x + self.position)
         for block in self.blocks:
@@ -100,8 +100,8 @@ class ViT(nn.Module):
 
 
 def _patches(channels: int, hidden: int, patch_size: int) -> nn.Sequential:
-    """Convolutions from pixels to patches: (B, channels, S, S) -> (B, C, S / patch_size, S / patch_size)."""
-    stride = 2 if patch_size % 4 == 0 else 1  # large patches: most of the way down is done in the cheap first layers
+    """Build the convolutions from pixels to patches: (B, channels, S, S) -> (B, C, S / patch_size, S / patch_size)."""
+    stride = 2 if patch_size % 4 == 0 else 1  # for large patches, the cheap first layers do most of the downsampling
     last = patch_size // stride**2
     return nn.Sequential(
         nn.Conv2d(channels, hidden // 4, 3, stride=stride, padding=1),
