@@ -1,4 +1,4 @@
-"""`python -m shardwise` is the command `shardwise`."""
+"""Run the command `shardwise` as `python -m shardwise`."""
 
 from shardwise.starting import leave_out_working_directory
 
