@@ -97,7 +97,7 @@ def keep(cluster: Cluster) -> None:
 
 
 def cached_file() -> Path:
-    """Return the path of this machine's cluster in the cache; its key is processor, cores, GPUs and version of torch."""
+    """Return the path of this machine's cluster in the cache, keyed by processor, cores, GPUs and version of torch."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     facts = (FORMAT, machine.processor(), machine.cores(), gpus, torch.__version__)
     return cache_folder() / f"cluster-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.toml"

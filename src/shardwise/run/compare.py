@@ -90,7 +90,7 @@ def _ratio(value: float | None, base: float | None) -> float | None:
 
 
 def loss_difference(trained: Trained, base: Trained) -> float | None:
-    """Return the largest relative difference of losses over the first steps. Returns None if no difference is finite."""
+    """Return the largest relative difference of losses over the first steps. Returns None if none is finite."""
     pairs = list(zip(trained.steps[:COMPARED_STEPS], base.steps[:COMPARED_STEPS], strict=False))
     differences = [abs(ours.loss - theirs.loss) / max(abs(theirs.loss), 1e-30) for ours, theirs in pairs]
     return max((each for each in differences if isfinite(each)), default=None)
