@@ -63,7 +63,7 @@ class NotVerified(ShardwiseError):
 
 
 class NotFinite(ShardwiseError):
-    """A loss or a gradient that is infinite or not a number; all workers raise it at the same step."""
+    """A loss or a gradient that is infinite or not a number; all workers raise this error at the same step."""
 
 
 class NotAccurate(ShardwiseError):

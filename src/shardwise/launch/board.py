@@ -35,7 +35,7 @@ class OutOfReach(Exception):
 
 
 class Board(Protocol):
-    """Short texts by name, shared by all workers. Both methods raise OutOfReach."""
+    """Interface of a board: short texts by name, shared by all workers. Both methods raise OutOfReach."""
 
     def put(self, name: str, text: str) -> None:
         """Write `text` under `name`, in place of an earlier one."""

@@ -211,6 +211,6 @@ def _loopback() -> dict[str, str]:
 def _runs(task: Path) -> bool:
     try:
         state = (task / "stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:  # it has ended
+    except OSError:  # the thread has ended
         return False
     return state == "R"

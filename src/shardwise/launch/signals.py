@@ -46,7 +46,7 @@ class Signals:
 
     def _handle(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
         before = signal.getsignal(number)
-        if before not in (signal.SIG_IGN, None):  # None: set by code that is not Python's
+        if before not in (signal.SIG_IGN, None):  # None: a handler that C code installed
             self._before[number] = signal.signal(number, handler)
 
     def _end(self, number: int, _: FrameType | None) -> None:

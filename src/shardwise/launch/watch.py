@@ -263,7 +263,7 @@ class _Watch:
         _send(near, signal.SIGKILL)  # a stopped process reacts to no other signal
         _exit(1)
 
-    # ---- pace ----
+    # ---- pace of the workers ----
 
     def _tell_pace(self) -> None:
         """Put this worker's pace on the board every PACE_SECONDS; rank 0 then compares all of them."""

@@ -36,7 +36,7 @@ def main(address: str) -> None:
     except BaseException as error:
         _report(parent, error)
         time.sleep(setup["linger"])
-        os._exit(1)  # a plain exit would wait for threads that wait for other workers
+        os._exit(1)  # sys.exit would wait for threads, which may wait for other workers
     _send(parent, {"time": time.monotonic(), "returned": len(returned)})
     parent.send_bytes(returned)
     from shardwise.ending import end

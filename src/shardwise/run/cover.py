@@ -19,7 +19,7 @@ MOST_DIMENSIONS = 16
 _LEVELS = 2 * MOST_DIMENSIONS
 
 Placed = tuple[Box, Box]
-"""Offsets and sizes of a box."""
+"""Box of a tensor: its offsets and its sizes, one of each per dimension."""
 
 
 def cover_problem(shape: Box, boxes: Sequence[Placed]) -> str:

@@ -52,7 +52,7 @@ def complete(parent: Path) -> list[Path]:
     found: dict[int, Path] = {}
     for path in sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []:
         if match := _COMPLETE.fullmatch(_final_name(path)):
-            found.setdefault(int(match[1]), path)  # "step-" sorts after ".step-", so it comes first here
+            found.setdefault(int(match[1]), path)  # in reverse order "step-" precedes ".step-"
     return [found[step] for step in sorted(found, reverse=True)]
 
 

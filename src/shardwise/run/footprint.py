@@ -80,7 +80,7 @@ class Footprint:
 
         Their sizes are predicted on `device`.
         """
-        from shardwise.predict.simulate import profiles_on, simulate  # not part of what a worker imports
+        from shardwise.predict.simulate import profiles_on, simulate  # workers do not import it, and it would count
 
         if not self.process:
             return 1.0

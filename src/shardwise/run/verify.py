@@ -223,7 +223,7 @@ def _without_options(axis: str) -> dict[str, Any]:
     return {key: getattr(default, key) for other, keys in options.items() if other != axis for key in keys}
 
 
-# ---- what workers do ------------------------------------------------------------------------------------------------
+# ---- functions that workers run -------------------------------------------------------------------------------------
 
 
 def watched(function: Callable[[Sequence[bytes]], Any], trials: Sequence[bytes]) -> Any:
