@@ -83,7 +83,7 @@ def train(
         checkpoint_every: optimizer steps between checkpoints; 0: one after each epoch.
         keep: number of checkpoints to keep.
         hang_timeout: seconds that a worker may take for a step before the run counts as hung and is ended; None: ten
-            times the predicted step, at least 60 s.
+            times the predicted step, at least 60 s, and ten times as long while a worker computes.
         grace: seconds that the run has to write a checkpoint when it is told to end (SIGTERM).
         quiet: show no progress bar.
         on_nan: policy for a step whose loss or gradient is not finite. `stop`: do not apply the update, and end the
