@@ -1,4 +1,4 @@
-"""Shardwise: which parallel strategy, what it costs, the proof that it computes the same, and the run itself."""
+"""Shardwise plans a parallel strategy, predicts its cost, verifies that it computes the same, and trains with it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used, so that `import shardwise` is quick and needs no torch."""
+    """Import a public name when it is first used, so that `import shardwise` is quick and does not need torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'shardwise' has no attribute {name!r}")
     from importlib import import_module

@@ -1,6 +1,6 @@
-"""What scripts and notebooks call, and all that the command line does: each function reads as the flow.
+"""Public functions of Shardwise: scripts and notebooks call them, and each command of the command line calls one.
 
-request -> checked -> workers -> program -> run -> summary
+Each function reads in the order of the work: request -> checks -> workers -> program -> run -> summary.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainedModel:
-    """What `train_parallel` returns.
+    """Result of `train_parallel`: the trained module and the measurements of its training.
 
     Attributes:
         model: the trained module, plain and on the CPU.
-        metrics: the last evaluation: loss and metric on held-out data; empty without one.
+        metrics: loss and metric on held-out data at the last evaluation; empty without an evaluation.
         history: one entry per step: step, epoch, loss, learning_rate, gradient_norm, samples, seconds.
         summary: the document of `shardwise train --json`: speed, memory, share of time spent communicating.
-        run: the run's folder; None where none was asked for.
+        run: the run's folder; None if none was requested.
     """
 
     model: nn.Module
@@ -64,36 +64,39 @@ def train(
     quiet: bool = False,
     on_nan: str = "stop",
 ) -> dict[str, Any]:
-    """Trains a workload on local workers, or as one of the workers of an outer torchrun.
+    """Train a workload on local workers, or as one of the workers that an outer torchrun started.
 
     Args:
         workload: a recipe's name, `file.py:function`, `module:function`, a `Workload`, or a function that returns one.
-        strategy: how to split it; None or `auto`: the fastest that fits this machine, with `explanation` and
-            `verdict` in the document. With None it is `dp` over all workers where the machine may not be measured.
-        workers: number of workers; None: what the strategy needs, what is fastest, or 1 where nothing was measured.
-        steps: optimizer steps, those before a resume included.
-        epochs: passes over the dataset; with neither steps nor epochs there is one.
+        strategy: how to split a step over workers. None or `auto` selects the fastest strategy that fits this machine,
+            and adds `explanation` and `verdict` to the document. None falls back to `dp` over all workers if the
+            machine may not be measured.
+        workers: number of workers; None: as many as the strategy needs, as many as are fastest, or 1 if the machine was
+            not measured.
+        steps: optimizer steps in total, including steps before a resume.
+        epochs: passes over the dataset; the default is 1 if neither steps nor epochs are given.
         out: the run's folder; None: a new one in runs/.
-        resume: go on with the run in `out` (None: the newest of this workload). What is not given is as the run had
-            it; another strategy may be given. `"auto"`: go on where there is such a run, else begin one.
+        resume: continue the run in `out` (None: the newest run of this workload). Arguments that are not given keep
+            the run's values; the strategy may change. `"auto"`: continue if there is such a run, else begin one.
         settings: parameters of the workload's function.
-        seed: of weights, data order and dropout; None: the workload's own.
+        seed: seed of weights, data order and dropout; None: the workload's own.
         checkpoint_every: optimizer steps between checkpoints; 0: one after each epoch.
-        keep: how many checkpoints stay.
+        keep: number of checkpoints to keep.
         hang_timeout: seconds that a worker may take for a step before the run counts as hung and is ended; None: ten
-            times the predicted step, at least 60 s.
+            times the predicted step, at least 60 s, and ten times as long while a worker computes.
         grace: seconds that the run has to write a checkpoint when it is told to end (SIGTERM).
-        quiet: no progress bar.
-        on_nan: what to do at a step whose loss or gradient is not finite. `stop`: nothing of it is applied, and the
-            training ends with NotFinite. `skip`: its update is left out, on all workers; after 20 in a row it stops.
-            `go`: train on. Each tells the step and the first module whose output is not finite.
+        quiet: show no progress bar.
+        on_nan: policy for a step whose loss or gradient is not finite. `stop`: do not apply the update, and end the
+            training with NotFinite. `skip`: leave out the update on all workers; stop after 20 in a row. `go`: train
+            on. Each policy reports the step and the first module whose output is not finite.
 
     Returns:
         The document that `shardwise train --json` prints.
 
     Raises:
-        RequestError: the request is wrong; found before any worker starts, but for a checkpoint that does not fit.
-        WorkerFailed: a worker died; WorkerHung, which is one: a worker did not get on.
+        RequestError: the request is wrong. This is found before any worker starts, except a checkpoint that does not
+            fit.
+        WorkerFailed: a worker died. Its subclass WorkerHung: a worker made no progress.
         NotFinite: a loss or a gradient is infinite or not a number.
         SystemExit: the run was told to end, and has written a checkpoint.
     """
@@ -136,28 +139,29 @@ def train_parallel(
     on_nan: str = "stop",
     **fields: Any,
 ) -> TrainedModel:
-    """Trains a plain model in parallel, from a script or a notebook, and returns it.
+    """Train a plain model in parallel, from a script or a notebook, and return it.
 
         loss = nn.CrossEntropyLoss()
         trained = train_parallel(model, (images, labels), loss, batch_size=64, strategy="dp=2", epochs=3)
 
     Args:
-        model: the module to train (it stays as it is; a copy is trained), or a function that makes one.
+        model: the module to train (it stays unchanged; a copy is trained), or a function that makes one.
         dataset: a torch dataset, or a pair of tensors: data and labels, one of each per sample.
-        loss: of (output, labels), `nn.CrossEntropyLoss()` or `F.cross_entropy` say, where samples are pairs (data,
-            label). Of (output, batch) where `inputs` is given, or where its second parameter is called `batch`.
-            The mean over the samples.
-        batch_size: global: samples per optimizer step over all workers.
-        workers: number of workers; None: what the strategy needs, else 1.
-        strategy: how to split it; None: `dp` over all workers.
-        optimizer: parameters -> torch optimizer; None: AdamW with lr=1e-3.
-        steps: optimizer steps.
-        epochs: passes over the dataset; with neither steps nor epochs there is one.
-        inputs: batch -> what the model is called with; None: samples are pairs, the model gets the first part.
+        loss: function of (output, labels), such as `nn.CrossEntropyLoss()` or `F.cross_entropy`, if samples are pairs
+            (data, label). It is a function of (output, batch) if `inputs` is given, or if its second parameter is
+            called `batch`. It returns the mean over the samples.
+        batch_size: global batch size: samples per optimizer step over all workers.
+        workers: number of workers; None: as many as the strategy needs, else 1.
+        strategy: how to split a step over workers; None: `dp` over all workers.
+        optimizer: function that takes the parameters and returns a torch optimizer; None: AdamW with lr=1e-3.
+        steps: number of optimizer steps.
+        epochs: passes over the dataset; the default is 1 if neither steps nor epochs are given.
+        inputs: function that takes a batch and returns the model's input; None: samples are pairs, and the model gets
+            the first part.
         evaluation: held-out data, like `dataset`, or an `Evaluation`.
-        metric: what to measure on it besides the loss: `accuracy`, or a function like `loss`.
+        metric: second quantity to measure on held-out data besides the loss: `accuracy`, or a function like `loss`.
         out: the run's folder; None: nothing is written to disk.
-        quiet: no progress bar.
+        quiet: show no progress bar.
         on_nan: as in `train`.
         fields: further fields of `Workload`: weight, collate, schedule, clip_norm, precision, seed.
 
@@ -187,9 +191,9 @@ def train_parallel(
 
 
 def parallelize(workload: str | Workload | Callable[..., Workload], strategy: str | Strategy = "single") -> Program:
-    """The parallel program of a workload, for those who keep their own training loop; collective.
+    """Build the parallel program of a workload, for users who keep their own training loop; collective.
 
-    To be called in each process that torchrun (or another launcher) started; `single` needs none.
+    Call it in each process that torchrun (or another launcher) started. The strategy `single` needs no launcher.
 
         program = parallelize(workload, "dp=2")
         for batch in batches:                   # a global batch, the same on all workers
@@ -226,17 +230,26 @@ def compare(
     seed: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Trains a workload under one strategy after another, from the same weights on the same data, and measures each.
+    """Train a workload under each strategy in turn, from the same weights on the same data, and measure each training.
 
-    Without strategies: one worker, and every single axis over `workers` (None: 2) workers that can be. `auto` among
-    them is the one that `train` would choose, on `workers` (None: as many as are fastest). `out` gets one run's folder
-    per strategy; None: nothing is written to disk. Everything else is as in `train`.
+    Args:
+        workload: as in `train`.
+        strategies: strategies to compare. If none are given: one worker, and each single axis over `workers` (None: 2)
+            workers that this workload supports. `auto` stands for the strategy that `train` would choose, on `workers`
+            (None: as many as are fastest).
+        workers: number of workers for the strategies that do not state it, see above.
+        steps: as in `train`.
+        epochs: as in `train`.
+        out: folder that gets one run's folder per strategy; None: nothing is written to disk.
+        settings: as in `train`.
+        seed: as in `train`.
+        quiet: as in `train`.
 
     Returns:
         The document that `shardwise compare --json` prints.
 
     Raises:
-        RequestError: the request is wrong, a strategy that was asked for included; found before any worker starts.
+        RequestError: the request is wrong, or a requested strategy is; found before any worker starts.
         WorkerFailed: a worker died.
     """
     from shardwise.run.compare import comparison
@@ -260,7 +273,7 @@ def compare(
         strategies = [auto if strategy == "auto" else strategy for strategy in strategies]
     compared, refused = settle_compared(loaded, strategies, workers)
     most = max(settled.workers for settled in compared)
-    threads, gpus = threads_per_worker(most), enough_gpus(most)  # the same for all: a worker is a worker
+    threads, gpus = threads_per_worker(most), enough_gpus(most)  # equal for all strategies, so that rows compare
     predicted = forecasts(loaded, compared, threads, quiet=quiet)
     jobs = [
         Job(source=source, strategy=settled, options=options, forecast=forecast)
@@ -283,18 +296,18 @@ def verify(
     seed: int | None = None,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Shows that training under each strategy is the same training as on one worker, or what differs.
+    """Show that training under each strategy equals training on one worker, or report what differs.
 
-    The same steps from the same weights on the same data, on one worker and in parallel; losses, all gradients and all
-    updated parameters and buffers are compared as full tensors.
+    Both run identical steps, from equal weights on equal data. Losses, all gradients, and all updated parameters and
+    buffers are compared as full tensors.
 
     Args:
         workload: as in `train`.
-        strategies: what to verify, one after the other.
-        steps: optimizer steps.
-        dtype: float32, or float64 for a strict pass, where nothing but a mistake can hide behind rounding.
+        strategies: strategies to verify, one after the other.
+        steps: number of optimizer steps.
+        dtype: float32, or float64 for a strict pass in which no mistake can hide behind rounding.
         settings: parameters of the workload's function.
-        seed: of weights, data order and dropout; None: the workload's own.
+        seed: seed of weights, data order and dropout; None: the workload's own.
         out: folder that gets the document as `verification.json`; None: nothing is written to disk.
 
     Returns:
@@ -340,25 +353,25 @@ def simulate(
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """Predicts what strategies cost on a cluster; nothing is trained, and no device of it is needed.
+    """Predict step time and memory of strategies on a cluster; nothing is trained and none of its devices is needed.
 
     Args:
         workload: as in `train`.
-        strategies: what to predict. One that cannot be is told among the rejected ones if another can.
+        strategies: strategies to predict. An impossible one is listed as rejected if another one is possible.
         cluster: devices of the catalogue (`h100x1024`, `dgx-a100`), or a cluster file.
-        trace: file that gets the steps as Perfetto and chrome://tracing show them; they are played as events then, in
-            place of the closed form. None: none is written.
-        slow: rank -> how many times as long as usual it computes; steps are played then, too.
-        dry_run: also run a step of the real program of the worker that needs most memory, on workers and tensors that
-            are not there; each candidate then has what it sent and held beside what was predicted of it.
+        trace: file that gets the timelines of the steps for Perfetto and chrome://tracing; None: none is written. The
+            steps are then simulated event by event instead of by the closed form.
+        slow: rank -> factor by which its compute takes longer than usual; this also simulates the steps event by event.
+        dry_run: also run a step of the real program of the worker that needs most memory, with fake workers and
+            fake tensors. Each candidate then shows the observed messages and memory beside the predicted ones.
         settings: parameters of the workload's function.
-        seed: of weights, data order and dropout; None: the workload's own.
+        seed: seed of weights, data order and dropout; None: the workload's own.
 
     Returns:
         The document that `shardwise simulate --json` prints.
 
     Raises:
-        RequestError: the cluster or the workload is wrong, or no strategy can be.
+        RequestError: the cluster or the workload is wrong, or every strategy is impossible.
     """
     from shardwise.cluster.find import find_cluster
     from shardwise.predict.simulate import simulation
@@ -397,30 +410,31 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """Finds the best strategy for a workload on a cluster, and says why the others lost.
+    """Find the best strategy for a workload on a cluster, and say why the others lost.
 
     Args:
         workload: as in `train`.
         cluster: as in `simulate`; None: this machine, as `calibrate` measured it.
-        workers: devices to use; `"1..64"`: from one to so many, for the curve of scaling. None: all of the cluster.
-        objective: `time`, `memory` or `money`: what is to be small.
-        max_memory: of a device, for example `40GiB`. None: what it has.
+        workers: number of devices to use; None: all devices of the cluster. `"1..64"` adds the scaling curve from 1 to
+            64 devices.
+        objective: quantity to minimize: `time`, `memory` or `money`.
+        max_memory: memory limit of a device, for example `40GiB`; None: all that it has.
         fix: options that the strategy must have, for example `tp=8`.
-        forbid: options that it must not have, for example `pp`, `schedule=gpipe`.
-        out: where to write the chosen one as a plan file.
-        dry_run: also run the real program of the finalists, on workers and tensors that are not there: those that need
-            more memory than there is are rejected. Seconds for each of a small model, up to a minute of a large one.
-        pareto: also search for the front of time and memory: the fastest strategy for each smaller need of memory, in
-            steps of a twentieth. Takes a search for each.
+        forbid: options that the strategy must not have, for example `pp`, `schedule=gpipe`.
+        out: path at which to write the best strategy as a plan file.
+        dry_run: also run the real program of the finalists with fake workers and fake tensors, and reject those that
+            need more memory than a device has. A small model takes seconds per finalist, a large one up to a minute.
+        pareto: also search for the Pareto front of time and memory: the fastest strategy under each memory limit, in
+            steps of a twentieth. Each limit takes a search of its own.
         settings: parameters of the workload's function.
-        seed: of weights, data order and dropout; None: the workload's own.
+        seed: seed of weights, data order and dropout; None: the workload's own.
 
     Returns:
         The document that `shardwise plan --json` prints.
 
     Raises:
-        RequestError: the cluster, the workload or a wish is wrong; two wishes contradict each other.
-        DoesNotFit: no strategy fits into the devices.
+        RequestError: the cluster, the workload or a constraint is wrong, or two constraints contradict each other.
+        DoesNotFit: no strategy fits into the memory of the devices.
     """
     from shardwise.run.log import finite
     from shardwise.run.planning import planned
@@ -445,19 +459,20 @@ def plan(
 
 
 def check_plan(path: str | Path, *, cluster: str | None = None, workload: str | None = None) -> dict[str, Any]:
-    """Says whether a plan file still holds.
+    """Report whether a plan file still holds: its strategy is possible, fits, and costs as much as the file says.
 
     Args:
-        path: of the plan file.
+        path: path of the plan file.
         cluster: as in `plan`; None: the one that the plan was made for.
-        workload: the file's, which must be given where it is a function: a file alone runs no code of others.
+        workload: workload of the plan. It must be given if it is a function, because a plan file on its own must not
+            run code.
 
     Returns:
-        The document that `shardwise plan --check --json` prints: `holds`, and `reasons` where it does not.
+        The document that `shardwise plan --check --json` prints: `holds`, and `reasons` if it does not hold.
 
     Raises:
-        RequestError: the file cannot be read, the workload or the cluster of it is wrong, or its workload is a function
-            and is not given.
+        RequestError: the file cannot be read, its workload or cluster is wrong, or its workload is a function and is
+            not given.
     """
     from shardwise.run.log import finite
     from shardwise.run.planning import checked
@@ -467,21 +482,21 @@ def check_plan(path: str | Path, *, cluster: str | None = None, workload: str | 
 
 
 def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Measures this machine, so that predictions for it can be made, and writes what was found as a cluster file.
+    """Measure this machine for predictions, and write the measurements as a cluster file.
 
-    It is kept in the user's cache folder too, for the predictions of `train` and `compare`.
+    The user's cache folder gets a copy, for the predictions of `train` and `compare`.
 
     Args:
-        out: the file.
-        workers: the largest number of workers to measure, on local processes; None: 4 on a CPU, one for each GPU.
-            Under an outer torchrun all of its workers measure, over all hosts.
-        quiet: no progress bar.
+        out: path of the cluster file.
+        workers: largest number of local workers to measure with; None: 4 on a CPU, one for each GPU. Under an outer
+            torchrun all of its workers measure, over all hosts.
+        quiet: show no progress bar.
 
     Returns:
         The document that `shardwise calibrate --json` prints.
 
     Raises:
-        RequestError: there cannot be so many workers, or the file cannot be written.
+        RequestError: the machine cannot run that many workers, or the file cannot be written.
         WorkerFailed: a worker died.
     """
     from shardwise.cluster.writing import check_place, write_cluster
@@ -493,7 +508,7 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
     check_place(out)
     begin = time.perf_counter()
     cluster = measure(workers, quiet=quiet)
-    if cluster is None:  # another worker of an outer launcher has it
+    if cluster is None:  # under an outer launcher, only rank 0 gets the measurements
         return {"cluster": str(out)}
     write_cluster(cluster, out)
     try:
@@ -507,16 +522,16 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
 
 
 def validate(runs: str | Path) -> dict[str, Any]:
-    """Holds predictions against training runs that others measured.
+    """Compare predictions with training runs that others measured and published.
 
     Args:
-        runs: a CSV file, one run a row, with the columns of tests/published/README.md.
+        runs: CSV file with one run per row and the columns of tests/published/README.md.
 
     Returns:
-        The document that `shardwise validate --json` prints; errors are absolute and relative.
+        The document that `shardwise validate --json` prints; its errors are absolute values of relative errors.
 
     Raises:
-        DataError: the file cannot be read, or no row of it says what is needed.
+        DataError: the file cannot be read, or none of its rows has all required fields.
     """
     from shardwise.predict.published.validate import validate as validate_runs
 
@@ -524,11 +539,11 @@ def validate(runs: str | Path) -> dict[str, Any]:
 
 
 def export(run: str | Path, out: str | Path) -> None:
-    """Writes the plain full weights of a run's newest checkpoint to the safetensors file `out`.
+    """Write the plain full weights of a run's newest checkpoint to the safetensors file `out`.
 
     Raises:
         RunFolderError: there is no run in the folder `run`.
-        CheckpointError: it has no checkpoint that is whole.
+        CheckpointError: the run has no complete, undamaged checkpoint.
     """
     from shardwise.run.export import export_safetensors
 
@@ -542,7 +557,7 @@ def _folder_in(parent: Path, workload: Workload, job: Job) -> Path:
 
 
 def _trained_model(workload: Workload, job: Job, trained: Trained) -> TrainedModel:
-    """The plain module with the trained weights, on all workers where an outer launcher started several."""
+    """Build the result with the plain trained module; under an outer launcher each worker gets one."""
     from shardwise.run.weights import filled_model
 
     return TrainedModel(

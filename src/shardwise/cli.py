@@ -1,4 +1,7 @@
-"""The commands: parse, call the API, print. Torch is not imported before a command runs."""
+"""Command line of Shardwise: each command parses its options, calls the API and prints the document.
+
+Torch is not imported before a command runs.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,14 @@ from shardwise.starting import check_streams, leave_out_working_directory
 from shardwise.units import parse_number, parse_whole
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it: 128 and the number of the signal."""
+"""Exit status after Ctrl-C, by the convention of shells: 128 plus the number of SIGINT."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0: done, 1: the work failed, 2: the request is wrong, 130: interrupted."""
+    """Run one command and return its exit status: 0 done, 1 the work failed, 2 the request is wrong, 130 interrupted.
+
+    A command that a signal ended returns 128 plus the number of the signal.
+    """
     options = _parse(sys.argv[1:] if arguments is None else list(arguments))
     try:
         options.run(options)
@@ -64,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """Run the program `shardwise`: `main`, and the end of the process."""
+    """Run the program `shardwise` and end the process with the exit status of its command."""
     check_streams()
     leave_out_working_directory()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -73,7 +79,10 @@ def command() -> NoReturn:
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; a second Ctrl-C must not break into what the first one ends, which takes no time."""
+    """Raise KeyboardInterrupt and ignore further Ctrl-C, which would interrupt the shutdown of workers.
+
+    The shutdown takes milliseconds, so nobody needs a second Ctrl-C.
+    """
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -177,7 +186,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _check_alone(options: argparse.Namespace) -> None:
-    """Refuses what a plan file that is checked says already."""
+    """Check that --check comes without the options that the plan file already settles.
+
+    Raises:
+        RequestError: some of them are given.
+    """
     given = {
         "--set": options.set,
         "--seed": options.seed,
@@ -220,7 +233,11 @@ def _write_page(page: Path, document: dict[str, Any]) -> None:
 
 
 def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable[[dict[str, Any]], str]) -> None:
-    """The document on standard output and its view on standard error with --json, else the view on standard output."""
+    """Print the result of a command, only on rank 0 of an outer launcher.
+
+    With --json the document goes to standard output, and its view for people to standard error unless --quiet is given.
+    Without --json only the view is printed, to standard output.
+    """
     if not is_first():
         return
     if options.json:
@@ -230,12 +247,16 @@ def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Writes all of it now; a reader that has gone (`| head -1`) wants no more of it."""
+    """Write and flush a text; a reader that has closed the pipe (`| head -1`) is no error.
+
+    Raises:
+        ShardwiseError: it cannot be written for another reason, such as a full disk.
+    """
     try:
         stream.write(text)
         stream.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the end of the process stumbles over it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else the flush at exit would fail again
         if not isinstance(error, BrokenPipeError):
             raise ShardwiseError(
                 f"the result cannot be written: {error.strerror}; the command itself was done"
@@ -243,7 +264,10 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def _say_error(error: ShardwiseError) -> None:
-    """Tell it in one line, after the traceback of a worker that died. What all workers raise is told by one only."""
+    """Write an error to standard error in one line, after the traceback of a worker that died.
+
+    Errors that all workers of an outer launcher raise are written by one of them only.
+    """
     if isinstance(error, WorkerHung):
         sys.stderr.write(f"{error.traceback}shardwise: {error}\n")
     elif isinstance(error, WorkerFailed) and error.traceback:
@@ -265,7 +289,7 @@ def _is_to_say() -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest known word where one is wrong."""
+    """Argument parser that answers a wrong word with one line that names the nearest known word."""
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(allow_abbrev=False, **keywords)
@@ -278,7 +302,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message)}; {self.prog} --help says more\n")
 
     def _missing(self, names: Sequence[str]) -> str:
-        """Say what is missing, and what could be given where it is one thing."""
+        """Return the message for missing arguments; a single one comes with its help text."""
         if len(names) > 1:
             return f"{', '.join(names[:-1])} and {names[-1]} are missing"
         known = {"/".join(action.option_strings) or action.metavar: action.help for action in self._actions}
@@ -305,7 +329,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _spelled_out(arguments: list[str]) -> list[str]:
-    """Give --resume, which may stand alone, a value: what follows it may be the workload."""
+    """Return the arguments with --resume spelled as --resume=run or --resume=auto.
+
+    argparse would take the word after a bare --resume as its value, and that word may be the workload.
+    """
     spelled: list[str] = []
     for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if word == "--resume":

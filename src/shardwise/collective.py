@@ -1,6 +1,6 @@
-"""One collective as it was issued: what is predicted, and what is observed in a run, in the same words.
+"""Records of collectives in one form, so that predicted ones and those observed in a run can be compared.
 
-`bytes` counts what the API call is about, on one rank, as the field counts message sizes:
+`bytes` is the message size of the call on one rank, by the usual convention:
 
     all_reduce, broadcast, reduce    the tensor
     all_gather                       the output: all parts together
@@ -32,7 +32,7 @@ OPERATIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Ranks `first, first + stride, ...`: what every group of a mesh looks like, in three numbers."""
+    """Process group in three numbers: `size` ranks `first, first + stride, ...`, the form of all groups of a mesh."""
 
     size: int
     stride: int = 1
@@ -40,10 +40,10 @@ class Group:
 
     @staticmethod
     def of(ranks: Sequence[int]) -> Group:
-        """These, ascending; as many, evenly spaced and no farther apart, where they are not evenly spaced.
+        """Build the group of ascending `ranks`; unevenly spaced ranks are approximated by evenly spaced ones.
 
-        Groups of a mesh are; stages of a pipeline that share a parameter (an encoder, a decoder and an output) need not
-        be.
+        The approximation has the same size and first rank, and its last rank does not exceed theirs. Groups of a mesh
+        are evenly spaced. Pipeline stages that share a parameter (an encoder, a decoder and an output) need not be.
         """
         first, last = ranks[0], ranks[-1]
         if len(ranks) == 1:
@@ -53,25 +53,25 @@ class Group:
 
     @property
     def ranks(self) -> range:
-        """The ranks, ascending."""
+        """Return the ranks in ascending order."""
         return range(self.first, self.first + self.size * self.stride, self.stride)
 
     def within(self, span: int) -> int:
-        """How many of them one domain of `span` neighbouring ranks holds, at least one."""
+        """Return the number of this group's ranks in one domain of `span` neighbouring ranks, at least 1."""
         return max(1, min(self.size, span // self.stride))
 
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """One call that moves data between ranks.
+    """Record of one call that moves data between ranks.
 
     Attributes:
         operation: one of OPERATIONS.
-        bytes: see the module's docstring.
-        group: who takes part; for send and recv the two ends.
-        axis: of the strategy that needs it: `dp`, `fsdp`, `tp`, `pp`, `world`.
-        when: `forward`, `backward`, `recompute`, `optimizer`, or `report` (losses, norms).
-        asynchronous: whether computation may go on meanwhile.
+        bytes: message size; see the module's docstring.
+        group: the ranks that take part; for send and recv the two ends.
+        axis: axis of the strategy that needs it: `dp`, `fsdp`, `tp`, `pp`, `world`.
+        when: phase of the step: `forward`, `backward`, `recompute`, `optimizer`, or `report` (losses, norms).
+        asynchronous: True if computation may overlap it.
     """
 
     operation: str

@@ -1,4 +1,4 @@
-"""The end of a process that has loaded torch."""
+"""Fast exit of a process that has loaded torch, and protection from an `os._exit` in the workload's code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from typing import NoReturn
 
 @contextlib.contextmanager
 def failing_exits() -> Iterator[None]:
-    """Let `os._exit(0)` in the block, which would count as work that is done, end this process with a word and 1."""
+    """Make `os._exit(0)` in the block end this process with a message and exit status 1.
+
+    Exit status 0 would look as if the work had been done.
+    """
 
     def fail(status: int) -> NoReturn:
         if status == 0:
@@ -29,17 +32,16 @@ def failing_exits() -> Iterator[None]:
 
 
 def end(status: int) -> NoReturn:
-    """Ends this process without taking the interpreter apart, which takes half a second once torch is loaded.
+    """End this process without finalizing the interpreter, which takes half a second once torch is loaded.
 
-    What the interpreter does first is done: it waits for threads, calls what is registered for the exit, and writes
-    what is buffered.
+    The first steps of a regular exit still happen: wait for threads, call `atexit` functions, flush both streams.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     try:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:  # closed before the program began
+            if stream is not None:  # None: it was closed before the program began
                 stream.flush()
     except OSError:
-        sys.exit(status)  # the interpreter says what could not be written, and makes the exit status 120
+        sys.exit(status)  # the interpreter reports the failed flush, and changes the exit status to 120
     _exit(status)

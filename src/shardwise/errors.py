@@ -2,22 +2,22 @@
 
 ShardwiseError                      exit 1: the work itself failed
 ├── WorkerFailed                    a worker process died; carries its rank and its own traceback
-│   └── WorkerHung                  a worker holds the others up, or they wait for each other; carries its stack
-├── NotVerified                     a verification that does not hold
-├── NotFinite                       a training whose loss or gradient is not finite
+│   └── WorkerHung                  a worker blocks the others, or all wait for each other; carries its stack
+├── NotVerified                     a strategy does not compute the same as one worker
+├── NotFinite                       the loss or a gradient of a training is not finite
 ├── DoesNotFit                      no strategy fits into the memory of the devices
-├── PlanBroken                      a plan file that does not hold on this cluster
-├── NotAccurate                     predictions that are further off than was asked for
+├── PlanBroken                      a plan file does not hold on this cluster
+├── NotAccurate                     the error of predictions is above the requested limit
 └── RequestError                    exit 2: the request is wrong; found before any worker starts
-    ├── StrategyError               unknown axis, wrong degree, cannot work for this model
+    ├── StrategyError               unknown axis, wrong degree, impossible for this model
     ├── WorkloadError               cannot be imported, built or traced; unknown parameter
     ├── DataError                   nothing in the folder, samples of the wrong kind
-    ├── RunFolderError              an output folder that holds another run, a run that is not there
-    ├── CheckpointError             a checkpoint that is damaged, cut short or of another model
-    └── ClusterError                a device nobody knows; a cluster file with a wrong, missing or unknown field
-        └── NotMeasured             this machine, of which nothing is known
+    ├── RunFolderError              the output folder holds another run, or the run does not exist
+    ├── CheckpointError             the checkpoint is damaged, truncated or of another model
+    └── ClusterError                unknown device; a cluster file with a wrong, missing or unknown field
+        └── NotMeasured             this machine has not been measured
 
-Messages are one line: what is wrong, the value, what would do. `ShardwiseError` sees to it, whatever the value is.
+Each message is one line: the fault, the value, the remedy. `ShardwiseError` makes it one line whatever the value is.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 LONGEST_MESSAGE, LONGEST_WORD = 1500, 100
-"""Characters of a message, and of a word in one that is too long."""
+"""Largest number of characters of a message, and of each word in a message that exceeds it."""
 
 LONGEST_GUESS = 80
-"""Characters of a word that is compared with the known ones: longer words take long, and are no slips of the hand."""
+"""Largest number of characters of a word to compare with the known ones: longer words are slow, and hardly typos."""
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
 class ShardwiseError(Exception):
-    """The work itself failed."""
+    """Failure of the work itself; base class of all errors that Shardwise raises on purpose."""
 
     exit_status = 1
 
@@ -46,7 +46,7 @@ class ShardwiseError(Exception):
 
 
 class WorkerFailed(ShardwiseError):
-    """A worker process died. `rank` says which, `traceback` is its own (may be empty)."""
+    """Death of a worker process: `rank` is the worker's, `traceback` is its own (may be empty)."""
 
     def __init__(self, message: str, *, rank: int, traceback: str = "") -> None:
         super().__init__(message)
@@ -55,37 +55,37 @@ class WorkerFailed(ShardwiseError):
 
 
 class WorkerHung(WorkerFailed):
-    """A worker that did not get on for too long. `rank` says which, `traceback` is its stack (may be empty)."""
+    """Hang of a worker, which made no progress for too long: `rank` is its rank, `traceback` its stack (or empty)."""
 
 
 class NotVerified(ShardwiseError):
-    """A parallel run that does not equal one process."""
+    """A strategy that does not compute the same as one worker."""
 
 
 class NotFinite(ShardwiseError):
-    """A loss or a gradient that is infinite or not a number; all workers raise it at the same step."""
+    """A loss or a gradient that is infinite or not a number; all workers raise this error at the same step."""
 
 
 class NotAccurate(ShardwiseError):
-    """Predictions that are further off than was asked for."""
+    """Predictions whose mean error exceeds the requested limit."""
 
 
 class DoesNotFit(ShardwiseError):
-    """No strategy fits into the memory of the devices; says by how much, and how many devices would do."""
+    """No strategy fits into the memory of the devices; the message says by how much, and how many devices suffice."""
 
 
 class PlanBroken(ShardwiseError):
-    """A plan file that does not hold on this cluster any more."""
+    """A plan file that no longer holds on this cluster."""
 
 
 class RequestError(ShardwiseError):
-    """The request is wrong: one line says what, the value, and what would do."""
+    """A wrong request; the message names the fault, the value and the remedy in one line."""
 
     exit_status = 2
 
 
 class StrategyError(RequestError):
-    """A strategy that cannot be, or cannot work for this model and these workers."""
+    """A strategy that is impossible, in itself or for this model and these workers."""
 
 
 class WorkloadError(RequestError):
@@ -97,11 +97,11 @@ class DataError(RequestError):
 
 
 class RunFolderError(RequestError):
-    """A run folder that is in the way, or is not there."""
+    """A run folder that already holds another run, or does not exist."""
 
 
 class CheckpointError(RequestError):
-    """A checkpoint that is damaged, cut short, or of another model."""
+    """A checkpoint that is damaged, truncated, or of another model."""
 
 
 class ClusterError(RequestError):
@@ -109,11 +109,11 @@ class ClusterError(RequestError):
 
 
 class NotMeasured(ClusterError):
-    """Nothing is known of this machine, and it is not to be measured now."""
+    """This machine has not been measured, and must not be measured now."""
 
 
 def one_line(text: str) -> str:
-    """Make a text one line that a terminal shows as it is: control characters escaped, endless values cut short."""
+    """Return a text as one line that is safe to print: control characters are escaped, long values are shortened."""
     text = " ".join(part.strip() for part in text.splitlines())
     line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
     if len(line) <= LONGEST_MESSAGE:
@@ -123,16 +123,16 @@ def one_line(text: str) -> str:
 
 
 def _shortened(text: str, most: int) -> str:
-    """Cut the middle out of a text of more than `most` characters: what is wrong is at its start, the remedy last."""
+    """Cut the middle out of a text of more than `most` characters; the fault at its start and the remedy stay."""
     half = most // 2 - 1
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def agreed(option: str, pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, _Value]:
-    """Values of an option that may be given several times, by their keys.
+    """Collect the values of an option that may be given several times, by key.
 
     Raises:
-        RequestError: two of them say different things of one key.
+        RequestError: a key has two different values.
     """
     found: dict[_Key, _Value] = {}
     for key, value in pairs:
@@ -144,6 +144,6 @@ def agreed(option: str, pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, _Val
 
 
 def nearest(value: str, known: Iterable[str]) -> str:
-    """Gives "; did you mean 'x'?" when a known word is close to `value`, else an empty string."""
+    """Return "; did you mean 'x'?" if a known word is close to `value`, else an empty string."""
     matches = difflib.get_close_matches(value[:LONGEST_GUESS], list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""

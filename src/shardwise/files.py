@@ -1,7 +1,7 @@
-"""Files that a user names, opened with care: regular ones only, and no more of them than there may be.
+"""Safe reading of files that a user names: only regular files, and only up to a limit of bytes.
 
-A FIFO waits for a writer for ever, `/dev/zero` never ends, a socket or a device does what it likes when it is opened.
-Everything here raises the error class that the caller gives, with one line: the file, what is wrong, what would do.
+A FIFO waits for a writer forever, `/dev/zero` never ends, and opening a socket or a device may have any effect.
+All functions raise the error class that the caller gives, with one line: the file, the fault, the remedy.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ def read_regular(
     """Read a whole regular file of at most `limit_bytes` bytes.
 
     Args:
-        path: of the file; links are followed.
-        limit_bytes: a larger file is refused before any of it is read.
-        error_class: what to raise.
-        what: the file in a word or two, for messages: `plan file`; may be empty.
+        path: path of the file; links are followed.
+        limit_bytes: largest size; a larger file is refused before any of it is read.
+        error_class: class of the error to raise.
+        what: kind of file for messages, such as `plan file`; may be empty.
 
     Raises:
-        error_class: there is no such file, it is no regular one, it is too large, or it cannot be read.
+        error_class: the file does not exist, is not regular, is too large, or cannot be read.
     """
     descriptor = _opened(path, error_class, what)
     try:
         _check_kind(os.fstat(descriptor), path, error_class, what)
         _check_size(os.fstat(descriptor).st_size, limit_bytes, path, error_class, what)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            content = file.read(limit_bytes + 1)  # some files, of /proc say, have more than they state
+            content = file.read(limit_bytes + 1)  # some files, in /proc for example, hold more than `st_size` bytes
     except OSError as error:
         raise error_class(f"{_named(what, path)}: cannot be read: {error.strerror}") from None
     finally:
@@ -54,7 +54,7 @@ def read_regular(
 def read_regular_text(
     path: Path | str, limit_bytes: int, error_class: type[RequestError] = RequestError, what: str = ""
 ) -> str:
-    """Read a whole regular file as text in UTF-8; see `read_regular` for arguments and errors."""
+    """Read a whole regular file as UTF-8 text; see `read_regular` for arguments and errors."""
     try:
         return read_regular(path, limit_bytes, error_class, what).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -67,7 +67,7 @@ def check_regular(
     what: str = "",
     limit_bytes: int | None = None,
 ) -> int:
-    """Check a file that a library opens by its name: it is there, regular, and not too large. Returns its bytes.
+    """Check that a file which a library will open by name exists, is regular and not too large; return its bytes.
 
     Raises:
         error_class: see `read_regular`.
@@ -85,18 +85,18 @@ def check_regular(
 
 
 def _opened(path: Path | str, error_class: type[RequestError], what: str) -> int:
-    """The descriptor of a file; a FIFO without a writer is opened too, and nothing waits for one."""
+    """Open a file for reading and return its descriptor; a FIFO without a writer opens without waiting."""
     try:
         return os.open(path, os.O_RDONLY | _NO_WAITING)
     except FileNotFoundError:
         raise error_class(f"{_named(what, path)}: there is no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+    except (OSError, ValueError) as error:  # ValueError: the name has a NUL byte
         _check_special(path, error_class, what)
         raise error_class(f"{_named(what, path)}: cannot be read: {_reason(error)}") from None
 
 
 def _check_special(path: Path | str, error_class: type[RequestError], what: str) -> None:
-    """Say what a file is that cannot even be opened, such as a socket."""
+    """Raise the error that names the kind of a file which cannot even be opened, such as a socket."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):

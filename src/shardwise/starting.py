@@ -1,6 +1,6 @@
-"""What a command does before anything else: its import path and its standard streams are made safe.
+"""First steps of a command: make its import path and its standard streams safe.
 
-Nothing but what the interpreter has loaded already is imported here, for the import path is not safe yet.
+This module imports only modules that the interpreter has already loaded, because the import path is not safe yet.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import os
 import sys
 
 CLOSED = 2
-"""Exit status where a stream is closed that results or errors are written to."""
+"""Exit status if standard output or standard error is closed."""
 
 
 def leave_out_working_directory() -> None:
-    """Take the working directory off the import path, where `python -m` or an empty entry of PYTHONPATH puts it.
+    """Remove the working directory from the import path, where `python -m` or an empty entry of PYTHONPATH puts it.
 
-    A downloaded folder may hold a `transformers/` or a `torch.py`, which would run in place of the installed one. What
-    PYTHONPATH names by its full path stays, and the folder that Shardwise itself runs from.
+    A downloaded folder may hold a `transformers/` or a `torch.py`, which would run in place of the installed one.
+    Folders that PYTHONPATH names by their absolute path stay, and so does the folder that Shardwise runs from.
     """
     try:
         here = os.path.realpath(os.getcwd())
-    except FileNotFoundError:  # it was removed meanwhile
+    except FileNotFoundError:  # the working directory was removed
         return
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     trusted = [os.path.dirname(os.path.dirname(__file__)), *filter(os.path.isabs, named)]
@@ -29,17 +29,17 @@ def leave_out_working_directory() -> None:
 
 
 def check_streams() -> None:
-    """End the process with one line where standard output or standard error is closed.
+    """End the process with one line if standard output or standard error is closed.
 
-    Their numbers, and that of standard input, are given to /dev/null: else the next file or socket that is opened gets
-    one of them, and what is printed goes into it.
+    Closed descriptors 0, 1 and 2 are opened on /dev/null first. Otherwise the next file or socket to be opened would
+    get one of these numbers, and printed text would go into it.
     """
     output, errors = sys.stdout, sys.stderr
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # `open` takes the lowest free number
     if output is not None and errors is not None:
         return
     name, other = ("output", errors) if output is None else ("error", output)

@@ -1,13 +1,13 @@
-"""How a training step is split over workers: the value at the centre of everything.
+"""Parallel strategies: the immutable value that says how a training step is split over workers.
 
     >>> Strategy.parse("dp=2,tp=2").workers
     4
     >>> str(Strategy.parse("tp=2, pp=2, microbatches=8, schedule=1f1b"))
     'tp=2,pp=2,microbatches=8'
 
-Axes, outermost first: `dp` (replicas), `fsdp` (replicas that share parameters), `pp` (stages), `tp` (layer shards).
-Ranks are numbered with `tp` fastest, because its messages are the most frequent; with `outermost=pp` stages come first,
-so that they lie on different hosts, and replicas of a stage beside each other.
+Axes, outermost first: `dp` (replicas), `fsdp` (replicas that shard parameters), `pp` (stages), `tp` (layer shards).
+`tp` varies fastest over the ranks, because its messages are the most frequent. With `outermost=pp` stages vary slowest:
+they lie on different hosts, and the replicas of a stage are neighbours.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ PRODUCTS = frozenset(
         "aten._scaled_dot_product_cudnn_attention",
     }
 )
-"""Operations whose results `recompute=selective` keeps: products with weights, convolutions and fused attention. A
-product of two activations (`bmm`) is attention that is spelled out, whose results are large."""
+"""Operations whose results `recompute=selective` saves: matmuls with weights, convolutions and fused attention.
+
+The matmul of two activations (`bmm`) is recomputed: it occurs in unfused attention, and its results are large.
+"""
 PRECISIONS = ("float32", "bf16")
 OUTERMOST = ("dp", "pp")
 SUGGESTED = 16
-"""Values that a message names at most."""
+"""Largest number of values that a message suggests."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
@@ -46,7 +48,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "outermost": OUTERMOST,
 }
 MOST = 1_000_000
-"""Workers of a strategy, and the largest value of any of its numbers: more is a slip of the hand."""
+"""Largest number of workers of a strategy, and largest value of any of its numbers: more is taken for a typo."""
 
 _INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages", "bucket", "offload")
 _TEXTS = ("schedule", "recompute", "precision", "shares", "speeds", "outermost")
@@ -54,36 +56,37 @@ _TEXTS = ("schedule", "recompute", "precision", "shares", "speeds", "outermost")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
-    """An immutable way to split a training step; cannot exist when it is wrong in itself.
+    """Parallel strategy: one way to split a training step over workers; immutable, and checked when it is made.
 
     Attributes:
-        dp: replicas of the model, each with its share of the batch (torch DDP).
-        fsdp: replicas that also split the parameters between them (ZeRO; Rajbhandari et al. 2020).
-        zero: what `fsdp` splits: 1 optimizer state, 2 also gradients, 3 also parameters.
-        tp: shards of each layer (Megatron-LM; Shoeybi et al. 2019).
-        sp: activations between sharded layers are split along the sequence (Korthikanti et al. 2022); needs `tp`.
-        pp: pipeline stages, each with its share of the layers.
-        microbatches: pieces that each replica's batch is cut into; gradients accumulate over them. 0: chosen.
-        schedule: order of the microbatches in the pipeline.
+        dp: number of replicas of the model, each with its share of the batch (torch DDP).
+        fsdp: number of replicas that also shard the parameters between them (ZeRO; Rajbhandari et al. 2020).
+        zero: state that `fsdp` shards: 1 optimizer state, 2 also gradients, 3 also parameters.
+        tp: number of shards of each layer (Megatron-LM; Shoeybi et al. 2019).
+        sp: 1 splits activations between sharded layers along the sequence (Korthikanti et al. 2022); needs `tp`.
+        pp: number of pipeline workers, each with its share of the layers.
+        microbatches: number of microbatches that each replica's batch is cut into; their gradients accumulate.
+            0: chosen by `for_batch`.
+        schedule: order of the microbatches in the pipeline, one of SCHEDULES.
         stages: pipeline stages per worker; 0: two for `interleaved`, else one.
-        recompute: activations that are dropped and computed again in the backward pass: of no block (`none`), of all
-            (`full`), of the first part of them on each stage, `1/2` say (Chen et al. 2016; in Megatron-LM: method
-            `block`), or of all blocks those that are no results of products (`selective`; Korthikanti et al. 2022).
-        bucket: MiB of gradients that replicas add up in one message while the backward pass goes on: the smaller, the
-            sooner the first ones leave, and the more messages there are (Li et al. 2020). 0: 25, with torch DDP a first
-            one of 1.
-        offload: 1: what `fsdp` splits stays in the memory of the host, which runs the optimizer; each block comes to
-            the device when it computes (Ren et al. 2021, ZeRO-Offload). Slow: for what fits in no other way.
+        recompute: activations that are not saved but recomputed in the backward pass. `none`: nothing is recomputed.
+            `full`: all blocks. A fraction such as `1/2`: the first blocks of each stage, by their share (Chen et al.
+            2016; method `block` of Megatron-LM). `selective`: in all blocks, the activations that are not results of
+            PRODUCTS (Korthikanti et al. 2022).
+        bucket: MiB of gradients in one all-reduce of the replicas, which overlaps the backward pass. Smaller buckets
+            start earlier but need more messages (Li et al. 2020). 0: 25 MiB; torch DDP's first bucket is then 1 MiB.
+        offload: 1 keeps the state that `fsdp` shards in host memory, where the optimizer runs. Each block is copied to
+            the device when it computes (Ren et al. 2021, ZeRO-Offload). Slow: for models that fit in no other way.
         precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
-        shares: of the batch, one number for each replica in the order of ranks, `3:1` say; empty: all alike. For
-            replicas on devices of different speed.
-        speeds: of the workers of a pipeline, one number for each, `3:1` say; empty: all alike. Stages are cut so that
-            all take as long.
-        outermost: whose ranks are farthest from each other: those of replicas (`dp`), or of stages (`pp`). Where links
-            between hosts are slow, either gradients cross them or what stages hand to each other.
+        shares: shares of the batch, one number per replica in the order of ranks, such as `3:1`; empty: equal shares.
+            For replicas on devices of different speed.
+        speeds: relative speeds of the workers of a pipeline, one number each, such as `3:1`; empty: equal speeds.
+            The model is cut so that all stages take equally long.
+        outermost: axis whose ranks are farthest apart: replicas (`dp`) or stages (`pp`). It decides whether gradients
+            or the activations between stages cross the slow links between hosts.
 
     Raises:
-        StrategyError: a degree below one, an unknown word, an option without its axis.
+        StrategyError: a degree is below one, a word is unknown, or an option is given without its axis.
     """
 
     dp: int = 1
@@ -127,7 +130,7 @@ class Strategy:
         self._check_options()
 
     def _check_kinds(self) -> None:
-        """Raises StrategyError: a number that is none or out of all bounds, a word that is none."""
+        """Check the type of each field, and that numbers are within MOST. Raises StrategyError."""
         for name in _INTEGERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -139,7 +142,7 @@ class Strategy:
                 raise StrategyError(f"{name}={getattr(self, name)!r}: must be a text")
 
     def _check_options(self) -> None:
-        """An option without the axis that it belongs to is a mistake, not a wish."""
+        """Check that each option comes with the axis that it belongs to. Raises StrategyError."""
         if self.shares:
             _check_numbers("shares", self.shares, self.replicas, "replicas")
         if self.speeds:
@@ -167,7 +170,7 @@ class Strategy:
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
-        """Reads `single` or `axis=degree,...,option=word`. Raises StrategyError naming the nearest known word."""
+        """Parse `single` or `axis=degree,...,option=word`. Raises StrategyError, which names the nearest known word."""
         known = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
         parts = [part.strip(" ") for part in text.split(",") if part.strip(" ")]
@@ -194,21 +197,21 @@ class Strategy:
 
     @property
     def workers(self) -> int:
-        """Number of worker processes: the product of the degrees."""
+        """Return the number of worker processes: the product of the degrees."""
         return self.dp * self.fsdp * self.tp * self.pp
 
     @property
     def replicas(self) -> int:
-        """Number of shares that a batch is cut into: dp times fsdp."""
+        """Return the number of replicas, which share the batch: dp times fsdp."""
         return self.dp * self.fsdp
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Outermost first: the last one varies fastest over the ranks."""
+        """Return the names of the axes, outermost first: the last one varies fastest over the ranks."""
         return ("pp", "dp", "fsdp", "tp") if self.outermost == "pp" else ("dp", "fsdp", "pp", "tp")
 
     def stride(self, axis: str) -> int:
-        """From a rank to the next one along an axis."""
+        """Return the difference between the ranks of two neighbours along an axis."""
         if axis == "tp":
             return 1
         stages_first = self.outermost == "pp"
@@ -218,12 +221,12 @@ class Strategy:
         return inner if axis == "fsdp" else inner * self.fsdp
 
     def rank(self, *, dp: int = 0, fsdp: int = 0, pp: int = 0, tp: int = 0) -> int:
-        """The number of the worker with these coordinates."""
+        """Return the rank of the worker with these coordinates on the axes."""
         return dp * self.stride("dp") + fsdp * self.stride("fsdp") + pp * self.stride("pp") + tp
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """What each replica has of a batch, in the smallest whole numbers: the batch is cut into their sum."""
+        """Return each replica's share of the batch in the smallest whole numbers; the batch is cut into their sum."""
         if not self.shares:
             return (1,) * self.replicas
         numbers = [int(number) for number in self.shares.split(":")]
@@ -231,61 +234,64 @@ class Strategy:
 
     @property
     def stage_speeds(self) -> tuple[int, ...]:
-        """How fast the worker of each stage is, compared with the others of its pipeline; empty: all are alike."""
+        """Return the relative speed of each stage's worker, by stage index; empty if all are equal."""
         return tuple(map(int, self.speeds.split(":"))) * self.stages_per_worker if self.speeds else ()
 
     def samples_of(self, replica: int, batch_size: int) -> int:
-        """Samples of a replica's microbatch (their number settled)."""
+        """Return the samples in one microbatch of a replica; needs `microbatches` above 0 (see `for_batch`)."""
         return batch_size // self.microbatches // sum(self.parts) * self.parts[replica]
 
     @property
     def kind(self) -> tuple[bool, ...]:
-        """Which of dp, fsdp, tp and pp there are."""
+        """Return which of dp, fsdp, tp and pp have a degree above 1, in this order."""
         return self.dp > 1, self.fsdp > 1, self.tp > 1, self.pp > 1
 
     @property
     def splits_parameters(self) -> bool:
-        """Whether replicas keep slices of the parameters and gather them (`fsdp` with zero=2 or 3)."""
+        """Return whether replicas hold slices of the parameters and all-gather them (`fsdp` with zero=2 or 3)."""
         return self.fsdp > 1 and self.zero > 1
 
     @property
     def sums_in_buckets(self) -> bool:
-        """Whether replicas add up whole gradients in buckets; where they keep slices, `fully_shard` scatters them."""
+        """Return whether replicas all-reduce whole gradients in buckets.
+
+        Replicas that hold slices of the parameters reduce-scatter the gradients instead (`fully_shard`).
+        """
         return self.replicas > 1 and not self.splits_parameters
 
     def in_bf16(self, precision: str) -> bool:
-        """Whether a workload of `precision` computes in bfloat16 here: the strategy's own precision goes first."""
+        """Return whether a workload of `precision` computes in bfloat16; the strategy's own precision overrides it."""
         return (self.precision or precision) == "bf16"
 
     @property
     def recomputes(self) -> bool:
-        """Whether any block is computed again."""
+        """Return whether any block is recomputed in the backward pass."""
         return self.recompute != "none"
 
     @property
     def keeps_products(self) -> bool:
-        """Whether blocks that are computed again keep the results of their products."""
+        """Return whether recomputed blocks still save the results of PRODUCTS (`recompute=selective`)."""
         return self.recompute == "selective"
 
     def recomputed_of(self, blocks: int) -> int:
-        """How many of so many blocks are computed again: the first ones.
+        """Return the number of blocks to recompute out of `blocks`; they are the first ones.
 
-        What the others keep is free again before the backward pass comes to the first ones, so that a block that is
-        computed again never comes on top of it.
+        The backward pass reaches the first blocks last. By then the activations saved by the other blocks are free, so
+        the memory of a recomputed block never adds to theirs.
         """
         return ceil(_share_of_blocks(self.recompute) * blocks)
 
     @property
     def stages_per_worker(self) -> int:
-        """Pipeline stages that one worker holds: more than one where the schedule interleaves."""
+        """Return the number of pipeline stages per worker: more than one only for the schedule `interleaved`."""
         return self.stages or (2 if self.schedule == "interleaved" else 1)
 
     def with_(self, **changes: Any) -> Strategy:
-        """A copy with some fields changed, checked again."""
+        """Return a copy with some fields changed; the copy is checked like a new strategy."""
         return replace(self, **changes)
 
     def check_workers(self, workers: int) -> None:
-        """Raises StrategyError where the degrees do not multiply to `workers`."""
+        """Check that the degrees multiply to `workers`. Raises StrategyError."""
         if self.workers != workers:
             raise StrategyError(
                 f"strategy {self} needs {self.workers} workers, there are {workers}: "
@@ -293,13 +299,14 @@ class Strategy:
             )
 
     def for_batch(self, batch_size: int) -> Strategy:
-        """The strategy with the number of microbatches settled for a global batch of `batch_size` samples.
+        """Return the strategy with its number of microbatches settled for a global batch of `batch_size` samples.
 
-        A pipeline gets the largest number up to twice its stages that divides the batch of one replica. With `shares`
-        what is called the batch of one replica here is that of one part of them.
+        If `microbatches` is 0, a pipeline gets the largest number that is at most twice its stages and divides the
+        batch of one replica. With `shares`, one part of the batch takes the place of the batch of one replica.
 
         Raises:
-            StrategyError: the batch does not divide by replicas times microbatches.
+            StrategyError: the batch does not divide by replicas times microbatches, or `interleaved` cannot use the
+                number of microbatches.
         """
         pieces = sum(self.parts)
         if batch_size % pieces:
@@ -349,7 +356,7 @@ def _check_numbers(option: str, text: str, count: int, what: str) -> None:
 
 
 def _share_of_blocks(recompute: str) -> Fraction:
-    """The part of the blocks that is computed again."""
+    """Return the fraction of blocks that are recomputed: 1 for both `full` and `selective`. Raises StrategyError."""
     if recompute in RECOMPUTE:
         return Fraction(recompute != "none")
     over, slash, under = recompute.partition("/")
@@ -370,7 +377,7 @@ def _integer(key: str, value: str) -> int:
 
 
 def _is_count(text: str) -> bool:
-    """Return whether a text is a whole number from 1 on."""
+    """Return whether a text is a whole number from 1 to MOST."""
     try:
         return 1 <= parse_whole(text) <= MOST
     except ValueError:
@@ -378,7 +385,7 @@ def _is_count(text: str) -> bool:
 
 
 def _shown(value: int) -> str:
-    """A number for a message, also one of more digits than Python writes."""
+    """Format a whole number for a message; Python refuses to convert numbers of more than 4,300 digits."""
     return str(value) if abs(value) < 10**30 else f"a number of {value.bit_length()} bits"
 
 
@@ -388,12 +395,12 @@ def _multiples(batch_size: int, unit: int) -> str:
 
 
 def _divisors(number: int) -> str:
-    """The divisors of a number, for messages: all, or the smallest ones."""
+    """Format the divisors of a number for a message; at most SUGGESTED of them, the smallest."""
     found = _divisors_of(number)
     return " or ".join(map(str, found[:SUGGESTED])) + (" ..." if len(found) > SUGGESTED else "")
 
 
 def _divisors_of(number: int) -> list[int]:
-    """All divisors, ascending, in as many steps as its square root."""
+    """Return all divisors of a number in ascending order, in time proportional to its square root."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})

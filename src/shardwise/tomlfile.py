@@ -1,4 +1,4 @@
-"""TOML files that a user names, read so that no content of theirs can hang or break what reads them."""
+"""Safe reading of TOML files that a user names: no content can hang or crash the reader."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ else:
     import tomli as tomllib
 
 DEEPEST = 16
-"""Tables and arrays within each other."""
+"""Largest nesting depth of tables and arrays."""
 
 _PART = r"""(?:[A-Za-z0-9_-]+|"[^"\n]*"|'[^'\n]*')"""
 _LONG_KEY = re.compile(rf"(?<![A-Za-z0-9_-]){_PART}(?:[ \t]*\.[ \t]*{_PART}){{{DEEPEST},}}")
-"""A dotted key of more parts than tables may be deep: the parser takes the cube of their number in steps."""
+"""Dotted key with more than DEEPEST parts: the parser's time grows with the cube of their number."""
 
 
 def read_toml(path: Path | str, limit_bytes: int, error_class: type[RequestError], what: str) -> dict[str, Any]:
-    """Read a TOML file whose whole numbers have 64 bits at most, and whose tables are at most 16 deep.
+    """Read a TOML file whose whole numbers have at most 64 bits, and whose tables are at most 16 deep.
 
     Args:
-        path: of the file.
-        limit_bytes: the most bytes that it may have.
-        error_class: what to raise.
-        what: the file in a word or two, for messages.
+        path: path of the file.
+        limit_bytes: largest size of the file.
+        error_class: class of the error to raise.
+        what: kind of file for messages, such as `plan file`; may be empty.
 
     Raises:
-        error_class: it cannot be read, is no TOML, or holds what no file of Shardwise's does.
+        error_class: the file cannot be read, is not TOML, or exceeds the limits above.
     """
     text = read_regular_text(path, limit_bytes, error_class, what)
     label = f"{what} {path}" if what else str(path)
@@ -44,7 +44,7 @@ def read_toml(path: Path | str, limit_bytes: int, error_class: type[RequestError
         _check_values(content)
     except RecursionError:
         raise error_class(f"{label}: is nested more than {DEEPEST} deep") from None
-    except ValueError as error:  # of which TOMLDecodeError is one; Python raises it for numbers of 4,300 digits
+    except ValueError as error:  # TOMLDecodeError is a subclass; Python raises ValueError for numbers of > 4,300 digits
         raise error_class(f"{label}: is not TOML: {str(error)[:300]}") from None
     return content
 
@@ -57,7 +57,7 @@ def _check_keys(text: str) -> None:
 
 
 def _check_values(content: dict[str, Any]) -> None:
-    """Raises ValueError: a number or a depth that is out of bounds."""
+    """Check the size of all whole numbers and the nesting depth. Raises ValueError."""
     level: list[Any] = [content]
     for _ in range(DEEPEST):
         containers = [each for each in level if isinstance(each, dict | list)]

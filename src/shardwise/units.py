@@ -1,6 +1,6 @@
-"""Numbers as people write them; bytes, seconds and rates as people read them.
+"""Parsing of numbers as people write them, and formatting of bytes, seconds and rates for people.
 
-Inside Shardwise values are plain bytes, seconds, per second.
+Inside Shardwise values are plain numbers of bytes, seconds, and units per second.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import re
 
 LARGEST_WHOLE = 2**63 - 1
-"""Of whole numbers that are read: what every file format and torch can hold."""
+"""Largest whole number that is accepted as input: signed 64-bit, which all file formats and torch can hold."""
 
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _NUMBER = re.compile(r"-?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,3})?")
@@ -18,7 +18,7 @@ _ENDS = (("iB", 1024), ("B", 1000), ("", 1000))
 
 
 def format_bytes(value: float) -> str:
-    """1536 -> '1.5 KiB'. Binary multiples, as memory is sold and allocated."""
+    """Format a number of bytes in binary multiples, as memory is sold and allocated: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
@@ -27,7 +27,7 @@ def format_bytes(value: float) -> str:
 
 
 def format_seconds(value: float) -> str:
-    """0.0123 -> '12.3 ms'; 75 -> '1 min 15 s'."""
+    """Format a number of seconds in fitting units: 0.0123 -> '12.3 ms', 75 -> '1 min 15 s'."""
     if value < 1e-3:
         return f"{value * 1e6:.0f} us"
     if value < 1:
@@ -42,12 +42,12 @@ def format_seconds(value: float) -> str:
 
 
 def format_rate(value: float) -> str:
-    """1234.5 -> '1,234' per second; small rates keep a digit."""
+    """Format a rate per second without its unit: 1234.5 -> '1,234'; rates below 100 keep one decimal."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def format_bits(bandwidth: float) -> str:
-    """1.25e9 -> '10 Gb/s': bytes per second as links are sold, in bits."""
+    """Format a bandwidth in bytes per second in bits per second, as links are sold: 1.25e9 -> '10 Gb/s'."""
     bits = bandwidth * 8
     for unit, size in (("Tb/s", 1e12), ("Gb/s", 1e9), ("Mb/s", 1e6)):
         if bits >= size:
@@ -56,15 +56,15 @@ def format_bits(bandwidth: float) -> str:
 
 
 def format_share(value: float) -> str:
-    """0.123 -> '12%'."""
+    """Format a fraction as whole percent: 0.123 -> '12%'."""
     return f"{value * 100:.0f}%"
 
 
 def parse_whole(text: str, most: int = LARGEST_WHOLE) -> int:
-    """Read a whole number in ASCII digits, at most `most` either way: '12', '-3'; no '+3', '03', '1_000' or '1e3'.
+    """Parse a whole number in ASCII digits from -`most` to `most`: '12', '-3'; not '+3', '03', '1_000' or '1e3'.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is not such a number.
     """
     if not _WHOLE.fullmatch(text) or abs(int(text)) > most:
         raise ValueError(f"{text!r} is not a whole number of at most {most}")
@@ -72,15 +72,15 @@ def parse_whole(text: str, most: int = LARGEST_WHOLE) -> int:
 
 
 def parse_number(text: str) -> float:
-    """Read a finite number in ASCII digits: '12', '0.5', '-1e-3'; no 'nan', 'inf', '1_000' or '1e999'.
+    """Parse a finite number in ASCII digits: '12', '0.5', '-1e-3'; not 'nan', 'inf', '1_000' or '1e999'.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is not such a number.
     """
     value = float(text) if _NUMBER.fullmatch(text) else math.nan
     if not math.isfinite(value):
         raise ValueError(f"{text!r} is not a finite number")
-    return value + 0.0  # of zeros there is one
+    return value + 0.0  # -0.0 becomes 0.0
 
 
 _UNITS: dict[str, int] = {
@@ -91,7 +91,7 @@ _UNITS: dict[str, int] = {
 
 
 def parse_bytes(text: str) -> int:
-    """'40GiB' -> 42949672960, '40GB' -> 40000000000, '1024' -> 1024. Raises ValueError."""
+    """Parse a size in bytes: '40GiB' -> 42949672960, '40GB' -> 40000000000, '1024' -> 1024. Raises ValueError."""
     match = re.fullmatch(r"\s*([0-9]{1,19}(?:\.[0-9]{1,19})?)\s*([A-Za-z]{0,3})\s*", text)
     unit = match and next((unit for unit in _UNITS if unit.lower() == match[2].lower()), None)
     if match is None or unit is None:

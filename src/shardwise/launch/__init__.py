@@ -1,1 +1,1 @@
-"""How worker processes come to life."""
+"""Starting, joining, watching and ending of worker processes."""

@@ -1,7 +1,7 @@
-"""Where the workers of a job read what the others are doing, also while their own main threads hang.
+"""Boards on which the workers of a job share their state, so that each can read it even while main threads hang.
 
-A board holds short texts under names. Local workers have a folder; those of another launcher have its TCP store, over a
-connection of the board's own, because a store's connection is blocked while a main thread waits on it.
+A board holds short texts under names. Local workers share a folder. Workers of another launcher share its TCP store,
+over a connection of the board's own, because a store's connection is blocked while a main thread waits on it.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 _Answer = TypeVar("_Answer")
 
 ANSWER_SECONDS = 5.0
-"""How long a store may take to answer before it counts as out of reach."""
+"""Seconds that a store may take to answer before it counts as out of reach."""
 
 
 SAY_SECONDS = 3.0
-"""How much later other ranks than the first tell an error, where they cannot learn whether it has told it."""
+"""Seconds by which ranks above 0 delay an error report if they cannot learn whether rank 0 has reported it."""
 
 
 class OutOfReach(Exception):
-    """The board cannot be reached: the host that keeps it is gone, or the link to it."""
+    """The board cannot be reached: its host, or the network link to it, is gone."""
 
 
 class Board(Protocol):
-    """Short texts by name, shared by all workers. Both methods raise OutOfReach."""
+    """Interface of a board: short texts by name, shared by all workers. Both methods raise OutOfReach."""
 
     def put(self, name: str, text: str) -> None:
-        """Write `text` under `name`; the last one counts."""
+        """Write `text` under `name`, in place of an earlier one."""
 
     def get(self, name: str) -> str | None:
-        """Return the text under `name`; None where there is none."""
+        """Return the text under `name`. Returns None if there is none."""
 
 
 class FolderBoard:
@@ -51,17 +51,17 @@ class FolderBoard:
         self._folder = Path(folder)
 
     def put(self, name: str, text: str) -> None:
-        """Write `text` whole or not at all."""
+        """Write `text` under `name` in one atomic step. Raises OutOfReach."""
         path = self._folder / f"board-{name}"
         partial = path.with_name(f".{path.name}")
         try:
             partial.write_text(text)
             partial.replace(path)
-        except OSError as error:  # the parent is just removing it
+        except OSError as error:  # the parent is removing the folder
             raise OutOfReach(str(error)) from error
 
     def get(self, name: str) -> str | None:
-        """Return the text under `name`; None where there is none."""
+        """Return the text under `name`. Returns None if there is none."""
         with contextlib.suppress(OSError):
             return (self._folder / f"board-{name}").read_text()
         return None
@@ -71,9 +71,9 @@ class StoreBoard:
     """A board in the TCP store at which the workers of another launcher met.
 
     Args:
-        address: of the host that keeps the store.
-        port: of the store.
-        job: sets this job's texts apart from those of earlier attempts in the same store.
+        address: address of the host that keeps the store.
+        port: TCP port of the store.
+        job: prefix that separates this job's texts from those of earlier attempts in the same store.
     """
 
     def __init__(self, address: str, port: int, job: str) -> None:
@@ -85,19 +85,19 @@ class StoreBoard:
         self._ask(lambda store: store.set(f"{self._job}/{name}", text))
 
     def get(self, name: str) -> str | None:
-        """Return the text under `name`; None where there is none. Raises OutOfReach."""
+        """Return the text under `name`. Returns None if there is none. Raises OutOfReach."""
         key = f"{self._job}/{name}"
         return self._ask(lambda store: store.get(key).decode() if store.check([key]) else None)
 
     def add(self, name: str) -> int:
-        """Count up the number under `name`, which begins at 0, and return it. Raises OutOfReach."""
+        """Increment the counter under `name`, which begins at 0, and return its new value. Raises OutOfReach."""
         return self._ask(lambda store: int(store.add(f"{self._job}/{name}", 1)))
 
     def _ask(self, question: Callable[[TCPStore], _Answer]) -> _Answer:
-        """Return what the store answers.
+        """Return the store's answer to `question`. Raises OutOfReach after ANSWER_SECONDS.
 
-        A store has no time limit of its own on most questions: where a link is cut, an answer never comes. So each
-        question has a thread, which is left behind with its connection.
+        Most operations of a store have no time limit of their own: if the network link is cut, they never return. Each
+        question therefore gets a thread of its own, which is abandoned with its connection at a timeout.
         """
         answers: SimpleQueue[_Answer | OutOfReach] = SimpleQueue()
         threading.Thread(target=lambda: answers.put(self._answer(question)), daemon=True).start()
@@ -106,7 +106,7 @@ class StoreBoard:
         except Empty:
             answer = OutOfReach(f"{self._address}:{self._port} does not answer")
         if isinstance(answer, OutOfReach):
-            self._store = None  # what was asked may still be answered: the connection is of no more use
+            self._store = None  # a late answer may still arrive on this connection, so it cannot be reused
             raise answer
         return answer
 
@@ -128,9 +128,9 @@ def board_of(context: RankContext) -> StoreBoard:
 
 
 def is_to_say(context: RankContext) -> bool:
-    """Return whether this worker tells an error that others of the job may have as well: the first one that asks does.
+    """Return whether this worker reports an error that all workers of the job may raise; the first one to ask does.
 
-    torchrun ends all workers as soon as one has ended: what the first rank would say later is never said.
+    It cannot always be rank 0: torchrun ends all workers as soon as one has ended, maybe before rank 0 can report.
     """
     if context.elastic:
         with contextlib.suppress(OutOfReach):

@@ -1,11 +1,11 @@
-"""Read which rank of which job this process is, where another launcher (torchrun, say) started it.
+"""Rank of this process in the job of another launcher such as torchrun, read from the environment.
 
-The only reader of these variables:
+No other module reads these variables:
 
     variable                        meaning
     RANK, WORLD_SIZE                this process among all workers of the job
     LOCAL_RANK, LOCAL_WORLD_SIZE    this process among those of its host
-    MASTER_ADDR, MASTER_PORT        where the workers meet
+    MASTER_ADDR, MASTER_PORT        address at which the workers meet
     TORCHELASTIC_...                set by torchrun's agent, which is then the parent process
 
 Source: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
@@ -21,24 +21,24 @@ from shardwise.errors import RequestError
 from shardwise.units import parse_whole
 
 LOCAL_WORKER = "SHARDWISE_LOCAL_WORKER"
-"""Set in the environment of workers that Shardwise itself started: for them there is no other launcher."""
+"""Environment variable set in workers that Shardwise itself started: it tells them to ignore other launchers."""
 
 _IDENTITY, _MEETING = ("RANK", "WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True)
 class RankContext:
-    """The place of this process in the job of another launcher.
+    """Rank of this process, and the other facts about its job that another launcher put into the environment.
 
     Attributes:
-        rank: its number among all workers.
-        workers: how many there are.
-        local_rank: its number among the workers of this host.
-        local_workers: how many there are on this host; None where the launcher does not say.
+        rank: rank among all workers.
+        workers: number of all workers.
+        local_rank: rank among the workers of this host.
+        local_workers: number of workers on this host; None if the launcher does not say.
         address: host at which the workers meet.
-        port: its TCP port.
-        elastic: torchrun started it: its agent is the parent and keeps the store at `address`.
-        restarts: how often torchrun has started the workers anew.
+        port: TCP port at which the workers meet.
+        elastic: True if torchrun started this process: its agent is the parent and keeps the store at `address`.
+        restarts: number of times that torchrun has restarted the workers.
     """
 
     rank: int
@@ -52,14 +52,14 @@ class RankContext:
 
     @property
     def one_host(self) -> bool:
-        """Tell whether all workers of the job are known to be on this host."""
+        """Return whether all workers of the job are known to be on this host."""
         return self.local_workers == self.workers
 
 
 def rank_context(environment: Mapping[str, str] | None = None) -> RankContext | None:
-    """Return the place of this process in another launcher's job; None where it was started by itself.
+    """Return the rank of this process in another launcher's job. Returns None if no other launcher started it.
 
-    RANK or WORLD_SIZE alone, as some shells and containers leave them behind, mean nothing.
+    RANK or WORLD_SIZE alone are ignored: some shells and containers leave them behind.
 
     Raises:
         RequestError: the variables contradict each other, or only a part of them is set.
@@ -91,27 +91,27 @@ def rank_context(environment: Mapping[str, str] | None = None) -> RankContext | 
 
 
 def under_launcher() -> bool:
-    """Tell whether another launcher started this process as one of its workers, so that none are started here."""
+    """Return whether another launcher started this process as one of its workers; it then starts none itself."""
     return rank_context() is not None
 
 
 def is_first() -> bool:
-    """Tell whether this process speaks for its job: rank 0 of another launcher, or a process started by itself."""
+    """Return whether this process prints for its job: it is rank 0 of another launcher, or has no other launcher."""
     context = rank_context()
     return context is None or context.rank == 0
 
 
 def given_threads() -> int | None:
-    """Return the intra-op threads that the environment sets for each worker; None where it sets none.
+    """Return the number of intra-op threads that OMP_NUM_THREADS sets for each worker. Returns None if it is not set.
 
     Raises:
-        RequestError: OMP_NUM_THREADS is no number.
+        RequestError: OMP_NUM_THREADS is not a whole number of 1 or more.
     """
     text = os.environ.get("OMP_NUM_THREADS")
     if text is None:
         return None
     try:
-        threads = parse_whole(text.partition(",")[0].strip())  # OpenMP takes a number for each level of nesting
+        threads = parse_whole(text.partition(",")[0].strip())  # OpenMP accepts one number per level of nesting
     except ValueError:
         threads = 0
     if threads < 1:

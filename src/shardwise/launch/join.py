@@ -1,4 +1,4 @@
-"""Make this process a worker: device, threads, process group; and leave the group again at the end."""
+"""Joining of a worker to its job: set its device and threads, join the process group, and leave it at the end."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from shardwise.launch.context import RankContext, given_threads, rank_context
 from shardwise.launch.scheduling import run_uninterrupted
 
 PR_SET_PDEATHSIG = 1
-"""Linux, <sys/prctl.h>: the signal that a process gets when its parent dies."""
+"""Option of Linux's prctl(2), <sys/prctl.h>: set the signal that this process gets when its parent dies."""
 
 MEET_SECONDS = 120.0
-"""How long the workers of another launcher wait for each other before they give up."""
+"""Seconds that the workers of another launcher wait for each other before they give up."""
 
 MEET_SETTING = "SHARDWISE_MEET_SECONDS"
-"""Environment variable that sets another time."""
+"""Environment variable that overrides MEET_SECONDS."""
 
 TASKS = Path("/proc/self/task")
-"""Threads of this process, where the system shows them."""
+"""Folder in which Linux lists the threads of this process."""
 
 LOOK_SECONDS, QUIET_LOOKS = 0.005, 3
-"""Between looks at other threads, and how many in a row must find none that runs."""
+"""Seconds between two looks at other threads, and number of looks in a row that must find none running."""
 
 
 def threads_per_worker(workers: int) -> int:
-    """Share the cores of this machine out: intra-op threads of each of `workers` processes, at least 1."""
+    """Return the intra-op threads of each of `workers` processes that share this machine's cores evenly; at least 1."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, cores // workers)
 
 
 def join_local(store: str, rank: int, workers: int) -> None:
-    """Make this process one of the local `workers`, which meet over the file `store`: no port is opened for it."""
+    """Make this process one of the local `workers`, which meet over the file `store` instead of a network port."""
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
     _start(str(rank), workers)
@@ -56,11 +56,14 @@ def join_local(store: str, rank: int, workers: int) -> None:
 
 
 def join_launcher(workers: int | None = None) -> None:
-    """Make this process a worker of the launcher that started it, until it ends; nothing where it is one already.
+    """Make this process a worker of the launcher that started it, until it ends; does nothing if it already is one.
+
+    Args:
+        workers: number of workers that the strategy needs; None: any number.
 
     Raises:
-        StrategyError: the launcher started another number than `workers`.
-        RequestError: the other workers did not come within `MEET_SECONDS`.
+        StrategyError: the launcher did not start `workers` workers.
+        RequestError: the other workers did not join within `meet_seconds()`.
     """
     import torch.distributed as dist
 
@@ -85,11 +88,11 @@ def join_launcher(workers: int | None = None) -> None:
 
 
 def leave() -> None:
-    """End the process group once all workers are done with it."""
+    """Destroy the process group once all workers are done with it. Collective."""
     import torch
     import torch.distributed as dist
 
-    # a worker that left while others still send would look to them like one that died
+    # a worker that left while others still send would look like a dead one to them
     dist.all_reduce(torch.zeros(1))
     dist.destroy_process_group()
 
@@ -97,30 +100,30 @@ def leave() -> None:
 def rest(seconds: float = 1.0) -> None:
     """Wait, at most `seconds`, until no other thread of this process runs.
 
-    Those of gloo let go of what they have sent a moment after who waited for it goes on. Where they need the
-    interpreter for that while it ends, the process is aborted (pytorch/pytorch#179291).
+    Gloo's threads release a sent tensor a moment after the thread that waited for it goes on. If they need the
+    interpreter for that while it shuts down, the process aborts (pytorch/pytorch#179291).
     """
     own, end, quiet = threading.get_native_id(), time.monotonic() + seconds, 0
     while quiet < QUIET_LOOKS and time.monotonic() < end:
-        time.sleep(LOOK_SECONDS)  # who waits for the interpreter gets it now
+        time.sleep(LOOK_SECONDS)  # releases the interpreter's lock to threads that wait for it
         quiet = 0 if any(_runs(task) for task in TASKS.glob("*") if task.name != str(own)) else quiet + 1
 
 
 def die_with_parent() -> None:
-    """Let the kernel end this process when its parent dies, however that happens (Linux only)."""
+    """Let the kernel kill this process when its parent dies, for whatever reason (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _start(local_rank: str, local_workers: int) -> None:
-    """Settle the memory, threads and device of this worker before it computes anything."""
+    """Set the allocator, threads and device of this worker before it computes anything."""
     import torch
 
     keep_memory()
     threads = given_threads() or threads_per_worker(local_workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-    with contextlib.suppress(RuntimeError):  # settled already where something has computed in parallel
+    with contextlib.suppress(RuntimeError):  # fixed already if something has computed in parallel
         torch.set_num_interop_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(local_rank))
@@ -137,7 +140,7 @@ def _init(store: Any, rank: int, workers: int) -> None:
 
 
 def _meet(context: RankContext) -> Any:
-    """Connect to the launcher's store. Raises RequestError where the other workers do not come."""
+    """Connect to the launcher's store and return it. Raises RequestError if the other workers do not join in time."""
     from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
     seconds = meet_seconds()
@@ -152,12 +155,16 @@ def _meet(context: RankContext) -> Any:
             f"{context.address}:{context.port} within {seconds:g} s ({_first_line(error)}): start all of them, or "
             "unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT to start local workers"
         ) from error
-    # torchrun keeps its store over restarts, and what the last attempt wrote there must not be read again
+    # torchrun keeps its store over restarts, and keys of an earlier attempt must not be read again
     return PrefixStore(f"shardwise/{context.restarts}", store)
 
 
 def _await_port(context: RankContext, end: float) -> None:
-    """Wait until something answers at the meeting point; torch's own attempts fill the screen. Raises OSError."""
+    """Wait until the meeting point accepts connections, without the log lines of torch's own attempts.
+
+    Raises:
+        OSError: it does not until the monotonic time `end`.
+    """
     while True:
         left = end - time.monotonic()
         try:
@@ -171,7 +178,7 @@ def _await_port(context: RankContext, end: float) -> None:
 
 
 def meet_seconds() -> float:
-    """Return how long workers wait for each other, in seconds. Raises RequestError where the setting is no number."""
+    """Return the seconds that workers wait for each other. Raises RequestError if the setting is not a valid number."""
     text = os.environ.get(MEET_SETTING, str(MEET_SECONDS))
     try:
         seconds = float(text)
@@ -195,7 +202,7 @@ def _leave_at_exit() -> None:
 
 
 def _loopback() -> dict[str, str]:
-    """Return the environment in which gloo and NCCL talk over the loopback device: nobody else can reach it."""
+    """Return the environment variables that restrict gloo and NCCL to the loopback device, unreachable from outside."""
     names = {name for _, name in socket.if_nameindex()}
     loopback = next((name for name in ("lo", "lo0") if name in names), None)
     return {name: loopback for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback}
@@ -204,6 +211,6 @@ def _loopback() -> dict[str, str]:
 def _runs(task: Path) -> bool:
     try:
         state = (task / "stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:  # it has ended
+    except OSError:  # the thread has ended
         return False
     return state == "R"

@@ -1,11 +1,11 @@
-"""Workers on this machine: fresh interpreters, each told over a Unix socket what to call.
+"""Local workers: fresh interpreters on this machine that receive the function to call over a Unix socket.
 
     run_local ── Processes ──── python .../worker.py      rank 0 ┐
         └─────── Switchboard ── function, arguments ───▶  rank 1 ┘ one process group, which meets over a file
 
-Workers import nothing of the parent's main module: scripts need no `__main__` guard, and functions defined in a script
-or a notebook travel by value. Nothing listens on a network: the socket and the file lie in a folder that only this user
-can enter, and gloo's own connections are on the loopback device.
+Workers do not import the parent's main module: scripts need no `__main__` guard, and functions defined in a script or a
+notebook travel by value. Nothing listens on a network: the socket and the file lie in a folder that only this user can
+enter, and gloo's own connections use the loopback device.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from shardwise.launch.switchboard import Ending, Switchboard
 
 LOOK_SECONDS = 0.02
-"""How often the parent looks after its workers."""
+"""Seconds between two looks of the parent at its workers."""
 
 ENDING_SECONDS = 5.0
-"""How long workers that have answered may take to end."""
+"""Seconds that workers may take to end after they have answered."""
 
 
 class RemoteTraceback(Exception):
-    """Shows a worker's own traceback as the cause of the error in the parent."""
+    """Cause of a WorkerFailed in the parent: displays the worker's own traceback."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -55,25 +55,25 @@ def run_local(
 
     Args:
         function: any function; it and its arguments travel by cloudpickle.
-        args: its arguments.
-        workers: number of processes; 1 is a process of its own too, so that comparisons are fair.
-        threads: intra-op threads of each; None: the cores shared out evenly. OMP_NUM_THREADS goes first.
-        gpus: whether workers may use GPUs.
+        args: arguments of the function.
+        workers: number of processes; 1 also starts a process of its own, so that comparisons are fair.
+        threads: intra-op threads of each worker; None: an even share of the cores. OMP_NUM_THREADS overrides it.
+        gpus: True if workers may use GPUs.
         grace: seconds that workers get to return by themselves after SIGTERM, which is passed on to them (see
             `launch.stop`); 0: they are ended at once.
-        patience: seconds for which a worker may be stopped (SIGSTOP) before all are ended.
+        patience: seconds for which a worker may be stopped (SIGSTOP) before all workers are ended.
 
     Raises:
         WorkerFailed: a worker died; all others have been ended.
-        ShardwiseError: one that a worker raised comes back as the same class.
+        ShardwiseError: a worker raised it; the class is kept.
         KeyboardInterrupt: Ctrl-C; all workers have been ended.
         Terminated: this process was told to end (SIGTERM, SIGHUP) and the workers did not return within `grace`.
     """
     import cloudpickle
 
-    from shardwise.launch.switchboard import Switchboard  # what it imports would slow down `shardwise --help`
+    from shardwise.launch.switchboard import Switchboard  # its imports would slow down `shardwise --help`
 
-    given_threads()  # refused here, before any worker starts
+    given_threads()  # raises for a wrong OMP_NUM_THREADS before any worker starts
     setup = {"path": sys.path, "threads": threads or threads_per_worker(workers), "gpus": gpus, "workers": workers}
     with Signals() as signals:
         switchboard = Switchboard(setup, cloudpickle.dumps((function, args)))
@@ -84,14 +84,17 @@ def run_local(
             assert switchboard.returned is not None
             return cloudpickle.loads(switchboard.returned)
         finally:
-            signals.mute()  # what comes now cannot end it sooner: all of this takes milliseconds
+            signals.mute()  # a further signal cannot end it sooner: the rest takes milliseconds
             if processes is not None:
                 processes.kill()
             switchboard.close()
 
 
 class Patience:
-    """Notices workers that are stopped for too long: they cannot notice it themselves, nor can a single one's peers."""
+    """Detector of workers that have been stopped (SIGSTOP) for too long.
+
+    A stopped worker cannot notice it itself, and a single worker has no peers that would.
+    """
 
     def __init__(self, processes: Processes, seconds: float) -> None:
         self._processes, self._seconds = processes, seconds
@@ -99,11 +102,11 @@ class Patience:
         self._looked = time.monotonic()
 
     def check(self) -> None:
-        """Look at most once a second. Raises WorkerHung."""
+        """Look for stopped workers, at most once a second. Raises WorkerHung."""
         now = time.monotonic()
         if now - self._looked < 1.0:
             return
-        if now - self._looked > SUSPENDED_SECONDS:  # this process was stopped as well: all of it, on purpose
+        if now - self._looked > SUSPENDED_SECONDS:  # the parent was stopped as well: somebody suspended the whole job
             self._since = {}
         self._looked = now
         self._since = {rank: self._since.get(rank, now) for rank in self._processes.stopped()}
@@ -116,10 +119,10 @@ class Patience:
 
 
 def _attend(processes: Processes, switchboard: Switchboard, signals: Signals, grace: float, patience: Patience) -> None:
-    """Look after the workers until all have answered and ended.
+    """Wait until all workers have answered and ended; pass on signals, and notice failures.
 
     Raises:
-        ShardwiseError: one of them failed.
+        ShardwiseError: a worker failed.
         Terminated: this process was told to end.
     """
     told = 0.0
@@ -134,7 +137,7 @@ def _attend(processes: Processes, switchboard: Switchboard, signals: Signals, gr
         if switchboard.endings or early - switchboard.finished:
             error = _linger(processes, switchboard)
             if told and isinstance(error, WorkerFailed) and not error.traceback:
-                raise Terminated(128 + signals.stop)  # it had no handler yet
+                raise Terminated(128 + signals.stop)  # the worker died of SIGTERM before it had a handler
             raise error
         patience.check()
         time.sleep(LOOK_SECONDS)
@@ -142,14 +145,14 @@ def _attend(processes: Processes, switchboard: Switchboard, signals: Signals, gr
 
 
 def _await_exits(processes: Processes, seconds: float) -> None:
-    """Wait, `seconds` at most, until all processes have ended by themselves."""
+    """Wait at most `seconds` until all processes have ended by themselves."""
     end = time.monotonic() + seconds
     while len(processes.exits()) < len(processes) and time.monotonic() < end:
         time.sleep(LOOK_SECONDS)
 
 
 def _linger(processes: Processes, switchboard: Switchboard) -> ShardwiseError:
-    """Wait a moment for the cause of a failure, which can be seen a little later than its effects; return the error."""
+    """Wait a moment for the cause of a failure, which may become visible after its effects, and return the error."""
     from shardwise.launch.switchboard import LINGER_SECONDS
 
     _await_exits(processes, LINGER_SECONDS)
@@ -160,11 +163,11 @@ def _linger(processes: Processes, switchboard: Switchboard) -> ShardwiseError:
 
 
 def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
-    """Return the error of the worker that failed first; those that it caused in the others are not told.
+    """Return the error of the worker that failed first; errors that it caused in other workers are left out.
 
     Args:
-        endings: what workers reported, or that their connection broke, before any was ended from here.
-        exits: rank -> exit status of those that ended by themselves.
+        endings: error reports and broken connections of workers, before the parent ended any worker.
+        exits: rank -> exit status of the workers that ended by themselves.
     """
     if not endings:
         rank = min(exits)
@@ -173,7 +176,7 @@ def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
     from shardwise.launch.switchboard import LINGER_SECONDS
 
     soon = min(ending.time for ending in endings) + LINGER_SECONDS
-    # a death without a word goes before the reports around it: those are of broken connections
+    # a death without a report precedes the reports around it: those tell of broken connections
     first = min((ending for ending in endings if ending.time <= soon), key=_precedence)
     if first.report is None:
         return WorkerFailed(f"worker {first.rank} {_ended(exits.get(first.rank, 0))}", rank=first.rank)
@@ -201,7 +204,7 @@ def _reported(rank: int, report: dict[str, Any]) -> ShardwiseError:
 
 
 def _ended(status: int) -> str:
-    """Say how a process ended: 'was killed by SIGKILL', 'ended with exit status 3'."""
+    """Describe the end of a process in words: 'was killed by SIGKILL', 'ended with exit status 3'."""
     if status >= 0:
         return f"ended with exit status {status}" + ("" if status else ", its work was not done")
     name = signal.Signals(-status).name

@@ -1,4 +1,4 @@
-"""The processes of local workers: started each in a session of its own, watched, ended with all that they started."""
+"""Processes of local workers: each starts in a session of its own, and ends together with all that it started."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from shardwise.launch.context import LOCAL_WORKER
 PROGRAM = Path(__file__).with_name("worker.py")
 
 _FOREIGN = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")
-"""Variables of another launcher, left behind in the environment: they mean nothing to local workers."""
+"""Prefixes of another launcher's environment variables, which local workers must not inherit."""
 
 
 class Processes:
-    """Local worker processes by rank, started at once."""
+    """Local worker processes by rank; creating the object starts all of them."""
 
     def __init__(self, workers: int, address: str) -> None:
         """Start `workers` processes that connect to the switchboard at `address`."""
@@ -35,24 +35,24 @@ class Processes:
         return len(self._processes)
 
     def exits(self) -> dict[int, int]:
-        """Return the exit status of each process that has ended, by rank; below 0: the signal that ended it."""
+        """Return the exit status of each process that has ended, by rank; -N means that signal N ended it."""
         polled = {rank: process.poll() for rank, process in enumerate(self._processes)}
         return {rank: status for rank, status in polled.items() if status is not None}
 
     def stopped(self) -> list[int]:
-        """Return the ranks whose processes are stopped (SIGSTOP); none where the system does not show it."""
+        """Return the ranks whose processes are stopped (SIGSTOP). Returns no ranks on systems without /proc."""
         return [rank for rank, process in enumerate(self._processes) if _state(process.pid) in ("T", "t")]
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to each process that still runs."""
         for process in self._processes:
-            process.send_signal(number)  # does nothing where it has been waited for
+            process.send_signal(number)  # does nothing for a process that has been waited for
 
     def kill(self) -> None:
-        """End all processes, stopped ones too, and what they started themselves; wait until they are gone."""
+        """Kill all processes, including stopped ones and all that they started, and wait until they are gone."""
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # each is the head of its own group
+                os.killpg(process.pid, signal.SIGKILL)  # each worker leads a process group of its own
         for process in self._processes:
             process.wait()
 
@@ -66,7 +66,7 @@ def _start(rank: int, workers: int, address: str) -> subprocess.Popen[bytes]:
         "LOCAL_WORLD_SIZE": str(workers),
         LOCAL_WORKER: "1",
     }
-    # -P would keep this folder off the import path, but Python 3.10 does not know it: worker.py does it itself
+    # -P would keep this folder off the import path, but Python 3.10 lacks it: worker.py removes the folder itself
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), address],
         stdin=subprocess.DEVNULL,
@@ -76,7 +76,7 @@ def _start(rank: int, workers: int, address: str) -> subprocess.Popen[bytes]:
 
 
 def _state(process: int) -> str:
-    """Return the letter by which the system shows what a process does; empty where it does not."""
+    """Return the state letter of a process from /proc (R, S, T, ...). Returns an empty string if it cannot be read."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

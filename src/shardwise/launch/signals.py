@@ -1,4 +1,4 @@
-"""Signals to the process that has local workers: what to do about them is decided in one place, `local`."""
+"""Signals to the parent of local workers: handlers only note them here, and `local` decides what to do."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from types import FrameType
 from typing import Any
 
 _ENDING = ("SIGTERM", "SIGHUP", "SIGQUIT")
-"""Signals that end a command and its workers, but for those that its user has it ignore (`nohup`)."""
+"""Signals that end a command and its workers, except ignored ones (`nohup`)."""
 
 
 class Terminated(SystemExit):
-    """This process was told to end by a signal; `code` is 128 and the number of the signal, as shells have it."""
+    """Exit of this process because of a signal; `code` is 128 plus the signal's number, by the convention of shells."""
 
 
 class Signals:
-    """Handles signals while it is open; handlers that were there before are put back. Only in the main thread.
+    """Context manager that notes signals, and restores the earlier handlers at its end; active only in the main thread.
 
     Attributes:
-        stop: number of the signal by which this process was told to end; 0: none came.
-        again: another one came after it.
+        stop: number of the signal that told this process to end; 0: none came.
+        again: True if another such signal came after it.
     """
 
     def __init__(self) -> None:
@@ -41,12 +41,12 @@ class Signals:
             signal.signal(number, handler)
 
     def mute(self) -> None:
-        """Let signals from now on do nothing more: everything is being ended already."""
+        """Ignore Ctrl-C from now on, because everything is already being ended."""
         self._muted = True
 
     def _handle(self, number: int, handler: Callable[[int, FrameType | None], None]) -> None:
         before = signal.getsignal(number)
-        if before not in (signal.SIG_IGN, None):  # None: set by code that is not Python's
+        if before not in (signal.SIG_IGN, None):  # None: a handler that C code installed
             self._before[number] = signal.signal(number, handler)
 
     def _end(self, number: int, _: FrameType | None) -> None:
@@ -54,5 +54,5 @@ class Signals:
 
     def _interrupt(self, number: int, _: FrameType | None) -> None:
         if not self._muted:
-            self._muted = True  # the first is enough: a second one must not break into the ending of workers
+            self._muted = True  # one is enough: a second Ctrl-C must not interrupt the shutdown of workers
             raise KeyboardInterrupt

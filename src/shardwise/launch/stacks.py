@@ -1,4 +1,4 @@
-"""What this process is doing, seen from another of its threads: in which operation, and whether it waits for others."""
+"""Inspection of the main thread from another thread: the operation it is in, and whether it waits for other workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 SHOWN_FRAMES = 12
-"""Innermost frames of a stack that are shown."""
+"""Number of innermost frames that a printed stack has."""
 
 _IDLE = ("threading.py", "queue.py", "_base.py", "thread.py")
 """Files of the standard library in which a thread waits for another one."""
@@ -20,12 +20,12 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a process was doing at one moment.
+    """Activity of a process at one moment.
 
     Attributes:
-        waiting: it sleeps in a collective, a message or another operation of torch or Shardwise; else it computes, or
-            is held up by something of its own (data, the workload's code, a file).
-        operation: in words: `all_reduce`, `sleep_once (work.py:31)`.
+        waiting: True if it sleeps in a collective, a point-to-point message or another operation of torch or Shardwise.
+            Otherwise it computes, or is blocked by something of its own (data, the workload's code, a file).
+        operation: name of the operation: `all_reduce`, `sleep_once (work.py:31)`.
         frame: the innermost frame.
     """
 
@@ -34,12 +34,12 @@ class Look:
     frame: FrameType
 
     def stack(self) -> str:
-        """Return the innermost frames as Python shows them, the innermost last."""
+        """Return the innermost frames in the format of a Python traceback, the innermost last."""
         return "".join(traceback.format_stack(self.frame, SHOWN_FRAMES))
 
 
 def look() -> Look:
-    """Look at the thread of this process that the training depends on: the main thread, or the one it waits for."""
+    """Inspect the thread that the training depends on: the main thread, or the thread that it waits for."""
     frames = sys._current_frames()
     main = threading.main_thread()
     thread, frame = main, frames[main.ident or 0]
@@ -50,7 +50,7 @@ def look() -> Look:
 
 
 def _working(frames: dict[int, FrameType]) -> tuple[threading.Thread, FrameType] | None:
-    """Return a thread that loads data or writes a checkpoint right now; None where all are idle."""
+    """Return a thread that loads data or writes a checkpoint right now, and its frame. Returns None if all are idle."""
     for thread in threading.enumerate():
         frame = frames.get(thread.ident or 0)
         if frame is None or thread.daemon or thread is threading.main_thread():
@@ -61,7 +61,10 @@ def _working(frames: dict[int, FrameType]) -> tuple[threading.Thread, FrameType]
 
 
 def _is_ours(file: str) -> bool:
-    """Tell whether code of torch or Shardwise waits for other workers when it sleeps; loading data does not."""
+    """Return whether a thread that sleeps in `file` waits for other workers: true of torch and Shardwise.
+
+    Code that loads data is excluded, because it sleeps for other reasons.
+    """
     return _in_torch(file) or (file.startswith(_PACKAGE) and "/workload/" not in file)
 
 
@@ -70,7 +73,7 @@ def _in_torch(file: str) -> bool:
 
 
 def _runs(thread: threading.Thread) -> bool:
-    """Tell whether a thread computes, or would if it had a processor; False where the system does not say."""
+    """Return whether a thread is running or runnable. Returns False on systems without /proc."""
     try:
         stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
     except OSError:
@@ -79,7 +82,7 @@ def _runs(thread: threading.Thread) -> bool:
 
 
 def _operation(frame: FrameType) -> str:
-    """Name what `frame` is in: a collective, the backward pass, else the innermost function that is not torch's."""
+    """Name the operation of a frame: a collective, the backward pass, else the innermost function outside torch."""
     outer: FrameType | None = frame
     operation = ""
     while outer is not None and _in_torch(outer.f_code.co_filename):

@@ -1,4 +1,4 @@
-"""Hear in a worker that the job is to stop: by a signal, which its launcher passes on."""
+"""Request to stop, as a worker receives it: by a signal that its launcher passes on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _requested = 0
 
 
 def listen(grace: float) -> None:
-    """Note SIGTERM and SIGHUP from now on, in place of ending at once; `grace` seconds later this process ends.
+    """Note SIGTERM and SIGHUP from now on instead of ending at once; `grace` seconds after one, this process ends.
 
-    A second one changes nothing: schedulers send it to all processes of a job, and the launcher passes it on besides.
+    A second signal changes nothing: schedulers signal all processes of a job, and the launcher passes its signal on.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -24,7 +24,7 @@ def listen(grace: float) -> None:
 
 
 def requested() -> int:
-    """Return the number of the signal that asked this worker to stop; 0 where none did."""
+    """Return the number of the signal that asked this worker to stop. Returns 0 if none did."""
     return _requested
 
 

@@ -1,14 +1,14 @@
-"""The parent's end of its workers: hands each the function to call, and notes what they answer and who ended first.
+"""Parent's side of the sockets to its workers: sends each the function to call, and notes answers and failures.
 
 Frames on the Unix socket between one worker and its parent, in this order:
 
-    worker  {"rank"}                                   it is there
-    parent  {"path", "threads", "gpus", "linger", ...}  where to import from, threads to compute with, GPUs or none
+    worker  {"rank"}                                   greeting
+    parent  {"path", "threads", "gpus", "linger", ...}  import path, intra-op threads, whether to use GPUs
     parent  function and arguments                     by cloudpickle: to our own child, never through a file
-    worker  {"time", "returned"} and what was returned    or    {"time", "error", "message", "traceback"}
+    worker  {"time", "returned"} and the result, or {"time", "error", "message", "traceback"}
 
-A worker whose socket closes without an answer died. A worker that reports an error lingers before it ends, so that the
-agent does not stop the others yet: what is seen to end within that time ended by itself, and may be the cause.
+A worker whose socket closes without an answer has died. A worker that reports an error lingers before it ends, so that
+the parent does not stop the others yet: a worker that ends within that time ended by itself, and may be the cause.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ LINGER_SECONDS = 0.5
 """Seconds between a worker's report of an error and its end."""
 
 LONGEST_ADDRESS = 100
-"""Bytes that a Unix socket's path may have, on every system."""
+"""Largest number of bytes in the path of a Unix socket that every system accepts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a worker ended before its work was done.
+    """End of a worker before its work was done.
 
     Attributes:
-        rank: its number.
-        time: when it reported or was seen to be gone, in seconds of the machine's monotonic clock.
-        report: what it said: keys error, message, traceback; None: it died without a word.
+        rank: rank of the worker.
+        time: time of its report, or of its closed connection, in seconds of the machine's monotonic clock.
+        report: its error report, with keys error, message, traceback; None if it died without one.
     """
 
     rank: int
@@ -49,13 +49,13 @@ class Ending:
 
 
 class Switchboard:
-    """Serves the workers from a thread, until `close`.
+    """Server of the workers' sockets, in a thread that runs until `close`.
 
     Attributes:
         address: path of the socket that workers connect to.
         endings: workers that failed or died.
         finished: ranks of workers that have answered.
-        returned: what rank 0 returned, as cloudpickle wrote it; None before.
+        returned: result of rank 0 as pickled by cloudpickle; None until rank 0 has answered.
     """
 
     def __init__(self, setup: dict[str, Any], work: bytes) -> None:
@@ -76,7 +76,7 @@ class Switchboard:
         self._thread.start()
 
     def close(self) -> None:
-        """Stops serving and hangs up: a worker that is still there then ends itself."""
+        """Stop serving and close all connections, upon which a worker that is still alive ends itself."""
         self._wake.send(b"x")
         self._thread.join()
         for connection in (*self._ranks, *self._answered):
@@ -86,7 +86,7 @@ class Switchboard:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def settle(self, ended: Collection[int], seconds: float = 5.0) -> None:
-        """Wait, `seconds` at most, until the last words of the workers that have `ended` have been heard."""
+        """Wait at most `seconds` until the last frames of the workers in `ended` have been read."""
         deadline = time.monotonic() + seconds
         while any(rank in ended for rank in list(self._ranks.values())) and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -124,7 +124,7 @@ class Switchboard:
         rank = self._ranks.pop(connection)
         if rank == 0:
             self.returned = returned
-        self._answered.append(connection)  # from here on its end means nothing
+        self._answered.append(connection)  # stays open: closing it would make the worker end itself
         self.finished.add(rank)
 
     def _hang_up(self, connection: Connection, report: dict[str, Any] | None) -> None:
@@ -135,5 +135,8 @@ class Switchboard:
 
 
 def _socket_parent() -> str | None:
-    """Where the socket's folder goes: the usual place for temporary files unless its path is too long for a socket."""
+    """Return the parent folder of the socket's folder: /tmp if the default path is too long for a socket, else None.
+
+    None selects the default folder for temporary files.
+    """
     return None if len(os.fsencode(tempfile.gettempdir())) + 32 < LONGEST_ADDRESS else "/tmp"

@@ -1,4 +1,4 @@
-"""Decide from what all workers are doing whether the job hangs, who holds it up, and who is merely slow."""
+"""Verdict over the states of all workers: does the job hang, which worker blocks it, and which is merely slow."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 SLOW_WAITS, OTHERS_WAIT = 0.15, 0.4
-"""A worker is slow if it waits less than the first share of the time while the others wait more than the second."""
+"""Limits of a slow worker: it waits at most the first share of its time, while the median of the others waits at least
+the second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a worker may go without a step.
+    """Limits on the seconds that a worker may go without progress.
 
     Attributes:
-        idle: seconds while nothing computes anywhere.
-        busy: seconds while one of them computes: that may be a long operation, or a loop without end.
+        idle: seconds while no worker computes.
+        busy: seconds while a worker computes, which may be a long operation or an endless loop.
     """
 
     idle: float
@@ -26,14 +27,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What one worker answers when it is asked what it is doing.
+    """Answer of a worker to the question what it is doing.
 
     Attributes:
-        stalled: seconds since it last got on.
-        steps: how often it has got on.
-        waiting: it sleeps in a collective or a message, see `stacks.Look`.
-        busy: it used its processor in the last seconds.
-        operation: what it is in.
+        stalled: seconds since its last progress.
+        steps: number of times that it made progress.
+        waiting: True if it sleeps in a collective or a point-to-point message, see `stacks.Look`.
+        busy: True if it used its processor in the last seconds.
+        operation: name of the operation that it is in.
         stack: its innermost frames.
     """
 
@@ -47,7 +48,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Hang:
-    """A job that does not get on: the rank that holds it up, its stack, and one line for a person."""
+    """Verdict that the job hangs: the rank that blocks it, that worker's stack, and a message of one line."""
 
     rank: int
     message: str
@@ -56,19 +57,19 @@ class Hang:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What a worker did in the last seconds: the share of the time in which it waited, and where it was otherwise."""
+    """Pace of a worker in the last seconds: the share of time in which it waited, and its main operation otherwise."""
 
     waiting: float
     operation: str
 
 
 def hang(states: Mapping[int, State | None], limits: Limits, hosts: Mapping[int, str]) -> Hang | None:
-    """Return who holds the job up; None while somebody may still get on.
+    """Return the worker that blocks the job. Returns None while some worker may still make progress.
 
     Args:
-        states: of each rank; None: it did not answer.
-        limits: for how long a worker may go without a step.
-        hosts: rank -> where it runs, as far as that is known; for the message.
+        states: state of each rank; None if it did not answer.
+        limits: limits on the seconds that a worker may go without progress.
+        hosts: rank -> host name, as far as it is known; for the message.
     """
     silent = [rank for rank, state in states.items() if state is None]
     answered = {rank: state for rank, state in states.items() if state is not None}
@@ -104,7 +105,7 @@ def _at(rank: int, hosts: Mapping[int, str]) -> str:
 
 
 def _doing(states: Mapping[int, State]) -> str:
-    """Say what workers are in, those that are in the same together."""
+    """Describe the operations that workers are in; ranks in equal operations are listed together."""
     by_operation: dict[str, list[int]] = {}
     for rank, state in sorted(states.items()):
         by_operation.setdefault(f"{'waits' if state.waiting else 'is'} in {state.operation}", []).append(rank)
@@ -116,7 +117,7 @@ def _doing(states: Mapping[int, State]) -> str:
 
 
 def slow(paces: Mapping[int, Pace]) -> int | None:
-    """Return the rank that the others wait for; None where they keep pace, or wait for several."""
+    """Return the rank that the others wait for. Returns None if all keep pace, or if they wait for several."""
     if len(paces) < 2:
         return None
     rank = min(paces, key=lambda rank: paces[rank].waiting)
@@ -125,12 +126,12 @@ def slow(paces: Mapping[int, Pace]) -> int | None:
 
 
 def slow_message(rank: int, paces: Mapping[int, Pace]) -> str:
-    """Tell which worker is slow, where it spends its time, and what that costs the others."""
+    """Format a line that says which worker is slow, where it spends its time, and how long the others wait for it."""
     others = statistics.median(pace.waiting for other, pace in paces.items() if other != rank)
     where = f", mostly in {paces[rank].operation}" if paces[rank].operation else ""
     return f"worker {rank} is slow{where}: the others spend {others:.0%} of their time waiting for it"
 
 
 def to_json(value: State | Pace) -> dict[str, Any]:
-    """Return the fields of a value for a board."""
+    """Return the fields of a value as a dict that can be written to a board as JSON."""
     return {name: getattr(value, name) for name in value.__slots__}

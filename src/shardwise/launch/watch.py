@@ -1,14 +1,16 @@
-"""Watch over a worker from a thread of its own: notice that the job hangs, name who holds it up, and end it.
+"""Watch thread of a worker: notice that the job hangs, name the worker that blocks it, and end the job.
 
-The main thread reports that it gets on with `beat`. A worker that has not for longer than its limit asks all the others
-what they are doing; each answers from its watching thread, also while its main thread hangs. From the answers every one
-of them concludes the same (`verdict.hang`), and the lowest rank that can says it. A worker that does not answer is
-stopped, or its host is gone, or a thread of it holds the interpreter's lock for good.
+The main thread reports progress with `beat`. A worker without progress for longer than its limit asks all the others
+what they are doing. Each answers from its watch thread, even while its main thread hangs. All reach one conclusion from
+the answers (`verdict.hang`), and the lowest rank that can report it does. A worker that does not answer is stopped, or
+its host is gone, or one of its threads never releases the interpreter's lock.
 
-    asked      call           number of the last question
-    answered   state-RANK     {"call", ...State}
-               pace-RANK      {...Pace}
-               host-RANK      name of its host, process id
+Texts on the board:
+
+    call           number of the last question
+    state-RANK     answer to it: {"call", ...State}
+    pace-RANK      {...Pace}
+    host-RANK      host name and process id
 """
 
 from __future__ import annotations
@@ -35,27 +37,27 @@ from shardwise.launch.verdict import Hang, Limits, Pace, State, hang, slow, slow
 __all__ = ["FolderBoard", "StoreBoard", "beat", "settle", "slow_workers", "watching"]
 
 LEAST_SECONDS = 60.0
-"""The shortest limit where none is asked for, and the one for preparations that only wait."""
+"""Shortest idle limit in seconds if none is requested; also the least idle limit until the first step is done."""
 
 BUSY_TIMES = 10.0
-"""How many times as long a worker may compute as it may wait, where no limit is asked for."""
+"""Ratio of the busy limit to the idle limit, and of the idle limit to the predicted step, if no limit is requested."""
 
 SAMPLE_SECONDS, TICK_SECONDS, PACE_SECONDS = 0.1, 1.0, 5.0
-"""Between looks at the main thread, looks at the board, and reports of a worker's pace."""
+"""Seconds between two samples of the main thread, two looks at the board, and two reports of a worker's pace."""
 
 ANSWER_SECONDS, TURN_SECONDS = 4.0, 3.0
-"""For the answers of the others; and for lower ranks to say what was found, per rank that is below."""
+"""Seconds to wait for the answers of the others, and for each lower rank to report the verdict first."""
 
 SUSPENDED_SECONDS = 3.0
-"""Between two samples, above which the process itself was not running."""
+"""Seconds between two samples above which the whole process must have been suspended."""
 
 BUSY_SHARE = 0.2
-"""Of a processor, from which on a worker counts as busy."""
+"""Share of one processor's time above which a worker counts as busy."""
 
 
 @dataclass(slots=True)
 class _Seat:
-    """Where this process sits among the workers; the same for its whole life."""
+    """Rank, board and progress of this process, which stay with it until it ends."""
 
     rank: int
     workers: int
@@ -71,13 +73,13 @@ _watch: _Watch | None = None
 
 
 def settle(rank: int, workers: int, board: Board, report: Callable[[BaseException], None]) -> None:
-    """Say who this process is among the workers, once.
+    """Register this process as a worker, once and before it is watched.
 
     Args:
-        rank: its number.
-        workers: how many there are.
-        board: over which they talk.
-        report: tells an error of this process; called from another thread than the main one.
+        rank: rank of this process.
+        workers: number of workers.
+        board: board that all workers share.
+        report: function that reports an error of this process; the watch thread calls it.
     """
     global _seat
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
@@ -86,19 +88,19 @@ def settle(rank: int, workers: int, board: Board, report: Callable[[BaseExceptio
 
 
 def beat() -> None:
-    """Note that this worker gets on: a step, a batch of an evaluation, a checkpoint is done."""
+    """Note progress of this worker: a step, a batch of an evaluation or a checkpoint is done."""
     if _seat is not None:
         _seat.beats += 1
         _seat.last = time.monotonic()
 
 
 def slow_workers() -> list[str]:
-    """Return what was said of slow workers so far, on the first worker."""
+    """Return the messages about slow workers so far; rank 0 has them, other ranks return an empty list."""
     return [] if _seat is None else list(_seat.slow)
 
 
 def limits(asked: float | None, step_seconds: float | None) -> Limits:
-    """Return the limits that were asked for, else those for steps that are predicted to take `step_seconds`."""
+    """Return the limits for `asked` seconds, else the default limits for a predicted step of `step_seconds`."""
     if asked is not None:
         return Limits(asked, asked)
     idle = max(LEAST_SECONDS, BUSY_TIMES * (step_seconds or 0.0))
@@ -107,9 +109,9 @@ def limits(asked: float | None, step_seconds: float | None) -> Limits:
 
 @contextlib.contextmanager
 def watching(limit: Limits) -> Iterator[None]:
-    """Watch over this worker while the block runs; does nothing in a process that is no worker.
+    """Watch this worker while the block runs; does nothing in a process that is no worker.
 
-    After it the watch still answers the others, which may not be done yet.
+    After the block the watch thread still answers the other workers, which may not be done yet.
     """
     global _watch
     if _seat is None:
@@ -125,7 +127,7 @@ def watching(limit: Limits) -> Iterator[None]:
 
 
 class _Watch:
-    """The watch over one worker, from its first job on until the process ends."""
+    """Watch thread of one worker, which runs from the worker's first job until the process ends."""
 
     def __init__(self, seat: _Seat) -> None:
         self.seat = seat
@@ -144,7 +146,7 @@ class _Watch:
 
     @property
     def limit(self) -> Limits:
-        """Return the limits that hold now: until the first step is done, models are traced and weights are read."""
+        """Return the limits that hold now; they are longer until the first step, while models are traced and read."""
         if self.asked is None:
             return Limits(float("inf"), float("inf"))
         if self.seat.beats:
@@ -157,7 +159,7 @@ class _Watch:
             time.sleep(SAMPLE_SECONDS)
             gap = time.monotonic() - looked
             looked += gap
-            if gap > SUSPENDED_SECONDS:  # the whole process stood still, as a suspended job does: that is no hang
+            if gap > SUSPENDED_SECONDS:  # the whole process was suspended: its pause is no hang
                 self.seat.last += gap
             seen = look()
             self._samples.append(seen.waiting)
@@ -188,10 +190,10 @@ class _Watch:
         self._busy = used - used_before > BUSY_SHARE * (now - before)
         self._used = (now, used)
 
-    # ---- who is where ----
+    # ---- hosts of the workers ----
 
     def _meet(self) -> None:
-        """Learn the hosts of all workers while they can still be asked."""
+        """Read the hosts and process ids of all workers while the board can still be reached."""
         if len(self._hosts) == self.seat.workers:
             return
         if not self._hosts:
@@ -209,7 +211,7 @@ class _Watch:
         return State(self._stalled(), self.seat.beats, seen.waiting, self._busy, seen.operation, seen.stack())
 
     def _answer(self) -> None:
-        """Answer the newest question, if there is one that has not been answered yet."""
+        """Put this worker's state on the board if the newest question has not been answered yet."""
         call = int(self.seat.board.get("call") or 0)
         if call > self._answered:
             self._answered = call
@@ -217,7 +219,7 @@ class _Watch:
             self.seat.board.put(f"state-{self.seat.rank}", text)
 
     def _ask(self) -> None:
-        """Ask all workers what they are doing; say and end it where the job hangs."""
+        """Ask all workers what they are doing; if the job hangs, report it and end the job."""
         self._call = max(self._call, self._answered) + 1
         self.seat.board.put("call", str(self._call))
         end = time.monotonic() + ANSWER_SECONDS
@@ -240,7 +242,7 @@ class _Watch:
         return State(**fields) if fields.pop("call") >= self._call else None
 
     def _lose(self) -> None:
-        """Count how long the board has been out of reach: with a step that does not end, the link or host is gone."""
+        """Note that the board is out of reach; end the job once that and the current step exceed the idle limit."""
         now = time.monotonic()
         self._lost_since = self._lost_since or now
         if min(now - self._lost_since, self._stalled()) > self.limit.idle:
@@ -249,22 +251,22 @@ class _Watch:
             self._end(Hang(0, f"{message}; worker {self.seat.rank} waits in {look().operation}", ""))
 
     def _end(self, found: Hang, silent: Sequence[int] = ()) -> None:
-        """Tell that the job hangs, and end this process and those of `silent` ranks that are on this host."""
+        """Report that the job hangs, and end this process and the processes of `silent` ranks on this host."""
         here = socket.gethostname()
         near = [process for host, process in (self._hosts[r] for r in silent if r in self._hosts) if host == here]
         if hasattr(signal, "SIGUSR1"):
-            _send(near, signal.SIGUSR1)  # `faulthandler` shows their stacks: it needs no lock of the interpreter
+            _send(near, signal.SIGUSR1)  # `faulthandler` prints their stacks without the interpreter's lock
             time.sleep(SAMPLE_SECONDS)
         remedy = f"give --hang-timeout more than {self.limit.idle:g} s if it only needs longer"
         message = f"{found.message}; all workers are ended: {remedy}"
         self.seat.report(WorkerHung(message, rank=found.rank, traceback=found.stack))
-        _send(near, signal.SIGKILL)  # a stopped process hears nothing else
+        _send(near, signal.SIGKILL)  # a stopped process reacts to no other signal
         _exit(1)
 
-    # ---- pace ----
+    # ---- pace of the workers ----
 
     def _tell_pace(self) -> None:
-        """Put this worker's pace on the board now and then; the first worker compares all of them."""
+        """Put this worker's pace on the board every PACE_SECONDS; rank 0 then compares all of them."""
         begin, beats = self._window
         if time.monotonic() - begin < PACE_SECONDS or self.seat.beats < beats + 3:
             return
@@ -277,7 +279,7 @@ class _Watch:
             self._compare()
 
     def _compare(self) -> None:
-        """Say that a worker has become slow, once it was so twice in a row, and that it no longer is."""
+        """Report a worker that was slow in two comparisons in a row, and report when it keeps up again."""
         texts = {rank: self.seat.board.get(f"pace-{rank}") for rank in range(self.seat.workers)}
         paces = {rank: Pace(**json.loads(text)) for rank, text in texts.items() if text}
         found = slow(paces) if len(paces) == self.seat.workers else None
@@ -297,14 +299,14 @@ def _send(processes: Sequence[int], number: signal.Signals) -> None:
 
 
 def _say(message: str) -> None:
-    """Write a line for a person above a progress bar that may be there."""
+    """Write a line to standard error, above the progress bar if there is one."""
     from tqdm import tqdm
 
     tqdm.write(f"shardwise: {message}", file=sys.stderr)
 
 
 def report_here(board: StoreBoard, error: BaseException) -> None:
-    """Tell an error of this process, which another launcher started, unless another worker has."""
+    """Report an error of this worker of another launcher, unless another worker has reported one."""
     first = True
     with contextlib.suppress(OutOfReach):
         first = board.add("hang") == 1

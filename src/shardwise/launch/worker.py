@@ -1,6 +1,6 @@
-"""The program of one worker process, started as `python .../worker.py SOCKET`; the parent's end is `switchboard`.
+"""Program of one local worker process, started as `python .../worker.py SOCKET`; `switchboard` is the parent's side.
 
-Everything heavy is imported after the parent said where to import from and with how many threads to compute.
+Heavy modules are imported only after the parent has sent the import path and the number of threads.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 
 def main(address: str) -> None:
-    """Connect to the parent, call the function that it sends, answer, and end this process."""
-    os.dup2(2, 1)  # standard output is the parent's alone: what workers print must not mix with its JSON
+    """Connect to the parent, call the function that it sends, send back the result, and end this process."""
+    os.dup2(2, 1)  # only the parent writes to standard output: prints of workers must not mix with its JSON
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.enable()
     line = socket.socket(socket.AF_UNIX)
@@ -36,7 +36,7 @@ def main(address: str) -> None:
     except BaseException as error:
         _report(parent, error)
         time.sleep(setup["linger"])
-        os._exit(1)  # a plain exit would wait for threads that wait for other workers
+        os._exit(1)  # sys.exit would wait for threads, which may wait for other workers
     _send(parent, {"time": time.monotonic(), "returned": len(returned)})
     parent.send_bytes(returned)
     from shardwise.ending import end
@@ -45,7 +45,7 @@ def main(address: str) -> None:
 
 
 def _work(setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
-    """Call the function among all workers; return its result as cloudpickle writes it, empty unless rank 0."""
+    """Join the other workers and call the function; return its pickled result on rank 0, else empty bytes."""
     sys.path[:] = setup["path"]
     os.environ.setdefault("OMP_NUM_THREADS", str(setup["threads"]))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -68,7 +68,7 @@ def _work(setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
 
 
 def _report(parent: Connection, error: BaseException) -> None:
-    """Tell the parent what went wrong, leaving out this file's own frames."""
+    """Send an error and its traceback to the parent, without the outer frames of this file."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
@@ -84,12 +84,12 @@ def _send(parent: Connection, header: dict[str, Any]) -> None:
 
 
 def _end_with(parent: Connection) -> None:
-    """Ends this process, and what it started, as soon as the parent hangs up; the parent sends nothing more."""
+    """Kill this process and all that it started as soon as the parent closes the connection; it sends nothing more."""
     with contextlib.suppress(EOFError, OSError):
         parent.recv_bytes()
-    os.killpg(os.getpgrp(), signal.SIGKILL)  # the launcher starts each worker as a group of its own
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # the parent starts each worker in a process group of its own
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder: its modules are not for importing by their bare names
+    del sys.path[0]  # this folder: its modules must not be importable by their bare names
     main(sys.argv[1])

@@ -1,1 +1,1 @@
-"""The training loop, checkpoints, measurements: what happens on disk and in time."""
+"""Runs: the training loop, checkpoints, measurements, verification and calibration."""

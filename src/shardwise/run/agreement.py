@@ -1,4 +1,4 @@
-"""Agree among all workers to stop after the same step, for a signal reaches each of them at another moment."""
+"""Agreement of all workers on the step after which they stop, because a signal reaches each at a different moment."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch.distributed as dist
 from shardwise.launch import stop
 
 EVERY_SECONDS = 1.0
-"""Between two questions to all workers: one small message, about a thousandth of that time."""
+"""Seconds between two questions to all workers; a question is one small all-reduce, about a thousandth of that time."""
 
 GROWTH = 4
-"""How many times as many steps at most lie between two questions as between those before."""
+"""Largest factor by which the number of steps between two questions may grow from one question to the next."""
 
 
 class Agreement:
-    """Asks all workers now and then whether one of them was told to stop; all ask after the same steps.
+    """Periodic question to all workers whether one of them was told to stop; all workers ask after the same steps.
 
-    How many steps lie between two questions is what the first worker finds right for `EVERY_SECONDS`.
+    Rank 0 chooses the number of steps between two questions, so that they come about every `EVERY_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,10 @@ class Agreement:
         self._asked = time.monotonic()
 
     def stop(self) -> int:
-        """Return after a step the number of the signal on which all workers stop now; 0: they go on. Collective."""
+        """Return the number of the signal on which all workers stop after this step. Collective.
+
+        Returns 0 if they go on.
+        """
         if not self._together:
             return stop.requested()
         self._left -= 1
@@ -43,7 +46,7 @@ class Agreement:
         return int(signal)
 
     def _next(self) -> int:
-        """Return how many steps lie between this question and the next."""
+        """Return the number of steps between this question and the next."""
         now = time.monotonic()
         step_seconds = (now - self._asked) / self._interval
         self._asked = now

@@ -1,6 +1,6 @@
-"""The cluster that this machine is: measured once, kept in the user's cache folder, and used by every run after.
+"""Cluster of this machine: measured once, cached in the user's cache folder, and used by every later run.
 
-The environment says otherwise where SHARDWISE_CLUSTER is a cluster file, or `off`: then nothing is measured.
+The environment variable SHARDWISE_CLUSTER overrides it with a cluster file; with `off` nothing is measured.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ SETTING = "SHARDWISE_CLUSTER"
 OFF = "off"
 
 FORMAT = 5
-"""Of what is measured: older files are not used."""
+"""Version of the measurements; cached files of older versions are not used."""
 
 
 def cluster_at_hand(*, quiet: bool = False) -> Cluster:
-    """The cluster of this machine; measured now where that was not done before.
+    """Return the cluster of this machine; measure it now if it is not in the cache.
 
     Args:
-        quiet: do not say that it is being measured.
+        quiet: do not print that it is being measured.
 
     Raises:
-        NotMeasured: measuring is off, or not possible here.
-        ClusterError: the file that is set is wrong.
-        WorkerFailed: a worker died while it was measured.
+        NotMeasured: measuring is switched off, or not possible here.
+        ClusterError: the cluster file that the environment sets is wrong.
+        WorkerFailed: a worker died during the measurement.
     """
     setting = os.environ.get(SETTING, "")
     if setting == OFF:
@@ -49,12 +49,12 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
         try:
             return read_cluster(path)
         except ClusterError:
-            path.unlink()  # of another version, or damaged: it is measured again
+            path.unlink()  # it is damaged or of another version: measure again
     if under_launcher():
         raise NotMeasured(f"this machine has not been measured: run shardwise calibrate, or set {SETTING} to a file")
     if not quiet:
         sys.stderr.write(f"measuring this machine once, for predictions ({SETTING}={OFF} leaves them out)\n")
-    from shardwise.run.calibrate import QUICK, calibrate  # a second to import, for what is done once per machine
+    from shardwise.run.calibrate import QUICK, calibrate  # takes a second to import, needed once per machine
 
     cluster = calibrate(effort=QUICK, quiet=quiet)
     assert cluster is not None
@@ -63,7 +63,11 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
 
 
 def check_place() -> None:
-    """Raises NotMeasured where a cluster cannot be kept: it would be measured, for a minute, at every start."""
+    """Check that the cache folder is writable; otherwise each start would measure the machine again for a minute.
+
+    Raises:
+        NotMeasured: the folder cannot be written.
+    """
     try:
         check_writable()
     except OSError as error:
@@ -74,7 +78,11 @@ def check_place() -> None:
 
 
 def check_hosts() -> None:
-    """Raises NotMeasured where an outer launcher's workers are on several hosts, of which no file says anything."""
+    """Check that the workers of an outer launcher share one host, or that a cluster file is set.
+
+    Raises:
+        NotMeasured: they are on several hosts, and no file describes these.
+    """
     context = rank_context()
     if context is not None and not context.one_host and os.environ.get(SETTING, "") in ("", OFF):
         raise NotMeasured(
@@ -84,12 +92,12 @@ def check_hosts() -> None:
 
 
 def keep(cluster: Cluster) -> None:
-    """Makes this the cluster of this machine."""
+    """Write a cluster to the cache as the cluster of this machine."""
     write_cluster(cluster, cached_file())
 
 
 def cached_file() -> Path:
-    """Where this machine's cluster is kept: by processor, number of cores, GPUs and version of torch."""
+    """Return the path of this machine's cluster in the cache, keyed by processor, cores, GPUs and version of torch."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     facts = (FORMAT, machine.processor(), machine.cores(), gpus, torch.__version__)
     return cache_folder() / f"cluster-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.toml"

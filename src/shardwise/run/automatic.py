@@ -1,8 +1,7 @@
-"""`--strategy auto`: the machine is measured once, the best strategy for it is found, trained, and held to its word.
+"""Implementation of `--strategy auto`: measure the machine once, plan, train, and report the prediction error.
 
-It is what `train` does where no strategy is given; `dp` over all workers where the machine may not, or cannot be
-measured, and that is said. Where a worker runs out of memory the next best plan that needs less is tried, and that is
-said.
+It is the default of `train`. If the machine cannot or must not be measured, the default is `dp` over all workers, with
+a note to the user. If a worker runs out of memory, the next best plan that needs less memory is tried, with a note.
 """
 
 from __future__ import annotations
@@ -37,22 +36,23 @@ from shardwise.workload.workload import Workload
 AUTO = "auto"
 
 WRONG = 0.2
-"""Relative error of a prediction above which the part that is most wrong is named."""
+"""Relative error of a prediction above which the verdict names the part with the largest error."""
 
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "not enough memory", "can't allocate memory", "SIGKILL")
-"""In the traceback of a worker, or in what is said of its end: how CUDA, torch's CPU allocator and Linux put it."""
+"""Words in a worker's traceback or error message that mean out of memory: of CUDA, torch's CPU allocator and Linux."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen for this machine.
+    """Strategies chosen for this machine: the best one, and those to fall back to.
 
     Attributes:
-        best: to train with.
-        others: the other strategies that fit, best first.
-        words: why, a paragraph each.
-        cuts: of a strategy whose stages are unequal: what fits was found for these. Others are cut as is measured.
-        last_resort: the best strategy with parameters on the hosts, which is looked for when it is asked for.
+        best: the candidate to train with.
+        others: the candidates that fit, fastest first.
+        words: the explanation, one string per paragraph.
+        cuts: function that returns the cut points of a strategy with unequal stages, because its memory was predicted
+            for these. It returns none for other strategies, which are cut by measured costs.
+        last_resort: function that searches for the best strategy with offload. It returns None if there is none.
     """
 
     best: Candidate
@@ -62,7 +62,7 @@ class Choice:
     last_resort: Callable[[], Candidate | None] = lambda: None
 
     def smaller(self) -> Iterator[Candidate]:
-        """What to fall back to: each of them needs less memory than the one before."""
+        """Yield the candidates to fall back to; each needs at most 90% of the memory of the one before."""
         memory = self.best.prediction.memory.total
         for candidate in self.others:
             if candidate.prediction.memory.total < 0.9 * memory:
@@ -74,17 +74,17 @@ class Choice:
 
 
 def choose(workload: Workload, workers: int | None = None, *, quiet: bool = False) -> Choice:
-    """The best strategy for this machine.
+    """Choose the best strategy for this machine.
 
     Args:
-        workload: what to train.
-        workers: how many of them; None: as many as are fastest, up to what the machine was measured with.
-        quiet: say nothing about the search.
+        workload: workload to train.
+        workers: number of workers; None: as many as are fastest, up to the number that the machine was measured with.
+        quiet: do not print that the machine is being measured.
 
     Raises:
         NotMeasured: the machine may not be measured, or was measured with fewer workers.
-        RequestError: no strategy can be.
-        DoesNotFit: nothing fits.
+        RequestError: no strategy is possible.
+        DoesNotFit: no strategy fits into memory.
     """
     cluster = cluster_at_hand(quiet=quiet)
     if workers is not None and workers > cluster.size:
@@ -135,20 +135,21 @@ def _nothing(plan: Plan) -> str:
 
 
 def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = False, **options: Any) -> dict[str, Any]:
-    """Plans, trains, and says how the prediction did.
+    """Plan, train, and report the prediction error.
 
     Args:
-        asked: the training; its strategy is `auto`, or None: then it need not be chosen where it cannot.
+        asked: the requested training. Its strategy is `auto`, or None, which falls back to `dp` if none can be chosen.
         out: the run's folder, as in `api.train`.
-        quiet: no progress bar, and no words about the choice.
+        quiet: print neither a progress bar nor the choice.
         options: as in `request.settle`.
 
     Returns:
-        The document of `train`, with `explanation`, and `verdict` where the prediction was off by more than 20%.
+        The document of `train`, with `explanation` and `verdict`. The verdict is None unless the prediction is off by
+        more than 20%.
 
     Raises:
-        RequestError, DoesNotFit, NotMeasured: as `choose` does; the last only where `auto` was asked for.
-        WorkerFailed: a worker died, and not because of memory or with nothing smaller to fall back to.
+        RequestError, DoesNotFit, NotMeasured: as in `choose`; NotMeasured only if the strategy is `auto`.
+        WorkerFailed: a worker died for another reason than memory, or there is nothing smaller to fall back to.
     """
     settle_options(steps=asked.steps, epochs=asked.epochs, quiet=quiet, **options)  # before anything is measured
     source = settle_source(asked.workload, asked.settings, asked.seed)
@@ -188,7 +189,10 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
 def _with_launcher(
     count: int, workload: Workload, asked: Asked, out: str | Path | None, **options: Any
 ) -> dict[str, Any]:
-    """As one of the workers of an outer launcher: all take what the first one chooses. Nothing is tried again."""
+    """Train as one of the workers of an outer launcher with the strategy that rank 0 chooses. Collective.
+
+    There is no fallback to a smaller strategy.
+    """
     join_launcher(count)
     choice: Choice | None = None
     if is_first():
@@ -207,7 +211,7 @@ def _with_launcher(
 
 
 def _unmeasured(asked: Asked, error: NotMeasured) -> Asked:
-    """With `dp` over all workers; raises the error where `auto` was asked for."""
+    """Return the request with `dp` over all workers; re-raise `error` if the requested strategy is `auto`."""
     if asked.strategy == AUTO:
         raise error
     return replace(asked, strategy=settle_strategy(None, asked.workers))
@@ -223,7 +227,7 @@ def _with_verdict(candidate: Candidate, summary: Mapping[str, Any], words: Seque
 
 
 def ran_out_of_memory(error: WorkerFailed) -> bool:
-    """Whether a worker died because there was no more memory."""
+    """Return whether a worker died because it ran out of memory."""
     told = f"{error}\n{error.traceback}"
     return any(word in told for word in OUT_OF_MEMORY)
 
@@ -234,11 +238,11 @@ def _say_fallback(before: Strategy, candidate: Candidate) -> None:
 
 
 def held(prediction: Prediction, summary: Mapping[str, Any]) -> str | None:
-    """How a prediction did, where it was off by more than 20%; None where it held, or nothing was measured.
+    """Return a sentence about a prediction that is off by more than 20%. Returns None if it is not, or is unmeasured.
 
     Args:
-        prediction: of a step.
-        summary: of the run, as `train --json` prints it.
+        prediction: prediction of a step.
+        summary: summary of the run, as `train --json` prints it.
     """
     measured, predicted = summary["step_seconds"], prediction.step_seconds
     if not measured or abs(measured / predicted - 1) <= WRONG:

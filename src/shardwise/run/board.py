@@ -1,7 +1,7 @@
-"""TensorBoard's event files of a run, where TensorBoard is installed. What fails there never ends the run.
+"""TensorBoard event files of a run, if TensorBoard is installed; a failure to write them never ends the run.
 
-TensorBoard's own writer works in a thread that prints its traceback when the disk is full, and raises it in the
-training. Its records are written here instead: an event for each step, with all its values.
+TensorBoard's own writer works in a thread that prints a traceback when the disk is full, and raises the error in the
+training. This module writes the records itself: one event per step, with all its values.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 FLUSH_SECONDS = 5.0
-"""How long an event may wait before it is in its file."""
+"""Seconds that an event may wait before it is written to its file."""
 
 logger = logging.getLogger(__name__)
 
 
 class Board:
-    """One event file in `folder`; nothing where TensorBoard is not installed or the file cannot be written.
+    """Event file in a folder; writes nothing if TensorBoard is not installed or the file cannot be written.
 
     Args:
-        folder: is made where it is not there.
-        done: steps before; events of later ones in earlier files do not count any more. 0: there are none.
+        folder: folder of the event file; it is made if it does not exist.
+        done: number of steps before this file. Events of later steps in earlier files are discarded by TensorBoard.
+            0: there are no earlier files.
     """
 
     def __init__(self, folder: Path, done: int) -> None:
@@ -44,7 +45,7 @@ class Board:
             self._records.flush()
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Values by name, after a step; those that are None are left out."""
+        """Write the values of a step by name; values that are None are left out."""
         if self._records is None:
             return
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -57,7 +58,7 @@ class Board:
                 self._records.flush()
 
     def close(self) -> None:
-        """Writes what has waited."""
+        """Write all waiting events and close the file."""
         if self._records is not None:
             with self._told():
                 self._records.close()
@@ -75,7 +76,7 @@ class Board:
 
     @contextlib.contextmanager
     def _told(self) -> Any:
-        """Tells the first failure in one line; nothing more is written after it."""
+        """Report the first failed write in one line, and write nothing more after it."""
         try:
             yield
         except OSError as error:

@@ -1,9 +1,9 @@
-"""Measures the machine at hand and the links between its workers: a cluster with curves that predictions are made from.
+"""Calibration: measure this machine and the network links between its workers, and build a cluster with these curves.
 
-cases        what is measured on one worker alone, then on several of a host at the same time
-eager        what the host needs beside the kernels
-layouts      groups of workers that communicate, at the same time as their siblings
-overlap      how much slower they compute meanwhile
+cases        kernels, measured on one worker alone, then on several workers of a host at the same time
+eager        host time beside the kernels
+layouts      groups of workers that communicate, at the same time as their sibling groups
+overlap      slowdown of kernels while their worker communicates
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ MEASURED = (
     "heap",
     "overheads",
 )
-"""Fields of a device that are measured."""
+"""Fields of `Device` that a calibration measures."""
 
 LARGEST = 4
-"""Workers of a calibration where nobody says how many: what the recipes are trained with."""
+"""Default number of workers of a calibration on a CPU: the number that the recipes are trained with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to measure.
+    """Time to spend on a calibration, and the kernels to measure.
 
     Attributes:
         case: seconds for each case of a device.
         message: seconds for each size of a collective.
-        other: seconds for each of what is not a curve.
-        dtypes: that are measured.
-        cases: dtype -> what is measured; None: everything.
+        other: seconds for each measurement that is not a curve.
+        dtypes: dtypes to measure.
+        cases: function that returns the cases of a dtype; None: all cases.
     """
 
     case: float = 0.01
@@ -80,7 +80,7 @@ class Effort:
     cases: Callable[[torch.dtype], Sequence[Case]] | None = None
 
     def of(self, dtype: torch.dtype) -> Sequence[Case]:
-        """The cases of a dtype."""
+        """Return the cases to measure for a dtype."""
         return list((self.cases or all_cases)(dtype))
 
 
@@ -89,18 +89,18 @@ QUICK = Effort(case=0.003, message=0.008, other=0.2, dtypes=(torch.float32,))
 
 
 def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: bool = False) -> Cluster | None:
-    """Measures this machine with local workers, or the workers of an outer launcher.
+    """Measure this machine with local workers, or with the workers of an outer launcher.
 
     Args:
-        workers: the largest number of them; fewer are measured too. None: 4 on a CPU, one for each GPU.
-        effort: how long.
-        quiet: no progress bar.
+        workers: largest number of workers; smaller numbers are measured too. None: 4 on a CPU, one for each GPU.
+        effort: time to spend.
+        quiet: show no progress bar.
 
     Returns:
-        What was measured; None on all but the first worker of an outer launcher.
+        The measured cluster; None on ranks above 0 of an outer launcher.
 
     Raises:
-        RequestError: there cannot be so many workers.
+        RequestError: the number of workers is below 1, or the outer launcher started another number.
         WorkerFailed: a worker died.
     """
     context = rank_context()
@@ -111,7 +111,7 @@ def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: b
     if count < 1:
         raise RequestError(f"workers={count}: must be 1 or more")
     gpus = enough_gpus(count)
-    few = min(count, max(2, machine.cores()))  # what a process needs does not depend on how many there are
+    few = min(count, max(2, machine.cores()))  # the memory of a process does not depend on the number of workers
     own: Footprint = run_local(footprint, workers=few, gpus=gpus)
     crowd = run_local(crowded_step, workers=count, gpus=gpus) if count > few and own.trials else None
     if crowd is not None:
@@ -121,12 +121,12 @@ def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: b
 
 
 def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
-    """Measures, as one of the workers. Collective; the first one gets what was found.
+    """Measure as one of the workers, and return the cluster on rank 0. Collective. Returns None on other ranks.
 
     Args:
-        effort: how long.
-        quiet: no progress bar.
-        own: memory of the workers' processes.
+        effort: time to spend.
+        quiet: show no progress bar.
+        own: memory and step times of small trainings, from `footprint`.
     """
     team = Team(default_device())
     arena = Arena(team.device)
@@ -134,7 +134,7 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
     layered = list(layouts(team.hosts))
     settings = situations(team)
     total = len(noted) * len(settings) + len(layered) * len(OPERATIONS) * len(SIZES)
-    tqdm.monitor_interval = 0  # no thread of its own
+    tqdm.monitor_interval = 0  # keeps tqdm from starting a thread
     with tqdm(
         total=total,
         desc="calibrating",
@@ -162,8 +162,10 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
 
 
 def situations(team: Team) -> list[Situation]:
-    """(workers, threads of each) that are measured on a host: 1, 2, 4, ... with equal shares of the cores, and one
-    worker alone with each of these numbers of threads. More workers than cores are worked out from fewer.
+    """Return the pairs (workers, threads of each) to measure on a host.
+
+    These are 1, 2, 4, ... workers with equal shares of the cores, and one worker alone with each of these numbers of
+    threads. More workers than cores are extrapolated from fewer.
     """
     if team.device.type == "cuda":
         return [(1, 1)]
@@ -172,21 +174,21 @@ def situations(team: Team) -> list[Situation]:
 
 
 def crowded(team: Team) -> list[Situation]:
-    """(workers, threads of each) of 1, 2, 4, ... workers of a host, as many as it has cores at most.
+    """Return the pairs (workers, threads of each) for 1, 2, 4, ... workers of a host, up to its number of cores.
 
-    More of them take turns: each is as much slower as it waits for a core.
+    Further workers would take turns on the cores, and each would be slower by the time that it waits for one.
     """
     cores = machine.cores()
     return [(count, cores // count) for count in _doubled(len(team.hosts[0])) if count <= cores]
 
 
 def _doubled(most: int) -> list[int]:
-    """1, 2, 4, ... and `most`."""
+    """Return the powers of two up to `most`, and `most` itself."""
     return sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
 
 
 def note(case: Case, arena: Arena) -> Noted:
-    """What a case computes, as the kernels of a model are noted."""
+    """Record the kernel of a case in the form in which the kernels of a model are recorded."""
     recorder = LinkRecorder()
     operands = case.make(arena)
     with torch.no_grad(), recorder:
@@ -199,7 +201,7 @@ def note(case: Case, arena: Arena) -> Noted:
 
 
 def summary(cluster: Cluster, out: Path, seconds: float) -> dict[str, Any]:
-    """The document of `calibrate`: what a person wants to know of the curves."""
+    """Return the document of `calibrate`: the main figures of the measured cluster."""
     device = cluster.nodes[0].device
     kernels = [sample.spread for curve in device.curves for sample in curve.samples]
     spreads = kernels + [sample.spread for curve in cluster.collectives for sample in curve.samples]
@@ -247,7 +249,7 @@ def _cluster(team: Team, device: Device, collectives: list[CollectiveCurve]) -> 
 
 
 def _device(where: torch.device, curves: list[KernelCurve], slowed: float, crowds: Mapping[int, float]) -> Device:
-    """What was measured of one device; its best rates are those of one worker that has it alone."""
+    """Build the device of the measured curves; its peak rates are the best ones of one worker without others."""
     alone = max((curve.workers == 1, curve.threads) for curve in curves)[1]
     own = [curve for curve in curves if (curve.workers, curve.threads) == (1, alone)]
     properties = torch.cuda.get_device_properties(where) if where.type == "cuda" else None
@@ -268,7 +270,7 @@ def _device(where: torch.device, curves: list[KernelCurve], slowed: float, crowd
 
 
 def _rates(curves: Sequence[KernelCurve]) -> dict[str, float]:
-    """Dtype -> the highest rate of a matrix product, in floating point operations per second."""
+    """Return for each dtype the highest rate of a matmul, in floating-point operations per second."""
     return {
         curve.dtype: max(2.0 * math.prod(sample.shape) / sample.seconds for sample in curve.samples)
         for curve in curves
@@ -277,7 +279,13 @@ def _rates(curves: Sequence[KernelCurve]) -> dict[str, float]:
 
 
 def launch_seconds(device: Device, where: torch.device, seconds: float) -> float:
-    """What the host needs for one kernel: beside the kernel on a CPU, to start it on a GPU. `seconds`: to spend."""
+    """Return the host seconds per kernel: to launch it on a GPU, and in addition to the kernel itself on a CPU.
+
+    Args:
+        device: the device with its measured curves.
+        where: the torch device to measure on.
+        seconds: time to spend on each measurement.
+    """
     threads = min(curve.threads for curve in device.curves if curve.workers == 1)
     times = KernelTimes(replace(device, threads=threads), 1) if device.kind == "cpu" else None
     before = torch.get_num_threads()
@@ -301,7 +309,7 @@ def _noted(step: Callable[[], None]) -> tuple[Kernel, ...]:
 
 
 def _level(name: str, span: int, curves: Sequence[CollectiveCurve]) -> Level | None:
-    """The links that messages went over; None where none did."""
+    """Build a level of links from the curves of point-to-point messages. Returns None if there are none."""
     messages = [sample for curve in curves if curve.operation == "send" for sample in curve.samples]
     if not messages:
         return None

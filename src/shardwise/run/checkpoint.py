@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written while the training goes on, read under any strategy and by any number of workers."""
+"""Checkpoints of a run: written in the background, and read under any strategy by any number of workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from shardwise.run.workers import Vote, Workers
 
 
 class Checkpointed(Protocol):
-    """What a checkpoint needs of the program; `parallel.program.Program` is one."""
+    """Interface that a checkpoint needs from a program; `parallel.program.Program` implements it."""
 
     steps: int
 
@@ -47,14 +47,14 @@ class Checkpointed(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in its folder `checkpoints`, which all workers must see.
+    """Checkpoints of one run, in its subfolder `checkpoints`, which all workers must see.
 
-    At most one is being written at a time. Every method but `wait` is collective where there is a process group.
+    At most one is being written at a time. Every method but `wait` is collective if there is a process group.
 
     Attributes:
-        folder: where the checkpoints are.
-        keep: how many of the newest stay.
-        protected: steps whose checkpoints stay besides; what is in it at a save holds for that save.
+        folder: folder of the checkpoints.
+        keep: number of newest checkpoints to keep.
+        protected: steps whose checkpoints are kept in addition; each save uses the set as it is at that time.
 
     Raises:
         CheckpointError: `keep` is below 1.
@@ -72,16 +72,16 @@ class Checkpoints:
         self._vote: Vote | None = None
 
     def save(self, program: Checkpointed, progress: dict[str, Any]) -> None:
-        """Copies the program's tensors, and writes them while the training goes on.
+        """Copy the program's tensors, and write them in the background while the training goes on.
 
-        Waits for the checkpoint before, and raises what failed there (see `wait`). `progress` is JSON-able.
+        Waits for the previous checkpoint first, and raises its error (see `wait`). `progress` must be JSON-able.
         """
         self.wait()
         workers, optimizer = self._workers(), program.optimizer
         index = Index(
             tensors={},
             aliases=dict(program.engine.aliases),
-            progress=json.loads(json.dumps(progress)),  # a copy: the training goes on to change it
+            progress=json.loads(json.dumps(progress)),  # a copy, because the training will change it
             state=json.loads(json.dumps(program.state())),
             optimizer="" if optimizer is None else type(optimizer).__name__,
             random=bytes(torch.get_rng_state().tolist()).hex(),
@@ -92,10 +92,11 @@ class Checkpoints:
         self._pending = _start(program.pieces(), writer, self._stager)
 
     def poll(self) -> None:
-        """Raise what failed in the last save soon after it did, on all workers before the same step.
+        """Raise the error of the last save soon after it happened, on all workers before the same step.
 
-        Called before every step, it never waits for a write: all workers are asked whether theirs has ended, and hear
-        the answer before the next step. A failure is known to all that took part as soon as it is known to one.
+        It is called before every step and never waits for a write: each call starts an all-reduce of whether the write
+        has ended, and the next call reads the result. Once the write has ended on all workers, its error is known to
+        all of them.
 
         Raises:
             ShardwiseError: see `wait`.
@@ -110,10 +111,10 @@ class Checkpoints:
             self._vote = self._voters.vote(self._pending.done())
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is complete on disk.
+        """Wait until the last checkpoint is complete on disk.
 
         Raises:
-            ShardwiseError: it could not be written (on all workers): which worker, and why.
+            ShardwiseError: a worker could not write it; raised on all workers, with the rank and the reason.
         """
         vote, self._vote = self._vote, None
         if vote is not None:
@@ -123,11 +124,12 @@ class Checkpoints:
             pending.result()
 
     def latest(self, *, finite: bool = False) -> Path | None:
-        """The newest whole checkpoint; None where there is none at all. Warns about each one that it skips.
+        """Return the newest undamaged checkpoint. Returns None if there are no checkpoints; warns about skipped ones.
 
-        `finite`: the newest of those whose weights and loss are finite.
+        Only rank 0 looks, so that all workers take one and the same checkpoint, and its bytes are read once.
 
-        One worker looks, so that all take the same one and its bytes are read once.
+        Args:
+            finite: skip checkpoints whose weights or loss are not finite.
 
         Raises:
             CheckpointError: there are checkpoints, and all are damaged, or not finite.
@@ -144,7 +146,7 @@ class Checkpoints:
         return self.folder / found if found else None
 
     def last_finite(self) -> Path | None:
-        """The newest whole checkpoint whose weights and loss are finite; None where there is none."""
+        """Return the newest undamaged checkpoint whose weights and loss are finite. Returns None if there is none."""
         workers, found = self._workers(), ""
         if workers.rank == 0:
             finite = (path for path in complete(self.folder) if not (damage(path) or not_finite(path)))
@@ -153,12 +155,13 @@ class Checkpoints:
         return self.folder / found if found else None
 
     def load(self, program: Checkpointed, path: Path) -> dict[str, Any]:
-        """Fills the program from a checkpoint, whatever strategy wrote it; returns the progress given to `save`.
+        """Fill the program from a checkpoint of any strategy, and return the progress that was given to `save`.
 
-        The generator of random numbers of torch's CPU goes on from where it was.
+        The state of torch's CPU random number generator is restored too.
 
         Raises:
-            CheckpointError: a file is damaged, or the checkpoint is of another model or optimizer: nothing is changed.
+            CheckpointError: a file is damaged, or the checkpoint is of another model or optimizer. The program is then
+                unchanged.
         """
         self.wait()
         workers = self._workers()
@@ -175,15 +178,15 @@ class Checkpoints:
         return index.progress
 
     def _workers(self) -> Workers:
-        """Created at the first use, which all workers come to."""
+        """Return the group for checkpoints; it is created at the first use. Collective at the first use."""
         if self._met is None:
-            # the thread that writes talks on the first while the second is asked
+            # the writing thread uses the first group while votes use the second
             self._met, self._voters = Workers(), Workers()
         return self._met
 
 
 def not_finite(folder: Path) -> str:
-    """Say of a whole checkpoint that its weights or its loss are not finite; empty where they are."""
+    """Return a message if the weights or the loss of a checkpoint are not finite, else an empty string."""
     finite = Index.read(folder).progress.get("finite", True)
     return "" if finite else f"checkpoint {folder} is not finite: its weights or its loss are inf or nan"
 
@@ -196,7 +199,7 @@ def _start(pieces: list[Piece], writer: FolderWriter, stager: Stager) -> Future[
         planner=TileSavePlanner(),
         process_group=writer.workers.group,
         async_stager=stager,
-        use_collectives=False,  # torch's would unpickle what other workers send
+        use_collectives=False,  # torch's collectives would unpickle data of other workers
     )
     assert isinstance(response, Future)
     return response
@@ -204,7 +207,7 @@ def _start(pieces: list[Piece], writer: FolderWriter, stager: Stager) -> Future[
 
 def _read(path: Path, index: Index, pieces: dict[str, Piece]) -> None:
     _expect_single_process()
-    # each worker plans and reads for itself, as a single process does
+    # each worker plans and reads on its own, like a single process
     try:
         read_checkpoint(
             {PIECES: list(pieces.values())},
@@ -212,7 +215,7 @@ def _read(path: Path, index: Index, pieces: dict[str, Piece]) -> None:
             planner=TileLoadPlanner(),
             no_dist=True,
         )
-    except CheckpointException as error:  # all was as it should be a moment ago
+    except CheckpointException as error:  # the files were checked a moment ago, so this is a new fault
         reason = next(iter(error.failures.values()))[0]
         if not isinstance(reason, (OSError, SafetensorError)):
             raise
@@ -220,12 +223,16 @@ def _read(path: Path, index: Index, pieces: dict[str, Piece]) -> None:
 
 
 def _expect_single_process() -> None:
-    """Silences torch's remark that it works as a single process: here that is meant."""
+    """Silence torch's warning that it works as a single process, which is intended here."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _optimizer_pieces(path: Path, index: Index, program: Checkpointed) -> dict[str, Piece]:
-    """The optimizer states of the checkpoint that this worker holds, made where there are none yet."""
+    """Return this worker's pieces of the optimizer states in the checkpoint, by name; missing ones are created.
+
+    Raises:
+        CheckpointError: a state has another shape or dtype than in the checkpoint.
+    """
     found = {}
     for name, stored in index.tensors.items():
         kind, _, rest = name.partition("/")
@@ -243,12 +250,12 @@ def _optimizer_pieces(path: Path, index: Index, program: Checkpointed) -> dict[s
 
 
 def _mismatch(path: Path, index: Index, pieces: Mapping[str, Piece], program: Checkpointed) -> str:
-    """One line on the first thing that does not fit this worker; empty where all does."""
+    """Return one line on the first thing in the checkpoint that does not fit this worker, else an empty string."""
     return _other_model(path, index, pieces, program.optimizer) or _other_state(path, index, program.state())
 
 
 def _other_state(path: Path, index: Index, now: dict[str, Any]) -> str:
-    """One line on what of the training's state cannot be put back, besides tensors."""
+    """Return one line on state besides tensors that cannot be restored, else an empty string."""
     problem = _state_problem(path, index, now)
     return f"checkpoint {path} is damaged: index.json: {problem}" if problem else ""
 
@@ -268,14 +275,14 @@ def _state_problem(path: Path, index: Index, now: dict[str, Any]) -> str:
 
 
 def _random_state(index: Index) -> Tensor:
-    """The state for torch's CPU generator. Raises ValueError or RuntimeError where it is none."""
+    """Return the checkpoint's state of torch's CPU generator. Raises ValueError or RuntimeError if it is invalid."""
     state = torch.tensor(list(bytes.fromhex(index.random)), dtype=torch.uint8)
     torch.Generator().set_state(state)
     return state
 
 
 def _other_model(path: Path, index: Index, pieces: Mapping[str, Piece], optimizer: torch.optim.Optimizer | None) -> str:
-    """One line on the first tensor of the model, or the optimizer, that is not the one here; empty where all are."""
+    """Return one line if a tensor of the model, or the optimizer, differs from this program's, else an empty string."""
     for name, piece in pieces.items():
         plain, stored = name.removeprefix("model/"), index.tensors.get(name)
         if stored is None:
@@ -294,7 +301,7 @@ def _other_model(path: Path, index: Index, pieces: Mapping[str, Piece], optimize
 
 
 def _check_all_held(path: Path, index: Index, pieces: Mapping[str, Piece], workers: Workers) -> None:
-    """Raises CheckpointError where the checkpoint has a tensor of the model that no worker holds. Collective."""
+    """Check that each model tensor of the checkpoint is held by some worker. Collective. Raises CheckpointError."""
     names = [name for name in index.tensors if name.startswith("model/")]
     held = workers.anywhere([name in pieces for name in names])
     for name, somewhere in zip(names, held, strict=True):

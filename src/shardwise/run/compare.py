@@ -1,4 +1,4 @@
-"""Trainings of one workload under several strategies, side by side."""
+"""Comparison of trainings of one workload under several strategies."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 from shardwise.run.result import Trained
 
 COMPARED_STEPS = 20
-"""First steps whose losses are held against those of one worker."""
+"""Number of first steps whose losses are compared with those of one worker."""
 
 
 def comparison(trained: Sequence[Trained], refused: Sequence[tuple[str, str]], threads: int) -> dict[str, Any]:
-    """The document that `compare --json` prints.
+    """Return the document that `compare --json` prints.
 
-    The first training with one worker is what others are held against. `refused` has (strategy, reason).
+    Args:
+        trained: results of the trainings. The first one with one worker is the baseline of the others.
+        refused: (strategy, reason) of strategies that this workload does not support.
+        threads: intra-op threads of each worker.
     """
     base = next((entry for entry in trained if entry.summary["workers"] == 1), None)
     results = [_row(entry, base) for entry in trained]
@@ -73,7 +76,10 @@ def _predicted(trained: Trained) -> bool:
 
 
 def _regret(chosen: dict[str, Any] | None, fastest: dict[str, Any] | None) -> float | None:
-    """How much longer the strategy takes that was predicted to be the fastest than the one that is."""
+    """Return the relative extra time of the strategy that was predicted to be fastest over the measured fastest.
+
+    Returns None if one of them is not known.
+    """
     if chosen is None or fastest is None or chosen["measured_seconds"] is None:
         return None
     return float(chosen["measured_seconds"] / fastest["measured_seconds"] - 1.0)
@@ -84,7 +90,7 @@ def _ratio(value: float | None, base: float | None) -> float | None:
 
 
 def loss_difference(trained: Trained, base: Trained) -> float | None:
-    """The largest relative difference between the losses of the first steps; None where there is no finite one."""
+    """Return the largest relative difference of losses over the first steps. Returns None if none is finite."""
     pairs = list(zip(trained.steps[:COMPARED_STEPS], base.steps[:COMPARED_STEPS], strict=False))
     differences = [abs(ours.loss - theirs.loss) / max(abs(theirs.loss), 1e-30) for ours, theirs in pairs]
     return max((each for each in differences if isfinite(each)), default=None)

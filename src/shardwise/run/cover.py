@@ -1,9 +1,9 @@
-"""Whether boxes fill a tensor exactly: every element in one of them, none in two.
+"""Test that boxes cover a tensor exactly: each element lies in one box and in no other.
 
 Boxes that lie in the tensor and have as many elements as it cover it exactly if no two overlap. Two boxes do not
-overlap where a plane lies between them, so boxes are parted along planes that cross none of them, again and again
-until each is alone. All that strategies cut is parted like this in one level per dimension. The work is bounded, which
-comparing each box with each other is not.
+overlap if a plane lies between them. Boxes are therefore separated recursively along planes that cross no box, until
+each is alone. All layouts that strategies make separate in one level per dimension. The work is bounded by the levels;
+comparing all pairs of boxes would be quadratic.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from math import prod
 from shardwise.parallel.layout import Box
 
 MOST_DIMENSIONS = 16
-"""Dimensions of a tensor in a checkpoint."""
+"""Largest number of dimensions of a tensor in a checkpoint."""
 
 _LEVELS = 2 * MOST_DIMENSIONS
 
 Placed = tuple[Box, Box]
-"""Offsets and sizes of a box."""
+"""Box of a tensor: its offsets and its sizes, one of each per dimension."""
 
 
 def cover_problem(shape: Box, boxes: Sequence[Placed]) -> str:
-    """Return one line on why boxes do not fill a tensor exactly; empty where they do."""
+    """Return one line on why boxes do not cover a tensor exactly. Returns an empty string if they do."""
     for offsets, sizes in boxes:
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             return f"has {len(shape)} dimensions, a part of it at {offsets} has {len(sizes)}"
@@ -37,7 +37,7 @@ def cover_problem(shape: Box, boxes: Sequence[Placed]) -> str:
 
 
 def _apart(boxes: Sequence[Placed], levels: int) -> bool:
-    """Return whether planes part all boxes from each other, in at most so many levels."""
+    """Return whether planes separate all boxes from each other within `levels` levels of recursion."""
     if len(boxes) <= 1:
         return True
     for dim in range(len(boxes[0][0]) if levels else 0):
@@ -48,7 +48,7 @@ def _apart(boxes: Sequence[Placed], levels: int) -> bool:
 
 
 def _parted(boxes: Sequence[Placed], dim: int) -> list[list[Placed]]:
-    """Group boxes along a dimension: between two groups lies a plane that crosses no box."""
+    """Group boxes along a dimension, so that a plane which crosses no box lies between each two groups."""
     groups: list[list[Placed]] = []
     end = 0
     for box in sorted(boxes, key=lambda box: box[0][dim]):

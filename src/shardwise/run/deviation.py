@@ -1,4 +1,4 @@
-"""How far the tensors of one run are from those of another, relative to their size."""
+"""Relative error between the tensors of two runs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import torch
 from torch import Tensor
 
 NO_PROOF = "that proves nothing"
-"""Ends what is said of numbers that are not finite on one worker either."""
+"""End of a message about numbers that are not finite on one worker either."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """The largest relative error over some tensors, and the tensor that has it. Infinite: missing, or another kind."""
+    """Largest relative error over some tensors, the name of that tensor, and a reason that may be empty.
+
+    The error is infinite for a tensor that is missing, has another shape, or holds nan.
+    """
 
     error: float = 0.0
     tensor: str = ""
     why: str = ""
 
     def __or__(self, other: Deviation) -> Deviation:
-        """The larger one."""
+        """Return the larger deviation of the two."""
         return other if other.error > self.error else self
 
 
 def typical_size(tensors: Mapping[str, Tensor]) -> float:
-    """Root mean square over all elements of the floating-point tensors."""
+    """Return the root mean square over all elements of the floating-point tensors."""
     floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
     elements = sum(tensor.numel() for tensor in floats)
     squares = sum(float(tensor.double().square().sum()) for tensor in floats)
@@ -41,16 +44,16 @@ def deviation(
     counted: Mapping[str, Tensor] | None = None,
     typical: float | None = None,
 ) -> Deviation:
-    """||a - b|| / max(||b||, what a tensor of its size typically has), the largest over tensors.
+    """Return the largest over tensors of the relative error ||a - b|| / max(||b||, typical norm of its size).
 
-    A tensor that is zero but for rounding is held against the typical size of the others. Integers must be equal, and
-    infinities too. What holds nan is infinitely far from anything: it proves nothing.
+    The typical norm is the scale for tensors that are zero up to rounding. Integers and infinities must be equal. A
+    tensor that holds nan has an infinite error, because it proves nothing.
 
     Args:
-        actual: by name.
-        expected: by name.
-        counted: elements that count, where not all do.
-        typical: size of an element; None: as in `expected`.
+        actual: tensors by name.
+        expected: tensors by name.
+        counted: masks of the elements to compare, by name; tensors without a mask are compared as a whole.
+        typical: typical size of an element; None: root mean square of `expected`.
     """
     typical = typical_size(expected) if typical is None else typical
     worst = Deviation()
@@ -73,7 +76,7 @@ def _of_other_kind(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 
 
 def _holds_nan(actual: Tensor, expected: Tensor) -> str:
-    """Say which of two tensors holds nan; empty: neither."""
+    """Return a phrase on which of two tensors holds nan. Returns an empty string if neither does."""
     here, alone = bool(actual.isnan().any()), bool(expected.isnan().any())
     if here and alone:
         return f"holds nan on one worker and in parallel: {NO_PROOF}"

@@ -1,4 +1,4 @@
-"""Trained weights of a run as one plain file, put together from the parts in its newest checkpoint."""
+"""Export of a run's trained weights to one plain file, assembled from the chunks in its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from shardwise.run.index import Index, Stored
 from shardwise.run.tensorfile import write_tensors
 
 MOST_TIMES = 64
-"""How many times as large as the stored weights an export may become: tied weights are written under all names."""
+"""Largest ratio of an export's size to that of the stored weights: tied weights are written under all their names."""
 
 _PREFIX = "model/"
 
 
 def export_safetensors(run: Path, out: Path) -> None:
-    """Writes the full plain weights of a run's newest checkpoint to one file, tied ones under each of their names.
+    """Write the full plain weights of a run's newest checkpoint to one file, tied weights under each of their names.
 
     `model.load_state_dict(safetensors.torch.load_file(out))` reads it. Memory is bounded by the largest tensor.
 
     Raises:
-        RunFolderError: the run is not there or holds no checkpoint, or `out` is there already or cannot be written.
-        CheckpointError: all its checkpoints are damaged.
+        RunFolderError: the run does not exist or has no checkpoint, or `out` already exists or cannot be written.
+        CheckpointError: all checkpoints of the run are damaged or not finite.
     """
     run, out = Path(run), Path(out)
     if not run.is_dir():
@@ -57,7 +57,7 @@ def export_safetensors(run: Path, out: Path) -> None:
 
 
 def _weights(folder: Path) -> dict[str, Stored]:
-    """The weights in a checkpoint by all their names. Raises CheckpointError where its files do not hold them."""
+    """Return the weights in a checkpoint by all their names. Raises CheckpointError if its files do not hold them."""
     index = Index.read(folder)
     if problem := header_problem(folder, index):
         raise CheckpointError(problem)
@@ -73,17 +73,17 @@ def _weights(folder: Path) -> dict[str, Stored]:
 
 
 def _export(folder: Path, stored: dict[str, Stored], out: Path) -> None:
-    # a checkpoint of thousands of workers has more files than a process may have open
+    # a checkpoint of thousands of workers has more files than a process may open at once
     opened = lru_cache(maxsize=64)(lambda name: safe_open(folder / name, "pt"))
     specs = {name: entry.spec for name, entry in stored.items()}
     try:
         write_tensors(out, specs, lambda name: _assemble(stored[name], opened), {"format": "pt"})
-    except SafetensorError as error:  # all was as it should be a moment ago
+    except SafetensorError as error:  # the files were checked a moment ago, so this is a new fault
         raise CheckpointError(f"checkpoint {folder} cannot be read any more: {error}") from None
 
 
 def _assemble(stored: Stored, opened: Callable[[str], Any]) -> Tensor:
-    """The full tensor of its chunks, which cover it."""
+    """Assemble a full tensor from its chunks, which cover it exactly."""
     full = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
     for chunk in stored.chunks:
         Tile(chunk.offsets, chunk.sizes, start=chunk.offsets).view(full).copy_(opened(chunk.file).get_tensor(chunk.key))

@@ -1,13 +1,13 @@
-"""Checkpoints on disk: which are complete, which are whole, which stay.
+"""Folders of checkpoints on disk: which are complete, which are undamaged, and which are kept.
 
 checkpoints/
-step-00000020/               complete: renamed into place after everything in it was on disk
-rank-00000.safetensors   what worker 0 wrote
-index.json               which tensor lies where, and how far the training was
-manifest.json            bytes and CRC-32 of every other file; written last
-.step-00000030.partial/      being written, or left by a kill; never read
-.step-00000020.replaced/     the earlier one of a step that is written again, until the new one is in place
-.step-00000010.deleted/      on its way out
+    step-00000020/               complete: renamed into place after everything in it was on disk
+        rank-00000.safetensors   tensors that worker 0 wrote
+        index.json               location of each tensor, and the progress of the training
+        manifest.json            bytes and CRC-32 of every other file; written last
+    .step-00000030.partial/      being written, or left by a kill; never read
+    .step-00000020.replaced/     earlier checkpoint of a step that is written again, until the new one is in place
+    .step-00000010.deleted/      being deleted
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shardwise.run.tensorfile import FileSum, write_file
 
 MANIFEST = "manifest.json"
 MOST_BYTES = 1 << 30
-"""Size of a JSON document of a checkpoint: ten million parts of tensors, say 4,096 workers with 2,000 tensors each."""
+"""Largest size of a JSON document of a checkpoint: ten million chunks, e.g. 4,096 workers with 2,000 tensors each."""
 
 _COMPLETE = re.compile(r"step-([0-9]{8,})")
 _HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(partial|replaced|deleted)")
@@ -38,38 +38,41 @@ logger = logging.getLogger(__name__)
 
 
 def final_path(parent: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps is once it is complete."""
+    """Return the path of the complete checkpoint after `step` optimizer steps."""
     return parent / f"step-{step:08d}"
 
 
 def hidden_path(final: Path, state: str) -> Path:
-    """The dot-named folder beside `final`: `partial`, `replaced` or `deleted`."""
+    """Return the path of the hidden folder beside `final` in a state: `partial`, `replaced` or `deleted`."""
     return final.with_name(f".{final.name}.{state}")
 
 
 def complete(parent: Path) -> list[Path]:
-    """Complete checkpoints, the newest first. One that is just being replaced counts until its successor is there."""
+    """Return the complete checkpoints, newest first; one that is being replaced counts until its successor exists."""
     found: dict[int, Path] = {}
     for path in sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []:
         if match := _COMPLETE.fullmatch(_final_name(path)):
-            found.setdefault(int(match[1]), path)  # "step-" sorts after ".step-", so it comes first here
+            found.setdefault(int(match[1]), path)  # in reverse order "step-" precedes ".step-"
     return [found[step] for step in sorted(found, reverse=True)]
 
 
 def _final_name(path: Path) -> str:
-    """The name that a checkpoint has when it is not being replaced."""
+    """Return the name of a checkpoint without the marks of one that is being replaced."""
     hidden = _HIDDEN.fullmatch(path.name)
     return hidden[1] if hidden and hidden[2] == "replaced" else path.name
 
 
 def newest_whole(parent: Path, wanted: Callable[[Path], str] = lambda _: "") -> Path | None:
-    """The newest checkpoint whose files are as they were written; None where there is none at all.
+    """Return the newest checkpoint that is undamaged and wanted. Returns None if there are no checkpoints.
 
-    Every damaged one on the way is said in a warning, and every one of which `wanted` says why not. Reads all bytes of
-    the one that it returns.
+    Each newer checkpoint that is skipped is reported in a warning. All bytes of the returned one are read.
+
+    Args:
+        parent: folder of the checkpoints.
+        wanted: function that returns the reason to skip a checkpoint; empty: use it.
 
     Raises:
-        CheckpointError: there are checkpoints, and none can be used: to start anew unasked would lose the run.
+        CheckpointError: there are checkpoints, and none can be used. Starting anew unasked would lose the run.
     """
     problems = []
     for folder in complete(parent):
@@ -84,16 +87,17 @@ def newest_whole(parent: Path, wanted: Callable[[Path], str] = lambda _: "") -> 
 
 
 def write_manifest(folder: Path, sums: Mapping[str, FileSum]) -> None:
-    """Writes what the files of a checkpoint must look like; `sums` by file name."""
+    """Write the manifest of a checkpoint: the size and CRC-32 of each file, given in `sums` by file name."""
     files = _entries(sums)
     text = json.dumps({"files": files, "crc32": _own_sum(files)}, indent=1)
     write_file(folder / MANIFEST, iter([text.encode()]))
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
-    """One line that names the first file that is not as it was written; empty where all are.
+    """Return one line on the first damaged file of a checkpoint. Returns an empty string if all are intact.
 
-    With `parts` the work of reading is shared: only every `parts`-th file is read through, from number `part` on.
+    With `parts` several workers share the reading: only every `parts`-th file is read, from number `part` on. The sizes
+    of all files are always checked.
     """
     if not folder.is_dir():
         return f"checkpoint {folder} is not there"
@@ -114,10 +118,10 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str:
 
 
 def check_file(folder: Path, name: str) -> int:
-    """Check that a file of a checkpoint is there and regular; a link could lead out of the folder. Returns its bytes.
+    """Check that a file of a checkpoint exists and is regular, and return its bytes; a link could leave the folder.
 
     Raises:
-        CheckpointError: it is missing, or it is a link, a folder, a pipe or a device.
+        CheckpointError: the file is missing, or it is a link, a folder, a pipe or a device.
     """
     try:
         found = (folder / name).lstat()
@@ -131,10 +135,10 @@ def check_file(folder: Path, name: str) -> int:
 
 
 def read_manifest(folder: Path) -> dict[str, FileSum]:
-    """Read what the files of a checkpoint must look like; their names are plain ones.
+    """Read the manifest of a checkpoint: size and CRC-32 by file name; names with a path in them are refused.
 
     Raises:
-        CheckpointError: the manifest is not what `write_manifest` wrote.
+        CheckpointError: the manifest is not as `write_manifest` wrote it.
     """
     check_file(folder, MANIFEST)
     content = read_json(folder / MANIFEST, MOST_BYTES, CheckpointError, "manifest")
@@ -159,7 +163,7 @@ def _own_sum(files: Mapping[str, object]) -> int:
 
 
 def begin(final: Path) -> Path:
-    """Makes the empty partial folder of a checkpoint, and clears away what earlier kills left of our own."""
+    """Make the empty partial folder of a checkpoint, and delete hidden folders that earlier kills left behind."""
     parent = final.parent
     parent.mkdir(parents=True, exist_ok=True)
     for path in parent.iterdir():
@@ -172,7 +176,7 @@ def begin(final: Path) -> Path:
 
 
 def publish(final: Path) -> None:
-    """Renames the partial folder of a checkpoint into place once everything in it is on disk."""
+    """Rename the partial folder of a checkpoint into place, after its entries are on disk."""
     partial, replaced = hidden_path(final, "partial"), hidden_path(final, "replaced")
     sync_folder(partial)
     if final.exists():
@@ -184,21 +188,21 @@ def publish(final: Path) -> None:
 
 
 def step_of(folder: Path) -> int:
-    """Return the number of optimizer steps that the name of a complete checkpoint says."""
+    """Return the number of optimizer steps in the name of a complete checkpoint."""
     return int(_final_name(folder).removeprefix("step-"))
 
 
 def prune(newest: Path, keep: int, protected: Container[int] = frozenset()) -> None:
-    """Delete the checkpoints before `newest`, which has just been written, but for the last `keep` - 1 of them.
+    """Delete the checkpoints before `newest`, which has just been written, except the last `keep` - 1 of them.
 
-    Those after the steps in `protected` stay, too, and are not counted among the `keep`.
+    Checkpoints of the steps in `protected` are kept too, and do not count towards `keep`.
     """
     folders = complete(newest.parent)
     earlier = [folder for folder in folders[folders.index(newest) + 1 :] if step_of(folder) not in protected]
     for folder in earlier[keep - 1 :]:
         deleted = hidden_path(folder.with_name(_final_name(folder)), "deleted")
         try:
-            folder.rename(deleted)  # in one stroke: a kill while its files go must not leave half of it under its name
+            folder.rename(deleted)  # atomic: a kill during the deletion must not leave half of it under its final name
         except OSError as error:
             logger.warning("checkpoint %s cannot be deleted: %s", folder, error)
         else:
@@ -206,13 +210,13 @@ def prune(newest: Path, keep: int, protected: Container[int] = frozenset()) -> N
 
 
 def _remove(folder: Path) -> None:
-    """Deletes one of our folders; what cannot be deleted now is tried again before the next checkpoint."""
+    """Delete a hidden folder; if that fails, `begin` tries again before the next checkpoint."""
     with contextlib.suppress(OSError):
         _take_away(folder)
 
 
 def _take_away(folder: Path) -> None:
-    """Deletes a folder; of a link to one, which somebody put there, the link alone. Raises OSError."""
+    """Delete a folder; of a symbolic link that somebody put there, only the link itself. Raises OSError."""
     if folder.is_symlink():
         folder.unlink()
     else:

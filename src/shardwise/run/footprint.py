@@ -1,11 +1,12 @@
-"""What a worker's process needs beside its tensors and kernels, measured by small trainings with each kind of program.
+"""Memory and host time of a worker beside its tensors and kernels, measured by small trainings of each program kind.
 
-On a CPU a worker's memory is that of its process: Python, torch, what a kind of program imports and keeps (the graph of
-a step, say), and what the allocator leaves unused between tensors. A GPU counts its tensors alone.
+On a CPU a worker's memory is that of its process: Python, torch, the modules and data of a kind of program (the graph
+of a step, for example), and the gaps that the allocator leaves between tensors. On a GPU only tensors count.
 
-The steps of the same trainings tell what hosts need beside kernels and messages: what takes longer than it is predicted
-to take is put down to every step, and what is left of it to what `fully_shard` does for each group, a graph for each
-pass, tensor parallelism for each exchange, blocks that are computed again for each kernel (`cluster.Device.overheads`).
+The step times of these trainings also give the host's overheads beside kernels and messages. The excess over the
+predicted step of a plain training becomes the overhead of each step. Further excess of the other kinds becomes the
+overhead of `fully_shard` per group, of a graph per pass, of tensor parallelism per exchange, and of recomputed blocks
+per kernel (`cluster.Device.overheads`).
 """
 
 from __future__ import annotations
@@ -31,26 +32,26 @@ from shardwise.workload.recipes.models.vit import ViT
 from shardwise.workload.workload import Workload
 
 STEPS = 7
-"""Of a training whose memory is looked at: some of them are profiled, as in every run."""
+"""Steps of a training whose memory is measured: enough for some of them to be profiled, as in every run."""
 
 WARM, TIMED = 5, 20
-"""Steps of trainings that are timed: first some that are not counted, then those by whose median they are."""
+"""Warm-up steps of a timed training, and steps after them whose median is taken."""
 
 SECONDS, FEWEST = 3.0, 3
-"""About how long a training is timed, and by how many steps at least."""
+"""Seconds that a training is timed for at most, about, and least number of steps."""
 
 LONG = 6
-"""Of a training whose steps take a few tenths of a second."""
+"""Timed steps of the large training, whose steps take a few tenths of a second."""
 
 LEAST_STRAIN = 0.5
-"""Of what kernels take alone: less is no property of a machine."""
+"""Lower bound of the strain: kernels cannot be twice as fast in a training as alone, so less is an artefact."""
 
 CLASSES, HEADS = 10, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A small training: how it was split, and seconds of its median step."""
+    """Small training: its strategy, and the seconds of its median step."""
 
     strategy: Strategy
     seconds: float
@@ -58,14 +59,14 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What was measured.
+    """Measurements of small trainings, from which properties of a device are derived.
 
     Attributes:
-        process: kind of program -> bytes of the process; empty where memory is not that of the process.
-        large: a workload with larger activations.
-        trained: how it was trained.
-        grown: by how many bytes the process grew for it.
-        trials: how long its steps took, by overhead.
+        process: kind of program -> bytes of the process; empty on a GPU, and if the system cannot measure it.
+        large: workload with larger activations.
+        trained: training of `large`.
+        grown: bytes by which the process grew in that training.
+        trials: overhead (see OVERHEADS) -> training whose step time determines it.
     """
 
     process: Mapping[str, int]
@@ -75,8 +76,11 @@ class Footprint:
     trials: Mapping[str, Trial]
 
     def heap(self, device: Device) -> float:
-        """Bytes that the process grows by for each byte of tensors, as they are predicted on `device`; at least 1."""
-        from shardwise.predict.simulate import profiles_on, simulate  # not part of what a worker imports
+        """Return the bytes of process memory per byte of activations and temporary tensors; at least 1.
+
+        Their sizes are predicted on `device`.
+        """
+        from shardwise.predict.simulate import profiles_on, simulate  # workers do not import it, and it would count
 
         if not self.process:
             return 1.0
@@ -86,7 +90,10 @@ class Footprint:
         return max(1.0, 1.0 + (self.grown - memory.tensors) / passing)
 
     def strain(self, cluster: Cluster) -> float:
-        """How many times as long kernels took in a training as they are predicted to take on `cluster`."""
+        """Return the ratio of the time of kernels in a training to their predicted time on `cluster`.
+
+        It is at least LEAST_STRAIN. Returns 1 if no training was timed.
+        """
         if not self.trained.seconds:
             return 1.0
         from shardwise.predict.simulate import profiles_on, simulate
@@ -96,7 +103,10 @@ class Footprint:
         return max(LEAST_STRAIN, 1.0 + (self.trained.seconds - prediction.step_seconds) / kernels)
 
     def overheads(self, cluster: Cluster) -> dict[str, float]:
-        """Seconds by overhead, so that predictions on `cluster`, which knows none yet, become what was measured."""
+        """Return the seconds of each overhead, so that predicted steps on `cluster` equal the measured ones.
+
+        `cluster` itself must not have overheads yet. They are solved one after the other, in the order of OVERHEADS.
+        """
         if not self.trials:
             return {}
         from shardwise.predict.profiling import Profiles
@@ -120,7 +130,7 @@ class Footprint:
 
 
 _TRIED = 1e-3
-"""Seconds of an overhead with which it is seen what it does to a step."""
+"""Seconds of a trial overhead, by which the derivative of the step time is computed."""
 
 
 def _with_overheads(cluster: Cluster, overheads: Mapping[str, float]) -> Cluster:
@@ -129,11 +139,14 @@ def _with_overheads(cluster: Cluster, overheads: Mapping[str, float]) -> Cluster
 
 
 _ANY = Level(name="any", span=2**30, bandwidth=1.0, latency=0.0)
-"""For predictions of memory: how fast workers communicate does not matter."""
+"""Placeholder level for predictions of memory, which do not depend on the speed of links."""
 
 
 def footprint() -> Footprint:
-    """Trains with each kind of program; collective. To be asked before anything else has been imported and computed."""
+    """Measure small trainings with each kind of program. Collective.
+
+    It must run in a fresh process: modules and memory of earlier work would be counted too.
+    """
     team = Team(default_device())
     large, strategy = _workload(hidden=128, batch=64 * team.size, image=16), Strategy(dp=team.size)
     if team.device.type != "cpu" or not restart_peak():
@@ -162,7 +175,7 @@ def footprint() -> Footprint:
 
 
 def crowded_step() -> Trial | None:
-    """A training by more workers than there are cores; collective."""
+    """Time a training by more workers than the host has cores. Collective. Returns None on a GPU."""
     team = Team(default_device())
     if team.device.type != "cpu":
         return None
@@ -170,9 +183,9 @@ def crowded_step() -> Trial | None:
 
 
 def _tried(team: Team, workload: Workload, strategy: Strategy, count: int) -> Trial:
-    """The median of so many steps of a training, behind a few others; of the slowest worker. Collective.
+    """Time `count` steps of a training after a warm-up, and take the median of the slowest worker. Collective.
 
-    Fewer where they take long, as over slow links.
+    Slow steps, as over slow network links, are timed fewer times, in about SECONDS.
     """
     program = Program.build(workload, strategy)
     share = next(program.loader().shares(0))
@@ -199,7 +212,7 @@ def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
 
 
 def _peak(team: Team, workload: Workload, strategy: Strategy) -> int:
-    """Bytes that this process needs at most in a training. Collective."""
+    """Return the peak memory of this process in a short training, in bytes. Collective."""
     give_back()
     restart_peak()
     job = Job(source=Source(workload=workload), strategy=strategy, options=Options(steps=STEPS, quiet=True))
@@ -208,13 +221,13 @@ def _peak(team: Team, workload: Workload, strategy: Strategy) -> int:
 
 
 def _settled() -> int:
-    """Bytes of this process once everything that can be given back is."""
+    """Return the memory of this process in bytes, after it has returned all free memory to the system."""
     give_back()
     return own_memory()[1]
 
 
 def _usual(workers: int) -> Workload:
-    """With as much to compute between two exchanges as small models have: workers wait for each other there."""
+    """Build a workload with as much compute between two exchanges as small models have; workers wait for each other."""
     return _workload(hidden=64, batch=16 * workers, image=16)
 
 

@@ -1,4 +1,4 @@
-"""What a run is predicted to take on this machine, told beside what it took."""
+"""Predictions of step time and memory on this machine, which a run reports beside its measurements."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 def forecasts(
     workload: Workload, strategies: Sequence[Strategy], threads: int | None = None, *, quiet: bool = False
 ) -> list[Forecast]:
-    """One for each strategy; where there is none it says why. A run never fails because of its prediction.
+    """Predict each strategy on this machine; a forecast without a prediction gives the reason.
 
-    Only a wrong file is an error.
+    A run never fails because of its prediction; only a wrong cluster file is an error.
 
     Args:
-        workload: what is trained.
-        strategies: how.
-        threads: of each local worker; None: the cores shared out evenly. OMP_NUM_THREADS goes first.
-        quiet: do not say that this machine is being measured.
+        workload: workload to train.
+        strategies: strategies to predict.
+        threads: intra-op threads of each local worker; None: an even share of the cores. OMP_NUM_THREADS overrides it.
+        quiet: do not print that this machine is being measured.
 
     Raises:
         ClusterError: the cluster file that the environment sets is wrong.
     """
-    if not is_first():  # one worker of an outer launcher tells
+    if not is_first():  # under an outer launcher, only rank 0 predicts
         return [Forecast(reason="the first worker predicts") for _ in strategies]
     try:
         cluster = cluster_at_hand(quiet=quiet)
     except (NotMeasured, WorkerFailed) as error:
         return [Forecast(reason=str(error)) for _ in strategies]
-    from shardwise.predict.simulate import profiles_on  # what traces models takes long to import
+    from shardwise.predict.simulate import profiles_on  # slow to import, because it traces models
 
     given = given_threads() or threads
     cluster = cluster if given is None else _with_threads(cluster, given)
@@ -60,13 +60,13 @@ def _forecast(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Forec
         prediction = simulate(profiles, strategy, cluster)
     except ShardwiseError as error:
         return Forecast(reason=str(error))
-    except Exception as error:  # a model that can be trained, but not looked at without its data
+    except Exception as error:  # the model can be trained, but not traced without its data
         return Forecast(reason=f"{type(error).__name__}: {error}")
     return Forecast(prediction.step_seconds, prediction.memory.total)
 
 
 def _with_threads(cluster: Cluster, threads: int) -> Cluster:
-    """The cluster where each worker of a CPU computes with so many threads."""
+    """Return the cluster with `threads` intra-op threads for each worker on a CPU."""
     nodes = tuple(
         replace(each, device=replace(each.device, threads=threads)) if each.device.kind == "cpu" else each
         for each in cluster.nodes

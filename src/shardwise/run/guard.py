@@ -1,8 +1,8 @@
-"""What a training does at a step whose loss or gradient is not finite: it stops, skips the update, or goes on.
+"""Policy of a training for steps whose loss or gradient is not finite: stop, skip the update, or go on.
 
-A skipped step counts as a step: its batch is used up, and the next one has the next number. Its update is not applied,
-the schedule of the learning rate does not move, and buffers are what they were before: on all workers alike, as in one
-process. What `torch.amp.GradScaler` and DeepSpeed do with an overflow is the same.
+A skipped step counts as a step: its batch is used up, and the step number advances. Its update is not applied, the
+learning-rate schedule does not move, and buffers are restored. All workers do so, as one process would.
+`torch.amp.GradScaler` and DeepSpeed treat overflows in this way too.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from shardwise.parallel.program import Program
 from shardwise.run.job import GO, SKIP, STOP
 
 MOST_SKIPPED = 20
-"""Steps in a row that are skipped: more is no accident of one batch."""
+"""Number of skipped steps in a row at which the training stops: a single bad batch cannot be the cause."""
 
 
 class Guard:
-    """Judges the steps of a program, see `Program.judged_by`.
+    """Judge of the steps of a program, see `Program.judged_by`.
 
     Args:
-        program: what is trained.
+        program: program whose steps to judge.
         policy: one of `job.POLICIES`.
-        say: tells a person one line; called once.
-        skipped: steps that were skipped before a resume.
+        say: function that shows one line to the user; called once.
+        skipped: number of steps that were skipped before a resume.
 
     Attributes:
-        skipped: steps whose update was not applied.
-        first: number of the first step that was not finite, from 1; None: all were.
+        skipped: number of steps whose update was not applied.
+        first: number of the first step that was not finite, from 1; None if all were finite.
     """
 
     def __init__(self, program: Program, policy: str, say: Callable[[str], None], skipped: int = 0) -> None:
@@ -41,7 +41,16 @@ class Guard:
         program.judged_by(self._judge)
 
     def _judge(self, loss: float, square: float, search: Callable[[], Fault | None]) -> bool:
-        """Says whether a step's update is applied; the same on all workers. Raises NotFinite."""
+        """Return whether to apply a step's update; all workers return the same value.
+
+        Args:
+            loss: loss of the step.
+            square: squared norm of the gradient.
+            search: function that finds the first module or parameter that is not finite. Collective.
+
+        Raises:
+            NotFinite: the policy is to stop, or too many steps in a row were skipped.
+        """
         if math.isfinite(loss) and math.isfinite(square):
             self._in_a_row = 0
             return True
@@ -63,7 +72,7 @@ class Guard:
 
 
 def _said(loss: float, fault: Fault | None) -> str:
-    """What is not finite, and where that begins."""
+    """Describe what is not finite, and the module or parameter where it begins."""
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is not finite (the loss is {loss:.4g})"
     if fault is not None:
         return f"{what}; the first that is not finite is {fault}"

@@ -1,7 +1,7 @@
-"""Whether the files of a checkpoint hold what its index says, told by their headers alone.
+"""Check of a checkpoint's files against its index, by their headers alone.
 
-The safetensors package checks a header by itself: at most 100 MB, every tensor's bytes right after those before it, and
-the file not a byte longer or shorter. So what the index says is bounded by the bytes that are there.
+The safetensors package validates each header: at most 100 MB, tensors without gaps, and a file of exactly that length.
+An index that agrees with the headers therefore cannot claim more bytes than the files have.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from shardwise.run.index import Index
 from shardwise.run.jsonfile import short
 
 _Header = dict[str, tuple[str | None, list[int]]]
-"""Name of a stored tensor -> its dtype as the file spells it, and its shape."""
+"""Name of a stored tensor -> its dtype in the file's spelling, and its shape."""
 
 
 def header_problem(folder: Path, index: Index, part: int = 0, parts: int = 1) -> str:
-    """Return one line on the first file that does not hold what the index says; empty where all do.
+    """Return one line on the first file whose header differs from the index. Returns an empty string if all agree.
 
-    With `parts` the work is shared: only every `parts`-th file is looked at, from number `part` on.
+    With `parts` several workers share the work: only every `parts`-th file is checked, from number `part` on.
     """
     expected: dict[str, _Header] = defaultdict(dict)
     for stored in index.tensors.values():

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: which tensors there are, and in which file each part of them lies."""
+"""Index of a checkpoint: its tensors, and the file in which each chunk of them is stored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REST = ("progress", "state", "aliases", "optimizer", "random")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a global tensor, stored whole under `key` in `file`."""
+    """Box of a global tensor at `offsets` with `sizes`, stored as one tensor under `key` in `file`."""
 
     file: str
     key: str
@@ -41,7 +41,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A global tensor in a checkpoint and the boxes that make it up."""
+    """Global tensor in a checkpoint, and the chunks that cover it."""
 
     spec: TensorSpec
     chunks: tuple[Chunk, ...]
@@ -49,15 +49,15 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Everything about a checkpoint but the values of its tensors.
+    """Everything in a checkpoint except the values of its tensors.
 
     Attributes:
-        tensors: by name: `model/<parameter or buffer>`, `optimizer/<parameter>/<state>`.
-        aliases: further names of tied tensors -> the name that is stored, both without `model/`.
-        progress: what `Checkpoints.save` was given.
-        state: of the program that is not tensors: steps, schedule.
-        optimizer: class of the optimizer; empty where there was none.
-        random: state of torch's CPU generator, hexadecimal.
+        tensors: tensors by name: `model/<parameter or buffer>`, `optimizer/<parameter>/<state>`.
+        aliases: further name of a tied tensor -> the name under which it is stored, both without `model/`.
+        progress: progress that was given to `Checkpoints.save`.
+        state: state of the program besides tensors: steps, schedule.
+        optimizer: class name of the optimizer; empty if there was none.
+        random: state of torch's CPU random number generator, hexadecimal.
     """
 
     tensors: dict[str, Stored]
@@ -69,10 +69,10 @@ class Index:
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        """Read the index of a complete checkpoint: every value has its type, and every tensor is covered exactly.
+        """Read and check the index of a complete checkpoint: types of values, and chunks that cover tensors exactly.
 
         Raises:
-            CheckpointError: it is damaged, or of a format that this version does not know.
+            CheckpointError: the index is damaged, or of a format that this version does not know.
         """
         files = read_manifest(folder)
         check_file(folder, INDEX)
@@ -89,23 +89,23 @@ class Index:
         )
 
     def text(self) -> str:
-        """JSON, which `read` reads. Raises TypeError where `progress` or `state` are not JSON-able."""
+        """Return the index as JSON text for `read`. Raises TypeError if `progress` or `state` are not JSON-able."""
         rest = {key: getattr(self, key) for key in _REST}
         return json.dumps({"format": FORMAT, **rest, "tensors": _to_json(self.tensors)})
 
 
 def chunk_key(name: str, offsets: Box, whole: bool) -> str:
-    """The name of a chunk in its file: that of the tensor, with the place where it is only a part."""
+    """Return the name of a chunk in its file: the tensor's name, plus the offsets unless it is the whole tensor."""
     return name if whole else f"{name}@{','.join(map(str, offsets))}"
 
 
 def tensors_metadata(tensors: Mapping[str, Stored]) -> dict[str, str]:
-    """The header of a worker's file that says where its chunks belong: a file of its own would be one more to sync."""
+    """Return metadata for the header of a worker's file that locates its chunks; it saves the sync of another file."""
     return {_TENSORS: json.dumps(_to_json(tensors))}
 
 
 def merge_files(paths: Iterable[Path]) -> dict[str, Stored]:
-    """All tensors in the files of the workers of one checkpoint.
+    """Collect the tensors in the files of all workers of one checkpoint, by name.
 
     Raises:
         ShardwiseError: the files do not hold every element of a tensor exactly once.
@@ -137,7 +137,7 @@ def _to_json(tensors: Mapping[str, Stored]) -> dict[str, Any]:
 
 
 def _parsed(content: Mapping[str, Any], files: Collection[str]) -> Index:
-    """The index of a JSON document, whose chunks lie in some of `files`. Raises ValueError."""
+    """Build the index from a JSON document, and check that its chunks lie in `files`. Raises ValueError."""
     index = Index(
         _from_json(entry(content, "tensors", dict)),
         aliases=entry(content, "aliases", dict),
@@ -147,7 +147,7 @@ def _parsed(content: Mapping[str, Any], files: Collection[str]) -> Index:
         random=entry(content, "random", str),
     )
     for name in (*index.tensors, *index.aliases, index.optimizer or "none"):
-        header = name.endswith("__metadata__")  # what safetensors files have under that name is no tensor
+        header = name.endswith("__metadata__")  # safetensors files have their metadata under this name
         if header or not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
             raise ValueError(f"{short(name)} cannot be a name")
     for name, stored in index.tensors.items():
@@ -161,7 +161,7 @@ def _parsed(content: Mapping[str, Any], files: Collection[str]) -> Index:
 
 
 def _check_stored(name: str, stored: Stored, files: Container[str]) -> None:
-    """Raises ValueError where a tensor cannot be what a training wrote."""
+    """Check that a tensor's name, chunks and files are such as a training writes. Raises ValueError."""
     kind, _, rest = name.partition("/")
     if kind not in ("model", "optimizer") or not rest:
         raise ValueError(f"{short(name)} is the name of no tensor")
@@ -175,7 +175,7 @@ def _check_stored(name: str, stored: Stored, files: Container[str]) -> None:
 
 
 def _from_json(content: Mapping[str, Any]) -> dict[str, Stored]:
-    """Raises ValueError where a value is not of its type."""
+    """Build tensors from their JSON form. Raises ValueError if a value has a wrong type."""
     return {
         name: Stored(
             TensorSpec(_dtype(entry(tensor, "dtype", str)), _box(tensor, "shape")),

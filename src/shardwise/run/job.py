@@ -1,4 +1,7 @@
-"""One training as each worker gets it, and how it gets there. What computes is imported by the workers only."""
+"""Training jobs: the value that each worker receives, and the way to run it on workers.
+
+Modules that compute are imported by the workers only.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +34,20 @@ if TYPE_CHECKING:
 
 STOP, SKIP, GO = "stop", "skip", "go"
 POLICIES = (STOP, SKIP, GO)
-"""What may be done at a step whose loss or gradient is not finite, see `run.guard`."""
+"""Policies for a step whose loss or gradient is not finite, see `run.guard`."""
 
 PATIENCE_SECONDS = 15.0
-"""How much longer the parent waits for a stopped worker than its peers do, who can tell more of it."""
+"""Seconds that the parent waits for a stopped worker beyond the limit of its peers, which can report more about it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a workload comes from. Workers load it themselves where it has a name, so that no data is sent around.
+    """Source of a workload: its name or the workload itself. Workers load a named one themselves, so no data is sent.
 
     Attributes:
-        workload: its name (see `workload.load`), or itself.
+        workload: name of the workload (see `workload.load`), or the workload.
         settings: parameter -> value for the function of that name.
-        seed: goes before the workload's own.
+        seed: seed that overrides the workload's own; None: keep it.
     """
 
     workload: str | Workload
@@ -52,7 +55,7 @@ class Source:
     seed: int | None = None
 
     def load(self) -> Workload:
-        """The workload. Raises WorkloadError or DataError."""
+        """Load the workload. Raises WorkloadError or DataError."""
         named = self.workload
         workload = load_workload(named, self.settings) if isinstance(named, str) else named
         return workload if self.seed is None else replace(workload, seed=self.seed)
@@ -60,19 +63,19 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How long to train and what to keep.
+    """Options of a training besides workload and strategy: its length, checkpoints, output and limits.
 
     Attributes:
-        steps: optimizer steps at the end, those before a resume included; None: as many as the epochs have.
-        epochs: passes over the dataset at the end; None: as many as the steps need.
+        steps: optimizer steps in total, including steps before a resume; None: as many as the epochs have.
+        epochs: passes over the dataset in total; None: as many as the steps need.
         checkpoint_every: optimizer steps between two checkpoints; 0: one after each epoch. The last step has one too.
-        keep: how many checkpoints stay.
-        resume: go on from the newest checkpoint in the run's folder, where there is one.
-        quiet: no progress bar.
-        weights: give back the trained weights.
+        keep: number of checkpoints to keep.
+        resume: go on from the newest checkpoint in the run's folder, if there is one.
+        quiet: show no progress bar.
+        weights: return the trained weights.
         hang_timeout: seconds that a worker may take for a step before the run counts as hung; None: see `launch.watch`.
         grace: seconds that a run has to write a checkpoint once it is told to end.
-        on_nan: at a step whose loss or gradient is not finite: `stop`, `skip` its update, or `go` on.
+        on_nan: policy for a step whose loss or gradient is not finite: `stop`, `skip` its update, or `go` on.
     """
 
     steps: int | None = None
@@ -87,22 +90,22 @@ class Options:
     on_nan: str = STOP
 
     def total(self, batches: int | None) -> int | None:
-        """Optimizer steps at the end, of epochs of `batches` steps; None where that is not known before."""
+        """Return the total number of optimizer steps, for epochs of `batches` steps. Returns None if it is unknown."""
         by_epochs = None if self.epochs is None or batches is None else self.epochs * batches
         return min((count for count in (self.steps, by_epochs) if count is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A training, the same on every worker. Without a folder nothing is written to disk.
+    """Training job; all workers receive equal ones.
 
     Attributes:
-        source: of the workload.
-        strategy: how it is split.
-        options: how long, and what is kept.
-        folder: of the run.
-        forecast: what it is predicted to take.
-        cuts: of the model into stages and blocks, where a plan file says; None: as measured costs say.
+        source: source of the workload.
+        strategy: strategy of the training.
+        options: length, checkpoints, output and limits.
+        folder: the run's folder; None: nothing is written to disk.
+        forecast: predicted step time and memory.
+        cuts: cut points of the model into stages and blocks, from a plan; None: chosen by measured costs.
     """
 
     source: Source
@@ -114,16 +117,17 @@ class Job:
 
 
 def run_job(job: Job, *, threads: int | None = None, gpus: bool | None = None) -> Trained:
-    """Does a job on local workers, or as one of the workers of an outer launcher.
+    """Run a job on local workers, or as one of the workers of an outer launcher.
 
     Args:
-        job: what to do.
-        threads: of each local worker; None: the cores shared out evenly.
-        gpus: whether local workers use GPUs; None: where there is one for each.
+        job: job to run.
+        threads: intra-op threads of each local worker; None: an even share of the cores.
+        gpus: True if local workers may use GPUs; None: if there is one for each.
 
     Raises:
         WorkerFailed: a local worker died.
         RequestError: a worker found the request wrong.
+        Terminated: a signal told the run to end.
     """
     with released(job.folder):
         return _run(job, threads, gpus)
@@ -155,7 +159,7 @@ def _run(job: Job, threads: int | None, gpus: bool | None) -> Trained:
 
 
 def _unless_stopped(trained: Trained) -> Trained:
-    """Return what was trained. Raises Terminated, and says so, where a signal ended it before its time."""
+    """Return the result of a training. If a signal ended it early, print so and raise Terminated."""
     if not trained.stopped:
         return trained
     if is_first():
@@ -166,7 +170,7 @@ def _unless_stopped(trained: Trained) -> Trained:
 
 
 def work(job: Job) -> Trained:
-    """Do a job, as one of its workers. Collective."""
+    """Run a job as one of its workers, and return the result. Collective."""
     from shardwise.parallel.program import Program
     from shardwise.run.train import train
 
@@ -178,14 +182,14 @@ def work(job: Job) -> Trained:
 
 
 def _everywhere(trained: Trained) -> Trained:
-    """What rank 0 knows about the steps, on all workers of an outer launcher. Collective."""
+    """Return the result with rank 0's summary and steps, on all workers of an outer launcher. Collective."""
     mine = json.dumps({"summary": trained.summary, "steps": [asdict(step) for step in trained.steps]})
     first = json.loads(Workers().exchange(mine)[0])
     return replace(trained, summary=first["summary"], steps=tuple(Step(**step) for step in first["steps"]))
 
 
 def enough_gpus(workers: int) -> bool:
-    """Whether there is a GPU for each worker; says so where there are some, but too few."""
+    """Return whether there is a GPU for each worker; print a line if there are some, but too few."""
     count = torch.cuda.device_count()
     if 0 < count < workers:
         sys.stderr.write(f"{count} GPU for {workers} workers: they compute on the CPU\n")

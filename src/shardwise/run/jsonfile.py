@@ -1,4 +1,4 @@
-"""JSON documents of a run, read with care and written so that they are there whole or not at all."""
+"""JSON documents of a run: safe reading, and atomic writing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Kind = TypeVar("_Kind")
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Parse one JSON document. Raises ValueError for whatever is wrong with it, too deep a nesting included."""
+    """Parse one JSON document. Raises ValueError for any fault, including too deep nesting."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -27,7 +27,7 @@ def read_json(path: Path, limit_bytes: int, error_class: type[RequestError], wha
     """Read a JSON document; see `read_regular` for the arguments.
 
     Raises:
-        error_class: there is no such regular file, it is too large, or it is not JSON.
+        error_class: the file does not exist, is not regular, is too large, or is not JSON.
     """
     content = read_regular(path, limit_bytes, error_class, what)
     try:
@@ -37,7 +37,7 @@ def read_json(path: Path, limit_bytes: int, error_class: type[RequestError], wha
 
 
 def entry(content: object, key: str, kind: type[_Kind]) -> _Kind:
-    """Return the entry of a JSON object, which must be of a kind: a bool is no int. Raises ValueError."""
+    """Return an entry of a JSON object, which must be exactly of type `kind`: a bool is no int. Raises ValueError."""
     if not isinstance(content, dict) or key not in content:
         raise ValueError(f"there is no {key!r}")
     value = content[key]
@@ -47,25 +47,25 @@ def entry(content: object, key: str, kind: type[_Kind]) -> _Kind:
 
 
 def short(value: object) -> str:
-    """Spell a value of any length for a message of one line."""
+    """Return the repr of a value for a message, shortened to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a document so that it is there whole or not at all, also after a power cut; make its folder.
+    """Write a JSON document atomically, even against a power cut; make its folder if needed.
 
     Raises:
-        OSError: the disk is full, say; what was there before still is.
+        OSError: it cannot be written, for example because the disk is full. The earlier file is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a file in place of the one that is there, in one stroke, once it is on disk. Raises OSError."""
+    """Write a file to disk, and replace the earlier file by it atomically. Raises OSError."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # a link that lies there would lead the writing elsewhere
+    partial.unlink(missing_ok=True)  # a symbolic link of this name would redirect the write
     try:
         with partial.open("xb") as file:
             file.write(content)
@@ -80,7 +80,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the entries of a folder are on disk: a rename is only then sure to outlive a power cut."""
+    """Wait until the entries of a folder are on disk; a rename survives a power cut only after that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""One process at a time trains in a run's folder: who owns the run holds a lock on a file in it until it ends.
+"""Lock of a run's folder: only one process at a time trains in it, and holds a lock on a file there until it ends.
 
-The kernel lets go of the lock when its holder dies, however that happens, so none is ever left behind. The file stays,
-with the last holder's name in it, and means nothing by itself.
+The kernel releases the lock when its holder dies for any reason, so no stale lock is left behind. The file stays, with
+the last holder's process id and host in it, and has no meaning on its own.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ LOCK = ".lock"
 _HOLDER = re.compile(rb"([0-9]{1,10}) ([-.\w]{1,255})\n")
 
 _held: dict[Path, int] = {}
-"""Folder -> the open file that holds its lock."""
+"""Folder -> descriptor of the open file that holds its lock."""
 
 
 def take_lock(folder: Path) -> None:
     """Take the lock of a run's folder until `release_lock` or the end of this process.
 
-    A file system that knows no locks is told in one line on standard error, and the run goes on without.
+    If the file system has no locks, one line on standard error says so, and the run goes on without a lock.
 
     Raises:
-        RunFolderError: another process has it; says which. Or the file cannot be made.
+        RunFolderError: another process, which the message names, has the lock; or the file cannot be made.
     """
     file = _open(folder)
     try:
@@ -49,13 +49,13 @@ def take_lock(folder: Path) -> None:
         )
         return
     _held[folder.resolve()] = file
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without the name of who has it
+    with contextlib.suppress(OSError):  # a full disk: the lock holds even without its holder's name
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 
 
 def release_lock(folder: Path) -> None:
-    """Let go of the lock of a folder, where this process has it."""
+    """Release the lock of a folder; does nothing if this process does not hold it."""
     file = _held.pop(folder.resolve(), None)
     if file is not None:
         os.close(file)
@@ -63,7 +63,7 @@ def release_lock(folder: Path) -> None:
 
 @contextlib.contextmanager
 def released(folder: Path | None) -> Iterator[None]:
-    """Let go of the lock of a run's folder when the run is over, for the next one in this process."""
+    """Release the lock of a run's folder at the end of the block, for the next run in this process."""
     try:
         yield
     finally:
@@ -84,7 +84,7 @@ def _open(folder: Path) -> int:
 
 
 def _lock(file: int) -> None:
-    """Raises BlockingIOError where another has it, OSError where there are no locks."""
+    """Lock a file without waiting. Raises BlockingIOError if another process holds it, OSError if locks do not work."""
     try:
         import fcntl
     except ImportError:
@@ -93,7 +93,7 @@ def _lock(file: int) -> None:
 
 
 def _holder(file: int) -> str:
-    """Who wrote into the file last, in words."""
+    """Describe the last process that wrote its name into the lock file: process id, and host if it is another."""
     found = _HOLDER.fullmatch(os.pread(file, 300, 0))
     if found is None:
         return "another process"
@@ -102,7 +102,7 @@ def _holder(file: int) -> str:
 
 
 def _let_go_in_child() -> None:
-    """Close a forked child's copies: it may outlive the holder, and is none."""
+    """Close the descriptors that a forked child inherited, which would keep the lock beyond its holder's end."""
     for file in _held.values():
         with contextlib.suppress(OSError):
             os.close(file)

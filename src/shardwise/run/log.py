@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a progress bar, `metrics.jsonl`, and TensorBoard where it is installed."""
+"""Log of a run: a progress bar, `metrics.jsonl`, and TensorBoard files if TensorBoard is installed."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from shardwise.units import format_rate
 
 
 class Log:
-    """The log of a run, kept by one worker; a context manager.
+    """Log of a run, written by rank 0 only; a context manager.
 
     Args:
-        folder: of the run; None: nothing is written to disk.
-        title: what the progress bar begins with.
-        done: steps before this log begins.
-        total: steps at the end; None: unknown.
-        quiet: no progress bar.
+        folder: the run's folder; None: nothing is written to disk.
+        title: text at the start of the progress bar.
+        done: number of steps before this log begins.
+        total: number of steps at the end; None: unknown.
+        quiet: show no progress bar.
     """
 
     def __init__(self, folder: Path | None, title: str, done: int, total: int | None, *, quiet: bool) -> None:
         self._file = None if folder is None else MetricsFile(folder / METRICS, done)
         self._board = None if folder is None else Board(folder / TENSORBOARD, done)
-        tqdm.monitor_interval = 0  # no thread of its own
+        tqdm.monitor_interval = 0  # keeps tqdm from starting a thread
         self._bar = tqdm(
             desc=title,
             initial=done,
@@ -46,7 +46,7 @@ class Log:
         )
 
     def step(self, step: Step) -> None:
-        """A step that is complete."""
+        """Log a step whose numbers are complete."""
         record = {
             "step": step.step,
             "epoch": step.epoch,
@@ -63,12 +63,12 @@ class Log:
         self._bar.update()
 
     def evaluation(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """What was measured on held-out data after `step`."""
+        """Log the values measured on held-out data after `step`."""
         record = {"step": step, "epoch": epoch, "evaluation": dict(values)}
         self._write(record, {f"evaluation/{name}": value for name, value in values.items()})
 
     def say(self, line: str, *, always: bool = False) -> None:
-        """One line for a person, above the progress bar; `always`: where there is none, too."""
+        """Print a line above the progress bar. Without a progress bar it is printed only if `always` is set."""
         if always or not self._bar.disable:
             self._bar.clear()
             sys.stderr.write(line + "\n")
@@ -81,7 +81,7 @@ class Log:
             self._board.add(record["step"], scalars)
 
     def sync(self) -> None:
-        """Waits until what was written to metrics.jsonl is on disk. Raises ShardwiseError."""
+        """Wait until all lines of metrics.jsonl are on disk. Raises ShardwiseError."""
         if self._file is not None:
             self._file.sync()
 
@@ -95,12 +95,12 @@ class Log:
         if self._board is not None:
             self._board.close()
         if self._file is not None:
-            with contextlib.suppress(*((ShardwiseError,) if error else ())):  # what went wrong first is told
+            with contextlib.suppress(*((ShardwiseError,) if error else ())):  # the first error is the one to report
                 self._file.close()
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON cannot say: infinite, or not a number."""
+    """Return a copy of a JSON-able value in which None replaces infinities and nan, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""Memory of this worker: on a GPU that of tensors, else that of its process without the files it maps.
+"""Memory of this worker: on a GPU that of its tensors, else that of its process without mapped files.
 
-These (libraries, and data that is mapped) lie in memory once, however many workers there are.
+Mapped files (libraries and mapped data) are in memory only once for all workers of a host.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 STATUS = Path("/proc/self/status")
-"""Where Linux says what a process uses."""
+"""File in which Linux reports the memory of this process."""
 
 REFERENCES = Path("/proc/self/clear_refs")
-"""Where Linux can be told to look for the peak anew; see proc(5)."""
+"""File by which Linux resets the peak memory of this process; see proc(5)."""
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this worker has used at most."""
+    """Return the peak memory of this worker in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if STATUS.exists():  # getrusage would count the parent's memory from before this program was loaded
@@ -33,14 +33,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def own_memory() -> tuple[int, int]:
-    """(most, now): bytes of this process that are in memory, without mapped files; see proc(5)."""
+    """Return the peak and the current resident memory of this process in bytes, without mapped files; see proc(5)."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     kilobytes = {name: int(lines[name].split()[0]) for name in ("VmHWM", "VmRSS", "RssFile")}
     return tuple(1024 * (kilobytes[name] - kilobytes["RssFile"]) for name in ("VmHWM", "VmRSS"))  # type: ignore[return-value]
 
 
 def give_back() -> None:
-    """Gives the system all memory of this process back that nothing needs any more."""
+    """Return all free memory of this process to the system."""
     gc.collect()
     if sys.platform == "linux":
         trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -49,7 +49,7 @@ def give_back() -> None:
 
 
 def restart_peak() -> bool:
-    """Lets the peak of this process begin anew at what it uses now; False where the system cannot."""
+    """Reset the peak memory of this process to its current memory. Returns False if the system cannot."""
     with contextlib.suppress(OSError):
         REFERENCES.write_text("5")
         return True

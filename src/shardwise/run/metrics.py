@@ -1,10 +1,10 @@
-"""What a run measures: the time of its steps, the share of it spent communicating, and memory.
+"""Measurements of a run: step times, the share of time spent communicating, and memory.
 
-    alpha = communication / compute           all of the time in which a collective is under way
-    exposed alpha = exposed / compute         only the part in which nothing is computed meanwhile
+    alpha = communication / compute           all time in which a collective is in flight
+    exposed alpha = exposed / compute         only the part that does not overlap compute
     compute = step - exposed                  so that step = compute x (1 + exposed alpha)
 
-Steps are timed one by one; a few of them are profiled instead and not timed, for profiling slows them down.
+Steps are timed one by one. A few of them are profiled instead and not timed, because profiling slows them down.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from shardwise.run.result import Step
 Interval = tuple[float, float]
 
 SETTLED = 3
-"""Steps of a run before the first that is profiled: by then everything has been allocated."""
+"""Number of steps before the first profiled one: by then all memory has been allocated."""
 
 PROFILED = 2
-"""Steps that are profiled, where the run is long enough."""
+"""Number of profiled steps, if the run is long enough."""
 
 
 MESSAGES = ("gloo:recv", "gloo:send", "c10d::recv", "c10d::send")
-"""Events of messages between pipeline stages."""
+"""Prefixes of the profiler's events for messages between pipeline stages."""
 
 
 @dataclass(slots=True)
@@ -49,10 +49,10 @@ class _Pending:
 
 
 class Clock:
-    """Turns losses on the device into steps with their times.
+    """Clock of the training: turns losses on the device into steps with their times.
 
-    Reading a number from a GPU waits for it. There each loss is read one step late: the device is then busy with the
-    step after, and the times between two readings are those of the device's steps. On the CPU it is read at once.
+    Reading a number from a GPU waits for the GPU. There each loss is read one step late: the device is then busy with
+    the next step, and the time between two readings is that of a step on the device. On a CPU it is read at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,16 +61,23 @@ class Clock:
         self._mark = time.perf_counter()
 
     def add(self, step: Step, loss: Tensor, gradient_norm: Tensor | None, *, timed: bool = True) -> list[Step]:
-        """Takes a step without its numbers, and returns those that are complete by now."""
+        """Add a step whose loss and norm are still on the device; return the steps that are complete by now.
+
+        Args:
+            step: the step, without loss, gradient norm and seconds.
+            loss: its loss on the device.
+            gradient_norm: its gradient norm on the device; None if it is not known.
+            timed: whether to keep its time; profiled steps are not timed.
+        """
         self._pending.append(_Pending(step, loss, gradient_norm, timed))
         return self._complete(self._lag)
 
     def drain(self) -> list[Step]:
-        """All steps that are left, complete; the time from here to `resume` belongs to no step."""
+        """Return all remaining steps, completed; the time from here to `resume` belongs to no step."""
         return self._complete(0)
 
     def resume(self) -> None:
-        """The next step begins now."""
+        """Start the time of the next step now."""
         self._mark = time.perf_counter()
 
     def _complete(self, left: int) -> list[Step]:
@@ -93,7 +100,10 @@ class Clock:
 
 
 def typical(steps: Sequence[Step]) -> tuple[float | None, float | None]:
-    """Medians of seconds per step and of samples per second; the first step, which warms up, counts only if alone."""
+    """Return the medians of seconds per step and of samples per second. Returns (None, None) if no step was timed.
+
+    The first timed step is a warm-up: it counts only if it is the only one.
+    """
     timed = [step for step in steps if step.seconds]
     timed = timed[1:] or timed
     if not timed:
@@ -104,7 +114,7 @@ def typical(steps: Sequence[Step]) -> tuple[float | None, float | None]:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Seconds of the sampled steps of one worker: all, with a collective under way, and with nothing but that."""
+    """Seconds in the profiled steps of one worker: total, with a collective in flight, and exposed communication."""
 
     step: float
     communication: float
@@ -112,7 +122,10 @@ class Spent:
 
 
 def sampled_steps(planned: int | None) -> range:
-    """Which steps, from 0, of a run of `planned` steps are profiled (None: many); none of a run below three steps."""
+    """Return the steps to profile, counted from 0, in a run of `planned` steps (None: many).
+
+    Runs of fewer than three steps are not profiled.
+    """
     if planned is None or planned >= SETTLED + PROFILED + 1:
         return range(SETTLED, SETTLED + PROFILED)
     return range(planned - 1, planned) if planned >= 3 else range(0)
@@ -120,14 +133,14 @@ def sampled_steps(planned: int | None) -> range:
 
 @dataclass(slots=True)
 class Sampler:
-    """Profiles some of the steps of this worker.
+    """Profiler of some steps of this worker.
 
     Attributes:
-        device: where it computes.
+        device: device of the worker.
         steps: numbers of the steps to profile.
-        spent: what was found, one entry per profiled step.
-        peak: bytes that this worker had used at most before a step was profiled: what the profiler keeps of a step is
-            no part of the training's memory.
+        spent: measurements, one entry per profiled step.
+        peak: peak memory in bytes before a profiled step. The profiler's own memory is no part of the training's, so
+            the system's peak is reset after each profiled step.
     """
 
     device: torch.device
@@ -137,7 +150,7 @@ class Sampler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Surrounds step `number`."""
+        """Run step `number` in the block, and profile it if it is one of `steps`."""
         if number not in self.steps:
             yield
             return
@@ -154,19 +167,19 @@ class Sampler:
         self._forget(before)
 
     def _forget(self, before: int) -> None:
-        """Takes what the profiler needed out of the peak, where the system can."""
-        if self.device.type == "cuda":  # it keeps nothing there
+        """Remove the profiler's memory from the peak, if the system can reset it."""
+        if self.device.type == "cuda":  # the profiler keeps nothing in GPU memory
             return
         give_back()
         if restart_peak():
             self.peak = max(self.peak, before)
 
     def peak_memory(self) -> int:
-        """Bytes that this worker has used at most."""
+        """Return the peak memory of this worker in bytes, without the profiler's."""
         return max(self.peak, peak_memory(self.device))
 
     def total(self) -> Spent | None:
-        """The sum over the profiled steps; None where there are none."""
+        """Return the sum over the profiled steps. Returns None if there are none."""
         if not self.spent:
             return None
         return Spent(
@@ -182,7 +195,10 @@ class Sampler:
 
 
 def communicating(events: Iterable[FunctionEvent], device: torch.device) -> tuple[float, float]:
-    """Seconds in which a collective is under way, and those of them in which nothing is computed."""
+    """Return the seconds with a collective or message in flight, and the exposed seconds: those without compute.
+
+    A point-to-point message is exposed only while its receiver waits for it.
+    """
     communication: list[Interval] = []
     messages: list[Interval] = []
     waits: list[Interval] = []
@@ -199,16 +215,16 @@ def communicating(events: Iterable[FunctionEvent], device: torch.device) -> tupl
         elif event.name.startswith(("gloo:", "c10d::", "_c10d_functional::")):
             communication.append(interval)
         elif event.name.startswith("aten::") and not event.cpu_children and not event.is_async:
-            compute.append(interval)  # only the innermost: what encloses them may wait for others in between
+            compute.append(interval)  # only innermost operations: enclosing ones may wait for others in between
     collectives, waiting = merged(communication), merged(waits)
     exposed = length(collectives) - overlap(collectives, merged(compute))
-    # a message is posted long before it is needed: only waiting for it costs time
+    # a message is posted long before it is needed: only the wait for it costs time
     exposed += length(waiting) - overlap(waiting, collectives)
     return length(merged([*communication, *messages, *waits])), exposed
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same points in time as intervals in order that do not touch."""
+    """Return the union of intervals as a sorted list of intervals that do not touch."""
     result: list[Interval] = []
     for start, end in sorted(intervals):
         if result and start <= result[-1][1]:
@@ -219,12 +235,12 @@ def merged(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def length(intervals: Iterable[Interval]) -> float:
-    """Total length of intervals that do not overlap."""
+    """Return the total length of intervals that do not overlap."""
     return sum(end - start for start, end in intervals)
 
 
 def overlap(a: Sequence[Interval], b: Sequence[Interval]) -> float:
-    """Length of what two lists of merged intervals have in common."""
+    """Return the length of the intersection of two lists of merged intervals."""
     total, i, j = 0.0, 0, 0
     while i < len(a) and j < len(b):
         total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
@@ -236,9 +252,11 @@ def overlap(a: Sequence[Interval], b: Sequence[Interval]) -> float:
 
 
 def summarize(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What all workers measured, as one: keys memory_bytes (the largest), alpha, exposed_alpha, communication_share.
+    """Summarize the measurements of all workers (see `measure`), which are given by rank.
 
-    Each entry of `measured` is one worker's, see `measure`. Times are means over the workers.
+    Returns:
+        memory_bytes (the largest), memory_bytes_by_worker, alpha, exposed_alpha and communication_share. The last three
+        are ratios of sums over the workers: 0 for a single worker, None if no step was profiled.
     """
     memory = [worker["memory_bytes"] for worker in measured]
     result: dict[str, Any] = {"memory_bytes": max(memory), "memory_bytes_by_worker": memory}
@@ -258,7 +276,7 @@ def summarize(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(sampler: Sampler) -> dict[str, Any]:
-    """What this worker measured, JSON-able."""
+    """Return the measurements of this worker as a JSON-able dict: memory_bytes, and spent (None if not profiled)."""
     spent = sampler.total()
     return {
         "memory_bytes": sampler.peak_memory(),

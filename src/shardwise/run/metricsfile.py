@@ -1,4 +1,4 @@
-"""The file `metrics.jsonl` of a run: one JSON object per step and per evaluation, mended where a run goes on."""
+"""File `metrics.jsonl` of a run: one JSON object per step and per evaluation; it is repaired when a run is resumed."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from shardwise.run.jsonfile import parse_json, sync_folder
 from shardwise.run.runfolder import told_writing
 
 _LONGEST_LINE = 1 << 20
-"""Bytes; a longer line is damaged."""
+"""Largest number of bytes in a line; a longer line is damaged."""
 
 logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """The file, open to append to, without what an earlier run wrote after the step at which this one goes on.
+    """Metrics file, open for appending; lines of an earlier run after the step at which this one resumes are removed.
 
-    Lines that are damaged are left out, and the file that had them is kept beside it, which one line says.
+    Damaged lines are removed too. The damaged file is then kept under another name, and a warning names it.
 
     Args:
-        path: of the file; it may be there.
-        done: steps before.
+        path: path of the file, which may exist.
+        done: number of steps before this run.
 
     Raises:
-        RunFolderError: there is something else under its name.
-        ShardwiseError: it cannot be written.
+        RunFolderError: `path` is not a regular file.
+        ShardwiseError: the file cannot be written.
     """
 
     def __init__(self, path: Path, done: int) -> None:
@@ -45,32 +45,32 @@ class MetricsFile:
         self._done = done
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a line; the evaluation of the step at which the run goes on only if it is not there yet.
+        """Append a line. The evaluation of the step at which the run resumes is skipped if the file already has it.
 
         Raises:
-            ShardwiseError: the disk is full, say.
+            ShardwiseError: the line cannot be written, for example because the disk is full.
         """
         if self._evaluated and "evaluation" in record and record["step"] == self._done:
             return
         line = memoryview((json.dumps(record) + "\n").encode())
         with told_writing(self.path):
             while line:
-                line = line[self._file.write(line) :]  # a disk that is nearly full takes a part of it
+                line = line[self._file.write(line) :]  # a nearly full disk may take only a part of the line
 
     def sync(self) -> None:
-        """Waits until all lines are on disk. Raises ShardwiseError."""
+        """Wait until all lines are on disk. Raises ShardwiseError."""
         with told_writing(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file, with all lines on disk. Raises ShardwiseError."""
+        """Close the file after all lines are on disk. Raises ShardwiseError."""
         try:
             self.sync()
         finally:
             self._file.close()
 
     def _mend(self, done: int) -> None:
-        """Keeps the lines up to step `done`."""
+        """Rewrite the file with only its undamaged lines up to step `done`."""
         partial, aside = self.path.with_name(f".{self.path.name}.partial"), self.path.with_name("metrics.damaged")
         partial.unlink(missing_ok=True)
         damaged = 0
@@ -91,7 +91,7 @@ class MetricsFile:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Every line with what it says; None: it is damaged. A last line that a kill cut short is passed over."""
+    """Yield every line with its record, which is None if the line is damaged; an incomplete last line is skipped."""
     with path.open("rb") as file:
         while line := file.readline(_LONGEST_LINE):
             if line.endswith(b"\n") or len(line) == _LONGEST_LINE:

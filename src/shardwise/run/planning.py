@@ -1,4 +1,4 @@
-"""What `plan` does: search, words, scaling, plan file."""
+"""Implementation of the command `plan`: search, explanation, scaling curve, and plan files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from shardwise.workload.load import names_function
 from shardwise.workload.workload import Workload
 
 CHANGED = 0.2
-"""Relative difference between a plan file's prediction and one of today above which the plan does not hold."""
+"""Relative difference between a plan file's step time and today's prediction above which the plan does not hold."""
 
 
 def planned(
@@ -49,7 +49,7 @@ def planned(
     dry_run: bool = False,
     pareto: bool = False,
 ) -> dict[str, Any]:
-    """The document of `plan`; see `api.plan`."""
+    """Return the document of `plan`; see `api.plan` for the arguments and errors."""
     wish = Wish.parse(objective, max_memory, fix, forbid)
     cluster = _cluster(cluster_text)
     numbers = _numbers(workers, cluster)
@@ -75,18 +75,22 @@ def planned(
 
 
 def _judged(searched: Searched, cluster: Cluster, wish: Wish) -> Searched:
-    """With the finalists run dry."""
+    """Return the search result after dry runs of its finalists, which reject those that need too much memory."""
     plan = judge(searched.plan, searched.profiles, cluster, room(cluster, wish), FINALISTS)
     return replace(searched, plan=plan)
 
 
 def _cluster(text: str | None) -> Cluster:
-    """That of a text; this machine where there is none."""
+    """Return the cluster of a name or file, or the cluster of this machine if `text` is None."""
     return cluster_at_hand() if text is None else find_cluster(text)
 
 
 def _numbers(workers: int | str | None, cluster: Cluster) -> list[int]:
-    """The numbers of devices to plan for."""
+    """Return the numbers of devices to plan for: one number, several of a range `A..B`, or all devices for None.
+
+    Raises:
+        RequestError: `workers` is no number or range, or exceeds the cluster.
+    """
     if workers is None:
         return [cluster.size]
     first, dots, last = str(workers).partition("..")
@@ -100,7 +104,7 @@ def _numbers(workers: int | str | None, cluster: Cluster) -> list[int]:
 
 
 def _chosen(points: Sequence[Point], cluster: Cluster, wish: Wish) -> Point:
-    """The number of devices that the objective asks for; of those that do not fit the largest."""
+    """Return the best point by the objective, or the one with most devices if no strategy fits at any point."""
     fitting = [point for point in points if point.rate]
     found: Point | None = None
     if wish.objective == "money":
@@ -135,7 +139,7 @@ def _too_small(workload: Workload, cluster: Cluster, point: Point, wish: Wish) -
 
 
 def _curve(points: Sequence[Point], cluster: Cluster) -> dict[str, Any]:
-    """How the best plan gets faster with more devices, and where more stop paying."""
+    """Return the scaling curve of the best plans, and the number of devices beyond which more do not pay."""
     base = next((point for point in points if point.rate), None)
     rows = []
     for point in points:
@@ -177,25 +181,25 @@ def _file(source: Source, name: str | None, searched: Searched, cluster: Cluster
 
 
 def versions() -> dict[str, str]:
-    """Of what a prediction depends on."""
+    """Return the versions of the software that a prediction depends on, by name."""
     from shardwise import __version__
 
     return {"shardwise": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def checked(path: Path, cluster_text: str | None = None, named: str | None = None) -> dict[str, Any]:
-    """Whether a plan file still holds: it can be, fits, and is predicted to take what it says.
+    """Return the document of a plan check: does the plan work, fit in memory, and take as long as the file says.
 
     Args:
-        path: of the plan file.
-        cluster_text: in place of the plan's own.
+        path: path of the plan file.
+        cluster_text: cluster that replaces the plan's own; None: the plan's own.
         named: workload that the user trusts; a function that only the file names is not run.
 
     Returns:
-        `plan`, `holds`, `reasons`, and the prediction of today beside the file's.
+        `plan`, `holds`, `reasons`, `notes`, and today's prediction beside the file's.
 
     Raises:
-        RequestError: the file cannot be read, or the workload or the cluster of it is wrong.
+        RequestError: the file cannot be read, or its workload or cluster is wrong.
     """
     plan = read_plan(path)
     _check_workload(path, plan.workload, named)
@@ -226,7 +230,11 @@ def checked(path: Path, cluster_text: str | None = None, named: str | None = Non
 
 
 def _check_workload(path: Path, workload: str, named: str | None) -> None:
-    """Raises RequestError: the file names another workload than the user, or code that the user does not name."""
+    """Check that the user names the workload of a plan file, as far as needed.
+
+    Raises:
+        RequestError: the user names another workload than the file, or does not name a function, whose code would run.
+    """
     if named is not None and named != workload:
         raise RequestError(f"plan file {path}: is of workload {workload!r}, not {named!r}")
     if named is None and names_function(workload):

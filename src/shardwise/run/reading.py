@@ -1,4 +1,4 @@
-"""How torch's distributed checkpoint reads tiles: only the slices that a worker holds, straight into their places."""
+"""Reader for torch's distributed checkpoint: reads only the slices that a worker holds, directly into its tensors."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from shardwise.run.saving import PIECES, stored_tiles
 
 
 class TileLoadPlanner(LoadPlanner):
-    """One read per overlap of a tile held here with a stored chunk, straight into the tile."""
+    """Planner of the reads: one per overlap of a tile of this worker with a stored chunk, directly into the tile."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """`state_dict` has the list of pieces."""
+        """Take the list of pieces from `state_dict`, and make views of their tiles."""
         assert metadata is not None
         self._stored = metadata.state_dict_metadata
         self._pieces: list[Piece] = state_dict[PIECES]
@@ -46,7 +46,7 @@ class TileLoadPlanner(LoadPlanner):
         }
 
     def create_local_plan(self) -> LoadPlan:
-        """What this worker reads."""
+        """Plan the slices that this worker reads."""
         items: list[ReadItem] = []
         for piece in self._pieces:
             stored = self._stored[piece.name]
@@ -57,39 +57,39 @@ class TileLoadPlanner(LoadPlanner):
         return LoadPlan([item for item in items if prod(item.lengths)])
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to settle between workers."""
+        """Return the plans unchanged: workers read independently of each other."""
         return global_plan
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """The local plan stays as it is."""
+        """Return the local plan unchanged."""
         return central_plan
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        """Never called: our checkpoints hold tensors and JSON only."""
+        """Refuse to load bytes; never called, because checkpoints have tensors and JSON only."""
         raise NotImplementedError
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """A view of the part of the tile that `read_item` fills."""
+        """Return a view of the part of the tile that `read_item` fills."""
         view = self._views[read_item.dest_index]
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             view = view.narrow(dim, start, length)
         return view
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: `resolve_tensor` gave a view."""
+        """Do nothing: `resolve_tensor` returned a view, so the data is in place."""
 
 
 class FolderReader(StorageReader):
-    """Reads from a complete checkpoint only the slices that a plan asks for."""
+    """Reader of a complete checkpoint; it reads only the slices that a plan asks for."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder, self.index = folder, index
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: there is one reader for each checkpoint."""
+        """Do nothing: there is one reader for each checkpoint."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index in torch's words."""
+        """Return the index in the form of torch's metadata."""
         tensors: dict[str, Any] = {}
         places: dict[MetadataIndex, Chunk] = {}
         for name, stored in self.index.tensors.items():
@@ -100,19 +100,19 @@ class FolderReader(StorageReader):
         return Metadata(tensors, storage_data=places)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Keeps where the chunks are."""
+        """Take the locations of the chunks from the metadata."""
         self._places: dict[MetadataIndex, Chunk] = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan stays as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The plans stay as they are."""
+        """Return the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copies every slice of the plan into its place; done when it returns."""
+        """Copy every slice of the plan into its tile; the copies are done when it returns."""
         by_file: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
         for item in plan.items:
             chunk = self._places[item.storage_index]
@@ -129,12 +129,12 @@ class FolderReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """False: torch is never to choose this class by a path."""
+        """Return False, so that torch never chooses this class by a path."""
         return False
 
 
 def read_slice(file: Any, key: str, offsets: Box, sizes: Box) -> Tensor:
-    """A box of a stored tensor; only its bytes are read."""
+    """Read a box of the stored tensor `key`; only the bytes of the box are read."""
     box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
     tensor: Tensor = file.get_slice(key)[box]
     return tensor

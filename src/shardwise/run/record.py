@@ -1,4 +1,4 @@
-"""What happens beside the training loop: timing, logs, evaluation, checkpoints, and the summary at the end."""
+"""Record of a run: the timing, logs, evaluation, checkpoints and final summary around the training loop."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Running:
-    """A step that is being taken; the loop puts the loss in."""
+    """Step in progress; the training loop sets its loss."""
 
     loss: Tensor | None = None
 
 
 @dataclass(slots=True)
 class Record:
-    """The record of one run, on each of its workers. Only rank 0 writes and times; the rest takes all of them."""
+    """Record of one run on each of its workers: rank 0 logs and times, all take part in checkpoints and summary."""
 
     program: Program
     job: Job
@@ -59,7 +59,7 @@ class Record:
         self._guard = Guard(self.program, self.job.options.on_nan, self._warn)
 
     def load(self) -> dict[str, Any] | None:
-        """Fills the program from the newest checkpoint, and returns the progress in it; None where there is none."""
+        """Fill the program from the newest checkpoint, and return the progress in it. Returns None if there is none."""
         going = self.job.options.on_nan == GO
         path = None if self._checkpoints is None else self._checkpoints.latest(finite=not going)
         if self._checkpoints is None or path is None:
@@ -77,7 +77,7 @@ class Record:
 
     @contextmanager
     def open(self, total: int | None) -> Iterator[None]:
-        """Surrounds the training, which ends after step `total` (None: not known)."""
+        """Open the log for the training in the block, which ends after step `total` (None: unknown)."""
         self._sampler = Sampler(self.program.mesh.device, sampled_steps(None if total is None else total - self._first))
         if self.program.mesh.rank != 0:
             yield
@@ -91,7 +91,7 @@ class Record:
 
     @contextmanager
     def step(self, epoch: int, samples: int) -> Iterator[Running]:
-        """Surrounds one optimizer step of `samples` samples over all workers.
+        """Time and log the optimizer step in the block, which has `samples` samples over all workers.
 
         Raises:
             ShardwiseError: the last checkpoint could not be written.
@@ -111,12 +111,12 @@ class Record:
             self._pause()
 
     def loss(self) -> float | None:
-        """The loss of the last step, on rank 0; None elsewhere, and where there was no step."""
+        """Return the loss of the last step on rank 0. Returns None on other ranks, and if no step was taken."""
         self._pause()
         return self._steps[-1].loss if self._steps else None
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Measures on held-out data."""
+        """Evaluate on held-out data, log the values and return them; empty if the workload has no evaluation."""
         step, values = self.program.steps, self.program.evaluate()
         if values:
             self._evaluations[step] = values
@@ -126,7 +126,7 @@ class Record:
         return values
 
     def save(self, progress: Mapping[str, Any]) -> None:
-        """Begins to write a checkpoint with `progress` (JSON-able) in it, unless the last one is of this step."""
+        """Begin to write a checkpoint with `progress` (JSON-able), unless this step already has one."""
         if self._checkpoints is None or self.program.steps == self._saved:
             return
         if self._log is not None:
@@ -140,21 +140,27 @@ class Record:
         self._clock.resume()
 
     def save_finite(self, progress: Mapping[str, Any]) -> None:
-        """Write a checkpoint where all weights are finite, and wait until it is on disk."""
+        """Write a checkpoint if all weights are finite, and wait until it is on disk."""
         if self._checkpoints is not None:
             if self.program.is_finite():
                 self.save(progress)
             self._checkpoints.wait()
 
     def way_on(self) -> str:
-        """Say what there is to go on from after a step that is not finite."""
+        """Return advice on how to continue after a step that is not finite: the last finite checkpoint, if any."""
         if self._checkpoints is None or self._finite is None:
             return "there is no checkpoint before it: begin anew with a lower learning rate, or with --on-nan skip"
         path = final_path(self._checkpoints.folder, self._finite)
         return f"the last finite checkpoint is {path}: --resume, with a lower learning rate or --on-nan skip"
 
     def close(self, loss: float | None, metrics: dict[str, float], stopped: int = 0) -> Trained:
-        """Wait until everything is on disk, and sum up; `stopped` is the signal that ended the run before its time."""
+        """Wait until everything is on disk, write the summary, and return the result. Collective.
+
+        Args:
+            loss: loss of the last step; None if it is not known.
+            metrics: values of the last evaluation.
+            stopped: number of the signal that ended the run early; 0: none did.
+        """
         if self._checkpoints is not None:
             self._checkpoints.wait()
         measured = [json.loads(text) for text in Workers().exchange(json.dumps(measure(self._sampler)))]
@@ -204,14 +210,14 @@ class Record:
         return summary
 
     def _warn(self, line: str) -> None:
-        """Tells a person what must not be missed, on rank 0."""
+        """Print a line on rank 0, even if there is no progress bar."""
         if self._log is not None:
             self._log.say(line, always=True)
         elif self.program.mesh.rank == 0:
             sys.stderr.write(f"{line}\n")
 
     def _pause(self) -> None:
-        """Completes the steps so far; the time from here on is no step's until the clock goes on."""
+        """Complete and log the steps so far, and restart the clock, so that this time belongs to no step."""
         if self._log is not None:
             self._note(self._clock.drain())
         self._clock.resume()

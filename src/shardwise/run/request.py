@@ -1,4 +1,4 @@
-"""From what a user asks for to what workers can do: checked before any of them starts."""
+"""Settling of requests: turn a user's request into a job for workers, and check it before any worker starts."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from shardwise.parallel.planning import Cuts
 
 AnyWorkload = str | Workload | Callable[..., Workload]
-"""A name (see `workload.load`), a workload, or a function that returns one."""
+"""Type of a workload argument: a name (see `workload.load`), a workload, or a function that returns one."""
 
 LONGEST_SECONDS = 1e6
-"""Upper end of options that are times."""
+"""Upper limit of options that are times."""
 
 DEFAULT_COMPARED = 2
-"""Workers of the strategies that `compare` takes when none are given."""
+"""Number of workers of the strategies that `compare` chooses if none are given."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A training as it is asked for; what is left open is None or empty. `api.train` says what each is."""
+    """Training as requested by the user; open choices are None or empty. `api.train` explains the fields."""
 
     workload: AnyWorkload
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -62,12 +62,18 @@ def settle(
     cuts: Cuts = (),
     **options: Any,
 ) -> Job:
-    """The job that was asked for, checked; its folder is `out` (None: a new one in runs/), unless it is not `on_disk`.
+    """Return the checked job of a request.
 
-    `cuts`: of the model as they were planned; none: as a plan file or measured costs say.
+    Args:
+        asked: the request.
+        out: the run's folder; None: a new one in runs/.
+        resume: continue the run in `out`.
+        on_disk: False: the job has no folder, and nothing is written.
+        cuts: planned cut points of the model; empty: those of a plan file, else chosen by measured costs.
+        options: fields of `Options`.
 
     Raises:
-        RequestError: it cannot be done; says which part of it is wrong.
+        RequestError: it is impossible; the message says which part is wrong.
     """
     resumed = run_to_resume(out, asked) if resume else None
     asked = asked if resumed is None else as_before(asked, resumed)
@@ -83,10 +89,10 @@ def settle(
 
 
 def as_before(asked: Asked, folder: Path) -> Asked:
-    """What is left open as the run in `folder` had it.
+    """Return the request with open choices filled in from the run in `folder`.
 
     Raises:
-        RunFolderError: that cannot be read, and is needed; or the run has lost its checkpoints.
+        RunFolderError: the run's description is needed and cannot be read, or the run has lost its checkpoints.
     """
     same_length = asked.steps is None and asked.epochs is None
     same_split = asked.strategy is None and asked.workers is None and not under_launcher()
@@ -101,14 +107,14 @@ def as_before(asked: Asked, folder: Path) -> Asked:
         asked,
         settings={**before["settings"], **asked.settings} if named else asked.settings,
         seed=before["seed"] if asked.seed is None else asked.seed,
-        strategy=Strategy.parse(before["strategy"]) if same_split else asked.strategy,  # never the name of a file
+        strategy=Strategy.parse(before["strategy"]) if same_split else asked.strategy,  # `parse` reads no plan file
         steps=before["steps"] if same_length else asked.steps,
         epochs=before["epochs"] if same_length else asked.epochs,
     )
 
 
 def run_to_resume(out: str | Path | None, asked: Asked) -> Path:
-    """The run's folder to go on in; see `runfolder.find_run`."""
+    """Return the folder of the run to continue; see `runfolder.find_run`."""
     if out is not None:
         return find_run(Path(out), "")
     source = settle_source(asked.workload, asked.settings).workload
@@ -116,7 +122,12 @@ def run_to_resume(out: str | Path | None, asked: Asked) -> Path:
 
 
 def settle_resume(resume: bool | str, out: str | Path | None, asked: Asked) -> bool:
-    """Decide whether a run is gone on with; `auto`: where there is one in `out` (None: an unfinished one in runs/).
+    """Return whether to continue a run.
+
+    Args:
+        resume: True, False, or `auto`, which means: if there is a run in `out`.
+        out: the run's folder; None: with `auto`, an unfinished run in runs/ is continued.
+        asked: the request.
 
     Raises:
         RequestError: `resume` is something else.
@@ -133,7 +144,7 @@ def settle_resume(resume: bool | str, out: str | Path | None, asked: Asked) -> b
 
 
 def settle_source(workload: AnyWorkload, settings: Mapping[str, Any] | None = None, seed: int | None = None) -> Source:
-    """Where the workers get their workload from. Raises WorkloadError where it cannot be one."""
+    """Return the source of a workload argument. Raises WorkloadError if it is none."""
     if isinstance(workload, str):
         return Source(workload=workload, settings=settings or {}, seed=seed)
     if isinstance(workload, Workload) and settings:
@@ -147,10 +158,10 @@ def settle_source(workload: AnyWorkload, settings: Mapping[str, Any] | None = No
 
 
 def settle_strategy(strategy: str | Strategy | None, workers: int | None) -> Strategy:
-    """The strategy to use: given, by its spelling or as a plan file; `dp` over all workers where none is given.
+    """Return the strategy of a spelling or plan file. None becomes `dp` over all workers.
 
     Raises:
-        StrategyError: it cannot be, or it does not fit the number of workers.
+        StrategyError: it is impossible, or needs another number of workers.
     """
     if workers is not None and workers < 1:
         raise StrategyError(f"workers={workers}: must be 1 or more")
@@ -166,20 +177,20 @@ def settle_strategy(strategy: str | Strategy | None, workers: int | None) -> Str
 
 
 def _read(text: str) -> Strategy:
-    """A strategy by its spelling, or the one of a plan file."""
+    """Read a strategy from its spelling, or from a plan file (`*.toml`)."""
     if is_plan_file(text):
         return read_plan(Path(text)).strategy
     return Strategy.parse(text)
 
 
 def _cuts(strategy: str | Strategy | None) -> Cuts | None:
-    """Where a plan file says that the model is to be cut; None: it does not."""
+    """Return the cut points of the model from a plan file. Returns None if there is no plan file or it has none."""
     named = isinstance(strategy, str) and is_plan_file(strategy)
     return (read_plan(Path(str(strategy))).cuts or None) if named else None
 
 
 def settle_options(**values: Any) -> Options:
-    """The options of a training; one epoch where neither steps nor epochs are given. Raises RequestError."""
+    """Return checked options of a training; one epoch if neither steps nor epochs are given. Raises RequestError."""
     options = Options(**values)
     for name, least in (("steps", 1), ("epochs", 1), ("checkpoint_every", 0), ("keep", 1), ("grace", 0)):
         value = getattr(options, name)
@@ -199,11 +210,11 @@ def settle_options(**values: Any) -> Options:
 
 
 def check(workload: Workload, strategy: Strategy) -> None:
-    """Whether a workload can be trained under a strategy.
+    """Check that a workload can be trained under a strategy.
 
     Raises:
-        StrategyError: the batch does not divide, or the model cannot be split like this.
-        DataError: there is no data.
+        StrategyError: the batch does not divide, or the model cannot be split in this way.
+        DataError: the dataset is empty.
     """
     if hasattr(workload.dataset, "__len__") and len(workload.dataset) == 0:
         raise DataError(f"the dataset of workload {workload.name!r} is empty: there is nothing to train on")
@@ -215,10 +226,10 @@ def check(workload: Workload, strategy: Strategy) -> None:
 
 
 def settle_folder(out: str | Path | None, workload: Workload, job: Job) -> Path:
-    """The run's folder: a new one, or the job's, which is gone on in. Collective under an outer launcher.
+    """Create the run's folder, or reopen the job's to continue its run; return it. Collective under an outer launcher.
 
     Raises:
-        RunFolderError: it is in use, or is a run of another workload.
+        RunFolderError: the folder is in use, or has a run of another workload.
     """
     description = {
         "workload": workload.name,
@@ -245,7 +256,7 @@ def settle_folder(out: str | Path | None, workload: Workload, job: Job) -> Path:
 
 
 def settle_verified(steps: int, dtype: str) -> tuple[int, str]:
-    """How to verify. Raises RequestError."""
+    """Check the number of steps and the dtype of a verification, and return them. Raises RequestError."""
     if steps < 1:
         raise RequestError(f"steps={steps}: must be 1 or more")
     if dtype not in ("float32", "float64"):
@@ -254,7 +265,7 @@ def settle_verified(steps: int, dtype: str) -> tuple[int, str]:
 
 
 def settle_slow(slow: Mapping[int, float]) -> dict[int, float]:
-    """Ranks that compute more slowly than usual. Raises RequestError."""
+    """Check the slowdown factors by rank: each at least 1. Raises RequestError."""
     for rank, times in slow.items():
         if rank < 0:
             raise RequestError(f"slow={rank}={times:g}: a rank is 0 or more")
@@ -264,7 +275,7 @@ def settle_slow(slow: Mapping[int, float]) -> dict[int, float]:
 
 
 def settle_file(path: Path, what: str) -> Path:
-    """A file to write, in a folder that is there. Raises RunFolderError."""
+    """Check that a file can be written: it is no folder, and its parent exists. Raises RunFolderError."""
     if path.is_dir() or not path.parent.is_dir():
         found = "is a folder, give a file" if path.is_dir() else f"there is no folder {path.parent}"
         raise RunFolderError(f"{what}={path}: {found}")
@@ -272,7 +283,7 @@ def settle_file(path: Path, what: str) -> Path:
 
 
 def settle_document(folder: Path, name: str) -> Path:
-    """Where a command writes its document. Raises RunFolderError where there is something else."""
+    """Return the path of a command's document in a folder. Raises RunFolderError if the folder is a file."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"out={folder}: is a file, give a folder")
     return folder / name
@@ -281,13 +292,18 @@ def settle_document(folder: Path, name: str) -> Path:
 def settle_compared(
     workload: Workload, strategies: Sequence[str | Strategy], workers: int | None
 ) -> tuple[list[Strategy], list[tuple[str, str]]]:
-    """The strategies to compare, and (strategy, reason) of those that were not asked for by name and cannot be.
+    """Return the strategies to compare, and (strategy, reason) of default strategies that are impossible.
+
+    Args:
+        workload: workload to train.
+        strategies: requested strategies; empty: one worker, and each axis over `workers` workers.
+        workers: number of workers of the default strategies; None: DEFAULT_COMPARED.
 
     Raises:
-        StrategyError: one that was asked for cannot be.
+        StrategyError: a requested strategy is impossible.
     """
     if strategies:
-        settled: dict[Strategy, Strategy] = {}  # once each, in their own words
+        settled: dict[Strategy, Strategy] = {}  # each strategy once, in the user's spelling
         for strategy in (settle_strategy(strategy, None) for strategy in strategies):
             check(workload, strategy)
             settled.setdefault(strategy.for_batch(workload.batch_size), strategy)

@@ -1,4 +1,4 @@
-"""Whether saved values can take the place of those that a fresh training has: compared by their kinds."""
+"""Type check of saved values against those of a fresh training, which they are to replace."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from shardwise.run.jsonfile import short
 
 
 def unlike(now: object, saved: object, name: str) -> str:
-    """Return one line on the first saved value of another kind than the one there is now; empty where all fit.
+    """Return one line on the first saved value whose type differs from the current value's. Returns "" if all fit.
 
-    Values are those of JSON. Where nothing is known now (None), anything fits; entries that are new or gone are for the
-    reader of the values to judge.
+    Values are JSON values. A current value of None accepts anything. Dict entries that only one side has are ignored;
+    the caller checks them.
     """
     if isinstance(now, dict) and isinstance(saved, dict):
         pairs = [(now[key], saved[key], f"{name}.{key}") for key in now if key in saved]

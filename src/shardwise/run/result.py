@@ -1,4 +1,4 @@
-"""What a training gives back: plain values that travel from the workers to their parent."""
+"""Results of a training: plain values that travel from the workers to their parent."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What one optimizer step was predicted to take before the run.
+    """Prediction of one optimizer step, made before the run.
 
     Attributes:
-        seconds: of a step.
-        memory_bytes: of the worker that needs most.
-        reason: why there is no prediction, where there is none.
+        seconds: seconds of a step; None without a prediction.
+        memory_bytes: memory of the worker that needs most; None without a prediction.
+        reason: why there is no prediction; empty if there is one.
     """
 
     seconds: float | None = None
@@ -25,15 +25,16 @@ class Forecast:
 
 
 def relative_error(predicted: float | None, measured: float | None) -> float | None:
-    """Predicted over measured, less one; None where one of them is not known."""
+    """Return predicted / measured - 1. Returns None if one of them is not known."""
     return predicted / measured - 1.0 if predicted is not None and measured else None
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer step as it is written to metrics.jsonl.
+    """Record of one optimizer step, as it is written to metrics.jsonl.
 
-    `seconds` is the time since the step before it; None where that was not measured (see `metrics.Clock`).
+    `seconds` is the time since the previous step; None if it was not measured (see `metrics.Clock`). `samples` counts
+    the samples of all workers.
     """
 
     step: int
@@ -46,20 +47,20 @@ class Step:
 
     @property
     def samples_per_second(self) -> float | None:
-        """Global samples per second; None where the step was not timed."""
+        """Return the samples per second of all workers together. Returns None if the step was not timed."""
         return self.samples / self.seconds if self.seconds else None
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a training gives back.
+    """Result of a training on one worker.
 
     Attributes:
         summary: the document that `train --json` prints.
-        steps: the steps of this run; on rank 0 only.
-        evaluations: step -> what was measured on held-out data after it.
-        weights: the plain model's weights by name, on rank 0 only and if they were asked for.
-        stopped: number of the signal that ended it before its time; 0: none did.
+        steps: steps of this run; on rank 0 only.
+        evaluations: step -> values measured on held-out data after it.
+        weights: weights of the plain model by name; on rank 0 only, and None unless they were requested.
+        stopped: number of the signal that ended the training early; 0: none did.
     """
 
     summary: dict[str, Any]

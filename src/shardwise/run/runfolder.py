@@ -1,11 +1,11 @@
-"""The folder of a run: where it is, what is in it, and whether a new run may use it.
+"""Folder of a run: its files, and the checks before a new or resumed run uses it.
 
 runs/image-dp2-1/
-    run.json         what was asked for: workload, strategy, workers, options, versions
+    run.json         the request: workload, strategy, workers, options, versions
     metrics.jsonl    one line per step and per evaluation
-    tensorboard/     the same for TensorBoard, where it is installed
+    tensorboard/     the metrics as TensorBoard files, if TensorBoard is installed
     checkpoints/     see `run.checkpoint`
-    summary.json     how it ended: what `train --json` prints
+    summary.json     the result: the document that `train --json` prints
     .lock            see `run.lock`
 """
 
@@ -34,7 +34,7 @@ CHECKPOINTS = "checkpoints"
 RUNS = Path("runs")
 
 MOST_BYTES = 1 << 24
-"""Size of a run.json, or of a summary."""
+"""Largest size of a run.json or summary.json."""
 
 _LONGEST_TEXT = 1000
 _FIRST_CHECKPOINT = "first_checkpoint"
@@ -47,13 +47,13 @@ _REQUEST: dict[str, tuple[type, ...]] = {
     "steps": (int, type(None)),
     "epochs": (int, type(None)),
 }
-"""What a description says of a request, and its types."""
+"""Fields of a request in run.json, and their types."""
 
 logger = logging.getLogger(__name__)
 
 
 def create_run(out: Path | None, description: Mapping[str, Any]) -> Path:
-    """Makes the folder of a new run: `out`, or one in runs/ named after workload and strategy; locks it.
+    """Make and lock the folder of a new run: `out`, or one in runs/ named after workload and strategy.
 
     Raises:
         RunFolderError: `out` is in use, or cannot be made.
@@ -67,10 +67,14 @@ def create_run(out: Path | None, description: Mapping[str, Any]) -> Path:
 
 
 def find_run(out: Path | None, workload: str) -> Path:
-    """The folder of a run to go on with: `out`, or the newest in runs/ of `workload` (its name, or where it is from).
+    """Return the folder of the run to continue: `out`, or the newest run of `workload` in runs/.
+
+    Args:
+        out: the run's folder; None: look in runs/.
+        workload: name of the workload, or the source that it is loaded from.
 
     Raises:
-        RunFolderError: there is none.
+        RunFolderError: there is no such run.
     """
     if out is None:
         runs = [folder for folder in RUNS.glob("*") if (folder / DESCRIPTION).is_file() and _is_of(folder, workload)]
@@ -83,7 +87,7 @@ def find_run(out: Path | None, workload: str) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    """Tell whether the run in `folder` came to its end: not ended by a signal, a failure or a kill."""
+    """Return whether the run in `folder` reached its end, instead of being ended by a signal, a failure or a kill."""
     try:
         summary = read_json(folder / SUMMARY, MOST_BYTES, RunFolderError, "summary")
     except RunFolderError:
@@ -92,7 +96,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def _is_of(folder: Path, workload: str) -> bool:
-    """Whether a folder holds a run of a workload; one that nobody can tell is passed over, and said so."""
+    """Return whether a folder has a run of a workload; a damaged description is reported and counts as no."""
     try:
         content = read_run(folder)
     except RunFolderError as error:
@@ -102,10 +106,10 @@ def _is_of(folder: Path, workload: str) -> bool:
 
 
 def reopen_run(folder: Path, description: Mapping[str, Any]) -> Path:
-    """Locks a run's folder, and notes in it that it goes on, and how. A description that is damaged is put aside.
+    """Lock a run's folder, and note the resume in run.json. A damaged run.json is renamed and written anew.
 
     Raises:
-        RunFolderError: it is a run of another workload, or another process is at it.
+        RunFolderError: it is a run of another workload, or another process uses it.
     """
     take_lock(folder)
     try:
@@ -122,7 +126,11 @@ def reopen_run(folder: Path, description: Mapping[str, Any]) -> Path:
 
 
 def _before(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run was begun with, as far as it can be read."""
+    """Return the description with which the run was begun; if it is damaged, move it away and return a new one.
+
+    Raises:
+        RunFolderError: it is a run of another workload.
+    """
     try:
         before = read_run(folder)
     except RunFolderError:
@@ -138,7 +146,7 @@ def _before(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a run's run.json says, every value of its type. Raises RunFolderError where it cannot be read."""
+    """Read run.json and check the types of its values. Raises RunFolderError if it cannot be read."""
     text = read_regular(folder / DESCRIPTION, MOST_BYTES, RunFolderError, "run description")
     try:
         content = parse_json(text)
@@ -154,7 +162,12 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _check_request(content: object, *, required: bool) -> None:
-    """Raises ValueError where a value is missing or of another type."""
+    """Check the fields of a request and their types. Raises ValueError.
+
+    Args:
+        content: the request.
+        required: whether all fields must be there.
+    """
     if not isinstance(content, dict):
         raise ValueError(f"{short(content)} is no JSON object")
     for key, types in _REQUEST.items():
@@ -168,15 +181,15 @@ def _check_request(content: object, *, required: bool) -> None:
 
 
 def last_request(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run was last asked for: at its beginning, or when it was last resumed."""
+    """Return the last request of a run: that of its last resume, else the one that it was begun with."""
     return {**description, **(description.get("resumes") or [{}])[-1]}
 
 
 def check_checkpoints(folder: Path) -> None:
-    """Check that a run to go on with still has the checkpoints that it wrote; one that wrote none begins anew.
+    """Check that a run to continue still has the checkpoints that it wrote; a run that wrote none begins anew.
 
     Raises:
-        RunFolderError: they are gone.
+        RunFolderError: the checkpoints are gone.
     """
     if not complete(folder / CHECKPOINTS) and _wrote_checkpoints(folder):
         raise RunFolderError(
@@ -186,10 +199,15 @@ def check_checkpoints(folder: Path) -> None:
 
 
 def check_described(folder: Path, problem: RunFolderError, *, open_ends: bool) -> None:
-    """Say that a run goes on without its description, which cannot be read.
+    """Warn that a run continues without its description, which cannot be read.
+
+    Args:
+        folder: the run's folder.
+        problem: error of reading the description.
+        open_ends: True if the request leaves choices open that only the description could fill in.
 
     Raises:
-        RunFolderError: there is no checkpoint to go on from, or what was asked for leaves something open.
+        RunFolderError: there is no checkpoint to continue from, or the request has open choices.
     """
     if not complete(folder / CHECKPOINTS):
         raise problem
@@ -202,7 +220,10 @@ def check_described(folder: Path, problem: RunFolderError, *, open_ends: bool) -
 
 
 def _wrote_checkpoints(folder: Path) -> bool:
-    """Whether run.json says so, or the run came to its end: it has written one there."""
+    """Return whether a run has written a checkpoint: run.json notes one, or its summary counts steps.
+
+    A run that reaches its end writes a checkpoint there.
+    """
     if _FIRST_CHECKPOINT in read_run(folder):
         return True
     try:
@@ -213,7 +234,7 @@ def _wrote_checkpoints(folder: Path) -> bool:
 
 
 def note_checkpoint(folder: Path, step: int) -> None:
-    """Note in a run's folder, where it is one, that a checkpoint was written. Raises OSError."""
+    """Note in run.json, if there is one, the step of the run's first checkpoint. Raises OSError."""
     with contextlib.suppress(RunFolderError):
         content = read_run(folder)
         if _FIRST_CHECKPOINT not in content:
@@ -221,17 +242,17 @@ def note_checkpoint(folder: Path, step: int) -> None:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Writes how the run ended. Raises ShardwiseError where it cannot be written."""
+    """Write summary.json. Raises ShardwiseError if it cannot be written."""
     with told_writing(folder / SUMMARY):
         write_json(folder / SUMMARY, summary)
 
 
 @contextlib.contextmanager
 def told_writing(path: Path) -> Iterator[None]:
-    """Turn what fails while a file of the run is written into one line.
+    """Turn an OSError in the block, which writes the file `path` of a run, into an error of one line.
 
     Raises:
-        ShardwiseError: the disk is full, say.
+        ShardwiseError: the file cannot be written, for example because the disk is full.
     """
     try:
         yield
@@ -242,13 +263,13 @@ def told_writing(path: Path) -> Iterator[None]:
 
 
 def tell(message: str, *values: object) -> None:
-    """Warn in one line, on one worker only where an outer launcher started this process."""
+    """Log a warning of one line; under an outer launcher, on rank 0 only."""
     if is_first():
         logger.warning(message, *values)
 
 
 def discard_unused(folder: Path) -> None:
-    """Removes a new run's folder in which no step was taken, so that the same command can be given again."""
+    """Remove a new run's folder in which no step was taken, so that the command can be repeated unchanged."""
     metrics = folder / METRICS
     unused = not metrics.exists() or metrics.stat().st_size == 0
     if unused and {path.name for path in folder.iterdir()} <= {DESCRIPTION, METRICS, TENSORBOARD, LOCK}:
@@ -260,7 +281,7 @@ def _empty(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     take_lock(out)
     try:
-        _check_unused(out)  # nobody else can begin here any more; somebody may have, before
+        _check_unused(out)  # again: another process may have begun here before this one got the lock
     except RunFolderError:
         release_lock(out)
         raise

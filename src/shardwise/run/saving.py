@@ -1,12 +1,12 @@
-"""How torch's distributed checkpoint writes tiles: safetensors files and a JSON index instead of a pickle.
+"""Writer for torch's distributed checkpoint: safetensors files and a JSON index instead of pickles.
 
-Every worker plans for itself (a piece says which worker writes it), so plans are not gathered, which would unpickle
-them; workers meet only to agree that all have written. Steps of a save, on all workers:
+Every worker plans on its own, because each piece says which worker writes it. Plans are never gathered, which would
+unpickle them; workers meet only to agree that all have written. Steps of a save, on all workers:
 
-    stage       copies what this worker writes to buffers; training goes on after it
-    set up      one worker makes the partial folder
-    write       this worker's file, until it is on disk
-    finish      one worker reads the headers of all files, writes index and manifest, renames the folder into place
+    stage       copy the tensors that this worker writes to buffers; training goes on after it
+    set up      rank 0 makes the partial folder
+    write       write this worker's file, until it is on disk
+    finish      rank 0 reads the headers of all files, writes index and manifest, renames the folder into place
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from shardwise.run.tensorfile import FileSum, TensorSpec, write_file, write_tens
 from shardwise.run.workers import Workers
 
 PIECES = "pieces"
-"""The one key of the dicts that torch hands around: it logs something for each key, which takes longer than a copy."""
+"""Only key of the dicts that torch passes around: it logs a line for each key, which takes longer than a copy."""
 
 
 def stored_tiles(layout: Layout) -> list[Tile]:
-    """The tiles that are worth a chunk: those with elements, and that of a tensor which has none at all."""
+    """Return the tiles to store as chunks: tiles with elements, and the tile of a tensor without any elements."""
     return [tile for tile in layout.tiles if prod(tile.sizes) or not prod(layout.shape)]
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """What this worker writes of a global tensor: copies of its tiles, by their offsets."""
+    """Part of a global tensor that this worker writes: its full shape, and copies of tiles by their offsets."""
 
     shape: Box
     tiles: dict[Box, Tensor]
 
 
 class Stager(AsyncStager):
-    """Copies the pieces that this worker writes to buffers in main memory, the same ones for every checkpoint."""
+    """Stager that copies the pieces of this worker to buffers in main memory, and reuses them for each checkpoint."""
 
     _synchronize_after_execute = False
 
@@ -67,7 +67,10 @@ class Stager(AsyncStager):
         self._buffers: dict[tuple[str, Box], Tensor] = {}
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """List of pieces -> `Staged` by name, both under `PIECES`. The copies are done when it returns."""
+        """Copy a list of pieces, and return a dict of `Staged` by name; both are under the key `PIECES`.
+
+        The copies are done when it returns.
+        """
         pieces: list[Piece] = [piece for piece in state_dict[PIECES] if piece.writes]
         earlier, self._buffers = self._buffers, {}
         staged = {piece.name: Staged(piece.layout.shape, self._copy(piece, earlier)) for piece in pieces}
@@ -76,11 +79,11 @@ class Stager(AsyncStager):
         return {PIECES: staged}
 
     def synchronize_staging(self) -> None:
-        """Nothing is left to wait for after `stage`."""
+        """Do nothing: copies are done when `stage` returns."""
         return
 
     def close(self) -> None:
-        """Lets go of the buffers."""
+        """Free the buffers."""
         self._buffers.clear()
 
     def _copy(self, piece: Piece, earlier: dict[tuple[str, Box], Tensor]) -> dict[Box, Tensor]:
@@ -95,28 +98,28 @@ class Stager(AsyncStager):
 
 
 class TileSavePlanner(SavePlanner):
-    """One write per tile of what `Stager` staged."""
+    """Planner of the writes: one for each tile that `Stager` copied."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        """`state_dict` is what `Stager` gave."""
+        """Take the staged tiles from `state_dict`, which is the result of `Stager.stage`."""
         self._staged: dict[str, Staged] = state_dict[PIECES]
 
     def create_local_plan(self) -> SavePlan:
-        """What this worker writes."""
+        """Plan the tiles that this worker writes."""
         return SavePlan([_write_item(n, s.shape, o, t) for n, s in self._staged.items() for o, t in s.tiles.items()])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Nothing to settle between workers; the index takes the place of the metadata."""
+        """Return the plans unchanged and empty metadata: workers write independently, and the index replaces it."""
         return all_plans, Metadata({})
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """The local plan stays as it is."""
+        """Return the local plan unchanged."""
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
-        """The copy of the tile that `write_item` is about."""
+        """Return the copy of the tile that `write_item` refers to."""
         return self._staged[write_item.index.fqn].tiles[tuple(write_item.index.offset or ())]
 
 
@@ -127,16 +130,16 @@ def _write_item(name: str, shape: Box, offsets: Box, tensor: Tensor) -> WriteIte
 
 
 class FolderWriter(StorageWriter):
-    """Writes one checkpoint; every method is called on all workers, in the background.
+    """Writer of one checkpoint; every method is called on all workers, in the background.
 
-    Workers that fail still meet the others, and then all raise the first failure: none is left waiting.
+    A worker that fails still meets the others, and then all raise the first failure, so that none is left waiting.
 
     Attributes:
-        final: where the folder will be.
-        index: everything but the tensors.
-        keep: how many checkpoints stay.
-        workers: who writes.
-        protected: steps whose checkpoints stay besides.
+        final: path of the complete folder.
+        index: index of the checkpoint, without tensors.
+        keep: number of checkpoints to keep.
+        workers: group of the workers that write.
+        protected: steps whose checkpoints are kept in addition.
     """
 
     def __init__(
@@ -147,10 +150,10 @@ class FolderWriter(StorageWriter):
         self._problem = ""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: there is one writer for each checkpoint."""
+        """Do nothing: there is one writer for each checkpoint."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """One worker makes the folder, before any writes to it."""
+        """Make the partial folder on rank 0, before any worker writes to it. Collective. Raises ShardwiseError."""
         if self.workers.rank == 0:
             try:
                 begin(self.final)
@@ -159,15 +162,15 @@ class FolderWriter(StorageWriter):
         self.workers.raise_first(self._problem, ShardwiseError)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan stays as it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """The plans stay as they are."""
+        """Return the plans unchanged."""
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """This worker's file, on disk when it returns; what fails is told to all in `finish`."""
+        """Write this worker's file, which is on disk when it returns; `finish` raises a failure on all workers."""
         try:
             self._written = self._write(plan, planner) if plan.items else None
         except Exception as error:
@@ -192,7 +195,11 @@ class FolderWriter(StorageWriter):
         return write_tensors(path, specs, read, tensors_metadata(stored))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Called on all workers: once all have written, one completes the checkpoint."""
+        """Complete the checkpoint on rank 0 once all workers have written. Collective.
+
+        Raises:
+            ShardwiseError: a worker could not write, or rank 0 could not complete the checkpoint.
+        """
         written = self._written
         report = {"problem": self._problem, "file": None if written is None else [written.bytes, written.crc32]}
         reports = [loads(text) for text in self.workers.exchange(dumps(report))]
@@ -206,7 +213,11 @@ class FolderWriter(StorageWriter):
         self.workers.raise_first(self._problem, ShardwiseError)
 
     def _complete(self, sums: dict[int, FileSum]) -> None:
-        """Writes index and manifest over the files of the workers, and lets the checkpoint be seen."""
+        """Write index and manifest of the workers' files, rename the folder into place, and delete old checkpoints.
+
+        Args:
+            sums: size and CRC-32 of each worker's file, by rank.
+        """
         for rank, entry in sums.items():
             if not self._file(rank).exists() or self._file(rank).stat().st_size != entry.bytes:
                 name = self._file(rank).name
@@ -229,7 +240,7 @@ class FolderWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """False: torch is never to choose this class by a path."""
+        """Return False, so that torch never chooses this class by a path."""
         return False
 
 
@@ -240,7 +251,7 @@ def _key(item: WriteItem) -> str:
 
 
 def stored_by(plan: SavePlan, file: str) -> dict[str, Stored]:
-    """The tensors of a plan, with its own chunks of them only, which all go to `file`."""
+    """Return the tensors of a worker's plan by name, each with only that worker's chunks, which are all in `file`."""
     stored: dict[str, Stored] = {}
     for item in plan.items:
         data = item.tensor_data

@@ -1,4 +1,4 @@
-"""Agrees on how much each worker reads of a stream, so that none enters a step that the others do not take."""
+"""Agreement of all workers on the batches of a stream, so that no worker starts a step that the others do not take."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from shardwise.workload.data import FAILED
 
 
 class StreamAgreement:
-    """Compares the sizes of global batches over all workers, see `Loader.agree`. Creating one is collective.
+    """Comparison of the sizes of global batches over all workers, see `Loader.agree`. Creating one is collective.
 
-    The loader calls it from its thread while the batch before is computed, on a group that nothing else uses.
+    The loader calls it from its thread while the previous batch is computed, so it has a process group of its own.
 
     Args:
         first: number of the first step, from 1.
@@ -22,11 +22,15 @@ class StreamAgreement:
         self._step = first
 
     def __call__(self, samples: int, why: str) -> None:
-        """Take the number of samples that were read for the next step, or why there are none. Collective.
+        """Compare the number of samples that the workers read for the next step. Collective.
+
+        Args:
+            samples: number of samples read here; 0 at the end of the stream, FAILED if they cannot be read.
+            why: reason why they cannot be read; empty otherwise.
 
         Raises:
-            DataError: other workers read another number.
-            ShardwiseError: one of them could not read its samples.
+            DataError: workers read different numbers.
+            ShardwiseError: a worker could not read its samples.
         """
         step, self._step = self._step, self._step + 1
         counts = self._workers.numbers(samples)
@@ -37,4 +41,4 @@ class StreamAgreement:
             found = by_rank([f"{count} sample{'' if count == 1 else 's'}" for count in counts])
             raise DataError(f"step {step}: the stream of samples gave {found}: all workers must read the same stream")
         if not samples:
-            self._step = step  # the next epoch begins with it
+            self._step = step  # no step was taken: the next epoch begins with this number

@@ -1,4 +1,4 @@
-"""Writes safetensors files one tensor at a time, so that memory is bounded by the largest tensor, not by the file.
+"""Writer of safetensors files, one tensor at a time, so that memory is bounded by the largest tensor, not by the file.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header of
 `{name: {"dtype", "shape", "data_offsets"}}`, then the bytes of the tensors without gaps. Reading is left to the
@@ -39,39 +39,39 @@ _CODES = {
     torch.bool: "BOOL",
 }
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _CODES}
-"""Name of a dtype, as torch spells it without `torch.` -> the dtype: all that safetensors files can hold."""
+"""All dtypes of safetensors files, by their names in torch without `torch.`."""
 
 _READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a tensor looks like, without its values."""
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        """Size of the values."""
+        """Return the size of the tensor's values in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
     @property
     def code(self) -> str | None:
-        """The dtype as safetensors files spell it; None for one that they cannot hold."""
+        """Return the dtype in the spelling of safetensors files. Returns None for a dtype that they cannot hold."""
         return _CODES.get(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class FileSum:
-    """Size in bytes and CRC-32 of a file: tells damage by accident, not by intent."""
+    """Size in bytes and CRC-32 of a file: detects accidental damage, not manipulation."""
 
     bytes: int
     crc32: int
 
     @classmethod
     def of(cls, path: Path) -> FileSum:
-        """Reads the file once."""
+        """Compute size and CRC-32 of a file, which is read once."""
         size = crc = 0
         with path.open("rb") as file:
             while block := file.read(_READ_BYTES):
@@ -86,25 +86,26 @@ def write_tensors(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> FileSum:
-    """Writes a safetensors file and waits until it is on disk.
+    """Write a safetensors file, wait until it is on disk, and return its size and CRC-32.
 
     Args:
-        path: the new file.
+        path: path of the new file; it must not exist.
         specs: dtype and shape of every tensor in the file.
-        read: name -> the tensor; called once for each when it is written; any device, any strides.
+        read: function that returns a tensor by its name, on any device and with any strides. It is called once per
+            tensor, just before the tensor is written.
         metadata: texts to store in the header.
 
     Raises:
-        ShardwiseError: a dtype that the format does not have.
-        OSError: the disk is full, say.
+        ShardwiseError: the format does not have the dtype of a tensor, or a tensor differs from its spec.
+        OSError: the file cannot be written, for example because the disk is full.
     """
-    # wide elements first: then every tensor begins at a multiple of its element size, which readers rely on
+    # wide elements first, so that every tensor begins at a multiple of its element size, which readers rely on
     names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
     return write_file(path, _blocks(names, specs, read, metadata))
 
 
 def write_file(path: Path, blocks: Iterator[memoryview | bytes]) -> FileSum:
-    """Writes blocks to a new file and waits until they are on disk."""
+    """Write blocks to a new file, wait until they are on disk, and return its size and CRC-32."""
     size = crc = 0
     with path.open("xb") as file:
         for block in blocks:
@@ -130,7 +131,7 @@ def _blocks(
                 f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not {spec.dtype} {spec.shape}"
             )
         if tensor.numel():
-            # numpy has no bfloat16, so the bytes go by way of uint8
+            # numpy has no bfloat16, so the values are viewed as uint8
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -1,4 +1,4 @@
-"""The training loop, read top to bottom. What is written and measured beside it is in `run.record`."""
+"""Training loop, to be read from top to bottom; `run.record` writes and measures around it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,18 @@ from shardwise.workload.data import Loader, is_map_style
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a training is: `batch` of `epoch` is the next. Travels with checkpoints.
+    """Progress of a training, which is saved in checkpoints.
 
-    `batch_size` and `seed` say which samples that batch has; `loss` (of the last step) and `metrics` (of the last
-    evaluation) are the last known. `evaluated` is the step of that evaluation, -1 where there was none. `finite` says
-    whether weights and loss were, `skipped_steps` how many updates were not applied.
+    Attributes:
+        batch_size: global batch size, which decides the samples of each batch together with `seed`.
+        seed: seed of the data order.
+        epoch: epoch of the next batch.
+        batch: number of the next batch in its epoch.
+        loss: loss of the last step; None if it is not known.
+        metrics: values of the last evaluation.
+        evaluated: step of the last evaluation; -1 if there was none.
+        finite: True if weights and loss were finite.
+        skipped_steps: number of steps whose update was not applied.
     """
 
     batch_size: int
@@ -40,16 +47,16 @@ class Progress:
 
 
 LATER_FIELDS = {"evaluated", "finite", "skipped_steps"}
-"""What checkpoints of earlier versions do not have."""
+"""Fields that checkpoints of earlier versions lack."""
 
 
 def train(program: Program, job: Job) -> Trained:
-    """Trains until the steps or epochs that `job` asks for are done. Collective; all workers must see the run's folder.
+    """Train until the steps or epochs of `job` are done. Collective; all workers must see the run's folder.
 
     Raises:
-        DataError: the dataset is empty, or not the same on all workers.
+        DataError: the dataset is empty, or differs between workers.
         CheckpointError: the run cannot be resumed from its checkpoint.
-        NotFinite: loss or gradient of a step are not, and the options say to stop.
+        NotFinite: the loss or gradient of a step is not finite, and the policy of `job` is to stop.
     """
     options = job.options
     record, agreement = Record(program, job), Agreement()
@@ -75,13 +82,13 @@ def train(program: Program, job: Job) -> Trained:
             progress = _evaluated(record, program, progress if loss is None else replace(progress, loss=loss))
             if not options.checkpoint_every:
                 record.save(asdict(progress))
-        progress = _evaluated(record, program, progress)  # an evaluation that a kill cut short is still to be made
+        progress = _evaluated(record, program, progress)  # makes up for an evaluation that a kill interrupted
         record.save(asdict(progress))
         return record.close(progress.loss, progress.metrics)
 
 
 def _agreeing(program: Program) -> Loader:
-    """The loader of the training data; workers agree on each batch of a stream."""
+    """Return the loader of the training data; with it, workers agree on each batch of a stream. Collective."""
     loader = program.loader()
     if is_map_style(loader.dataset) or program.mesh.world is None:
         return loader
@@ -89,7 +96,11 @@ def _agreeing(program: Program) -> Loader:
 
 
 def _start(record: Record, program: Program, *, resume: bool) -> Progress:
-    """Where the newest checkpoint left off; the beginning where there is none."""
+    """Return the progress to start from: that of the newest checkpoint if the run is resumed, else the beginning.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another batch size or seed within an epoch.
+    """
     fresh = Progress(program.workload.batch_size, program.workload.seed)
     saved = record.load() if resume else None
     if saved is None:
@@ -105,20 +116,20 @@ def _start(record: Record, program: Program, *, resume: bool) -> Progress:
 
 
 def restored(saved: dict[str, Any], fresh: Progress, steps: int) -> Progress:
-    """The progress in a checkpoint, where every value is of its kind; earlier ones do not say what was evaluated.
+    """Return the progress in a checkpoint after a check of its values; fields of LATER_FIELDS may be missing.
 
     Raises:
-        CheckpointError: it is not what `train` gave.
+        CheckpointError: the progress is not such as `train` saves.
     """
     problem = _progress_problem(asdict(fresh), saved)
     if problem:
         raise CheckpointError(f"the checkpoint of step {steps} is damaged: {problem}")
-    ended = not saved.get("batch")  # it was written after the evaluation at the end of an epoch
+    ended = not saved.get("batch")  # the checkpoint was written after the evaluation at the end of an epoch
     return replace(fresh, **{"evaluated": steps if ended else -1, **saved})
 
 
 def _progress_problem(known: dict[str, Any], saved: dict[str, Any]) -> str:
-    """One line on the first value of a saved progress that is none; empty where all are as they should be."""
+    """Return one line on the first invalid value of a saved progress. Returns an empty string if all are valid."""
     if odd := sorted((saved.keys() ^ known.keys()) - LATER_FIELDS):
         return f"progress has {short(odd[0])}" if odd[0] in saved else f"progress has no {odd[0]}"
     numbers = {"loss": saved["loss"], **(saved["metrics"] if isinstance(saved["metrics"], dict) else {})}
@@ -132,7 +143,7 @@ def _progress_problem(known: dict[str, Any], saved: dict[str, Any]) -> str:
 
 
 def _evaluated(record: Record, program: Program, progress: Progress) -> Progress:
-    """The progress with an evaluation after its last step."""
+    """Evaluate unless the last step was evaluated already, and return the progress with the values."""
     if progress.evaluated == program.steps or program.steps == 0:
         return progress
     return replace(progress, metrics=record.evaluate(progress.epoch), evaluated=program.steps)
@@ -140,7 +151,7 @@ def _evaluated(record: Record, program: Program, progress: Progress) -> Progress
 
 @contextmanager
 def _left_finite(record: Record, progress: Callable[[], Progress]) -> Iterator[None]:
-    """Leaves what was before a step that is not finite as a checkpoint, and says from where to go on."""
+    """Save the state before a step that is not finite as a checkpoint, and add advice on resuming to the error."""
     try:
         yield
     except NotFinite as error:
@@ -149,7 +160,10 @@ def _left_finite(record: Record, progress: Callable[[], Progress]) -> Iterator[N
 
 
 def _done(count: int, wanted: int | None) -> bool:
-    """Whether as much is done as is wanted (None: no end), or more: a run can be resumed with less than it has."""
+    """Return whether `count` reaches `wanted` (None: no limit).
+
+    It may exceed `wanted`: a run can be resumed with fewer steps than it has.
+    """
     return wanted is not None and count >= wanted
 
 

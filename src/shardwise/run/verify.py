@@ -1,11 +1,11 @@
-"""The proof that a parallel run is the same training: the same steps in one process and in parallel, held side by side.
+"""Verification that a parallel run equals training on one worker: identical steps are taken in both and compared.
 
     one worker:  initial weights, then per step loss, gradients, weights -> files
-    in parallel: from the same initial weights, the same steps; worker 0 gathers full tensors and compares with them
+    in parallel: the same steps from the same initial weights; rank 0 gathers full tensors and compares with the files
 
-How far rounding alone may take the two apart follows from the dtype and the longest sum in a step: summands are added
-in another order, which leaves an error that grows with the square root of their number (Higham 1993, section 4), for
-each of the operations that follow each other.
+The tolerance for rounding follows from the dtype and the longest sum in a step. Parallel runs add summands in another
+order, which leaves an error that grows with the square root of their number (Higham 1993, section 4), for each of the
+successive operations.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from shardwise.workload.float64 import in_float64
 from shardwise.workload.workload import Workload
 
 SAFETY = 16.0
-"""Times the expected growth of rounding errors that is still taken for rounding."""
+"""Factor of the tolerance over the expected growth of rounding errors."""
 
 TELLING = 1e-3
-"""Updates are compared of elements whose gradient is at least this share of the typical one."""
+"""Least gradient of an element, relative to the typical one, for which its update is compared."""
 
 HALF_TOLERANCE = 0.1
-"""For bf16: eight bits of a number survive every operation, and steps drift apart."""
+"""Tolerance for bf16, of which only eight bits of a number survive each operation, so that runs drift apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One strategy to verify, the same on every worker.
+    """Trial of one strategy; all workers receive equal ones.
 
     Attributes:
-        source: the workload.
-        strategy: with the number of microbatches settled.
-        steps: optimizer steps.
-        float64: in double precision.
-        folder: where one worker's steps are.
+        source: source of the workload.
+        strategy: strategy with its number of microbatches settled.
+        steps: number of optimizer steps.
+        float64: True to compute in double precision.
+        folder: folder with the steps of one worker.
     """
 
     source: Source
@@ -63,26 +63,26 @@ class Trial:
     folder: str
 
     def load(self) -> Workload:
-        """The workload, in the precision of the trial."""
+        """Load the workload in the precision of the trial."""
         workload = self.source.load()
         return in_float64(workload) if self.float64 else workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """How far a strategy is from one process: the largest errors over the steps.
+    """Result of verifying a strategy: the largest errors over the steps, compared with one worker.
 
     Attributes:
-        strategy: that was verified.
-        steps: optimizer steps.
-        loss: of the losses.
-        gradient: of the gradients.
-        parameter: of the updated parameters and buffers.
-        tolerance: what is still taken for rounding.
-        sharded_share: share of the parameters that are cut.
-        uncut: those that tensor parallelism leaves whole, by the reason.
-        places: how many places there are to cut the step at; None without pipeline.
-        notes: what a person should know, of all workers.
+        strategy: strategy that was verified.
+        steps: number of optimizer steps.
+        loss: largest error of the losses.
+        gradient: largest error of the gradients.
+        parameter: largest error of the updated parameters and buffers.
+        tolerance: largest error that counts as rounding.
+        sharded_share: share of the parameters that are sharded, 0 to 1.
+        uncut: parameters that tensor parallelism leaves whole, grouped by reason.
+        places: number of cut points of the step; None without pipeline.
+        notes: notes of all workers for the user.
     """
 
     strategy: Strategy
@@ -98,12 +98,12 @@ class Proof:
 
     @property
     def passed(self) -> bool:
-        """Whether every error is within the tolerance."""
+        """Return whether every error is within the tolerance."""
         return all(each.error <= self.tolerance for each in (self.loss, self.gradient, self.parameter))
 
     @property
     def tells(self) -> bool:
-        """Whether it fails because of what is parallel: not where one worker's numbers are not finite either."""
+        """Return whether the failure is due to parallelism: False if one worker's numbers are not finite either."""
         whys = (self.loss.why, self.gradient.why, self.parameter.why)
         return not self.passed and not any(why.endswith(NO_PROOF) for why in whys)
 
@@ -111,10 +111,12 @@ class Proof:
 def verify(
     source: Source, strategies: Sequence[Strategy], *, steps: int, float64: bool, threads: int
 ) -> list[tuple[Proof, str]]:
-    """Verifies strategies one by one; (proof, axis most likely at fault, empty where it holds).
+    """Verify strategies one by one, and return for each its proof and the axis most likely at fault.
+
+    The axis is empty for a strategy that passes.
 
     Raises:
-        WorkloadError: the dataset does not give the same samples each time.
+        WorkloadError: the dataset does not give equal samples each time.
         WorkerFailed: a worker died.
     """
     with tempfile.TemporaryDirectory(prefix="shardwise-verify-") as folder:
@@ -124,7 +126,7 @@ def verify(
 
 
 def verification(workload: str, proofs: Sequence[tuple[Proof, str]], dtype: str) -> dict[str, Any]:
-    """The document that `verify --json` prints. Errors that are not finite are none: `failure` says what it is."""
+    """Return the document that `verify --json` prints; for errors that are not finite, `failure` gives the reason."""
     return {
         "workload": workload,
         "dtype": dtype,
@@ -155,7 +157,7 @@ def _row(proof: Proof, axis: str) -> dict[str, Any]:
 
 
 def _failure(proof: Proof, axis: str) -> str:
-    """What differs first in the course of a step: gradient, then parameter, then the loss."""
+    """Describe the first failed comparison in the order gradient, parameter, loss."""
     for kind, found in (("gradient of", proof.gradient), ("", proof.parameter), ("loss of", proof.loss)):
         if not found.error <= proof.tolerance:
             what = f"{kind} {found.tensor}".strip()
@@ -165,7 +167,7 @@ def _failure(proof: Proof, axis: str) -> str:
 
 
 class _Prover:
-    """Runs trials. One worker's steps are kept for all strategies that cut the batch alike."""
+    """Runner of trials; it records one worker's steps once for all strategies with equal microbatches and precision."""
 
     def __init__(self, source: Source, steps: int, float64: bool, threads: int, folder: Path) -> None:
         self._trial = Trial(source=source, strategy=Strategy(), steps=steps, float64=float64, folder="")
@@ -175,7 +177,7 @@ class _Prover:
         self._recorded: set[Strategy] = set()
 
     def prove(self, strategies: Sequence[Strategy]) -> list[Proof]:
-        """A proof of each. Strategies of one number of workers are tried by the same workers, one after the other."""
+        """Return a proof for each strategy; strategies with equal numbers of workers share processes, one by one."""
         settled = [strategy.for_batch(self._batch_size) for strategy in strategies]
         alone = [Strategy(microbatches=each.microbatches, precision=each.precision) for each in settled]
         missing = [each for each in dict.fromkeys(alone) if each not in self._recorded]
@@ -190,7 +192,7 @@ class _Prover:
         return [replace(proofs[index], strategy=strategy) for index, strategy in enumerate(strategies)]
 
     def blame(self, strategy: Strategy) -> str:
-        """The axis that fails alone; all of them where each alone holds."""
+        """Return the first axis that fails without the others. If each passes alone, return all of them as one text."""
         degrees = {axis: getattr(strategy, axis) for axis in ("dp", "fsdp", "tp", "pp") if getattr(strategy, axis) > 1}
         if len(degrees) < 2:
             return next(iter(degrees), "")
@@ -203,7 +205,7 @@ class _Prover:
         return " with ".join(degrees)
 
     def _place(self, alone: Strategy) -> str:
-        """The folder of one worker's steps."""
+        """Return the folder with the recorded steps of the strategy `alone`, which has one worker."""
         return str(self._folder / str(alone))
 
     def _run(self, function: Any, trials: Sequence[Trial]) -> Any:
@@ -215,41 +217,41 @@ class _Prover:
 
 
 def _without_options(axis: str) -> dict[str, Any]:
-    """Options of the other axes at their defaults."""
+    """Return the options of all axes except `axis`, with their default values."""
     default = Strategy()
     options = {"fsdp": ("zero",), "tp": ("sp",), "pp": ("schedule", "stages")}
     return {key: getattr(default, key) for other, keys in options.items() if other != axis for key in keys}
 
 
-# ---- what workers do ------------------------------------------------------------------------------------------------
+# ---- functions that workers run -------------------------------------------------------------------------------------
 
 
 def watched(function: Callable[[Sequence[bytes]], Any], trials: Sequence[bytes]) -> Any:
-    """Call `function(trials)` under the watch that notices when workers hang."""
+    """Call `function(trials)` under the watch that notices hanging workers, and return its result."""
     with watch.watching(watch.limits(None, None)):
         return function(trials)
 
 
 def record_all(trials: Sequence[bytes]) -> None:
-    """`record` of several, one after the other."""
+    """Call `record` for each trial, one after the other."""
     for _ in map(record, _read(trials)):
         pass
 
 
 def compare_all(trials: Sequence[bytes]) -> list[Proof | None]:
-    """`compare` of several, one after the other. Collective."""
+    """Call `compare` for each trial, one after the other, and return the proofs. Collective."""
     return [compare(trial) for trial in _read(trials)]
 
 
 def _read(trials: Sequence[bytes]) -> Iterator[Trial]:
-    """The trials, each with a workload of its own, as in a new process: what they do to a dataset stays with them."""
+    """Unpickle the trials one by one, each with a workload of its own: a trial cannot change another one's dataset."""
     for trial in trials:
         yield cloudpickle.loads(trial)
-        gc.collect()  # a program's parts hold each other
+        gc.collect()  # the parts of a program refer to each other in cycles
 
 
 def record(trial: Trial) -> None:
-    """One worker's steps, into files."""
+    """Run the steps of a trial on one worker, and save loss, gradients and weights of each to files."""
     from shardwise.parallel.program import Program
 
     program = Program.build(trial.load(), trial.strategy)
@@ -267,9 +269,10 @@ def record(trial: Trial) -> None:
 
 
 def compare(trial: Trial) -> Proof | None:
-    """The same steps in parallel, each from the weights that one worker had, compared on worker 0. Collective.
+    """Run the steps of a trial in parallel, and compare each with one worker's. Collective.
 
-    Each step starts anew so that what one step does to numbers that are nothing but rounding is not in the next.
+    Each step starts from the weights of one worker, so that rounding errors of one step do not carry over to the next.
+    Returns the proof on rank 0, None on other ranks.
     """
     from shardwise.parallel.program import Program
 
@@ -305,7 +308,7 @@ def compare(trial: Trial) -> Proof | None:
 
 
 def _everybodys_notes(program: Any) -> tuple[str, ...]:
-    """What any worker has to say, each line once. Collective."""
+    """Gather the notes of all workers, each line once. Collective."""
     from shardwise.parallel.gather import gather_json
 
     mine = list(program.engine.notes)
@@ -316,7 +319,7 @@ def _everybodys_notes(program: Any) -> tuple[str, ...]:
 
 
 def rounding(program: Any, trial: Trial) -> float:
-    """The relative error up to which two runs are taken for the same: SAFETY * eps * sqrt(summands) * sqrt(layers)."""
+    """Return the relative error up to which two runs count as equal: SAFETY * eps * sqrt(summands) * sqrt(layers)."""
     if trial.strategy.in_bf16(program.workload.precision):
         return HALF_TOLERANCE
     shapes = [held.layout.shape for held in program.engine.held.values()]
@@ -330,7 +333,7 @@ def rounding(program: Any, trial: Trial) -> float:
 
 
 def _loss_deviation(value: float, alone: float, step: str) -> Deviation:
-    """How far a loss is from one worker's: infinitely where either is not finite, for then it proves nothing."""
+    """Return the relative error of a loss against one worker's; it is infinite if either loss is not finite."""
     if not math.isfinite(alone):
         return Deviation(math.inf, step, f"is {alone} on one worker and {value} in parallel: {NO_PROOF}")
     if not math.isfinite(value):
@@ -339,7 +342,7 @@ def _loss_deviation(value: float, alone: float, step: str) -> Deviation:
 
 
 def _shares(program: Any, steps: int) -> Any:
-    """The shares of the first steps, from as many epochs as they take."""
+    """Yield the shares of the first `steps` steps, from as many epochs as needed."""
     left, epoch = steps, 0
     while left > 0:
         for share in program.loader().shares(epoch):
@@ -363,7 +366,7 @@ def _kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def _start_from(program: Any, initial: dict[str, Tensor]) -> None:
-    """Overwrites this worker's parts of the model."""
+    """Copy this worker's parts of full tensors into the model; names that are not in `initial` stay unchanged."""
     with torch.no_grad():
         for piece in program.pieces():
             if piece.name in initial:
@@ -371,10 +374,10 @@ def _start_from(program: Any, initial: dict[str, Tensor]) -> None:
 
 
 def _told(gradients: dict[str, Tensor], tolerance: float) -> dict[str, Tensor]:
-    """The elements whose gradient is large enough for their update to tell something.
+    """Return masks of the elements whose gradient is large enough for their update to be compared.
 
-    An optimizer that divides by the gradient's size (Adam) makes much of a gradient that is next to nothing: what
-    becomes of such an element tells of rounding, not of the parallel run. Its gradient is compared all the same.
+    An optimizer that divides by the gradient's size (Adam) amplifies tiny gradients: the update of such an element
+    shows rounding errors, not errors of the parallel run. Its gradient is compared nevertheless.
     """
     least = max(tolerance, TELLING) * typical_size(gradients)
     return {name: gradient.abs() > least for name, gradient in gradients.items()}
@@ -383,7 +386,7 @@ def _told(gradients: dict[str, Tensor], tolerance: float) -> dict[str, Tensor]:
 def _of_all(
     program: Any, pieces: list[Any], expected: dict[str, Tensor], kind: str, counted: dict[str, Tensor] | None
 ) -> Deviation:
-    """The deviation of the full tensors, and of every copy of a part that some worker holds. Collective."""
+    """Return the largest deviation of the full tensors, and of every copy of a part on any worker. Collective."""
     from shardwise.parallel.gather import gather_full, gather_json
 
     alone = _kind(expected, kind)
@@ -407,7 +410,7 @@ def _of_all(
 
 
 def _check_repeatable(program: Any) -> None:
-    """Raises WorkloadError where the dataset gives other samples when it is read again."""
+    """Check that the dataset gives equal samples when it is read twice. Raises WorkloadError."""
     first, second = (tree_leaves([m.data for m in next(iter(program.loader().shares(0))).microbatches]) for _ in "12")
     same = len(first) == len(second) and all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b

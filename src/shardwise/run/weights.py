@@ -1,4 +1,4 @@
-"""Trained weights back in a plain module."""
+"""Plain modules filled with trained weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardwise.workload.workload import Workload
 
 
 def filled_model(workload: Workload, weights: dict[str, Tensor] | None) -> nn.Module:
-    """The workload's module, on the CPU, with `weights`; under an outer launcher those of rank 0, on all workers."""
+    """Build the workload's module on the CPU with `weights`; under an outer launcher, all workers get rank 0's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(workload.seed)
         model = workload.model()
@@ -20,6 +20,6 @@ def filled_model(workload: Workload, weights: dict[str, Tensor] | None) -> nn.Mo
         materialize(model, torch.device("cpu"))
         model.load_state_dict(weights)
     if under_launcher() and dist.is_initialized():
-        for tensor in model.state_dict().values():  # they share their memory with the module
+        for tensor in model.state_dict().values():  # these tensors share their memory with the module
             dist.broadcast(tensor, src=0)
     return model

@@ -1,4 +1,4 @@
-"""What the workers tell each other beside the training: short texts, as bytes in tensors, so nothing is unpickled."""
+"""Messages between workers beside the training: short texts, sent as bytes in tensors, so that nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """A question to all workers that has been asked (see `Workers.vote`)."""
+    """Vote of all workers in flight, see `Workers.vote`."""
 
     votes: Tensor
     asked: Any
 
     def unanimous(self) -> bool:
-        """Return whether all workers agreed, once all have been asked."""
+        """Wait until all workers have voted, and return whether all agreed."""
         if self.asked is not None:
             self.asked.wait()
         return bool(self.votes.item())
 
 
 class Workers:
-    """All workers of the default process group, on a group of their own.
+    """All workers of the default process group, connected by a process group of their own.
 
-    A thread in the background talks on it while the training talks on its groups: they must not mix. It is a gloo group
-    on every machine, because what is said is small and lies in main memory. Creating it is collective.
+    A background thread uses this group while the training uses its own groups, and their messages must not mix. It is a
+    gloo group on every machine, because the messages are small and in main memory. Creating it is collective.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Workers:
         self.count = dist.get_world_size() if together else 1
 
     def exchange(self, text: str) -> list[str]:
-        """Everybody's text, by rank. Collective."""
+        """All-gather a text of each worker; return the texts by rank. Collective."""
         if self.count == 1:
             return [text]
         data = text.encode()
@@ -56,17 +56,17 @@ class Workers:
         return [bytes(part[: int(n)].tolist()).decode() for part, n in zip(parts, lengths, strict=True)]
 
     def numbers(self, number: int) -> list[int]:
-        """Everybody's number, by rank, in one small message. Collective."""
+        """All-gather a whole number of each worker in one small message; return the numbers by rank. Collective."""
         return [number] if self.count == 1 else [int(each) for each in self._gather(torch.tensor([number]))]
 
     def raise_first(self, problem: str, error: type[ShardwiseError]) -> None:
-        """Raises `error` on all workers where one of them has a `problem` (not empty): the first one's. Collective."""
+        """Raise `error` on all workers with the first non-empty `problem` of any worker, by rank. Collective."""
         for found in self.exchange(problem):
             if found:
                 raise error(found)
 
     def all_or_none(self, action: Callable[[], _Value], error: type[ShardwiseError]) -> _Value:
-        """Return what `action` gives here, unless it raised `error` on one of the workers: then all do. Collective."""
+        """Return the result of `action`; if it raises `error` on any worker, all workers raise it. Collective."""
         value, problem = None, ""
         try:
             value = action()
@@ -76,14 +76,14 @@ class Workers:
         return cast("_Value", value)
 
     def anywhere(self, flags: list[bool]) -> list[bool]:
-        """For each flag, whether it is set on any worker; all have as many flags. Collective."""
+        """Return for each flag whether it is set on any worker; all workers have equally many flags. Collective."""
         union = torch.tensor(flags, dtype=torch.uint8)
         if self.count > 1:
             dist.all_reduce(union, dist.ReduceOp.MAX, group=self.group)
         return [bool(flag) for flag in union.tolist()]
 
     def vote(self, agrees: bool) -> Vote:
-        """Begin to ask whether all workers agree; what they do meanwhile does not wait for the answer. Collective."""
+        """Start an asynchronous all-reduce of whether all workers agree, and return the vote in flight. Collective."""
         votes = torch.tensor([agrees], dtype=torch.uint8)
         asked = None if self.count == 1 else dist.all_reduce(votes, dist.ReduceOp.MIN, group=self.group, async_op=True)
         return Vote(votes, asked)
