@@ -38,10 +38,11 @@ models: $(STAMP) ## tests all models of others under all strategies and writes d
 plans: $(STAMP) ## writes docs/plans.md: plans for models of up to a trillion parameters
 	$(BIN)/python docs/write_plans.py
 
-check: $(STAMP) ## ruff, mypy --strict and the import order of the layers
+check: $(STAMP) ## ruff, mypy --strict (over the tests too) and the import order of the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	find tests -name conftest.py -print0 | xargs -0 -n 1 $(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/unit/test_layers.py tests/unit/test_public_names.py
 
 format: $(STAMP) ## lets ruff lay out and sort the code

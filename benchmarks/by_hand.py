@@ -85,7 +85,7 @@ class FirstHalf(nn.Module):
         self.blocks = model.blocks[: len(model.blocks) // 2]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+        x: Tensor = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
         return x
@@ -101,7 +101,8 @@ class SecondHalf(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        output: Tensor = self.head(self.norm(x))
+        return output
 
 
 def pipeline(model: Transformer, make_optimizer: MakeOptimizer) -> Step:
@@ -129,7 +130,7 @@ def plain_loop(model: nn.Module, make_optimizer: MakeOptimizer) -> Step:
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         optimizer.zero_grad()
         loss = token_loss(model(inputs), targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return loss.detach()
 

@@ -29,13 +29,15 @@ def measure(spec: str, size: Size, rounds: int, repeat: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from benchmarks.by_hand import BY_HAND
-    from benchmarks.transformer import transformer_workload
+    from benchmarks.transformer import Transformer, transformer_workload
     from shardwise import Strategy
     from shardwise.parallel.program import Program
 
     workload = transformer_workload(size)
     torch.manual_seed(workload.seed)
-    hand_step = BY_HAND[spec](workload.model(), workload.optimizer)
+    model = workload.model()
+    assert isinstance(model, Transformer)
+    hand_step = BY_HAND[spec](model, workload.optimizer)
     program = Program.build(workload, Strategy.parse(spec))
     shares = list(program.loader().shares(0))
     losses: dict[str, Any] = {}

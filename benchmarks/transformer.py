@@ -39,7 +39,8 @@ class Attention(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.transpose(1, 2).reshape(samples, tokens, -1))
+        output: Tensor = self.out(mixed.transpose(1, 2).reshape(samples, tokens, -1))
+        return output
 
 
 class Mlp(nn.Module):
@@ -49,7 +50,8 @@ class Mlp(nn.Module):
         self.down = nn.Linear(4 * hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        output: Tensor = self.down(F.gelu(self.up(x)))
+        return output
 
 
 class Block(nn.Module):
@@ -62,7 +64,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        output: Tensor = x + self.mlp(self.norm2(x))
+        return output
 
 
 class Transformer(nn.Module):
@@ -77,7 +80,8 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        output: Tensor = self.head(self.norm(x))
+        return output
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:

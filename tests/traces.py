@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import cloudpickle
 import torch
@@ -20,9 +21,9 @@ def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
     A factory is known again by its name, or as it is pickled: with all that it is made of.
     """
     from shardwise.parallel import staged
+    from shardwise.parallel.traced import traced as trace
 
     name = factory if isinstance(factory, str) else cloudpickle.dumps(factory)
-    trace = staged.traced
 
     def traced(workload: Any, model: Any, batch: Any, *, training: bool = True) -> Any:
         shapes = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves(batch))
@@ -32,8 +33,5 @@ def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
             _KEPT[key] = step
         return step
 
-    staged.traced = traced
-    try:
+    with mock.patch.object(staged, "traced", traced):
         yield
-    finally:
-        staged.traced = trace

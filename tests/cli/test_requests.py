@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,13 @@ def _no_worker_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     (folder / "empty").mkdir()
     (folder / "other").mkdir()
-    description = {"workload": "other", "source": None, "settings": {}, "seed": 0, "strategy": "single"}
+    description: dict[str, Any] = {
+        "workload": "other",
+        "source": None,
+        "settings": {},
+        "seed": 0,
+        "strategy": "single",
+    }
     (folder / "other" / "run.json").write_text(json.dumps({**description, "steps": None, "epochs": 1}))
     (folder / "torn").mkdir()
     (folder / "torn" / "run.json").write_text('{"workload": "small"')

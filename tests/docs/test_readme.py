@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_left(folders: dict[Path, Path]):
+def _nothing_left(folders: dict[Path, Path]) -> Iterator[None]:
     yield
     for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)

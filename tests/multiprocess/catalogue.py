@@ -117,7 +117,7 @@ DECODER = {
     **SPECIAL,
 }
 ENCODER = {key: value for key, value in DECODER.items() if key != "use_cache"}
-TWO_SIDED = {
+TWO_SIDED: dict[str, Any] = {
     "vocab_size": WORDS,
     "d_model": 32,
     "encoder_layers": 2,
@@ -304,7 +304,7 @@ def _volumes(name: str, model: Callable[[], nn.Module]) -> Workload:
 
 def unet() -> Workload:
     def model() -> nn.Module:
-        from monai.networks.nets import UNet
+        from monai.networks.nets.unet import UNet
 
         made: nn.Module = UNet(3, 1, 2, channels=(8, 16, 32), strides=(2, 2), num_res_units=2)
         return made
@@ -314,7 +314,7 @@ def unet() -> Workload:
 
 def unetr() -> Workload:
     def model() -> nn.Module:
-        from monai.networks.nets import UNETR
+        from monai.networks.nets.unetr import UNETR
 
         made: nn.Module = UNETR(1, 2, (16, 16, 16), feature_size=8, hidden_size=32, mlp_dim=64, num_heads=4)
         return made

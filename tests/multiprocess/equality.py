@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,9 +142,8 @@ def paste(pieces: Sequence[tuple[str, Tensor, Layout, bool]]) -> dict[str, Tenso
             f"{name}: some elements are written by {sorted(set(count.flatten().tolist()))} workers"
         )
     for name, local, layout, _ in pieces:
-        torch.testing.assert_close(
-            layout.cut(full[name]), local, rtol=1e-6, atol=1e-7, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        told = partial("{}: {}".format, name)
+        torch.testing.assert_close(layout.cut(full[name]), local, rtol=1e-6, atol=1e-7, equal_nan=True, msg=told)
     return full
 
 

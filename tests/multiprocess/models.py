@@ -34,7 +34,8 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 
 def accuracy(output: Tensor, batch: Any) -> Tensor:
-    return (output.argmax(1) == batch[-1]).double().mean()
+    result: Tensor = (output.argmax(1) == batch[-1]).double().mean()
+    return result
 
 
 def classify(output: Tensor, batch: Any) -> Tensor:
@@ -83,7 +84,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mix(*self.project(x))
-        return self.out(y.transpose(1, 2).reshape(x.shape))
+        output: Tensor = self.out(y.transpose(1, 2).reshape(x.shape))
+        return output
 
 
 class Fused(Attention):
@@ -208,6 +210,9 @@ class Einsum(Attention):
 class Rotary(Grouped):
     """Rotary positions, normalised queries and keys."""
 
+    cos: Tensor
+    sin: Tensor
+
     def setup(self, width: int) -> None:
         super().setup(width)
         self.norm_q, self.norm_k = nn.RMSNorm(self.size), nn.RMSNorm(self.size)
@@ -240,6 +245,8 @@ class RotaryComplex(Attention):
 class Biased(Attention):
     """A learned bias per head and distance."""
 
+    distance: Tensor
+
     def setup(self, width: int) -> None:
         super().setup(width)
         self.table = nn.Parameter(torch.randn(2 * TOKENS - 1, self.heads))
@@ -261,7 +268,8 @@ class TorchAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, weights = self.inner(x, x, x, need_weights=self.weights)
-        return y if weights is None else y + weights.sum(1, keepdim=True).transpose(1, 2) * 0.1
+        output: Tensor = y if weights is None else y + weights.sum(1, keepdim=True).transpose(1, 2) * 0.1
+        return output
 
 
 # ---- language models ------------------------------------------------------------------------------------------------
@@ -273,7 +281,8 @@ class Feedforward(nn.Module):
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        output: Tensor = self.down(F.gelu(self.up(x)))
+        return output
 
 
 class SwiGLU(nn.Module):
@@ -283,7 +292,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        output: Tensor = self.down(F.silu(gate) * up)
+        return output
 
 
 class Experts(nn.Module):
@@ -312,7 +322,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop(self.attention(self.norm1(x)))
-        return x + self.drop(self.feedforward(self.norm2(x)))
+        output: Tensor = x + self.drop(self.feedforward(self.norm2(x)))
+        return output
 
 
 class Decoder(nn.Module):
@@ -342,7 +353,8 @@ class Decoder(nn.Module):
         x = self.embed(tokens) + self.position[:, : tokens.size(1)]
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x))
+        output: Tensor = self.head(self.norm(x))
+        return output
 
 
 def sentences(samples: int = 24, words: int = WORDS, tokens: int = TOKENS) -> TensorDataset:
@@ -402,7 +414,8 @@ def classes_second() -> Workload:
         targets = batch[0][:, 1:]
         each = F.cross_entropy(output.transpose(1, 2), targets, reduction="none")
         counts = targets > 4
-        return (each * counts).sum() / counts.sum()
+        result: Tensor = (each * counts).sum() / counts.sum()
+        return result
 
     return language(lambda: Decoder(layers=1), loss=loss, weight=lambda batch: (batch[0][:, 1:] > 4).sum())
 
@@ -415,7 +428,8 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(8, WORDS)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.lstm(self.embed(tokens))[0])
+        output: Tensor = self.head(self.lstm(self.embed(tokens))[0])
+        return output
 
 
 class Encoder(nn.Module):
@@ -432,8 +446,10 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
         if self.first:
-            return self.head(self.layers(x))
-        return self.head(self.layers(x.transpose(0, 1)).transpose(0, 1))
+            output: Tensor = self.head(self.layers(x))
+        else:
+            output = self.head(self.layers(x.transpose(0, 1)).transpose(0, 1))
+        return output
 
 
 class Translator(nn.Module):
@@ -447,7 +463,10 @@ class Translator(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(target.size(1), dtype=torch.float64)
-        return self.head(self.inner(self.embed(source), self.embed(target), tgt_mask=mask, tgt_is_causal=True))
+        output: Tensor = self.head(
+            self.inner(self.embed(source), self.embed(target), tgt_mask=mask, tgt_is_causal=True)
+        )
+        return output
 
 
 def translator() -> Workload:
@@ -480,7 +499,8 @@ class Residual(nn.Module):
         y = self.relu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
         y += self.short(x)
-        return self.relu(y)
+        output: Tensor = self.relu(y)
+        return output
 
 
 class Bottleneck(nn.Module):
@@ -516,7 +536,8 @@ class Depthwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.hardswish(self.norm(self.depth(F.hardswish(self.expand(x)))))
         gate = self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1))))
-        return x + self.drop(self.project(y * torch.sigmoid(gate)))
+        output: Tensor = x + self.drop(self.project(y * torch.sigmoid(gate)))
+        return output
 
 
 class ConvNeXt(nn.Module):
@@ -529,7 +550,8 @@ class ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.depth(x).permute(0, 2, 3, 1))
-        return x + (self.scale * self.down(F.gelu(self.up(y)))).permute(0, 3, 1, 2)
+        output: Tensor = x + (self.scale * self.down(F.gelu(self.up(y)))).permute(0, 3, 1, 2)
+        return output
 
 
 class Head(nn.Sequential):
@@ -575,7 +597,8 @@ class UNet(nn.Module):
         second = self.down(F.max_pool3d(first, 2))
         third = self.bottom(F.max_pool3d(second, 2))
         y = self.merge1(torch.cat([self.up1(third), second], 1))
-        return self.head(self.merge2(torch.cat([self.up2(y), first], 1)))
+        output: Tensor = self.head(self.merge2(torch.cat([self.up2(y), first], 1)))
+        return output
 
 
 def volumes(samples: int) -> TensorDataset:
@@ -712,14 +735,16 @@ def written_by_parts(m: Any, x: Tensor) -> Tensor:
     y = torch.cat([m.a(x), m.b(m.a(x))], 1)
     y[:, :3] = 0.5
     y[:, 5:7].mul_(2)
-    return m.c(y[:, :8] + y[:, 8:])
+    output: Tensor = m.c(y[:, :8] + y[:, 8:])
+    return output
 
 
 def written_by_steps(m: Any, x: Tensor) -> Tensor:
     y = m.a(x) * 1
     h = m.b(y.tanh())
     y[:, ::2].add_(h[:, ::2])
-    return m.c(y)
+    output: Tensor = m.c(y)
+    return output
 
 
 def written_late(m: Any, x: Tensor) -> Tensor:
@@ -727,19 +752,22 @@ def written_late(m: Any, x: Tensor) -> Tensor:
     z = y[:, 2:5]
     h = m.b(y * 1)
     z.mul_(2)
-    return m.c(h + y)
+    output: Tensor = m.c(h + y)
+    return output
 
 
 def written_batch(m: Any, x: Tensor) -> Tensor:
     x[:, 0] = 0
-    return m.c(m.b(m.a(x)) + x.sum(1, keepdim=True))
+    output: Tensor = m.c(m.b(m.a(x)) + x.sum(1, keepdim=True))
+    return output
 
 
 def written_without_gradient(m: Any, x: Tensor) -> Tensor:
     h = m.a(x).tanh() * 1
     with torch.no_grad():
         h.mul_(0.5)
-    return m.c(m.b(h))
+    output: Tensor = m.c(m.b(h))
+    return output
 
 
 def buffer(m: Any) -> None:
@@ -753,14 +781,16 @@ def updates_buffer(m: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
             m.seen.mul_(0.9).add_(h.mean(0) * 0.1)
         m.calls += 1
-    return m.c(m.b(h - m.seen).tanh())
+    output: Tensor = m.c(m.b(h - m.seen).tanh())
+    return output
 
 
 def assigns_buffer(m: Any, x: Tensor) -> Tensor:
     h = m.a(x)
     if m.training:
         m.seen = 0.9 * m.seen + 0.1 * h.detach().mean(0)
-    return m.c(m.b(h - m.seen).tanh())
+    output: Tensor = m.c(m.b(h - m.seen).tanh())
+    return output
 
 
 def low_rank(m: Any) -> None:
@@ -770,7 +800,8 @@ def low_rank(m: Any) -> None:
 
 def adapted(m: Any, x: Tensor) -> Tensor:
     h = m.a(x).tanh()
-    return m.c(m.b(h) + m.up(m.down(h)))
+    output: Tensor = m.c(m.b(h) + m.up(m.down(h)))
+    return output
 
 
 def norm(kind: Callable[[], nn.Module]) -> Callable[[Any], None]:
@@ -799,7 +830,8 @@ def twin(m: Any) -> None:
 def other_in_evaluation(m: Any, x: Tensor) -> Tensor:
     h = m.a(x).tanh()
     y = m.c(m.b(h))
-    return y + m.d(h) if m.training else y * m.gain
+    output: Tensor = y + m.d(h) if m.training else y * m.gain
+    return output
 
 
 class Mixer(nn.Module):
@@ -814,7 +846,8 @@ class Mixer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
         x = x + self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2)
-        return self.head(x + self.features(self.norm(x)))
+        output: Tensor = self.head(x + self.features(self.norm(x)))
+        return output
 
 
 class Shared(nn.Module):
@@ -829,7 +862,8 @@ class Shared(nn.Module):
         x = self.embed(tokens)
         for _ in range(3):
             x = self.layer(x)
-        return self.head(x)
+        output: Tensor = self.head(x)
+        return output
 
 
 class Scan(nn.Module):
@@ -847,7 +881,8 @@ class Scan(nn.Module):
         for t in range(x.size(1)):
             h = g[:, t] * h + (1 - g[:, t]) * u[:, t]
             hidden.append(h)
-        return self.head(torch.stack(hidden, 1))
+        output: Tensor = self.head(torch.stack(hidden, 1))
+        return output
 
 
 class FirstToken(nn.Module):
@@ -864,7 +899,8 @@ class FirstToken(nn.Module):
         x = self.words(tokens) + self.places(torch.arange(tokens.size(1))) + self.kinds((tokens > 5).long())
         x = self.layer(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
         last = x[torch.arange(len(tokens)), (tokens != 0).sum(1) - 1]
-        return self.head(x[:, 1:] + x[:, :1] + last.unsqueeze(1))
+        output: Tensor = self.head(x[:, 1:] + x[:, :1] + last.unsqueeze(1))
+        return output
 
 
 SPELLINGS: dict[str, Callable[[], Workload]] = {

@@ -143,8 +143,9 @@ class Pool:
                 self.close()
                 missing = sorted(waiting.values())
                 raise cause(errors) or TimeoutError(f"workers {missing} did not answer within {timeout:.0f} s")
-            for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+            for answered in ready:
+                assert isinstance(answered, Connection)
+                rank = waiting[answered]
                 results[rank], failure = self._receive(rank)
                 if failure is not None:
                     deadline = deadline if errors else min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -199,12 +200,13 @@ def serve(rank: int, count: int, pipe: Connection) -> None:
 def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, bytes]:
     """(True, pickled result) or (False, pickled exception and traceback)."""
     import torch.distributed as dist
+    from torch.distributed import FileStore  # type: ignore[attr-defined]
 
     from shardwise.parallel.mesh import forget_meshes
 
     try:
         dist.distributed_c10d._world.group_count = 0  # where the last group was not made, torch goes on counting
-        dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count)
+        dist.init_process_group("gloo", store=FileStore(store, count), rank=rank, world_size=count)
         try:
             dist.barrier()  # a worker that fails at once must not be gone before the others have connected
             function, args = cloudpickle.loads(message)

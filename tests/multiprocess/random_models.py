@@ -56,7 +56,8 @@ class OverTokens(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.transpose(1, 2)).transpose(1, 2)
+        output: Tensor = self.inner(x.transpose(1, 2)).transpose(1, 2)
+        return output
 
 
 def gate(x: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def gate(x: Tensor) -> Tensor:
 
 def swap(x: Tensor) -> Tensor:
     third = x.size(-1) // 4
-    a, b = x.split([third, x.size(-1) - third], -1)
+    a, b = x.split([third, x.size(-1) - third], -1)  # type: ignore[no-untyped-call]
     return torch.cat([b.flip(-1), a], -1)
 
 
@@ -177,7 +178,8 @@ class RandomModel(nn.Module):
         self.head = nn.Linear(width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.enter(x).view(-1, TOKENS, 8)).mean(1))
+        output: Tensor = self.head(self.body(self.enter(x).view(-1, TOKENS, 8)).mean(1))
+        return output
 
 
 def random_workload(seed: int) -> Workload:

@@ -11,8 +11,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from pool import Pools
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from shardwise.cluster.cases import all_cases
+from shardwise.cluster.cases import Case, all_cases
 from shardwise.cluster.cluster import PROGRAMS, SHAPES, Cluster
 from shardwise.cluster.linking import OPERATIONS, layouts
 from shardwise.cluster.reading import read_cluster
@@ -28,7 +29,7 @@ SHORT = Effort(
 )
 
 
-def few(cases: list[object]) -> list[object]:
+def few(cases: list[Case]) -> list[Case]:
     """An odd stride, as forward and backward passes take turns; the last ones are attention of every kind."""
     return [*cases[:3], *cases[::11], *cases[-4:]]
 
@@ -38,7 +39,7 @@ def measure() -> Cluster | None:
 
 
 def measure_among(count: int, rank: int, store: str, pipe: Connection) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count)
+    dist.init_process_group("gloo", store=FileStore(store, count), rank=rank, world_size=count)
     pipe.send(measure())
     dist.destroy_process_group()
 

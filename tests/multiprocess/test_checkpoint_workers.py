@@ -6,8 +6,10 @@ import logging
 import os
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -136,15 +138,12 @@ def test_writing_does_not_mix_with_the_collectives_of_the_training(workers: Pool
 
 def test_write_that_fails_on_one_worker_fails_on_all(workers: Pools, tmp_path: Path) -> None:
     def fail() -> str:
-        if dist.get_rank() == 1:
-            saving.write_tensors, kept = _no_space, saving.write_tensors
+        broken = mock.patch.object(saving, "write_tensors", _no_space)
         try:
-            save(tmp_path, rows)
+            with broken if dist.get_rank() == 1 else nullcontext():
+                save(tmp_path, rows)
         except ShardwiseError as error:
             return str(error)
-        finally:
-            if dist.get_rank() == 1:
-                saving.write_tensors = kept
         return ""
 
     messages = workers(2, fail)
@@ -197,12 +196,11 @@ def test_only_what_is_held_is_read(workers: Pools, tmp_path: Path) -> None:
             elements[0] += tensor.numel()
             return tensor
 
-        reading.read_slice = counted
         program, checkpoints = zeros(here(heads)), Checkpoints(tmp_path)
         path = checkpoints.latest()
         assert path is not None
-        checkpoints.load(program, path)
-        reading.read_slice = kept
+        with mock.patch.object(reading, "read_slice", counted):
+            checkpoints.load(program, path)
         return elements[0], sum(tensor.numel() for tensor in program.locals().values())
 
     for read, held in workers(2, elements_read):
@@ -258,25 +256,23 @@ def warnings_of_latest(run: Path) -> tuple[int, str]:
 
 def test_failed_write_is_told_on_all_workers_before_the_same_step(workers: Pools, tmp_path: Path) -> None:
     def train() -> tuple[int, str]:
-        checkpoints, written = Checkpoints(tmp_path), saving.write_tensors
+        checkpoints = Checkpoints(tmp_path)
 
         def full(*args: Any) -> Any:
             time.sleep(0.05)
             raise OSError(28, "No space left on device")
 
-        if dist.get_rank() == 1:
-            saving.write_tensors = full
-        checkpoints.save(StandIn(*adam_like(7), split=here(rows), steps=7), {})
+        broken = mock.patch.object(saving, "write_tensors", full)
         step = 0
-        try:
-            while step < 10**6:
-                checkpoints.poll()
-                dist.all_reduce(torch.ones(8))
-                step += 1
-        except ShardwiseError as error:
-            return step, str(error)
-        finally:
-            saving.write_tensors = written
+        with broken if dist.get_rank() == 1 else nullcontext():
+            checkpoints.save(StandIn(*adam_like(7), split=here(rows), steps=7), {})
+            try:
+                while step < 10**6:
+                    checkpoints.poll()
+                    dist.all_reduce(torch.ones(8))
+                    step += 1
+            except ShardwiseError as error:
+                return step, str(error)
         raise AssertionError("nothing was told")
 
     (first, line), (second, same) = workers(2, train)
@@ -291,11 +287,14 @@ def test_worker_killed_while_it_writes(workers: Pools, tmp_path: Path) -> None:
     workers(2, save, tmp_path, rows)
 
     def die() -> None:
+        def killed(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
         checkpoints = Checkpoints(tmp_path)
-        if dist.get_rank() == 1:
-            saving.write_tensors = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-        checkpoints.save(StandIn(*adam_like(7), split=here(rows), steps=7), {})
-        checkpoints.wait()
+        deadly = mock.patch.object(saving, "write_tensors", killed)
+        with deadly if dist.get_rank() == 1 else nullcontext():
+            checkpoints.save(StandIn(*adam_like(7), split=here(rows), steps=7), {})
+            checkpoints.wait()
 
     with pytest.raises(Exception, match=r"worker 1 died|[Cc]onnection"):
         workers(2, die)

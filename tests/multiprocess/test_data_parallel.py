@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from equality import Result, assert_equal, errors, reference, train
 from pool import Pools
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from shardwise.errors import StrategyError, WorkloadError
+from shardwise.parallel.data import ModuleEngine
 from shardwise.parallel.program import Program
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Evaluation, Workload
@@ -37,7 +39,8 @@ def classify(output: Tensor, batch: Any) -> Tensor:
 
 
 def accuracy(output: Tensor, batch: Any) -> Tensor:
-    return (output.argmax(-1) == batch[1]).double().mean()
+    result: Tensor = (output.argmax(-1) == batch[1]).double().mean()
+    return result
 
 
 def make(model: Callable[[], nn.Module], **changes: Any) -> Workload:
@@ -121,18 +124,20 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(9, 5)
-        self.blocks = nn.ModuleList(Block(5) for _ in range(3))
+        blocks = [Block(5) for _ in range(3)]
+        self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(5, 9)
         self.head.weight = self.embed.weight
         self.temperature = nn.Parameter(torch.tensor(1.3))
-        self.blocks[1].up.weight.requires_grad_(False)
+        blocks[1].up.weight.requires_grad_(False)
         self.never = nn.Linear(2, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embed(tokens)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(hidden) * self.temperature
+        output: Tensor = self.head(hidden) * self.temperature
+        return output
 
 
 def sentences(samples: int) -> TensorDataset:
@@ -146,7 +151,8 @@ def sentences(samples: int) -> TensorDataset:
 def masked_mean(output: Tensor, batch: Any) -> Tensor:
     tokens, counts = batch
     each = F.cross_entropy(output.transpose(1, 2), tokens, reduction="none")
-    return (each * counts).sum() / counts.sum()
+    result: Tensor = (each * counts).sum() / counts.sum()
+    return result
 
 
 def language() -> Workload:
@@ -175,7 +181,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         choice = (x[:, 0].abs() * 6).long() % 6
         output = x.new_zeros(len(x), 3)
-        for number in choice.unique().tolist():
+        for number in choice.unique().tolist():  # type: ignore[no-untyped-call]
             picked = choice == number
             output[picked] = self.experts[number](x[picked])
         return output
@@ -285,33 +291,41 @@ def test_last_batch_smaller_than_the_replicas(workers: Pools) -> None:
         check(workers, factory, strategy, steps=4)
 
 
+def modules_of(program: Program) -> ModuleEngine:
+    assert isinstance(program.engine, ModuleEngine)
+    return program.engine
+
+
 def skip_all_reduce(program: Program) -> None:
-    def do_nothing(_, bucket):  # type: ignore[no-untyped-def]
-        future = torch.futures.Future()
+    def do_nothing(_, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations that are strings
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 
-    program.engine._replicas.call.register_comm_hook(None, do_nothing)
+    replicas = modules_of(program).model_of_replicas
+    assert isinstance(replicas, DistributedDataParallel)
+    replicas.register_comm_hook(None, do_nothing)
 
 
 def scale_wrongly(program: Program) -> None:
     scales = program._scales
-    program._scales = lambda share: [scale * 1.01 for scale in scales(share)]
+    program._scales = lambda share: [scale * 1.01 for scale in scales(share)]  # type: ignore[method-assign]
 
 
 def normalise_alone(program: Program) -> None:
-    program.engine._operations._make_group = lambda: None
+    modules_of(program)._operations._make_group = None
 
 
 def drop_by_worker(program: Program) -> None:
-    enter = program.engine._enter
+    engine = modules_of(program)
+    enter = engine._enter
 
     def shifted(microbatch: Any) -> Any:
         data = enter(microbatch)
-        program.engine.position.first = 0
+        engine.position.first = 0
         return data
 
-    program.engine._enter = shifted
+    engine._enter = shifted  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -343,6 +357,9 @@ def test_step_takes_a_global_batch(workers: Pools) -> None:
 class Noisy(nn.Module):
     """Weights that follow no seed, a buffer that follows the samples, a module that is never in training."""
 
+    seen: Tensor
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(
@@ -359,7 +376,8 @@ class Noisy(nn.Module):
         if self.training:
             self.seen = self.seen * 0.9 + x.detach().mean(0)
             self.calls += 1
-        return self.frozen(self.linear(x)) + torch.rand(1)
+        output: Tensor = self.frozen(self.linear(x)) + torch.rand(1)
+        return output
 
 
 @pytest.mark.parametrize("strategy", ["dp=2", "fsdp=2"])
@@ -431,7 +449,8 @@ class Mixed(nn.Module):
         self.first, self.second = nn.Linear(6, 4).double(), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).float())
+        output: Tensor = self.second(self.first(x).float())
+        return output
 
 
 def test_refusals(workers: Pools) -> None:
@@ -472,9 +491,9 @@ def test_full_state_dict_and_loading_under_another_strategy(workers: Pools) -> N
             piece.local.copy_(piece.layout.cut(result.state[piece.name.removeprefix("model/")]))
         for name, full in result.optimizer.items():
             parameter, _, key = name.rpartition("/")
-            piece = program.optimizer_piece(parameter, key, full.shape, full.dtype)
-            if piece is not None:
-                piece.local.copy_(piece.layout.cut(full))
+            found = program.optimizer_piece(parameter, key, full.shape, full.dtype)
+            if found is not None:
+                found.local.copy_(found.layout.cut(full))
         program.load_state(state)
         losses = [float(program.step_share(share)) for share in program.loader().shares(5)]
         return losses, program.state(), program.full_state_dict()
@@ -487,6 +506,7 @@ def test_full_state_dict_and_loading_under_another_strategy(workers: Pools) -> N
     }
     expected, expected_state, full = go_on("single", start, state)
     plain = language().model()
+    assert isinstance(plain, Tied)
     plain.load_state_dict(full)
     assert plain.head.weight is plain.embed.weight
     for strategy in (*TWO, "dp=2,fsdp=2"):

@@ -204,7 +204,7 @@ def without_every_third(owner: Any, name: str) -> Any:
         ("tp=2", exchange.Exchange, "_all_reduce"),
         ("tp=2,sp=1", exchange.Exchange, "_all_gather"),
         ("dp=2,pp=2", Pipeline, "_send"),
-        ("dp=2,tp=2", reduce.dist, "all_reduce"),
+        ("dp=2,tp=2", dist, "all_reduce"),
         ("fsdp=2,zero=1", deal, "broadcast"),
     ],
 )

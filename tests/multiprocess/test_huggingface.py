@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from shardwise.workload.load import load_workload
 from shardwise.workload.stored import INDEX, SINGLE, StoredModel, StoredWeights, without_parameters
 
 PRELOAD = ("transformers.models.llama.modeling_llama",)
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -69,12 +70,8 @@ def built(folder: str, strategy: str) -> tuple[dict[str, Tensor] | None, int]:
         count += part.numel()
         return part
 
-    StoredWeights.read = counted  # type: ignore[method-assign]
-    try:
-        with remembered(folder):
-            program = Program.build(load_workload(folder, SETTINGS), Strategy.parse(strategy))
-    finally:
-        StoredWeights.read = read  # type: ignore[method-assign]
+    with mock.patch.object(StoredWeights, "read", counted), remembered(folder):
+        program = Program.build(load_workload(folder, SETTINGS), Strategy.parse(strategy))
     return program.full_state_dict(), count
 
 
@@ -139,7 +136,7 @@ def test_trains_as_in_one_process(
     assert max(proof.loss.error, proof.gradient.error, proof.parameter.error) < 1e-10
 
 
-def compare(trial: verify.Trial) -> verify.Proof:
+def compare(trial: verify.Trial) -> verify.Proof | None:
     with remembered(f"{trial.source.workload} in float64"):
         return verify.compare(trial)
 
@@ -166,9 +163,11 @@ def test_other_tasks(tmp_path: Path) -> None:
 
     masked = transformers.BertConfig(**SIZES, architectures=["BertForMaskedLM"])
     masked.save_pretrained(tmp_path / "bert")
-    t5 = transformers.T5Config(vocab_size=256, d_model=32, d_kv=8, d_ff=64, num_layers=1, decoder_start_token_id=0)
+    start: dict[str, Any] = {"decoder_start_token_id": 0}  # which not every kind of model declares
+    t5 = transformers.T5Config(vocab_size=256, d_model=32, d_kv=8, d_ff=64, num_layers=1, **start)
     t5.save_pretrained(tmp_path / "t5")
-    vit = transformers.ViTConfig(hidden_size=32, num_attention_heads=4, image_size=32, patch_size=8, num_labels=10)
+    labels: dict[str, Any] = {"num_labels": 10}
+    vit = transformers.ViTConfig(hidden_size=32, num_attention_heads=4, image_size=32, patch_size=8, **labels)
     vit.save_pretrained(tmp_path / "vit")
     for model, inputs in (
         ("bert", {"input_ids"}),
@@ -200,10 +199,18 @@ def test_the_task_of_a_bare_model(tmp_path: Path) -> None:
 def test_stored_buffers_are_read(tmp_path: Path) -> None:
     import transformers
 
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 10}
-    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, image_size=32))
+    sizes: dict[str, Any] = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+        "num_labels": 10,
+    }
+    sizes["image_size"] = 32
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None
             module.running_mean.fill_(3.0)
     model.save_pretrained(tmp_path)
     made = load_workload(str(tmp_path)).model()

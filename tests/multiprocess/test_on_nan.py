@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -47,7 +48,8 @@ class Model(nn.Module):
         x, factor, root = batch
         x = self.middle[0](torch.relu(self.norm(self.first(x))))
         x = self.middle[2](self.middle[1](x * factor))  # a factor of inf is what `middle.0` does not see
-        return self.last(x + self.root(root * x))
+        output: Tensor = self.last(x + self.root(root * x))
+        return output
 
 
 def workload(value: float, column: int) -> Workload:
@@ -140,6 +142,7 @@ def first_steps(strategy: str) -> dict[str, Any]:
     shares = program.loader(shuffle=False).shares(0)
     for _ in range(BAD_STEP - 1):
         program.step_share(next(shares))
+    assert isinstance(shares, Generator)
     shares.close()
     return {"state": program.state(), "pieces": [portable(piece) for piece in program.pieces()]}
 

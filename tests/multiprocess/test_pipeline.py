@@ -17,7 +17,7 @@ from pool import Pools
 from random_models import random_workload
 from torch.utils.data import Subset
 
-from shardwise.parallel import planning, staged
+from shardwise.parallel import planning, schedule, staged
 from shardwise.parallel.deferred import WeightGradients
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.mesh import Mesh
@@ -169,7 +169,7 @@ def tied_not_added_up() -> Any:
 
 
 def last_microbatch_dropped() -> Any:
-    order = staged.order
+    order = schedule.order
 
     def shorter(*args: Any, **kwargs: Any) -> Any:
         actions = order(*args, **kwargs)

@@ -35,7 +35,8 @@ class Model(nn.Module):
         x = self.embed(x)
         for block in self.blocks:
             x = x + block(x)
-        return self.head(self.norm(x))
+        output: Tensor = self.head(self.norm(x))
+        return output
 
 
 def workload() -> Workload:

@@ -22,6 +22,8 @@ from shardwise.workload.opaque import OPAQUE, Recorder
 class Gate(nn.Module):
     """Goes one of two ways, by what the numbers are; with dropout, and a batch norm on one of the ways."""
 
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.one, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
@@ -33,7 +35,8 @@ class Gate(nn.Module):
         y = self.norm(x)
         if y.abs().max().item() > 0.1:  # always, but no trace can know
             y = self.one(y)
-        return self.drop(F.gelu(self.other(y)))
+        output: Tensor = self.drop(F.gelu(self.other(y)))
+        return output
 
 
 class Gated(nn.Module):

@@ -43,7 +43,8 @@ class Everything(nn.Module):
         wide = self.up(torch.cat([skip, F.interpolate(deep, scale_factor=2.0)], 1))
         tokens = self.drop(wide.flatten(2).transpose(1, 2))
         tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        return self.head(self.second(F.gelu(self.first(tokens))).mean(1))
+        output: Tensor = self.head(self.second(F.gelu(self.first(tokens))).mean(1))
+        return output
 
 
 def everything() -> Workload:

@@ -13,6 +13,7 @@ import pytest
 from shardwise import cli
 from shardwise.cluster.cluster import ORIGINS
 from shardwise.errors import DataError
+from shardwise.predict.constants import constants
 from shardwise.predict.published import validate as module
 from shardwise.predict.published.summary import percentile, rank_correlation, rank_correlation_of_scatter
 from shardwise.predict.published.validate import validate
@@ -88,7 +89,7 @@ def test_terms_add_up_to_the_step(document: dict[str, Any]) -> None:
 
 
 def test_a_wrong_constant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = step.constants()
+    numbers = constants()
     slow = replace(numbers, sustained_ampere=numbers.sustained_ampere / 2)
     monkeypatch.setattr(module, "predict", lambda sizes, setup, cluster: step.predict(sizes, setup, cluster, slow))
     assert validate(RUNS)["groups"]["SC21"]["mean_error"] > REACHED["SC21"]

@@ -24,7 +24,8 @@ class Normalised(nn.Module):
         self.norm, self.linear = nn.RMSNorm(width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x)).softmax(-1)
+        output: Tensor = self.linear(self.norm(x)).softmax(-1)
+        return output
 
 
 def layers(device: str, precision: str = "float32") -> list[Layer]:

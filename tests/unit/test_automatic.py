@@ -152,14 +152,15 @@ def test_unequal_stages_are_cut_as_they_were_planned(monkeypatch: pytest.MonkeyP
     """What fits was found for these cuts; equal stages are cut by what training measures."""
     found = choose(load_workload(SPEC), 2, quiet=True)
     jobs: list[Any] = []
+
+    def run(job: Any) -> SimpleNamespace:
+        jobs.append(job)
+        return SimpleNamespace(summary={"step_seconds": 0.0})
+
     for spec in ("pp=2,speeds=1:3", "pp=2", "dp=2"):
         best = candidate(spec, 1.0, 100)
         monkeypatch.setattr(automatic, "choose", lambda *_, best=best, **__: replace(found, best=best, others=(best,)))
-        monkeypatch.setattr(
-            automatic,
-            "run_job",
-            lambda job: jobs.append(job) or SimpleNamespace(summary={"step_seconds": 0.0}),
-        )
+        monkeypatch.setattr(automatic, "run_job", run)
         train_automatically(Asked(SPEC, steps=1), machine.parent / spec, quiet=True)
     unequal, equal, whole = (job.cuts for job in jobs)
     assert [len(stage) for stage in unequal] == [1, 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -56,6 +56,11 @@ class Ranks:
         return results
 
 
+def as_group(ranks: Ranks) -> dist.ProcessGroup:
+    """What `batch_norm` asks of a group, ranks of threads have too."""
+    return cast("dist.ProcessGroup", ranks)
+
+
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     group = Ranks(3)
@@ -72,12 +77,16 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     return group
 
 
+def ready(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.clone().requires_grad_(True)
+
+
 def torch_own(x: Tensor, weight: Tensor | None, bias: Tensor | None, gradient: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_(True)
     mean, var = torch.zeros(x.size(1), dtype=x.dtype), torch.ones(x.size(1), dtype=x.dtype)
-    parameters = [p.clone().requires_grad_(True) for p in (weight, bias) if p is not None]
-    output = F.batch_norm(x, mean, var, *(parameters or (None, None)), training=True, momentum=0.3)
-    grads = torch.autograd.grad(output, [x, *parameters], gradient)
+    weight, bias = ready(weight), ready(bias)
+    output = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=0.3)
+    grads = torch.autograd.grad(output, [x, *(p for p in (weight, bias) if p is not None)], gradient)
     return {
         "output": output.detach(),
         "mean": mean,
@@ -100,9 +109,9 @@ def test_equals_torch_over_the_whole_batch(ranks: Ranks, shape: tuple[int, ...],
 
     def replica(rank: int) -> dict[str, Tensor]:
         part = x[shares[rank]].clone().requires_grad_(True)
-        own = [p.clone().requires_grad_(True) if p is not None else None for p in (weight, bias)]
+        own = ready(weight), ready(bias)
         mean, var = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-        output = batch_norm(part, *own, mean, var, 0.3, 1e-5, ranks)
+        output = batch_norm(part, *own, mean, var, 0.3, 1e-5, as_group(ranks))
         wanted = [part, *(p for p in own if p is not None)]
         grads = torch.autograd.grad(output, wanted, gradient[shares[rank]])
         return {
@@ -134,7 +143,7 @@ def test_replica_that_does_not_count_changes_nothing(ranks: Ranks) -> None:
     def replica(rank: int) -> list[Tensor]:
         part = shares[rank].clone().requires_grad_(True)
         mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-        output = batch_norm(part, None, None, mean, var, 0.3, 1e-5, ranks, counted=rank < 2)
+        output = batch_norm(part, None, None, mean, var, 0.3, 1e-5, as_group(ranks), counted=rank < 2)
         (by_x,) = torch.autograd.grad(output, part, gradients[rank])
         return [output.detach(), by_x, mean, var]
 
@@ -152,7 +161,7 @@ def test_nobody_counts(ranks: Ranks) -> None:
 
     def replica(_: int) -> list[Tensor]:
         mean, var = torch.full((3,), 2.0), torch.full((3,), 5.0)
-        output = batch_norm(torch.randn(1, 3), None, None, mean, var, 0.3, 1e-5, ranks, counted=False)
+        output = batch_norm(torch.randn(1, 3), None, None, mean, var, 0.3, 1e-5, as_group(ranks), counted=False)
         assert bool(output.isfinite().all())
         return [mean, var]
 
@@ -170,6 +179,7 @@ def test_alone_and_in_half_precision() -> None:
     torch.testing.assert_close(batch_norm(x, weight, bias, None, None, 0.1, 1e-5, None), expected)
     half = x.bfloat16().requires_grad_(True)
     output = batch_norm(half, weight, bias, mean, var, 0.1, 1e-5, None)
-    output.float().square().sum().backward()
+    output.float().square().sum().backward()  # type: ignore[no-untyped-call]
+    assert half.grad is not None
     assert output.dtype == half.grad.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), expected, atol=0.05, rtol=0.05)

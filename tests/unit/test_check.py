@@ -27,7 +27,8 @@ class Heads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        return self.out(y.transpose(1, 2).flatten(2))
+        output: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return output
 
 
 TOKENS = torch.randn(8, 5, 24)
@@ -102,7 +103,8 @@ def test_an_evaluation_without_some_layers_has_fewer_places() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.a(x)
-            return self.b(h) + (self.extra(h) if self.training else 0)
+            output: Tensor = self.b(h) + (self.extra(h) if self.training else 0)
+            return output
 
     check(Auxiliary, "pp=3")
     evaluation = Evaluation(
@@ -120,7 +122,8 @@ def test_what_cannot_be_traced_is_said() -> None:
             self.a = nn.Linear(12, 12)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) if x.sum() > 0 else self.a(-x)
+            output: Tensor = self.a(x) if x.sum() > 0 else self.a(-x)
+            return output
 
     with pytest.raises(WorkloadError, match="cannot be traced"):
         check(Branch, "tp=2")

@@ -23,6 +23,7 @@ from shardwise.parallel.layout import Layout, Tile
 from shardwise.run import saving
 from shardwise.run.checkpoint import Checkpoints
 from shardwise.run.export import export_safetensors
+from shardwise.run.folder import begin
 from shardwise.run.index import Index
 from shardwise.run.tensorfile import TensorSpec, write_tensors
 
@@ -91,7 +92,7 @@ def test_training_may_change_the_tensors_while_they_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    monkeypatch.setattr(saving, "begin", _held_up(saving.begin, go))
+    monkeypatch.setattr(saving, "begin", _held_up(begin, go))
     checkpoints, program = Checkpoints(tmp_path), StandIn(*adam_like(3), steps=3)
     progress = {"losses": [1.0]}
     checkpoints.save(program, progress)
@@ -341,6 +342,7 @@ class Tied(nn.Module):
 
 def test_export_is_the_plain_model(tmp_path: Path) -> None:
     model = Tied()
+    assert model.norm.num_batches_tracked is not None
     model.norm.num_batches_tracked.fill_(7)
     tensors = {n: t.detach() for n, t in model.state_dict().items() if n != "head.weight"}
     program = StandIn(tensors, {"embed.weight/step": torch.tensor(1.0)}, split=shuffled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_every_link_has_origins_and_a_source(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", catalogue.nodes())
-def test_every_node_makes_clusters_and_files(name: str, tmp_path) -> None:
+def test_every_node_makes_clusters_and_files(name: str, tmp_path: Path) -> None:
     kind = catalogue.node(name)
     assert kind.source
     for count in {1, kind.devices, kind.devices * 90}:

@@ -37,7 +37,8 @@ class Skip(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mask = (x > 0).to(x.dtype)
         h = self.a(x * mask)
-        return self.b(self.down(F.gelu(self.up(h))) + h) * mask
+        output: Tensor = self.b(self.down(F.gelu(self.up(h))) + h) * mask
+        return output
 
 
 def test_places_are_before_the_use_of_a_parameter_with_the_least_to_send() -> None:
@@ -57,7 +58,8 @@ def test_uses_are_counted() -> None:
             self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.a(self.b(self.a(x)))
+            output: Tensor = self.a(self.b(self.a(x)))
+            return output
 
     local = whole(Twice())
     found = [use for each in uses(local.graph, local.step.tensors, ["a.weight", "b.weight"]).values() for use in each]
@@ -72,7 +74,8 @@ def test_a_batch_norm_that_is_used_twice_is_not_cut_apart() -> None:
             self.norm = nn.BatchNorm1d(8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.c(self.norm(self.b(self.norm(self.a(x)))))
+            output: Tensor = self.c(self.norm(self.b(self.norm(self.a(x)))))
+            return output
 
     model = Normalised()
     assert [place.use[0] for place in places(whole(model), names(model))] == ["norm.weight", "c.weight"]
@@ -114,7 +117,10 @@ def test_balanced_is_the_best(seed: int) -> None:
         def worst(starts: tuple[int, ...], speeds: list[int] = speeds) -> float:
             bounds = pairwise([0, *starts, count])
             entry = [0, *sends]
-            return max((sum(costs[a:b]) + entry[a]) / speed for (a, b), speed in zip(bounds, speeds, strict=True))
+            output: float = max(
+                (sum(costs[a:b]) + entry[a]) / speed for (a, b), speed in zip(bounds, speeds, strict=True)
+            )
+            return output
 
         found = balanced(costs, sends, parts, speeds)
         assert len(found) == parts - 1
@@ -132,7 +138,8 @@ def test_balanced_with_slow_links_is_the_best(seed: int) -> None:
     def worst(starts: tuple[int, ...]) -> float:
         bounds = pairwise([0, *starts, count])
         arrives = [0, *(sends[start - 1] * factor for start, factor in zip(starts, slower, strict=True))]
-        return max(sum(costs[a:b]) + more for (a, b), more in zip(bounds, arrives, strict=True))
+        output: float = max(sum(costs[a:b]) + more for (a, b), more in zip(bounds, arrives, strict=True))
+        return output
 
     found = balanced(costs, sends, parts, slower=slower)
     assert worst(tuple(found)) == min(worst(each) for each in combinations(range(1, count), parts - 1))
@@ -148,7 +155,7 @@ def test_sections_compute_what_the_module_computes() -> None:
     given = {local.step.leaves[0]: x}
     values: dict[object, Tensor] = {}
     for section in parts:
-        arguments = [parameters[name] for name in section.tensors]
+        arguments: list[Tensor] = [parameters[name] for name in section.tensors]
         arguments += [given[node.name] for node in section.given] + [values[node] for node in section.inputs]
         values.update(zip(section.outputs, compiled(section, local)(*arguments), strict=True))
     loss = values[parts[-1].outputs[0]]
@@ -164,7 +171,8 @@ def test_a_received_value_is_not_overwritten() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.a(x)
-            return self.b(torch.relu_(h))
+            output: Tensor = self.b(torch.relu_(h))
+            return output
 
     model = InPlace()
     local = whole(model)

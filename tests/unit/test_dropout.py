@@ -28,7 +28,7 @@ def run(function: Callable[..., Tensor], x: Tensor, samples: int, first: int = 0
 def test_share_of_dropped_elements_and_their_scale(p: float) -> None:
     mask = keep(Position(seed=1, step=2), 3, torch.arange(20_000), 10, p)
     assert mask.dtype == torch.float32
-    assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]
+    assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]  # type: ignore[no-untyped-call]
     dropped = (mask == 0).double()
     deviation = math.sqrt(p * (1 - p) / 20_000)
     assert (dropped.mean(1) - p).abs().max() < 4 * deviation
@@ -208,7 +208,8 @@ def test_multihead_attention(need_weights: bool, batch_first: bool) -> None:
         with operations.training_pass():
             result = fresh(part, part, part, need_weights=need_weights)[0]
         assert operations._everywhere is False  # the module's own scope is enough
-        return result if batch_first else result.transpose(0, 1)
+        output: Tensor = result if batch_first else result.transpose(0, 1)
+        return output
 
     assert isinstance(model[0], nn.MultiheadAttention)
     whole = output(range(6))
@@ -272,7 +273,7 @@ def test_recomputation_draws_the_same() -> None:
         if recompute:
             for block in model:
                 operations.recompute(block)
-        found = []
+        found: list[Tensor] = []
         for _ in range(2):
             with operations.training_pass():
                 output = model(torch.ones(4, 6))

@@ -26,8 +26,8 @@ GIB = 2**30
 
 
 def sized(**changes: Any) -> Workload:
-    sizes = {"layers": 8, "hidden": 8192, "heads": 64, "kv_heads": 8, "ffn": 28672, "vocabulary": 32000}
-    return gpt(**{**sizes, "sequence": 1024, **changes})  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"layers": 8, "hidden": 8192, "heads": 64, "kv_heads": 8, "ffn": 28672, "vocabulary": 32000}
+    return gpt(**{**sizes, "sequence": 1024, **changes})
 
 
 def large(spec: str, rank: int = 0, batch_size: int = 64, **changes: Any) -> DryRun:

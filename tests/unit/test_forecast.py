@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,8 +112,13 @@ def test_off(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_measured_once(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = []
-    monkeypatch.setattr("shardwise.run.calibrate.calibrate", lambda **options: calls.append(options) or BOX)
+    calls: list[Any] = []
+
+    def calibrated(**options: Any) -> Cluster:
+        calls.append(options)
+        return BOX
+
+    monkeypatch.setattr("shardwise.run.calibrate.calibrate", calibrated)
     assert cluster_at_hand() == BOX
     assert "measuring this machine once" in capsys.readouterr().err
     assert cluster_at_hand(quiet=True) == BOX
@@ -141,7 +147,7 @@ def test_relative_error() -> None:
 
 
 def trained(strategy: str, predicted: float | None, measured: float) -> Trained:
-    summary = {
+    summary: dict[str, Any] = {
         "workload": "small",
         "strategy": strategy,
         "workers": 1 if strategy == "single" else 2,

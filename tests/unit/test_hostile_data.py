@@ -79,7 +79,7 @@ def put_folder(path: Path) -> None:
     path.mkdir()
 
 
-ODD = [put_pipe, put_device, put_socket, put_folder]
+ODD: list[Callable[[Path], None]] = [put_pipe, put_device, put_socket, put_folder]
 KINDS = ("a pipe", "a device", "a socket", "a folder")
 odd_files = pytest.mark.parametrize("put", ODD, ids=lambda put: put.__name__)
 

@@ -16,7 +16,7 @@ from shardwise.predict import issuing, memory
 from shardwise.predict.costs import costs_of
 from shardwise.predict.judging import Judged, judged
 from shardwise.predict.profiling import Profiles
-from shardwise.predict.sharded import Held
+from shardwise.predict.sharded import Held, held_at_links
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 from shardwise.workload.recipes.image import image
@@ -140,7 +140,7 @@ def test_an_optimizer_that_needs_memory_for_a_moment_is_noticed() -> None:
 
 
 def test_memory_that_is_not_counted_is_noticed() -> None:
-    right = memory.held_at_links
+    right = held_at_links
 
     def without_gathers(*args: Any, **options: Any) -> list[Held]:
         return [replace(held, gathered=0) for held in right(*args, **options)]

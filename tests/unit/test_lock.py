@@ -23,7 +23,7 @@ take_lock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
-REQUEST = {
+REQUEST: dict[str, Any] = {
     "workload": "small",
     "source": None,
     "settings": {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from shardwise.parallel.memory import changed_under_another_name, roots, together
 from shardwise.workload.graph import StepGraph
 
+Function = Callable[[Any, Tensor], Tensor]
+"""Of a `Compute`, whose layers and buffer it uses, and a batch."""
+
 
 class Compute(nn.Module):
-    def __init__(self, compute: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def __init__(self, compute: Function) -> None:
         super().__init__()
         self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
         self.register_buffer("seen", torch.zeros(8))
@@ -24,11 +28,11 @@ class Compute(nn.Module):
         return self.compute(self, x)
 
 
-def traced(compute: Callable[[nn.Module, Tensor], Tensor]) -> StepGraph:
+def traced(compute: Function) -> StepGraph:
     return step_of(workload(lambda: Compute(compute), torch.randn(4, 8)))[1]
 
 
-def changed(compute: Callable[[nn.Module, Tensor], Tensor]) -> set[str]:
+def changed(compute: Function) -> set[str]:
     graph = traced(compute).graph
     return {node.name for node in changed_under_another_name(graph, roots(graph))}
 
@@ -40,14 +44,14 @@ def test_a_view_is_in_the_memory_of_what_it_is_a_view_of() -> None:
     assert found["mul"] == "mul"
 
 
-def through_a_view(m: nn.Module, x: Tensor) -> Tensor:
-    y = m.linear(x)
+def through_a_view(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = m.linear(x)
     y[:, 1:3].add_(1)
     return y
 
 
-def under_a_view(m: nn.Module, x: Tensor) -> Tensor:
-    y = m.linear(x) * 1
+def under_a_view(m: Any, x: Tensor) -> Tensor:
+    y: Tensor = m.linear(x) * 1
     part = y[:, 1:3]
     y.mul_(2)
     return y.sum() + part
@@ -62,28 +66,30 @@ def test_a_change_that_is_not() -> None:
     assert changed(lambda m, x: m.linear(x).relu_() + 1) == set()
     assert changed(lambda m, x: m.linear(x).view(2, 16).relu_()) == set()
 
-    def halves(m: nn.Module, x: Tensor) -> Tensor:
-        y = m.linear(x).clone()
+    def halves(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = m.linear(x).clone()
         a, b = y[:, :4], y.unbind(1)
         return a.sum() + b[0] * b[1]
 
     assert changed(halves) == set()
 
 
-def ranges(compute: Callable[[nn.Module, Tensor], Tensor]) -> list[tuple[str, str]]:
+def ranges(compute: Function) -> list[tuple[str, str]]:
     step = traced(compute)
     buffers = {name for name, tensor in step.tensors.items() if tensor in dict(Compute(compute).named_buffers())}
     return [(first.name, last.name) for first, last in together(step.graph, buffers)]
 
 
-def reads_after_writing(m: nn.Module, x: Tensor) -> Tensor:
+def reads_after_writing(m: Any, x: Tensor) -> Tensor:
     m.seen.add_(x.mean(0))
-    return m.linear(x) - m.seen
+    output: Tensor = m.linear(x) - m.seen
+    return output
 
 
-def changes_the_batch(m: nn.Module, x: Tensor) -> Tensor:
+def changes_the_batch(m: Any, x: Tensor) -> Tensor:
     x[:, 0] = 0
-    return m.linear(x) + x
+    output: Tensor = m.linear(x) + x
+    return output
 
 
 @pytest.mark.parametrize(
@@ -96,9 +102,7 @@ def changes_the_batch(m: nn.Module, x: Tensor) -> Tensor:
         (changes_the_batch, [("select", "add")]),
     ],
 )
-def test_what_must_stay_together(
-    compute: Callable[[nn.Module, Tensor], Tensor], expected: list[tuple[str, str]]
-) -> None:
+def test_what_must_stay_together(compute: Function, expected: list[tuple[str, str]]) -> None:
     assert ranges(compute) == expected
 
 

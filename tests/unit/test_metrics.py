@@ -38,7 +38,7 @@ def test_intervals() -> None:
 
 
 def event(name: str, start: float, end: float, *children: FunctionEvent) -> FunctionEvent:
-    made = FunctionEvent(id=0, name=name, thread=0, start_us=start * 1e6, end_us=end * 1e6)
+    made = FunctionEvent(id=0, name=name, thread=0, start_us=start * 1e6, end_us=end * 1e6)  # type: ignore[no-untyped-call]
     made.cpu_children = list(children)
     return made
 

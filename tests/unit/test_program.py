@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from shardwise.errors import CheckpointError, WorkloadError
 from shardwise.parallel.blocks import repeated_blocks, steady_modules
+from shardwise.parallel.data import ModuleEngine
 from shardwise.parallel.deal import deal
+from shardwise.parallel.layout import Piece
 from shardwise.parallel.model import aliases_of, persistent_buffers
 from shardwise.parallel.program import Program
 from shardwise.strategy import Strategy
@@ -47,6 +50,13 @@ def program(strategy: str = "single", **changes: Any) -> Program:
     return Program.build(workload(**changes), Strategy.parse(strategy))
 
 
+def modules_of(program: Program) -> nn.Sequential:
+    """The model that is trained, as `model` makes it."""
+    assert isinstance(program.engine, ModuleEngine)
+    assert isinstance(program.engine.model, nn.Sequential)
+    return program.engine.model
+
+
 def run(program: Program, epochs: int = 1) -> list[float]:
     return [float(program.step_share(share)) for epoch in range(epochs) for share in program.loader().shares(epoch)]
 
@@ -61,16 +71,18 @@ def test_a_step_is_plain_pytorch() -> None:
         batch = DATA[start : start + 8]
         loss = F.cross_entropy(plain(batch[0]), batch[1])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.3)
         optimizer.step()
         scheduler.step()
         assert float(ours.step(batch)) == pytest.approx(float(loss.detach()), rel=1e-6)
+        assert ours.gradient_norm is not None
         assert float(ours.gradient_norm) == pytest.approx(float(norm), rel=1e-5)
         gradients = {piece.name: piece.local for piece in ours.gradient_pieces()}
         for name, parameter in plain.named_parameters():
             torch.testing.assert_close(gradients[f"gradient/{name}"], parameter.grad)
     weights = ours.full_state_dict()
+    assert weights is not None
     assert list(weights) == [*dict(plain.named_parameters()), *dict(plain.named_buffers())]
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(weights[name], tensor)
@@ -92,9 +104,10 @@ def test_weighted_loss_is_the_mean_over_the_weight() -> None:
     data = TensorDataset(torch.randn(8, 6), torch.randint(0, 3, (8,)), counts)
 
     def loss(output: Tensor, batch: Any) -> Tensor:
-        return (F.cross_entropy(output, batch[1], reduction="none") * batch[2]).sum() / batch[2].sum()
+        result: Tensor = (F.cross_entropy(output, batch[1], reduction="none") * batch[2]).sum() / batch[2].sum()
+        return result
 
-    parts = {
+    parts: dict[str, Any] = {
         "model": lambda: nn.Linear(6, 3),
         "dataset": data,
         "loss": loss,
@@ -116,18 +129,21 @@ def test_evaluation_counts_each_sample_once_and_changes_nothing() -> None:
 
     def measure(output: Tensor, batch: Any) -> Tensor:
         seen.extend(batch[1].tolist())
-        return batch[1].double().mean()
+        result: Tensor = batch[1].double().mean()
+        return result
 
     held_out = TensorDataset(torch.randn(11, 6), torch.arange(11) % 3)
     ours = program(evaluation=Evaluation(dataset=held_out, metric="label", measure=measure, batch_size=4))
     run(ours)
     before = {piece.name: piece.local.clone() for piece in ours.pieces()}
-    ours.engine.model[1].eval()  # a module that is never in training stays so
+    trained = modules_of(ours)
+    batch_norm = trained[1]
+    batch_norm.eval()  # a module that is never in training stays so
     result = ours.evaluate()
     assert seen == held_out.tensors[1].tolist()
     assert result["label"] == pytest.approx(held_out.tensors[1].double().mean().item())
-    assert ours.engine.model.training
-    assert not ours.engine.model[1].training
+    assert trained.training
+    assert not batch_norm.training
     for piece in ours.pieces():
         assert torch.equal(piece.local, before[piece.name])
     assert program().evaluate() == {}
@@ -160,13 +176,16 @@ def test_state_goes_through_json(schedule: Callable[..., Any]) -> None:
     for piece in first.pieces():
         kind, _, rest = piece.name.partition("/")
         if kind == "model":
-            target = next(other for other in second.pieces() if other.name == piece.name)
+            target: Piece | None = next(other for other in second.pieces() if other.name == piece.name)
         else:
             parameter, _, key = rest.rpartition("/")
             target = second.optimizer_piece(parameter, key, piece.layout.shape, piece.local.dtype)
+        assert target is not None
         target.local.copy_(piece.local)
     assert second.steps == first.steps == 4
     assert run(first, 2) == run(second, 2)
+    assert first.optimizer is not None
+    assert second.optimizer is not None
     assert second.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"]
     assert second.state() == first.state()
 
@@ -178,6 +197,7 @@ def test_state_of_another_optimizer_is_refused() -> None:
 
     grouped = program(optimizer=groups)
     grouped.load_state(program().state())  # one rate for all of them
+    assert grouped.optimizer is not None
     assert [group["lr"] for group in grouped.optimizer.param_groups] == [0.1, 0.1]
     with pytest.raises(CheckpointError, match="2 parameter groups, the workload's optimizer makes 1"):
         program().load_state(program(optimizer=groups).state())
@@ -207,8 +227,10 @@ def test_optimizer_state_of_any_kind() -> None:
     assert pieces["optimizer/0.weight/rows"].layout.shape == (8,)
     again = program(optimizer=Counting)
     piece = again.optimizer_piece("0.weight", "count", (), torch.int64)
+    assert piece is not None
     piece.local.fill_(7)
     again.step(DATA[:8])
+    assert again.optimizer is not None
     assert int(again.optimizer.state[again.engine.parameters["0.weight"]]["count"]) == 8
 
 
@@ -223,7 +245,7 @@ def test_iterable_dataset() -> None:
 
 
 def test_model_in_evaluation_mode_is_trained() -> None:
-    assert program(model=lambda: model().eval()).engine.model.training
+    assert modules_of(program(model=lambda: model().eval())).training
 
 
 USED = program()
@@ -232,7 +254,7 @@ USED = program()
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": lambda: USED.engine.model}, "must build a new one at each call"),
+        ({"model": lambda: modules_of(USED)}, "must build a new one at each call"),
         ({"model": lambda: 3}, "must build an nn.Module, not int"),
         ({"model": lambda: nn.ReLU()}, "no parameter to train"),
         ({"model": lambda: nn.LazyLinear(3)}, "parameter weight of workload 'unit' has no shape yet"),
@@ -253,7 +275,8 @@ def test_unused_parameters_are_passed_over() -> None:
             self.used, self.never = nn.Linear(6, 3), nn.Linear(2, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.used(x)
+            output: Tensor = self.used(x)
+            return output
 
     ours = program(model=Extra)
     before = ours.engine.parameters["never.weight"].detach().clone()
@@ -301,6 +324,7 @@ def test_names_of_tied_parameters_and_buffers() -> None:
     ours = program(model=lambda: Tied())
     assert "back.weight" not in ours.engine.parameters
     weights = ours.full_state_dict()
+    assert weights is not None
     assert set(weights) == set(Tied().state_dict())
 
 
@@ -311,7 +335,8 @@ class Tied(nn.Module):
         self.back.weight = self.there.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.back(self.there(x)))
+        output: Tensor = self.out(self.back(self.there(x)))
+        return output
 
 
 def test_dealing_is_even() -> None:
@@ -329,7 +354,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x)
-        return x + self.mlp["down"](self.mlp["up"](x).relu())
+        output: Tensor = x + self.mlp["down"](self.mlp["up"](x).relu())
+        return output
 
 
 class Tower(nn.Module):
@@ -357,7 +383,8 @@ class Routed(nn.Module):
         self.experts = nn.ModuleList(Layer() for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.experts[int(x[0, 0] > 0)](x)
+        output: Tensor = self.experts[int(x[0, 0] > 0)](x)
+        return output
 
 
 class Shared(nn.Module):
@@ -365,19 +392,23 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(4))
+        layers = [Layer() for _ in range(4)]
+        self.layers = nn.ModuleList(layers)
         self.head = nn.Linear(4, 4)
-        self.head.weight = self.layers[0].attention[0].weight
+        first = layers[0].attention[0]
+        assert isinstance(first, nn.Linear)
+        self.head.weight = first.weight
 
     def forward(self, x: Tensor) -> Tensor:
         for number in (0, 1, 1, 2, 3):
             x = self.layers[number](x)
-        return self.head(x)
+        output: Tensor = self.head(x)
+        return output
 
 
 def blocks(model: nn.Module) -> list[str]:
     inputs = [torch.ones(2, 4), torch.ones(1, 4), -torch.ones(1, 4)]
-    called = steady_modules(model, [lambda x=x: model(x) for x in inputs])
+    called = steady_modules(model, [partial(model, x) for x in inputs])
     names = {module: name for name, module in model.named_modules()}
     return [names[block] for block in repeated_blocks(model, called)]
 
@@ -414,6 +445,7 @@ def test_notes_say_what_was_not_possible() -> None:
 def test_clipping_at_infinity_only_measures() -> None:
     ours, plain = program(clip_norm=math.inf), program()
     assert run(ours) == run(plain)
+    assert ours.gradient_norm is not None
     assert ours.gradient_norm > 0
 
 

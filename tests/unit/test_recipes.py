@@ -18,6 +18,7 @@ from shardwise.workload.recipes.datasets import cache
 from shardwise.workload.recipes.datasets.splits import split_names, stratified_split
 from shardwise.workload.recipes.language import next_token_loss
 from shardwise.workload.recipes.medical import dice, segmentation_loss
+from shardwise.workload.recipes.models.gpt import GPT
 from shardwise.workload.recipes.training import adamw, warmup_cosine
 from shardwise.workload.workload import Workload
 
@@ -61,7 +62,7 @@ def test_trains(workload: Workload) -> None:
         loss = workload.loss(model(workload.inputs(batch)), batch)
         assert loss.shape == ()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         assert all(p.grad is not None for p in model.parameters())
         optimizer.step()
         schedule.step()
@@ -129,7 +130,8 @@ def test_digits_are_split_by_class() -> None:
     shares = torch.bincount(held_out.labels) / (torch.bincount(held_out.labels) + torch.bincount(train.labels))
     assert ((shares > 0.19) & (shares < 0.21)).all()
     everything = torch.cat([train.images, held_out.images]).flatten(1)
-    assert len(everything.unique(dim=0)) == 1797  # all differ: nothing held out is in the training set
+    # all differ: nothing held out is in the training set
+    assert len(everything.unique(dim=0)) == 1797  # type: ignore[no-untyped-call]
 
 
 def test_interpolated_digits() -> None:
@@ -162,7 +164,7 @@ def test_brain_patches_do_not_overlap() -> None:
     assert not (seen["train"] & seen["held_out"]).any()
     assert seen["held_out"].mean() > 0.05
     labels = torch.stack([workload.dataset[i]["label"] for i in range(0, len(workload.dataset), 20)])
-    assert labels.unique().tolist() == [0, 1, 2]
+    assert labels.unique().tolist() == [0, 1, 2]  # type: ignore[no-untyped-call]
 
 
 def test_bits_per_byte_of_even_chances() -> None:
@@ -298,6 +300,12 @@ def test_one_text_file(tmp_path: Path) -> None:
     assert workload.evaluation.metric == "bits_per_byte"
 
 
+def words(workload: Workload) -> int:
+    model = workload.model()
+    assert isinstance(model, GPT)
+    return model.embedding.num_embeddings
+
+
 def test_token_files(tmp_path: Path) -> None:
     tokens = np.arange(1000) % 300
     tokens.astype("<u2").tofile(tmp_path / "all.bin")
@@ -307,11 +315,11 @@ def test_token_files(tmp_path: Path) -> None:
         assert workload.evaluation is not None
         assert workload.evaluation.metric == "bits_per_token"
         assert torch.equal(workload.dataset[2]["tokens"], torch.arange(16, 25))
-        assert workload.model().embedding.num_embeddings == 320
+        assert words(workload) == 320
     for name in ("train", "val"):
         tokens.astype("<u2").tofile(tmp_path / f"{name}.bin")
     workload = load_workload("language", {**TINY_GPT, "data": str(tmp_path), "vocabulary": "512"})
-    assert (workload.dataset.span.last, workload.model().embedding.num_embeddings) == (1000, 512)
+    assert (workload.dataset.span.last, words(workload)) == (1000, 512)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +353,7 @@ def scan(path: Path, volume: Any) -> None:
     import nibabel
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(np.asarray(volume, dtype=np.float32), np.eye(4)), path)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(volume, dtype=np.float32), np.eye(4)), path)  # type: ignore[no-untyped-call]
 
 
 def volumes(root: Path, names: list[str], *, images: str, labels: str, suffix: str = "") -> None:

@@ -17,7 +17,8 @@ class Layer(nn.Module):
         self.layer_idx, self.window = layer_idx, window
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.linear(x)
+        output: torch.Tensor = x + self.linear(x)
+        return output
 
 
 class Model(nn.Module):

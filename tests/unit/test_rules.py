@@ -31,7 +31,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.spell(self.qkv(x))
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=k.size(1) != q.size(1))
-        return self.out(y.transpose(1, 2).reshape(x.shape))
+        output: Tensor = self.out(y.transpose(1, 2).reshape(x.shape))
+        return output
 
 
 def heads(x: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def interleaved(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def grouped(x: Tensor) -> tuple[Tensor, ...]:
-    return tuple(heads(part) for part in x.split([16, 8, 8], -1))
+    return tuple(heads(part) for part in x.split([16, 8, 8], -1))  # type: ignore[no-untyped-call]
 
 
 class Layer(nn.Module):
@@ -71,7 +72,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.feedforward(self.norm2(x))
+        output: Tensor = x + self.feedforward(self.norm2(x))
+        return output
 
 
 def test_columns_then_rows() -> None:
@@ -190,7 +192,8 @@ def test_joined_channels_keep_their_segments() -> None:
             self.left, self.right, self.last = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(12, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(torch.cat([self.left(x), self.right(x)], 1))
+            output: Tensor = self.last(torch.cat([self.left(x), self.right(x)], 1))
+            return output
 
     graph, _ = local(Joined, IMAGES, 2)
     assert cuts(graph)["last.weight"] == (1, (8, 4))
@@ -238,7 +241,8 @@ def test_what_is_written_through_a_view_stays_whole() -> None:
         def forward(self, x: Tensor) -> Tensor:
             y = self.linear(x).tanh().clone()
             y[:, ::3].mul_(2)
-            return y
+            output: Tensor = y
+            return output
 
     graph, _ = local(Written, POINTS, 2)
     names = [

@@ -9,6 +9,7 @@ import torch
 
 from shardwise.errors import WorkloadError
 from shardwise.workload.load import load_workload
+from shardwise.workload.recipes.models.gpt import GPT
 
 SPEC = "gpt:layers=2,hidden=64,heads=4,kv_heads=2,ffn=96,vocabulary=300,sequence=16"
 
@@ -28,13 +29,15 @@ def test_model_has_the_sizes() -> None:
 def test_sizes_may_be_settings() -> None:
     workload = load_workload("gpt:layers=2,sequence=16", {"hidden": "64", "heads": 4, "layers": "3"})
     model = workload.model()
-    assert len(model.blocks) == 3  # type: ignore[arg-type]
-    assert model.head.in_features == 64  # type: ignore[union-attr]
+    assert isinstance(model, GPT)
+    assert len(model.blocks) == 3
+    assert model.head.in_features == 64
 
 
 def test_width_without_ffn_keeps_the_parameters_of_two_matrices() -> None:
     model = load_workload("gpt:layers=1,hidden=192,heads=4,vocabulary=256").model()
-    block = sum(parameter.numel() for parameter in model.blocks.parameters())  # type: ignore[union-attr, operator]
+    assert isinstance(model, GPT)
+    block = sum(parameter.numel() for parameter in model.blocks.parameters())
     assert block == 12 * 192**2 + 2 * 192
 
 

@@ -78,17 +78,19 @@ def test_embedding(segments: tuple[int, ...], padding: int) -> None:
     index = torch.randint(0, words, (3, 4))
     index[0, 0] = 3
     expected = F.embedding(index, table, padding if padding >= 0 else None)
-    expected.square().sum().backward()
+    expected.square().sum().backward()  # type: ignore[no-untyped-call]
 
     def work(exchange: Exchange) -> tuple[Tensor, Tensor]:
         part = exchange.cut(table.detach(), 0, segments).clone().requires_grad_()
         summand = embedding(exchange, part, index, padding, segments)
-        summand.square().sum().backward()  # rows of others are zero: the squares add up too
+        # rows of others are zero: the squares add up too
+        summand.square().sum().backward()  # type: ignore[no-untyped-call]
         assert part.grad is not None
         return summand.detach(), part.grad
 
     results = Threads(2).run(work)
     torch.testing.assert_close(sum(summand for summand, _ in results), expected.detach())
+    assert table.grad is not None
     for rank, (_, gradient) in enumerate(results):
         torch.testing.assert_close(gradient, Exchange(None, rank, 2).cut(table.grad, 0, segments))
 
@@ -107,16 +109,17 @@ def test_cross_entropy(segments: tuple[int, ...], smoothing: float, reduction: s
     logits.requires_grad_()
     expected = F.cross_entropy(logits, target, reduction=reduction, label_smoothing=smoothing)
     weights = torch.rand_like(expected)
-    (expected * weights).sum().backward()
+    (expected * weights).sum().backward()  # type: ignore[no-untyped-call]
     number = ("none", "mean", "sum").index(reduction)
 
     def work(exchange: Exchange) -> tuple[Tensor, Tensor]:
         part = exchange.cut(logits.detach(), dim, segments).clone().requires_grad_()
         loss = cross_entropy(exchange, part, target, segments, number, -100, smoothing)
-        (loss * weights).sum().backward()
+        (loss * weights).sum().backward()  # type: ignore[no-untyped-call]
         assert part.grad is not None
         return loss.detach(), part.grad
 
+    assert logits.grad is not None
     for rank, (loss, gradient) in enumerate(Threads(ranks).run(work)):
         torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(gradient, Exchange(None, rank, ranks).cut(logits.grad, dim, segments))
