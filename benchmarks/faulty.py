@@ -36,7 +36,8 @@ class Faulty(Dataset[tuple[torch.Tensor, ...]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
         """Return one sample, as the strategies that trace the model look at; nothing goes wrong here."""
-        return self._data[index]
+        sample: tuple[torch.Tensor, ...] = self._data[index]
+        return sample
 
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, ...]]:
         self._batches += 1
