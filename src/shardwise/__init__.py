@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from shardwise.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from shardwise.api import TrainedModel, parallelize, simulate, train, train_parallel, verify
     from shardwise.errors import ShardwiseError
     from shardwise.strategy import Strategy
     from shardwise.workload.workload import Evaluation, Workload
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Evaluation",

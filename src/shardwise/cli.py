@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
-from shardwise import __version__, api
+from shardwise import api
 from shardwise.ending import end
 from shardwise.errors import (
     DataError,
@@ -41,6 +41,7 @@ from shardwise.report.prediction import prediction_table
 from shardwise.report.text import comparison_table, training_summary, verification_table
 from shardwise.starting import check_streams, leave_out_working_directory
 from shardwise.units import parse_number, parse_whole
+from shardwise.version import __version__
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, by the convention of shells: 128 plus the number of SIGINT."""

@@ -29,6 +29,7 @@ from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.at_hand import cluster_at_hand
 from shardwise.run.job import Source
 from shardwise.units import format_bytes, format_seconds, format_share, parse_whole
+from shardwise.version import __version__
 from shardwise.workload.load import names_function
 from shardwise.workload.workload import Workload
 
@@ -182,8 +183,6 @@ def _file(source: Source, name: str | None, searched: Searched, cluster: Cluster
 
 def versions() -> dict[str, str]:
     """Return the versions of the software that a prediction depends on, by name."""
-    from shardwise import __version__
-
     return {"shardwise": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 

@@ -1,0 +1,3 @@
+"""Version of Shardwise, for modules that must not import the package itself."""
+
+__version__ = "0.1.0"
