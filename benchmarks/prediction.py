@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.harness import environment, median, record
 from shardwise.cluster.cluster import Cluster
-from shardwise.cluster.reading import read_cluster
+from shardwise.cluster.toml_reader import read_cluster
 from shardwise.errors import StrategyError
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibrate import calibrate

@@ -499,7 +499,7 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
         RequestError: the machine cannot run that many workers, or the file cannot be written.
         WorkerFailed: a worker died.
     """
-    from shardwise.cluster.writing import check_place, write_cluster
+    from shardwise.cluster.toml_writer import check_place, write_cluster
     from shardwise.run.at_hand import check_place as check_kept
     from shardwise.run.at_hand import keep
     from shardwise.run.calibrate import calibrate as measure

@@ -16,8 +16,8 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from shardwise.cluster.cases import Case, all_cases
 from shardwise.cluster.cluster import PROGRAMS, SHAPES, Cluster
 from shardwise.cluster.linking import OPERATIONS, layouts
-from shardwise.cluster.reading import read_cluster
-from shardwise.cluster.writing import write_cluster
+from shardwise.cluster.toml_reader import read_cluster
+from shardwise.cluster.toml_writer import write_cluster
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibrate import Effort, summary, work
 from shardwise.run.footprint import footprint

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shardwise.cluster.find import find_cluster
-from shardwise.cluster.writing import write_cluster
+from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.plan.plan import Candidate
 from shardwise.predict.prediction import Memory, Prediction

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Sample
-from shardwise.cluster.writing import write_cluster
+from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import ClusterError, NotMeasured
 from shardwise.run.at_hand import cached_file, cluster_at_hand, keep
 from shardwise.run.compare import comparison

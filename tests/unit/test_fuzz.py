@@ -18,8 +18,8 @@ from typing import Any, Literal
 import pytest
 
 from shardwise.cluster.find import find_cluster
-from shardwise.cluster.reading import read_cluster
-from shardwise.cluster.writing import write_cluster
+from shardwise.cluster.toml_reader import read_cluster
+from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import LONGEST_MESSAGE, RequestError
 from shardwise.plan.file import read_plan, write_plan
 from shardwise.plan.wish import Wish

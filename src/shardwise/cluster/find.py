@@ -6,7 +6,7 @@ import os
 
 from shardwise.cluster import catalogue
 from shardwise.cluster.cluster import Cluster
-from shardwise.cluster.reading import read_cluster
+from shardwise.cluster.toml_reader import read_cluster
 
 
 def find_cluster(text: str) -> Cluster:

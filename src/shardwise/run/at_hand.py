@@ -14,8 +14,8 @@ import torch
 
 from shardwise.cluster import machine
 from shardwise.cluster.cluster import Cluster
-from shardwise.cluster.reading import read_cluster
-from shardwise.cluster.writing import write_cluster
+from shardwise.cluster.toml_reader import read_cluster
+from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import ClusterError, NotMeasured
 from shardwise.launch.context import rank_context, under_launcher
 from shardwise.workload.recipes.datasets.cache import cache_folder, check_writable

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.cluster.cluster import ORIGINS, Cluster, Device, Level, Nodes
-from shardwise.cluster.fields import Field, Number, Part, Text, Where, read_table
-from shardwise.cluster.reading import DEVICE, ORIGIN, PRICE, SOURCE, load_toml, parse_device, parse_level
+from shardwise.cluster.toml_fields import Field, Number, Part, Text, Where, read_table
+from shardwise.cluster.toml_reader import DEVICE, ORIGIN, PRICE, SOURCE, load_toml, parse_device, parse_level
 from shardwise.errors import LONGEST_GUESS, ClusterError
 from shardwise.strategy import MOST
 from shardwise.units import parse_whole

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Sample
-from shardwise.cluster.fields import Field, Number
-from shardwise.cluster.reading import DEVICE, LEVEL, NODES
+from shardwise.cluster.toml_fields import Field, Number
+from shardwise.cluster.toml_reader import DEVICE, LEVEL, NODES
 from shardwise.errors import ClusterError
 
 INLINE = ("flops", "shared", "origins", "process", "overheads")

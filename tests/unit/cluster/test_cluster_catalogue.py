@@ -10,8 +10,8 @@ import pytest
 from shardwise.cluster import catalogue
 from shardwise.cluster.cluster import ORIGINS
 from shardwise.cluster.find import find_cluster
-from shardwise.cluster.reading import read_cluster
-from shardwise.cluster.writing import write_cluster
+from shardwise.cluster.toml_reader import read_cluster
+from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import ClusterError
 
 FIGURES = ("flops", "memory_bytes", "memory_bandwidth", "cores", "launch_seconds")

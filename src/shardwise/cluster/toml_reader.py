@@ -41,7 +41,18 @@ from shardwise.cluster.cluster import (
     Nodes,
     Sample,
 )
-from shardwise.cluster.fields import Field, Flag, Number, Part, Text, Where, read_field, read_mapping, read_table, show
+from shardwise.cluster.toml_fields import (
+    Field,
+    Flag,
+    Number,
+    Part,
+    Text,
+    Where,
+    read_field,
+    read_mapping,
+    read_table,
+    show,
+)
 from shardwise.collective import OPERATIONS
 from shardwise.errors import ClusterError
 from shardwise.strategy import MOST

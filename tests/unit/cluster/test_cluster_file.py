@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Sample
-from shardwise.cluster.reading import read_cluster
-from shardwise.cluster.writing import write_cluster
+from shardwise.cluster.toml_reader import read_cluster
+from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import ClusterError
 
 FILE = """\
