@@ -13,9 +13,9 @@ import torch.distributed as dist
 from pool import Pools
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from shardwise.cluster.cases import Case, all_cases
 from shardwise.cluster.cluster import PROGRAMS, SHAPES, Cluster
-from shardwise.cluster.linking import OPERATIONS, layouts
+from shardwise.cluster.measure.collectives import OPERATIONS, layouts
+from shardwise.cluster.measure.kernel_cases import Case, all_cases
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.predict.simulate import profiles_on, simulate

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardwise.cluster.arena import Arena
-from shardwise.cluster.cases import _in_rows
 from shardwise.cluster.cluster import KernelCurve, Sample
 from shardwise.cluster.curves import Curves
+from shardwise.cluster.measure.arena import Arena
+from shardwise.cluster.measure.kernel_cases import _in_rows
 from shardwise.predict.analysis import LinkRecorder
 from shardwise.run.calibrate import note
 

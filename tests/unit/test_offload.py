@@ -9,8 +9,8 @@ import pytest
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
-from shardwise.cluster.hosting import host_of
-from shardwise.cluster.team import Team
+from shardwise.cluster.measure.host_link import host_of
+from shardwise.cluster.measure.team import Team
 from shardwise.errors import StrategyError
 from shardwise.parallel.mesh import default_device
 from shardwise.plan.bounds import least_seconds

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from shardwise.cluster import machine
 from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.measure import machine
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import ClusterError, NotMeasured

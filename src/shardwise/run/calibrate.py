@@ -20,18 +20,18 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from shardwise.cluster import machine
-from shardwise.cluster.arena import Arena
-from shardwise.cluster.cases import Case, all_cases
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Origin
-from shardwise.cluster.computing import Noted, Situation, kernel_curves
 from shardwise.cluster.curves import ANY, curve_name
-from shardwise.cluster.eager import small_step, small_update, timed_steps
-from shardwise.cluster.hosting import host_of
-from shardwise.cluster.linking import OPERATIONS, SIZES, collective_curves, layouts
-from shardwise.cluster.overlapping import overlap
-from shardwise.cluster.sharing import shared
-from shardwise.cluster.team import Team
+from shardwise.cluster.measure import machine
+from shardwise.cluster.measure.arena import Arena
+from shardwise.cluster.measure.collectives import OPERATIONS, SIZES, collective_curves, layouts
+from shardwise.cluster.measure.contention import shared
+from shardwise.cluster.measure.host_link import host_of
+from shardwise.cluster.measure.host_overhead import small_step, small_update, timed_steps
+from shardwise.cluster.measure.kernel_cases import Case, all_cases
+from shardwise.cluster.measure.kernels import Noted, Situation, kernel_curves
+from shardwise.cluster.measure.overlap import overlap
+from shardwise.cluster.measure.team import Team
 from shardwise.errors import RequestError
 from shardwise.launch.context import rank_context
 from shardwise.launch.join import join_launcher

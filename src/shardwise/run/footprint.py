@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from shardwise.cluster.cluster import OVERHEADS, Cluster, Device, Level, Nodes
-from shardwise.cluster.team import Team
+from shardwise.cluster.measure.team import Team
 from shardwise.parallel.mesh import default_device
 from shardwise.parallel.program import Program
 from shardwise.run.job import Job, Options, Source

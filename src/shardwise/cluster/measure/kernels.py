@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.cluster.arena import Arena
-from shardwise.cluster.cases import Case
 from shardwise.cluster.cluster import KernelCurve, Sample
-from shardwise.cluster.team import Team
-from shardwise.cluster.timer import rounded, spread, timed
+from shardwise.cluster.measure.arena import Arena
+from shardwise.cluster.measure.kernel_cases import Case
+from shardwise.cluster.measure.team import Team
+from shardwise.cluster.measure.timer import rounded, spread, timed
 
 Situation = tuple[int, int]
 """Measuring situation: (workers of one host at the same time, threads of each)."""

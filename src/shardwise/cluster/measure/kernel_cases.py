@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shardwise.cluster.arena import Arena
+from shardwise.cluster.measure.arena import Arena
 
 aten = torch.ops.aten
 

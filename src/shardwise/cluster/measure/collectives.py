@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.cluster.cluster import CollectiveCurve, Sample
-from shardwise.cluster.team import Team
-from shardwise.cluster.timer import rounded, spread
+from shardwise.cluster.measure.team import Team
+from shardwise.cluster.measure.timer import rounded, spread
 
 SIZES = (1024, 16 * 1024, 128 * 1024, 1024**2, 8 * 1024**2)
 """Bytes of the measured messages, counted as in `collective.Collective`."""

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shardwise.cluster.computing import Situation
-from shardwise.cluster.team import Team
+from shardwise.cluster.measure.kernels import Situation
+from shardwise.cluster.measure.team import Team
 
 SIDE = 192
 """Rows and columns of the multiplied matrices: one matmul takes a few hundred microseconds on a CPU core."""

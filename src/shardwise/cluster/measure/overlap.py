@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from shardwise.cluster.team import Team
+from shardwise.cluster.measure.team import Team
 
 SIDE = 512
 """Rows and columns of the multiplied matrices: one matmul takes some milliseconds on a CPU core."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from shardwise.cluster import machine
-from shardwise.cluster.team import Team
+from shardwise.cluster.measure import machine
+from shardwise.cluster.measure.team import Team
 
 BYTES = 256 * 2**20
 """Bytes that are copied: more than caches hold, as in a training where all slices of a model are copied."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.cluster.arena import Arena
-from shardwise.cluster.cases import Case
+from shardwise.cluster.measure.arena import Arena
+from shardwise.cluster.measure.kernel_cases import Case
 
 LEAST = 3
 """Fewest timed calls of a case, no matter how long they take."""

@@ -1,0 +1,1 @@
+"""Measurements of a machine: kernels, collectives, its host, and how they slow each other."""
