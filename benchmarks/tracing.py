@@ -36,7 +36,7 @@ def measure(layers: int, hidden: int) -> dict[str, Any]:
     from shardwise.parallel.cuts import places, uses
     from shardwise.parallel.planning import counted
     from shardwise.workload.graph import trace
-    from shardwise.workload.stored import without_parameters
+    from shardwise.workload.weight_files import without_parameters
 
     config = transformers.LlamaConfig(
         vocab_size=128256,

@@ -21,7 +21,7 @@ from shardwise.errors import WorkloadError
 from shardwise.run import verify
 from shardwise.run.job import Source
 from shardwise.workload.load import load_workload
-from shardwise.workload.stored import INDEX, SINGLE, StoredModel, StoredWeights, without_parameters
+from shardwise.workload.weight_files import INDEX, SINGLE, StoredModel, StoredWeights, without_parameters
 
 PRELOAD = ("transformers.models.llama.modeling_llama",)
 SIZES: dict[str, Any] = {

@@ -29,7 +29,7 @@ from shardwise.parallel.values import map_tensors, to_device, unlike
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.standin import stand_ins
-from shardwise.workload.stored import weights_of
+from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload, call_model
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from shardwise.parallel.reduce import GradientReducer, sum_gradients
 from shardwise.parallel.rows import is_split, local, row_layout
 from shardwise.parallel.stage import Stage, Work
 from shardwise.strategy import Strategy
-from shardwise.workload.stored import Weights
+from shardwise.workload.weight_files import Weights
 
 
 class Holding:

@@ -12,7 +12,7 @@ from shardwise.errors import WorkloadError
 from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import Allocating
 from shardwise.parallel.rows import is_split, local
-from shardwise.workload.stored import Weights
+from shardwise.workload.weight_files import Weights
 
 
 def materialize(

@@ -16,7 +16,7 @@ from shardwise.parallel.deal import broadcast
 from shardwise.parallel.gather import gather_json
 from shardwise.parallel.materialize import move_values
 from shardwise.parallel.mesh import Mesh
-from shardwise.workload.stored import weights_of
+from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload
 
 _BUILT: WeakSet[nn.Module] = WeakSet()

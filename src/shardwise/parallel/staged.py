@@ -41,7 +41,7 @@ from shardwise.parallel.values import to_device
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share
 from shardwise.workload.graph import StepGraph, batch_leaves, example
-from shardwise.workload.stored import weights_of
+from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload
 
 WORTH_A_NOTE = 0.01

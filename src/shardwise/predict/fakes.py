@@ -198,7 +198,7 @@ def as_on_gpu(program: Program) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class NoValues:
-    """Weights (see `stored.Weights`) of a model whose parameters have neither values nor memory."""
+    """Weights (see `weight_files.Weights`) of a model whose parameters have neither values nor memory."""
 
     shapes: dict[str, tuple[int, ...]]
 

@@ -31,7 +31,7 @@ from shardwise.workload.data import first_samples
 from shardwise.workload.graph import StepGraph
 from shardwise.workload.repeats import repeated_layers, shortened
 from shardwise.workload.standin import stand_ins
-from shardwise.workload.stored import without_parameters
+from shardwise.workload.weight_files import without_parameters
 from shardwise.workload.workload import Workload, call_model
 
 SHORT = 4

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
-from shardwise.workload.stored import weights_of
+from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload
 
 

@@ -44,7 +44,7 @@ from shardwise.workload.recipes.datasets.images import digits
 from shardwise.workload.recipes.datasets.text import Corpus, Span, Windows, standard_library, user_corpus
 from shardwise.workload.recipes.packages import require
 from shardwise.workload.recipes.training import adamw
-from shardwise.workload.stored import SINGLE, StoredModel, StoredWeights
+from shardwise.workload.weight_files import SINGLE, StoredModel, StoredWeights
 from shardwise.workload.workload import Workload
 
 CONFIG, TOKENIZER, ADAPTER = "config.json", "tokenizer.json", "adapter_config.json"
