@@ -35,7 +35,7 @@ def measure(layers: int, hidden: int) -> dict[str, Any]:
     from shardwise.parallel.check import split
     from shardwise.parallel.cuts import places, uses
     from shardwise.parallel.planning import counted
-    from shardwise.workload.graph import trace
+    from shardwise.workload.trace.graph import trace
     from shardwise.workload.weight_files import without_parameters
 
     config = transformers.LlamaConfig(

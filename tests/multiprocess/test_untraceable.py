@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from shardwise import Evaluation, Workload
 from shardwise.errors import WorkloadError
 from shardwise.parallel.traced import traced
-from shardwise.workload.graph import Untraceable, example
-from shardwise.workload.opaque import OPAQUE, Recorder
+from shardwise.workload.trace.graph import Untraceable, example
+from shardwise.workload.trace.opaque import OPAQUE, Recorder
 
 
 class Gate(nn.Module):

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from shardwise.parallel.check import split
 from shardwise.parallel.partitioner import LocalGraph, Obstacle
 from shardwise.parallel.placement import Sharded
-from shardwise.workload.graph import StepGraph, example, trace
+from shardwise.workload.trace.graph import StepGraph, example, trace
 from shardwise.workload.workload import Workload
 
 EXCHANGES = ("enter", "reduce", "gather", "slice", "gather_enter", "reduce_scatter")

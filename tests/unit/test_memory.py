@@ -11,7 +11,7 @@ from steps import step_of, workload
 from torch import Tensor, nn
 
 from shardwise.parallel.memory import changed_under_another_name, roots, together
-from shardwise.workload.graph import StepGraph
+from shardwise.workload.trace.graph import StepGraph
 
 Function = Callable[[Any, Tensor], Tensor]
 """Of a `Compute`, whose layers and buffer it uses, and a batch."""

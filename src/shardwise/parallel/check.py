@@ -18,7 +18,7 @@ from shardwise.parallel.planning import check_stages
 from shardwise.parallel.tensor import partition
 from shardwise.parallel.traced import traced
 from shardwise.strategy import Strategy
-from shardwise.workload.graph import StepGraph, example
+from shardwise.workload.trace.graph import StepGraph, example
 from shardwise.workload.workload import Workload
 
 LEAST_SHARED = 0.5

@@ -28,7 +28,7 @@ from shardwise.parallel.rows import is_split, row_layout
 from shardwise.parallel.values import map_tensors, to_device, unlike
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
-from shardwise.workload.standin import stand_ins
+from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload, call_model
 

@@ -21,7 +21,7 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.operations import Operations
 from shardwise.parallel.placement import REPLICATED, Placement, Sharded
-from shardwise.workload.opaque import Call
+from shardwise.workload.trace.opaque import Call
 
 Shape = tuple[int, ...]
 

@@ -26,7 +26,7 @@ from shardwise.parallel.placement import (
     Sharded,
     local_shape,
 )
-from shardwise.workload.graph import StepGraph, modules_around, outside_model
+from shardwise.workload.trace.graph import StepGraph, modules_around, outside_model
 
 Labels = tuple[str | None, ...]
 """One label per dimension of a value.

@@ -25,7 +25,7 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.messages import measured_links, much_slower
 from shardwise.parallel.partitioner import LocalGraph
 from shardwise.strategy import Strategy
-from shardwise.workload.graph import StepGraph, batch_leaves
+from shardwise.workload.trace.graph import StepGraph, batch_leaves
 
 BYTES_PER_SECOND = {"cpu": 1e9, "gpu": 2.5e10}
 """Assumed bandwidth in bytes per second between stages, only used to choose between cuts.

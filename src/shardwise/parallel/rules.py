@@ -16,7 +16,7 @@ from shardwise.parallel import structure, vocabulary
 from shardwise.parallel.memory import writes_in_place
 from shardwise.parallel.partitioner import Labels, Obstacle, Partitioner, Rule, Value, bound
 from shardwise.parallel.placement import PARTIAL, REPLICATED, Partial, Placement, Sharded
-from shardwise.workload.opaque import OPAQUE, call_of
+from shardwise.workload.trace.opaque import OPAQUE, call_of
 
 aten = torch.ops.aten
 

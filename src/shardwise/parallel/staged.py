@@ -40,7 +40,7 @@ from shardwise.parallel.traced import traced
 from shardwise.parallel.values import to_device
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share
-from shardwise.workload.graph import StepGraph, batch_leaves, example
+from shardwise.workload.trace.graph import StepGraph, batch_leaves, example
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload
 

@@ -28,7 +28,7 @@ from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.partitioner import LocalGraph, Obstacle, Partitioner, Replacements
 from shardwise.parallel.placement import Placement
 from shardwise.parallel.rules import apply_rule
-from shardwise.workload.graph import StepGraph
+from shardwise.workload.trace.graph import StepGraph
 
 MOST_PASSES = 8
 """Largest number of passes, each of which learns how fused weights are best cut; two or three are usual."""

@@ -11,13 +11,13 @@ from torch import nn
 from shardwise.parallel.engine import Position
 from shardwise.parallel.model import untouched
 from shardwise.parallel.operations import Operations
-from shardwise.workload.graph import StepGraph, Untraceable, first_line, trace
-from shardwise.workload.opaque import Call, Recorder
+from shardwise.workload.trace.graph import StepGraph, Untraceable, first_line, trace
+from shardwise.workload.trace.opaque import Call, Recorder
 from shardwise.workload.workload import Workload, call_model
 
 
 def traced(workload: Workload, model: nn.Module, batch: Any, *, training: bool = True) -> StepGraph:
-    """Trace a step with `workload.graph.trace`, with each module that cannot be traced as an opaque call.
+    """Trace a step with `workload.trace.graph.trace`, with each module that cannot be traced as an opaque call.
 
     The innermost module that fails becomes the call. It is called with whole tensors on every tp worker, and pp never
     cuts it in two. The model runs once on `batch` for each such module.

@@ -39,7 +39,7 @@ from shardwise.predict.prediction import Memory
 from shardwise.predict.record import Event, Record, Recorder
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Share
-from shardwise.workload.graph import Untraceable, first_line
+from shardwise.workload.trace.graph import Untraceable, first_line
 from shardwise.workload.workload import Workload
 
 _FOLLOWS_DATA = (DataDependentOutputException, DynamicOutputShapeException)

@@ -28,9 +28,9 @@ from shardwise.predict.grouped import widen_grouped_products
 from shardwise.predict.profile import Update
 from shardwise.predict.updating import update_of
 from shardwise.workload.data import first_samples
-from shardwise.workload.graph import StepGraph
-from shardwise.workload.repeats import repeated_layers, shortened
-from shardwise.workload.standin import stand_ins
+from shardwise.workload.trace.graph import StepGraph
+from shardwise.workload.trace.repeated_layers import repeated_layers, shortened
+from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.weight_files import without_parameters
 from shardwise.workload.workload import Workload, call_model
 

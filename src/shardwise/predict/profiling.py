@@ -32,7 +32,7 @@ from shardwise.predict.models import Model, batch, builds, tensors_of, with_valu
 from shardwise.predict.profile import Layer, Link, Parameter, Pass, Profile, Value
 from shardwise.predict.repeating import deepened
 from shardwise.strategy import Strategy
-from shardwise.workload.graph import StepGraph, Untraceable, batch_leaves
+from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
 from shardwise.workload.workload import Workload
 
 

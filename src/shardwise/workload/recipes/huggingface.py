@@ -37,13 +37,13 @@ from torch import Tensor, nn
 
 from shardwise.errors import DataError, WorkloadError
 from shardwise.files import check_regular
-from shardwise.workload.graph import first_line
 from shardwise.workload.recipes.checks import check_positive
 from shardwise.workload.recipes.datasets.cache import Array, LazyArray, cached, fingerprint
 from shardwise.workload.recipes.datasets.images import digits
 from shardwise.workload.recipes.datasets.text import Corpus, Span, Windows, standard_library, user_corpus
 from shardwise.workload.recipes.packages import require
 from shardwise.workload.recipes.training import adamw
+from shardwise.workload.trace.graph import first_line
 from shardwise.workload.weight_files import SINGLE, StoredModel, StoredWeights
 from shardwise.workload.workload import Workload
 

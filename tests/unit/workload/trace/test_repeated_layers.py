@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shardwise.workload.load import load_workload
-from shardwise.workload.repeats import repeated_layers, shortened
+from shardwise.workload.trace.repeated_layers import repeated_layers, shortened
 
 
 class Layer(nn.Module):

@@ -25,8 +25,8 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
 from shardwise.workload.data import first_samples
-from shardwise.workload.opaque import Call, assignments_copied, calls_in, hidden
-from shardwise.workload.standin import stand_ins
+from shardwise.workload.trace.opaque import Call, assignments_copied, calls_in, hidden
+from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.workload import Workload, call_model
 
 _SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -53,7 +53,7 @@ class StepGraph:
         constants: map from a placeholder's name to a tensor that the module holds but does not save.
         leaves: names of the batch's placeholders, in the order of `pytree.tree_leaves(batch)`.
         training: whether the module was in training mode.
-        opaque: calls of modules that were not traced; see `workload.opaque`.
+        opaque: calls of modules that were not traced; see `workload.trace.opaque`.
     """
 
     graph: fx.Graph
@@ -108,7 +108,7 @@ def trace(
     """Trace one step on batches shaped like `batch`; the workload's metric is included unless `training` is set.
 
     In training, every submodule is traced in its current mode. The module's modes and tensors are unchanged afterwards.
-    Modules named in `opaque` are not entered; see `workload.opaque`.
+    Modules named in `opaque` are not entered; see `workload.trace.opaque`.
 
     Raises:
         Untraceable: the module or its loss cannot be traced.
