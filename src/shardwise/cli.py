@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from shardwise import api
-from shardwise.ending import end
 from shardwise.errors import (
     DataError,
     NotAccurate,
@@ -32,6 +31,7 @@ from shardwise.errors import (
     one_line,
 )
 from shardwise.launch.context import is_first, rank_context
+from shardwise.launch.exit import end
 from shardwise.launch.signals import Terminated
 from shardwise.report.accuracy import accuracy_table
 from shardwise.report.accuracy_page import accuracy_files

@@ -39,7 +39,7 @@ def main(address: str) -> None:
         os._exit(1)  # sys.exit would wait for threads, which may wait for other workers
     _send(parent, {"time": time.monotonic(), "returned": len(returned)})
     parent.send_bytes(returned)
-    from shardwise.ending import end
+    from shardwise.launch.exit import end
 
     end(0)
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shardwise.ending import failing_exits
 from shardwise.launch import stop, watch
 from shardwise.launch.context import is_first, under_launcher
+from shardwise.launch.exit import failing_exits
 from shardwise.launch.join import join_launcher
 from shardwise.launch.local import run_local
 from shardwise.launch.signals import Terminated
