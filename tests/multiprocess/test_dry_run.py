@@ -14,13 +14,14 @@ from pool import Pools
 from traces import remembered
 
 from shardwise.collective import Collective
-from shardwise.parallel import deal, exchange, reduce
+from shardwise.parallel import deal, exchange
 from shardwise.parallel.pipeline import Pipeline
-from shardwise.parallel.planning import Cuts
 from shardwise.parallel.staged import GraphEngine
 from shardwise.predict.dryrun import DryRun, dry_run
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.prediction import Memory
+from shardwise.splitting import buckets
+from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.image import image
 from shardwise.workload.recipes.language import language
@@ -214,7 +215,7 @@ def test_a_missing_exchange_is_noticed(workers: Pools, strategy: str, owner: Any
 
 
 def test_other_bytes_are_noticed(workers: Pools) -> None:
-    with mock.patch.object(reduce, "BUCKET_BYTES", 2**10), pytest.raises(AssertionError):
+    with mock.patch.object(buckets, "BUCKET_BYTES", 2**10), pytest.raises(AssertionError):
         check(workers, "language", "dp=2,tp=2", slice(1))
 
 

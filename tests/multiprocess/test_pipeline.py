@@ -17,16 +17,17 @@ from pool import Pools
 from random_models import random_workload
 from torch.utils.data import Subset
 
-from shardwise.parallel import planning, schedule, staged
+from shardwise.parallel import planning, staged
 from shardwise.parallel.deferred import WeightGradients
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.messages import measured_links
 from shardwise.parallel.pipeline import Pipeline
-from shardwise.parallel.planning import Cuts
 from shardwise.parallel.program import Program
-from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT
 from shardwise.parallel.staged import GraphEngine
+from shardwise.splitting import schedule
+from shardwise.splitting.balance import Cuts
+from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

@@ -13,9 +13,9 @@ from models import WORKLOADS, first
 from pool import Pools
 
 from shardwise.parallel import planning
-from shardwise.parallel.planning import Cuts
 from shardwise.parallel.program import Program
 from shardwise.parallel.staged import GraphEngine
+from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 
 STRATEGIES = (

@@ -11,9 +11,10 @@ from steps import step_of, workload
 from torch import Tensor, nn
 
 from shardwise.parallel.check import split
-from shardwise.parallel.cuts import Place, balanced, calls, common, places, positions, ranges, uses
+from shardwise.parallel.cuts import Place, calls, common, places, positions, ranges, uses
 from shardwise.parallel.partitioner import LocalGraph
 from shardwise.parallel.sections import compiled, sections
+from shardwise.splitting.chain_partition import balanced
 
 X = torch.randn(4, 8)
 

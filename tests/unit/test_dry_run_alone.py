@@ -15,9 +15,9 @@ from torch.utils.data import TensorDataset
 
 from shardwise.collective import Group
 from shardwise.errors import DataError, StrategyError
-from shardwise.parallel.deal import deal
 from shardwise.predict.dryrun import DryRun, dry_run
 from shardwise.predict.fakes import _Chunks
+from shardwise.splitting.ownership import deal
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 from shardwise.workload.workload import Workload

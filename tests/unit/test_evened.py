@@ -8,7 +8,6 @@ from itertools import combinations, pairwise
 import pytest
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.parallel.planning import divided
 from shardwise.plan.evened import evened, least_share, level
 from shardwise.plan.explain import explanation
 from shardwise.plan.search import search
@@ -16,6 +15,7 @@ from shardwise.plan.wish import Wish
 from shardwise.predict.costs import Costs, costs_of
 from shardwise.predict.judging import judged
 from shardwise.predict.scaled import ScaledProfiles
+from shardwise.splitting.balance import divided
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 from shardwise.workload.workload import Workload

@@ -8,11 +8,11 @@ import pytest
 from test_costs import CLUSTER, DEVICE, layer, profile
 
 from shardwise.cluster.cluster import Nodes
-from shardwise.parallel.messages import much_slower
-from shardwise.parallel.planning import divided
 from shardwise.predict.costs import costs_of
 from shardwise.predict.hops import slower_hops
 from shardwise.predict.profile import Link
+from shardwise.splitting.balance import divided
+from shardwise.splitting.slow_links import much_slower
 from shardwise.strategy import Strategy
 
 

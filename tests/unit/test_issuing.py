@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from shardwise.parallel.schedule import BACKWARD, FORWARD, WEIGHT
 from shardwise.predict.issuing import Sync, actions_of, syncs, turns, under_way
 from shardwise.predict.issuing import table as passes
 from shardwise.predict.orders import KINDS, sequence
+from shardwise.splitting.schedule import BACKWARD, FORWARD, WEIGHT
 from shardwise.strategy import Strategy
 
 STRATEGIES = [

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from shardwise.parallel.schedule import BACKWARD, Action, order
 from shardwise.predict.passes import Piece, bucketed, gathered
 from shardwise.predict.pipelines import Messages, StageTime, Timed, pipeline_seconds, played
+from shardwise.splitting.schedule import BACKWARD, Action, order
 
 
 def tables(

@@ -9,7 +9,6 @@ import pytest
 
 from shardwise.cluster.cluster import Cluster, Nodes
 from shardwise.cluster.find import find_cluster
-from shardwise.parallel.schedule import order
 from shardwise.predict.constants import constants
 from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.events import COMPUTE, Operation
@@ -19,6 +18,7 @@ from shardwise.predict.profile import Layer, Link, Parameter, Pass, Profile, Val
 from shardwise.predict.profiling import Profiles
 from shardwise.predict.timeline import Timeline, timeline
 from shardwise.predict.timing import slowest
+from shardwise.splitting.schedule import order
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 

@@ -14,9 +14,9 @@ from shardwise.parallel.cuts import common, places
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.model import plain_model
 from shardwise.parallel.partitioner import LocalGraph, Obstacle, Replacements
-from shardwise.parallel.planning import check_stages
 from shardwise.parallel.tensor import partition
 from shardwise.parallel.traced import traced
+from shardwise.splitting.balance import check_stages
 from shardwise.strategy import Strategy
 from shardwise.workload.trace.graph import StepGraph, example
 from shardwise.workload.workload import Workload

@@ -1,4 +1,4 @@
-"""Find the cut points of a step and the best cut into consecutive parts.
+"""Find the cut points of a step, at which it may be cut into consecutive parts.
 
 A part may begin before any call that uses a parameter. Between two such calls, the point with the fewest bytes to send
 is taken. A cut point is identified by the parameter use that follows it, so every shape of a step (training,
@@ -10,20 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from math import prod
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import fx
 
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.memory import roots, together, writes_in_place
 from shardwise.parallel.partitioner import LocalGraph
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 Use = tuple[str, int]
 """The n-th use of a parameter in a step: (name, n)."""
@@ -151,101 +146,6 @@ def _crossing(local: LocalGraph, sequence: list[fx.Node]) -> list[tuple[int, int
                 size += 0 if whole else sign * prod(node.meta["shape"]) * node.meta["dtype"].itemsize
         crossing.append(None if tuples else (size, count))
     return crossing
-
-
-def balanced(
-    costs: Sequence[float],
-    sends: Sequence[float],
-    parts: int,
-    speeds: Sequence[float] = (),
-    slower: Sequence[float] = (),
-) -> list[int]:
-    """Cut a chain of segments into consecutive parts so that the most expensive part is as cheap as possible.
-
-    Dynamic programming over (parts, end), restricted to parts that cost no more than those of a known cut. Among
-    equally good cuts the one that sends least is chosen.
-
-    Args:
-        costs: cost of each segment of the chain, at least as many as `parts`.
-        sends: cost to begin a part at each segment but the first (receiving its input), in the same unit.
-        parts: number of parts.
-        speeds: speed of the worker of each part, which divides the part's cost. Empty: all are equally fast.
-        slower: factor on the cost to begin each part but the first. Empty: 1.
-
-    Returns:
-        the first segment of each part but the first.
-
-        >>> balanced([1, 1, 1, 3], [0, 0, 0], 2)
-        [3]
-        >>> balanced([1, 1, 1, 1], [0, 0, 0], 2, [3, 1])
-        [3]
-    """
-    count = len(costs)
-    if parts == 1:
-        return []
-    until = np.array(list(accumulate(costs, initial=0.0)))
-    entry = np.array([0.0, *sends, 0.0])
-    speeds, slower = speeds or [1.0] * parts, [1.0, *(slower or [1.0] * (parts - 1))]
-    most = _even(until, entry, parts, slower) * max(speeds) / min(speeds)
-    starts, own = _parts_up_to(until, most)
-    worst, sent = until / speeds[0], np.zeros(count + 1)
-    choices: list[tuple[int, list[int]]] = []
-    for part in range(1, parts):
-        band = _ends(until, part, parts, most)
-        from_, arrives = starts[band], entry * slower[part]
-        cost = np.where(from_ >= part, np.maximum(worst[from_], (own[band] + arrives[from_]) / speeds[part]), np.inf)
-        least = cost.min(axis=1)
-        sums = sent + arrives
-        total = np.where(cost == least[:, None], sums[from_], np.inf)
-        choice = from_[np.arange(len(from_)), total.argmin(axis=1)]
-        worst, sent = np.full(count + 1, np.inf), np.zeros(count + 1)
-        worst[band], sent[band] = least, sums[choice]
-        choices.append((band.start, choice.tolist()))
-    cuts: list[int] = []
-    end = count
-    for first, choice in reversed(choices):
-        end = choice[end - first]
-        cuts.append(end)
-    return cuts[::-1]
-
-
-def _ends(until: Floats, part: int, parts: int, most: float) -> slice:
-    """Return the range of possible ends of part `part`, if no part may cost more than `most`."""
-    slack = most * (1 + 1e-9)
-    low = np.searchsorted(until, until[-1] - (parts - part - 1) * slack)
-    high = np.searchsorted(until, (part + 1) * slack, side="right")
-    return slice(int(low), min(int(high), len(until)))
-
-
-def _even(until: Floats, entry: Floats, parts: int, slower: Sequence[float]) -> float:
-    """Compute the cost of the most expensive part of a cut into about equal parts.
-
-    The best cut costs at most as much.
-    """
-    count = len(until) - 1
-    shares = np.arange(1, parts) / parts
-    by_cost = np.searchsorted(until, shares * until[-1])
-    fitting = np.clip(by_cost, np.arange(1, parts), count - parts + np.arange(1, parts))
-    fitting = np.maximum.accumulate(fitting - np.arange(parts - 1)) + np.arange(parts - 1)
-    bounds = np.concatenate(([0], fitting, [count]))
-    return float((np.diff(until[bounds]) + entry[bounds[:-1]] * np.array(slower)).max())
-
-
-def _parts_up_to(until: Floats, most: float) -> tuple[Integers, Floats]:
-    """Return (start, cost without receiving) of all parts that cost at most `most`, with one row per end.
-
-    A part with end n ends before segment n. Rows are padded at the front with starts of infinite cost.
-    """
-    count = len(until) - 1
-    ends = np.arange(count + 1)
-    slack = most * (1 + 1e-9)
-    first = np.searchsorted(until, until - slack)
-    width = max(1, int((ends - first).max()))
-    starts = ends[:, None] - np.arange(width, 0, -1)[None, :]
-    fits = starts >= 0
-    starts = np.maximum(starts, 0)
-    own = until[:, None] - until[starts]
-    return starts, np.where(fits & (own <= slack), own, np.inf)
 
 
 def positions(local: LocalGraph, cut: Sequence[Use], parameters: Collection[str]) -> list[int]:

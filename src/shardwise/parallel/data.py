@@ -16,7 +16,6 @@ from shardwise.errors import WorkloadError
 from shardwise.parallel.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.buffers import Buffers
 from shardwise.parallel.clipping import local_gradients
-from shardwise.parallel.deal import deal
 from shardwise.parallel.engine import Held, Position
 from shardwise.parallel.faults import Fault, Pass, gradient_fault, module_fault, passes_of
 from shardwise.parallel.materialize import materialize, read_weights
@@ -26,6 +25,7 @@ from shardwise.parallel.operations import DRAWN, Operations
 from shardwise.parallel.replicated import Replicated
 from shardwise.parallel.rows import is_split, row_layout
 from shardwise.parallel.values import map_tensors, to_device, unlike
+from shardwise.splitting.ownership import deal
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.trace.stand_ins import stand_ins

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.deal import deal
 from shardwise.parallel.engine import Held
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.gather import anywhere
@@ -29,6 +28,7 @@ from shardwise.parallel.placement import Placement, Sharded
 from shardwise.parallel.reduce import GradientReducer, sum_gradients
 from shardwise.parallel.rows import is_split, local, row_layout
 from shardwise.parallel.stage import Stage, Work
+from shardwise.splitting.ownership import deal
 from shardwise.strategy import Strategy
 from shardwise.workload.weight_files import Weights
 

@@ -7,39 +7,18 @@ of one host a megabyte is almost free, over a 100 Mb/s link it takes 80 ms.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from shardwise.parallel.mesh import Mesh
-from shardwise.strategy import Strategy
+from shardwise.splitting.slow_links import hops_of
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**18, 2**22
 """Size in bytes of the timed message: an accelerator sends more in the same time."""
 
 REPEATS = 4
 """Timed repetitions, of which the fastest counts: most causes of a slow message are gone at the next one."""
-
-MUCH = 4.0
-"""Factor by which a link must be slower than assumed to move cut points, so that noise does not move them."""
-
-
-def much_slower(seconds_per_byte: Sequence[float], bytes_per_second: float) -> tuple[float, ...]:
-    """Return how many times slower than assumed each link is; 1 for a link that is not slower by more than `MUCH`.
-
-    Returns an empty tuple if no link is that slow.
-    """
-    factors = tuple(seconds * bytes_per_second for seconds in seconds_per_byte)
-    return tuple(factor if factor > MUCH else 1.0 for factor in factors) if any(f > MUCH for f in factors) else ()
-
-
-def hops_of(strategy: Strategy) -> int:
-    """Return the number of worker-to-worker links that a pipeline's messages take.
-
-    The link from the last worker to the first counts too if workers have several stages.
-    """
-    return strategy.pp if strategy.stages_per_worker > 1 else strategy.pp - 1
 
 
 def measured_links(mesh: Mesh) -> list[float]:

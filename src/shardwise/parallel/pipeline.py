@@ -20,8 +20,8 @@ from torch import Tensor, fx
 from torch.autograd.profiler import record_function
 
 from shardwise.parallel.deferred import WeightGradients
-from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.parallel.stage import Stage, Work
+from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 
 WAIT = "shardwise::wait"
 """Profiler range around the time spent waiting for messages."""

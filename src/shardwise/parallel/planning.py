@@ -20,32 +20,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.cuts import Place, Use, balanced, calls, common, places, uses
+from shardwise.parallel.cuts import Place, Use, calls, common, places, uses
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.messages import measured_links, much_slower
+from shardwise.parallel.messages import measured_links
 from shardwise.parallel.partitioner import LocalGraph
+from shardwise.splitting.balance import BYTES_PER_SECOND, Cuts, check_stages, cuts_blocks, divided
+from shardwise.splitting.slow_links import much_slower
 from shardwise.strategy import Strategy
 from shardwise.workload.trace.graph import StepGraph, batch_leaves
 
-BYTES_PER_SECOND = {"cpu": 1e9, "gpu": 2.5e10}
-"""Assumed bandwidth in bytes per second between stages, only used to choose between cuts.
-
-gloo between processes reaches about the first, a 200 Gb/s adapter the second. Links that are much slower have factors
-(`messages.much_slower`).
-"""
-
 FLOPS_PER_SECOND, MEMORY_BYTES_PER_SECOND = 1e11, 1e10
 """Assumed speed of a worker where nothing can be measured; only their ratio influences the cut."""
-
-MOST_BLOCKS = 16
-"""Largest number of blocks per stage. A block is gathered, freed and recomputed as a unit."""
-
-
-Cuts = tuple[tuple[int, ...], ...]
-"""First segments of the blocks of each stage.
-
-A segment is the piece of the step between two neighbouring cut points.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,107 +104,6 @@ def _check_cuts(cuts: Cuts, stages: int, places_found: int) -> None:
             f"cuts {cuts} are not those of {stages} stages of {places_found + 1} links: each stage has the ascending "
             "numbers of the links at which its blocks begin, the first of them 0"
         )
-
-
-def divided(
-    costs: Sequence[float],
-    messages: Sequence[float],
-    stages: int,
-    device: str,
-    *,
-    speeds: Sequence[int] = (),
-    slower: Sequence[float] = (),
-    in_blocks: bool,
-) -> list[list[int]]:
-    """Return the first segments of the blocks of each stage.
-
-    Every cut sends something. The cost of a cut is therefore only the time of its bytes beyond those of the cheapest
-    one.
-
-    Args:
-        costs: seconds of each segment of a step.
-        messages: bytes to send at each cut point between two segments.
-        stages: number of stages.
-        device: kind of device that sends them, `cpu` or `gpu`.
-        speeds: speed of the worker of each stage. Empty: all are equally fast.
-        slower: how many times slower than assumed the link from each worker to the next is. Empty: as assumed.
-        in_blocks: whether stages are cut into blocks.
-    """
-    starts = stage_starts(costs, messages, stages, device, speeds, slower)
-    return blocks_from(costs, messages, starts, in_blocks=in_blocks)
-
-
-def stage_starts(
-    costs: Sequence[float],
-    messages: Sequence[float],
-    stages: int,
-    device: str,
-    speeds: Sequence[int] = (),
-    slower: Sequence[float] = (),
-) -> list[int]:
-    """Return the first segment of each stage; see `divided`."""
-    least = min(messages, default=0)
-    sends = [(size - least) / BYTES_PER_SECOND[device] for size in messages]
-    of_stages = [slower[stage % len(slower)] for stage in range(stages - 1)] if slower else []
-    return [0, *balanced(costs, sends, stages, speeds, of_stages)]
-
-
-def blocks_from(
-    costs: Sequence[float], messages: Sequence[float], starts: Sequence[int], *, in_blocks: bool
-) -> list[list[int]]:
-    """Return the first segments of the blocks of each stage, for stages that begin at `starts`; see `divided`."""
-    if not in_blocks:
-        return [[start] for start in starts]
-    known: dict[object, list[int]] = {}  # most stages of a deep model are equal
-    found = []
-    for first, end in pairwise([*starts, len(costs)]):
-        own = tuple(costs[first:end]), tuple(messages[first : end - 1])
-        if own not in known:
-            known[own] = _block_starts(*own)
-        found.append([first, *(first + start for start in known[own])])
-    return found
-
-
-def cuts_blocks(strategy: Strategy) -> bool:
-    """Return whether a strategy gathers or recomputes a stage in parts."""
-    return strategy.recomputes or strategy.splits_parameters
-
-
-def check_stages(strategy: Strategy, places_found: int) -> None:
-    """Raise StrategyError if a step with `places_found` cut points has fewer parts than `strategy` has stages."""
-    stages = strategy.pp * strategy.stages_per_worker
-    if stages > places_found + 1:
-        per_worker = f" with {strategy.stages_per_worker} stages each" if strategy.stages_per_worker > 1 else ""
-        raise StrategyError(
-            f"pp={strategy.pp}{per_worker}: the model's graph can be cut into {places_found + 1} stages at most: "
-            + _fewer_stages(strategy, places_found + 1)
-        )
-
-
-def _fewer_stages(strategy: Strategy, most: int) -> str:
-    """Return advice for a graph that can be cut into `most` stages."""
-    if most == 1:
-        return "use dp, fsdp or tp"
-    if most < strategy.pp:
-        return f"use pp={most} or fewer"
-    return "use schedule=1f1b" if most < 2 * strategy.pp else f"use stages={most // strategy.pp}"
-
-
-def _block_starts(costs: Sequence[float], messages: Sequence[float]) -> list[int]:
-    """Return the segments of a stage, counted from its first, at which blocks begin.
-
-    The first block, at 0, is left out.
-
-    Blocks begin at cut points with the fewest bytes to save, evenly spread by cost.
-    """
-    least = min(messages, default=0)
-    narrow = [place + 1 for place, size in enumerate(messages) if size <= least]
-    if not narrow:
-        return []
-    bounds = [0, *narrow, len(costs)]
-    merged = [sum(costs[a:b]) for a, b in pairwise(bounds)]
-    count = min(MOST_BLOCKS, len(merged))
-    return [bounds[start] for start in balanced(merged, [0.0] * (len(merged) - 1), count)]
 
 
 def _links(

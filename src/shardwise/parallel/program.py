@@ -22,10 +22,10 @@ from shardwise.parallel.judgement import Judge, Judgement
 from shardwise.parallel.layout import Piece
 from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optimizer_state import OptimizerState, load_schedule_state, schedule_state
-from shardwise.parallel.planning import Cuts
 from shardwise.parallel.rows import local
 from shardwise.parallel.same_data import check_same_data
 from shardwise.parallel.shards import Shards
+from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Loader, Share, share_of
 from shardwise.workload.workload import Workload

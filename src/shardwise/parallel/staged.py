@@ -31,13 +31,14 @@ from shardwise.parallel.model import aliases_of, build_model, persistent_buffers
 from shardwise.parallel.operations import DRAWN
 from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
-from shardwise.parallel.planning import Cuts, cuts_blocks, divide
+from shardwise.parallel.planning import divide
 from shardwise.parallel.precision import widen_loss
-from shardwise.parallel.schedule import Action, order
 from shardwise.parallel.stage import Work, prepare
 from shardwise.parallel.tensor import partition
 from shardwise.parallel.traced import traced
 from shardwise.parallel.values import to_device
+from shardwise.splitting.balance import Cuts, cuts_blocks
+from shardwise.splitting.schedule import Action, order
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share
 from shardwise.workload.trace.graph import StepGraph, batch_leaves, example

@@ -11,8 +11,8 @@ Both are the mean over the workers of a pipeline, for which stages count as near
 
 from __future__ import annotations
 
-from shardwise.parallel.planning import MOST_BLOCKS
 from shardwise.predict.condensed import Condensed
+from shardwise.splitting.balance import MOST_BLOCKS
 from shardwise.strategy import Strategy
 
 EVEN = 0.5

@@ -30,7 +30,7 @@ from shardwise.strategy import MOST, Strategy
 from shardwise.tomlfile import read_toml
 
 if TYPE_CHECKING:
-    from shardwise.parallel.planning import Cuts
+    from shardwise.splitting.balance import Cuts
 
 VERSION = 1
 
@@ -50,7 +50,7 @@ class PlanFile:
         settings: parameters of the workload's function.
         cluster: cluster that was planned for, as `--cluster` takes it; empty means the machine that made the plan.
         strategy: strategy to run.
-        cuts: cuts of the step into stages and blocks, see `parallel.planning.Cuts`; if empty, costs decide at run time.
+        cuts: cuts of the step into stages and blocks, see `splitting.balance.Cuts`; if empty, costs decide at run time.
         prediction: predicted costs; keys of `_PREDICTED`.
         made_with: map from a program's name to its version.
     """

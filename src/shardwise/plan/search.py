@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
-from shardwise.parallel.planning import Cuts, cuts_blocks
 from shardwise.plan.evened import evened
 from shardwise.plan.finalists import FINALISTS, Finalists
 from shardwise.plan.lost import Lost
@@ -37,6 +36,7 @@ from shardwise.predict.profiling import Profiles
 from shardwise.predict.scaled import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.predict.uneven import ProfileOf
+from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds
 from shardwise.workload.workload import Workload

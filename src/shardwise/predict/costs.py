@@ -20,7 +20,6 @@ from functools import cached_property
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Group
 from shardwise.errors import StrategyError
-from shardwise.parallel.schedule import BACKWARD, FORWARD
 from shardwise.predict.hops import slower_hops
 from shardwise.predict.kernels import origins
 from shardwise.predict.memory import memory_at, memory_of
@@ -32,6 +31,7 @@ from shardwise.predict.profile import Profile
 from shardwise.predict.stage_costs import StageCosts
 from shardwise.predict.timing import DTYPES, Timed, timed
 from shardwise.predict.work import Work, table_of, work_of
+from shardwise.splitting.schedule import BACKWARD, FORWARD
 from shardwise.strategy import Strategy
 
 SHORT_TABLE = 256

@@ -28,7 +28,6 @@ from torch._subclasses.fake_tensor import (
 from shardwise.collective import Collective
 from shardwise.errors import StrategyError
 from shardwise.parallel.mesh import Allocating
-from shardwise.parallel.planning import Cuts
 from shardwise.parallel.program import Program
 from shardwise.parallel.staged import GraphEngine
 from shardwise.predict.fakes import Answers, ModelWithoutValues, as_on_gpu, fake_workers, first_share, replicated
@@ -37,6 +36,7 @@ from shardwise.predict.kernel import Kernel
 from shardwise.predict.models import builds
 from shardwise.predict.prediction import Memory
 from shardwise.predict.record import Event, Record, Recorder
+from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Share
 from shardwise.workload.trace.graph import Untraceable, first_line

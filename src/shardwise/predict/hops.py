@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
-from shardwise.parallel.messages import hops_of, much_slower
-from shardwise.parallel.planning import BYTES_PER_SECOND
 from shardwise.predict.kernels import collective_seconds
 from shardwise.predict.parts import message_group
 from shardwise.predict.profile import Profile
+from shardwise.splitting.balance import BYTES_PER_SECOND
+from shardwise.splitting.slow_links import hops_of, much_slower
 from shardwise.strategy import Strategy
 
 SMALL, LARGE = 2**17, 2**20
@@ -29,7 +29,7 @@ def slower_hops(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple
     """Return for each pipeline worker how many times slower than assumed its link to the next worker is.
 
     A link that is not much slower has the factor 1. Returns an empty tuple if all links are like that, or without a
-    pipeline. The assumption is `planning.BYTES_PER_SECOND`; see `planning.divided` for the use of the factors.
+    pipeline. The assumption is `balance.BYTES_PER_SECOND`; see `balance.divided` for the use of the factors.
     """
     if strategy.pp == 1:
         return ()

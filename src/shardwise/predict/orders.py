@@ -1,4 +1,4 @@
-"""Order of a pipeline worker's passes as NumPy arrays: `parallel.schedule.order`, fast enough for a search.
+"""Order of a pipeline worker's passes as NumPy arrays: `splitting.schedule.order`, fast enough for a search.
 
 A pass is (kind, chunk): an index into KINDS, and an index into the worker's stages. Tests compare both with the tables
 that the program executes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
+from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
 
 KINDS = (FORWARD, BACKWARD, INPUT, WEIGHT)

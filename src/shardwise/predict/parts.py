@@ -18,11 +18,11 @@ from math import ceil
 
 from shardwise.collective import Group
 from shardwise.errors import StrategyError
-from shardwise.parallel.deal import BUCKET_BYTES as BROADCAST_BYTES
-from shardwise.parallel.deal import deal
-from shardwise.parallel.planning import blocks_from, check_stages, cuts_blocks, stage_starts
-from shardwise.parallel.reduce import bucket_bytes
 from shardwise.predict.profile import Parameter, Profile, Value
+from shardwise.splitting.balance import blocks_from, check_stages, cuts_blocks, stage_starts
+from shardwise.splitting.buckets import bucket_bytes
+from shardwise.splitting.ownership import BUCKET_BYTES as BROADCAST_BYTES
+from shardwise.splitting.ownership import deal
 from shardwise.strategy import Strategy
 
 FIRST_BUCKET_BYTES = 2**20
@@ -194,7 +194,7 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slowe
         costs: seconds of the forward pass of each segment, by which stages are balanced. Pass the same object for the
             same costs: the result is cached by its `id()`.
         slower: for neighbouring pipeline ranks, how many times slower than assumed their messages are; see
-            `planning.divided`.
+            `balance.divided`.
 
     Raises:
         StrategyError: there are more stages than segments, or fsdp cannot shard a tied parameter.
@@ -240,7 +240,7 @@ def cuts_of(
 def _graph_cuts(
     profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...]
 ) -> list[list[int]]:
-    """Cut stages and their blocks as `planning.divided` does; the cached stages do not depend on the blocks."""
+    """Cut stages and their blocks as `balance.divided` does; the cached stages do not depend on the blocks."""
     stages, messages = strategy.pp * strategy.stages_per_worker, [link.message for link in profile.links[1:]]
     key = "stages", id(costs), stages, strategy.speeds, slower
     starts = profile.kept.once(

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shardwise.parallel.schedule import BACKWARD, INPUT, Action
+from shardwise.splitting.schedule import BACKWARD, INPUT, Action
 
 
 @dataclass(frozen=True, slots=True)

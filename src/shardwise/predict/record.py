@@ -41,13 +41,13 @@ from shardwise.collective import Collective
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.program import Program
 from shardwise.parallel.rows import is_split, local
-from shardwise.parallel.schedule import Action
 from shardwise.parallel.staged import GraphEngine
 from shardwise.predict.counting import kernel_of, tensors
 from shardwise.predict.issued import Axes, collective_of, is_collective
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.prediction import Memory
 from shardwise.predict.storages import Storages
+from shardwise.splitting.schedule import Action
 
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Group
-from shardwise.parallel.schedule import FORWARD, INPUT, WEIGHT
 from shardwise.predict.alike import alike
 from shardwise.predict.calls import Calls
 from shardwise.predict.issuing import Sync
@@ -17,6 +16,7 @@ from shardwise.predict.parts import Gathered, Stage, group_of
 from shardwise.predict.passes import Passed, Piece, bucketed, gathered, slowed
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import Spent, Timed
+from shardwise.splitting.schedule import FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
 
 
@@ -34,7 +34,7 @@ class StageCosts(Calls):
     def spent(self, stage: Stage, kind: str) -> Spent:
         """Return the time of one microbatch's pass through a stage, with recomputation and batch norms over replicas.
 
-        `kind` is F, B, I or W, as in `parallel.schedule`.
+        `kind` is F, B, I or W, as in `splitting.schedule`.
         """
         times = self.times
         if kind == WEIGHT:
@@ -69,7 +69,7 @@ class StageCosts(Calls):
 
         Args:
             stage: the stage.
-            kind: F, B, I or W, as in `parallel.schedule`.
+            kind: F, B, I or W, as in `splitting.schedule`.
             sync: communication of `fully_shard` around the pass; None without it.
             final: whether the stage's gradients are complete after the pass.
             first: whether it is the first pass to compute gradients; later ones add to them.

@@ -1,6 +1,6 @@
 """Timeline of one step: a discrete-event simulation of the operations that the program issues on each worker.
 
-    order of passes          the tables that the runner executes                  (`parallel.schedule`)
+    order of passes          the tables that the runner executes                  (`splitting.schedule`)
     gradient buckets         all-reduced as soon as they are complete             (Li et al. 2020, section 4)
     sharded parameters       gathered while the previous block computes           (Zhao et al. 2023, section 3.3)
     pipeline messages        a pass begins when its inputs have arrived
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster, Device
-from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.predict.costs import Costs, costs_of
 from shardwise.predict.events import COMPUTE, Operation, Simulation
 from shardwise.predict.happened import Happened
@@ -27,6 +26,7 @@ from shardwise.predict.passes import Piece
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile import Profile
 from shardwise.predict.timing import DTYPES, Spent
+from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.strategy import Strategy
 
 NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward of inputs", WEIGHT: "backward of weights"}

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardwise.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 from shardwise.predict.issuing import Turn, table, turns
 from shardwise.predict.parts import Worker
 from shardwise.predict.passes import Passed
 from shardwise.predict.pipelines import StageTime, Timed
 from shardwise.predict.timing import Spent
+from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 
 if TYPE_CHECKING:
     from shardwise.predict.costs import Costs

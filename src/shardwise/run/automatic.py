@@ -16,7 +16,6 @@ from typing import Any
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.launch.context import is_first, rank_context
 from shardwise.launch.join import join_launcher
-from shardwise.parallel.planning import Cuts
 from shardwise.plan.explain import explanation
 from shardwise.plan.plan import Candidate, Plan
 from shardwise.plan.scaling import counts
@@ -29,6 +28,7 @@ from shardwise.run.at_hand import check_hosts, cluster_at_hand
 from shardwise.run.job import run_job
 from shardwise.run.request import Asked, check, settle, settle_options, settle_source, settle_strategy
 from shardwise.run.workers import Workers
+from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds
 from shardwise.workload.workload import Workload

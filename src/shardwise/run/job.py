@@ -29,7 +29,7 @@ from shardwise.workload.load import load_workload
 from shardwise.workload.workload import Workload
 
 if TYPE_CHECKING:
-    from shardwise.parallel.planning import Cuts
+    from shardwise.splitting.balance import Cuts
 
 
 STOP, SKIP, GO = "stop", "skip", "go"

@@ -28,7 +28,7 @@ from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
 if TYPE_CHECKING:
-    from shardwise.parallel.planning import Cuts
+    from shardwise.splitting.balance import Cuts
 
 AnyWorkload = str | Workload | Callable[..., Workload]
 """Type of a workload argument: a name (see `workload.load`), a workload, or a function that returns one."""

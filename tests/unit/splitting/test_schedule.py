@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.parallel.schedule import Action, order
+from shardwise.splitting.schedule import Action, order
 
 
 def run(tables: list[list[Action]], stages: int) -> int:
