@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.parallel.layout import Layout, Piece
+from shardwise.parallel.state.layout import Layout, Piece
 
 Split = Callable[[str, tuple[int, ...]], tuple[Layout, bool] | None]
 """(name, global shape) -> (layout, whether this worker writes it); None: not held here."""

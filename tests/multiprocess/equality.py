@@ -18,7 +18,7 @@ from pool import Pools
 from torch import Tensor
 from traces import remembered
 
-from shardwise.parallel.layout import Layout, Piece
+from shardwise.parallel.state.layout import Layout, Piece
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

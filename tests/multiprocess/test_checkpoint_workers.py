@@ -20,7 +20,7 @@ from standin import Split, StandIn, adam_like, whole
 from torch import Tensor
 
 from shardwise.errors import CheckpointError, ShardwiseError
-from shardwise.parallel.layout import Layout
+from shardwise.parallel.state.layout import Layout
 from shardwise.run import folder, reading, saving
 from shardwise.run.checkpoint import Checkpoints
 from shardwise.run.export import export_safetensors

@@ -14,7 +14,8 @@ from pool import Pools
 from traces import remembered
 
 from shardwise.collective import Collective
-from shardwise.parallel import deal, exchange
+from shardwise.parallel import exchange
+from shardwise.parallel.optim import zero1
 from shardwise.parallel.pipeline import Pipeline
 from shardwise.parallel.staged import GraphEngine
 from shardwise.predict.dryrun import DryRun, dry_run
@@ -206,7 +207,7 @@ def without_every_third(owner: Any, name: str) -> Any:
         ("tp=2,sp=1", exchange.Exchange, "_all_gather"),
         ("dp=2,pp=2", Pipeline, "_send"),
         ("dp=2,tp=2", dist, "all_reduce"),
-        ("fsdp=2,zero=1", deal, "broadcast"),
+        ("fsdp=2,zero=1", zero1, "broadcast"),
     ],
 )
 def test_a_missing_exchange_is_noticed(workers: Pools, strategy: str, owner: Any, name: str) -> None:

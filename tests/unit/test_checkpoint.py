@@ -19,7 +19,7 @@ from standin import SGD, StandIn, adam_like
 from torch import Tensor, nn
 
 from shardwise.errors import CheckpointError, RunFolderError, ShardwiseError
-from shardwise.parallel.layout import Layout, Tile
+from shardwise.parallel.state.layout import Layout, Tile
 from shardwise.run import saving
 from shardwise.run.checkpoint import Checkpoints
 from shardwise.run.export import export_safetensors

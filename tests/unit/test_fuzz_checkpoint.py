@@ -18,7 +18,7 @@ from standin import StandIn, adam_like
 from torch import Tensor
 
 from shardwise.errors import ShardwiseError
-from shardwise.parallel.layout import Layout, Tile
+from shardwise.parallel.state.layout import Layout, Tile
 from shardwise.run.checkpoint import Checkpoints
 from shardwise.run.export import export_safetensors
 

@@ -18,9 +18,9 @@ from torch.utils.data import IterableDataset, TensorDataset
 from shardwise.errors import CheckpointError, WorkloadError
 from shardwise.parallel.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data import ModuleEngine
-from shardwise.parallel.layout import Piece
-from shardwise.parallel.model import aliases_of, persistent_buffers
 from shardwise.parallel.program import Program
+from shardwise.parallel.state.build_model import aliases_of, persistent_buffers
+from shardwise.parallel.state.layout import Piece
 from shardwise.splitting.ownership import deal
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Evaluation, Workload

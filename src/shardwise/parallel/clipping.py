@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from shardwise.parallel.engine import Held
-from shardwise.parallel.rows import local
+from shardwise.parallel.state.dtensor_rows import local
+from shardwise.parallel.state.layout import Held
 
 
 def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

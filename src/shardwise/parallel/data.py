@@ -14,17 +14,18 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import WorkloadError
 from shardwise.parallel.blocks import repeated_blocks, steady_modules
-from shardwise.parallel.buffers import Buffers
 from shardwise.parallel.clipping import local_gradients
-from shardwise.parallel.engine import Held, Position
+from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, Pass, gradient_fault, module_fault, passes_of
-from shardwise.parallel.materialize import materialize, read_weights
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.model import aliases_of, build_model, evaluating, untouched
 from shardwise.parallel.operations import DRAWN, Operations
 from shardwise.parallel.replicated import Replicated
-from shardwise.parallel.rows import is_split, row_layout
-from shardwise.parallel.values import map_tensors, to_device, unlike
+from shardwise.parallel.state.buffers import Buffers
+from shardwise.parallel.state.build_model import aliases_of, build_model, evaluating, untouched
+from shardwise.parallel.state.dtensor_rows import is_split, row_layout
+from shardwise.parallel.state.layout import Held
+from shardwise.parallel.state.materialize import materialize, read_weights
+from shardwise.parallel.state.pytree import map_tensors, to_device, unlike
 from shardwise.splitting.ownership import deal
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from shardwise.parallel.layout import Layout
+from shardwise.parallel.state.layout import Held
 from shardwise.workload.data import Microbatch, Share
 
 if TYPE_CHECKING:
@@ -44,25 +44,6 @@ class Position:
         self.first = microbatch.first
         self.samples = microbatch.samples or 1  # one dummy sample keeps the worker in step
         self.counted = microbatch.samples
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Placement of one named tensor (parameter or buffer) on this worker.
-
-    Attributes:
-        tensor: the parameter or buffer itself; a DTensor under `fully_shard`.
-        layout: where its local part lies in the global tensor.
-        holders: number of workers that hold each element (1 if it is split over all of them).
-        writes: whether this worker writes its part to a checkpoint.
-        sharded: whether tensor parallelism split it.
-    """
-
-    tensor: Tensor
-    layout: Layout
-    holders: int
-    writes: bool
-    sharded: bool = False
 
 
 class Engine(Protocol):

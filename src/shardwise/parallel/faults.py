@@ -19,7 +19,7 @@ from shardwise.parallel.memory import writes_in_place
 from shardwise.parallel.partitioner import LocalGraph
 from shardwise.parallel.sections import Section
 from shardwise.parallel.stage import Work
-from shardwise.parallel.values import tensors_of
+from shardwise.parallel.state.pytree import tensors_of
 from shardwise.workload.data import Microbatch, Share
 
 LOSS = "the loss function"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from shardwise.parallel.clipping import local_tensors
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.faults import Fault, parameter_fault, scale_fault
-from shardwise.parallel.gather import gather_json
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.state.gather import gather_json
 from shardwise.workload.data import Share
 
 Judge = Callable[[float, float, Callable[[], Fault | None]], bool]

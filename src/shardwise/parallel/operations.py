@@ -26,7 +26,7 @@ from shardwise.parallel import selective
 from shardwise.parallel.batchnorm import batch_norm
 from shardwise.parallel.dropout import KeyedDropout
 from shardwise.parallel.engine import Position
-from shardwise.parallel.values import facts
+from shardwise.parallel.state.pytree import facts
 
 Handlers = dict[Callable[..., Any], Callable[..., Any]]
 

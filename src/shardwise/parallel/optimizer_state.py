@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.errors import CheckpointError
-from shardwise.parallel.engine import Held
-from shardwise.parallel.layout import Layout, Piece
-from shardwise.parallel.rows import is_split, local
+from shardwise.parallel.state.dtensor_rows import is_split, local
+from shardwise.parallel.state.layout import Held, Layout, Piece
 
 
 class OptimizerState:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from shardwise.parallel.partitioner import bound
-from shardwise.parallel.values import map_tensors
+from shardwise.parallel.state.pytree import map_tensors
 
 
 def widen_loss(graph: fx.Graph, device: torch.device) -> None:

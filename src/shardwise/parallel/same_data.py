@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardwise.errors import DataError
-from shardwise.parallel.gather import gather_json
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.state.gather import gather_json
 from shardwise.workload.data import is_map_style
 from shardwise.workload.workload import Workload
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.values import map_tensors
+from shardwise.parallel.state.pytree import map_tensors
 from shardwise.strategy import Strategy
 
 

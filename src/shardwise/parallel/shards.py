@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwise.parallel.rows import is_split, local
+from shardwise.parallel.state.dtensor_rows import is_split, local
 
 BY_ELEMENT = frozenset(
     {

@@ -17,26 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.parallel.buffers import ReplicaBuffers
 from shardwise.parallel.clipping import local_gradients
 from shardwise.parallel.deferred import WeightGradients, defer_weights
-from shardwise.parallel.engine import Held, Position
+from shardwise.parallel.engine import Position
 from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.faults import Fault, Watched, gradient_fault, passes_of
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
-from shardwise.parallel.materialize import move_values
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.model import aliases_of, build_model, persistent_buffers, plain_model
 from shardwise.parallel.operations import DRAWN
 from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
 from shardwise.parallel.planning import divide
 from shardwise.parallel.precision import widen_loss
 from shardwise.parallel.stage import Work, prepare
+from shardwise.parallel.state.buffers import ReplicaBuffers
+from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, plain_model
+from shardwise.parallel.state.layout import Held
+from shardwise.parallel.state.materialize import move_values
+from shardwise.parallel.state.pytree import to_device
 from shardwise.parallel.tensor import partition
 from shardwise.parallel.traced import traced
-from shardwise.parallel.values import to_device
 from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.splitting.schedule import Action, order
 from shardwise.strategy import Strategy

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from shardwise.parallel.values import map_tensors
+from shardwise.parallel.state.pytree import map_tensors
 
 aten = torch.ops.aten
 

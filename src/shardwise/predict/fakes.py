@@ -1,7 +1,7 @@
 """Stand-ins that a dry run gives a program for other workers, for memory and for data.
 
 workers   torch's fake process group, whose collectives return at once, so that this process is a rank of a job of any
-          size. Questions to other workers (`parallel.values.facts`) get the answer that this worker gives itself.
+          size. Questions to other workers (`parallel.state.pytree.facts`) get the answer that this worker gives itself.
 memory    tensors without data: the model is built on the meta device, and its parameters become fake tensors at the
           point at which a real program reads them from files
 data      the first samples of the dataset, without their values
@@ -28,7 +28,7 @@ from shardwise.parallel.engine import Engine
 from shardwise.parallel.mesh import Allocating, forget_meshes
 from shardwise.parallel.program import Program
 from shardwise.parallel.staged import GraphEngine
-from shardwise.parallel.values import facts
+from shardwise.parallel.state.pytree import facts
 from shardwise.predict.accelerated import AsOnGPU
 from shardwise.predict.counting import tensors
 from shardwise.predict.models import batch

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from shardwise.errors import CheckpointError
 from shardwise.parallel.engine import Engine
-from shardwise.parallel.layout import Piece
+from shardwise.parallel.state.layout import Piece
 from shardwise.run.folder import complete, damage, final_path, newest_whole, step_of
 from shardwise.run.headers import header_problem
 from shardwise.run.index import Index

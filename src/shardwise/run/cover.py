@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from shardwise.parallel.layout import Box
+from shardwise.parallel.state.layout import Box
 
 MOST_DIMENSIONS = 16
 """Largest number of dimensions of a tensor in a checkpoint."""

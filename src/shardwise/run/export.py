@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shardwise.errors import CheckpointError, RunFolderError
-from shardwise.parallel.layout import Tile
+from shardwise.parallel.state.layout import Tile
 from shardwise.run.checkpoint import not_finite
 from shardwise.run.folder import newest_whole
 from shardwise.run.headers import header_problem

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from shardwise.errors import CheckpointError, ShardwiseError
-from shardwise.parallel.layout import Box
+from shardwise.parallel.state.layout import Box
 from shardwise.run.cover import MOST_DIMENSIONS, cover_problem
 from shardwise.run.folder import MOST_BYTES, check_file, read_manifest
 from shardwise.run.jsonfile import entry, read_json, short

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from shardwise.parallel.layout import Box, Piece
+from shardwise.parallel.state.layout import Box, Piece
 from shardwise.run.index import Chunk, Index
 from shardwise.run.saving import PIECES, stored_tiles
 

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardwise.errors import ShardwiseError
-from shardwise.parallel.layout import Box, Layout, Piece, Tile
+from shardwise.parallel.state.layout import Box, Layout, Piece, Tile
 from shardwise.run.folder import begin, hidden_path, prune, publish, write_manifest
 from shardwise.run.index import INDEX, Chunk, Index, Stored, chunk_key, merge_files, tensors_metadata
 from shardwise.run.runfolder import note_checkpoint

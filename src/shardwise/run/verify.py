@@ -309,7 +309,7 @@ def compare(trial: Trial) -> Proof | None:
 
 def _everybodys_notes(program: Any) -> tuple[str, ...]:
     """Gather the notes of all workers, each line once. Collective."""
-    from shardwise.parallel.gather import gather_json
+    from shardwise.parallel.state.gather import gather_json
 
     mine = list(program.engine.notes)
     if program.mesh.world is None:
@@ -387,7 +387,7 @@ def _of_all(
     program: Any, pieces: list[Any], expected: dict[str, Tensor], kind: str, counted: dict[str, Tensor] | None
 ) -> Deviation:
     """Return the largest deviation of the full tensors, and of every copy of a part on any worker. Collective."""
-    from shardwise.parallel.gather import gather_full, gather_json
+    from shardwise.parallel.state.gather import gather_full, gather_json
 
     alone = _kind(expected, kind)
     typical = typical_size(alone)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.launch.context import under_launcher
-from shardwise.parallel.materialize import materialize
+from shardwise.parallel.state.materialize import materialize
 from shardwise.workload.workload import Workload
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import WorkloadError
-from shardwise.parallel.layout import Layout
 from shardwise.parallel.mesh import Allocating
-from shardwise.parallel.rows import is_split, local
+from shardwise.parallel.state.dtensor_rows import is_split, local
+from shardwise.parallel.state.layout import Layout
 from shardwise.workload.weight_files import Weights
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.parallel.layout import Layout, Piece, Tile
-from shardwise.parallel.values import facts
+from shardwise.parallel.state.layout import Layout, Piece, Tile
+from shardwise.parallel.state.pytree import facts
 
 
 def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from shardwise.errors import WorkloadError
-from shardwise.parallel.deal import broadcast
-from shardwise.parallel.gather import gather_json
-from shardwise.parallel.materialize import move_values
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.state.broadcast import broadcast
+from shardwise.parallel.state.gather import gather_json
+from shardwise.parallel.state.materialize import move_values
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload
 

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.parallel.deal import broadcast
-from shardwise.parallel.gather import gather_json
-from shardwise.parallel.model import persistent_buffers
-from shardwise.parallel.values import facts
+from shardwise.parallel.state.broadcast import broadcast
+from shardwise.parallel.state.build_model import persistent_buffers
+from shardwise.parallel.state.gather import gather_json
+from shardwise.parallel.state.pytree import facts
 
 
 class ReplicaBuffers:

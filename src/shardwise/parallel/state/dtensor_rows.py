@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.parallel.layout import Layout
+from shardwise.parallel.state.layout import Layout
 
 
 def is_split(tensor: Any) -> bool:

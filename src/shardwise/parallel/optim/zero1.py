@@ -1,15 +1,14 @@
-"""Distribute whole tensors over workers: for updates under ZeRO-1, and for writing checkpoints."""
+"""ZeRO-1: each replica updates some parameters and broadcasts them to the others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import _broadcast_coalesced
 
-from shardwise.splitting.ownership import BUCKET_BYTES, deal
+from shardwise.parallel.state.broadcast import broadcast
+from shardwise.splitting.ownership import deal
 
 
 class DealtParameters:
@@ -34,10 +33,3 @@ class DealtParameters:
         """Broadcast every replica's updated parameters to all others. Collective over the replicas."""
         for owner, tensors in enumerate(self._by_owner):
             broadcast(tensors, self._group, owner)
-
-
-def broadcast(tensors: Sequence[Tensor], group: dist.ProcessGroup, source: int) -> None:
-    """Overwrite `tensors` with those of worker `source` of the group, many per message. Collective."""
-    if tensors:
-        with torch.no_grad():
-            _broadcast_coalesced(group, list(tensors), BUCKET_BYTES, source)

@@ -137,3 +137,22 @@ class Piece:
     local: Tensor
     layout: Layout
     writes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Placement of one named tensor (parameter or buffer) on this worker.
+
+    Attributes:
+        tensor: the parameter or buffer itself; a DTensor under `fully_shard`.
+        layout: where its local part lies in the global tensor.
+        holders: number of workers that hold each element (1 if it is split over all of them).
+        writes: whether this worker writes its part to a checkpoint.
+        sharded: whether tensor parallelism split it.
+    """
+
+    tensor: Tensor
+    layout: Layout
+    holders: int
+    writes: bool
+    sharded: bool = False

@@ -1,0 +1,1 @@
+"""Parameters and buffers of a worker: their layout in global tensors, building, filling and gathering them."""
