@@ -15,7 +15,7 @@ from signing import edit, joined, sign, split_file
 from standin import StandIn, adam_like
 
 from shardwise.errors import CheckpointError
-from shardwise.parallel.optimizer_state import load_schedule_state, schedule_state
+from shardwise.parallel.optim.optimizer_state import load_schedule_state, schedule_state
 from shardwise.run.checkpoint import Checkpoints
 from shardwise.run.cover import cover_problem
 from shardwise.run.export import export_safetensors

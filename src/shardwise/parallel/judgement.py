@@ -13,10 +13,10 @@ from dataclasses import astuple
 import torch
 from torch import Tensor, nn
 
-from shardwise.parallel.clipping import local_tensors
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.faults import Fault, parameter_fault, scale_fault
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.optim.clipping import local_tensors
 from shardwise.parallel.state.gather import gather_json
 from shardwise.workload.data import Share
 

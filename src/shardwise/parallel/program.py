@@ -13,15 +13,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
-from shardwise.parallel.clipping import clip, local_gradients, local_tensors, squared_norm
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.faults import parameter_fault
 from shardwise.parallel.judgement import Judge, Judgement
 from shardwise.parallel.mesh import Allocating, Mesh
+from shardwise.parallel.optim.clipping import clip, local_gradients, local_tensors, squared_norm
+from shardwise.parallel.optim.local_rows import Shards
+from shardwise.parallel.optim.optimizer_state import OptimizerState, load_schedule_state, schedule_state
 from shardwise.parallel.optim.zero1 import DealtParameters
-from shardwise.parallel.optimizer_state import OptimizerState, load_schedule_state, schedule_state
 from shardwise.parallel.same_data import check_same_data
-from shardwise.parallel.shards import Shards
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
 from shardwise.parallel.state.layout import Piece

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.parallel.clipping import local_gradients
 from shardwise.parallel.deferred import WeightGradients, defer_weights
 from shardwise.parallel.engine import Position
 from shardwise.parallel.exchange import Exchange
@@ -26,6 +25,7 @@ from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operations import DRAWN
+from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
 from shardwise.parallel.planning import divide
