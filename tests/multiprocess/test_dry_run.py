@@ -14,10 +14,10 @@ from pool import Pools
 from traces import remembered
 
 from shardwise.collective import Collective
-from shardwise.parallel import exchange
 from shardwise.parallel.optim import zero1
 from shardwise.parallel.pipeline import Pipeline
 from shardwise.parallel.staged import GraphEngine
+from shardwise.parallel.tensor import communication
 from shardwise.predict.dryrun import DryRun, dry_run
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.prediction import Memory
@@ -203,8 +203,8 @@ def without_every_third(owner: Any, name: str) -> Any:
 @pytest.mark.parametrize(
     ("strategy", "owner", "name"),
     [
-        ("tp=2", exchange.Exchange, "_all_reduce"),
-        ("tp=2,sp=1", exchange.Exchange, "_all_gather"),
+        ("tp=2", communication.Exchange, "_all_reduce"),
+        ("tp=2,sp=1", communication.Exchange, "_all_gather"),
         ("dp=2,pp=2", Pipeline, "_send"),
         ("dp=2,tp=2", dist, "all_reduce"),
         ("fsdp=2,zero=1", zero1, "broadcast"),

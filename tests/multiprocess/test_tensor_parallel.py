@@ -18,10 +18,10 @@ from pool import Pools
 from random_models import random_workload
 from torch.utils.data import Subset
 
-from shardwise.parallel import exchange
 from shardwise.parallel.dropout import KeyedDropout
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
+from shardwise.parallel.tensor import communication
 from shardwise.workload.workload import Workload
 
 ALL = {**SPELLINGS, **WORKLOADS, **ODDITIES}
@@ -112,11 +112,11 @@ def test_random_models(workers: Pools, seed: int, strategy: str) -> None:
 
 
 def no_reduction() -> Any:
-    return mock.patch.object(exchange.Exchange, "reduce", lambda self, x: x.clone())
+    return mock.patch.object(communication.Exchange, "reduce", lambda self, x: x.clone())
 
 
 def no_sum_of_gradients() -> Any:
-    return mock.patch.object(exchange.Exchange, "enter", lambda self, x: x.view_as(x))
+    return mock.patch.object(communication.Exchange, "enter", lambda self, x: x.view_as(x))
 
 
 def dropout_by_local_place() -> Any:

@@ -113,13 +113,13 @@ def test_float32_has_a_wider_tolerance(workers: Pools, recorded: Callable[..., P
 
 
 def skip_a_sum(patch: pytest.MonkeyPatch) -> None:
-    from shardwise.parallel.exchange import Exchange
+    from shardwise.parallel.tensor.communication import Exchange
 
     patch.setattr(Exchange, "reduce", lambda self, x: x)
 
 
 def skip_a_gradient_sum(patch: pytest.MonkeyPatch) -> None:
-    from shardwise.parallel.exchange import Exchange
+    from shardwise.parallel.tensor.communication import Exchange
 
     patch.setattr(Exchange, "enter", lambda self, x: x)
 

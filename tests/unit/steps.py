@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from shardwise.parallel.check import split
-from shardwise.parallel.partitioner import LocalGraph, Obstacle
-from shardwise.parallel.placement import Sharded
+from shardwise.parallel.tensor.partitioner import LocalGraph, Obstacle
+from shardwise.parallel.tensor.placement import Sharded
 from shardwise.workload.trace.graph import StepGraph, example, trace
 from shardwise.workload.workload import Workload
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from shardwise.parallel.check import split
 from shardwise.parallel.cuts import Place, calls, common, places, positions, ranges, uses
-from shardwise.parallel.partitioner import LocalGraph
 from shardwise.parallel.sections import compiled, sections
+from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.splitting.chain_partition import balanced
 
 X = torch.randn(4, 8)

@@ -11,10 +11,10 @@ from torch import nn
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.cuts import common, places
-from shardwise.parallel.exchange import Exchange
-from shardwise.parallel.partitioner import LocalGraph, Obstacle, Replacements
 from shardwise.parallel.state.build_model import plain_model
-from shardwise.parallel.tensor import partition
+from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.partition import partition
+from shardwise.parallel.tensor.partitioner import LocalGraph, Obstacle, Replacements
 from shardwise.parallel.traced import traced
 from shardwise.splitting.balance import check_stages
 from shardwise.strategy import Strategy

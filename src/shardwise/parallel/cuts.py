@@ -16,9 +16,9 @@ from math import prod
 import torch
 from torch import fx
 
-from shardwise.parallel.exchange import Exchange
-from shardwise.parallel.memory import roots, together, writes_in_place
-from shardwise.parallel.partitioner import LocalGraph
+from shardwise.parallel.tensor.aliasing import roots, together, writes_in_place
+from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.partitioner import LocalGraph
 
 Use = tuple[str, int]
 """The n-th use of a parameter in a step: (name, n)."""

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from shardwise.parallel.cuts import calls
-from shardwise.parallel.memory import writes_in_place
-from shardwise.parallel.partitioner import LocalGraph
 from shardwise.parallel.sections import Section
 from shardwise.parallel.stage import Work
 from shardwise.parallel.state.pytree import tensors_of
+from shardwise.parallel.tensor.aliasing import writes_in_place
+from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.workload.data import Microbatch, Share
 
 LOSS = "the loss function"

@@ -16,17 +16,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.partitioner import LocalGraph
-from shardwise.parallel.placement import Placement, Sharded
 from shardwise.parallel.reduce import GradientReducer, sum_gradients
 from shardwise.parallel.stage import Stage, Work
 from shardwise.parallel.state.dtensor_rows import is_split, local, row_layout
 from shardwise.parallel.state.gather import anywhere
 from shardwise.parallel.state.layout import Held, Layout
 from shardwise.parallel.state.materialize import materialize, read_weights
+from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.partitioner import LocalGraph
+from shardwise.parallel.tensor.placement import Placement, Sharded
 from shardwise.splitting.ownership import deal
 from shardwise.strategy import Strategy
 from shardwise.workload.weight_files import Weights

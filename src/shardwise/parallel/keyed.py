@@ -18,9 +18,9 @@ from shardwise.parallel.batchnorm import batch_norm
 from shardwise.parallel.dropout import attention_probabilities
 from shardwise.parallel.dropout import mask as draw_mask
 from shardwise.parallel.engine import Position
-from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.operations import Operations
-from shardwise.parallel.placement import REPLICATED, Placement, Sharded
+from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.placement import REPLICATED, Placement, Sharded
 from shardwise.workload.trace.opaque import Call
 
 Shape = tuple[int, ...]

@@ -23,7 +23,7 @@ from shardwise.errors import StrategyError
 from shardwise.parallel.cuts import Place, Use, calls, common, places, uses
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.messages import measured_links
-from shardwise.parallel.partitioner import LocalGraph
+from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.splitting.balance import BYTES_PER_SECOND, Cuts, check_stages, cuts_blocks, divided
 from shardwise.splitting.slow_links import much_slower
 from shardwise.strategy import Strategy

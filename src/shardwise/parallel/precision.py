@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardwise.parallel.partitioner import bound
 from shardwise.parallel.state.pytree import map_tensors
+from shardwise.parallel.tensor.partitioner import bound
 
 
 def widen_loss(graph: fx.Graph, device: torch.device) -> None:

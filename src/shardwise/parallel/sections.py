@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 
 from shardwise.parallel.cuts import calls, from_batch, ranges
-from shardwise.parallel.memory import writes_in_place
-from shardwise.parallel.partitioner import LocalGraph
+from shardwise.parallel.tensor.aliasing import writes_in_place
+from shardwise.parallel.tensor.partitioner import LocalGraph
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from shardwise.parallel import selective
 from shardwise.parallel.cuts import Use, positions
 from shardwise.parallel.keyed import KeyedOperations
-from shardwise.parallel.partitioner import LocalGraph
 from shardwise.parallel.sections import Section, compiled, sections
+from shardwise.parallel.tensor.partitioner import LocalGraph
 
 
 @dataclass(frozen=True, slots=True)

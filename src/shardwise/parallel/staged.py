@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from shardwise.parallel.deferred import WeightGradients, defer_weights
 from shardwise.parallel.engine import Position
-from shardwise.parallel.exchange import Exchange
 from shardwise.parallel.faults import Fault, Watched, gradient_fault, passes_of
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operations import DRAWN
 from shardwise.parallel.optim.clipping import local_gradients
-from shardwise.parallel.partitioner import LocalGraph, Replacements
 from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
 from shardwise.parallel.planning import divide
 from shardwise.parallel.precision import widen_loss
@@ -36,7 +34,9 @@ from shardwise.parallel.state.build_model import aliases_of, build_model, persis
 from shardwise.parallel.state.layout import Held
 from shardwise.parallel.state.materialize import move_values
 from shardwise.parallel.state.pytree import to_device
-from shardwise.parallel.tensor import partition
+from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.partition import partition
+from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
 from shardwise.parallel.traced import traced
 from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.splitting.schedule import Action, order

@@ -17,9 +17,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardwise.parallel.exchange import Exchange
-from shardwise.parallel.memory import writes_in_place
 from shardwise.parallel.selective import is_product
+from shardwise.parallel.tensor.aliasing import writes_in_place
+from shardwise.parallel.tensor.communication import Exchange
 from shardwise.predict.accelerated import on_gpu
 from shardwise.predict.counting import kernel_of, tensors, workspace
 from shardwise.predict.kernel import Kernel

@@ -19,13 +19,13 @@ from shardwise.parallel.cuts import Place, common, from_batch, places
 from shardwise.parallel.deferred import WeightGradients, defer_weights
 from shardwise.parallel.engine import Position
 from shardwise.parallel.keyed import KeyedOperations
-from shardwise.parallel.partitioner import LocalGraph, Replacements
-from shardwise.parallel.placement import Sharded, local_shape
 from shardwise.parallel.precision import widen_loss
 from shardwise.parallel.sections import Section, sections
 from shardwise.parallel.state.build_model import untouched
 from shardwise.parallel.state.pytree import map_tensors
-from shardwise.parallel.tensor import partition
+from shardwise.parallel.tensor.partition import partition
+from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
+from shardwise.parallel.tensor.placement import Sharded, local_shape
 from shardwise.predict.analysis import Analysis, Analyst, Calls, LinkRecorder, NotedExchange, Spec
 from shardwise.predict.kernel import Kernel
 from shardwise.predict.models import Model, batch, builds, tensors_of, with_values

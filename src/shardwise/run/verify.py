@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
 from shardwise.launch.local import run_local
-from shardwise.parallel.partitioner import Uncut
+from shardwise.parallel.tensor.partitioner import Uncut
 from shardwise.run.deviation import NO_PROOF, Deviation, deviation, typical_size
 from shardwise.run.job import Source, enough_gpus
 from shardwise.strategy import Strategy

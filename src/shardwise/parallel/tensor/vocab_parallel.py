@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.parallel.exchange import Exchange, Segments
+from shardwise.parallel.tensor.communication import Exchange, Segments
 
 
 def local_index(exchange: Exchange, segments: Segments, index: Tensor) -> Tensor:

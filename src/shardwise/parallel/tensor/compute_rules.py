@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardwise.parallel import structure, vocabulary
-from shardwise.parallel.memory import writes_in_place
-from shardwise.parallel.partitioner import Labels, Obstacle, Partitioner, Rule, Value, bound
-from shardwise.parallel.placement import PARTIAL, REPLICATED, Partial, Placement, Sharded
+from shardwise.parallel.tensor import view_rules, vocab_parallel
+from shardwise.parallel.tensor.aliasing import writes_in_place
+from shardwise.parallel.tensor.partitioner import Labels, Obstacle, Partitioner, Rule, Value, bound
+from shardwise.parallel.tensor.placement import PARTIAL, REPLICATED, Partial, Placement, Sharded
 from shardwise.workload.trace.opaque import OPAQUE, call_of
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ def apply_rule(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return p.fallback(node, args, kwargs, f"{target} has no tensor-parallel rule")
     name = target._schema.name.removeprefix("aten::")
-    rule = RULES.get(name) or structure.RULES.get(name)
+    rule = RULES.get(name) or view_rules.RULES.get(name)
     if (rule is None and name.removesuffix("_") in SAME_PLACE) or (torch.Tag.pointwise in target.tags and rule is None):
         rule = pointwise
     if rule is None or (name == "view" and target is aten.view.dtype):
@@ -248,7 +248,7 @@ def embedding(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
     weight = p.settled(weight)
     where = weight.placement
     if isinstance(where, Sharded) and where.dim == 0:
-        function = bound(vocabulary.embedding, p.exchange)
+        function = bound(vocab_parallel.embedding, p.exchange)
         return p.emit(function, (weight, index, padding, where.segments), like=like, placement=PARTIAL)
     placement = where.at(like.dim() - 1) if isinstance(where, Sharded) else where
     return p.emit(aten.embedding.default, (weight, index, padding), like=like, placement=placement)
@@ -495,7 +495,7 @@ def cross_entropy(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[s
         or kwargs
     ):
         return p.fallback(node, args, kwargs, "")
-    function = bound(vocabulary.cross_entropy, p.exchange)
+    function = bound(vocab_parallel.cross_entropy, p.exchange)
     full = (logits, p.replicated(target), where.segments, mode, ignore, smoothing)
     return p.emit(function, full, like=node.meta["val"])
 

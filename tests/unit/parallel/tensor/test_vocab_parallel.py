@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.parallel.exchange import Exchange
-from shardwise.parallel.vocabulary import cross_entropy, embedding, local_index
+from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.vocab_parallel import cross_entropy, embedding, local_index
 
 
 class Threads:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.parallel.placement import Origin, Sharded, between, cut_segments, regroup, reshaped
+from shardwise.parallel.tensor.placement import Origin, Sharded, between, cut_segments, regroup, reshaped
 
 
 @pytest.mark.parametrize(

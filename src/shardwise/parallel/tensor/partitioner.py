@@ -15,17 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from shardwise.parallel.exchange import Exchange
-from shardwise.parallel.memory import changed_under_another_name, roots, writes_in_place
-from shardwise.parallel.placement import (
-    PARTIAL,
-    REPLICATED,
-    Origin,
-    Partial,
-    Placement,
-    Sharded,
-    local_shape,
-)
+from shardwise.parallel.tensor.aliasing import changed_under_another_name, roots, writes_in_place
+from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.placement import PARTIAL, REPLICATED, Origin, Partial, Placement, Sharded, local_shape
 from shardwise.workload.trace.graph import StepGraph, modules_around, outside_model
 
 Labels = tuple[str | None, ...]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardwise.parallel.partitioner import Obstacle, Partitioner, Rule, Value
-from shardwise.parallel.placement import Placement, Sharded, between, cut_segments, local_shape, reshaped
+from shardwise.parallel.tensor.partitioner import Obstacle, Partitioner, Rule, Value
+from shardwise.parallel.tensor.placement import Placement, Sharded, between, cut_segments, local_shape, reshaped
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ import torch
 from steps import step_of, workload
 from torch import Tensor, nn
 
-from shardwise.parallel.memory import changed_under_another_name, roots, together
+from shardwise.parallel.tensor.aliasing import changed_under_another_name, roots, together
 from shardwise.workload.trace.graph import StepGraph
 
 Function = Callable[[Any, Tensor], Tensor]

@@ -24,10 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shardwise.parallel.exchange import Exchange
-from shardwise.parallel.partitioner import LocalGraph, Obstacle, Partitioner, Replacements
-from shardwise.parallel.placement import Placement
-from shardwise.parallel.rules import apply_rule
+from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.compute_rules import apply_rule
+from shardwise.parallel.tensor.partitioner import LocalGraph, Obstacle, Partitioner, Replacements
+from shardwise.parallel.tensor.placement import Placement
 from shardwise.workload.trace.graph import StepGraph
 
 MOST_PASSES = 8
