@@ -33,8 +33,8 @@ def measure(layers: int, hidden: int) -> dict[str, Any]:
 
     from shardwise import Workload
     from shardwise.parallel.check import split
-    from shardwise.parallel.cuts import places, uses
-    from shardwise.parallel.planning import counted
+    from shardwise.parallel.pipeline.cut_points import places, uses
+    from shardwise.parallel.pipeline.divide import counted
     from shardwise.workload.trace.graph import trace
     from shardwise.workload.weight_files import without_parameters
 

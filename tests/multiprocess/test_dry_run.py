@@ -15,7 +15,7 @@ from traces import remembered
 
 from shardwise.collective import Collective
 from shardwise.parallel.optim import zero1
-from shardwise.parallel.pipeline import Pipeline
+from shardwise.parallel.pipeline.executor import Pipeline
 from shardwise.parallel.staged import GraphEngine
 from shardwise.parallel.tensor import communication
 from shardwise.predict.dryrun import DryRun, dry_run

@@ -17,12 +17,13 @@ from pool import Pools
 from random_models import random_workload
 from torch.utils.data import Subset
 
-from shardwise.parallel import planning, staged
-from shardwise.parallel.deferred import WeightGradients
+from shardwise.parallel import staged
 from shardwise.parallel.holding import Holding
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.messages import measured_links
-from shardwise.parallel.pipeline import Pipeline
+from shardwise.parallel.pipeline import divide
+from shardwise.parallel.pipeline.executor import Pipeline
+from shardwise.parallel.pipeline.link_speed import measured_links
+from shardwise.parallel.pipeline.weight_gradients import WeightGradients
 from shardwise.parallel.program import Program
 from shardwise.parallel.staged import GraphEngine
 from shardwise.splitting import schedule
@@ -127,8 +128,8 @@ def test_all_workers_know_the_same_links(workers: Pools, count: int, strategy: s
 
 def cuts_over(slowest: float, factory: Callable[[], Workload]) -> tuple[Cuts, list[float]]:
     """The cuts of two stages whose link takes so many seconds for a byte, and the bytes to send at each place."""
-    links = mock.patch.object(planning, "measured_links", return_value=[slowest])
-    agreed = mock.patch.object(planning, "_of_worker_0", wraps=planning._of_worker_0)
+    links = mock.patch.object(divide, "measured_links", return_value=[slowest])
+    agreed = mock.patch.object(divide, "_of_worker_0", wraps=divide._of_worker_0)
     with even_costs(), links, agreed as exchanged:
         engine = Program.build(factory(), Strategy.parse("pp=2")).engine
         assert isinstance(engine, GraphEngine)
@@ -146,7 +147,7 @@ def test_a_slow_link_is_cut_where_least_crosses_it(workers: Pools) -> None:
 
 def even_costs() -> Any:
     """Cuts that do not depend on what was measured."""
-    return mock.patch.object(planning, "_timed", lambda step, tensors, data, used, repeats=3: [1.0] * len(used))
+    return mock.patch.object(divide, "_timed", lambda step, tensors, data, used, repeats=3: [1.0] * len(used))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from equality import Factory, check
 from models import WORKLOADS, first
 from pool import Pools
 
-from shardwise.parallel import planning
+from shardwise.parallel.pipeline import divide
 from shardwise.parallel.program import Program
 from shardwise.parallel.staged import GraphEngine
 from shardwise.splitting.balance import Cuts
@@ -64,16 +64,16 @@ def cut_of(factory: Factory, strategy: str) -> tuple[Cuts, Cuts]:
     The first links take longer, so that a place with more to send is the fairest one, but for a second's difference.
     """
     seconds = [3.0] * 4 + [1.0] * 96
-    timed = mock.patch.object(planning, "_timed", lambda step, tensors, data, used, repeats=3: seconds[: len(used)])
-    slow = mock.patch.dict(planning.BYTES_PER_SECOND, cpu=1500)
-    divided = mock.patch.object(planning, "divided", wraps=planning.divided)
-    agreed = mock.patch.object(planning, "_of_worker_0", wraps=planning._of_worker_0)
+    timed = mock.patch.object(divide, "_timed", lambda step, tensors, data, used, repeats=3: seconds[: len(used)])
+    slow = mock.patch.dict(divide.BYTES_PER_SECOND, cpu=1500)
+    divided = mock.patch.object(divide, "divided", wraps=divide.divided)
+    agreed = mock.patch.object(divide, "_of_worker_0", wraps=divide._of_worker_0)
     with timed, slow, divided as cut, agreed as exchanged:
         engine = Program.build(factory(), Strategy.parse(strategy)).engine
         assert isinstance(engine, GraphEngine)
         costs, _, *others = cut.call_args.args
         own = [place.bytes for place in exchanged.call_args.args[1]]
-        alone = planning.divided(costs, own, *others, **cut.call_args.kwargs)
+        alone = divide.divided(costs, own, *others, **cut.call_args.kwargs)
     return engine.division.cuts, tuple(map(tuple, alone))
 
 

@@ -168,19 +168,19 @@ def lose_the_last_microbatch(patch: pytest.MonkeyPatch) -> None:
 
 def cut_evenly(patch: pytest.MonkeyPatch) -> None:
     """Cuts that do not depend on what was measured."""
-    from shardwise.parallel import planning
+    from shardwise.parallel.pipeline import divide
 
-    patch.setattr(planning, "_timed", lambda step, tensors, data, used, repeats=3: [1.0] * len(used))
+    patch.setattr(divide, "_timed", lambda step, tensors, data, used, repeats=3: [1.0] * len(used))
 
 
 def lose_a_skip_connection(patch: pytest.MonkeyPatch) -> None:
     """The gradient that comes back from the later stage, for the value that skips."""
-    from shardwise.parallel import pipeline
+    from shardwise.parallel.pipeline import executor
 
     cut_evenly(patch)
 
-    right = pipeline._gradient
-    patch.setattr(pipeline, "_gradient", lambda value: right(value) * (value.dim() != 4 or value.shape[1] != 8))
+    right = executor._gradient
+    patch.setattr(executor, "_gradient", lambda value: right(value) * (value.dim() != 4 or value.shape[1] != 8))
 
 
 def leave_tied_weights_apart(patch: pytest.MonkeyPatch) -> None:

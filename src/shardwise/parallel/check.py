@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.cuts import common, places
+from shardwise.parallel.pipeline.cut_points import common, places
 from shardwise.parallel.state.build_model import plain_model
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partition import partition

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from shardwise.parallel.cuts import calls
-from shardwise.parallel.sections import Section
-from shardwise.parallel.stage import Work
+from shardwise.parallel.pipeline.cut_points import calls
+from shardwise.parallel.pipeline.stage import Work
+from shardwise.parallel.pipeline.subgraphs import Section
 from shardwise.parallel.state.pytree import tensors_of
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.parallel.tensor.partitioner import LocalGraph
@@ -210,7 +210,7 @@ class Watched:
     def _interpreted(self, section: Section, local: LocalGraph) -> Callable[..., tuple[Any, ...]]:
         """Return a function that runs a section call by call and checks each result.
 
-        It computes the same as `sections.compiled`.
+        It computes the same as `subgraphs.compiled`.
         """
         tensors = local.step.tensors
         holders = [n for n in local.graph.nodes if n.op == "placeholder" and tensors.get(n.name) in section.tensors]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from shardwise.errors import StrategyError
 from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.pipeline.stage import Stage, Work
 from shardwise.parallel.reduce import GradientReducer, sum_gradients
-from shardwise.parallel.stage import Stage, Work
 from shardwise.parallel.state.dtensor_rows import is_split, local, row_layout
 from shardwise.parallel.state.gather import anywhere
 from shardwise.parallel.state.layout import Held, Layout

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.parallel.deferred import WeightGradients, defer_weights
 from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, Watched, gradient_fault, passes_of
 from shardwise.parallel.holding import Holding
@@ -25,10 +24,11 @@ from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operations import DRAWN
 from shardwise.parallel.optim.clipping import local_gradients
-from shardwise.parallel.pipeline import MOST_STAGES, Pass, Pipeline
-from shardwise.parallel.planning import divide
+from shardwise.parallel.pipeline.divide import divide
+from shardwise.parallel.pipeline.executor import MOST_STAGES, Pass, Pipeline
+from shardwise.parallel.pipeline.stage import Work, prepare
+from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.precision import widen_loss
-from shardwise.parallel.stage import Work, prepare
 from shardwise.parallel.state.buffers import ReplicaBuffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, plain_model
 from shardwise.parallel.state.layout import Held

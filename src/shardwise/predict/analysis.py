@@ -215,7 +215,8 @@ class Analyst:
         recorder: records what runs.
         bf16: whether to run under torch's autocast to bfloat16.
         gpu: whether to run the operations that a GPU would run.
-        later: store of the weight gradients that a zero-bubble schedule computes later (see `parallel.deferred`); None
+        later: store of the weight gradients that a zero-bubble schedule computes later (see
+            `parallel.pipeline.weight_gradients`); None
             if each backward pass computes all gradients.
         sites: function that draws random numbers -> index of the argument that numbers its calls. Segments that differ
             only in that argument are equal.
@@ -353,7 +354,7 @@ class _Run:
         recorder, clean = self.analyst.recorder, not any(writes_in_place(node) for node in self.link.nodes)
         recorder.when = "forward"
         if not clean:
-            for node in self.link.inputs:  # `sections.compiled` clones them too
+            for node in self.link.inputs:  # `subgraphs.compiled` clones them too
                 values[node] = values[node].clone()
         last = {argument: node for node in self.link.nodes for argument in node.all_input_nodes}
         with torch.enable_grad(), self._saving(), self._precision():

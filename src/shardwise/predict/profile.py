@@ -1,9 +1,9 @@
 """Profile of one step of a workload on one device: kernels, exchanges, parameters and activations. Predictions read it.
 
-A step is a chain of segments: the pieces of its graph between neighbouring cut points (see `parallel.cuts`). A segment
-is a `Link`, and segments are known by their index in the chain. Each has a `Layer`: kernels, exchanges and bytes of one
-microbatch on one tensor-parallel worker. Equal segments share one layer object, so that a model of a thousand equal
-blocks is as fast to predict as one of two.
+A step is a chain of segments: the pieces of its graph between neighbouring cut points (see
+`parallel.pipeline.cut_points`). A segment is a `Link`, and segments are known by their index in the chain. Each has a
+`Layer`: kernels, exchanges and bytes of one microbatch on one tensor-parallel worker. Equal segments share one layer
+object, so that a model of a thousand equal blocks is as fast to predict as one of two.
 
     profile.links[i].layer.forward     kernels and exchanges of the forward pass of segment i
     profile.parameters                 parameters and buffers, and the segments that use them

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from shardwise.parallel.pipeline import WAIT
+from shardwise.parallel.pipeline.executor import WAIT
 from shardwise.run.memory import give_back, peak_memory, restart_peak
 from shardwise.run.result import Step
 

@@ -11,8 +11,8 @@ from steps import step_of, workload
 from torch import Tensor, nn
 
 from shardwise.parallel.check import split
-from shardwise.parallel.cuts import Place, calls, common, places, positions, ranges, uses
-from shardwise.parallel.sections import compiled, sections
+from shardwise.parallel.pipeline.cut_points import Place, calls, common, places, positions, ranges, uses
+from shardwise.parallel.pipeline.subgraphs import compiled, sections
 from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.splitting.chain_partition import balanced
 

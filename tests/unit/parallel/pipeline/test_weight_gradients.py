@@ -11,7 +11,7 @@ from steps import local
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shardwise.parallel.deferred import WeightGradients, accumulate, defer_weights
+from shardwise.parallel.pipeline.weight_gradients import WeightGradients, accumulate, defer_weights
 
 aten = torch.ops.aten
 KEY = (0, 0)

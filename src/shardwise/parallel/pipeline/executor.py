@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.autograd.profiler import record_function
 
-from shardwise.parallel.deferred import WeightGradients
-from shardwise.parallel.stage import Stage, Work
+from shardwise.parallel.pipeline.stage import Stage, Work
+from shardwise.parallel.pipeline.weight_gradients import WeightGradients
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 
 WAIT = "shardwise::wait"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from shardwise.parallel.cuts import calls, from_batch, ranges
+from shardwise.parallel.pipeline.cut_points import calls, from_batch, ranges
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.parallel.tensor.partitioner import LocalGraph
 

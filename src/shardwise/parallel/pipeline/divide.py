@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.cuts import Place, Use, calls, common, places, uses
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.messages import measured_links
+from shardwise.parallel.pipeline.cut_points import Place, Use, calls, common, places, uses
+from shardwise.parallel.pipeline.link_speed import measured_links
 from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.splitting.balance import BYTES_PER_SECOND, Cuts, check_stages, cuts_blocks, divided
 from shardwise.splitting.slow_links import much_slower

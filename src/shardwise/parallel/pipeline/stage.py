@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from shardwise.parallel import selective
-from shardwise.parallel.cuts import Use, positions
 from shardwise.parallel.keyed import KeyedOperations
-from shardwise.parallel.sections import Section, compiled, sections
+from shardwise.parallel.pipeline.cut_points import Use, positions
+from shardwise.parallel.pipeline.subgraphs import Section, compiled, sections
 from shardwise.parallel.tensor.partitioner import LocalGraph
 
 
