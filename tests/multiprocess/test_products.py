@@ -21,7 +21,7 @@ from traces import remembered
 
 from shardwise.parallel import reduce
 from shardwise.parallel.holding import Holding
-from shardwise.parallel.keyed import KeyedOperations
+from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint import Checkpoints
 from shardwise.run.export import export_safetensors

@@ -132,22 +132,22 @@ def scale_by_the_wrong_degree(patch: pytest.MonkeyPatch) -> None:
 
 
 def leave_batch_norm_alone(patch: pytest.MonkeyPatch) -> None:
-    from shardwise.parallel import keyed
+    from shardwise.parallel.operators import graph_operators
 
-    right = keyed.KeyedOperations.__init__
+    right = graph_operators.KeyedOperations.__init__
     patch.setattr(
-        keyed.KeyedOperations,
+        graph_operators.KeyedOperations,
         "__init__",
         lambda self, position, exchange, replicas: right(self, position, exchange, None),
     )
 
 
 def drop_differently_on_shards(patch: pytest.MonkeyPatch) -> None:
-    from shardwise.parallel import keyed
+    from shardwise.parallel.operators import graph_operators
 
-    right = keyed.KeyedOperations.mask
+    right = graph_operators.KeyedOperations.mask
     patch.setattr(
-        keyed.KeyedOperations,
+        graph_operators.KeyedOperations,
         "mask",
         lambda self, site, *rest: right(self, site + 1000 * self.exchange.rank, *rest),
     )

@@ -17,7 +17,7 @@ from shardwise.parallel.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, Pass, gradient_fault, module_fault, passes_of
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.operations import DRAWN, Operations
+from shardwise.parallel.operators.module_patches import DRAWN, Operations
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.replicated import Replicated
 from shardwise.parallel.state.buffers import Buffers

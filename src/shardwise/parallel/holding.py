@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.pipeline.stage import Stage, Work
 from shardwise.parallel.reduce import GradientReducer, sum_gradients
 from shardwise.parallel.state.dtensor_rows import is_split, local, row_layout

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, Watched, gradient_fault, passes_of
 from shardwise.parallel.holding import Holding
-from shardwise.parallel.keyed import KeyedOperations
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.operations import DRAWN
+from shardwise.parallel.operators.graph_operators import KeyedOperations
+from shardwise.parallel.operators.module_patches import DRAWN
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.pipeline.divide import divide
 from shardwise.parallel.pipeline.executor import MOST_STAGES, Pass, Pipeline

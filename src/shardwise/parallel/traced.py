@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardwise.parallel.engine import Position
-from shardwise.parallel.operations import Operations
+from shardwise.parallel.operators.module_patches import Operations
 from shardwise.parallel.state.build_model import untouched
 from shardwise.workload.trace.graph import StepGraph, Untraceable, first_line, trace
 from shardwise.workload.trace.opaque import Call, Recorder

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardwise.parallel.selective import is_product
+from shardwise.parallel.operators.selective_checkpoint import is_product
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.predict.accelerated import on_gpu
@@ -115,7 +115,8 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kernels: kernels since the last call of `take`.
         exchanges: tensor-parallel collectives since the last call of `take`.
         normalised: channels of each batch norm since the caller last emptied the list.
-        products: bytes of the results that selective recomputation keeps (see `parallel.selective`), since the caller
+        products: bytes of the results that selective recomputation keeps (see
+            `parallel.operators.selective_checkpoint`), since the caller
             last reset it.
         live: bytes of the storages that were created while recording and still exist.
         peak: largest value of `live`, workspaces included, since the last call of `watch`.

@@ -40,7 +40,8 @@ class Condensed:
         message: bytes of the smallest message at any cut point.
         narrow: number of cut points with a message of that size.
         saved: bytes that one microbatch saves for the backward pass.
-        products: bytes of one microbatch's results that selective recomputation keeps, see `parallel.selective`.
+        products: bytes of one microbatch's results that selective recomputation keeps, see
+            `parallel.operators.selective_checkpoint`.
         repeated_products: the part of `products` in repeated blocks of the module.
         largest: most bytes that the backward pass of any one segment needs, even with recomputation: what it saves,
             plus the temporary tensors of its forward or backward pass.

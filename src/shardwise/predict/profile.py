@@ -56,7 +56,7 @@ class Layer:
             torch stops after the last tensor that the backward pass needs.
         keeps: whether the backward pass needs any tensor of the forward pass.
         inside: bytes saved for the backward pass, without the values that segments hand to each other.
-        products: bytes of the results that selective recomputation keeps (`parallel.selective`).
+        products: bytes of the results that selective recomputation keeps (`parallel.operators.selective_checkpoint`).
         temporary_forward: peak bytes of the forward pass beside what is saved.
         temporary_backward: peak bytes of the backward pass beside what is saved, including gradients of activations.
         normalised: number of channels of each batch norm in training mode.

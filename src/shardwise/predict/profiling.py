@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardwise.parallel.check import TensorDegrees
 from shardwise.parallel.engine import Position
-from shardwise.parallel.keyed import KeyedOperations
+from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.pipeline.cut_points import Place, common, from_batch, places
 from shardwise.parallel.pipeline.subgraphs import Section, sections
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights

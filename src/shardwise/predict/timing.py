@@ -25,8 +25,10 @@ from shardwise.strategy import Strategy
 DTYPES = {"float32": "float32", "bf16": "bf16"}
 
 WATCHED_SECONDS = 4e-5
-"""Assumed overhead of the host for each kernel of a block under selective recomputation (`parallel.selective`), forward
-and recomputation together, if none was measured. It was 37 microseconds on a core of an EPYC of 2024."""
+"""Assumed overhead of the host for each kernel of a block under selective recomputation
+(`parallel.operators.selective_checkpoint`), forward and recomputation together, if none was measured. It was 37
+microseconds on a core of an EPYC of 2024.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from shardwise.parallel import selective
-from shardwise.parallel.keyed import KeyedOperations
+from shardwise.parallel.operators import selective_checkpoint
+from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.pipeline.cut_points import Use, positions
 from shardwise.parallel.pipeline.subgraphs import Section, compiled, sections
 from shardwise.parallel.tensor.partitioner import LocalGraph
@@ -153,7 +153,7 @@ class Stage(nn.Module):
         self.attributes = register(self, shared)
         self.keyed = keyed
         self.recomputed = recomputed
-        self.contexts = selective.contexts if products else noop_context_fn
+        self.contexts = selective_checkpoint.contexts if products else noop_context_fn
         self.bf16 = bf16
 
     def forward(self, work: StageWork, given: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:

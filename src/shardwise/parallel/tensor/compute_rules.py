@@ -444,7 +444,9 @@ def pad(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) 
 
 
 def dropout(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """dropout, feature_dropout: the mask depends on the position of the elements, see `parallel.keyed`."""
+    """dropout, feature_dropout: the mask depends on the position of the elements, see
+    `parallel.operators.graph_operators`.
+    """
     x, probability, training = args[:3]
     like = node.meta["val"]
     x = p.settled(x)

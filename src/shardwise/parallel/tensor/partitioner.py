@@ -60,7 +60,7 @@ class Value:
 class Replacements:
     """Replacements for operations of the step that draw random numbers, use the whole batch or were not traced.
 
-    See `parallel.keyed`.
+    See `parallel.operators.graph_operators`.
     """
 
     dropout: Callable[..., Tensor]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardwise.parallel.dropout import KeyedDropout, attention_probabilities, keep
 from shardwise.parallel.engine import Position
-from shardwise.parallel.operations import Operations
+from shardwise.parallel.operators.dropout import KeyedDropout, attention_probabilities, keep
+from shardwise.parallel.operators.module_patches import Operations
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwise.parallel.batchnorm import batch_norm
+from shardwise.parallel.operators.batch_norm import batch_norm
 
 
 class Ranks:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from shardwise.cluster.find import find_cluster
-from shardwise.parallel import selective
+from shardwise.parallel.operators import selective_checkpoint
 from shardwise.plan.search import search
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import predict
@@ -57,7 +57,9 @@ def passed(block: nn.Module, *, again: bool) -> tuple[list[Tensor], Counter[str]
     x = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
     block.double().zero_grad()
     with Calls() as calls:
-        result = checkpoint(block, x, use_reentrant=False, context_fn=selective.contexts) if again else block(x)
+        result = (
+            checkpoint(block, x, use_reentrant=False, context_fn=selective_checkpoint.contexts) if again else block(x)
+        )
         result.square().sum().backward()
     gradients = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
     assert x.grad is not None

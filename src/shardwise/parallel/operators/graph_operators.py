@@ -1,8 +1,8 @@
 """Operations in the graph of one worker that draw random numbers or use the whole batch.
 
-Where the module runs unchanged, its own dropout is replaced (`parallel.dropout`). In a graph, each drawing call knows
-its site, the shape of the whole tensor and the part that lies here. So the shards of a tensor drop the same elements as
-one process would.
+Where the module runs unchanged, its own dropout is replaced (`parallel.operators.dropout`). In a graph, each drawing
+call knows its site, the shape of the whole tensor and the part that lies here. So the shards of a tensor drop the same
+elements as one process would.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.parallel.batchnorm import batch_norm
-from shardwise.parallel.dropout import attention_probabilities
-from shardwise.parallel.dropout import mask as draw_mask
 from shardwise.parallel.engine import Position
-from shardwise.parallel.operations import Operations
+from shardwise.parallel.operators.batch_norm import batch_norm
+from shardwise.parallel.operators.dropout import attention_probabilities
+from shardwise.parallel.operators.dropout import mask as draw_mask
+from shardwise.parallel.operators.module_patches import Operations
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.placement import REPLICATED, Placement, Sharded
 from shardwise.workload.trace.opaque import Call

@@ -22,10 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from shardwise.parallel import selective
-from shardwise.parallel.batchnorm import batch_norm
-from shardwise.parallel.dropout import KeyedDropout
 from shardwise.parallel.engine import Position
+from shardwise.parallel.operators import selective_checkpoint
+from shardwise.parallel.operators.batch_norm import batch_norm
+from shardwise.parallel.operators.dropout import KeyedDropout
 from shardwise.parallel.state.pytree import facts
 
 Handlers = dict[Callable[..., Any], Callable[..., Any]]
@@ -245,7 +245,7 @@ class Operations:
 
     def _selective_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a block that saves the results of its products, see `selective`."""
-        forward, again = selective.contexts()
+        forward, again = selective_checkpoint.contexts()
         return forward, _both(self._again(self._keyed.site), again)
 
     @contextmanager

@@ -1,0 +1,1 @@
+"""Operators that must give equal numbers however the work is split: dropout, batch norm, recomputation."""
