@@ -20,8 +20,8 @@ def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
 
     A factory is known again by its name, or as it is pickled: with all that it is made of.
     """
-    from shardwise.parallel import staged
-    from shardwise.parallel.traced import traced as trace
+    from shardwise.parallel.graph import graph_engine
+    from shardwise.parallel.graph.trace import traced as trace
 
     name = factory if isinstance(factory, str) else cloudpickle.dumps(factory)
 
@@ -33,5 +33,5 @@ def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
             _KEPT[key] = step
         return step
 
-    with mock.patch.object(staged, "traced", traced):
+    with mock.patch.object(graph_engine, "traced", traced):
         yield

@@ -41,7 +41,7 @@ PRELOAD = (
     "torch.export._trace",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.debug",
-    "shardwise.parallel.staged",
+    "shardwise.parallel.graph.graph_engine",
     "shardwise.parallel.data",
     "shardwise.run.checkpoint",
 )

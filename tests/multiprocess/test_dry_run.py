@@ -14,9 +14,9 @@ from pool import Pools
 from traces import remembered
 
 from shardwise.collective import Collective
+from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.optim import zero1
 from shardwise.parallel.pipeline.executor import Pipeline
-from shardwise.parallel.staged import GraphEngine
 from shardwise.parallel.tensor import communication
 from shardwise.predict.dryrun import DryRun, dry_run
 from shardwise.predict.kernel import Kernel

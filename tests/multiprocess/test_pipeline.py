@@ -17,15 +17,15 @@ from pool import Pools
 from random_models import random_workload
 from torch.utils.data import Subset
 
-from shardwise.parallel import staged
-from shardwise.parallel.holding import Holding
+from shardwise.parallel.graph import graph_engine
+from shardwise.parallel.graph.graph_engine import GraphEngine
+from shardwise.parallel.graph.parameters import Holding
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline import divide
 from shardwise.parallel.pipeline.executor import Pipeline
 from shardwise.parallel.pipeline.link_speed import measured_links
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients
 from shardwise.parallel.program import Program
-from shardwise.parallel.staged import GraphEngine
 from shardwise.splitting import schedule
 from shardwise.splitting.balance import Cuts
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT
@@ -178,7 +178,7 @@ def last_microbatch_dropped() -> Any:
         last = max(action.microbatch for action in actions)
         return [action for action in actions if action.microbatch != last]
 
-    return mock.patch.object(staged, "order", shorter)
+    return mock.patch.object(graph_engine, "order", shorter)
 
 
 def weights_never_computed() -> Any:

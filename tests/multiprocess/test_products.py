@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from traces import remembered
 
 from shardwise.parallel import reduce
-from shardwise.parallel.holding import Holding
+from shardwise.parallel.graph.parameters import Holding
 from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint import Checkpoints

@@ -12,9 +12,9 @@ from equality import Factory, check
 from models import WORKLOADS, first
 from pool import Pools
 
+from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.pipeline import divide
 from shardwise.parallel.program import Program
-from shardwise.parallel.staged import GraphEngine
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 

@@ -18,7 +18,7 @@ from pool import Pools
 from random_models import random_workload
 from torch.utils.data import Subset
 
-from shardwise.parallel.holding import Holding
+from shardwise.parallel.graph.parameters import Holding
 from shardwise.parallel.operators.dropout import KeyedDropout
 from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.tensor import communication

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shardwise import Evaluation, Workload
 from shardwise.errors import WorkloadError
-from shardwise.parallel.traced import traced
+from shardwise.parallel.graph.trace import traced
 from shardwise.workload.trace.graph import Untraceable, example
 from shardwise.workload.trace.opaque import OPAQUE, Recorder
 

@@ -154,7 +154,7 @@ def drop_differently_on_shards(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_the_last_microbatch(patch: pytest.MonkeyPatch) -> None:
-    from shardwise.parallel.staged import GraphEngine
+    from shardwise.parallel.graph.graph_engine import GraphEngine
 
     right = GraphEngine._passes
 
@@ -184,7 +184,7 @@ def lose_a_skip_connection(patch: pytest.MonkeyPatch) -> None:
 
 
 def leave_tied_weights_apart(patch: pytest.MonkeyPatch) -> None:
-    from shardwise.parallel.holding import Holding
+    from shardwise.parallel.graph.parameters import Holding
 
     cut_evenly(patch)
     patch.setattr(Holding, "_sum", lambda self, names, group: None)

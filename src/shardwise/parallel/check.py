@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from shardwise.errors import StrategyError
+from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.pipeline.cut_points import common, places
 from shardwise.parallel.state.build_model import plain_model
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partition import partition
 from shardwise.parallel.tensor.partitioner import LocalGraph, Obstacle, Replacements
-from shardwise.parallel.traced import traced
 from shardwise.splitting.balance import check_stages
 from shardwise.strategy import Strategy
 from shardwise.workload.trace.graph import StepGraph, example

@@ -1,23 +1,21 @@
 """Interface between a program and the part that computes gradients. Two engines implement it.
 
-`parallel.data.ModuleEngine` runs the module unchanged (single, dp, fsdp). `parallel.staged.GraphEngine` runs the traced
-graph of the module (tp, pp and their products). The program above them owns the optimizer, clipping and the schedule,
-and does not know which of the two it has.
+`parallel.data.ModuleEngine` runs the module unchanged (single, dp, fsdp). `parallel.graph.graph_engine.GraphEngine`
+runs the traced graph of the module (tp, pp and their products). The program above them owns the optimizer, clipping and
+the schedule, and does not know which of the two it has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
+from shardwise.parallel.faults import Fault
 from shardwise.parallel.state.layout import Held
 from shardwise.workload.data import Microbatch, Share
-
-if TYPE_CHECKING:
-    from shardwise.parallel.faults import Fault
 
 
 @dataclass(slots=True)

@@ -1,25 +1,20 @@
 """Find the first value of a step that is not finite by running its forward passes again.
 
 The step's update has not been applied and the effects of its passes have been undone, so the same values appear again.
-On plain modules, hooks check what each module returns; on a worker's graph, the values that leave a module are checked.
+On plain modules, hooks check what each module returns; `parallel.graph.graph_faults` checks a worker's graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from shardwise.parallel.pipeline.cut_points import calls
-from shardwise.parallel.pipeline.stage import Work
-from shardwise.parallel.pipeline.subgraphs import Section
 from shardwise.parallel.state.pytree import tensors_of
-from shardwise.parallel.tensor.aliasing import writes_in_place
-from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.workload.data import Microbatch, Share
 
 LOSS = "the loss function"
@@ -158,7 +153,7 @@ def _hooked(model: nn.Module) -> Iterator[list[tuple[int, str, str]]]:
             nonlocal returned
             returned += 1
             if not seen and (value := not_finite(output)):
-                seen.append((returned, _named(name), value))
+                seen.append((returned, module_named(name), value))
 
         return hook
 
@@ -170,76 +165,6 @@ def _hooked(model: nn.Module) -> Iterator[list[tuple[int, str, str]]]:
             handle.remove()
 
 
-def _named(path: str) -> str:
+def module_named(path: str) -> str:
+    """Return the module at a path in words."""
     return f"module {path!r}" if path else "the model itself"
-
-
-class Watched:
-    """A worker's part of a traced step that checks every value that leaves a module.
-
-    Args:
-        work: the work of the stages.
-        own: the indices of this worker's stages.
-
-    Attributes:
-        work: the same work, which records its first fault in `seen`.
-        seen: (place in the graph, module, value) of the first value that is not finite. None if all are finite.
-    """
-
-    def __init__(self, work: Work, own: Sequence[int]) -> None:
-        self.seen: tuple[int, str, str] | None = None
-        self._places = {node: place for place, node in enumerate(calls(work.local.graph))}
-        stages = list(work.stages)
-        for stage in own:
-            blocks = tuple(
-                replace(piece, function=self._interpreted(piece.section, work.local)) for piece in stages[stage].blocks
-            )
-            stages[stage] = replace(stages[stage], blocks=blocks)
-        self.work = replace(work, stages=tuple(stages))
-
-    def fault(self, each: Pass, rank: int, loss: Tensor | None) -> Fault | None:
-        """Return the fault that was recorded in a microbatch, and clear it.
-
-        `loss` is None on workers that do not hold it.
-        """
-        seen, self.seen = self.seen, None
-        if seen is None and loss is not None and (value := not_finite(loss)):
-            seen = LAST, LOSS, value
-        return each.fault(rank, *seen) if seen and each.counts else None
-
-    def _interpreted(self, section: Section, local: LocalGraph) -> Callable[..., tuple[Any, ...]]:
-        """Return a function that runs a section call by call and checks each result.
-
-        It computes the same as `subgraphs.compiled`.
-        """
-        tensors = local.step.tensors
-        holders = [n for n in local.graph.nodes if n.op == "placeholder" and tensors.get(n.name) in section.tensors]
-        copies = any(writes_in_place(node) and node.args[0] not in holders for node in section.nodes)
-
-        def run(*arguments: Any) -> tuple[Any, ...]:
-            named = dict(zip(section.tensors, arguments, strict=False))
-            rest = arguments[len(section.tensors) :]
-            values: dict[fx.Node, Any] = {node: named[tensors[node.name]] for node in holders}
-            values.update(zip((*section.given, *section.inputs), rest, strict=True))
-            if copies:
-                values.update({node: values[node].clone() for node in section.inputs})
-            for node in section.nodes:
-                args: Any = fx.node.map_arg(node.args, values.__getitem__)
-                kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-                self._look(node, values[node])
-            return tuple(values[node] for node in section.outputs)
-
-        return run
-
-    def _look(self, node: fx.Node, value: Any) -> None:
-        path = node.meta.get("module")
-        if path is not None and self.seen is None and _leaves(node, path) and (kind := not_finite(value)):
-            self.seen = self._places[node], _named(path), kind
-
-
-def _leaves(node: fx.Node, path: str) -> bool:
-    """Return whether the result of a call in the module at `path` is used outside of that module."""
-    inside = f"{path}." if path else ""
-    others = [user.meta.get("module") for user in node.users]
-    return any(other is None or not (other == path or other.startswith(inside)) for other in others)

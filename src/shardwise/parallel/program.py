@@ -40,7 +40,7 @@ def build_engine(workload: Workload, strategy: Strategy, mesh: Mesh, cuts: Cuts 
         from shardwise.parallel.data import ModuleEngine
 
         return ModuleEngine(workload, strategy, mesh)
-    from shardwise.parallel.staged import GraphEngine
+    from shardwise.parallel.graph.graph_engine import GraphEngine
 
     return GraphEngine(workload, strategy, mesh, cuts)
 

@@ -27,9 +27,9 @@ from torch._subclasses.fake_tensor import (
 
 from shardwise.collective import Collective
 from shardwise.errors import StrategyError
+from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.mesh import Allocating
 from shardwise.parallel.program import Program
-from shardwise.parallel.staged import GraphEngine
 from shardwise.predict.fakes import Answers, ModelWithoutValues, as_on_gpu, fake_workers, first_share, replicated
 from shardwise.predict.grouped import widen_grouped_products
 from shardwise.predict.kernel import Kernel

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_map
 
 from shardwise.parallel.data import ModuleEngine
 from shardwise.parallel.engine import Engine
+from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.mesh import Allocating, forget_meshes
 from shardwise.parallel.program import Program
-from shardwise.parallel.staged import GraphEngine
 from shardwise.parallel.state.pytree import facts
 from shardwise.predict.accelerated import AsOnGPU
 from shardwise.predict.counting import tensors

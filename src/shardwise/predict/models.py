@@ -20,10 +20,10 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
 from shardwise.parallel.blocks import repeated_blocks, steady_modules
+from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.pipeline.cut_points import Place
 from shardwise.parallel.state.build_model import evaluating, persistent_buffers, plain_model, untouched
 from shardwise.parallel.state.pytree import unlike
-from shardwise.parallel.traced import traced
 from shardwise.predict.grouped import widen_grouped_products
 from shardwise.predict.profile import Update
 from shardwise.predict.updating import update_of

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from shardwise.parallel.check import TensorDegrees
 from shardwise.parallel.engine import Position
+from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.pipeline.cut_points import Place, common, from_batch, places
 from shardwise.parallel.pipeline.subgraphs import Section, sections
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
-from shardwise.parallel.precision import widen_loss
 from shardwise.parallel.state.build_model import untouched
 from shardwise.parallel.state.pytree import map_tensors
 from shardwise.parallel.tensor.partition import partition

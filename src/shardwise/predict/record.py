@@ -39,8 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.collective import Collective
 from shardwise.parallel.engine import Engine
+from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.program import Program
-from shardwise.parallel.staged import GraphEngine
 from shardwise.parallel.state.dtensor_rows import is_split, local
 from shardwise.predict.counting import kernel_of, tensors
 from shardwise.predict.issued import Axes, collective_of, is_collective

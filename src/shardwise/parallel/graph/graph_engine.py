@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.parallel.engine import Position
-from shardwise.parallel.faults import Fault, Watched, gradient_fault, passes_of
-from shardwise.parallel.holding import Holding
+from shardwise.parallel.faults import Fault, gradient_fault, passes_of
+from shardwise.parallel.graph.autocast import widen_loss
+from shardwise.parallel.graph.graph_faults import Watched
+from shardwise.parallel.graph.parameters import Holding
+from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.operators.module_patches import DRAWN
@@ -28,7 +31,6 @@ from shardwise.parallel.pipeline.divide import divide
 from shardwise.parallel.pipeline.executor import MOST_STAGES, Pass, Pipeline
 from shardwise.parallel.pipeline.stage import Work, prepare
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
-from shardwise.parallel.precision import widen_loss
 from shardwise.parallel.state.buffers import ReplicaBuffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, plain_model
 from shardwise.parallel.state.layout import Held
@@ -37,7 +39,6 @@ from shardwise.parallel.state.pytree import to_device
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partition import partition
 from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
-from shardwise.parallel.traced import traced
 from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.splitting.schedule import Action, order
 from shardwise.strategy import Strategy
