@@ -42,7 +42,7 @@ PRELOAD = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor.debug",
     "shardwise.parallel.graph.graph_engine",
-    "shardwise.parallel.data",
+    "shardwise.parallel.data.module_engine",
     "shardwise.run.checkpoint",
 )
 """What every worker comes to need. Importing these starts no thread, so the server may fork."""

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from shardwise.errors import StrategyError, WorkloadError
-from shardwise.parallel.data import ModuleEngine
+from shardwise.parallel.data.module_engine import ModuleEngine
 from shardwise.parallel.program import Program
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Evaluation, Workload
@@ -237,7 +237,7 @@ def test_offloaded(workers: Pools, strategy: str) -> None:
 
 def policies(strategy: str) -> tuple[set[str], set[str]]:
     """Of one worker: what torch does with slices, and where they are."""
-    from shardwise.parallel.sharded import _parameter_groups
+    from shardwise.parallel.data.fsdp import _parameter_groups
 
     program = Program.build(mlp(), Strategy.parse(strategy))
     engine: Any = program.engine

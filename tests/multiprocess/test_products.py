@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from traces import remembered
 
-from shardwise.parallel import reduce
+from shardwise.parallel.data import gradient_reducer
 from shardwise.parallel.graph.parameters import Holding
 from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.program import Program
@@ -210,8 +210,8 @@ def normalised_alone() -> Any:
 
 
 def scaled_wrongly() -> Any:
-    scatter = reduce._scatter
-    return mock.patch.object(reduce, "_scatter", lambda flat, parameters: scatter(flat / 2, parameters))
+    scatter = gradient_reducer._scatter
+    return mock.patch.object(gradient_reducer, "_scatter", lambda flat, parameters: scatter(flat / 2, parameters))
 
 
 def averaged_wrongly() -> Any:

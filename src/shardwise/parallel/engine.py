@@ -1,8 +1,8 @@
 """Interface between a program and the part that computes gradients. Two engines implement it.
 
-`parallel.data.ModuleEngine` runs the module unchanged (single, dp, fsdp). `parallel.graph.graph_engine.GraphEngine`
-runs the traced graph of the module (tp, pp and their products). The program above them owns the optimizer, clipping and
-the schedule, and does not know which of the two it has.
+`parallel.data.module_engine.ModuleEngine` runs the module unchanged (single, dp, fsdp).
+`parallel.graph.graph_engine.GraphEngine` runs the traced graph of the module (tp, pp and their products). The program
+above them owns the optimizer, clipping and the schedule, and does not know which of the two it has.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
+from shardwise.parallel.data.same_data import check_same_data
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.faults import parameter_fault
 from shardwise.parallel.judgement import Judge, Judgement
@@ -21,7 +22,6 @@ from shardwise.parallel.optim.clipping import clip, local_gradients, local_tenso
 from shardwise.parallel.optim.local_rows import Shards
 from shardwise.parallel.optim.optimizer_state import OptimizerState, load_schedule_state, schedule_state
 from shardwise.parallel.optim.zero1 import DealtParameters
-from shardwise.parallel.same_data import check_same_data
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
 from shardwise.parallel.state.layout import Piece
@@ -37,7 +37,7 @@ def build_engine(workload: Workload, strategy: Strategy, mesh: Mesh, cuts: Cuts 
     `cuts` are the cut points of a graph into stages and blocks. None chooses them by measured layer costs.
     """
     if strategy.tp == strategy.pp == 1:
-        from shardwise.parallel.data import ModuleEngine
+        from shardwise.parallel.data.module_engine import ModuleEngine
 
         return ModuleEngine(workload, strategy, mesh)
     from shardwise.parallel.graph.graph_engine import GraphEngine

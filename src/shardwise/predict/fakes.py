@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from shardwise.parallel.data import ModuleEngine
+from shardwise.parallel.data.module_engine import ModuleEngine
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.mesh import Allocating, forget_meshes

@@ -55,7 +55,7 @@ def syncs(strategy: Strategy, actions: Sequence[Action]) -> list[Sync]:
 
     With tp or pp, gradients are reduced in the last backward pass of a stage, and the earlier backward passes leave
     the parameters gathered. Otherwise each microbatch reduces its own gradients. See `holding.before_backward` and
-    `sharded.split_parameters`.
+    `fsdp.split_parameters`.
     """
     module = strategy.tp == strategy.pp == 1
     whole: dict[int, bool] = {}

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
-from shardwise.parallel.blocks import repeated_blocks, steady_modules
+from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.pipeline.cut_points import Place
 from shardwise.parallel.state.build_model import evaluating, persistent_buffers, plain_model, untouched
@@ -38,7 +38,7 @@ SHORT = 4
 """Number of layers that are traced: the first one, two in the middle that must be equal, and the last one."""
 
 _ALONE = 4
-"""Number of samples that are passed one by one to find repeated blocks, as `parallel.data` does."""
+"""Number of samples that are passed one by one to find repeated blocks, as `parallel.data.module_engine` does."""
 
 LARGE_BUFFER = 2**16
 """Bytes from which on a buffer's memory is allocated without being touched."""
@@ -152,7 +152,7 @@ class Model:
     def _seen(self, module: nn.Module, samples: int) -> set[nn.Module]:
         """Return the modules that are steady in a pass of a batch of `samples` samples; 0: in passes of single samples.
 
-        See `parallel.blocks.steady_modules`.
+        See `parallel.data.blocks.steady_modules`.
         """
         if samples not in self._steady:
             if samples:

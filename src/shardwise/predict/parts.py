@@ -3,7 +3,8 @@
 It repeats the decisions of `parallel` about cuts and communication, from a profile instead of a module:
 
     ModuleEngine   (tp = pp = 1)    one stage; DDP's buckets, or `fully_shard` on the module's repeated blocks
-    GraphEngine    (tp or pp)       stages and blocks cut by cost; buckets of `reduce.GradientReducer`, or `fully_shard`
+    GraphEngine    (tp or pp)       stages and blocks cut by cost; buckets of `gradient_reducer.GradientReducer`, or
+    `fully_shard`
 
 Segments are known by their index in `Profile.links`; a range from `first` to `end` excludes `end`.
 """
@@ -428,7 +429,7 @@ def _assigned(parameters: Iterable[Parameter], limits: Sequence[int]) -> list[tu
 
 
 def _reducer_buckets(parameters: Sequence[Parameter], first: int, limit: int) -> list[Bucket]:
-    """Return the buckets of `reduce.GradientReducer`.
+    """Return the buckets of `gradient_reducer.GradientReducer`.
 
     A parameter's gradient is complete when the backward pass is through its first segment from `first` on.
     """

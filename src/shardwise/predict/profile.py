@@ -184,7 +184,8 @@ class Profile:
         links: the chain of segments.
         parameters: parameters and buffers, in the order of the module.
         values: tensors that segments hand to each other.
-        blocks: indices of the parameters of each repeated block of the module, in its order; see `parallel.blocks`.
+        blocks: indices of the parameters of each repeated block of the module, in its order; see
+            `parallel.data.blocks`.
         update: work of the optimizer per element.
         weighted: whether the workload weights its batches, so that replicas all-reduce the weight in each step.
         clipped: whether gradients are clipped.

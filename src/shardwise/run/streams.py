@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardwise.errors import DataError, ShardwiseError
-from shardwise.parallel.same_data import by_rank
+from shardwise.parallel.data.same_data import by_rank
 from shardwise.run.workers import Workers
 from shardwise.workload.data import FAILED
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.errors import StrategyError
+from shardwise.parallel.data.gradient_reducer import GradientReducer, sum_gradients
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.pipeline.stage import Stage, Work
-from shardwise.parallel.reduce import GradientReducer, sum_gradients
 from shardwise.parallel.state.dtensor_rows import is_split, local, row_layout
 from shardwise.parallel.state.gather import anywhere
 from shardwise.parallel.state.layout import Held, Layout
@@ -73,7 +73,7 @@ class Holding:
         self._given: dict[dist.ProcessGroup, list[str]] = {}
         self._whole = [name for name in mine if self.sharded and mine[name].dim() == 0]
         if self.sharded:
-            from shardwise.parallel.sharded import check_dtypes, gather_next, split_parameters
+            from shardwise.parallel.data.fsdp import check_dtypes, gather_next, split_parameters
 
             check_dtypes((tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)), strategy)
             for stage in self.stages.values():
@@ -228,9 +228,9 @@ class Holding:
             self._reducers[stage].arm()
 
     def after_evaluation(self) -> None:
-        """Free gathered parameters, see `sharded.reshard`."""
+        """Free gathered parameters, see `fsdp.reshard`."""
         if self.sharded:
-            from shardwise.parallel.sharded import reshard
+            from shardwise.parallel.data.fsdp import reshard
 
             for stage in self.stages.values():
                 reshard(stage)

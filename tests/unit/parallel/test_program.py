@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from shardwise.errors import CheckpointError, WorkloadError
-from shardwise.parallel.blocks import repeated_blocks, steady_modules
-from shardwise.parallel.data import ModuleEngine
+from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
+from shardwise.parallel.data.module_engine import ModuleEngine
 from shardwise.parallel.program import Program
 from shardwise.parallel.state.build_model import aliases_of, persistent_buffers
 from shardwise.parallel.state.layout import Piece

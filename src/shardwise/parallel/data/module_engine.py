@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from shardwise.errors import WorkloadError
-from shardwise.parallel.blocks import repeated_blocks, steady_modules
+from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
+from shardwise.parallel.data.ddp import Replicated
 from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, Pass, gradient_fault, module_fault, passes_of
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operators.module_patches import DRAWN, Operations
 from shardwise.parallel.optim.clipping import local_gradients
-from shardwise.parallel.replicated import Replicated
 from shardwise.parallel.state.buffers import Buffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, evaluating, untouched
 from shardwise.parallel.state.dtensor_rows import is_split, row_layout
@@ -34,7 +34,7 @@ from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload, call_model
 
 if TYPE_CHECKING:
-    from shardwise.parallel.sharded import Sharded
+    from shardwise.parallel.data.fsdp import Sharded
 
 _ALONE = 4
 """Number of samples that are passed through the model one by one to find its blocks."""
@@ -219,7 +219,7 @@ class ModuleEngine:
         for block in blocks[: strategy.recomputed_of(len(blocks))]:
             self._operations.recompute(block, products=strategy.keeps_products)
         if group is not None and sharded:
-            from shardwise.parallel.sharded import Sharded  # importing it takes a second
+            from shardwise.parallel.data.fsdp import Sharded  # importing it takes a second
 
             replicas = Sharded(model, blocks, self._mesh)
             self._read(model)
