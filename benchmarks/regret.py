@@ -188,7 +188,7 @@ def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
     from shardwise.plan.search import search
     from shardwise.plan.wish import Wish
     from shardwise.predict.costs import predict
-    from shardwise.predict.scaled import ScaledProfiles
+    from shardwise.predict.profile.interpolate import ScaledProfiles
     from shardwise.predict.simulate import profiles_on
     from shardwise.run.request import check
     from shardwise.strategy import Strategy

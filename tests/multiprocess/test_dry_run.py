@@ -19,8 +19,8 @@ from shardwise.parallel.optim import zero1
 from shardwise.parallel.pipeline.executor import Pipeline
 from shardwise.parallel.tensor import communication
 from shardwise.predict.dryrun import DryRun, dry_run
-from shardwise.predict.kernel import Kernel
 from shardwise.predict.prediction import Memory
+from shardwise.predict.profile.kernel import Kernel
 from shardwise.splitting import buckets
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy

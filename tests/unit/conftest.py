@@ -7,8 +7,8 @@ from small_gpt import SPEC
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
-from shardwise.predict.profiling import Profiles
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.workload.load import load_workload
 from shardwise.workload.workload import Workload
 

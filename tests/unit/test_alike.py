@@ -18,8 +18,8 @@ from shardwise.plan.wish import Wish
 from shardwise.predict import stage_costs
 from shardwise.predict.alike import alike, gathered_alike
 from shardwise.predict.costs import costs_of, predict
-from shardwise.predict.kept import Kept
-from shardwise.predict.profiling import Profiles
+from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 

@@ -7,10 +7,10 @@ import pytest
 from shardwise.cluster.find import find_cluster
 from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.gpu import kernel_seconds
-from shardwise.predict.kernel import Kernel
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.profile import Profile
-from shardwise.predict.profiling import Profiles
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.profile import Profile
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.transformer import step as transformer
 from shardwise.predict.transformer.layer import block
 from shardwise.predict.transformer.sizes import Setup, Sizes, Stack

@@ -14,7 +14,7 @@ from shardwise.plan.search import search
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import Costs, costs_of
 from shardwise.predict.judging import judged
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.splitting.balance import divided
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload

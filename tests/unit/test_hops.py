@@ -10,7 +10,7 @@ from test_costs import CLUSTER, DEVICE, layer, profile
 from shardwise.cluster.cluster import Nodes
 from shardwise.predict.costs import costs_of
 from shardwise.predict.hops import slower_hops
-from shardwise.predict.profile import Link
+from shardwise.predict.profile.profile import Link
 from shardwise.splitting.balance import divided
 from shardwise.splitting.slow_links import much_slower
 from shardwise.strategy import Strategy

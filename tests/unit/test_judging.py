@@ -15,7 +15,7 @@ from shardwise.cluster.find import find_cluster
 from shardwise.predict import issuing, memory
 from shardwise.predict.costs import costs_of
 from shardwise.predict.judging import Judged, judged
-from shardwise.predict.profiling import Profiles
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.sharded import Held, held_at_links
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt

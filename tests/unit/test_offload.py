@@ -19,13 +19,13 @@ from shardwise.plan.explain import explanation
 from shardwise.plan.search import search
 from shardwise.plan.space import divisors, families, members
 from shardwise.plan.wish import Wish
-from shardwise.predict.condensed import condense
 from shardwise.predict.constants import constants
 from shardwise.predict.costs import predict
 from shardwise.predict.judging import judged
 from shardwise.predict.offload import HOST_LINK_SHARE, HOST_SHARE, fetched, updated
-from shardwise.predict.profiling import Profiles
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
+from shardwise.predict.profile.profiler import Profiles
+from shardwise.predict.profile.summary import condense
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 

@@ -21,10 +21,10 @@ from shardwise.plan.prospects import family_of
 from shardwise.plan.scaling import Point, counts, enlarged, worth
 from shardwise.plan.search import Searched, search
 from shardwise.plan.wish import Wish
-from shardwise.predict.condensed import condense
 from shardwise.predict.costs import predict
-from shardwise.predict.profiling import Profiles
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
+from shardwise.predict.profile.profiler import Profiles
+from shardwise.predict.profile.summary import condense
 from shardwise.predict.timeline import timeline
 from shardwise.predict.uneven import predict_shares
 from shardwise.run.job import Source

@@ -12,10 +12,10 @@ from shardwise.cluster.find import find_cluster
 from shardwise.predict.constants import constants
 from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.events import COMPUTE, Operation
-from shardwise.predict.kernel import Kernel
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.profile import Layer, Link, Parameter, Pass, Profile, Value
-from shardwise.predict.profiling import Profiles
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.profile import Layer, Link, Parameter, Pass, Profile, Value
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.timeline import Timeline, timeline
 from shardwise.predict.timing import slowest
 from shardwise.splitting.schedule import order

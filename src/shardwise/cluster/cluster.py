@@ -62,7 +62,8 @@ class KernelCurve:
         kind: one of SHAPES.
         dtype: one of DTYPES.
         samples: measurements; a shape has the sizes that SHAPES names.
-        operation: for `memory`, the operation as in `predict.kernel.Kernel.operation`; for attention, `causal` or
+        operation: for `memory`, the operation as in `predict.profile.kernel.Kernel.operation`; for attention, `causal`
+            or
             `dense`; for convolutions of one small sample, which torch computes on a CPU without oneDNN, `native`; else
             empty.
         backward: whether the backward pass of the operation was measured.

@@ -111,7 +111,7 @@ def _logarithms(*sizes: int) -> tuple[float, ...]:
 
 
 NATIVE = "native"
-"""Prefix in the names of convolutions that torch computes with its own code, see `predict.counting`."""
+"""Prefix in the names of convolutions that torch computes with its own code, see `predict.profile.op_counter`."""
 
 
 def curve_name(kind: str, operation: str) -> str:

@@ -24,13 +24,13 @@ from itertools import accumulate
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.plan.bounds_memory import even, owners
-from shardwise.predict.condensed import Condensed, Times, times_of
 from shardwise.predict.hops import slower_hops
-from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import collective_seconds
 from shardwise.predict.parts import cuts_of, group_of, recomputed_links
 from shardwise.predict.pipelines import StageTime, alone
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.profile import Profile
+from shardwise.predict.profile.summary import Condensed, Times, times_of
 from shardwise.predict.timing import Timed, timed
 from shardwise.strategy import OUTERMOST, Strategy
 

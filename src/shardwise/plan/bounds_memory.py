@@ -11,7 +11,7 @@ Both are the mean over the workers of a pipeline, for which stages count as near
 
 from __future__ import annotations
 
-from shardwise.predict.condensed import Condensed
+from shardwise.predict.profile.summary import Condensed
 from shardwise.splitting.balance import MOST_BLOCKS
 from shardwise.strategy import Strategy
 

@@ -21,12 +21,12 @@ from math import gcd
 from shardwise.cluster.cluster import Cluster
 from shardwise.plan.bounds_memory import most_of_the_model
 from shardwise.plan.shares import MOST_REPLICAS
-from shardwise.predict.condensed import Condensed
 from shardwise.predict.costs import Costs, costs_of
 from shardwise.predict.hops import slower_hops
 from shardwise.predict.parts import Stage, cuts_of
 from shardwise.predict.prediction import Memory
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile.profile import Profile
+from shardwise.predict.profile.summary import Condensed
 from shardwise.strategy import Strategy
 
 ROUNDS = 12

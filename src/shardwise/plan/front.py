@@ -14,7 +14,7 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster
 from shardwise.plan.plan import Candidate, Plan
 from shardwise.plan.search import Searched, search
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.workload.workload import Workload
 
 STEP = 0.05

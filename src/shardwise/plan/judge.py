@@ -7,7 +7,7 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster
 from shardwise.plan.plan import Candidate, Plan, Rejected
 from shardwise.predict.judging import judged
-from shardwise.predict.profiling import Profiles
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.units import format_bytes
 
 

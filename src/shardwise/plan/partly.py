@@ -9,11 +9,11 @@ from math import ceil
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.plan.bounds_memory import least_memory
-from shardwise.predict.condensed import Condensed
 from shardwise.predict.costs import costs_of
 from shardwise.predict.hops import slower_hops
 from shardwise.predict.parts import cuts_of, stage_blocks
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile.profile import Profile
+from shardwise.predict.profile.summary import Condensed
 from shardwise.predict.timing import timed
 from shardwise.strategy import Strategy
 

@@ -17,7 +17,7 @@ from shardwise.plan.lost import Lost
 from shardwise.plan.partly import fewest, may_be
 from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.task import Task
-from shardwise.predict.condensed import Condensed, times_of
+from shardwise.predict.profile.summary import Condensed, times_of
 from shardwise.strategy import Strategy
 
 

@@ -9,7 +9,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError
 from shardwise.plan.search import Searched, search
 from shardwise.plan.wish import Wish
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.workload.workload import Workload
 

@@ -32,8 +32,8 @@ from shardwise.plan.task import Task
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import costs_of
 from shardwise.predict.offload import has_host
-from shardwise.predict.profiling import Profiles
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.predict.uneven import ProfileOf
 from shardwise.splitting.balance import Cuts, cuts_blocks

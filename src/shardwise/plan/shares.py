@@ -8,7 +8,7 @@ from math import gcd
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.plan.space import divisors
 from shardwise.predict.costs import slowest_at
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timing import timed
 from shardwise.predict.uneven import ProfileOf, replica, slowest_rank
 from shardwise.strategy import Strategy

@@ -9,7 +9,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.plan.plan import Candidate
 from shardwise.plan.wish import Wish
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

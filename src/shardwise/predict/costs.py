@@ -27,7 +27,7 @@ from shardwise.predict.offload import FIELDS, check_host, check_room, offloads, 
 from shardwise.predict.parts import REPORT_BYTES, Parts, Worker, group_of, parts_of
 from shardwise.predict.pipelines import Messages, StageTime, pipeline_seconds, played
 from shardwise.predict.prediction import Memory, Prediction
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile.profile import Profile
 from shardwise.predict.stage_costs import StageCosts
 from shardwise.predict.timing import DTYPES, Timed, timed
 from shardwise.predict.work import Work, table_of, work_of

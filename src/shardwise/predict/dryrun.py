@@ -31,10 +31,9 @@ from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.mesh import Allocating
 from shardwise.parallel.program import Program
 from shardwise.predict.fakes import Answers, ModelWithoutValues, as_on_gpu, fake_workers, first_share, replicated
-from shardwise.predict.grouped import widen_grouped_products
-from shardwise.predict.kernel import Kernel
-from shardwise.predict.models import builds
 from shardwise.predict.prediction import Memory
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.meta_model import builds, widen_grouped_products
 from shardwise.predict.record import Event, Record, Recorder
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy

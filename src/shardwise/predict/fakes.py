@@ -29,10 +29,10 @@ from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.mesh import Allocating, forget_meshes
 from shardwise.parallel.program import Program
 from shardwise.parallel.state.pytree import facts
-from shardwise.predict.accelerated import AsOnGPU
-from shardwise.predict.counting import tensors
-from shardwise.predict.models import batch
-from shardwise.predict.updating import all_at_once
+from shardwise.predict.profile.gpu_ops import AsOnGPU
+from shardwise.predict.profile.meta_model import batch
+from shardwise.predict.profile.op_counter import tensors
+from shardwise.predict.profile.optimizer import all_at_once
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, cut_batch
 from shardwise.workload.workload import Workload

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import ProcessGroup, _resolve_process_group
 from shardwise.collective import Collective, Group
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline.executor import goes_back
-from shardwise.predict.counting import tensors
+from shardwise.predict.profile.op_counter import tensors
 
 _OPERATIONS = {
     "allreduce_": ("all_reduce", 0),

@@ -14,7 +14,7 @@ import numpy as np
 
 from shardwise.predict.orders import BACKWARDS, FORWARDS, INPUTS, KINDS, WEIGHTS, Integers, sequence
 from shardwise.predict.parts import REPORT_BYTES, Gathered, Parts, Stage, Worker, replica_axis
-from shardwise.predict.profile import Exchanged, Profile
+from shardwise.predict.profile.profile import Exchanged, Profile
 from shardwise.splitting.schedule import FORWARD, INPUT, WEIGHT, Action, order
 from shardwise.strategy import Strategy
 

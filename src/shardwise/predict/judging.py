@@ -14,7 +14,7 @@ from shardwise.predict.dryrun import DryRun, dry_run
 from shardwise.predict.issuing import Key, communicated
 from shardwise.predict.memory import worker_memory
 from shardwise.predict.prediction import Memory, categories
-from shardwise.predict.profiling import Profiles
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.strategy import Strategy
 
 

@@ -20,7 +20,7 @@ from shardwise.cluster.curves import Curves, Line, situations
 from shardwise.collective import Collective
 from shardwise.errors import RequestError
 from shardwise.predict import gpu, network
-from shardwise.predict.kernel import Kernel
+from shardwise.predict.profile.kernel import Kernel
 
 
 class KernelTimes:

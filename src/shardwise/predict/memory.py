@@ -26,11 +26,11 @@ from shardwise.cluster.cluster import Device
 from shardwise.predict.alike import alike, gathered_alike
 from shardwise.predict.gpu import ELEMENT_BYTES
 from shardwise.predict.issuing import Counts, under_way
-from shardwise.predict.kernel import Kernel
 from shardwise.predict.offload import left, offloads
 from shardwise.predict.parts import Block, Stage, Worker
 from shardwise.predict.prediction import Memory
-from shardwise.predict.profile import Link, Profile
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.profile import Link, Profile
 from shardwise.predict.sharded import Held, held_at_links, keeps_gradients
 from shardwise.strategy import Strategy
 

@@ -19,7 +19,7 @@ from math import ceil
 
 from shardwise.collective import Group
 from shardwise.errors import StrategyError
-from shardwise.predict.profile import Parameter, Profile, Value
+from shardwise.predict.profile.profile import Parameter, Profile, Value, module_blocks
 from shardwise.splitting.balance import blocks_from, check_stages, cuts_blocks, stage_starts
 from shardwise.splitting.buckets import bucket_bytes
 from shardwise.splitting.ownership import BUCKET_BYTES as BROADCAST_BYTES
@@ -258,15 +258,6 @@ def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
     for first, end in module_blocks(profile):
         bounds |= {first, end}
     return sorted(bounds - {len(profile.links)})
-
-
-def module_blocks(profile: Profile) -> list[tuple[int, int]]:
-    """Return the segment range (first, end) of each repeated block, in the order of the module."""
-    found = []
-    for block in profile.blocks:
-        links = [link for index in block for link in profile.parameters[index].links]
-        found.append((min(links), max(links) + 1))
-    return found
 
 
 def stage_blocks(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:

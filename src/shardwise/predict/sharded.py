@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from shardwise.predict.parts import Block, Stage
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile.profile import Profile
 from shardwise.strategy import Strategy
 
 

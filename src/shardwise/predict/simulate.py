@@ -12,7 +12,7 @@ from shardwise.errors import RequestError, StrategyError
 from shardwise.predict.document import document
 from shardwise.predict.judging import Judged, judged
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.profiling import Profiles
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.timeline import Timeline, timeline
 from shardwise.predict.timing import slowest
 from shardwise.predict.uneven import predict_shares, refuse_shares

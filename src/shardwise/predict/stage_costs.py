@@ -14,7 +14,7 @@ from shardwise.predict.network import level_of
 from shardwise.predict.offload import fetched, offloads
 from shardwise.predict.parts import Gathered, Stage, group_of
 from shardwise.predict.passes import Passed, Piece, bucketed, gathered, slowed
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timing import Spent, Timed
 from shardwise.splitting.schedule import FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy

@@ -24,7 +24,7 @@ from shardwise.predict.issuing import Sync, table
 from shardwise.predict.parts import REPORT_BYTES, Stage, Worker, group_of
 from shardwise.predict.passes import Piece
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timing import DTYPES, Spent
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.strategy import Strategy

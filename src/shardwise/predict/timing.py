@@ -17,9 +17,9 @@ from itertools import accumulate
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
-from shardwise.predict.kernel import Kernel
 from shardwise.predict.kernels import KernelTimes, collective_seconds, launches
-from shardwise.predict.profile import Exchanged, Layer, Pass, Profile
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.profile import Exchanged, Layer, Pass, Profile
 from shardwise.strategy import Strategy
 
 DTYPES = {"float32": "float32", "bf16": "bf16"}

@@ -14,7 +14,7 @@ from shardwise.cluster.cluster import Cluster, Device
 from shardwise.errors import StrategyError
 from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.profile import Profile
+from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timing import DTYPES
 from shardwise.strategy import Strategy
 

@@ -22,7 +22,7 @@ from shardwise.plan.scaling import counts
 from shardwise.plan.search import Searched, may_offload, search
 from shardwise.plan.wish import Wish
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.run.at_hand import check_hosts, cluster_at_hand
 from shardwise.run.job import run_job

@@ -109,7 +109,7 @@ class Footprint:
         """
         if not self.trials:
             return {}
-        from shardwise.predict.profiling import Profiles
+        from shardwise.predict.profile.profiler import Profiles
         from shardwise.predict.simulate import profiles_on, simulate
 
         known: dict[int, Profiles] = {}

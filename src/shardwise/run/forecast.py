@@ -15,7 +15,7 @@ from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
 if TYPE_CHECKING:
-    from shardwise.predict.profiling import Profiles
+    from shardwise.predict.profile.profiler import Profiles
 
 
 def forecasts(

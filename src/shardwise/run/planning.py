@@ -24,7 +24,7 @@ from shardwise.plan.scaling import Point, cheapest, counts, dollars, scaling, sm
 from shardwise.plan.search import Searched
 from shardwise.plan.task import room
 from shardwise.plan.wish import Wish
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.at_hand import cluster_at_hand
 from shardwise.run.job import Source

@@ -60,7 +60,7 @@ def test_several_steps_have_processes_of_their_own() -> None:
 
 def test_events_of_a_thread_do_not_overlap() -> None:
     from shardwise.cluster.find import find_cluster
-    from shardwise.predict.profiling import Profiles
+    from shardwise.predict.profile.profiler import Profiles
     from shardwise.predict.simulate import played
     from shardwise.strategy import Strategy
     from shardwise.workload.load import load_workload

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from shardwise.predict.kernel import Kernel
+from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.transformer.layer import accumulation, moving, product, tokens
 from shardwise.predict.transformer.sizes import Setup, Sizes
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from shardwise.predict.gpu import ELEMENT_BYTES
-from shardwise.predict.kernel import Kernel
+from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.transformer.sizes import Setup, Sizes
 
 

@@ -16,9 +16,9 @@ from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.predict.constants import Constants, constants
 from shardwise.predict.gpu import LARGEST_SHARE, UNLIMITED, kernel_seconds, rate, sustained
-from shardwise.predict.kernel import Kernel
 from shardwise.predict.network import collective_seconds
 from shardwise.predict.prediction import Prediction
+from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.transformer import ends
 from shardwise.predict.transformer.layer import Passes, block, tokens
 from shardwise.predict.transformer.memory import memory

@@ -17,8 +17,8 @@ from shardwise.parallel.operators import selective_checkpoint
 from shardwise.plan.search import search
 from shardwise.plan.wish import Wish
 from shardwise.predict.costs import predict
-from shardwise.predict.profiling import Profiles
-from shardwise.predict.scaled import ScaledProfiles
+from shardwise.predict.profile.interpolate import ScaledProfiles
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.strategy import PRODUCTS, Strategy
 from shardwise.workload.load import load_workload
 

@@ -26,11 +26,11 @@ from shardwise.parallel.state.pytree import map_tensors
 from shardwise.parallel.tensor.partition import partition
 from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
 from shardwise.parallel.tensor.placement import Sharded, local_shape
-from shardwise.predict.analysis import Analysis, Analyst, Calls, LinkRecorder, NotedExchange, Spec
-from shardwise.predict.kernel import Kernel
-from shardwise.predict.models import Model, batch, builds, tensors_of, with_values
-from shardwise.predict.profile import Layer, Link, Parameter, Pass, Profile, Value
-from shardwise.predict.repeating import deepened
+from shardwise.predict.profile.deepen import deepened
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.meta_model import Model, batch, builds, tensors_of, with_values
+from shardwise.predict.profile.profile import Layer, Link, Parameter, Pass, Profile, Value
+from shardwise.predict.profile.segment_recorder import Analysis, Analyst, Calls, LinkRecorder, NotedExchange, Spec
 from shardwise.strategy import Strategy
 from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
 from shardwise.workload.workload import Workload

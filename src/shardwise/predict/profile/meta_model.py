@@ -1,7 +1,10 @@
 """A workload's model as predictions trace it: without parameter memory, shortened if its layers repeat, traced once.
 
 Parameters have no values, so that a model may be larger than this machine's memory. Only the first `SHORT` of a long
-list of equal layers are traced; `predict.repeating` extends the profile to all of them.
+list of equal layers are traced; `predict.profile.deepen` extends the profile to all of them.
+
+`torch._grouped_mm` (mixture of experts) accepts float32 and float16 too, on CPUs and GPUs, but its meta kernel, which
+computes the shape of the result, rejects all dtypes but bfloat16. This module alone patches that kernel.
 """
 
 from __future__ import annotations
@@ -9,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _meta_registrations, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
@@ -24,9 +27,8 @@ from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.pipeline.cut_points import Place
 from shardwise.parallel.state.build_model import evaluating, persistent_buffers, plain_model, untouched
 from shardwise.parallel.state.pytree import unlike
-from shardwise.predict.grouped import widen_grouped_products
-from shardwise.predict.profile import Update
-from shardwise.predict.updating import update_of
+from shardwise.predict.profile.optimizer import update_of
+from shardwise.predict.profile.profile import Update
 from shardwise.workload.data import first_samples
 from shardwise.workload.trace.graph import StepGraph
 from shardwise.workload.trace.repeated_layers import repeated_layers, shortened
@@ -251,3 +253,26 @@ def batch(workload: Workload, samples: int) -> Any:
     if not found:
         raise DataError(f"the dataset of workload {workload.name!r} is empty: there is nothing to train on")
     return (workload.collate or default_collate)([found[index % len(found)] for index in range(samples)])
+
+
+_SHAPES: Any = _meta_registrations
+
+
+@cache
+def widen_grouped_products() -> None:
+    """Patch torch's meta kernel of grouped matmuls to accept any floating dtype, for the rest of the process.
+
+    All other checks of the kernel stay in force. Repeated calls have no effect.
+    """
+    refusing = _SHAPES._meta_grouped_mm_common
+
+    def shape_of(mat_a: Tensor, mat_b: Tensor, scale_a: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        dtype = mat_a.dtype
+        if scale_a is not None or dtype != mat_b.dtype or dtype == torch.bfloat16 or not dtype.is_floating_point:
+            return refusing(mat_a, mat_b, scale_a, *args, **kwargs)  # type: ignore[no-any-return]
+        narrow = mat_a.to(torch.bfloat16), mat_b.to(torch.bfloat16)
+        if kwargs.get("out_dtype") == dtype:
+            kwargs["out_dtype"] = None
+        return refusing(*narrow, scale_a, *args, **kwargs).to(dtype)  # type: ignore[no-any-return]
+
+    _SHAPES._meta_grouped_mm_common = shape_of

@@ -16,7 +16,7 @@ class Kernel:
     Attributes:
         operation: name of the operation, for display and for grouping, for example `aten.mm`. The prefix `dense` marks
             attention that is not causal, the prefix `rows` an elementwise operation on short rows (see
-            `predict.counting`).
+            `predict.profile.op_counter`).
         kind: one of KINDS; `memory` is everything that only moves and combines values: elementwise, norms, softmax,
             embeddings, copies, optimizers.
         dtype: data type of the operands, one of `cluster.DTYPES`.

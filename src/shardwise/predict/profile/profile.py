@@ -9,7 +9,7 @@ object, so that a model of a thousand equal blocks is as fast to predict as one 
     profile.parameters                 parameters and buffers, and the segments that use them
     profile.values                     tensors that segments hand to each other: messages of a pipeline, activations
 
-`predict.profiling` makes profiles from workloads.
+`predict.profile.profiler` makes profiles from workloads.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
 
-from shardwise.predict.kept import Kept
-from shardwise.predict.kernel import Kernel
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.memo import Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,3 +320,12 @@ class Profile:
             for each in (layer.forward, layer.backward, layer.weights):
                 total += sum(kernel.flops * kernel.count for kernel in each.kernels)
         return total
+
+
+def module_blocks(profile: Profile) -> list[tuple[int, int]]:
+    """Return the segment range (first, end) of each repeated block, in the order of the module."""
+    found = []
+    for block in profile.blocks:
+        links = [link for index in block for link in profile.parameters[index].links]
+        found.append((min(links), max(links) + 1))
+    return found

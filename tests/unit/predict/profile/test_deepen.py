@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from shardwise import Strategy, Workload
-from shardwise.predict import models
-from shardwise.predict.models import SHORT, Model, builds
-from shardwise.predict.profile import Profile
-from shardwise.predict.profiling import Profiles, profile
-from shardwise.predict.repeating import deepened
+from shardwise.predict.profile import meta_model
+from shardwise.predict.profile.deepen import deepened
+from shardwise.predict.profile.meta_model import SHORT, Model, builds
+from shardwise.predict.profile.profile import Profile
+from shardwise.predict.profile.profiler import Profiles, profile
 from shardwise.workload.load import load_workload
 
 GPT = "gpt:layers=6,hidden=64,heads=4,sequence=16,vocabulary=300"
@@ -35,7 +35,7 @@ SIZES = {
 def whole(monkeypatch: pytest.MonkeyPatch, workload: Workload, **kind: Any) -> Profile:
     """The profile for which all layers were looked at."""
     with monkeypatch.context() as patch:
-        patch.setattr(models, "repeated_layers", lambda module: None)
+        patch.setattr(meta_model, "repeated_layers", lambda module: None)
         return profile(workload, **kind)
 
 
@@ -44,7 +44,7 @@ def both() -> tuple[Profiles, Profiles]:
     """Profiles of few and of all layers, from models that are traced once."""
     short, long = Profiles(load_workload(GPT)), Profiles(load_workload(GPT))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "repeated_layers", lambda module: None)
+        patch.setattr(meta_model, "repeated_layers", lambda module: None)
         long.of(Strategy())
     return short, long
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
-from shardwise.predict.kept import Kept
+from shardwise.predict.profile.memo import Kept
 
 
 class Named:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from shardwise.cluster.curves import NATIVE
-from shardwise.predict.kernel import Kernel
+from shardwise.predict.profile.kernel import Kernel
 
 aten = torch.ops.aten
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from shardwise.predict.kept import Kept
-from shardwise.predict.profile import Parameter, Profile, Value
+from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.profile import Parameter, Profile, Value
 
 
 def deepened(short: Profile, layers: Sequence[str]) -> Profile | None:

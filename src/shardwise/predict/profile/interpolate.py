@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from shardwise.errors import StrategyError, WorkloadError
-from shardwise.predict.condensed import Condensed, condense
-from shardwise.predict.kept import Kept
-from shardwise.predict.kernel import Kernel
-from shardwise.predict.profile import Link, Parameter, Pass, Profile, Value
-from shardwise.predict.profiling import Profiles
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.profile import Link, Parameter, Pass, Profile, Value
+from shardwise.predict.profile.profiler import Profiles
+from shardwise.predict.profile.summary import Condensed, condense
 from shardwise.strategy import Strategy
 
 T = TypeVar("T")

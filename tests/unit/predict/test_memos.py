@@ -17,10 +17,10 @@ import pytest
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import StrategyError
-from shardwise.predict.kept import Kept
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.profile import Profile
-from shardwise.predict.profiling import Profiles
+from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.profile import Profile
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload

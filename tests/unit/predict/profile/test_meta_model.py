@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shardwise.predict.grouped import widen_grouped_products
+from shardwise.predict.profile.meta_model import widen_grouped_products
 
 
 def product(dtype: torch.dtype, inner: int = 8) -> torch.Tensor:
@@ -30,7 +30,7 @@ def test_what_does_not_fit_is_refused_still() -> None:
 
 
 def test_torch_alone_refuses_it() -> None:
-    """Once it does not, `predict/grouped.py` can go."""
+    """Once it does not, `predict/profile/meta_model.py` can go."""
     refusing = next(
         cell.cell_contents
         for cell in torch._meta_registrations._meta_grouped_mm_common.__closure__ or ()

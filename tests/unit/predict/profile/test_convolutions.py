@@ -9,8 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from shardwise.cluster.curves import NATIVE
-from shardwise.predict.analysis import LinkRecorder
-from shardwise.predict.counting import workspace
+from shardwise.predict.profile.op_counter import workspace
+from shardwise.predict.profile.segment_recorder import LinkRecorder
 
 
 def convolved(dimensions: int, batch: int, channels: int, side: int, window: int, groups: int = 1) -> tuple[Any, ...]:

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardwise import Workload
-from shardwise.predict.accelerated import WIDENED, on_gpu
-from shardwise.predict.analysis import LinkRecorder
-from shardwise.predict.kernel import Kernel
-from shardwise.predict.profile import Layer
-from shardwise.predict.profiling import profile
+from shardwise.predict.profile.gpu_ops import WIDENED, on_gpu
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.profile import Layer
+from shardwise.predict.profile.profiler import profile
+from shardwise.predict.profile.segment_recorder import LinkRecorder
 
 aten = torch.ops.aten
 ROWS, WIDTH = 6, 32

@@ -12,7 +12,7 @@ from shardwise.cluster.cluster import KernelCurve, Sample
 from shardwise.cluster.curves import Curves
 from shardwise.cluster.measure.arena import Arena
 from shardwise.cluster.measure.kernel_cases import _in_rows
-from shardwise.predict.analysis import LinkRecorder
+from shardwise.predict.profile.segment_recorder import LinkRecorder
 from shardwise.run.calibrate import note
 
 HEADS = torch.randn(4, 8, 4, 32).transpose(1, 2)

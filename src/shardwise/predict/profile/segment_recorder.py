@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardwise.parallel.operators.selective_checkpoint import is_product
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.parallel.tensor.communication import Exchange
-from shardwise.predict.accelerated import on_gpu
-from shardwise.predict.counting import kernel_of, tensors, workspace
-from shardwise.predict.kernel import Kernel
-from shardwise.predict.profile import Exchanged, Layer, Pass
+from shardwise.predict.profile.gpu_ops import on_gpu
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.op_counter import kernel_of, tensors, workspace
+from shardwise.predict.profile.profile import Exchanged, Layer, Pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.predict.kept import Kept
-from shardwise.predict.parts import module_blocks
-from shardwise.predict.profile import Layer, Profile, Update
+from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.profile import Layer, Profile, Update, module_blocks
 from shardwise.predict.timing import Seconds
 from shardwise.strategy import Strategy
 

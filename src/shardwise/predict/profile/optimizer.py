@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shardwise.predict.analysis import LinkRecorder
-from shardwise.predict.kernel import Kernel
-from shardwise.predict.profile import Update
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.profile import Update
+from shardwise.predict.profile.segment_recorder import LinkRecorder
 from shardwise.workload.workload import Workload
 
 _SIDE = 256

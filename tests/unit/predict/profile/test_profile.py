@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.predict.kernel import Kernel
-from shardwise.predict.profile import Layer, Link, Parameter, Pass, Profile, Value
+from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.profile import Layer, Link, Parameter, Pass, Profile, Value
 
 MATMUL = Kernel("aten.mm", "matmul", "float32", 8.0, 24.0, (1, 2, 2, 1))
 LAYER = Layer(forward=Pass((MATMUL,)), backward=Pass((MATMUL, MATMUL)), inside=10)

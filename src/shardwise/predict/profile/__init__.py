@@ -1,0 +1,1 @@
+"""Profile of one step on one device: kernels, parameters and activations of each segment of its graph."""
