@@ -32,9 +32,9 @@ from benchmarks.harness import environment, record
 from shardwise.cluster import catalogue
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
-from shardwise.predict import constants as module
-from shardwise.predict.constants import Constants, constants
-from shardwise.predict.network import collective_seconds
+from shardwise.predict.hardware import constants as module
+from shardwise.predict.hardware.constants import Constants, constants
+from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.published.row import Run, read
 from shardwise.predict.published.validate import read_rows
 from shardwise.predict.transformer.step import Clock, predict

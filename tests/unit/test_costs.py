@@ -11,8 +11,8 @@ from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, Level, N
 from shardwise.collective import Collective, Group
 from shardwise.errors import StrategyError
 from shardwise.predict.costs import Costs, costs_of, predict
+from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.issuing import communicated
-from shardwise.predict.network import collective_seconds
 from shardwise.predict.parts import Bucket, Gathered, Parts, group_of, message_group, parts_of
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Exchanged, Layer, Link, Parameter, Pass, Profile, Update, Value

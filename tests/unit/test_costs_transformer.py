@@ -6,7 +6,7 @@ import pytest
 
 from shardwise.cluster.find import find_cluster
 from shardwise.predict.costs import costs_of, predict
-from shardwise.predict.gpu import kernel_seconds
+from shardwise.predict.hardware.gpu import kernel_seconds
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile

@@ -9,9 +9,9 @@ import pytest
 
 from shardwise.cluster.cluster import Cluster, Nodes
 from shardwise.cluster.find import find_cluster
-from shardwise.predict.constants import constants
 from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.events import COMPUTE, Operation
+from shardwise.predict.hardware.constants import constants
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Layer, Link, Parameter, Pass, Profile, Value

@@ -9,9 +9,9 @@ import pytest
 
 from shardwise.cluster.cluster import Cluster, Device, Level, Nodes
 from shardwise.collective import Collective, Group
-from shardwise.predict.constants import Constants, constants
-from shardwise.predict.gpu import kernel_seconds
-from shardwise.predict.network import collective_seconds
+from shardwise.predict.hardware.constants import Constants, constants
+from shardwise.predict.hardware.gpu import kernel_seconds
+from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.transformer.ends import embedding, head
 from shardwise.predict.transformer.layer import accumulation, block

@@ -24,8 +24,8 @@ from itertools import accumulate
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.plan.bounds_memory import even, owners
+from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.hops import slower_hops
-from shardwise.predict.kernels import collective_seconds
 from shardwise.predict.parts import cuts_of, group_of, recomputed_links
 from shardwise.predict.pipelines import StageTime, alone
 from shardwise.predict.profile.kernel import Kernel

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
+from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.hops import workers_at_once
-from shardwise.predict.kernels import collective_seconds
 from shardwise.predict.parts import message_group
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile

@@ -20,8 +20,8 @@ from functools import cached_property
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Group
 from shardwise.errors import StrategyError
+from shardwise.predict.hardware.times import origins
 from shardwise.predict.hops import slower_hops
-from shardwise.predict.kernels import origins
 from shardwise.predict.memory import memory_at, memory_of
 from shardwise.predict.offload import FIELDS, check_host, check_room, offloads, updated
 from shardwise.predict.parts import REPORT_BYTES, Parts, Worker, group_of, parts_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
-from shardwise.predict.kernels import collective_seconds
+from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.parts import message_group
 from shardwise.predict.profile.profile import Profile
 from shardwise.splitting.balance import BYTES_PER_SECOND

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Device
 from shardwise.predict.alike import alike, gathered_alike
-from shardwise.predict.gpu import ELEMENT_BYTES
+from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.issuing import Counts, under_way
 from shardwise.predict.offload import left, offloads
 from shardwise.predict.parts import Block, Stage, Worker

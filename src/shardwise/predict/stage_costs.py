@@ -9,8 +9,8 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Group
 from shardwise.predict.alike import alike
 from shardwise.predict.calls import Calls
+from shardwise.predict.hardware.network import level_of
 from shardwise.predict.issuing import Sync
-from shardwise.predict.network import level_of
 from shardwise.predict.offload import fetched, offloads
 from shardwise.predict.parts import Gathered, Stage, group_of
 from shardwise.predict.passes import Passed, Piece, bucketed, gathered, slowed

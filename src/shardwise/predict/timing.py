@@ -17,7 +17,7 @@ from itertools import accumulate
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
-from shardwise.predict.kernels import KernelTimes, collective_seconds, launches
+from shardwise.predict.hardware.times import KernelTimes, collective_seconds, launches
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Exchanged, Layer, Pass, Profile
 from shardwise.strategy import Strategy

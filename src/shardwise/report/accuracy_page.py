@@ -222,9 +222,9 @@ def _constants(document: Mapping[str, Any]) -> str:
         "",
         _wrapped(
             "What no datasheet says: `python -m benchmarks.fit` fits them, all sources together, never by row or by "
-            "source. What each is stands in `shardwise.predict.constants.Constants`; times are in seconds. The last "
-            "two columns say by how many percentage points the mean error over groups rises with a tenth less and a "
-            "tenth more of it: near 0, the rows do not determine it."
+            "source. What each is stands in `shardwise.predict.hardware.constants.Constants`; times are in seconds. "
+            "The last two columns say by how many percentage points the mean error over groups rises with a tenth "
+            "less and a tenth more of it: near 0, the rows do not determine it."
         ),
         "",
         "| constant | value | before the fit | origin | source | a tenth less | a tenth more |",

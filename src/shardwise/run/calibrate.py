@@ -37,7 +37,7 @@ from shardwise.launch.context import rank_context
 from shardwise.launch.join import join_launcher
 from shardwise.launch.local import run_local
 from shardwise.parallel.mesh import default_device
-from shardwise.predict.kernels import KernelTimes
+from shardwise.predict.hardware.times import KernelTimes
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.segment_recorder import LinkRecorder
 from shardwise.run.footprint import Footprint, crowded_step, footprint

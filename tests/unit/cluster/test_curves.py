@@ -11,8 +11,8 @@ from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCu
 from shardwise.cluster.curves import Curves, Line, Surface
 from shardwise.collective import Collective, Group
 from shardwise.errors import RequestError
-from shardwise.predict.kernels import KernelTimes, collective_seconds, origins
-from shardwise.predict.network import collective_seconds as modelled
+from shardwise.predict.hardware.network import collective_seconds as modelled
+from shardwise.predict.hardware.times import KernelTimes, collective_seconds, origins
 from shardwise.predict.profile.kernel import Kernel
 
 RATE, START = 1e9, 1e-5

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from shardwise.predict.constants import Constants
+from shardwise.predict.hardware.constants import Constants
 from shardwise.predict.published.columns import Row, text
 from shardwise.predict.transformer.memory import memory, memory_of_stage
 from shardwise.predict.transformer.sizes import Setup, Sizes

@@ -12,7 +12,7 @@ from typing import Any
 
 from shardwise.errors import DataError, RequestError, one_line
 from shardwise.files import read_regular_text
-from shardwise.predict.constants import constants, documented, fit_record
+from shardwise.predict.hardware.constants import constants, documented, fit_record
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.published.columns import named, text
 from shardwise.predict.published.counted import memory_terms

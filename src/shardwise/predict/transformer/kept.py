@@ -10,7 +10,7 @@ With T tokens, hidden size h, width f of the MLP, a heads, sequence s, w bytes p
 
 from __future__ import annotations
 
-from shardwise.predict.gpu import ELEMENT_BYTES
+from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.transformer.sizes import Setup, Sizes
 
 LOGIT_FLOAT_BYTES = {"megatron": 8, "eager": 12, "fused": 4}

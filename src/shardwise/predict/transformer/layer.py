@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from shardwise.predict.gpu import ELEMENT_BYTES
+from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.transformer.sizes import Setup, Sizes
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
-from shardwise.predict.constants import Constants, constants
-from shardwise.predict.gpu import LARGEST_SHARE, UNLIMITED, kernel_seconds, rate, sustained
-from shardwise.predict.network import collective_seconds
+from shardwise.predict.hardware.constants import Constants, constants
+from shardwise.predict.hardware.gpu import LARGEST_SHARE, UNLIMITED, kernel_seconds, rate, sustained
+from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.transformer import ends

@@ -1,9 +1,9 @@
 """Seconds of kernels and collectives on a cluster: interpolated from measurements if there are any, else modelled.
 
     device with curves           `cluster.curves`, for the number of workers per host and threads per worker of the job
-    device without curves        `predict.gpu`, from datasheets
+    device without curves        `predict.hardware.gpu`, from datasheets
     cluster with collectives     their curves, for the group size and the number of concurrent groups of the job
-    cluster without, and         `predict.network`, from the latency and bandwidth of the levels
+    cluster without, and         `predict.hardware.network`, from the latency and bandwidth of the levels
     operations not measured
 
 Workers that share the cores of a CPU slow each other down; calibration measures by how much.
@@ -19,7 +19,7 @@ from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device
 from shardwise.cluster.curves import Curves, Line, situations
 from shardwise.collective import Collective
 from shardwise.errors import RequestError
-from shardwise.predict import gpu, network
+from shardwise.predict.hardware import gpu, network
 from shardwise.predict.profile.kernel import Kernel
 
 

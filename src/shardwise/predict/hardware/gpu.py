@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from shardwise.cluster.cluster import Device
 from shardwise.errors import RequestError
-from shardwise.predict.constants import Constants, constants
+from shardwise.predict.hardware.constants import Constants, constants
 from shardwise.predict.profile.kernel import Kernel
 
 TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (128, 64), (64, 128), (64, 64))

@@ -101,7 +101,7 @@ class Constants:
 
 @cache
 def _file() -> Mapping[str, Any]:
-    text = resources.files("shardwise.predict").joinpath("constants.json").read_text(encoding="utf-8")
+    text = resources.files("shardwise.predict.hardware").joinpath("constants.json").read_text(encoding="utf-8")
     document: Mapping[str, Any] = json.loads(text)
     return document
 

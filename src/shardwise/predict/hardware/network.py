@@ -20,7 +20,7 @@ from math import ceil, log2
 from shardwise.cluster.cluster import Cluster, Level
 from shardwise.collective import Collective, Group
 from shardwise.errors import RequestError
-from shardwise.predict.constants import Constants, constants
+from shardwise.predict.hardware.constants import Constants, constants
 
 HOSTED = ("omni-path", "efa", "tcpxo", "ethernet")
 """Prefixes of the names of networks whose transport runs on the host's processors."""
@@ -33,7 +33,7 @@ def collective_seconds(collective: Collective, cluster: Cluster, numbers: Consta
 
     Args:
         collective: the operation, bytes and group.
-        cluster: the cluster, of which only the levels are read. `kernels.collective_seconds` prefers measured curves.
+        cluster: the cluster, of which only the levels are read. `times.collective_seconds` prefers measured curves.
         numbers: constants of the model; None selects the fitted ones.
 
     Raises:
