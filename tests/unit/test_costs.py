@@ -12,10 +12,12 @@ from shardwise.collective import Collective, Group
 from shardwise.errors import StrategyError
 from shardwise.predict.costs import Costs, costs_of, predict
 from shardwise.predict.hardware.network import collective_seconds
-from shardwise.predict.issuing import communicated
-from shardwise.predict.parts import Bucket, Gathered, Parts, group_of, message_group, parts_of
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Exchanged, Layer, Link, Parameter, Pass, Profile, Update, Value
+from shardwise.predict.workers.buckets import Bucket, Gathered
+from shardwise.predict.workers.groups import group_of, message_group
+from shardwise.predict.workers.holdings import Parts, parts_of
+from shardwise.predict.workers.traffic import communicated
 from shardwise.splitting.balance import divided
 from shardwise.strategy import Strategy
 

@@ -12,11 +12,12 @@ import pytest
 from traces import remembered
 
 from shardwise.cluster.find import find_cluster
-from shardwise.predict import issuing, memory
+from shardwise.predict import memory
 from shardwise.predict.costs import costs_of
 from shardwise.predict.judging import Judged, judged
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.sharded import Held, held_at_links
+from shardwise.predict.workers import traffic
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 from shardwise.workload.recipes.image import image
@@ -155,7 +156,7 @@ def test_a_cpu_sends_the_same(strategy: str) -> None:
 
 
 def test_a_message_that_is_not_counted_is_noticed() -> None:
-    with mock.patch.object(issuing, "REPORT_BYTES", 16):
+    with mock.patch.object(traffic, "REPORT_BYTES", 16):
         assert not judge("gpt", "dp=2").document()["bytes_agree"]
 
 

@@ -26,12 +26,13 @@ from shardwise.collective import Collective, Group
 from shardwise.plan.bounds_memory import even, owners
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.hops import slower_hops
-from shardwise.predict.parts import cuts_of, group_of, recomputed_links
 from shardwise.predict.pipelines import StageTime, alone
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import Condensed, Times, times_of
 from shardwise.predict.timing import Timed, timed
+from shardwise.predict.workers.cuts import cuts_of, recomputed_links
+from shardwise.predict.workers.groups import group_of
 from shardwise.strategy import OUTERMOST, Strategy
 
 INPUTS = 0.4
@@ -157,7 +158,8 @@ def _update(profile: Condensed, strategy: Strategy, times: Times) -> float:
 
 
 def _gathers(strategy: Strategy, cluster: Cluster, profile: Condensed) -> float:
-    """Return the seconds of a step's all-gathers and reduce-scatters by `fully_shard`; see `predict.issuing.syncs`.
+    """Return the seconds of a step's all-gathers and reduce-scatters by `fully_shard`; see
+    `predict.workers.passes.syncs`.
 
     Gradients are scattered once with tp or pp. In that case and with zero=3, a stage's blocks are gathered for each
     forward pass that follows another one and for each backward pass that follows a forward pass: once more often than

@@ -23,10 +23,11 @@ from shardwise.plan.bounds_memory import most_of_the_model
 from shardwise.plan.shares import MOST_REPLICAS
 from shardwise.predict.costs import Costs, costs_of
 from shardwise.predict.hops import slower_hops
-from shardwise.predict.parts import Stage, cuts_of
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import Condensed
+from shardwise.predict.workers.cuts import cuts_of
+from shardwise.predict.workers.holdings import Stage
 from shardwise.strategy import Strategy
 
 ROUNDS = 12

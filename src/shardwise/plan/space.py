@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from shardwise.plan.wish import Wish
-from shardwise.predict.parts import group_of, message_group
+from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.strategy import OUTERMOST, PRECISIONS, Strategy
 
 MOST_STAGES = 8

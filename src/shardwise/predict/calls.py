@@ -8,10 +8,10 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.hops import workers_at_once
-from shardwise.predict.parts import message_group
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timing import Timed
+from shardwise.predict.workers.groups import message_group
 from shardwise.strategy import Strategy
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.predict.hardware.times import collective_seconds
-from shardwise.predict.parts import message_group
 from shardwise.predict.profile.profile import Profile
+from shardwise.predict.workers.groups import message_group
 from shardwise.splitting.balance import BYTES_PER_SECOND
 from shardwise.splitting.slow_links import hops_of, much_slower
 from shardwise.strategy import Strategy

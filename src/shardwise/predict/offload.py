@@ -14,7 +14,7 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.errors import StrategyError
 from shardwise.predict.hardware.constants import constants
-from shardwise.predict.parts import Worker
+from shardwise.predict.workers.holdings import Worker
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes
 

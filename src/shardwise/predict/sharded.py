@@ -14,8 +14,9 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 
-from shardwise.predict.parts import Block, Stage
 from shardwise.predict.profile.profile import Profile
+from shardwise.predict.workers.buckets import Block
+from shardwise.predict.workers.holdings import Stage
 from shardwise.strategy import Strategy
 
 

@@ -7,15 +7,17 @@ from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Group
-from shardwise.predict.alike import alike
 from shardwise.predict.calls import Calls
 from shardwise.predict.hardware.network import level_of
-from shardwise.predict.issuing import Sync
 from shardwise.predict.offload import fetched, offloads
-from shardwise.predict.parts import Gathered, Stage, group_of
 from shardwise.predict.passes import Passed, Piece, bucketed, gathered, slowed
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timing import Spent, Timed
+from shardwise.predict.workers.buckets import Gathered
+from shardwise.predict.workers.groups import group_of
+from shardwise.predict.workers.holdings import Stage
+from shardwise.predict.workers.passes import Sync
+from shardwise.predict.workers.stage_keys import alike
 from shardwise.splitting.schedule import FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
 

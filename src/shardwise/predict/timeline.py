@@ -20,12 +20,13 @@ from shardwise.cluster.cluster import Cluster, Device
 from shardwise.predict.costs import Costs, costs_of
 from shardwise.predict.events import COMPUTE, Operation, Simulation
 from shardwise.predict.happened import Happened
-from shardwise.predict.issuing import Sync, table
-from shardwise.predict.parts import REPORT_BYTES, Stage, Worker, group_of
 from shardwise.predict.passes import Piece
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timing import DTYPES, Spent
+from shardwise.predict.workers.groups import group_of
+from shardwise.predict.workers.holdings import REPORT_BYTES, Stage, Worker
+from shardwise.predict.workers.passes import Sync, table
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.strategy import Strategy
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardwise.predict.issuing import Turn, table, turns
-from shardwise.predict.parts import Worker
 from shardwise.predict.passes import Passed
 from shardwise.predict.pipelines import StageTime, Timed
 from shardwise.predict.timing import Spent
+from shardwise.predict.workers.holdings import Worker
+from shardwise.predict.workers.passes import Turn, table, turns
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from shardwise.predict.issuing import Sync, actions_of, syncs, turns, under_way
-from shardwise.predict.issuing import table as passes
-from shardwise.predict.orders import KINDS, sequence
+from shardwise.predict.workers.pass_arrays import KINDS, sequence
+from shardwise.predict.workers.passes import Sync, actions_of, syncs, turns, under_way
+from shardwise.predict.workers.passes import table as passes
 from shardwise.splitting.schedule import BACKWARD, FORWARD, WEIGHT
 from shardwise.strategy import Strategy
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shardwise.predict.parts import Stage
 from shardwise.predict.profile.profile import Profile
+from shardwise.predict.workers.holdings import Stage
 
 
 def alike(profile: Profile, stage: Stage) -> int:

@@ -16,10 +16,10 @@ from shardwise.errors import StrategyError
 from shardwise.plan.space import divisors, families, members
 from shardwise.plan.wish import Wish
 from shardwise.predict import stage_costs
-from shardwise.predict.alike import alike, gathered_alike
 from shardwise.predict.costs import costs_of, predict
 from shardwise.predict.profile.memo import Kept
 from shardwise.predict.profile.profiler import Profiles
+from shardwise.predict.workers.stage_keys import alike, gathered_alike
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 

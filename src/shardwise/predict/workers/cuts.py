@@ -1,0 +1,64 @@
+"""Cut a profile into pipeline stages and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from shardwise.predict.profile.profile import Profile, module_blocks
+from shardwise.splitting.balance import blocks_from, cuts_blocks, stage_starts
+from shardwise.strategy import Strategy
+
+
+def cuts_of(
+    profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...] = ()
+) -> tuple[tuple[int, ...], ...]:
+    """Return the segments at which the blocks of each stage begin; `costs` and `slower` as in `parts_of`."""
+    if strategy.tp == strategy.pp == 1:
+        return (tuple(_module_cuts(profile, strategy)),)
+    key = "cuts", id(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds, slower
+    return profile.kept.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs, slower))), costs)
+
+
+def _graph_cuts(
+    profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...]
+) -> list[list[int]]:
+    """Cut stages and their blocks as `balance.divided` does; the cached stages do not depend on the blocks."""
+    stages, messages = strategy.pp * strategy.stages_per_worker, [link.message for link in profile.links[1:]]
+    key = "stages", id(costs), stages, strategy.speeds, slower
+    starts = profile.kept.once(
+        key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds, slower), costs
+    )
+    return blocks_from(costs, messages, starts, in_blocks=cuts_blocks(strategy))
+
+
+def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
+    """Return the segments at which the module's repeated blocks, and the parts between them, begin."""
+    if not cuts_blocks(strategy):
+        return [0]
+    bounds = {0}
+    for first, end in module_blocks(profile):
+        bounds |= {first, end}
+    return sorted(bounds - {len(profile.links)})
+
+
+def stage_blocks(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
+    """Return the segment range (first, end) of each block of a stage, in the order in which recomputation takes them.
+
+    Args:
+        profile: the workload's profile.
+        strategy: the strategy; its number of microbatches does not matter.
+        starts: segments at which the stage's blocks begin, see `cuts_of`.
+        end: end of the stage's segments.
+    """
+    return module_blocks(profile) if strategy.tp == strategy.pp == 1 else list(pairwise([*starts, end]))
+
+
+def recomputed_links(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
+    """Return the ranges of `stage_blocks` that are recomputed.
+
+    A module that could not be traced has a single segment, which contains all blocks: it is recomputed once.
+    """
+    blocks = stage_blocks(profile, strategy, starts, end)
+    count = strategy.recomputed_of(len(blocks))
+    return blocks[: count if profile.cut else min(count, 1)]
