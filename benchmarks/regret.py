@@ -187,7 +187,7 @@ def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
     from shardwise.plan.plan import Candidate
     from shardwise.plan.search import search
     from shardwise.plan.wish import Wish
-    from shardwise.predict.costs import predict
+    from shardwise.predict.closed_form.step_time import predict
     from shardwise.predict.profile.interpolate import ScaledProfiles
     from shardwise.predict.simulate import profiles_on
     from shardwise.run.request import check

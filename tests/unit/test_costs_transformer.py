@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardwise.cluster.find import find_cluster
-from shardwise.predict.costs import costs_of, predict
+from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.hardware.gpu import kernel_seconds
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.kernel import Kernel

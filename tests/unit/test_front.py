@@ -18,7 +18,7 @@ from shardwise.plan.plan import Candidate
 from shardwise.plan.search import Searched, search
 from shardwise.plan.standing import Queue, Standing
 from shardwise.plan.wish import Wish
-from shardwise.predict.costs import predict
+from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.report.plan import plan_summary
 from shardwise.strategy import Strategy

@@ -12,11 +12,11 @@ import pytest
 from traces import remembered
 
 from shardwise.cluster.find import find_cluster
-from shardwise.predict import memory
-from shardwise.predict.costs import costs_of
+from shardwise.predict.closed_form import memory
+from shardwise.predict.closed_form.fsdp_memory import Held, held_at_links
+from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.judging import Judged, judged
 from shardwise.predict.profile.profiler import Profiles
-from shardwise.predict.sharded import Held, held_at_links
 from shardwise.predict.workers import traffic
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt

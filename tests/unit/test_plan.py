@@ -21,12 +21,12 @@ from shardwise.plan.prospects import family_of
 from shardwise.plan.scaling import Point, counts, enlarged, worth
 from shardwise.plan.search import Searched, search
 from shardwise.plan.wish import Wish
-from shardwise.predict.costs import predict
+from shardwise.predict.closed_form.step_time import predict
+from shardwise.predict.closed_form.unequal_shares import predict_shares
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.profile.summary import condense
 from shardwise.predict.timeline import timeline
-from shardwise.predict.uneven import predict_shares
 from shardwise.run.job import Source
 from shardwise.run.planning import checked, planned
 from shardwise.run.request import Asked, settle, settle_strategy

@@ -9,7 +9,8 @@ import pytest
 
 from shardwise.cluster.cluster import Cluster, Nodes
 from shardwise.cluster.find import find_cluster
-from shardwise.predict.costs import costs_of, predict
+from shardwise.predict.closed_form.segment_times import slowest
+from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.events import COMPUTE, Operation
 from shardwise.predict.hardware.constants import constants
 from shardwise.predict.prediction import Prediction
@@ -17,7 +18,6 @@ from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Layer, Link, Parameter, Pass, Profile, Value
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.timeline import Timeline, timeline
-from shardwise.predict.timing import slowest
 from shardwise.splitting.schedule import order
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload

@@ -24,13 +24,13 @@ from itertools import accumulate
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.plan.bounds_memory import even, owners
+from shardwise.predict.closed_form.pipeline import StageTime, alone
+from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.segment_times import Timed, Times, timed, times_of
 from shardwise.predict.hardware.times import collective_seconds
-from shardwise.predict.hops import slower_hops
-from shardwise.predict.pipelines import StageTime, alone
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.profile.summary import Condensed, Times, times_of
-from shardwise.predict.timing import Timed, timed
+from shardwise.predict.profile.summary import Condensed
 from shardwise.predict.workers.cuts import cuts_of, recomputed_links
 from shardwise.predict.workers.groups import group_of
 from shardwise.strategy import OUTERMOST, Strategy

@@ -21,8 +21,8 @@ from math import gcd
 from shardwise.cluster.cluster import Cluster
 from shardwise.plan.bounds_memory import most_of_the_model
 from shardwise.plan.shares import MOST_REPLICAS
-from shardwise.predict.costs import Costs, costs_of
-from shardwise.predict.hops import slower_hops
+from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import Condensed

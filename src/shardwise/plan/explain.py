@@ -12,9 +12,9 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Sample
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.plan.plan import Candidate, Plan
-from shardwise.predict.costs import predict
+from shardwise.predict.closed_form.step_time import predict
+from shardwise.predict.closed_form.unequal_shares import ProfileOf, predict_shares
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.uneven import ProfileOf, predict_shares
 from shardwise.strategy import Strategy
 from shardwise.units import format_bits, format_bytes, format_seconds, format_share
 

@@ -14,8 +14,8 @@ from shardwise.plan.partly import enough
 from shardwise.plan.plan import Candidate
 from shardwise.plan.shares import shared_out, staged_out
 from shardwise.plan.task import Task, words
-from shardwise.predict.costs import predict
-from shardwise.predict.uneven import predict_shares
+from shardwise.predict.closed_form.step_time import predict
+from shardwise.predict.closed_form.unequal_shares import predict_shares
 from shardwise.strategy import Strategy
 
 FINALISTS = 5

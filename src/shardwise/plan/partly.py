@@ -9,11 +9,11 @@ from math import ceil
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.plan.bounds_memory import least_memory
-from shardwise.predict.costs import costs_of
-from shardwise.predict.hops import slower_hops
+from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.segment_times import timed
+from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import Condensed
-from shardwise.predict.timing import timed
 from shardwise.predict.workers.cuts import cuts_of, stage_blocks
 from shardwise.strategy import Strategy
 

@@ -17,7 +17,8 @@ from shardwise.plan.lost import Lost
 from shardwise.plan.partly import fewest, may_be
 from shardwise.plan.space import divisors, families, members, spellings
 from shardwise.plan.task import Task
-from shardwise.predict.profile.summary import Condensed, times_of
+from shardwise.predict.closed_form.segment_times import times_of
+from shardwise.predict.profile.summary import Condensed
 from shardwise.strategy import Strategy
 
 

@@ -30,12 +30,12 @@ from shardwise.plan.prospects import Family, Prospects, Uneven, family_of
 from shardwise.plan.standing import Queue, Standing
 from shardwise.plan.task import Task
 from shardwise.plan.wish import Wish
-from shardwise.predict.costs import costs_of
-from shardwise.predict.offload import has_host
+from shardwise.predict.closed_form.offload import has_host
+from shardwise.predict.closed_form.step_time import costs_of
+from shardwise.predict.closed_form.unequal_shares import ProfileOf
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.simulate import profiles_on
-from shardwise.predict.uneven import ProfileOf
 from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds

@@ -7,10 +7,10 @@ from math import gcd
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.plan.space import divisors
-from shardwise.predict.costs import slowest_at
+from shardwise.predict.closed_form.segment_times import timed
+from shardwise.predict.closed_form.step_time import slowest_at
+from shardwise.predict.closed_form.unequal_shares import ProfileOf, replica, slowest_rank
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.timing import timed
-from shardwise.predict.uneven import ProfileOf, replica, slowest_rank
 from shardwise.strategy import Strategy
 
 MOST_REPLICAS = 64

@@ -9,9 +9,9 @@ from typing import Any
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective
-from shardwise.predict.costs import costs_of
+from shardwise.predict.closed_form.memory import worker_memory
+from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.dryrun import DryRun, dry_run
-from shardwise.predict.memory import worker_memory
 from shardwise.predict.prediction import Memory, categories
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.workers.traffic import Key, communicated

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 class Memory:
     """Peak memory of one device in bytes, by category.
 
-    `process` is what a worker on a CPU needs beside its tensors; on a GPU it is 0. See `predict.memory` for the others.
+    `process` is what a worker on a CPU needs beside its tensors; on a GPU it is 0. See `predict.closed_form.memory` for
+    the others.
     """
 
     parameters: int

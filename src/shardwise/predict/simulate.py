@@ -9,13 +9,13 @@ from typing import Any
 
 from shardwise.cluster.cluster import Cluster, Level
 from shardwise.errors import RequestError, StrategyError
+from shardwise.predict.closed_form.segment_times import slowest
+from shardwise.predict.closed_form.unequal_shares import predict_shares, refuse_shares
 from shardwise.predict.document import document
 from shardwise.predict.judging import Judged, judged
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.timeline import Timeline, timeline
-from shardwise.predict.timing import slowest
-from shardwise.predict.uneven import predict_shares, refuse_shares
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

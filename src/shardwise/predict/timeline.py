@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster, Device
-from shardwise.predict.costs import Costs, costs_of
+from shardwise.predict.closed_form.overlap import Piece
+from shardwise.predict.closed_form.segment_times import DTYPES, Spent
+from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.events import COMPUTE, Operation, Simulation
 from shardwise.predict.happened import Happened
-from shardwise.predict.passes import Piece
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.timing import DTYPES, Spent
 from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.holdings import REPORT_BYTES, Stage, Worker
 from shardwise.predict.workers.passes import Sync, table
@@ -91,14 +91,14 @@ def timeline(
     """Simulate one optimizer step on a cluster, operation by operation.
 
     Args:
-        profile: the workload's profile, as for `costs.predict`.
+        profile: the workload's profile, as for `step_time.predict`.
         strategy: the strategy to simulate.
         cluster: the cluster; its nodes may be of several kinds.
         batch_size: global batch size; 0 selects the workload's.
         slowed: rank -> factor by which its compute takes longer than usual (a straggler).
 
     Raises:
-        StrategyError, RequestError: as `costs.predict` does.
+        StrategyError, RequestError: as `step_time.predict` does.
     """
     usual = costs_of(profile, strategy, cluster, batch_size)
     pipelines = representatives(usual.strategy, cluster, slowed or {})

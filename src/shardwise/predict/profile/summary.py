@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shardwise.cluster.cluster import Cluster
 from shardwise.predict.profile.memo import Kept
 from shardwise.predict.profile.profile import Layer, Profile, Update, module_blocks
-from shardwise.predict.timing import Seconds
-from shardwise.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,28 +63,6 @@ class Condensed:
     """Cache of everything derived from this value."""
 
 
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Seconds of one microbatch on one rank, summed over all segments.
-
-    Attributes:
-        forward, backward, weights: seconds of the passes, tensor-parallel collectives included.
-        again: lower bound of full recomputation: each segment up to the last tensor that its backward pass needs.
-        repeated: the part of `again` in repeated blocks of the module.
-        rest, repeated_rest: `again` and `repeated` with selective recomputation, which keeps the results of matmuls.
-        seconds: the model that gives the seconds of single passes on the device.
-    """
-
-    forward: float
-    backward: float
-    weights: float
-    again: float
-    repeated: float
-    rest: float
-    repeated_rest: float
-    seconds: Seconds
-
-
 def condense(profile: Profile) -> Condensed:
     """Return the condensed form of a profile, cached with the profile."""
     return profile.kept.once(("condensed",), lambda: _condensed(profile))
@@ -126,26 +101,3 @@ def _condensed(profile: Profile) -> Condensed:
 
 def _backwards(layer: Layer) -> int:
     return layer.inside + max(layer.temporary_backward, layer.temporary_forward)
-
-
-def times_of(condensed: Condensed, cluster: Cluster, strategy: Strategy) -> Times:
-    """Return the seconds of a microbatch on a cluster, cached for all strategies with the same rates."""
-    seconds = Seconds.on(cluster, strategy, condensed.tp, condensed.precision)
-    return condensed.kept.once(seconds.key, lambda: _timed(condensed, seconds))
-
-
-def _timed(condensed: Condensed, seconds: Seconds) -> Times:
-    forward = backward = weights = again = repeated = rest = repeated_rest = 0.0
-    for each in condensed.layers:
-        there, back, of_weights = seconds.of_layer(each.layer)
-        forward += each.count * there.device
-        backward += each.count * back.device
-        weights += each.count * of_weights.device
-        if each.layer.keeps:
-            recomputed = seconds.again(each.layer.recomputed).total
-            again += each.count * recomputed
-            repeated += each.repeated * recomputed
-            others = seconds.again(each.layer.recomputed, products=True).total
-            rest += each.count * others
-            repeated_rest += each.repeated * others
-    return Times(forward, backward, weights, again, repeated, rest, repeated_rest, seconds)

@@ -16,7 +16,7 @@ from shardwise.cluster.find import find_cluster
 from shardwise.parallel.operators import selective_checkpoint
 from shardwise.plan.search import search
 from shardwise.plan.wish import Wish
-from shardwise.predict.costs import predict
+from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.strategy import PRODUCTS, Strategy

@@ -15,8 +15,8 @@ from shardwise.cluster.find import find_cluster
 from shardwise.errors import StrategyError
 from shardwise.plan.space import divisors, families, members
 from shardwise.plan.wish import Wish
-from shardwise.predict import stage_costs
-from shardwise.predict.costs import costs_of, predict
+from shardwise.predict.closed_form import stage_time
+from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.profile.memo import Kept
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.workers.stage_keys import alike, gathered_alike
@@ -81,7 +81,7 @@ def test_what_is_computed_again_counts_but_not_for_what_is_gathered(profiles: Pr
 def test_stages_that_are_taken_for_alike_are_noticed(profiles: Profiles, cluster: Cluster) -> None:
     strategy = Strategy.parse("fsdp=2,pp=4,recompute=full")
     right = predict(replace(profiles.of(strategy), kept=Kept()), strategy, cluster)
-    with mock.patch.object(stage_costs, "alike", return_value=0):
+    with mock.patch.object(stage_time, "alike", return_value=0):
         assert (
             predict(replace(profiles.of(strategy), kept=Kept()), strategy, cluster).step_seconds != right.step_seconds
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardwise.cluster.cluster import Cluster, Device, Level, Nodes
-from shardwise.predict.timing import Seconds
+from shardwise.predict.closed_form.segment_times import Seconds
 from shardwise.strategy import Strategy
 
 BOX = Device(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_costs import CLUSTER, DEVICE, layer, profile
+from test_step_time import CLUSTER, DEVICE, layer, profile
 
 from shardwise.cluster.cluster import Nodes
-from shardwise.predict.costs import costs_of
-from shardwise.predict.hops import slower_hops
+from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.profile.profile import Link
 from shardwise.splitting.balance import divided
 from shardwise.splitting.slow_links import much_slower

@@ -23,12 +23,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Device
+from shardwise.predict.closed_form.fsdp_memory import Held, held_at_links, keeps_gradients
+from shardwise.predict.closed_form.offload import left, offloads
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
-from shardwise.predict.offload import left, offloads
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Link, Profile
-from shardwise.predict.sharded import Held, held_at_links, keeps_gradients
 from shardwise.predict.workers.buckets import Block
 from shardwise.predict.workers.holdings import Stage, Worker
 from shardwise.predict.workers.passes import Counts, under_way
@@ -36,7 +36,7 @@ from shardwise.predict.workers.stage_keys import alike, gathered_alike
 from shardwise.strategy import Strategy
 
 if TYPE_CHECKING:
-    from shardwise.predict.costs import Costs
+    from shardwise.predict.closed_form.step_time import Costs
 
 
 def memory_of(costs: Costs, *, ends: bool = False) -> Memory:

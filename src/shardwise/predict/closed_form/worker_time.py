@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardwise.predict.passes import Passed
-from shardwise.predict.pipelines import StageTime, Timed
-from shardwise.predict.timing import Spent
+from shardwise.predict.closed_form.overlap import Passed
+from shardwise.predict.closed_form.pipeline import StageTime, Timed
+from shardwise.predict.closed_form.segment_times import Spent
 from shardwise.predict.workers.holdings import Worker
 from shardwise.predict.workers.passes import Turn, table, turns
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 
 if TYPE_CHECKING:
-    from shardwise.predict.costs import Costs
+    from shardwise.predict.closed_form.step_time import Costs
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shardwise.predict.timing import Spent
+from shardwise.predict.closed_form.segment_times import Spent
 
 
 @dataclass(frozen=True, slots=True)

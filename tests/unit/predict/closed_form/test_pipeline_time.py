@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from shardwise.predict.passes import Piece, bucketed, gathered
-from shardwise.predict.pipelines import Messages, StageTime, Timed, pipeline_seconds, played
+from shardwise.predict.closed_form.overlap import Piece, bucketed, gathered
+from shardwise.predict.closed_form.pipeline import Messages, StageTime, Timed, pipeline_seconds, played
 from shardwise.splitting.schedule import BACKWARD, Action, order
 
 

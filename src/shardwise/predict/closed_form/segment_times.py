@@ -20,6 +20,7 @@ from shardwise.collective import Collective, Group
 from shardwise.predict.hardware.times import KernelTimes, collective_seconds, launches
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Exchanged, Layer, Pass, Profile
+from shardwise.predict.profile.summary import Condensed
 from shardwise.strategy import Strategy
 
 DTYPES = {"float32": "float32", "bf16": "bf16"}
@@ -318,3 +319,48 @@ def _timed(profile: Profile, seconds: Seconds) -> Timed:
         tuple((number, channels) for number, layer in enumerate(layers) for channels in layer.normalised),
         seconds.crowded,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of one microbatch on one rank, summed over all segments.
+
+    Attributes:
+        forward, backward, weights: seconds of the passes, tensor-parallel collectives included.
+        again: lower bound of full recomputation: each segment up to the last tensor that its backward pass needs.
+        repeated: the part of `again` in repeated blocks of the module.
+        rest, repeated_rest: `again` and `repeated` with selective recomputation, which keeps the results of matmuls.
+        seconds: the model that gives the seconds of single passes on the device.
+    """
+
+    forward: float
+    backward: float
+    weights: float
+    again: float
+    repeated: float
+    rest: float
+    repeated_rest: float
+    seconds: Seconds
+
+
+def times_of(condensed: Condensed, cluster: Cluster, strategy: Strategy) -> Times:
+    """Return the seconds of a microbatch on a cluster, cached for all strategies with the same rates."""
+    seconds = Seconds.on(cluster, strategy, condensed.tp, condensed.precision)
+    return condensed.kept.once(seconds.key, lambda: _summed_times(condensed, seconds))
+
+
+def _summed_times(condensed: Condensed, seconds: Seconds) -> Times:
+    forward = backward = weights = again = repeated = rest = repeated_rest = 0.0
+    for each in condensed.layers:
+        there, back, of_weights = seconds.of_layer(each.layer)
+        forward += each.count * there.device
+        backward += each.count * back.device
+        weights += each.count * of_weights.device
+        if each.layer.keeps:
+            recomputed = seconds.again(each.layer.recomputed).total
+            again += each.count * recomputed
+            repeated += each.repeated * recomputed
+            others = seconds.again(each.layer.recomputed, products=True).total
+            rest += each.count * others
+            repeated_rest += each.repeated * others
+    return Times(forward, backward, weights, again, repeated, rest, repeated_rest, seconds)

@@ -12,10 +12,10 @@ from typing import Protocol
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.errors import StrategyError
-from shardwise.predict.costs import costs_of, predict
+from shardwise.predict.closed_form.segment_times import DTYPES
+from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.timing import DTYPES
 from shardwise.strategy import Strategy
 
 
@@ -36,7 +36,7 @@ def predict_shares(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, 
         batch_size: global batch size.
 
     Raises:
-        StrategyError, RequestError: as `costs.predict` does.
+        StrategyError, RequestError: as `step_time.predict` does.
     """
     if not strategy.shares:
         return predict(profile_of(strategy), strategy, cluster, batch_size)

@@ -20,16 +20,16 @@ from functools import cached_property
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Group
 from shardwise.errors import StrategyError
+from shardwise.predict.closed_form.memory import memory_at, memory_of
+from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
+from shardwise.predict.closed_form.pipeline import Messages, StageTime, pipeline_seconds, played
+from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.segment_times import DTYPES, Timed, timed
+from shardwise.predict.closed_form.stage_time import StageCosts
+from shardwise.predict.closed_form.worker_time import Work, table_of, work_of
 from shardwise.predict.hardware.times import origins
-from shardwise.predict.hops import slower_hops
-from shardwise.predict.memory import memory_at, memory_of
-from shardwise.predict.offload import FIELDS, check_host, check_room, offloads, updated
-from shardwise.predict.pipelines import Messages, StageTime, pipeline_seconds, played
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.stage_costs import StageCosts
-from shardwise.predict.timing import DTYPES, Timed, timed
-from shardwise.predict.work import Work, table_of, work_of
 from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.holdings import REPORT_BYTES, Parts, Worker, parts_of
 from shardwise.splitting.schedule import BACKWARD, FORWARD

@@ -10,7 +10,7 @@ import pytest
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, Level, Nodes, Sample
 from shardwise.collective import Collective, Group
 from shardwise.errors import StrategyError
-from shardwise.predict.costs import Costs, costs_of, predict
+from shardwise.predict.closed_form.step_time import Costs, costs_of, predict
 from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Exchanged, Layer, Link, Parameter, Pass, Profile, Update, Value
