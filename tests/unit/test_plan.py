@@ -26,7 +26,7 @@ from shardwise.predict.closed_form.unequal_shares import predict_shares
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.profile.summary import condense
-from shardwise.predict.timeline import timeline
+from shardwise.predict.timeline.timeline import timeline
 from shardwise.run.job import Source
 from shardwise.run.planning import checked, planned
 from shardwise.run.request import Asked, settle, settle_strategy

@@ -15,7 +15,7 @@ from shardwise.predict.document import document
 from shardwise.predict.judging import Judged, judged
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profiler import Profiles
-from shardwise.predict.timeline import Timeline, timeline
+from shardwise.predict.timeline.timeline import Timeline, timeline
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

@@ -20,7 +20,7 @@ def chrome_trace(steps: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, 
     """Build the trace of one or several simulated steps.
 
     Args:
-        steps: map from a name, for example the strategy, to rows of `predict.timeline.Timeline.document`.
+        steps: map from a name, for example the strategy, to rows of `predict.timeline.timeline.Timeline.document`.
 
     Returns:
         Document to write as JSON.

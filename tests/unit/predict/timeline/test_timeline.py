@@ -11,13 +11,13 @@ from shardwise.cluster.cluster import Cluster, Nodes
 from shardwise.cluster.find import find_cluster
 from shardwise.predict.closed_form.segment_times import slowest
 from shardwise.predict.closed_form.step_time import costs_of, predict
-from shardwise.predict.events import COMPUTE, Operation
 from shardwise.predict.hardware.constants import constants
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Layer, Link, Parameter, Pass, Profile, Value
 from shardwise.predict.profile.profiler import Profiles
-from shardwise.predict.timeline import Timeline, timeline
+from shardwise.predict.timeline.events import COMPUTE, Operation
+from shardwise.predict.timeline.timeline import Timeline, timeline
 from shardwise.splitting.schedule import order
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload

@@ -20,10 +20,10 @@ from shardwise.cluster.cluster import Cluster, Device
 from shardwise.predict.closed_form.overlap import Piece
 from shardwise.predict.closed_form.segment_times import DTYPES, Spent
 from shardwise.predict.closed_form.step_time import Costs, costs_of
-from shardwise.predict.events import COMPUTE, Operation, Simulation
-from shardwise.predict.happened import Happened
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
+from shardwise.predict.timeline.breakdown import Happened
+from shardwise.predict.timeline.events import COMPUTE, Operation, Simulation
 from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.holdings import REPORT_BYTES, Stage, Worker
 from shardwise.predict.workers.passes import Sync, table

@@ -6,8 +6,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from shardwise.predict.events import COMPUTE, Operation
 from shardwise.predict.prediction import Prediction
+from shardwise.predict.timeline.events import COMPUTE, Operation
 
 PASSES = ("forward", "backward", "backward of inputs", "backward of weights")
 _CLOSE = 1e-12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.predict.events import COMPUTE, Operation, Simulation, Stuck
+from shardwise.predict.timeline.events import COMPUTE, Operation, Simulation, Stuck
 
 
 def computing(worker: int, seconds: float, launch: float = 0.0) -> Operation:

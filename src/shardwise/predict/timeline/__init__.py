@@ -1,0 +1,1 @@
+"""Simulation of one step as events on the streams of every worker."""
