@@ -38,7 +38,7 @@ def measure(strategy: str, batch_size: int) -> dict[str, Any]:
 
     os.sched_setaffinity(0, {0})
     from shardwise import Strategy
-    from shardwise.predict.dryrun import dry_run
+    from shardwise.predict.dry_run.dry_run import dry_run
     from shardwise.workload.recipes.gpt import gpt
 
     start = time.perf_counter()

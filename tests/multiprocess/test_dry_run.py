@@ -18,7 +18,7 @@ from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.optim import zero1
 from shardwise.parallel.pipeline.executor import Pipeline
 from shardwise.parallel.tensor import communication
-from shardwise.predict.dryrun import DryRun, dry_run
+from shardwise.predict.dry_run.dry_run import DryRun, dry_run
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.splitting import buckets
@@ -74,7 +74,7 @@ class Observed:
 def observed(factory: Factory, strategy: str) -> Observed:
     """What each worker does."""
     from shardwise.parallel.program import Program
-    from shardwise.predict.record import Recorder
+    from shardwise.predict.dry_run.recorder import Recorder
 
     with remembered(factory):
         program = Program.build(factory(), Strategy.parse(strategy))

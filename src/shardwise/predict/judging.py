@@ -11,7 +11,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective
 from shardwise.predict.closed_form.memory import worker_memory
 from shardwise.predict.closed_form.step_time import costs_of
-from shardwise.predict.dryrun import DryRun, dry_run
+from shardwise.predict.dry_run.dry_run import DryRun, dry_run
 from shardwise.predict.prediction import Memory, categories
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.workers.traffic import Key, communicated

@@ -6,7 +6,7 @@
     run.memory            peak memory by category
 
 The program is the one that trains: `Program` on torch's fake process group. Its parameters, gradients and activations
-are tensors without data. `record.Recorder` observes it, as it does on real workers.
+are tensors without data. `recorder.Recorder` observes it, as it does on real workers.
 """
 
 from __future__ import annotations
@@ -30,11 +30,18 @@ from shardwise.errors import StrategyError
 from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.mesh import Allocating
 from shardwise.parallel.program import Program
-from shardwise.predict.fakes import Answers, ModelWithoutValues, as_on_gpu, fake_workers, first_share, replicated
+from shardwise.predict.dry_run.fakes import (
+    Answers,
+    ModelWithoutValues,
+    as_on_gpu,
+    fake_workers,
+    first_share,
+    replicated,
+)
+from shardwise.predict.dry_run.recorder import Event, Record, Recorder
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.meta_model import builds, widen_grouped_products
-from shardwise.predict.record import Event, Record, Recorder
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Share

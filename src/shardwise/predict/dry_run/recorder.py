@@ -42,11 +42,11 @@ from shardwise.parallel.engine import Engine
 from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.program import Program
 from shardwise.parallel.state.dtensor_rows import is_split, local
-from shardwise.predict.issued import Axes, collective_of, is_collective
+from shardwise.predict.dry_run.c10d_ops import Axes, collective_of, is_collective
+from shardwise.predict.dry_run.storages import Storages
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.op_counter import kernel_of, tensors
-from shardwise.predict.storages import Storages
 from shardwise.splitting.schedule import Action
 
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)

@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 
 from shardwise.collective import Group
 from shardwise.errors import DataError, StrategyError
-from shardwise.predict.dryrun import DryRun, dry_run
-from shardwise.predict.fakes import _Chunks
+from shardwise.predict.dry_run.dry_run import DryRun, dry_run
+from shardwise.predict.dry_run.fakes import _Chunks
 from shardwise.splitting.ownership import deal
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
