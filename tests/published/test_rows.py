@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from shardwise.predict.published import devices, spelling
-from shardwise.predict.published.columns import named, whole
-from shardwise.predict.published.lacking import Lacking
+from shardwise.predict.published import cells, device_names
+from shardwise.predict.published.columns import Lacking, named, whole
+from shardwise.predict.published.model_sizes import sizes_of
 from shardwise.predict.published.row import Run, read
-from shardwise.predict.published.shapes import sizes_of
 
 ROW = {
     "model": "GPT-7B",
@@ -94,13 +93,13 @@ def test_numbers(cell: str, value: int) -> None:
     ],
 )
 def test_devices(text: str, name: str) -> None:
-    assert devices.find(text).name == name
+    assert device_names.find(text).name == name
 
 
 @pytest.mark.parametrize("text", ["TPU v4", "H1000", "Titan V"])
 def test_unknown_devices(text: str) -> None:
     with pytest.raises(Lacking, match="unknown gpu"):
-        devices.find(text)
+        device_names.find(text)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_unknown_devices(text: str) -> None:
     ],
 )
 def test_precisions(text: str, dtypes: tuple[str, str, str]) -> None:
-    assert spelling.precision(text) == dtypes
+    assert cells.precision(text) == dtypes
 
 
 def test_single_precision_without_tensorfloat32() -> None:
@@ -155,7 +154,7 @@ def test_single_precision_without_tensorfloat32() -> None:
     ],
 )
 def test_recompute(text: str, value: str) -> None:
-    assert spelling.recompute(text) == value
+    assert cells.recompute(text) == value
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def test_recompute(text: str, value: str) -> None:
     ],
 )
 def test_zero(text: str, stage: int) -> None:
-    assert spelling.zero(text) == stage
+    assert cells.zero(text) == stage
 
 
 @pytest.mark.parametrize(
@@ -188,7 +187,7 @@ def test_zero(text: str, stage: int) -> None:
     [("", "1f1b"), ("1F1B", "1f1b"), ("interleaved 1F1B", "1f1b"), ("PipeDream-Flush", "1f1b"), ("GPipe", "gpipe")],
 )
 def test_schedules(text: str, value: str) -> None:
-    assert spelling.schedule(text) == value
+    assert cells.schedule(text) == value
 
 
 def test_hybrid_shards() -> None:
@@ -208,7 +207,7 @@ def test_hybrid_shards() -> None:
     ],
 )
 def test_networks(text: str, bandwidth: float | None) -> None:
-    assert spelling.node_bandwidth(text) == bandwidth
+    assert cells.node_bandwidth(text) == bandwidth
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_networks(text: str, bandwidth: float | None) -> None:
     ],
 )
 def test_kinds_of_networks(text: str, name: str) -> None:
-    assert spelling.network(text) == name
+    assert cells.network(text) == name
 
 
 def test_links_between_devices() -> None:

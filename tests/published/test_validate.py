@@ -15,7 +15,7 @@ from shardwise.cluster.cluster import ORIGINS
 from shardwise.errors import DataError
 from shardwise.predict.hardware.constants import constants
 from shardwise.predict.published import validate as module
-from shardwise.predict.published.summary import percentile, rank_correlation, rank_correlation_of_scatter
+from shardwise.predict.published.statistics import percentile, rank_correlation, rank_correlation_of_scatter
 from shardwise.predict.published.validate import validate
 from shardwise.predict.transformer import step
 

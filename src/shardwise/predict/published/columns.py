@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 from shardwise.errors import one_line
-from shardwise.predict.published.lacking import Lacking
 from shardwise.units import parse_number
 
 NAMES: dict[str, str] = {
@@ -144,3 +143,7 @@ def needed(row: Row, column: str) -> int:
 def degree(row: Row, column: str) -> int:
     """Return the degree of parallelism in a cell: 1 if the cell is empty or 0, which some tables write for none."""
     return 1 if text(row, column) in ("0", "0.0") else whole(row, column) or 1
+
+
+class Lacking(ValueError):
+    """Raised for a row that lacks something needed or says something unknown; the message names it."""

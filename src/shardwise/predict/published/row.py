@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.predict.published import spelling
-from shardwise.predict.published.columns import Row, degree, number, text, whole
-from shardwise.predict.published.counted import Counted, counted_of
-from shardwise.predict.published.lacking import Lacking
-from shardwise.predict.published.machines import cluster_of
-from shardwise.predict.published.shapes import sizes_of
-from shardwise.predict.published.software import stack_of
+from shardwise.predict.published import cells
+from shardwise.predict.published.columns import Lacking, Row, degree, number, text, whole
+from shardwise.predict.published.memory_kind import Counted, counted_of
+from shardwise.predict.published.model_sizes import sizes_of
+from shardwise.predict.published.row_cluster import cluster_of
+from shardwise.predict.published.software_stack import stack_of
 from shardwise.predict.transformer.sizes import Setup, Sizes
 
 
@@ -99,7 +98,7 @@ def _on_device(setup: Setup, cluster: Cluster) -> Setup:
 
 
 def _setup(row: Row) -> tuple[Setup, list[str]]:
-    dtype, linear, scaling = spelling.precision(text(row, "precision"))
+    dtype, linear, scaling = cells.precision(text(row, "precision"))
     tp, pp, cp, dp = _degrees(row)
     micro, microbatches = _batch(row, dp)
     chunks = degree(row, "vpp")
@@ -114,12 +113,12 @@ def _setup(row: Row) -> tuple[Setup, list[str]]:
         context=cp,
         sequence_parallel=_sequence_parallel(row, tp, dtype, stack.elementwise),
         chunks=chunks,
-        schedule=spelling.schedule(text(row, "schedule")),
-        zero=spelling.zero(zero_text),
-        shards=min(spelling.shards(zero_text) or dp * cp, dp * cp),
+        schedule=cells.schedule(text(row, "schedule")),
+        zero=cells.zero(zero_text),
+        shards=min(cells.shards(zero_text) or dp * cp, dp * cp),
         micro_batch=micro,
         microbatches=microbatches,
-        recompute=spelling.recompute(text(row, "recompute")),
+        recompute=cells.recompute(text(row, "recompute")),
         dtype=dtype,
         linear_dtype=linear,
         scaling=scaling,

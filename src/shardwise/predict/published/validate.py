@@ -14,11 +14,10 @@ from shardwise.errors import DataError, RequestError, one_line
 from shardwise.files import read_regular_text
 from shardwise.predict.hardware.constants import constants, documented, fit_record
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.published.columns import named, text
-from shardwise.predict.published.counted import memory_terms
-from shardwise.predict.published.lacking import Lacking
+from shardwise.predict.published.columns import Lacking, named, text
+from shardwise.predict.published.memory_kind import memory_terms
 from shardwise.predict.published.row import Run, read
-from shardwise.predict.published.summary import (
+from shardwise.predict.published.statistics import (
     mean,
     percentile,
     place_of_best,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from shardwise.predict.published.lacking import Lacking
+from shardwise.predict.published.columns import Lacking
 
 NO = {"no", "none", "off", "false", "0", "disabled", "not"}
 """First words of a cell that mean no."""

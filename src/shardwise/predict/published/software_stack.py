@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwise.predict.published import spelling
+from shardwise.predict.published import cells
 from shardwise.predict.published.columns import Row, text
 from shardwise.predict.transformer.sizes import Stack
 
@@ -31,7 +31,7 @@ def stack_of(row: Row, dtype: str) -> Stack:
     nanotron = "nanotron" in source
     if nanotron:  # the vocabulary and its loss are sharded by Megatron's algorithm
         loss = "megatron"
-    nanotron_zero = nanotron and spelling.zero(text(row, "zero_fsdp")) > 0  # it reduces gradients only after the pass
+    nanotron_zero = nanotron and cells.zero(text(row, "zero_fsdp")) > 0  # it reduces gradients only after the pass
     recent = engine or "korthikanti" in source  # Megatron-LM of 2022 and later
     half = dtype == "fp16" or (dtype == "bf16" and "pure" in text(row, "precision").lower())
     return Stack(

@@ -13,8 +13,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from shardwise.predict.published.columns import Row, number, text, whole
-from shardwise.predict.published.lacking import Lacking
+from shardwise.predict.published.columns import Lacking, Row, number, text, whole
 from shardwise.predict.transformer.sizes import Sizes
 
 GATED = ("llama", "mistral", "qwen", "gemma", "palm", "internlm", "baichuan", "deepseek", "yi-")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from shardwise.cluster import catalogue
 from shardwise.cluster.cluster import Cluster, Nodes
-from shardwise.predict.published import devices, spelling
+from shardwise.predict.published import cells, device_names
 from shardwise.predict.published.columns import Row, text, whole
 
 SYSTEMS = {"hf cluster": ", EFA 3200 Gbps"}
@@ -24,17 +24,17 @@ def cluster_of(row: Row, gpus: int) -> tuple[Cluster, list[str]]:
     Raises:
         Lacking: the catalogue does not have the device.
     """
-    device = devices.find(text(row, "gpu"))
-    kind = catalogue.node(devices.sold_in(device))
+    device = device_names.find(text(row, "gpu"))
+    kind = catalogue.node(device_names.sold_in(device))
     stated_node, network_text = whole(row, "gpus_per_node"), text(row, "interconnect")
     network_text += SYSTEMS.get(network_text.lower(), "")
     per_node = stated_node or kind.devices
     node = min(gpus, per_node)
     inner, network = kind.links[0], kind.links[-1]
-    span = max(spelling.nvlink_domain(network_text) or node, node)
+    span = max(cells.nvlink_domain(network_text) or node, node)
     if inner.span:
         span = max(span, inner.span)
-    stated, named = spelling.node_bandwidth(network_text), spelling.network(network_text)
+    stated, named = cells.node_bandwidth(network_text), cells.network(network_text)
     sold = catalogue.link(network.link, span=max(gpus, span))
     outer = catalogue.link(named, span=max(gpus, span)) if named and stated else sold
     if stated is None:
@@ -42,7 +42,7 @@ def cluster_of(row: Row, gpus: int) -> tuple[Cluster, list[str]]:
     else:
         per_device = -stated if stated < 0 else stated / per_node
     within = catalogue.link(inner.link, span=span)
-    links = spelling.nvlink_links(network_text)
+    links = cells.nvlink_links(network_text)
     if links and "nvlink" in inner.link:
         each = NEWER_LINK if "nvlink5" in inner.link else LINK
         within = replace(within, bandwidth=min(within.bandwidth, links * each))

@@ -11,7 +11,7 @@ import re
 from shardwise.cluster import catalogue
 from shardwise.cluster.cluster import Device
 from shardwise.errors import ClusterError
-from shardwise.predict.published.lacking import Lacking
+from shardwise.predict.published.columns import Lacking
 
 MAKERS = {"nvidia", "amd", "intel", "tesla", "instinct", "geforce", "gpu", "gpus"}
 """Words that do not distinguish one device from another."""
