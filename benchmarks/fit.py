@@ -35,9 +35,9 @@ from shardwise.collective import Collective, Group
 from shardwise.predict.hardware import constants as module
 from shardwise.predict.hardware.constants import Constants, constants
 from shardwise.predict.hardware.network import collective_seconds
+from shardwise.predict.published.predictor.step_time import Clock, predict
 from shardwise.predict.published.row import Run, read
 from shardwise.predict.published.validate import read_rows
-from shardwise.predict.transformer.step import Clock, predict
 
 Array = npt.NDArray[np.float64]
 

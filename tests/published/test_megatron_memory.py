@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shardwise.predict.transformer.memory import memory_of_stage
-from shardwise.predict.transformer.sizes import Setup, Sizes, Stack
+from shardwise.predict.published.predictor.memory import memory_of_stage
+from shardwise.predict.published.predictor.sizes import Setup, Sizes, Stack
 
 ROWS = Path(__file__).with_name("memory_megatron.csv")
 NODE = 8

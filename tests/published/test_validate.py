@@ -15,9 +15,9 @@ from shardwise.cluster.cluster import ORIGINS
 from shardwise.errors import DataError
 from shardwise.predict.hardware.constants import constants
 from shardwise.predict.published import validate as module
+from shardwise.predict.published.predictor import step_time
 from shardwise.predict.published.statistics import percentile, rank_correlation, rank_correlation_of_scatter
 from shardwise.predict.published.validate import validate
-from shardwise.predict.transformer import step
 
 RUNS = Path(__file__).with_name("runs.csv")
 DOCS = Path(__file__).parents[2] / "docs"
@@ -91,7 +91,7 @@ def test_terms_add_up_to_the_step(document: dict[str, Any]) -> None:
 def test_a_wrong_constant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = constants()
     slow = replace(numbers, sustained_ampere=numbers.sustained_ampere / 2)
-    monkeypatch.setattr(module, "predict", lambda sizes, setup, cluster: step.predict(sizes, setup, cluster, slow))
+    monkeypatch.setattr(module, "predict", lambda sizes, setup, cluster: step_time.predict(sizes, setup, cluster, slow))
     assert validate(RUNS)["groups"]["SC21"]["mean_error"] > REACHED["SC21"]
 
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 
 from shardwise.predict.hardware.constants import Constants
 from shardwise.predict.published.columns import Row, text
-from shardwise.predict.transformer.memory import memory, memory_of_stage
-from shardwise.predict.transformer.sizes import Setup, Sizes
+from shardwise.predict.published.predictor.memory import memory, memory_of_stage
+from shardwise.predict.published.predictor.sizes import Setup, Sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from shardwise.predict.published import cells
 from shardwise.predict.published.columns import Lacking, Row, degree, number, text, whole
 from shardwise.predict.published.memory_kind import Counted, counted_of
 from shardwise.predict.published.model_sizes import sizes_of
+from shardwise.predict.published.predictor.sizes import Setup, Sizes
 from shardwise.predict.published.row_cluster import cluster_of
 from shardwise.predict.published.software_stack import stack_of
-from shardwise.predict.transformer.sizes import Setup, Sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardwise.predict.published import cells
 from shardwise.predict.published.columns import Row, text
-from shardwise.predict.transformer.sizes import Stack
+from shardwise.predict.published.predictor.sizes import Stack
 
 DEEPSPEED = ("deepspeed", "bigscience", "bloom", "vtrain", "sailor")
 """Words that mark sources which ran Megatron-DeepSpeed."""

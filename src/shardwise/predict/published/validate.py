@@ -16,6 +16,7 @@ from shardwise.predict.hardware.constants import constants, documented, fit_reco
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.published.columns import Lacking, named, text
 from shardwise.predict.published.memory_kind import memory_terms
+from shardwise.predict.published.predictor.step_time import explained, predict
 from shardwise.predict.published.row import Run, read
 from shardwise.predict.published.statistics import (
     mean,
@@ -24,7 +25,6 @@ from shardwise.predict.published.statistics import (
     rank_correlation,
     rank_correlation_of_scatter,
 )
-from shardwise.predict.transformer.step import explained, predict
 
 LARGEST = 64 << 20
 """Largest size of a table's file in bytes."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.transformer.layer import accumulation, moving, product, tokens
-from shardwise.predict.transformer.sizes import Setup, Sizes
+from shardwise.predict.published.predictor.block import accumulation, moving, product, tokens
+from shardwise.predict.published.predictor.sizes import Setup, Sizes
 
 LOSS_BYTES = {"megatron": (38, 14), "eager": (16, 14), "fused": (6, 4)}
 """Bytes per logit, forward and backward. Megatron's loss casts (6), and takes maximum (4), difference (8), exponential

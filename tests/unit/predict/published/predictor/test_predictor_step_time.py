@@ -13,10 +13,10 @@ from shardwise.predict.hardware.constants import Constants, constants
 from shardwise.predict.hardware.gpu import kernel_seconds
 from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.transformer.ends import embedding, head
-from shardwise.predict.transformer.layer import accumulation, block
-from shardwise.predict.transformer.sizes import Setup, Sizes, Stack
-from shardwise.predict.transformer.step import Clock, Groups, _Step, explained, paced, predict
+from shardwise.predict.published.predictor.block import accumulation, block
+from shardwise.predict.published.predictor.embedding_head import embedding, head
+from shardwise.predict.published.predictor.sizes import Setup, Sizes, Stack
+from shardwise.predict.published.predictor.step_time import Clock, Groups, _Step, explained, paced, predict
 
 H, L, V, S = 4096, 8, 50257, 2048
 SIZES = Sizes(

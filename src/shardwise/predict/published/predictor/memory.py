@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from shardwise.predict.prediction import Memory
-from shardwise.predict.transformer import kept
-from shardwise.predict.transformer.sizes import Setup, Sizes
-from shardwise.predict.transformer.stages import layers_of_stages, parameters_of_stages, under_way
+from shardwise.predict.published.predictor import activations
+from shardwise.predict.published.predictor.sizes import Setup, Sizes
+from shardwise.predict.published.predictor.stages import layers_of_stages, parameters_of_stages, under_way
 
 MOMENTS = 8
 """Bytes per parameter of Adam's two moments, which are float32."""
@@ -56,7 +56,7 @@ def per_parameter(setup: Setup) -> PerParameter:
     they come in half precision first; float32 takes 16. The optimizer's part, and more with higher stages of ZeRO, is
     divided among the replicas. DeepSpeed's optimizer has gradients in float32 of its own; DDP has its buckets.
     """
-    w, stack = kept.width(setup), setup.stack
+    w, stack = activations.width(setup), setup.stack
     shards = setup.shards if setup.zero == 3 else setup.replicas
     if setup.zero == 3:  # FSDP keeps float32 shards and casts what it gathers
         return PerParameter(4 / shards, 4 / shards, MOMENTS / shards)
@@ -78,20 +78,20 @@ def memory_of_stage(sizes: Sizes, setup: Setup, stage: int) -> Memory:
     held = parameters_of_stages(sizes, setup)[stage]
     each = per_parameter(setup)
     under = under_way(setup, stage)
-    activations = under * layers_of_stages(sizes, setup)[stage] * kept.kept(sizes, setup)
+    saved = under * layers_of_stages(sizes, setup)[stage] * activations.kept(sizes, setup)
     buckets = 0
     if setup.stack.deepspeed:
-        buckets = BUCKETS * kept.width(setup)
+        buckets = BUCKETS * activations.width(setup)
         if setup.pipeline > 1:  # a stage's output stays until its gradient arrives
-            activations += under * kept.block_entry(sizes, setup)
-    moment = kept.backward_moment(sizes, setup)
+            saved += under * activations.block_entry(sizes, setup)
+    moment = activations.backward_moment(sizes, setup)
     if stage == setup.pipeline - 1:
-        moment = max(moment, kept.loss_moment(sizes, setup))
+        moment = max(moment, activations.loss_moment(sizes, setup))
     return Memory(
         parameters=round(held * each.weights),
         gradients=round(held * each.gradients),
         optimizer=round(held * each.states),
-        activations=round(activations),
+        activations=round(saved),
         temporary=round(moment + _gathered(sizes, setup) + buckets + WORKSPACE),
     )
 
@@ -100,6 +100,6 @@ def _gathered(sizes: Sizes, setup: Setup) -> float:
     """Parameters that FSDP has gathered, of blocks and of its root (embedding and output), and a block's gradients."""
     if setup.zero != 3:
         return 0.0
-    w = kept.width(setup)
+    w = activations.width(setup)
     root = sizes.embedding_parameters + sizes.head_parameters
     return (w * (UNITS * sizes.layer_parameters + root) + (w + 4) * sizes.layer_parameters) / setup.tensor

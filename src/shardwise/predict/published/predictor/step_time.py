@@ -19,11 +19,11 @@ from shardwise.predict.hardware.gpu import LARGEST_SHARE, UNLIMITED, kernel_seco
 from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.transformer import ends
-from shardwise.predict.transformer.layer import Passes, block, tokens
-from shardwise.predict.transformer.memory import memory
-from shardwise.predict.transformer.sizes import Setup, Sizes
-from shardwise.predict.transformer.stages import layers_of_stages, parameters_of_stages
+from shardwise.predict.published.predictor import embedding_head
+from shardwise.predict.published.predictor.block import Passes, block, tokens
+from shardwise.predict.published.predictor.memory import memory
+from shardwise.predict.published.predictor.sizes import Setup, Sizes
+from shardwise.predict.published.predictor.stages import layers_of_stages, parameters_of_stages
 
 TENSOR_HIDDEN = 0.5
 """Share of the collectives of tensor parallelism that products hide which are cut for it."""
@@ -198,7 +198,7 @@ class _Step:
     def stages(self) -> list[tuple[Part, Part]]:
         """Forward and backward pass of every stage for one microbatch."""
         layer_forward, layer_backward = self.layer_forward(), self.layer_backward()
-        embedding, head = ends.embedding(self.sizes, self.setup), ends.head(self.sizes, self.setup)
+        embedding, head = embedding_head.embedding(self.sizes, self.setup), embedding_head.head(self.sizes, self.setup)
         layers = layers_of_stages(self.sizes, self.setup)
         result = []
         for stage, count in enumerate(layers):
@@ -369,7 +369,7 @@ class _Step:
         owned = self.parameters() if setup.pipeline > 1 else self.sizes.parameters / setup.tensor
         if setup.zero:
             owned /= setup.shards if setup.zero >= 3 else setup.replicas
-        return self.clock.of([ends.update(owned, setup)])
+        return self.clock.of([embedding_head.update(owned, setup)])
 
 
 def explained(prediction: Prediction) -> Mapping[str, float]:

@@ -11,9 +11,9 @@ from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.profiler import Profiles
-from shardwise.predict.transformer import step as transformer
-from shardwise.predict.transformer.layer import block
-from shardwise.predict.transformer.sizes import Setup, Sizes, Stack
+from shardwise.predict.published.predictor import step_time as transformer
+from shardwise.predict.published.predictor.block import block
+from shardwise.predict.published.predictor.sizes import Setup, Sizes, Stack
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 from shardwise.workload.recipes.models.gpt import inner_width

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.transformer.sizes import Setup, Sizes
+from shardwise.predict.published.predictor.sizes import Setup, Sizes
 
 
 @dataclass(frozen=True, slots=True)

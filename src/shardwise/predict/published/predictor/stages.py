@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from shardwise.predict.transformer.sizes import Setup, Sizes
+from shardwise.predict.published.predictor.sizes import Setup, Sizes
 
 
 def layers_of_stages(sizes: Sizes, setup: Setup) -> list[float]:

@@ -11,7 +11,7 @@ With T tokens, hidden size h, width f of the MLP, a heads, sequence s, w bytes p
 from __future__ import annotations
 
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
-from shardwise.predict.transformer.sizes import Setup, Sizes
+from shardwise.predict.published.predictor.sizes import Setup, Sizes
 
 LOGIT_FLOAT_BYTES = {"megatron": 8, "eager": 12, "fused": 4}
 """Bytes per logit at the peak of the loss, beside the logits themselves: copies in float32. Megatron's has logits and
