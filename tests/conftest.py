@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reads it when torch is loaded
 os.environ.setdefault("SHARDWISE_CLUSTER", "off")
 
-SLOW = ("test_readme.py", "test_judging.py", "test_dry_run.py", "test_local.py")
+SLOW = ("test_readme.py", "test_crosscheck.py", "test_dry_run.py", "test_local.py")
 """Files that begin first: one that begins last would be waited for by the other process."""
 
 

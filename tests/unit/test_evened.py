@@ -13,7 +13,7 @@ from shardwise.plan.explain import explanation
 from shardwise.plan.search import search
 from shardwise.plan.wish import Wish
 from shardwise.predict.closed_form.step_time import Costs, costs_of
-from shardwise.predict.judging import judged
+from shardwise.predict.crosscheck import judged
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.splitting.balance import divided
 from shardwise.strategy import Strategy

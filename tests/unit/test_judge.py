@@ -14,7 +14,7 @@ from shardwise.plan.judge import judge
 from shardwise.plan.plan import Plan
 from shardwise.plan.search import Searched, search
 from shardwise.plan.wish import Wish
-from shardwise.predict.judging import Judged
+from shardwise.predict.crosscheck import Judged
 from shardwise.workload.recipes.gpt import gpt
 
 CLUSTER = find_cluster("h100x4")

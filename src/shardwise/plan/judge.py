@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.plan.plan import Candidate, Plan, Rejected
-from shardwise.predict.judging import judged
+from shardwise.predict.crosscheck import judged
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.units import format_bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardwise.plan.wish import Wish
-from shardwise.predict.judging import Judged
+from shardwise.predict.crosscheck import Judged
 from shardwise.predict.prediction import Prediction
 from shardwise.strategy import Strategy
 

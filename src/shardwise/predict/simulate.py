@@ -11,8 +11,8 @@ from shardwise.cluster.cluster import Cluster, Level
 from shardwise.errors import RequestError, StrategyError
 from shardwise.predict.closed_form.segment_times import slowest
 from shardwise.predict.closed_form.unequal_shares import predict_shares, refuse_shares
+from shardwise.predict.crosscheck import Judged, judged
 from shardwise.predict.document import document
-from shardwise.predict.judging import Judged, judged
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.timeline.timeline import Timeline, timeline
@@ -50,7 +50,7 @@ def simulation(
         cluster: the cluster to train on.
         play: whether to simulate steps as events instead of using the closed form.
         slowed: rank -> factor by which its compute takes longer than usual (a straggler); implies `play`.
-        dry: whether to dry-run the worker that needs most memory, too; see `predict.judging`.
+        dry: whether to dry-run the worker that needs most memory, too; see `predict.crosscheck`.
 
     Raises:
         RequestError: none of the strategies is possible; the error is that of the first one.

@@ -21,8 +21,8 @@ from shardwise.plan.space import divisors, families, members
 from shardwise.plan.wish import Wish
 from shardwise.predict.closed_form.offload import HOST_LINK_SHARE, HOST_SHARE, fetched, updated
 from shardwise.predict.closed_form.step_time import predict
+from shardwise.predict.crosscheck import judged
 from shardwise.predict.hardware.constants import constants
-from shardwise.predict.judging import judged
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.profile.summary import condense

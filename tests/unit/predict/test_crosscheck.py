@@ -15,7 +15,7 @@ from shardwise.cluster.find import find_cluster
 from shardwise.predict.closed_form import memory
 from shardwise.predict.closed_form.fsdp_memory import Held, held_at_links
 from shardwise.predict.closed_form.step_time import costs_of
-from shardwise.predict.judging import Judged, judged
+from shardwise.predict.crosscheck import Judged, judged
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.workers import traffic
 from shardwise.strategy import Strategy
