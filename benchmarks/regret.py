@@ -184,9 +184,9 @@ def _load(model: str, folder: Path) -> Workload:
 def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
     """The choice, and the predictions of all that are to be measured."""
     from shardwise.errors import ShardwiseError
-    from shardwise.plan.plan import Candidate
-    from shardwise.plan.search import search
-    from shardwise.plan.wish import Wish
+    from shardwise.planner.constraints import Wish
+    from shardwise.planner.plan import Candidate
+    from shardwise.planner.search.search import search
     from shardwise.predict.closed_form.step_time import predict
     from shardwise.predict.profile.interpolate import ScaledProfiles
     from shardwise.predict.simulate import profiles_on

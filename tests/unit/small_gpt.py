@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shardwise.plan.space import divisors, families, members
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.search.space import divisors, families, members
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

@@ -12,7 +12,7 @@ import pytest
 from shardwise.cluster.find import find_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
-from shardwise.plan.plan import Candidate
+from shardwise.planner.plan import Candidate
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.run import automatic
 from shardwise.run.at_hand import check_hosts

@@ -21,8 +21,8 @@ from shardwise.cluster.find import find_cluster
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import LONGEST_MESSAGE, RequestError
-from shardwise.plan.file import read_plan, write_plan
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.plan_file import read_plan, write_plan
 from shardwise.predict.published.validate import read_rows, validate
 from shardwise.strategy import MOST, Strategy
 from shardwise.workload.load import load_workload

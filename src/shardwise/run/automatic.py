@@ -16,11 +16,11 @@ from typing import Any
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.launch.context import is_first, rank_context
 from shardwise.launch.join import join_launcher
-from shardwise.plan.explain import explanation
-from shardwise.plan.plan import Candidate, Plan
-from shardwise.plan.scaling import counts
-from shardwise.plan.search import Searched, may_offload, search
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.explain import explanation
+from shardwise.planner.plan import Candidate, Plan
+from shardwise.planner.scaling import counts
+from shardwise.planner.search.search import Searched, may_offload, search
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on

@@ -14,16 +14,16 @@ import torch
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import DoesNotFit, RequestError, WorkloadError
-from shardwise.plan.document import front_rows, plan_document
-from shardwise.plan.explain import explanation
-from shardwise.plan.file import PlanFile, read_plan, write_plan
-from shardwise.plan.finalists import FINALISTS
-from shardwise.plan.front import front
-from shardwise.plan.judge import judge
-from shardwise.plan.scaling import Point, cheapest, counts, dollars, scaling, smallest_that_fits, worth
-from shardwise.plan.search import Searched
-from shardwise.plan.task import room
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.document import front_rows, plan_document
+from shardwise.planner.dry_run_check import judge
+from shardwise.planner.explain import explanation
+from shardwise.planner.pareto import front
+from shardwise.planner.plan_file import PlanFile, read_plan, write_plan
+from shardwise.planner.scaling import Point, cheapest, counts, dollars, scaling, smallest_that_fits, worth
+from shardwise.planner.search.finalists import FINALISTS
+from shardwise.planner.search.problem import room
+from shardwise.planner.search.search import Searched
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.at_hand import cluster_at_hand

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shardwise.errors import DataError, RequestError, RunFolderError, StrategyError, WorkloadError, nearest
 from shardwise.launch.context import rank_context, under_launcher
 from shardwise.launch.join import join_launcher
-from shardwise.plan.file import is_plan_file, read_plan
+from shardwise.planner.plan_file import is_plan_file, read_plan
 from shardwise.run.forecast import forecasts
 from shardwise.run.job import POLICIES, Job, Options, Source
 from shardwise.run.runfolder import (

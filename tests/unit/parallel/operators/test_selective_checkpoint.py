@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shardwise.cluster.find import find_cluster
 from shardwise.parallel.operators import selective_checkpoint
-from shardwise.plan.search import search
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.search.search import search
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.profile.profiler import Profiles

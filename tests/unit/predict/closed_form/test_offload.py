@@ -13,12 +13,12 @@ from shardwise.cluster.measure.host_link import host_of
 from shardwise.cluster.measure.team import Team
 from shardwise.errors import StrategyError
 from shardwise.parallel.mesh import default_device
-from shardwise.plan.bounds import least_seconds
-from shardwise.plan.bounds_memory import least_memory
-from shardwise.plan.explain import explanation
-from shardwise.plan.search import search
-from shardwise.plan.space import divisors, families, members
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.explain import explanation
+from shardwise.planner.search.memory_bounds import least_memory
+from shardwise.planner.search.search import search
+from shardwise.planner.search.space import divisors, families, members
+from shardwise.planner.search.time_bounds import least_seconds
 from shardwise.predict.closed_form.offload import HOST_LINK_SHARE, HOST_SHARE, fetched, updated
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.crosscheck import judged

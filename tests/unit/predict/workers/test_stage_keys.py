@@ -13,8 +13,8 @@ import pytest
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import StrategyError
-from shardwise.plan.space import divisors, families, members
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.search.space import divisors, families, members
 from shardwise.predict.closed_form import stage_time
 from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.profile.memo import Kept

@@ -21,15 +21,15 @@ from dataclasses import dataclass, field, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
-from shardwise.plan.evened import evened
-from shardwise.plan.finalists import FINALISTS, Finalists
-from shardwise.plan.lost import Lost
-from shardwise.plan.partly import enough
-from shardwise.plan.plan import Candidate, Plan
-from shardwise.plan.prospects import Family, Prospects, Uneven, family_of
-from shardwise.plan.standing import Queue, Standing
-from shardwise.plan.task import Task
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.plan import Candidate, Plan
+from shardwise.planner.search.candidates import Family, Prospects, Uneven, family_of
+from shardwise.planner.search.finalists import FINALISTS, Finalists
+from shardwise.planner.search.memory_balance import evened
+from shardwise.planner.search.partial_recompute import enough
+from shardwise.planner.search.problem import Task
+from shardwise.planner.search.queue import Queue, Standing
+from shardwise.planner.search.rejections import Lost
 from shardwise.predict.closed_form.offload import has_host
 from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.closed_form.unequal_shares import ProfileOf

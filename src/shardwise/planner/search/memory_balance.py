@@ -19,8 +19,8 @@ from itertools import accumulate, pairwise
 from math import gcd
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.plan.bounds_memory import most_of_the_model
-from shardwise.plan.shares import MOST_REPLICAS
+from shardwise.planner.search.memory_bounds import most_of_the_model
+from shardwise.planner.search.unequal_devices import MOST_REPLICAS
 from shardwise.predict.closed_form.pipeline_links import slower_hops
 from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.prediction import Memory

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardwise.errors import StrategyError, WorkloadError
-from shardwise.plan.bounds import family_seconds, least_seconds, staged_seconds
-from shardwise.plan.bounds_memory import least_memory
-from shardwise.plan.evened import least_share, may_be_evened
-from shardwise.plan.lost import Lost
-from shardwise.plan.partly import fewest, may_be
-from shardwise.plan.space import divisors, families, members, spellings
-from shardwise.plan.task import Task
+from shardwise.planner.search.memory_balance import least_share, may_be_evened
+from shardwise.planner.search.memory_bounds import least_memory
+from shardwise.planner.search.partial_recompute import fewest, may_be
+from shardwise.planner.search.problem import Task
+from shardwise.planner.search.rejections import Lost
+from shardwise.planner.search.space import divisors, families, members, spellings
+from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.predict.closed_form.segment_times import times_of
 from shardwise.predict.profile.summary import Condensed
 from shardwise.strategy import Strategy

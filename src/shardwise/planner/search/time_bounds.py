@@ -23,7 +23,7 @@ from itertools import accumulate
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
-from shardwise.plan.bounds_memory import even, owners
+from shardwise.planner.search.memory_bounds import even, owners
 from shardwise.predict.closed_form.pipeline import StageTime, alone
 from shardwise.predict.closed_form.pipeline_links import slower_hops
 from shardwise.predict.closed_form.segment_times import Timed, Times, timed, times_of

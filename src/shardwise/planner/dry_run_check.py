@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.plan.plan import Candidate, Plan, Rejected
+from shardwise.planner.plan import Candidate, Plan, Rejected
 from shardwise.predict.crosscheck import judged
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.units import format_bytes

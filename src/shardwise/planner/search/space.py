@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.strategy import OUTERMOST, PRECISIONS, Strategy
 
@@ -67,7 +67,7 @@ def _of_degrees(tp: int, pp: int, replicas: int, share: int, wish: Wish, links: 
 def _recomputes(wish: Wish) -> tuple[str, ...]:
     """Return the values of `recompute` to try: none and all of the blocks, unless the user fixed one.
 
-    Parts between them are tried for each strategy that does not fit, see `plan.partly`.
+    Parts between them are tried for each strategy that does not fit, see `planner.search.partial_recompute`.
     """
     return (wish.fixed["recompute"],) if "recompute" in wish.fixed else ("none", "full")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
 from shardwise.predict.crosscheck import Judged
 from shardwise.predict.prediction import Prediction
 from shardwise.strategy import Strategy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardwise.plan.plan import Candidate, Plan
+from shardwise.planner.plan import Candidate, Plan
 from shardwise.predict.document import candidate
 from shardwise.units import format_bytes, format_seconds
 

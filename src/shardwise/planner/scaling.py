@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError
-from shardwise.plan.search import Searched, search
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.search.search import Searched, search
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.workload.workload import Workload

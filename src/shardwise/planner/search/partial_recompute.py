@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import ceil
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.plan.bounds_memory import least_memory
+from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.predict.closed_form.pipeline_links import slower_hops
 from shardwise.predict.closed_form.segment_times import timed
 from shardwise.predict.closed_form.step_time import costs_of

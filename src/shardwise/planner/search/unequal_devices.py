@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import gcd
 
 from shardwise.cluster.cluster import Cluster, Device
-from shardwise.plan.space import divisors
+from shardwise.planner.search.space import divisors
 from shardwise.predict.closed_form.segment_times import timed
 from shardwise.predict.closed_form.step_time import slowest_at
 from shardwise.predict.closed_form.unequal_shares import ProfileOf, replica, slowest_rank

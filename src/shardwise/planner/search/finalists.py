@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from shardwise.errors import StrategyError
-from shardwise.plan.evened import evened, may_be_evened
-from shardwise.plan.lost import Lost
-from shardwise.plan.partly import enough
-from shardwise.plan.plan import Candidate
-from shardwise.plan.shares import shared_out, staged_out
-from shardwise.plan.task import Task, words
+from shardwise.planner.plan import Candidate
+from shardwise.planner.search.memory_balance import evened, may_be_evened
+from shardwise.planner.search.partial_recompute import enough
+from shardwise.planner.search.problem import Task, words
+from shardwise.planner.search.rejections import Lost
+from shardwise.planner.search.unequal_devices import shared_out, staged_out
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import predict_shares
 from shardwise.strategy import Strategy

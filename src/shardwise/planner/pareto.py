@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.plan.plan import Candidate, Plan
-from shardwise.plan.search import Searched, search
+from shardwise.planner.plan import Candidate, Plan
+from shardwise.planner.search.search import Searched, search
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.workload.workload import Workload
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.plan.plan import Candidate
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.plan import Candidate
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.strategy import Strategy

@@ -9,11 +9,11 @@ from unittest import mock
 import pytest
 
 from shardwise.cluster.find import find_cluster
-from shardwise.plan import judge as judging
-from shardwise.plan.judge import judge
-from shardwise.plan.plan import Plan
-from shardwise.plan.search import Searched, search
-from shardwise.plan.wish import Wish
+from shardwise.planner import dry_run_check as judging
+from shardwise.planner.constraints import Wish
+from shardwise.planner.dry_run_check import judge
+from shardwise.planner.plan import Plan
+from shardwise.planner.search.search import Searched, search
 from shardwise.predict.crosscheck import Judged
 from shardwise.workload.recipes.gpt import gpt
 

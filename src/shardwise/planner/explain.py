@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Sample
 from shardwise.errors import StrategyError, WorkloadError
-from shardwise.plan.plan import Candidate, Plan
+from shardwise.planner.plan import Candidate, Plan
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import ProfileOf, predict_shares
 from shardwise.predict.prediction import Prediction

@@ -12,12 +12,12 @@ from small_gpt import SPEC, everything
 from shardwise import api
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
-from shardwise.plan.finalists import Finalists
-from shardwise.plan.front import STEP, front, undominated
-from shardwise.plan.plan import Candidate
-from shardwise.plan.search import Searched, search
-from shardwise.plan.standing import Queue, Standing
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.pareto import STEP, front, undominated
+from shardwise.planner.plan import Candidate
+from shardwise.planner.search.finalists import Finalists
+from shardwise.planner.search.queue import Queue, Standing
+from shardwise.planner.search.search import Searched, search
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.report.plan import plan_summary

@@ -8,10 +8,10 @@ from itertools import combinations, pairwise
 import pytest
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.plan.evened import evened, least_share, level
-from shardwise.plan.explain import explanation
-from shardwise.plan.search import search
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.explain import explanation
+from shardwise.planner.search.memory_balance import evened, least_share, level
+from shardwise.planner.search.search import search
 from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.crosscheck import judged
 from shardwise.predict.profile.interpolate import ScaledProfiles

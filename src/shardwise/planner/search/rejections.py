@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwise.plan.plan import Candidate, Rejected
+from shardwise.planner.plan import Candidate, Rejected
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes
 

@@ -13,14 +13,14 @@ from small_gpt import SPEC, everything
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import DoesNotFit, RequestError
-from shardwise.plan.bounds import family_seconds, least_seconds, staged_seconds
-from shardwise.plan.bounds_memory import least_memory
-from shardwise.plan.explain import explanation, with_bandwidth
-from shardwise.plan.file import PlanFile, read_plan, write_plan
-from shardwise.plan.prospects import family_of
-from shardwise.plan.scaling import Point, counts, enlarged, worth
-from shardwise.plan.search import Searched, search
-from shardwise.plan.wish import Wish
+from shardwise.planner.constraints import Wish
+from shardwise.planner.explain import explanation, with_bandwidth
+from shardwise.planner.plan_file import PlanFile, read_plan, write_plan
+from shardwise.planner.scaling import Point, counts, enlarged, worth
+from shardwise.planner.search.candidates import family_of
+from shardwise.planner.search.memory_bounds import least_memory
+from shardwise.planner.search.search import Searched, search
+from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import predict_shares
 from shardwise.predict.profile.interpolate import ScaledProfiles
