@@ -545,7 +545,7 @@ def export(run: str | Path, out: str | Path) -> None:
         RunFolderError: there is no run in the folder `run`.
         CheckpointError: the run has no complete, undamaged checkpoint.
     """
-    from shardwise.run.export import export_safetensors
+    from shardwise.run.checkpoint.export import export_safetensors
 
     export_safetensors(Path(run), Path(out))
 

@@ -43,7 +43,7 @@ PRELOAD = (
     "torch.distributed.tensor.debug",
     "shardwise.parallel.graph.graph_engine",
     "shardwise.parallel.data.module_engine",
-    "shardwise.run.checkpoint",
+    "shardwise.run.checkpoint.checkpoints",
 )
 """What every worker comes to need. Importing these starts no thread, so the server may fork."""
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.parallel.state.layout import Layout
-from shardwise.run import folder, reading, saving
-from shardwise.run.checkpoint import Checkpoints
-from shardwise.run.export import export_safetensors
+from shardwise.run.checkpoint import folder, reader, writer
+from shardwise.run.checkpoint.checkpoints import Checkpoints
+from shardwise.run.checkpoint.export import export_safetensors
 
 Held = tuple[Layout, bool] | None
 
@@ -138,7 +138,7 @@ def test_writing_does_not_mix_with_the_collectives_of_the_training(workers: Pool
 
 def test_write_that_fails_on_one_worker_fails_on_all(workers: Pools, tmp_path: Path) -> None:
     def fail() -> str:
-        broken = mock.patch.object(saving, "write_tensors", _no_space)
+        broken = mock.patch.object(writer, "write_tensors", _no_space)
         try:
             with broken if dist.get_rank() == 1 else nullcontext():
                 save(tmp_path, rows)
@@ -189,7 +189,7 @@ def test_only_what_is_held_is_read(workers: Pools, tmp_path: Path) -> None:
     workers(4, save, tmp_path, rows)
 
     def elements_read() -> tuple[int, int]:
-        kept, elements = reading.read_slice, [0]
+        kept, elements = reader.read_slice, [0]
 
         def counted(*args: Any) -> Tensor:
             tensor = kept(*args)
@@ -199,7 +199,7 @@ def test_only_what_is_held_is_read(workers: Pools, tmp_path: Path) -> None:
         program, checkpoints = zeros(here(heads)), Checkpoints(tmp_path)
         path = checkpoints.latest()
         assert path is not None
-        with mock.patch.object(reading, "read_slice", counted):
+        with mock.patch.object(reader, "read_slice", counted):
             checkpoints.load(program, path)
         return elements[0], sum(tensor.numel() for tensor in program.locals().values())
 
@@ -262,7 +262,7 @@ def test_failed_write_is_told_on_all_workers_before_the_same_step(workers: Pools
             time.sleep(0.05)
             raise OSError(28, "No space left on device")
 
-        broken = mock.patch.object(saving, "write_tensors", full)
+        broken = mock.patch.object(writer, "write_tensors", full)
         step = 0
         with broken if dist.get_rank() == 1 else nullcontext():
             checkpoints.save(StandIn(*adam_like(7), split=here(rows), steps=7), {})
@@ -291,7 +291,7 @@ def test_worker_killed_while_it_writes(workers: Pools, tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         checkpoints = Checkpoints(tmp_path)
-        deadly = mock.patch.object(saving, "write_tensors", killed)
+        deadly = mock.patch.object(writer, "write_tensors", killed)
         with deadly if dist.get_rank() == 1 else nullcontext():
             checkpoints.save(StandIn(*adam_like(7), split=here(rows), steps=7), {})
             checkpoints.wait()

@@ -23,8 +23,8 @@ from shardwise.parallel.data import gradient_reducer
 from shardwise.parallel.graph.parameters import Holding
 from shardwise.parallel.operators.graph_operators import KeyedOperations
 from shardwise.parallel.program import Program
-from shardwise.run.checkpoint import Checkpoints
-from shardwise.run.export import export_safetensors
+from shardwise.run.checkpoint.checkpoints import Checkpoints
+from shardwise.run.checkpoint.export import export_safetensors
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

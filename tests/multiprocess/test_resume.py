@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from shardwise.parallel.program import Program
-from shardwise.run.checkpoint import Checkpoints
-from shardwise.run.export import export_safetensors
+from shardwise.run.checkpoint.checkpoints import Checkpoints
+from shardwise.run.checkpoint.export import export_safetensors
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.parallel.program import Program
-from shardwise.run import saving
+from shardwise.run.checkpoint import writer
 from shardwise.run.job import Job, Options, Source, work
 from shardwise.run.result import Trained
 from shardwise.run.train import Progress, restored
@@ -141,7 +141,7 @@ def test_failed_checkpoint_is_told_before_the_next_one(tmp_path: Path, monkeypat
             assert failed.wait(20)
         return F.cross_entropy(output, batch[1])
 
-    monkeypatch.setattr(saving, "write_tensors", full)
+    monkeypatch.setattr(writer, "write_tensors", full)
     with pytest.raises(ShardwiseError, match=r"step-00000400 could not be written by worker 0: .*No space left"):
         trained(tmp_path / "run", small(loss=loss, evaluation=None), epochs=250, checkpoint_every=400)
     assert len(records(tmp_path / "run")) < 700

@@ -16,9 +16,9 @@ from torch.utils.data import TensorDataset
 
 from shardwise.errors import CheckpointError, NotFinite, RequestError
 from shardwise.parallel.program import Program
-from shardwise.run.export import export_safetensors
+from shardwise.run.checkpoint.export import export_safetensors
+from shardwise.run.checkpoint.index import Index
 from shardwise.run.guard import MOST_SKIPPED, Guard
-from shardwise.run.index import Index
 from shardwise.run.job import Job, Options, Source
 from shardwise.run.request import settle_options
 from shardwise.run.result import Trained

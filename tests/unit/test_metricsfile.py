@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from full_disk import full_disk  # noqa: F401 - a fixture
-from test_fuzz_checkpoint import mutate_bytes, mutate_document
+from mutations import mutate_bytes, mutate_document
 
 from shardwise.errors import RunFolderError, ShardwiseError
 from shardwise.run.metricsfile import MetricsFile

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mutations import mutate_bytes, mutate_document
 from standin import StandIn, adam_like
-from test_fuzz_checkpoint import mutate_bytes, mutate_document
 
 from shardwise.errors import RequestError, RunFolderError
 from shardwise.run import runfolder
-from shardwise.run.checkpoint import Checkpoints
+from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.jsonfile import write_json
 from shardwise.run.lock import release_lock
 from shardwise.run.request import Asked, as_before

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from shardwise.launch import watch
 from shardwise.parallel.program import Program
-from shardwise.run.checkpoint import Checkpoints
-from shardwise.run.folder import final_path, step_of
+from shardwise.run.checkpoint.checkpoints import Checkpoints
+from shardwise.run.checkpoint.folder import final_path, step_of
 from shardwise.run.guard import Guard
 from shardwise.run.job import GO, Job
 from shardwise.run.log import Log, finite

@@ -4,7 +4,7 @@ runs/image-dp2-1/
     run.json         the request: workload, strategy, workers, options, versions
     metrics.jsonl    one line per step and per evaluation
     tensorboard/     the metrics as TensorBoard files, if TensorBoard is installed
-    checkpoints/     see `run.checkpoint`
+    checkpoints/     see `run.checkpoint.checkpoints`
     summary.json     the result: the document that `train --json` prints
     .lock            see `run.lock`
 """
@@ -25,7 +25,7 @@ from typing import Any
 from shardwise.errors import RunFolderError, ShardwiseError
 from shardwise.files import read_regular
 from shardwise.launch.context import is_first
-from shardwise.run.folder import complete
+from shardwise.run.checkpoint.folder import complete
 from shardwise.run.jsonfile import parse_json, read_json, short, write_json
 from shardwise.run.lock import LOCK, release_lock, take_lock
 

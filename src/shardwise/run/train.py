@@ -10,10 +10,10 @@ from typing import Any
 from shardwise.errors import CheckpointError, DataError, NotFinite
 from shardwise.parallel.program import Program
 from shardwise.run.agreement import Agreement
+from shardwise.run.checkpoint.restored import unlike
 from shardwise.run.job import Job
 from shardwise.run.jsonfile import short
 from shardwise.run.record import Record
-from shardwise.run.restored import unlike
 from shardwise.run.result import Trained
 from shardwise.run.streams import StreamAgreement
 from shardwise.workload.data import Loader, is_map_style

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from shardwise.errors import CheckpointError, RunFolderError
 from shardwise.parallel.state.layout import Tile
-from shardwise.run.checkpoint import not_finite
-from shardwise.run.folder import newest_whole
-from shardwise.run.headers import header_problem
-from shardwise.run.index import Index, Stored
-from shardwise.run.tensorfile import write_tensors
+from shardwise.run.checkpoint.checkpoints import not_finite
+from shardwise.run.checkpoint.folder import newest_whole
+from shardwise.run.checkpoint.headers import header_problem
+from shardwise.run.checkpoint.index import Index, Stored
+from shardwise.run.checkpoint.safetensors_file import write_tensors
 
 MOST_TIMES = 64
 """Largest ratio of an export's size to that of the stored weights: tied weights are written under all their names."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from shardwise.errors import CheckpointError
-from shardwise.run.folder import check_file
-from shardwise.run.index import Index
+from shardwise.run.checkpoint.folder import check_file
+from shardwise.run.checkpoint.index import Index
 from shardwise.run.jsonfile import short
 
 _Header = dict[str, tuple[str | None, list[int]]]

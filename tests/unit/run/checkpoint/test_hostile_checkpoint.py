@@ -16,9 +16,9 @@ from standin import StandIn, adam_like
 
 from shardwise.errors import CheckpointError
 from shardwise.parallel.optim.optimizer_state import load_schedule_state, schedule_state
-from shardwise.run.checkpoint import Checkpoints
-from shardwise.run.cover import cover_problem
-from shardwise.run.export import export_safetensors
+from shardwise.run.checkpoint.checkpoints import Checkpoints
+from shardwise.run.checkpoint.cover import cover_problem
+from shardwise.run.checkpoint.export import export_safetensors
 
 DATA = "rank-00000.safetensors"
 QKV = "model/attention.qkv.weight"

@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.parallel.state.layout import Box
-from shardwise.run.cover import MOST_DIMENSIONS, cover_problem
-from shardwise.run.folder import MOST_BYTES, check_file, read_manifest
+from shardwise.run.checkpoint.cover import MOST_DIMENSIONS, cover_problem
+from shardwise.run.checkpoint.folder import MOST_BYTES, check_file, read_manifest
+from shardwise.run.checkpoint.safetensors_file import DTYPES, TensorSpec
 from shardwise.run.jsonfile import entry, read_json, short
-from shardwise.run.tensorfile import DTYPES, TensorSpec
 
 INDEX = "index.json"
 FORMAT = 1

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from shardwise.parallel.state.layout import Box, Piece
-from shardwise.run.index import Chunk, Index
-from shardwise.run.saving import PIECES, stored_tiles
+from shardwise.run.checkpoint.index import Chunk, Index
+from shardwise.run.checkpoint.writer import PIECES, stored_tiles
 
 
 class TileLoadPlanner(LoadPlanner):

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from shardwise.errors import CheckpointError, RunFolderError, ShardwiseError
 from shardwise.parallel.state.layout import Layout, Tile
-from shardwise.run import saving
-from shardwise.run.checkpoint import Checkpoints
-from shardwise.run.export import export_safetensors
-from shardwise.run.folder import begin
-from shardwise.run.index import Index
-from shardwise.run.tensorfile import TensorSpec, write_tensors
+from shardwise.run.checkpoint import writer
+from shardwise.run.checkpoint.checkpoints import Checkpoints
+from shardwise.run.checkpoint.export import export_safetensors
+from shardwise.run.checkpoint.folder import begin
+from shardwise.run.checkpoint.index import Index
+from shardwise.run.checkpoint.safetensors_file import TensorSpec, write_tensors
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[3]
 
 
 def saved(run: Path, *steps: int, keep: int = 3) -> Checkpoints:
@@ -92,7 +92,7 @@ def test_training_may_change_the_tensors_while_they_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    monkeypatch.setattr(saving, "begin", _held_up(begin, go))
+    monkeypatch.setattr(writer, "begin", _held_up(begin, go))
     checkpoints, program = Checkpoints(tmp_path), StandIn(*adam_like(3), steps=3)
     progress = {"losses": [1.0]}
     checkpoints.save(program, progress)
@@ -116,7 +116,7 @@ def test_one_save_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         running.pop()
         return write_tensors(*args)
 
-    monkeypatch.setattr(saving, "write_tensors", slow)
+    monkeypatch.setattr(writer, "write_tensors", slow)
     saved(tmp_path, 1, 2, 3)
     assert len(folders(tmp_path)) == 3
 
@@ -305,7 +305,7 @@ def test_a_failed_write_is_raised_and_the_next_one_works(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "write_tensors", full)
+        patch.setattr(writer, "write_tensors", full)
         checkpoints.save(StandIn(*adam_like(2), steps=2), {})
         with pytest.raises(ShardwiseError, match=r"step-00000002 could not be written by worker 0: .*No space left"):
             checkpoints.wait()
@@ -378,7 +378,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
 from standin import StandIn
-from shardwise.run.checkpoint import Checkpoints
+from shardwise.run.checkpoint.checkpoints import Checkpoints
 
 def save_for_ever(run, ready):
     checkpoints = Checkpoints(run, keep=2)

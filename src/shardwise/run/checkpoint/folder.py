@@ -23,8 +23,8 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 from shardwise.errors import CheckpointError
+from shardwise.run.checkpoint.safetensors_file import FileSum, write_file
 from shardwise.run.jsonfile import entry, read_json, short, sync_folder
-from shardwise.run.tensorfile import FileSum, write_file
 
 MANIFEST = "manifest.json"
 MOST_BYTES = 1 << 30

@@ -19,13 +19,13 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from shardwise.errors import CheckpointError
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.state.layout import Piece
-from shardwise.run.folder import complete, damage, final_path, newest_whole, step_of
-from shardwise.run.headers import header_problem
-from shardwise.run.index import Index
+from shardwise.run.checkpoint.folder import complete, damage, final_path, newest_whole, step_of
+from shardwise.run.checkpoint.headers import header_problem
+from shardwise.run.checkpoint.index import Index
+from shardwise.run.checkpoint.reader import FolderReader, TileLoadPlanner
+from shardwise.run.checkpoint.restored import unlike
+from shardwise.run.checkpoint.writer import PIECES, FolderWriter, Stager, TileSavePlanner
 from shardwise.run.jsonfile import short
-from shardwise.run.reading import FolderReader, TileLoadPlanner
-from shardwise.run.restored import unlike
-from shardwise.run.saving import PIECES, FolderWriter, Stager, TileSavePlanner
 from shardwise.run.workers import Vote, Workers
 
 

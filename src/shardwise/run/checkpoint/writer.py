@@ -35,10 +35,10 @@ from torch.futures import Future
 
 from shardwise.errors import ShardwiseError
 from shardwise.parallel.state.layout import Box, Layout, Piece, Tile
-from shardwise.run.folder import begin, hidden_path, prune, publish, write_manifest
-from shardwise.run.index import INDEX, Chunk, Index, Stored, chunk_key, merge_files, tensors_metadata
+from shardwise.run.checkpoint.folder import begin, hidden_path, prune, publish, write_manifest
+from shardwise.run.checkpoint.index import INDEX, Chunk, Index, Stored, chunk_key, merge_files, tensors_metadata
+from shardwise.run.checkpoint.safetensors_file import FileSum, TensorSpec, write_file, write_tensors
 from shardwise.run.runfolder import note_checkpoint
-from shardwise.run.tensorfile import FileSum, TensorSpec, write_file, write_tensors
 from shardwise.run.workers import Workers
 
 PIECES = "pieces"

@@ -1,0 +1,1 @@
+"""Checkpoints: written in the background, checked, read under any other strategy, and exported."""
