@@ -16,11 +16,11 @@ from typing import Any
 from benchmarks.harness import environment, median, record
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.toml_reader import read_cluster
+from shardwise.commands.request import check
 from shardwise.errors import StrategyError
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibrate import calibrate
 from shardwise.run.job import Job, Options, Source, run_job
-from shardwise.run.request import check
 from shardwise.strategy import Strategy
 
 RECIPES = ("image", "language", "medical")

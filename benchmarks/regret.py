@@ -183,6 +183,7 @@ def _load(model: str, folder: Path) -> Workload:
 
 def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
     """The choice, and the predictions of all that are to be measured."""
+    from shardwise.commands.request import check
     from shardwise.errors import ShardwiseError
     from shardwise.planner.constraints import Wish
     from shardwise.planner.plan import Candidate
@@ -190,7 +191,6 @@ def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
     from shardwise.predict.closed_form.step_time import predict
     from shardwise.predict.profile.interpolate import ScaledProfiles
     from shardwise.predict.simulate import profiles_on
-    from shardwise.run.request import check
     from shardwise.strategy import Strategy
 
     start = time.perf_counter()

@@ -100,8 +100,8 @@ def train(
         NotFinite: a loss or a gradient is infinite or not a number.
         SystemExit: the run was told to end, and has written a checkpoint.
     """
+    from shardwise.commands.request import Asked, settle, settle_resume
     from shardwise.run.job import run_job
-    from shardwise.run.request import Asked, settle, settle_resume
 
     asked = Asked(workload, settings or {}, seed, strategy, workers, steps, epochs)
     resumed = settle_resume(resume, out, asked)
@@ -114,7 +114,7 @@ def train(
         "on_nan": on_nan,
     }
     if strategy in (None, "auto") and not resumed:
-        from shardwise.run.automatic import train_automatically
+        from shardwise.commands.auto import train_automatically
 
         return train_automatically(asked, out, **options)
     return run_job(settle(asked, out, resume=resumed, **options)).summary
@@ -170,8 +170,8 @@ def train_parallel(
         WorkerFailed: a worker died.
         NotFinite: a loss or a gradient is infinite or not a number.
     """
+    from shardwise.commands.request import Asked, settle
     from shardwise.run.job import run_job
-    from shardwise.run.request import Asked, settle
     from shardwise.workload.plain import plain_workload
 
     plain = plain_workload(
@@ -202,8 +202,8 @@ def parallelize(workload: str | Workload | Callable[..., Workload], strategy: st
     Raises:
         RequestError: the request is wrong, or there are not as many workers as the strategy needs.
     """
+    from shardwise.commands.request import check, settle_source, settle_strategy
     from shardwise.parallel.program import Program
-    from shardwise.run.request import check, settle_source, settle_strategy
 
     settled = settle_strategy(strategy, None)
     if under_launcher():
@@ -252,11 +252,11 @@ def compare(
         RequestError: the request is wrong, or a requested strategy is; found before any worker starts.
         WorkerFailed: a worker died.
     """
-    from shardwise.run.compare import comparison
-    from shardwise.run.forecast import forecasts
+    from shardwise.commands.compare import comparison
+    from shardwise.commands.forecast import forecasts
+    from shardwise.commands.request import settle_compared, settle_options, settle_source
     from shardwise.run.job import Job, enough_gpus, run_job
     from shardwise.run.log import finite
-    from shardwise.run.request import settle_compared, settle_options, settle_source
 
     if under_launcher():
         raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
@@ -267,7 +267,7 @@ def compare(
     loaded = source.load()
     auto: Strategy | None = None
     if "auto" in strategies:
-        from shardwise.run.automatic import choose
+        from shardwise.commands.auto import choose
 
         auto = choose(loaded, workers, quiet=quiet).best.strategy
         strategies = [auto if strategy == "auto" else strategy for strategy in strategies]
@@ -317,9 +317,9 @@ def verify(
         RequestError: the request is wrong; found before any worker starts.
         WorkerFailed: a worker died.
     """
+    from shardwise.commands.request import check, settle_document, settle_source, settle_strategy, settle_verified
     from shardwise.run.jsonfile import write_json
     from shardwise.run.log import finite
-    from shardwise.run.request import check, settle_document, settle_source, settle_strategy, settle_verified
     from shardwise.run.verify import verification
     from shardwise.run.verify import verify as verify_each
 
@@ -374,11 +374,11 @@ def simulate(
         RequestError: the cluster or the workload is wrong, or every strategy is impossible.
     """
     from shardwise.cluster.find import find_cluster
+    from shardwise.commands.request import settle_file, settle_slow, settle_source, settle_strategy
     from shardwise.predict.simulate import simulation
     from shardwise.report.perfetto import chrome_trace
     from shardwise.run.jsonfile import write_json
     from shardwise.run.log import finite
-    from shardwise.run.request import settle_file, settle_slow, settle_source, settle_strategy
 
     settled = [settle_strategy(strategy, None) for strategy in strategies]
     if not settled:
@@ -436,9 +436,9 @@ def plan(
         RequestError: the cluster, the workload or a constraint is wrong, or two constraints contradict each other.
         DoesNotFit: no strategy fits into the memory of the devices.
     """
+    from shardwise.commands.plan import planned
+    from shardwise.commands.request import settle_source
     from shardwise.run.log import finite
-    from shardwise.run.planning import planned
-    from shardwise.run.request import settle_source
 
     source = settle_source(workload, settings, seed)
     document: dict[str, Any] = finite(
@@ -474,8 +474,8 @@ def check_plan(path: str | Path, *, cluster: str | None = None, workload: str | 
         RequestError: the file cannot be read, its workload or cluster is wrong, or its workload is a function and is
             not given.
     """
+    from shardwise.commands.plan import checked
     from shardwise.run.log import finite
-    from shardwise.run.planning import checked
 
     document: dict[str, Any] = finite(checked(Path(path), cluster, workload))
     return document
@@ -551,14 +551,14 @@ def export(run: str | Path, out: str | Path) -> None:
 
 
 def _folder_in(parent: Path, workload: Workload, job: Job) -> Path:
-    from shardwise.run.request import settle_folder
+    from shardwise.commands.request import settle_folder
 
     return settle_folder(parent / str(job.strategy).replace("=", "").replace(",", "-"), workload, job)
 
 
 def _trained_model(workload: Workload, job: Job, trained: Trained) -> TrainedModel:
     """Build the result with the plain trained module; under an outer launcher each worker gets one."""
-    from shardwise.run.weights import filled_model
+    from shardwise.commands.weights import filled_model
 
     return TrainedModel(
         model=filled_model(workload, trained.weights),

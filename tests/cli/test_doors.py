@@ -213,7 +213,7 @@ class TestNothingCanBeKept:
         def run_job(job: Job) -> Trained:
             return Trained({"strategy": str(job.strategy)}, (), {})
 
-        monkeypatch.setattr("shardwise.run.automatic.run_job", run_job)
+        monkeypatch.setattr("shardwise.commands.auto.run_job", run_job)
         document = api.train("work.py:small", steps=1, workers=2)
         assert document["strategy"] == "dp=2"
         assert "strategy dp=2, for nothing can be chosen: what is measured cannot be kept in" in capsys.readouterr().err

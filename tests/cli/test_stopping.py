@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from command import Run, started
 
+from shardwise.commands.request import settle_options
 from shardwise.errors import RequestError
-from shardwise.run.request import settle_options
 
 SECONDS = 60.0
 

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from shardwise.commands.request import settle_options
 from shardwise.errors import CheckpointError, NotFinite, RequestError
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint.export import export_safetensors
 from shardwise.run.checkpoint.index import Index
 from shardwise.run.guard import MOST_SKIPPED, Guard
 from shardwise.run.job import Job, Options, Source
-from shardwise.run.request import settle_options
 from shardwise.run.result import Trained
 from shardwise.run.train import train
 from shardwise.strategy import Strategy

@@ -33,8 +33,11 @@ FLOORS: dict[str, set[str]] = {
     "parallel": VALUES | {"cluster", "workload", "launch", "splitting"},
     "predict": VALUES | {"cluster", "workload", "splitting", "parallel"},
     "planner": VALUES | {"cluster", "workload", "splitting", "parallel", "predict"},
-    "run": VALUES | {"cluster", "workload", "splitting", "parallel", "predict", "planner", "launch", "report"},
-    "api": VALUES | {"cluster", "workload", "splitting", "parallel", "predict", "planner", "launch", "report", "run"},
+    "run": VALUES | {"cluster", "workload", "splitting", "parallel", "predict", "launch", "report"},
+    "commands": VALUES
+    | {"cluster", "workload", "splitting", "parallel", "predict", "planner", "launch", "report", "run"},
+    "api": VALUES
+    | {"commands", "cluster", "workload", "splitting", "parallel", "predict", "planner", "launch", "report", "run"},
     "cli": VALUES | {"launch", "report", "api", "starting"},
     "__main__": {"cli", "starting"},
     "__init__": VALUES | {"workload", "api"},

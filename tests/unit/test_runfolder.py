@@ -11,12 +11,12 @@ import pytest
 from mutations import mutate_bytes, mutate_document
 from standin import StandIn, adam_like
 
+from shardwise.commands.request import Asked, as_before
 from shardwise.errors import RequestError, RunFolderError
 from shardwise.run import runfolder
 from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.jsonfile import write_json
 from shardwise.run.lock import release_lock
-from shardwise.run.request import Asked, as_before
 from shardwise.run.runfolder import check_checkpoints, create_run, find_run, read_run, reopen_run, write_summary
 
 REQUEST: dict[str, Any] = {

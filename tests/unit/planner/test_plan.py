@@ -12,6 +12,8 @@ from small_gpt import SPEC, everything
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
+from shardwise.commands.plan import checked, planned
+from shardwise.commands.request import Asked, settle, settle_strategy
 from shardwise.errors import DoesNotFit, RequestError
 from shardwise.planner.constraints import Wish
 from shardwise.planner.explain import explanation, with_bandwidth
@@ -28,8 +30,6 @@ from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.profile.summary import condense
 from shardwise.predict.timeline.timeline import timeline
 from shardwise.run.job import Source
-from shardwise.run.planning import checked, planned
-from shardwise.run.request import Asked, settle, settle_strategy
 from shardwise.strategy import Strategy
 from shardwise.units import parse_bytes
 from shardwise.workload.load import load_workload

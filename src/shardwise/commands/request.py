@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardwise.commands.forecast import forecasts
 from shardwise.errors import DataError, RequestError, RunFolderError, StrategyError, WorkloadError, nearest
 from shardwise.launch.context import rank_context, under_launcher
 from shardwise.launch.join import join_launcher
 from shardwise.planner.plan_file import is_plan_file, read_plan
-from shardwise.run.forecast import forecasts
 from shardwise.run.job import POLICIES, Job, Options, Source
 from shardwise.run.runfolder import (
     check_checkpoints,

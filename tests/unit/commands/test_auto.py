@@ -11,13 +11,13 @@ import pytest
 
 from shardwise.cluster.find import find_cluster
 from shardwise.cluster.toml_writer import write_cluster
+from shardwise.commands import auto
+from shardwise.commands.auto import Choice, choose, held, ran_out_of_memory, train_automatically
+from shardwise.commands.request import Asked, settle_compared
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.planner.plan import Candidate
 from shardwise.predict.prediction import Memory, Prediction
-from shardwise.run import automatic
 from shardwise.run.at_hand import check_hosts
-from shardwise.run.automatic import Choice, choose, held, ran_out_of_memory, train_automatically
-from shardwise.run.request import Asked, settle_compared
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 
@@ -122,8 +122,8 @@ def run(monkeypatch: pytest.MonkeyPatch, outcomes: list[Any]) -> tuple[list[str]
     """Trains with a choice of three and what running each of them gives. Returns (strategies tried, document)."""
     tried: list[str] = []
     options = (candidate("dp=2", 1.0, 100), candidate("fsdp=2", 1.1, 50), candidate("pp=2", 2.0, 20))
-    monkeypatch.setattr(automatic, "choose", lambda *_, **__: Choice(options[0], options, ("needs", "Chosen: dp=2.")))
-    monkeypatch.setattr(automatic, "settle", lambda asked, *_, **__: SimpleNamespace(strategy=asked.strategy))
+    monkeypatch.setattr(auto, "choose", lambda *_, **__: Choice(options[0], options, ("needs", "Chosen: dp=2.")))
+    monkeypatch.setattr(auto, "settle", lambda asked, *_, **__: SimpleNamespace(strategy=asked.strategy))
 
     def run_job(job: Any) -> Any:
         tried.append(str(job.strategy))
@@ -132,7 +132,7 @@ def run(monkeypatch: pytest.MonkeyPatch, outcomes: list[Any]) -> tuple[list[str]
             raise outcome
         return SimpleNamespace(summary=outcome)
 
-    monkeypatch.setattr(automatic, "run_job", run_job)
+    monkeypatch.setattr(auto, "run_job", run_job)
     return tried, lambda: train_automatically(Asked(SPEC), None)
 
 
@@ -159,8 +159,8 @@ def test_unequal_stages_are_cut_as_they_were_planned(monkeypatch: pytest.MonkeyP
 
     for spec in ("pp=2,speeds=1:3", "pp=2", "dp=2"):
         best = candidate(spec, 1.0, 100)
-        monkeypatch.setattr(automatic, "choose", lambda *_, best=best, **__: replace(found, best=best, others=(best,)))
-        monkeypatch.setattr(automatic, "run_job", run)
+        monkeypatch.setattr(auto, "choose", lambda *_, best=best, **__: replace(found, best=best, others=(best,)))
+        monkeypatch.setattr(auto, "run_job", run)
         train_automatically(Asked(SPEC, steps=1), machine.parent / spec, quiet=True)
     unequal, equal, whole = (job.cuts for job in jobs)
     assert [len(stage) for stage in unequal] == [1, 1]
@@ -200,8 +200,8 @@ def test_without_measurements_train_takes_dp_and_says_so(
     def settle(given: Asked, *_: Any, **__: Any) -> None:
         settled.append(given)
 
-    monkeypatch.setattr(automatic, "settle", settle)
-    monkeypatch.setattr(automatic, "run_job", lambda _: SimpleNamespace(summary={"loss": 1.0}))
+    monkeypatch.setattr(auto, "settle", settle)
+    monkeypatch.setattr(auto, "run_job", lambda _: SimpleNamespace(summary={"loss": 1.0}))
     assert train_automatically(asked, None) == {"loss": 1.0}
     assert str(settled[0].strategy) == "dp=2"
     assert "strategy dp=2, for nothing can be chosen: this machine is not measured" in capsys.readouterr().err

@@ -14,10 +14,10 @@ from torch.utils.data import TensorDataset
 
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Sample
 from shardwise.cluster.toml_writer import write_cluster
+from shardwise.commands.compare import comparison
+from shardwise.commands.forecast import forecasts
 from shardwise.errors import ClusterError, NotMeasured
 from shardwise.run.at_hand import cached_file, cluster_at_hand, keep
-from shardwise.run.compare import comparison
-from shardwise.run.forecast import forecasts
 from shardwise.run.result import Step, Trained, relative_error
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shardwise.commands.request import Asked, check, settle, settle_options, settle_source, settle_strategy
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.launch.context import is_first, rank_context
 from shardwise.launch.join import join_launcher
@@ -26,7 +27,6 @@ from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.run.at_hand import check_hosts, cluster_at_hand
 from shardwise.run.job import run_job
-from shardwise.run.request import Asked, check, settle, settle_options, settle_source, settle_strategy
 from shardwise.run.workers import Workers
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy

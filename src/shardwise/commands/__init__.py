@@ -1,0 +1,1 @@
+"""Work behind each public function: from a request to a document."""
