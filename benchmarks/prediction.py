@@ -20,8 +20,10 @@ from shardwise.commands.request import check
 from shardwise.errors import StrategyError
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibrate import calibrate
-from shardwise.run.job import Job, Options, Source, run_job
+from shardwise.run.training.execute import run_job
+from shardwise.run.training.job import Job, Options
 from shardwise.strategy import Strategy
+from shardwise.workload.source import Source
 
 RECIPES = ("image", "language", "medical")
 STRATEGIES = (

@@ -35,7 +35,7 @@ from benchmarks.regret_page import write_page
 if TYPE_CHECKING:
     from shardwise.cluster.cluster import Cluster
     from shardwise.parallel.program import Program
-    from shardwise.run.workers import Workers
+    from shardwise.run.control_group import Workers
     from shardwise.workload.data import Share
     from shardwise.workload.workload import Workload
 
@@ -147,7 +147,7 @@ def _run(workers: int, link: int, folder: Path, asked: Mapping[str, Any]) -> lis
 def work(settings: Mapping[str, Any]) -> None:
     """Calibrates, plans and measures, as one of the workers."""
     from shardwise.run.calibrate import QUICK, calibrate
-    from shardwise.run.workers import Workers
+    from shardwise.run.control_group import Workers
 
     cluster = calibrate(effort=QUICK, quiet=True)
     workers = Workers()

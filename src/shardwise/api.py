@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shardwise.parallel.program import Program
-    from shardwise.run.job import Job
-    from shardwise.run.result import Trained
+    from shardwise.run.training.job import Job
+    from shardwise.run.training.result import Trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def train(
         SystemExit: the run was told to end, and has written a checkpoint.
     """
     from shardwise.commands.request import Asked, settle, settle_resume
-    from shardwise.run.job import run_job
+    from shardwise.run.training.execute import run_job
 
     asked = Asked(workload, settings or {}, seed, strategy, workers, steps, epochs)
     resumed = settle_resume(resume, out, asked)
@@ -171,7 +171,7 @@ def train_parallel(
         NotFinite: a loss or a gradient is infinite or not a number.
     """
     from shardwise.commands.request import Asked, settle
-    from shardwise.run.job import run_job
+    from shardwise.run.training.execute import run_job
     from shardwise.workload.plain import plain_workload
 
     plain = plain_workload(
@@ -255,8 +255,10 @@ def compare(
     from shardwise.commands.compare import comparison
     from shardwise.commands.forecast import forecasts
     from shardwise.commands.request import settle_compared, settle_options, settle_source
-    from shardwise.run.job import Job, enough_gpus, run_job
-    from shardwise.run.log import finite
+    from shardwise.launch.local import enough_gpus
+    from shardwise.run.training.execute import run_job
+    from shardwise.run.training.job import Job
+    from shardwise.run.training.log import finite
 
     if under_launcher():
         raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
@@ -319,7 +321,7 @@ def verify(
     """
     from shardwise.commands.request import check, settle_document, settle_source, settle_strategy, settle_verified
     from shardwise.run.jsonfile import write_json
-    from shardwise.run.log import finite
+    from shardwise.run.training.log import finite
     from shardwise.run.verify import verification
     from shardwise.run.verify import verify as verify_each
 
@@ -378,7 +380,7 @@ def simulate(
     from shardwise.predict.simulate import simulation
     from shardwise.report.perfetto import chrome_trace
     from shardwise.run.jsonfile import write_json
-    from shardwise.run.log import finite
+    from shardwise.run.training.log import finite
 
     settled = [settle_strategy(strategy, None) for strategy in strategies]
     if not settled:
@@ -438,7 +440,7 @@ def plan(
     """
     from shardwise.commands.plan import planned
     from shardwise.commands.request import settle_source
-    from shardwise.run.log import finite
+    from shardwise.run.training.log import finite
 
     source = settle_source(workload, settings, seed)
     document: dict[str, Any] = finite(
@@ -475,7 +477,7 @@ def check_plan(path: str | Path, *, cluster: str | None = None, workload: str | 
             not given.
     """
     from shardwise.commands.plan import checked
-    from shardwise.run.log import finite
+    from shardwise.run.training.log import finite
 
     document: dict[str, Any] = finite(checked(Path(path), cluster, workload))
     return document

@@ -13,8 +13,8 @@ import pytest
 from shardwise import api
 from shardwise.cli import main
 from shardwise.errors import RequestError
-from shardwise.run.job import Job
-from shardwise.run.result import Trained
+from shardwise.run.training.job import Job
+from shardwise.run.training.result import Trained
 from shardwise.starting import leave_out_working_directory
 
 PLAN = 'version = 1\nworkload = "{workload}"\ncluster = "h100x2"\nstrategy = "dp=2"\n'

@@ -19,7 +19,7 @@ def _no_worker_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr("shardwise.run.job.run_local", refuse)
+    monkeypatch.setattr("shardwise.run.training.execute.run_local", refuse)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     (folder / "empty").mkdir()

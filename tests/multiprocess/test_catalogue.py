@@ -18,7 +18,7 @@ from traces import remembered
 
 from shardwise import Strategy
 from shardwise.run import verify
-from shardwise.run.job import Source
+from shardwise.workload.source import Source
 
 PRELOAD = ("transformers.models.llama.modeling_llama", "monai.networks.nets")
 STRATEGIES = ("fsdp=2", "tp=2,microbatches=2", "pp=2,microbatches=2", "dp=2,tp=2", "tp=2,pp=2,microbatches=2")

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from shardwise.errors import NotFinite
 from shardwise.parallel.program import Program
-from shardwise.run.guard import Guard
+from shardwise.run.training.guard import Guard
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from shardwise.parallel.program import Program
-from shardwise.run.job import Job, Options, Source
-from shardwise.run.train import train
+from shardwise.run.training.job import Job, Options
+from shardwise.run.training.train import train
 from shardwise.strategy import Strategy
+from shardwise.workload.source import Source
 from shardwise.workload.workload import Evaluation, Workload
 
 BATCH = 8

@@ -15,7 +15,7 @@ from traces import remembered
 
 from shardwise import Strategy, Workload
 from shardwise.run import verify
-from shardwise.run.job import Source
+from shardwise.workload.source import Source
 
 Break = Callable[[], None]
 

@@ -26,8 +26,8 @@ from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.run.at_hand import check_hosts, cluster_at_hand
-from shardwise.run.job import run_job
-from shardwise.run.workers import Workers
+from shardwise.run.control_group import Workers
+from shardwise.run.training.execute import run_job
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from shardwise.run.result import Trained
+from shardwise.run.training.result import Trained
 
 COMPARED_STEPS = 20
 """Number of first steps whose losses are compared with those of one worker."""

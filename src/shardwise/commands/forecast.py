@@ -10,7 +10,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.errors import NotMeasured, ShardwiseError, WorkerFailed
 from shardwise.launch.context import given_threads, is_first
 from shardwise.run.at_hand import cluster_at_hand
-from shardwise.run.result import Forecast
+from shardwise.run.training.result import Forecast
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

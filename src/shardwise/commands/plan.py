@@ -27,10 +27,10 @@ from shardwise.planner.search.search import Searched
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.at_hand import cluster_at_hand
-from shardwise.run.job import Source
 from shardwise.units import format_bytes, format_seconds, format_share, parse_whole
 from shardwise.version import __version__
 from shardwise.workload.load import names_function
+from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
 CHANGED = 0.2

@@ -12,8 +12,9 @@ from shardwise.errors import DataError, RequestError, RunFolderError, StrategyEr
 from shardwise.launch.context import rank_context, under_launcher
 from shardwise.launch.join import join_launcher
 from shardwise.planner.plan_file import is_plan_file, read_plan
-from shardwise.run.job import POLICIES, Job, Options, Source
-from shardwise.run.runfolder import (
+from shardwise.run.control_group import Workers
+from shardwise.run.training.job import POLICIES, Job, Options
+from shardwise.run.training.run_folder import (
     check_checkpoints,
     check_described,
     create_run,
@@ -23,8 +24,8 @@ from shardwise.run.runfolder import (
     read_run,
     reopen_run,
 )
-from shardwise.run.workers import Workers
 from shardwise.strategy import Strategy
+from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def as_before(asked: Asked, folder: Path) -> Asked:
 
 
 def run_to_resume(out: str | Path | None, asked: Asked) -> Path:
-    """Return the folder of the run to continue; see `runfolder.find_run`."""
+    """Return the folder of the run to continue; see `run_folder.find_run`."""
     if out is not None:
         return find_run(Path(out), "")
     source = settle_source(asked.workload, asked.settings).workload

@@ -209,3 +209,13 @@ def _ended(status: int) -> str:
         return f"ended with exit status {status}" + ("" if status else ", its work was not done")
     name = signal.Signals(-status).name
     return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def enough_gpus(workers: int) -> bool:
+    """Return whether there is a GPU for each worker; print a line if there are some, but too few."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if 0 < count < workers:
+        sys.stderr.write(f"{count} GPU for {workers} workers: they compute on the CPU\n")
+    return count >= workers

@@ -35,13 +35,12 @@ from shardwise.cluster.measure.team import Team
 from shardwise.errors import RequestError
 from shardwise.launch.context import rank_context
 from shardwise.launch.join import join_launcher
-from shardwise.launch.local import run_local
+from shardwise.launch.local import enough_gpus, run_local
 from shardwise.parallel.mesh import default_device
 from shardwise.predict.hardware.times import KernelTimes
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.segment_recorder import LinkRecorder
 from shardwise.run.footprint import Footprint, crowded_step, footprint
-from shardwise.run.job import enough_gpus
 
 MEASURED = (
     "flops",

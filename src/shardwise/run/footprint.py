@@ -24,11 +24,12 @@ from shardwise.cluster.cluster import OVERHEADS, Cluster, Device, Level, Nodes
 from shardwise.cluster.measure.team import Team
 from shardwise.parallel.mesh import default_device
 from shardwise.parallel.program import Program
-from shardwise.run.job import Job, Options, Source
-from shardwise.run.memory import give_back, own_memory, restart_peak
-from shardwise.run.train import train
+from shardwise.run.training.job import Job, Options
+from shardwise.run.training.process_memory import give_back, own_memory, restart_peak
+from shardwise.run.training.train import train
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.models.vit import ViT
+from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
 STEPS = 7

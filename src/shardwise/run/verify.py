@@ -26,12 +26,12 @@ from torch.utils._pytree import tree_leaves
 
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
-from shardwise.launch.local import run_local
+from shardwise.launch.local import enough_gpus, run_local
 from shardwise.parallel.tensor.partitioner import Uncut
 from shardwise.run.deviation import NO_PROOF, Deviation, deviation, typical_size
-from shardwise.run.job import Source, enough_gpus
 from shardwise.strategy import Strategy
 from shardwise.workload.float64 import in_float64
+from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
 SAFETY = 16.0

@@ -18,7 +18,7 @@ from shardwise.commands.compare import comparison
 from shardwise.commands.forecast import forecasts
 from shardwise.errors import ClusterError, NotMeasured
 from shardwise.run.at_hand import cached_file, cluster_at_hand, keep
-from shardwise.run.result import Step, Trained, relative_error
+from shardwise.run.training.result import Step, Trained, relative_error
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

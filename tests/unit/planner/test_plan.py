@@ -29,10 +29,10 @@ from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.profile.summary import condense
 from shardwise.predict.timeline.timeline import timeline
-from shardwise.run.job import Source
 from shardwise.strategy import Strategy
 from shardwise.units import parse_bytes
 from shardwise.workload.load import load_workload
+from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
 

@@ -25,8 +25,8 @@ from shardwise.run.checkpoint.index import Index
 from shardwise.run.checkpoint.reader import FolderReader, TileLoadPlanner
 from shardwise.run.checkpoint.restored import unlike
 from shardwise.run.checkpoint.writer import PIECES, FolderWriter, Stager, TileSavePlanner
+from shardwise.run.control_group import Vote, Workers
 from shardwise.run.jsonfile import short
-from shardwise.run.workers import Vote, Workers
 
 
 class Checkpointed(Protocol):

@@ -38,8 +38,8 @@ from shardwise.parallel.state.layout import Box, Layout, Piece, Tile
 from shardwise.run.checkpoint.folder import begin, hidden_path, prune, publish, write_manifest
 from shardwise.run.checkpoint.index import INDEX, Chunk, Index, Stored, chunk_key, merge_files, tensors_metadata
 from shardwise.run.checkpoint.safetensors_file import FileSum, TensorSpec, write_file, write_tensors
-from shardwise.run.runfolder import note_checkpoint
-from shardwise.run.workers import Workers
+from shardwise.run.control_group import Workers
+from shardwise.run.training.run_folder import note_checkpoint
 
 PIECES = "pieces"
 """Only key of the dicts that torch passes around: it logs a line for each key, which takes longer than a copy."""

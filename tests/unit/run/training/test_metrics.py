@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 
-from shardwise.run.memory import REFERENCES, peak_memory
-from shardwise.run.metrics import (
+from shardwise.run.training.metrics import (
     Clock,
     Sampler,
     communicating,
@@ -16,7 +15,8 @@ from shardwise.run.metrics import (
     summarize,
     typical,
 )
-from shardwise.run.result import Step
+from shardwise.run.training.process_memory import REFERENCES, peak_memory
+from shardwise.run.training.result import Step
 
 CPU = torch.device("cpu")
 

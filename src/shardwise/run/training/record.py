@@ -17,13 +17,13 @@ from shardwise.launch import watch
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.checkpoint.folder import final_path, step_of
-from shardwise.run.guard import Guard
-from shardwise.run.job import GO, Job
-from shardwise.run.log import Log, finite
-from shardwise.run.metrics import Clock, Sampler, measure, sampled_steps, summarize, typical
-from shardwise.run.result import Step, Trained, relative_error
-from shardwise.run.runfolder import write_summary
-from shardwise.run.workers import Workers
+from shardwise.run.control_group import Workers
+from shardwise.run.training.guard import Guard
+from shardwise.run.training.job import GO, Job
+from shardwise.run.training.log import Log, finite
+from shardwise.run.training.metrics import Clock, Sampler, measure, sampled_steps, summarize, typical
+from shardwise.run.training.result import Step, Trained, relative_error
+from shardwise.run.training.run_folder import write_summary
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shardwise.run.jsonfile import parse_json, replace_file, write_json
-from shardwise.run.metricsfile import MetricsFile
+from shardwise.run.training.metrics_file import MetricsFile
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import IO, Any
 from shardwise.errors import RunFolderError
 from shardwise.files import check_regular
 from shardwise.run.jsonfile import parse_json, sync_folder
-from shardwise.run.runfolder import told_writing
+from shardwise.run.training.run_folder import told_writing
 
 _LONGEST_LINE = 1 << 20
 """Largest number of bytes in a line; a longer line is damaged."""

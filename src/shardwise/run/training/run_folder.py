@@ -6,7 +6,7 @@ runs/image-dp2-1/
     tensorboard/     the metrics as TensorBoard files, if TensorBoard is installed
     checkpoints/     see `run.checkpoint.checkpoints`
     summary.json     the result: the document that `train --json` prints
-    .lock            see `run.lock`
+    .lock            see `run.training.lock`
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shardwise.files import read_regular
 from shardwise.launch.context import is_first
 from shardwise.run.checkpoint.folder import complete
 from shardwise.run.jsonfile import parse_json, read_json, short, write_json
-from shardwise.run.lock import LOCK, release_lock, take_lock
+from shardwise.run.training.lock import LOCK, release_lock, take_lock
 
 DESCRIPTION, SUMMARY, METRICS, TENSORBOARD = "run.json", "summary.json", "metrics.jsonl", "tensorboard"
 CHECKPOINTS = "checkpoints"

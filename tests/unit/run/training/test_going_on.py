@@ -20,10 +20,12 @@ from torch.utils.data import TensorDataset
 from shardwise.errors import CheckpointError, ShardwiseError
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint import writer
-from shardwise.run.job import Job, Options, Source, work
-from shardwise.run.result import Trained
-from shardwise.run.train import Progress, restored
+from shardwise.run.training.execute import work
+from shardwise.run.training.job import Job, Options
+from shardwise.run.training.result import Trained
+from shardwise.run.training.train import Progress, restored
 from shardwise.strategy import Strategy
+from shardwise.workload.source import Source
 from shardwise.workload.workload import Evaluation, Workload
 
 STEPS = 4

@@ -19,11 +19,12 @@ from shardwise.errors import CheckpointError, NotFinite, RequestError
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint.export import export_safetensors
 from shardwise.run.checkpoint.index import Index
-from shardwise.run.guard import MOST_SKIPPED, Guard
-from shardwise.run.job import Job, Options, Source
-from shardwise.run.result import Trained
-from shardwise.run.train import train
+from shardwise.run.training.guard import MOST_SKIPPED, Guard
+from shardwise.run.training.job import Job, Options
+from shardwise.run.training.result import Trained
+from shardwise.run.training.train import train
 from shardwise.strategy import Strategy
+from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
 SAMPLES, BATCH = 16, 2

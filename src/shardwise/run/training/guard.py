@@ -13,7 +13,7 @@ from collections.abc import Callable
 from shardwise.errors import NotFinite
 from shardwise.parallel.faults import Fault
 from shardwise.parallel.program import Program
-from shardwise.run.job import GO, SKIP, STOP
+from shardwise.run.training.job import GO, SKIP, STOP
 
 MOST_SKIPPED = 20
 """Number of skipped steps in a row at which the training stops: a single bad batch cannot be the cause."""

@@ -24,8 +24,8 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from shardwise.parallel.pipeline.executor import WAIT
-from shardwise.run.memory import give_back, peak_memory, restart_peak
-from shardwise.run.result import Step
+from shardwise.run.training.process_memory import give_back, peak_memory, restart_peak
+from shardwise.run.training.result import Step
 
 Interval = tuple[float, float]
 

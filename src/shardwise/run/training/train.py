@@ -1,4 +1,4 @@
-"""Training loop, to be read from top to bottom; `run.record` writes and measures around it."""
+"""Training loop, to be read from top to bottom; `run.training.record` writes and measures around it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from shardwise.errors import CheckpointError, DataError, NotFinite
 from shardwise.parallel.program import Program
-from shardwise.run.agreement import Agreement
 from shardwise.run.checkpoint.restored import unlike
-from shardwise.run.job import Job
 from shardwise.run.jsonfile import short
-from shardwise.run.record import Record
-from shardwise.run.result import Trained
-from shardwise.run.streams import StreamAgreement
+from shardwise.run.training.agreement import Agreement
+from shardwise.run.training.job import Job
+from shardwise.run.training.record import Record
+from shardwise.run.training.result import Trained
+from shardwise.run.training.streams import StreamAgreement
 from shardwise.workload.data import Loader, is_map_style
 
 

@@ -13,11 +13,18 @@ from standin import StandIn, adam_like
 
 from shardwise.commands.request import Asked, as_before
 from shardwise.errors import RequestError, RunFolderError
-from shardwise.run import runfolder
 from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.jsonfile import write_json
-from shardwise.run.lock import release_lock
-from shardwise.run.runfolder import check_checkpoints, create_run, find_run, read_run, reopen_run, write_summary
+from shardwise.run.training import run_folder
+from shardwise.run.training.lock import release_lock
+from shardwise.run.training.run_folder import (
+    check_checkpoints,
+    create_run,
+    find_run,
+    read_run,
+    reopen_run,
+    write_summary,
+)
 
 REQUEST: dict[str, Any] = {
     "workload": "small",
@@ -119,7 +126,7 @@ def test_pipe_in_place_of_the_description(run: Path) -> None:
 def test_damaged_run_is_passed_over_where_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(runfolder, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(run_folder, "RUNS", tmp_path / "runs")
     first = create_run(None, REQUEST)
     second = create_run(None, REQUEST)
     for folder in (first, second):

@@ -13,10 +13,10 @@ from typing import Any
 from tqdm import tqdm
 
 from shardwise.errors import ShardwiseError
-from shardwise.run.board import Board
-from shardwise.run.metricsfile import MetricsFile
-from shardwise.run.result import Step
-from shardwise.run.runfolder import METRICS, TENSORBOARD
+from shardwise.run.training.metrics_file import MetricsFile
+from shardwise.run.training.result import Step
+from shardwise.run.training.run_folder import METRICS, TENSORBOARD
+from shardwise.run.training.tensorboard import Board
 from shardwise.units import format_rate
 
 

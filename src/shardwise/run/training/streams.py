@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardwise.errors import DataError, ShardwiseError
 from shardwise.parallel.data.same_data import by_rank
-from shardwise.run.workers import Workers
+from shardwise.run.control_group import Workers
 from shardwise.workload.data import FAILED
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from shardwise.errors import RunFolderError
-from shardwise.run.lock import LOCK, release_lock, released, take_lock
-from shardwise.run.runfolder import create_run, reopen_run
+from shardwise.run.training.lock import LOCK, release_lock, released, take_lock
+from shardwise.run.training.run_folder import create_run, reopen_run
 
 HOLDER = """
 import sys
 from pathlib import Path
-from shardwise.run.lock import take_lock
+from shardwise.run.training.lock import take_lock
 take_lock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from full_disk import full_disk  # noqa: F401 - a fixture
 
-from shardwise.run.board import Board
+from shardwise.run.training.tensorboard import Board
 
 pytest.importorskip("tensorboard")
 

@@ -12,7 +12,7 @@ from full_disk import full_disk  # noqa: F401 - a fixture
 from mutations import mutate_bytes, mutate_document
 
 from shardwise.errors import RunFolderError, ShardwiseError
-from shardwise.run.metricsfile import MetricsFile
+from shardwise.run.training.metrics_file import MetricsFile
 
 LINES: list[dict[str, Any]] = [
     *({"step": step, "epoch": 0, "loss": 1.0 / step, "samples": 8} for step in range(1, 7)),

@@ -1,0 +1,1 @@
+"""Training loop, with its measurements, logs and run folder."""
