@@ -19,7 +19,7 @@ from shardwise.cluster.toml_reader import read_cluster
 from shardwise.commands.request import check
 from shardwise.errors import StrategyError
 from shardwise.predict.simulate import profiles_on, simulate
-from shardwise.run.calibrate import calibrate
+from shardwise.run.calibration.calibrate import calibrate
 from shardwise.run.training.execute import run_job
 from shardwise.run.training.job import Job, Options
 from shardwise.strategy import Strategy

@@ -146,7 +146,7 @@ def _run(workers: int, link: int, folder: Path, asked: Mapping[str, Any]) -> lis
 
 def work(settings: Mapping[str, Any]) -> None:
     """Calibrates, plans and measures, as one of the workers."""
-    from shardwise.run.calibrate import QUICK, calibrate
+    from shardwise.run.calibration.calibrate import QUICK, calibrate
     from shardwise.run.control_group import Workers
 
     cluster = calibrate(effort=QUICK, quiet=True)

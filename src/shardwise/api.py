@@ -502,10 +502,10 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
         WorkerFailed: a worker died.
     """
     from shardwise.cluster.toml_writer import check_place, write_cluster
-    from shardwise.run.at_hand import check_place as check_kept
-    from shardwise.run.at_hand import keep
-    from shardwise.run.calibrate import calibrate as measure
-    from shardwise.run.calibrate import summary
+    from shardwise.run.calibration.calibrate import calibrate as measure
+    from shardwise.run.calibration.calibrate import summary
+    from shardwise.run.calibration.local_cluster import check_place as check_kept
+    from shardwise.run.calibration.local_cluster import keep
 
     check_place(out)
     begin = time.perf_counter()

@@ -198,7 +198,7 @@ class TestNothingCanBeKept:
         def measure(*_: object, **__: object) -> None:
             raise AssertionError("the machine was measured")
 
-        monkeypatch.setattr("shardwise.run.calibrate.calibrate", measure)
+        monkeypatch.setattr("shardwise.run.calibration.calibrate.calibrate", measure)
 
     def test_by_name_it_is_refused_at_once(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", "work.py:small", "--strategy", "auto"]) == 2

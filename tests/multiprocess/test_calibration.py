@@ -19,8 +19,8 @@ from shardwise.cluster.measure.kernel_cases import Case, all_cases
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.predict.simulate import profiles_on, simulate
-from shardwise.run.calibrate import Effort, summary, work
-from shardwise.run.footprint import footprint
+from shardwise.run.calibration.calibrate import Effort, summary, work
+from shardwise.run.calibration.footprint import footprint
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 

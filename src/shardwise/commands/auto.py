@@ -25,7 +25,7 @@ from shardwise.planner.search.search import Searched, may_offload, search
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
-from shardwise.run.at_hand import check_hosts, cluster_at_hand
+from shardwise.run.calibration.local_cluster import check_hosts, cluster_at_hand
 from shardwise.run.control_group import Workers
 from shardwise.run.training.execute import run_job
 from shardwise.splitting.balance import Cuts

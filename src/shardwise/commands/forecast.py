@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import NotMeasured, ShardwiseError, WorkerFailed
 from shardwise.launch.context import given_threads, is_first
-from shardwise.run.at_hand import cluster_at_hand
+from shardwise.run.calibration.local_cluster import cluster_at_hand
 from shardwise.run.training.result import Forecast
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload

@@ -26,7 +26,7 @@ from shardwise.planner.search.problem import room
 from shardwise.planner.search.search import Searched
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on, simulate
-from shardwise.run.at_hand import cluster_at_hand
+from shardwise.run.calibration.local_cluster import cluster_at_hand
 from shardwise.units import format_bytes, format_seconds, format_share, parse_whole
 from shardwise.version import __version__
 from shardwise.workload.load import names_function

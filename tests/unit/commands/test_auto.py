@@ -17,7 +17,7 @@ from shardwise.commands.request import Asked, settle_compared
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.planner.plan import Candidate
 from shardwise.predict.prediction import Memory, Prediction
-from shardwise.run.at_hand import check_hosts
+from shardwise.run.calibration.local_cluster import check_hosts
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 

@@ -17,7 +17,7 @@ from shardwise.cluster.toml_writer import write_cluster
 from shardwise.commands.compare import comparison
 from shardwise.commands.forecast import forecasts
 from shardwise.errors import ClusterError, NotMeasured
-from shardwise.run.at_hand import cached_file, cluster_at_hand, keep
+from shardwise.run.calibration.local_cluster import cached_file, cluster_at_hand, keep
 from shardwise.run.training.result import Step, Trained, relative_error
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
@@ -118,7 +118,7 @@ def test_measured_once(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         calls.append(options)
         return BOX
 
-    monkeypatch.setattr("shardwise.run.calibrate.calibrate", calibrated)
+    monkeypatch.setattr("shardwise.run.calibration.calibrate.calibrate", calibrated)
     assert cluster_at_hand() == BOX
     assert "measuring this machine once" in capsys.readouterr().err
     assert cluster_at_hand(quiet=True) == BOX

@@ -13,7 +13,7 @@ from shardwise.cluster.curves import Curves
 from shardwise.cluster.measure.arena import Arena
 from shardwise.cluster.measure.kernel_cases import _in_rows
 from shardwise.predict.profile.segment_recorder import LinkRecorder
-from shardwise.run.calibrate import note
+from shardwise.run.calibration.calibrate import note
 
 HEADS = torch.randn(4, 8, 4, 32).transpose(1, 2)
 HALF = HEADS.chunk(2, -1)[0]  # rows of 16

@@ -40,7 +40,7 @@ from shardwise.parallel.mesh import default_device
 from shardwise.predict.hardware.times import KernelTimes
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.segment_recorder import LinkRecorder
-from shardwise.run.footprint import Footprint, crowded_step, footprint
+from shardwise.run.calibration.footprint import Footprint, crowded_step, footprint
 
 MEASURED = (
     "flops",

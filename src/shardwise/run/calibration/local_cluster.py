@@ -54,7 +54,10 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
         raise NotMeasured(f"this machine has not been measured: run shardwise calibrate, or set {SETTING} to a file")
     if not quiet:
         sys.stderr.write(f"measuring this machine once, for predictions ({SETTING}={OFF} leaves them out)\n")
-    from shardwise.run.calibrate import QUICK, calibrate  # takes a second to import, needed once per machine
+    from shardwise.run.calibration.calibrate import (  # takes a second to import, needed once per machine
+        QUICK,
+        calibrate,
+    )
 
     cluster = calibrate(effort=QUICK, quiet=quiet)
     assert cluster is not None

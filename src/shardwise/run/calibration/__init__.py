@@ -1,0 +1,1 @@
+"""Calibration of this machine as a cluster: measured once, stored, and read again."""
