@@ -322,8 +322,8 @@ def verify(
     from shardwise.commands.request import check, settle_document, settle_source, settle_strategy, settle_verified
     from shardwise.run.jsonfile import write_json
     from shardwise.run.training.log import finite
-    from shardwise.run.verify import verification
-    from shardwise.run.verify import verify as verify_each
+    from shardwise.run.verification.verify import verification
+    from shardwise.run.verification.verify import verify as verify_each
 
     if under_launcher():
         raise RequestError("verify starts its own workers, as many as each strategy needs: run it without torchrun")

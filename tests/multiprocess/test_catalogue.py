@@ -17,7 +17,7 @@ from pool import Pools
 from traces import remembered
 
 from shardwise import Strategy
-from shardwise.run import verify
+from shardwise.run.verification import verify
 from shardwise.workload.source import Source
 
 PRELOAD = ("transformers.models.llama.modeling_llama", "monai.networks.nets")

@@ -18,7 +18,7 @@ from traces import remembered
 
 from shardwise import Strategy, Workload
 from shardwise.errors import WorkloadError
-from shardwise.run import verify
+from shardwise.run.verification import verify
 from shardwise.workload.load import load_workload
 from shardwise.workload.source import Source
 from shardwise.workload.weight_files import INDEX, SINGLE, StoredModel, StoredWeights, without_parameters

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from traces import remembered
 
 from shardwise import Strategy, Workload
-from shardwise.run import verify
+from shardwise.run.verification import verify
 from shardwise.workload.source import Source
 
 Break = Callable[[], None]

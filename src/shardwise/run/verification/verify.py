@@ -28,7 +28,7 @@ from shardwise.errors import WorkloadError
 from shardwise.launch import watch
 from shardwise.launch.local import enough_gpus, run_local
 from shardwise.parallel.tensor.partitioner import Uncut
-from shardwise.run.deviation import NO_PROOF, Deviation, deviation, typical_size
+from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, typical_size
 from shardwise.strategy import Strategy
 from shardwise.workload.float64 import in_float64
 from shardwise.workload.source import Source

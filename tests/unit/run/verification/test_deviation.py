@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from shardwise.run.deviation import Deviation, deviation
+from shardwise.run.verification.deviation import Deviation, deviation
 
 
 def test_a_tensor_is_held_against_its_own_size() -> None:

@@ -1,0 +1,1 @@
+"""Verification that parallel training equals the training of one process."""
