@@ -15,6 +15,7 @@ from pool import Pools
 from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.pipeline import divide
 from shardwise.parallel.program import Program
+from shardwise.splitting import balance
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 
@@ -65,15 +66,15 @@ def cut_of(factory: Factory, strategy: str) -> tuple[Cuts, Cuts]:
     """
     seconds = [3.0] * 4 + [1.0] * 96
     timed = mock.patch.object(divide, "_timed", lambda step, tensors, data, used, repeats=3: seconds[: len(used)])
-    slow = mock.patch.dict(divide.BYTES_PER_SECOND, cpu=1500)
-    divided = mock.patch.object(divide, "divided", wraps=divide.divided)
+    slow = mock.patch.dict(balance.BYTES_PER_SECOND, cpu=1500)
+    divided = mock.patch.object(divide, "divided", wraps=balance.divided)
     agreed = mock.patch.object(divide, "_of_worker_0", wraps=divide._of_worker_0)
     with timed, slow, divided as cut, agreed as exchanged:
         engine = Program.build(factory(), Strategy.parse(strategy)).engine
         assert isinstance(engine, GraphEngine)
         costs, _, *others = cut.call_args.args
         own = [place.bytes for place in exchanged.call_args.args[1]]
-        alone = divide.divided(costs, own, *others, **cut.call_args.kwargs)
+        alone = balance.divided(costs, own, *others, **cut.call_args.kwargs)
     return engine.division.cuts, tuple(map(tuple, alone))
 
 
