@@ -36,10 +36,10 @@ from shardwise.predict.workers.stage_keys import alike, gathered_alike
 from shardwise.strategy import Strategy
 
 if TYPE_CHECKING:
-    from shardwise.predict.closed_form.step_time import Costs
+    from shardwise.predict.closed_form.stage_time import StageCosts
 
 
-def memory_of(costs: Costs, *, ends: bool = False) -> Memory:
+def memory_of(costs: StageCosts, *, ends: bool = False) -> Memory:
     """Return the memory of the pipeline worker that needs most.
 
     If `ends` is set, only the first and the last pipeline worker are computed: that is faster and a lower bound.
@@ -50,12 +50,12 @@ def memory_of(costs: Costs, *, ends: bool = False) -> Memory:
     return _in_process(max((worker_memory(costs, worker) for worker in workers), key=lambda each: each.total), costs)
 
 
-def memory_at(costs: Costs, worker: Worker) -> Memory:
+def memory_at(costs: StageCosts, worker: Worker) -> Memory:
     """Return the memory of one pipeline worker, including that of its process."""
     return _in_process(worker_memory(costs, worker), costs)
 
 
-def _in_process(memory: Memory, costs: Costs) -> Memory:
+def _in_process(memory: Memory, costs: StageCosts) -> Memory:
     return replace(memory, process=_process(memory, costs.times.device, costs.strategy))
 
 
@@ -72,7 +72,7 @@ def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
     return own + round((device.heap - 1.0) * (memory.activations + memory.temporary))
 
 
-def worker_memory(costs: Costs, worker: Worker) -> Memory:
+def worker_memory(costs: StageCosts, worker: Worker) -> Memory:
     """Return the memory of one pipeline worker's tensors: the larger of the optimizer's peak and the passes' peak.
 
     The worker is the first of its tensor-parallel group in the first replica.

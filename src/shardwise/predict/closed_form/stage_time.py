@@ -10,6 +10,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.predict.closed_form.offload import fetched, offloads
 from shardwise.predict.closed_form.overlap import Passed, Piece, bucketed, gathered, slowed
+from shardwise.predict.closed_form.pipeline import Messages
 from shardwise.predict.closed_form.pipeline_links import workers_at_once
 from shardwise.predict.closed_form.segment_times import Spent, Timed
 from shardwise.predict.hardware.network import level_of
@@ -18,10 +19,10 @@ from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.buckets import Gathered
 from shardwise.predict.workers.groups import group_of, message_group
-from shardwise.predict.workers.holdings import Stage
+from shardwise.predict.workers.holdings import Parts, Stage
 from shardwise.predict.workers.passes import Sync
 from shardwise.predict.workers.stage_keys import alike
-from shardwise.splitting.schedule import FORWARD, INPUT, WEIGHT
+from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
 
 
@@ -78,15 +79,37 @@ class Calls:
 
 
 class StageCosts(Calls):
-    """Times of the passes of a strategy's stages, cached; arguments as of `Calls`."""
+    """Times of the passes of a strategy's stages, cached.
 
-    def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> None:
+    Args:
+        profile, strategy, cluster, times: see `Calls`.
+        parts: what each pipeline worker holds and does.
+    """
+
+    def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed, parts: Parts) -> None:
         super().__init__(profile, strategy, cluster, times)
+        self.parts = parts
+        self.messages = self._between()
         self.blocking = times.device.kind == "cpu"
         self.overlap = times.device.overlap
         self._passed: dict[object, Passed] = {}
         self._grouped: dict[tuple[Gathered | None, bool, bool], tuple[float, float, float]] = {}
         self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
+
+    def _between(self) -> Messages:
+        found: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        pp = self.strategy.pp
+        for number, stage in self.parts.stages.items():
+            for kind, messages in ((FORWARD, stage.sent), (BACKWARD, stage.returned)):
+                for target, sizes in messages:
+                    if target % pp != number % pp:
+                        seconds = self.message(number, target, sizes)
+                        found.setdefault((kind, target), []).append((number, seconds))
+        return found
+
+    def waits(self, kind: str, stage: int) -> float:
+        """Return the seconds of all messages that a stage receives before a forward (F) or backward (B) pass."""
+        return sum(seconds for _, seconds in self.messages.get((kind, stage), ()))
 
     def spent(self, stage: Stage, kind: str) -> Spent:
         """Return the time of one microbatch's pass through a stage, with recomputation and batch norms over replicas.

@@ -22,7 +22,7 @@ from shardwise.collective import Group
 from shardwise.errors import StrategyError
 from shardwise.predict.closed_form.memory import memory_at, memory_of
 from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
-from shardwise.predict.closed_form.pipeline import Messages, StageTime, pipeline_seconds, played
+from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
 from shardwise.predict.closed_form.pipeline_links import slower_hops
 from shardwise.predict.closed_form.segment_times import DTYPES, Timed, timed
 from shardwise.predict.closed_form.stage_time import StageCosts
@@ -32,7 +32,6 @@ from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.holdings import REPORT_BYTES, Parts, Worker, parts_of
-from shardwise.splitting.schedule import BACKWARD, FORWARD
 from shardwise.strategy import Strategy
 
 SHORT_TABLE = 256
@@ -173,29 +172,13 @@ class Costs(StageCosts):
         batch_size: int,
         places: Sequence[Costs] = (),
     ) -> None:
-        super().__init__(profile, strategy, cluster, times)
+        super().__init__(profile, strategy, cluster, times, parts)
         self._places = tuple(places)
-        self.parts, self.batch_size = parts, batch_size
-        self.messages = self._between()
+        self.batch_size = batch_size
 
     def at(self, worker: Worker) -> Costs:
         """Return the costs on the device of a pipeline worker."""
         return self._places[worker.place] if self._places else self
-
-    def _between(self) -> Messages:
-        found: dict[tuple[str, int], list[tuple[int, float]]] = {}
-        pp = self.strategy.pp
-        for number, stage in self.parts.stages.items():
-            for kind, messages in ((FORWARD, stage.sent), (BACKWARD, stage.returned)):
-                for target, sizes in messages:
-                    if target % pp != number % pp:
-                        seconds = self.message(number, target, sizes)
-                        found.setdefault((kind, target), []).append((number, seconds))
-        return found
-
-    def waits(self, kind: str, stage: int) -> float:
-        """Return the seconds of all messages that a stage receives before a forward (F) or backward (B) pass."""
-        return sum(seconds for _, seconds in self.messages.get((kind, stage), ()))
 
     # ---- after the passes -------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from shardwise.predict.workers.passes import Turn, table, turns
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 
 if TYPE_CHECKING:
-    from shardwise.predict.closed_form.step_time import Costs
+    from shardwise.predict.closed_form.stage_time import StageCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Work:
         return max(self.device, self.spent.launching)
 
 
-def work_of(costs: Costs, worker: Worker) -> Work:
+def work_of(costs: StageCosts, worker: Worker) -> Work:
     """Sum the times of all passes of a worker."""
     stages = {stage.number: stage for stage in worker.stages}
     passes = [
@@ -92,7 +92,7 @@ def work_of(costs: Costs, worker: Worker) -> Work:
     )
 
 
-def _exposed(costs: Costs, passes: Sequence[tuple[Turn, Passed]]) -> list[float]:
+def _exposed(costs: StageCosts, passes: Sequence[tuple[Turn, Passed]]) -> list[float]:
     """Return the exposed communication of each pass, in seconds.
 
     A pipeline worker waits for its gradient buckets only when all passes are over. The buckets of one stage queue
@@ -124,7 +124,7 @@ def _usual(turned: Iterable[Turn], seconds: Iterable[float]) -> dict[tuple[int, 
     return {key: each for key, (_, each) in found.items()}
 
 
-def _times(costs: Costs, stages: Iterable[int], usual: Mapping[tuple[int, str], float]) -> dict[int, StageTime]:
+def _times(costs: StageCosts, stages: Iterable[int], usual: Mapping[tuple[int, str], float]) -> dict[int, StageTime]:
     return {
         stage: StageTime(
             usual[stage, FORWARD],
@@ -137,7 +137,7 @@ def _times(costs: Costs, stages: Iterable[int], usual: Mapping[tuple[int, str], 
     }
 
 
-def table_of(costs: Costs, worker: Worker) -> list[Timed]:
+def table_of(costs: StageCosts, worker: Worker) -> list[Timed]:
     """List all passes of a worker in its order, with their times.
 
     The worker waits for its gradient buckets only when all passes are over.
@@ -155,7 +155,7 @@ def table_of(costs: Costs, worker: Worker) -> list[Timed]:
     return found
 
 
-def _ends(costs: Costs, turned: list[Turn], seconds: list[float]) -> tuple[dict[int, float], dict[int, float]]:
+def _ends(costs: StageCosts, turned: list[Turn], seconds: list[float]) -> tuple[dict[int, float], dict[int, float]]:
     """Return `Work.heads` and `Work.tails`; both are empty without a pipeline, where no other stage waits for them."""
     heads: dict[int, float] = {}
     tails: dict[int, float] = {}
