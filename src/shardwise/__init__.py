@@ -7,45 +7,61 @@ from typing import TYPE_CHECKING, Any
 from shardwise.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from shardwise.api import TrainedModel, parallelize, simulate, train, train_parallel, verify
-    from shardwise.errors import ShardwiseError
+    from shardwise.api import (
+        TrainedModel,
+        calibrate,
+        compare,
+        export,
+        parallelize,
+        plan,
+        simulate,
+        train,
+        train_parallel,
+        validate,
+        verify,
+    )
+    from shardwise.errors import RequestError, ShardwiseError, WorkerFailed
     from shardwise.strategy import Strategy
     from shardwise.workload.workload import Evaluation, Workload
 
 __all__ = [
     "Evaluation",
+    "RequestError",
     "ShardwiseError",
     "Strategy",
     "TrainedModel",
+    "WorkerFailed",
     "Workload",
+    "calibrate",
+    "compare",
+    "export",
     "parallelize",
+    "plan",
     "simulate",
     "train",
     "train_parallel",
+    "validate",
     "verify",
 ]
 
 _HOMES = {
     "Evaluation": "shardwise.workload.workload",
+    "RequestError": "shardwise.errors",
     "ShardwiseError": "shardwise.errors",
     "Strategy": "shardwise.strategy",
-    "TrainedModel": "shardwise.api",
+    "WorkerFailed": "shardwise.errors",
     "Workload": "shardwise.workload.workload",
-    "parallelize": "shardwise.api",
-    "simulate": "shardwise.api",
-    "train": "shardwise.api",
-    "train_parallel": "shardwise.api",
-    "verify": "shardwise.api",
 }
+"""Modules of the public names; those that are not here are in `shardwise.api`."""
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import shardwise` is quick and does not need torch."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'shardwise' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOMES.get(name, "shardwise.api")), name)
 
 
 def __dir__() -> list[str]:
