@@ -63,9 +63,8 @@ class KernelCurve:
         dtype: one of DTYPES.
         samples: measurements; a shape has the sizes that SHAPES names.
         operation: for `memory`, the operation as in `predict.profile.kernel.Kernel.operation`; for attention, `causal`
-            or
-            `dense`; for convolutions of one small sample, which torch computes on a CPU without oneDNN, `native`; else
-            empty.
+            or `dense`; for convolutions of one small sample, which torch computes on a CPU without oneDNN, `native`;
+            else empty.
         backward: whether the backward pass of the operation was measured.
         workers: number of workers of one host that ran it at the same time.
         threads: number of threads of each of these workers.

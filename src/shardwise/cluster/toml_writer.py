@@ -1,4 +1,4 @@
-"""Write clusters as TOML in the format of `reading`: readable, editable, and exact when read again."""
+"""Write clusters as TOML in the format of `toml_reader`: readable, editable, and exact when read again."""
 
 from __future__ import annotations
 

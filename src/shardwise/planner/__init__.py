@@ -1,5 +1,5 @@
 """Choice of a strategy.
 
-`space` lists the strategies, `bounds` gives lower bounds of their cost, `search` finds the best one, and `explain` says
-why it is the best.
+In `search`, `space` lists the strategies, `time_bounds` and `memory_bounds` give lower bounds of their cost, and
+`search` finds the best one. `explain` says why it is the best.
 """

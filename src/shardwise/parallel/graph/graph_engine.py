@@ -1,7 +1,7 @@
 """Run the traced graph of a module, cut over workers: tp, pp, and their products with dp and fsdp.
 
-    trace the step -> each worker's part of every operation (`tensor`) -> cut into stages and blocks (`planning`)
-        -> modules that hold this worker's tensors (`holding`) -> executed by `pipeline`
+    trace the step -> each worker's part of every operation (`tensor`) -> cut into stages and blocks (`divide`)
+        -> modules that hold this worker's tensors (`parameters`) -> executed by `executor`
 
 A graph has fixed shapes. The last small batch of an epoch and the evaluation therefore have graphs of their own, cut at
 the same points.

@@ -91,7 +91,8 @@ class Operations:
     def recompute(self, block: nn.Module, *, products: bool = False) -> None:
         """Make `block` drop its activations and recompute them in the backward pass, with the same dropout masks.
 
-        If `products` is set, it saves the results of its matmuls, convolutions and attention, see `selective`.
+        If `products` is set, it saves the results of its matmuls, convolutions and attention, see
+        `selective_checkpoint`.
         """
         original = block.forward
         contexts = self._selective_contexts if products else self._contexts
@@ -244,7 +245,7 @@ class Operations:
         return nullcontext(), self._again(self._keyed.site)
 
     def _selective_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the contexts of a block that saves the results of its products, see `selective`."""
+        """Return the contexts of a block that saves the results of its products, see `selective_checkpoint`."""
         forward, again = selective_checkpoint.contexts()
         return forward, _both(self._again(self._keyed.site), again)
 

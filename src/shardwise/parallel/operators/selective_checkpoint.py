@@ -5,8 +5,8 @@ functions, dropout and unfused attention take much of its memory and little time
 So the results of the former are saved, and the latter are recomputed from them.
 
 Torch's own `create_selective_checkpoint_contexts` requires that recomputation performs exactly the same operations.
-Ours does not, because its changes to buffers are undone (`operations`, `stage`). Torch's version also refuses results
-that a model has written into.
+Ours does not, because its changes to buffers are undone (`module_patches`, `stage`). Torch's version also refuses
+results that a model has written into.
 """
 
 from __future__ import annotations

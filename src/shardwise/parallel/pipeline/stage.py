@@ -134,7 +134,7 @@ class Stage(nn.Module):
         keyed: random operations, whose numbers recomputation must draw again.
         recomputed: number of blocks, from the first, that save only their inputs and are recomputed in the backward
             pass.
-        products: whether these blocks save the results of their products too, see `selective`.
+        products: whether these blocks save the results of their products too, see `selective_checkpoint`.
         bf16: whether to compute in bfloat16 under torch's autocast.
     """
 

@@ -16,8 +16,9 @@ Pairs of layers thus alternate as in Megatron-LM (Shoeybi et al. 2019), wherever
 partial sums are reduce-scattered along the sequence instead of all-reduced (Korthikanti et al. 2022). A placement that
 is not ideal is slow, never wrong.
 
-Implemented in: `partitioner` (making inputs fit), `rules` (operations that compute), `structure` (operations that move
-elements), `exchange` (communication), `vocabulary` (embedding and cross entropy), `keyed` (dropout and batch norm).
+Implemented in: `partitioner` (making inputs fit), `compute_rules` (operations that compute), `view_rules` (operations
+that move elements), `communication`, `vocab_parallel` (embedding and cross entropy), and
+`parallel.operators.graph_operators` (dropout and batch norm).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def may_be(profile: Condensed, strategy: Strategy) -> bool:
 def fewest(profile: Profile, condensed: Condensed, strategy: Strategy, cluster: Cluster, room: int) -> Strategy | None:
     """Return the strategy with the fewest recomputed blocks that fit by their bounds. Returns None if no part fits.
 
-    The bounds are those of `bounds_memory`; a prediction may need more blocks, see `enough`.
+    The bounds are those of `memory_bounds`; a prediction may need more blocks, see `enough`.
     """
     saved = _saved(profile, strategy, cluster)
     for count in range(1, len(saved)):

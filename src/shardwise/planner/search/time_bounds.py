@@ -10,7 +10,7 @@ Terms: T seconds of one microbatch through all stages, B of its backward pass, m
     messages       one microbatch goes through all workers and back
     stages         a tighter bound that takes longer to compute: the slowest worker of the pipeline as it would be cut
 
-The lower bounds of memory are in `bounds_memory`.
+The lower bounds of memory are in `memory_bounds`.
 
 No strategy costs less than its bound (tests compare all strategies of small jobs with their bounds), so skipping
 strategies whose bound exceeds a known cost never loses the best one.

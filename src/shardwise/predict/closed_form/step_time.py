@@ -6,9 +6,9 @@ It is fast enough for a search over thousands of strategies.
 
 The report is the all-reduce of loss and gradient norm at the end of a step.
 
-Implemented in: `timing` (kernels and tensor-parallel collectives of each segment), `parts` (what each worker holds),
-`stage_costs` (passes of one stage), `passes` (overlap of communication and compute), `work` (passes of one worker),
-`pipelines` (bubbles), `memory` (bytes), `issuing` (collectives). `timeline` simulates the same parts event by event.
+Implemented in: `segment_times` (kernels and tensor-parallel collectives of each segment), `stage_time` (passes of one
+stage), `overlap` (communication behind compute), `worker_time` (passes of one worker), `pipeline` (bubbles), `memory`
+(bytes). `predict.workers` says what each worker holds; `predict.timeline` simulates the same parts event by event.
 """
 
 from __future__ import annotations

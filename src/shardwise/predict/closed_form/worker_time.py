@@ -1,6 +1,6 @@
 """Sums over all passes of a step on one pipeline worker, from forward to backward; without a pipeline, its only worker.
 
-Module `costs` adds the work after the passes: optimizer, remaining all-reduces, report.
+`step_time` adds the work after the passes: optimizer, remaining all-reduces, report.
 """
 
 from __future__ import annotations

@@ -217,8 +217,7 @@ class Analyst:
         bf16: whether to run under torch's autocast to bfloat16.
         gpu: whether to run the operations that a GPU would run.
         later: store of the weight gradients that a zero-bubble schedule computes later (see
-            `parallel.pipeline.weight_gradients`); None
-            if each backward pass computes all gradients.
+            `parallel.pipeline.weight_gradients`); None if each backward pass computes all gradients.
         sites: function that draws random numbers -> index of the argument that numbers its calls. Segments that differ
             only in that argument are equal.
     """

@@ -6,8 +6,8 @@
     pipeline messages        a pass begins when its inputs have arrived
     collectives              begin when all participants are ready: all wait for the slowest
 
-`costs` gives the times of the parts; overlap and waiting result from the simulation. Equal replicas do the same at the
-same time, so that one replica of each kind represents all of them.
+`closed_form` gives the times of the parts; overlap and waiting result from the simulation. Equal replicas do the same
+at the same time, so that one replica of each kind represents all of them.
 """
 
 from __future__ import annotations

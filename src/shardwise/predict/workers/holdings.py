@@ -3,8 +3,7 @@
 It repeats the decisions of `parallel` about cuts and communication, from a profile instead of a module:
 
     ModuleEngine   (tp = pp = 1)    one stage; DDP's buckets, or `fully_shard` on the module's repeated blocks
-    GraphEngine    (tp or pp)       stages and blocks cut by cost; buckets of `gradient_reducer.GradientReducer`, or
-    `fully_shard`
+    GraphEngine    (tp or pp)       stages and blocks cut by cost; buckets of `GradientReducer`, or `fully_shard`
 
 Segments are known by their index in `Profile.links`; a range from `first` to `end` excludes `end`.
 """

@@ -30,7 +30,7 @@ def test_what_does_not_fit_is_refused_still() -> None:
 
 
 def test_torch_alone_refuses_it() -> None:
-    """Once it does not, `predict/profile/meta_model.py` can go."""
+    """Once it does not, `widen_grouped_products` can go."""
     refusing = next(
         cell.cell_contents
         for cell in torch._meta_registrations._meta_grouped_mm_common.__closure__ or ()

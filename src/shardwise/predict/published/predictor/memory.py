@@ -1,7 +1,7 @@
 """Peak memory of the rank that needs most, from sizes: tensors that are allocated, not what an allocator reserves.
 
 parameters, gradients, optimizer    bytes per parameter by precision, divided by what shards them (Rajbhandari 2020)
-activations                         of the microbatches under way in a stage (`kept.py`, `stages.py`)
+activations                         of the microbatches under way in a stage (`activations.py`, `stages.py`)
 temporary                           the loss, or a block's backward pass; what FSDP gathers; workspaces of libraries
 """
 
