@@ -7,7 +7,7 @@ STRATEGIES := single dp=2 fsdp=2 tp=2 pp=2 dp=2,tp=2 fsdp=2,pp=2 auto
 DEMO = $(BIN)/shardwise compare image --epochs 4 --set schedule_epochs=4 $(foreach strategy,$(STRATEGIES),--strategy '$(strategy)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo readme test models plans check format bench clean
+.PHONY: help setup demo readme test unit models plans check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1 - /'
@@ -31,6 +31,9 @@ readme: $(STAMP) ## runs the demo and puts its table into README.md and its twin
 
 test: $(STAMP) ## runs all tests, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+unit: $(STAMP) ## runs the tests that start no workers
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit
 
 models: $(STAMP) ## tests all models of others under all strategies and writes docs/models.md
 	SHARDWISE_ALL_MODELS=1 $(BIN)/python -m pytest --quiet tests/multiprocess/test_catalogue.py

@@ -1,1 +1,1 @@
-"""What a strategy will cost: dry run of the real program, closed form, timeline."""
+"""Prediction of time and memory of a strategy: closed form, timeline, and dry run of the real program."""

@@ -38,12 +38,12 @@ def block_entry(sizes: Sizes, setup: Setup) -> float:
 
 
 def block_kept(sizes: Sizes, setup: Setup) -> float:
-    """What a block keeps of a microbatch where nothing is computed again."""
+    """Return the bytes that a block saves of a microbatch for the backward pass, without recomputation."""
     return tokens(sizes, setup) * (_residual(sizes, setup) + _inside(sizes, setup) + _scores(sizes, setup))
 
 
 def kept(sizes: Sizes, setup: Setup) -> float:
-    """What a block keeps of a microbatch, on average over the blocks."""
+    """Return the bytes that a block saves of a microbatch for the backward pass, the mean over all blocks."""
     entry = block_entry(sizes, setup)
     whole = block_kept(sizes, setup)
     if setup.recompute == "full":
@@ -58,7 +58,7 @@ def kept(sizes: Sizes, setup: Setup) -> float:
 
 
 def backward_moment(sizes: Sizes, setup: Setup) -> float:
-    """What the backward pass of a block needs beside what is kept: gradients, and what it computes again."""
+    """Return the bytes that a block's backward pass needs beside what is saved: gradients and recomputed tensors."""
     w, t = width(setup), setup.tensor
     mlp = w * (sizes.ffn + sizes.up) / t
     attention = w * (sizes.qkv + sizes.hidden) / t

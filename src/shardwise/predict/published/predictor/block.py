@@ -96,10 +96,10 @@ def _attention(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel], 
 
 
 PASSES_OF_NORM = (2, 4)
-"""How often a fused norm reads or writes an element, forward and backward."""
+"""Times that a fused norm reads or writes an element, forward and backward."""
 
 PASSES_IN_PARTS = (16, 48)
-"""The same of a root mean square norm of elementary operations in float32: to float32 and back (3 + 3 widths), square
+"""Times for a root mean square norm of elementary operations in float32: to float32 and back (3 + 3 widths), square
 (4), mean (2), times the root (4 of float32), times the weight (2); their gradients are some three times as much."""
 
 
@@ -136,10 +136,10 @@ FUSED_SOFTMAX: Widths = ((2.0,), (3.0,))
 """Widths of a score that the kernel reads and writes which scales, masks and takes the softmax; forward, backward."""
 
 HALF_SOFTMAX: Widths = ((3.0, 4.0, 4.5, 4.0, 3.0), (3.0, 6.0, 4.5, 4.0, 3.0))
-"""The same of operations of their own in half precision: to float32, scaled, masked, softmax, back."""
+"""Times for a softmax of elementary operations in half precision: to float32, scaled, masked, softmax, back."""
 
 FLOAT_SOFTMAX: Widths = ((2.25, 2.0), (3.0, 2.25))
-"""The same in float32: masked, softmax; their gradients."""
+"""Times for a softmax of elementary operations in float32: masked, softmax; their gradients."""
 
 FUSED_SOFTMAX_GROUP = 4
 """Megatron-LM's kernel wants half precision, and a multiple of so many heads times samples
@@ -147,7 +147,7 @@ FUSED_SOFTMAX_GROUP = 4
 
 
 def _softmax(setup: Setup, batch: int, scores: float, *, backward: bool) -> list[Kernel]:
-    """Of `batch` matrices of scores."""
+    """Return the kernels of the softmax of `batch` matrices of attention scores."""
     widths = FLOAT_SOFTMAX
     if _width(setup) == 2:
         widths = HALF_SOFTMAX if batch % FUSED_SOFTMAX_GROUP else FUSED_SOFTMAX
@@ -272,7 +272,7 @@ def _casts(sizes: Sizes, setup: Setup) -> tuple[list[Kernel], list[Kernel]]:
 
 
 def _recomputed(sizes: Sizes, setup: Setup, whole: Sequence[Kernel], core: Iterable[Kernel]) -> tuple[Kernel, ...]:
-    """What runs once more before a block's backward pass, where all of it would be `whole`."""
+    """Return the kernels of recomputation before a block's backward pass; `whole` are all that can be."""
     if setup.recompute == "none":
         return ()
     if setup.recompute == "selective":

@@ -1,4 +1,4 @@
-"""What comes before the first block and after the last one: embedding, output, loss; and the update of parameters."""
+"""Work before the first block and after the last one: embedding, output, loss; and the update of parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transformer is made of, and how its training is set up: the numbers that a prediction needs."""
+"""Sizes of a transformer and the set-up of its training: the numbers that a prediction needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Of a decoder-only (or encoder) transformer.
+    """Sizes of a decoder-only (or encoder) transformer.
 
     Attributes:
         layers: blocks.
@@ -95,7 +95,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """What the software does: which kernels it runs and what it overlaps.
+    """Behaviour of the training software: which kernels it runs and what it overlaps.
 
     Attributes:
         attention: `unfused` (products with a fused softmax between), `flash`, `fused` (cuDNN or flash attention 3 on
@@ -152,7 +152,7 @@ class Stack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """How a training is split and in which precision it runs.
+    """Split and precision of a training.
 
     Attributes:
         tensor, pipeline, data, context: degrees.

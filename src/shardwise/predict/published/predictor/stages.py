@@ -1,4 +1,4 @@
-"""What the stages of a pipeline hold: blocks, parameters, and microbatches under way."""
+"""Contents of the stages of a pipeline: blocks, parameters, and microbatches in flight."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Clock:
     pace: float = 1.0
 
     def of(self, kernels: Iterable[Kernel]) -> float:
-        """Of all of them after each other."""
+        """Return the seconds of all of them, one after the other."""
         products = others = 0.0
         for kernel in kernels:
             seconds = self.kernels.get(kernel)
@@ -64,7 +64,7 @@ class Clock:
         return products * self.pace + others
 
     def collective(self, operation: str, amount: float, group: Group, axis: str) -> float:
-        """Of one collective of `amount` bytes."""
+        """Return the seconds of one collective of `amount` bytes."""
         if group.size <= 1:
             return 0.0
         return collective_seconds(Collective(operation, int(amount), group, axis), self.cluster, self.numbers)
@@ -104,7 +104,7 @@ class Part:
 
     @property
     def seconds(self) -> float:
-        """Of the device."""
+        """Return the seconds of the device."""
         return self.kernels + self.exposed + self.waiting
 
 
@@ -285,7 +285,7 @@ class _Step:
         return (1 - hidden) * visible + self.beside(later * each), reductions * each, reductions
 
     def beside(self, seconds: float) -> float:
-        """What computation loses by communication that it hides."""
+        """Return the seconds by which communication that is hidden slows computation."""
         return self.clock.numbers.overlap_loss * seconds
 
     def context_parallel(self, *, backward: bool) -> float:
@@ -312,7 +312,7 @@ class _Step:
         return seconds, self.visible(seconds, hidden_behind)
 
     def visible(self, seconds: float, behind: float) -> float:
-        """What communication costs that runs beside `behind` seconds of computation."""
+        """Return the exposed seconds of communication that runs beside `behind` seconds of computation."""
         return max(0.0, seconds - behind) + self.clock.numbers.overlap_loss * min(seconds, behind)
 
     # ------------------------------------------------------------------ between stages, gradients, update
