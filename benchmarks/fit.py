@@ -9,7 +9,7 @@ collectives.csv as a group of their own. No constant belongs to a row or a sourc
 Marquardt on residuals that are weighted anew each time, so that their sum of squares is a sum of absolute values.
 
 Cross-validation fits anew from START without one group, and looks at that group then: what a reader may expect of runs
-that nobody fitted. `--write` puts the values into predict/constants.json; results go to benchmarks/results.
+that nobody fitted. `--write` puts the values into predict/hardware/constants.json; results go to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the values into predict/constants.json")
+    parser.add_argument("--write", action="store_true", help="put the values into predict/hardware/constants.json")
     parser.add_argument("--no-crossing", action="store_true", help="leave the cross-validation out")
     parser.add_argument("--steps", type=int, default=12, help="of each of both fits, at most")
     options = parser.parse_args()

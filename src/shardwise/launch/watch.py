@@ -34,7 +34,7 @@ from shardwise.launch.board import Board, FolderBoard, OutOfReach, StoreBoard
 from shardwise.launch.stacks import look
 from shardwise.launch.verdict import Hang, Limits, Pace, State, hang, slow, slow_message, to_json
 
-__all__ = ["FolderBoard", "StoreBoard", "beat", "settle", "slow_workers", "watching"]
+__all__ = ["FolderBoard", "StoreBoard", "alive", "beat", "settle", "slow_workers", "watching"]
 
 LEAST_SECONDS = 60.0
 """Shortest idle limit in seconds if none is requested; also the least idle limit until the first step is done."""
@@ -91,6 +91,12 @@ def beat() -> None:
     """Note progress of this worker: a step, a batch of an evaluation or a checkpoint is done."""
     if _seat is not None:
         _seat.beats += 1
+        _seat.last = time.monotonic()
+
+
+def alive() -> None:
+    """Note that this worker gets on with something that is no step: a slow disk takes a checkpoint piece by piece."""
+    if _seat is not None:
         _seat.last = time.monotonic()
 
 

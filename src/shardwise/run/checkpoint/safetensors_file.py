@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import ShardwiseError
+from shardwise.launch import watch
 
 _CODES = {
     torch.float64: "F64",
@@ -77,6 +78,7 @@ class FileSum:
             while block := file.read(_READ_BYTES):
                 size += len(block)
                 crc = zlib.crc32(block, crc)
+                watch.alive()
         return cls(size, crc)
 
 
@@ -110,6 +112,7 @@ def write_file(path: Path, blocks: Iterator[memoryview | bytes]) -> FileSum:
     with path.open("xb") as file:
         for block in blocks:
             file.write(block)
+            watch.alive()
             size += len(block)
             crc = zlib.crc32(block, crc)
         file.flush()
