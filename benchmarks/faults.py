@@ -34,7 +34,7 @@ from benchmarks.hosts import NoHosts, cut_link, hosts, started_on_hosts
 
 STRATEGIES = ("dp=2", "fsdp=2", "tp=2", "pp=2")
 HANG_SECONDS = 5.0
-"""What the rows give as --hang-timeout: the default is a minute at least."""
+"""Seconds that the rows give as --hang-timeout: the default is a minute at least."""
 
 LONGEST_SECONDS = 120.0
 MARKERS = re.compile(r"(?<=^)(<!-- faults: start [^\n]*-->\n).*?(<!-- faults: end -->)", re.MULTILINE | re.DOTALL)
@@ -44,7 +44,7 @@ WORKLOAD = f"{Path(__file__).with_name('faulty.py')}:workload"
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is done to a run, and what must come of it.
+    """One kind of fault, and the outcome that a run must have with it.
 
     Attributes:
         status: the exit status.

@@ -1,4 +1,4 @@
-"""What lies in a folder, or in a file from elsewhere, runs no code; closed streams are said before anything starts."""
+"""Run no code that lies in a folder or a file from elsewhere; say closed streams before anything starts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def ran(tmp_path: Path) -> list[str]:
 
 
 SCRIPT = [sys.executable, "-c", "from shardwise.cli import command; command()"]
-"""As the script `shardwise` does, whose folder is not on the import path but where `-c` puts it."""
+"""Start like the script `shardwise`, whose folder is on the import path only where `-c` puts it."""
 
 
 @pytest.mark.parametrize("start", [[sys.executable, "-m", "shardwise"], SCRIPT], ids=["module", "script"])

@@ -86,7 +86,7 @@ def run(strategy: str, policy: str, value: float, column: int) -> dict[str, Any]
 
 
 def alike(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the workers agree on, with full tensors."""
+    """Return the values that the workers agree on, with full tensors."""
     for result in results[1:]:
         assert {**result, "pieces": None} == {**results[0], "pieces": None}
     return {**results[0], "tensors": paste([piece for result in results for piece in result["pieces"]])}

@@ -21,7 +21,7 @@ from shardwise.launch import watch
 from shardwise.launch.allocator import keep_memory
 from shardwise.launch.board import board_of
 from shardwise.launch.context import RankContext, given_threads, rank_context
-from shardwise.launch.scheduling import run_uninterrupted
+from shardwise.launch.scheduling import run_uninterrupted, state_of
 
 PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl(2), <sys/prctl.h>: set the signal that this process gets when its parent dies."""
@@ -106,7 +106,7 @@ def rest(seconds: float = 1.0) -> None:
     own, end, quiet = threading.get_native_id(), time.monotonic() + seconds, 0
     while quiet < QUIET_LOOKS and time.monotonic() < end:
         time.sleep(LOOK_SECONDS)  # releases the interpreter's lock to threads that wait for it
-        quiet = 0 if any(_runs(task) for task in TASKS.glob("*") if task.name != str(own)) else quiet + 1
+        quiet = 0 if any(state_of(task) == "R" for task in TASKS.glob("*") if task.name != str(own)) else quiet + 1
 
 
 def die_with_parent() -> None:
@@ -206,11 +206,3 @@ def _loopback() -> dict[str, str]:
     names = {name for _, name in socket.if_nameindex()}
     loopback = next((name for name in ("lo", "lo0") if name in names), None)
     return {name: loopback for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback}
-
-
-def _runs(task: Path) -> bool:
-    try:
-        state = (task / "stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:  # the thread has ended
-        return False
-    return state == "R"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shardwise.launch.allocator import starting
 from shardwise.launch.context import LOCAL_WORKER
+from shardwise.launch.scheduling import state_of
 
 PROGRAM = Path(__file__).with_name("worker.py")
 
@@ -41,7 +42,11 @@ class Processes:
 
     def stopped(self) -> list[int]:
         """Return the ranks whose processes are stopped (SIGSTOP). Returns no ranks on systems without /proc."""
-        return [rank for rank, process in enumerate(self._processes) if _state(process.pid) in ("T", "t")]
+        return [
+            rank
+            for rank, process in enumerate(self._processes)
+            if state_of(Path("/proc", str(process.pid))) in ("T", "t")
+        ]
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to each process that still runs."""
@@ -73,11 +78,3 @@ def _start(rank: int, workers: int, address: str) -> subprocess.Popen[bytes]:
         env={**inherited, **starting(), **own},
         start_new_session=True,
     )
-
-
-def _state(process: int) -> str:
-    """Return the state letter of a process from /proc (R, S, T, ...). Returns an empty string if it cannot be read."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 
 def run_uninterrupted() -> bool:
@@ -25,3 +26,14 @@ def run_uninterrupted() -> bool:
     except OSError:  # a sandbox forbids the call: go on with the default policy
         return False
     return True
+
+
+def state_of(task: Path) -> str:
+    """Return the state letter of a process or thread (R, S, T, ...) from its folder in /proc; empty if it has ended.
+
+    Systems without /proc give an empty string too.
+    """
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from shardwise.launch.scheduling import state_of
+
 SHOWN_FRAMES = 12
 """Number of innermost frames that a printed stack has."""
 
@@ -74,11 +76,7 @@ def _in_torch(file: str) -> bool:
 
 def _runs(thread: threading.Thread) -> bool:
     """Return whether a thread is running or runnable. Returns False on systems without /proc."""
-    try:
-        stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "R"
+    return state_of(Path("/proc/self/task", str(thread.native_id))) == "R"
 
 
 def _operation(frame: FrameType) -> str:
