@@ -71,13 +71,12 @@ def judged(profiles: Profiles, strategy: Strategy, cluster: Cluster, place: int 
         StrategyError, WorkloadError: As in `dry_run`.
     """
     costs = costs_of(profiles.of(strategy), strategy, cluster)
-    memories = [worker_memory(costs, worker) for worker in costs.parts.workers]
+    device = costs.times.device
+    memories = [worker_memory(costs.profile, costs.strategy, worker, device) for worker in costs.parts.workers]
     if place is None:
         place = max(range(len(memories)), key=lambda number: memories[number].total)
     start = time.perf_counter()
-    run = dry_run(
-        profiles.workload, strategy, strategy.rank(pp=place), cuts=costs.parts.cuts, device=costs.times.device.kind
-    )
+    run = dry_run(profiles.workload, strategy, strategy.rank(pp=place), cuts=costs.parts.cuts, device=device.kind)
     seconds = time.perf_counter() - start
     return Judged(run, memories[place], communicated(costs.profile, costs.parts, place), seconds)
 

@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from shardwise.cluster.cluster import Device
 from shardwise.predict.closed_form.fsdp_memory import Held, held_at_links, keeps_gradients
@@ -30,33 +29,31 @@ from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Link, Profile
 from shardwise.predict.workers.buckets import Block
-from shardwise.predict.workers.holdings import Stage, Worker
+from shardwise.predict.workers.holdings import Parts, Stage, Worker
 from shardwise.predict.workers.passes import Counts, under_way
 from shardwise.predict.workers.stage_keys import alike, gathered_alike
 from shardwise.strategy import Strategy
 
-if TYPE_CHECKING:
-    from shardwise.predict.closed_form.stage_time import StageCosts
 
-
-def memory_of(costs: StageCosts, *, ends: bool = False) -> Memory:
+def memory_of(profile: Profile, strategy: Strategy, parts: Parts, device: Device, *, ends: bool = False) -> Memory:
     """Return the memory of the pipeline worker that needs most.
 
     If `ends` is set, only the first and the last pipeline worker are computed: that is faster and a lower bound.
     """
-    workers = costs.parts.workers
+    workers = parts.workers
     if ends and len(workers) > 1:
         workers = workers[:: len(workers) - 1]
-    return _in_process(max((worker_memory(costs, worker) for worker in workers), key=lambda each: each.total), costs)
+    memories = (worker_memory(profile, strategy, worker, device) for worker in workers)
+    return _in_process(max(memories, key=lambda each: each.total), device, strategy)
 
 
-def memory_at(costs: StageCosts, worker: Worker) -> Memory:
+def memory_at(profile: Profile, strategy: Strategy, worker: Worker, device: Device) -> Memory:
     """Return the memory of one pipeline worker, including that of its process."""
-    return _in_process(worker_memory(costs, worker), costs)
+    return _in_process(worker_memory(profile, strategy, worker, device), device, strategy)
 
 
-def _in_process(memory: Memory, costs: StageCosts) -> Memory:
-    return replace(memory, process=_process(memory, costs.times.device, costs.strategy))
+def _in_process(memory: Memory, device: Device, strategy: Strategy) -> Memory:
+    return replace(memory, process=_process(memory, device, strategy))
 
 
 def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
@@ -72,19 +69,18 @@ def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
     return own + round((device.heap - 1.0) * (memory.activations + memory.temporary))
 
 
-def worker_memory(costs: StageCosts, worker: Worker) -> Memory:
+def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: Device) -> Memory:
     """Return the memory of one pipeline worker's tensors: the larger of the optimizer's peak and the passes' peak.
 
     The worker is the first of its tensor-parallel group in the first replica.
     """
-    profile, strategy = costs.profile, costs.strategy
-    offloaded = offloads(strategy, costs.times.device)
+    offloaded = offloads(strategy, device)
     if offloaded:
         worker = left(worker)
     elements, tensors = worker.updated
     update = profile.update
     state = round(elements * update.state_bytes)
-    at_once = update.at_once("cpu" if offloaded else costs.times.device.kind)
+    at_once = update.at_once("cpu" if offloaded else device.kind)
     one = min(profile.largest, worker.trained) if tensors else 0
     updating = Memory(
         parameters=worker.parameters,

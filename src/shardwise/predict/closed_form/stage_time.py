@@ -78,17 +78,21 @@ class Calls:
         return sum(self.collective("send", size, group, workers) for size in sizes)
 
 
-class StageCosts(Calls):
+class StageCosts:
     """Times of the passes of a strategy's stages, cached.
 
     Args:
-        profile, strategy, cluster, times: see `Calls`.
-        parts: what each pipeline worker holds and does.
+        profile, strategy, cluster, times: as of `Calls`.
+        parts: the workers of the strategy and their stages.
+
+    Attributes:
+        calls: seconds of single collectives, messages and copies.
+        messages: messages that each stage receives before a pass.
     """
 
     def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed, parts: Parts) -> None:
-        super().__init__(profile, strategy, cluster, times)
-        self.parts = parts
+        self.profile, self.strategy, self.cluster, self.times, self.parts = profile, strategy, cluster, times, parts
+        self.calls = Calls(profile, strategy, cluster, times)
         self.messages = self._between()
         self.blocking = times.device.kind == "cpu"
         self.overlap = times.device.overlap
@@ -103,7 +107,7 @@ class StageCosts(Calls):
             for kind, messages in ((FORWARD, stage.sent), (BACKWARD, stage.returned)):
                 for target, sizes in messages:
                     if target % pp != number % pp:
-                        seconds = self.message(number, target, sizes)
+                        seconds = self.calls.message(number, target, sizes)
                         found.setdefault((kind, target), []).append((number, seconds))
         return found
 
@@ -136,11 +140,11 @@ class StageCosts(Calls):
         for link, channels in self.times.normalised:
             if not stage.first <= link < stage.end:
                 continue
-            gather = self.collective("all_gather", 4 * self.strategy.replicas * (2 * channels + 1), group)
+            gather = self.calls.collective("all_gather", 4 * self.strategy.replicas * (2 * channels + 1), group)
             if forward:
                 total += gather
             else:
-                total += self.collective("all_reduce", 8 * channels, group)
+                total += self.calls.collective("all_reduce", 8 * channels, group)
                 total += gather if any(block.first <= link < block.end for block in stage.recomputed) else 0.0
         return total
 
@@ -196,8 +200,8 @@ class StageCosts(Calls):
         groups = Counter((block.gathered, sync.blocks) for block in stage.blocks) + Counter([(stage.root, sync.root)])
         for (group, gathers), count in groups.items():
             if group is not None:
-                copied += count * self.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
-                copied += count * self.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
+                copied += count * self.calls.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
+                copied += count * self.calls.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
         watched = sum(n for (group, gathers), n in groups.items() if group is not None and (gathers or sync.reduces))
         return spent + Spent(kernels=copied) + self.times.overhead("sharded", watched)
 
@@ -211,16 +215,16 @@ class StageCosts(Calls):
         whole = times.backward.total[stage.end] - times.backward.total[stage.first]
         stretch = seconds / whole if whole else 1.0
         end, total = times.backward.total[stage.end], times.backward.total
-        takes = {size: self.collective("all_reduce", size, group) for size in {b.bytes for b in stage.buckets}}
+        takes = {size: self.calls.collective("all_reduce", size, group) for size in {b.bytes for b in stage.buckets}}
         return [((end - total[bucket.ready]) * stretch, takes[bucket.bytes]) for bucket in stage.buckets]
 
     def _gradients(self, stage: Stage, *, final: bool, first: bool) -> float:
         """Return the seconds to add gradients to those of earlier microbatches and to copy them into buckets."""
         elements, size, count = self._trained(stage)
-        seconds = 0.0 if first else self.moved(elements, 3 * size, count)
+        seconds = 0.0 if first else self.calls.moved(elements, 3 * size, count)
         if final and stage.buckets and not self.strategy.splits_parameters:
             copies = 1 if self.strategy.tp == self.strategy.pp == 1 else 2
-            seconds += copies * self.moved(elements, 2 * size, count)
+            seconds += copies * self.calls.moved(elements, 2 * size, count)
         return seconds
 
     def _trained(self, stage: Stage) -> tuple[int, int, int]:
@@ -263,11 +267,12 @@ class StageCosts(Calls):
         return self._grouped[key]
 
     def _sharing(self, group: Gathered, gathers: bool, reduces: bool) -> tuple[float, float, float]:
-        gather = self.collective("all_gather", group.gather, self._fsdp) + self._fetched(group.gather) if gathers else 0
+        collective = self.calls.collective
+        gather = collective("all_gather", group.gather, self._fsdp) + self._fetched(group.gather) if gathers else 0.0
         if not reduces or not group.reduce:
             return gather, 0.0, 0.0
-        mirror = self.collective("all_reduce", group.reduce // self.strategy.fsdp, self._dp)
-        scatter = self.collective("reduce_scatter", group.reduce, self._fsdp) + self._fetched(group.reduce)
+        mirror = collective("all_reduce", group.reduce // self.strategy.fsdp, self._dp)
+        scatter = collective("reduce_scatter", group.reduce, self._fsdp) + self._fetched(group.reduce)
         return gather, scatter, mirror
 
     def _fetched(self, size: int) -> float:

@@ -31,7 +31,7 @@ from shardwise.predict.hardware.times import origins
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.groups import group_of
-from shardwise.predict.workers.holdings import REPORT_BYTES, Parts, Worker, parts_of
+from shardwise.predict.workers.holdings import REPORT_BYTES, Worker, parts_of
 from shardwise.strategy import Strategy
 
 SHORT_TABLE = 256
@@ -88,14 +88,17 @@ def costs_of(
         for worker in parts.workers:
             check_room(worker, profile.update.state_bytes, times.device)
 
-    def on(device: Device) -> Costs:
-        return Costs(profile, strategy, cluster, timed(profile, cluster, strategy, device), parts, size)
+    def on(times: Timed, places: Sequence[Costs] = ()) -> Costs:
+        return Costs(StageCosts(profile, strategy, cluster, times, parts), size, places)
+
+    def on_device(device: Device) -> Costs:
+        return on(timed(profile, cluster, strategy, device))
 
     if device is not None:
-        return on(device)
+        return on_device(device)
     several = strategy.speeds and not cluster.alike
-    places = [on(slowest_at(strategy, cluster, place)) for place in range(strategy.pp)] if several else []
-    return Costs(profile, strategy, cluster, times, parts, size, places)
+    places = [on_device(slowest_at(strategy, cluster, place)) for place in range(strategy.pp)] if several else []
+    return on(times, places)
 
 
 def slowest_at(strategy: Strategy, cluster: Cluster, place: int) -> Device:
@@ -154,27 +157,20 @@ class _Step:
     report: float
 
 
-class Costs(StageCosts):
+class Costs:
     """Times and bytes of one strategy on one device, from which `predict` computes the step.
 
     Args:
-        profile, strategy, cluster, times, parts, batch_size: see `costs_of`.
+        stages: times of the passes.
+        batch_size: global batch size in samples.
         places: costs of each pipeline worker if they have different devices; empty if all have this device.
     """
 
-    def __init__(
-        self,
-        profile: Profile,
-        strategy: Strategy,
-        cluster: Cluster,
-        times: Timed,
-        parts: Parts,
-        batch_size: int,
-        places: Sequence[Costs] = (),
-    ) -> None:
-        super().__init__(profile, strategy, cluster, times, parts)
-        self._places = tuple(places)
+    def __init__(self, stages: StageCosts, batch_size: int, places: Sequence[Costs] = ()) -> None:
+        self.stages, self.calls, self.times, self.parts = stages, stages.calls, stages.times, stages.parts
+        self.profile, self.strategy, self.cluster = stages.profile, stages.strategy, stages.cluster
         self.batch_size = batch_size
+        self._places = tuple(places)
 
     def at(self, worker: Worker) -> Costs:
         """Return the costs on the device of a pipeline worker."""
@@ -186,12 +182,12 @@ class Costs(StageCosts):
         """Compute the seconds that a worker needs after its last backward pass."""
         strategy = self.strategy
         replicas = group_of(strategy, "replicas", worker.place)
-        reduce = sum(self.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
+        reduce = sum(self.calls.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
         reduce += sum(seconds for _, _, seconds in self.sums_over_workers(worker))
-        exchange = sum(self.collective("broadcast", size, replicas) for size in worker.broadcast)
-        report = self.collective("all_reduce", REPORT_BYTES, group_of(strategy, "world"))
+        exchange = sum(self.calls.collective("broadcast", size, replicas) for size in worker.broadcast)
+        report = self.calls.collective("all_reduce", REPORT_BYTES, group_of(strategy, "world"))
         if self.profile.weighted:
-            report += self.collective("all_reduce", 8, replicas)
+            report += self.calls.collective("all_reduce", 8, replicas)
         host = self.times.overhead("step").launching + self.times.crowding
         return Finish(reduce, self.update(worker), exchange, report, host)
 
@@ -204,10 +200,10 @@ class Costs(StageCosts):
         tensor = group_of(strategy, "tp")
         found: list[tuple[tuple[int, ...], int, float]] = []
         if strategy.tp > 1:
-            found += [((), size, self.collective("all_reduce", size, tensor)) for size in worker.summed]
+            found += [((), size, self.calls.collective("all_reduce", size, tensor)) for size in worker.summed]
         for workers, size in worker.tied:
             group = Group.of([strategy.rank(pp=place) for place in workers])
-            found.append((workers, size, self.collective("all_reduce", size, group)))
+            found.append((workers, size, self.calls.collective("all_reduce", size, group)))
         return found
 
     def update(self, worker: Worker) -> float:
@@ -218,9 +214,11 @@ class Costs(StageCosts):
             moved = sum(kernel.bytes for kernel in update.kernels) + (12 if self.profile.clipped else 0)
             return updated(moved * elements, self.times.device)
         kernels = 1 if update.at_once(self.times.device.kind) else tensors
-        seconds = sum(self.moved(elements, kernel.bytes * elements, kernels) for kernel in update.kernels)
+        seconds = sum(self.calls.moved(elements, kernel.bytes * elements, kernels) for kernel in update.kernels)
         if self.profile.clipped:
-            seconds += self.moved(elements, 4 * elements, kernels) + self.moved(elements, 8 * elements, kernels)
+            seconds += self.calls.moved(elements, 4 * elements, kernels) + self.calls.moved(
+                elements, 8 * elements, kernels
+            )
         if self.times.device.kind == "gpu":
             seconds = max(seconds, len(update.kernels) * self.times.device.launch_seconds)
         return seconds
@@ -229,7 +227,7 @@ class Costs(StageCosts):
 
     @cached_property
     def _played(self) -> _Step:
-        works = [work_of(self.at(worker), worker) for worker in self.parts.workers]
+        works = [work_of(self.at(worker).stages, worker) for worker in self.parts.workers]
         ends = self._ends(works)
         finishes = [self.at(worker).finish(worker) for worker in self.parts.workers]
         last = max(end + f.reduce + f.update + f.exchange + f.host for end, f in zip(ends, finishes, strict=True))
@@ -293,16 +291,16 @@ class Costs(StageCosts):
     @property
     def memory(self) -> Memory:
         """Return the peak memory of the device that needs most."""
-        return memory_of(self)
+        return memory_of(self.profile, self.strategy, self.parts, self.times.device)
 
     def memory_at(self, worker: Worker) -> Memory:
         """Return the peak memory of a pipeline worker's device."""
-        return memory_at(self, worker)
+        return memory_at(self.profile, self.strategy, worker, self.times.device)
 
     @property
     def least_memory(self) -> int:
         """Return a lower bound of the peak bytes: the larger of the first and the last pipeline worker."""
-        return memory_of(self, ends=True).total
+        return memory_of(self.profile, self.strategy, self.parts, self.times.device, ends=True).total
 
     @property
     def origins(self) -> dict[str, str]:
@@ -322,7 +320,9 @@ class Costs(StageCosts):
         if strategy.pp == 1:
             return [work.seconds for work in works]
         if strategy.pp * strategy.stages_per_worker * strategy.microbatches <= SHORT_TABLE:
-            return played([table_of(self.at(worker), worker) for worker in self.parts.workers], self.messages)
+            return played(
+                [table_of(self.at(worker).stages, worker) for worker in self.parts.workers], self.stages.messages
+            )
         stages = [time for _, time in sorted((n, t) for work in works for n, t in work.times.items())]
         whole = pipeline_seconds(strategy.schedule, stages, strategy.pp, strategy.microbatches)
         whole += sum(sum(work.heads.values()) for work in works)

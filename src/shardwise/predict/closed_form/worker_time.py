@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from shardwise.predict.closed_form.overlap import Passed
 from shardwise.predict.closed_form.pipeline import StageTime, Timed
 from shardwise.predict.closed_form.segment_times import Spent
+from shardwise.predict.closed_form.stage_time import StageCosts
 from shardwise.predict.workers.holdings import Worker
 from shardwise.predict.workers.passes import Turn, table, turns
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
-
-if TYPE_CHECKING:
-    from shardwise.predict.closed_form.stage_time import StageCosts
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,7 +176,7 @@ class _Step:
 
     def __init__(self, usual: Costs, pipelines: Sequence[Pipeline], costs: Mapping[int, Costs]) -> None:
         self.usual, self.strategy, self.pipelines = usual, usual.strategy, pipelines
-        self.inline = usual.blocking
+        self.inline = usual.stages.blocking
         self.hosts = [
             _Host(
                 index * self.strategy.pp + place,
@@ -189,7 +189,7 @@ class _Step:
             for index, pipeline in enumerate(pipelines)
             for place in range(self.strategy.pp)
         ]
-        self.simulation = Simulation([host.costs.overlap for host in self.hosts])
+        self.simulation = Simulation([host.costs.stages.overlap for host in self.hosts])
         self._messages: dict[object, Operation] = {}
 
     def timeline(self) -> Timeline:
@@ -230,7 +230,7 @@ class _Step:
             action, sync, final = turn.action, turn.sync, turn.final
             stage = stages[action.stage]
             self._arrive(host, action)
-            spent = host.costs.computed(stage, action.kind, sync, final=final, first=turn.first)
+            spent = host.costs.stages.computed(stage, action.kind, sync, final=final, first=turn.first)
             if sync is not None and action.kind != WEIGHT:
                 self._sharded(host, action, stage, sync, spent)
             elif final and stage.buckets and action.kind != WEIGHT:
@@ -331,7 +331,7 @@ class _Step:
         if action.kind == WEIGHT:
             return
         kind = FORWARD if action.kind == FORWARD else BACKWARD
-        for source, seconds in self.usual.messages.get((kind, action.stage), ()):
+        for source, seconds in self.usual.stages.messages.get((kind, action.stage), ()):
             self._needed(host, self._message(host.pipeline, action, source, action.stage, seconds))
 
     def _send(self, host: _Host, action: Action, stage: Stage) -> None:
@@ -339,7 +339,7 @@ class _Step:
             return
         after = [*host.barrier, host.last]
         for target, sizes in stage.sent if action.kind == FORWARD else stage.returned:
-            seconds = self.usual.message(stage.number, target, sizes)
+            seconds = self.usual.calls.message(stage.number, target, sizes)
             if target % self.strategy.pp != host.place:
                 message = self._message(host.pipeline, action, stage.number, target, seconds)
                 self.simulation.issue(message, after)
@@ -349,7 +349,7 @@ class _Step:
     def _bucketed(self, host: _Host, action: Action, stage: Stage, spent: Spent) -> None:
         """Issue the last backward pass of a stage, with the all-reduce of each bucket as soon as it is complete."""
         done, whole = 0.0, spent.device
-        buckets = host.costs.buckets(stage, whole)
+        buckets = host.costs.stages.buckets(stage, whole)
         for number, (ready, seconds) in enumerate(buckets):
             if ready > done:
                 self._compute(host, action, spent, (ready - done) / whole, f"to bucket {number}")
@@ -365,7 +365,7 @@ class _Step:
 
     def _sharded(self, host: _Host, action: Action, stage: Stage, sync: Sync, spent: Spent) -> None:
         """Issue a pass of a sharded stage: all-gathers and reduce-scatters, block by block."""
-        pieces, root = host.costs.pieces(stage, action.kind, sync, spent)
+        pieces, root = host.costs.stages.pieces(stage, action.kind, sync, spent)
         whole = sum(piece.compute for piece in pieces)
         begun = [*host.barrier, host.last]
         asked: list[Operation | None] = begun
@@ -423,7 +423,7 @@ class _Step:
         finish = costs.finish(worker)
         replicas = group_of(strategy, "replicas", worker.place)
         for number, bucket in enumerate(worker.twice):
-            seconds = costs.collective("all_reduce", bucket.bytes, replicas)
+            seconds = costs.calls.collective("all_reduce", bucket.bytes, replicas)
             together: object = ("twice", host.place, number)
             host.sums.append(
                 self._issue(host, "dp", f"shared bucket {number}", "gradients", seconds, [host.last], together)

@@ -232,7 +232,9 @@ def collective(operation: str, size: int, group: Group) -> float:
 def test_one_worker() -> None:
     found = predict(profile(), Strategy(microbatches=8), CLUSTER)
     a_pass = 4 * seconds_of(1e6)
-    accumulated = costs("single,microbatches=8").moved(10 * 64 + 28 + 1 + 64 + 10, 3 * (2560 + 112 + 4 + 256 + 40), 5)
+    accumulated = costs("single,microbatches=8").calls.moved(
+        10 * 64 + 28 + 1 + 64 + 10, 3 * (2560 + 112 + 4 + 256 + 40), 5
+    )
     assert found.compute_seconds == pytest.approx(8 * 3 * a_pass + 7 * accumulated)
     assert found.optimizer_seconds == pytest.approx(seconds_of(12.0 * (640 + 28 + 1 + 64 + 10)))
     assert found.step_seconds == pytest.approx(found.compute_seconds + found.optimizer_seconds)
@@ -255,8 +257,8 @@ def test_two_stages() -> None:
     found = predict(profile(update=Update(), clipped=False), strategy, CLUSTER)
     one = costs("pp=2,microbatches=8")
     f = 2 * seconds_of(1e6)
-    messages = one.message(0, 1, (500, 2000)) + one.message(1, 0, (500, 2000))
-    assert one.waits("F", 1) == pytest.approx(one.message(0, 1, (500, 2000)))
+    messages = one.calls.message(0, 1, (500, 2000)) + one.calls.message(1, 0, (500, 2000))
+    assert one.stages.waits("F", 1) == pytest.approx(one.calls.message(0, 1, (500, 2000)))
     assert found.step_seconds == pytest.approx(9 * 3 * f + messages, rel=0.02)
     assert found.bubble_seconds == pytest.approx(3 * f + messages, rel=0.1)
 
@@ -279,7 +281,7 @@ def test_only_messages_that_cross_hosts_share_what_is_between_them(
     curves = measured(1, 1, 1.0), measured(1, 2, 2.0), measured(2, 1, 10.0), measured(2, 2, 20.0)
     two_hosts = replace(CLUSTER, nodes=(Nodes(DEVICE, 2, 2),), collectives=curves)
     found = costs_of(profile(), Strategy.parse(strategy), two_hosts)
-    assert found.message(*between, (1000,)) == pytest.approx(seconds)
+    assert found.calls.message(*between, (1000,)) == pytest.approx(seconds)
 
 
 def test_recompute_adds_a_forward_pass_up_to_what_is_needed() -> None:

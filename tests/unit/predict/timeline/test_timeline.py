@@ -214,7 +214,7 @@ def test_gradients_that_cannot_hide_by_hand() -> None:
     costs = costs_of(profile, strategy, cluster)
     (stage,) = costs.parts.stages.values()
     step = timeline(profile, strategy, cluster)
-    buckets = costs.buckets(stage, 1.0)
+    buckets = costs.stages.buckets(stage, 1.0)
     assert [bucket.bytes for bucket in stage.buckets] == [2**20, 3 * 2**20]  # the first one is small (DDP)
     report = costs.finish(costs.parts.workers[0]).report
     communication = sum(seconds for _, seconds in buckets) + report
