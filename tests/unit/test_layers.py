@@ -49,6 +49,11 @@ WITHOUT_TORCH = (
     "shardwise.cli",
     "shardwise.launch.local",
     "shardwise.launch.join",
+    "shardwise.splitting.balance",
+    "shardwise.splitting.buckets",
+    "shardwise.splitting.ownership",
+    "shardwise.splitting.schedule",
+    "shardwise.splitting.slow_links",
     "shardwise.workload.workload",
 )
 """Modules that are imported before it is known whether torch is needed."""
