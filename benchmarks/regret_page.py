@@ -13,13 +13,19 @@ PAGE = RESULTS.parent.parent / "docs/regret.md"
 INTRODUCTION = """# How well the planner chooses
 
 Written by `python -m benchmarks.regret`. Two hosts of one core each, made of network namespaces, are joined by a link
-of 10 Gb/s, 1 Gb/s or 100 Mb/s. Their workers measure them as `shardwise calibrate` does, plan, and then train what was
-chosen, the next best, the best of every combination of axes, and what people take without asking: DDP (which is what
-Accelerate does, too), FSDP, tensor parallelism alone.
+of 10 Gb/s, 1 Gb/s or 100 Mb/s. Their workers measure them as `shardwise calibrate` does, and plan. Then they train under
+these strategies:
 
-Regret is the time of a step over that of the fastest strategy of all that were measured, minus one. It is aimed at 2%
-on average and 10% at worst. The fastest of several that are as good as equal is so by chance: a few percent is what two
-measurements of one strategy differ by on a small machine.
+- the chosen one and the next best,
+- the best of every combination of axes,
+- the usual defaults: DDP (which is also what Accelerate uses), FSDP, and tensor parallelism alone.
+
+The regret of a strategy is its step time over that of the fastest strategy that was measured, minus one. The planner aims at
+2% on average and 10% at worst. Two measurements of one strategy differ by a few percent on a small machine, so the
+fastest of several almost equal strategies is partly chance.
+
+In the second table, the columns `regret`, `DDP`, `FSDP` and `tensor parallel` are regrets: the first is the planner's. `tried` is
+the number of strategies that were measured.
 """
 
 
