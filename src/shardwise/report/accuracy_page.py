@@ -87,17 +87,17 @@ def _page(document: Mapping[str, Any], plots: Sequence[str]) -> str:
 
 def _introduction(document: Mapping[str, Any]) -> str:
     text = (
-        "Written by `shardwise validate RUNS.csv --write PAGE.md`, never by hand: what the predictor for transformers "
-        f"says against what others measured, {document['rows']:,} training runs of {len(document['groups'])} groups. "
-        f"Errors are absolute and relative to the measurement: mean {_share(document['mean_error'])}, median "
-        f"{_share(document['median_error'])}, 90th percentile {_share(document['p90_error'])} over all rows; "
-        f"{_share(document['mean_of_groups'])} is the mean over the groups of their mean."
+        "Written by `shardwise validate RUNS.csv --write PAGE.md`, never by hand. This page compares the predictor "
+        f"for transformers with {document['rows']:,} training runs of {len(document['groups'])} groups that others "
+        "measured. Errors are absolute and relative to the measurement. Over all rows, the mean is "
+        f"{_share(document['mean_error'])}, the median {_share(document['median_error'])} and the 90th percentile "
+        f"{_share(document['p90_error'])}. The mean of the groups' mean errors is {_share(document['mean_of_groups'])}."
     )
     return f"# Accuracy of the predictions\n\n{_wrapped(text)}"
 
 
 def _groups(document: Mapping[str, Any]) -> str:
-    header = "| group | rows | mean | median | 90th percentile | bias | rank correlation | best is | memory |"
+    header = "| group | rows | mean | median | 90th percentile | bias | rank correlation | rank of best | memory |"
     lines = ["## By group", "", header, "| --- |" + " ---: |" * 8]
     for name, group in document["groups"].items():
         correlation = group["rank_correlation"]
@@ -112,11 +112,11 @@ def _groups(document: Mapping[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     text = (
-        "`bias` is the median of the errors with their sign (positive: too slow predicted). `rank correlation` is "
-        "Spearman's between predicted and measured step times, and `best is` the place that the run measured fastest "
-        "has among the predictions, both in groups of ten rows or more. `memory` is the mean error of peak memory over "
-        "the rows that state it, counted as the source counts: tensors allocated, reserved by the allocator, or what "
-        "the device shows."
+        "`bias` is the median of the errors with their sign; a positive one means that the prediction is too slow. "
+        "`rank correlation` is Spearman's, between predicted and measured step times. `rank of best` is the rank that "
+        "the fastest measured run has among the predictions. Both are given for groups of ten rows or more. `memory` "
+        "is the mean error of peak memory over the rows that state it. Memory is counted as the source counts it: "
+        "tensors allocated, reserved by the allocator, or what the device shows."
     )
     lines += ["", _wrapped(text)]
     return "\n".join(lines)
@@ -126,7 +126,7 @@ def _worst(document: Mapping[str, Any]) -> str:
     lines = [
         "## The worst row of each group, term by term",
         "",
-        "| group | line | run | measured | predicted | error | of which |",
+        "| group | line | run | measured | predicted | error | predicted terms |",
         "| --- | ---: | --- | ---: | ---: | ---: | --- |",
     ]
     worst: dict[str, Mapping[str, Any]] = {}
@@ -156,9 +156,9 @@ def _worst_memory(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if other is None or abs(row["memory_error"]) > abs(other["memory_error"]):
             worst[row["group"]] = row
     lines = [
-        "And of its peak memory:",
+        "The worst prediction of peak memory in each group:",
         "",
-        "| group | line | run | measured | predicted | error | of which |",
+        "| group | line | run | measured | predicted | error | predicted terms |",
         "| --- | ---: | --- | ---: | ---: | ---: | --- |",
     ]
     for group, row in worst.items():
@@ -174,12 +174,13 @@ def _repeats(document: Mapping[str, Any]) -> str:
     if not found:
         return ""
     lines = [
-        "## What the measurements themselves scatter",
+        "## Scatter of the measurements themselves",
         "",
         _wrapped(
-            "Rows of one group that say the same of model, software, strategy and machine, measured several "
-            "times: how far each is from the mean of its like, and the rank correlation that a perfect predictor is to "
-            "expect where all rows of the group scatter as these do. No predictor that is given the rows can do better."
+            "Some rows of a group are equal in model, software, strategy and machine: one configuration, measured "
+            "several times. The table shows how far these rows are from their mean. It also shows the rank correlation "
+            "to expect of a perfect predictor if all rows of the group scatter like these. No predictor that reads "
+            "only the rows can do better."
         ),
         "",
         "| group | rows measured again | mean deviation | largest | rank correlation of a perfect predictor |",
@@ -201,11 +202,12 @@ def _held_out(document: Mapping[str, Any]) -> str:
     if not found:
         return ""
     lines = [
-        "## Where nothing was fitted",
+        "## Errors on groups that were left out of the fit",
         "",
         _wrapped(
-            "The constants are fitted once to all rows together. Here they were fitted anew for each group without its "
-            "rows, from values that one would take without any fit: what to expect of runs that nobody has seen."
+            "The constants are fitted once to all rows together. For this table they were fitted again for each group, "
+            "without its rows, starting from values that one would use without a fit. These are the errors to expect "
+            "for runs that nobody has seen."
         ),
         "",
         "| group | mean error | when left out of the fit |",
@@ -221,13 +223,13 @@ def _constants(document: Mapping[str, Any]) -> str:
         "## The constants",
         "",
         _wrapped(
-            "What no datasheet says: `python -m benchmarks.fit` fits them, all sources together, never by row or by "
-            "source. What each is stands in `shardwise.predict.hardware.constants.Constants`; times are in seconds. "
-            "The last two columns say by how many percentage points the mean error over groups rises with a tenth "
-            "less and a tenth more of it: near 0, the rows do not determine it."
+            "No datasheet has these constants. `python -m benchmarks.fit` fits them to all sources together, never by "
+            "row or by source. `shardwise.predict.hardware.constants.Constants` explains each; times are in seconds. "
+            "The last two columns say by how many percentage points the mean error over groups rises if the constant "
+            "is a tenth smaller or larger. If both are near 0, the rows do not determine the constant."
         ),
         "",
-        "| constant | value | before the fit | origin | source | a tenth less | a tenth more |",
+        "| constant | value | before the fit | origin | source | a tenth smaller | a tenth larger |",
         "| --- | ---: | ---: | --- | --- | ---: | ---: |",
     ]
     for name, entry in document["constants"].items():
@@ -254,7 +256,7 @@ def _assumed(document: Mapping[str, Any]) -> str:
             counts[row["group"], entry] = counts.get((row["group"], entry), 0) + 1
     if not counts:
         return ""
-    lines = ["## What rows do not say", "", "| group | taken | rows |", "| --- | --- | ---: |"]
+    lines = ["## Values that rows leave open", "", "| group | assumed | rows |", "| --- | --- | ---: |"]
     lines += [f"| {_name(group)} | {entry} | {count} |" for (group, entry), count in counts.items()]
     return "\n".join(lines)
 
