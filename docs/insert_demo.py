@@ -1,4 +1,4 @@
-"""Puts what `make demo` printed between the two demo markers of the given pages: figures come from the program only.
+"""Put the output of `make demo` between the demo markers of the given pages: figures come from the program only.
 
 python docs/insert_demo.py OUTPUT PAGE...
 """

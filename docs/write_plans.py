@@ -1,9 +1,8 @@
-"""Writes docs/plans.md: what `shardwise plan` chooses for large models, beside configurations that were published.
+"""Write docs/plans.md: the choices of `shardwise plan` for large models, beside configurations that others published.
 
 python docs/write_plans.py [NAME ...]
 
-Everything on the page is printed by the commands that it shows; what others measured is read from the runs in
-tests/published.
+The commands on the page print everything on it, except the measured times: those are read from tests/published.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ class Published:
     """A configuration that others trained with.
 
     Attributes:
-        who: and where it was published.
-        strategy: in Shardwise's words.
-        differs: what is not as in the plan.
-        row: column -> value of the row in runs.csv that measured it; None: no such row is there.
+        who: who published it, and where.
+        strategy: the strategy, as Shardwise spells it.
+        differs: differences that the strategy cannot express.
+        row: map from column to value of the row in runs.csv that measured it; None if there is no such row.
     """
 
     who: str
@@ -67,7 +66,7 @@ CASES = (
             Published(
                 "torchtitan, docs/performance.md (2024)",
                 "fsdp=64,recompute=1/2",
-                "every second block is recomputed, not the first half of them",
+                "it recomputes every second block, not the first half of them",
                 {"group": "torchtitan", "model": "Llama3-8B", "n_gpus": "64", "recompute": "selective layer"},
             ),
         ),
@@ -95,7 +94,7 @@ CASES = (
             Published(
                 "Megatron-Bridge, performance summary, 26.06",
                 "dp=4,tp=4,sp=1,pp=16,microbatches=384,schedule=interleaved,stages=4",
-                "its matrix products are in FP8; its optimizer state is dealt to the replicas",
+                "its matmuls are in FP8, and the replicas split its optimizer state",
                 {
                     "group": "Megatron-Bridge GB200",
                     "model": "LLAMA3.1_405B",
@@ -116,7 +115,7 @@ CASES = (
             Published(
                 "Dubey et al. 2024, The Llama 3 Herd of Models, table 4",
                 "fsdp=128,zero=2,tp=8,sp=1,pp=16,microbatches=16,schedule=interleaved,stages=8",
-                "its schedule was changed by hand, its parameters gathered once a step",
+                "its schedule was modified by hand, and its parameters are all-gathered once per step",
             ),
         ),
     ),
@@ -144,18 +143,20 @@ def main(names: list[str]) -> None:
 
 INTRODUCTION = """# Plans for large models
 
-What `shardwise plan` chooses for models that nobody builds on a laptop, written by `make plans` with the commands that
-are shown. Each took no GPU, one core, and the seconds that its last line says. Published configurations are predicted
-by the same program (`simulate`); what was measured with them stands beside, as far as it is in
-[the published runs](accuracy.md). Predictions rest on data sheets and on constants that were fitted once.
+This page shows what `shardwise plan` chooses for models that are too large for a laptop. `make plans` writes it with the
+commands that are shown. Each command ran without a GPU, on one core, in the time that its last line states.
+
+Configurations that others published are predicted by the same program (`simulate`). Their measured step time stands
+beside the prediction if it is among [the published runs](accuracy.md). Predictions rest on datasheets and on
+constants that were fitted once.
 """
 
 
-NOT_RUN = "<!-- not run: make plans runs it, which takes half a minute -->"
+NOT_RUN = "<!-- not run: make plans runs it, which takes up to a few minutes -->"
 
 
 def text(case: Case) -> str:
-    """A section of the page."""
+    """Return a section of the page."""
     plan = document([*case.command[1:], "--json"])
     shown = plan_summary(plan)  # what the command prints without --json
     rows = [_row("chosen", plan["best"], plan["candidates"][0], None)]
@@ -197,7 +198,10 @@ def _row(name: str, strategy: str, found: dict[str, Any], seconds: float | None)
 
 
 def measured(entry: Published) -> float | None:
-    """Seconds of a step, of the first row that fits; raises where there should be one and is none."""
+    """Return the step seconds of the first row that matches. Returns None if the entry names no row.
+
+    Raises SystemExit if no row matches.
+    """
     if entry.row is None:
         return None
     with RUNS.open(newline="") as file:

@@ -13,21 +13,22 @@ import catalogue
 HEAD = """# Models that were tried
 
 Written by `make models` (tests/multiprocess/test_catalogue.py), never by hand. Every model is built unmodified from its
-configuration, with random weights and few, small layers, and trained in float64 by the code of `shardwise verify`:
-{steps} steps under each strategy against the same steps in one process, with its own dropout, clipped
-gradients and AdamW.
+configuration, with random weights and few, small layers. The code of `shardwise verify` trains it in float64 for
+{steps} steps under each strategy, and for the same steps in one process. Dropout is the model's own, gradients are
+clipped, and the optimizer is AdamW.
 
 A cell is the largest relative error of any loss, gradient, updated parameter or buffer, rounded up to a power of ten.
-`sharded` is the share of the parameters that `tp=2` cuts, `places` is how many places a pipeline may be cut at (of the
-small model: a layer more has as many more).
+`sharded` is the share of the parameters that `tp=2` splits. `cut points` is the number of points at which a pipeline may
+cut the small model; more layers have more of them.
 
 """
 
 WHOLE = """
-## What tensor parallelism leaves whole, and why
+## Parameters that tensor parallelism does not split
 
-Under `tp=2`, as a share of the small model's parameters. Norms and biases after a sum are whole by design: what they
-are added to is whole. Their share falls with the width of a model.
+The share is that of the small model's parameters under `tp=2`; it falls with the width of a model. "takes all of it" means
+that the operation needs the whole tensor. Norms, and biases that are added after an all-reduce, are whole by design,
+because their input is whole.
 
 | model | share | reason | parameters |
 | --- | ---: | --- | --- |
@@ -53,7 +54,7 @@ class Cell:
 
 def write(path: Path, cells: Mapping[tuple[str, str], Cell], strategies: Sequence[str]) -> None:
     steps = next(iter(cells.values())).steps
-    columns = ["model", "sharded", "places", *(f"`{strategy}`" for strategy in strategies)]
+    columns = ["model", "sharded", "cut points", *(f"`{strategy}`" for strategy in strategies)]
     lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
     whole = []
     for model in catalogue.KINDS:
