@@ -13,19 +13,19 @@ PAGE = RESULTS.parent.parent / "docs/regret.md"
 INTRODUCTION = """# How well the planner chooses
 
 Written by `python -m benchmarks.regret`. Two hosts of one core each, made of network namespaces, are joined by a link
-of 10 Gb/s, 1 Gb/s or 100 Mb/s. Their workers measure them as `shardwise calibrate` does, and plan. Then they train under
-these strategies:
+of 10 Gb/s, 1 Gb/s or 100 Mb/s. Their workers measure them as `shardwise calibrate` does, and plan. Then they train
+under these strategies:
 
 - the chosen one and the next best,
 - the best of every combination of axes,
 - the usual defaults: DDP (which is also what Accelerate uses), FSDP, and tensor parallelism alone.
 
-The regret of a strategy is its step time over that of the fastest strategy that was measured, minus one. The planner aims at
-2% on average and 10% at worst. Two measurements of one strategy differ by a few percent on a small machine, so the
-fastest of several almost equal strategies is partly chance.
+The regret of a strategy is its step time over that of the fastest strategy that was measured, minus one. The planner
+aims at 2% on average and 10% at worst. Two measurements of one strategy differ by a few percent on a small machine,
+so the fastest of several almost equal strategies is partly chance.
 
-In the second table, the columns `regret`, `DDP`, `FSDP` and `tensor parallel` are regrets: the first is the planner's. `tried` is
-the number of strategies that were measured.
+In the second table, the columns `regret`, `DDP`, `FSDP` and `tensor parallel` are regrets: the first is the
+planner's. `tried` is the number of strategies that were measured.
 """
 
 

@@ -143,8 +143,8 @@ def main(names: list[str]) -> None:
 
 INTRODUCTION = """# Plans for large models
 
-This page shows what `shardwise plan` chooses for models that are too large for a laptop. `make plans` writes it with the
-commands that are shown. Each command ran without a GPU, on one core, in the time that its last line states.
+This page shows what `shardwise plan` chooses for models that are too large for a laptop. `make plans` writes it with
+the commands that are shown. Each command ran without a GPU, on one core, in the time that its last line states.
 
 Configurations that others published are predicted by the same program (`simulate`). Their measured step time stands
 beside the prediction if it is among [the published runs](accuracy.md). Predictions rest on datasheets and on

@@ -18,17 +18,17 @@ configuration, with random weights and few, small layers. The code of `shardwise
 clipped, and the optimizer is AdamW.
 
 A cell is the largest relative error of any loss, gradient, updated parameter or buffer, rounded up to a power of ten.
-`sharded` is the share of the parameters that `tp=2` splits. `cut points` is the number of points at which a pipeline may
-cut the small model; more layers have more of them.
+`sharded` is the share of the parameters that `tp=2` splits. `cut points` is the number of points at which a pipeline
+may cut the small model; more layers have more of them.
 
 """
 
 WHOLE = """
 ## Parameters that tensor parallelism does not split
 
-The share is that of the small model's parameters under `tp=2`; it falls with the width of a model. "takes all of it" means
-that the operation needs the whole tensor. Norms, and biases that are added after an all-reduce, are whole by design,
-because their input is whole.
+The share is that of the small model's parameters under `tp=2`; it falls with the width of a model. "takes all of it"
+means that the operation needs the whole tensor. Norms, and biases that are added after an all-reduce, are whole by
+design, because the tensors that they apply to are whole.
 
 | model | share | reason | parameters |
 | --- | ---: | --- | --- |
