@@ -92,7 +92,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._events: list[Event] = []
         self._storages = Storages()
         self._axes = Axes(())
-        self._base, self._mark, self._segment = "", "", ("", "")
+        self._base, self._mark, self._stretch = "", "", ("", "")
         self._collects = False
         self._engine: Engine | None = None
 
@@ -171,8 +171,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         when = self._when()
         place = self._place(when)
-        if (when, place) != self._segment:
-            self._segment = when, place
+        if (when, place) != self._stretch:
+            self._stretch = when, place
             self._storages.next(forward=when in ("forward", "recompute"))
         for tensor in tensors((args, kwargs)):
             self._storages.seen(tensor)
