@@ -189,8 +189,8 @@ def _data_against_model(plan: Plan, pure: Sequence[Candidate], profile_of: Profi
         profile = profile_of(_settled(tensor))
         sent = sum(
             exchange.bytes
-            for link in profile.links
-            for each in (link.layer.forward, link.layer.backward)
+            for segment in profile.segments
+            for each in (segment.layer.forward, segment.layer.backward)
             for exchange in each.exchanges
         )
         count = tensor.prediction.samples // profile.microbatch
@@ -198,7 +198,7 @@ def _data_against_model(plan: Plan, pure: Sequence[Candidate], profile_of: Profi
     pipeline = next((each for each in pure if each.strategy.pp > 1), None)
     if pipeline is not None:
         profile = profile_of(_settled(pipeline))
-        message = min((link.message for link in profile.links[1:]), default=0)
+        message = min((segment.message for segment in profile.segments[1:]), default=0)
         count = pipeline.prediction.samples // profile.microbatch
         lines.append(f"neighbours in a pipeline {format_bytes(2 * message * count)} or more")
     each = "; ".join(_alpha(candidate) for candidate in pure)

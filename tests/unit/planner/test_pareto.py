@@ -30,8 +30,8 @@ PARTS = ("none", "selective", "full", "1/4", "1/2", "3/4")
 @pytest.fixture(scope="module")
 def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> dict[Strategy, tuple[float, int]]:
     """(seconds, bytes) of every strategy for 4 devices."""
-    links = len(profiles.of(Strategy()).links)
-    every = {member.with_(recompute=again) for member in everything(workload, 4, Wish(), links) for again in PARTS}
+    segments = len(profiles.of(Strategy()).segments)
+    every = {member.with_(recompute=again) for member in everything(workload, 4, Wish(), segments) for again in PARTS}
     found = {strategy: predict(profiles.traced.of(strategy), strategy, cluster) for strategy in every}
     return {strategy: (each.step_seconds, each.memory.total) for strategy, each in found.items()}
 

@@ -44,8 +44,8 @@ def with_memory(cluster: Cluster, size: int) -> Cluster:
 @pytest.fixture(scope="module")
 def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> dict[Strategy, Any]:
     """What every strategy for 4 devices costs."""
-    links = len(profiles.of(Strategy()).links)
-    return {s: predict(profiles.traced.of(s), s, cluster) for s in everything(workload, 4, Wish(), links)}
+    segments = len(profiles.of(Strategy()).segments)
+    return {s: predict(profiles.traced.of(s), s, cluster) for s in everything(workload, 4, Wish(), segments)}
 
 
 def test_the_search_finds_what_trying_everything_finds(
@@ -74,7 +74,7 @@ def test_bounds_hold_for_deep_pipelines_too(slower: float) -> None:
     profiles, fast = ScaledProfiles(Profiles(workload)), find_cluster("h100x32")
     between = (replace(level, bandwidth=level.bandwidth / slower) for level in fast.levels[1:])
     cluster = replace(fast, levels=(fast.levels[0], *between))
-    chosen = random.Random(1).sample(everything(workload, 32, Wish(), len(profiles.one().links)), 250)
+    chosen = random.Random(1).sample(everything(workload, 32, Wish(), len(profiles.one().segments)), 250)
     checked = 0
     for strategy in chosen:
         if strategy.tp > 8:
@@ -96,10 +96,10 @@ def test_as_few_blocks_as_must_be_are_computed_again(cluster: Cluster) -> None:
     """Between what a strategy needs with none and with all of them, and no other is as good in any part."""
     workload = load_workload("gpt:layers=8,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=16")
     profiles = ScaledProfiles(Profiles(workload))
-    links = len(profiles.of(Strategy()).links)
+    segments = len(profiles.of(Strategy()).segments)
     chosen: list[str] = []
     for fixed in ({"fsdp": "4"}, {"tp": "2", "pp": "2"}, {}):
-        whole = [s for s in everything(workload, 4, Wish(fixed=fixed), links) if not s.recomputes]
+        whole = [s for s in everything(workload, 4, Wish(fixed=fixed), segments) if not s.recomputes]
         fastest = min(whole, key=lambda s: predict(profiles.of(s), s, cluster).step_seconds)
         sizes = [memory(profiles, fastest.with_(recompute=word), cluster) for word in ("none", "full")]
         room = sum(sizes) // 2
@@ -349,9 +349,9 @@ def two_kinds(times: float) -> Cluster:
         flops={dtype: rate / times for dtype, rate in fast.flops.items()},
         memory_bandwidth=fast.memory_bandwidth / times,
     )
-    link = replace(plain.levels[0], name="nvlink", span=2)
+    segment = replace(plain.levels[0], name="nvlink", span=2)
     nodes = tuple(replace(plain.nodes[0], device=device, devices=1, count=1) for device in (fast, slow))
-    return replace(plain, nodes=nodes, levels=(link,))
+    return replace(plain, nodes=nodes, levels=(segment,))
 
 
 LARGE = "gpt:layers=2,hidden=2048,heads=16,vocabulary=512,sequence=512,batch_size=12,precision=bf16"
@@ -366,7 +366,7 @@ def test_stages_lie_on_different_hosts_where_links_between_these_are_slow() -> N
     between = replace(plain.levels[0], name="ethernet", span=4, bandwidth=1.25e9, latency=50e-6)
     nodes = (replace(plain.nodes[0], devices=2, count=2),)
     cluster = replace(plain, nodes=nodes, levels=(inside, between))
-    tried = everything(workload, 4, Wish(), len(profiles.of(Strategy()).links), (2,))
+    tried = everything(workload, 4, Wish(), len(profiles.of(Strategy()).segments), (2,))
     least = min(predict(profiles.of(s), s, cluster).step_seconds for s in tried)
     best = search(workload, cluster, 4, Wish(), profiles).plan.best
     assert best is not None

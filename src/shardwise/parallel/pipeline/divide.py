@@ -84,7 +84,7 @@ def divide(
         _check_cuts(cuts, stages, len(found))
         return _division(cuts, found)
     seconds, messages = _of_worker_0(_seconds(step, tensors, data, parameters, mesh), found, mesh)
-    costs = _links(step, found, seconds, parameters)
+    costs = _segment_costs(step, found, seconds, parameters)
     device = "cpu" if mesh.device.type == "cpu" else "gpu"
     slower = much_slower(measured_links(mesh), BYTES_PER_SECOND[device])
     parts = divided(costs, messages, stages, device, speeds=strategy.stage_speeds, slower=slower, in_blocks=in_blocks)
@@ -93,7 +93,7 @@ def divide(
 
 def _division(cuts: Cuts, found: Sequence[Place]) -> Division:
     starts = [start for stage in cuts for start in stage if start]
-    return Division(cuts, tuple(found[link - 1].use for link in starts), len(found))
+    return Division(cuts, tuple(found[segment - 1].use for segment in starts), len(found))
 
 
 def _check_cuts(cuts: Cuts, stages: int, places_found: int) -> None:
@@ -101,23 +101,23 @@ def _check_cuts(cuts: Cuts, stages: int, places_found: int) -> None:
     ascending = all(a < b for a, b in pairwise(starts))
     if len(cuts) != stages or not all(cuts) or starts[0] != 0 or starts[-1] > places_found or not ascending:
         raise StrategyError(
-            f"cuts {cuts} are not those of {stages} stages of {places_found + 1} links: each stage has the ascending "
-            "numbers of the links at which its blocks begin, the first of them 0"
+            f"cuts {cuts} are not those of {stages} stages of {places_found + 1} segments: each stage has the ascending "
+            "numbers of the segments at which its blocks begin, the first of them 0"
         )
 
 
-def _links(
+def _segment_costs(
     step: StepGraph, found: Sequence[Place], costs: Mapping[Use, float], parameters: Collection[str]
 ) -> list[float]:
     """Sum the costs of the parameter uses in each segment between two cut points."""
     starts = {place.use: index + 1 for index, place in enumerate(found)}
-    links = [0.0] * (len(found) + 1)
+    segments = [0.0] * (len(found) + 1)
     current = 0
     for used in uses(step.graph, step.tensors, parameters).values():
         for use in used:
             current = starts.get(use, current)
-            links[current] += costs.get(use, 0.0)
-    return links
+            segments[current] += costs.get(use, 0.0)
+    return segments
 
 
 def _seconds(

@@ -58,8 +58,8 @@ class Prospects:
 
     def families(self) -> list[Family]:
         """Return the families that the model allows and that may fit, with their bounds."""
-        links, tensor = self._cut(), [1]
-        if links > 1:
+        segments, tensor = self._cut(), [1]
+        if segments > 1:
             degrees = self.task.scaled.traced.tensor_degrees()
             for tp in divisors(self.task.workers)[1:]:
                 refusal = degrees.refusal(tp)
@@ -69,7 +69,7 @@ class Prospects:
                     self.lost.impossible(Strategy(tp=tp), refusal)
         found: list[Family] = []
         known: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
-        for family in families(self.task.workers, self.task.workload.batch_size, self.task.wish, tensor, links):
+        for family in families(self.task.workers, self.task.workload.batch_size, self.task.wish, tensor, segments):
             key = family.dp, family.pp, family.tp
             if key not in known:
                 known[key] = spellings(family, self.task.wish, self.task.spans)
@@ -206,7 +206,7 @@ class Prospects:
             self.lost.impossible(Strategy(tp=2), reason)
             self.lost.impossible(Strategy(pp=2), reason)
             return 1
-        return len(profile.links)
+        return len(profile.segments)
 
 
 def family_of(strategy: Strategy) -> Strategy:

@@ -96,9 +96,9 @@ def evened(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) ->
 
 def _stored(profile: Profile) -> list[int]:
     """Return the cumulative bytes of parameters over the segments; each parameter counts where it is used first."""
-    sizes = [0] * len(profile.links)
+    sizes = [0] * len(profile.segments)
     for parameter in profile.parameters:
-        sizes[parameter.links[0]] += parameter.bytes
+        sizes[parameter.segments[0]] += parameter.bytes
     return list(accumulate(sizes, initial=0))
 
 
@@ -138,8 +138,8 @@ class _Limit:
 
 def _places(profile: Profile) -> list[int]:
     """Return the cut points with the smallest message, as the segments before which they lie."""
-    least = min(link.message for link in profile.links[1:])
-    return [number for number, link in enumerate(profile.links) if number and link.message <= least]
+    least = min(segment.message for segment in profile.segments[1:])
+    return [number for number, segment in enumerate(profile.segments) if number and segment.message <= least]
 
 
 def cut(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit]) -> list[int] | None:

@@ -91,7 +91,7 @@ def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], sl
         return []
     saved = profile.saved
     cuts = cuts_of(profile, strategy.with_(recompute="full"), costs, slower)
-    ends = [*(starts[0] for starts in cuts[1:]), len(profile.links)]
+    ends = [*(starts[0] for starts in cuts[1:]), len(profile.segments)]
     stages = [
         [saved[last] - saved[first] for first, last in stage_blocks(profile, strategy, starts, end)]
         for starts, end in zip(cuts, ends, strict=True)

@@ -19,7 +19,7 @@ MOST_STAGES = 8
 """Most stages per worker that are tried with the interleaved schedule."""
 
 
-def families(workers: int, batch_size: int, wish: Wish, tensor: Sequence[int], links: int) -> Iterator[Strategy]:
+def families(workers: int, batch_size: int, wish: Wish, tensor: Sequence[int], segments: int) -> Iterator[Strategy]:
     """Yield one strategy for each family, with all replicas as `dp`.
 
     Args:
@@ -27,23 +27,23 @@ def families(workers: int, batch_size: int, wish: Wish, tensor: Sequence[int], l
         batch_size: global batch size.
         wish: constraints.
         tensor: degrees of tp that the model can be split into, 1 among them.
-        links: number of segments of its step; 1 if the step cannot be cut.
+        segments: number of segments of its step; 1 if the step cannot be cut.
     """
     for tp in divisors(workers):
         if tp not in tensor or not wish.allows("tp", tp):
             continue
         for pp in divisors(workers // tp):
             replicas = workers // tp // pp
-            if pp > links or batch_size % replicas or not wish.allows("pp", pp):
+            if pp > segments or batch_size % replicas or not wish.allows("pp", pp):
                 continue
-            yield from _of_degrees(tp, pp, replicas, batch_size // replicas, wish, links)
+            yield from _of_degrees(tp, pp, replicas, batch_size // replicas, wish, segments)
 
 
-def _of_degrees(tp: int, pp: int, replicas: int, share: int, wish: Wish, links: int) -> Iterator[Strategy]:
+def _of_degrees(tp: int, pp: int, replicas: int, share: int, wish: Wish, segments: int) -> Iterator[Strategy]:
     for microbatches in divisors(share):
         if not wish.allows("microbatches", microbatches):
             continue
-        for schedule, stages in _schedules(pp, microbatches, links, plain="stages" not in wish.fixed):
+        for schedule, stages in _schedules(pp, microbatches, segments, plain="stages" not in wish.fixed):
             if not (wish.allows("schedule", schedule) and wish.allows("stages", stages)):
                 continue
             for recompute in _recomputes(wish):
@@ -77,7 +77,7 @@ def _precisions(wish: Wish) -> tuple[str, ...]:
     return tuple(word for word in PRECISIONS if wish.fixed.get("precision") == word) or ("",)
 
 
-def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterator[tuple[str, int]]:
+def _schedules(pp: int, microbatches: int, segments: int, *, plain: bool) -> Iterator[tuple[str, int]]:
     """Yield (schedule, stages per worker). With `plain`, the default of two interleaved stages is spelled as 0."""
     yield "1f1b", 0
     if pp == 1:
@@ -85,7 +85,7 @@ def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterat
     yield "gpipe", 0
     yield "zero-bubble", 0
     if microbatches % pp == 0:
-        for stages in range(2, min(MOST_STAGES, links // pp) + 1):
+        for stages in range(2, min(MOST_STAGES, segments // pp) + 1):
             yield "interleaved", 0 if plain and stages == 2 else stages
 
 

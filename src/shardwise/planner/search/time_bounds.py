@@ -31,7 +31,7 @@ from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import Condensed
-from shardwise.predict.workers.cuts import cuts_of, recomputed_links
+from shardwise.predict.workers.cuts import cuts_of, recomputed_segments
 from shardwise.predict.workers.groups import group_of
 from shardwise.strategy import OUTERMOST, Strategy
 
@@ -101,21 +101,23 @@ def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[Stag
 
 def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> list[StageTime]:
     cuts = cuts_of(profile, strategy, times.forward.each)
-    ends = [*(starts[0] for starts in cuts[1:]), len(profile.links)]
+    ends = [*(starts[0] for starts in cuts[1:]), len(profile.segments)]
     recomputed = times.recomputed_rest if strategy.keeps_products else times.recomputed
-    each = (spent.total if link.layer.keeps else 0.0 for spent, link in zip(recomputed, profile.links, strict=True))
+    each = (
+        spent.total if segment.layer.keeps else 0.0 for spent, segment in zip(recomputed, profile.segments, strict=True)
+    )
     again = list(accumulate(each, initial=0.0))
     message = 0.0
     if strategy.pp > 1:
-        least = min(link.message for link in profile.links[1:])
+        least = min(segment.message for segment in profile.segments[1:])
         message = _collective("send", least, 2, strategy.tp, _Same(cluster)) if least else 0.0
     found = []
     for starts, end in zip(cuts, ends, strict=True):
         first = starts[0]
         backward = times.backward.between(first, end).device + times.weights.between(first, end).device
-        backward += sum(again[b] - again[a] for a, b in recomputed_links(profile, strategy, starts, end))
+        backward += sum(again[b] - again[a] for a, b in recomputed_segments(profile, strategy, starts, end))
         received = message if first else 0.0
-        sends = message if end < len(profile.links) else 0.0
+        sends = message if end < len(profile.segments) else 0.0
         found.append(StageTime(times.forward.between(first, end).device, backward, 0.0, received, sends))
     return found
 

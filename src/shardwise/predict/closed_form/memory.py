@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Device
-from shardwise.predict.closed_form.fsdp_memory import Held, held_at_links, keeps_gradients
+from shardwise.predict.closed_form.fsdp_memory import Held, held_at_segments, keeps_gradients
 from shardwise.predict.closed_form.offload import left, offloads
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.profile import Link, Profile
+from shardwise.predict.profile.profile import Profile, Segment
 from shardwise.predict.workers.buckets import Block
 from shardwise.predict.workers.holdings import Parts, Stage, Worker
 from shardwise.predict.workers.passes import Counts, under_way
@@ -140,12 +140,12 @@ def _put_off(profile: Profile, first: int, end: int) -> int:
     """
     if not profile.split:
         return 0
-    sums = profile.kept.once(("put off",), lambda: tuple(accumulate(map(_operands, profile.links), initial=0)))
+    sums = profile.kept.once(("put off",), lambda: tuple(accumulate(map(_operands, profile.segments), initial=0)))
     return sums[end] - sums[first]
 
 
-def _operands(link: Link) -> int:
-    kernels = [kernel for kernel in link.layer.weights.kernels if kernel.kind in ("matmul", "convolution")]
+def _operands(segment: Segment) -> int:
+    kernels = [kernel for kernel in segment.layer.weights.kernels if kernel.kind in ("matmul", "convolution")]
     return round(sum(kernel.count * (kernel.bytes - _result(kernel)) for kernel in kernels))
 
 
@@ -191,9 +191,9 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
 
 
 def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
-    """Return `held_at_links` of a stage, cached for all stages that are equal up to their position."""
+    """Return `held_at_segments` of a stage, cached for all stages that are equal up to their position."""
     key = ("held", gathered_alike(profile, stage), trained, _traits(strategy), later)
-    return profile.kept.once(key, lambda: held_at_links(profile, strategy, stage, trained, later=later))
+    return profile.kept.once(key, lambda: held_at_segments(profile, strategy, stage, trained, later=later))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
@@ -238,28 +238,28 @@ def _every_moment(profile: Profile, stage: Stage, *, products: bool) -> list[tup
 
 
 def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
-    complete = [0] * (len(profile.links) + 1)
+    complete = [0] * (len(profile.segments) + 1)
     for parameter in map(profile.parameters.__getitem__, profile.within(stage.first, stage.end)):
         if parameter.trained:
-            complete[next(link for link in parameter.links if link >= stage.first)] += parameter.bytes
+            complete[next(segment for segment in parameter.segments if segment >= stage.first)] += parameter.bytes
     boundary = stage.kept - (profile.saved[stage.end] - profile.saved[stage.first])
     stays = {block.end: _products(profile, block) if products else 0 for block in stage.recomputed}
     dropped = {
         block.end: profile.saved[block.end] - profile.saved[block.first] - stays[block.end]
         for block in stage.recomputed
     }
-    gone = list(accumulate((dropped.get(link, 0) for link in range(stage.end + 1)), initial=0))[1:]
-    block_of = {link: block for block in stage.recomputed for link in range(block.first, block.end)}
+    gone = list(accumulate((dropped.get(segment, 0) for segment in range(stage.end + 1)), initial=0))[1:]
+    block_of = {segment: block for block in stage.recomputed for segment in range(block.first, block.end)}
     found, done = [], 0
-    for link in reversed(range(stage.first, stage.end)):
-        layer = profile.links[link].layer
-        start = block_of[link].first if link in block_of else link
+    for segment in reversed(range(stage.first, stage.end)):
+        layer = profile.segments[segment].layer
+        start = block_of[segment].first if segment in block_of else segment
         handed = sum(size for until, size in stage.handed if until <= start)
         before = gone[start]  # activations of blocks that are not recomputed yet
-        activations = boundary + handed + profile.saved[link + 1] - profile.saved[stage.first] - before
-        activations += _put_off(profile, link + 1, stage.end)
+        activations = boundary + handed + profile.saved[segment + 1] - profile.saved[stage.first] - before
+        activations += _put_off(profile, segment + 1, stage.end)
         found.append((max(0, activations), max(layer.temporary_backward, layer.temporary_forward), done))
-        done += complete[link]
+        done += complete[segment]
     return found
 
 

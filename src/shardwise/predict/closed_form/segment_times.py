@@ -294,7 +294,7 @@ def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device
 
 def _timed(profile: Profile, seconds: Seconds) -> Timed:
     spent: dict[int, tuple[Spent, ...]] = {}
-    layers: list[Layer] = [link.layer for link in profile.links]
+    layers: list[Layer] = [segment.layer for segment in profile.segments]
     for layer in layers:
         if id(layer) not in spent:
             spent[id(layer)] = (

@@ -137,15 +137,15 @@ class StageCosts:
             return 0.0
         group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
         total = 0.0
-        for link, channels in self.times.normalised:
-            if not stage.first <= link < stage.end:
+        for segment, channels in self.times.normalised:
+            if not stage.first <= segment < stage.end:
                 continue
             gather = self.calls.collective("all_gather", 4 * self.strategy.replicas * (2 * channels + 1), group)
             if forward:
                 total += gather
             else:
                 total += self.calls.collective("all_reduce", 8 * channels, group)
-                total += gather if any(block.first <= link < block.end for block in stage.recomputed) else 0.0
+                total += gather if any(block.first <= segment < block.end for block in stage.recomputed) else 0.0
         return total
 
     def passed(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Kept
-from shardwise.predict.profile.profile import Link, Parameter, Pass, Profile, Value
+from shardwise.predict.profile.profile import Parameter, Pass, Profile, Segment, Value
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.profile.summary import Condensed, condense
 from shardwise.strategy import Strategy
@@ -106,8 +106,8 @@ class _Line:
     def _dataclass(self, a: Any, b: Any) -> Any:
         if isinstance(a, Value):
             return self._value(a, b)
-        if isinstance(a, Link):
-            return Link(self.of(a.layer, b.layer), self._number(a.message, b.message))
+        if isinstance(a, Segment):
+            return Segment(self.of(a.layer, b.layer), self._number(a.message, b.message))
         if isinstance(a, Parameter) and a == b:
             return a
         if isinstance(a, Kernel):
@@ -262,7 +262,7 @@ class _Plane(Generic[P]):
 
 def _convolves(profile: Profile | Condensed) -> bool:
     """Return whether a profile has convolutions: for a single sample torch computes them with other kernels."""
-    found = profile.links if isinstance(profile, Profile) else profile.layers
+    found = profile.segments if isinstance(profile, Profile) else profile.layers
     return any(kernel.kind == "convolution" for each in found for kernel in each.layer.forward.kernels)
 
 

@@ -29,8 +29,8 @@ from shardwise.parallel.tensor.placement import Sharded, local_shape
 from shardwise.predict.profile.deepen import deepened
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.meta_model import Model, batch, builds, tensors_of, with_values
-from shardwise.predict.profile.profile import Layer, Link, Parameter, Pass, Profile, Value
-from shardwise.predict.profile.segment_recorder import Analysis, Analyst, Calls, LinkRecorder, NotedExchange, Spec
+from shardwise.predict.profile.profile import Layer, Parameter, Pass, Profile, Segment, Value
+from shardwise.predict.profile.segment_recorder import Analysis, Analyst, Calls, NotedExchange, SegmentRecorder, Spec
 from shardwise.strategy import Strategy
 from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
 from shardwise.workload.workload import Workload
@@ -159,7 +159,7 @@ class _Profiler:
         self.model, self.workload, self.device = model, model.workload, device
         self.tp, self.sp, self.precision = tp, sp, precision
         self.samples, self.split = microbatch, split
-        self.recorder = LinkRecorder(cpu=self.device == "cpu")
+        self.recorder = SegmentRecorder(cpu=self.device == "cpu")
         self.exchange = NotedExchange(tp, self.recorder)
         position = Position(seed=self.workload.seed, samples=microbatch, counted=microbatch)
         self.keyed = KeyedOperations(position, self.exchange, None)
@@ -221,7 +221,7 @@ class _Profiler:
         index = {parameter.name: number for number, parameter in enumerate(parameters)}
         return self._finished(
             data,
-            links=tuple(chain.links),
+            segments=tuple(chain.segments),
             parameters=parameters,
             values=tuple(chain.values()),
             ready=tuple(index[name] for name in chain.ready),
@@ -299,7 +299,7 @@ class _Profiler:
         return replace(
             self._finished(
                 data,
-                links=(Link(layer),),
+                segments=(Segment(layer),),
                 parameters=parameters,
                 values=(),
                 ready=tuple(index[name] for name in ready),
@@ -422,7 +422,7 @@ class _Chain:
         self._made: dict[fx.Node, int] = {}
         self._uses: dict[fx.Node, list[int]] = {}
         self._saves: dict[fx.Node, list[int]] = {}
-        self.links: list[Link] = []
+        self.segments: list[Segment] = []
         self._ready_of: list[list[str]] = []
         self._from_batch: dict[fx.Node, tuple[Kernel, ...]] = {}
         self._layers: dict[tuple[int, tuple[Kernel, ...]], Layer] = {}
@@ -430,7 +430,7 @@ class _Chain:
         self.ready: list[str] = []
 
     def run(self) -> None:
-        """Analyse all segments; fills `links` and `ready`."""
+        """Analyse all segments; fills `segments` and `ready`."""
         parts, found = self._cut.parts, self._cut.found
         for number, part in enumerate(parts):
             for node in part.inputs:
@@ -440,7 +440,7 @@ class _Chain:
             analysis = self._analysed(number, part, loss=number == len(parts) - 1)
             layer = self._with_batch(part, analysis.layer)
             message = found[number - 1].bytes if number else 0
-            self.links.append(Link(layer, message, self._constants(part)))
+            self.segments.append(Segment(layer, message, self._constants(part)))
         self._order()
 
     def values(self) -> Iterable[Value]:
@@ -499,7 +499,7 @@ class _Chain:
         inputs = {node: self._lies[node] for node in part.inputs if node in self._lies}
         outputs = [node for node in part.outputs if node not in self._batch]
         again = frozenset(node for node in inputs if self._uses[node][-1] > number)
-        analysis = self._analyst.link(Calls(own, weights, given, inputs, outputs, again, loss))
+        analysis = self._analyst.segment(Calls(own, weights, given, inputs, outputs, again, loss))
         arrived = list(inputs)
         for index in analysis.saved:
             self._keep(arrived[index], number)
@@ -514,8 +514,8 @@ class _Chain:
         self._ready_of.append([names[list(weights)[index].name] for index in analysis.ready])
         return analysis
 
-    def _keep(self, node: fx.Node, link: int) -> None:
-        self._saves.setdefault(self._root[node], []).append(link)
+    def _keep(self, node: fx.Node, segment: int) -> None:
+        self._saves.setdefault(self._root[node], []).append(segment)
 
     def _order(self) -> None:
         """Order the parameters by when their gradients become complete: in the backward pass of their first use."""

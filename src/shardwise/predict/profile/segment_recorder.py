@@ -91,7 +91,7 @@ class Analysis:
 class NotedExchange(Exchange):
     """Collectives of tensor-parallel rank 0 among `ranks`, recorded instead of executed."""
 
-    def __init__(self, ranks: int, recorder: LinkRecorder) -> None:
+    def __init__(self, ranks: int, recorder: SegmentRecorder) -> None:
         super().__init__(None, 0, ranks)
         self._recorder = recorder
 
@@ -105,7 +105,7 @@ class NotedExchange(Exchange):
         self._recorder.exchange("reduce_scatter", *parts)
 
 
-class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the kernels, tensor-parallel collectives and memory of operations on tensors without data.
 
     Args:
@@ -223,31 +223,31 @@ class Analyst:
     """
 
     mode: FakeTensorMode
-    recorder: LinkRecorder
+    recorder: SegmentRecorder
     bf16: bool
     gpu: bool
     later: Any = None
     sites: Mapping[Any, int] = field(default_factory=dict)
     _known: dict[Any, Analysis] = field(default_factory=dict)
 
-    def link(self, calls: Calls) -> Analysis:
+    def segment(self, calls: Calls) -> Analysis:
         """Return the analysis of a segment, cached for all equal segments."""
         key = self._key(calls)
         if key not in self._known:
             self._known[key] = _Run(self, calls).analysis()
         return self._known[key]
 
-    def _key(self, link: Calls) -> Any:
+    def _key(self, segment: Calls) -> Any:
         number: dict[fx.Node, int] = {}
         described: list[Any] = []
-        for node, spec in (*link.weights.items(), *link.inputs.items()):
+        for node, spec in (*segment.weights.items(), *segment.inputs.items()):
             number[node] = len(number)
-            described.append((spec, node in link.again))
-        for node, value in link.given.items():
+            described.append((spec, node in segment.again))
+        for node, value in segment.given.items():
             number[node] = len(number)
             described.append(Spec.of(value) if isinstance(value, Tensor) else str(value))
         calls = []
-        for node in link.nodes:
+        for node in segment.nodes:
             target = _function(node.target)
             site = self.sites.get(target[0])
             arguments = [_literal(a, number) for index, a in enumerate(node.args) if index != site]
@@ -256,9 +256,9 @@ class Analyst:
         return (
             tuple(described),
             tuple(calls),
-            tuple(number[node] for node in link.outputs),
-            len(link.weights),
-            link.loss,
+            tuple(number[node] for node in segment.outputs),
+            len(segment.weights),
+            segment.loss,
         )
 
 
@@ -303,7 +303,7 @@ class _Run:
     """A run of a segment, forward and backward, that notes what it saves for the backward pass."""
 
     analyst: Analyst
-    link: Calls
+    segment: Calls
     _saved: dict[int, int] = field(default_factory=dict)
     _at_last: tuple[int, int] | None = None
     _ready: list[int] = field(default_factory=list)
@@ -311,12 +311,12 @@ class _Run:
     def analysis(self) -> Analysis:
         recorder = self.analyst.recorder
         with self.analyst.mode:
-            values: dict[fx.Node, Any] = {node: spec.empty() for node, spec in self.link.weights.items()}
+            values: dict[fx.Node, Any] = {node: spec.empty() for node, spec in self.segment.weights.items()}
             leaves = [(index, value) for index, value in enumerate(values.values()) if value.requires_grad]
-            values.update({node: _Arrived.apply(spec.empty()) for node, spec in self.link.inputs.items()})  # type: ignore[no-untyped-call]
-            arrived = [values[node] for node in self.link.inputs]
-            apart = {_place(value) for node, value in values.items() if node in self.link.weights}
-            values.update(self.link.given)
+            values.update({node: _Arrived.apply(spec.empty()) for node, spec in self.segment.inputs.items()})  # type: ignore[no-untyped-call]
+            arrived = [values[node] for node in self.segment.inputs]
+            apart = {_place(value) for node, value in values.items() if node in self.segment.weights}
+            values.update(self.segment.given)
             for index, leaf in leaves:
                 leaf.register_post_accumulate_grad_hook(lambda _, leaf=leaf, index=index: self._complete(leaf, index))
             with recorder:
@@ -351,23 +351,23 @@ class _Run:
         return Analysis(layer, tuple(made), saved, tuple(self._ready))
 
     def _forward(self, values: dict[fx.Node, Any]) -> list[Tensor]:
-        recorder, clean = self.analyst.recorder, not any(writes_in_place(node) for node in self.link.nodes)
+        recorder, clean = self.analyst.recorder, not any(writes_in_place(node) for node in self.segment.nodes)
         recorder.when = "forward"
         if not clean:
-            for node in self.link.inputs:  # `subgraphs.compiled` clones them too
+            for node in self.segment.inputs:  # `subgraphs.compiled` clones them too
                 values[node] = values[node].clone()
-        last = {argument: node for node in self.link.nodes for argument in node.all_input_nodes}
+        last = {argument: node for node in self.segment.nodes for argument in node.all_input_nodes}
         with torch.enable_grad(), self._saving(), self._precision():
-            for node in self.link.nodes:
+            for node in self.segment.nodes:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: values[argument])
                 call = on_gpu(node.target) if self.analyst.gpu else node.target  # type: ignore[arg-type]
                 values[node] = call(*args, **kwargs)  # type: ignore[operator]
                 for argument in node.all_input_nodes:
-                    if last[argument] is node and argument not in self.link.outputs:
+                    if last[argument] is node and argument not in self.segment.outputs:
                         values.pop(argument, None)
-                if node not in last and node not in self.link.outputs:
+                if node not in last and node not in self.segment.outputs:
                     values.pop(node, None)
-        return [values[node] for node in self.link.outputs]
+        return [values[node] for node in self.segment.outputs]
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -396,7 +396,7 @@ class _Run:
         return Output(Spec.of(result), alias, held, alias is None and place in self._saved)
 
     def _inside(self, apart: set[int], places: Mapping[int, int], results: Sequence[Tensor]) -> int:
-        own = {_place(value) for value in self.link.given.values() if isinstance(value, Tensor)}
+        own = {_place(value) for value in self.segment.given.values() if isinstance(value, Tensor)}
         others = apart | set(places) | {_place(result) for result in results} | own
         return sum(size for place, size in self._saved.items() if place not in others)
 
@@ -407,7 +407,7 @@ class _Run:
         of the weights. If no output requires a gradient, there is no work and the peak is 0.
         """
         recorder = self.analyst.recorder
-        roots = [result for result in (results[:1] if self.link.loss else results) if result.requires_grad]
+        roots = [result for result in (results[:1] if self.segment.loss else results) if result.requires_grad]
         if not roots:
             return Pass(), Pass(), 0
         recorder.when = "backward"
@@ -431,8 +431,8 @@ class _Run:
 
     def _add_up(self) -> None:
         """Record one addition for each input that later segments use too: its gradients are accumulated."""
-        for node in self.link.again:
-            spec = self.link.inputs[node]
+        for node in self.segment.again:
+            spec = self.segment.inputs[node]
             if spec.grad:
                 elements = spec.bytes // spec.dtype.itemsize
                 like = spec.empty().detach()

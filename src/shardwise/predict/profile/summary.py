@@ -70,14 +70,14 @@ def condense(profile: Profile) -> Condensed:
 
 def _condensed(profile: Profile) -> Condensed:
     trained = [parameter for parameter in profile.parameters if parameter.trained]
-    messages = [link.message for link in profile.links[1:]]
+    messages = [segment.message for segment in profile.segments[1:]]
     blocks = {index for block in profile.blocks for index in block}
-    inside = {link for first, end in module_blocks(profile) for link in range(first, end)}
+    inside = {segment for first, end in module_blocks(profile) for segment in range(first, end)}
     layers: dict[int, Layer] = {}
     counts: dict[int, list[int]] = {}
-    for number, link in enumerate(profile.links):
-        layers[id(link.layer)] = link.layer
-        count = counts.setdefault(id(link.layer), [0, 0])
+    for number, segment in enumerate(profile.segments):
+        layers[id(segment.layer)] = segment.layer
+        count = counts.setdefault(id(segment.layer), [0, 0])
         count[0] += 1
         count[1] += number in inside
     return Condensed(
@@ -87,13 +87,13 @@ def _condensed(profile: Profile) -> Condensed:
         parameters=sum(parameter.bytes for parameter in profile.parameters),
         gradients=sum(parameter.bytes for parameter in trained),
         elements=sum(parameter.elements for parameter in trained),
-        own=sum(parameter.bytes for parameter in trained if len(parameter.links) == 1),
+        own=sum(parameter.bytes for parameter in trained if len(parameter.segments) == 1),
         repeated=sum(p.bytes for index, p in enumerate(profile.parameters) if p.trained and index in blocks),
         message=min(messages, default=0),
         narrow=sum(size <= min(messages) for size in messages),
         saved=profile.saved[-1],
         products=profile.products[-1],
-        repeated_products=sum(profile.links[link].layer.products for link in inside),
+        repeated_products=sum(profile.segments[segment].layer.products for segment in inside),
         largest=max((_backwards(layer) for layer in layers.values()), default=0),
         update=profile.update,
     )

@@ -5,7 +5,7 @@ It repeats the decisions of `parallel` about cuts and communication, from a prof
     ModuleEngine   (tp = pp = 1)    one stage; DDP's buckets, or `fully_shard` on the module's repeated blocks
     GraphEngine    (tp or pp)       stages and blocks cut by cost; buckets of `GradientReducer`, or `fully_shard`
 
-Segments are known by their index in `Profile.links`; a range from `first` to `end` excludes `end`.
+Segments are known by their index in `Profile.segments`; a range from `first` to `end` excludes `end`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slowe
         StrategyError: there are more stages than segments, or fsdp cannot shard a tied parameter.
     """
     if strategy.pp > 1:
-        check_stages(strategy, len(profile.links) - 1)
+        check_stages(strategy, len(profile.segments) - 1)
     key = ("parts", id(costs), _traits(strategy), slower)
 
     def divide() -> tuple[tuple[Worker, ...], tuple[tuple[int, ...], ...]]:
@@ -168,10 +168,10 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
 
 
 def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]], *, module: bool) -> Iterable[Worker]:
-    bounds = [*(starts[0] for starts in cuts), len(profile.links)]
+    bounds = [*(starts[0] for starts in cuts), len(profile.segments)]
     ranges = list(pairwise(bounds))
     stage_of = [stage for stage, (a, b) in enumerate(ranges) for _ in range(a, b)]
-    homes = {index: {stage_of[link] for link in profile.parameters[index].links} for index in profile.shared}
+    homes = {index: {stage_of[segment] for segment in profile.parameters[index].segments} for index in profile.shared}
     for place in range(strategy.pp):
         own = range(place, len(cuts), strategy.pp)
         twice = {index for index, stages in homes.items() if len(stages.intersection(own)) > 1}

@@ -41,11 +41,11 @@ def _described(profile: Profile, stage: Stage) -> object:
         tuple((bucket.bytes, bucket.ready - first) for bucket in stage.buckets),
         stage.received,
         stage.kept,
-        tuple((link - first, size) for link, size in stage.handed),
+        tuple((segment - first, size) for segment, size in stage.handed),
     )
 
 
 def _gathered(profile: Profile, stage: Stage) -> object:
     first = stage.first
     blocks = tuple((block.first - first, block.end - first, block.gathered) for block in stage.blocks)
-    return profile.kinds_of_links[first : stage.end], blocks, stage.root
+    return profile.kinds_of_segments[first : stage.end], blocks, stage.root

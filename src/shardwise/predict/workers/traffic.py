@@ -64,8 +64,8 @@ class _Counting:
     def _exchanges(self, stage: Stage) -> None:
         """Count the collectives of tensor parallelism and batch norms of one stage, recomputation included."""
         times = self.strategy.microbatches
-        for link in self.profile.links[stage.first : stage.end]:
-            layer = link.layer
+        for segment in self.profile.segments[stage.first : stage.end]:
+            layer = segment.layer
             self._passed(layer.forward.exchanges, "forward", times)
             self._passed((*layer.backward.exchanges, *layer.weights.exchanges), "backward", times)
             self._norms(layer.normalised, "forward", "backward", times)
@@ -73,7 +73,7 @@ class _Counting:
             self._again(block.first, block.end, times)
 
     def _again(self, first: int, end: int, times: int) -> None:
-        layers = [link.layer for link in self.profile.links[first:end]]
+        layers = [segment.layer for segment in self.profile.segments[first:end]]
         kept = [number for number, layer in enumerate(layers) if layer.keeps]
         for layer in layers[: kept[-1]] if kept else []:
             self._passed(layer.forward.exchanges, "recompute", times)

@@ -39,7 +39,7 @@ from shardwise.launch.local import enough_gpus, run_local
 from shardwise.parallel.mesh import default_device
 from shardwise.predict.hardware.times import KernelTimes
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.segment_recorder import LinkRecorder
+from shardwise.predict.profile.segment_recorder import SegmentRecorder
 from shardwise.run.calibration.footprint import Footprint, crowded_step, footprint
 
 MEASURED = (
@@ -188,7 +188,7 @@ def _doubled(most: int) -> list[int]:
 
 def note(case: Case, arena: Arena) -> Noted:
     """Record the kernel of a case in the form in which the kernels of a model are recorded."""
-    recorder = LinkRecorder()
+    recorder = SegmentRecorder()
     operands = case.make(arena)
     with torch.no_grad(), recorder:
         case.call(*operands)
@@ -301,7 +301,7 @@ def launch_seconds(device: Device, where: torch.device, seconds: float) -> float
 
 def _noted(step: Callable[[], None]) -> tuple[Kernel, ...]:
     step()
-    recorder = LinkRecorder()
+    recorder = SegmentRecorder()
     with recorder:
         step()
     return recorder.take().kernels

@@ -56,7 +56,9 @@ def test_the_fullest_worker_gets_less(profiles: ScaledProfiles, cluster: Cluster
     least = least_share(profiles.condensed(strategy), strategy, room)
     assert least is not None
     times = equal.times
-    every = sum(sums.between(0, len(profile.links)).device for sums in (times.forward, times.backward, times.weights))
+    every = sum(
+        sums.between(0, len(profile.segments)).device for sums in (times.forward, times.backward, times.weights)
+    )
     assert strategy.microbatches * least * every <= uneven.step_seconds
 
 
@@ -69,12 +71,12 @@ def test_no_other_cut_that_fits_is_faster(profiles: ScaledProfiles, cluster: Clu
         room = round(0.6 * max(need) + 0.4 * sum(need) / len(need))
         found = evened(profile, strategy, cluster, room)
         assert found is not None
-        least = min(link.message for link in profile.links[1:])
-        narrow = [place for place, link in enumerate(profile.links) if place and link.message == least]
+        least = min(segment.message for segment in profile.segments[1:])
+        narrow = [place for place, segment in enumerate(profile.segments) if place and segment.message == least]
         sums = costs_of(profile, strategy, cluster).times.forward
         parts = {}
         for starts in combinations(narrow, workers - 1):
-            bounds = [0, *starts, len(profile.links)]
+            bounds = [0, *starts, len(profile.segments)]
             sizes = [sums.between(a, b).device for a, b in pairwise(bounds)]
             spelled = ":".join(str(max(1, round(1000 * size / max(sizes)))) for size in sizes)
             costs = costs_of(profile, strategy.with_(speeds=spelled), cluster)

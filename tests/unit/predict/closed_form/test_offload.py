@@ -109,8 +109,8 @@ def test_hosts_of_which_nothing_is_known_are_refused(profiles: ScaledProfiles, c
 
 def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluster: Cluster) -> None:
     wish = Wish(fixed={"offload": "1"})
-    links = len(profiles.one().links)
-    every = [m for f in families(4, 16, wish, divisors(4), links) for m in members(f, wish)]
+    segments = len(profiles.one().segments)
+    every = [m for f in families(4, 16, wish, divisors(4), segments) for m in members(f, wish)]
     assert every
     for strategy in every:
         assert strategy.offload
@@ -144,7 +144,7 @@ def test_it_is_the_last_resort(profiles: ScaledProfiles, cluster: Cluster) -> No
 
 def test_the_fastest_with_it_is_found(profiles: ScaledProfiles, cluster: Cluster) -> None:
     wish = Wish(fixed={"offload": "1"})
-    every = [m for f in families(4, 16, wish, divisors(4), len(profiles.one().links)) for m in members(f, wish)]
+    every = [m for f in families(4, 16, wish, divisors(4), len(profiles.one().segments)) for m in members(f, wish)]
     best = min(predict(profiles.of(strategy), strategy, cluster).step_seconds for strategy in every)
     found = search(WORKLOAD, cluster, 4, wish, profiles).plan.best
     assert found is not None

@@ -38,10 +38,10 @@ def cluster() -> Cluster:
 
 def some(profiles: Profiles, wish: Wish, count: int) -> Iterator[Strategy]:
     """Strategies of one profile's size, so that much of what is kept is met again."""
-    links = len(profiles.of(Strategy()).links)
+    segments = len(profiles.of(Strategy()).segments)
     every = [
         member.with_(recompute=again)
-        for family in families(8, BATCH, wish, divisors(4), links)
+        for family in families(8, BATCH, wish, divisors(4), segments)
         for member in members(family, wish)
         for again in ("none", "full", "selective", "1/4", "3/4")
     ]
