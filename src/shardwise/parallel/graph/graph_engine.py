@@ -123,7 +123,7 @@ class GraphEngine:
             self._holding.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
         )
         self.uncut = local.uncut(named) if strategy.tp > 1 else []
-        self.places = self.division.places if strategy.pp > 1 else None
+        self.cut_points = self.division.cut_points if strategy.pp > 1 else None
         self._local_notes = (*local.notes, *(str(each) for each in self.uncut if each.share >= WORTH_A_NOTE))
         held = {name: held.tensor for name, held in self.held.items() if not isinstance(held.tensor, nn.Parameter)}
         self._buffers = ReplicaBuffers(held, mesh.replica_group)

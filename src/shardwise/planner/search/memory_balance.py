@@ -74,7 +74,7 @@ def evened(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) ->
     tried = strategy
     costs = costs_of(profile, tried, cluster)
     sums, stored = [0.0, *accumulate(costs.times.forward.each)], _stored(profile)
-    places = _places(profile)
+    cut_points = _cut_points(profile)
     aims = [float(room)] * strategy.pp
     for number in range(ROUNDS):
         needs = [costs.memory_at(worker) for worker in costs.parts.workers]
@@ -86,7 +86,7 @@ def evened(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) ->
             _Limit.of(need, worker.stages[0], stored, profile.saved, aim)
             for need, worker, aim in zip(needs, costs.parts.workers, aims, strict=True)
         ]
-        starts = cut(sums, places, most)
+        starts = cut(sums, cut_points, most)
         if starts is None:
             return None
         tried = _spelled(profile, strategy, cluster, costs, sums, starts)
@@ -136,32 +136,32 @@ class _Limit:
         return self.rest + self.per_stored * stored + self.per_saved * saved <= self.room
 
 
-def _places(profile: Profile) -> list[int]:
+def _cut_points(profile: Profile) -> list[int]:
     """Return the cut points with the smallest message, as the segments before which they lie."""
     least = min(segment.message for segment in profile.segments[1:])
     return [number for number, segment in enumerate(profile.segments) if number and segment.message <= least]
 
 
-def cut(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit]) -> list[int] | None:
+def cut(sums: Sequence[float], cut_points: Sequence[int], limits: Sequence[_Limit]) -> list[int] | None:
     """Choose the starts of stages so that each stage is within its limit and the most expensive one is cheapest.
 
     Stages are filled from the last one on, which has fewest microbatches in flight; the first one gets the rest.
 
     Args:
         sums: cumulative costs: entry i is the cost of the segments before segment i, the last that of all.
-        places: cut points, as segments where a stage may begin, ascending.
+        cut_points: cut points, as segments where a stage may begin, ascending.
         limits: memory limit of each stage.
 
     Returns:
         First segment of each stage. None if no cut is within the limits.
     """
     low, high = sums[-1] / len(limits), sums[-1]
-    best = _filled(sums, places, limits, high)
+    best = _filled(sums, cut_points, limits, high)
     if best is None:
         return None
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        found = _filled(sums, places, limits, middle)
+        found = _filled(sums, cut_points, limits, middle)
         if found is None:
             low = middle
         else:
@@ -169,24 +169,26 @@ def cut(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit]) 
     return best
 
 
-def _filled(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit], most: float) -> list[int] | None:
+def _filled(
+    sums: Sequence[float], cut_points: Sequence[int], limits: Sequence[_Limit], most: float
+) -> list[int] | None:
     """Return the first segments of stages that cost at most `most`. Each stage is as long as its limit allows.
 
     Returns None if there are no such stages.
     """
     starts: list[int] = []
-    end, left = len(sums) - 1, len(places)
+    end, left = len(sums) - 1, len(cut_points)
 
     def may_have(limit: _Limit, end: int, first: int) -> bool:
         return sums[end] - sums[first] <= most * (1 + 1e-9) and limit.allows(first, end)
 
     for number in range(len(limits) - 1, 0, -1):
-        first = bisect_left(places, True, hi=left, key=partial(may_have, limits[number], end))
+        first = bisect_left(cut_points, True, hi=left, key=partial(may_have, limits[number], end))
         first = max(first, number - 1)  # leaves a cut point for each stage before it
         if first >= left:
             return None
-        starts.append(places[first])
-        end, left = places[first], first
+        starts.append(cut_points[first])
+        end, left = cut_points[first], first
     return [0, *reversed(starts)] if may_have(limits[0], end, 0) else None
 
 

@@ -18,7 +18,7 @@ from shardwise.parallel.check import TensorDegrees
 from shardwise.parallel.engine import Position
 from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.operators.graph_operators import KeyedOperations
-from shardwise.parallel.pipeline.cut_points import Place, common, from_batch, places
+from shardwise.parallel.pipeline.cut_points import CutPoint, common, find_cut_points, from_batch
 from shardwise.parallel.pipeline.subgraphs import Section, sections
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.build_model import untouched
@@ -148,7 +148,7 @@ class _Traced:
     """A partitioned step: the graph of one worker, its cut points, and its segments as subgraphs."""
 
     local: LocalGraph
-    found: list[Place]
+    found: list[CutPoint]
     parts: list[Section]
 
 
@@ -201,7 +201,7 @@ class _Profiler:
         data, step = batch(self.workload, self.samples), self.model.step(self.samples)
         named = dict(model.named_parameters())
         trained = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
-        cut = self._cut_at_places(step, named, trained)
+        cut = self._cut_at_cut_points(step, named, trained)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         given = _given(step, data, mode)
         tensors = tensors_of(model)
@@ -227,24 +227,26 @@ class _Profiler:
             ready=tuple(index[name] for name in chain.ready),
         )
 
-    def _cut_at_places(self, step: StepGraph, named: Mapping[str, nn.Parameter], trained: frozenset[str]) -> _Traced:
+    def _cut_at_cut_points(
+        self, step: StepGraph, named: Mapping[str, nn.Parameter], trained: frozenset[str]
+    ) -> _Traced:
         local = self._partitioned(step, trained)
-        found = places(local, named)
+        found = find_cut_points(local, named)
         if self.workload.evaluation is not None:
             found = common(found, self._evaluated(named, trained, local))
         if self.split:
             defer_weights(local.graph, self.weights, step.tensors)
         if self.precision == "bf16":
             widen_loss(local.graph, torch.device("cpu"))
-        return _Traced(local, found, sections(local, [place.position for place in found]))
+        return _Traced(local, found, sections(local, [cut_point.position for cut_point in found]))
 
     def _evaluated(
         self, named: Mapping[str, nn.Parameter], trained: frozenset[str], local: LocalGraph
-    ) -> Sequence[Place]:
+    ) -> Sequence[CutPoint]:
         """Return the cut points of the evaluation graph, cached: they are the same for any number of samples."""
         known, key = self.model.evaluated, (self.tp, self.sp)
         if key not in known:
-            known[key] = places(self._partitioned(self.model.evaluation(self.samples), trained, local), named)
+            known[key] = find_cut_points(self._partitioned(self.model.evaluation(self.samples), trained, local), named)
         return known[key]
 
     def _partitioned(self, step: StepGraph, trained: frozenset[str], first: LocalGraph | None = None) -> LocalGraph:

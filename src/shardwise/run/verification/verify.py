@@ -81,7 +81,7 @@ class Proof:
         tolerance: largest error that counts as rounding.
         sharded_share: share of the parameters that are sharded, 0 to 1.
         uncut: parameters that tensor parallelism leaves whole, grouped by reason.
-        places: number of cut points of the step; None without pipeline.
+        cut_points: number of cut points of the step; None without pipeline.
         notes: notes of all workers for the user.
     """
 
@@ -93,7 +93,7 @@ class Proof:
     tolerance: float
     sharded_share: float
     uncut: tuple[Uncut, ...]
-    places: int | None
+    cut_points: int | None
     notes: tuple[str, ...]
 
     @property
@@ -151,7 +151,7 @@ def _row(proof: Proof, axis: str) -> dict[str, Any]:
         "failure": None if proof.passed else _failure(proof, axis),
         "axis_at_fault": axis or None,
         "uncut": [{"reason": e.reason, "parameters": list(e.names), "share": e.share} for e in proof.uncut],
-        "pipeline_places": proof.places,
+        "pipeline_places": proof.cut_points,
         "notes": list(proof.notes),
     }
 
@@ -302,7 +302,7 @@ def compare(trial: Trial) -> Proof | None:
         tolerance=tolerance,
         sharded_share=float(getattr(program.engine, "sharded_parameter_share", 0.0)),
         uncut=tuple(getattr(program.engine, "uncut", ())),
-        places=getattr(program.engine, "places", None),
+        cut_points=getattr(program.engine, "cut_points", None),
         notes=notes,
     )
 
