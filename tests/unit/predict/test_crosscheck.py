@@ -107,17 +107,17 @@ def profiles(name: str, device: str, samples: int = 0) -> Profiles:
     return Profiles(replace(workload, batch_size=samples) if samples else workload, device)
 
 
-def judge(name: str, strategy: str, place: int | None = None, cluster: str = "h100x16") -> Judged:
+def judge(name: str, strategy: str, pipeline_rank: int | None = None, cluster: str = "h100x16") -> Judged:
     parsed = Strategy.parse(strategy)
     found = profiles(name, "gpu" if cluster.startswith("h100") else "cpu", 12 if parsed.replicas == 3 else 0)
     with remembered(name):
-        return judged(found, parsed, find_cluster(cluster), place)
+        return judged(found, parsed, find_cluster(cluster), pipeline_rank)
 
 
 @pytest.mark.parametrize(("name", "strategy"), GRID)
 def test_messages_are_the_same(name: str, strategy: str) -> None:
-    for place in sorted({0, Strategy.parse(strategy).pp - 1}):
-        document = judge(name, strategy, place).document()
+    for pipeline_rank in sorted({0, Strategy.parse(strategy).pp - 1}):
+        document = judge(name, strategy, pipeline_rank).document()
         assert document["predicted"]["communicated"] == document["communicated"]
         assert document["bytes_agree"]
 
@@ -162,6 +162,6 @@ def test_a_message_that_is_not_counted_is_noticed() -> None:
 
 def test_the_worker_that_needs_most_is_taken() -> None:
     found = judge("gpt", "tp=2,pp=2,sp=1")
-    others = [judge("gpt", "tp=2,pp=2,sp=1", place).memory.total for place in range(2)]
+    others = [judge("gpt", "tp=2,pp=2,sp=1", pipeline_rank).memory.total for pipeline_rank in range(2)]
     assert found.memory.total == max(others)
     assert found.run.rank == 2 * others.index(max(others))

@@ -64,7 +64,7 @@ def layouts(hosts: Sequence[Sequence[int]]) -> Iterator[Layout]:
         size *= 2
     if len(hosts) > 1:
         least = min(len(host) for host in hosts)
-        across = tuple(tuple(host[place] for host in hosts) for place in range(least))
+        across = tuple(tuple(host[index] for host in hosts) for index in range(least))
         yield Layout(across[:1], len(hosts))
         if least > 1:
             yield Layout(across, len(hosts))
@@ -210,13 +210,13 @@ def _broadcast(size: int, group: dist.ProcessGroup, device: torch.device) -> Cal
 def _send(size: int, group: dist.ProcessGroup, device: torch.device) -> Callable[[], int]:
     tensor = _elements(size, device)
     ranks = dist.get_process_group_ranks(group)
-    place = ranks.index(dist.get_rank())
-    other = ranks[place ^ 1] if place ^ 1 < len(ranks) else None
+    index = ranks.index(dist.get_rank())
+    other = ranks[index ^ 1] if index ^ 1 < len(ranks) else None
 
     def once() -> int:
         if other is None:
             return 1
-        steps = (dist.send, dist.recv) if place % 2 == 0 else (dist.recv, dist.send)
+        steps = (dist.send, dist.recv) if index % 2 == 0 else (dist.recv, dist.send)
         for step in steps:
             step(tensor, other, group=group)
         return 2

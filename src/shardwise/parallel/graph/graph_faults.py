@@ -32,7 +32,7 @@ class Watched:
 
     def __init__(self, work: Work, own: Sequence[int]) -> None:
         self.seen: tuple[int, str, str] | None = None
-        self._places = {node: place for place, node in enumerate(calls(work.local.graph))}
+        self._positions = {node: position for position, node in enumerate(calls(work.local.graph))}
         stages = list(work.stages)
         for stage in own:
             blocks = tuple(
@@ -79,7 +79,7 @@ class Watched:
     def _look(self, node: fx.Node, value: Any) -> None:
         path = node.meta.get("module")
         if path is not None and self.seen is None and _leaves(node, path) and (kind := not_finite(value)):
-            self.seen = self._places[node], module_named(path), kind
+            self.seen = self._positions[node], module_named(path), kind
 
 
 def _leaves(node: fx.Node, path: str) -> bool:

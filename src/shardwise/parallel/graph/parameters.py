@@ -66,7 +66,7 @@ class Holding:
         count = len(work.stages)
         own = range(mesh.coordinate("pp"), count, strategy.pp)
         mine = {name: _cut(tensors[name], graph.placements.get(name), exchange) for name in self._on(own)}
-        self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
         self.stages = {stage: self._build(stage, len(work.stages[stage].blocks), mine, keyed) for stage in own}
         self._twice = self._on_several(own)
         self._tied = self._tied_groups()
@@ -124,24 +124,24 @@ class Holding:
         )
         for holder in (*module.blocks, module):
             for name, attribute in holder.attributes.items():
-                self._places[name] = (holder, attribute)
+                self._owners[name] = (holder, attribute)
         return module
 
     def _tensor(self, name: str) -> Tensor:
-        module, attribute = self._places[name]
+        module, attribute = self._owners[name]
         tensor: Tensor = getattr(module, attribute)
         return tensor
 
     def trained(self, names: Collection[str]) -> dict[str, nn.Parameter]:
         """Return the parameters among `names` that this worker holds, by name."""
-        return {name: self._tensor(name) for name in self._places if name in names}  # type: ignore[misc]
+        return {name: self._tensor(name) for name in self._owners if name in names}  # type: ignore[misc]
 
     def held(self) -> dict[str, Held]:
         """Return the placement of every tensor on this worker, by name."""
-        sizes = {name: self._tensor(name).numel() for name in self._places}
+        sizes = {name: self._tensor(name).numel() for name in self._owners}
         strategy = self._strategy
         by_all, by_rows = deal(sizes, strategy.replicas), deal(sizes, strategy.dp)
-        return {name: self._lay_out(name, by_all[name], by_rows[name]) for name in self._places}
+        return {name: self._lay_out(name, by_all[name], by_rows[name]) for name in self._owners}
 
     def _lay_out(self, name: str, replica: int, row: int) -> Held:
         strategy, mesh = self._strategy, self._mesh
@@ -167,7 +167,7 @@ class Holding:
 
     def _read(self, weights: Weights) -> None:
         """Allocate this worker's part of the parameters on the meta device, and read it from the weight files."""
-        empty = [name for name in self._places if self._tensor(name).is_meta]
+        empty = [name for name in self._owners if self._tensor(name).is_meta]
         for stage in self.stages.values():
             materialize(stage, self._mesh.device, self._mesh.home, self._mesh.allocating)
         for name in empty:
@@ -246,9 +246,9 @@ class Holding:
                     gradient /= self._strategy.replicas
         group = self._mesh.group("tp")
         if group is not None:
-            self._sum([name for name in self._places if name in summed], group)
+            self._sum([name for name in self._owners if name in summed], group)
         for workers, tied in self._tied.items():
-            names = [n for n in self._homes if n in self._places and tuple(self._workers_of(n)) == workers]
+            names = [n for n in self._homes if n in self._owners and tuple(self._workers_of(n)) == workers]
             self._sum(self._complete(names, tied), tied)
 
     def _complete(self, names: Sequence[str], group: dist.ProcessGroup) -> list[str]:

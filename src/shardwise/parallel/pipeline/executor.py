@@ -75,13 +75,13 @@ class Sent:
 
     Attributes:
         worker: the worker that receives it.
-        place: index of the receiving action in that worker's table.
+        position: index of the receiving action in that worker's table.
         handle: the handle of the send.
         message: the sent tensor, kept alive until the send completes.
     """
 
     worker: int
-    place: int
+    position: int
     handle: Any
     message: Tensor
 
@@ -117,7 +117,7 @@ class Pipeline:
         self._here: dict[tuple[Action, int, fx.Node], Tensor] = {}
         self._sent: list[Sent] = []
         self._tables: Callable[[int], Sequence[Action]] = lambda _: ()
-        self._places: dict[int, dict[Action, int]] = {}
+        self._positions: dict[int, dict[Action, int]] = {}
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ class Pipeline:
             values[node] = buffer if node not in values else values[node] + buffer
         for source, nodes in self._sources(work, action):
             if self._on(source) != self.worker:
-                self._forget(self._on(source), self._place(Action(action.kind, source, action.microbatch)))
+                self._forget(self._on(source), self._position(Action(action.kind, source, action.microbatch)))
             else:
                 for node in nodes:
                     value = self._here.pop((_key(action), source, node))
@@ -263,35 +263,35 @@ class Pipeline:
             message = message.contiguous()
             tag = self._tag(action, action.stage, target)
             handle = dist.isend(message, self._rank(target), self.group, tag)
-            self._sent.append(Sent(self._on(target), self._place(arrival), handle, message))
+            self._sent.append(Sent(self._on(target), self._position(arrival), handle, message))
 
-    def _place(self, action: Action) -> int:
+    def _position(self, action: Action) -> int:
         """Return the index of an action in its worker's table. Returns 0 in an evaluation, which has no table."""
         worker = self._on(action.stage)
-        if worker not in self._places:
+        if worker not in self._positions:
             table = enumerate(self._tables(worker))
-            self._places[worker] = {_key(each): place for place, each in table if each.kind != WEIGHT}
-        return self._places[worker].get(_key(action), 0)
+            self._positions[worker] = {_key(each): position for position, each in table if each.kind != WEIGHT}
+        return self._positions[worker].get(_key(action), 0)
 
-    def _forget(self, worker: int, place: int) -> None:
-        """Free the sends to a worker that must have posted their receives, because it has reached `place` in its table.
+    def _forget(self, worker: int, position: int) -> None:
+        """Free the sends to a worker that must have posted their receives, because it is at `position` in its table.
 
         A worker posts receives one action ahead.
         """
-        asked = [sent for sent in self._sent if sent.worker == worker and sent.place <= place + 1]
+        asked = [sent for sent in self._sent if sent.worker == worker and sent.position <= position + 1]
         if not asked:
             return
         with record_function(WAIT):
             for sent in asked:
                 sent.handle.wait()
-        self._sent = [sent for sent in self._sent if sent.worker != worker or sent.place > place + 1]
+        self._sent = [sent for sent in self._sent if sent.worker != worker or sent.position > position + 1]
 
     def _finish(self) -> None:
         with record_function(WAIT):
             for sent in self._sent:
                 sent.handle.wait()
         self._sent.clear()
-        self._places.clear()
+        self._positions.clear()
         self._tables = lambda _: ()
 
     def _on(self, stage: int) -> int:

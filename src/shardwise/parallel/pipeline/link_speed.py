@@ -30,13 +30,15 @@ def measured_links(mesh: Mesh) -> list[float]:
     group = mesh.group("pp")
     if group is None or dist.get_backend(group) == "fake":
         return []
-    workers, place = mesh.strategy.pp, mesh.coordinate("pp")
-    hops = hops_of(mesh.strategy)
-    found = torch.zeros(hops, dtype=torch.float64, device=mesh.device)
-    for source in range(hops):
+    workers, pipeline_rank = mesh.strategy.pp, mesh.coordinate("pp")
+    count = hops_of(mesh.strategy)
+    found = torch.zeros(count, dtype=torch.float64, device=mesh.device)
+    for source in range(count):
         target = (source + 1) % workers
-        if place in (source, target):
-            found[source] = _per_byte(place == source, target if place == source else source, mesh, group)
+        if pipeline_rank in (source, target):
+            found[source] = _per_byte(
+                pipeline_rank == source, target if pipeline_rank == source else source, mesh, group
+            )
     dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.world)
     return [float(each) for each in found]
 

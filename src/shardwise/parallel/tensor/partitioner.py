@@ -325,18 +325,18 @@ class Partitioner:
 
     def origin(self, value: Value, dim: int) -> Origin:
         """Return the parameter dimension that dimension `dim` of one of its forms stands for."""
-        place = value.dims[dim]
+        index = value.dims[dim]
         assert value.tensor is not None
-        assert place is not None
-        return Origin(value.tensor, place)
+        assert index is not None
+        return Origin(value.tensor, index)
 
     def segments(self, value: Value, dim: int) -> tuple[int, ...]:
         """Return the best segments to shard dimension `dim` of an undecided parameter by.
 
         Returns () if it cannot be sharded.
         """
-        place = value.dims[dim]
-        return () if place is None else self.wanted.get((value.tensor or "", place), (value.shape[dim],))
+        index = value.dims[dim]
+        return () if index is None else self.wanted.get((value.tensor or "", index), (value.shape[dim],))
 
     def form(
         self,

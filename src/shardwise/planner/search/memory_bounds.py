@@ -49,7 +49,10 @@ def most_of_the_model(profile: Condensed, strategy: Strategy, room: int) -> list
     stays, count = _stays(profile, strategy), strategy.microbatches
     if count > 1 and not strategy.splits_parameters:
         stays += profile.gradients
-    kept = [count if strategy.schedule == "gpipe" else min(count, strategy.pp - place) for place in range(strategy.pp)]
+    kept = [
+        count if strategy.schedule == "gpipe" else min(count, strategy.pp - pipeline_rank)
+        for pipeline_rank in range(strategy.pp)
+    ]
     return [room / max(1.0, stays + microbatches * profile.saved) for microbatches in kept]
 
 

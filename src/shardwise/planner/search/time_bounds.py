@@ -83,9 +83,9 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
         return 0.0
     stages = _stages(profile, strategy, cluster)
     around, best = 0.0, alone(stages)
-    for place, stage in enumerate(stages[: strategy.pp]):
+    for index, stage in enumerate(stages[: strategy.pp]):
         around += stage.arrives
-        busy = sum(each.forward + each.backward for each in stages[place :: strategy.pp])
+        busy = sum(each.forward + each.backward for each in stages[index :: strategy.pp])
         best = max(best, around + strategy.microbatches * busy)
         around += stage.forward
         if strategy.schedule != "zero-bubble":  # zero-bubble may compute weight gradients after sending the others back

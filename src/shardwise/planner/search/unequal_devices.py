@@ -47,7 +47,7 @@ def staged_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batc
 
     The strategy's number of microbatches must be settled.
     """
-    devices = [slowest_at(strategy, cluster, place) for place in range(strategy.pp)]
+    devices = [slowest_at(strategy, cluster, pipeline_rank) for pipeline_rank in range(strategy.pp)]
     if len({id(device) for device in devices}) == 1 or strategy.pp > MOST_REPLICAS:
         return
     profile = profile_of(strategy, batch_size)

@@ -58,27 +58,27 @@ def held_at_segments(profile: Profile, strategy: Strategy, stage: Stage, trained
     done_root = done_block = 0
     last = len(blocks)
     for segment in reversed(range(stage.first, stage.end)):
-        place, inside = _block_at(blocks, segment)
-        if place != last:
-            last, done_block = place, 0
-        before = gathered_until[place + 1]
+        index, inside = _block_at(blocks, segment)
+        if index != last:
+            last, done_block = index, 0
+        before = gathered_until[index + 1]
         after = gathered_until[-1] - before
         if strategy.zero != 3:
             gathered = before + (after if keeps else 0)
         elif keeps and later and strategy.schedule == "gpipe":  # the previous backward pass left all gathered
             gathered = before + after
         else:
-            gathered = before - gathered_until[max(0, place - inside)] + (after if keeps else 0)
-        reduced = reduced_until[-1] - reduced_until[place + 1]
+            gathered = before - gathered_until[max(0, index - inside)] + (after if keeps else 0)
+        reduced = reduced_until[-1] - reduced_until[index + 1]
         if keeps:
             every = reduced_until[-1]
             whole = every + root_reduce if later else min(reduced + done_block, every) + done_root
             slices = 0
         else:
-            behind = reduces[place + 1] if place + 1 < len(blocks) else 0
+            behind = reduces[index + 1] if index + 1 < len(blocks) else 0
             whole = done_root + behind + (done_block if inside else 0)
-            if inside and segment == blocks[place].first:
-                whole = done_root + reduces[place] + max(behind, reduces[place])
+            if inside and segment == blocks[index].first:
+                whole = done_root + reduces[index] + max(behind, reduces[index])
             slices = trained if later else reduced // strategy.fsdp
         found.append(Held(root_gather + gathered, slices, whole))
         done_root += of_root.get(segment, 0)
@@ -96,8 +96,8 @@ def _block_at(blocks: tuple[Block, ...], segment: int) -> tuple[int, bool]:
 
     The second form is for a segment outside of all blocks; its index is -1 if no block follows in the backward pass.
     """
-    place = bisect_right(blocks, segment, key=lambda block: block.first) - 1
-    return place, place >= 0 and segment < blocks[place].end
+    index = bisect_right(blocks, segment, key=lambda block: block.first) - 1
+    return index, index >= 0 and segment < blocks[index].end
 
 
 def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int, int], dict[int, int]]:

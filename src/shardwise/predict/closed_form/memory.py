@@ -106,7 +106,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
     module = strategy.tp == strategy.pp == 1
     batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # a pipeline loads all at once
     found: list[Memory] = []
-    for counts, later in _passes(strategy, worker.place):
+    for counts, later in _passes(strategy, worker.pipeline_rank):
         every = sum(count * kept[number] for number, count, _ in counts)
         every += sum(count * _put_off(profile, stages[number].first, stages[number].end) for number, _, count in counts)
         for number in (number for number, count, _ in counts if count):
@@ -124,11 +124,11 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
     return max(found, key=lambda memory: memory.total)
 
 
-def _passes(strategy: Strategy, place: int) -> list[tuple[Counts, bool]]:
+def _passes(strategy: Strategy, pipeline_rank: int) -> list[tuple[Counts, bool]]:
     """Return (microbatches in flight, whether gradients are already allocated) of the backward passes to look at."""
     if strategy.tp == strategy.pp == 1:
         return [(((0, 1, 0),), strategy.microbatches > 1)]
-    first, later = under_way(strategy, place)
+    first, later = under_way(strategy, pipeline_rank)
     return [(each, gradients) for each, gradients in ((first, False), (later, True)) if each]
 
 

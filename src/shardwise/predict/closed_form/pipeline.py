@@ -73,7 +73,7 @@ def played(tables: Sequence[Sequence[Timed]], messages: Messages) -> list[float]
         messages: messages between stages on different workers.
     """
     game = _Game(tables, messages)
-    while any(place < len(table) for place, table in zip(game.places, tables, strict=True)):
+    while any(index < len(table) for index, table in zip(game.positions, tables, strict=True)):
         for worker in range(len(tables)):
             game.play(worker)
     return game.ends
@@ -82,7 +82,7 @@ def played(tables: Sequence[Sequence[Timed]], messages: Messages) -> list[float]
 class _Game:
     def __init__(self, tables: Sequence[Sequence[Timed]], messages: Messages) -> None:
         self.tables, self.messages = tables, messages
-        self.places, self.ends = [0] * len(tables), [0.0] * len(tables)
+        self.positions, self.ends = [0] * len(tables), [0.0] * len(tables)
         self._clocks, self._hosts = [0.0] * len(tables), [0.0] * len(tables)
         self._arrived: dict[tuple[str, int, int, int], float] = {}
         self._channels: dict[tuple[int, int], float] = {}
@@ -95,12 +95,12 @@ class _Game:
     def play(self, worker: int) -> None:
         """Run passes of a worker until it has to wait for another worker, or is done with its table."""
         table = self.tables[worker]
-        while self.places[worker] < len(table):
-            turn = table[self.places[worker]]
+        while self.positions[worker] < len(table):
+            turn = table[self.positions[worker]]
             arrived = self._when(turn.action)
             if arrived is None:
                 return
-            self.places[worker] += 1
+            self.positions[worker] += 1
             self._pass(worker, turn, max(self._clocks[worker], arrived))
 
     def _when(self, action: Action) -> float | None:
@@ -167,10 +167,10 @@ def _alternating(stages: Sequence[StageTime], microbatches: int) -> float:
     rest = microbatches - 1
     best = one + rest * max(stage.forward + stage.backward for stage in stages)
     behind = 0.0
-    for place in reversed(range(len(stages))):
-        stage = stages[place]
+    for index in reversed(range(len(stages))):
+        stage = stages[index]
         trip = stage.forward + behind + stage.backward
-        trips, left = divmod(rest, len(stages) - place)
+        trips, left = divmod(rest, len(stages) - index)
         best = max(best, one + trips * trip + left * (stage.forward + stage.backward))
         behind += stage.forward + stage.backward + stage.arrives + stage.returns
     return best

@@ -39,12 +39,12 @@ def slower_hops(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple
 
 
 def _slower(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple[float, ...]:
-    seconds = [_per_byte(strategy, cluster, place) for place in range(hops_of(strategy))]
+    seconds = [_per_byte(strategy, cluster, pipeline_rank) for pipeline_rank in range(hops_of(strategy))]
     return much_slower(seconds, BYTES_PER_SECOND[profile.device])
 
 
-def _per_byte(strategy: Strategy, cluster: Cluster, place: int) -> float:
-    group = message_group(strategy, place, (place + 1) % strategy.pp)
+def _per_byte(strategy: Strategy, cluster: Cluster, pipeline_rank: int) -> float:
+    group = message_group(strategy, pipeline_rank, (pipeline_rank + 1) % strategy.pp)
     workers = workers_at_once(strategy, cluster, group)
     small, large = (collective_seconds(Collective("send", size, group), cluster, workers) for size in (SMALL, LARGE))
     return max(0.0, large - small) / (LARGE - SMALL)

@@ -253,15 +253,15 @@ def _busy(workers: int, device: Device, strategy: Strategy) -> float:
     """
     if device.kind != "cpu" or strategy.pp == 1 or workers <= device.cores:
         return workers
-    places = max(1, min(strategy.pp, workers // strategy.stride("pp")))
+    ranks_per_host = max(1, min(strategy.pp, workers // strategy.stride("pp")))
     passes = max(strategy.microbatches, 1) * strategy.stages_per_worker
     if strategy.schedule == "zero-bubble":  # passes are a third as long, and so are the bubbles
         passes *= 3
-    return device.cores * _dilation(strategy.pp, places, passes, workers / places / device.cores)
+    return device.cores * _dilation(strategy.pp, ranks_per_host, passes, workers / ranks_per_host / device.cores)
 
 
 @lru_cache(maxsize=4096)
-def _dilation(pp: int, places: int, passes: int, share: float) -> float:
+def _dilation(pp: int, ranks_per_host: int, passes: int, share: float) -> float:
     """Return the average factor by which the turns of a pipeline take longer because workers wait for cores.
 
     In turn t the workers with pipeline ranks t - passes + 1 to t compute (Narayanan et al. 2021, figure 3). A turn
@@ -269,13 +269,16 @@ def _dilation(pp: int, places: int, passes: int, share: float) -> float:
 
     Args:
         pp: number of pipeline ranks.
-        places: consecutive pipeline ranks on one host.
+        ranks_per_host: consecutive pipeline ranks on one host.
         passes: passes of each worker, one per turn.
         share: share of a host's cores that its workers of one pipeline rank would use.
     """
     turns = range(passes + pp - 1)
-    hosts = [range(first, min(first + places, pp)) for first in range(0, pp, places)]
-    most = (max(sum(place <= turn < place + passes for place in host) for host in hosts) for turn in turns)
+    hosts = [range(first, min(first + ranks_per_host, pp)) for first in range(0, pp, ranks_per_host)]
+    most = (
+        max(sum(pipeline_rank <= turn < pipeline_rank + passes for pipeline_rank in host) for host in hosts)
+        for turn in turns
+    )
     return sum(max(1.0, count * share) for count in most) / len(turns)
 
 

@@ -88,8 +88,8 @@ def costs_of(
         for worker in parts.workers:
             check_room(worker, profile.update.state_bytes, times.device)
 
-    def on(times: Timed, places: Sequence[Costs] = ()) -> Costs:
-        return Costs(StageCosts(profile, strategy, cluster, times, parts), size, places)
+    def on(times: Timed, by_pipeline_rank: Sequence[Costs] = ()) -> Costs:
+        return Costs(StageCosts(profile, strategy, cluster, times, parts), size, by_pipeline_rank)
 
     def on_device(device: Device) -> Costs:
         return on(timed(profile, cluster, strategy, device))
@@ -97,14 +97,18 @@ def costs_of(
     if device is not None:
         return on_device(device)
     several = strategy.speeds and not cluster.alike
-    places = [on_device(slowest_at(strategy, cluster, place)) for place in range(strategy.pp)] if several else []
-    return on(times, places)
+    by_pipeline_rank = (
+        [on_device(slowest_at(strategy, cluster, pipeline_rank)) for pipeline_rank in range(strategy.pp)]
+        if several
+        else []
+    )
+    return on(times, by_pipeline_rank)
 
 
-def slowest_at(strategy: Strategy, cluster: Cluster, place: int) -> Device:
-    """Return the slowest device of pipeline worker `place` in any replica, the one that all others wait for."""
+def slowest_at(strategy: Strategy, cluster: Cluster, pipeline_rank: int) -> Device:
+    """Return the slowest device of pipeline worker `pipeline_rank` in any replica, the one that all others wait for."""
     ranks = (
-        strategy.rank(dp=row, fsdp=column, pp=place, tp=shard)
+        strategy.rank(dp=row, fsdp=column, pp=pipeline_rank, tp=shard)
         for row in range(strategy.dp)
         for column in range(strategy.fsdp)
         for shard in range(strategy.tp)
@@ -163,25 +167,25 @@ class Costs:
     Args:
         stages: times of the passes.
         batch_size: global batch size in samples.
-        places: costs of each pipeline worker if they have different devices; empty if all have this device.
+        by_pipeline_rank: costs of each pipeline worker if they have different devices; empty if all have this device.
     """
 
-    def __init__(self, stages: StageCosts, batch_size: int, places: Sequence[Costs] = ()) -> None:
+    def __init__(self, stages: StageCosts, batch_size: int, by_pipeline_rank: Sequence[Costs] = ()) -> None:
         self.stages, self.calls, self.times, self.parts = stages, stages.calls, stages.times, stages.parts
         self.profile, self.strategy, self.cluster = stages.profile, stages.strategy, stages.cluster
         self.batch_size = batch_size
-        self._places = tuple(places)
+        self._by_pipeline_rank = tuple(by_pipeline_rank)
 
     def at(self, worker: Worker) -> Costs:
         """Return the costs on the device of a pipeline worker."""
-        return self._places[worker.place] if self._places else self
+        return self._by_pipeline_rank[worker.pipeline_rank] if self._by_pipeline_rank else self
 
     # ---- after the passes -------------------------------------------------------------------------------------------
 
     def finish(self, worker: Worker) -> Finish:
         """Compute the seconds that a worker needs after its last backward pass."""
         strategy = self.strategy
-        replicas = group_of(strategy, "replicas", worker.place)
+        replicas = group_of(strategy, "replicas", worker.pipeline_rank)
         reduce = sum(self.calls.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
         reduce += sum(seconds for _, _, seconds in self.sums_over_workers(worker))
         exchange = sum(self.calls.collective("broadcast", size, replicas) for size in worker.broadcast)
@@ -202,7 +206,7 @@ class Costs:
         if strategy.tp > 1:
             found += [((), size, self.calls.collective("all_reduce", size, tensor)) for size in worker.summed]
         for workers, size in worker.tied:
-            group = Group.of([strategy.rank(pp=place) for place in workers])
+            group = Group.of([strategy.rank(pp=pipeline_rank) for pipeline_rank in workers])
             found.append((workers, size, self.calls.collective("all_reduce", size, group)))
         return found
 
@@ -328,10 +332,10 @@ class Costs:
         whole += sum(sum(work.heads.values()) for work in works)
         tails = [sum(work.tails.values()) for work in works]
         ends, drained = [], 0.0
-        for place, work in enumerate(works):
-            tail = sum(tails[place:]) if strategy.splits_parameters else tails[place]
-            ends.append(max(whole - drained, work.seconds - tails[place]) + tail)
-            drained += stages[place].backward + (stages[place + 1].returns if place + 1 < len(stages) else 0.0)
+        for index, work in enumerate(works):
+            tail = sum(tails[index:]) if strategy.splits_parameters else tails[index]
+            ends.append(max(whole - drained, work.seconds - tails[index]) + tail)
+            drained += stages[index].backward + (stages[index + 1].returns if index + 1 < len(stages) else 0.0)
         return _after_hosts(ends, stages, [0.0 if work.spent.inline else work.spent.launching for work in works])
 
 
@@ -341,9 +345,9 @@ def _after_hosts(ends: Sequence[float], stages: Sequence[StageTime], launching: 
     The last backward pass of a worker also follows the end of the worker behind it, which sends it the last gradients.
     """
     found: list[float] = []
-    for place in reversed(range(len(ends))):
-        hosts = launching[place]
+    for index in reversed(range(len(ends))):
+        hosts = launching[index]
         if found:
-            hosts = max(hosts, found[-1] + stages[place + 1].returns + stages[place].backward)
-        found.append(max(ends[place], hosts))
+            hosts = max(hosts, found[-1] + stages[index + 1].returns + stages[index].backward)
+        found.append(max(ends[index], hosts))
     return found[::-1]

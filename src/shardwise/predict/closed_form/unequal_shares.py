@@ -84,9 +84,9 @@ def slowest_rank(strategy: Strategy, cluster: Cluster, number: int) -> int:
 def _ranks(strategy: Strategy, number: int) -> Iterator[int]:
     """Yield all ranks of one replica."""
     row, column = divmod(number, strategy.fsdp)
-    for place in range(strategy.pp):
+    for pipeline_rank in range(strategy.pp):
         for shard in range(strategy.tp):
-            yield strategy.rank(dp=row, fsdp=column, pp=place, tp=shard)
+            yield strategy.rank(dp=row, fsdp=column, pp=pipeline_rank, tp=shard)
 
 
 def refuse_shares(strategy: Strategy, what: str) -> None:

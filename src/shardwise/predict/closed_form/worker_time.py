@@ -65,7 +65,7 @@ def work_of(costs: StageCosts, worker: Worker) -> Work:
     stages = {stage.number: stage for stage in worker.stages}
     passes = [
         (turn, costs.passed(stages[turn.action.stage], turn.action.kind, turn.sync, turn.final, turn.first))
-        for turn in turns(costs.strategy, worker.place)
+        for turn in turns(costs.strategy, worker.pipeline_rank)
     ]
     spent = Spent()
     for turn, passed in passes:
@@ -98,15 +98,15 @@ def _exposed(costs: StageCosts, passes: Sequence[tuple[Turn, Passed]]) -> list[f
     found = [passed.exposed for _, passed in passes]
     if costs.strategy.pp == 1 or costs.strategy.splits_parameters:
         return found
-    final = [place for place, (turn, _) in enumerate(passes) if turn.final]
-    final.sort(key=lambda place: -passes[place][0].action.stage)
+    final = [index for index, (turn, _) in enumerate(passes) if turn.final]
+    final.sort(key=lambda index: -passes[index][0].action.stage)
     now = channel = 0.0
-    for place in final:
-        passed = passes[place][1]
+    for index in final:
+        passed = passes[index][1]
         now += passed.compute.device + passed.slowed
         if passed.communication:
             channel = max(channel + passed.communication, now + passed.exposed)
-        found[place] = 0.0
+        found[index] = 0.0
     if final:
         found[final[-1]] = max(0.0, channel - now)
     return found
@@ -142,7 +142,7 @@ def table_of(costs: StageCosts, worker: Worker) -> list[Timed]:
     stages = {stage.number: stage for stage in worker.stages}
     sharded = costs.strategy.splits_parameters
     found = []
-    for turn in table(costs.strategy, worker.place):
+    for turn in table(costs.strategy, worker.pipeline_rank):
         action = turn.action
         passed = costs.passed(stages[action.stage], action.kind, turn.sync, turn.final, turn.first)
         seconds = passed.compute.device + passed.slowed + (passed.exposed if sharded else 0.0)

@@ -158,7 +158,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "recompute" if self._engine is not None and self._engine.recomputing else "backward"
         return self._base
 
-    def _place(self, when: str) -> str:
+    def _phase(self, when: str) -> str:
         """Return the current mark. A microbatch's mark says F (forward); in its backward pass that becomes B."""
         mark = self._mark
         return mark.replace("F", "B") if when in ("backward", "recompute") and mark[:1].isdigit() else mark
@@ -170,9 +170,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented  # the subclass calls again with its local tensors
         kwargs = kwargs or {}
         when = self._when()
-        place = self._place(when)
-        if (when, place) != self._stretch:
-            self._stretch = when, place
+        phase = self._phase(when)
+        if (when, phase) != self._stretch:
+            self._stretch = when, phase
             self._storages.next(forward=when in ("forward", "recompute"))
         for tensor in tensors((args, kwargs)):
             self._storages.seen(tensor)
@@ -185,7 +185,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             what = kernel_of(func, args, kwargs, result, when or "optimizer")
         if what is not None:
-            self._events.append(Event(place, what))
+            self._events.append(Event(phase, what))
         return result
 
 

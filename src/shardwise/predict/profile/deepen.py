@@ -123,11 +123,13 @@ class _Middle:
         return all(self._the_same(value.used) and self._the_same(value.saved) for value in before)
 
     def _same_order(self, ready: Sequence[int]) -> bool:
-        places = [[ready.index(index) for index in own if index in ready] for own in (self.one, self.two)]
-        if any(sorted(own) != list(range(min(own, default=0), max(own, default=-1) + 1)) for own in places):
+        positions = [[ready.index(index) for index in own if index in ready] for own in (self.one, self.two)]
+        if any(sorted(own) != list(range(min(own, default=0), max(own, default=-1) + 1)) for own in positions):
             return False
-        orders = [[ready[place] - own[0] for place in sorted(at)] for at, own in zip(places, self._both, strict=True)]
-        return orders[0] == orders[1] and (not places[0] or max(places[1]) + 1 == min(places[0]))
+        orders = [
+            [ready[position] - own[0] for position in sorted(at)] for at, own in zip(positions, self._both, strict=True)
+        ]
+        return orders[0] == orders[1] and (not positions[0] or max(positions[1]) + 1 == min(positions[0]))
 
     @property
     def _both(self) -> tuple[range, range]:
@@ -178,10 +180,10 @@ class _Middle:
                         yield self._copy(parameters[each], number)
 
     def _renamed(self, parameter: Parameter) -> Parameter:
-        for place in (2, 3):
-            if parameter.name.startswith(self.layers[place]):
-                rest = parameter.name.removeprefix(self.layers[place])
-                return replace(parameter, name=self.layers[place + self.more] + rest)
+        for position in (2, 3):
+            if parameter.name.startswith(self.layers[position]):
+                rest = parameter.name.removeprefix(self.layers[position])
+                return replace(parameter, name=self.layers[position + self.more] + rest)
         return parameter
 
     def _copy(self, parameter: Parameter, number: int) -> Parameter:

@@ -320,9 +320,9 @@ class _Profiler:
         own = {int(t.untyped_storage()._cdata) for t in (*model.parameters(), *model.buffers())}
 
         def pack(tensor: Tensor) -> Tensor:
-            place = int(tensor.untyped_storage()._cdata)
-            if place not in own:
-                saved[place] = tensor.untyped_storage().nbytes()
+            storage = int(tensor.untyped_storage()._cdata)
+            if storage not in own:
+                saved[storage] = tensor.untyped_storage().nbytes()
             return tensor
 
         for name, parameter in model.named_parameters():

@@ -164,23 +164,23 @@ class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def forget(self, tensor: Tensor) -> None:
         """Stop counting the storage of `tensor`."""
-        self._free(_place(tensor))
+        self._free(_storage_id(tensor))
 
     def _note(self, tensor: Tensor) -> None:
-        place = _place(tensor)
-        if place in self._sizes:
+        storage_id = _storage_id(tensor)
+        if storage_id in self._sizes:
             return
         storage = tensor.untyped_storage()
-        self._sizes[place] = storage.nbytes()
-        self.live += self._sizes[place]
+        self._sizes[storage_id] = storage.nbytes()
+        self.live += self._sizes[storage_id]
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, place)
+        weakref.finalize(storage, self._free, storage_id)
 
-    def _free(self, place: int) -> None:
-        self.live -= self._sizes.pop(place, 0)
+    def _free(self, storage_id: int) -> None:
+        self.live -= self._sizes.pop(storage_id, 0)
 
 
-def _place(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -315,7 +315,7 @@ class _Run:
             leaves = [(index, value) for index, value in enumerate(values.values()) if value.requires_grad]
             values.update({node: _Arrived.apply(spec.empty()) for node, spec in self.segment.inputs.items()})  # type: ignore[no-untyped-call]
             arrived = [values[node] for node in self.segment.inputs]
-            apart = {_place(value) for node, value in values.items() if node in self.segment.weights}
+            apart = {_storage_id(value) for node, value in values.items() if node in self.segment.weights}
             values.update(self.segment.given)
             for index, leaf in leaves:
                 leaf.register_post_accumulate_grad_hook(lambda _, leaf=leaf, index=index: self._complete(leaf, index))
@@ -326,10 +326,10 @@ class _Run:
                 forward = recorder.take()
                 normalised, recorder.normalised = tuple(recorder.normalised), []
                 products, recorder.products = recorder.products, 0
-                places = {_place(value): index for index, value in enumerate(arrived)}
-                made = [self._output(result, places) for result in results]
-                inner = self._inside(apart, places, results)
-                saved = frozenset(places[place] for place in self._saved if place in places)
+                by_storage = {_storage_id(value): index for index, value in enumerate(arrived)}
+                made = [self._output(result, by_storage) for result in results]
+                inner = self._inside(apart, by_storage, results)
+                saved = frozenset(by_storage[storage_id] for storage_id in self._saved if storage_id in by_storage)
                 backward, weights, most = self._backward(results)
             recomputed = Pass()
             if self._at_last is not None:
@@ -382,23 +382,23 @@ class _Run:
         recorder = self.analyst.recorder
 
         def pack(tensor: Tensor) -> Tensor:
-            self._saved[_place(tensor)] = tensor.untyped_storage().nbytes()
+            self._saved[_storage_id(tensor)] = tensor.untyped_storage().nbytes()
             self._at_last = len(recorder.kernels), len(recorder.exchanges)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
 
-    def _output(self, result: Any, places: Mapping[int, int]) -> Output:
-        place = _place(result)
+    def _output(self, result: Any, by_storage: Mapping[int, int]) -> Output:
+        storage_id = _storage_id(result)
         held = result.untyped_storage().nbytes()
-        alias = places.get(place)
-        return Output(Spec.of(result), alias, held, alias is None and place in self._saved)
+        alias = by_storage.get(storage_id)
+        return Output(Spec.of(result), alias, held, alias is None and storage_id in self._saved)
 
-    def _inside(self, apart: set[int], places: Mapping[int, int], results: Sequence[Tensor]) -> int:
-        own = {_place(value) for value in self.segment.given.values() if isinstance(value, Tensor)}
-        others = apart | set(places) | {_place(result) for result in results} | own
-        return sum(size for place, size in self._saved.items() if place not in others)
+    def _inside(self, apart: set[int], by_storage: Mapping[int, int], results: Sequence[Tensor]) -> int:
+        own = {_storage_id(value) for value in self.segment.given.values() if isinstance(value, Tensor)}
+        others = apart | set(by_storage) | {_storage_id(result) for result in results} | own
+        return sum(size for storage_id, size in self._saved.items() if storage_id not in others)
 
     def _backward(self, results: list[Tensor]) -> tuple[Pass, Pass, int]:
         """Run the backward pass and return (its work, the deferred work on weights, peak bytes).

@@ -115,17 +115,19 @@ def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, f
     for row in range(strategy.dp if kinds else 1):
         found: dict[object, Pipeline] = {}
         for column in range(strategy.fsdp if kinds else 1):
-            machines = tuple(_machine(strategy, cluster, slowed, row, column, place) for place in range(strategy.pp))
+            machines = tuple(
+                _machine(strategy, cluster, slowed, row, column, pipeline_rank) for pipeline_rank in range(strategy.pp)
+            )
             found.setdefault(_described(machines), Pipeline(row, column, machines))
         rows.setdefault(frozenset(found), list(found.values()))
     return [pipeline for found in rows.values() for pipeline in found]
 
 
 def _machine(
-    strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float], row: int, column: int, place: int
+    strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float], row: int, column: int, pipeline_rank: int
 ) -> tuple[Device, float]:
     """Return (slowest device, largest factor) of a pipeline worker's tensor-parallel ranks, which run in step."""
-    first = strategy.rank(dp=row, fsdp=column, pp=place)
+    first = strategy.rank(dp=row, fsdp=column, pp=pipeline_rank)
     ranks = range(first, first + strategy.tp)
     devices = {id(device): device for device in map(cluster.device, ranks)}.values()
     slowest = min(devices, key=lambda device: max(device.flops.values(), default=0.0))
@@ -151,7 +153,7 @@ class _Host:
 
     Attributes:
         number: number of the worker in the simulation.
-        pipeline, place: replica and pipeline rank of the worker.
+        pipeline, pipeline_rank: replica and pipeline rank of the worker.
         costs: costs on its device.
         factor: factor by which its compute takes longer than usual.
         worker: its stages and shards.
@@ -162,7 +164,7 @@ class _Host:
 
     number: int
     pipeline: Pipeline
-    place: int
+    pipeline_rank: int
     costs: Costs
     factor: float
     worker: Worker
@@ -179,15 +181,15 @@ class _Step:
         self.inline = usual.stages.blocking
         self.hosts = [
             _Host(
-                index * self.strategy.pp + place,
+                index * self.strategy.pp + pipeline_rank,
                 pipeline,
-                place,
-                costs[id(pipeline.machines[place][0])],
-                pipeline.machines[place][1],
-                usual.parts.workers[place],
+                pipeline_rank,
+                costs[id(pipeline.machines[pipeline_rank][0])],
+                pipeline.machines[pipeline_rank][1],
+                usual.parts.workers[pipeline_rank],
             )
             for index, pipeline in enumerate(pipelines)
-            for place in range(self.strategy.pp)
+            for pipeline_rank in range(self.strategy.pp)
         ]
         self.simulation = Simulation([host.costs.stages.overlap for host in self.hosts])
         self._messages: dict[object, Operation] = {}
@@ -199,7 +201,9 @@ class _Step:
         seconds = self.simulation.run()
         happened = Happened(self.simulation.done, self._received(), inline=self.inline)
         index = max(range(len(self.hosts)), key=happened.computed)
-        ranks = tuple(self.strategy.rank(dp=h.pipeline.row, fsdp=h.pipeline.column, pp=h.place) for h in self.hosts)
+        ranks = tuple(
+            self.strategy.rank(dp=h.pipeline.row, fsdp=h.pipeline.column, pp=h.pipeline_rank) for h in self.hosts
+        )
         profile, device = self.usual.profile, self.usual.times.device
         prediction = happened.prediction(
             index,
@@ -226,7 +230,7 @@ class _Step:
     def _program(self, host: _Host) -> None:
         strategy = self.strategy
         stages = {stage.number: stage for stage in host.worker.stages}
-        for turn in table(strategy, host.place):
+        for turn in table(strategy, host.pipeline_rank):
             action, sync, final = turn.action, turn.sync, turn.final
             stage = stages[action.stage]
             self._arrive(host, action)
@@ -340,7 +344,7 @@ class _Step:
         after = [*host.barrier, host.last]
         for target, sizes in stage.sent if action.kind == FORWARD else stage.returned:
             seconds = self.usual.calls.message(stage.number, target, sizes)
-            if target % self.strategy.pp != host.place:
+            if target % self.strategy.pp != host.pipeline_rank:
                 message = self._message(host.pipeline, action, stage.number, target, seconds)
                 self.simulation.issue(message, after)
 
@@ -355,7 +359,7 @@ class _Step:
                 self._compute(host, action, spent, (ready - done) / whole, f"to bucket {number}")
                 done = ready
             after = [*host.barrier, host.last]
-            together = "replicas", host.place, stage.number, number
+            together = "replicas", host.pipeline_rank, stage.number, number
             size = stage.buckets[number].bytes
             host.sums.append(
                 self._issue(host, "dp", f"bucket {number}", "gradients", seconds, after, together, bytes=size)
@@ -391,14 +395,14 @@ class _Step:
             host.sums.clear()
 
     def _gather(self, host: _Host, action: Action, piece: Piece, after: Iterable[Operation | None]) -> Operation:
-        together = "fsdp", host.pipeline.row, host.place, str(action), piece.name, "gather"
+        together = "fsdp", host.pipeline.row, host.pipeline_rank, str(action), piece.name, "gather"
         name = f"gather {piece.name or 'the rest'} for {action}"
         return self._issue(host, "fsdp", name, "parameters", piece.gather, after, together)
 
     def _scatter(self, host: _Host, action: Action, ready: list[tuple[Piece, Operation]]) -> None:
         """Issue the reduce-scatters of pieces that have computed; they queue behind the gather of the next piece."""
         for piece, computed in ready:
-            where = host.place, str(action), piece.name
+            where = host.pipeline_rank, str(action), piece.name
             name = f"{piece.name or 'the rest'} of {action}"
             together: object = ("fsdp", host.pipeline.row, *where, "scatter")
             scattered = self._issue(
@@ -421,10 +425,10 @@ class _Step:
         """Issue what follows the passes: remaining all-reduces, the update, and broadcasts of updated parameters."""
         costs, strategy, worker = host.costs, self.strategy, host.worker
         finish = costs.finish(worker)
-        replicas = group_of(strategy, "replicas", worker.place)
+        replicas = group_of(strategy, "replicas", worker.pipeline_rank)
         for number, bucket in enumerate(worker.twice):
             seconds = costs.calls.collective("all_reduce", bucket.bytes, replicas)
-            together: object = ("twice", host.place, number)
+            together: object = ("twice", host.pipeline_rank, number)
             host.sums.append(
                 self._issue(host, "dp", f"shared bucket {number}", "gradients", seconds, [host.last], together)
             )
@@ -450,7 +454,7 @@ class _Step:
         self._on_compute(host, update)
         if finish.exchange:
             told = self._issue(
-                host, "dp", "updated parameters", "parameters", finish.exchange, [update], ("told", host.place)
+                host, "dp", "updated parameters", "parameters", finish.exchange, [update], ("told", host.pipeline_rank)
             )
             self._needed(host, told)
         if report is not None:

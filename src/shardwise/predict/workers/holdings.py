@@ -84,7 +84,7 @@ class Worker:
     """One worker of the pipeline; without a pipeline there is only one.
 
     Attributes:
-        place: its pipeline rank.
+        pipeline_rank: its pipeline rank.
         stages: its stages, in ascending order.
         twice: gradient buckets of parameters that several of its stages use.
         summed: bytes of each message that is all-reduced over tp after the last backward pass.
@@ -98,7 +98,7 @@ class Worker:
             this worker; included in `parameters`, `trained` and `updated`.
     """
 
-    place: int
+    pipeline_rank: int
     stages: tuple[Stage, ...]
     twice: tuple[Bucket, ...]
     summed: tuple[int, ...]
@@ -172,8 +172,8 @@ def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]]
     ranges = list(pairwise(bounds))
     stage_of = [stage for stage, (a, b) in enumerate(ranges) for _ in range(a, b)]
     homes = {index: {stage_of[segment] for segment in profile.parameters[index].segments} for index in profile.shared}
-    for place in range(strategy.pp):
-        own = range(place, len(cuts), strategy.pp)
+    for pipeline_rank in range(strategy.pp):
+        own = range(pipeline_rank, len(cuts), strategy.pp)
         twice = {index for index, stages in homes.items() if len(stages.intersection(own)) > 1}
         if twice and strategy.splits_parameters:
             name = profile.parameters[min(twice)].name
@@ -187,13 +187,13 @@ def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]]
             for index, found in homes.items()
             if found.intersection(own) and profile.parameters[index].trained
         }
-        yield _worker(profile, strategy, place, stages, tuple(ranges[stage] for stage in own), twice, tied)
+        yield _worker(profile, strategy, pipeline_rank, stages, tuple(ranges[stage] for stage in own), twice, tied)
 
 
 def _worker(
     profile: Profile,
     strategy: Strategy,
-    place: int,
+    pipeline_rank: int,
     stages: tuple[Stage, ...],
     ranges: tuple[tuple[int, int], ...],
     twice: set[int],
@@ -208,7 +208,7 @@ def _worker(
     replicated = strategy.replicas > 1 and not strategy.splits_parameters
     several = [profile.parameters[index] for index in sorted(twice) if profile.parameters[index].trained]
     return Worker(
-        place,
+        pipeline_rank,
         stages,
         tuple(reducer_buckets(several, stages[0].first, bucket_bytes(strategy.bucket)))
         if replicated and several

@@ -19,12 +19,12 @@ Key = tuple[str, str, str]
 """Key of a count: (operation, axis, when), as in `collective.Collective`."""
 
 
-def communicated(profile: Profile, parts: Parts, place: int = 0) -> Mapping[Key, tuple[int, int]]:
-    """Count the collectives of pipeline worker `place` in one step: (operation, axis, when) -> (number, bytes).
+def communicated(profile: Profile, parts: Parts, pipeline_rank: int = 0) -> Mapping[Key, tuple[int, int]]:
+    """Count the collectives of pipeline worker `pipeline_rank` in one step: (operation, axis, when) -> (number, bytes).
 
     Axes, phases and bytes are those of `collective.Collective`.
     """
-    return _Counting(profile, parts, parts.workers[place]).counted()
+    return _Counting(profile, parts, parts.workers[pipeline_rank]).counted()
 
 
 class _Counting:
@@ -36,7 +36,7 @@ class _Counting:
     def counted(self) -> Mapping[Key, tuple[int, int]]:
         """Return the counts of one worker; see `communicated`."""
         strategy = self.strategy
-        actions = actions_of(strategy, self.worker.place)
+        actions = actions_of(strategy, self.worker.pipeline_rank)
         stages = {stage.number: stage for stage in self.worker.stages}
         for stage in self.worker.stages:
             self._exchanges(stage)
@@ -97,15 +97,15 @@ class _Counting:
 
     def _messages(self, stage: Stage) -> None:
         times, pp = self.strategy.microbatches, self.strategy.pp
-        place = stage.number % pp
+        pipeline_rank = stage.number % pp
         for target, sizes in stage.sent:
-            if target % pp != place:
+            if target % pp != pipeline_rank:
                 self._add("send", "pp", "forward", sizes, times)
         for target, sizes in stage.returned:
-            if target % pp != place:
+            if target % pp != pipeline_rank:
                 self._add("send", "pp", "backward", sizes, times)
         for other in self.parts.stages.values():
-            if other.number % pp == place:
+            if other.number % pp == pipeline_rank:
                 continue
             for target, sizes in other.sent:
                 if target == stage.number:

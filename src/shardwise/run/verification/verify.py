@@ -182,12 +182,14 @@ class _Prover:
         alone = [Strategy(microbatches=each.microbatches, precision=each.precision) for each in settled]
         missing = [each for each in dict.fromkeys(alone) if each not in self._recorded]
         if missing:
-            self._run(record_all, [replace(self._trial, strategy=each, folder=self._place(each)) for each in missing])
+            self._run(
+                record_all, [replace(self._trial, strategy=each, folder=self._folder_of(each)) for each in missing]
+            )
             self._recorded.update(missing)
         proofs: dict[int, Proof] = {}
         for count in sorted({each.workers for each in settled}):
             chosen = [index for index, each in enumerate(settled) if each.workers == count]
-            trials = [replace(self._trial, strategy=settled[i], folder=self._place(alone[i])) for i in chosen]
+            trials = [replace(self._trial, strategy=settled[i], folder=self._folder_of(alone[i])) for i in chosen]
             proofs.update(zip(chosen, self._run(compare_all, trials), strict=True))
         return [replace(proofs[index], strategy=strategy) for index, strategy in enumerate(strategies)]
 
@@ -204,7 +206,7 @@ class _Prover:
                 return axis
         return " with ".join(degrees)
 
-    def _place(self, alone: Strategy) -> str:
+    def _folder_of(self, alone: Strategy) -> str:
         """Return the folder with the recorded steps of the strategy `alone`, which has one worker."""
         return str(self._folder / str(alone))
 

@@ -72,7 +72,11 @@ def test_no_other_cut_that_fits_is_faster(profiles: ScaledProfiles, cluster: Clu
         found = evened(profile, strategy, cluster, room)
         assert found is not None
         least = min(segment.message for segment in profile.segments[1:])
-        narrow = [place for place, segment in enumerate(profile.segments) if place and segment.message == least]
+        narrow = [
+            pipeline_rank
+            for pipeline_rank, segment in enumerate(profile.segments)
+            if pipeline_rank and segment.message == least
+        ]
         sums = costs_of(profile, strategy, cluster).times.forward
         parts = {}
         for starts in combinations(narrow, workers - 1):

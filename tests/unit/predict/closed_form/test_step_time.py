@@ -210,7 +210,7 @@ def test_communicated_by_a_stage() -> None:
     segments = tuple(Segment(replace(LAYERS[0], forward=exchanges), 1000 * n) for n in range(4))
     found = profile(tp=2, links=segments)
     strategy = Strategy.parse("tp=2,pp=4,microbatches=3")
-    sent = communicated(found, parts_of(found, strategy, (1.0,) * 4), place=1)
+    sent = communicated(found, parts_of(found, strategy, (1.0,) * 4), pipeline_rank=1)
     assert sent["all_reduce", "tp", "forward"] == (3, 3 * 4096)
     assert sent["recv", "pp", "forward"] == (3, 3 * 1000)
     assert sent["send", "pp", "forward"] == (3, 3 * 2000)
