@@ -22,7 +22,7 @@ def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists
         finalists: number of candidates to dry-run; more if none of them fits. Strategies with shares are taken as
             they are, because replicas with unequal shares cannot be dry-run.
     """
-    kept: list[Candidate] = []
+    fitting: list[Candidate] = []
     rejected: list[Rejected] = []
     smallest: list[Candidate] = [] if plan.smallest is None else [plan.smallest]
     every = iter(plan.candidates)
@@ -30,18 +30,18 @@ def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists
         run = _run(candidate, profiles, cluster)
         size = run.prediction.memory.total
         if size <= room:
-            kept.append(run)
+            fitting.append(run)
         else:
             smallest.append(run)
             reason = f"its dry run needs {format_bytes(size)} of a device, there are {format_bytes(room)}"
             rejected.append(Rejected(run.strategy, reason, "memory"))
-        if number >= finalists and kept:
+        if number >= finalists and fitting:
             break
     if plan.wish.objective == "memory":
-        kept.sort(key=lambda each: each.prediction.memory.total)
+        fitting.sort(key=lambda each: each.prediction.memory.total)
     return replace(
         plan,
-        candidates=(*kept, *every),
+        candidates=(*fitting, *every),
         rejected=(*plan.rejected, *rejected),
         smallest=min(smallest, key=lambda each: each.prediction.memory.total, default=None),
     )

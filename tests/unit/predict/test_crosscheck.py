@@ -134,9 +134,9 @@ def test_an_optimizer_that_needs_memory_for_a_moment_is_noticed() -> None:
     with remembered("few tokens"):
         profile = found.of(Strategy())
         assert profile.update.temporary_bytes == 4  # AdamW's root of the second moments
-        kept = replace(profile, update=replace(profile.update, temporary_bytes=0.0))
+        saved = replace(profile, update=replace(profile.update, temporary_bytes=0.0))
     right = judge("few tokens", "single")
-    wrong = costs_of(kept, Strategy(), find_cluster("h100x16")).memory
+    wrong = costs_of(saved, Strategy(), find_cluster("h100x16")).memory
     assert wrong.total < (1 - MEMORY_TOLERANCE) * right.memory.total
 
 

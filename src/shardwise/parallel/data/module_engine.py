@@ -217,7 +217,7 @@ class ModuleEngine:
         sharded = strategy.splits_parameters
         blocks = self._find_blocks(model) if sharded or strategy.recomputes else []
         for block in blocks[: strategy.recomputed_of(len(blocks))]:
-            self._operations.recompute(block, products=strategy.keeps_products)
+            self._operations.recompute(block, products=strategy.saves_products)
         if group is not None and sharded:
             from shardwise.parallel.data.fsdp import Sharded  # importing it takes a second
 

@@ -119,7 +119,7 @@ class Holding:
             shared,
             keyed,
             recomputed=self._strategy.recomputed_of(blocks),
-            products=self._strategy.keeps_products,
+            products=self._strategy.saves_products,
             bf16=self._bf16,
         )
         for holder in (*module.blocks, module):

@@ -137,10 +137,10 @@ class KeyedOperations:
             self._opaque[call.module] = operations
         buffers = [tensor for tensor in tensors[: len(call.state)] if not isinstance(tensor, nn.Parameter)]
         # a dummy sample that only keeps the worker in step must leave no trace
-        kept = [] if self.position.counted else [(buffer, buffer.clone()) for buffer in buffers]
+        before = [] if self.position.counted else [(buffer, buffer.clone()) for buffer in buffers]
         with self._opaque[call.module].drawing_from(site, self.position):
             results = call.run(tensors)
-        for buffer, value in kept:
+        for buffer, value in before:
             buffer.copy_(value)
         return results
 

@@ -179,13 +179,13 @@ def _on_meta(node: fx.Node) -> Any:
 def _timed(
     step: StepGraph, tensors: Mapping[str, Tensor], data: Any, used: Mapping[fx.Node, list[Use]], repeats: int = 3
 ) -> list[float]:
-    kept = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
+    before = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
     best = [float("inf")] * len(used)
     with torch.random.fork_rng():
         for _ in range(repeats):
             for index, seconds in enumerate(_timed_once(step, tensors, data, used)):
                 best[index] = min(best[index], seconds)
-    for name, value in kept.items():  # restore batch norm's statistics
+    for name, value in before.items():  # restore batch norm's statistics
         tensors[name].data.copy_(value)
     return best
 

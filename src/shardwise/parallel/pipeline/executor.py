@@ -154,33 +154,33 @@ class Pipeline:
         received = self._received(work.work, action)
         inputs = {node: received[node].detach().requires_grad_(node.meta["grad"]) for node in stage_work.inputs}
         results = self.stages[stage](stage_work, work.given[microbatch], [inputs[node] for node in stage_work.inputs])
-        kept = Inflight(inputs, dict(zip(stage_work.outputs, results, strict=True)))
-        self._inflight[stage, microbatch] = kept
+        inflight = Inflight(inputs, dict(zip(stage_work.outputs, results, strict=True)))
+        self._inflight[stage, microbatch] = inflight
         if stage == len(work.work.stages) - 1:
             scale = work.scales[microbatch]
-            kept.loss = (results[0] * scale).where(scale != 0, 0)  # with scale 0 the nan of an empty mean becomes 0
-            return kept.loss.detach()
+            inflight.loss = (results[0] * scale).where(scale != 0, 0)  # with scale 0 the nan of an empty mean becomes 0
+            return inflight.loss.detach()
         for target in range(stage + 1, len(work.work.stages)):
             nodes = work.work.messages(stage, target)
-            self._send(action, target, nodes, [kept.outputs[node] for node in nodes])
+            self._send(action, target, nodes, [inflight.outputs[node] for node in nodes])
         return None
 
     def _backward(self, work: Pass, action: Action) -> None:
         stage, microbatch = action.stage, action.microbatch
-        kept = self._inflight.pop((stage, microbatch))
+        inflight = self._inflight.pop((stage, microbatch))
         gradients = self._received(work.work, action)
         self.weights.begin((stage, microbatch) if action.kind == INPUT else None)
-        if kept.loss is not None:
-            kept.loss.backward()  # type: ignore[no-untyped-call]
+        if inflight.loss is not None:
+            inflight.loss.backward()  # type: ignore[no-untyped-call]
         else:
-            targets = [node for node in gradients if kept.outputs[node].requires_grad]
-            outputs = [kept.outputs[node] for node in targets]
+            targets = [node for node in gradients if inflight.outputs[node].requires_grad]
+            outputs = [inflight.outputs[node] for node in targets]
             arrived = [gradients[node].to(out.dtype) for node, out in zip(targets, outputs, strict=True)]
             torch.autograd.backward(outputs, arrived)
         self.weights.begin(None)
         for source in range(stage):
             nodes = [node for node in work.work.messages(source, stage) if node.meta["grad"]]
-            self._send(action, source, nodes, [_gradient(kept.inputs[node]) for node in nodes])
+            self._send(action, source, nodes, [_gradient(inflight.inputs[node]) for node in nodes])
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 

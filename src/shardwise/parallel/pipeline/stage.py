@@ -187,7 +187,7 @@ class Stage(nn.Module):
 
         def compute(*values: Any) -> tuple[Any, ...]:
             nonlocal again
-            with self.keyed.at(position, again=again), _kept(block, again):
+            with self.keyed.at(position, again=again), _restored_buffers(block, again):
                 again = True
                 return _run(block, piece, shared, values)
 
@@ -204,7 +204,7 @@ def _run(
     return result
 
 
-class _kept:  # noqa: N801  a context manager
+class _restored_buffers:  # noqa: N801  a context manager
     """Context manager that restores the buffers of a block after its recomputation, so that they change only once."""
 
     def __init__(self, block: nn.Module, again: bool) -> None:

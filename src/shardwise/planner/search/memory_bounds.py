@@ -34,8 +34,8 @@ def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = N
     if strategy.splits_parameters and strategy.zero == 2 and stages > 1:
         stays += profile.own / stages
     buckets = strategy.sums_in_buckets and strategy.tp == strategy.pp == 1  # DDP allocates its buckets at the start
-    first = _kept(profile, strategy, saved, count) + (profile.gradients if buckets else 0)
-    later = _gradients(profile, strategy, slices) + _kept(profile, strategy, saved, count - (workers > 1))
+    first = _saved(profile, strategy, saved, count) + (profile.gradients if buckets else 0)
+    later = _gradients(profile, strategy, slices) + _saved(profile, strategy, saved, count - (workers > 1))
     return max(updating, stays + first, stays + later if count > 1 else 0.0, profile.largest)
 
 
@@ -49,11 +49,11 @@ def most_of_the_model(profile: Condensed, strategy: Strategy, room: int) -> list
     stays, count = _stays(profile, strategy), strategy.microbatches
     if count > 1 and not strategy.splits_parameters:
         stays += profile.gradients
-    kept = [
+    in_flight = [
         count if strategy.schedule == "gpipe" else min(count, strategy.pp - pipeline_rank)
         for pipeline_rank in range(strategy.pp)
     ]
-    return [room / max(1.0, stays + microbatches * profile.saved) for microbatches in kept]
+    return [room / max(1.0, stays + microbatches * profile.saved) for microbatches in in_flight]
 
 
 def _stays(profile: Condensed, strategy: Strategy) -> float:
@@ -62,15 +62,15 @@ def _stays(profile: Condensed, strategy: Strategy) -> float:
     return profile.parameters / slices + profile.elements * profile.update.state_bytes / owners(strategy)
 
 
-def _kept(profile: Condensed, strategy: Strategy, saved: float | None, count: int) -> float:
+def _saved(profile: Condensed, strategy: Strategy, saved: float | None, count: int) -> float:
     """Return the bytes of saved activations on the worker that has most of them, for `count` microbatches."""
     workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
     under_way = _under_way(workers, count, strategy.schedule, strategy.stages_per_worker)
     share = even(profile, workers)
     if saved is None and strategy.recomputes:
         return share * (_handed(profile, strategy, stages) + _products(profile, strategy)) * under_way / workers
-    kept = (profile.saved if saved is None else saved) / workers
-    return kept * (max(share * under_way, 1) if workers > 1 else 1)
+    per_microbatch = (profile.saved if saved is None else saved) / workers
+    return per_microbatch * (max(share * under_way, 1) if workers > 1 else 1)
 
 
 def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
@@ -95,7 +95,7 @@ def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:
 
 def _products(profile: Condensed, strategy: Strategy) -> int:
     """Return the bytes of matmul results that are saved per microbatch if the rest is recomputed."""
-    if not strategy.keeps_products:
+    if not strategy.saves_products:
         return 0
     return profile.repeated_products if strategy.tp == strategy.pp == 1 else profile.products
 

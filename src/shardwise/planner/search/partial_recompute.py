@@ -83,7 +83,7 @@ def _saved(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[int]:
     module = strategy.tp == strategy.pp == 1
     slower = slower_hops(profile, strategy, cluster)
     key = ("partly", id(times), module, strategy.pp, strategy.stages_per_worker, slower)
-    return profile.kept.once(key, lambda: _saved_of(profile, strategy, times.forward.each, slower), times)
+    return profile.memo.once(key, lambda: _saved_of(profile, strategy, times.forward.each, slower), times)
 
 
 def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], slower: tuple[float, ...]) -> list[int]:

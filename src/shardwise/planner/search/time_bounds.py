@@ -55,7 +55,7 @@ def _passes(profile: Condensed, strategy: Strategy, cluster: Cluster) -> tuple[f
     times = times_of(profile, cluster, strategy)
     one = times.forward + times.backward + times.weights
     module = strategy.tp == strategy.pp == 1  # only repeated blocks are recomputed then
-    if strategy.keeps_products:
+    if strategy.saves_products:
         one += times.repeated_rest if module else times.rest
     elif strategy.recompute == "full":  # if only a part of the blocks is recomputed, the time is not known here
         one += times.repeated if module else times.again
@@ -96,15 +96,15 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
 def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[StageTime]:
     times = timed(profile, cluster, strategy)
     key = ("bounds", "stages", id(times), strategy.pp, strategy.stages_per_worker, strategy.recompute)
-    return profile.kept.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times), times)
+    return profile.memo.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times), times)
 
 
 def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> list[StageTime]:
     cuts = cuts_of(profile, strategy, times.forward.each)
     ends = [*(starts[0] for starts in cuts[1:]), len(profile.segments)]
-    recomputed = times.recomputed_rest if strategy.keeps_products else times.recomputed
+    recomputed = times.recomputed_rest if strategy.saves_products else times.recomputed
     each = (
-        spent.total if segment.layer.keeps else 0.0 for spent, segment in zip(recomputed, profile.segments, strict=True)
+        spent.total if segment.layer.saves else 0.0 for spent, segment in zip(recomputed, profile.segments, strict=True)
     )
     again = list(accumulate(each, initial=0.0))
     message = 0.0

@@ -53,7 +53,7 @@ def held_at_segments(profile: Profile, strategy: Strategy, stage: Stage, trained
     keeps = keeps_gradients(strategy)
     gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
     key = ("complete", stage.first, stage.end, tuple((block.first, block.end) for block in blocks), module)
-    of_root, of_blocks = profile.kept.once(key, lambda: _complete(profile, stage, module=module))
+    of_root, of_blocks = profile.memo.once(key, lambda: _complete(profile, stage, module=module))
     found = []
     done_root = done_block = 0
     last = len(blocks)

@@ -101,13 +101,13 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
     with the most microbatches in flight.
     """
     stages = {stage.number: stage for stage in worker.stages}
-    products = strategy.keeps_products
-    kept = {number: _kept(profile, stage, products=products) for number, stage in stages.items()}
+    products = strategy.saves_products
+    saved = {number: _saved(profile, stage, products=products) for number, stage in stages.items()}
     module = strategy.tp == strategy.pp == 1
     batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # a pipeline loads all at once
     found: list[Memory] = []
     for counts, later in _passes(strategy, worker.pipeline_rank):
-        every = sum(count * kept[number] for number, count, _ in counts)
+        every = sum(count * saved[number] for number, count, _ in counts)
         every += sum(count * _put_off(profile, stages[number].first, stages[number].end) for number, _, count in counts)
         for number in (number for number, count, _ in counts if count):
             stage = stages[number]
@@ -117,7 +117,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
                     parameters=worker.parameters + peak.gathered,
                     gradients=peak.gradients,
                     optimizer=state,
-                    activations=every - kept[number] + peak.activations + stage.received,
+                    activations=every - saved[number] + peak.activations + stage.received,
                     temporary=peak.temporary + batches,
                 )
             )
@@ -140,7 +140,7 @@ def _put_off(profile: Profile, first: int, end: int) -> int:
     """
     if not profile.split:
         return 0
-    sums = profile.kept.once(("put off",), lambda: tuple(accumulate(map(_operands, profile.segments), initial=0)))
+    sums = profile.memo.once(("put off",), lambda: tuple(accumulate(map(_operands, profile.segments), initial=0)))
     return sums[end] - sums[first]
 
 
@@ -169,14 +169,14 @@ class _Peak:
 
 
 def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *, later: bool, offloaded: bool) -> _Peak:
-    products = strategy.keeps_products
+    products = strategy.saves_products
     if not strategy.splits_parameters:
         gradients_at = _gradients(strategy, worker, later=later)
         moments = _moments(profile, stage, products=products)
         peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
         return max(peaks, key=lambda peak: peak.total)
     trained = 0 if keeps_gradients(strategy) else worker.trained  # gradients kept unsharded do not depend on it
-    own = (alike(profile, stage), trained, _traits(strategy), strategy.keeps_products, later, offloaded)
+    own = (alike(profile, stage), trained, _traits(strategy), strategy.saves_products, later, offloaded)
 
     def highest() -> _Peak:
         held = _held(profile, strategy, stage, trained, later=later)
@@ -187,13 +187,13 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
         )
         return max(peaks, key=lambda peak: peak.total)
 
-    return profile.kept.once(("sharded peak", *own), highest)
+    return profile.memo.once(("sharded peak", *own), highest)
 
 
 def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
     """Return `held_at_segments` of a stage, cached for all stages that are equal up to their position."""
     key = ("held", gathered_alike(profile, stage), trained, _traits(strategy), later)
-    return profile.kept.once(key, lambda: held_at_segments(profile, strategy, stage, trained, later=later))
+    return profile.memo.once(key, lambda: held_at_segments(profile, strategy, stage, trained, later=later))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
@@ -207,14 +207,14 @@ def _beside(gradients: tuple[int, int], activations: int, temporary: int) -> tup
     return gradients[0], activations, temporary + gradients[1]
 
 
-def _kept(profile: Profile, stage: Stage, *, products: bool) -> int:
+def _saved(profile: Profile, stage: Stage, *, products: bool) -> int:
     """Return the bytes saved of one microbatch between its forward and its backward pass through a stage.
 
     A recomputed block saves its inputs only, and with `products` also the results that selective recomputation keeps.
     """
     inside = sum(profile.saved[block.end] - profile.saved[block.first] for block in stage.recomputed)
     stays = sum(_products(profile, block) for block in stage.recomputed) if products else 0
-    return max(0, stage.kept - inside) + sum(size for _, size in stage.handed) + stays
+    return max(0, stage.saved - inside) + sum(size for _, size in stage.handed) + stays
 
 
 def _products(profile: Profile, block: Block) -> int:
@@ -227,14 +227,14 @@ def _moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[in
     Each is (activations of the microbatch, temporary, gradients completed so far) in bytes.
     """
     key = ("moments", stage.first, stage.end, stage.recomputed, products)
-    return profile.kept.once(key, lambda: _pareto(_every_moment(profile, stage, products=products)))
+    return profile.memo.once(key, lambda: _pareto(_every_moment(profile, stage, products=products)))
 
 
 def _every_moment(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
     """Return the moments of all segments, in the order of the backward pass; see `_moments`."""
     again = tuple((block.first, block.end) for block in stage.recomputed)  # independent of what is gathered
     key = ("every moment", stage.first, stage.end, again, products)
-    return profile.kept.once(key, lambda: _all_moments(profile, stage, products=products))
+    return profile.memo.once(key, lambda: _all_moments(profile, stage, products=products))
 
 
 def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
@@ -242,7 +242,7 @@ def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tupl
     for parameter in map(profile.parameters.__getitem__, profile.within(stage.first, stage.end)):
         if parameter.trained:
             complete[next(segment for segment in parameter.segments if segment >= stage.first)] += parameter.bytes
-    boundary = stage.kept - (profile.saved[stage.end] - profile.saved[stage.first])
+    boundary = stage.saved - (profile.saved[stage.end] - profile.saved[stage.first])
     stays = {block.end: _products(profile, block) if products else 0 for block in stage.recomputed}
     dropped = {
         block.end: profile.saved[block.end] - profile.saved[block.first] - stays[block.end]

@@ -35,7 +35,7 @@ def slower_hops(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple
         return ()
     axes = tuple(getattr(strategy, axis) for axis in ("dp", "fsdp", "pp", "tp"))
     key = "hops", id(cluster), axes, strategy.outermost, strategy.stages_per_worker > 1
-    return profile.kept.once(key, lambda: _slower(profile, strategy, cluster), cluster)
+    return profile.memo.once(key, lambda: _slower(profile, strategy, cluster), cluster)
 
 
 def _slower(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple[float, ...]:

@@ -124,7 +124,8 @@ class Timed:
         repeated: forward pass as a recomputation.
         recomputed: recomputation of each segment if it is the last one to recompute, which stops early.
         rest, recomputed_rest: like `repeated` and `recomputed`, under selective recomputation.
-        keeps: for each segment, the last one up to it of which the backward pass needs any tensor; -1 if there is none.
+        last_saving: for each segment, the last one up to it of which the backward pass needs any tensor; -1 if there is
+            none.
         normalised: (segment, channels) of each batch norm.
         crowded: factor by which the host takes longer because workers outnumber cores.
     """
@@ -139,7 +140,7 @@ class Timed:
     recomputed: tuple[Spent, ...]
     rest: Sums
     recomputed_rest: tuple[Spent, ...]
-    keeps: tuple[int, ...]
+    last_saving: tuple[int, ...]
     normalised: tuple[tuple[int, int], ...]
     crowded: float = 1.0
 
@@ -158,7 +159,7 @@ class Timed:
 
         If `products` is set, recomputation is selective: the results of `strategy.PRODUCTS` are kept.
         """
-        last = self.keeps[end - 1]
+        last = self.last_saving[end - 1]
         if last < first:
             return Spent()
         if products:
@@ -292,7 +293,7 @@ def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device
         device: a device of the cluster; None selects the slowest one, which all others wait for.
     """
     seconds = Seconds.on(cluster, strategy, profile.tp, profile.precision, device)
-    return profile.kept.once(seconds.key, lambda: _timed(profile, seconds))
+    return profile.memo.once(seconds.key, lambda: _timed(profile, seconds))
 
 
 def _timed(profile: Profile, seconds: Seconds) -> Timed:
@@ -306,7 +307,7 @@ def _timed(profile: Profile, seconds: Seconds) -> Timed:
                 *(seconds.again(each, products=True) for each in (layer.forward, layer.recomputed)),
             )
     rows = [spent[id(layer)] for layer in layers]
-    keeps = tuple(accumulate((n if layer.keeps else -1 for n, layer in enumerate(layers)), max))
+    last_saving = tuple(accumulate((n if layer.saves else -1 for n, layer in enumerate(layers)), max))
     return Timed(
         seconds.cluster,
         seconds.device,
@@ -318,7 +319,7 @@ def _timed(profile: Profile, seconds: Seconds) -> Timed:
         tuple(row[4] for row in rows),
         Sums.of([row[5] for row in rows]),
         tuple(row[6] for row in rows),
-        keeps,
+        last_saving,
         tuple((number, channels) for number, layer in enumerate(layers) for channels in layer.normalised),
         seconds.crowded,
     )
@@ -349,7 +350,7 @@ class Times:
 def times_of(condensed: Condensed, cluster: Cluster, strategy: Strategy) -> Times:
     """Return the seconds of a microbatch on a cluster, cached for all strategies with the same rates."""
     seconds = Seconds.on(cluster, strategy, condensed.tp, condensed.precision)
-    return condensed.kept.once(seconds.key, lambda: _summed_times(condensed, seconds))
+    return condensed.memo.once(seconds.key, lambda: _summed_times(condensed, seconds))
 
 
 def _summed_times(condensed: Condensed, seconds: Seconds) -> Times:
@@ -359,7 +360,7 @@ def _summed_times(condensed: Condensed, seconds: Seconds) -> Times:
         forward += each.count * there.device
         backward += each.count * back.device
         weights += each.count * of_weights.device
-        if each.layer.keeps:
+        if each.layer.saves:
             recomputed = seconds.again(each.layer.recomputed).total
             again += each.count * recomputed
             repeated += each.repeated * recomputed

@@ -52,7 +52,7 @@ class Calls:
         crowd = (workers or self.strategy.workers) if self.cluster.collectives else 0
         key = ("collective", id(self.cluster), operation, size, group, crowd)
         collective = Collective(operation, size, group)
-        return self.profile.kept.once(key, lambda: collective_seconds(collective, self.cluster, crowd), self.cluster)
+        return self.profile.memo.once(key, lambda: collective_seconds(collective, self.cluster, crowd), self.cluster)
 
     def moved(self, elements: float, size: float, count: int) -> float:
         """Return the seconds of `count` copy kernels that together move `elements` elements and `size` bytes."""
@@ -129,7 +129,7 @@ class StageCosts:
             spent += times.weights.between(stage.first, stage.end)
         if not forward:
             for block in stage.recomputed:
-                spent += times.again(block.first, block.end, products=self.strategy.keeps_products)
+                spent += times.again(block.first, block.end, products=self.strategy.saves_products)
         return spent + Spent(exchanges=self._norms(stage, forward))
 
     def _norms(self, stage: Stage, forward: bool) -> float:
@@ -235,7 +235,7 @@ class StageCosts:
             own = [parameter for parameter in own if parameter.trained]
             return sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
 
-        return self.profile.kept.once(("trained", stage.first, stage.end), count)
+        return self.profile.memo.once(("trained", stage.first, stage.end), count)
 
     def pieces(self, stage: Stage, kind: str, sync: Sync, spent: Spent) -> tuple[list[Piece], Piece]:
         """Return the pieces of a pass between gathers, in the order in which they compute, and the root's piece.

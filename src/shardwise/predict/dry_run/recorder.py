@@ -136,7 +136,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def following(self, program: Program) -> Iterator[None]:
         """Mark the parts of a program's steps while the context is open, and categorize the program's tensors."""
         self._axes, self._engine = Axes.of(program.mesh), program.engine
-        self._keep((held.tensor for held in program.engine.held.values()), "parameters")
+        self._mark_category((held.tensor for held in program.engine.held.values()), "parameters")
         self._mark_states(program)
         with _wrapped(self, program):
             yield
@@ -146,10 +146,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Categorize optimizer states and gradients, which may exist before a step or only after it."""
         states = [] if program.optimizer is None else list(program.optimizer.state.values())
         self._storages.mark((local(tensor) for tensor in tensors(states)), "optimizer", elsewhere=self._offloaded)
-        self._keep((p.grad for p in program.engine.parameters.values() if p.grad is not None), "gradients")
+        self._mark_category((p.grad for p in program.engine.parameters.values() if p.grad is not None), "gradients")
 
-    def _keep(self, kept: Iterable[Tensor], category: str) -> None:
-        for tensor in kept:
+    def _mark_category(self, tensors: Iterable[Tensor], category: str) -> None:
+        for tensor in tensors:
             self._storages.mark([local(tensor)], category, elsewhere=self._offloaded and is_split(tensor))
 
     def _when(self) -> str:

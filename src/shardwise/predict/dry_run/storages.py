@@ -98,12 +98,12 @@ class Storages:
         self.stretch += 1
         self.forward = forward
 
-    def mark(self, kept: Iterable[Tensor], category: str, *, elsewhere: bool = False) -> None:
+    def mark(self, tensors: Iterable[Tensor], category: str, *, elsewhere: bool = False) -> None:
         """Assign tensors to a category: `parameters`, `gradients` or `optimizer`. The first assignment holds.
 
         `elsewhere` if they lie in memory that is not counted (the host's).
         """
-        for tensor in kept:
+        for tensor in tensors:
             number = self._number(tensor.untyped_storage(), given=True)
             self._categories.setdefault(number, category)
             if elsewhere:

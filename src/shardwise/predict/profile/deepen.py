@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Parameter, Profile, Value
 
 
@@ -156,7 +156,7 @@ class _Middle:
             values=tuple(self._values(short.values)),
             ready=tuple(self._ready(short.ready)),
             blocks=(),
-            kept=Kept(),
+            memo=Memo(),
         )
 
     def _segment(self, segment: int) -> int:

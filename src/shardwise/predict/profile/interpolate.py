@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Parameter, Pass, Profile, Segment, Value
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.profile.summary import Condensed, condense
@@ -50,11 +50,11 @@ def between(first: P, second: P, at: float, repeats_at: float | None = None) -> 
     """
     try:
         line = _Line(at, at if repeats_at is None else repeats_at)
-        nothing = Kept()  # shared by both, so that it is not interpolated
-        found = line.of(replace(first, kept=nothing), replace(second, kept=nothing, **_same(first)))
+        nothing = Memo()  # shared by both, so that it is not interpolated
+        found = line.of(replace(first, memo=nothing), replace(second, memo=nothing, **_same(first)))
     except _Unlike:
         return None
-    return replace(found, kept=Kept())
+    return replace(found, memo=Memo())
 
 
 def _same(profile: Profile | Condensed) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class ScaledProfiles:
             if _split(strategy):
                 alone = alone.with_(pp=2, schedule="zero-bubble")
             self._corners[key] = replace(
-                self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, kept=Kept()
+                self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, memo=Memo()
             )
         return self._corners[key]
 

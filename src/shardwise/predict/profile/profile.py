@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import accumulate, chain
 
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.memo import Memo
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Layer:
         weights: the pass for gradients of the weights, if the profile is `split` (zero-bubble); else empty.
         recomputed: the part of the forward pass that is recomputed if this is the last segment of a recomputed block:
             torch stops after the last tensor that the backward pass needs.
-        keeps: whether the backward pass needs any tensor of the forward pass.
+        saves: whether the backward pass needs any tensor of the forward pass.
         inside: bytes saved for the backward pass, without the values that segments hand to each other.
         products: bytes of the results that selective recomputation keeps (`parallel.operators.selective_checkpoint`).
         temporary_forward: peak bytes of the forward pass beside what is saved.
@@ -66,7 +66,7 @@ class Layer:
     backward: Pass = Pass()
     weights: Pass = Pass()
     recomputed: Pass = Pass()
-    keeps: bool = True
+    saves: bool = True
     inside: int = 0
     products: int = 0
     temporary_forward: int = 0
@@ -215,7 +215,7 @@ class Profile:
     ready: tuple[int, ...] = ()
     batch_bytes: int = 0
     notes: tuple[str, ...] = ()
-    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+    memo: Memo = field(default_factory=Memo, repr=False, compare=False)
     """Memo table for values that are derived from this profile."""
 
     @cached_property
@@ -263,8 +263,8 @@ class Profile:
         own = [self.saved[segment + 1] - self.saved[segment] for segment in range(len(self.segments))]
         known: dict[object, int] = {}
         return tuple(
-            known.setdefault((id(segment.layer), kept, self._used_by(number)), len(known))
-            for number, (segment, kept) in enumerate(zip(self.segments, own, strict=True))
+            known.setdefault((id(segment.layer), memo, self._used_by(number)), len(known))
+            for number, (segment, memo) in enumerate(zip(self.segments, own, strict=True))
         )
 
     def _used_by(self, segment: int) -> tuple[object, ...]:
@@ -275,7 +275,7 @@ class Profile:
     def within(self, first: int, end: int) -> tuple[int, ...]:
         """Return the indices of the parameters that segments `first` to `end` use, in ascending order."""
         users = self._users
-        return self.kept.once(("within", first, end), lambda: tuple(sorted(set(chain.from_iterable(users[first:end])))))
+        return self.memo.once(("within", first, end), lambda: tuple(sorted(set(chain.from_iterable(users[first:end])))))
 
     @cached_property
     def shared(self) -> tuple[int, ...]:
@@ -299,7 +299,7 @@ class Profile:
             counts = Counter(map(self._kinds.__getitem__, sorted(indices)))
             return tuple((self.parameters[kind], many) for kind, many in counts.items())
 
-        return self.kept.once(("kinds within", ranges), count)
+        return self.memo.once(("kinds within", ranges), count)
 
     @cached_property
     def largest(self) -> int:

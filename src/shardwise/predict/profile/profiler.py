@@ -504,19 +504,19 @@ class _Chain:
         analysis = self._analyst.segment(Calls(own, weights, given, inputs, outputs, again, loss))
         arrived = list(inputs)
         for index in analysis.saved:
-            self._keep(arrived[index], number)
+            self._save(arrived[index], number)
         for node, output in zip(outputs, analysis.outputs, strict=True):
             self._lies[node] = output.spec
             self._made.setdefault(node, number)
             self._root[node] = node if output.alias is None else self._root[arrived[output.alias]]
             self._held[node] = 0 if output.alias is not None else output.held
             if output.saved:
-                self._keep(node, number)
+                self._save(node, number)
         names = self._cut.local.step.tensors
         self._ready_of.append([names[list(weights)[index].name] for index in analysis.ready])
         return analysis
 
-    def _keep(self, node: fx.Node, segment: int) -> None:
+    def _save(self, node: fx.Node, segment: int) -> None:
         self._saves.setdefault(self._root[node], []).append(segment)
 
     def _order(self) -> None:

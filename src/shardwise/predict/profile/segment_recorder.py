@@ -341,7 +341,7 @@ class _Run:
             backward=backward,
             weights=weights,
             recomputed=recomputed,
-            keeps=self._at_last is not None,
+            saves=self._at_last is not None,
             inside=inner,
             products=products,
             temporary_forward=top - end,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Layer, Profile, Update, module_blocks
 
 
@@ -59,13 +59,13 @@ class Condensed:
     repeated_products: int
     largest: int
     update: Update
-    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+    memo: Memo = field(default_factory=Memo, repr=False, compare=False)
     """Cache of everything derived from this value."""
 
 
 def condense(profile: Profile) -> Condensed:
     """Return the condensed form of a profile, cached with the profile."""
-    return profile.kept.once(("condensed",), lambda: _condensed(profile))
+    return profile.memo.once(("condensed",), lambda: _condensed(profile))
 
 
 def _condensed(profile: Profile) -> Condensed:

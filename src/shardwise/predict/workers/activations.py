@@ -13,31 +13,31 @@ Messages = tuple[tuple[int, tuple[int, ...]], ...]
 def boundary_values(
     profile: Profile, number: int, bounds: Sequence[int], stage_of: Sequence[int]
 ) -> tuple[Messages, Messages, int, int]:
-    """Return (sent, returned, received, kept) of a stage for one microbatch; see the attributes of `Stage`."""
+    """Return (sent, returned, received, saved) of a stage for one microbatch; see the attributes of `Stage`."""
     first, end = bounds[number], bounds[number + 1]
     sent: dict[int, list[int]] = {}
     returned: dict[int, list[int]] = {}
     received = 0
-    kept = profile.saved[end] - profile.saved[first]
+    saved = profile.saved[end] - profile.saved[first]
     for value in profile.crossing(first, end):
         if first <= value.made < end:
             targets = sorted({stage_of[segment] for segment in value.used if segment >= end})
             for target in targets:
                 sent.setdefault(target, []).append(value.message)
             if not any(first <= segment < end for segment in value.saved[:1]):
-                kept += value.held  # an output is held until its gradient arrives
+                saved += value.held  # an output is held until its gradient arrives
         elif value.made >= 0:
             received += value.message
-            kept += value.message if not first <= (value.saved or (-1,))[0] < end else 0
+            saved += value.message if not first <= (value.saved or (-1,))[0] < end else 0
             if value.grad:
                 returned.setdefault(stage_of[value.made], []).append(value.message)
         elif any(first <= segment < end for segment in value.saved):
-            kept += value.held if not first <= value.saved[0] < end else 0
+            saved += value.held if not first <= value.saved[0] < end else 0
     flat = [tuple((stage, tuple(sizes)) for stage, sizes in sorted(found.items())) for found in (sent, returned)]
-    return flat[0], flat[1], received, kept
+    return flat[0], flat[1], received, saved
 
 
-def kept_between_blocks(profile: Profile, again: Sequence[Block], first: int, end: int) -> list[tuple[int, int]]:
+def saved_between_blocks(profile: Profile, again: Sequence[Block], first: int, end: int) -> list[tuple[int, int]]:
     """Return (segment, bytes) of the stage's own values that stay although its recomputed blocks `again` save nothing.
 
     A value stays until the backward pass of that segment. It is either an input of a recomputed block from another part

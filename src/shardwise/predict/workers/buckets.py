@@ -147,7 +147,7 @@ def graph_parts(
     groups: Sequence[Gathered | None] = [None] * (len(ranges) + 1)
     if sharded:
         key = ("gathered", ranges, strategy.fsdp)
-        groups = profile.kept.once(key, lambda: _gathered_apart(profile, strategy, ranges, own))
+        groups = profile.memo.once(key, lambda: _gathered_apart(profile, strategy, ranges, own))
     blocks = (
         Block(a, b, group, number < again)
         for number, ((a, b), group) in enumerate(zip(ranges, groups[:-1], strict=True))

@@ -17,7 +17,7 @@ def cuts_of(
     if strategy.tp == strategy.pp == 1:
         return (tuple(_module_cuts(profile, strategy)),)
     key = "cuts", id(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds, slower
-    return profile.kept.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs, slower))), costs)
+    return profile.memo.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs, slower))), costs)
 
 
 def _graph_cuts(
@@ -26,7 +26,7 @@ def _graph_cuts(
     """Cut stages and their blocks as `balance.divided` does; the cached stages do not depend on the blocks."""
     stages, messages = strategy.pp * strategy.stages_per_worker, [segment.message for segment in profile.segments[1:]]
     key = "stages", id(costs), stages, strategy.speeds, slower
-    starts = profile.kept.once(
+    starts = profile.memo.once(
         key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds, slower), costs
     )
     return blocks_from(costs, messages, starts, in_blocks=cuts_blocks(strategy))

@@ -17,7 +17,7 @@ from math import ceil
 
 from shardwise.errors import StrategyError
 from shardwise.predict.profile.profile import Parameter, Profile
-from shardwise.predict.workers.activations import boundary_values, kept_between_blocks
+from shardwise.predict.workers.activations import boundary_values, saved_between_blocks
 from shardwise.predict.workers.buckets import (
     Block,
     Bucket,
@@ -55,7 +55,7 @@ class Stage:
         sent: (stage that receives them, bytes of each message) of the activations sent for a microbatch.
         returned: (stage that receives them, bytes of each message) of the gradients sent back for a microbatch.
         received: bytes of the activations that arrive for a microbatch.
-        kept: bytes saved of a microbatch between its forward and its backward pass, without recomputation.
+        saved: bytes saved of a microbatch between its forward and its backward pass, without recomputation.
         handed: (segment, bytes) of the values that recomputation saves of a microbatch: those that arrive at the stage,
             and those that enter and leave recomputed blocks. They are freed after the backward pass of that segment.
             Empty if no block is recomputed.
@@ -70,7 +70,7 @@ class Stage:
     sent: tuple[tuple[int, tuple[int, ...]], ...]
     returned: tuple[tuple[int, tuple[int, ...]], ...]
     received: int
-    kept: int
+    saved: int
     handed: tuple[tuple[int, int], ...]
 
     @property
@@ -147,7 +147,7 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slowe
         cuts = cuts_of(profile, strategy, costs, slower)
         return tuple(_workers(profile, strategy, cuts, module=strategy.tp == strategy.pp == 1)), cuts
 
-    return Parts(strategy, *profile.kept.once(key, divide, costs))
+    return Parts(strategy, *profile.memo.once(key, divide, costs))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
@@ -302,7 +302,7 @@ def _stage(
         blocks, root = (module_parts if module else graph_parts)(profile, strategy, ranges, own)
     again = [block for block in blocks if block.recomputed]
     key = ("handed", id(cuts), number)
-    sent, returned, received, kept = profile.kept.once(
+    sent, returned, received, saved = profile.memo.once(
         key, lambda: boundary_values(profile, number, bounds, stage_of), cuts
     )
     return Stage(
@@ -315,6 +315,6 @@ def _stage(
         sent,
         returned,
         received,
-        kept,
-        ((first, received), *kept_between_blocks(profile, again, first, end)) if again else (),
+        saved,
+        ((first, received), *saved_between_blocks(profile, again, first, end)) if again else (),
     )

@@ -27,10 +27,10 @@ def gathered_alike(profile: Profile, stage: Stage) -> int:
 
 def _number(profile: Profile, name: str, stage: Stage, described: Callable[[Profile, Stage], object]) -> int:
     def number() -> int:
-        known: dict[object, int] = profile.kept.once((name,), dict)
+        known: dict[object, int] = profile.memo.once((name,), dict)
         return known.setdefault(described(profile, stage), len(known))
 
-    return profile.kept.once((name, id(stage)), number, stage)
+    return profile.memo.once((name, id(stage)), number, stage)
 
 
 def _described(profile: Profile, stage: Stage) -> object:
@@ -40,7 +40,7 @@ def _described(profile: Profile, stage: Stage) -> object:
         tuple(block.recomputed for block in stage.blocks),
         tuple((bucket.bytes, bucket.ready - first) for bucket in stage.buckets),
         stage.received,
-        stage.kept,
+        stage.saved,
         tuple((segment - first, size) for segment, size in stage.handed),
     )
 

@@ -74,13 +74,13 @@ class _Counting:
 
     def _again(self, first: int, end: int, times: int) -> None:
         layers = [segment.layer for segment in self.profile.segments[first:end]]
-        kept = [number for number, layer in enumerate(layers) if layer.keeps]
-        for layer in layers[: kept[-1]] if kept else []:
+        saved = [number for number, layer in enumerate(layers) if layer.saves]
+        for layer in layers[: saved[-1]] if saved else []:
             self._passed(layer.forward.exchanges, "recompute", times)
             self._norms(layer.normalised, "recompute", "", times)
-        if kept:
-            self._passed(layers[kept[-1]].recomputed.exchanges, "recompute", times)
-            self._norms(layers[kept[-1]].normalised, "recompute", "", times)
+        if saved:
+            self._passed(layers[saved[-1]].recomputed.exchanges, "recompute", times)
+            self._norms(layers[saved[-1]].normalised, "recompute", "", times)
 
     def _passed(self, exchanges: Iterable[Exchanged], when: str, times: int) -> None:
         for exchange in exchanges:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.parallel.engine import Position
-from shardwise.parallel.operators.dropout import KeyedDropout, attention_probabilities, keep
+from shardwise.parallel.operators.dropout import KeyedDropout, attention_probabilities, draw_mask
 from shardwise.parallel.operators.module_patches import Operations
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def run(function: Callable[..., Tensor], x: Tensor, samples: int, first: int = 0
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_share_of_dropped_elements_and_their_scale(p: float) -> None:
-    mask = keep(Position(seed=1, step=2), 3, torch.arange(20_000), 10, p)
+    mask = draw_mask(Position(seed=1, step=2), 3, torch.arange(20_000), 10, p)
     assert mask.dtype == torch.float32
     assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]  # type: ignore[no-untyped-call]
     dropped = (mask == 0).double()
@@ -36,9 +36,9 @@ def test_share_of_dropped_elements_and_their_scale(p: float) -> None:
     others = [
         dropped.roll(1, 1),
         dropped.roll(1, 0),
-        (keep(Position(seed=1, step=2), 4, torch.arange(20_000), 10, p) == 0).double(),
-        (keep(Position(seed=1, step=3), 3, torch.arange(20_000), 10, p) == 0).double(),
-        (keep(Position(seed=2, step=2), 3, torch.arange(20_000), 10, p) == 0).double(),
+        (draw_mask(Position(seed=1, step=2), 4, torch.arange(20_000), 10, p) == 0).double(),
+        (draw_mask(Position(seed=1, step=3), 3, torch.arange(20_000), 10, p) == 0).double(),
+        (draw_mask(Position(seed=2, step=2), 3, torch.arange(20_000), 10, p) == 0).double(),
     ]
     for other in others:
         correlation = torch.corrcoef(torch.stack([dropped.flatten(), other.flatten()]))[0, 1]
@@ -47,8 +47,8 @@ def test_share_of_dropped_elements_and_their_scale(p: float) -> None:
 
 def test_extremes() -> None:
     index = torch.arange(100)
-    assert bool((keep(Position(), 0, index, 3, 0.0) == 1).all())
-    assert bool((keep(Position(), 0, index, 3, 1.0) == 0).all())
+    assert bool((draw_mask(Position(), 0, index, 3, 0.0) == 1).all())
+    assert bool((draw_mask(Position(), 0, index, 3, 1.0) == 0).all())
     with pytest.raises(ValueError, match="between 0 and 1"):
         KeyedDropout(Position()).dropout(torch.ones(2), 1.5)
 

@@ -152,7 +152,7 @@ def test_messages_go_to_who_uses_a_value() -> None:
     assert stages[3].returned == ((0, (500,)),)  # none for the value without a gradient
     assert [stage.received for stage in stages.values()] == [0, 1000, 2000, 3500]
     # kept: 100 inside each; what is kept of what arrived; outputs until their gradients come
-    assert [stage.kept for stage in stages.values()] == [
+    assert [stage.saved for stage in stages.values()] == [
         100 + 1000 + 500,
         100 + 1000 + 2000,
         100 + 2000 + 3000,
@@ -314,7 +314,7 @@ def test_a_part_of_the_blocks_is_computed_again() -> None:
 
 
 def test_a_module_that_could_not_be_traced_is_computed_again_once() -> None:
-    layer = replace(LAYERS[1], recomputed=LAYERS[1].forward, keeps=True)
+    layer = replace(LAYERS[1], recomputed=LAYERS[1].forward, saves=True)
     alone = {
         "segments": (Segment(layer),),
         "parameters": tuple(replace(each, segments=(0,)) for each in PARAMETERS),

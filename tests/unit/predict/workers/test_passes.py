@@ -75,12 +75,14 @@ def test_turns_are_those_of_the_table(text: str, count: int) -> None:
 def test_activations_that_are_kept(text: str, count: int) -> None:
     strategy = Strategy.parse(text).with_(microbatches=count)
     for pipeline_rank in range(strategy.pp):
-        kept, before = 0, []
+        saved, before = 0, []
         for action in actions_of(strategy, pipeline_rank):
             if action.kind not in (FORWARD, WEIGHT):
-                before.append(kept)
-            kept += (action.kind == FORWARD) - (action.kind in (BACKWARD, WEIGHT))
-        first, later = (sum(kept + put_off for _, kept, put_off in each) for each in under_way(strategy, pipeline_rank))
+                before.append(saved)
+            saved += (action.kind == FORWARD) - (action.kind in (BACKWARD, WEIGHT))
+        first, later = (
+            sum(saved + put_off for _, saved, put_off in each) for each in under_way(strategy, pipeline_rank)
+        )
         assert first == before[0]
         assert later == max(before[1:], default=0)
 

@@ -17,7 +17,7 @@ from shardwise.planner.constraints import Wish
 from shardwise.planner.search.space import divisors, families, members
 from shardwise.predict.closed_form import stage_time
 from shardwise.predict.closed_form.step_time import costs_of, predict
-from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.workers.stage_keys import alike, gathered_alike
 from shardwise.strategy import Strategy
@@ -53,7 +53,7 @@ def test_what_is_kept_changes_nothing(profiles: Profiles, cluster: Cluster) -> N
     for strategy in some(profiles, Wish(fixed={"tp": "2"}), 400):
         try:
             warm = profiles.of(strategy)
-            alone = predict(replace(warm, kept=Kept()), strategy, cluster)
+            alone = predict(replace(warm, memo=Memo()), strategy, cluster)
         except StrategyError:
             continue
         tried += 1
@@ -80,10 +80,10 @@ def test_what_is_computed_again_counts_but_not_for_what_is_gathered(profiles: Pr
 
 def test_stages_that_are_taken_for_alike_are_noticed(profiles: Profiles, cluster: Cluster) -> None:
     strategy = Strategy.parse("fsdp=2,pp=4,recompute=full")
-    right = predict(replace(profiles.of(strategy), kept=Kept()), strategy, cluster)
+    right = predict(replace(profiles.of(strategy), memo=Memo()), strategy, cluster)
     with mock.patch.object(stage_time, "alike", return_value=0):
         assert (
-            predict(replace(profiles.of(strategy), kept=Kept()), strategy, cluster).step_seconds != right.step_seconds
+            predict(replace(profiles.of(strategy), memo=Memo()), strategy, cluster).step_seconds != right.step_seconds
         )
 
 
