@@ -36,7 +36,7 @@ from shardwise.predict.hardware import constants as module
 from shardwise.predict.hardware.constants import Constants, constants
 from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.published.predictor.step_time import Clock, predict
-from shardwise.predict.published.row import Run, read
+from shardwise.predict.published.row import PublishedRun, read
 from shardwise.predict.published.validate import read_rows
 
 Array = npt.NDArray[np.float64]
@@ -127,7 +127,7 @@ them reach one sixth of the bandwidth of eight, as in a cube of direct links."""
 class Data:
     """Runs by group, and all-reduces by hardware: (collective, cluster, seconds)."""
 
-    runs: Mapping[str, Sequence[Run]]
+    runs: Mapping[str, Sequence[PublishedRun]]
     collectives: Mapping[str, Sequence[tuple[Collective, Cluster, float]]]
 
     def without(self, group: str) -> Data:
@@ -139,7 +139,7 @@ class Data:
 
 
 def load() -> Data:
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, list[PublishedRun]] = {}
     for line, row in read_rows(PUBLISHED / "runs.csv"):
         run = read(row, line)
         runs.setdefault(run.group, []).append(run)

@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 
 from shardwise.parallel.graph import graph_engine
 from shardwise.parallel.graph.graph_engine import GraphEngine
-from shardwise.parallel.graph.parameters import Holding
+from shardwise.parallel.graph.parameters import LocalStages
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline import divide
 from shardwise.parallel.pipeline.executor import Pipeline
@@ -167,7 +167,7 @@ def gradient_of_skip_lost() -> Any:
 
 
 def tied_not_added_up() -> Any:
-    return both(even_costs(), mock.patch.object(Holding, "_sum", return_value=None))
+    return both(even_costs(), mock.patch.object(LocalStages, "_sum", return_value=None))
 
 
 def last_microbatch_dropped() -> Any:

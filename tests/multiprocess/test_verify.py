@@ -134,9 +134,9 @@ def scale_by_the_wrong_degree(patch: pytest.MonkeyPatch) -> None:
 def leave_batch_norm_alone(patch: pytest.MonkeyPatch) -> None:
     from shardwise.parallel.operators import graph_operators
 
-    right = graph_operators.KeyedOperations.__init__
+    right = graph_operators.GraphOperators.__init__
     patch.setattr(
-        graph_operators.KeyedOperations,
+        graph_operators.GraphOperators,
         "__init__",
         lambda self, position, exchange, replicas: right(self, position, exchange, None),
     )
@@ -145,9 +145,9 @@ def leave_batch_norm_alone(patch: pytest.MonkeyPatch) -> None:
 def drop_differently_on_shards(patch: pytest.MonkeyPatch) -> None:
     from shardwise.parallel.operators import graph_operators
 
-    right = graph_operators.KeyedOperations.mask
+    right = graph_operators.GraphOperators.mask
     patch.setattr(
-        graph_operators.KeyedOperations,
+        graph_operators.GraphOperators,
         "mask",
         lambda self, site, *rest: right(self, site + 1000 * self.exchange.rank, *rest),
     )
@@ -184,10 +184,10 @@ def lose_a_skip_connection(patch: pytest.MonkeyPatch) -> None:
 
 
 def leave_tied_weights_apart(patch: pytest.MonkeyPatch) -> None:
-    from shardwise.parallel.graph.parameters import Holding
+    from shardwise.parallel.graph.parameters import LocalStages
 
     cut_evenly(patch)
-    patch.setattr(Holding, "_sum", lambda self, names, group: None)
+    patch.setattr(LocalStages, "_sum", lambda self, names, group: None)
 
 
 @pytest.mark.parametrize(

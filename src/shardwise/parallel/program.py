@@ -21,7 +21,7 @@ from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optim.clipping import clip, local_gradients, local_tensors, squared_norm
 from shardwise.parallel.optim.local_rows import Shards
 from shardwise.parallel.optim.optimizer_state import OptimizerState, load_schedule_state, schedule_state
-from shardwise.parallel.optim.zero1 import DealtParameters
+from shardwise.parallel.optim.zero1 import OwnedParameters
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
 from shardwise.parallel.state.layout import Piece
@@ -63,8 +63,8 @@ class Program:
         self.workload, self.strategy, self.mesh, self.engine = workload, strategy, mesh, engine
         self.steps = 0
         self.gradient_norm: Tensor | None = None
-        self._dealt = self._deal()
-        names = list(engine.parameters) if self._dealt is None else self._dealt.mine
+        self._owned = self._assign_parameters()
+        names = list(engine.parameters) if self._owned is None else self._owned.mine
         updated: dict[str, nn.Parameter] = {name: engine.parameters[name] for name in names}
         self._shards = Shards(updated, workload.optimizer) if updated else None
         self.optimizer = None if self._shards is None else self._shards.optimizer
@@ -173,7 +173,7 @@ class Program:
         watch.beat()
         return report[0]
 
-    def judged_by(self, judge: Judge | None) -> None:
+    def ask_before_update(self, judge: Judge | None) -> None:
         """Ask `judge` from now on whether to apply the update of a step.
 
         None applies all updates without waiting for a decision.
@@ -260,7 +260,7 @@ class Program:
             return None
         return full | {alias: full[name] for alias, name in self.engine.aliases.items()}
 
-    def _deal(self) -> DealtParameters | None:
+    def _assign_parameters(self) -> OwnedParameters | None:
         """Assign each parameter to the replica that updates it.
 
         Returns None without zero=1 or with a single replica.
@@ -268,12 +268,12 @@ class Program:
         group = self.mesh.replica_group
         if self.strategy.zero != 1 or group is None:
             return None
-        return DealtParameters(self.engine.parameters, group)
+        return OwnedParameters(self.engine.parameters, group)
 
     def _written(self, updated: dict[str, nn.Parameter]) -> set[str]:
         """Return the names of the parameters whose optimizer state this worker writes."""
         writes = {name for name in updated if self.engine.held[name].writes}
-        if self._dealt is None or not self.engine.parameters:
+        if self._owned is None or not self.engine.parameters:
             return writes
         # only the replica that updates a parameter has its state, whichever replica writes the parameter itself
         assert self.mesh.replica_group is not None
@@ -359,7 +359,7 @@ class Program:
     def _update(self) -> None:
         if self._shards is not None:
             self._shards.step()
-        if self._dealt is not None:
-            self._dealt.exchange()
+        if self._owned is not None:
+            self._owned.exchange()
         if self.scheduler is not None:
             self.scheduler.step()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.planner.plan import Candidate, Plan, Rejected
-from shardwise.predict.crosscheck import judged
+from shardwise.predict.crosscheck import crosscheck
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.units import format_bytes
 
@@ -37,7 +37,7 @@ def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists
             rejected.append(Rejected(run.strategy, reason, "memory"))
         if number >= finalists and fitting:
             break
-    if plan.wish.objective == "memory":
+    if plan.constraints.objective == "memory":
         fitting.sort(key=lambda each: each.prediction.memory.total)
     return replace(
         plan,
@@ -51,7 +51,7 @@ def _run(candidate: Candidate, profiles: Profiles, cluster: Cluster) -> Candidat
     """Dry-run a candidate and replace its memory by that of the dry run; process memory stays as predicted."""
     if candidate.strategy.shares:
         return candidate
-    run = judged(profiles, candidate.strategy, cluster)
+    run = crosscheck(profiles, candidate.strategy, cluster)
     prediction = candidate.prediction
     memory = replace(run.run.memory, process=prediction.memory.process)
     return replace(candidate, prediction=replace(prediction, memory=memory), dry_run=run)

@@ -19,7 +19,7 @@ from shardwise.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class Crosscheck:
     """A worker of a strategy, both predicted by the closed form and observed in a dry run.
 
     Attributes:
@@ -58,7 +58,9 @@ class Judged:
         }
 
 
-def judged(profiles: Profiles, strategy: Strategy, cluster: Cluster, pipeline_rank: int | None = None) -> Judged:
+def crosscheck(
+    profiles: Profiles, strategy: Strategy, cluster: Cluster, pipeline_rank: int | None = None
+) -> Crosscheck:
     """Run one worker dry, with the cuts that the closed form chooses, and compare the two.
 
     Args:
@@ -80,7 +82,7 @@ def judged(profiles: Profiles, strategy: Strategy, cluster: Cluster, pipeline_ra
         profiles.workload, strategy, strategy.rank(pp=pipeline_rank), cuts=costs.parts.cuts, device=device.kind
     )
     seconds = time.perf_counter() - start
-    return Judged(run, memories[pipeline_rank], communicated(costs.profile, costs.parts, pipeline_rank), seconds)
+    return Crosscheck(run, memories[pipeline_rank], communicated(costs.profile, costs.parts, pipeline_rank), seconds)
 
 
 def counted(collectives: Iterable[Collective]) -> dict[Key, tuple[int, int]]:

@@ -15,7 +15,7 @@ from shardwise.cluster.find import find_cluster
 from shardwise.predict.closed_form import memory
 from shardwise.predict.closed_form.fsdp_memory import Held, held_at_segments
 from shardwise.predict.closed_form.step_time import costs_of
-from shardwise.predict.crosscheck import Judged, judged
+from shardwise.predict.crosscheck import Crosscheck, crosscheck
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.workers import traffic
 from shardwise.strategy import Strategy
@@ -107,11 +107,11 @@ def profiles(name: str, device: str, samples: int = 0) -> Profiles:
     return Profiles(replace(workload, batch_size=samples) if samples else workload, device)
 
 
-def judge(name: str, strategy: str, pipeline_rank: int | None = None, cluster: str = "h100x16") -> Judged:
+def judge(name: str, strategy: str, pipeline_rank: int | None = None, cluster: str = "h100x16") -> Crosscheck:
     parsed = Strategy.parse(strategy)
     found = profiles(name, "gpu" if cluster.startswith("h100") else "cpu", 12 if parsed.replicas == 3 else 0)
     with remembered(name):
-        return judged(found, parsed, find_cluster(cluster), pipeline_rank)
+        return crosscheck(found, parsed, find_cluster(cluster), pipeline_rank)
 
 
 @pytest.mark.parametrize(("name", "strategy"), GRID)

@@ -18,7 +18,7 @@ from shardwise.parallel.data.ddp import Replicated
 from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, Pass, gradient_fault, module_fault, passes_of
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.operators.module_patches import DRAWN, Operations
+from shardwise.parallel.operators.module_patches import DRAWN, ModulePatches
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.state.buffers import Buffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, evaluating, untouched
@@ -26,7 +26,7 @@ from shardwise.parallel.state.dtensor_rows import is_split, row_layout
 from shardwise.parallel.state.layout import Held
 from shardwise.parallel.state.materialize import materialize, read_weights
 from shardwise.parallel.state.pytree import map_tensors, to_device, unlike
-from shardwise.splitting.ownership import deal
+from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.trace.stand_ins import stand_ins
@@ -58,7 +58,7 @@ class ModuleEngine:
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.aliases = aliases_of(model)
         self._buffers = Buffers(model, mesh.replica_group)
-        self._operations = Operations(
+        self._operations = ModulePatches(
             self.position,
             mesh.device,
             dist.new_group if mesh.replica_group is not None else None,
@@ -75,8 +75,8 @@ class ModuleEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, one line each."""
-        unkeyed = self._operations.draws_unkeyed and self._mesh.world is not None
-        return (*self._notes, *self._buffers.notes, *((DRAWN,) if unkeyed else ()))
+        unreproducible = self._operations.draws_other_random_numbers and self._mesh.world is not None
+        return (*self._notes, *self._buffers.notes, *((DRAWN,) if unreproducible else ()))
 
     @property
     def model_of_replicas(self) -> nn.Module:
@@ -272,7 +272,7 @@ class ModuleEngine:
         """Describe how each tensor lies on this worker. The replicas share the work of writing checkpoints."""
         strategy, mesh = self._strategy, self._mesh
         sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-        by_all, by_rows = deal(sizes, strategy.replicas), deal(sizes, strategy.dp)
+        by_all, by_rows = assign_owners(sizes, strategy.replicas), assign_owners(sizes, strategy.dp)
         held = {}
         for name, tensor in tensors.items():
             layout = row_layout(tensor)

@@ -21,10 +21,10 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, gradient_fault, passes_of
 from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.graph.graph_faults import Watched
-from shardwise.parallel.graph.parameters import Holding
+from shardwise.parallel.graph.parameters import LocalStages
 from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.operators.graph_operators import KeyedOperations
+from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.operators.module_patches import DRAWN
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.pipeline.divide import divide
@@ -82,7 +82,7 @@ class GraphEngine:
         self.position = Position(seed=workload.seed)
         self.uniform = strategy.pp > 1
         self._exchange = Exchange(mesh.group("tp"), mesh.coordinate("tp"), strategy.tp)
-        self._keyed = KeyedOperations(self.position, self._exchange, mesh.replica_group)
+        self._operators = GraphOperators(self.position, self._exchange, mesh.replica_group)
         self._weights = WeightGradients()
         self._bf16 = strategy.in_bf16(workload.precision)
         self._works: dict[Key, Work] = {}
@@ -103,24 +103,24 @@ class GraphEngine:
         if evaluation is not None:
             works.append(self._prepare(evaluation))
             self._works[self._key(False, data)] = works[1]
-        self._holding = Holding(
+        self._local_stages = LocalStages(
             works,
             tensors,
             local,
             strategy,
             mesh,
             self._exchange,
-            self._keyed,
+            self._operators,
             bf16=self._bf16,
             weights=weights_of(workload.model),
         )
         for each in works:
             for call in each.local.step.opaque:
                 call.forget_values()
-        self.parameters: dict[str, nn.Parameter] = self._holding.trained(self._trained)
-        self.held: dict[str, Held] = self._holding.held()
+        self.parameters: dict[str, nn.Parameter] = self._local_stages.trained(self._trained)
+        self.held: dict[str, Held] = self._local_stages.held()
         self._pipeline = Pipeline(
-            self._holding.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
+            self._local_stages.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
         )
         self.uncut = local.uncut(named) if strategy.tp > 1 else []
         self.cut_points = self.division.cut_points if strategy.pp > 1 else None
@@ -132,13 +132,13 @@ class GraphEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, see `Engine.notes`."""
-        drawn = (DRAWN,) if self._keyed.draws_unkeyed else ()
+        drawn = (DRAWN,) if self._operators.draws_other_random_numbers else ()
         return (*self._local_notes, *self._buffers.notes, *drawn)
 
     @property
     def recomputing(self) -> bool:
         """Return whether a block is being recomputed, see `Engine.recomputing`."""
-        return self._keyed.recomputing
+        return self._operators.recomputing
 
     # ---- graphs -----------------------------------------------------------------------------------------------------
 
@@ -164,8 +164,8 @@ class GraphEngine:
 
     def _partition(self, step: StepGraph, *, first: bool) -> LocalGraph:
         """Build this worker's part of a step. `first` marks the step that decides the placements of tensors."""
-        keyed = self._keyed
-        replacements = Replacements(keyed.dropout, keyed.attention, keyed.batch_norm, keyed.opaque)
+        operators = self._operators
+        replacements = Replacements(operators.dropout, operators.attention, operators.batch_norm, operators.opaque)
         local, _ = partition(
             step,
             self._exchange,
@@ -207,11 +207,11 @@ class GraphEngine:
         passes = list(self._passes(share, scales))
         for number, work in enumerate(passes):
             last = number == len(passes) - 1
-            self._holding.final_pass = last
+            self._local_stages.final_pass = last
             total = total + self._pipeline.run(work)
-        self._holding.reduce(self._summed)
+        self._local_stages.reduce(self._summed)
         self._buffers.settle()
-        total = total / self._holding.loss_factor
+        total = total / self._local_stages.loss_factor
         return total if self._mesh.coordinate("tp") == 0 else torch.zeros_like(total)
 
     def _passes(self, share: Share, scales: Sequence[Tensor]) -> Iterator[Pass]:
@@ -234,7 +234,7 @@ class GraphEngine:
                 strategy.pp,
                 strategy.stages_per_worker,
                 len(entries),
-                last_whole=self._holding.sharded,
+                last_whole=self._local_stages.sharded,
             )
 
         return Pass(
@@ -242,9 +242,9 @@ class GraphEngine:
             actions(self._mesh.coordinate("pp")),
             actions,
             [self._given(work, entry.data) for entry in entries],
-            [scales[entry.number] * self._holding.loss_factor for entry in entries],
+            [scales[entry.number] * self._local_stages.loss_factor for entry in entries],
             enter=lambda number: self.position.enter(entries[number].microbatch),
-            before_backward=self._holding.before_backward,
+            before_backward=self._local_stages.before_backward,
         )
 
     def _given(self, work: Work, data: Any) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class GraphEngine:
             watched = Watched(self._work(self._key(True, data), data), list(self._pipeline.stages))
             results = self._pipeline.evaluate(watched.work, self._given(watched.work, data))
             found.append(watched.fault(each, self._mesh.rank, None if results is None else results[0]))
-        self._holding.after_evaluation()
+        self._local_stages.after_evaluation()
         return min(filter(None, found), default=None)
 
     def find_gradient_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
@@ -279,7 +279,7 @@ class GraphEngine:
         self.position.enter(microbatch)
         work = self._work(self._key(False, data), data)
         results = self._pipeline.evaluate(work, self._given(work, data))
-        self._holding.after_evaluation()
+        self._local_stages.after_evaluation()
         values = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
         if results is not None and self._mesh.coordinate("tp") == 0:
             values[: len(results)] = torch.stack([result.double() for result in results])

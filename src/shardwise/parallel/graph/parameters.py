@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shardwise.errors import StrategyError
 from shardwise.parallel.data.gradient_reducer import GradientReducer, sum_gradients
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.operators.graph_operators import KeyedOperations
+from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.pipeline.stage import Stage, Work
 from shardwise.parallel.state.dtensor_rows import is_split, local, row_layout
 from shardwise.parallel.state.gather import anywhere
@@ -27,12 +27,12 @@ from shardwise.parallel.state.materialize import materialize, read_weights
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.parallel.tensor.placement import Placement, Sharded
-from shardwise.splitting.ownership import deal
+from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.weight_files import Weights
 
 
-class Holding:
+class LocalStages:
     """Stages of one worker with their tensors.
 
     Attributes:
@@ -51,7 +51,7 @@ class Holding:
         strategy: Strategy,
         mesh: Mesh,
         exchange: Exchange,
-        keyed: KeyedOperations,
+        operators: GraphOperators,
         *,
         bf16: bool,
         weights: Weights | None = None,
@@ -67,7 +67,7 @@ class Holding:
         own = range(mesh.coordinate("pp"), count, strategy.pp)
         mine = {name: _cut(tensors[name], graph.placements.get(name), exchange) for name in self._on(own)}
         self._owners: dict[str, tuple[nn.Module, str]] = {}
-        self.stages = {stage: self._build(stage, len(work.stages[stage].blocks), mine, keyed) for stage in own}
+        self.stages = {stage: self._build(stage, len(work.stages[stage].blocks), mine, operators) for stage in own}
         self._twice = self._on_several(own)
         self._tied = self._tied_groups()
         self._given: dict[dist.ProcessGroup, list[str]] = {}
@@ -105,7 +105,7 @@ class Holding:
             )
         return found
 
-    def _build(self, stage: int, blocks: int, mine: Mapping[str, Tensor], keyed: KeyedOperations) -> Stage:
+    def _build(self, stage: int, blocks: int, mine: Mapping[str, Tensor], operators: GraphOperators) -> Stage:
         own: list[dict[str, Tensor]] = [{} for _ in range(blocks)]
         shared: dict[str, Tensor] = {}
         for name in mine:
@@ -117,7 +117,7 @@ class Holding:
         module = Stage(
             own,
             shared,
-            keyed,
+            operators,
             recomputed=self._strategy.recomputed_of(blocks),
             products=self._strategy.saves_products,
             bf16=self._bf16,
@@ -140,7 +140,7 @@ class Holding:
         """Return the placement of every tensor on this worker, by name."""
         sizes = {name: self._tensor(name).numel() for name in self._owners}
         strategy = self._strategy
-        by_all, by_rows = deal(sizes, strategy.replicas), deal(sizes, strategy.dp)
+        by_all, by_rows = assign_owners(sizes, strategy.replicas), assign_owners(sizes, strategy.dp)
         return {name: self._lay_out(name, by_all[name], by_rows[name]) for name in self._owners}
 
     def _lay_out(self, name: str, replica: int, row: int) -> Held:

@@ -120,7 +120,7 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-class KeyedDropout:
+class DropoutReplacements:
     """Replacements for the functions that draw dropout in a forward pass. `handlers` maps torch's function to ours.
 
     The sample dimension of a tensor is found by its size: the first dimension if it fits; the second (sequences first);

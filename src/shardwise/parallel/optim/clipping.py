@@ -26,11 +26,11 @@ def squared_norm(gradients: Mapping[str, Tensor], held: Mapping[str, Held], devi
 
     Each element counts once: its square is divided by the number of workers that hold it.
     """
-    alike: dict[tuple[int, torch.device], list[Tensor]] = {}
+    groups: dict[tuple[int, torch.device], list[Tensor]] = {}
     for name, gradient in gradients.items():
-        alike.setdefault((held[name].holders, gradient.device), []).append(gradient)
+        groups.setdefault((held[name].holders, gradient.device), []).append(gradient)
     total = torch.zeros((), device=device)
-    for (holders, _), several in alike.items():
+    for (holders, _), several in groups.items():
         total = total + (torch.stack(torch._foreach_norm(several)).square().sum() / holders).to(device)
     return total
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.parallel.mesh import Mesh
-from shardwise.splitting.slow_links import hops_of
+from shardwise.splitting.slow_links import link_count
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**18, 2**22
 """Size in bytes of the timed message: an accelerator sends more in the same time."""
@@ -31,7 +31,7 @@ def measured_links(mesh: Mesh) -> list[float]:
     if group is None or dist.get_backend(group) == "fake":
         return []
     workers, pipeline_rank = mesh.strategy.pp, mesh.coordinate("pp")
-    count = hops_of(mesh.strategy)
+    count = link_count(mesh.strategy)
     found = torch.zeros(count, dtype=torch.float64, device=mesh.device)
     for source in range(count):
         target = (source + 1) % workers

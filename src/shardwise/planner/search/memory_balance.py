@@ -21,11 +21,11 @@ from math import gcd
 from shardwise.cluster.cluster import Cluster
 from shardwise.planner.search.memory_bounds import most_of_the_model
 from shardwise.planner.search.unequal_devices import MOST_REPLICAS
-from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.profile.summary import Condensed
+from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.workers.cuts import cuts_of
 from shardwise.predict.workers.holdings import Stage
 from shardwise.strategy import Strategy
@@ -43,10 +43,10 @@ FINE = (20, 100, 1000)
 def may_be_evened(strategy: Strategy, cluster: Cluster) -> bool:
     """Return whether stages may be cut unequally to save memory: only if nothing else makes them unequal."""
     plain = strategy.stages_per_worker == 1 and not strategy.speeds and not strategy.recomputes
-    return cluster.alike and plain and 1 < strategy.pp <= MOST_REPLICAS
+    return cluster.homogeneous and plain and 1 < strategy.pp <= MOST_REPLICAS
 
 
-def least_share(profile: Condensed, strategy: Strategy, room: int) -> float | None:
+def least_share(profile: ProfileSummary, strategy: Strategy, room: int) -> float | None:
     """Return the least possible share of the worker with the largest part of the model. Returns None if none fits."""
     return level(most_of_the_model(profile, strategy, room))
 
@@ -201,7 +201,7 @@ def _spelled(
     for fine in FINE:
         numbers = [max(1, round(fine * size / max(sizes))) for size in sizes]
         found = strategy.with_(speeds=":".join(str(number // gcd(*numbers)) for number in numbers))
-        cuts = cuts_of(profile, found, costs.times.forward.each, slower_hops(profile, found, cluster))
+        cuts = cuts_of(profile, found, costs.times.forward.each, slower_links(profile, found, cluster))
         if [stage[0] for stage in cuts] == list(starts):
             break
     return found

@@ -11,7 +11,7 @@ Both are the mean over the workers of a pipeline, for which stages count as near
 
 from __future__ import annotations
 
-from shardwise.predict.profile.summary import Condensed
+from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.splitting.balance import MOST_BLOCKS
 from shardwise.strategy import Strategy
 
@@ -19,7 +19,7 @@ EVEN = 0.5
 """Least ratio of an unequal pipeline to one of equal stages, for the fill time and for a worker's activations."""
 
 
-def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = None) -> float:
+def least_memory(profile: ProfileSummary, strategy: Strategy, saved: float | None = None) -> float:
     """Bound the bytes of the device that needs most from below; the number of microbatches must be settled.
 
     `saved` is set if a part of the blocks is recomputed: bytes per microbatch that the other blocks save.
@@ -39,7 +39,7 @@ def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = N
     return max(updating, stays + first, stays + later if count > 1 else 0.0, profile.largest)
 
 
-def most_of_the_model(profile: Condensed, strategy: Strategy, room: int) -> list[float]:
+def most_of_the_model(profile: ProfileSummary, strategy: Strategy, room: int) -> list[float]:
     """Return the largest share of the model that fits on each worker of a pipeline with one stage per worker.
 
     Under 1f1b each further worker has one microbatch less in flight, so it may have more layers. Parameters and saved
@@ -56,13 +56,13 @@ def most_of_the_model(profile: Condensed, strategy: Strategy, room: int) -> list
     return [room / max(1.0, stays + microbatches * profile.saved) for microbatches in in_flight]
 
 
-def _stays(profile: Condensed, strategy: Strategy) -> float:
+def _stays(profile: ProfileSummary, strategy: Strategy) -> float:
     """Return the bytes of parameters and optimizer state that stay on all workers of a pipeline together."""
     slices = strategy.fsdp if strategy.splits_parameters else 1
     return profile.parameters / slices + profile.elements * profile.update.state_bytes / owners(strategy)
 
 
-def _saved(profile: Condensed, strategy: Strategy, saved: float | None, count: int) -> float:
+def _saved(profile: ProfileSummary, strategy: Strategy, saved: float | None, count: int) -> float:
     """Return the bytes of saved activations on the worker that has most of them, for `count` microbatches."""
     workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
     under_way = _under_way(workers, count, strategy.schedule, strategy.stages_per_worker)
@@ -73,7 +73,7 @@ def _saved(profile: Condensed, strategy: Strategy, saved: float | None, count: i
     return per_microbatch * (max(share * under_way, 1) if workers > 1 else 1)
 
 
-def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
+def _gradients(profile: ProfileSummary, strategy: Strategy, slices: int) -> float:
     """Return the bytes of gradients that exist during a backward pass that is not the first one."""
     alone = strategy.tp == strategy.pp == 1
     if strategy.sums_in_buckets and alone:  # gradients and DDP's buckets
@@ -85,7 +85,7 @@ def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
     return profile.own / (strategy.pp * strategy.stages_per_worker)  # unsharded gradients of one stage at a time
 
 
-def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:
+def _handed(profile: ProfileSummary, strategy: Strategy, stages: int) -> float:
     """Return the bytes of messages between blocks that are saved per microbatch if the blocks are recomputed."""
     if strategy.tp == strategy.pp == 1 or "/" in strategy.recompute:
         return 0.0
@@ -93,7 +93,7 @@ def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:
     return float(profile.message * (between + stages - 1))
 
 
-def _products(profile: Condensed, strategy: Strategy) -> int:
+def _products(profile: ProfileSummary, strategy: Strategy) -> int:
     """Return the bytes of matmul results that are saved per microbatch if the rest is recomputed."""
     if not strategy.saves_products:
         return 0
@@ -109,7 +109,7 @@ def _under_way(workers: int, microbatches: int, schedule: str, stages: int) -> f
     return min(microbatches, workers)
 
 
-def even(profile: Condensed, parts: int) -> float:
+def even(profile: ProfileSummary, parts: int) -> float:
     """Return the least size of a pipeline's first part relative to an equal part.
 
     The first of `parts` equal parts may lack one or two of the segments that the step is made of.

@@ -25,12 +25,12 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.planner.search.memory_bounds import even, owners
 from shardwise.predict.closed_form.pipeline import StageTime, alone
-from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import Timed, Times, timed, times_of
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.profile.summary import Condensed
+from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.workers.cuts import cuts_of, recomputed_segments
 from shardwise.predict.workers.groups import group_of
 from shardwise.strategy import OUTERMOST, Strategy
@@ -42,7 +42,7 @@ It is one half if the gradients of inputs and of weights are matmuls of the same
 """
 
 
-def family_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
+def family_seconds(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> float:
     """Bound the step time of a family from below, in seconds, by computation and pipeline messages alone.
 
     A family is all strategies that differ only in how replicas store parameters.
@@ -50,7 +50,7 @@ def family_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> 
     return max(_passes(profile, strategy, cluster))
 
 
-def _passes(profile: Condensed, strategy: Strategy, cluster: Cluster) -> tuple[float, float]:
+def _passes(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> tuple[float, float]:
     """Return lower bounds in seconds: from the pipeline's first pass to its last, and of the mean worker's compute."""
     times = times_of(profile, cluster, strategy)
     one = times.forward + times.backward + times.weights
@@ -63,7 +63,7 @@ def _passes(profile: Condensed, strategy: Strategy, cluster: Cluster) -> tuple[f
     return filled, one * strategy.microbatches / strategy.pp
 
 
-def _trip(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
+def _trip(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> float:
     """Return the seconds of one microbatch's messages through all pipeline workers and back, each to a nearest rank."""
     if strategy.pp == 1 or not profile.message:
         return 0.0
@@ -79,7 +79,7 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
     then influence where stages are cut, and the strategies of a family send over different links.
     """
     words = OUTERMOST if strategy.pp > 1 and strategy.replicas > 1 else (strategy.outermost,)
-    if any(slower_hops(profile, strategy.with_(outermost=word), cluster) for word in words):
+    if any(slower_links(profile, strategy.with_(outermost=word), cluster) for word in words):
         return 0.0
     stages = _stages(profile, strategy, cluster)
     around, best = 0.0, alone(stages)
@@ -122,7 +122,7 @@ def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times
     return found
 
 
-def least_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
+def least_seconds(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> float:
     """Bound the step time of one strategy from below, in seconds; its number of microbatches must be settled."""
     times = times_of(profile, cluster, strategy)
     filled, computing = _passes(profile, strategy, cluster)
@@ -138,7 +138,7 @@ def least_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> f
     return max(filled, computing + update, computing - times.backward / strategy.pp + sent + update)
 
 
-def _filled(profile: Condensed, strategy: Strategy, forward: float, one: float) -> float:
+def _filled(profile: ProfileSummary, strategy: Strategy, forward: float, one: float) -> float:
     """Bound a pipeline's seconds from its first pass to its last, if one microbatch takes `one` through all stages."""
     count, workers = strategy.microbatches, strategy.pp
     if strategy.schedule in ("1f1b", "gpipe"):
@@ -150,7 +150,7 @@ def _filled(profile: Condensed, strategy: Strategy, forward: float, one: float) 
     return one * count / workers + even(profile, workers * strategy.stages_per_worker) * filling
 
 
-def _update(profile: Condensed, strategy: Strategy, times: Times) -> float:
+def _update(profile: ProfileSummary, strategy: Strategy, times: Times) -> float:
     """Return the seconds of the mean worker's optimizer step, timed as one kernel over all of its parameters."""
     elements = profile.elements / strategy.pp / owners(strategy)
     moved = sum(kernel.bytes for kernel in profile.update.kernels) * elements
@@ -159,7 +159,7 @@ def _update(profile: Condensed, strategy: Strategy, times: Times) -> float:
     return times.seconds.kernels.seconds(Kernel("copy", "memory", "float32", 0.0, moved, (max(1, round(elements)),)))
 
 
-def _gathers(strategy: Strategy, cluster: Cluster, profile: Condensed) -> float:
+def _gathers(strategy: Strategy, cluster: Cluster, profile: ProfileSummary) -> float:
     """Return the seconds of a step's all-gathers and reduce-scatters by `fully_shard`; see
     `predict.workers.passes.syncs`.
 
@@ -176,7 +176,7 @@ def _gathers(strategy: Strategy, cluster: Cluster, profile: Condensed) -> float:
     return (count + 1 if strategy.zero == 3 else 1) * gather + scatter
 
 
-def _unhidden(strategy: Strategy, cluster: Cluster, profile: Condensed, times: Times) -> float:
+def _unhidden(strategy: Strategy, cluster: Cluster, profile: ProfileSummary, times: Times) -> float:
     """Return the seconds that all stages of a pipeline together wait before the first microbatch and after the last.
 
     Each stage gathers as the first microbatch arrives and scatters as the last one goes back. Only the time beyond the

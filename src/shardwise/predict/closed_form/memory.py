@@ -31,7 +31,7 @@ from shardwise.predict.profile.profile import Profile, Segment
 from shardwise.predict.workers.buckets import Block
 from shardwise.predict.workers.holdings import Parts, Stage, Worker
 from shardwise.predict.workers.passes import Counts, under_way
-from shardwise.predict.workers.stage_keys import alike, gathered_alike
+from shardwise.predict.workers.stage_keys import gathered_stage_key, stage_key
 from shardwise.strategy import Strategy
 
 
@@ -176,7 +176,7 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
         peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
         return max(peaks, key=lambda peak: peak.total)
     trained = 0 if keeps_gradients(strategy) else worker.trained  # gradients kept unsharded do not depend on it
-    own = (alike(profile, stage), trained, _traits(strategy), strategy.saves_products, later, offloaded)
+    own = (stage_key(profile, stage), trained, _traits(strategy), strategy.saves_products, later, offloaded)
 
     def highest() -> _Peak:
         held = _held(profile, strategy, stage, trained, later=later)
@@ -192,7 +192,7 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
 
 def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
     """Return `held_at_segments` of a stage, cached for all stages that are equal up to their position."""
-    key = ("held", gathered_alike(profile, stage), trained, _traits(strategy), later)
+    key = ("held", gathered_stage_key(profile, stage), trained, _traits(strategy), later)
     return profile.memo.once(key, lambda: held_at_segments(profile, strategy, stage, trained, later=later))
 
 

@@ -20,7 +20,7 @@ from shardwise.collective import Collective, Group
 from shardwise.predict.hardware.times import KernelTimes, collective_seconds, launches
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Exchanged, Layer, Pass, Profile
-from shardwise.predict.profile.summary import Condensed
+from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.strategy import Strategy
 
 DTYPES = {"float32": "float32", "bf16": "bf16"}
@@ -347,15 +347,15 @@ class Times:
     seconds: Seconds
 
 
-def times_of(condensed: Condensed, cluster: Cluster, strategy: Strategy) -> Times:
+def times_of(summary: ProfileSummary, cluster: Cluster, strategy: Strategy) -> Times:
     """Return the seconds of a microbatch on a cluster, cached for all strategies with the same rates."""
-    seconds = Seconds.on(cluster, strategy, condensed.tp, condensed.precision)
-    return condensed.memo.once(seconds.key, lambda: _summed_times(condensed, seconds))
+    seconds = Seconds.on(cluster, strategy, summary.tp, summary.precision)
+    return summary.memo.once(seconds.key, lambda: _summed_times(summary, seconds))
 
 
-def _summed_times(condensed: Condensed, seconds: Seconds) -> Times:
+def _summed_times(summary: ProfileSummary, seconds: Seconds) -> Times:
     forward = backward = weights = again = repeated = rest = repeated_rest = 0.0
-    for each in condensed.layers:
+    for each in summary.layers:
         there, back, of_weights = seconds.of_layer(each.layer)
         forward += each.count * there.device
         backward += each.count * back.device

@@ -21,7 +21,7 @@ from shardwise.predict.workers.buckets import Gathered
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.predict.workers.holdings import Parts, Stage
 from shardwise.predict.workers.passes import Sync
-from shardwise.predict.workers.stage_keys import alike
+from shardwise.predict.workers.stage_keys import stage_key
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
 
@@ -159,7 +159,7 @@ class StageCosts:
             first: whether it is the first pass to compute gradients; later ones add to them.
         """
         group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
-        key = alike(self.profile, stage), kind, sync, final, first, self._like(group)
+        key = stage_key(self.profile, stage), kind, sync, final, first, self._like(group)
         if key not in self._passed:
             self._passed[key] = self._pass(stage, kind, sync, final, first)
         return self._passed[key]
@@ -168,10 +168,10 @@ class StageCosts:
         """Return the group moved to rank 0 if its collectives take equally long there, else the group as it is."""
         begins = replace(group, first=0)
         levels = self.cluster.levels
-        alike = (
+        same_level = (
             not self.cluster.collectives and levels and level_of(begins, self.cluster) == level_of(group, self.cluster)
         )
-        return begins if alike else group
+        return begins if same_level else group
 
     def _pass(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
         spent = self.computed(stage, kind, sync, final=final, first=first)

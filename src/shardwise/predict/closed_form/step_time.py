@@ -23,7 +23,7 @@ from shardwise.errors import StrategyError
 from shardwise.predict.closed_form.memory import memory_at, memory_of
 from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
 from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
-from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import DTYPES, Timed, timed
 from shardwise.predict.closed_form.stage_time import StageCosts
 from shardwise.predict.closed_form.worker_time import Work, table_of, work_of
@@ -83,7 +83,7 @@ def costs_of(
             f"profile it for a {times.device.kind}"
         )
     check_host(strategy, cluster, times.device)
-    parts = parts_of(profile, strategy, times.forward.each, slower_hops(profile, strategy, cluster))
+    parts = parts_of(profile, strategy, times.forward.each, slower_links(profile, strategy, cluster))
     if offloads(strategy, times.device):
         for worker in parts.workers:
             check_room(worker, profile.update.state_bytes, times.device)
@@ -96,7 +96,7 @@ def costs_of(
 
     if device is not None:
         return on_device(device)
-    several = strategy.speeds and not cluster.alike
+    several = strategy.speeds and not cluster.homogeneous
     by_pipeline_rank = (
         [on_device(slowest_at(strategy, cluster, pipeline_rank)) for pipeline_rank in range(strategy.pp)]
         if several
@@ -132,7 +132,7 @@ def _check(profile: Profile, strategy: Strategy, size: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
+class Epilogue:
     """Seconds of a worker's step after its last backward pass.
 
     Attributes:
@@ -156,7 +156,7 @@ class _Step:
     """The computed step: per-worker work and epilogue, step time, exposed time of the loss all-reduce (seconds)."""
 
     works: list[Work]
-    finishes: list[Finish]
+    finishes: list[Epilogue]
     seconds: float
     report: float
 
@@ -182,7 +182,7 @@ class Costs:
 
     # ---- after the passes -------------------------------------------------------------------------------------------
 
-    def finish(self, worker: Worker) -> Finish:
+    def finish(self, worker: Worker) -> Epilogue:
         """Compute the seconds that a worker needs after its last backward pass."""
         strategy = self.strategy
         replicas = group_of(strategy, "replicas", worker.pipeline_rank)
@@ -193,7 +193,7 @@ class Costs:
         if self.profile.weighted:
             report += self.calls.collective("all_reduce", 8, replicas)
         host = self.times.overhead("step").launching + self.times.crowding
-        return Finish(reduce, self.update(worker), exchange, report, host)
+        return Epilogue(reduce, self.update(worker), exchange, report, host)
 
     def sums_over_workers(self, worker: Worker) -> list[tuple[tuple[int, ...], int, float]]:
         """Return (pipeline workers, bytes, seconds) of each gradient all-reduce after the last backward pass.

@@ -63,11 +63,11 @@ def replica(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, samples
 
 def _different(strategy: Strategy, cluster: Cluster, batch_size: int) -> set[tuple[int, int]]:
     """Return (samples per microbatch, rank of the slowest device) of each kind of replica."""
-    alike: dict[tuple[int, int], int] = {}
+    groups: dict[tuple[int, int], int] = {}
     for number in range(strategy.replicas):
         rank = slowest_rank(strategy, cluster, number)
-        alike.setdefault((strategy.samples_of(number, batch_size), id(cluster.device(rank))), rank)
-    return {(samples, rank) for (samples, _), rank in alike.items()}
+        groups.setdefault((strategy.samples_of(number, batch_size), id(cluster.device(rank))), rank)
+    return {(samples, rank) for (samples, _), rank in groups.items()}
 
 
 def slowest_rank(strategy: Strategy, cluster: Cluster, number: int) -> int:

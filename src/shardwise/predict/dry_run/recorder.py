@@ -212,7 +212,7 @@ def _wrapped(recorder: Recorder, program: Program) -> Iterator[None]:
         around(pipeline, "_forward", lambda _, action: (str(action), "forward"))
         around(pipeline, "_backward", lambda _, action: (str(action), "backward"))
         around(pipeline.weights, "compute", lambda key: (str(Action("W", *key)), "backward"))
-        around(engine._holding, "reduce", lambda *_: ("reduce", "backward"))
+        around(engine._local_stages, "reduce", lambda *_: ("reduce", "backward"))
     else:
         _count_microbatches(recorder, engine, replaced)
     try:

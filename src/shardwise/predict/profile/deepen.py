@@ -27,7 +27,7 @@ def deepened(short: Profile, layers: Sequence[str]) -> Profile | None:
         layers: prefix of the parameter names of each layer of the whole model.
     """
     middle = _middle(short, layers)
-    if middle is None or not middle.alike(short):
+    if middle is None or not middle.repeats(short):
         return None
     return middle.deepened(short)
 
@@ -84,7 +84,7 @@ class _Middle:
 
     # ---- comparison ---------------------------------------------------------------------------------------------
 
-    def alike(self, short: Profile) -> bool:
+    def repeats(self, short: Profile) -> bool:
         """Return whether layer 2 equals layer 1 in everything that a profile contains, up to its position."""
         segments = short.segments
         if segments[self.first : self.second] != segments[self.second : self.end]:

@@ -20,7 +20,7 @@ from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Parameter, Pass, Profile, Segment, Value
 from shardwise.predict.profile.profiler import Profiles
-from shardwise.predict.profile.summary import Condensed, condense
+from shardwise.predict.profile.summary import ProfileSummary, summarize
 from shardwise.strategy import Strategy
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class _Unlike(Exception):
     """Raised for two profiles that differ in more than numbers, so that there is no line through them."""
 
 
-P = TypeVar("P", bound=Profile | Condensed)
+P = TypeVar("P", bound=Profile | ProfileSummary)
 
 
 def between(first: P, second: P, at: float, repeats_at: float | None = None) -> P | None:
@@ -57,9 +57,9 @@ def between(first: P, second: P, at: float, repeats_at: float | None = None) -> 
     return replace(found, memo=Memo())
 
 
-def _same(profile: Profile | Condensed) -> dict[str, Any]:
+def _same(profile: Profile | ProfileSummary) -> dict[str, Any]:
     """Return the fields that are not interpolated but taken from a profile."""
-    if isinstance(profile, Condensed):
+    if isinstance(profile, ProfileSummary):
         return {"tp": profile.tp}
     return {name: getattr(profile, name) for name in ("tp", "microbatch", "batch_size", "notes", "ready", "blocks")}
 
@@ -173,15 +173,15 @@ class ScaledProfiles:
         self.traced = traced
         self._corners: dict[tuple[Any, ...], Profile] = {}
         self._profiles = _Plane(self._corner, _for_microbatch)
-        self._condensed = _Plane(lambda *corner: condense(self._corner(*corner)), _for_degree)
+        self._summaries = _Plane(lambda *corner: summarize(self._corner(*corner)), _for_degree)
 
     def of(self, strategy: Strategy, batch_size: int = 0) -> Profile:
         """Return the profile by which a search ranks a strategy. Raises as `Profiles.of` does."""
         return self._profiles.at(*self._where(strategy, batch_size))
 
-    def condensed(self, strategy: Strategy) -> Condensed:
-        """Return the condensed profile from which bounds are computed. Raises as `Profiles.of` does."""
-        return self._condensed.at(*self._where(strategy))
+    def summary(self, strategy: Strategy) -> ProfileSummary:
+        """Return the summary of the profile from which bounds are computed. Raises as `Profiles.of` does."""
+        return self._summaries.at(*self._where(strategy))
 
     def one(self) -> Profile:
         """Return a traced profile for a single worker, with some size of microbatch."""
@@ -260,7 +260,7 @@ class _Plane(Generic[P]):
         return tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy)
 
 
-def _convolves(profile: Profile | Condensed) -> bool:
+def _convolves(profile: Profile | ProfileSummary) -> bool:
     """Return whether a profile has convolutions: for a single sample torch computes them with other kernels."""
     found = profile.segments if isinstance(profile, Profile) else profile.layers
     return any(kernel.kind == "convolution" for each in found for kernel in each.layer.forward.kernels)
@@ -270,8 +270,8 @@ def _for_microbatch(profile: Profile, tp: int, samples: int) -> Profile:
     return replace(profile, tp=tp, microbatch=samples)
 
 
-def _for_degree(condensed: Condensed, tp: int, _: int) -> Condensed:
-    return replace(condensed, tp=tp)
+def _for_degree(summary: ProfileSummary, tp: int, _: int) -> ProfileSummary:
+    return replace(summary, tp=tp)
 
 
 def _split(strategy: Strategy) -> bool:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from shardwise.parallel.check import TensorDegrees
 from shardwise.parallel.engine import Position
 from shardwise.parallel.graph.autocast import widen_loss
-from shardwise.parallel.operators.graph_operators import KeyedOperations
+from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.pipeline.cut_points import CutPoint, common, find_cut_points, from_batch
 from shardwise.parallel.pipeline.subgraphs import Section, sections
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
@@ -30,7 +30,7 @@ from shardwise.predict.profile.deepen import deepened
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.meta_model import Model, batch, builds, tensors_of, with_values
 from shardwise.predict.profile.profile import Layer, Parameter, Pass, Profile, Segment, Value
-from shardwise.predict.profile.segment_recorder import Analysis, Analyst, Calls, NotedExchange, SegmentRecorder, Spec
+from shardwise.predict.profile.segment_recorder import Analysis, Analyst, Calls, RecordedExchange, SegmentRecorder, Spec
 from shardwise.strategy import Strategy
 from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
 from shardwise.workload.workload import Workload
@@ -160,9 +160,9 @@ class _Profiler:
         self.tp, self.sp, self.precision = tp, sp, precision
         self.samples, self.split = microbatch, split
         self.recorder = SegmentRecorder(cpu=self.device == "cpu")
-        self.exchange = NotedExchange(tp, self.recorder)
+        self.exchange = RecordedExchange(tp, self.recorder)
         position = Position(seed=self.workload.seed, samples=microbatch, counted=microbatch)
-        self.keyed = KeyedOperations(position, self.exchange, None)
+        self.operators = GraphOperators(position, self.exchange, None)
         self.weights = WeightGradients()
 
     def profile(self) -> Profile:
@@ -212,7 +212,7 @@ class _Profiler:
             self.precision == "bf16",
             self.device == "gpu",
             self.weights if self.split else None,
-            {self.keyed.dropout: 2, self.keyed.attention: 7},
+            {self.operators.dropout: 2, self.operators.attention: 7},
         )
         chain = _Chain(analyst, cut, given, specs)
         chain.run()
@@ -250,11 +250,11 @@ class _Profiler:
         return known[key]
 
     def _partitioned(self, step: StepGraph, trained: frozenset[str], first: LocalGraph | None = None) -> LocalGraph:
-        keyed = self.keyed
+        operators = self.operators
         local, _ = partition(
             step,
             self.exchange,
-            Replacements(keyed.dropout, keyed.attention, self._batch_norm, keyed.opaque),
+            Replacements(operators.dropout, operators.attention, self._batch_norm, operators.opaque),
             trained=trained,
             sequence=bool(self.sp),
             placements=None if first is None else first.placements,
@@ -265,7 +265,7 @@ class _Profiler:
     def _batch_norm(self, x: Tensor, *others: Any) -> Tensor:
         """Run a batch norm and record its channels: in training its statistics are computed over all replicas."""
         self.recorder.normalised.append(int(x.shape[1]))
-        return self.keyed.batch_norm(x, *others)
+        return self.operators.batch_norm(x, *others)
 
     def _parameter(self, name: str, tensor: Tensor, local: LocalGraph, used: Mapping[str, Sequence[int]]) -> Parameter:
         placement = local.placements.get(name)

@@ -88,7 +88,7 @@ class Analysis:
     ready: tuple[int, ...]
 
 
-class NotedExchange(Exchange):
+class RecordedExchange(Exchange):
     """Collectives of tensor-parallel rank 0 among `ranks`, recorded instead of executed."""
 
     def __init__(self, ranks: int, recorder: SegmentRecorder) -> None:

@@ -21,7 +21,7 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Condensed:
+class ProfileSummary:
     """A profile without the order of its segments. All bytes are those of one rank.
 
     Attributes:
@@ -63,12 +63,12 @@ class Condensed:
     """Cache of everything derived from this value."""
 
 
-def condense(profile: Profile) -> Condensed:
-    """Return the condensed form of a profile, cached with the profile."""
-    return profile.memo.once(("condensed",), lambda: _condensed(profile))
+def summarize(profile: Profile) -> ProfileSummary:
+    """Return the summary of a profile, cached with the profile."""
+    return profile.memo.once(("summary",), lambda: _summarized(profile))
 
 
-def _condensed(profile: Profile) -> Condensed:
+def _summarized(profile: Profile) -> ProfileSummary:
     trained = [parameter for parameter in profile.parameters if parameter.trained]
     messages = [segment.message for segment in profile.segments[1:]]
     blocks = {index for block in profile.blocks for index in block}
@@ -80,7 +80,7 @@ def _condensed(profile: Profile) -> Condensed:
         count = counts.setdefault(id(segment.layer), [0, 0])
         count[0] += 1
         count[1] += number in inside
-    return Condensed(
+    return ProfileSummary(
         tp=profile.tp,
         precision=profile.precision,
         layers=tuple(Counted(layer, *counts[key]) for key, layer in layers.items()),

@@ -22,7 +22,7 @@ from shardwise.predict.closed_form.segment_times import DTYPES, Spent
 from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.timeline.breakdown import Happened
+from shardwise.predict.timeline.breakdown import Breakdown
 from shardwise.predict.timeline.events import COMPUTE, Operation, Simulation
 from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.holdings import REPORT_BYTES, Stage, Worker
@@ -199,13 +199,13 @@ class _Step:
         for host in self.hosts:
             self._program(host)
         seconds = self.simulation.run()
-        happened = Happened(self.simulation.done, self._received(), inline=self.inline)
-        index = max(range(len(self.hosts)), key=happened.computed)
+        breakdown = Breakdown(self.simulation.done, self._received(), inline=self.inline)
+        index = max(range(len(self.hosts)), key=breakdown.computed)
         ranks = tuple(
             self.strategy.rank(dp=h.pipeline.row, fsdp=h.pipeline.column, pp=h.pipeline_rank) for h in self.hosts
         )
         profile, device = self.usual.profile, self.usual.times.device
-        prediction = happened.prediction(
+        prediction = breakdown.prediction(
             index,
             seconds,
             memory=self.usual.memory,

@@ -32,7 +32,7 @@ from shardwise.predict.workers.cuts import cuts_of
 from shardwise.splitting.balance import check_stages, cuts_blocks
 from shardwise.splitting.buckets import bucket_bytes
 from shardwise.splitting.ownership import BUCKET_BYTES as BROADCAST_BYTES
-from shardwise.splitting.ownership import deal
+from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 
 REPORT_BYTES = 24
@@ -270,7 +270,7 @@ def _updated(
         return (elements, sum(count for _, count in kinds)), ()
     indices = sorted({index for first, end in ranges for index in profile.within(first, end)})
     trained = [profile.parameters[index] for index in indices if profile.parameters[index].trained]
-    owners = deal({parameter.name: parameter.elements for parameter in trained}, strategy.replicas)
+    owners = assign_owners({parameter.name: parameter.elements for parameter in trained}, strategy.replicas)
     by_owner: list[list[Parameter]] = [[] for _ in range(strategy.replicas)]
     for parameter in trained:
         by_owner[owners[parameter.name]].append(parameter)

@@ -45,7 +45,7 @@ def syncs(strategy: Strategy, actions: Sequence[Action]) -> list[Sync]:
     """Return the collectives of `fully_shard` at each action of a worker.
 
     With tp or pp, gradients are reduced in the last backward pass of a stage, and the earlier backward passes leave
-    the parameters gathered. Otherwise each microbatch reduces its own gradients. See `Holding.before_backward` and
+    the parameters gathered. Otherwise each microbatch reduces its own gradients. See `LocalStages.before_backward` and
     `fsdp.split_parameters`.
     """
     module = strategy.tp == strategy.pp == 1

@@ -11,18 +11,18 @@ from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.holdings import Stage
 
 
-def alike(profile: Profile, stage: Stage) -> int:
+def stage_key(profile: Profile, stage: Stage) -> int:
     """Return a number that two stages of the profile share if they differ only in their position in the model.
 
     Such stages have equal segments, blocks and gradient buckets, receive the same number of bytes, and keep the same
     number of bytes per microbatch.
     """
-    return _number(profile, "alike", stage, _described)
+    return _number(profile, "stage", stage, _described)
 
 
-def gathered_alike(profile: Profile, stage: Stage) -> int:
+def gathered_stage_key(profile: Profile, stage: Stage) -> int:
     """Return a number that two stages share if their segments and gathered blocks are equal, recomputed or not."""
-    return _number(profile, "gathered alike", stage, _gathered)
+    return _number(profile, "gathered stage", stage, _gathered)
 
 
 def _number(profile: Profile, name: str, stage: Stage, described: Callable[[Profile, Stage], object]) -> int:

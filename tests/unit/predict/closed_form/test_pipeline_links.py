@@ -8,7 +8,7 @@ import pytest
 from test_step_time import CLUSTER, DEVICE, layer, profile
 
 from shardwise.cluster.cluster import Nodes
-from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.profile.profile import Segment
 from shardwise.splitting.balance import divided
@@ -46,7 +46,7 @@ def test_hops_of_two_hosts(strategy: str, slow: tuple[bool, ...]) -> None:
     fast, between = CLUSTER.levels
     levels = replace(fast, span=2, bandwidth=2.5e10), replace(between, span=4)
     hosts = replace(CLUSTER, nodes=(Nodes(DEVICE, 2, 2),), levels=levels)
-    found = slower_hops(profile(), Strategy.parse(strategy).for_batch(8), hosts)
+    found = slower_links(profile(), Strategy.parse(strategy).for_batch(8), hosts)
     assert tuple(factor > 1 for factor in found) == slow
 
 
