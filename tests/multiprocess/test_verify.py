@@ -62,9 +62,9 @@ def everything() -> Workload:
     )
 
 
-def trial(folder: Path, strategy: str, *, float64: bool = True) -> verify.Trial:
+def trial(folder: Path, strategy: str, *, float64: bool = True) -> verify.StrategyTrial:
     settled = Strategy.parse(strategy).for_batch(8)
-    return verify.Trial(
+    return verify.StrategyTrial(
         source=Source(workload=everything()), strategy=settled, steps=3, float64=float64, folder=str(folder)
     )
 
@@ -89,7 +89,7 @@ def proof(workers: Pools, folder: Path, strategy: str, *, float64: bool = True, 
     return workers(count, compare, trial(folder, strategy, float64=float64), sabotage)[0]
 
 
-def compare(work: verify.Trial, sabotage: Break | None) -> Any:
+def compare(work: verify.StrategyTrial, sabotage: Break | None) -> Any:
     with remembered(f"everything {work.float64}"), pytest.MonkeyPatch.context() as patch:
         if sabotage is not None:
             sabotage(patch)  # type: ignore[call-arg]

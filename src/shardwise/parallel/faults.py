@@ -49,7 +49,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class RerunPass:
     """Microbatch whose forward pass is run again.
 
     Attributes:
@@ -73,10 +73,10 @@ class Pass:
         return Fault(self.number, position, rank, f"{what}, of a batch that holds nan itself," if sick else what, value)
 
 
-def passes_of(share: Share, scales: Sequence[Tensor]) -> list[Pass]:
-    """Return one `Pass` for each microbatch of a share."""
+def passes_of(share: Share, scales: Sequence[Tensor]) -> list[RerunPass]:
+    """Return one `RerunPass` for each microbatch of a share."""
     together = enumerate(zip(share.microbatches, scales, strict=True))
-    return [Pass(number, microbatch, scale, bool(scale != 0)) for number, (microbatch, scale) in together]
+    return [RerunPass(number, microbatch, scale, bool(scale != 0)) for number, (microbatch, scale) in together]
 
 
 def not_finite(value: Any) -> str:
@@ -118,7 +118,7 @@ def gradient_fault(gradients: Mapping[str, Tensor], rank: int, first: int = 0) -
 
 
 def module_fault(
-    model: nn.Module, replay: Callable[[Microbatch], Tensor], passes: Sequence[Pass], rank: int
+    model: nn.Module, replay: Callable[[Microbatch], Tensor], passes: Sequence[RerunPass], rank: int
 ) -> Fault | None:
     """Find the first module whose output is not finite. Collective if the model's forward passes are.
 

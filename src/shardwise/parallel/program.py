@@ -24,7 +24,7 @@ from shardwise.parallel.optim.optimizer_state import OptimizerState, load_schedu
 from shardwise.parallel.optim.zero1 import OwnedParameters
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
-from shardwise.parallel.state.layout import Piece
+from shardwise.parallel.state.layout import TensorPiece
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Loader, Share, share_of
@@ -212,17 +212,17 @@ class Program:
         loss, metric = (sums[0] / sums[1]).tolist()
         return {"loss": loss, evaluation.metric: metric}
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorPiece]:
         """Return this worker's part of the model (`model/<name>`) and of the optimizer state that exists so far."""
         model = [
-            Piece(f"model/{name}", local(held.tensor), held.layout, held.writes)
+            TensorPiece(f"model/{name}", local(held.tensor), held.layout, held.writes)
             for name, held in self.engine.held.items()
         ]
         return model + ([] if self._optimizer_state is None else self._optimizer_state.pieces())
 
     def optimizer_piece(
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
-    ) -> Piece | None:
+    ) -> TensorPiece | None:
         """Return the piece of one entry of the optimizer state to load into, created with zeros if it does not exist.
 
         Returns None if this worker does not update the parameter. Raises CheckpointError, see `OptimizerState.piece`.
@@ -231,11 +231,11 @@ class Program:
             return None
         return self._optimizer_state.piece(parameter, state, global_shape, dtype)
 
-    def gradient_pieces(self) -> list[Piece]:
+    def gradient_pieces(self) -> list[TensorPiece]:
         """Return the gradients `gradient/<name>` of the last step, after clipping. Unused parameters have none."""
         gradients = local_gradients(self.engine.parameters)
         held = self.engine.held
-        return [Piece(f"gradient/{n}", g, held[n].layout, held[n].writes) for n, g in gradients.items()]
+        return [TensorPiece(f"gradient/{n}", g, held[n].layout, held[n].writes) for n, g in gradients.items()]
 
     def state(self) -> dict[str, Any]:
         """Return the completed steps, the scheduler's counters and the numbers of the optimizer's groups, JSON-able."""
@@ -254,7 +254,9 @@ class Program:
 
         Returns None elsewhere.
         """
-        pieces = [Piece(name, local(held.tensor), held.layout, held.writes) for name, held in self.engine.held.items()]
+        pieces = [
+            TensorPiece(name, local(held.tensor), held.layout, held.writes) for name, held in self.engine.held.items()
+        ]
         full = gather_full(pieces, self.mesh.world, self.mesh.device)
         if full is None:
             return None

@@ -13,7 +13,7 @@ from traces import remembered
 
 from shardwise.cluster.find import find_cluster
 from shardwise.predict.closed_form import memory
-from shardwise.predict.closed_form.fsdp_memory import Held, held_at_segments
+from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_segments
 from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.crosscheck import Crosscheck, crosscheck
 from shardwise.predict.profile.profiler import Profiles
@@ -143,7 +143,7 @@ def test_an_optimizer_that_needs_memory_for_a_moment_is_noticed() -> None:
 def test_memory_that_is_not_counted_is_noticed() -> None:
     right = held_at_segments
 
-    def without_gathers(*args: Any, **options: Any) -> list[Held]:
+    def without_gathers(*args: Any, **options: Any) -> list[SegmentMemory]:
         return [replace(held, gathered=0) for held in right(*args, **options)]
 
     with mock.patch.object(memory, "held_at_segments", without_gathers):

@@ -10,7 +10,7 @@ import torch
 
 from shardwise.cluster.cluster import KernelCurve, Sample
 from shardwise.cluster.measure.arena import Arena
-from shardwise.cluster.measure.kernel_cases import Case
+from shardwise.cluster.measure.kernel_cases import KernelCase
 from shardwise.cluster.measure.team import Team
 from shardwise.cluster.measure.timer import rounded, spread, timed
 
@@ -22,7 +22,7 @@ Situation = tuple[int, int]
 class MeasuredKernel:
     """A case together with what it computes, in the terms of `KernelCurve` and `Sample`."""
 
-    case: Case
+    case: KernelCase
     kind: str
     operation: str
     dtype: str

@@ -28,12 +28,12 @@ from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.operators.module_patches import DRAWN
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.pipeline.divide import divide
-from shardwise.parallel.pipeline.executor import MOST_STAGES, Pass, Pipeline
-from shardwise.parallel.pipeline.stage import Work, prepare
+from shardwise.parallel.pipeline.executor import MOST_STAGES, PipelineExecutor, PipelinePass
+from shardwise.parallel.pipeline.stage import StepWork, prepare
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.buffers import ReplicaBuffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, plain_model
-from shardwise.parallel.state.layout import Held
+from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import move_values
 from shardwise.parallel.state.pytree import to_device
 from shardwise.parallel.tensor.communication import Exchange
@@ -55,7 +55,7 @@ Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _IndexedMicrobatch:
     """Microbatch with its data on our device and its index in its share."""
 
     number: int
@@ -85,7 +85,7 @@ class GraphEngine:
         self._operators = GraphOperators(self.position, self._exchange, mesh.replica_group)
         self._weights = WeightGradients()
         self._bf16 = strategy.in_bf16(workload.precision)
-        self._works: dict[Key, Work] = {}
+        self._works: dict[Key, StepWork] = {}
         model = build_model(workload, mesh)
         self.aliases = aliases_of(model)
         named = dict(model.named_parameters())
@@ -118,8 +118,8 @@ class GraphEngine:
             for call in each.local.step.opaque:
                 call.forget_values()
         self.parameters: dict[str, nn.Parameter] = self._local_stages.trained(self._trained)
-        self.held: dict[str, Held] = self._local_stages.held()
-        self._pipeline = Pipeline(
+        self.held: dict[str, TensorPlacement] = self._local_stages.held()
+        self._pipeline = PipelineExecutor(
             self._local_stages.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
         )
         self.uncut = local.uncut(named) if strategy.tp > 1 else []
@@ -181,13 +181,13 @@ class GraphEngine:
             widen_loss(local.graph, self._mesh.device)
         return local
 
-    def _prepare(self, local: LocalGraph) -> Work:
+    def _prepare(self, local: LocalGraph) -> StepWork:
         division, strategy = self.division, self._strategy
         assert len(division.blocks) < MOST_STAGES
         own = range(self._mesh.coordinate("pp"), len(division.blocks), strategy.pp)
         return prepare(local, division.cut, division.blocks, self._parameters, own)
 
-    def _work(self, key: Key, data: Any) -> Work:
+    def _work(self, key: Key, data: Any) -> StepWork:
         """Return the work for batches of these shapes, and trace it when they occur for the first time."""
         if key not in self._works:
             with torch.random.fork_rng():
@@ -214,16 +214,16 @@ class GraphEngine:
         total = total / self._local_stages.loss_factor
         return total if self._mesh.coordinate("tp") == 0 else torch.zeros_like(total)
 
-    def _passes(self, share: Share, scales: Sequence[Tensor]) -> Iterator[Pass]:
+    def _passes(self, share: Share, scales: Sequence[Tensor]) -> Iterator[PipelinePass]:
         """Group consecutive microbatches of equal shapes: they go through the pipeline together."""
         entries = []
         for number, microbatch in enumerate(share.microbatches):
             data = to_device(microbatch.data, self._mesh.device)
-            entries.append(_Entry(number, microbatch, data, self._key(True, data)))
+            entries.append(_IndexedMicrobatch(number, microbatch, data, self._key(True, data)))
         for key, group in groupby(entries, lambda entry: entry.key):
             yield self._pass(key, list(group), scales)
 
-    def _pass(self, key: Key, entries: list[_Entry], scales: Sequence[Tensor]) -> Pass:
+    def _pass(self, key: Key, entries: list[_IndexedMicrobatch], scales: Sequence[Tensor]) -> PipelinePass:
         strategy = self._strategy
         work = self._work(key, entries[0].data)
 
@@ -237,7 +237,7 @@ class GraphEngine:
                 last_whole=self._local_stages.sharded,
             )
 
-        return Pass(
+        return PipelinePass(
             work,
             actions(self._mesh.coordinate("pp")),
             actions,
@@ -247,7 +247,7 @@ class GraphEngine:
             before_backward=self._local_stages.before_backward,
         )
 
-    def _given(self, work: Work, data: Any) -> dict[str, Any]:
+    def _given(self, work: StepWork, data: Any) -> dict[str, Any]:
         """Return the batch and the module's constants, by placeholder name."""
         step = work.local.step
         return {**dict(zip(step.leaves, batch_leaves(data), strict=True)), **step.constants}

@@ -19,10 +19,10 @@ from shardwise.errors import StrategyError
 from shardwise.parallel.data.gradient_reducer import GradientReducer, sum_gradients
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operators.graph_operators import GraphOperators
-from shardwise.parallel.pipeline.stage import Stage, Work
+from shardwise.parallel.pipeline.stage import StageModule, StepWork
 from shardwise.parallel.state.dtensor_rows import is_split, local, row_layout
 from shardwise.parallel.state.gather import anywhere
-from shardwise.parallel.state.layout import Held, Layout
+from shardwise.parallel.state.layout import Layout, TensorPlacement
 from shardwise.parallel.state.materialize import materialize, read_weights
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partitioner import LocalGraph
@@ -45,7 +45,7 @@ class LocalStages:
 
     def __init__(
         self,
-        works: Sequence[Work],
+        works: Sequence[StepWork],
         tensors: Mapping[str, Tensor],
         graph: LocalGraph,
         strategy: Strategy,
@@ -105,7 +105,7 @@ class LocalStages:
             )
         return found
 
-    def _build(self, stage: int, blocks: int, mine: Mapping[str, Tensor], operators: GraphOperators) -> Stage:
+    def _build(self, stage: int, blocks: int, mine: Mapping[str, Tensor], operators: GraphOperators) -> StageModule:
         own: list[dict[str, Tensor]] = [{} for _ in range(blocks)]
         shared: dict[str, Tensor] = {}
         for name in mine:
@@ -114,7 +114,7 @@ class LocalStages:
                 own[here.pop()][name] = mine[name]
             elif here:
                 shared[name] = mine[name]
-        module = Stage(
+        module = StageModule(
             own,
             shared,
             operators,
@@ -136,14 +136,14 @@ class LocalStages:
         """Return the parameters among `names` that this worker holds, by name."""
         return {name: self._tensor(name) for name in self._owners if name in names}  # type: ignore[misc]
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, TensorPlacement]:
         """Return the placement of every tensor on this worker, by name."""
         sizes = {name: self._tensor(name).numel() for name in self._owners}
         strategy = self._strategy
         by_all, by_rows = assign_owners(sizes, strategy.replicas), assign_owners(sizes, strategy.dp)
         return {name: self._lay_out(name, by_all[name], by_rows[name]) for name in self._owners}
 
-    def _lay_out(self, name: str, replica: int, row: int) -> Held:
+    def _lay_out(self, name: str, replica: int, row: int) -> TensorPlacement:
         strategy, mesh = self._strategy, self._mesh
         tensor, placement = self._tensor(name), self._placements.get(name)
         shape = tuple(self._shapes[name])
@@ -158,8 +158,8 @@ class LocalStages:
             rows = row_layout(tensor).tiles
             start = rows[0].offsets[0] if rows else 0
             layout = layout.rows(start, start + (rows[0].sizes[0] if rows else 0))
-            return Held(tensor, layout, holders * strategy.dp, writes and row == mesh.coordinate("dp"), cut)
-        return Held(tensor, layout, holders * strategy.replicas, writes and replica == mesh.replica, cut)
+            return TensorPlacement(tensor, layout, holders * strategy.dp, writes and row == mesh.coordinate("dp"), cut)
+        return TensorPlacement(tensor, layout, holders * strategy.replicas, writes and replica == mesh.replica, cut)
 
     def _workers_of(self, name: str) -> list[int]:
         """Return the indices of the pipeline workers that hold a tensor, in ascending order."""
@@ -276,7 +276,7 @@ class LocalStages:
             sum_gradients(gradients, group)
 
 
-def _homes(works: Sequence[Work], tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[int, int]]]:
+def _homes(works: Sequence[StepWork], tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[int, int]]]:
     """Return (stage, block) of every use of each tensor. A tensor that no work uses is put into the first block."""
     homes: dict[str, set[tuple[int, int]]] = {name: set() for name in tensors}
     for work in works:

@@ -12,7 +12,7 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.operators.module_patches import ModulePatches
 from shardwise.parallel.state.build_model import untouched
 from shardwise.workload.trace.graph import StepGraph, Untraceable, first_line, trace
-from shardwise.workload.trace.opaque import Call, Recorder
+from shardwise.workload.trace.opaque import Call, CallRecorder
 from shardwise.workload.workload import Workload, call_model
 
 
@@ -46,7 +46,7 @@ def _recorded(
     """Record the calls of the module at `path` in a pass on `batch`. Afterwards all tensors have their old values."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     operations = ModulePatches(Position(), device)
-    recorder = Recorder(model.get_submodule(path), path, reason, operations.drawn)
+    recorder = CallRecorder(model.get_submodule(path), path, reason, operations.drawn)
     modes = {module: module.training for module in model.modules()}
     if not training:
         model.eval()

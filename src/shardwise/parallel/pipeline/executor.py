@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.autograd.profiler import record_function
 
-from shardwise.parallel.pipeline.stage import Stage, Work
+from shardwise.parallel.pipeline.stage import StageModule, StepWork
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 
@@ -47,7 +47,7 @@ class Inflight:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class PipelinePass:
     """Microbatches of one shape that go through the pipeline together.
 
     Attributes:
@@ -60,7 +60,7 @@ class Pass:
         before_backward: called with (stage, whether it is the stage's last backward of this pass).
     """
 
-    work: Work
+    work: StepWork
     actions: Sequence[Action]
     others: Callable[[int], Sequence[Action]]
     given: Sequence[Mapping[str, Any]]
@@ -86,7 +86,7 @@ class Sent:
     message: Tensor
 
 
-class Pipeline:
+class PipelineExecutor:
     """This worker's stages and its communication with the other pipeline workers.
 
     Attributes:
@@ -99,7 +99,7 @@ class Pipeline:
 
     def __init__(
         self,
-        stages: Mapping[int, Stage],
+        stages: Mapping[int, StageModule],
         worker: int,
         workers: int,
         group: dist.ProcessGroup | None,
@@ -121,7 +121,7 @@ class Pipeline:
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def run(self, work: Pass) -> Tensor:
+    def run(self, work: PipelinePass) -> Tensor:
         """Compute the gradients of a pass, left in `.grad`.
 
         Returns the sum of scale times loss over this worker's microbatches.
@@ -147,7 +147,7 @@ class Pipeline:
         self._finish()
         return total
 
-    def _forward(self, work: Pass, action: Action) -> Tensor | None:
+    def _forward(self, work: PipelinePass, action: Action) -> Tensor | None:
         stage, microbatch = action.stage, action.microbatch
         work.enter(microbatch)
         stage_work = work.work.stages[stage]
@@ -165,7 +165,7 @@ class Pipeline:
             self._send(action, target, nodes, [inflight.outputs[node] for node in nodes])
         return None
 
-    def _backward(self, work: Pass, action: Action) -> None:
+    def _backward(self, work: PipelinePass, action: Action) -> None:
         stage, microbatch = action.stage, action.microbatch
         inflight = self._inflight.pop((stage, microbatch))
         gradients = self._received(work.work, action)
@@ -184,7 +184,7 @@ class Pipeline:
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
-    def evaluate(self, work: Work, given: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+    def evaluate(self, work: StepWork, given: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
         """Run a forward pass in evaluation.
 
         Returns the results of the step on the worker of the last stage, None elsewhere.
@@ -208,7 +208,7 @@ class Pipeline:
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
-    def _sources(self, work: Work, action: Action) -> list[tuple[int, list[fx.Node]]]:
+    def _sources(self, work: StepWork, action: Action) -> list[tuple[int, list[fx.Node]]]:
         """Return the stages that an action receives from, with the values that each sends."""
         if action.kind == FORWARD:
             pairs = [(source, work.messages(source, action.stage)) for source in range(action.stage)]
@@ -219,7 +219,7 @@ class Pipeline:
             pairs = []
         return [(stage, nodes) for stage, nodes in pairs if nodes]
 
-    def _post(self, work: Work, action: Action) -> None:
+    def _post(self, work: StepWork, action: Action) -> None:
         """Post the receives of an action, unless they are posted already."""
         if action in self._arriving:
             return
@@ -233,7 +233,7 @@ class Pipeline:
                 arriving.append((node, buffer, dist.irecv(buffer, self._rank(source), self.group, tag)))
         self._arriving[action] = arriving
 
-    def _received(self, work: Work, action: Action) -> dict[fx.Node, Tensor]:
+    def _received(self, work: StepWork, action: Action) -> dict[fx.Node, Tensor]:
         """Wait for the messages of an action, and return its values by node.
 
         Gradients of one value that come from several stages are added up.
@@ -308,7 +308,7 @@ class Pipeline:
 
 
 def goes_back(tag: int) -> bool:
-    """Return whether the message with this tag is a gradient; see `Pipeline._tag`."""
+    """Return whether the message with this tag is a gradient; see `PipelineExecutor._tag`."""
     return bool(tag // MOST_STAGES**2 % 2)
 
 

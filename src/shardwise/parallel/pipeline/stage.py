@@ -42,7 +42,7 @@ class StageWork:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class StepWork:
     """Computation of all stages for one shape of the step.
 
     Attributes:
@@ -66,7 +66,7 @@ def prepare(
     stage_blocks: Sequence[int],
     parameters: Collection[str],
     own: Collection[int],
-) -> Work:
+) -> StepWork:
     """Cut a step into blocks at `cut`. The first `stage_blocks[0]` of them make the first stage, and so on.
 
     Only the stages in `own` are compiled.
@@ -81,7 +81,7 @@ def prepare(
             home.update({node: stage for node in section.outputs if node not in home})
         stages.append(_stage_work(mine, parts[first + count :], local, compile_them=stage in own))
         first += count
-    return Work(local, tuple(stages), home)
+    return StepWork(local, tuple(stages), home)
 
 
 def _stage_work(mine: list[Section], later: list[Section], local: LocalGraph, *, compile_them: bool) -> StageWork:
@@ -97,7 +97,7 @@ def _elsewhere(*_: Any) -> tuple[Any, ...]:
     raise AssertionError("another worker's section")
 
 
-class Block(nn.Module):
+class BlockModule(nn.Module):
     """Tensors that belong together: they are gathered, recomputed and freed as a unit."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -125,7 +125,7 @@ def register(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]
     return attributes
 
 
-class Stage(nn.Module):
+class StageModule(nn.Module):
     """Module of one pipeline stage: its blocks, and the tensors that several of them use.
 
     Args:
@@ -149,7 +149,7 @@ class Stage(nn.Module):
         bf16: bool,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(tensors) for tensors in blocks)
+        self.blocks = nn.ModuleList(BlockModule(tensors) for tensors in blocks)
         self.attributes = register(self, shared)
         self.operators = operators
         self.recomputed = recomputed

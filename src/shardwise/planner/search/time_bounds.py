@@ -26,7 +26,7 @@ from shardwise.collective import Collective, Group
 from shardwise.planner.search.memory_bounds import even, owners
 from shardwise.predict.closed_form.pipeline import StageTime, alone
 from shardwise.predict.closed_form.pipeline_links import slower_links
-from shardwise.predict.closed_form.segment_times import Timed, Times, timed, times_of
+from shardwise.predict.closed_form.segment_times import SegmentTimes, Times, timed, times_of
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile
@@ -67,7 +67,7 @@ def _trip(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> floa
     """Return the seconds of one microbatch's messages through all pipeline workers and back, each to a nearest rank."""
     if strategy.pp == 1 or not profile.message:
         return 0.0
-    return 2 * (strategy.pp - 1) * _collective("send", profile.message, 2, strategy.tp, _Same(cluster))
+    return 2 * (strategy.pp - 1) * _collective("send", profile.message, 2, strategy.tp, _ByIdentity(cluster))
 
 
 def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
@@ -99,7 +99,7 @@ def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[Stag
     return profile.memo.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times), times)
 
 
-def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> list[StageTime]:
+def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: SegmentTimes) -> list[StageTime]:
     cuts = cuts_of(profile, strategy, times.forward.each)
     ends = [*(starts[0] for starts in cuts[1:]), len(profile.segments)]
     recomputed = times.recomputed_rest if strategy.saves_products else times.recomputed
@@ -110,7 +110,7 @@ def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times
     message = 0.0
     if strategy.pp > 1:
         least = min(segment.message for segment in profile.segments[1:])
-        message = _collective("send", least, 2, strategy.tp, _Same(cluster)) if least else 0.0
+        message = _collective("send", least, 2, strategy.tp, _ByIdentity(cluster)) if least else 0.0
     found = []
     for starts, end in zip(cuts, ends, strict=True):
         first = starts[0]
@@ -194,10 +194,10 @@ def _seconds(operation: str, size: int, strategy: Strategy, axis: str, cluster: 
     group = group_of(strategy, axis)
     if group.size == 1 or not size:
         return 0.0
-    return _collective(operation, size, group.size, group.stride, _Same(cluster))
+    return _collective(operation, size, group.size, group.stride, _ByIdentity(cluster))
 
 
-class _Same:
+class _ByIdentity:
     """A cluster compared by identity, which is faster to look up than its value."""
 
     def __init__(self, cluster: Cluster) -> None:
@@ -207,9 +207,9 @@ class _Same:
         return id(self.cluster)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.cluster is other.cluster
+        return isinstance(other, _ByIdentity) and self.cluster is other.cluster
 
 
 @lru_cache(maxsize=65536)
-def _collective(operation: str, size: int, ranks: int, stride: int, cluster: _Same) -> float:
+def _collective(operation: str, size: int, ranks: int, stride: int, cluster: _ByIdentity) -> float:
     return collective_seconds(Collective(operation, size, Group(ranks, stride)), cluster.cluster)

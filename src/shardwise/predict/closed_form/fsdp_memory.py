@@ -21,7 +21,7 @@ from shardwise.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class SegmentMemory:
     """Bytes at one segment.
 
     Attributes:
@@ -35,7 +35,9 @@ class Held:
     whole: int
 
 
-def held_at_segments(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
+def held_at_segments(
+    profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool
+) -> list[SegmentMemory]:
     """Return the bytes held at each segment of a stage, in the order of the backward pass.
 
     Args:
@@ -80,7 +82,7 @@ def held_at_segments(profile: Profile, strategy: Strategy, stage: Stage, trained
             if inside and segment == blocks[index].first:
                 whole = done_root + reduces[index] + max(behind, reduces[index])
             slices = trained if later else reduced // strategy.fsdp
-        found.append(Held(root_gather + gathered, slices, whole))
+        found.append(SegmentMemory(root_gather + gathered, slices, whole))
         done_root += of_root.get(segment, 0)
         done_block += of_blocks.get(segment, 0)
     return found

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Device
-from shardwise.predict.closed_form.fsdp_memory import Held, held_at_segments, keeps_gradients
+from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_segments, keeps_gradients
 from shardwise.predict.closed_form.offload import left, offloads
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.prediction import Memory
@@ -190,7 +190,7 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
     return profile.memo.once(("sharded peak", *own), highest)
 
 
-def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
+def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[SegmentMemory]:
     """Return `held_at_segments` of a stage, cached for all stages that are equal up to their position."""
     key = ("held", gathered_stage_key(profile, stage), trained, _traits(strategy), later)
     return profile.memo.once(key, lambda: held_at_segments(profile, strategy, stage, trained, later=later))

@@ -40,7 +40,7 @@ class StageTime:
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class TimedPass:
     """One pass of a worker's table, with its seconds.
 
     Attributes:
@@ -63,7 +63,7 @@ Messages = Mapping[tuple[str, int], Sequence[tuple[int, float]]]
 """(F or B, stage that receives) -> (stage on another worker that sends, seconds of the message) of each message."""
 
 
-def played(tables: Sequence[Sequence[Timed]], messages: Messages) -> list[float]:
+def played(tables: Sequence[Sequence[TimedPass]], messages: Messages) -> list[float]:
     """Simulate a pipeline and return the time at which each worker is done with its table.
 
     Messages from one worker to another are sent one after the other.
@@ -80,7 +80,7 @@ def played(tables: Sequence[Sequence[Timed]], messages: Messages) -> list[float]
 
 
 class _Game:
-    def __init__(self, tables: Sequence[Sequence[Timed]], messages: Messages) -> None:
+    def __init__(self, tables: Sequence[Sequence[TimedPass]], messages: Messages) -> None:
         self.tables, self.messages = tables, messages
         self.positions, self.ends = [0] * len(tables), [0.0] * len(tables)
         self._clocks, self._hosts = [0.0] * len(tables), [0.0] * len(tables)
@@ -114,7 +114,7 @@ class _Game:
             latest = max(latest, arrival)
         return latest
 
-    def _pass(self, worker: int, turn: Timed, start: float) -> None:
+    def _pass(self, worker: int, turn: TimedPass, start: float) -> None:
         action = turn.action
         kind = BACKWARD if action.kind == INPUT else action.kind
         self._hosts[worker] += turn.launching

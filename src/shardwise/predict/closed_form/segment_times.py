@@ -19,7 +19,7 @@ from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.predict.hardware.times import KernelTimes, collective_seconds, launches
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.profile import Exchanged, Layer, Pass, Profile
+from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass, Profile
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.strategy import Strategy
 
@@ -33,7 +33,7 @@ microseconds on a core of an EPYC of 2024.
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class PassSeconds:
     """Seconds of a pass, or of a part of it.
 
     Attributes:
@@ -58,17 +58,17 @@ class Spent:
         """Return the seconds including waiting for the host: the larger of the device's and the host's."""
         return max(self.device, self.launching)
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(
+    def __add__(self, other: PassSeconds) -> PassSeconds:
+        return PassSeconds(
             self.kernels + other.kernels,
             self.exchanges + other.exchanges,
             self.launching + other.launching,
             self.inline or other.inline,
         )
 
-    def times(self, count: float) -> Spent:
+    def times(self, count: float) -> PassSeconds:
         """Return the seconds of `count` such passes."""
-        return Spent(self.kernels * count, self.exchanges * count, self.launching * count, self.inline)
+        return PassSeconds(self.kernels * count, self.exchanges * count, self.launching * count, self.inline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Sums:
     """Prefix sums over segments: entry i is the sum over segments before i, so that there is one entry more.
 
     Attributes:
-        kernels, exchanges, launching, inline: as in `Spent`.
+        kernels, exchanges, launching, inline: as in `PassSeconds`.
         total: seconds of the device if its host runs ahead of it.
         each: seconds of each segment alone (not a sum), as the program measures them to cut stages.
     """
@@ -89,7 +89,7 @@ class Sums:
     each: tuple[float, ...]
 
     @classmethod
-    def of(cls, spent: Sequence[Spent]) -> Sums:
+    def of(cls, spent: Sequence[PassSeconds]) -> Sums:
         """Build the sums from the time of each segment."""
         return cls(
             tuple(accumulate((each.kernels for each in spent), initial=0.0)),
@@ -100,9 +100,9 @@ class Sums:
             tuple(each.total for each in spent),
         )
 
-    def between(self, first: int, end: int) -> Spent:
+    def between(self, first: int, end: int) -> PassSeconds:
         """Return the time of segments `first` to `end`."""
-        return Spent(
+        return PassSeconds(
             self.kernels[end] - self.kernels[first],
             self.exchanges[end] - self.exchanges[first],
             self.launching[end] - self.launching[first],
@@ -111,7 +111,7 @@ class Sums:
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class SegmentTimes:
     """Times of a profile's segments on one device of a cluster.
 
     Attributes:
@@ -137,31 +137,31 @@ class Timed:
     backward: Sums
     weights: Sums
     repeated: Sums
-    recomputed: tuple[Spent, ...]
+    recomputed: tuple[PassSeconds, ...]
     rest: Sums
-    recomputed_rest: tuple[Spent, ...]
+    recomputed_rest: tuple[PassSeconds, ...]
     last_saving: tuple[int, ...]
     normalised: tuple[tuple[int, int], ...]
     crowded: float = 1.0
 
-    def overhead(self, what: str, count: int = 1) -> Spent:
+    def overhead(self, what: str, count: int = 1) -> PassSeconds:
         """Return the host's overhead `what`, `count` times; see `cluster.Device.overheads`."""
         seconds = self.device.overheads.get(what, 0.0) * count * self.crowded
-        return Spent(launching=seconds, inline=self.device.kind == "cpu")
+        return PassSeconds(launching=seconds, inline=self.device.kind == "cpu")
 
     @property
     def crowding(self) -> float:
         """Return the extra seconds of each step because workers outnumber cores; 0 if they do not."""
         return self.device.overheads.get("crowded", 0.0) * (self.crowded - 1.0)
 
-    def again(self, first: int, end: int, *, products: bool = False) -> Spent:
+    def again(self, first: int, end: int, *, products: bool = False) -> PassSeconds:
         """Return the time to recompute segments `first` to `end`, up to the last tensor that the backward pass needs.
 
         If `products` is set, recomputation is selective: the results of `strategy.PRODUCTS` are kept.
         """
         last = self.last_saving[end - 1]
         if last < first:
-            return Spent()
+            return PassSeconds()
         if products:
             return self.rest.between(first, last) + self.recomputed_rest[last]
         return self.repeated.between(first, last) + self.recomputed[last]
@@ -221,23 +221,23 @@ class Seconds:
         device = self.device
         return max(1.0, self.busy / device.cores) if device.kind == "cpu" and device.cores else 1.0
 
-    def of(self, each: Pass) -> Spent:
+    def of(self, each: LayerPass) -> PassSeconds:
         """Return the time of one pass through a layer."""
         busy = sum(self.kernels.seconds(kernel) for kernel in each.kernels)
         sent = sum(map(self._exchange, each.exchanges))
         host = launches(each.kernels) * self.device.launch_seconds
         host += len(each.exchanges) * self.device.overheads.get("exchange", 0.0)
-        return Spent(busy, sent, host * self.crowded, self.device.kind == "cpu")
+        return PassSeconds(busy, sent, host * self.crowded, self.device.kind == "cpu")
 
-    def of_layer(self, layer: Layer) -> tuple[Spent, Spent, Spent]:
+    def of_layer(self, layer: Layer) -> tuple[PassSeconds, PassSeconds, PassSeconds]:
         """Return the times of a layer's forward pass, backward pass and pass for gradients of weights."""
         return self.of(layer.forward), self.of(layer.backward), self.of(layer.weights)
 
-    def again(self, each: Pass, *, products: bool = False) -> Spent:
+    def again(self, each: LayerPass, *, products: bool = False) -> PassSeconds:
         """Return the time to recompute a pass; with `products` it is selective and keeps `strategy.PRODUCTS`."""
         overheads = self.device.overheads
         host = overheads.get("again", 0.0) + (overheads.get("selective", WATCHED_SECONDS) if products else 0.0)
-        watched = Spent(launching=host * launches(each.kernels) * self.crowded, inline=self.device.kind == "cpu")
+        watched = PassSeconds(launching=host * launches(each.kernels) * self.crowded, inline=self.device.kind == "cpu")
         return self.of(each.rest if products else each) + watched
 
     def _exchange(self, exchange: Exchanged) -> float:
@@ -283,7 +283,7 @@ def _dilation(pp: int, ranks_per_host: int, passes: int, share: float) -> float:
     return sum(max(1.0, count * share) for count in most) / len(turns)
 
 
-def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device | None = None) -> Timed:
+def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device | None = None) -> SegmentTimes:
     """Return the times of a profile's segments on a cluster, cached for all strategies with the same times.
 
     Args:
@@ -296,8 +296,8 @@ def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device
     return profile.memo.once(seconds.key, lambda: _timed(profile, seconds))
 
 
-def _timed(profile: Profile, seconds: Seconds) -> Timed:
-    spent: dict[int, tuple[Spent, ...]] = {}
+def _timed(profile: Profile, seconds: Seconds) -> SegmentTimes:
+    spent: dict[int, tuple[PassSeconds, ...]] = {}
     layers: list[Layer] = [segment.layer for segment in profile.segments]
     for layer in layers:
         if id(layer) not in spent:
@@ -308,7 +308,7 @@ def _timed(profile: Profile, seconds: Seconds) -> Timed:
             )
     rows = [spent[id(layer)] for layer in layers]
     last_saving = tuple(accumulate((n if layer.saves else -1 for n, layer in enumerate(layers)), max))
-    return Timed(
+    return SegmentTimes(
         seconds.cluster,
         seconds.device,
         seconds.kernels,

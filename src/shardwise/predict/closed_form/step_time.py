@@ -24,9 +24,9 @@ from shardwise.predict.closed_form.memory import memory_at, memory_of
 from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
 from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
 from shardwise.predict.closed_form.pipeline_links import slower_links
-from shardwise.predict.closed_form.segment_times import DTYPES, Timed, timed
+from shardwise.predict.closed_form.segment_times import DTYPES, SegmentTimes, timed
 from shardwise.predict.closed_form.stage_time import StageCosts
-from shardwise.predict.closed_form.worker_time import Work, table_of, work_of
+from shardwise.predict.closed_form.worker_time import WorkerTime, table_of, work_of
 from shardwise.predict.hardware.times import origins
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.profile import Profile
@@ -88,7 +88,7 @@ def costs_of(
         for worker in parts.workers:
             check_room(worker, profile.update.state_bytes, times.device)
 
-    def on(times: Timed, by_pipeline_rank: Sequence[Costs] = ()) -> Costs:
+    def on(times: SegmentTimes, by_pipeline_rank: Sequence[Costs] = ()) -> Costs:
         return Costs(StageCosts(profile, strategy, cluster, times, parts), size, by_pipeline_rank)
 
     def on_device(device: Device) -> Costs:
@@ -152,10 +152,10 @@ class Epilogue:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _ComputedStep:
     """The computed step: per-worker work and epilogue, step time, exposed time of the loss all-reduce (seconds)."""
 
-    works: list[Work]
+    works: list[WorkerTime]
     finishes: list[Epilogue]
     seconds: float
     report: float
@@ -230,14 +230,14 @@ class Costs:
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _played(self) -> _Step:
+    def _played(self) -> _ComputedStep:
         works = [work_of(self.at(worker).stages, worker) for worker in self.parts.workers]
         ends = self._ends(works)
         finishes = [self.at(worker).finish(worker) for worker in self.parts.workers]
         last = max(end + f.reduce + f.update + f.exchange + f.host for end, f in zip(ends, finishes, strict=True))
         report = max(finish.report for finish in finishes)
         hidden = min(report, max(finish.update for finish in finishes)) if not self.waits_for_norm else 0.0
-        return _Step(works, finishes, last + report - hidden, report - hidden)
+        return _ComputedStep(works, finishes, last + report - hidden, report - hidden)
 
     @property
     def step_seconds(self) -> float:
@@ -318,7 +318,7 @@ class Costs:
         """Return the FLOPs of the step on all devices together, without recomputation."""
         return self.profile.flops * self.strategy.microbatches * self.strategy.replicas * self.strategy.tp
 
-    def _ends(self, works: list[Work]) -> list[float]:
+    def _ends(self, works: list[WorkerTime]) -> list[float]:
         """Return the time, in seconds, at which each worker has finished its last backward pass."""
         strategy = self.strategy
         if strategy.pp == 1:

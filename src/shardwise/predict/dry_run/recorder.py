@@ -1,7 +1,7 @@
 """Recorder of one step of a program on real or fake workers: kernels, collectives, and memory at its peak.
 
     program.step_share(share)                         # warm up: buckets are built, optimizer states allocated
-    with Recorder() as recorder, recorder.following(program):
+    with StepRecorder() as recorder, recorder.following(program):
         program.step_share(share)
     record = recorder.record()
     record.kernels        # tuple[Kernel], in order; `Kernel.when` says forward, backward, recompute or optimizer
@@ -12,8 +12,8 @@
 A mark is spelled like an action of the pipeline: stage index, kind (F forward, B backward, or its halves I for inputs
 and W for weights) and microbatch, for example `0F3`. Without a pipeline there is stage 0 alone. Events that belong to
 no microbatch have the mark `reduce` (all-reduces of gradients after the last backward pass), `update` (the optimizer,
-and broadcasts of updated parameters) or none (losses, norms, clipping). `Recorder.mark` is a context manager for marks
-of one's own.
+and broadcasts of updated parameters) or none (losses, norms, clipping). `StepRecorder.mark` is a context manager for
+marks of one's own.
 
 The recorder is a dispatch mode: it sees every operation that reaches torch's dispatcher, from Python, from autograd
 (whose backward pass runs in the calling thread on the CPU) and from C++ (DDP's reducer). Operations on a subclass of
@@ -61,7 +61,7 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class StepRecord:
     """Record of one step on one worker.
 
     Attributes:
@@ -83,7 +83,7 @@ class Record:
         return tuple(event.what for event in self.events if isinstance(event.what, Collective))
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that records a step; see the module's docstring. Open it inside of any `FakeTensorMode`."""
 
     def __init__(self, *, offloaded: bool = False) -> None:
@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._collects = False
         self._engine: Engine | None = None
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> StepRecorder:
         gc.collect()  # else reference cycles would be freed at an arbitrary moment of the step
         self._collects = gc.isenabled()
         gc.disable()
@@ -110,9 +110,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._collects:
             gc.enable()
 
-    def record(self) -> Record:
+    def record(self) -> StepRecord:
         """Return the record of all that was observed so far."""
-        return Record(tuple(self._events), self._storages.peak())
+        return StepRecord(tuple(self._events), self._storages.peak())
 
     # ---- the parts of a step ----------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _wrapped(recorder: Recorder, program: Program) -> Iterator[None]:
+def _wrapped(recorder: StepRecorder, program: Program) -> Iterator[None]:
     """Mark the parts of a program's steps by wrapping its methods while the context is open."""
     engine: Any = program.engine
     replaced: list[tuple[Any, str]] = []
@@ -222,7 +222,7 @@ def _wrapped(recorder: Recorder, program: Program) -> Iterator[None]:
             delattr(owner, name)
 
 
-def _count_microbatches(recorder: Recorder, engine: Any, replaced: list[tuple[Any, str]]) -> None:
+def _count_microbatches(recorder: StepRecorder, engine: Any, replaced: list[tuple[Any, str]]) -> None:
     """Mark the microbatches of a module that runs as it is: each begins when its data enter the engine."""
     original = engine._enter
     seen = 0

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Memo
-from shardwise.predict.profile.profile import Parameter, Pass, Profile, Segment, Value
+from shardwise.predict.profile.profile import LayerPass, Parameter, Profile, Segment, Value
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.profile.summary import ProfileSummary, summarize
 from shardwise.strategy import Strategy
@@ -112,11 +112,11 @@ class _Line:
             return a
         if isinstance(a, Kernel):
             return self._kernel(a, b)
-        if isinstance(a, Pass):
+        if isinstance(a, LayerPass):
             first, second = a.kernels, b.kernels
             if len(first) != len(second):
                 first, second = _merged(first), _merged(second)
-            return Pass(self.of(first, second), self.of(a.exchanges, b.exchanges))
+            return LayerPass(self.of(first, second), self.of(a.exchanges, b.exchanges))
         return self._fields(a, b)
 
     def _number(self, a: int, b: int) -> int:

@@ -32,14 +32,14 @@ class Exchanged:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class LayerPass:
     """Kernels and exchanges of one pass through a layer."""
 
     kernels: tuple[Kernel, ...] = ()
     exchanges: tuple[Exchanged, ...] = ()
 
     @property
-    def rest(self) -> Pass:
+    def rest(self) -> LayerPass:
         """Return the part of the pass that selective recomputation runs again: all kernels but `strategy.PRODUCTS`."""
         return replace(self, kernels=tuple(kernel for kernel in self.kernels if not kernel.product))
 
@@ -62,10 +62,10 @@ class Layer:
         normalised: number of channels of each batch norm in training mode.
     """
 
-    forward: Pass = Pass()
-    backward: Pass = Pass()
-    weights: Pass = Pass()
-    recomputed: Pass = Pass()
+    forward: LayerPass = LayerPass()
+    backward: LayerPass = LayerPass()
+    weights: LayerPass = LayerPass()
+    recomputed: LayerPass = LayerPass()
     saves: bool = True
     inside: int = 0
     products: int = 0

@@ -29,8 +29,15 @@ from shardwise.parallel.tensor.placement import Sharded, local_shape
 from shardwise.predict.profile.deepen import deepened
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.meta_model import Model, batch, builds, tensors_of, with_values
-from shardwise.predict.profile.profile import Layer, Parameter, Pass, Profile, Segment, Value
-from shardwise.predict.profile.segment_recorder import Analysis, Analyst, Calls, RecordedExchange, SegmentRecorder, Spec
+from shardwise.predict.profile.profile import Layer, LayerPass, Parameter, Profile, Segment, Value
+from shardwise.predict.profile.segment_recorder import (
+    Analysis,
+    Analyst,
+    RecordedExchange,
+    SegmentCalls,
+    SegmentRecorder,
+    Spec,
+)
 from shardwise.strategy import Strategy
 from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
 from shardwise.workload.workload import Workload
@@ -472,7 +479,7 @@ class _Chain:
             return layer
         key = id(layer), kernels
         if key not in self._layers:
-            forward = Pass(kernels + layer.forward.kernels, layer.forward.exchanges)
+            forward = LayerPass(kernels + layer.forward.kernels, layer.forward.exchanges)
             self._layers[key] = replace(layer, forward=forward)
         return self._layers[key]
 
@@ -501,7 +508,7 @@ class _Chain:
         inputs = {node: self._lies[node] for node in part.inputs if node in self._lies}
         outputs = [node for node in part.outputs if node not in self._batch]
         again = frozenset(node for node in inputs if self._uses[node][-1] > number)
-        analysis = self._analyst.segment(Calls(own, weights, given, inputs, outputs, again, loss))
+        analysis = self._analyst.segment(SegmentCalls(own, weights, given, inputs, outputs, again, loss))
         arrived = list(inputs)
         for index in analysis.saved:
             self._save(arrived[index], number)

@@ -23,7 +23,7 @@ from shardwise.parallel.tensor.communication import Exchange
 from shardwise.predict.profile.gpu_ops import on_gpu
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.op_counter import kernel_of, tensors, workspace
-from shardwise.predict.profile.profile import Exchanged, Layer, Pass
+from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Analysis:
 
     Attributes:
         layer: its kernels, collectives and bytes.
-        outputs: its outputs, in the order of `Calls.outputs`.
+        outputs: its outputs, in the order of `SegmentCalls.outputs`.
         saved: indices of the inputs that it saves for its backward pass.
         ready: indices of the weights that receive a gradient, in the order in which their gradients become complete.
     """
@@ -151,9 +151,9 @@ class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record one collective whose message is all `parts` together."""
         self.exchanges.append(Exchanged(operation, sum(part.numel() * part.element_size() for part in parts)))
 
-    def take(self) -> Pass:
+    def take(self) -> LayerPass:
         """Return the kernels and collectives recorded since the last call."""
-        taken = Pass(tuple(self.kernels), tuple(self.exchanges))
+        taken = LayerPass(tuple(self.kernels), tuple(self.exchanges))
         self.kernels, self.exchanges = [], []
         return taken
 
@@ -185,7 +185,7 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Calls:
+class SegmentCalls:
     """The calls of a segment with their inputs and outputs in the graph.
 
     Attributes:
@@ -230,14 +230,14 @@ class Analyst:
     sites: Mapping[Any, int] = field(default_factory=dict)
     _known: dict[Any, Analysis] = field(default_factory=dict)
 
-    def segment(self, calls: Calls) -> Analysis:
+    def segment(self, calls: SegmentCalls) -> Analysis:
         """Return the analysis of a segment, cached for all equal segments."""
         key = self._key(calls)
         if key not in self._known:
-            self._known[key] = _Run(self, calls).analysis()
+            self._known[key] = _SegmentRun(self, calls).analysis()
         return self._known[key]
 
-    def _key(self, segment: Calls) -> Any:
+    def _key(self, segment: SegmentCalls) -> Any:
         number: dict[fx.Node, int] = {}
         described: list[Any] = []
         for node, spec in (*segment.weights.items(), *segment.inputs.items()):
@@ -299,11 +299,11 @@ class _Arrived(torch.autograd.Function):
 
 
 @dataclass(slots=True)
-class _Run:
+class _SegmentRun:
     """A run of a segment, forward and backward, that notes what it saves for the backward pass."""
 
     analyst: Analyst
-    segment: Calls
+    segment: SegmentCalls
     _saved: dict[int, int] = field(default_factory=dict)
     _at_last: tuple[int, int] | None = None
     _ready: list[int] = field(default_factory=list)
@@ -331,10 +331,10 @@ class _Run:
                 inner = self._inside(apart, by_storage, results)
                 saved = frozenset(by_storage[storage_id] for storage_id in self._saved if storage_id in by_storage)
                 backward, weights, most = self._backward(results)
-            recomputed = Pass()
+            recomputed = LayerPass()
             if self._at_last is not None:
                 kernels, exchanges = self._at_last
-                recomputed = Pass(forward.kernels[:kernels], forward.exchanges[:exchanges])
+                recomputed = LayerPass(forward.kernels[:kernels], forward.exchanges[:exchanges])
         del begin
         layer = Layer(
             forward=forward,
@@ -400,7 +400,7 @@ class _Run:
         others = apart | set(by_storage) | {_storage_id(result) for result in results} | own
         return sum(size for storage_id, size in self._saved.items() if storage_id not in others)
 
-    def _backward(self, results: list[Tensor]) -> tuple[Pass, Pass, int]:
+    def _backward(self, results: list[Tensor]) -> tuple[LayerPass, LayerPass, int]:
         """Run the backward pass and return (its work, the deferred work on weights, peak bytes).
 
         The deferred work is empty if nothing is deferred. The peak includes the gradients of the outputs, but not those
@@ -409,7 +409,7 @@ class _Run:
         recorder = self.analyst.recorder
         roots = [result for result in (results[:1] if self.segment.loss else results) if result.requires_grad]
         if not roots:
-            return Pass(), Pass(), 0
+            return LayerPass(), LayerPass(), 0
         recorder.when = "backward"
         gradients = [torch.empty_like(root) for root in roots]
         recorder.take()
@@ -421,7 +421,7 @@ class _Run:
         if later is not None:
             later.begin(None)
         self._add_up()
-        backward, weights = recorder.take(), Pass()
+        backward, weights = recorder.take(), LayerPass()
         if later is not None:
             later.compute((0, 0))
             weights = recorder.take()

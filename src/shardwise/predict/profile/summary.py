@@ -12,7 +12,7 @@ from shardwise.predict.profile.profile import Layer, Profile, Update, module_blo
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class EqualSegments:
     """Equal segments: their layer, their number, and how many of them lie in repeated blocks of the module."""
 
     layer: Layer
@@ -46,7 +46,7 @@ class ProfileSummary:
 
     tp: int
     precision: str
-    layers: tuple[Counted, ...]
+    layers: tuple[EqualSegments, ...]
     parameters: int
     gradients: int
     elements: int
@@ -83,7 +83,7 @@ def _summarized(profile: Profile) -> ProfileSummary:
     return ProfileSummary(
         tp=profile.tp,
         precision=profile.precision,
-        layers=tuple(Counted(layer, *counts[key]) for key, layer in layers.items()),
+        layers=tuple(EqualSegments(layer, *counts[key]) for key, layer in layers.items()),
         parameters=sum(parameter.bytes for parameter in profile.parameters),
         gradients=sum(parameter.bytes for parameter in trained),
         elements=sum(parameter.elements for parameter in trained),

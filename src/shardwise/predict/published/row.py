@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from shardwise.cluster.cluster import Cluster
 from shardwise.predict.published import cells
 from shardwise.predict.published.columns import MissingColumn, Row, degree, number, text, whole
-from shardwise.predict.published.memory_kind import Counted, counted_of
+from shardwise.predict.published.memory_kind import ReportedMemory, counted_of
 from shardwise.predict.published.model_sizes import sizes_of
 from shardwise.predict.published.predictor.sizes import Setup, Sizes
 from shardwise.predict.published.row_cluster import cluster_of
@@ -39,7 +39,7 @@ class PublishedRun:
     cluster: Cluster
     step_seconds: float
     memory_bytes: float | None
-    counted: Counted
+    counted: ReportedMemory
     assumed: tuple[str, ...]
 
 

@@ -37,7 +37,7 @@ RANKED_ROWS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class ValidatedRun:
     """A measured run and its prediction.
 
     Attributes:
@@ -76,7 +76,7 @@ def validate(path: str | Path) -> dict[str, Any]:
         try:
             run = read(row, line)
             memory = memory_terms(run.sizes, run.setup, run.counted, constants())
-            held.append(Held(run, predict(run.sizes, run.setup, run.cluster), memory))
+            held.append(ValidatedRun(run, predict(run.sizes, run.setup, run.cluster), memory))
         except (MissingColumn, RequestError) as error:
             skipped.append({"line": line, "group": text(row, "group"), "reason": one_line(str(error))})
     if not held:
@@ -101,8 +101,8 @@ def read_rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
     return rows
 
 
-def _document(held: Sequence[Held], skipped: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    groups: dict[str, list[Held]] = {}
+def _document(held: Sequence[ValidatedRun], skipped: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    groups: dict[str, list[ValidatedRun]] = {}
     for each in held:
         groups.setdefault(each.run.group, []).append(each)
     errors = [abs(each.error) for each in held]
@@ -131,7 +131,7 @@ def _errors(errors: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def _group(rows: Sequence[Held]) -> dict[str, Any]:
+def _group(rows: Sequence[ValidatedRun]) -> dict[str, Any]:
     memory_errors = [abs(each.memory_error) for each in rows if each.memory_error is not None]
     groups = _repeats(rows)
     deviations = _deviations(groups)
@@ -151,7 +151,7 @@ def _group(rows: Sequence[Held]) -> dict[str, Any]:
     }
 
 
-def _repeats(rows: Sequence[Held]) -> list[list[float]]:
+def _repeats(rows: Sequence[ValidatedRun]) -> list[list[float]]:
     """Group the measured seconds of rows that describe the same run: equal sizes, setup and cluster."""
     groups: dict[object, list[float]] = {}
     for each in rows:
@@ -170,7 +170,7 @@ def _deviations(groups: Sequence[Sequence[float]]) -> list[float]:
     return found
 
 
-def _row(held: Held) -> dict[str, Any]:
+def _row(held: ValidatedRun) -> dict[str, Any]:
     run, prediction = held.run, held.prediction
     return {
         "line": run.line,

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster, Device
-from shardwise.predict.closed_form.overlap import Piece
-from shardwise.predict.closed_form.segment_times import DTYPES, Spent
+from shardwise.predict.closed_form.overlap import ComputePiece
+from shardwise.predict.closed_form.segment_times import DTYPES, PassSeconds
 from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
@@ -34,7 +34,7 @@ NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward of inputs", 
 
 
 @dataclass(frozen=True, slots=True)
-class Pipeline:
+class SimulatedReplica:
     """A replica that represents all replicas like it.
 
     Attributes:
@@ -102,23 +102,23 @@ def timeline(
     """
     usual = costs_of(profile, strategy, cluster, batch_size)
     pipelines = representatives(usual.strategy, cluster, slowed or {})
-    return _Step(usual, pipelines, _costs_by_device(usual, pipelines, batch_size)).timeline()
+    return _StepSimulation(usual, pipelines, _costs_by_device(usual, pipelines, batch_size)).timeline()
 
 
-def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> list[Pipeline]:
+def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> list[SimulatedReplica]:
     """Choose the replicas to simulate: one of each kind in each kind of fsdp group.
 
     Two replicas are of one kind if their pipeline workers have the same devices and factors.
     """
-    rows: dict[object, list[Pipeline]] = {}
+    rows: dict[object, list[SimulatedReplica]] = {}
     kinds = len(cluster.nodes) > 1 or bool(slowed)
     for row in range(strategy.dp if kinds else 1):
-        found: dict[object, Pipeline] = {}
+        found: dict[object, SimulatedReplica] = {}
         for column in range(strategy.fsdp if kinds else 1):
             machines = tuple(
                 _machine(strategy, cluster, slowed, row, column, pipeline_rank) for pipeline_rank in range(strategy.pp)
             )
-            found.setdefault(_described(machines), Pipeline(row, column, machines))
+            found.setdefault(_described(machines), SimulatedReplica(row, column, machines))
         rows.setdefault(frozenset(found), list(found.values()))
     return [pipeline for found in rows.values() for pipeline in found]
 
@@ -138,7 +138,7 @@ def _described(machines: Sequence[tuple[Device, float]]) -> tuple[tuple[int, flo
     return tuple((id(device), factor) for device, factor in machines)
 
 
-def _costs_by_device(usual: Costs, pipelines: Iterable[Pipeline], batch_size: int) -> dict[int, Costs]:
+def _costs_by_device(usual: Costs, pipelines: Iterable[SimulatedReplica], batch_size: int) -> dict[int, Costs]:
     found = {id(usual.times.device): usual}
     for pipeline in pipelines:
         for device, _ in pipeline.machines:
@@ -163,7 +163,7 @@ class _Host:
     """
 
     number: int
-    pipeline: Pipeline
+    pipeline: SimulatedReplica
     pipeline_rank: int
     costs: Costs
     factor: float
@@ -173,10 +173,10 @@ class _Host:
     sums: list[Operation] = field(default_factory=list)
 
 
-class _Step:
+class _StepSimulation:
     """Issues the operations of each worker's program, then runs the simulation."""
 
-    def __init__(self, usual: Costs, pipelines: Sequence[Pipeline], costs: Mapping[int, Costs]) -> None:
+    def __init__(self, usual: Costs, pipelines: Sequence[SimulatedReplica], costs: Mapping[int, Costs]) -> None:
         self.usual, self.strategy, self.pipelines = usual, usual.strategy, pipelines
         self.inline = usual.stages.blocking
         self.hosts = [
@@ -259,7 +259,9 @@ class _Step:
         operation = Operation(host.number, stream, name, kind, seconds, crowds=True, notes=notes)
         return self.simulation.issue(operation, after, together)
 
-    def _compute(self, host: _Host, action: Action, spent: Spent, share: float = 1.0, part: str = "") -> Operation:
+    def _compute(
+        self, host: _Host, action: Action, spent: PassSeconds, share: float = 1.0, part: str = ""
+    ) -> Operation:
         """Issue a share of a pass on the compute stream, then its exchanges of tensor parallelism.
 
         Returns the last operation of the two; the next computation waits for the exchanges.
@@ -311,7 +313,9 @@ class _Step:
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
-    def _message(self, pipeline: Pipeline, action: Action, source: int, target: int, seconds: float) -> Operation:
+    def _message(
+        self, pipeline: SimulatedReplica, action: Action, source: int, target: int, seconds: float
+    ) -> Operation:
         """Return the message from one stage to another for a microbatch, created when first asked for.
 
         `action` may be that of the sender or that of the receiver.
@@ -350,7 +354,7 @@ class _Step:
 
     # ---- gradients and parameters -----------------------------------------------------------------------------------
 
-    def _bucketed(self, host: _Host, action: Action, stage: Stage, spent: Spent) -> None:
+    def _bucketed(self, host: _Host, action: Action, stage: Stage, spent: PassSeconds) -> None:
         """Issue the last backward pass of a stage, with the all-reduce of each bucket as soon as it is complete."""
         done, whole = 0.0, spent.device
         buckets = host.costs.stages.buckets(stage, whole)
@@ -367,13 +371,13 @@ class _Step:
         if done < whole:
             self._compute(host, action, spent, (whole - done) / whole, "to the end")
 
-    def _sharded(self, host: _Host, action: Action, stage: Stage, sync: Sync, spent: Spent) -> None:
+    def _sharded(self, host: _Host, action: Action, stage: Stage, sync: Sync, spent: PassSeconds) -> None:
         """Issue a pass of a sharded stage: all-gathers and reduce-scatters, block by block."""
         pieces, root = host.costs.stages.pieces(stage, action.kind, sync, spent)
         whole = sum(piece.compute for piece in pieces)
         begun = [*host.barrier, host.last]
         asked: list[Operation | None] = begun
-        ready: list[tuple[Piece, Operation]] = []
+        ready: list[tuple[ComputePiece, Operation]] = []
         if root.gather:
             self._needed(host, self._gather(host, action, root, begun))
         for piece in pieces:
@@ -394,12 +398,12 @@ class _Step:
             host.barrier += host.sums
             host.sums.clear()
 
-    def _gather(self, host: _Host, action: Action, piece: Piece, after: Iterable[Operation | None]) -> Operation:
+    def _gather(self, host: _Host, action: Action, piece: ComputePiece, after: Iterable[Operation | None]) -> Operation:
         together = "fsdp", host.pipeline.row, host.pipeline_rank, str(action), piece.name, "gather"
         name = f"gather {piece.name or 'the rest'} for {action}"
         return self._issue(host, "fsdp", name, "parameters", piece.gather, after, together)
 
-    def _scatter(self, host: _Host, action: Action, ready: list[tuple[Piece, Operation]]) -> None:
+    def _scatter(self, host: _Host, action: Action, ready: list[tuple[ComputePiece, Operation]]) -> None:
         """Issue the reduce-scatters of pieces that have computed; they queue behind the gather of the next piece."""
         for piece, computed in ready:
             where = host.pipeline_rank, str(action), piece.name

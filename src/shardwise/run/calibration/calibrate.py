@@ -28,7 +28,7 @@ from shardwise.cluster.measure.collectives import OPERATIONS, SIZES, collective_
 from shardwise.cluster.measure.contention import shared
 from shardwise.cluster.measure.host_link import host_of
 from shardwise.cluster.measure.host_overhead import small_step, small_update, timed_steps
-from shardwise.cluster.measure.kernel_cases import Case, all_cases
+from shardwise.cluster.measure.kernel_cases import KernelCase, all_cases
 from shardwise.cluster.measure.kernels import MeasuredKernel, Situation, kernel_curves
 from shardwise.cluster.measure.overlap import overlap
 from shardwise.cluster.measure.team import Team
@@ -76,9 +76,9 @@ class Effort:
     message: float = 0.02
     other: float = 0.5
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    cases: Callable[[torch.dtype], Sequence[Case]] | None = None
+    cases: Callable[[torch.dtype], Sequence[KernelCase]] | None = None
 
-    def of(self, dtype: torch.dtype) -> Sequence[Case]:
+    def of(self, dtype: torch.dtype) -> Sequence[KernelCase]:
         """Return the cases to measure for a dtype."""
         return list((self.cases or all_cases)(dtype))
 
@@ -186,7 +186,7 @@ def _doubled(most: int) -> list[int]:
     return sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
 
 
-def note(case: Case, arena: Arena) -> MeasuredKernel:
+def note(case: KernelCase, arena: Arena) -> MeasuredKernel:
     """Record the kernel of a case in the form in which the kernels of a model are recorded."""
     recorder = SegmentRecorder()
     operands = case.make(arena)

@@ -45,7 +45,7 @@ HALF_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class StrategyTrial:
     """Trial of one strategy; all workers receive equal ones.
 
     Attributes:
@@ -170,7 +170,7 @@ class _Prover:
     """Runner of trials; it records one worker's steps once for all strategies with equal microbatches and precision."""
 
     def __init__(self, source: Source, steps: int, float64: bool, threads: int, folder: Path) -> None:
-        self._trial = Trial(source=source, strategy=Strategy(), steps=steps, float64=float64, folder="")
+        self._trial = StrategyTrial(source=source, strategy=Strategy(), steps=steps, float64=float64, folder="")
         self._threads = threads
         self._folder = folder
         self._batch_size = source.load().batch_size
@@ -210,7 +210,7 @@ class _Prover:
         """Return the folder with the recorded steps of the strategy `alone`, which has one worker."""
         return str(self._folder / str(alone))
 
-    def _run(self, function: Any, trials: Sequence[Trial]) -> Any:
+    def _run(self, function: Any, trials: Sequence[StrategyTrial]) -> Any:
         workers = trials[0].strategy.workers
         written = [cloudpickle.dumps(trial) for trial in trials]
         return run_local(
@@ -245,14 +245,14 @@ def compare_all(trials: Sequence[bytes]) -> list[Proof | None]:
     return [compare(trial) for trial in _read(trials)]
 
 
-def _read(trials: Sequence[bytes]) -> Iterator[Trial]:
+def _read(trials: Sequence[bytes]) -> Iterator[StrategyTrial]:
     """Unpickle the trials one by one, each with a workload of its own: a trial cannot change another one's dataset."""
     for trial in trials:
         yield cloudpickle.loads(trial)
         gc.collect()  # the parts of a program refer to each other in cycles
 
 
-def record(trial: Trial) -> None:
+def record(trial: StrategyTrial) -> None:
     """Run the steps of a trial on one worker, and save loss, gradients and weights of each to files."""
     from shardwise.parallel.program import Program
 
@@ -270,7 +270,7 @@ def record(trial: Trial) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"step-{step}.safetensors")
 
 
-def compare(trial: Trial) -> Proof | None:
+def compare(trial: StrategyTrial) -> Proof | None:
     """Run the steps of a trial in parallel, and compare each with one worker's. Collective.
 
     Each step starts from the weights of one worker, so that rounding errors of one step do not carry over to the next.
@@ -320,7 +320,7 @@ def _everybodys_notes(program: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(note for notes in everybodys for note in notes))
 
 
-def rounding(program: Any, trial: Trial) -> float:
+def rounding(program: Any, trial: StrategyTrial) -> float:
     """Return the relative error up to which two runs count as equal: SAFETY * eps * sqrt(summands) * sqrt(layers)."""
     if trial.strategy.in_bf16(program.workload.precision):
         return HALF_TOLERANCE

@@ -164,7 +164,7 @@ def calls_in(graph: fx.Graph) -> tuple[Call, ...]:
     return tuple(call_of(node.args[1]) for node in graph.nodes if node.target is OPAQUE)
 
 
-class Recorder:
+class CallRecorder:
     """Recorder of a module's calls while it is open; `drawn` returns how many calls have drawn dropout so far."""
 
     def __init__(self, module: nn.Module, path: str, reason: str, drawn: Any) -> None:

@@ -13,7 +13,7 @@ from shardwise.errors import StrategyError
 from shardwise.predict.closed_form.step_time import Costs, costs_of, predict
 from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.profile import Exchanged, Layer, Parameter, Pass, Profile, Segment, Update, Value
+from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass, Parameter, Profile, Segment, Update, Value
 from shardwise.predict.workers.buckets import Bucket, Gathered
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.predict.workers.holdings import Parts, parts_of
@@ -46,7 +46,9 @@ def moving(size: float) -> Kernel:
 
 
 def layer(size: float = 1e6, **others: Any) -> Layer:
-    return Layer(forward=Pass((moving(size),)), backward=Pass((moving(size), moving(size))), inside=100, **others)
+    return Layer(
+        forward=LayerPass((moving(size),)), backward=LayerPass((moving(size), moving(size))), inside=100, **others
+    )
 
 
 LAYERS = (layer(), layer(), layer(), layer())
@@ -206,7 +208,7 @@ def test_communicated_by_a_sharded_worker() -> None:
 
 
 def test_communicated_by_a_stage() -> None:
-    exchanges = Pass((moving(1e6),), (Exchanged("all_reduce", 4096),))
+    exchanges = LayerPass((moving(1e6),), (Exchanged("all_reduce", 4096),))
     segments = tuple(Segment(replace(LAYERS[0], forward=exchanges), 1000 * n) for n in range(4))
     found = profile(tp=2, links=segments)
     strategy = Strategy.parse("tp=2,pp=4,microbatches=3")

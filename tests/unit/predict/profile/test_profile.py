@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.profile import Layer, Parameter, Pass, Profile, Segment, Value
+from shardwise.predict.profile.profile import Layer, LayerPass, Parameter, Profile, Segment, Value
 
 MATMUL = Kernel("aten.mm", "matmul", "float32", 8.0, 24.0, (1, 2, 2, 1))
-LAYER = Layer(forward=Pass((MATMUL,)), backward=Pass((MATMUL, MATMUL)), inside=10)
+LAYER = Layer(forward=LayerPass((MATMUL,)), backward=LayerPass((MATMUL, MATMUL)), inside=10)
 VALUES = (
     Value(4, 40, 0, (1,), saved=(1,)),
     Value(5, 50, 0, (1, 3)),  # a connection over link 2

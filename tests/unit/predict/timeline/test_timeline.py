@@ -14,7 +14,7 @@ from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.hardware.constants import constants
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.profile import Layer, Parameter, Pass, Profile, Segment, Value
+from shardwise.predict.profile.profile import Layer, LayerPass, Parameter, Profile, Segment, Value
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.timeline.events import COMPUTE, Operation
 from shardwise.predict.timeline.timeline import Timeline, timeline
@@ -172,7 +172,7 @@ def chain(segments: int, seconds: float, cluster: Cluster) -> Profile:
     device = cluster.device(0)
     share = constants().memory_share
     kernel = Kernel("move", "memory", "float32", 0.0, seconds * device.memory_bandwidth * share, (1,))
-    layer = Layer(forward=Pass((kernel,)), backward=Pass((kernel, kernel)))
+    layer = Layer(forward=LayerPass((kernel,)), backward=LayerPass((kernel, kernel)))
     return Profile(
         name="chain",
         tp=1,
