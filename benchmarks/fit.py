@@ -35,8 +35,8 @@ from shardwise.collective import Collective, Group
 from shardwise.predict.hardware import constants as module
 from shardwise.predict.hardware.constants import Constants, constants
 from shardwise.predict.hardware.network import collective_seconds
-from shardwise.predict.published.predictor.step_time import Clock, predict
-from shardwise.predict.published.row import Run, read
+from shardwise.predict.published.predictor.step_time import ClusterTimes, predict
+from shardwise.predict.published.row import PublishedRun, read
 from shardwise.predict.published.validate import read_rows
 
 Array = npt.NDArray[np.float64]
@@ -127,7 +127,7 @@ them reach one sixth of the bandwidth of eight, as in a cube of direct links."""
 class Data:
     """Runs by group, and all-reduces by hardware: (collective, cluster, seconds)."""
 
-    runs: Mapping[str, Sequence[Run]]
+    runs: Mapping[str, Sequence[PublishedRun]]
     collectives: Mapping[str, Sequence[tuple[Collective, Cluster, float]]]
 
     def without(self, group: str) -> Data:
@@ -139,7 +139,7 @@ class Data:
 
 
 def load() -> Data:
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, list[PublishedRun]] = {}
     for line, row in read_rows(PUBLISHED / "runs.csv"):
         run = read(row, line)
         runs.setdefault(run.group, []).append(run)
@@ -156,13 +156,13 @@ def load() -> Data:
 
 def errors(data: Data, numbers: Constants) -> dict[str, list[float]]:
     """Group -> logarithms of predicted over measured."""
-    clocks: dict[str, Clock] = {}
+    clocks: dict[str, ClusterTimes] = {}
     found: dict[str, list[float]] = {}
     for group, runs in data.runs.items():
         found[group] = []
         for run in runs:
             device = run.cluster.device(0)
-            clock = clocks.setdefault(device.name, Clock(run.cluster, device, numbers))
+            clock = clocks.setdefault(device.name, ClusterTimes(run.cluster, device, numbers))
             predicted = predict(run.sizes, run.setup, run.cluster, numbers, clock).step_seconds
             found[group].append(math.log(predicted / run.step_seconds))
     for node, entries in data.collectives.items():

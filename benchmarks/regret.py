@@ -185,7 +185,7 @@ def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
     """The choice, and the predictions of all that are to be measured."""
     from shardwise.commands.request import check
     from shardwise.errors import ShardwiseError
-    from shardwise.planner.constraints import Wish
+    from shardwise.planner.constraints import Constraints
     from shardwise.planner.plan import Candidate
     from shardwise.planner.search.search import search
     from shardwise.predict.closed_form.step_time import predict
@@ -195,7 +195,7 @@ def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
 
     start = time.perf_counter()
     profiles = ScaledProfiles(profiles_on(workload, cluster))
-    candidates: list[Candidate] = list(search(workload, cluster, workers, Wish(), profiles).plan.candidates)
+    candidates: list[Candidate] = list(search(workload, cluster, workers, Constraints(), profiles).plan.candidates)
     took = time.perf_counter() - start
     predicted: dict[str, float] = {}
 
@@ -207,7 +207,7 @@ def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
         note(candidate)
     chosen = next(iter(predicted))
     for degrees in _degrees(workers, len(AXES)):
-        wish = Wish(fixed=dict(zip(AXES, map(str, degrees), strict=True)))
+        wish = Constraints(fixed=dict(zip(AXES, map(str, degrees), strict=True)))
         best = search(workload, cluster, workers, wish, profiles).plan.best
         if best is not None:
             note(best)

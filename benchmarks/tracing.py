@@ -33,7 +33,7 @@ def measure(layers: int, hidden: int) -> dict[str, Any]:
 
     from shardwise import Workload
     from shardwise.parallel.check import split
-    from shardwise.parallel.pipeline.cut_points import places, uses
+    from shardwise.parallel.pipeline.cut_points import find_cut_points, uses
     from shardwise.parallel.pipeline.divide import counted
     from shardwise.workload.trace.graph import trace
     from shardwise.workload.weight_files import without_parameters
@@ -64,7 +64,7 @@ def measure(layers: int, hidden: int) -> dict[str, Any]:
     clock.append(time.perf_counter())
     parameters = dict(model.named_parameters())
     local, _ = split(step, 8, frozenset(parameters))
-    found = places(local, parameters)
+    found = find_cut_points(local, parameters)
     clock.append(time.perf_counter())
     counted(step, uses(step.graph, step.tensors, parameters))
     clock.append(time.perf_counter())

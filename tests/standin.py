@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.parallel.state.layout import Layout, Piece
+from shardwise.parallel.state.layout import Layout, TensorPiece
 
 Split = Callable[[str, tuple[int, ...]], tuple[Layout, bool] | None]
 """(name, global shape) -> (layout, whether this worker writes it); None: not held here."""
@@ -41,27 +41,27 @@ class StandIn:
     ) -> None:
         self.steps = steps
         self.split = split
-        self.held: dict[str, Piece] = {}
+        self.held: dict[str, TensorPiece] = {}
         self.engine: Any = SimpleNamespace(aliases={})
         self.optimizer: Any = kind()
         full = {f"model/{k}": v for k, v in model.items()} | {f"optimizer/{k}": v for k, v in (optimizer or {}).items()}
         for name, tensor in full.items():
             self._hold(name, tensor)
 
-    def _hold(self, name: str, full: Tensor) -> Piece | None:
+    def _hold(self, name: str, full: Tensor) -> TensorPiece | None:
         held = self.split(name, tuple(full.shape))
         if held is None:
             return None
         layout, writes = held
-        self.held[name] = Piece(name, layout.cut(full), layout, writes)
+        self.held[name] = TensorPiece(name, layout.cut(full), layout, writes)
         return self.held[name]
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorPiece]:
         return list(self.held.values())
 
     def optimizer_piece(
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
-    ) -> Piece | None:
+    ) -> TensorPiece | None:
         name = f"optimizer/{parameter}/{state}"
         return self.held.get(name) or self._hold(name, torch.zeros(tuple(global_shape), dtype=dtype))
 

@@ -100,10 +100,10 @@ def train(
         NotFinite: a loss or a gradient is infinite or not a number.
         SystemExit: the run was told to end, and has written a checkpoint.
     """
-    from shardwise.commands.request import Asked, settle, settle_resume
+    from shardwise.commands.request import TrainingRequest, settle, settle_resume
     from shardwise.run.training.execute import run_job
 
-    asked = Asked(workload, settings or {}, seed, strategy, workers, steps, epochs)
+    asked = TrainingRequest(workload, settings or {}, seed, strategy, workers, steps, epochs)
     resumed = settle_resume(resume, out, asked)
     options: dict[str, Any] = {
         "checkpoint_every": checkpoint_every,
@@ -170,7 +170,7 @@ def train_parallel(
         WorkerFailed: a worker died.
         NotFinite: a loss or a gradient is infinite or not a number.
     """
-    from shardwise.commands.request import Asked, settle
+    from shardwise.commands.request import TrainingRequest, settle
     from shardwise.run.training.execute import run_job
     from shardwise.workload.plain import plain_workload
 
@@ -185,7 +185,7 @@ def train_parallel(
         metric=metric,
         **fields,
     )
-    asked = Asked(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs)
+    asked = TrainingRequest(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs)
     job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True, on_nan=on_nan)
     return _trained_model(plain, job, run_job(job))
 

@@ -269,7 +269,7 @@ class Strategy:
         return self.recompute != "none"
 
     @property
-    def keeps_products(self) -> bool:
+    def saves_products(self) -> bool:
         """Return whether recomputed blocks still save the results of PRODUCTS (`recompute=selective`)."""
         return self.recompute == "selective"
 

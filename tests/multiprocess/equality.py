@@ -18,7 +18,7 @@ from pool import Pools
 from torch import Tensor
 from traces import remembered
 
-from shardwise.parallel.state.layout import Layout, Piece
+from shardwise.parallel.state.layout import Layout, TensorPiece
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
@@ -102,7 +102,7 @@ def _train_part(factory: Factory, strategy: str, steps: int, evaluate: bool, bef
     return Part(losses, norms, pieces, program.evaluate() if evaluate else {}, program.engine.notes)
 
 
-def portable(piece: Piece) -> tuple[str, Tensor, Layout, bool]:
+def portable(piece: TensorPiece) -> tuple[str, Tensor, Layout, bool]:
     return piece.name, piece.local.detach().clone(), piece.layout, piece.writes
 
 

@@ -15,7 +15,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from shardwise.cluster.cluster import PROGRAMS, SHAPES, Cluster
 from shardwise.cluster.measure.collectives import OPERATIONS, layouts
-from shardwise.cluster.measure.kernel_cases import Case, all_cases
+from shardwise.cluster.measure.kernel_cases import KernelCase, all_cases
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.predict.simulate import profiles_on, simulate
@@ -29,7 +29,7 @@ SHORT = Effort(
 )
 
 
-def few(cases: list[Case]) -> list[Case]:
+def few(cases: list[KernelCase]) -> list[KernelCase]:
     """An odd stride, as forward and backward passes take turns; the last ones are attention of every kind."""
     return [*cases[:3], *cases[::11], *cases[-4:]]
 

@@ -35,8 +35,8 @@ CELLS = [
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-def trial(folder: Path, model: str, strategy: str) -> verify.Trial:
-    return verify.Trial(
+def trial(folder: Path, model: str, strategy: str) -> verify.StrategyTrial:
+    return verify.StrategyTrial(
         source=Source(workload=f"catalogue:{model}"),
         strategy=Strategy.parse(strategy).for_batch(catalogue.BATCH),
         steps=STEPS,
@@ -82,7 +82,7 @@ def test_trains_as_in_one_process(
     cells[model, strategy] = Cell.of(proof)
 
 
-def compare(work: verify.Trial) -> Any:
+def compare(work: verify.StrategyTrial) -> Any:
     with remembered(str(work.source.workload)):
         return verify.compare(work)
 

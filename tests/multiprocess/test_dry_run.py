@@ -16,7 +16,7 @@ from traces import remembered
 from shardwise.collective import Collective
 from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.optim import zero1
-from shardwise.parallel.pipeline.executor import Pipeline
+from shardwise.parallel.pipeline.executor import PipelineExecutor
 from shardwise.parallel.tensor import communication
 from shardwise.predict.dry_run.dry_run import DryRun, dry_run
 from shardwise.predict.prediction import Memory
@@ -74,7 +74,7 @@ class Observed:
 def observed(factory: Factory, strategy: str) -> Observed:
     """What each worker does."""
     from shardwise.parallel.program import Program
-    from shardwise.predict.dry_run.recorder import Recorder
+    from shardwise.predict.dry_run.recorder import StepRecorder
 
     with remembered(factory):
         program = Program.build(factory(), Strategy.parse(strategy))
@@ -83,7 +83,7 @@ def observed(factory: Factory, strategy: str) -> Observed:
         program.step_share(share)
     records = []
     for _ in range(STEPS):
-        with Recorder() as recorder, recorder.following(program):
+        with StepRecorder() as recorder, recorder.following(program):
             program.step_share(share)
         records.append(recorder.record())
     assert len({record.collectives for record in records}) == 1
@@ -205,7 +205,7 @@ def without_every_third(owner: Any, name: str) -> Any:
     [
         ("tp=2", communication.Exchange, "_all_reduce"),
         ("tp=2,sp=1", communication.Exchange, "_all_gather"),
-        ("dp=2,pp=2", Pipeline, "_send"),
+        ("dp=2,pp=2", PipelineExecutor, "_send"),
         ("dp=2,tp=2", dist, "all_reduce"),
         ("fsdp=2,zero=1", zero1, "broadcast"),
     ],

@@ -99,19 +99,19 @@ def test_each_worker_reads_its_part(model: str, strategy: str, folders: Path, wo
 @pytest.fixture(scope="module")
 def recorded(
     folders: Path, workers: Pools, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, Strategy], verify.Trial]:
+) -> Callable[[str, Strategy], verify.StrategyTrial]:
     """The trial of a model under a strategy, with one worker's steps for it."""
     places: dict[Any, Path] = {}
 
-    def get(model: str, strategy: Strategy) -> verify.Trial:
+    def get(model: str, strategy: Strategy) -> verify.StrategyTrial:
         source = Source(workload=str(folders / model), settings=SETTINGS)
         key = (model, strategy.microbatches)
         if key not in places:
             places[key] = tmp_path_factory.mktemp("alone")
             alone = Strategy(microbatches=strategy.microbatches)
-            made = verify.Trial(source=source, strategy=alone, steps=2, float64=True, folder=str(places[key]))
+            made = verify.StrategyTrial(source=source, strategy=alone, steps=2, float64=True, folder=str(places[key]))
             workers(1, verify.record, made)
-        return verify.Trial(source=source, strategy=strategy, steps=2, float64=True, folder=str(places[key]))
+        return verify.StrategyTrial(source=source, strategy=strategy, steps=2, float64=True, folder=str(places[key]))
 
     return get
 
@@ -128,7 +128,7 @@ def recorded(
     ],
 )
 def test_trains_as_in_one_process(
-    model: str, strategy: str, workers: Pools, recorded: Callable[[str, Strategy], verify.Trial]
+    model: str, strategy: str, workers: Pools, recorded: Callable[[str, Strategy], verify.StrategyTrial]
 ) -> None:
     trial = recorded(model, Strategy.parse(strategy).for_batch(8))
     proof = workers(trial.strategy.workers, compare, trial)[0]
@@ -136,7 +136,7 @@ def test_trains_as_in_one_process(
     assert max(proof.loss.error, proof.gradient.error, proof.parameter.error) < 1e-10
 
 
-def compare(trial: verify.Trial) -> verify.Proof | None:
+def compare(trial: verify.StrategyTrial) -> verify.Proof | None:
     with remembered(f"{trial.source.workload} in float64"):
         return verify.compare(trial)
 

@@ -19,10 +19,10 @@ from torch.utils.data import Subset
 
 from shardwise.parallel.graph import graph_engine
 from shardwise.parallel.graph.graph_engine import GraphEngine
-from shardwise.parallel.graph.parameters import Holding
+from shardwise.parallel.graph.parameters import LocalStages
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.pipeline import divide
-from shardwise.parallel.pipeline.executor import Pipeline
+from shardwise.parallel.pipeline.executor import PipelineExecutor
 from shardwise.parallel.pipeline.link_speed import measured_links
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients
 from shardwise.parallel.program import Program
@@ -157,17 +157,17 @@ def both(first: Any, second: Any) -> Iterator[None]:
 
 
 def gradient_of_skip_lost() -> Any:
-    send = Pipeline._send
+    send = PipelineExecutor._send
 
     def lossy(self: Any, action: Any, target: int, nodes: Any, tensors: Any) -> None:
         far = action.kind != FORWARD and action.stage - target > 1
         send(self, action, target, nodes, [tensor * 0 for tensor in tensors] if far else tensors)
 
-    return both(even_costs(), mock.patch.object(Pipeline, "_send", lossy))
+    return both(even_costs(), mock.patch.object(PipelineExecutor, "_send", lossy))
 
 
 def tied_not_added_up() -> Any:
-    return both(even_costs(), mock.patch.object(Holding, "_sum", return_value=None))
+    return both(even_costs(), mock.patch.object(LocalStages, "_sum", return_value=None))
 
 
 def last_microbatch_dropped() -> Any:
@@ -191,7 +191,7 @@ def weights_never_computed() -> Any:
 
 
 def one_gradient_of_several() -> Any:
-    received = Pipeline._received
+    received = PipelineExecutor._received
 
     def last(self: Any, work: Any, action: Any) -> Any:
         values = received(self, work, action)
@@ -199,7 +199,7 @@ def one_gradient_of_several() -> Any:
             return values
         return {node: value / max(1, len(work.stages) - 1 - action.stage) for node, value in values.items()}
 
-    return both(even_costs(), mock.patch.object(Pipeline, "_received", last))
+    return both(even_costs(), mock.patch.object(PipelineExecutor, "_received", last))
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from torch.utils.data import TensorDataset
 from traces import remembered
 
 from shardwise.parallel.data import gradient_reducer
-from shardwise.parallel.graph.parameters import Holding
-from shardwise.parallel.operators.graph_operators import KeyedOperations
+from shardwise.parallel.graph.parameters import LocalStages
+from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.checkpoint.export import export_safetensors
@@ -200,13 +200,13 @@ def test_resume(workers: Pools, tmp_path: Path, before: str, after: str) -> None
 
 
 def normalised_alone() -> Any:
-    normalise = KeyedOperations.batch_norm
+    normalise = GraphOperators.batch_norm
 
     def alone(self: Any, *args: Any) -> Any:
         self.replicas = None
         return normalise(self, *args)
 
-    return mock.patch.object(KeyedOperations, "batch_norm", alone)
+    return mock.patch.object(GraphOperators, "batch_norm", alone)
 
 
 def scaled_wrongly() -> Any:
@@ -215,7 +215,7 @@ def scaled_wrongly() -> Any:
 
 
 def averaged_wrongly() -> Any:
-    reduced = Holding.reduce
+    reduced = LocalStages.reduce
 
     def twice(self: Any, summed: Any) -> None:
         reduced(self, summed)
@@ -224,7 +224,7 @@ def averaged_wrongly() -> Any:
                 if parameter.grad is not None:
                     parameter.grad *= 2
 
-    return mock.patch.object(Holding, "reduce", twice)
+    return mock.patch.object(LocalStages, "reduce", twice)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from pool import Pools
 from random_models import random_workload
 from torch.utils.data import Subset
 
-from shardwise.parallel.graph.parameters import Holding
-from shardwise.parallel.operators.dropout import KeyedDropout
-from shardwise.parallel.operators.graph_operators import KeyedOperations
+from shardwise.parallel.graph.parameters import LocalStages
+from shardwise.parallel.operators.dropout import DropoutReplacements
+from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.tensor import communication
 from shardwise.workload.workload import Workload
 
@@ -124,9 +124,9 @@ def dropout_by_local_place() -> Any:
         local = list(shape)
         if hasattr(placement, "dim"):
             local[placement.dim] //= self.exchange.ranks
-        return KeyedDropout(self.position, site).mask(torch.Size(local), p, device, merged=merged)
+        return DropoutReplacements(self.position, site).mask(torch.Size(local), p, device, merged=merged)
 
-    return mock.patch.object(KeyedOperations, "mask", mask)
+    return mock.patch.object(GraphOperators, "mask", mask)
 
 
 def recomputed_at_another_place() -> Any:
@@ -137,11 +137,11 @@ def recomputed_at_another_place() -> Any:
         yield
         self.position = current
 
-    return mock.patch.object(KeyedOperations, "at", at)
+    return mock.patch.object(GraphOperators, "at", at)
 
 
 def parts_not_added_up() -> Any:
-    return mock.patch.object(Holding, "_sum", return_value=None)
+    return mock.patch.object(LocalStages, "_sum", return_value=None)
 
 
 @pytest.mark.parametrize(

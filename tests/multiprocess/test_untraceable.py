@@ -16,7 +16,7 @@ from shardwise import Evaluation, Workload
 from shardwise.errors import WorkloadError
 from shardwise.parallel.graph.trace import traced
 from shardwise.workload.trace.graph import Untraceable, example
-from shardwise.workload.trace.opaque import OPAQUE, Recorder
+from shardwise.workload.trace.opaque import OPAQUE, CallRecorder
 
 
 class Gate(nn.Module):
@@ -148,7 +148,7 @@ def test_shapes_that_follow_the_data_to_the_loss_are_refused() -> None:
 
 
 def test_a_call_that_changes_its_shapes_is_noticed() -> None:
-    recorder = Recorder(Ragged(), "ragged", "shapes follow the data", lambda: 0)
+    recorder = CallRecorder(Ragged(), "ragged", "shapes follow the data", lambda: 0)
     with recorder.open():
         recorder.module(torch.ones(4, 2))
     (call,) = recorder.calls

@@ -62,9 +62,9 @@ def everything() -> Workload:
     )
 
 
-def trial(folder: Path, strategy: str, *, float64: bool = True) -> verify.Trial:
+def trial(folder: Path, strategy: str, *, float64: bool = True) -> verify.StrategyTrial:
     settled = Strategy.parse(strategy).for_batch(8)
-    return verify.Trial(
+    return verify.StrategyTrial(
         source=Source(workload=everything()), strategy=settled, steps=3, float64=float64, folder=str(folder)
     )
 
@@ -89,7 +89,7 @@ def proof(workers: Pools, folder: Path, strategy: str, *, float64: bool = True, 
     return workers(count, compare, trial(folder, strategy, float64=float64), sabotage)[0]
 
 
-def compare(work: verify.Trial, sabotage: Break | None) -> Any:
+def compare(work: verify.StrategyTrial, sabotage: Break | None) -> Any:
     with remembered(f"everything {work.float64}"), pytest.MonkeyPatch.context() as patch:
         if sabotage is not None:
             sabotage(patch)  # type: ignore[call-arg]
@@ -134,9 +134,9 @@ def scale_by_the_wrong_degree(patch: pytest.MonkeyPatch) -> None:
 def leave_batch_norm_alone(patch: pytest.MonkeyPatch) -> None:
     from shardwise.parallel.operators import graph_operators
 
-    right = graph_operators.KeyedOperations.__init__
+    right = graph_operators.GraphOperators.__init__
     patch.setattr(
-        graph_operators.KeyedOperations,
+        graph_operators.GraphOperators,
         "__init__",
         lambda self, position, exchange, replicas: right(self, position, exchange, None),
     )
@@ -145,9 +145,9 @@ def leave_batch_norm_alone(patch: pytest.MonkeyPatch) -> None:
 def drop_differently_on_shards(patch: pytest.MonkeyPatch) -> None:
     from shardwise.parallel.operators import graph_operators
 
-    right = graph_operators.KeyedOperations.mask
+    right = graph_operators.GraphOperators.mask
     patch.setattr(
-        graph_operators.KeyedOperations,
+        graph_operators.GraphOperators,
         "mask",
         lambda self, site, *rest: right(self, site + 1000 * self.exchange.rank, *rest),
     )
@@ -184,10 +184,10 @@ def lose_a_skip_connection(patch: pytest.MonkeyPatch) -> None:
 
 
 def leave_tied_weights_apart(patch: pytest.MonkeyPatch) -> None:
-    from shardwise.parallel.graph.parameters import Holding
+    from shardwise.parallel.graph.parameters import LocalStages
 
     cut_evenly(patch)
-    patch.setattr(Holding, "_sum", lambda self, names, group: None)
+    patch.setattr(LocalStages, "_sum", lambda self, names, group: None)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from shardwise.predict.published import cells, device_names
-from shardwise.predict.published.columns import Lacking, named, whole
+from shardwise.predict.published.columns import MissingColumn, named, whole
 from shardwise.predict.published.model_sizes import sizes_of
-from shardwise.predict.published.row import Run, read
+from shardwise.predict.published.row import PublishedRun, read
 
 ROW = {
     "model": "GPT-7B",
@@ -30,12 +30,12 @@ ROW = {
 }
 
 
-def run(**cells: str) -> Run:
+def run(**cells: str) -> PublishedRun:
     return read({**ROW, **cells}, 2)
 
 
 def reason(**cells: str) -> str:
-    with pytest.raises(Lacking) as error:
+    with pytest.raises(MissingColumn) as error:
         run(**cells)
     return str(error.value)
 
@@ -98,7 +98,7 @@ def test_devices(text: str, name: str) -> None:
 
 @pytest.mark.parametrize("text", ["TPU v4", "H1000", "Titan V"])
 def test_unknown_devices(text: str) -> None:
-    with pytest.raises(Lacking, match="unknown gpu"):
+    with pytest.raises(MissingColumn, match="unknown gpu"):
         device_names.find(text)
 
 

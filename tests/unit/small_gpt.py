@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.search.space import divisors, families, members
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
@@ -10,7 +10,9 @@ from shardwise.workload.workload import Workload
 SPEC = "gpt:layers=2,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=4"
 
 
-def everything(workload: Workload, workers: int, wish: Wish, links: int, spans: tuple[int, ...] = ()) -> list[Strategy]:
+def everything(
+    workload: Workload, workers: int, constraints: Constraints, links: int, spans: tuple[int, ...] = ()
+) -> list[Strategy]:
     """All strategies for so many workers that a search goes through."""
-    found = families(workers, workload.batch_size, wish, divisors(workers), links)
-    return [member for family in found for member in members(family, wish, spans)]
+    found = families(workers, workload.batch_size, constraints, divisors(workers), links)
+    return [member for family in found for member in members(family, constraints, spans)]

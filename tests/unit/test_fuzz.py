@@ -21,7 +21,7 @@ from shardwise.cluster.find import find_cluster
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import LONGEST_MESSAGE, RequestError
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.plan_file import read_plan, write_plan
 from shardwise.predict.published.validate import read_rows, validate
 from shardwise.strategy import MOST, Strategy
@@ -181,9 +181,9 @@ def test_no_odd_value_is_a_degree() -> None:
 
 def test_wishes() -> None:
     for text in inputs("wishes", ["tp=8", "schedule=gpipe", "recompute=1/2", "zero=2"]):
-        taken(lambda text=text: Wish.parse(fix=[text]), text)  # type: ignore[misc]
-        taken(lambda text=text: Wish.parse(forbid=[text]), text)  # type: ignore[misc]
-        taken(lambda text=text: Wish.parse(max_memory=text), text)  # type: ignore[misc]
+        taken(lambda text=text: Constraints.parse(fix=[text]), text)  # type: ignore[misc]
+        taken(lambda text=text: Constraints.parse(forbid=[text]), text)  # type: ignore[misc]
+        taken(lambda text=text: Constraints.parse(max_memory=text), text)  # type: ignore[misc]
 
 
 def test_settings() -> None:

@@ -226,7 +226,7 @@ class Cluster:
         return min(nodes.devices for nodes in self.nodes)
 
     @property
-    def alike(self) -> bool:
+    def homogeneous(self) -> bool:
         """Return whether all devices are of one kind."""
         return len({id(nodes.device) for nodes in self.nodes}) == 1
 

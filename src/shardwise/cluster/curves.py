@@ -69,13 +69,13 @@ class Surface:
         self._start = min(sample.seconds for sample in samples)
         self._rate = max(amount / sample.seconds for amount, sample in zip(works, samples, strict=True))
         self._points = [
-            (_place(kind, sample.shape), math.log(sample.seconds / self._least(amount)))
+            (_position(kind, sample.shape), math.log(sample.seconds / self._least(amount)))
             for amount, sample in zip(works, samples, strict=True)
         ]
 
     def __call__(self, shape: tuple[int, ...]) -> float:
         """Return the seconds of a kernel of this shape."""
-        here = _place(self._kind, shape)
+        here = _position(self._kind, shape)
         near = sorted((math.dist(here, there), longer) for there, longer in self._points)[:NEAREST]
         radius = near[-1][0] + SOFTEN  # the weight of a point reaches zero here, which keeps the surface continuous
         weights = [((radius - distance) / (radius * (distance + SOFTEN))) ** 2 for distance, _ in near]
@@ -94,7 +94,7 @@ def work(kind: str, shape: tuple[int, ...]) -> float:
     return max(1.0, float(math.prod(shape)))
 
 
-def _place(kind: str, shape: tuple[int, ...]) -> tuple[float, ...]:
+def _position(kind: str, shape: tuple[int, ...]) -> tuple[float, ...]:
     """Map a shape to a point whose coordinates are the logarithms of the sizes that its speed depends on."""
     if kind == "attention":
         batch, heads, queries, keys, size = shape

@@ -85,7 +85,7 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class NestedTable:
     """A nested table, or an array of tables, that the caller reads further."""
 
     expected: str
@@ -99,7 +99,7 @@ class Part:
         return value
 
 
-Field = Number | Text | Flag | Part
+Field = Number | Text | Flag | NestedTable
 
 
 @dataclass(frozen=True, slots=True)

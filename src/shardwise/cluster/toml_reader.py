@@ -44,8 +44,8 @@ from shardwise.cluster.cluster import (
 from shardwise.cluster.toml_fields import (
     Field,
     Flag,
+    NestedTable,
     Number,
-    Part,
     Text,
     Where,
     read_field,
@@ -65,7 +65,7 @@ LARGEST = 16 << 20
 PRICE = Number("US dollars per hour", least=0, default=None)
 SOURCE = Text("where the figures were read", default="")
 ORIGIN = Text("where a number comes from", choices=ORIGINS)
-ORIGINS_TABLE = Part("a table of field = origin", default={})
+ORIGINS_TABLE = NestedTable("a table of field = origin", default={})
 
 DEVICE: dict[str, Field] = {
     "name": Text("of the model, as its maker spells it"),
@@ -83,12 +83,12 @@ DEVICE: dict[str, Field] = {
     "overlap": Number("times slower while communicating", least=1, default=1.0),
     "strain": Number("times as long in a training", default=1.0),
     "heap": Number("bytes of the process for each byte of tensors", least=1, default=1.0),
-    "process": Part("a table of program = bytes", default={}),
-    "overheads": Part("a table of what = seconds", default={}),
+    "process": NestedTable("a table of program = bytes", default={}),
+    "overheads": NestedTable("a table of what = seconds", default={}),
     "threads": Number("threads of each worker; 0: the cores shared out evenly", least=0, whole=True, default=0),
-    "flops": Part("a table of dtype = dense operations per second"),
-    "shared": Part("a table of workers = times slower", default={}),
-    "curves": Part("an array of tables", kind=list, default=[]),
+    "flops": NestedTable("a table of dtype = dense operations per second"),
+    "shared": NestedTable("a table of workers = times slower", default={}),
+    "curves": NestedTable("an array of tables", kind=list, default=[]),
     "origins": ORIGINS_TABLE,
     "source": SOURCE,
 }
@@ -115,7 +115,7 @@ KERNEL_CURVE: dict[str, Field] = {
     "backward": Flag(default=False),
     "workers": Number("workers of one host at the same time", whole=True, default=1),
     "threads": Number("threads of each worker", whole=True, default=1),
-    "samples": Part("rows of [sizes ..., seconds, spread]", kind=list),
+    "samples": NestedTable("rows of [sizes ..., seconds, spread]", kind=list),
 }
 
 COLLECTIVE_CURVE: dict[str, Field] = {
@@ -123,16 +123,16 @@ COLLECTIVE_CURVE: dict[str, Field] = {
     "ranks": Number("ranks that take part", whole=True),
     "nodes": Number("nodes that they are spread over", whole=True),
     "groups": Number("such groups at the same time", whole=True, default=1),
-    "samples": Part("rows of [bytes, seconds, spread]", kind=list),
+    "samples": NestedTable("rows of [bytes, seconds, spread]", kind=list),
 }
 
 CLUSTER: dict[str, Field] = {
     "name": Text("for people"),
-    "devices": Part("a table of devices by name"),
-    "nodes": Part("an array of tables", kind=list),
-    "levels": Part("an array of tables", kind=list, default=[]),
-    "collectives": Part("an array of tables", kind=list, default=[]),
-    "software": Part("a table of texts", default={}),
+    "devices": NestedTable("a table of devices by name"),
+    "nodes": NestedTable("an array of tables", kind=list),
+    "levels": NestedTable("an array of tables", kind=list, default=[]),
+    "collectives": NestedTable("an array of tables", kind=list, default=[]),
+    "software": NestedTable("a table of texts", default={}),
 }
 
 PROCESS = Number("bytes of a worker's process beside its tensors", least=0, whole=True)

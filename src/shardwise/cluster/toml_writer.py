@@ -77,7 +77,7 @@ def _cluster_lines(cluster: Cluster) -> Iterator[str]:
     for device, name in names.items():
         yield from _device_lines(device, name)
     for nodes in cluster.nodes:
-        yield from ("", "[[nodes]]", f"device = {_value(names[_Same(nodes.device)])}")
+        yield from ("", "[[nodes]]", f"device = {_value(names[_ByValue(nodes.device)])}")
         yield from _number_lines({"devices": nodes.devices, "count": nodes.count}, NODES)
     for level in cluster.levels:
         yield from ("", "[[levels]]", *_field_lines(level, LEVEL))
@@ -85,24 +85,24 @@ def _cluster_lines(cluster: Cluster) -> Iterator[str]:
         yield from _collective_lines(curve)
 
 
-class _Same:
+class _ByValue:
     """A device as a dict key, compared by value; the device itself has mappings, which cannot be hashed."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.device == other.device
+        return isinstance(other, _ByValue) and self.device == other.device
 
     def __hash__(self) -> int:
         return hash(self.device.name)
 
 
-def _names(cluster: Cluster) -> dict[_Same, str]:
+def _names(cluster: Cluster) -> dict[_ByValue, str]:
     """Map the different devices to their keys in the file, derived from the devices' names."""
-    names: dict[_Same, str] = {}
+    names: dict[_ByValue, str] = {}
     for nodes in cluster.nodes:
-        same = _Same(nodes.device)
+        same = _ByValue(nodes.device)
         if same in names:
             continue
         plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in nodes.device.name.lower())
@@ -114,7 +114,7 @@ def _names(cluster: Cluster) -> dict[_Same, str]:
     return names
 
 
-def _device_lines(same: _Same, name: str) -> Iterator[str]:
+def _device_lines(same: _ByValue, name: str) -> Iterator[str]:
     device = same.device
     yield from ("", f"[devices.{name}]", *_field_lines(device, DEVICE))
     for curve in device.curves:

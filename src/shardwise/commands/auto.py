@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shardwise.commands.request import Asked, check, settle, settle_options, settle_source, settle_strategy
+from shardwise.commands.request import TrainingRequest, check, settle, settle_options, settle_source, settle_strategy
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.launch.context import is_first, rank_context
 from shardwise.launch.join import join_launcher
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.explain import explanation
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.planner.scaling import counts
-from shardwise.planner.search.search import Searched, may_offload, search
+from shardwise.planner.search.search import SearchResult, may_offload, search
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
@@ -94,7 +94,7 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
         )
     profiles = ScaledProfiles(profiles_on(workload, cluster))
     numbers = counts(1, cluster.size) if workers is None else [workers]
-    found = [search(workload, cluster, number, Wish(), profiles) for number in numbers]
+    found = [search(workload, cluster, number, Constraints(), profiles) for number in numbers]
     fitting = [each for each in found if each.plan.best is not None]
     if not fitting:
         raise DoesNotFit(_nothing(found[-1].plan))
@@ -110,15 +110,15 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
         return best.cuts(strategy, cluster) if strategy.speeds else ()
 
     def last_resort() -> Candidate | None:
-        if best.plan.best is None or best.plan.best.strategy.offload or not may_offload(cluster, Wish()):
+        if best.plan.best is None or best.plan.best.strategy.offload or not may_offload(cluster, Constraints()):
             return None
-        offloading = Wish(fixed={"offload": "1"})
+        offloading = Constraints(fixed={"offload": "1"})
         return search(workload, cluster, best.plan.workers, offloading, profiles).plan.best
 
     return Choice(best.plan.best, tuple(candidates), tuple(words), cuts, last_resort)
 
 
-def _seconds(searched: Searched) -> float:
+def _seconds(searched: SearchResult) -> float:
     best = searched.plan.best
     assert best is not None
     return best.prediction.step_seconds
@@ -134,7 +134,9 @@ def _nothing(plan: Plan) -> str:
     )
 
 
-def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = False, **options: Any) -> dict[str, Any]:
+def train_automatically(
+    asked: TrainingRequest, out: str | Path | None, *, quiet: bool = False, **options: Any
+) -> dict[str, Any]:
     """Plan, train, and report the prediction error.
 
     Args:
@@ -187,7 +189,7 @@ def train_automatically(asked: Asked, out: str | Path | None, *, quiet: bool = F
 
 
 def _with_launcher(
-    count: int, workload: Workload, asked: Asked, out: str | Path | None, **options: Any
+    count: int, workload: Workload, asked: TrainingRequest, out: str | Path | None, **options: Any
 ) -> dict[str, Any]:
     """Train as one of the workers of an outer launcher with the strategy that rank 0 chooses. Collective.
 
@@ -210,14 +212,14 @@ def _with_launcher(
     return summary if choice is None else _with_verdict(choice.best, summary, choice.words)
 
 
-def _unmeasured(asked: Asked, error: NotMeasured) -> Asked:
+def _unmeasured(asked: TrainingRequest, error: NotMeasured) -> TrainingRequest:
     """Return the request with `dp` over all workers; re-raise `error` if the requested strategy is `auto`."""
     if asked.strategy == AUTO:
         raise error
     return replace(asked, strategy=settle_strategy(None, asked.workers))
 
 
-def _say_unmeasured(asked: Asked, error: NotMeasured, *, quiet: bool) -> None:
+def _say_unmeasured(asked: TrainingRequest, error: NotMeasured, *, quiet: bool) -> None:
     if not quiet:
         sys.stderr.write(f"strategy {asked.strategy}, for nothing can be chosen: {error}\n")
 

@@ -14,7 +14,7 @@ import torch
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import DoesNotFit, RequestError, WorkloadError
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.document import front_rows, plan_document
 from shardwise.planner.dry_run_check import judge
 from shardwise.planner.explain import explanation
@@ -23,7 +23,7 @@ from shardwise.planner.plan_file import PlanFile, read_plan, write_plan
 from shardwise.planner.scaling import Point, cheapest, counts, dollars, scaling, smallest_that_fits, worth
 from shardwise.planner.search.finalists import FINALISTS
 from shardwise.planner.search.problem import room
-from shardwise.planner.search.search import Searched
+from shardwise.planner.search.search import SearchResult
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibration.local_cluster import cluster_at_hand
@@ -51,19 +51,19 @@ def planned(
     pareto: bool = False,
 ) -> dict[str, Any]:
     """Return the document of `plan`; see `api.plan` for the arguments and errors."""
-    wish = Wish.parse(objective, max_memory, fix, forbid)
+    constraints = Constraints.parse(objective, max_memory, fix, forbid)
     cluster = _cluster(cluster_text)
     numbers = _numbers(workers, cluster)
     if out is not None and not isinstance(source.workload, str):
         raise WorkloadError(f"out={out}: a plan file names its workload; give one by name, not as an object")
     workload = source.load()
-    points = scaling(workload, cluster, numbers, wish)
-    point = _chosen(points, cluster, wish)
+    points = scaling(workload, cluster, numbers, constraints)
+    point = _chosen(points, cluster, constraints)
     if dry_run:
-        point = replace(point, searched=_judged(point.searched, cluster, wish))
+        point = replace(point, searched=_checked_by_dry_run(point.searched, cluster, constraints))
     plan = point.searched.plan
     if plan.best is None:
-        raise DoesNotFit(_too_small(workload, cluster, point, wish))
+        raise DoesNotFit(_too_small(workload, cluster, point, constraints))
     document = plan_document(plan, explanation(plan, cluster, point.searched.profile_of))
     if len(points) > 1:
         document |= _curve(points, cluster)
@@ -75,9 +75,9 @@ def planned(
     return document
 
 
-def _judged(searched: Searched, cluster: Cluster, wish: Wish) -> Searched:
+def _checked_by_dry_run(searched: SearchResult, cluster: Cluster, constraints: Constraints) -> SearchResult:
     """Return the search result after dry runs of its finalists, which reject those that need too much memory."""
-    plan = judge(searched.plan, searched.profiles, cluster, room(cluster, wish), FINALISTS)
+    plan = judge(searched.plan, searched.profiles, cluster, room(cluster, constraints), FINALISTS)
     return replace(searched, plan=plan)
 
 
@@ -104,13 +104,13 @@ def _numbers(workers: int | str | None, cluster: Cluster) -> list[int]:
     return counts(low, high) if dots else [low]
 
 
-def _chosen(points: Sequence[Point], cluster: Cluster, wish: Wish) -> Point:
+def _chosen(points: Sequence[Point], cluster: Cluster, constraints: Constraints) -> Point:
     """Return the best point by the objective, or the one with most devices if no strategy fits at any point."""
     fitting = [point for point in points if point.rate]
     found: Point | None = None
-    if wish.objective == "money":
+    if constraints.objective == "money":
         found = cheapest(points, cluster)
-    elif wish.objective == "memory":
+    elif constraints.objective == "memory":
         found = min(fitting, key=_memory, default=None)
     else:
         found = max(fitting, key=lambda point: point.rate, default=None)
@@ -123,13 +123,15 @@ def _memory(point: Point) -> int:
     return best.prediction.memory.total
 
 
-def _too_small(workload: Workload, cluster: Cluster, point: Point, wish: Wish) -> str:
+def _too_small(workload: Workload, cluster: Cluster, point: Point, constraints: Constraints) -> str:
     plan = point.searched.plan
     if plan.smallest is None:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in plan.rejected)) or "no strategy meets all wishes"
         raise RequestError(f"no strategy for {plan.workers} workers can be: {reasons}")
-    need, have = plan.smallest.prediction.memory.total, room(cluster, wish)
-    number = smallest_that_fits(workload, cluster, plan.workers, wish, ScaledProfiles(profiles_on(workload, cluster)))
+    need, have = plan.smallest.prediction.memory.total, room(cluster, constraints)
+    number = smallest_that_fits(
+        workload, cluster, plan.workers, constraints, ScaledProfiles(profiles_on(workload, cluster))
+    )
     devices = "1 device" if plan.workers == 1 else f"{plan.workers} devices"
     hint = f"{number} of them would do" if number else "more of them would not help"
     return (
@@ -161,7 +163,7 @@ def _curve(points: Sequence[Point], cluster: Cluster) -> dict[str, Any]:
     return {"scaling": rows, "worth_workers": last and last.workers}
 
 
-def _file(source: Source, name: str | None, searched: Searched, cluster: Cluster) -> PlanFile:
+def _file(source: Source, name: str | None, searched: SearchResult, cluster: Cluster) -> PlanFile:
     assert isinstance(source.workload, str)
     assert searched.plan.best is not None
     strategy, prediction = searched.plan.best.strategy, searched.plan.best.prediction

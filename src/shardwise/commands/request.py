@@ -42,7 +42,7 @@ DEFAULT_COMPARED = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TrainingRequest:
     """Training as requested by the user; open choices are None or empty. `api.train` explains the fields."""
 
     workload: AnyWorkload
@@ -55,7 +55,7 @@ class Asked:
 
 
 def settle(
-    asked: Asked,
+    asked: TrainingRequest,
     out: str | Path | None,
     *,
     resume: bool = False,
@@ -89,7 +89,7 @@ def settle(
     return replace(job, folder=settle_folder(out, workload, job)) if on_disk else job
 
 
-def as_before(asked: Asked, folder: Path) -> Asked:
+def as_before(asked: TrainingRequest, folder: Path) -> TrainingRequest:
     """Return the request with open choices filled in from the run in `folder`.
 
     Raises:
@@ -114,7 +114,7 @@ def as_before(asked: Asked, folder: Path) -> Asked:
     )
 
 
-def run_to_resume(out: str | Path | None, asked: Asked) -> Path:
+def run_to_resume(out: str | Path | None, asked: TrainingRequest) -> Path:
     """Return the folder of the run to continue; see `run_folder.find_run`."""
     if out is not None:
         return find_run(Path(out), "")
@@ -122,7 +122,7 @@ def run_to_resume(out: str | Path | None, asked: Asked) -> Path:
     return find_run(None, source if isinstance(source, str) else source.name)
 
 
-def settle_resume(resume: bool | str, out: str | Path | None, asked: Asked) -> bool:
+def settle_resume(resume: bool | str, out: str | Path | None, asked: TrainingRequest) -> bool:
     """Return whether to continue a run.
 
     Args:

@@ -25,7 +25,7 @@ from shardwise.launch.signals import Signals, Terminated
 from shardwise.launch.watch import SUSPENDED_SECONDS
 
 if TYPE_CHECKING:
-    from shardwise.launch.switchboard import Ending, Switchboard
+    from shardwise.launch.switchboard import EarlyExit, Switchboard
 
 LOOK_SECONDS = 0.02
 """Seconds between two looks of the parent at its workers."""
@@ -80,7 +80,7 @@ def run_local(
         processes: Processes | None = None
         try:
             processes = Processes(workers, switchboard.address)
-            _attend(processes, switchboard, signals, grace, Patience(processes, patience))
+            _attend(processes, switchboard, signals, grace, StopDetector(processes, patience))
             assert switchboard.returned is not None
             return cloudpickle.loads(switchboard.returned)
         finally:
@@ -90,7 +90,7 @@ def run_local(
             switchboard.close()
 
 
-class Patience:
+class StopDetector:
     """Detector of workers that have been stopped (SIGSTOP) for too long.
 
     A stopped worker cannot notice it itself, and a single worker has no peers that would.
@@ -118,7 +118,9 @@ class Patience:
                 )
 
 
-def _attend(processes: Processes, switchboard: Switchboard, signals: Signals, grace: float, patience: Patience) -> None:
+def _attend(
+    processes: Processes, switchboard: Switchboard, signals: Signals, grace: float, patience: StopDetector
+) -> None:
     """Wait until all workers have answered and ended; pass on signals, and notice failures.
 
     Raises:
@@ -162,7 +164,7 @@ def _linger(processes: Processes, switchboard: Switchboard) -> ShardwiseError:
     return _failure(list(switchboard.endings), ended)
 
 
-def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
+def _failure(endings: list[EarlyExit], exits: dict[int, int]) -> ShardwiseError:
     """Return the error of the worker that failed first; errors that it caused in other workers are left out.
 
     Args:
@@ -183,7 +185,7 @@ def _failure(endings: list[Ending], exits: dict[int, int]) -> ShardwiseError:
     return _reported(first.rank, first.report)
 
 
-def _precedence(ending: Ending) -> tuple[bool, bool, float]:
+def _precedence(ending: EarlyExit) -> tuple[bool, bool, float]:
     hung = ending.report is not None and ending.report["error"] == WorkerHung.__name__
     return (not hung, ending.report is not None, ending.time)
 

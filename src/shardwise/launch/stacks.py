@@ -21,7 +21,7 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Activity:
     """Activity of a process at one moment.
 
     Attributes:
@@ -40,7 +40,7 @@ class Look:
         return "".join(traceback.format_stack(self.frame, SHOWN_FRAMES))
 
 
-def look() -> Look:
+def look() -> Activity:
     """Inspect the thread that the training depends on: the main thread, or the thread that it waits for."""
     frames = sys._current_frames()
     main = threading.main_thread()
@@ -48,7 +48,7 @@ def look() -> Look:
     if Path(frame.f_code.co_filename).name in _IDLE:
         thread, frame = _working(frames) or (main, frame)
     waiting = _is_ours(frame.f_code.co_filename) and not _runs(thread)
-    return Look(waiting, _operation(frame), frame)
+    return Activity(waiting, _operation(frame), frame)
 
 
 def _working(frames: dict[int, FrameType]) -> tuple[threading.Thread, FrameType] | None:

@@ -34,7 +34,7 @@ LONGEST_ADDRESS = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class EarlyExit:
     """End of a worker before its work was done.
 
     Attributes:
@@ -69,7 +69,7 @@ class Switchboard:
         self._woken, self._wake = socket.socketpair()
         self._ranks: dict[Connection, int] = {}
         self._answered: list[Connection] = []
-        self.endings: list[Ending] = []
+        self.endings: list[EarlyExit] = []
         self.finished: set[int] = set()
         self.returned: bytes | None = None
         self._thread = threading.Thread(target=self._serve, name="shardwise-switchboard", daemon=True)
@@ -131,7 +131,7 @@ class Switchboard:
         rank = self._ranks.pop(connection, None)
         connection.close()
         if rank is not None:
-            self.endings.append(Ending(rank, report["time"] if report else time.monotonic(), report))
+            self.endings.append(EarlyExit(rank, report["time"] if report else time.monotonic(), report))
 
 
 def _socket_parent() -> str | None:

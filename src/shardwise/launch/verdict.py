@@ -32,7 +32,7 @@ class State:
     Attributes:
         stalled: seconds since its last progress.
         steps: number of times that it made progress.
-        waiting: True if it sleeps in a collective or a point-to-point message, see `stacks.Look`.
+        waiting: True if it sleeps in a collective or a point-to-point message, see `stacks.Activity`.
         busy: True if it used its processor in the last seconds.
         operation: name of the operation that it is in.
         stack: its innermost frames.

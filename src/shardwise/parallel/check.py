@@ -11,7 +11,7 @@ from torch import nn
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.graph.trace import traced
-from shardwise.parallel.pipeline.cut_points import common, places
+from shardwise.parallel.pipeline.cut_points import common, find_cut_points
 from shardwise.parallel.state.build_model import plain_model
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partition import partition
@@ -47,10 +47,10 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
         if refusal is not None:
             raise StrategyError(refusal)
     if strategy.pp > 1:
-        found = places(split(step, 1, trained)[0], parameters)
+        found = find_cut_points(split(step, 1, trained)[0], parameters)
         if workload.evaluation is not None:
             evaluation = traced(workload, model, batch, training=False)
-            found = common(found, places(split(evaluation, 1, trained)[0], parameters))
+            found = common(found, find_cut_points(split(evaluation, 1, trained)[0], parameters))
         check_stages(strategy, len(found))
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from shardwise.parallel.faults import Fault
-from shardwise.parallel.state.layout import Held
+from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.workload.data import Microbatch, Share
 
 
@@ -50,7 +50,7 @@ class Engine(Protocol):
     position: Position
     parameters: dict[str, nn.Parameter]
     """Trained parameters held here, by their name in the plain module; a tied one once, by its first name."""
-    held: dict[str, Held]
+    held: dict[str, TensorPlacement]
     """Every parameter (also frozen ones) and persistent buffer held here, by name."""
     aliases: dict[str, str]
     """Further names of tied parameters and buffers -> the name in `held`; equal on all workers."""

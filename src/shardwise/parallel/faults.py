@@ -30,14 +30,14 @@ class Fault:
 
     Attributes:
         microbatch: index of the microbatch in the step; -1 for a parameter before the step.
-        place: index of the value in the order of the pass.
+        position: index of the value in the order of the pass.
         rank: the worker's rank; -1 if it is not known.
         what: `module 'blocks.1.fc'`, `the gradient of head.weight`, ...
         value: `nan` or `inf`.
     """
 
     microbatch: int
-    place: int
+    position: int
     rank: int
     what: str
     value: str
@@ -49,7 +49,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class RerunPass:
     """Microbatch whose forward pass is run again.
 
     Attributes:
@@ -64,19 +64,19 @@ class Pass:
     scale: Tensor
     counts: bool
 
-    def fault(self, rank: int, place: int, what: str, value: str) -> Fault:
+    def fault(self, rank: int, position: int, what: str, value: str) -> Fault:
         """Return a fault in this pass.
 
         The message says if the batch itself holds nan; infinite masks in a batch are too common to report.
         """
         sick = not_finite(self.microbatch.data) == "nan"
-        return Fault(self.number, place, rank, f"{what}, of a batch that holds nan itself," if sick else what, value)
+        return Fault(self.number, position, rank, f"{what}, of a batch that holds nan itself," if sick else what, value)
 
 
-def passes_of(share: Share, scales: Sequence[Tensor]) -> list[Pass]:
-    """Return one `Pass` for each microbatch of a share."""
+def passes_of(share: Share, scales: Sequence[Tensor]) -> list[RerunPass]:
+    """Return one `RerunPass` for each microbatch of a share."""
     together = enumerate(zip(share.microbatches, scales, strict=True))
-    return [Pass(number, microbatch, scale, bool(scale != 0)) for number, (microbatch, scale) in together]
+    return [RerunPass(number, microbatch, scale, bool(scale != 0)) for number, (microbatch, scale) in together]
 
 
 def not_finite(value: Any) -> str:
@@ -111,14 +111,14 @@ def gradient_fault(gradients: Mapping[str, Tensor], rank: int, first: int = 0) -
         rank: this worker, or -1 if the gradients have already been summed over several workers.
         first: place of the gradient that is checked first.
     """
-    for place, (name, gradient) in enumerate(reversed(list(gradients.items())), first):
+    for position, (name, gradient) in enumerate(reversed(list(gradients.items())), first):
         if value := not_finite(gradient):
-            return Fault(0, place, rank, f"the gradient of {name}", value)
+            return Fault(0, position, rank, f"the gradient of {name}", value)
     return None
 
 
 def module_fault(
-    model: nn.Module, replay: Callable[[Microbatch], Tensor], passes: Sequence[Pass], rank: int
+    model: nn.Module, replay: Callable[[Microbatch], Tensor], passes: Sequence[RerunPass], rank: int
 ) -> Fault | None:
     """Find the first module whose output is not finite. Collective if the model's forward passes are.
 

@@ -21,10 +21,10 @@ from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optim.clipping import clip, local_gradients, local_tensors, squared_norm
 from shardwise.parallel.optim.local_rows import Shards
 from shardwise.parallel.optim.optimizer_state import OptimizerState, load_schedule_state, schedule_state
-from shardwise.parallel.optim.zero1 import DealtParameters
+from shardwise.parallel.optim.zero1 import OwnedParameters
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
-from shardwise.parallel.state.layout import Piece
+from shardwise.parallel.state.layout import TensorPiece
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Loader, Share, share_of
@@ -63,8 +63,8 @@ class Program:
         self.workload, self.strategy, self.mesh, self.engine = workload, strategy, mesh, engine
         self.steps = 0
         self.gradient_norm: Tensor | None = None
-        self._dealt = self._deal()
-        names = list(engine.parameters) if self._dealt is None else self._dealt.mine
+        self._owned = self._assign_parameters()
+        names = list(engine.parameters) if self._owned is None else self._owned.mine
         updated: dict[str, nn.Parameter] = {name: engine.parameters[name] for name in names}
         self._shards = Shards(updated, workload.optimizer) if updated else None
         self.optimizer = None if self._shards is None else self._shards.optimizer
@@ -173,7 +173,7 @@ class Program:
         watch.beat()
         return report[0]
 
-    def judged_by(self, judge: Judge | None) -> None:
+    def ask_before_update(self, judge: Judge | None) -> None:
         """Ask `judge` from now on whether to apply the update of a step.
 
         None applies all updates without waiting for a decision.
@@ -212,17 +212,17 @@ class Program:
         loss, metric = (sums[0] / sums[1]).tolist()
         return {"loss": loss, evaluation.metric: metric}
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorPiece]:
         """Return this worker's part of the model (`model/<name>`) and of the optimizer state that exists so far."""
         model = [
-            Piece(f"model/{name}", local(held.tensor), held.layout, held.writes)
+            TensorPiece(f"model/{name}", local(held.tensor), held.layout, held.writes)
             for name, held in self.engine.held.items()
         ]
         return model + ([] if self._optimizer_state is None else self._optimizer_state.pieces())
 
     def optimizer_piece(
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
-    ) -> Piece | None:
+    ) -> TensorPiece | None:
         """Return the piece of one entry of the optimizer state to load into, created with zeros if it does not exist.
 
         Returns None if this worker does not update the parameter. Raises CheckpointError, see `OptimizerState.piece`.
@@ -231,11 +231,11 @@ class Program:
             return None
         return self._optimizer_state.piece(parameter, state, global_shape, dtype)
 
-    def gradient_pieces(self) -> list[Piece]:
+    def gradient_pieces(self) -> list[TensorPiece]:
         """Return the gradients `gradient/<name>` of the last step, after clipping. Unused parameters have none."""
         gradients = local_gradients(self.engine.parameters)
         held = self.engine.held
-        return [Piece(f"gradient/{n}", g, held[n].layout, held[n].writes) for n, g in gradients.items()]
+        return [TensorPiece(f"gradient/{n}", g, held[n].layout, held[n].writes) for n, g in gradients.items()]
 
     def state(self) -> dict[str, Any]:
         """Return the completed steps, the scheduler's counters and the numbers of the optimizer's groups, JSON-able."""
@@ -254,13 +254,15 @@ class Program:
 
         Returns None elsewhere.
         """
-        pieces = [Piece(name, local(held.tensor), held.layout, held.writes) for name, held in self.engine.held.items()]
+        pieces = [
+            TensorPiece(name, local(held.tensor), held.layout, held.writes) for name, held in self.engine.held.items()
+        ]
         full = gather_full(pieces, self.mesh.world, self.mesh.device)
         if full is None:
             return None
         return full | {alias: full[name] for alias, name in self.engine.aliases.items()}
 
-    def _deal(self) -> DealtParameters | None:
+    def _assign_parameters(self) -> OwnedParameters | None:
         """Assign each parameter to the replica that updates it.
 
         Returns None without zero=1 or with a single replica.
@@ -268,12 +270,12 @@ class Program:
         group = self.mesh.replica_group
         if self.strategy.zero != 1 or group is None:
             return None
-        return DealtParameters(self.engine.parameters, group)
+        return OwnedParameters(self.engine.parameters, group)
 
     def _written(self, updated: dict[str, nn.Parameter]) -> set[str]:
         """Return the names of the parameters whose optimizer state this worker writes."""
         writes = {name for name in updated if self.engine.held[name].writes}
-        if self._dealt is None or not self.engine.parameters:
+        if self._owned is None or not self.engine.parameters:
             return writes
         # only the replica that updates a parameter has its state, whichever replica writes the parameter itself
         assert self.mesh.replica_group is not None
@@ -359,7 +361,7 @@ class Program:
     def _update(self) -> None:
         if self._shards is not None:
             self._shards.step()
-        if self._dealt is not None:
-            self._dealt.exchange()
+        if self._owned is not None:
+            self._owned.exchange()
         if self.scheduler is not None:
             self.scheduler.step()

@@ -23,7 +23,7 @@ FOUND = ("shares", "speeds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class Constraints:
     """Objective and constraints of a plan.
 
     Attributes:
@@ -41,10 +41,10 @@ class Wish:
     @classmethod
     def parse(
         cls, objective: str = "time", max_memory: str | None = None, fix: Iterable[str] = (), forbid: Iterable[str] = ()
-    ) -> Wish:
+    ) -> Constraints:
         """Parse the constraints as the command line spells them.
 
-            Wish.parse(max_memory="40GiB", fix=["tp=8"], forbid=["pp", "schedule=gpipe"])
+            Constraints.parse(max_memory="40GiB", fix=["tp=8"], forbid=["pp", "schedule=gpipe"])
 
         Raises:
             RequestError: a word is unknown, or two constraints contradict each other; the message names them.
@@ -54,14 +54,14 @@ class Wish:
             raise RequestError(f"objective={objective}: known are {known}{nearest(objective, OBJECTIVES)}")
         fixed = agreed("--fix", map(_fixed, _words(fix)))
         forbidden = tuple(_forbidden(text) for text in _words(forbid))
-        wish = cls(
+        constraints = cls(
             objective=objective,
             max_memory=None if max_memory is None else _memory(max_memory),
             fixed=fixed,
             forbidden=forbidden,
         )
-        wish._check()
-        return wish
+        constraints._check()
+        return constraints
 
     def _check(self) -> None:
         """Raise RequestError if no strategy can meet all constraints."""
@@ -78,7 +78,7 @@ class Wish:
             raise RequestError(f"--fix {' --fix '.join(self._fixed_words())}: {error}") from None
         for word, without in self.forbidden:
             try:
-                Wish(fixed={word: without} if without else {})._parse_fixed()
+                Constraints(fixed={word: without} if without else {})._parse_fixed()
             except RequestError as error:
                 raise RequestError(f"--forbid {word}={without}: {error}") from None
 

@@ -23,7 +23,7 @@ def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
     ]
     for other in others:
         assert best is not None
-        if plan.wish.objective == "memory":
+        if plan.constraints.objective == "memory":
             reason = f"needs {format_bytes(other.prediction.memory.total)} of a device"
         else:
             ratio = other.prediction.step_seconds / best.prediction.step_seconds
@@ -33,7 +33,7 @@ def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
         "workload": plan.workload,
         "cluster": plan.cluster,
         "workers": plan.workers,
-        "objective": plan.wish.objective,
+        "objective": plan.constraints.objective,
         "best": best and str(best.strategy),
         "candidates": [_candidate(each) for each in shown],
         "rejected": rejected,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.planner.plan import Candidate, Plan, Rejected
-from shardwise.predict.crosscheck import judged
+from shardwise.predict.crosscheck import crosscheck
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.units import format_bytes
 
@@ -22,7 +22,7 @@ def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists
         finalists: number of candidates to dry-run; more if none of them fits. Strategies with shares are taken as
             they are, because replicas with unequal shares cannot be dry-run.
     """
-    kept: list[Candidate] = []
+    fitting: list[Candidate] = []
     rejected: list[Rejected] = []
     smallest: list[Candidate] = [] if plan.smallest is None else [plan.smallest]
     every = iter(plan.candidates)
@@ -30,18 +30,18 @@ def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists
         run = _run(candidate, profiles, cluster)
         size = run.prediction.memory.total
         if size <= room:
-            kept.append(run)
+            fitting.append(run)
         else:
             smallest.append(run)
             reason = f"its dry run needs {format_bytes(size)} of a device, there are {format_bytes(room)}"
             rejected.append(Rejected(run.strategy, reason, "memory"))
-        if number >= finalists and kept:
+        if number >= finalists and fitting:
             break
-    if plan.wish.objective == "memory":
-        kept.sort(key=lambda each: each.prediction.memory.total)
+    if plan.constraints.objective == "memory":
+        fitting.sort(key=lambda each: each.prediction.memory.total)
     return replace(
         plan,
-        candidates=(*kept, *every),
+        candidates=(*fitting, *every),
         rejected=(*plan.rejected, *rejected),
         smallest=min(smallest, key=lambda each: each.prediction.memory.total, default=None),
     )
@@ -51,7 +51,7 @@ def _run(candidate: Candidate, profiles: Profiles, cluster: Cluster) -> Candidat
     """Dry-run a candidate and replace its memory by that of the dry run; process memory stays as predicted."""
     if candidate.strategy.shares:
         return candidate
-    run = judged(profiles, candidate.strategy, cluster)
+    run = crosscheck(profiles, candidate.strategy, cluster)
     prediction = candidate.prediction
     memory = replace(run.run.memory, process=prediction.memory.process)
     return replace(candidate, prediction=replace(prediction, memory=memory), dry_run=run)

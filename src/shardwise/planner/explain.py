@@ -85,7 +85,7 @@ def _memory(plan: Plan) -> int:
     best = plan.best or plan.smallest
     assert best is not None
     available = best.prediction.memory_available
-    return available if plan.wish.max_memory is None else min(available, plan.wish.max_memory)
+    return available if plan.constraints.max_memory is None else min(available, plan.constraints.max_memory)
 
 
 def _nothing_fits(plan: Plan) -> str:
@@ -117,7 +117,7 @@ def _offloaded(plan: Plan) -> list[str]:
         "each block comes to the device when it computes. That is slow, more devices would be faster."
     )
     without = plan.smallest
-    if "offload" not in plan.wish.fixed and without is not None:
+    if "offload" not in plan.constraints.fixed and without is not None:
         found += (
             f" Without it nothing fits: {without.strategy} needs least, "
             f"{format_bytes(without.prediction.memory.total)} of a device."
@@ -128,7 +128,7 @@ def _offloaded(plan: Plan) -> list[str]:
 def _unequal(best: Candidate, cluster: Cluster, profile_of: ProfileOf) -> Iterator[str]:
     """Say why stages are unequal although all devices are of one kind, if they are."""
     strategy = best.strategy
-    if not strategy.speeds or not cluster.alike:
+    if not strategy.speeds or not cluster.homogeneous:
         return
     equal = strategy.with_(speeds="")
     need = predict(profile_of(equal), equal, cluster).memory.total
@@ -164,7 +164,7 @@ def _pure(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[Candidate
     for axis in ("dp", "fsdp", "tp", "pp") if plan.workers > 1 else ():
         strategy = Strategy.parse(f"{axis}={plan.workers}")
         refused = any(entry.kind == "model" and _covers(entry.strategy, strategy) for entry in plan.rejected)
-        if refused or plan.wish.refusal(strategy) is not None:
+        if refused or plan.constraints.refusal(strategy) is not None:
             continue
         try:
             found.append(Candidate(strategy, predict(profile_of(strategy), strategy, cluster)))
@@ -189,8 +189,8 @@ def _data_against_model(plan: Plan, pure: Sequence[Candidate], profile_of: Profi
         profile = profile_of(_settled(tensor))
         sent = sum(
             exchange.bytes
-            for link in profile.links
-            for each in (link.layer.forward, link.layer.backward)
+            for segment in profile.segments
+            for each in (segment.layer.forward, segment.layer.backward)
             for exchange in each.exchanges
         )
         count = tensor.prediction.samples // profile.microbatch
@@ -198,7 +198,7 @@ def _data_against_model(plan: Plan, pure: Sequence[Candidate], profile_of: Profi
     pipeline = next((each for each in pure if each.strategy.pp > 1), None)
     if pipeline is not None:
         profile = profile_of(_settled(pipeline))
-        message = min((link.message for link in profile.links[1:]), default=0)
+        message = min((segment.message for segment in profile.segments[1:]), default=0)
         count = pipeline.prediction.samples // profile.microbatch
         lines.append(f"neighbours in a pipeline {format_bytes(2 * message * count)} or more")
     each = "; ".join(_alpha(candidate) for candidate in pure)
@@ -237,7 +237,7 @@ def _runner_up(plan: Plan) -> Iterator[str]:
     if other is None:
         yield "No other strategy fits."
         return
-    if plan.wish.objective == "memory":
+    if plan.constraints.objective == "memory":
         need = format_bytes(other.prediction.memory.total - best.prediction.memory.total)
         yield f"The runner-up {other.strategy} needs {need} more of a device."
         return

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.planner.plan import Candidate, Plan
-from shardwise.planner.search.search import Searched, search
+from shardwise.planner.search.search import SearchResult, search
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.workload.workload import Workload
 
@@ -21,7 +21,7 @@ STEP = 0.05
 """Least fraction of memory by which each strategy on the front must need less than the one before."""
 
 
-def front(workload: Workload, cluster: Cluster, searched: Searched) -> list[Candidate]:
+def front(workload: Workload, cluster: Cluster, searched: SearchResult) -> list[Candidate]:
     """Return the strategies on the front, fastest first; empty if nothing fits.
 
     Args:
@@ -34,20 +34,20 @@ def front(workload: Workload, cluster: Cluster, searched: Searched) -> list[Cand
         WorkloadError, DataError: the workload cannot be profiled at all.
     """
     plan = searched.plan
-    wish = replace(plan.wish, objective="time")
-    if plan.wish.objective == "memory":
-        plan = search(workload, cluster, plan.workers, wish, searched.scaled).plan
+    constraints = replace(plan.constraints, objective="time")
+    if plan.constraints.objective == "memory":
+        plan = search(workload, cluster, plan.workers, constraints, searched.scaled).plan
     return undominated(list(_smaller_and_smaller(workload, cluster, plan, searched.scaled)))
 
 
 def _smaller_and_smaller(
     workload: Workload, cluster: Cluster, plan: Plan, profiles: ScaledProfiles
 ) -> Iterator[Candidate]:
-    wish = replace(plan.wish, objective="time")
+    constraints = replace(plan.constraints, objective="time")
     while plan.best is not None:
         yield plan.best
         less = int(plan.best.prediction.memory.total * (1 - STEP))
-        plan = search(workload, cluster, plan.workers, replace(wish, max_memory=less), profiles).plan
+        plan = search(workload, cluster, plan.workers, replace(constraints, max_memory=less), profiles).plan
 
 
 def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardwise.planner.constraints import Wish
-from shardwise.predict.crosscheck import Judged
+from shardwise.planner.constraints import Constraints
+from shardwise.predict.crosscheck import Crosscheck
 from shardwise.predict.prediction import Prediction
 from shardwise.strategy import Strategy
 
@@ -22,7 +22,7 @@ class Candidate:
 
     strategy: Strategy
     prediction: Prediction
-    dry_run: Judged | None = None
+    dry_run: Crosscheck | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Plan:
         workload: name of the workload.
         cluster: name of the cluster.
         workers: number of devices.
-        wish: objective and constraints.
+        constraints: objective and constraints.
         candidates: strategies that fit, best first; all but the first few are predicted from scaled profiles alone.
         rejected: all other strategies.
         smallest: the strategy that needs least memory among those that do not fit. None if all fit.
@@ -62,7 +62,7 @@ class Plan:
     workload: str
     cluster: str
     workers: int
-    wish: Wish
+    constraints: Constraints
     candidates: tuple[Candidate, ...]
     rejected: tuple[Rejected, ...]
     smallest: Candidate | None

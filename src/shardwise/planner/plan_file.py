@@ -155,7 +155,7 @@ def _cuts(path: Path, value: Any) -> Cuts:
     whole = all(isinstance(start, int) and not isinstance(start, bool) and start <= MOST for start in starts)
     if not whole or any(a >= b for a, b in pairwise(starts)) or (starts and starts[0] != 0):
         raise RequestError(
-            f"plan file {path}: cuts={value!r}: must be a list of stages, each a list of the links at which its blocks "
+            f"plan file {path}: cuts={value!r}: must be a list of stages, each a list of segments at which its blocks "
             "begin, ascending from 0: [[0], [12]]"
         )
     return tuple(tuple(stage) for stage in stages)

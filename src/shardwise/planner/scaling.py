@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError
-from shardwise.planner.constraints import Wish
-from shardwise.planner.search.search import Searched, search
+from shardwise.planner.constraints import Constraints
+from shardwise.planner.search.search import SearchResult, search
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.workload.workload import Workload
@@ -25,7 +25,7 @@ class Point:
     """The best plan for a number of devices; `searched.plan.best` is None if nothing fits."""
 
     workers: int
-    searched: Searched
+    searched: SearchResult
 
     @property
     def rate(self) -> float:
@@ -40,10 +40,10 @@ def counts(first: int, last: int) -> list[int]:
     return sorted({first, *powers, last})
 
 
-def scaling(workload: Workload, cluster: Cluster, numbers: Sequence[int], wish: Wish) -> list[Point]:
+def scaling(workload: Workload, cluster: Cluster, numbers: Sequence[int], constraints: Constraints) -> list[Point]:
     """Search the best plan for each number of devices, sharing profiles. Raises the errors of `search`."""
     profiles = ScaledProfiles(profiles_on(workload, cluster))
-    return [Point(number, search(workload, cluster, number, wish, profiles)) for number in numbers]
+    return [Point(number, search(workload, cluster, number, constraints, profiles)) for number in numbers]
 
 
 def worth(points: Sequence[Point]) -> Point | None:
@@ -88,7 +88,7 @@ def cheapest(points: Sequence[Point], cluster: Cluster) -> Point | None:
 
 
 def smallest_that_fits(
-    workload: Workload, cluster: Cluster, above: int, wish: Wish, profiles: ScaledProfiles
+    workload: Workload, cluster: Cluster, above: int, constraints: Constraints, profiles: ScaledProfiles
 ) -> int | None:
     """Return the smallest number of devices of this kind that fits, `above` times a power of two from 2 on.
 
@@ -96,7 +96,7 @@ def smallest_that_fits(
     """
     number = above * 2
     while number <= min(MOST_DEVICES, above * workload.batch_size * 64):
-        if search(workload, enlarged(cluster, number), number, wish, profiles).plan.best is not None:
+        if search(workload, enlarged(cluster, number), number, constraints, profiles).plan.best is not None:
             return number
         number *= 2
     return None

@@ -19,7 +19,7 @@ from shardwise.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class Crosscheck:
     """A worker of a strategy, both predicted by the closed form and observed in a dry run.
 
     Attributes:
@@ -58,14 +58,16 @@ class Judged:
         }
 
 
-def judged(profiles: Profiles, strategy: Strategy, cluster: Cluster, place: int | None = None) -> Judged:
+def crosscheck(
+    profiles: Profiles, strategy: Strategy, cluster: Cluster, pipeline_rank: int | None = None
+) -> Crosscheck:
     """Run one worker dry, with the cuts that the closed form chooses, and compare the two.
 
     Args:
         profiles: profiles of the workload.
         strategy: strategy to run.
         cluster: cluster that the closed form predicts for.
-        place: pipeline index of the worker; None selects the one that needs most memory by the closed form.
+        pipeline_rank: pipeline index of the worker; None selects the one that needs most memory by the closed form.
 
     Raises:
         StrategyError, WorkloadError: As in `dry_run`.
@@ -73,12 +75,14 @@ def judged(profiles: Profiles, strategy: Strategy, cluster: Cluster, place: int 
     costs = costs_of(profiles.of(strategy), strategy, cluster)
     device = costs.times.device
     memories = [worker_memory(costs.profile, costs.strategy, worker, device) for worker in costs.parts.workers]
-    if place is None:
-        place = max(range(len(memories)), key=lambda number: memories[number].total)
+    if pipeline_rank is None:
+        pipeline_rank = max(range(len(memories)), key=lambda number: memories[number].total)
     start = time.perf_counter()
-    run = dry_run(profiles.workload, strategy, strategy.rank(pp=place), cuts=costs.parts.cuts, device=device.kind)
+    run = dry_run(
+        profiles.workload, strategy, strategy.rank(pp=pipeline_rank), cuts=costs.parts.cuts, device=device.kind
+    )
     seconds = time.perf_counter() - start
-    return Judged(run, memories[place], communicated(costs.profile, costs.parts, place), seconds)
+    return Crosscheck(run, memories[pipeline_rank], communicated(costs.profile, costs.parts, pipeline_rank), seconds)
 
 
 def counted(collectives: Iterable[Collective]) -> dict[Key, tuple[int, int]]:

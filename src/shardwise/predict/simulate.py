@@ -11,7 +11,7 @@ from shardwise.cluster.cluster import Cluster, Level
 from shardwise.errors import RequestError, StrategyError
 from shardwise.predict.closed_form.segment_times import slowest
 from shardwise.predict.closed_form.unequal_shares import predict_shares, refuse_shares
-from shardwise.predict.crosscheck import Judged, judged
+from shardwise.predict.crosscheck import Crosscheck, crosscheck
 from shardwise.predict.document import document
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profiler import Profiles
@@ -59,7 +59,7 @@ def simulation(
     profiles = profiles_on(workload, cluster)
     predictions: list[tuple[str, Prediction]] = []
     timelines: dict[str, Timeline] = {}
-    judgements: dict[str, Judged] = {}
+    judgements: dict[str, Crosscheck] = {}
     rejected: list[tuple[str, str]] = []
     refusal: RequestError | None = None
     for strategy in strategies:
@@ -67,7 +67,7 @@ def simulation(
             if dry:
                 _check_size(strategy, cluster)
                 refuse_shares(strategy, "--dry-run")
-                judgements[str(strategy)] = judged(profiles, strategy, cluster)
+                judgements[str(strategy)] = crosscheck(profiles, strategy, cluster)
             if play or slowed:
                 timelines[str(strategy)] = played(profiles, strategy, cluster, slowed or {})
                 predictions.append((str(strategy), timelines[str(strategy)].prediction))

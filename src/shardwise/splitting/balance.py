@@ -90,14 +90,14 @@ def cuts_blocks(strategy: Strategy) -> bool:
     return strategy.recomputes or strategy.splits_parameters
 
 
-def check_stages(strategy: Strategy, places_found: int) -> None:
-    """Raise StrategyError if a step with `places_found` cut points has fewer parts than `strategy` has stages."""
+def check_stages(strategy: Strategy, cut_points: int) -> None:
+    """Raise StrategyError if a step with `cut_points` cut points has fewer parts than `strategy` has stages."""
     stages = strategy.pp * strategy.stages_per_worker
-    if stages > places_found + 1:
+    if stages > cut_points + 1:
         per_worker = f" with {strategy.stages_per_worker} stages each" if strategy.stages_per_worker > 1 else ""
         raise StrategyError(
-            f"pp={strategy.pp}{per_worker}: the model's graph can be cut into {places_found + 1} stages at most: "
-            + _fewer_stages(strategy, places_found + 1)
+            f"pp={strategy.pp}{per_worker}: the model's graph can be cut into {cut_points + 1} stages at most: "
+            + _fewer_stages(strategy, cut_points + 1)
         )
 
 
@@ -118,7 +118,7 @@ def _block_starts(costs: Sequence[float], messages: Sequence[float]) -> list[int
     Blocks begin at cut points with the fewest bytes to save, evenly spread by cost.
     """
     least = min(messages, default=0)
-    narrow = [place + 1 for place, size in enumerate(messages) if size <= least]
+    narrow = [index + 1 for index, size in enumerate(messages) if size <= least]
     if not narrow:
         return []
     bounds = [0, *narrow, len(costs)]

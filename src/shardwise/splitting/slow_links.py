@@ -19,7 +19,7 @@ def much_slower(seconds_per_byte: Sequence[float], bytes_per_second: float) -> t
     return tuple(factor if factor > MUCH else 1.0 for factor in factors) if any(f > MUCH for f in factors) else ()
 
 
-def hops_of(strategy: Strategy) -> int:
+def link_count(strategy: Strategy) -> int:
     """Return the number of worker-to-worker links that a pipeline's messages take.
 
     The link from the last worker to the first counts too if workers have several stages.

@@ -13,7 +13,7 @@ from shardwise.cluster.find import find_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.commands import auto
 from shardwise.commands.auto import Choice, choose, held, ran_out_of_memory, train_automatically
-from shardwise.commands.request import Asked, settle_compared
+from shardwise.commands.request import TrainingRequest, settle_compared
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.planner.plan import Candidate
 from shardwise.predict.prediction import Memory, Prediction
@@ -133,7 +133,7 @@ def run(monkeypatch: pytest.MonkeyPatch, outcomes: list[Any]) -> tuple[list[str]
         return SimpleNamespace(summary=outcome)
 
     monkeypatch.setattr(auto, "run_job", run_job)
-    return tried, lambda: train_automatically(Asked(SPEC), None)
+    return tried, lambda: train_automatically(TrainingRequest(SPEC), None)
 
 
 def test_a_run_out_of_memory_falls_back_and_says_so(
@@ -161,7 +161,7 @@ def test_unequal_stages_are_cut_as_they_were_planned(monkeypatch: pytest.MonkeyP
         best = candidate(spec, 1.0, 100)
         monkeypatch.setattr(auto, "choose", lambda *_, best=best, **__: replace(found, best=best, others=(best,)))
         monkeypatch.setattr(auto, "run_job", run)
-        train_automatically(Asked(SPEC, steps=1), machine.parent / spec, quiet=True)
+        train_automatically(TrainingRequest(SPEC, steps=1), machine.parent / spec, quiet=True)
     unequal, equal, whole = (job.cuts for job in jobs)
     assert [len(stage) for stage in unequal] == [1, 1]
     assert unequal[1][0] > 0
@@ -194,10 +194,10 @@ def test_without_measurements_train_takes_dp_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SHARDWISE_CLUSTER", "off")
-    asked = Asked(SPEC, {}, None, None, 2)
-    settled: list[Asked] = []
+    asked = TrainingRequest(SPEC, {}, None, None, 2)
+    settled: list[TrainingRequest] = []
 
-    def settle(given: Asked, *_: Any, **__: Any) -> None:
+    def settle(given: TrainingRequest, *_: Any, **__: Any) -> None:
         settled.append(given)
 
     monkeypatch.setattr(auto, "settle", settle)

@@ -14,7 +14,7 @@ import pytest
 from shardwise.errors import CheckpointError, StrategyError, WorkerFailed
 from shardwise.launch.join import join_launcher, threads_per_worker
 from shardwise.launch.local import run_local
-from shardwise.launch.switchboard import Ending
+from shardwise.launch.switchboard import EarlyExit
 
 SECONDS = 60.0
 """Longest that a failing run may take; it is a few seconds, nearly all of it the start, on a quiet machine."""
@@ -175,15 +175,17 @@ def report(error: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("endings", "exits"),
     [
-        pytest.param([Ending(0, 1.0, report("RuntimeError")), Ending(1, 1.1, None)], {0: 1, 1: -9}, id="killed"),
-        pytest.param([Ending(0, 1.0, report("RuntimeError")), Ending(1, 1.1, None)], {1: -15}, id="terminated"),
-        pytest.param([Ending(1, 1.0, report("ValueError"))], {1: 1}, id="other still runs"),
-        pytest.param([Ending(1, 1.0, None)], {1: 3}, id="other still runs, no word"),
-        pytest.param([Ending(0, 1.2, report("RuntimeError")), Ending(1, 1.1, report("E"))], {0: 1, 1: 1}, id="errors"),
+        pytest.param([EarlyExit(0, 1.0, report("RuntimeError")), EarlyExit(1, 1.1, None)], {0: 1, 1: -9}, id="killed"),
+        pytest.param([EarlyExit(0, 1.0, report("RuntimeError")), EarlyExit(1, 1.1, None)], {1: -15}, id="terminated"),
+        pytest.param([EarlyExit(1, 1.0, report("ValueError"))], {1: 1}, id="other still runs"),
+        pytest.param([EarlyExit(1, 1.0, None)], {1: 3}, id="other still runs, no word"),
+        pytest.param(
+            [EarlyExit(0, 1.2, report("RuntimeError")), EarlyExit(1, 1.1, report("E"))], {0: 1, 1: 1}, id="errors"
+        ),
         pytest.param([], {1: 127}, id="never connected"),
     ],
 )
-def test_the_first_failure_is_the_one_that_is_told(endings: list[Ending], exits: dict[int, int]) -> None:
+def test_the_first_failure_is_the_one_that_is_told(endings: list[EarlyExit], exits: dict[int, int]) -> None:
     from shardwise.launch.local import _failure
 
     failure = _failure(endings, exits)

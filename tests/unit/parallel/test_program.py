@@ -20,8 +20,8 @@ from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.module_engine import ModuleEngine
 from shardwise.parallel.program import Program
 from shardwise.parallel.state.build_model import aliases_of, persistent_buffers
-from shardwise.parallel.state.layout import Piece
-from shardwise.splitting.ownership import deal
+from shardwise.parallel.state.layout import TensorPiece
+from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Evaluation, Workload
 
@@ -176,7 +176,7 @@ def test_state_goes_through_json(schedule: Callable[..., Any]) -> None:
     for piece in first.pieces():
         kind, _, rest = piece.name.partition("/")
         if kind == "model":
-            target: Piece | None = next(other for other in second.pieces() if other.name == piece.name)
+            target: TensorPiece | None = next(other for other in second.pieces() if other.name == piece.name)
         else:
             parameter, _, key = rest.rpartition("/")
             target = second.optimizer_piece(parameter, key, piece.layout.shape, piece.local.dtype)
@@ -340,10 +340,10 @@ class Tied(nn.Module):
 
 
 def test_dealing_is_even() -> None:
-    owners = deal({"embedding": 100, "a": 50, "b": 40, "c": 10, "empty": 0}, 2)
+    owners = assign_owners({"embedding": 100, "a": 50, "b": 40, "c": 10, "empty": 0}, 2)
     assert owners["embedding"] == 0
     assert owners["a"] == owners["b"] == owners["c"] == 1
-    assert set(deal({"only": 3}, 4).values()) == {0}
+    assert set(assign_owners({"only": 3}, 4).values()) == {0}
 
 
 class Layer(nn.Module):

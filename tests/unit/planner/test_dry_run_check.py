@@ -10,11 +10,11 @@ import pytest
 
 from shardwise.cluster.find import find_cluster
 from shardwise.planner import dry_run_check as judging
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.dry_run_check import judge
 from shardwise.planner.plan import Plan
-from shardwise.planner.search.search import Searched, search
-from shardwise.predict.crosscheck import Judged
+from shardwise.planner.search.search import SearchResult, search
+from shardwise.predict.crosscheck import Crosscheck
 from shardwise.workload.recipes.gpt import gpt
 
 CLUSTER = find_cluster("h100x4")
@@ -22,16 +22,16 @@ ROOM = 80 * 2**30
 
 
 @pytest.fixture(scope="module")
-def searched() -> Searched:
-    return search(gpt(2, 128, 4, 2, vocabulary=256, sequence=64, batch_size=8), CLUSTER, 4, Wish())
+def searched() -> SearchResult:
+    return search(gpt(2, 128, 4, 2, vocabulary=256, sequence=64, batch_size=8), CLUSTER, 4, Constraints())
 
 
 @pytest.fixture(scope="module")
-def fair(searched: Searched) -> Plan:
+def fair(searched: SearchResult) -> Plan:
     return judge(searched.plan, searched.profiles, CLUSTER, ROOM, 2)
 
 
-def test_finalists_have_the_memory_of_their_dry_runs(searched: Searched, fair: Plan) -> None:
+def test_finalists_have_the_memory_of_their_dry_runs(searched: SearchResult, fair: Plan) -> None:
     assert [each.strategy for each in fair.candidates] == [each.strategy for each in searched.plan.candidates]
     for candidate in fair.candidates[:2]:
         assert candidate.dry_run is not None
@@ -40,7 +40,7 @@ def test_finalists_have_the_memory_of_their_dry_runs(searched: Searched, fair: P
     assert all(candidate.dry_run is None for candidate in fair.candidates[2:])
 
 
-def test_what_does_not_fit_as_it_runs_is_rejected(searched: Searched, fair: Plan) -> None:
+def test_what_does_not_fit_as_it_runs_is_rejected(searched: SearchResult, fair: Plan) -> None:
     sizes = [candidate.prediction.memory.total for candidate in fair.candidates[:2]]
     room = max(sizes) - 1
     found = judge(searched.plan, searched.profiles, CLUSTER, room, 2)
@@ -51,24 +51,24 @@ def test_what_does_not_fit_as_it_runs_is_rejected(searched: Searched, fair: Plan
     assert "its dry run needs" in entry.reason
 
 
-def test_more_are_run_until_one_fits(searched: Searched) -> None:
+def test_more_are_run_until_one_fits(searched: SearchResult) -> None:
     ran: list[str] = []
 
-    def too_large_at_first(profiles: Any, strategy: Any, cluster: Any) -> Judged:
+    def too_large_at_first(profiles: Any, strategy: Any, cluster: Any) -> Crosscheck:
         ran.append(str(strategy))
         found = mock.Mock()
         memory = searched.plan.candidates[0].prediction.memory
         found.run.memory = replace(memory, activations=2 * ROOM if len(ran) < 4 else 1)
-        judged: Judged = found
+        judged: Crosscheck = found
         return judged
 
-    with mock.patch.object(judging, "judged", too_large_at_first):
+    with mock.patch.object(judging, "crosscheck", too_large_at_first):
         found = judge(searched.plan, searched.profiles, CLUSTER, ROOM, 2)
     assert len(ran) == 4
     assert str(found.candidates[0].strategy) == ran[3]
 
 
-def test_nothing_fits_as_it_runs(searched: Searched) -> None:
+def test_nothing_fits_as_it_runs(searched: SearchResult) -> None:
     few = replace(searched.plan, candidates=searched.plan.candidates[:2])
     found = judge(few, searched.profiles, CLUSTER, 1, 1)
     assert found.best is None

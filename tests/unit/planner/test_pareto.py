@@ -12,12 +12,12 @@ from small_gpt import SPEC, everything
 from shardwise import api
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.pareto import STEP, front, undominated
 from shardwise.planner.plan import Candidate
 from shardwise.planner.search.finalists import Finalists
-from shardwise.planner.search.queue import Queue, Standing
-from shardwise.planner.search.search import Searched, search
+from shardwise.planner.search.queue import BestSoFar, Queue
+from shardwise.planner.search.search import SearchResult, search
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.report.plan import plan_summary
@@ -30,19 +30,21 @@ PARTS = ("none", "selective", "full", "1/4", "1/2", "3/4")
 @pytest.fixture(scope="module")
 def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> dict[Strategy, tuple[float, int]]:
     """(seconds, bytes) of every strategy for 4 devices."""
-    links = len(profiles.of(Strategy()).links)
-    every = {member.with_(recompute=again) for member in everything(workload, 4, Wish(), links) for again in PARTS}
+    segments = len(profiles.of(Strategy()).segments)
+    every = {
+        member.with_(recompute=again) for member in everything(workload, 4, Constraints(), segments) for again in PARTS
+    }
     found = {strategy: predict(profiles.traced.of(strategy), strategy, cluster) for strategy in every}
     return {strategy: (each.step_seconds, each.memory.total) for strategy, each in found.items()}
 
 
 @pytest.fixture(scope="module")
-def searched(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> Searched:
-    return search(workload, cluster, 4, Wish(forbidden=(("offload", ""),)), profiles)
+def searched(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> SearchResult:
+    return search(workload, cluster, 4, Constraints(forbidden=(("offload", ""),)), profiles)
 
 
 def test_nothing_is_better_than_the_front(
-    workload: Workload, cluster: Cluster, searched: Searched, tried: dict[Strategy, tuple[float, int]]
+    workload: Workload, cluster: Cluster, searched: SearchResult, tried: dict[Strategy, tuple[float, int]]
 ) -> None:
     found = [
         (each.prediction.step_seconds, each.prediction.memory.total) for each in front(workload, cluster, searched)
@@ -56,7 +58,7 @@ def test_nothing_is_better_than_the_front(
 
 def test_the_front_begins_with_the_plan_and_keeps_its_wishes(workload: Workload, profiles: ScaledProfiles) -> None:
     cluster = find_cluster("a100-40x4")
-    found = search(workload, cluster, 4, Wish.parse(fix=["tp=2"], forbid=["offload"]), profiles)
+    found = search(workload, cluster, 4, Constraints.parse(fix=["tp=2"], forbid=["offload"]), profiles)
     points = front(workload, cluster, found)
     assert points[0] == found.plan.best
     assert {each.strategy.tp for each in points} == {2}
@@ -65,14 +67,16 @@ def test_the_front_begins_with_the_plan_and_keeps_its_wishes(workload: Workload,
 def test_a_plan_for_memory_has_the_same_front(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> None:
     both = [
         front(
-            workload, cluster, search(workload, cluster, 4, Wish.parse(objective, fix=["tp=2", "offload=0"]), profiles)
+            workload,
+            cluster,
+            search(workload, cluster, 4, Constraints.parse(objective, fix=["tp=2", "offload=0"]), profiles),
         )
         for objective in ("time", "memory")
     ]
     assert [str(each.strategy) for each in both[0]] == [str(each.strategy) for each in both[1]]
 
 
-def test_dominated_strategies_are_not_on_it(searched: Searched) -> None:
+def test_dominated_strategies_are_not_on_it(searched: SearchResult) -> None:
     points = undominated(searched.plan.candidates)
     for each in points:
         for other in searched.plan.candidates:
@@ -93,7 +97,7 @@ def test_it_is_printed_and_in_the_document() -> None:
 
 
 def test_others_are_looked_at_where_finalists_do_not_fit_as_they_were_traced(
-    workload: Workload, profiles: ScaledProfiles, cluster: Cluster, searched: Searched
+    workload: Workload, profiles: ScaledProfiles, cluster: Cluster, searched: SearchResult
 ) -> None:
     """All that a first look finds is taken away, so that what it left out has to be looked at again."""
     first = {str(each.strategy) for each in searched.plan.candidates}
@@ -107,7 +111,7 @@ def test_others_are_looked_at_where_finalists_do_not_fit_as_they_were_traced(
         )
 
     with mock.patch.object(Finalists, "traced", traced):
-        found = search(workload, cluster, 4, Wish(forbidden=(("offload", ""),)), profiles).plan
+        found = search(workload, cluster, 4, Constraints(forbidden=(("offload", ""),)), profiles).plan
     assert found.best is not None
     assert not first & {str(each.strategy) for each in found.candidates[:5]}
 
@@ -123,7 +127,7 @@ def test_the_queue_gives_the_least_first() -> None:
 
 
 def test_the_limit_is_that_of_the_last_finalist_or_of_those_near_the_best() -> None:
-    standing = Standing(2, near=0.5)
+    standing = BestSoFar(2, near=0.5)
     assert standing.limit == standing.limit_of("a") == math.inf
     standing.add(10, "a")
     assert standing.limit == 15

@@ -13,21 +13,21 @@ from small_gpt import SPEC, everything
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.commands.plan import checked, planned
-from shardwise.commands.request import Asked, settle, settle_strategy
+from shardwise.commands.request import TrainingRequest, settle, settle_strategy
 from shardwise.errors import DoesNotFit, RequestError
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.explain import explanation, with_bandwidth
 from shardwise.planner.plan_file import PlanFile, read_plan, write_plan
 from shardwise.planner.scaling import Point, counts, enlarged, worth
 from shardwise.planner.search.candidates import family_of
 from shardwise.planner.search.memory_bounds import least_memory
-from shardwise.planner.search.search import Searched, search
+from shardwise.planner.search.search import SearchResult, search
 from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import predict_shares
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.profile.profiler import Profiles
-from shardwise.predict.profile.summary import condense
+from shardwise.predict.profile.summary import summarize
 from shardwise.predict.timeline.timeline import timeline
 from shardwise.strategy import Strategy
 from shardwise.units import parse_bytes
@@ -44,14 +44,14 @@ def with_memory(cluster: Cluster, size: int) -> Cluster:
 @pytest.fixture(scope="module")
 def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> dict[Strategy, Any]:
     """What every strategy for 4 devices costs."""
-    links = len(profiles.of(Strategy()).links)
-    return {s: predict(profiles.traced.of(s), s, cluster) for s in everything(workload, 4, Wish(), links)}
+    segments = len(profiles.of(Strategy()).segments)
+    return {s: predict(profiles.traced.of(s), s, cluster) for s in everything(workload, 4, Constraints(), segments)}
 
 
 def test_the_search_finds_what_trying_everything_finds(
     workload: Workload, profiles: ScaledProfiles, cluster: Cluster, tried: dict[Strategy, Any]
 ) -> None:
-    plan = search(workload, cluster, 4, Wish(), profiles).plan
+    plan = search(workload, cluster, 4, Constraints(), profiles).plan
     best = min(tried.values(), key=lambda prediction: prediction.step_seconds)
     assert plan.best is not None
     assert plan.best.prediction.step_seconds <= best.step_seconds * 1.01
@@ -62,7 +62,7 @@ def test_the_search_finds_what_trying_everything_finds(
 
 def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluster: Cluster, tried: Any) -> None:
     for strategy, prediction in tried.items():
-        profile = condense(profiles.traced.of(strategy))
+        profile = summarize(profiles.traced.of(strategy))
         assert least_seconds(profile, strategy, cluster) <= prediction.step_seconds * 1.0001, strategy
         assert least_memory(profile, strategy) <= prediction.memory.total, strategy
 
@@ -74,17 +74,17 @@ def test_bounds_hold_for_deep_pipelines_too(slower: float) -> None:
     profiles, fast = ScaledProfiles(Profiles(workload)), find_cluster("h100x32")
     between = (replace(level, bandwidth=level.bandwidth / slower) for level in fast.levels[1:])
     cluster = replace(fast, levels=(fast.levels[0], *between))
-    chosen = random.Random(1).sample(everything(workload, 32, Wish(), len(profiles.one().links)), 250)
+    chosen = random.Random(1).sample(everything(workload, 32, Constraints(), len(profiles.one().segments)), 250)
     checked = 0
     for strategy in chosen:
         if strategy.tp > 8:
             continue
-        profile, condensed = profiles.of(strategy), profiles.condensed(strategy)
+        profile, summary = profiles.of(strategy), profiles.summary(strategy)
         prediction = predict(profile, strategy, cluster)
         seconds = prediction.step_seconds * 1.0001
-        assert least_memory(condensed, strategy) <= prediction.memory.total * 1.0001, strategy
-        assert family_seconds(condensed, strategy, cluster) <= seconds, strategy
-        assert least_seconds(condensed, strategy, cluster) <= seconds, strategy
+        assert least_memory(summary, strategy) <= prediction.memory.total * 1.0001, strategy
+        assert family_seconds(summary, strategy, cluster) <= seconds, strategy
+        assert least_seconds(summary, strategy, cluster) <= seconds, strategy
         if strategy.pp > 1:
             assert staged_seconds(profile, strategy, cluster) <= seconds, strategy
             assert staged_seconds(profile, family_of(strategy), cluster) <= seconds, strategy
@@ -96,14 +96,14 @@ def test_as_few_blocks_as_must_be_are_computed_again(cluster: Cluster) -> None:
     """Between what a strategy needs with none and with all of them, and no other is as good in any part."""
     workload = load_workload("gpt:layers=8,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=16")
     profiles = ScaledProfiles(Profiles(workload))
-    links = len(profiles.of(Strategy()).links)
+    segments = len(profiles.of(Strategy()).segments)
     chosen: list[str] = []
     for fixed in ({"fsdp": "4"}, {"tp": "2", "pp": "2"}, {}):
-        whole = [s for s in everything(workload, 4, Wish(fixed=fixed), links) if not s.recomputes]
+        whole = [s for s in everything(workload, 4, Constraints(fixed=fixed), segments) if not s.recomputes]
         fastest = min(whole, key=lambda s: predict(profiles.of(s), s, cluster).step_seconds)
         sizes = [memory(profiles, fastest.with_(recompute=word), cluster) for word in ("none", "full")]
         room = sum(sizes) // 2
-        plan = search(workload, cluster, 4, Wish(fixed=fixed, max_memory=room), profiles).plan
+        plan = search(workload, cluster, 4, Constraints(fixed=fixed, max_memory=room), profiles).plan
         assert plan.best is not None
         parts = [f"{count}/8" for count in range(1, 8)]
         tried = [s.with_(recompute=word) for s in whole for word in ("none", "full", *parts)]
@@ -123,13 +123,13 @@ def memory(profiles: ScaledProfiles, strategy: Strategy, cluster: Cluster) -> in
 
 
 def test_the_part_that_is_asked_for_is_kept(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> None:
-    plan = search(workload, cluster, 4, Wish.parse(fix=["recompute=2/4"]), profiles).plan
+    plan = search(workload, cluster, 4, Constraints.parse(fix=["recompute=2/4"]), profiles).plan
     assert {candidate.strategy.recompute for candidate in plan.candidates} == {"1/2"}
     plan = search(
         workload,
         with_memory(cluster, plan.candidates[0].prediction.memory.total),
         4,
-        Wish.parse(forbid=["recompute"]),
+        Constraints.parse(forbid=["recompute"]),
         profiles,
     ).plan
     assert {candidate.strategy.recompute for candidate in plan.candidates} <= {"none"}
@@ -138,7 +138,7 @@ def test_the_part_that_is_asked_for_is_kept(workload: Workload, profiles: Scaled
 def test_the_best_for_memory_is_the_smallest(
     workload: Workload, profiles: ScaledProfiles, cluster: Cluster, tried: Any
 ) -> None:
-    plan = search(workload, cluster, 4, Wish(objective="memory"), profiles).plan
+    plan = search(workload, cluster, 4, Constraints(objective="memory"), profiles).plan
     assert plan.best is not None
     smallest = min(prediction.memory.total for prediction in tried.values())
     assert plan.best.prediction.memory.total <= smallest * 1.01
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_not_chosen(
 ) -> None:
     sizes = sorted(prediction.memory.total for prediction in tried.values())
     room = sizes[len(sizes) // 10]
-    plan = search(workload, cluster, 4, Wish(max_memory=room), profiles).plan
+    plan = search(workload, cluster, 4, Constraints(max_memory=room), profiles).plan
     assert plan.best is not None
     assert plan.best.prediction.memory.total <= room
     fitting = [prediction for prediction in tried.values() if prediction.memory.total <= room]
@@ -170,18 +170,18 @@ def test_what_does_not_fit_is_not_chosen(
 def test_wishes_are_met(
     workload: Workload, profiles: ScaledProfiles, cluster: Cluster, fix: list[str], forbid: list[str]
 ) -> None:
-    wish = Wish.parse(fix=fix, forbid=forbid)
-    plan = search(workload, cluster, 4, wish, profiles).plan
+    constraints = Constraints.parse(fix=fix, forbid=forbid)
+    plan = search(workload, cluster, 4, constraints, profiles).plan
     assert plan.candidates
-    assert all(wish.refusal(candidate.strategy) is None for candidate in plan.candidates)
+    assert all(constraints.refusal(candidate.strategy) is None for candidate in plan.candidates)
 
 
 @pytest.mark.parametrize(
     "option", ["bucket=5", "stages=2", "outermost=pp", "offload=1", "sp=1", "zero=2", "recompute=3/16"]
 )
 def test_values_that_need_an_axis_are_taken(option: str) -> None:
-    Wish.parse(fix=[option])
-    Wish.parse(forbid=[option])
+    Constraints.parse(fix=[option])
+    Constraints.parse(forbid=[option])
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,11 @@ def test_values_that_need_an_axis_are_taken(option: str) -> None:
 )
 def test_wrong_wishes_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message.replace("=", "=").replace("(", r"\(")):
-        Wish.parse(**arguments)
+        Constraints.parse(**arguments)
 
 
 def test_a_degree_that_does_not_divide_heads_keeps_its_reason(workload: Workload, profiles: ScaledProfiles) -> None:
-    plan = search(workload, find_cluster("a100-40x8"), 8, Wish.parse(forbid=["pp"]), profiles).plan
+    plan = search(workload, find_cluster("a100-40x8"), 8, Constraints.parse(forbid=["pp"]), profiles).plan
     reasons = [entry.reason for entry in plan.rejected if entry.strategy.tp == 8]
     assert any("does not divide the 4 attention heads" in reason for reason in reasons)
 
@@ -220,7 +220,7 @@ def test_nothing_fits_says_by_how_much_and_what_would_do(cluster: Cluster, tmp_p
 
 
 def test_words_say_what_was_computed(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> None:
-    searched: Searched = search(workload, cluster, 4, Wish(), profiles)
+    searched: SearchResult = search(workload, cluster, 4, Constraints(), profiles)
     words = "\n".join(explanation(searched.plan, cluster, searched.profile_of))
     assert searched.plan.best is not None
     assert f"Chosen: {searched.plan.best.strategy}." in words
@@ -333,7 +333,7 @@ def test_a_plan_with_a_pipeline_says_where_it_is_cut(tmp_path: Path) -> None:
     cuts = read_plan(out).cuts
     assert len(cuts) >= 2
     assert cuts[0][0] == 0
-    job = settle(Asked(SPEC, strategy=str(out), steps=1), None, on_disk=False)
+    job = settle(TrainingRequest(SPEC, strategy=str(out), steps=1), None, on_disk=False)
     assert job.cuts == cuts
 
 
@@ -349,9 +349,9 @@ def two_kinds(times: float) -> Cluster:
         flops={dtype: rate / times for dtype, rate in fast.flops.items()},
         memory_bandwidth=fast.memory_bandwidth / times,
     )
-    link = replace(plain.levels[0], name="nvlink", span=2)
+    segment = replace(plain.levels[0], name="nvlink", span=2)
     nodes = tuple(replace(plain.nodes[0], device=device, devices=1, count=1) for device in (fast, slow))
-    return replace(plain, nodes=nodes, levels=(link,))
+    return replace(plain, nodes=nodes, levels=(segment,))
 
 
 LARGE = "gpt:layers=2,hidden=2048,heads=16,vocabulary=512,sequence=512,batch_size=12,precision=bf16"
@@ -366,17 +366,17 @@ def test_stages_lie_on_different_hosts_where_links_between_these_are_slow() -> N
     between = replace(plain.levels[0], name="ethernet", span=4, bandwidth=1.25e9, latency=50e-6)
     nodes = (replace(plain.nodes[0], devices=2, count=2),)
     cluster = replace(plain, nodes=nodes, levels=(inside, between))
-    tried = everything(workload, 4, Wish(), len(profiles.of(Strategy()).links), (2,))
+    tried = everything(workload, 4, Constraints(), len(profiles.of(Strategy()).segments), (2,))
     least = min(predict(profiles.of(s), s, cluster).step_seconds for s in tried)
-    best = search(workload, cluster, 4, Wish(), profiles).plan.best
+    best = search(workload, cluster, 4, Constraints(), profiles).plan.best
     assert best is not None
     assert best.prediction.step_seconds <= 1.011 * least
     assert best.strategy.outermost == "pp"
     assert best.strategy.replicas > 1
-    within = search(workload, cluster, 4, Wish.parse(forbid=["outermost", "tp"]), profiles).plan.best
+    within = search(workload, cluster, 4, Constraints.parse(forbid=["outermost", "tp"]), profiles).plan.best
     assert within is not None
     assert within.prediction.step_seconds > 1.1 * best.prediction.step_seconds
-    asked = search(workload, cluster, 4, Wish.parse(fix=["outermost=pp"]), profiles).plan
+    asked = search(workload, cluster, 4, Constraints.parse(fix=["outermost=pp"]), profiles).plan
     assert {candidate.strategy.outermost for candidate in asked.candidates} == {"pp"}
 
 
@@ -384,7 +384,7 @@ def test_a_slower_device_gets_a_smaller_share() -> None:
     workload = load_workload(LARGE)
     profiles = ScaledProfiles(Profiles(workload))
     cluster = two_kinds(3.0)
-    plan = search(workload, cluster, 2, Wish.parse(forbid=["tp", "pp"]), profiles).plan
+    plan = search(workload, cluster, 2, Constraints.parse(forbid=["tp", "pp"]), profiles).plan
     assert plan.best is not None
     fast, slow = plan.best.strategy.parts
     assert fast > slow
@@ -396,7 +396,7 @@ def test_a_slower_device_gets_a_smaller_share() -> None:
     assert plan.best.prediction.step_seconds < 0.75 * equal.step_seconds
     assert plan.best.prediction.samples == 12
     assert plan.best.prediction.model_flops == pytest.approx(equal.model_flops)
-    forbidden = search(workload, cluster, 2, Wish.parse(forbid=["tp", "pp", "shares"]), profiles).plan
+    forbidden = search(workload, cluster, 2, Constraints.parse(forbid=["tp", "pp", "shares"]), profiles).plan
     assert all(not candidate.strategy.shares for candidate in forbidden.candidates)
 
 
@@ -405,7 +405,7 @@ def test_a_slower_device_gets_smaller_stages() -> None:
         "gpt:layers=8,hidden=1024,heads=16,vocabulary=512,sequence=512,batch_size=16,precision=bf16"
     )
     profiles, cluster = ScaledProfiles(Profiles(workload)), two_kinds(3.0)
-    best = search(workload, cluster, 2, Wish.parse(fix=["pp=2"]), profiles).plan.best
+    best = search(workload, cluster, 2, Constraints.parse(fix=["pp=2"]), profiles).plan.best
     assert best is not None
     first, second = map(int, best.strategy.speeds.split(":"))
     assert first > second
@@ -418,5 +418,5 @@ def test_a_slower_device_gets_smaller_stages() -> None:
 
 def test_equal_devices_get_equal_shares() -> None:
     workload = load_workload(LARGE)
-    plan = search(workload, two_kinds(1.0), 2, Wish.parse(forbid=["tp", "pp"])).plan
+    plan = search(workload, two_kinds(1.0), 2, Constraints.parse(forbid=["tp", "pp"])).plan
     assert all(not candidate.strategy.shares for candidate in plan.candidates)

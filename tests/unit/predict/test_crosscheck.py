@@ -13,9 +13,9 @@ from traces import remembered
 
 from shardwise.cluster.find import find_cluster
 from shardwise.predict.closed_form import memory
-from shardwise.predict.closed_form.fsdp_memory import Held, held_at_links
+from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_segments
 from shardwise.predict.closed_form.step_time import costs_of
-from shardwise.predict.crosscheck import Judged, judged
+from shardwise.predict.crosscheck import Crosscheck, crosscheck
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.workers import traffic
 from shardwise.strategy import Strategy
@@ -107,17 +107,17 @@ def profiles(name: str, device: str, samples: int = 0) -> Profiles:
     return Profiles(replace(workload, batch_size=samples) if samples else workload, device)
 
 
-def judge(name: str, strategy: str, place: int | None = None, cluster: str = "h100x16") -> Judged:
+def judge(name: str, strategy: str, pipeline_rank: int | None = None, cluster: str = "h100x16") -> Crosscheck:
     parsed = Strategy.parse(strategy)
     found = profiles(name, "gpu" if cluster.startswith("h100") else "cpu", 12 if parsed.replicas == 3 else 0)
     with remembered(name):
-        return judged(found, parsed, find_cluster(cluster), place)
+        return crosscheck(found, parsed, find_cluster(cluster), pipeline_rank)
 
 
 @pytest.mark.parametrize(("name", "strategy"), GRID)
 def test_messages_are_the_same(name: str, strategy: str) -> None:
-    for place in sorted({0, Strategy.parse(strategy).pp - 1}):
-        document = judge(name, strategy, place).document()
+    for pipeline_rank in sorted({0, Strategy.parse(strategy).pp - 1}):
+        document = judge(name, strategy, pipeline_rank).document()
         assert document["predicted"]["communicated"] == document["communicated"]
         assert document["bytes_agree"]
 
@@ -134,19 +134,19 @@ def test_an_optimizer_that_needs_memory_for_a_moment_is_noticed() -> None:
     with remembered("few tokens"):
         profile = found.of(Strategy())
         assert profile.update.temporary_bytes == 4  # AdamW's root of the second moments
-        kept = replace(profile, update=replace(profile.update, temporary_bytes=0.0))
+        saved = replace(profile, update=replace(profile.update, temporary_bytes=0.0))
     right = judge("few tokens", "single")
-    wrong = costs_of(kept, Strategy(), find_cluster("h100x16")).memory
+    wrong = costs_of(saved, Strategy(), find_cluster("h100x16")).memory
     assert wrong.total < (1 - MEMORY_TOLERANCE) * right.memory.total
 
 
 def test_memory_that_is_not_counted_is_noticed() -> None:
-    right = held_at_links
+    right = held_at_segments
 
-    def without_gathers(*args: Any, **options: Any) -> list[Held]:
+    def without_gathers(*args: Any, **options: Any) -> list[SegmentMemory]:
         return [replace(held, gathered=0) for held in right(*args, **options)]
 
-    with mock.patch.object(memory, "held_at_links", without_gathers):
+    with mock.patch.object(memory, "held_at_segments", without_gathers):
         assert judge("larger gpt", "fsdp=4,microbatches=2").document()["memory_error"] > MEMORY_TOLERANCE
 
 
@@ -162,6 +162,6 @@ def test_a_message_that_is_not_counted_is_noticed() -> None:
 
 def test_the_worker_that_needs_most_is_taken() -> None:
     found = judge("gpt", "tp=2,pp=2,sp=1")
-    others = [judge("gpt", "tp=2,pp=2,sp=1", place).memory.total for place in range(2)]
+    others = [judge("gpt", "tp=2,pp=2,sp=1", pipeline_rank).memory.total for pipeline_rank in range(2)]
     assert found.memory.total == max(others)
     assert found.run.rank == 2 * others.index(max(others))

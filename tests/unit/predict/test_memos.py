@@ -18,7 +18,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import StrategyError
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.simulate import profiles_on, simulate
@@ -88,7 +88,7 @@ class Cold(Profiles):
 
     def of(self, strategy: Strategy, batch_size: int = 0) -> Profile:
         """Return a copy that shares no object, and so no memo, with any other."""
-        return copy.deepcopy(replace(super().of(strategy, batch_size), kept=Kept()))
+        return copy.deepcopy(replace(super().of(strategy, batch_size), memo=Memo()))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.cluster.cluster import ORIGINS, Cluster, Device, Level, Nodes
-from shardwise.cluster.toml_fields import Field, Number, Part, Text, Where, read_table
+from shardwise.cluster.toml_fields import Field, NestedTable, Number, Text, Where, read_table
 from shardwise.cluster.toml_reader import DEVICE, ORIGIN, PRICE, SOURCE, load_toml, parse_device, parse_level
 from shardwise.errors import LONGEST_GUESS, ClusterError
 from shardwise.strategy import MOST
@@ -28,14 +28,14 @@ from shardwise.units import parse_whole
 
 FOLDER = Path(__file__).parent
 
-_ALIASES = Part("an array of names", kind=list, default=[])
+_ALIASES = NestedTable("an array of names", kind=list, default=[])
 _NODE: dict[str, Field] = {
     "name": Text("of the node, as its maker spells it"),
     "aliases": _ALIASES,
     "device": Text("name of a device"),
     "devices": Number("devices in a node", whole=True),
-    "links": Part("an array of tables", kind=list),
-    "host": Part("a table", default=None),
+    "links": NestedTable("an array of tables", kind=list),
+    "host": NestedTable("a table", default=None),
     "price_per_hour": PRICE,
     "origin": Text("where the figures come from", choices=ORIGINS),
     "source": SOURCE,
@@ -126,7 +126,7 @@ class NodeKind:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _CatalogueDevice:
     """A device with the facts that only the catalogue has: its other names and the node it is sold in."""
 
     device: Device
@@ -284,7 +284,7 @@ def _levels(kind: NodeKind, count: int) -> tuple[Level, ...]:
 
 
 @cache
-def _entries() -> dict[str, _Entry]:
+def _entries() -> dict[str, _CatalogueDevice]:
     hosts = _hosts()
     fields = {name: field for name, field in DEVICE.items() if name != "launch_seconds"}
     entries = {}
@@ -297,7 +297,7 @@ def _entries() -> dict[str, _Entry]:
         values["source"] = f"{' '.join(values['source'].split())}; launch_seconds: {host['source']}"
         aliases, sold_in = tuple(values.pop("aliases")), values.pop("node")
         present = {name: value for name, value in values.items() if value is not None}
-        entries[key] = _Entry(parse_device(present, where), aliases, sold_in)
+        entries[key] = _CatalogueDevice(parse_device(present, where), aliases, sold_in)
     return entries
 
 

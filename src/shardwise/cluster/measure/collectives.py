@@ -30,7 +30,7 @@ SLOW = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class GroupLayout:
     """Process groups that communicate at the same time.
 
     Attributes:
@@ -52,27 +52,27 @@ class Layout:
         return sorted(rank for group in self.groups for rank in group)
 
 
-def layouts(hosts: Sequence[Sequence[int]]) -> Iterator[Layout]:
+def layouts(hosts: Sequence[Sequence[int]]) -> Iterator[GroupLayout]:
     """Yield layouts: groups of the first host's workers, alone and side by side, then groups across hosts if any."""
     first = tuple(hosts[0])
     size = 2
     while size <= len(first):
         count = 1
         while count * size <= len(first):
-            yield Layout(tuple(first[i * size : (i + 1) * size] for i in range(count)), 1)
+            yield GroupLayout(tuple(first[i * size : (i + 1) * size] for i in range(count)), 1)
             count *= 2
         size *= 2
     if len(hosts) > 1:
         least = min(len(host) for host in hosts)
-        across = tuple(tuple(host[place] for host in hosts) for place in range(least))
-        yield Layout(across[:1], len(hosts))
+        across = tuple(tuple(host[index] for host in hosts) for index in range(least))
+        yield GroupLayout(across[:1], len(hosts))
         if least > 1:
-            yield Layout(across, len(hosts))
-            yield Layout((tuple(sorted(rank for host in hosts for rank in host[:least])),), len(hosts))
+            yield GroupLayout(across, len(hosts))
+            yield GroupLayout((tuple(sorted(rank for host in hosts for rank in host[:least])),), len(hosts))
 
 
 def collective_curves(
-    team: Team, layout: Layout, seconds: float, advance: Callable[[int], None]
+    team: Team, layout: GroupLayout, seconds: float, advance: Callable[[int], None]
 ) -> list[CollectiveCurve]:
     """Measure every collective by bytes. Collective over all workers.
 
@@ -210,13 +210,13 @@ def _broadcast(size: int, group: dist.ProcessGroup, device: torch.device) -> Cal
 def _send(size: int, group: dist.ProcessGroup, device: torch.device) -> Callable[[], int]:
     tensor = _elements(size, device)
     ranks = dist.get_process_group_ranks(group)
-    place = ranks.index(dist.get_rank())
-    other = ranks[place ^ 1] if place ^ 1 < len(ranks) else None
+    index = ranks.index(dist.get_rank())
+    other = ranks[index ^ 1] if index ^ 1 < len(ranks) else None
 
     def once() -> int:
         if other is None:
             return 1
-        steps = (dist.send, dist.recv) if place % 2 == 0 else (dist.recv, dist.send)
+        steps = (dist.send, dist.recv) if index % 2 == 0 else (dist.recv, dist.send)
         for step in steps:
             step(tensor, other, group=group)
         return 2

@@ -23,7 +23,7 @@ Operands = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class KernelCase:
     """One operation call to measure.
 
     Attributes:
@@ -48,7 +48,7 @@ PRODUCTS = 2**27
 # ---- memory-bound kernels -------------------------------------------------------------------------------------------
 
 
-def all_cases(dtype: torch.dtype) -> Iterator[Case]:
+def all_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
     """Yield all cases to measure in one dtype."""
     yield from memory_cases(dtype)
     yield from matmul_cases(dtype)
@@ -56,7 +56,7 @@ def all_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield from attention_cases(dtype)
 
 
-def memory_cases(dtype: torch.dtype) -> Iterator[Case]:
+def memory_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
     """Yield the memory-bound cases: elementwise, copies, reductions, norms, losses, embeddings, pooling, updates."""
     for elements in ELEMENTS if dtype == torch.float32 else ELEMENTS[::2]:
         yield from (_elementwise(name, call, count, elements, dtype) for name, call, count in ELEMENTWISE)
@@ -111,10 +111,10 @@ Their operands are never negative in training.
 """
 
 
-def _elementwise(name: str, call: Callable[..., Any], count: int, elements: int, dtype: torch.dtype) -> Case:
+def _elementwise(name: str, call: Callable[..., Any], count: int, elements: int, dtype: torch.dtype) -> KernelCase:
     if name in POSITIVE:
-        return Case(lambda arena: (arena.take(elements, dtype=dtype).abs(),), call)
-    return Case(lambda arena: tuple(arena.take(elements, dtype=dtype) for _ in range(count)), call)
+        return KernelCase(lambda arena: (arena.take(elements, dtype=dtype).abs(),), call)
+    return KernelCase(lambda arena: tuple(arena.take(elements, dtype=dtype) for _ in range(count)), call)
 
 
 ROW, HEADS, TOKENS = 16, 4, 128
@@ -124,7 +124,7 @@ The rows are halves of attention heads, as rotary embeddings take them.
 """
 
 
-def _in_rows(elements: int, dtype: torch.dtype) -> Iterator[Case]:
+def _in_rows(elements: int, dtype: torch.dtype) -> Iterator[KernelCase]:
     """Yield elementwise cases on halves of heads: slices of a fused QKV projection, and a table shared by all heads."""
     tokens = min(TOKENS, max(2, elements // (HEADS * ROW)))
     samples = max(1, elements // (HEADS * ROW * tokens))
@@ -137,12 +137,12 @@ def _in_rows(elements: int, dtype: torch.dtype) -> Iterator[Case]:
     def halves(arena: Arena) -> Operands:
         return half(arena), half(arena)
 
-    yield Case(lambda arena: (half(arena), arena.take(tokens, ROW, dtype=dtype)), aten.mul.Tensor)
-    yield Case(halves, aten.add.Tensor)
-    yield Case(lambda arena: (half(arena),), aten.neg.default)
+    yield KernelCase(lambda arena: (half(arena), arena.take(tokens, ROW, dtype=dtype)), aten.mul.Tensor)
+    yield KernelCase(halves, aten.add.Tensor)
+    yield KernelCase(lambda arena: (half(arena),), aten.neg.default)
 
 
-def _copies(elements: int, dtype: torch.dtype) -> Iterator[Case]:
+def _copies(elements: int, dtype: torch.dtype) -> Iterator[KernelCase]:
     heads, width, rows = _heads(elements)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
 
@@ -152,19 +152,23 @@ def _copies(elements: int, dtype: torch.dtype) -> Iterator[Case]:
     def halves(arena: Arena) -> Operands:
         return arena.take(rows * heads, width // 2, dtype=dtype), arena.take(rows * heads, width // 2, dtype=dtype)
 
-    yield Case(permuted, lambda a: aten.clone.default(a, memory_format=torch.contiguous_format))
-    yield Case(lambda arena: (arena.take(elements, dtype=dtype), arena.take(elements, dtype=dtype)), aten.copy_.default)
-    yield Case(lambda arena: (arena.take(elements, dtype=dtype),), lambda a: aten._to_copy.default(a, dtype=other))
-    yield Case(halves, lambda a, b: aten.cat.default([a, b], -1))
-    yield Case(
+    yield KernelCase(permuted, lambda a: aten.clone.default(a, memory_format=torch.contiguous_format))
+    yield KernelCase(
+        lambda arena: (arena.take(elements, dtype=dtype), arena.take(elements, dtype=dtype)), aten.copy_.default
+    )
+    yield KernelCase(
+        lambda arena: (arena.take(elements, dtype=dtype),), lambda a: aten._to_copy.default(a, dtype=other)
+    )
+    yield KernelCase(halves, lambda a, b: aten.cat.default([a, b], -1))
+    yield KernelCase(
         lambda arena: tuple(arena.take(elements // 4, dtype=dtype) for _ in range(4)),
         lambda *parts: aten.stack.default(list(parts)),
     )
-    yield Case(
+    yield KernelCase(
         lambda arena: (*halves(arena), torch.zeros(rows * heads, width // 2, dtype=torch.bool, device=arena.device)),
         lambda a, b, mask: aten.where.self(mask, a, b),
     )
-    yield Case(
+    yield KernelCase(
         lambda arena: (arena.take(rows * heads, width // 2, dtype=dtype),),
         lambda a: aten.slice_backward.default(a, [rows * heads, width], 1, 0, width // 2, 1),
     )
@@ -176,7 +180,7 @@ def _heads(elements: int) -> tuple[int, int, int]:
     return heads, width, max(1, elements // (heads * width))
 
 
-def _reductions(elements: int, dtype: torch.dtype) -> Iterator[Case]:
+def _reductions(elements: int, dtype: torch.dtype) -> Iterator[KernelCase]:
     width = min(WIDTH, elements)
     rows = elements // width
 
@@ -186,17 +190,17 @@ def _reductions(elements: int, dtype: torch.dtype) -> Iterator[Case]:
     def rebuilt(arena: Arena) -> Operands:
         return arena.take(rows, width, dtype=dtype), arena.take(rows, width, dtype=dtype)
 
-    yield Case(matrix, lambda a: aten.sum.dim_IntList(a, [0]))
-    yield Case(matrix, lambda a: aten.mean.dim(a, [-1], True))
-    yield Case(matrix, lambda a: aten.amax.default(a, [-1]))
-    yield Case(matrix, lambda a: aten.linalg_vector_norm.default(a))
-    yield Case(matrix, lambda a: aten._softmax.default(a, -1, False))
-    yield Case(rebuilt, lambda a, b: aten._softmax_backward_data.default(a, b, -1, a.dtype))
-    yield Case(matrix, lambda a: aten._log_softmax.default(a, -1, False))
-    yield Case(rebuilt, lambda a, b: aten._log_softmax_backward_data.default(a, b, -1, a.dtype))
+    yield KernelCase(matrix, lambda a: aten.sum.dim_IntList(a, [0]))
+    yield KernelCase(matrix, lambda a: aten.mean.dim(a, [-1], True))
+    yield KernelCase(matrix, lambda a: aten.amax.default(a, [-1]))
+    yield KernelCase(matrix, lambda a: aten.linalg_vector_norm.default(a))
+    yield KernelCase(matrix, lambda a: aten._softmax.default(a, -1, False))
+    yield KernelCase(rebuilt, lambda a, b: aten._softmax_backward_data.default(a, b, -1, a.dtype))
+    yield KernelCase(matrix, lambda a: aten._log_softmax.default(a, -1, False))
+    yield KernelCase(rebuilt, lambda a, b: aten._log_softmax_backward_data.default(a, b, -1, a.dtype))
 
 
-def _losses(elements: int) -> Iterator[Case]:
+def _losses(elements: int) -> Iterator[KernelCase]:
     classes = min(WIDTH, elements)
     rows = elements // classes
     target: dict[torch.device, Tensor] = {}
@@ -209,11 +213,11 @@ def _losses(elements: int) -> Iterator[Case]:
     def backwards(arena: Arena) -> Operands:
         return *scores(arena), arena.take(1).view(()), torch.ones((), device=arena.device)
 
-    yield Case(scores, lambda a, t: aten.nll_loss_forward.default(a, t, None, 1, -100))
-    yield Case(backwards, lambda a, t, g, total: aten.nll_loss_backward.default(g, a, t, None, 1, -100, total))
+    yield KernelCase(scores, lambda a, t: aten.nll_loss_forward.default(a, t, None, 1, -100))
+    yield KernelCase(backwards, lambda a, t, g, total: aten.nll_loss_backward.default(g, a, t, None, 1, -100, total))
 
 
-def _norms(elements: int) -> Iterator[Case]:
+def _norms(elements: int) -> Iterator[KernelCase]:
     width = min(WIDTH, elements)
     rows = elements // width
 
@@ -230,8 +234,8 @@ def _norms(elements: int) -> Iterator[Case]:
             arena.take(width),
         )
 
-    yield Case(layers, lambda a, w, b: aten.native_layer_norm.default(a, [width], w, b, 1e-5))
-    yield Case(
+    yield KernelCase(layers, lambda a, w, b: aten.native_layer_norm.default(a, [width], w, b, 1e-5))
+    yield KernelCase(
         layers_back,
         lambda g, a, mean, scale, w, b: aten.native_layer_norm_backward.default(
             g, a, [width], mean, scale, w, b, [True, True, True]
@@ -240,7 +244,7 @@ def _norms(elements: int) -> Iterator[Case]:
     yield from _channel_norms(elements)
 
 
-def _channel_norms(elements: int) -> Iterator[Case]:
+def _channel_norms(elements: int) -> Iterator[KernelCase]:
     channels = 8
     places = elements // channels
 
@@ -256,18 +260,18 @@ def _channel_norms(elements: int) -> Iterator[Case]:
     def batch_back(arena: Arena) -> Operands:
         return arena.take(1, channels, places), arena.take(1, channels, places), *(arena.take(channels) for _ in "123")
 
-    yield Case(batch, lambda a, w, b, m, v: aten.native_batch_norm.default(a, w, b, m, v, True, 0.1, 1e-5))
-    yield Case(
+    yield KernelCase(batch, lambda a, w, b, m, v: aten.native_batch_norm.default(a, w, b, m, v, True, 0.1, 1e-5))
+    yield KernelCase(
         batch_back,
         lambda g, a, w, m, v: aten.native_batch_norm_backward.default(
             g, a, w, None, None, m, v, True, 1e-5, [True, True, True]
         ),
     )
-    yield Case(
+    yield KernelCase(
         lambda arena: (arena.take(1, channels, places), arena.take(channels), arena.take(channels)),
         lambda a, w, b: aten.native_group_norm.default(a, w, b, 1, channels, places, 4, 1e-5),
     )
-    yield Case(
+    yield KernelCase(
         lambda arena: (
             arena.take(1, channels, places),
             arena.take(1, channels, places),
@@ -281,7 +285,7 @@ def _channel_norms(elements: int) -> Iterator[Case]:
     )
 
 
-def _lookups(elements: int) -> Iterator[Case]:
+def _lookups(elements: int) -> Iterator[KernelCase]:
     width = min(WIDTH, elements)
     rows, vocabulary = elements // width, 1024
 
@@ -291,11 +295,11 @@ def _lookups(elements: int) -> Iterator[Case]:
     def back(arena: Arena) -> Operands:
         return arena.take(rows, width), arena.integers(rows, below=vocabulary)
 
-    yield Case(table, lambda a, i: aten.embedding.default(a, i))
-    yield Case(back, lambda g, i: aten.embedding_dense_backward.default(g, i, vocabulary, -1, False))
+    yield KernelCase(table, lambda a, i: aten.embedding.default(a, i))
+    yield KernelCase(back, lambda g, i: aten.embedding_dense_backward.default(g, i, vocabulary, -1, False))
 
 
-def _pools(elements: int) -> Iterator[Case]:
+def _pools(elements: int) -> Iterator[KernelCase]:
     side = max(2, round(elements ** (1 / 3) / 4) * 2)
     channels = max(1, elements // side**3)
 
@@ -315,15 +319,15 @@ def _pools(elements: int) -> Iterator[Case]:
         pooled, places = aten.max_pool2d_with_indices.default(x, [2, 2], [2, 2])
         return pooled, x, places
 
-    yield Case(volume, lambda a: aten.max_pool3d_with_indices.default(a, [2] * 3, [2] * 3))
-    yield Case(
+    yield KernelCase(volume, lambda a: aten.max_pool3d_with_indices.default(a, [2] * 3, [2] * 3))
+    yield KernelCase(
         volume_back,
         lambda g, a, i: aten.max_pool3d_with_indices_backward.default(
             g, a, [2] * 3, [2] * 3, [0] * 3, [1] * 3, False, i
         ),
     )
-    yield Case(image, lambda a: aten.max_pool2d_with_indices.default(a, [2, 2], [2, 2]))
-    yield Case(
+    yield KernelCase(image, lambda a: aten.max_pool2d_with_indices.default(a, [2, 2], [2, 2]))
+    yield KernelCase(
         image_back,
         lambda g, a, i: aten.max_pool2d_with_indices_backward.default(g, a, [2, 2], [2, 2], [0, 0], [1, 1], False, i),
     )
@@ -332,7 +336,7 @@ def _pools(elements: int) -> Iterator[Case]:
 # ---- matmuls --------------------------------------------------------------------------------------------------------
 
 
-def matmul_cases(dtype: torch.dtype) -> Iterator[Case]:
+def matmul_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
     """Yield matmuls of single matrices and of batches of matrices."""
     sides = (16, 64, 256, 1024)
     for m, n, k in product((*sides, 4096), sides, sides):
@@ -344,14 +348,14 @@ def matmul_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield _products(batch, m, n, k, dtype)
 
 
-def _products(batch: int, m: int, n: int, k: int, dtype: torch.dtype) -> Case:
-    return Case(
+def _products(batch: int, m: int, n: int, k: int, dtype: torch.dtype) -> KernelCase:
+    return KernelCase(
         lambda arena: (arena.take(batch, m, k, dtype=dtype), arena.take(batch, k, n, dtype=dtype)), aten.bmm.default
     )
 
 
-def _product(m: int, n: int, k: int, dtype: torch.dtype) -> Case:
-    return Case(lambda arena: (arena.take(m, k, dtype=dtype), arena.take(k, n, dtype=dtype)), aten.mm.default)
+def _product(m: int, n: int, k: int, dtype: torch.dtype) -> KernelCase:
+    return KernelCase(lambda arena: (arena.take(m, k, dtype=dtype), arena.take(k, n, dtype=dtype)), aten.mm.default)
 
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
@@ -392,7 +396,7 @@ TRANSPOSED: tuple[tuple[int, int, int, int, int, int], ...] = (
 """Transposed convolutions; columns as in CONVOLUTIONS, and the side is that of the smaller input."""
 
 
-def convolution_cases(dtype: torch.dtype) -> Iterator[Case]:
+def convolution_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
     """Yield forward and backward convolutions in two and three dimensions."""
     for shape in (*CONVOLUTIONS, *(SINGLE if dtype == torch.float32 else ())):
         yield from _convolutions(*shape, False, dtype)
@@ -402,7 +406,7 @@ def convolution_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def _convolutions(
     dimensions: int, batch: int, inputs: int, outputs: int, side: int, window: int, transposed: bool, dtype: torch.dtype
-) -> Iterator[Case]:
+) -> Iterator[KernelCase]:
     stride, padding = (window, 0) if window == 2 else (1, window // 2)
     where = ([stride] * dimensions, [padding] * dimensions, [1] * dimensions, transposed, [0] * dimensions, 1)
     reached = side * stride if transposed else side // stride
@@ -419,15 +423,15 @@ def _convolutions(
         x, weight, _ = forward(arena)
         return arena.take(batch, outputs, *[reached] * dimensions, dtype=dtype), x, weight
 
-    yield Case(forward, lambda x, w, b: aten.convolution.default(x, w, b, *where))
+    yield KernelCase(forward, lambda x, w, b: aten.convolution.default(x, w, b, *where))
     needed = [inputs > 3, True, True]  # no gradient flows back to inputs that come from the data
-    yield Case(backward, lambda g, x, w: aten.convolution_backward.default(g, x, w, [outputs], *where, needed))
+    yield KernelCase(backward, lambda g, x, w: aten.convolution_backward.default(g, x, w, [outputs], *where, needed))
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+def attention_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
     """Yield scaled dot-product attention with and without a causal mask, forward and backward."""
     for (batch, heads, sequence, size), causal in product(ATTENTIONS, (False, True)):
         yield from _attentions(batch, heads, sequence, size, causal, dtype)
@@ -446,7 +450,9 @@ ATTENTIONS = (
 """Attention shapes: batch, heads, sequence length of queries and keys, head size."""
 
 
-def _attentions(batch: int, heads: int, sequence: int, size: int, causal: bool, dtype: torch.dtype) -> Iterator[Case]:
+def _attentions(
+    batch: int, heads: int, sequence: int, size: int, causal: bool, dtype: torch.dtype
+) -> Iterator[KernelCase]:
     def forward(arena: Arena) -> Operands:
         return tuple(arena.take(batch, sequence, heads, size, dtype=dtype).transpose(1, 2) for _ in range(3))
 
@@ -459,5 +465,5 @@ def _attentions(batch: int, heads: int, sequence: int, size: int, causal: bool, 
             output = attend(*operands)
         return arena.take(batch, sequence, heads, size, dtype=dtype).transpose(1, 2), output, operands
 
-    yield Case(forward, attend)
-    yield Case(backward, lambda g, output, operands: torch.autograd.grad(output, operands, g))
+    yield KernelCase(forward, attend)
+    yield KernelCase(backward, lambda g, output, operands: torch.autograd.grad(output, operands, g))

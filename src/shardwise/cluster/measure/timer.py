@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shardwise.cluster.measure.arena import Arena
-from shardwise.cluster.measure.kernel_cases import Case
+from shardwise.cluster.measure.kernel_cases import KernelCase
 
 LEAST = 3
 """Fewest timed calls of a case, no matter how long they take."""
@@ -41,7 +41,7 @@ TOGETHER = 10
 """Number of calls that are timed together on a GPU."""
 
 
-def timed(case: Case, arena: Arena, seconds: float) -> list[float]:
+def timed(case: KernelCase, arena: Arena, seconds: float) -> list[float]:
     """Return the seconds of each of several calls of a case.
 
     Args:
@@ -78,7 +78,7 @@ def _pages() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def _on_cpu(case: Case, arena: Arena) -> float:
+def _on_cpu(case: KernelCase, arena: Arena) -> float:
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     operands = case.make(arena)
     _touch(operands)
@@ -95,7 +95,7 @@ def _touch(operands: Sequence[Any]) -> None:
     first.data.mul_(1.0)  # invisible to autograd
 
 
-def _on_gpu(case: Case, arena: Arena) -> float:
+def _on_gpu(case: KernelCase, arena: Arena) -> float:
     """Return the mean seconds of several calls on a GPU, measured between two events.
 
     A GPU runs behind the host. It first sleeps, so that the launches do not limit the measured calls.

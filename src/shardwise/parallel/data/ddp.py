@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-class Replicated:
+class ReplicatedModel:
     """Model replicated by DDP. Call `call` instead of the model; its gradients are means over the replicas."""
 
     def __init__(

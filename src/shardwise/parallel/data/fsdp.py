@@ -27,7 +27,7 @@ from shardwise.parallel.state.pytree import map_tensors
 from shardwise.strategy import Strategy
 
 
-class Sharded:
+class ShardedModel:
     """Model whose parameters are split. `call` is the model itself."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh) -> None:

@@ -14,19 +14,19 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
-from shardwise.parallel.data.ddp import Replicated
+from shardwise.parallel.data.ddp import ReplicatedModel
 from shardwise.parallel.engine import Position
-from shardwise.parallel.faults import Fault, Pass, gradient_fault, module_fault, passes_of
+from shardwise.parallel.faults import Fault, RerunPass, gradient_fault, module_fault, passes_of
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.operators.module_patches import DRAWN, Operations
+from shardwise.parallel.operators.module_patches import DRAWN, ModulePatches
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.state.buffers import Buffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, evaluating, untouched
 from shardwise.parallel.state.dtensor_rows import is_split, row_layout
-from shardwise.parallel.state.layout import Held
+from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import materialize, read_weights
 from shardwise.parallel.state.pytree import map_tensors, to_device, unlike
-from shardwise.splitting.ownership import deal
+from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.trace.stand_ins import stand_ins
@@ -34,7 +34,7 @@ from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload, call_model
 
 if TYPE_CHECKING:
-    from shardwise.parallel.data.fsdp import Sharded
+    from shardwise.parallel.data.fsdp import ShardedModel
 
 _ALONE = 4
 """Number of samples that are passed through the model one by one to find its blocks."""
@@ -58,7 +58,7 @@ class ModuleEngine:
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.aliases = aliases_of(model)
         self._buffers = Buffers(model, mesh.replica_group)
-        self._operations = Operations(
+        self._operations = ModulePatches(
             self.position,
             mesh.device,
             dist.new_group if mesh.replica_group is not None else None,
@@ -75,8 +75,8 @@ class ModuleEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, one line each."""
-        unkeyed = self._operations.draws_unkeyed and self._mesh.world is not None
-        return (*self._notes, *self._buffers.notes, *((DRAWN,) if unkeyed else ()))
+        unreproducible = self._operations.draws_other_random_numbers and self._mesh.world is not None
+        return (*self._notes, *self._buffers.notes, *((DRAWN,) if unreproducible else ()))
 
     @property
     def model_of_replicas(self) -> nn.Module:
@@ -136,7 +136,7 @@ class ModuleEngine:
         found = [self._own_gradient_fault(each) for each in passes_of(share, scales)]
         return next(filter(None, found), None)
 
-    def _own_gradient_fault(self, each: Pass) -> Fault | None:
+    def _own_gradient_fault(self, each: RerunPass) -> Fault | None:
         """Recompute the gradients of one microbatch and find one that is not finite, before the replicas sum them."""
         loss = self._replay(each.microbatch)
         # unlike `backward` this leaves `.grad` unchanged and communicates nothing
@@ -211,17 +211,17 @@ class ModuleEngine:
 
         return map_tensors(guard, output)
 
-    def _split(self, model: nn.Module, names: Sequence[str]) -> Alone | Replicated | Sharded:
+    def _split(self, model: nn.Module, names: Sequence[str]) -> Alone | ReplicatedModel | ShardedModel:
         """Wrap the model as the strategy requires: recomputed blocks, FSDP, DDP or none."""
         strategy, group = self._strategy, self._mesh.replica_group
         sharded = strategy.splits_parameters
         blocks = self._find_blocks(model) if sharded or strategy.recomputes else []
         for block in blocks[: strategy.recomputed_of(len(blocks))]:
-            self._operations.recompute(block, products=strategy.keeps_products)
+            self._operations.recompute(block, products=strategy.saves_products)
         if group is not None and sharded:
-            from shardwise.parallel.data.fsdp import Sharded  # importing it takes a second
+            from shardwise.parallel.data.fsdp import ShardedModel  # importing it takes a second
 
-            replicas = Sharded(model, blocks, self._mesh)
+            replicas = ShardedModel(model, blocks, self._mesh)
             self._read(model)
             return replicas
         self._read(model)
@@ -231,7 +231,7 @@ class ModuleEngine:
         trained = {name: parameters[name] for name in names}
         with self._mesh.allocating():
             accumulates = strategy.microbatches > 1
-            return Replicated(model, trained, group, accumulates=accumulates, bucket=strategy.bucket)
+            return ReplicatedModel(model, trained, group, accumulates=accumulates, bucket=strategy.bucket)
 
     def _read(self, model: nn.Module) -> None:
         """Read this worker's part of the parameters on the meta device, if the workload's weights are in files."""
@@ -268,18 +268,18 @@ class ModuleEngine:
         with stand_ins(model, batch) as (mode, given), mode or nullcontext():
             self._forward(model, given)
 
-    def _lay_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Held]:
+    def _lay_out(self, tensors: Mapping[str, Tensor]) -> dict[str, TensorPlacement]:
         """Describe how each tensor lies on this worker. The replicas share the work of writing checkpoints."""
         strategy, mesh = self._strategy, self._mesh
         sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-        by_all, by_rows = deal(sizes, strategy.replicas), deal(sizes, strategy.dp)
+        by_all, by_rows = assign_owners(sizes, strategy.replicas), assign_owners(sizes, strategy.dp)
         held = {}
         for name, tensor in tensors.items():
             layout = row_layout(tensor)
             if is_split(tensor):
-                held[name] = Held(tensor, layout, strategy.dp, by_rows[name] == mesh.coordinate("dp"))
+                held[name] = TensorPlacement(tensor, layout, strategy.dp, by_rows[name] == mesh.coordinate("dp"))
             else:
-                held[name] = Held(tensor, layout, strategy.replicas, by_all[name] == mesh.replica)
+                held[name] = TensorPlacement(tensor, layout, strategy.replicas, by_all[name] == mesh.replica)
         return held
 
 

@@ -21,19 +21,19 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, gradient_fault, passes_of
 from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.graph.graph_faults import Watched
-from shardwise.parallel.graph.parameters import Holding
+from shardwise.parallel.graph.parameters import LocalStages
 from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.operators.graph_operators import KeyedOperations
+from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.operators.module_patches import DRAWN
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.pipeline.divide import divide
-from shardwise.parallel.pipeline.executor import MOST_STAGES, Pass, Pipeline
-from shardwise.parallel.pipeline.stage import Work, prepare
+from shardwise.parallel.pipeline.executor import MOST_STAGES, PipelineExecutor, PipelinePass
+from shardwise.parallel.pipeline.stage import StepWork, prepare
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.buffers import ReplicaBuffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, plain_model
-from shardwise.parallel.state.layout import Held
+from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import move_values
 from shardwise.parallel.state.pytree import to_device
 from shardwise.parallel.tensor.communication import Exchange
@@ -55,7 +55,7 @@ Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class _IndexedMicrobatch:
     """Microbatch with its data on our device and its index in its share."""
 
     number: int
@@ -82,10 +82,10 @@ class GraphEngine:
         self.position = Position(seed=workload.seed)
         self.uniform = strategy.pp > 1
         self._exchange = Exchange(mesh.group("tp"), mesh.coordinate("tp"), strategy.tp)
-        self._keyed = KeyedOperations(self.position, self._exchange, mesh.replica_group)
+        self._operators = GraphOperators(self.position, self._exchange, mesh.replica_group)
         self._weights = WeightGradients()
         self._bf16 = strategy.in_bf16(workload.precision)
-        self._works: dict[Key, Work] = {}
+        self._works: dict[Key, StepWork] = {}
         model = build_model(workload, mesh)
         self.aliases = aliases_of(model)
         named = dict(model.named_parameters())
@@ -103,27 +103,27 @@ class GraphEngine:
         if evaluation is not None:
             works.append(self._prepare(evaluation))
             self._works[self._key(False, data)] = works[1]
-        self._holding = Holding(
+        self._local_stages = LocalStages(
             works,
             tensors,
             local,
             strategy,
             mesh,
             self._exchange,
-            self._keyed,
+            self._operators,
             bf16=self._bf16,
             weights=weights_of(workload.model),
         )
         for each in works:
             for call in each.local.step.opaque:
                 call.forget_values()
-        self.parameters: dict[str, nn.Parameter] = self._holding.trained(self._trained)
-        self.held: dict[str, Held] = self._holding.held()
-        self._pipeline = Pipeline(
-            self._holding.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
+        self.parameters: dict[str, nn.Parameter] = self._local_stages.trained(self._trained)
+        self.held: dict[str, TensorPlacement] = self._local_stages.held()
+        self._pipeline = PipelineExecutor(
+            self._local_stages.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
         )
         self.uncut = local.uncut(named) if strategy.tp > 1 else []
-        self.places = self.division.places if strategy.pp > 1 else None
+        self.cut_points = self.division.cut_points if strategy.pp > 1 else None
         self._local_notes = (*local.notes, *(str(each) for each in self.uncut if each.share >= WORTH_A_NOTE))
         held = {name: held.tensor for name, held in self.held.items() if not isinstance(held.tensor, nn.Parameter)}
         self._buffers = ReplicaBuffers(held, mesh.replica_group)
@@ -132,13 +132,13 @@ class GraphEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, see `Engine.notes`."""
-        drawn = (DRAWN,) if self._keyed.draws_unkeyed else ()
+        drawn = (DRAWN,) if self._operators.draws_other_random_numbers else ()
         return (*self._local_notes, *self._buffers.notes, *drawn)
 
     @property
     def recomputing(self) -> bool:
         """Return whether a block is being recomputed, see `Engine.recomputing`."""
-        return self._keyed.recomputing
+        return self._operators.recomputing
 
     # ---- graphs -----------------------------------------------------------------------------------------------------
 
@@ -164,8 +164,8 @@ class GraphEngine:
 
     def _partition(self, step: StepGraph, *, first: bool) -> LocalGraph:
         """Build this worker's part of a step. `first` marks the step that decides the placements of tensors."""
-        keyed = self._keyed
-        replacements = Replacements(keyed.dropout, keyed.attention, keyed.batch_norm, keyed.opaque)
+        operators = self._operators
+        replacements = Replacements(operators.dropout, operators.attention, operators.batch_norm, operators.opaque)
         local, _ = partition(
             step,
             self._exchange,
@@ -181,13 +181,13 @@ class GraphEngine:
             widen_loss(local.graph, self._mesh.device)
         return local
 
-    def _prepare(self, local: LocalGraph) -> Work:
+    def _prepare(self, local: LocalGraph) -> StepWork:
         division, strategy = self.division, self._strategy
         assert len(division.blocks) < MOST_STAGES
         own = range(self._mesh.coordinate("pp"), len(division.blocks), strategy.pp)
         return prepare(local, division.cut, division.blocks, self._parameters, own)
 
-    def _work(self, key: Key, data: Any) -> Work:
+    def _work(self, key: Key, data: Any) -> StepWork:
         """Return the work for batches of these shapes, and trace it when they occur for the first time."""
         if key not in self._works:
             with torch.random.fork_rng():
@@ -207,23 +207,23 @@ class GraphEngine:
         passes = list(self._passes(share, scales))
         for number, work in enumerate(passes):
             last = number == len(passes) - 1
-            self._holding.final_pass = last
+            self._local_stages.final_pass = last
             total = total + self._pipeline.run(work)
-        self._holding.reduce(self._summed)
+        self._local_stages.reduce(self._summed)
         self._buffers.settle()
-        total = total / self._holding.loss_factor
+        total = total / self._local_stages.loss_factor
         return total if self._mesh.coordinate("tp") == 0 else torch.zeros_like(total)
 
-    def _passes(self, share: Share, scales: Sequence[Tensor]) -> Iterator[Pass]:
+    def _passes(self, share: Share, scales: Sequence[Tensor]) -> Iterator[PipelinePass]:
         """Group consecutive microbatches of equal shapes: they go through the pipeline together."""
         entries = []
         for number, microbatch in enumerate(share.microbatches):
             data = to_device(microbatch.data, self._mesh.device)
-            entries.append(_Entry(number, microbatch, data, self._key(True, data)))
+            entries.append(_IndexedMicrobatch(number, microbatch, data, self._key(True, data)))
         for key, group in groupby(entries, lambda entry: entry.key):
             yield self._pass(key, list(group), scales)
 
-    def _pass(self, key: Key, entries: list[_Entry], scales: Sequence[Tensor]) -> Pass:
+    def _pass(self, key: Key, entries: list[_IndexedMicrobatch], scales: Sequence[Tensor]) -> PipelinePass:
         strategy = self._strategy
         work = self._work(key, entries[0].data)
 
@@ -234,20 +234,20 @@ class GraphEngine:
                 strategy.pp,
                 strategy.stages_per_worker,
                 len(entries),
-                last_whole=self._holding.sharded,
+                last_whole=self._local_stages.sharded,
             )
 
-        return Pass(
+        return PipelinePass(
             work,
             actions(self._mesh.coordinate("pp")),
             actions,
             [self._given(work, entry.data) for entry in entries],
-            [scales[entry.number] * self._holding.loss_factor for entry in entries],
+            [scales[entry.number] * self._local_stages.loss_factor for entry in entries],
             enter=lambda number: self.position.enter(entries[number].microbatch),
-            before_backward=self._holding.before_backward,
+            before_backward=self._local_stages.before_backward,
         )
 
-    def _given(self, work: Work, data: Any) -> dict[str, Any]:
+    def _given(self, work: StepWork, data: Any) -> dict[str, Any]:
         """Return the batch and the module's constants, by placeholder name."""
         step = work.local.step
         return {**dict(zip(step.leaves, batch_leaves(data), strict=True)), **step.constants}
@@ -262,7 +262,7 @@ class GraphEngine:
             watched = Watched(self._work(self._key(True, data), data), list(self._pipeline.stages))
             results = self._pipeline.evaluate(watched.work, self._given(watched.work, data))
             found.append(watched.fault(each, self._mesh.rank, None if results is None else results[0]))
-        self._holding.after_evaluation()
+        self._local_stages.after_evaluation()
         return min(filter(None, found), default=None)
 
     def find_gradient_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
@@ -279,7 +279,7 @@ class GraphEngine:
         self.position.enter(microbatch)
         work = self._work(self._key(False, data), data)
         results = self._pipeline.evaluate(work, self._given(work, data))
-        self._holding.after_evaluation()
+        self._local_stages.after_evaluation()
         values = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
         if results is not None and self._mesh.coordinate("tp") == 0:
             values[: len(results)] = torch.stack([result.double() for result in results])

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from shardwise.parallel.faults import LAST, LOSS, Fault, Pass, module_named, not_finite
+from shardwise.parallel.faults import LAST, LOSS, Fault, RerunPass, module_named, not_finite
 from shardwise.parallel.pipeline.cut_points import calls
-from shardwise.parallel.pipeline.stage import Work
+from shardwise.parallel.pipeline.stage import StepWork
 from shardwise.parallel.pipeline.subgraphs import Section
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.parallel.tensor.partitioner import LocalGraph
@@ -30,9 +30,9 @@ class Watched:
         seen: (place in the graph, module, value) of the first value that is not finite. None if all are finite.
     """
 
-    def __init__(self, work: Work, own: Sequence[int]) -> None:
+    def __init__(self, work: StepWork, own: Sequence[int]) -> None:
         self.seen: tuple[int, str, str] | None = None
-        self._places = {node: place for place, node in enumerate(calls(work.local.graph))}
+        self._positions = {node: position for position, node in enumerate(calls(work.local.graph))}
         stages = list(work.stages)
         for stage in own:
             blocks = tuple(
@@ -41,7 +41,7 @@ class Watched:
             stages[stage] = replace(stages[stage], blocks=blocks)
         self.work = replace(work, stages=tuple(stages))
 
-    def fault(self, each: Pass, rank: int, loss: Tensor | None) -> Fault | None:
+    def fault(self, each: RerunPass, rank: int, loss: Tensor | None) -> Fault | None:
         """Return the fault that was recorded in a microbatch, and clear it.
 
         `loss` is None on workers that do not hold it.
@@ -79,7 +79,7 @@ class Watched:
     def _look(self, node: fx.Node, value: Any) -> None:
         path = node.meta.get("module")
         if path is not None and self.seen is None and _leaves(node, path) and (kind := not_finite(value)):
-            self.seen = self._places[node], module_named(path), kind
+            self.seen = self._positions[node], module_named(path), kind
 
 
 def _leaves(node: fx.Node, path: str) -> bool:

@@ -18,21 +18,21 @@ from torch import Tensor, nn
 from shardwise.errors import StrategyError
 from shardwise.parallel.data.gradient_reducer import GradientReducer, sum_gradients
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.operators.graph_operators import KeyedOperations
-from shardwise.parallel.pipeline.stage import Stage, Work
+from shardwise.parallel.operators.graph_operators import GraphOperators
+from shardwise.parallel.pipeline.stage import StageModule, StepWork
 from shardwise.parallel.state.dtensor_rows import is_split, local, row_layout
 from shardwise.parallel.state.gather import anywhere
-from shardwise.parallel.state.layout import Held, Layout
+from shardwise.parallel.state.layout import Layout, TensorPlacement
 from shardwise.parallel.state.materialize import materialize, read_weights
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.parallel.tensor.placement import Placement, Sharded
-from shardwise.splitting.ownership import deal
+from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.weight_files import Weights
 
 
-class Holding:
+class LocalStages:
     """Stages of one worker with their tensors.
 
     Attributes:
@@ -45,13 +45,13 @@ class Holding:
 
     def __init__(
         self,
-        works: Sequence[Work],
+        works: Sequence[StepWork],
         tensors: Mapping[str, Tensor],
         graph: LocalGraph,
         strategy: Strategy,
         mesh: Mesh,
         exchange: Exchange,
-        keyed: KeyedOperations,
+        operators: GraphOperators,
         *,
         bf16: bool,
         weights: Weights | None = None,
@@ -66,8 +66,8 @@ class Holding:
         count = len(work.stages)
         own = range(mesh.coordinate("pp"), count, strategy.pp)
         mine = {name: _cut(tensors[name], graph.placements.get(name), exchange) for name in self._on(own)}
-        self._places: dict[str, tuple[nn.Module, str]] = {}
-        self.stages = {stage: self._build(stage, len(work.stages[stage].blocks), mine, keyed) for stage in own}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        self.stages = {stage: self._build(stage, len(work.stages[stage].blocks), mine, operators) for stage in own}
         self._twice = self._on_several(own)
         self._tied = self._tied_groups()
         self._given: dict[dist.ProcessGroup, list[str]] = {}
@@ -105,7 +105,7 @@ class Holding:
             )
         return found
 
-    def _build(self, stage: int, blocks: int, mine: Mapping[str, Tensor], keyed: KeyedOperations) -> Stage:
+    def _build(self, stage: int, blocks: int, mine: Mapping[str, Tensor], operators: GraphOperators) -> StageModule:
         own: list[dict[str, Tensor]] = [{} for _ in range(blocks)]
         shared: dict[str, Tensor] = {}
         for name in mine:
@@ -114,36 +114,36 @@ class Holding:
                 own[here.pop()][name] = mine[name]
             elif here:
                 shared[name] = mine[name]
-        module = Stage(
+        module = StageModule(
             own,
             shared,
-            keyed,
+            operators,
             recomputed=self._strategy.recomputed_of(blocks),
-            products=self._strategy.keeps_products,
+            products=self._strategy.saves_products,
             bf16=self._bf16,
         )
         for holder in (*module.blocks, module):
             for name, attribute in holder.attributes.items():
-                self._places[name] = (holder, attribute)
+                self._owners[name] = (holder, attribute)
         return module
 
     def _tensor(self, name: str) -> Tensor:
-        module, attribute = self._places[name]
+        module, attribute = self._owners[name]
         tensor: Tensor = getattr(module, attribute)
         return tensor
 
     def trained(self, names: Collection[str]) -> dict[str, nn.Parameter]:
         """Return the parameters among `names` that this worker holds, by name."""
-        return {name: self._tensor(name) for name in self._places if name in names}  # type: ignore[misc]
+        return {name: self._tensor(name) for name in self._owners if name in names}  # type: ignore[misc]
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, TensorPlacement]:
         """Return the placement of every tensor on this worker, by name."""
-        sizes = {name: self._tensor(name).numel() for name in self._places}
+        sizes = {name: self._tensor(name).numel() for name in self._owners}
         strategy = self._strategy
-        by_all, by_rows = deal(sizes, strategy.replicas), deal(sizes, strategy.dp)
-        return {name: self._lay_out(name, by_all[name], by_rows[name]) for name in self._places}
+        by_all, by_rows = assign_owners(sizes, strategy.replicas), assign_owners(sizes, strategy.dp)
+        return {name: self._lay_out(name, by_all[name], by_rows[name]) for name in self._owners}
 
-    def _lay_out(self, name: str, replica: int, row: int) -> Held:
+    def _lay_out(self, name: str, replica: int, row: int) -> TensorPlacement:
         strategy, mesh = self._strategy, self._mesh
         tensor, placement = self._tensor(name), self._placements.get(name)
         shape = tuple(self._shapes[name])
@@ -158,8 +158,8 @@ class Holding:
             rows = row_layout(tensor).tiles
             start = rows[0].offsets[0] if rows else 0
             layout = layout.rows(start, start + (rows[0].sizes[0] if rows else 0))
-            return Held(tensor, layout, holders * strategy.dp, writes and row == mesh.coordinate("dp"), cut)
-        return Held(tensor, layout, holders * strategy.replicas, writes and replica == mesh.replica, cut)
+            return TensorPlacement(tensor, layout, holders * strategy.dp, writes and row == mesh.coordinate("dp"), cut)
+        return TensorPlacement(tensor, layout, holders * strategy.replicas, writes and replica == mesh.replica, cut)
 
     def _workers_of(self, name: str) -> list[int]:
         """Return the indices of the pipeline workers that hold a tensor, in ascending order."""
@@ -167,7 +167,7 @@ class Holding:
 
     def _read(self, weights: Weights) -> None:
         """Allocate this worker's part of the parameters on the meta device, and read it from the weight files."""
-        empty = [name for name in self._places if self._tensor(name).is_meta]
+        empty = [name for name in self._owners if self._tensor(name).is_meta]
         for stage in self.stages.values():
             materialize(stage, self._mesh.device, self._mesh.home, self._mesh.allocating)
         for name in empty:
@@ -246,9 +246,9 @@ class Holding:
                     gradient /= self._strategy.replicas
         group = self._mesh.group("tp")
         if group is not None:
-            self._sum([name for name in self._places if name in summed], group)
+            self._sum([name for name in self._owners if name in summed], group)
         for workers, tied in self._tied.items():
-            names = [n for n in self._homes if n in self._places and tuple(self._workers_of(n)) == workers]
+            names = [n for n in self._homes if n in self._owners and tuple(self._workers_of(n)) == workers]
             self._sum(self._complete(names, tied), tied)
 
     def _complete(self, names: Sequence[str], group: dist.ProcessGroup) -> list[str]:
@@ -276,7 +276,7 @@ class Holding:
             sum_gradients(gradients, group)
 
 
-def _homes(works: Sequence[Work], tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[int, int]]]:
+def _homes(works: Sequence[StepWork], tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[int, int]]]:
     """Return (stage, block) of every use of each tensor. A tensor that no work uses is put into the first block."""
     homes: dict[str, set[tuple[int, int]]] = {name: set() for name in tensors}
     for work in works:

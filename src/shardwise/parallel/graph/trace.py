@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from shardwise.parallel.engine import Position
-from shardwise.parallel.operators.module_patches import Operations
+from shardwise.parallel.operators.module_patches import ModulePatches
 from shardwise.parallel.state.build_model import untouched
 from shardwise.workload.trace.graph import StepGraph, Untraceable, first_line, trace
-from shardwise.workload.trace.opaque import Call, Recorder
+from shardwise.workload.trace.opaque import Call, CallRecorder
 from shardwise.workload.workload import Workload, call_model
 
 
@@ -45,8 +45,8 @@ def _recorded(
 ) -> Sequence[Call]:
     """Record the calls of the module at `path` in a pass on `batch`. Afterwards all tensors have their old values."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    operations = Operations(Position(), device)
-    recorder = Recorder(model.get_submodule(path), path, reason, operations.drawn)
+    operations = ModulePatches(Position(), device)
+    recorder = CallRecorder(model.get_submodule(path), path, reason, operations.drawn)
     modes = {module: module.training for module in model.modules()}
     if not training:
         model.eval()

@@ -29,7 +29,7 @@ _FIRST, _SECOND = 0x85EBCA6B - (1 << 32), 0xC2B2AE35 - (1 << 32)
 """The two multipliers of murmur3's 32-bit finaliser, as signed integers."""
 
 
-def keep(
+def draw_mask(
     position: Position, site: int, index: Tensor, samples: int, p: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Draw the factors of dropout: 0 with probability `p`, else 1 / (1 - p).
@@ -53,8 +53,8 @@ def keep(
     by_index = _mix(_mix(index.to(torch.int32) ^ _signed(low)) + _signed(high))
     bits = by_sample.view(samples, *(1,) * index.dim()) ^ by_index
     bits.mul_(_FIRST).bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_SECOND)
-    kept = bits >= min(round(p * 2**32), _WORD) - 2**31
-    return kept.to(dtype).mul_(1.0 / (1.0 - p))
+    survives = bits >= min(round(p * 2**32), _WORD) - 2**31
+    return survives.to(dtype).mul_(1.0 / (1.0 - p))
 
 
 def mask(
@@ -68,13 +68,13 @@ def mask(
     along: int | None = None,
     cut: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
-    """Draw the factors of dropout for a tensor of `shape`, or for the part of it that lies here; see `keep`.
+    """Draw the factors of dropout for a tensor of `shape`, or for the part of it that lies here; see `draw_mask`.
 
     Args:
-        position: as for `keep`; it also holds the tensor's number of samples.
-        site: as for `keep`.
+        position: as for `draw_mask`; it also holds the tensor's number of samples.
+        site: as for `draw_mask`.
         shape: shape of the whole tensor.
-        p: as for `keep`.
+        p: as for `draw_mask`.
         like: a tensor with the dtype and device of the result.
         merged: whether the first dimension is samples times heads.
         along: the dimension of which only a part lies here. None if the whole tensor does.
@@ -90,8 +90,8 @@ def mask(
         index = cut(index, along - (dim is not None and 0 < dim < along))
     if dim is None:
         common = Position(seed=position.seed, step=position.step)
-        return keep(common, site, index, 1, p, like.dtype)[0]
-    drawn = keep(position, site, index, samples, p, like.dtype)
+        return draw_mask(common, site, index, 1, p, like.dtype)[0]
+    drawn = draw_mask(position, site, index, samples, p, like.dtype)
     return drawn.flatten(0, 1) if dim == 0 else drawn.movedim(0, dim)
 
 
@@ -120,7 +120,7 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-class KeyedDropout:
+class DropoutReplacements:
     """Replacements for the functions that draw dropout in a forward pass. `handlers` maps torch's function to ours.
 
     The sample dimension of a tensor is found by its size: the first dimension if it fits; the second (sequences first);
@@ -201,9 +201,9 @@ class KeyedDropout:
             return x
         alpha = 1.7580993408473766
         scale = 0.0 if p == 1 else 1 / math.sqrt((alpha * alpha * p + 1) * (1 - p))
-        kept = (self.mask(shape, p, x) > 0).to(x.dtype).view(*shape, *(1,) * (x.dim() - len(shape)))
-        shift = (kept - 1) * (alpha * scale) + alpha * scale * p
-        return x.mul_(kept * scale).add_(shift) if inplace else x * (kept * scale) + shift
+        survives = (self.mask(shape, p, x) > 0).to(x.dtype).view(*shape, *(1,) * (x.dim() - len(shape)))
+        shift = (survives - 1) * (alpha * scale) + alpha * scale * p
+        return x.mul_(survives * scale).add_(shift) if inplace else x * (survives * scale) + shift
 
     def attention(
         self,

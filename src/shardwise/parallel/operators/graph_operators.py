@@ -18,7 +18,7 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.operators.batch_norm import batch_norm
 from shardwise.parallel.operators.dropout import attention_probabilities
 from shardwise.parallel.operators.dropout import mask as draw_mask
-from shardwise.parallel.operators.module_patches import Operations
+from shardwise.parallel.operators.module_patches import ModulePatches
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.placement import REPLICATED, Placement, Sharded
 from shardwise.workload.trace.opaque import Call
@@ -26,7 +26,7 @@ from shardwise.workload.trace.opaque import Call
 Shape = tuple[int, ...]
 
 
-class KeyedOperations:
+class GraphOperators:
     """Replacements for dropout, attention with dropout, batch norm and opaque modules of a graph.
 
     Attributes:
@@ -41,7 +41,7 @@ class KeyedOperations:
         self.exchange = exchange
         self.replicas = replicas
         self.recomputing = False
-        self._opaque: dict[nn.Module, Operations] = {}
+        self._opaque: dict[nn.Module, ModulePatches] = {}
 
     @contextmanager
     def at(self, position: Position, *, again: bool) -> Iterator[None]:
@@ -103,7 +103,7 @@ class KeyedOperations:
         shape: Shape,
         placement: Placement,
     ) -> Tensor:
-        """Compute attention with dropout on its probabilities, see `KeyedDropout.attention`.
+        """Compute attention with dropout on its probabilities, see `DropoutReplacements.attention`.
 
         `shape` and `placement` are those of the probabilities: the shape of the whole, and where this worker's part
         lies.
@@ -132,19 +132,19 @@ class KeyedOperations:
         """Call a module that was not traced. `site` is the number of calls that have drawn dropout before it."""
         if call.module not in self._opaque:
             group = self.replicas
-            operations = Operations(self.position, tensors[0].device, None if group is None else lambda: group)
+            operations = ModulePatches(self.position, tensors[0].device, None if group is None else lambda: group)
             operations.install(call.module)
             self._opaque[call.module] = operations
         buffers = [tensor for tensor in tensors[: len(call.state)] if not isinstance(tensor, nn.Parameter)]
         # a dummy sample that only keeps the worker in step must leave no trace
-        kept = [] if self.position.counted else [(buffer, buffer.clone()) for buffer in buffers]
+        before = [] if self.position.counted else [(buffer, buffer.clone()) for buffer in buffers]
         with self._opaque[call.module].drawing_from(site, self.position):
             results = call.run(tensors)
-        for buffer, value in kept:
+        for buffer, value in before:
             buffer.copy_(value)
         return results
 
     @property
-    def draws_unkeyed(self) -> bool:
+    def draws_other_random_numbers(self) -> bool:
         """Return whether an untraced module has drawn random numbers outside of dropout."""
-        return any(operations.draws_unkeyed for operations in self._opaque.values())
+        return any(operations.draws_other_random_numbers for operations in self._opaque.values())

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from shardwise.parallel.engine import Position
 from shardwise.parallel.operators import selective_checkpoint
 from shardwise.parallel.operators.batch_norm import batch_norm
-from shardwise.parallel.operators.dropout import KeyedDropout
+from shardwise.parallel.operators.dropout import DropoutReplacements
 from shardwise.parallel.state.pytree import facts
 
 Handlers = dict[Callable[..., Any], Callable[..., Any]]
@@ -44,7 +44,7 @@ _DROPOUTS: Handlers = {
 DRAWN = "the model draws random numbers outside of dropout: these differ from those of one worker"
 
 
-class Operations:
+class ModulePatches:
     """Replacements for the operations of one model that depend on who computes what.
 
     Args:
@@ -56,7 +56,7 @@ class Operations:
         recompute: whether blocks are recomputed, see `recompute`.
 
     Attributes:
-        draws_unkeyed: whether the model draws random numbers outside of dropout.
+        draws_other_random_numbers: whether the model draws random numbers outside of dropout.
         recomputing: whether a block is being recomputed.
     """
 
@@ -68,12 +68,12 @@ class Operations:
         *,
         recompute: bool = False,
     ) -> None:
-        self.draws_unkeyed = False
+        self.draws_other_random_numbers = False
         self._position = position
         self._make_group = make_group
         self._device = device
-        self._keyed = KeyedDropout(position)
-        self._handlers: Handlers = {**self._keyed.handlers, F.batch_norm: self._batch_norm}
+        self._dropout_replacements = DropoutReplacements(position)
+        self._handlers: Handlers = {**self._dropout_replacements.handlers, F.batch_norm: self._batch_norm}
         self.recomputing = False
         self._everywhere: bool | None = None
         """True if the mode is on during whole passes; None before the first pass, which decides."""
@@ -106,7 +106,7 @@ class Operations:
 
     def drawn(self) -> int:
         """Return the number of calls that have drawn dropout in this pass."""
-        return self._keyed.site
+        return self._dropout_replacements.site
 
     @contextmanager
     def drawing_from(self, site: int, position: Position) -> Iterator[None]:
@@ -114,17 +114,17 @@ class Operations:
 
         `site` calls have drawn dropout in that pass before.
         """
-        self._position = self._keyed.position = position
-        self._keyed.site = site
+        self._position = self._dropout_replacements.position = position
+        self._dropout_replacements.site = site
         before = self._random_state()
         with self._mode():
             yield
-        self.draws_unkeyed |= not _same(before, self._random_state())
+        self.draws_other_random_numbers |= not _same(before, self._random_state())
 
     @contextmanager
     def training_pass(self) -> Iterator[None]:
         """Intercept operations inside the block, a forward pass in training."""
-        self._keyed.site = 0
+        self._dropout_replacements.site = 0
         before = self._random_state()
         with self._mode() if self._everywhere is not False else nullcontext():
             yield
@@ -134,7 +134,7 @@ class Operations:
         elif moved and not self._everywhere:
             self._everywhere = True
             moved = False  # perhaps dropout: the next pass tells
-        self.draws_unkeyed |= moved
+        self.draws_other_random_numbers |= moved
 
     @cached_property
     def _group(self) -> dist.ProcessGroup | None:
@@ -154,9 +154,9 @@ class Operations:
 
     def _watch(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the handler of `function`, and record whether it drew dropout or replaced a batch norm."""
-        before = self._keyed.site + self._replaced
+        before = self._dropout_replacements.site + self._replaced
         output = self._handlers[function](*args, **kwargs)
-        self._caught |= self._keyed.site + self._replaced != before
+        self._caught |= self._dropout_replacements.site + self._replaced != before
         return output
 
     def _replacement(self, module: Any) -> Callable[..., Any] | None:
@@ -187,7 +187,7 @@ class Operations:
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _Handled(self._keyed.handlers) if module.training else nullcontext():
+            with _Handled(self._dropout_replacements.handlers) if module.training else nullcontext():
                 return original(*args, **kwargs)
 
         return forward
@@ -242,22 +242,22 @@ class Operations:
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a block's forward and of its recomputation."""
-        return nullcontext(), self._again(self._keyed.site)
+        return nullcontext(), self._again(self._dropout_replacements.site)
 
     def _selective_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a block that saves the results of its products, see `selective_checkpoint`."""
         forward, again = selective_checkpoint.contexts()
-        return forward, _both(self._again(self._keyed.site), again)
+        return forward, _both(self._again(self._dropout_replacements.site), again)
 
     @contextmanager
     def _again(self, site: int) -> Iterator[None]:
         """Draw from `site` on inside the block, as in the first run. The backward pass may run in another thread."""
-        later, self._keyed.site, self.recomputing = self._keyed.site, site, True
+        later, self._dropout_replacements.site, self.recomputing = self._dropout_replacements.site, site, True
         try:
             with self._mode() if self._everywhere is not False else nullcontext():
                 yield
         finally:
-            self._keyed.site, self.recomputing = later, False
+            self._dropout_replacements.site, self.recomputing = later, False
 
 
 @contextmanager

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_map
 from shardwise.strategy import PRODUCTS
 
 
-def contexts() -> tuple[Keeping, Recalling]:
+def contexts() -> tuple[SavingMode, ReplayMode]:
     """Return the contexts of a block's forward and of its recomputation, for `torch.utils.checkpoint`."""
-    keeping = Keeping()
-    return keeping, Recalling(keeping)
+    saving = SavingMode()
+    return saving, ReplayMode(saving)
 
 
 @lru_cache(maxsize=4096)
@@ -35,7 +35,7 @@ def is_product(operation: Any) -> bool:
     return f"{operation.namespace}.{operation.overloadpacket.__name__}" in PRODUCTS
 
 
-class Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class SavingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that saves the results of products, in order.
 
     Attributes:
@@ -49,23 +49,23 @@ class Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if is_product(function):
-            kept = tree_map(lambda value: _detached(value) if isinstance(value, Tensor) else value, result)
-            self.results.append((kept, _versions(kept)))
+            saved = tree_map(lambda value: _detached(value) if isinstance(value, Tensor) else value, result)
+            self.results.append((saved, _versions(saved)))
         return result
 
 
-class Recalling(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ReplayMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that returns saved results instead of computing them. A result written into since is recomputed."""
 
-    def __init__(self, keeping: Keeping) -> None:
+    def __init__(self, saving: SavingMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._keeping = keeping
+        self._saving = saving
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_product(function) and self._keeping.results:
-            kept, versions = self._keeping.results.popleft()
-            if _versions(kept) == versions:
-                return kept
+        if is_product(function) and self._saving.results:
+            saved, versions = self._saving.results.popleft()
+            if _versions(saved) == versions:
+                return saved
         return function(*args, **(kwargs or {}))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.parallel.state.dtensor_rows import local
-from shardwise.parallel.state.layout import Held
+from shardwise.parallel.state.layout import TensorPlacement
 
 
 def local_gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -21,16 +21,16 @@ def local_tensors(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: local(parameter) for name, parameter in parameters.items()}
 
 
-def squared_norm(gradients: Mapping[str, Tensor], held: Mapping[str, Held], device: torch.device) -> Tensor:
+def squared_norm(gradients: Mapping[str, Tensor], held: Mapping[str, TensorPlacement], device: torch.device) -> Tensor:
     """Compute this worker's part of the squared global norm, 0-d. The parts of all workers add up to it.
 
     Each element counts once: its square is divided by the number of workers that hold it.
     """
-    alike: dict[tuple[int, torch.device], list[Tensor]] = {}
+    groups: dict[tuple[int, torch.device], list[Tensor]] = {}
     for name, gradient in gradients.items():
-        alike.setdefault((held[name].holders, gradient.device), []).append(gradient)
+        groups.setdefault((held[name].holders, gradient.device), []).append(gradient)
     total = torch.zeros((), device=device)
-    for (holders, _), several in alike.items():
+    for (holders, _), several in groups.items():
         total = total + (torch.stack(torch._foreach_norm(several)).square().sum() / holders).to(device)
     return total
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.errors import CheckpointError
 from shardwise.parallel.state.dtensor_rows import is_split, local
-from shardwise.parallel.state.layout import Held, Layout, Piece
+from shardwise.parallel.state.layout import Layout, TensorPiece, TensorPlacement
 
 
 class OptimizerState:
@@ -33,7 +33,7 @@ class OptimizerState:
         self,
         optimizer: torch.optim.Optimizer,
         parameters: Mapping[str, nn.Parameter],
-        held: Mapping[str, Held],
+        held: Mapping[str, TensorPlacement],
         writes: set[str],
     ) -> None:
         self._optimizer = optimizer
@@ -41,7 +41,7 @@ class OptimizerState:
         self._held = held
         self._writes = writes
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorPiece]:
         """Return the piece `optimizer/<parameter>/<state>` of every entry that exists."""
         return [
             self._piece(name, key, value)
@@ -50,7 +50,7 @@ class OptimizerState:
             if isinstance(value, (Tensor, int, float))
         ]
 
-    def piece(self, name: str, key: str, shape: Sequence[int], dtype: torch.dtype) -> Piece | None:
+    def piece(self, name: str, key: str, shape: Sequence[int], dtype: torch.dtype) -> TensorPiece | None:
         """Return the piece of one entry, created with zeros if it does not exist.
 
         Returns None for a parameter not updated here.
@@ -82,7 +82,7 @@ class OptimizerState:
                 return parameter.device if beside else torch.device("cpu")
         raise AssertionError("a parameter in no group")
 
-    def _piece(self, name: str, key: str, value: Tensor | float) -> Piece:
+    def _piece(self, name: str, key: str, value: Tensor | float) -> TensorPiece:
         held = self._held[name]
         if not isinstance(value, Tensor):
             value = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
@@ -92,11 +92,11 @@ class OptimizerState:
             part = local(value)
             if tuple(part.shape) != held.layout.local_shape:
                 raise self._cannot_cut(name, key, tuple(value.shape))
-            return Piece(entry, part, held.layout, writes)
+            return TensorPiece(entry, part, held.layout, writes)
         if value.dim() and not self._is_whole(name):
             raise self._cannot_cut(name, key, tuple(value.shape))
         # one worker of those that share a parameter writes: the one with its first element
-        return Piece(entry, value.detach(), Layout.whole(value.shape), writes and _has_origin(held.layout))
+        return TensorPiece(entry, value.detach(), Layout.whole(value.shape), writes and _has_origin(held.layout))
 
     def _is_whole(self, name: str) -> bool:
         layout = self._held[name].layout

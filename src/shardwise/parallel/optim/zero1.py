@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.parallel.state.broadcast import broadcast
-from shardwise.splitting.ownership import deal
+from shardwise.splitting.ownership import assign_owners
 
 
-class DealtParameters:
+class OwnedParameters:
     """ZeRO-1: each replica updates the parameters assigned to it and broadcasts them to the others.
 
     Whole parameters are assigned, not slices. Every optimizer that treats parameters one by one therefore works
@@ -22,7 +22,7 @@ class DealtParameters:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
-        owners = deal({name: parameter.numel() for name, parameter in parameters.items()}, group.size())
+        owners = assign_owners({name: parameter.numel() for name, parameter in parameters.items()}, group.size())
         self.mine = [name for name in parameters if owners[name] == group.rank()]
         self._group = group
         self._by_owner: list[list[Tensor]] = [[] for _ in range(group.size())]

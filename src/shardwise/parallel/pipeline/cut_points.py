@@ -25,7 +25,7 @@ Use = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CutPoint:
     """Cut point of a step, before call `position`: `values` values with `bytes` bytes in total are sent onwards.
 
     `use` is the parameter use that follows it.
@@ -79,7 +79,7 @@ def uses(graph: fx.Graph, tensors: Mapping[str, str], parameters: Collection[str
     return found
 
 
-def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
+def find_cut_points(local: LocalGraph, parameters: Collection[str]) -> list[CutPoint]:
     """Return all cut points of the step in order."""
     sequence = calls(local.graph)
     used = uses(local.graph, local.step.tensors, parameters)
@@ -87,7 +87,7 @@ def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
     for first, end in _uncut(local, parameters):
         for index in range(sequence.index(first) + 1, sequence.index(end) + 1):
             live[index] = None
-    found: list[Place] = []
+    found: list[CutPoint] = []
     start = None
     for index, node in enumerate(sequence):
         if node not in used:
@@ -96,20 +96,20 @@ def places(local: LocalGraph, parameters: Collection[str]) -> list[Place]:
             options = [(*crossing, i) for i in range(start + 1, index + 1) if (crossing := live[i]) and crossing[1]]
             if options:
                 size, count, position = min(options, key=lambda option: (option[0], option[2]))
-                found.append(Place(used[node][0], position, size, count))
+                found.append(CutPoint(used[node][0], position, size, count))
         start = index
     return found
 
 
-def common(training: Sequence[Place], evaluation: Sequence[Place]) -> list[Place]:
+def common(training: Sequence[CutPoint], evaluation: Sequence[CutPoint]) -> list[CutPoint]:
     """Return the cut points of a training step that exist in its evaluation too, in the same order."""
-    position = {place.use: place.position for place in evaluation}
-    found: list[Place] = []
+    position = {cut_point.use: cut_point.position for cut_point in evaluation}
+    found: list[CutPoint] = []
     last = -1
-    for place in training:
-        if position.get(place.use, -1) > last:
-            found.append(place)
-            last = position[place.use]
+    for cut_point in training:
+        if position.get(cut_point.use, -1) > last:
+            found.append(cut_point)
+            last = position[cut_point.use]
     return found
 
 
@@ -150,7 +150,7 @@ def _crossing(local: LocalGraph, sequence: list[fx.Node]) -> list[tuple[int, int
 
 def positions(local: LocalGraph, cut: Sequence[Use], parameters: Collection[str]) -> list[int]:
     """Convert the cut points `cut` to call indices in another shape of the step."""
-    found = {place.use: place.position for place in places(local, parameters)}
+    found = {cut_point.use: cut_point.position for cut_point in find_cut_points(local, parameters)}
     return [found[use] for use in cut]
 
 

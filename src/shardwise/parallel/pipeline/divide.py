@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.pipeline.cut_points import Place, Use, calls, common, places, uses
+from shardwise.parallel.pipeline.cut_points import CutPoint, Use, calls, common, find_cut_points, uses
 from shardwise.parallel.pipeline.link_speed import measured_links
 from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.splitting.balance import BYTES_PER_SECOND, Cuts, check_stages, cuts_blocks, divided
@@ -40,12 +40,12 @@ class Division:
     Attributes:
         cuts: first segment of each block, by stage.
         cut: all chosen cut points, each by the parameter use that follows it.
-        places: number of available cut points.
+        cut_points: number of available cut points.
     """
 
     cuts: Cuts
     cut: tuple[Use, ...]
-    places: int
+    cut_points: int
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -72,9 +72,9 @@ def divide(
     Raises:
         StrategyError: the step cannot be cut into that many stages, or the given cuts do not fit the step.
     """
-    found = places(local, parameters)
+    found = find_cut_points(local, parameters)
     if evaluation is not None:
-        found = common(found, places(evaluation, parameters))
+        found = common(found, find_cut_points(evaluation, parameters))
     stages = strategy.pp * strategy.stages_per_worker
     check_stages(strategy, len(found))
     in_blocks = cuts_blocks(strategy)
@@ -84,40 +84,40 @@ def divide(
         _check_cuts(cuts, stages, len(found))
         return _division(cuts, found)
     seconds, messages = _of_worker_0(_seconds(step, tensors, data, parameters, mesh), found, mesh)
-    costs = _links(step, found, seconds, parameters)
+    costs = _segment_costs(step, found, seconds, parameters)
     device = "cpu" if mesh.device.type == "cpu" else "gpu"
     slower = much_slower(measured_links(mesh), BYTES_PER_SECOND[device])
     parts = divided(costs, messages, stages, device, speeds=strategy.stage_speeds, slower=slower, in_blocks=in_blocks)
     return _division(tuple(map(tuple, parts)), found)
 
 
-def _division(cuts: Cuts, found: Sequence[Place]) -> Division:
+def _division(cuts: Cuts, found: Sequence[CutPoint]) -> Division:
     starts = [start for stage in cuts for start in stage if start]
-    return Division(cuts, tuple(found[link - 1].use for link in starts), len(found))
+    return Division(cuts, tuple(found[segment - 1].use for segment in starts), len(found))
 
 
-def _check_cuts(cuts: Cuts, stages: int, places_found: int) -> None:
+def _check_cuts(cuts: Cuts, stages: int, cut_points: int) -> None:
     starts = [start for stage in cuts for start in stage]
     ascending = all(a < b for a, b in pairwise(starts))
-    if len(cuts) != stages or not all(cuts) or starts[0] != 0 or starts[-1] > places_found or not ascending:
+    if len(cuts) != stages or not all(cuts) or starts[0] != 0 or starts[-1] > cut_points or not ascending:
         raise StrategyError(
-            f"cuts {cuts} are not those of {stages} stages of {places_found + 1} links: each stage has the ascending "
-            "numbers of the links at which its blocks begin, the first of them 0"
+            f"cuts {cuts} are not those of {stages} stages of {cut_points + 1} segments: each stage has the ascending "
+            "numbers of the segments at which its blocks begin, the first of them 0"
         )
 
 
-def _links(
-    step: StepGraph, found: Sequence[Place], costs: Mapping[Use, float], parameters: Collection[str]
+def _segment_costs(
+    step: StepGraph, found: Sequence[CutPoint], costs: Mapping[Use, float], parameters: Collection[str]
 ) -> list[float]:
     """Sum the costs of the parameter uses in each segment between two cut points."""
-    starts = {place.use: index + 1 for index, place in enumerate(found)}
-    links = [0.0] * (len(found) + 1)
+    starts = {cut_point.use: index + 1 for index, cut_point in enumerate(found)}
+    segments = [0.0] * (len(found) + 1)
     current = 0
     for used in uses(step.graph, step.tensors, parameters).values():
         for use in used:
             current = starts.get(use, current)
-            links[current] += costs.get(use, 0.0)
-    return links
+            segments[current] += costs.get(use, 0.0)
+    return segments
 
 
 def _seconds(
@@ -138,13 +138,13 @@ def _seconds(
 
 
 def _of_worker_0(
-    seconds: Mapping[Use, float], found: Sequence[Place], mesh: Mesh
+    seconds: Mapping[Use, float], found: Sequence[CutPoint], mesh: Mesh
 ) -> tuple[dict[Use, float], list[float]]:
     """Return the seconds, and the bytes to send at each cut point, as worker 0 has them. Collective.
 
     All must cut alike, but replicas with unequal shares of a batch have messages of different sizes.
     """
-    numbers = [*seconds.values(), *(place.bytes for place in found)]
+    numbers = [*seconds.values(), *(cut_point.bytes for cut_point in found)]
     agreed = torch.tensor(numbers, dtype=torch.float64, device=mesh.device)
     if mesh.world is not None:
         dist.broadcast(agreed, 0)
@@ -179,13 +179,13 @@ def _on_meta(node: fx.Node) -> Any:
 def _timed(
     step: StepGraph, tensors: Mapping[str, Tensor], data: Any, used: Mapping[fx.Node, list[Use]], repeats: int = 3
 ) -> list[float]:
-    kept = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
+    before = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
     best = [float("inf")] * len(used)
     with torch.random.fork_rng():
         for _ in range(repeats):
             for index, seconds in enumerate(_timed_once(step, tensors, data, used)):
                 best[index] = min(best[index], seconds)
-    for name, value in kept.items():  # restore batch norm's statistics
+    for name, value in before.items():  # restore batch norm's statistics
         tensors[name].data.copy_(value)
     return best
 

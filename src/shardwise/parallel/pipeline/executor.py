@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.autograd.profiler import record_function
 
-from shardwise.parallel.pipeline.stage import Stage, Work
+from shardwise.parallel.pipeline.stage import StageModule, StepWork
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 
@@ -47,7 +47,7 @@ class Inflight:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class PipelinePass:
     """Microbatches of one shape that go through the pipeline together.
 
     Attributes:
@@ -60,7 +60,7 @@ class Pass:
         before_backward: called with (stage, whether it is the stage's last backward of this pass).
     """
 
-    work: Work
+    work: StepWork
     actions: Sequence[Action]
     others: Callable[[int], Sequence[Action]]
     given: Sequence[Mapping[str, Any]]
@@ -75,18 +75,18 @@ class Sent:
 
     Attributes:
         worker: the worker that receives it.
-        place: index of the receiving action in that worker's table.
+        position: index of the receiving action in that worker's table.
         handle: the handle of the send.
         message: the sent tensor, kept alive until the send completes.
     """
 
     worker: int
-    place: int
+    position: int
     handle: Any
     message: Tensor
 
 
-class Pipeline:
+class PipelineExecutor:
     """This worker's stages and its communication with the other pipeline workers.
 
     Attributes:
@@ -99,7 +99,7 @@ class Pipeline:
 
     def __init__(
         self,
-        stages: Mapping[int, Stage],
+        stages: Mapping[int, StageModule],
         worker: int,
         workers: int,
         group: dist.ProcessGroup | None,
@@ -117,11 +117,11 @@ class Pipeline:
         self._here: dict[tuple[Action, int, fx.Node], Tensor] = {}
         self._sent: list[Sent] = []
         self._tables: Callable[[int], Sequence[Action]] = lambda _: ()
-        self._places: dict[int, dict[Action, int]] = {}
+        self._positions: dict[int, dict[Action, int]] = {}
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def run(self, work: Pass) -> Tensor:
+    def run(self, work: PipelinePass) -> Tensor:
         """Compute the gradients of a pass, left in `.grad`.
 
         Returns the sum of scale times loss over this worker's microbatches.
@@ -147,44 +147,44 @@ class Pipeline:
         self._finish()
         return total
 
-    def _forward(self, work: Pass, action: Action) -> Tensor | None:
+    def _forward(self, work: PipelinePass, action: Action) -> Tensor | None:
         stage, microbatch = action.stage, action.microbatch
         work.enter(microbatch)
         stage_work = work.work.stages[stage]
         received = self._received(work.work, action)
         inputs = {node: received[node].detach().requires_grad_(node.meta["grad"]) for node in stage_work.inputs}
         results = self.stages[stage](stage_work, work.given[microbatch], [inputs[node] for node in stage_work.inputs])
-        kept = Inflight(inputs, dict(zip(stage_work.outputs, results, strict=True)))
-        self._inflight[stage, microbatch] = kept
+        inflight = Inflight(inputs, dict(zip(stage_work.outputs, results, strict=True)))
+        self._inflight[stage, microbatch] = inflight
         if stage == len(work.work.stages) - 1:
             scale = work.scales[microbatch]
-            kept.loss = (results[0] * scale).where(scale != 0, 0)  # with scale 0 the nan of an empty mean becomes 0
-            return kept.loss.detach()
+            inflight.loss = (results[0] * scale).where(scale != 0, 0)  # with scale 0 the nan of an empty mean becomes 0
+            return inflight.loss.detach()
         for target in range(stage + 1, len(work.work.stages)):
             nodes = work.work.messages(stage, target)
-            self._send(action, target, nodes, [kept.outputs[node] for node in nodes])
+            self._send(action, target, nodes, [inflight.outputs[node] for node in nodes])
         return None
 
-    def _backward(self, work: Pass, action: Action) -> None:
+    def _backward(self, work: PipelinePass, action: Action) -> None:
         stage, microbatch = action.stage, action.microbatch
-        kept = self._inflight.pop((stage, microbatch))
+        inflight = self._inflight.pop((stage, microbatch))
         gradients = self._received(work.work, action)
         self.weights.begin((stage, microbatch) if action.kind == INPUT else None)
-        if kept.loss is not None:
-            kept.loss.backward()  # type: ignore[no-untyped-call]
+        if inflight.loss is not None:
+            inflight.loss.backward()  # type: ignore[no-untyped-call]
         else:
-            targets = [node for node in gradients if kept.outputs[node].requires_grad]
-            outputs = [kept.outputs[node] for node in targets]
+            targets = [node for node in gradients if inflight.outputs[node].requires_grad]
+            outputs = [inflight.outputs[node] for node in targets]
             arrived = [gradients[node].to(out.dtype) for node, out in zip(targets, outputs, strict=True)]
             torch.autograd.backward(outputs, arrived)
         self.weights.begin(None)
         for source in range(stage):
             nodes = [node for node in work.work.messages(source, stage) if node.meta["grad"]]
-            self._send(action, source, nodes, [_gradient(kept.inputs[node]) for node in nodes])
+            self._send(action, source, nodes, [_gradient(inflight.inputs[node]) for node in nodes])
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
-    def evaluate(self, work: Work, given: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
+    def evaluate(self, work: StepWork, given: Mapping[str, Any]) -> tuple[Tensor, ...] | None:
         """Run a forward pass in evaluation.
 
         Returns the results of the step on the worker of the last stage, None elsewhere.
@@ -208,7 +208,7 @@ class Pipeline:
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
-    def _sources(self, work: Work, action: Action) -> list[tuple[int, list[fx.Node]]]:
+    def _sources(self, work: StepWork, action: Action) -> list[tuple[int, list[fx.Node]]]:
         """Return the stages that an action receives from, with the values that each sends."""
         if action.kind == FORWARD:
             pairs = [(source, work.messages(source, action.stage)) for source in range(action.stage)]
@@ -219,7 +219,7 @@ class Pipeline:
             pairs = []
         return [(stage, nodes) for stage, nodes in pairs if nodes]
 
-    def _post(self, work: Work, action: Action) -> None:
+    def _post(self, work: StepWork, action: Action) -> None:
         """Post the receives of an action, unless they are posted already."""
         if action in self._arriving:
             return
@@ -233,7 +233,7 @@ class Pipeline:
                 arriving.append((node, buffer, dist.irecv(buffer, self._rank(source), self.group, tag)))
         self._arriving[action] = arriving
 
-    def _received(self, work: Work, action: Action) -> dict[fx.Node, Tensor]:
+    def _received(self, work: StepWork, action: Action) -> dict[fx.Node, Tensor]:
         """Wait for the messages of an action, and return its values by node.
 
         Gradients of one value that come from several stages are added up.
@@ -245,7 +245,7 @@ class Pipeline:
             values[node] = buffer if node not in values else values[node] + buffer
         for source, nodes in self._sources(work, action):
             if self._on(source) != self.worker:
-                self._forget(self._on(source), self._place(Action(action.kind, source, action.microbatch)))
+                self._forget(self._on(source), self._position(Action(action.kind, source, action.microbatch)))
             else:
                 for node in nodes:
                     value = self._here.pop((_key(action), source, node))
@@ -263,35 +263,35 @@ class Pipeline:
             message = message.contiguous()
             tag = self._tag(action, action.stage, target)
             handle = dist.isend(message, self._rank(target), self.group, tag)
-            self._sent.append(Sent(self._on(target), self._place(arrival), handle, message))
+            self._sent.append(Sent(self._on(target), self._position(arrival), handle, message))
 
-    def _place(self, action: Action) -> int:
+    def _position(self, action: Action) -> int:
         """Return the index of an action in its worker's table. Returns 0 in an evaluation, which has no table."""
         worker = self._on(action.stage)
-        if worker not in self._places:
+        if worker not in self._positions:
             table = enumerate(self._tables(worker))
-            self._places[worker] = {_key(each): place for place, each in table if each.kind != WEIGHT}
-        return self._places[worker].get(_key(action), 0)
+            self._positions[worker] = {_key(each): position for position, each in table if each.kind != WEIGHT}
+        return self._positions[worker].get(_key(action), 0)
 
-    def _forget(self, worker: int, place: int) -> None:
-        """Free the sends to a worker that must have posted their receives, because it has reached `place` in its table.
+    def _forget(self, worker: int, position: int) -> None:
+        """Free the sends to a worker that must have posted their receives, because it is at `position` in its table.
 
         A worker posts receives one action ahead.
         """
-        asked = [sent for sent in self._sent if sent.worker == worker and sent.place <= place + 1]
+        asked = [sent for sent in self._sent if sent.worker == worker and sent.position <= position + 1]
         if not asked:
             return
         with record_function(WAIT):
             for sent in asked:
                 sent.handle.wait()
-        self._sent = [sent for sent in self._sent if sent.worker != worker or sent.place > place + 1]
+        self._sent = [sent for sent in self._sent if sent.worker != worker or sent.position > position + 1]
 
     def _finish(self) -> None:
         with record_function(WAIT):
             for sent in self._sent:
                 sent.handle.wait()
         self._sent.clear()
-        self._places.clear()
+        self._positions.clear()
         self._tables = lambda _: ()
 
     def _on(self, stage: int) -> int:
@@ -308,7 +308,7 @@ class Pipeline:
 
 
 def goes_back(tag: int) -> bool:
-    """Return whether the message with this tag is a gradient; see `Pipeline._tag`."""
+    """Return whether the message with this tag is a gradient; see `PipelineExecutor._tag`."""
     return bool(tag // MOST_STAGES**2 % 2)
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.parallel.mesh import Mesh
-from shardwise.splitting.slow_links import hops_of
+from shardwise.splitting.slow_links import link_count
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**18, 2**22
 """Size in bytes of the timed message: an accelerator sends more in the same time."""
@@ -30,13 +30,15 @@ def measured_links(mesh: Mesh) -> list[float]:
     group = mesh.group("pp")
     if group is None or dist.get_backend(group) == "fake":
         return []
-    workers, place = mesh.strategy.pp, mesh.coordinate("pp")
-    hops = hops_of(mesh.strategy)
-    found = torch.zeros(hops, dtype=torch.float64, device=mesh.device)
-    for source in range(hops):
+    workers, pipeline_rank = mesh.strategy.pp, mesh.coordinate("pp")
+    count = link_count(mesh.strategy)
+    found = torch.zeros(count, dtype=torch.float64, device=mesh.device)
+    for source in range(count):
         target = (source + 1) % workers
-        if place in (source, target):
-            found[source] = _per_byte(place == source, target if place == source else source, mesh, group)
+        if pipeline_rank in (source, target):
+            found[source] = _per_byte(
+                pipeline_rank == source, target if pipeline_rank == source else source, mesh, group
+            )
     dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.world)
     return [float(each) for each in found]
 

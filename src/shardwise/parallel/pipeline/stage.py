@@ -12,14 +12,14 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from shardwise.parallel.operators import selective_checkpoint
-from shardwise.parallel.operators.graph_operators import KeyedOperations
+from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.pipeline.cut_points import Use, positions
 from shardwise.parallel.pipeline.subgraphs import Section, compiled, sections
 from shardwise.parallel.tensor.partitioner import LocalGraph
 
 
 @dataclass(frozen=True, slots=True)
-class Piecework:
+class BlockWork:
     """Compiled section: the computation of a block for one shape of the step."""
 
     section: Section
@@ -36,13 +36,13 @@ class StageWork:
         outputs: values for other stages, or the results of the step.
     """
 
-    blocks: tuple[Piecework, ...]
+    blocks: tuple[BlockWork, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class StepWork:
     """Computation of all stages for one shape of the step.
 
     Attributes:
@@ -66,7 +66,7 @@ def prepare(
     stage_blocks: Sequence[int],
     parameters: Collection[str],
     own: Collection[int],
-) -> Work:
+) -> StepWork:
     """Cut a step into blocks at `cut`. The first `stage_blocks[0]` of them make the first stage, and so on.
 
     Only the stages in `own` are compiled.
@@ -81,7 +81,7 @@ def prepare(
             home.update({node: stage for node in section.outputs if node not in home})
         stages.append(_stage_work(mine, parts[first + count :], local, compile_them=stage in own))
         first += count
-    return Work(local, tuple(stages), home)
+    return StepWork(local, tuple(stages), home)
 
 
 def _stage_work(mine: list[Section], later: list[Section], local: LocalGraph, *, compile_them: bool) -> StageWork:
@@ -89,7 +89,7 @@ def _stage_work(mine: list[Section], later: list[Section], local: LocalGraph, *,
     inputs = [node for section in mine for node in section.inputs if node not in made]
     wanted = {node for section in later for node in section.inputs}
     outputs = [node for section in mine for node in section.outputs if node in wanted] if later else mine[-1].outputs
-    blocks = tuple(Piecework(section, compiled(section, local) if compile_them else _elsewhere) for section in mine)
+    blocks = tuple(BlockWork(section, compiled(section, local) if compile_them else _elsewhere) for section in mine)
     return StageWork(blocks, tuple(dict.fromkeys(inputs)), tuple(dict.fromkeys(outputs)) if later else tuple(outputs))
 
 
@@ -97,14 +97,14 @@ def _elsewhere(*_: Any) -> tuple[Any, ...]:
     raise AssertionError("another worker's section")
 
 
-class Block(nn.Module):
+class BlockModule(nn.Module):
     """Tensors that belong together: they are gathered, recomputed and freed as a unit."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.attributes = register(self, tensors)
 
-    def forward(self, work: Piecework, shared: Mapping[str, Tensor], values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def forward(self, work: BlockWork, shared: Mapping[str, Tensor], values: tuple[Any, ...]) -> tuple[Any, ...]:
         """Compute the section's outputs.
 
         `shared` has the tensors that other blocks use too, `values` the given and input values.
@@ -125,13 +125,13 @@ def register(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]
     return attributes
 
 
-class Stage(nn.Module):
+class StageModule(nn.Module):
     """Module of one pipeline stage: its blocks, and the tensors that several of them use.
 
     Args:
         blocks: the tensors of each block.
         shared: tensors that several of the blocks use.
-        keyed: random operations, whose numbers recomputation must draw again.
+        operators: random operations, whose numbers recomputation must draw again.
         recomputed: number of blocks, from the first, that save only their inputs and are recomputed in the backward
             pass.
         products: whether these blocks save the results of their products too, see `selective_checkpoint`.
@@ -142,16 +142,16 @@ class Stage(nn.Module):
         self,
         blocks: Sequence[Mapping[str, Tensor]],
         shared: Mapping[str, Tensor],
-        keyed: KeyedOperations,
+        operators: GraphOperators,
         *,
         recomputed: int,
         products: bool,
         bf16: bool,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(tensors) for tensors in blocks)
+        self.blocks = nn.ModuleList(BlockModule(tensors) for tensors in blocks)
         self.attributes = register(self, shared)
-        self.keyed = keyed
+        self.operators = operators
         self.recomputed = recomputed
         self.contexts = selective_checkpoint.contexts if products else noop_context_fn
         self.bf16 = bf16
@@ -179,15 +179,15 @@ class Stage(nn.Module):
         return tuple(values[node] for node in work.outputs)
 
     def _run_again(
-        self, block: nn.Module, piece: Piecework, shared: Mapping[str, Tensor], arguments: tuple[Any, ...]
+        self, block: nn.Module, piece: BlockWork, shared: Mapping[str, Tensor], arguments: tuple[Any, ...]
     ) -> tuple[Any, ...]:
         """Run a block that saves only its inputs and is recomputed in the backward pass."""
-        position = copy(self.keyed.position)
+        position = copy(self.operators.position)
         again = False
 
         def compute(*values: Any) -> tuple[Any, ...]:
             nonlocal again
-            with self.keyed.at(position, again=again), _kept(block, again):
+            with self.operators.at(position, again=again), _restored_buffers(block, again):
                 again = True
                 return _run(block, piece, shared, values)
 
@@ -198,13 +198,13 @@ class Stage(nn.Module):
 
 
 def _run(
-    block: nn.Module, piece: Piecework, shared: Mapping[str, Tensor], arguments: tuple[Any, ...]
+    block: nn.Module, piece: BlockWork, shared: Mapping[str, Tensor], arguments: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     result: tuple[Any, ...] = block(piece, shared, arguments)
     return result
 
 
-class _kept:  # noqa: N801  a context manager
+class _restored_buffers:  # noqa: N801  a context manager
     """Context manager that restores the buffers of a block after its recomputation, so that they change only once."""
 
     def __init__(self, block: nn.Module, again: bool) -> None:

@@ -68,12 +68,12 @@ class Buffers(ReplicaBuffers):
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None) -> None:
         self.persistent = persistent_buffers(model)
-        self._places = [(model.get_submodule(name.rpartition(".")[0]), name) for name in self.persistent]
+        self._owners = [(model.get_submodule(name.rpartition(".")[0]), name) for name in self.persistent]
         super().__init__(self.persistent, group)
 
     def settle(self) -> None:
         """Copy newly assigned buffers into the old ones, and make all buffers equal. Collective over the replicas."""
-        for module, name in self._places:
+        for module, name in self._owners:
             key, buffer = name.rpartition(".")[2], self.persistent[name]
             assigned = module._buffers.get(key)
             if assigned is not buffer and assigned is not None and assigned.shape == buffer.shape:

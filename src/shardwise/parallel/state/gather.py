@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.parallel.state.layout import Layout, Piece, Tile
+from shardwise.parallel.state.layout import Layout, TensorPiece, Tile
 from shardwise.parallel.state.pytree import facts
 
 
@@ -42,7 +42,7 @@ def anywhere(flags: Sequence[bool], group: dist.ProcessGroup, device: torch.devi
 
 
 def gather_full(
-    pieces: Sequence[Piece], group: dist.ProcessGroup | None, device: torch.device
+    pieces: Sequence[TensorPiece], group: dist.ProcessGroup | None, device: torch.device
 ) -> dict[str, Tensor] | None:
     """Gather full tensors by name on the CPU of worker 0. Returns None elsewhere. Collective.
 
@@ -75,7 +75,7 @@ def _paste(full: dict[str, Tensor], name: str, layout: Layout, local: Tensor) ->
     layout.paste(local, full[name])
 
 
-def _describe(piece: Piece) -> list[Any]:
+def _describe(piece: TensorPiece) -> list[Any]:
     tiles = [[tile.offsets, tile.sizes, tile.start] for tile in piece.layout.tiles]
     return [piece.name, piece.layout.shape, tiles, str(piece.local.dtype).removeprefix("torch.")]
 

@@ -123,7 +123,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorPiece:
     """One worker's part of a named global tensor.
 
     Attributes:
@@ -140,7 +140,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TensorPlacement:
     """Placement of one named tensor (parameter or buffer) on this worker.
 
     Attributes:

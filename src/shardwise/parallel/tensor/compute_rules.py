@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from shardwise.parallel.tensor import view_rules, vocab_parallel
 from shardwise.parallel.tensor.aliasing import writes_in_place
-from shardwise.parallel.tensor.partitioner import Labels, Obstacle, Partitioner, Rule, Value, bound
+from shardwise.parallel.tensor.partitioner import Labels, Obstacle, Partitioner, PlacedValue, Rule, bound
 from shardwise.parallel.tensor.placement import PARTIAL, REPLICATED, Partial, Placement, Sharded
 from shardwise.workload.trace.opaque import OPAQUE, call_of
 
@@ -49,10 +49,10 @@ def aligned(shape: Sequence[int], output: Sequence[int]) -> Labels:
 
 def pointwise(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """Elementwise operations, with broadcasting."""
-    if any(isinstance(value, Value) for value in kwargs.values()):
+    if any(isinstance(value, PlacedValue) for value in kwargs.values()):
         return p.fallback(node, args, kwargs, f"{node.target} takes a tensor by name")
     like = node.meta["val"]
-    inputs = {i: aligned(arg.shape, like.shape) for i, arg in enumerate(args) if isinstance(arg, Value)}
+    inputs = {i: aligned(arg.shape, like.shape) for i, arg in enumerate(args) if isinstance(arg, PlacedValue)}
     if not inputs:
         return p.fallback(node, args, kwargs, "")
     writes = writes_in_place(node)
@@ -74,7 +74,7 @@ def pointwise(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
 def _sums(node: fx.Node, args: list[Any], like: Tensor) -> bool:
     """Return whether an addition of partial sums can stay a partial sum, so that one all-reduce serves both."""
     return node.target is aten.add.Tensor and all(
-        isinstance(v, Value) and isinstance(v.placement, Partial) and v.shape == tuple(like.shape) for v in args
+        isinstance(v, PlacedValue) and isinstance(v.placement, Partial) and v.shape == tuple(like.shape) for v in args
     )
 
 
@@ -96,12 +96,12 @@ def _product(
     p: Partitioner,
     function: Any,
     args: list[Any],
-    bias: Value | None,
+    bias: PlacedValue | None,
     labels: dict[int, Labels],
     output: Labels,
     like: Any,
     bias_shape: tuple[int, ...] | None = None,
-) -> Value:
+) -> PlacedValue:
     """Emit a matmul or convolution with weight labels "o" and "i".
 
     A bias is added after the all-reduce if "i" is sharded.
@@ -138,7 +138,7 @@ def matmul(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
     return p.labelled(node.target, [a, b], kwargs, inputs, output, like=like, weights=weights)  # type: ignore[arg-type]
 
 
-def _is_weight(value: Value) -> bool:
+def _is_weight(value: PlacedValue) -> bool:
     return value.tensor is not None and len(value.shape) > 1
 
 
@@ -306,7 +306,7 @@ def _attention_with_dropout(
     dropout: float,
     causal: bool,
     scale: float | None,
-) -> Value:
+) -> PlacedValue:
     site, p.sites = p.sites, p.sites + 1
     label, segments, origin = p.choose(list(full), inputs, (), None)
     placement: Placement = REPLICATED if label is None else Sharded(output.index(label), segments, origin)
@@ -314,7 +314,7 @@ def _attention_with_dropout(
     return p.labelled(p.replacements.attention, args, None, inputs, output, like=like)
 
 
-def _heads(p: Partitioner, query: Value, item: Value) -> Value:
+def _heads(p: Partitioner, query: PlacedValue, item: PlacedValue) -> PlacedValue:
     """Repeat key or value heads, so that each query head of this worker has one."""
     dim = len(item.shape) - 3
     times = query.shape[-3] // item.shape[-3]
@@ -337,7 +337,7 @@ def layer_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
     labels: Labels = (*(f"b{dim}" for dim in range(lead)), *(None,) * len(shape))
     inputs: dict[int, Labels] = {0: labels}
     for index in (2, 3):
-        if index < len(args) and isinstance(args[index], Value):
+        if index < len(args) and isinstance(args[index], PlacedValue):
             inputs[index] = (None,) * len(shape)
     return p.labelled(node.target, args, kwargs, inputs, labels, like=node.meta["val"])  # type: ignore[arg-type]
 
@@ -347,7 +347,7 @@ def group_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
     x, groups, like = p.settled(args[0]), args[1], node.meta["val"]
     labels = ("n", "c", *(None,) * (len(x.shape) - 2))
     inputs: dict[int, Labels] = {0: labels}
-    inputs.update({i: ("c",) for i in (2, 3) if i < len(args) and isinstance(args[i], Value)})
+    inputs.update({i: ("c",) for i in (2, 3) if i < len(args) and isinstance(args[i], PlacedValue)})
     full = [x, *args[1:]]
     label, segments, _ = p.choose(list(full), inputs, (), None)
     if label == "c":
@@ -372,7 +372,7 @@ def batch_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
     x = args[0]
     labels = ("n", "c", *(None,) * (len(x.shape) - 2))
     inputs: dict[int, Labels] = {0: labels}
-    inputs.update({i: ("c",) for i in range(1, 5) if isinstance(args[i], Value)})
+    inputs.update({i: ("c",) for i in range(1, 5) if isinstance(args[i], PlacedValue)})
     if training:
         full = [*args[:5], momentum, eps]
         return p.labelled(p.replacements.batch_norm, full, None, inputs, labels, like=node.meta["val"])
@@ -383,7 +383,7 @@ def instance_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[s
     """instance_norm(x (n, c, ...), weight, bias, running mean, running var, ...): each sample and channel by itself."""
     labels = ("n", "c", *(None,) * (len(args[0].shape) - 2))
     inputs: dict[int, Labels] = {0: labels}
-    inputs.update({i: ("c",) for i in range(1, 5) if isinstance(args[i], Value)})
+    inputs.update({i: ("c",) for i in range(1, 5) if isinstance(args[i], PlacedValue)})
     return p.labelled(node.target, args, kwargs, inputs, labels, like=node.meta["val"])  # type: ignore[arg-type]
 
 

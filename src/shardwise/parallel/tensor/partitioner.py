@@ -32,7 +32,7 @@ Rule = Callable[["Partitioner", fx.Node, list[Any], dict[str, Any]], Any]
 
 
 @dataclass(slots=True, eq=False)
-class Value:
+class PlacedValue:
     """Value of the step with its placement on the workers.
 
     Attributes:
@@ -53,7 +53,7 @@ class Value:
     grad: bool
     tensor: str | None = None
     dims: tuple[int | None, ...] = ()
-    exchanged: dict[Any, Value] = field(default_factory=dict)
+    exchanged: dict[Any, PlacedValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ class Partitioner:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self._tensors: dict[str, fx.Node] = {}
-        self._forms: dict[str, list[Value]] = {}
+        self._forms: dict[str, list[PlacedValue]] = {}
         self._entered: dict[str, fx.Node] = {}
         self._direct: set[str] = set()
         self._outside = False
@@ -213,14 +213,14 @@ class Partitioner:
                 self.values[node] = self._call(node)
         return self._finish()
 
-    def _placeholder(self, node: fx.Node) -> Value | None:
+    def _placeholder(self, node: fx.Node) -> PlacedValue | None:
         val = node.meta["val"]
         if not isinstance(val, Tensor):
             return None  # a number or string in the batch, constant in the graph
         name = self.step.tensors.get(node.name)
         copy = self._tensors.get(name or "") or self.graph.placeholder(node.name)
         dims = tuple(range(val.dim()))
-        value = Value(copy, REPLICATED, tuple(val.shape), val.dtype, name in self.trained, name, dims)
+        value = PlacedValue(copy, REPLICATED, tuple(val.shape), val.dtype, name in self.trained, name, dims)
         if name is not None:
             self._tensors[name] = copy
             self._forms.setdefault(name, []).append(value)
@@ -235,7 +235,7 @@ class Partitioner:
         if not isinstance(item, fx.Node):
             return item
         value = self.values[item]
-        if isinstance(value, Value) and value.tensor in self.placements:
+        if isinstance(value, PlacedValue) and value.tensor in self.placements:
             value.placement = _seen(self.placements[value.tensor], value)
         return value
 
@@ -249,8 +249,8 @@ class Partitioner:
         kwargs = fx.node.map_aggregate(node.kwargs, self._value)
         result = self._rule(self, node, list(args), dict(kwargs))
         if self._roots[node] in self._changed:  # its views must remain views of it
-            parts = [self.replicated(part) for part in _leaves(result) if isinstance(part, Value)]
-            result = parts[0] if isinstance(result, Value) else tuple(parts)
+            parts = [self.replicated(part) for part in _leaves(result) if isinstance(part, PlacedValue)]
+            result = parts[0] if isinstance(result, PlacedValue) else tuple(parts)
             if writes_in_place(node):
                 self._forget_exchanged(node)
         first = node.args[0] if node.args else None
@@ -261,7 +261,7 @@ class Partitioner:
     def _forget_exchanged(self, written: fx.Node) -> None:
         """Clear the cached exchanges of a value that was changed in place, and of its views: they are out of date."""
         for node, value in self.values.items():
-            if self._roots[node] is self._roots[written] and isinstance(value, Value):
+            if self._roots[node] is self._roots[written] and isinstance(value, PlacedValue):
                 value.exchanged.clear()
 
     def _finish(self) -> LocalGraph:
@@ -300,13 +300,13 @@ class Partitioner:
 
     def undecided(self, value: Any) -> bool:
         """Return whether `value` is a parameter or buffer whose placement is not decided yet."""
-        return isinstance(value, Value) and value.tensor is not None and value.tensor not in self.placements
+        return isinstance(value, PlacedValue) and value.tensor is not None and value.tensor not in self.placements
 
     def takes_form(self, value: Any) -> bool:
         """Return whether `value` is undecided and can stay so in another form: the step does not write to it."""
         return self.undecided(value) and value.tensor not in self._written
 
-    def decide(self, value: Value, placement: Placement) -> None:
+    def decide(self, value: PlacedValue, placement: Placement) -> None:
         """Decide the placement of a parameter or buffer from the placement that one of its forms needs."""
         assert value.tensor is not None
         forms = self._forms[value.tensor]
@@ -323,20 +323,20 @@ class Partitioner:
             form.placement = _seen(placement, form)
             form.node.meta["shape"] = local_shape(form.shape, form.placement, self.ranks)
 
-    def origin(self, value: Value, dim: int) -> Origin:
+    def origin(self, value: PlacedValue, dim: int) -> Origin:
         """Return the parameter dimension that dimension `dim` of one of its forms stands for."""
-        place = value.dims[dim]
+        index = value.dims[dim]
         assert value.tensor is not None
-        assert place is not None
-        return Origin(value.tensor, place)
+        assert index is not None
+        return Origin(value.tensor, index)
 
-    def segments(self, value: Value, dim: int) -> tuple[int, ...]:
+    def segments(self, value: PlacedValue, dim: int) -> tuple[int, ...]:
         """Return the best segments to shard dimension `dim` of an undecided parameter by.
 
         Returns () if it cannot be sharded.
         """
-        place = value.dims[dim]
-        return () if place is None else self.wanted.get((value.tensor or "", place), (value.shape[dim],))
+        index = value.dims[dim]
+        return () if index is None else self.wanted.get((value.tensor or "", index), (value.shape[dim],))
 
     def form(
         self,
@@ -346,7 +346,7 @@ class Partitioner:
         *,
         like: Any,
         dims: Sequence[int | None],
-    ) -> Value:
+    ) -> PlacedValue:
         """Emit another form of the undecided parameter `args[0]`, for example its transpose.
 
         The form stays undecided too: its user decides.
@@ -358,7 +358,7 @@ class Partitioner:
             like: a tensor with shape and dtype of the whole result.
             dims: for each dimension of the result the dimension of `args[0]` that it is; None if it is none of them.
         """
-        base: Value = args[0]
+        base: PlacedValue = args[0]
         result = self.emit(function, args, kwargs, like=like)
         result.tensor = base.tensor
         result.dims = tuple(None if dim is None else base.dims[dim] for dim in dims)
@@ -389,22 +389,22 @@ class Partitioner:
         *,
         like: Any,
         placement: Placement = REPLICATED,
-    ) -> Value:
+    ) -> PlacedValue:
         """Emit a call of `function` on the local parts. The whole result has shape and dtype of `like`."""
-        values = [item for item in _leaves((args, kwargs or {})) if isinstance(item, Value)]
+        values = [item for item in _leaves((args, kwargs or {})) if isinstance(item, PlacedValue)]
         for item in values:
             self._use(item)
         node = self.graph.call_function(function, _nodes(tuple(args)), _nodes(dict(kwargs or {})))
         carries = _differentiable(like.dtype) and any(v.grad for v in values)
-        value = Value(node, placement, tuple(like.shape), like.dtype, carries)
+        value = PlacedValue(node, placement, tuple(like.shape), like.dtype, carries)
         self._describe(value)
         return value
 
     def emit_many(
         self, function: Callable[..., Any], args: Sequence[Any], *, like: Sequence[Any], placements: Sequence[Placement]
-    ) -> tuple[Value, ...]:
+    ) -> tuple[PlacedValue, ...]:
         """Emit a call of a function that returns several values, see `emit`."""
-        values = [item for item in _leaves(args) if isinstance(item, Value)]
+        values = [item for item in _leaves(args) if isinstance(item, PlacedValue)]
         for each in values:
             self._use(each)
         node = self.graph.call_function(function, _nodes(tuple(args)))
@@ -414,15 +414,15 @@ class Partitioner:
         for index, (val, placement) in enumerate(zip(like, placements, strict=True)):
             item = self.graph.call_function(operator.getitem, (node, index))
             grad = carries and _differentiable(val.dtype)
-            results.append(Value(item, placement, tuple(val.shape), val.dtype, grad))
+            results.append(PlacedValue(item, placement, tuple(val.shape), val.dtype, grad))
             self._describe(results[-1])
         return tuple(results)
 
-    def _use(self, value: Value) -> None:
+    def _use(self, value: PlacedValue) -> None:
         if value.tensor is not None and value.node is self._tensors[value.tensor]:
             self._direct.add(value.tensor)
 
-    def _describe(self, value: Value) -> None:
+    def _describe(self, value: PlacedValue) -> None:
         value.node.meta.update(
             shape=local_shape(value.shape, value.placement, self.ranks),
             dtype=value.dtype,
@@ -433,7 +433,7 @@ class Partitioner:
 
     # ---- making values fit ------------------------------------------------------------------------------------------
 
-    def settled(self, value: Value) -> Value:
+    def settled(self, value: PlacedValue) -> PlacedValue:
         """Return the value without pending partial sums. An undecided parameter becomes replicated."""
         if self.undecided(value):
             self.decide(value, REPLICATED)
@@ -443,14 +443,14 @@ class Partitioner:
             return self._exchanged(value, "reduce_scatter", Sharded(1, (value.shape[1],)))
         return self._exchanged(value, "reduce", REPLICATED)
 
-    def replicated(self, value: Value) -> Value:
+    def replicated(self, value: PlacedValue) -> PlacedValue:
         """Return the whole value on every worker."""
         if isinstance(value.placement, Partial):
             return self._exchanged(value, "reduce", REPLICATED)
         value = self.settled(value)
         return self._exchanged(value, "gather", REPLICATED) if isinstance(value.placement, Sharded) else value
 
-    def entered(self, value: Value) -> Value:
+    def entered(self, value: PlacedValue) -> PlacedValue:
         """Return the whole value on every worker, for use in sharded work: its gradient is summed over the workers."""
         value = self.settled(value)
         if not value.grad:
@@ -459,7 +459,9 @@ class Partitioner:
             return self._exchanged(value, "gather_enter", REPLICATED)
         return self._exchanged(value, "enter", REPLICATED)
 
-    def sharded(self, value: Value, dim: int, segments: tuple[int, ...], origin: Origin | None = None) -> Value:
+    def sharded(
+        self, value: PlacedValue, dim: int, segments: tuple[int, ...], origin: Origin | None = None
+    ) -> PlacedValue:
         """Return the value sharded along `dim`. An undecided parameter is sharded without communication."""
         target = Sharded(dim, segments, origin)
         if self.undecided(value) and value.dims[dim] is not None:
@@ -470,7 +472,7 @@ class Partitioner:
             return value
         return self._exchanged(self.replicated(value), "slice", target)
 
-    def _exchanged(self, value: Value, kind: str, target: Placement) -> Value:
+    def _exchanged(self, value: PlacedValue, kind: str, target: Placement) -> PlacedValue:
         key = (kind, target)
         if key not in value.exchanged:
             where = value.placement if isinstance(value.placement, Sharded) else target
@@ -479,7 +481,7 @@ class Partitioner:
                 self._use(value)
             function = getattr(self.exchange, kind)
             node = self.graph.call_function(function, (value.node, *extra))
-            result = Value(node, target, value.shape, value.dtype, value.grad)
+            result = PlacedValue(node, target, value.shape, value.dtype, value.grad)
             self._describe(result)
             value.exchanged[key] = result
             if kind == "enter" and value.tensor is not None and value.node is self._tensors[value.tensor]:
@@ -499,7 +501,7 @@ class Partitioner:
         like: Any,
         weights: Sequence[str] = (),
         keep: int | None = None,
-    ) -> Value:
+    ) -> PlacedValue:
         """Emit a call of `function` with the dimensions of one label sharded over the workers.
 
         Args:
@@ -587,7 +589,7 @@ class Partitioner:
                 self.learn(placement.origin, finest)
         return finest
 
-    def _obstacle(self, value: Value, labels: Labels, weights: Sequence[str]) -> None:
+    def _obstacle(self, value: PlacedValue, labels: Labels, weights: Sequence[str]) -> None:
         sizes = [value.shape[labels.index(label)] for label in weights if label in labels]
         self.obstacles.append(Obstacle(f"{value.tensor} (features {' and '.join(map(str, sizes))})", sizes[0]))
         self._because = f"tp={self.ranks} divides none of its features ({' and '.join(map(str, sizes))})"
@@ -597,7 +599,7 @@ class Partitioner:
         self._because = why or self._because
 
         def whole(item: Any) -> Any:
-            return self.replicated(item) if isinstance(item, Value) else item
+            return self.replicated(item) if isinstance(item, PlacedValue) else item
 
         args, kwargs = fx.node.map_aggregate(args, whole), fx.node.map_aggregate(kwargs, whole)
         val = node.meta.get("val")
@@ -613,7 +615,7 @@ class Partitioner:
         return None
 
 
-def _seen(placement: Placement, form: Value) -> Placement:
+def _seen(placement: Placement, form: PlacedValue) -> Placement:
     """Return the placement of a form of a parameter from the `placement` of the parameter itself."""
     return placement.at(form.dims.index(placement.dim)) if isinstance(placement, Sharded) else placement
 
@@ -634,7 +636,7 @@ def _differentiable(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _replaced(args: Sequence[Any], converted: Mapping[int, Value]) -> list[Any]:
+def _replaced(args: Sequence[Any], converted: Mapping[int, PlacedValue]) -> list[Any]:
     return [converted.get(index, item) for index, item in enumerate(args)]
 
 
@@ -646,4 +648,4 @@ def _leaves(tree: Any) -> list[Any]:
 
 def _nodes(tree: Any) -> Any:
     """Replace the Values in `tree` by their nodes."""
-    return fx.node.map_aggregate(tree, lambda item: item.node if isinstance(item, Value) else item)
+    return fx.node.map_aggregate(tree, lambda item: item.node if isinstance(item, PlacedValue) else item)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from shardwise.parallel.tensor.partitioner import Obstacle, Partitioner, Rule, Value
+from shardwise.parallel.tensor.partitioner import Obstacle, Partitioner, PlacedValue, Rule
 from shardwise.parallel.tensor.placement import Placement, Sharded, between, cut_segments, local_shape, reshaped
 
 aten = torch.ops.aten
 
 
-def reshape(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def reshape(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> PlacedValue:
     """view, reshape, flatten, unflatten, squeeze, unsqueeze: all are a reshape to the traced shape."""
     x, like = p.settled(args[0]), node.meta["val"]
     placement: Placement = x.placement
@@ -33,7 +33,9 @@ def reshape(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, An
     return p.emit(aten.reshape.default, (x, shape), like=like, placement=placement)
 
 
-def _missed(p: Partitioner, x: Value, placement: Sharded, new: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
+def _missed(
+    p: Partitioner, x: PlacedValue, placement: Sharded, new: tuple[int, ...], wanted: tuple[int, ...] | None
+) -> None:
     """Record the segments that would make a reshape work.
 
     Without such segments, record a head count that the degree does not divide.
@@ -48,7 +50,7 @@ def _missed(p: Partitioner, x: Value, placement: Sharded, new: tuple[int, ...], 
             p.obstacles.append(Obstacle("heads", new[dim]))
 
 
-def permute(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def permute(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> PlacedValue:
     """permute, transpose, t, movedim: a small meta tensor with distinct sizes shows where each dimension goes."""
     x, like = args[0], node.meta["val"]
     probe = torch.empty(tuple(range(2, 2 + len(x.shape))), device="meta")
@@ -62,7 +64,7 @@ def permute(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, An
     return p.emit(node.target, (x, *args[1:]), kwargs, like=like, placement=placement)  # type: ignore[arg-type]
 
 
-def unsqueeze(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def unsqueeze(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> PlacedValue:
     """unsqueeze: insert a dimension of size one."""
     x, like = args[0], node.meta["val"]
     if not p.takes_form(x):
@@ -72,7 +74,7 @@ def unsqueeze(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
     return p.form(node.target, args, kwargs, like=like, dims=dims)  # type: ignore[arg-type]
 
 
-def expand(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def expand(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> PlacedValue:
     """expand: repeat dimensions of size one.
 
     The index of the sharded dimension grows by the number of new leading dimensions.
@@ -102,7 +104,7 @@ def repeat_interleave(p: Partitioner, node: fx.Node, args: list[Any], kwargs: di
     x, like = p.settled(args[0]), node.meta["val"]
     times, dim = args[1], args[2] if len(args) > 2 else kwargs.get("dim")
     placement = x.placement
-    if isinstance(times, Value) or dim is None or not isinstance(placement, Sharded):
+    if isinstance(times, PlacedValue) or dim is None or not isinstance(placement, Sharded):
         return p.fallback(node, args, kwargs, "repeat_interleave by a tensor")
     if dim % len(x.shape) == placement.dim:
         placement = Sharded(placement.dim, tuple(size * times for size in placement.segments))
@@ -149,7 +151,9 @@ def index_select(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[st
     return _selected(p, node, [x, dim, p.replicated(args[2])], kwargs, dims)
 
 
-def _selected(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any], dims: list[int | None]) -> Value:
+def _selected(
+    p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any], dims: list[int | None]
+) -> PlacedValue:
     """Emit an indexing operation on `args[0]`.
 
     `dims` maps each result dimension to its input dimension; None: made by an index.
@@ -238,7 +242,7 @@ def unbind(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
     return p.emit_many(aten.unbind.int, (x, dim), like=likes, placements=[placement] * len(likes))
 
 
-def cat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def cat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> PlacedValue:
     """cat: along the sharded dimension the segments are concatenated too."""
     like = node.meta["val"]
     values = [p.settled(value) for value in args[0] if tuple(value.shape) != (0,)]
@@ -258,7 +262,7 @@ def cat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) 
     return p.emit(aten.cat.default, ([p.replicated(v) for v in values], dim), like=like)
 
 
-def stack(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def stack(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> PlacedValue:
     """stack: the new dimension is never sharded."""
     like = node.meta["val"]
     values = [p.settled(value) for value in args[0]]
@@ -270,7 +274,7 @@ def stack(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
     return p.emit(aten.stack.default, (parts, dim), like=like, placement=first.at(first.dim + (first.dim >= dim)))
 
 
-def complex_view(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def complex_view(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> PlacedValue:
     """view_as_complex (..., 2) -> (...), and view_as_real in reverse: all other dimensions are unchanged."""
     x, like = args[0], node.meta["val"]
     lead = min(len(x.shape), like.dim())

@@ -13,12 +13,12 @@ from shardwise.errors import StrategyError, WorkloadError
 from shardwise.planner.search.memory_balance import least_share, may_be_evened
 from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.planner.search.partial_recompute import fewest, may_be
-from shardwise.planner.search.problem import Task
-from shardwise.planner.search.rejections import Lost
+from shardwise.planner.search.problem import SearchProblem
+from shardwise.planner.search.rejections import Rejections
 from shardwise.planner.search.space import divisors, families, members, spellings
 from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.predict.closed_form.segment_times import times_of
-from shardwise.predict.profile.summary import Condensed
+from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.strategy import Strategy
 
 
@@ -38,14 +38,14 @@ class Family:
 
 
 @dataclass(frozen=True, slots=True)
-class Uneven:
+class UnequalStages:
     """A strategy that can only fit with unequal stages."""
 
     strategy: Strategy
 
 
 @dataclass(frozen=True, slots=True)
-class Prospects:
+class Candidates:
     """Candidates of a search with their lower bounds.
 
     Attributes:
@@ -53,13 +53,13 @@ class Prospects:
         lost: collects strategies that are impossible or cannot fit.
     """
 
-    task: Task
-    lost: Lost
+    task: SearchProblem
+    lost: Rejections
 
     def families(self) -> list[Family]:
         """Return the families that the model allows and that may fit, with their bounds."""
-        links, tensor = self._cut(), [1]
-        if links > 1:
+        segments, tensor = self._cut(), [1]
+        if segments > 1:
             degrees = self.task.scaled.traced.tensor_degrees()
             for tp in divisors(self.task.workers)[1:]:
                 refusal = degrees.refusal(tp)
@@ -69,15 +69,17 @@ class Prospects:
                     self.lost.impossible(Strategy(tp=tp), refusal)
         found: list[Family] = []
         known: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
-        for family in families(self.task.workers, self.task.workload.batch_size, self.task.wish, tensor, links):
+        for family in families(
+            self.task.workers, self.task.workload.batch_size, self.task.constraints, tensor, segments
+        ):
             key = family.dp, family.pp, family.tp
             if key not in known:
-                known[key] = spellings(family, self.task.wish, self.task.spans)
+                known[key] = spellings(family, self.task.constraints, self.task.spans)
             spelled = known[key]
             if not spelled:
                 continue
             try:
-                profile = self.task.scaled.condensed(_whole(family))
+                profile = self.task.scaled.summary(_whole(family))
             except (StrategyError, WorkloadError) as error:
                 self.lost.impossible(family, str(error), len(spelled))
                 continue
@@ -95,14 +97,14 @@ class Prospects:
         if self.task.least_memory:
             return family.bound
         strategy, whole = family.strategy, _whole(family.strategy)
-        smallest = strategy.with_(**spellings(strategy, self.task.wish, self.task.spans)[0])
-        condensed = self.task.scaled.condensed(whole)
+        smallest = strategy.with_(**spellings(strategy, self.task.constraints, self.task.spans)[0])
+        summary = self.task.scaled.summary(whole)
         try:
-            size = least_memory(condensed, smallest)
+            size = least_memory(summary, smallest)
             if size > self.task.room:  # recompute as few blocks as fit, for the member that needs least
-                partly = fewest(self.task.scaled.of(whole), condensed, smallest, self.task.cluster, self.task.room)
-                uneven = self._least_share(condensed, smallest) is not None
-                others = uneven or self._may_be_selective(condensed, smallest)
+                partly = fewest(self.task.scaled.of(whole), summary, smallest, self.task.cluster, self.task.room)
+                uneven = self._least_share(summary, smallest) is not None
+                others = uneven or self._may_be_selective(summary, smallest)
                 if partly is None and not others:
                     self.lost.cannot_fit(smallest, size, family.count)
                     return math.inf
@@ -114,13 +116,13 @@ class Prospects:
         except (StrategyError, WorkloadError):
             return family.bound  # the reason is recorded with its members
 
-    def members(self, family: Strategy) -> list[tuple[float, Strategy | Uneven]]:
+    def members(self, family: Strategy) -> list[tuple[float, Strategy | UnequalStages]]:
         """Return (bound on the objective, strategy) for each member of a family that may fit."""
-        every = list(members(family, self.task.wish, self.task.spans))
-        profile = self.task.scaled.condensed(_whole(family))
+        every = list(members(family, self.task.constraints, self.task.spans))
+        profile = self.task.scaled.summary(_whole(family))
         sizes = [least_memory(profile, strategy) for strategy in every]
         fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.task.room]
-        found: list[tuple[float, Strategy | Uneven]] = list(fitting)
+        found: list[tuple[float, Strategy | UnequalStages]] = list(fitting)
         if not self.task.least_memory:
             found = [(least_seconds(profile, strategy, self.task.cluster), strategy) for _, strategy in fitting]
         if len(fitting) < len(every):
@@ -130,51 +132,51 @@ class Prospects:
                 found += self.smaller(strategy) if size > self.task.room else []
         return found
 
-    def smaller(self, strategy: Strategy) -> list[tuple[float, Strategy | Uneven]]:
+    def smaller(self, strategy: Strategy) -> list[tuple[float, Strategy | UnequalStages]]:
         """Return (bound, variant) with recomputation or unequal stages, for a strategy that does not fit as it is."""
         every = self._selective(strategy), self._partly(strategy), self._uneven(strategy)
         return [entry for entry in every if entry is not None]
 
-    def _uneven(self, strategy: Strategy) -> tuple[float, Uneven] | None:
+    def _uneven(self, strategy: Strategy) -> tuple[float, UnequalStages] | None:
         """Return the bound and variant with unequal stages. Returns None if no such stages can fit."""
-        condensed = self.task.scaled.condensed(_whole(family_of(strategy)))
-        share = self._least_share(condensed, strategy)
+        summary = self.task.scaled.summary(_whole(family_of(strategy)))
+        share = self._least_share(summary, strategy)
         if share is None:
             return None
-        times = times_of(condensed, self.task.cluster, strategy)
+        times = times_of(summary, self.task.cluster, strategy)
         busy = strategy.microbatches * share * (times.forward + times.backward + times.weights)
-        return max(busy, least_seconds(condensed, strategy, self.task.cluster)), Uneven(strategy)
+        return max(busy, least_seconds(summary, strategy, self.task.cluster)), UnequalStages(strategy)
 
     def _selective(self, strategy: Strategy) -> tuple[float, Strategy] | None:
         """Return the bound and variant with selective recomputation. Returns None if that cannot fit."""
-        condensed = self.task.scaled.condensed(_whole(family_of(strategy)))
-        if not self._may_be_selective(condensed, strategy):
+        summary = self.task.scaled.summary(_whole(family_of(strategy)))
+        if not self._may_be_selective(summary, strategy):
             return None
         selective = strategy.with_(recompute="selective")
-        return least_seconds(condensed, selective, self.task.cluster), selective
+        return least_seconds(summary, selective, self.task.cluster), selective
 
     def _partly(self, strategy: Strategy) -> tuple[float, Strategy] | None:
         """Return the bound and variant that recomputes a part of the blocks. Returns None if that cannot fit."""
         try:
             whole = _whole(family_of(strategy))
-            condensed = self.task.scaled.condensed(whole)
-            if not self._may_be_partly(condensed, strategy):
+            summary = self.task.scaled.summary(whole)
+            if not self._may_be_partly(summary, strategy):
                 return None
             profile = self.task.scaled.of(whole)
-            partly = fewest(profile, condensed, strategy, self.task.cluster, self.task.room)
+            partly = fewest(profile, summary, strategy, self.task.cluster, self.task.room)
             if partly is None:
                 return None
             staged = staged_seconds(profile, family_of(partly), self.task.cluster)
         except (StrategyError, WorkloadError):
             return None
-        return max(staged, least_seconds(condensed, strategy, self.task.cluster)), partly
+        return max(staged, least_seconds(summary, strategy, self.task.cluster)), partly
 
-    def _may_be_smaller(self, profile: Condensed, strategy: Strategy) -> bool:
+    def _may_be_smaller(self, profile: ProfileSummary, strategy: Strategy) -> bool:
         """Return whether a strategy that does not fit may do so with recomputation or unequal stages."""
         again = self._may_be_selective(profile, strategy) or self._may_be_partly(profile, strategy)
         return again or self._least_share(profile, strategy) is not None
 
-    def _least_share(self, profile: Condensed, strategy: Strategy) -> float | None:
+    def _least_share(self, profile: ProfileSummary, strategy: Strategy) -> float | None:
         """Return the share of the worker with the largest part of the model, if stages are unequal so that they fit.
 
         Returns None if unequal stages cannot fit or may not be used.
@@ -183,18 +185,20 @@ class Prospects:
             return None
         return least_share(profile, strategy, self.task.room)
 
-    def _may_be_selective(self, profile: Condensed, strategy: Strategy) -> bool:
+    def _may_be_selective(self, profile: ProfileSummary, strategy: Strategy) -> bool:
         """Return whether a strategy may fit with selective recomputation, which saves the results of matmuls."""
         return self._may_be(profile, strategy, "selective")
 
-    def _may_be_partly(self, profile: Condensed, strategy: Strategy) -> bool:
+    def _may_be_partly(self, profile: ProfileSummary, strategy: Strategy) -> bool:
         """Return whether a strategy may fit if it recomputes a part of its blocks."""
         return may_be(profile, strategy) and self._may_be(profile, strategy, "full")
 
-    def _may_be(self, profile: Condensed, strategy: Strategy, recompute: str) -> bool:
+    def _may_be(self, profile: ProfileSummary, strategy: Strategy, recompute: str) -> bool:
         if strategy.recomputes or self.task.least_memory:
             return False
-        if not (self.task.wish.allows("recompute", "none") and self.task.wish.allows("recompute", recompute)):
+        if not (
+            self.task.constraints.allows("recompute", "none") and self.task.constraints.allows("recompute", recompute)
+        ):
             return False
         return least_memory(profile, strategy.with_(recompute=recompute)) <= self.task.room
 
@@ -206,7 +210,7 @@ class Prospects:
             self.lost.impossible(Strategy(tp=2), reason)
             self.lost.impossible(Strategy(pp=2), reason)
             return 1
-        return len(profile.links)
+        return len(profile.segments)
 
 
 def family_of(strategy: Strategy) -> Strategy:

@@ -11,8 +11,8 @@ from shardwise.errors import StrategyError
 from shardwise.planner.plan import Candidate
 from shardwise.planner.search.memory_balance import evened, may_be_evened
 from shardwise.planner.search.partial_recompute import enough
-from shardwise.planner.search.problem import Task, words
-from shardwise.planner.search.rejections import Lost
+from shardwise.planner.search.problem import SearchProblem, words
+from shardwise.planner.search.rejections import Rejections
 from shardwise.planner.search.unequal_devices import shared_out, staged_out
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import predict_shares
@@ -37,12 +37,12 @@ class Finalists:
         lost: collects the strategies that do not fit.
     """
 
-    task: Task
-    lost: Lost
+    task: SearchProblem
+    lost: Rejections
 
-    def settled(self, judged: list[Candidate]) -> list[Candidate]:
+    def settled(self, predicted: list[Candidate]) -> list[Candidate]:
         """Return all candidates, the chosen one first, then the best first, after trying shares, stages and buckets."""
-        best = self._simplest_first(self._with_buckets(self._with_shares(judged)))
+        best = self._simplest_first(self._with_buckets(self._with_shares(predicted)))
         return [self._in_few_words(candidate) for candidate in best]
 
     def traced(self, strategy: Strategy) -> Candidate | None:
@@ -61,13 +61,13 @@ class Finalists:
             more = evened(profile, strategy.with_(speeds=""), self.task.cluster, self.task.room)
         return None if more is None else Candidate(more, predict(profile, more, self.task.cluster))
 
-    def _with_shares(self, judged: list[Candidate]) -> list[Candidate]:
+    def _with_shares(self, predicted: list[Candidate]) -> list[Candidate]:
         """Add the finalists with shares or stages that match devices of different speed, where that is better."""
         found: list[Candidate] = []
         if not self.task.least_memory:
-            for candidate in judged[:FINALISTS]:
+            for candidate in predicted[:FINALISTS]:
                 found += self._shared_out(candidate)
-        return sorted([*found, *judged], key=self.task.rank) if found else judged
+        return sorted([*found, *predicted], key=self.task.rank) if found else predicted
 
     def _shared_out(self, candidate: Candidate) -> list[Candidate]:
         """Return the best unequal shares or stages of a strategy; empty if equal ones are as good."""
@@ -79,24 +79,24 @@ class Finalists:
         tried = [
             Candidate(shared, predict_shares(self.task.scaled.of, shared, self.task.cluster, size))
             for shared in every
-            if self.task.wish.refusal(shared) is None
+            if self.task.constraints.refusal(shared) is None
         ]
         best = min((each for each in tried if each.prediction.fits), key=self.task.rank, default=None)
         return [] if best is None or self.task.rank(best) >= self.task.rank(candidate) else [best]
 
-    def _with_buckets(self, judged: list[Candidate]) -> list[Candidate]:
+    def _with_buckets(self, predicted: list[Candidate]) -> list[Candidate]:
         """Add the finalists that all-reduce gradients in buckets with other bucket sizes, where that is better."""
         found: list[Candidate] = []
-        if not self.task.least_memory and "bucket" not in self.task.wish.fixed:
-            for candidate in judged[:FINALISTS]:
+        if not self.task.least_memory and "bucket" not in self.task.constraints.fixed:
+            for candidate in predicted[:FINALISTS]:
                 strategy = candidate.strategy
                 if strategy.sums_in_buckets and not strategy.shares:
                     others = [self._in_buckets(strategy.with_(bucket=size)) for size in BUCKETS]
                     found += [each for each in others if each and self.task.rank(each) < self.task.rank(candidate)]
-        return sorted([*found, *judged], key=self.task.rank) if found else judged
+        return sorted([*found, *predicted], key=self.task.rank) if found else predicted
 
     def _in_buckets(self, strategy: Strategy) -> Candidate | None:
-        return self.traced(strategy) if self.task.wish.refusal(strategy) is None else None
+        return self.traced(strategy) if self.task.constraints.refusal(strategy) is None else None
 
     def _simplest_first(self, candidates: list[Candidate]) -> list[Candidate]:
         """Move the strategy with the fewest words to the front, among those within `UNSURE` of the best."""
@@ -112,7 +112,9 @@ class Finalists:
         size, strategy = self.task.workload.batch_size, candidate.strategy
         short = strategy.with_(microbatches=0)
         try:
-            same = "microbatches" not in self.task.wish.fixed and short.for_batch(size) == strategy.for_batch(size)
+            same = "microbatches" not in self.task.constraints.fixed and short.for_batch(size) == strategy.for_batch(
+                size
+            )
         except StrategyError:
             return candidate
         return replace(candidate, strategy=short) if same else candidate

@@ -21,11 +21,11 @@ from math import gcd
 from shardwise.cluster.cluster import Cluster
 from shardwise.planner.search.memory_bounds import most_of_the_model
 from shardwise.planner.search.unequal_devices import MOST_REPLICAS
-from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.profile.summary import Condensed
+from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.workers.cuts import cuts_of
 from shardwise.predict.workers.holdings import Stage
 from shardwise.strategy import Strategy
@@ -43,10 +43,10 @@ FINE = (20, 100, 1000)
 def may_be_evened(strategy: Strategy, cluster: Cluster) -> bool:
     """Return whether stages may be cut unequally to save memory: only if nothing else makes them unequal."""
     plain = strategy.stages_per_worker == 1 and not strategy.speeds and not strategy.recomputes
-    return cluster.alike and plain and 1 < strategy.pp <= MOST_REPLICAS
+    return cluster.homogeneous and plain and 1 < strategy.pp <= MOST_REPLICAS
 
 
-def least_share(profile: Condensed, strategy: Strategy, room: int) -> float | None:
+def least_share(profile: ProfileSummary, strategy: Strategy, room: int) -> float | None:
     """Return the least possible share of the worker with the largest part of the model. Returns None if none fits."""
     return level(most_of_the_model(profile, strategy, room))
 
@@ -74,7 +74,7 @@ def evened(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) ->
     tried = strategy
     costs = costs_of(profile, tried, cluster)
     sums, stored = [0.0, *accumulate(costs.times.forward.each)], _stored(profile)
-    places = _places(profile)
+    cut_points = _cut_points(profile)
     aims = [float(room)] * strategy.pp
     for number in range(ROUNDS):
         needs = [costs.memory_at(worker) for worker in costs.parts.workers]
@@ -86,7 +86,7 @@ def evened(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) ->
             _Limit.of(need, worker.stages[0], stored, profile.saved, aim)
             for need, worker, aim in zip(needs, costs.parts.workers, aims, strict=True)
         ]
-        starts = cut(sums, places, most)
+        starts = cut(sums, cut_points, most)
         if starts is None:
             return None
         tried = _spelled(profile, strategy, cluster, costs, sums, starts)
@@ -96,9 +96,9 @@ def evened(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) ->
 
 def _stored(profile: Profile) -> list[int]:
     """Return the cumulative bytes of parameters over the segments; each parameter counts where it is used first."""
-    sizes = [0] * len(profile.links)
+    sizes = [0] * len(profile.segments)
     for parameter in profile.parameters:
-        sizes[parameter.links[0]] += parameter.bytes
+        sizes[parameter.segments[0]] += parameter.bytes
     return list(accumulate(sizes, initial=0))
 
 
@@ -136,32 +136,32 @@ class _Limit:
         return self.rest + self.per_stored * stored + self.per_saved * saved <= self.room
 
 
-def _places(profile: Profile) -> list[int]:
+def _cut_points(profile: Profile) -> list[int]:
     """Return the cut points with the smallest message, as the segments before which they lie."""
-    least = min(link.message for link in profile.links[1:])
-    return [number for number, link in enumerate(profile.links) if number and link.message <= least]
+    least = min(segment.message for segment in profile.segments[1:])
+    return [number for number, segment in enumerate(profile.segments) if number and segment.message <= least]
 
 
-def cut(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit]) -> list[int] | None:
+def cut(sums: Sequence[float], cut_points: Sequence[int], limits: Sequence[_Limit]) -> list[int] | None:
     """Choose the starts of stages so that each stage is within its limit and the most expensive one is cheapest.
 
     Stages are filled from the last one on, which has fewest microbatches in flight; the first one gets the rest.
 
     Args:
         sums: cumulative costs: entry i is the cost of the segments before segment i, the last that of all.
-        places: cut points, as segments where a stage may begin, ascending.
+        cut_points: cut points, as segments where a stage may begin, ascending.
         limits: memory limit of each stage.
 
     Returns:
         First segment of each stage. None if no cut is within the limits.
     """
     low, high = sums[-1] / len(limits), sums[-1]
-    best = _filled(sums, places, limits, high)
+    best = _filled(sums, cut_points, limits, high)
     if best is None:
         return None
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        found = _filled(sums, places, limits, middle)
+        found = _filled(sums, cut_points, limits, middle)
         if found is None:
             low = middle
         else:
@@ -169,24 +169,26 @@ def cut(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit]) 
     return best
 
 
-def _filled(sums: Sequence[float], places: Sequence[int], limits: Sequence[_Limit], most: float) -> list[int] | None:
+def _filled(
+    sums: Sequence[float], cut_points: Sequence[int], limits: Sequence[_Limit], most: float
+) -> list[int] | None:
     """Return the first segments of stages that cost at most `most`. Each stage is as long as its limit allows.
 
     Returns None if there are no such stages.
     """
     starts: list[int] = []
-    end, left = len(sums) - 1, len(places)
+    end, left = len(sums) - 1, len(cut_points)
 
     def may_have(limit: _Limit, end: int, first: int) -> bool:
         return sums[end] - sums[first] <= most * (1 + 1e-9) and limit.allows(first, end)
 
     for number in range(len(limits) - 1, 0, -1):
-        first = bisect_left(places, True, hi=left, key=partial(may_have, limits[number], end))
+        first = bisect_left(cut_points, True, hi=left, key=partial(may_have, limits[number], end))
         first = max(first, number - 1)  # leaves a cut point for each stage before it
         if first >= left:
             return None
-        starts.append(places[first])
-        end, left = places[first], first
+        starts.append(cut_points[first])
+        end, left = cut_points[first], first
     return [0, *reversed(starts)] if may_have(limits[0], end, 0) else None
 
 
@@ -199,7 +201,7 @@ def _spelled(
     for fine in FINE:
         numbers = [max(1, round(fine * size / max(sizes))) for size in sizes]
         found = strategy.with_(speeds=":".join(str(number // gcd(*numbers)) for number in numbers))
-        cuts = cuts_of(profile, found, costs.times.forward.each, slower_hops(profile, found, cluster))
+        cuts = cuts_of(profile, found, costs.times.forward.each, slower_links(profile, found, cluster))
         if [stage[0] for stage in cuts] == list(starts):
             break
     return found

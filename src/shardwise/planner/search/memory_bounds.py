@@ -11,7 +11,7 @@ Both are the mean over the workers of a pipeline, for which stages count as near
 
 from __future__ import annotations
 
-from shardwise.predict.profile.summary import Condensed
+from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.splitting.balance import MOST_BLOCKS
 from shardwise.strategy import Strategy
 
@@ -19,7 +19,7 @@ EVEN = 0.5
 """Least ratio of an unequal pipeline to one of equal stages, for the fill time and for a worker's activations."""
 
 
-def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = None) -> float:
+def least_memory(profile: ProfileSummary, strategy: Strategy, saved: float | None = None) -> float:
     """Bound the bytes of the device that needs most from below; the number of microbatches must be settled.
 
     `saved` is set if a part of the blocks is recomputed: bytes per microbatch that the other blocks save.
@@ -34,12 +34,12 @@ def least_memory(profile: Condensed, strategy: Strategy, saved: float | None = N
     if strategy.splits_parameters and strategy.zero == 2 and stages > 1:
         stays += profile.own / stages
     buckets = strategy.sums_in_buckets and strategy.tp == strategy.pp == 1  # DDP allocates its buckets at the start
-    first = _kept(profile, strategy, saved, count) + (profile.gradients if buckets else 0)
-    later = _gradients(profile, strategy, slices) + _kept(profile, strategy, saved, count - (workers > 1))
+    first = _saved(profile, strategy, saved, count) + (profile.gradients if buckets else 0)
+    later = _gradients(profile, strategy, slices) + _saved(profile, strategy, saved, count - (workers > 1))
     return max(updating, stays + first, stays + later if count > 1 else 0.0, profile.largest)
 
 
-def most_of_the_model(profile: Condensed, strategy: Strategy, room: int) -> list[float]:
+def most_of_the_model(profile: ProfileSummary, strategy: Strategy, room: int) -> list[float]:
     """Return the largest share of the model that fits on each worker of a pipeline with one stage per worker.
 
     Under 1f1b each further worker has one microbatch less in flight, so it may have more layers. Parameters and saved
@@ -49,28 +49,31 @@ def most_of_the_model(profile: Condensed, strategy: Strategy, room: int) -> list
     stays, count = _stays(profile, strategy), strategy.microbatches
     if count > 1 and not strategy.splits_parameters:
         stays += profile.gradients
-    kept = [count if strategy.schedule == "gpipe" else min(count, strategy.pp - place) for place in range(strategy.pp)]
-    return [room / max(1.0, stays + microbatches * profile.saved) for microbatches in kept]
+    in_flight = [
+        count if strategy.schedule == "gpipe" else min(count, strategy.pp - pipeline_rank)
+        for pipeline_rank in range(strategy.pp)
+    ]
+    return [room / max(1.0, stays + microbatches * profile.saved) for microbatches in in_flight]
 
 
-def _stays(profile: Condensed, strategy: Strategy) -> float:
+def _stays(profile: ProfileSummary, strategy: Strategy) -> float:
     """Return the bytes of parameters and optimizer state that stay on all workers of a pipeline together."""
     slices = strategy.fsdp if strategy.splits_parameters else 1
     return profile.parameters / slices + profile.elements * profile.update.state_bytes / owners(strategy)
 
 
-def _kept(profile: Condensed, strategy: Strategy, saved: float | None, count: int) -> float:
+def _saved(profile: ProfileSummary, strategy: Strategy, saved: float | None, count: int) -> float:
     """Return the bytes of saved activations on the worker that has most of them, for `count` microbatches."""
     workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
     under_way = _under_way(workers, count, strategy.schedule, strategy.stages_per_worker)
     share = even(profile, workers)
     if saved is None and strategy.recomputes:
         return share * (_handed(profile, strategy, stages) + _products(profile, strategy)) * under_way / workers
-    kept = (profile.saved if saved is None else saved) / workers
-    return kept * (max(share * under_way, 1) if workers > 1 else 1)
+    per_microbatch = (profile.saved if saved is None else saved) / workers
+    return per_microbatch * (max(share * under_way, 1) if workers > 1 else 1)
 
 
-def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
+def _gradients(profile: ProfileSummary, strategy: Strategy, slices: int) -> float:
     """Return the bytes of gradients that exist during a backward pass that is not the first one."""
     alone = strategy.tp == strategy.pp == 1
     if strategy.sums_in_buckets and alone:  # gradients and DDP's buckets
@@ -82,7 +85,7 @@ def _gradients(profile: Condensed, strategy: Strategy, slices: int) -> float:
     return profile.own / (strategy.pp * strategy.stages_per_worker)  # unsharded gradients of one stage at a time
 
 
-def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:
+def _handed(profile: ProfileSummary, strategy: Strategy, stages: int) -> float:
     """Return the bytes of messages between blocks that are saved per microbatch if the blocks are recomputed."""
     if strategy.tp == strategy.pp == 1 or "/" in strategy.recompute:
         return 0.0
@@ -90,9 +93,9 @@ def _handed(profile: Condensed, strategy: Strategy, stages: int) -> float:
     return float(profile.message * (between + stages - 1))
 
 
-def _products(profile: Condensed, strategy: Strategy) -> int:
+def _products(profile: ProfileSummary, strategy: Strategy) -> int:
     """Return the bytes of matmul results that are saved per microbatch if the rest is recomputed."""
-    if not strategy.keeps_products:
+    if not strategy.saves_products:
         return 0
     return profile.repeated_products if strategy.tp == strategy.pp == 1 else profile.products
 
@@ -106,7 +109,7 @@ def _under_way(workers: int, microbatches: int, schedule: str, stages: int) -> f
     return min(microbatches, workers)
 
 
-def even(profile: Condensed, parts: int) -> float:
+def even(profile: ProfileSummary, parts: int) -> float:
     """Return the least size of a pipeline's first part relative to an equal part.
 
     The first of `parts` equal parts may lack one or two of the segments that the step is made of.

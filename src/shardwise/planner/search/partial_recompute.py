@@ -9,11 +9,11 @@ from math import ceil
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.planner.search.memory_bounds import least_memory
-from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import timed
 from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.profile.summary import Condensed
+from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.workers.cuts import cuts_of, stage_blocks
 from shardwise.strategy import Strategy
 
@@ -21,14 +21,16 @@ GUESSES = 4
 """Interpolated guesses of the number of blocks before the search continues by bisection."""
 
 
-def may_be(profile: Condensed, strategy: Strategy) -> bool:
+def may_be(profile: ProfileSummary, strategy: Strategy) -> bool:
     """Return whether stages have several blocks each, so that a part of them can be recomputed."""
     if strategy.tp == strategy.pp == 1:
         return profile.repeated > 0
     return profile.narrow + 1 >= 2 * strategy.pp * strategy.stages_per_worker
 
 
-def fewest(profile: Profile, condensed: Condensed, strategy: Strategy, cluster: Cluster, room: int) -> Strategy | None:
+def fewest(
+    profile: Profile, summary: ProfileSummary, strategy: Strategy, cluster: Cluster, room: int
+) -> Strategy | None:
     """Return the strategy with the fewest recomputed blocks that fit by their bounds. Returns None if no part fits.
 
     The bounds are those of `memory_bounds`; a prediction may need more blocks, see `enough`.
@@ -36,7 +38,7 @@ def fewest(profile: Profile, condensed: Condensed, strategy: Strategy, cluster: 
     saved = _saved(profile, strategy, cluster)
     for count in range(1, len(saved)):
         again = _with(strategy, count, len(saved))
-        if least_memory(condensed, again, saved[count]) <= room:
+        if least_memory(summary, again, saved[count]) <= room:
             return again
     return None
 
@@ -81,9 +83,9 @@ def _saved(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[int]:
     """
     times = timed(profile, cluster, strategy)
     module = strategy.tp == strategy.pp == 1
-    slower = slower_hops(profile, strategy, cluster)
+    slower = slower_links(profile, strategy, cluster)
     key = ("partly", id(times), module, strategy.pp, strategy.stages_per_worker, slower)
-    return profile.kept.once(key, lambda: _saved_of(profile, strategy, times.forward.each, slower), times)
+    return profile.memo.once(key, lambda: _saved_of(profile, strategy, times.forward.each, slower), times)
 
 
 def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], slower: tuple[float, ...]) -> list[int]:
@@ -91,7 +93,7 @@ def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], sl
         return []
     saved = profile.saved
     cuts = cuts_of(profile, strategy.with_(recompute="full"), costs, slower)
-    ends = [*(starts[0] for starts in cuts[1:]), len(profile.links)]
+    ends = [*(starts[0] for starts in cuts[1:]), len(profile.segments)]
     stages = [
         [saved[last] - saved[first] for first, last in stage_blocks(profile, strategy, starts, end)]
         for starts, end in zip(cuts, ends, strict=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.plan import Candidate
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
@@ -17,34 +17,34 @@ EQUAL = 0.001
 """Relative gain that each further option of a strategy must bring: predictions are not more precise than that."""
 
 
-def room(cluster: Cluster, wish: Wish) -> int:
+def room(cluster: Cluster, constraints: Constraints) -> int:
     """Return the bytes of a device that a strategy may use: the smallest device, or the user's limit if lower."""
     least = min(nodes.device.memory_bytes for nodes in cluster.nodes)
-    return least if wish.max_memory is None else min(least, wish.max_memory)
+    return least if constraints.max_memory is None else min(least, constraints.max_memory)
 
 
 @dataclass(frozen=True)
-class Task:
+class SearchProblem:
     """Workload, devices, objective and constraints of a search.
 
     Attributes:
         workload: workload to train.
         cluster: cluster to train on.
         workers: number of devices to use, the first ones of the cluster.
-        wish: objective and constraints.
+        constraints: objective and constraints.
         scaled: profiles of the workload.
     """
 
     workload: Workload
     cluster: Cluster
     workers: int
-    wish: Wish
+    constraints: Constraints
     scaled: ScaledProfiles
 
     @cached_property
     def room(self) -> int:
         """Bytes of a device that a strategy may use."""
-        return room(self.cluster, self.wish)
+        return room(self.cluster, self.constraints)
 
     @cached_property
     def spans(self) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ class Task:
     @property
     def least_memory(self) -> bool:
         """Return whether the objective is memory."""
-        return self.wish.objective == "memory"
+        return self.constraints.objective == "memory"
 
     def value(self, prediction: Prediction) -> float:
         """Return the objective value to minimize: bytes of a device, or seconds of a step."""
@@ -68,7 +68,7 @@ class Task:
 
     def computed_again_to_fit(self, strategy: Strategy) -> bool:
         """Return whether a part of the blocks is recomputed to fit, rather than because the user fixed it."""
-        return "/" in strategy.recompute and "recompute" not in self.wish.fixed
+        return "/" in strategy.recompute and "recompute" not in self.constraints.fixed
 
 
 def words(strategy: Strategy) -> int:

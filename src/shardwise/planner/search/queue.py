@@ -36,7 +36,7 @@ class Queue(Generic[T]):
         return ((bound, what) for bound, _, what in self._heap)
 
 
-class Standing:
+class BestSoFar:
     """Best objective values so far; smaller is better.
 
     Args:

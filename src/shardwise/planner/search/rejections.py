@@ -7,7 +7,7 @@ from shardwise.strategy import Strategy
 from shardwise.units import format_bytes
 
 
-class Lost:
+class Rejections:
     """Strategies that are impossible, do not fit or cannot win.
 
     Args:

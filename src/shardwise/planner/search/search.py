@@ -21,15 +21,15 @@ from dataclasses import dataclass, field, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.plan import Candidate, Plan
-from shardwise.planner.search.candidates import Family, Prospects, Uneven, family_of
+from shardwise.planner.search.candidates import Candidates, Family, UnequalStages, family_of
 from shardwise.planner.search.finalists import FINALISTS, Finalists
 from shardwise.planner.search.memory_balance import evened
 from shardwise.planner.search.partial_recompute import enough
-from shardwise.planner.search.problem import Task
-from shardwise.planner.search.queue import Queue, Standing
-from shardwise.planner.search.rejections import Lost
+from shardwise.planner.search.problem import SearchProblem
+from shardwise.planner.search.queue import BestSoFar, Queue
+from shardwise.planner.search.rejections import Rejections
 from shardwise.predict.closed_form.offload import has_host
 from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.closed_form.unequal_shares import ProfileOf
@@ -50,7 +50,7 @@ COLLECTIONS = (200_000, 20, 100)
 
 
 @dataclass(frozen=True, slots=True)
-class Searched:
+class SearchResult:
     """A plan together with the profiles that it was made from, for further queries."""
 
     plan: Plan
@@ -70,24 +70,24 @@ class Searched:
         """Return the predicted cuts of the model; empty if the strategy leaves the model whole."""
         if strategy.pp == 1 and (strategy.tp == 1 or not cuts_blocks(strategy)):
             return ()
-        alike = strategy.with_(shares="")
-        return costs_of(self.profile_of(alike), alike, cluster).parts.cuts
+        equal_shares = strategy.with_(shares="")
+        return costs_of(self.profile_of(equal_shares), equal_shares, cluster).parts.cuts
 
 
 def search(
     workload: Workload,
     cluster: Cluster,
     workers: int,
-    wish: Wish | None = None,
+    constraints: Constraints | None = None,
     profiles: ScaledProfiles | None = None,
-) -> Searched:
+) -> SearchResult:
     """Search the best strategies of a workload for the first `workers` devices of a cluster.
 
     Args:
         workload: workload to train.
         cluster: cluster to train on.
         workers: number of devices to use, the first ones of the cluster.
-        wish: objective and constraints.
+        constraints: objective and constraints.
         profiles: profiles of the workload from an earlier search, if there are any.
 
     Raises:
@@ -97,13 +97,13 @@ def search(
     if not 1 <= workers <= cluster.size:
         raise RequestError(f"workers={workers}: {cluster.name} has {cluster.size} devices, use 1 to {cluster.size}")
     scaled = profiles or ScaledProfiles(profiles_on(workload, cluster))
-    wish = wish or Wish()
+    constraints = constraints or Constraints()
     with _few_collections():
-        plan = _Search(Task(workload, cluster, workers, wish, scaled)).plan()
-        if not plan.candidates and may_offload(cluster, wish):
-            offloading = replace(wish, fixed={**wish.fixed, "offload": "1"})
-            plan = _joined(plan, _Search(Task(workload, cluster, workers, offloading, scaled)).plan())
-    return Searched(plan, scaled)
+        plan = _Search(SearchProblem(workload, cluster, workers, constraints, scaled)).plan()
+        if not plan.candidates and may_offload(cluster, constraints):
+            offloading = replace(constraints, fixed={**constraints.fixed, "offload": "1"})
+            plan = _joined(plan, _Search(SearchProblem(workload, cluster, workers, offloading, scaled)).plan())
+    return SearchResult(plan, scaled)
 
 
 @contextmanager
@@ -120,13 +120,13 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def may_offload(cluster: Cluster, wish: Wish) -> bool:
+def may_offload(cluster: Cluster, constraints: Constraints) -> bool:
     """Return whether offloading may be tried if nothing fits without it.
 
     The user must not have fixed or forbidden it, and all devices must be GPUs whose hosts are known.
     """
     known = all(nodes.device.kind == "gpu" and has_host(nodes.device) for nodes in cluster.nodes)
-    return known and "offload" not in wish.fixed and wish.allows("offload", 1)
+    return known and "offload" not in constraints.fixed and constraints.allows("offload", 1)
 
 
 def _joined(first: Plan, second: Plan) -> Plan:
@@ -150,18 +150,18 @@ def _smaller_of(first: Candidate | None, second: Candidate | None) -> Candidate 
 
 @dataclass(slots=True)
 class _Search:
-    task: Task
-    lost: Lost = field(init=False)
-    prospects: Prospects = field(init=False)
+    task: SearchProblem
+    lost: Rejections = field(init=False)
+    prospects: Candidates = field(init=False)
     finalists: Finalists = field(init=False)
     found: list[Candidate] = field(default_factory=list)
     looked_at: int = 0
-    queue: Queue[Family | Strategy | Uneven] = field(default_factory=Queue)
-    standing: Standing = field(default_factory=lambda: Standing(FINALISTS, NEAR))
+    queue: Queue[Family | Strategy | UnequalStages] = field(default_factory=Queue)
+    standing: BestSoFar = field(default_factory=lambda: BestSoFar(FINALISTS, NEAR))
 
     def __post_init__(self) -> None:
-        self.lost = Lost(self.task.room)
-        self.prospects, self.finalists = Prospects(self.task, self.lost), Finalists(self.task, self.lost)
+        self.lost = Rejections(self.task.room)
+        self.prospects, self.finalists = Candidates(self.task, self.lost), Finalists(self.task, self.lost)
 
     def plan(self) -> Plan:
         """Run the search, see `search`."""
@@ -171,7 +171,7 @@ class _Search:
             workload=self.task.workload.name,
             cluster=self.task.cluster.name,
             workers=self.task.workers,
-            wish=self.task.wish,
+            constraints=self.task.constraints,
             candidates=tuple(best),
             rejected=tuple(self.lost.rejected),
             smallest=self.lost.smallest,
@@ -181,25 +181,25 @@ class _Search:
         )
 
     def _searched(self) -> list[Candidate]:
-        """Return all candidates that fit, best first, as `_judged` returns them.
+        """Return all candidates that fit, best first, as `_predict_finalists` returns them.
 
         If a finalist does not fit once it was traced, the search continues with strategies that may be worse than it.
         """
         for family in self.prospects.families():
             self.queue.add(family.bound, family)
-        judged: list[Candidate] | None = None
-        while judged is None:
+        predicted: list[Candidate] | None = None
+        while predicted is None:
             self._look()
-            judged = self._judged()
+            predicted = self._predict_finalists()
         self._leave_out()
-        if not judged:  # the missing memory is only known for strategies that were predicted
+        if not predicted:  # the missing memory is only known for strategies that were predicted
             for _, strategy in sorted(self.lost.too_large, key=lambda entry: entry[0])[:FINALISTS]:
                 self._predicted(strategy, anyway=True)
-        return judged
+        return predicted
 
     def _look(self) -> None:
         """Examine families and strategies by bound, until the next one cannot be among the finalists."""
-        self.standing = Standing(FINALISTS, NEAR)
+        self.standing = BestSoFar(FINALISTS, NEAR)
         for candidate in self.found:
             self.standing.add(self.task.value(candidate.prediction), candidate.strategy.kind)
         while self.queue.least <= self.standing.limit and self.queue.least < math.inf:
@@ -207,7 +207,7 @@ class _Search:
             if isinstance(what, Family):
                 self._open(bound, what)
                 continue
-            if isinstance(what, Uneven):
+            if isinstance(what, UnequalStages):
                 self._note(self._evened(what.strategy))
                 continue
             slower = self._seconds_above(what)
@@ -232,7 +232,9 @@ class _Search:
             fitting = evened(self.task.scaled.of(strategy), strategy, self.task.cluster, self.task.room)
         except (StrategyError, WorkloadError):
             return None  # the reason was recorded for equal stages
-        return None if fitting is None or self.task.wish.refusal(fitting) is not None else self._predicted(fitting)
+        return (
+            None if fitting is None or self.task.constraints.refusal(fitting) is not None else self._predicted(fitting)
+        )
 
     def _open(self, bound: float, family: Family) -> None:
         """Put the members of a family into the queue, or the family itself if it has a tighter bound."""
@@ -284,7 +286,7 @@ class _Search:
             profile = self.task.scaled.of(strategy)
             if self.task.computed_again_to_fit(strategy):
                 enough_again = enough(profile, strategy, self.task.cluster, self.task.room)
-                if enough_again is None or self.task.wish.refusal(enough_again) is not None:
+                if enough_again is None or self.task.constraints.refusal(enough_again) is not None:
                     return None
                 strategy = enough_again
             costs = costs_of(profile, strategy, self.task.cluster)
@@ -298,21 +300,21 @@ class _Search:
         self.looked_at += 1
         return candidate if self.lost.fits(candidate) else None
 
-    def _judged(self) -> list[Candidate] | None:
+    def _predict_finalists(self) -> list[Candidate] | None:
         """Return all candidates that fit, best first, with the finalists predicted from profiles traced for them.
 
         Returns None if a finalist then does not fit. It is removed from the candidates, and its variants with
         recomputation or unequal stages are queued.
         """
         ranked = sorted(self.found, key=self.task.rank)
-        judged: list[Candidate] = []
+        predicted: list[Candidate] = []
         for candidate in ranked[:FINALISTS]:
             again = self.finalists.traced(candidate.strategy)
             if again is None:
                 self.found.remove(candidate)
                 self._add_smaller(self.task.value(candidate.prediction), candidate.strategy)
             else:
-                judged.append(again)
-        if len(judged) < len(ranked[:FINALISTS]):
+                predicted.append(again)
+        if len(predicted) < len(ranked[:FINALISTS]):
             return None
-        return sorted(judged, key=self.task.rank) + ranked[FINALISTS:]
+        return sorted(predicted, key=self.task.rank) + ranked[FINALISTS:]

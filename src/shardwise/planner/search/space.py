@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.strategy import OUTERMOST, PRECISIONS, Strategy
 
@@ -19,37 +19,41 @@ MOST_STAGES = 8
 """Most stages per worker that are tried with the interleaved schedule."""
 
 
-def families(workers: int, batch_size: int, wish: Wish, tensor: Sequence[int], links: int) -> Iterator[Strategy]:
+def families(
+    workers: int, batch_size: int, constraints: Constraints, tensor: Sequence[int], segments: int
+) -> Iterator[Strategy]:
     """Yield one strategy for each family, with all replicas as `dp`.
 
     Args:
         workers: product of the degrees.
         batch_size: global batch size.
-        wish: constraints.
+        constraints: constraints.
         tensor: degrees of tp that the model can be split into, 1 among them.
-        links: number of segments of its step; 1 if the step cannot be cut.
+        segments: number of segments of its step; 1 if the step cannot be cut.
     """
     for tp in divisors(workers):
-        if tp not in tensor or not wish.allows("tp", tp):
+        if tp not in tensor or not constraints.allows("tp", tp):
             continue
         for pp in divisors(workers // tp):
             replicas = workers // tp // pp
-            if pp > links or batch_size % replicas or not wish.allows("pp", pp):
+            if pp > segments or batch_size % replicas or not constraints.allows("pp", pp):
                 continue
-            yield from _of_degrees(tp, pp, replicas, batch_size // replicas, wish, links)
+            yield from _of_degrees(tp, pp, replicas, batch_size // replicas, constraints, segments)
 
 
-def _of_degrees(tp: int, pp: int, replicas: int, share: int, wish: Wish, links: int) -> Iterator[Strategy]:
+def _of_degrees(
+    tp: int, pp: int, replicas: int, share: int, constraints: Constraints, segments: int
+) -> Iterator[Strategy]:
     for microbatches in divisors(share):
-        if not wish.allows("microbatches", microbatches):
+        if not constraints.allows("microbatches", microbatches):
             continue
-        for schedule, stages in _schedules(pp, microbatches, links, plain="stages" not in wish.fixed):
-            if not (wish.allows("schedule", schedule) and wish.allows("stages", stages)):
+        for schedule, stages in _schedules(pp, microbatches, segments, plain="stages" not in constraints.fixed):
+            if not (constraints.allows("schedule", schedule) and constraints.allows("stages", stages)):
                 continue
-            for recompute in _recomputes(wish):
+            for recompute in _recomputes(constraints):
                 for sp in (1, 0) if tp > 1 else (0,):
-                    for precision in _precisions(wish):
-                        if not (wish.allows("recompute", recompute) and wish.allows("sp", sp)):
+                    for precision in _precisions(constraints):
+                        if not (constraints.allows("recompute", recompute) and constraints.allows("sp", sp)):
                             continue
                         yield Strategy(
                             dp=replicas,
@@ -64,20 +68,20 @@ def _of_degrees(tp: int, pp: int, replicas: int, share: int, wish: Wish, links: 
                         )
 
 
-def _recomputes(wish: Wish) -> tuple[str, ...]:
+def _recomputes(constraints: Constraints) -> tuple[str, ...]:
     """Return the values of `recompute` to try: none and all of the blocks, unless the user fixed one.
 
     Parts between them are tried for each strategy that does not fit, see `planner.search.partial_recompute`.
     """
-    return (wish.fixed["recompute"],) if "recompute" in wish.fixed else ("none", "full")
+    return (constraints.fixed["recompute"],) if "recompute" in constraints.fixed else ("none", "full")
 
 
-def _precisions(wish: Wish) -> tuple[str, ...]:
+def _precisions(constraints: Constraints) -> tuple[str, ...]:
     """Return the user's precision, or the workload's own (empty): the planner does not change what is computed."""
-    return tuple(word for word in PRECISIONS if wish.fixed.get("precision") == word) or ("",)
+    return tuple(word for word in PRECISIONS if constraints.fixed.get("precision") == word) or ("",)
 
 
-def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterator[tuple[str, int]]:
+def _schedules(pp: int, microbatches: int, segments: int, *, plain: bool) -> Iterator[tuple[str, int]]:
     """Yield (schedule, stages per worker). With `plain`, the default of two interleaved stages is spelled as 0."""
     yield "1f1b", 0
     if pp == 1:
@@ -85,17 +89,17 @@ def _schedules(pp: int, microbatches: int, links: int, *, plain: bool) -> Iterat
     yield "gpipe", 0
     yield "zero-bubble", 0
     if microbatches % pp == 0:
-        for stages in range(2, min(MOST_STAGES, links // pp) + 1):
+        for stages in range(2, min(MOST_STAGES, segments // pp) + 1):
             yield "interleaved", 0 if plain and stages == 2 else stages
 
 
-def members(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> Iterator[Strategy]:
+def members(family: Strategy, constraints: Constraints, spans: Sequence[int] = ()) -> Iterator[Strategy]:
     """Yield the allowed strategies of a family; `spans` as for `spellings`."""
-    for spelling in spellings(family, wish, spans):
+    for spelling in spellings(family, constraints, spans):
         yield family.with_(**spelling)
 
 
-def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[dict[str, Any]]:
+def spellings(family: Strategy, constraints: Constraints, spans: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Return the options in which the members of a family differ, most sharded first: dp, fsdp, zero, outermost.
 
     Bucket sizes and offloading are set only if the user fixed them. The best bucket size is searched among the
@@ -103,38 +107,38 @@ def spellings(family: Strategy, wish: Wish, spans: Sequence[int] = ()) -> list[d
 
     Args:
         family: representative of the family, with all replicas as `dp`.
-        wish: constraints.
+        constraints: constraints.
         spans: spans of the cluster's levels. Placing stages outermost is tried only if it changes which workers share
             a level.
     """
     replicas = family.dp
     outermost = OUTERMOST if replicas > 1 and family.pp > 1 and spans else OUTERMOST[:1]
-    if "outermost" in wish.fixed and family.pp > 1 and replicas > 1:
-        outermost = (wish.fixed["outermost"],)
+    if "outermost" in constraints.fixed and family.pp > 1 and replicas > 1:
+        outermost = (constraints.fixed["outermost"],)
     found: list[dict[str, Any]] = []
     for fsdp in reversed(divisors(replicas)):
         for zero in (3, 2, 1) if fsdp > 1 else (3,):
             if zero == 1 and fsdp != replicas:
                 continue  # the optimizer state is split over all replicas in either spelling
             for word in outermost:
-                if word == "pp" and "outermost" not in wish.fixed and _lies_alike(family, fsdp, spans):
+                if word == "pp" and "outermost" not in constraints.fixed and _same_layout(family, fsdp, spans):
                     continue
                 spelling: dict[str, Any] = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero, "outermost": word}
-                spelling |= _asked_for(wish, family.with_(dp=replicas // fsdp, fsdp=fsdp, zero=zero))
-                if all(wish.allows(option, value) for option, value in spelling.items()):
+                spelling |= _asked_for(constraints, family.with_(dp=replicas // fsdp, fsdp=fsdp, zero=zero))
+                if all(constraints.allows(option, value) for option, value in spelling.items()):
                     found.append(spelling)
     return found
 
 
-def _asked_for(wish: Wish, strategy: Strategy) -> dict[str, int]:
+def _asked_for(constraints: Constraints, strategy: Strategy) -> dict[str, int]:
     """Return bucket and offload as the user fixed them, or 0 where the strategy does not support them."""
     return {
-        "bucket": int(wish.fixed.get("bucket", 0)) if strategy.sums_in_buckets else 0,
-        "offload": int(wish.fixed.get("offload", 0)) if strategy.splits_parameters else 0,
+        "bucket": int(constraints.fixed.get("bucket", 0)) if strategy.sums_in_buckets else 0,
+        "offload": int(constraints.fixed.get("offload", 0)) if strategy.splits_parameters else 0,
     }
 
 
-def _lies_alike(family: Strategy, fsdp: int, spans: Sequence[int]) -> bool:
+def _same_layout(family: Strategy, fsdp: int, spans: Sequence[int]) -> bool:
     """Return whether each axis has equally many workers within each level, no matter which axis is outermost."""
     plain = family.with_(dp=family.dp // fsdp, fsdp=fsdp)
     other = plain.with_(outermost="pp")

@@ -25,13 +25,13 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.planner.search.memory_bounds import even, owners
 from shardwise.predict.closed_form.pipeline import StageTime, alone
-from shardwise.predict.closed_form.pipeline_links import slower_hops
-from shardwise.predict.closed_form.segment_times import Timed, Times, timed, times_of
+from shardwise.predict.closed_form.pipeline_links import slower_links
+from shardwise.predict.closed_form.segment_times import SegmentTimes, Times, timed, times_of
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.profile.summary import Condensed
-from shardwise.predict.workers.cuts import cuts_of, recomputed_links
+from shardwise.predict.profile.summary import ProfileSummary
+from shardwise.predict.workers.cuts import cuts_of, recomputed_segments
 from shardwise.predict.workers.groups import group_of
 from shardwise.strategy import OUTERMOST, Strategy
 
@@ -42,7 +42,7 @@ It is one half if the gradients of inputs and of weights are matmuls of the same
 """
 
 
-def family_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
+def family_seconds(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> float:
     """Bound the step time of a family from below, in seconds, by computation and pipeline messages alone.
 
     A family is all strategies that differ only in how replicas store parameters.
@@ -50,12 +50,12 @@ def family_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> 
     return max(_passes(profile, strategy, cluster))
 
 
-def _passes(profile: Condensed, strategy: Strategy, cluster: Cluster) -> tuple[float, float]:
+def _passes(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> tuple[float, float]:
     """Return lower bounds in seconds: from the pipeline's first pass to its last, and of the mean worker's compute."""
     times = times_of(profile, cluster, strategy)
     one = times.forward + times.backward + times.weights
     module = strategy.tp == strategy.pp == 1  # only repeated blocks are recomputed then
-    if strategy.keeps_products:
+    if strategy.saves_products:
         one += times.repeated_rest if module else times.rest
     elif strategy.recompute == "full":  # if only a part of the blocks is recomputed, the time is not known here
         one += times.repeated if module else times.again
@@ -63,11 +63,11 @@ def _passes(profile: Condensed, strategy: Strategy, cluster: Cluster) -> tuple[f
     return filled, one * strategy.microbatches / strategy.pp
 
 
-def _trip(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
+def _trip(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> float:
     """Return the seconds of one microbatch's messages through all pipeline workers and back, each to a nearest rank."""
     if strategy.pp == 1 or not profile.message:
         return 0.0
-    return 2 * (strategy.pp - 1) * _collective("send", profile.message, 2, strategy.tp, _Same(cluster))
+    return 2 * (strategy.pp - 1) * _collective("send", profile.message, 2, strategy.tp, _ByIdentity(cluster))
 
 
 def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
@@ -79,13 +79,13 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
     then influence where stages are cut, and the strategies of a family send over different links.
     """
     words = OUTERMOST if strategy.pp > 1 and strategy.replicas > 1 else (strategy.outermost,)
-    if any(slower_hops(profile, strategy.with_(outermost=word), cluster) for word in words):
+    if any(slower_links(profile, strategy.with_(outermost=word), cluster) for word in words):
         return 0.0
     stages = _stages(profile, strategy, cluster)
     around, best = 0.0, alone(stages)
-    for place, stage in enumerate(stages[: strategy.pp]):
+    for index, stage in enumerate(stages[: strategy.pp]):
         around += stage.arrives
-        busy = sum(each.forward + each.backward for each in stages[place :: strategy.pp])
+        busy = sum(each.forward + each.backward for each in stages[index :: strategy.pp])
         best = max(best, around + strategy.microbatches * busy)
         around += stage.forward
         if strategy.schedule != "zero-bubble":  # zero-bubble may compute weight gradients after sending the others back
@@ -96,31 +96,33 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
 def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[StageTime]:
     times = timed(profile, cluster, strategy)
     key = ("bounds", "stages", id(times), strategy.pp, strategy.stages_per_worker, strategy.recompute)
-    return profile.kept.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times), times)
+    return profile.memo.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times), times)
 
 
-def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> list[StageTime]:
+def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: SegmentTimes) -> list[StageTime]:
     cuts = cuts_of(profile, strategy, times.forward.each)
-    ends = [*(starts[0] for starts in cuts[1:]), len(profile.links)]
-    recomputed = times.recomputed_rest if strategy.keeps_products else times.recomputed
-    each = (spent.total if link.layer.keeps else 0.0 for spent, link in zip(recomputed, profile.links, strict=True))
+    ends = [*(starts[0] for starts in cuts[1:]), len(profile.segments)]
+    recomputed = times.recomputed_rest if strategy.saves_products else times.recomputed
+    each = (
+        spent.total if segment.layer.saves else 0.0 for spent, segment in zip(recomputed, profile.segments, strict=True)
+    )
     again = list(accumulate(each, initial=0.0))
     message = 0.0
     if strategy.pp > 1:
-        least = min(link.message for link in profile.links[1:])
-        message = _collective("send", least, 2, strategy.tp, _Same(cluster)) if least else 0.0
+        least = min(segment.message for segment in profile.segments[1:])
+        message = _collective("send", least, 2, strategy.tp, _ByIdentity(cluster)) if least else 0.0
     found = []
     for starts, end in zip(cuts, ends, strict=True):
         first = starts[0]
         backward = times.backward.between(first, end).device + times.weights.between(first, end).device
-        backward += sum(again[b] - again[a] for a, b in recomputed_links(profile, strategy, starts, end))
+        backward += sum(again[b] - again[a] for a, b in recomputed_segments(profile, strategy, starts, end))
         received = message if first else 0.0
-        sends = message if end < len(profile.links) else 0.0
+        sends = message if end < len(profile.segments) else 0.0
         found.append(StageTime(times.forward.between(first, end).device, backward, 0.0, received, sends))
     return found
 
 
-def least_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> float:
+def least_seconds(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> float:
     """Bound the step time of one strategy from below, in seconds; its number of microbatches must be settled."""
     times = times_of(profile, cluster, strategy)
     filled, computing = _passes(profile, strategy, cluster)
@@ -136,7 +138,7 @@ def least_seconds(profile: Condensed, strategy: Strategy, cluster: Cluster) -> f
     return max(filled, computing + update, computing - times.backward / strategy.pp + sent + update)
 
 
-def _filled(profile: Condensed, strategy: Strategy, forward: float, one: float) -> float:
+def _filled(profile: ProfileSummary, strategy: Strategy, forward: float, one: float) -> float:
     """Bound a pipeline's seconds from its first pass to its last, if one microbatch takes `one` through all stages."""
     count, workers = strategy.microbatches, strategy.pp
     if strategy.schedule in ("1f1b", "gpipe"):
@@ -148,7 +150,7 @@ def _filled(profile: Condensed, strategy: Strategy, forward: float, one: float) 
     return one * count / workers + even(profile, workers * strategy.stages_per_worker) * filling
 
 
-def _update(profile: Condensed, strategy: Strategy, times: Times) -> float:
+def _update(profile: ProfileSummary, strategy: Strategy, times: Times) -> float:
     """Return the seconds of the mean worker's optimizer step, timed as one kernel over all of its parameters."""
     elements = profile.elements / strategy.pp / owners(strategy)
     moved = sum(kernel.bytes for kernel in profile.update.kernels) * elements
@@ -157,7 +159,7 @@ def _update(profile: Condensed, strategy: Strategy, times: Times) -> float:
     return times.seconds.kernels.seconds(Kernel("copy", "memory", "float32", 0.0, moved, (max(1, round(elements)),)))
 
 
-def _gathers(strategy: Strategy, cluster: Cluster, profile: Condensed) -> float:
+def _gathers(strategy: Strategy, cluster: Cluster, profile: ProfileSummary) -> float:
     """Return the seconds of a step's all-gathers and reduce-scatters by `fully_shard`; see
     `predict.workers.passes.syncs`.
 
@@ -174,7 +176,7 @@ def _gathers(strategy: Strategy, cluster: Cluster, profile: Condensed) -> float:
     return (count + 1 if strategy.zero == 3 else 1) * gather + scatter
 
 
-def _unhidden(strategy: Strategy, cluster: Cluster, profile: Condensed, times: Times) -> float:
+def _unhidden(strategy: Strategy, cluster: Cluster, profile: ProfileSummary, times: Times) -> float:
     """Return the seconds that all stages of a pipeline together wait before the first microbatch and after the last.
 
     Each stage gathers as the first microbatch arrives and scatters as the last one goes back. Only the time beyond the
@@ -192,10 +194,10 @@ def _seconds(operation: str, size: int, strategy: Strategy, axis: str, cluster: 
     group = group_of(strategy, axis)
     if group.size == 1 or not size:
         return 0.0
-    return _collective(operation, size, group.size, group.stride, _Same(cluster))
+    return _collective(operation, size, group.size, group.stride, _ByIdentity(cluster))
 
 
-class _Same:
+class _ByIdentity:
     """A cluster compared by identity, which is faster to look up than its value."""
 
     def __init__(self, cluster: Cluster) -> None:
@@ -205,9 +207,9 @@ class _Same:
         return id(self.cluster)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.cluster is other.cluster
+        return isinstance(other, _ByIdentity) and self.cluster is other.cluster
 
 
 @lru_cache(maxsize=65536)
-def _collective(operation: str, size: int, ranks: int, stride: int, cluster: _Same) -> float:
+def _collective(operation: str, size: int, ranks: int, stride: int, cluster: _ByIdentity) -> float:
     return collective_seconds(Collective(operation, size, Group(ranks, stride)), cluster.cluster)

@@ -47,7 +47,7 @@ def staged_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batc
 
     The strategy's number of microbatches must be settled.
     """
-    devices = [slowest_at(strategy, cluster, place) for place in range(strategy.pp)]
+    devices = [slowest_at(strategy, cluster, pipeline_rank) for pipeline_rank in range(strategy.pp)]
     if len({id(device) for device in devices}) == 1 or strategy.pp > MOST_REPLICAS:
         return
     profile = profile_of(strategy, batch_size)
@@ -65,7 +65,7 @@ def staged_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batc
 def _of_microbatch(profile: Profile, strategy: Strategy, cluster: Cluster, device: Device) -> float:
     """Return the seconds of one microbatch through all stages, computed by one device."""
     times = timed(profile, cluster, strategy, device)
-    return sum(sums.between(0, len(profile.links)).device for sums in (times.forward, times.backward, times.weights))
+    return sum(sums.between(0, len(profile.segments)).device for sums in (times.forward, times.backward, times.weights))
 
 
 def _rounded(speeds: Sequence[float], pieces: int) -> list[int]:

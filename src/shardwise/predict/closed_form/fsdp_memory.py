@@ -21,7 +21,7 @@ from shardwise.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class SegmentMemory:
     """Bytes at one segment.
 
     Attributes:
@@ -35,7 +35,9 @@ class Held:
     whole: int
 
 
-def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
+def held_at_segments(
+    profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool
+) -> list[SegmentMemory]:
     """Return the bytes held at each segment of a stage, in the order of the backward pass.
 
     Args:
@@ -53,36 +55,36 @@ def held_at_links(profile: Profile, strategy: Strategy, stage: Stage, trained: i
     keeps = keeps_gradients(strategy)
     gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
     key = ("complete", stage.first, stage.end, tuple((block.first, block.end) for block in blocks), module)
-    of_root, of_blocks = profile.kept.once(key, lambda: _complete(profile, stage, module=module))
+    of_root, of_blocks = profile.memo.once(key, lambda: _complete(profile, stage, module=module))
     found = []
     done_root = done_block = 0
     last = len(blocks)
-    for link in reversed(range(stage.first, stage.end)):
-        place, inside = _block_at(blocks, link)
-        if place != last:
-            last, done_block = place, 0
-        before = gathered_until[place + 1]
+    for segment in reversed(range(stage.first, stage.end)):
+        index, inside = _block_at(blocks, segment)
+        if index != last:
+            last, done_block = index, 0
+        before = gathered_until[index + 1]
         after = gathered_until[-1] - before
         if strategy.zero != 3:
             gathered = before + (after if keeps else 0)
         elif keeps and later and strategy.schedule == "gpipe":  # the previous backward pass left all gathered
             gathered = before + after
         else:
-            gathered = before - gathered_until[max(0, place - inside)] + (after if keeps else 0)
-        reduced = reduced_until[-1] - reduced_until[place + 1]
+            gathered = before - gathered_until[max(0, index - inside)] + (after if keeps else 0)
+        reduced = reduced_until[-1] - reduced_until[index + 1]
         if keeps:
             every = reduced_until[-1]
             whole = every + root_reduce if later else min(reduced + done_block, every) + done_root
             slices = 0
         else:
-            behind = reduces[place + 1] if place + 1 < len(blocks) else 0
+            behind = reduces[index + 1] if index + 1 < len(blocks) else 0
             whole = done_root + behind + (done_block if inside else 0)
-            if inside and link == blocks[place].first:
-                whole = done_root + reduces[place] + max(behind, reduces[place])
+            if inside and segment == blocks[index].first:
+                whole = done_root + reduces[index] + max(behind, reduces[index])
             slices = trained if later else reduced // strategy.fsdp
-        found.append(Held(root_gather + gathered, slices, whole))
-        done_root += of_root.get(link, 0)
-        done_block += of_blocks.get(link, 0)
+        found.append(SegmentMemory(root_gather + gathered, slices, whole))
+        done_root += of_root.get(segment, 0)
+        done_block += of_blocks.get(segment, 0)
     return found
 
 
@@ -91,13 +93,13 @@ def keeps_gradients(strategy: Strategy) -> bool:
     return (strategy.tp > 1 or strategy.pp > 1) and strategy.microbatches > 1
 
 
-def _block_at(blocks: tuple[Block, ...], link: int) -> tuple[int, bool]:
+def _block_at(blocks: tuple[Block, ...], segment: int) -> tuple[int, bool]:
     """Return (index of a segment's block, True), or (index of the next block in the backward pass, False).
 
     The second form is for a segment outside of all blocks; its index is -1 if no block follows in the backward pass.
     """
-    place = bisect_right(blocks, link, key=lambda block: block.first) - 1
-    return place, place >= 0 and link < blocks[place].end
+    index = bisect_right(blocks, segment, key=lambda block: block.first) - 1
+    return index, index >= 0 and segment < blocks[index].end
 
 
 def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int, int], dict[int, int]]:
@@ -109,9 +111,9 @@ def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int
         parameter = profile.parameters[index]
         if not parameter.trained:
             continue
-        own = [link for link in parameter.links if stage.first <= link < stage.end]
+        own = [segment for segment in parameter.segments if stage.first <= segment < stage.end]
         if not module:
-            first, last = (_block_at(stage.blocks, link)[0] for link in (min(own), max(own)))
+            first, last = (_block_at(stage.blocks, segment)[0] for segment in (min(own), max(own)))
             if first == last:
                 inside.add(index)
         where = blocks if index in inside else root

@@ -22,16 +22,16 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Device
-from shardwise.predict.closed_form.fsdp_memory import Held, held_at_links, keeps_gradients
+from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_segments, keeps_gradients
 from shardwise.predict.closed_form.offload import left, offloads
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.profile import Link, Profile
+from shardwise.predict.profile.profile import Profile, Segment
 from shardwise.predict.workers.buckets import Block
 from shardwise.predict.workers.holdings import Parts, Stage, Worker
 from shardwise.predict.workers.passes import Counts, under_way
-from shardwise.predict.workers.stage_keys import alike, gathered_alike
+from shardwise.predict.workers.stage_keys import gathered_stage_key, stage_key
 from shardwise.strategy import Strategy
 
 
@@ -101,13 +101,13 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
     with the most microbatches in flight.
     """
     stages = {stage.number: stage for stage in worker.stages}
-    products = strategy.keeps_products
-    kept = {number: _kept(profile, stage, products=products) for number, stage in stages.items()}
+    products = strategy.saves_products
+    saved = {number: _saved(profile, stage, products=products) for number, stage in stages.items()}
     module = strategy.tp == strategy.pp == 1
     batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # a pipeline loads all at once
     found: list[Memory] = []
-    for counts, later in _passes(strategy, worker.place):
-        every = sum(count * kept[number] for number, count, _ in counts)
+    for counts, later in _passes(strategy, worker.pipeline_rank):
+        every = sum(count * saved[number] for number, count, _ in counts)
         every += sum(count * _put_off(profile, stages[number].first, stages[number].end) for number, _, count in counts)
         for number in (number for number, count, _ in counts if count):
             stage = stages[number]
@@ -117,18 +117,18 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
                     parameters=worker.parameters + peak.gathered,
                     gradients=peak.gradients,
                     optimizer=state,
-                    activations=every - kept[number] + peak.activations + stage.received,
+                    activations=every - saved[number] + peak.activations + stage.received,
                     temporary=peak.temporary + batches,
                 )
             )
     return max(found, key=lambda memory: memory.total)
 
 
-def _passes(strategy: Strategy, place: int) -> list[tuple[Counts, bool]]:
+def _passes(strategy: Strategy, pipeline_rank: int) -> list[tuple[Counts, bool]]:
     """Return (microbatches in flight, whether gradients are already allocated) of the backward passes to look at."""
     if strategy.tp == strategy.pp == 1:
         return [(((0, 1, 0),), strategy.microbatches > 1)]
-    first, later = under_way(strategy, place)
+    first, later = under_way(strategy, pipeline_rank)
     return [(each, gradients) for each, gradients in ((first, False), (later, True)) if each]
 
 
@@ -140,12 +140,12 @@ def _put_off(profile: Profile, first: int, end: int) -> int:
     """
     if not profile.split:
         return 0
-    sums = profile.kept.once(("put off",), lambda: tuple(accumulate(map(_operands, profile.links), initial=0)))
+    sums = profile.memo.once(("put off",), lambda: tuple(accumulate(map(_operands, profile.segments), initial=0)))
     return sums[end] - sums[first]
 
 
-def _operands(link: Link) -> int:
-    kernels = [kernel for kernel in link.layer.weights.kernels if kernel.kind in ("matmul", "convolution")]
+def _operands(segment: Segment) -> int:
+    kernels = [kernel for kernel in segment.layer.weights.kernels if kernel.kind in ("matmul", "convolution")]
     return round(sum(kernel.count * (kernel.bytes - _result(kernel)) for kernel in kernels))
 
 
@@ -169,14 +169,14 @@ class _Peak:
 
 
 def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *, later: bool, offloaded: bool) -> _Peak:
-    products = strategy.keeps_products
+    products = strategy.saves_products
     if not strategy.splits_parameters:
         gradients_at = _gradients(strategy, worker, later=later)
         moments = _moments(profile, stage, products=products)
         peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
         return max(peaks, key=lambda peak: peak.total)
     trained = 0 if keeps_gradients(strategy) else worker.trained  # gradients kept unsharded do not depend on it
-    own = (alike(profile, stage), trained, _traits(strategy), strategy.keeps_products, later, offloaded)
+    own = (stage_key(profile, stage), trained, _traits(strategy), strategy.saves_products, later, offloaded)
 
     def highest() -> _Peak:
         held = _held(profile, strategy, stage, trained, later=later)
@@ -187,13 +187,13 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
         )
         return max(peaks, key=lambda peak: peak.total)
 
-    return profile.kept.once(("sharded peak", *own), highest)
+    return profile.memo.once(("sharded peak", *own), highest)
 
 
-def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[Held]:
-    """Return `held_at_links` of a stage, cached for all stages that are equal up to their position."""
-    key = ("held", gathered_alike(profile, stage), trained, _traits(strategy), later)
-    return profile.kept.once(key, lambda: held_at_links(profile, strategy, stage, trained, later=later))
+def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[SegmentMemory]:
+    """Return `held_at_segments` of a stage, cached for all stages that are equal up to their position."""
+    key = ("held", gathered_stage_key(profile, stage), trained, _traits(strategy), later)
+    return profile.memo.once(key, lambda: held_at_segments(profile, strategy, stage, trained, later=later))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
@@ -207,14 +207,14 @@ def _beside(gradients: tuple[int, int], activations: int, temporary: int) -> tup
     return gradients[0], activations, temporary + gradients[1]
 
 
-def _kept(profile: Profile, stage: Stage, *, products: bool) -> int:
+def _saved(profile: Profile, stage: Stage, *, products: bool) -> int:
     """Return the bytes saved of one microbatch between its forward and its backward pass through a stage.
 
     A recomputed block saves its inputs only, and with `products` also the results that selective recomputation keeps.
     """
     inside = sum(profile.saved[block.end] - profile.saved[block.first] for block in stage.recomputed)
     stays = sum(_products(profile, block) for block in stage.recomputed) if products else 0
-    return max(0, stage.kept - inside) + sum(size for _, size in stage.handed) + stays
+    return max(0, stage.saved - inside) + sum(size for _, size in stage.handed) + stays
 
 
 def _products(profile: Profile, block: Block) -> int:
@@ -227,39 +227,39 @@ def _moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[in
     Each is (activations of the microbatch, temporary, gradients completed so far) in bytes.
     """
     key = ("moments", stage.first, stage.end, stage.recomputed, products)
-    return profile.kept.once(key, lambda: _pareto(_every_moment(profile, stage, products=products)))
+    return profile.memo.once(key, lambda: _pareto(_every_moment(profile, stage, products=products)))
 
 
 def _every_moment(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
     """Return the moments of all segments, in the order of the backward pass; see `_moments`."""
     again = tuple((block.first, block.end) for block in stage.recomputed)  # independent of what is gathered
     key = ("every moment", stage.first, stage.end, again, products)
-    return profile.kept.once(key, lambda: _all_moments(profile, stage, products=products))
+    return profile.memo.once(key, lambda: _all_moments(profile, stage, products=products))
 
 
 def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
-    complete = [0] * (len(profile.links) + 1)
+    complete = [0] * (len(profile.segments) + 1)
     for parameter in map(profile.parameters.__getitem__, profile.within(stage.first, stage.end)):
         if parameter.trained:
-            complete[next(link for link in parameter.links if link >= stage.first)] += parameter.bytes
-    boundary = stage.kept - (profile.saved[stage.end] - profile.saved[stage.first])
+            complete[next(segment for segment in parameter.segments if segment >= stage.first)] += parameter.bytes
+    boundary = stage.saved - (profile.saved[stage.end] - profile.saved[stage.first])
     stays = {block.end: _products(profile, block) if products else 0 for block in stage.recomputed}
     dropped = {
         block.end: profile.saved[block.end] - profile.saved[block.first] - stays[block.end]
         for block in stage.recomputed
     }
-    gone = list(accumulate((dropped.get(link, 0) for link in range(stage.end + 1)), initial=0))[1:]
-    block_of = {link: block for block in stage.recomputed for link in range(block.first, block.end)}
+    gone = list(accumulate((dropped.get(segment, 0) for segment in range(stage.end + 1)), initial=0))[1:]
+    block_of = {segment: block for block in stage.recomputed for segment in range(block.first, block.end)}
     found, done = [], 0
-    for link in reversed(range(stage.first, stage.end)):
-        layer = profile.links[link].layer
-        start = block_of[link].first if link in block_of else link
+    for segment in reversed(range(stage.first, stage.end)):
+        layer = profile.segments[segment].layer
+        start = block_of[segment].first if segment in block_of else segment
         handed = sum(size for until, size in stage.handed if until <= start)
         before = gone[start]  # activations of blocks that are not recomputed yet
-        activations = boundary + handed + profile.saved[link + 1] - profile.saved[stage.first] - before
-        activations += _put_off(profile, link + 1, stage.end)
+        activations = boundary + handed + profile.saved[segment + 1] - profile.saved[stage.first] - before
+        activations += _put_off(profile, segment + 1, stage.end)
         found.append((max(0, activations), max(layer.temporary_backward, layer.temporary_forward), done))
-        done += complete[link]
+        done += complete[segment]
     return found
 
 

@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shardwise.predict.closed_form.segment_times import Spent
+from shardwise.predict.closed_form.segment_times import PassSeconds
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ComputePiece:
     """Consecutive segments that compute without a break, with the all-gather before and the reduction after them.
 
     Attributes:
@@ -54,13 +54,13 @@ class Passed:
         slowed: seconds by which compute takes longer because the worker communicates meanwhile.
     """
 
-    compute: Spent
+    compute: PassSeconds
     communication: float = 0.0
     exposed: float = 0.0
     slowed: float = 0.0
 
 
-def gathered(pieces: Sequence[Piece], root: Piece, *, blocking: bool) -> tuple[float, float]:
+def gathered(pieces: Sequence[ComputePiece], root: ComputePiece, *, blocking: bool) -> tuple[float, float]:
     """Return (communication, exposed) seconds of a pass of a sharded stage.
 
     Args:
@@ -75,7 +75,7 @@ def gathered(pieces: Sequence[Piece], root: Piece, *, blocking: bool) -> tuple[f
     outer = 0.0  # time until which the channel of dp is busy
     asked = 0.0  # time at which the gather of the next piece is issued: when the piece before it begins to compute
     computed = 0.0
-    reductions: list[tuple[float, Piece]] = []
+    reductions: list[tuple[float, ComputePiece]] = []
 
     def reduce() -> None:
         nonlocal channel, outer

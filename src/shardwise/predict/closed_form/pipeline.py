@@ -40,7 +40,7 @@ class StageTime:
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class TimedPass:
     """One pass of a worker's table, with its seconds.
 
     Attributes:
@@ -63,7 +63,7 @@ Messages = Mapping[tuple[str, int], Sequence[tuple[int, float]]]
 """(F or B, stage that receives) -> (stage on another worker that sends, seconds of the message) of each message."""
 
 
-def played(tables: Sequence[Sequence[Timed]], messages: Messages) -> list[float]:
+def played(tables: Sequence[Sequence[TimedPass]], messages: Messages) -> list[float]:
     """Simulate a pipeline and return the time at which each worker is done with its table.
 
     Messages from one worker to another are sent one after the other.
@@ -73,16 +73,16 @@ def played(tables: Sequence[Sequence[Timed]], messages: Messages) -> list[float]
         messages: messages between stages on different workers.
     """
     game = _Game(tables, messages)
-    while any(place < len(table) for place, table in zip(game.places, tables, strict=True)):
+    while any(index < len(table) for index, table in zip(game.positions, tables, strict=True)):
         for worker in range(len(tables)):
             game.play(worker)
     return game.ends
 
 
 class _Game:
-    def __init__(self, tables: Sequence[Sequence[Timed]], messages: Messages) -> None:
+    def __init__(self, tables: Sequence[Sequence[TimedPass]], messages: Messages) -> None:
         self.tables, self.messages = tables, messages
-        self.places, self.ends = [0] * len(tables), [0.0] * len(tables)
+        self.positions, self.ends = [0] * len(tables), [0.0] * len(tables)
         self._clocks, self._hosts = [0.0] * len(tables), [0.0] * len(tables)
         self._arrived: dict[tuple[str, int, int, int], float] = {}
         self._channels: dict[tuple[int, int], float] = {}
@@ -95,12 +95,12 @@ class _Game:
     def play(self, worker: int) -> None:
         """Run passes of a worker until it has to wait for another worker, or is done with its table."""
         table = self.tables[worker]
-        while self.places[worker] < len(table):
-            turn = table[self.places[worker]]
+        while self.positions[worker] < len(table):
+            turn = table[self.positions[worker]]
             arrived = self._when(turn.action)
             if arrived is None:
                 return
-            self.places[worker] += 1
+            self.positions[worker] += 1
             self._pass(worker, turn, max(self._clocks[worker], arrived))
 
     def _when(self, action: Action) -> float | None:
@@ -114,7 +114,7 @@ class _Game:
             latest = max(latest, arrival)
         return latest
 
-    def _pass(self, worker: int, turn: Timed, start: float) -> None:
+    def _pass(self, worker: int, turn: TimedPass, start: float) -> None:
         action = turn.action
         kind = BACKWARD if action.kind == INPUT else action.kind
         self._hosts[worker] += turn.launching
@@ -167,10 +167,10 @@ def _alternating(stages: Sequence[StageTime], microbatches: int) -> float:
     rest = microbatches - 1
     best = one + rest * max(stage.forward + stage.backward for stage in stages)
     behind = 0.0
-    for place in reversed(range(len(stages))):
-        stage = stages[place]
+    for index in reversed(range(len(stages))):
+        stage = stages[index]
         trip = stage.forward + behind + stage.backward
-        trips, left = divmod(rest, len(stages) - place)
+        trips, left = divmod(rest, len(stages) - index)
         best = max(best, one + trips * trip + left * (stage.forward + stage.backward))
         behind += stage.forward + stage.backward + stage.arrives + stage.returns
     return best

@@ -8,7 +8,7 @@ from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.groups import message_group
 from shardwise.splitting.balance import BYTES_PER_SECOND
-from shardwise.splitting.slow_links import hops_of, much_slower
+from shardwise.splitting.slow_links import link_count, much_slower
 from shardwise.strategy import Strategy
 
 SMALL, LARGE = 2**17, 2**20
@@ -25,7 +25,7 @@ def workers_at_once(strategy: Strategy, cluster: Cluster, group: Group) -> int:
     return 2 * strategy.replicas * strategy.tp if crosses else strategy.workers
 
 
-def slower_hops(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple[float, ...]:
+def slower_links(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple[float, ...]:
     """Return for each pipeline worker how many times slower than assumed its link to the next worker is.
 
     A link that is not much slower has the factor 1. Returns an empty tuple if all links are like that, or without a
@@ -35,16 +35,16 @@ def slower_hops(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple
         return ()
     axes = tuple(getattr(strategy, axis) for axis in ("dp", "fsdp", "pp", "tp"))
     key = "hops", id(cluster), axes, strategy.outermost, strategy.stages_per_worker > 1
-    return profile.kept.once(key, lambda: _slower(profile, strategy, cluster), cluster)
+    return profile.memo.once(key, lambda: _slower(profile, strategy, cluster), cluster)
 
 
 def _slower(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple[float, ...]:
-    seconds = [_per_byte(strategy, cluster, place) for place in range(hops_of(strategy))]
+    seconds = [_per_byte(strategy, cluster, pipeline_rank) for pipeline_rank in range(link_count(strategy))]
     return much_slower(seconds, BYTES_PER_SECOND[profile.device])
 
 
-def _per_byte(strategy: Strategy, cluster: Cluster, place: int) -> float:
-    group = message_group(strategy, place, (place + 1) % strategy.pp)
+def _per_byte(strategy: Strategy, cluster: Cluster, pipeline_rank: int) -> float:
+    group = message_group(strategy, pipeline_rank, (pipeline_rank + 1) % strategy.pp)
     workers = workers_at_once(strategy, cluster, group)
     small, large = (collective_seconds(Collective("send", size, group), cluster, workers) for size in (SMALL, LARGE))
     return max(0.0, large - small) / (LARGE - SMALL)

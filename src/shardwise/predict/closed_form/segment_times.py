@@ -19,8 +19,8 @@ from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.predict.hardware.times import KernelTimes, collective_seconds, launches
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.profile import Exchanged, Layer, Pass, Profile
-from shardwise.predict.profile.summary import Condensed
+from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass, Profile
+from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.strategy import Strategy
 
 DTYPES = {"float32": "float32", "bf16": "bf16"}
@@ -33,7 +33,7 @@ microseconds on a core of an EPYC of 2024.
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class PassSeconds:
     """Seconds of a pass, or of a part of it.
 
     Attributes:
@@ -58,17 +58,17 @@ class Spent:
         """Return the seconds including waiting for the host: the larger of the device's and the host's."""
         return max(self.device, self.launching)
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(
+    def __add__(self, other: PassSeconds) -> PassSeconds:
+        return PassSeconds(
             self.kernels + other.kernels,
             self.exchanges + other.exchanges,
             self.launching + other.launching,
             self.inline or other.inline,
         )
 
-    def times(self, count: float) -> Spent:
+    def times(self, count: float) -> PassSeconds:
         """Return the seconds of `count` such passes."""
-        return Spent(self.kernels * count, self.exchanges * count, self.launching * count, self.inline)
+        return PassSeconds(self.kernels * count, self.exchanges * count, self.launching * count, self.inline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Sums:
     """Prefix sums over segments: entry i is the sum over segments before i, so that there is one entry more.
 
     Attributes:
-        kernels, exchanges, launching, inline: as in `Spent`.
+        kernels, exchanges, launching, inline: as in `PassSeconds`.
         total: seconds of the device if its host runs ahead of it.
         each: seconds of each segment alone (not a sum), as the program measures them to cut stages.
     """
@@ -89,7 +89,7 @@ class Sums:
     each: tuple[float, ...]
 
     @classmethod
-    def of(cls, spent: Sequence[Spent]) -> Sums:
+    def of(cls, spent: Sequence[PassSeconds]) -> Sums:
         """Build the sums from the time of each segment."""
         return cls(
             tuple(accumulate((each.kernels for each in spent), initial=0.0)),
@@ -100,9 +100,9 @@ class Sums:
             tuple(each.total for each in spent),
         )
 
-    def between(self, first: int, end: int) -> Spent:
+    def between(self, first: int, end: int) -> PassSeconds:
         """Return the time of segments `first` to `end`."""
-        return Spent(
+        return PassSeconds(
             self.kernels[end] - self.kernels[first],
             self.exchanges[end] - self.exchanges[first],
             self.launching[end] - self.launching[first],
@@ -111,7 +111,7 @@ class Sums:
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class SegmentTimes:
     """Times of a profile's segments on one device of a cluster.
 
     Attributes:
@@ -124,7 +124,8 @@ class Timed:
         repeated: forward pass as a recomputation.
         recomputed: recomputation of each segment if it is the last one to recompute, which stops early.
         rest, recomputed_rest: like `repeated` and `recomputed`, under selective recomputation.
-        keeps: for each segment, the last one up to it of which the backward pass needs any tensor; -1 if there is none.
+        last_saving: for each segment, the last one up to it of which the backward pass needs any tensor; -1 if there is
+            none.
         normalised: (segment, channels) of each batch norm.
         crowded: factor by which the host takes longer because workers outnumber cores.
     """
@@ -136,31 +137,31 @@ class Timed:
     backward: Sums
     weights: Sums
     repeated: Sums
-    recomputed: tuple[Spent, ...]
+    recomputed: tuple[PassSeconds, ...]
     rest: Sums
-    recomputed_rest: tuple[Spent, ...]
-    keeps: tuple[int, ...]
+    recomputed_rest: tuple[PassSeconds, ...]
+    last_saving: tuple[int, ...]
     normalised: tuple[tuple[int, int], ...]
     crowded: float = 1.0
 
-    def overhead(self, what: str, count: int = 1) -> Spent:
+    def overhead(self, what: str, count: int = 1) -> PassSeconds:
         """Return the host's overhead `what`, `count` times; see `cluster.Device.overheads`."""
         seconds = self.device.overheads.get(what, 0.0) * count * self.crowded
-        return Spent(launching=seconds, inline=self.device.kind == "cpu")
+        return PassSeconds(launching=seconds, inline=self.device.kind == "cpu")
 
     @property
     def crowding(self) -> float:
         """Return the extra seconds of each step because workers outnumber cores; 0 if they do not."""
         return self.device.overheads.get("crowded", 0.0) * (self.crowded - 1.0)
 
-    def again(self, first: int, end: int, *, products: bool = False) -> Spent:
+    def again(self, first: int, end: int, *, products: bool = False) -> PassSeconds:
         """Return the time to recompute segments `first` to `end`, up to the last tensor that the backward pass needs.
 
         If `products` is set, recomputation is selective: the results of `strategy.PRODUCTS` are kept.
         """
-        last = self.keeps[end - 1]
+        last = self.last_saving[end - 1]
         if last < first:
-            return Spent()
+            return PassSeconds()
         if products:
             return self.rest.between(first, last) + self.recomputed_rest[last]
         return self.repeated.between(first, last) + self.recomputed[last]
@@ -220,23 +221,23 @@ class Seconds:
         device = self.device
         return max(1.0, self.busy / device.cores) if device.kind == "cpu" and device.cores else 1.0
 
-    def of(self, each: Pass) -> Spent:
+    def of(self, each: LayerPass) -> PassSeconds:
         """Return the time of one pass through a layer."""
         busy = sum(self.kernels.seconds(kernel) for kernel in each.kernels)
         sent = sum(map(self._exchange, each.exchanges))
         host = launches(each.kernels) * self.device.launch_seconds
         host += len(each.exchanges) * self.device.overheads.get("exchange", 0.0)
-        return Spent(busy, sent, host * self.crowded, self.device.kind == "cpu")
+        return PassSeconds(busy, sent, host * self.crowded, self.device.kind == "cpu")
 
-    def of_layer(self, layer: Layer) -> tuple[Spent, Spent, Spent]:
+    def of_layer(self, layer: Layer) -> tuple[PassSeconds, PassSeconds, PassSeconds]:
         """Return the times of a layer's forward pass, backward pass and pass for gradients of weights."""
         return self.of(layer.forward), self.of(layer.backward), self.of(layer.weights)
 
-    def again(self, each: Pass, *, products: bool = False) -> Spent:
+    def again(self, each: LayerPass, *, products: bool = False) -> PassSeconds:
         """Return the time to recompute a pass; with `products` it is selective and keeps `strategy.PRODUCTS`."""
         overheads = self.device.overheads
         host = overheads.get("again", 0.0) + (overheads.get("selective", WATCHED_SECONDS) if products else 0.0)
-        watched = Spent(launching=host * launches(each.kernels) * self.crowded, inline=self.device.kind == "cpu")
+        watched = PassSeconds(launching=host * launches(each.kernels) * self.crowded, inline=self.device.kind == "cpu")
         return self.of(each.rest if products else each) + watched
 
     def _exchange(self, exchange: Exchanged) -> float:
@@ -253,15 +254,15 @@ def _busy(workers: int, device: Device, strategy: Strategy) -> float:
     """
     if device.kind != "cpu" or strategy.pp == 1 or workers <= device.cores:
         return workers
-    places = max(1, min(strategy.pp, workers // strategy.stride("pp")))
+    ranks_per_host = max(1, min(strategy.pp, workers // strategy.stride("pp")))
     passes = max(strategy.microbatches, 1) * strategy.stages_per_worker
     if strategy.schedule == "zero-bubble":  # passes are a third as long, and so are the bubbles
         passes *= 3
-    return device.cores * _dilation(strategy.pp, places, passes, workers / places / device.cores)
+    return device.cores * _dilation(strategy.pp, ranks_per_host, passes, workers / ranks_per_host / device.cores)
 
 
 @lru_cache(maxsize=4096)
-def _dilation(pp: int, places: int, passes: int, share: float) -> float:
+def _dilation(pp: int, ranks_per_host: int, passes: int, share: float) -> float:
     """Return the average factor by which the turns of a pipeline take longer because workers wait for cores.
 
     In turn t the workers with pipeline ranks t - passes + 1 to t compute (Narayanan et al. 2021, figure 3). A turn
@@ -269,17 +270,20 @@ def _dilation(pp: int, places: int, passes: int, share: float) -> float:
 
     Args:
         pp: number of pipeline ranks.
-        places: consecutive pipeline ranks on one host.
+        ranks_per_host: consecutive pipeline ranks on one host.
         passes: passes of each worker, one per turn.
         share: share of a host's cores that its workers of one pipeline rank would use.
     """
     turns = range(passes + pp - 1)
-    hosts = [range(first, min(first + places, pp)) for first in range(0, pp, places)]
-    most = (max(sum(place <= turn < place + passes for place in host) for host in hosts) for turn in turns)
+    hosts = [range(first, min(first + ranks_per_host, pp)) for first in range(0, pp, ranks_per_host)]
+    most = (
+        max(sum(pipeline_rank <= turn < pipeline_rank + passes for pipeline_rank in host) for host in hosts)
+        for turn in turns
+    )
     return sum(max(1.0, count * share) for count in most) / len(turns)
 
 
-def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device | None = None) -> Timed:
+def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device | None = None) -> SegmentTimes:
     """Return the times of a profile's segments on a cluster, cached for all strategies with the same times.
 
     Args:
@@ -289,12 +293,12 @@ def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device
         device: a device of the cluster; None selects the slowest one, which all others wait for.
     """
     seconds = Seconds.on(cluster, strategy, profile.tp, profile.precision, device)
-    return profile.kept.once(seconds.key, lambda: _timed(profile, seconds))
+    return profile.memo.once(seconds.key, lambda: _timed(profile, seconds))
 
 
-def _timed(profile: Profile, seconds: Seconds) -> Timed:
-    spent: dict[int, tuple[Spent, ...]] = {}
-    layers: list[Layer] = [link.layer for link in profile.links]
+def _timed(profile: Profile, seconds: Seconds) -> SegmentTimes:
+    spent: dict[int, tuple[PassSeconds, ...]] = {}
+    layers: list[Layer] = [segment.layer for segment in profile.segments]
     for layer in layers:
         if id(layer) not in spent:
             spent[id(layer)] = (
@@ -303,8 +307,8 @@ def _timed(profile: Profile, seconds: Seconds) -> Timed:
                 *(seconds.again(each, products=True) for each in (layer.forward, layer.recomputed)),
             )
     rows = [spent[id(layer)] for layer in layers]
-    keeps = tuple(accumulate((n if layer.keeps else -1 for n, layer in enumerate(layers)), max))
-    return Timed(
+    last_saving = tuple(accumulate((n if layer.saves else -1 for n, layer in enumerate(layers)), max))
+    return SegmentTimes(
         seconds.cluster,
         seconds.device,
         seconds.kernels,
@@ -315,7 +319,7 @@ def _timed(profile: Profile, seconds: Seconds) -> Timed:
         tuple(row[4] for row in rows),
         Sums.of([row[5] for row in rows]),
         tuple(row[6] for row in rows),
-        keeps,
+        last_saving,
         tuple((number, channels) for number, layer in enumerate(layers) for channels in layer.normalised),
         seconds.crowded,
     )
@@ -343,20 +347,20 @@ class Times:
     seconds: Seconds
 
 
-def times_of(condensed: Condensed, cluster: Cluster, strategy: Strategy) -> Times:
+def times_of(summary: ProfileSummary, cluster: Cluster, strategy: Strategy) -> Times:
     """Return the seconds of a microbatch on a cluster, cached for all strategies with the same rates."""
-    seconds = Seconds.on(cluster, strategy, condensed.tp, condensed.precision)
-    return condensed.kept.once(seconds.key, lambda: _summed_times(condensed, seconds))
+    seconds = Seconds.on(cluster, strategy, summary.tp, summary.precision)
+    return summary.memo.once(seconds.key, lambda: _summed_times(summary, seconds))
 
 
-def _summed_times(condensed: Condensed, seconds: Seconds) -> Times:
+def _summed_times(summary: ProfileSummary, seconds: Seconds) -> Times:
     forward = backward = weights = again = repeated = rest = repeated_rest = 0.0
-    for each in condensed.layers:
+    for each in summary.layers:
         there, back, of_weights = seconds.of_layer(each.layer)
         forward += each.count * there.device
         backward += each.count * back.device
         weights += each.count * of_weights.device
-        if each.layer.keeps:
+        if each.layer.saves:
             recomputed = seconds.again(each.layer.recomputed).total
             again += each.count * recomputed
             repeated += each.repeated * recomputed

@@ -9,10 +9,10 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.predict.closed_form.offload import fetched, offloads
-from shardwise.predict.closed_form.overlap import Passed, Piece, bucketed, gathered, slowed
+from shardwise.predict.closed_form.overlap import ComputePiece, Passed, bucketed, gathered, slowed
 from shardwise.predict.closed_form.pipeline import Messages
 from shardwise.predict.closed_form.pipeline_links import workers_at_once
-from shardwise.predict.closed_form.segment_times import Spent, Timed
+from shardwise.predict.closed_form.segment_times import PassSeconds, SegmentTimes
 from shardwise.predict.hardware.network import level_of
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
@@ -21,12 +21,12 @@ from shardwise.predict.workers.buckets import Gathered
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.predict.workers.holdings import Parts, Stage
 from shardwise.predict.workers.passes import Sync
-from shardwise.predict.workers.stage_keys import alike
+from shardwise.predict.workers.stage_keys import stage_key
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
 
 
-class Calls:
+class CommunicationTimes:
     """Seconds of collectives, pipeline messages and copies, cached.
 
     Args:
@@ -34,7 +34,7 @@ class Calls:
         times: seconds of the profile's segments on the device.
     """
 
-    def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed) -> None:
+    def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: SegmentTimes) -> None:
         self.profile, self.strategy, self.cluster, self.times = profile, strategy, cluster, times
         self._moved: dict[tuple[float, float, int], float] = {}
 
@@ -52,7 +52,7 @@ class Calls:
         crowd = (workers or self.strategy.workers) if self.cluster.collectives else 0
         key = ("collective", id(self.cluster), operation, size, group, crowd)
         collective = Collective(operation, size, group)
-        return self.profile.kept.once(key, lambda: collective_seconds(collective, self.cluster, crowd), self.cluster)
+        return self.profile.memo.once(key, lambda: collective_seconds(collective, self.cluster, crowd), self.cluster)
 
     def moved(self, elements: float, size: float, count: int) -> float:
         """Return the seconds of `count` copy kernels that together move `elements` elements and `size` bytes."""
@@ -82,7 +82,7 @@ class StageCosts:
     """Times of the passes of a strategy's stages, cached.
 
     Args:
-        profile, strategy, cluster, times: as of `Calls`.
+        profile, strategy, cluster, times: as of `CommunicationTimes`.
         parts: the workers of the strategy and their stages.
 
     Attributes:
@@ -90,9 +90,11 @@ class StageCosts:
         messages: messages that each stage receives before a pass.
     """
 
-    def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: Timed, parts: Parts) -> None:
+    def __init__(
+        self, profile: Profile, strategy: Strategy, cluster: Cluster, times: SegmentTimes, parts: Parts
+    ) -> None:
         self.profile, self.strategy, self.cluster, self.times, self.parts = profile, strategy, cluster, times, parts
-        self.calls = Calls(profile, strategy, cluster, times)
+        self.calls = CommunicationTimes(profile, strategy, cluster, times)
         self.messages = self._between()
         self.blocking = times.device.kind == "cpu"
         self.overlap = times.device.overlap
@@ -115,7 +117,7 @@ class StageCosts:
         """Return the seconds of all messages that a stage receives before a forward (F) or backward (B) pass."""
         return sum(seconds for _, seconds in self.messages.get((kind, stage), ()))
 
-    def spent(self, stage: Stage, kind: str) -> Spent:
+    def spent(self, stage: Stage, kind: str) -> PassSeconds:
         """Return the time of one microbatch's pass through a stage, with recomputation and batch norms over replicas.
 
         `kind` is F, B, I or W, as in `splitting.schedule`.
@@ -129,23 +131,23 @@ class StageCosts:
             spent += times.weights.between(stage.first, stage.end)
         if not forward:
             for block in stage.recomputed:
-                spent += times.again(block.first, block.end, products=self.strategy.keeps_products)
-        return spent + Spent(exchanges=self._norms(stage, forward))
+                spent += times.again(block.first, block.end, products=self.strategy.saves_products)
+        return spent + PassSeconds(exchanges=self._norms(stage, forward))
 
     def _norms(self, stage: Stage, forward: bool) -> float:
         if self.strategy.replicas == 1 or not self.times.normalised:
             return 0.0
         group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
         total = 0.0
-        for link, channels in self.times.normalised:
-            if not stage.first <= link < stage.end:
+        for segment, channels in self.times.normalised:
+            if not stage.first <= segment < stage.end:
                 continue
             gather = self.calls.collective("all_gather", 4 * self.strategy.replicas * (2 * channels + 1), group)
             if forward:
                 total += gather
             else:
                 total += self.calls.collective("all_reduce", 8 * channels, group)
-                total += gather if any(block.first <= link < block.end for block in stage.recomputed) else 0.0
+                total += gather if any(block.first <= segment < block.end for block in stage.recomputed) else 0.0
         return total
 
     def passed(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
@@ -159,7 +161,7 @@ class StageCosts:
             first: whether it is the first pass to compute gradients; later ones add to them.
         """
         group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
-        key = alike(self.profile, stage), kind, sync, final, first, self._like(group)
+        key = stage_key(self.profile, stage), kind, sync, final, first, self._like(group)
         if key not in self._passed:
             self._passed[key] = self._pass(stage, kind, sync, final, first)
         return self._passed[key]
@@ -168,10 +170,10 @@ class StageCosts:
         """Return the group moved to rank 0 if its collectives take equally long there, else the group as it is."""
         begins = replace(group, first=0)
         levels = self.cluster.levels
-        alike = (
+        same_level = (
             not self.cluster.collectives and levels and level_of(begins, self.cluster) == level_of(group, self.cluster)
         )
-        return begins if alike else group
+        return begins if same_level else group
 
     def _pass(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
         spent = self.computed(stage, kind, sync, final=final, first=first)
@@ -184,7 +186,7 @@ class StageCosts:
             return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
         return Passed(spent)
 
-    def computed(self, stage: Stage, kind: str, sync: Sync | None, *, final: bool, first: bool) -> Spent:
+    def computed(self, stage: Stage, kind: str, sync: Sync | None, *, final: bool, first: bool) -> PassSeconds:
         """Return the compute time of one pass: `spent`, and copies of gradients and gathered parameters.
 
         Arguments as of `passed`.
@@ -193,7 +195,7 @@ class StageCosts:
         if self.strategy.tp > 1 or self.strategy.pp > 1:
             spent += self.times.overhead("stage")
         if kind not in (FORWARD, INPUT):
-            spent += Spent(kernels=self._gradients(stage, final=final, first=first))
+            spent += PassSeconds(kernels=self._gradients(stage, final=final, first=first))
         if sync is None or kind == WEIGHT:
             return spent
         copied = 0.0
@@ -203,7 +205,7 @@ class StageCosts:
                 copied += count * self.calls.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
                 copied += count * self.calls.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
         watched = sum(n for (group, gathers), n in groups.items() if group is not None and (gathers or sync.reduces))
-        return spent + Spent(kernels=copied) + self.times.overhead("sharded", watched)
+        return spent + PassSeconds(kernels=copied) + self.times.overhead("sharded", watched)
 
     def buckets(self, stage: Stage, seconds: float) -> list[tuple[float, float]]:
         """Return (time at which it is complete, seconds of its all-reduce) of each bucket.
@@ -235,9 +237,11 @@ class StageCosts:
             own = [parameter for parameter in own if parameter.trained]
             return sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
 
-        return self.profile.kept.once(("trained", stage.first, stage.end), count)
+        return self.profile.memo.once(("trained", stage.first, stage.end), count)
 
-    def pieces(self, stage: Stage, kind: str, sync: Sync, spent: Spent) -> tuple[list[Piece], Piece]:
+    def pieces(
+        self, stage: Stage, kind: str, sync: Sync, spent: PassSeconds
+    ) -> tuple[list[ComputePiece], ComputePiece]:
         """Return the pieces of a pass between gathers, in the order in which they compute, and the root's piece.
 
         The times of the pieces are scaled so that they add up to `spent.device`.
@@ -246,17 +250,19 @@ class StageCosts:
         sums = self.times.forward if forward else self.times.backward
         whole = sums.total[stage.end] - sums.total[stage.first]
         stretch = spent.device / whole if whole else 1.0
-        found: list[Piece] = []
+        found: list[ComputePiece] = []
         at = stage.first
         for number, block in enumerate(stage.blocks):
             if block.first > at:
-                found.append(Piece((sums.total[block.first] - sums.total[at]) * stretch))
+                found.append(ComputePiece((sums.total[block.first] - sums.total[at]) * stretch))
             seconds = (sums.total[block.end] - sums.total[max(at, block.first)]) * stretch
-            found.append(Piece(seconds, *self._group(block.gathered, sync.blocks, sync.reduces), f"block {number}"))
+            found.append(
+                ComputePiece(seconds, *self._group(block.gathered, sync.blocks, sync.reduces), f"block {number}")
+            )
             at = max(at, block.end)
         if at < stage.end:
-            found.append(Piece((sums.total[stage.end] - sums.total[at]) * stretch))
-        root = Piece(0.0, *self._group(stage.root, sync.root, sync.reduces))
+            found.append(ComputePiece((sums.total[stage.end] - sums.total[at]) * stretch))
+        root = ComputePiece(0.0, *self._group(stage.root, sync.root, sync.reduces))
         return (found if forward else found[::-1]), root
 
     def _group(self, group: Gathered | None, gathers: bool, reduces: bool) -> tuple[float, float, float]:

@@ -23,10 +23,10 @@ from shardwise.errors import StrategyError
 from shardwise.predict.closed_form.memory import memory_at, memory_of
 from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
 from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
-from shardwise.predict.closed_form.pipeline_links import slower_hops
-from shardwise.predict.closed_form.segment_times import DTYPES, Timed, timed
+from shardwise.predict.closed_form.pipeline_links import slower_links
+from shardwise.predict.closed_form.segment_times import DTYPES, SegmentTimes, timed
 from shardwise.predict.closed_form.stage_time import StageCosts
-from shardwise.predict.closed_form.worker_time import Work, table_of, work_of
+from shardwise.predict.closed_form.worker_time import WorkerTime, table_of, work_of
 from shardwise.predict.hardware.times import origins
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.profile import Profile
@@ -83,28 +83,32 @@ def costs_of(
             f"profile it for a {times.device.kind}"
         )
     check_host(strategy, cluster, times.device)
-    parts = parts_of(profile, strategy, times.forward.each, slower_hops(profile, strategy, cluster))
+    parts = parts_of(profile, strategy, times.forward.each, slower_links(profile, strategy, cluster))
     if offloads(strategy, times.device):
         for worker in parts.workers:
             check_room(worker, profile.update.state_bytes, times.device)
 
-    def on(times: Timed, places: Sequence[Costs] = ()) -> Costs:
-        return Costs(StageCosts(profile, strategy, cluster, times, parts), size, places)
+    def on(times: SegmentTimes, by_pipeline_rank: Sequence[Costs] = ()) -> Costs:
+        return Costs(StageCosts(profile, strategy, cluster, times, parts), size, by_pipeline_rank)
 
     def on_device(device: Device) -> Costs:
         return on(timed(profile, cluster, strategy, device))
 
     if device is not None:
         return on_device(device)
-    several = strategy.speeds and not cluster.alike
-    places = [on_device(slowest_at(strategy, cluster, place)) for place in range(strategy.pp)] if several else []
-    return on(times, places)
+    several = strategy.speeds and not cluster.homogeneous
+    by_pipeline_rank = (
+        [on_device(slowest_at(strategy, cluster, pipeline_rank)) for pipeline_rank in range(strategy.pp)]
+        if several
+        else []
+    )
+    return on(times, by_pipeline_rank)
 
 
-def slowest_at(strategy: Strategy, cluster: Cluster, place: int) -> Device:
-    """Return the slowest device of pipeline worker `place` in any replica, the one that all others wait for."""
+def slowest_at(strategy: Strategy, cluster: Cluster, pipeline_rank: int) -> Device:
+    """Return the slowest device of pipeline worker `pipeline_rank` in any replica, the one that all others wait for."""
     ranks = (
-        strategy.rank(dp=row, fsdp=column, pp=place, tp=shard)
+        strategy.rank(dp=row, fsdp=column, pp=pipeline_rank, tp=shard)
         for row in range(strategy.dp)
         for column in range(strategy.fsdp)
         for shard in range(strategy.tp)
@@ -128,7 +132,7 @@ def _check(profile: Profile, strategy: Strategy, size: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
+class Epilogue:
     """Seconds of a worker's step after its last backward pass.
 
     Attributes:
@@ -148,11 +152,11 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _ComputedStep:
     """The computed step: per-worker work and epilogue, step time, exposed time of the loss all-reduce (seconds)."""
 
-    works: list[Work]
-    finishes: list[Finish]
+    works: list[WorkerTime]
+    finishes: list[Epilogue]
     seconds: float
     report: float
 
@@ -163,25 +167,25 @@ class Costs:
     Args:
         stages: times of the passes.
         batch_size: global batch size in samples.
-        places: costs of each pipeline worker if they have different devices; empty if all have this device.
+        by_pipeline_rank: costs of each pipeline worker if they have different devices; empty if all have this device.
     """
 
-    def __init__(self, stages: StageCosts, batch_size: int, places: Sequence[Costs] = ()) -> None:
+    def __init__(self, stages: StageCosts, batch_size: int, by_pipeline_rank: Sequence[Costs] = ()) -> None:
         self.stages, self.calls, self.times, self.parts = stages, stages.calls, stages.times, stages.parts
         self.profile, self.strategy, self.cluster = stages.profile, stages.strategy, stages.cluster
         self.batch_size = batch_size
-        self._places = tuple(places)
+        self._by_pipeline_rank = tuple(by_pipeline_rank)
 
     def at(self, worker: Worker) -> Costs:
         """Return the costs on the device of a pipeline worker."""
-        return self._places[worker.place] if self._places else self
+        return self._by_pipeline_rank[worker.pipeline_rank] if self._by_pipeline_rank else self
 
     # ---- after the passes -------------------------------------------------------------------------------------------
 
-    def finish(self, worker: Worker) -> Finish:
+    def finish(self, worker: Worker) -> Epilogue:
         """Compute the seconds that a worker needs after its last backward pass."""
         strategy = self.strategy
-        replicas = group_of(strategy, "replicas", worker.place)
+        replicas = group_of(strategy, "replicas", worker.pipeline_rank)
         reduce = sum(self.calls.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
         reduce += sum(seconds for _, _, seconds in self.sums_over_workers(worker))
         exchange = sum(self.calls.collective("broadcast", size, replicas) for size in worker.broadcast)
@@ -189,7 +193,7 @@ class Costs:
         if self.profile.weighted:
             report += self.calls.collective("all_reduce", 8, replicas)
         host = self.times.overhead("step").launching + self.times.crowding
-        return Finish(reduce, self.update(worker), exchange, report, host)
+        return Epilogue(reduce, self.update(worker), exchange, report, host)
 
     def sums_over_workers(self, worker: Worker) -> list[tuple[tuple[int, ...], int, float]]:
         """Return (pipeline workers, bytes, seconds) of each gradient all-reduce after the last backward pass.
@@ -202,7 +206,7 @@ class Costs:
         if strategy.tp > 1:
             found += [((), size, self.calls.collective("all_reduce", size, tensor)) for size in worker.summed]
         for workers, size in worker.tied:
-            group = Group.of([strategy.rank(pp=place) for place in workers])
+            group = Group.of([strategy.rank(pp=pipeline_rank) for pipeline_rank in workers])
             found.append((workers, size, self.calls.collective("all_reduce", size, group)))
         return found
 
@@ -226,14 +230,14 @@ class Costs:
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _played(self) -> _Step:
+    def _played(self) -> _ComputedStep:
         works = [work_of(self.at(worker).stages, worker) for worker in self.parts.workers]
         ends = self._ends(works)
         finishes = [self.at(worker).finish(worker) for worker in self.parts.workers]
         last = max(end + f.reduce + f.update + f.exchange + f.host for end, f in zip(ends, finishes, strict=True))
         report = max(finish.report for finish in finishes)
         hidden = min(report, max(finish.update for finish in finishes)) if not self.waits_for_norm else 0.0
-        return _Step(works, finishes, last + report - hidden, report - hidden)
+        return _ComputedStep(works, finishes, last + report - hidden, report - hidden)
 
     @property
     def step_seconds(self) -> float:
@@ -314,7 +318,7 @@ class Costs:
         """Return the FLOPs of the step on all devices together, without recomputation."""
         return self.profile.flops * self.strategy.microbatches * self.strategy.replicas * self.strategy.tp
 
-    def _ends(self, works: list[Work]) -> list[float]:
+    def _ends(self, works: list[WorkerTime]) -> list[float]:
         """Return the time, in seconds, at which each worker has finished its last backward pass."""
         strategy = self.strategy
         if strategy.pp == 1:
@@ -328,10 +332,10 @@ class Costs:
         whole += sum(sum(work.heads.values()) for work in works)
         tails = [sum(work.tails.values()) for work in works]
         ends, drained = [], 0.0
-        for place, work in enumerate(works):
-            tail = sum(tails[place:]) if strategy.splits_parameters else tails[place]
-            ends.append(max(whole - drained, work.seconds - tails[place]) + tail)
-            drained += stages[place].backward + (stages[place + 1].returns if place + 1 < len(stages) else 0.0)
+        for index, work in enumerate(works):
+            tail = sum(tails[index:]) if strategy.splits_parameters else tails[index]
+            ends.append(max(whole - drained, work.seconds - tails[index]) + tail)
+            drained += stages[index].backward + (stages[index + 1].returns if index + 1 < len(stages) else 0.0)
         return _after_hosts(ends, stages, [0.0 if work.spent.inline else work.spent.launching for work in works])
 
 
@@ -341,9 +345,9 @@ def _after_hosts(ends: Sequence[float], stages: Sequence[StageTime], launching: 
     The last backward pass of a worker also follows the end of the worker behind it, which sends it the last gradients.
     """
     found: list[float] = []
-    for place in reversed(range(len(ends))):
-        hosts = launching[place]
+    for index in reversed(range(len(ends))):
+        hosts = launching[index]
         if found:
-            hosts = max(hosts, found[-1] + stages[place + 1].returns + stages[place].backward)
-        found.append(max(ends[place], hosts))
+            hosts = max(hosts, found[-1] + stages[index + 1].returns + stages[index].backward)
+        found.append(max(ends[index], hosts))
     return found[::-1]

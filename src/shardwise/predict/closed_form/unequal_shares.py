@@ -63,11 +63,11 @@ def replica(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, samples
 
 def _different(strategy: Strategy, cluster: Cluster, batch_size: int) -> set[tuple[int, int]]:
     """Return (samples per microbatch, rank of the slowest device) of each kind of replica."""
-    alike: dict[tuple[int, int], int] = {}
+    groups: dict[tuple[int, int], int] = {}
     for number in range(strategy.replicas):
         rank = slowest_rank(strategy, cluster, number)
-        alike.setdefault((strategy.samples_of(number, batch_size), id(cluster.device(rank))), rank)
-    return {(samples, rank) for (samples, _), rank in alike.items()}
+        groups.setdefault((strategy.samples_of(number, batch_size), id(cluster.device(rank))), rank)
+    return {(samples, rank) for (samples, _), rank in groups.items()}
 
 
 def slowest_rank(strategy: Strategy, cluster: Cluster, number: int) -> int:
@@ -84,9 +84,9 @@ def slowest_rank(strategy: Strategy, cluster: Cluster, number: int) -> int:
 def _ranks(strategy: Strategy, number: int) -> Iterator[int]:
     """Yield all ranks of one replica."""
     row, column = divmod(number, strategy.fsdp)
-    for place in range(strategy.pp):
+    for pipeline_rank in range(strategy.pp):
         for shard in range(strategy.tp):
-            yield strategy.rank(dp=row, fsdp=column, pp=place, tp=shard)
+            yield strategy.rank(dp=row, fsdp=column, pp=pipeline_rank, tp=shard)
 
 
 def refuse_shares(strategy: Strategy, what: str) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardwise.predict.closed_form.overlap import Passed
-from shardwise.predict.closed_form.pipeline import StageTime, Timed
-from shardwise.predict.closed_form.segment_times import Spent
+from shardwise.predict.closed_form.pipeline import StageTime, TimedPass
+from shardwise.predict.closed_form.segment_times import PassSeconds
 from shardwise.predict.closed_form.stage_time import StageCosts
 from shardwise.predict.workers.holdings import Worker
 from shardwise.predict.workers.passes import Turn, table, turns
@@ -18,7 +18,7 @@ from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class WorkerTime:
     """Seconds of all passes of a worker.
 
     Attributes:
@@ -34,7 +34,7 @@ class Work:
     """
 
     times: Mapping[int, StageTime]
-    spent: Spent
+    spent: PassSeconds
     forward: float
     backward: float
     communication: float
@@ -60,14 +60,14 @@ class Work:
         return max(self.device, self.spent.launching)
 
 
-def work_of(costs: StageCosts, worker: Worker) -> Work:
+def work_of(costs: StageCosts, worker: Worker) -> WorkerTime:
     """Sum the times of all passes of a worker."""
     stages = {stage.number: stage for stage in worker.stages}
     passes = [
         (turn, costs.passed(stages[turn.action.stage], turn.action.kind, turn.sync, turn.final, turn.first))
-        for turn in turns(costs.strategy, worker.place)
+        for turn in turns(costs.strategy, worker.pipeline_rank)
     ]
-    spent = Spent()
+    spent = PassSeconds()
     for turn, passed in passes:
         spent += passed.compute.times(turn.count)
     exposed = _exposed(costs, passes)
@@ -76,7 +76,7 @@ def work_of(costs: StageCosts, worker: Worker) -> Work:
         passed.compute.device + waited + passed.slowed for (_, passed), waited in zip(passes, exposed, strict=True)
     ]
     times = _times(costs, stages, _usual(turned, seconds))
-    return Work(
+    return WorkerTime(
         times,
         spent,
         sum(turn.count * passed.compute.total for turn, passed in passes if turn.action.kind == FORWARD),
@@ -98,15 +98,15 @@ def _exposed(costs: StageCosts, passes: Sequence[tuple[Turn, Passed]]) -> list[f
     found = [passed.exposed for _, passed in passes]
     if costs.strategy.pp == 1 or costs.strategy.splits_parameters:
         return found
-    final = [place for place, (turn, _) in enumerate(passes) if turn.final]
-    final.sort(key=lambda place: -passes[place][0].action.stage)
+    final = [index for index, (turn, _) in enumerate(passes) if turn.final]
+    final.sort(key=lambda index: -passes[index][0].action.stage)
     now = channel = 0.0
-    for place in final:
-        passed = passes[place][1]
+    for index in final:
+        passed = passes[index][1]
         now += passed.compute.device + passed.slowed
         if passed.communication:
             channel = max(channel + passed.communication, now + passed.exposed)
-        found[place] = 0.0
+        found[index] = 0.0
     if final:
         found[final[-1]] = max(0.0, channel - now)
     return found
@@ -134,7 +134,7 @@ def _times(costs: StageCosts, stages: Iterable[int], usual: Mapping[tuple[int, s
     }
 
 
-def table_of(costs: StageCosts, worker: Worker) -> list[Timed]:
+def table_of(costs: StageCosts, worker: Worker) -> list[TimedPass]:
     """List all passes of a worker in its order, with their times.
 
     The worker waits for its gradient buckets only when all passes are over.
@@ -142,18 +142,18 @@ def table_of(costs: StageCosts, worker: Worker) -> list[Timed]:
     stages = {stage.number: stage for stage in worker.stages}
     sharded = costs.strategy.splits_parameters
     found = []
-    for turn in table(costs.strategy, worker.place):
+    for turn in table(costs.strategy, worker.pipeline_rank):
         action = turn.action
         passed = costs.passed(stages[action.stage], action.kind, turn.sync, turn.final, turn.first)
         seconds = passed.compute.device + passed.slowed + (passed.exposed if sharded else 0.0)
         launching = 0.0 if passed.compute.inline else passed.compute.launching
         after = (0.0, 0.0) if sharded else (passed.exposed, passed.communication)
-        found.append(Timed(action, seconds, launching, *after))
+        found.append(TimedPass(action, seconds, launching, *after))
     return found
 
 
 def _ends(costs: StageCosts, turned: list[Turn], seconds: list[float]) -> tuple[dict[int, float], dict[int, float]]:
-    """Return `Work.heads` and `Work.tails`; both are empty without a pipeline, where no other stage waits for them."""
+    """Return `heads` and `tails` of `WorkerTime`; both are empty without a pipeline, where no stage waits for them."""
     heads: dict[int, float] = {}
     tails: dict[int, float] = {}
     if costs.strategy.pp == 1:

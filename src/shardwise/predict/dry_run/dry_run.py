@@ -6,7 +6,7 @@
     run.memory            peak memory by category
 
 The program is the one that trains: `Program` on torch's fake process group. Its parameters, gradients and activations
-are tensors without data. `recorder.Recorder` observes it, as it does on real workers.
+are tensors without data. `recorder.StepRecorder` observes it, as it does on real workers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from shardwise.predict.dry_run.fakes import (
     first_share,
     replicated,
 )
-from shardwise.predict.dry_run.recorder import Event, Record, Recorder
+from shardwise.predict.dry_run.recorder import Event, StepRecord, StepRecorder
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.meta_model import builds, widen_grouped_products
@@ -65,7 +65,7 @@ class DryRun:
 
     strategy: Strategy
     rank: int
-    record: Record
+    record: StepRecord
     cuts: Cuts | None
     notes: tuple[str, ...] = ()
 
@@ -123,10 +123,12 @@ def dry_run(
     why = ""
     for build in _builds(workload):
         try:
-            return _Run(replace(workload, model=build), strategy, rank, cuts, device, _without_memory()).result()
+            return _SingleDryRun(
+                replace(workload, model=build), strategy, rank, cuts, device, _without_memory()
+            ).result()
         except (Untraceable, *_FOLLOWS_DATA) as error:
             why = first_line(error)
-    run = _Run(workload, strategy, rank, cuts, device, nullcontext).result()
+    run = _SingleDryRun(workload, strategy, rank, cuts, device, nullcontext).result()
     return replace(run, notes=(*run.notes, f"run with values, in memory, for it cannot be run without: {why}"))
 
 
@@ -148,7 +150,7 @@ def _builds(workload: Workload) -> Iterator[ModelWithoutValues]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _SingleDryRun:
     """A single dry run; `allocating` gives the mode of tensors without data, or a null context if they have values."""
 
     workload: Workload
@@ -178,7 +180,7 @@ class _Run:
             notes=tuple(engine.notes),
         )
 
-    def _recorded(self, program: Program) -> Record:
+    def _recorded(self, program: Program) -> StepRecord:
         """Record one step after warm-up steps, which create optimizer states and buckets."""
         patched: Any = program
         patched._by_all = lambda _: True  # assume that all ranks leave the same parameters unused
@@ -190,7 +192,7 @@ class _Run:
         with self.allocating(), answers, answers.following(program.engine), device:
             for _ in range(_first_steps(program)):
                 program.step_share(first)
-            with Recorder(offloaded=offloaded) as recorder, recorder.following(program):
+            with StepRecorder(offloaded=offloaded) as recorder, recorder.following(program):
                 program.step_share(share)
         return recorder.record()
 

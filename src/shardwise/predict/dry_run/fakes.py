@@ -29,7 +29,7 @@ from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.mesh import Allocating, forget_meshes
 from shardwise.parallel.program import Program
 from shardwise.parallel.state.pytree import facts
-from shardwise.predict.profile.gpu_ops import AsOnGPU
+from shardwise.predict.profile.gpu_ops import GPUDispatch
 from shardwise.predict.profile.meta_model import batch
 from shardwise.predict.profile.op_counter import tensors
 from shardwise.predict.profile.optimizer import all_at_once
@@ -181,15 +181,15 @@ def as_on_gpu(program: Program) -> Iterator[None]:
     if program.optimizer is not None and not program.strategy.offload:
         all_at_once(program.optimizer)
     engine: Any = program.engine
-    owner, name = (engine._keyed, "at") if isinstance(engine, GraphEngine) else (engine._operations, "_again")
+    owner, name = (engine._operators, "at") if isinstance(engine, GraphEngine) else (engine._operations, "_again")
     original = getattr(owner, name)
 
     @contextmanager
     def again(*args: Any, **kwargs: Any) -> Iterator[None]:
-        with original(*args, **kwargs), AsOnGPU():  # modes opened outside do not reach the backward pass
+        with original(*args, **kwargs), GPUDispatch():  # modes opened outside do not reach the backward pass
             yield
 
-    with mock.patch.object(owner, name, again), AsOnGPU():
+    with mock.patch.object(owner, name, again), GPUDispatch():
         yield
 
 

@@ -1,7 +1,7 @@
 """Recorder of one step of a program on real or fake workers: kernels, collectives, and memory at its peak.
 
     program.step_share(share)                         # warm up: buckets are built, optimizer states allocated
-    with Recorder() as recorder, recorder.following(program):
+    with StepRecorder() as recorder, recorder.following(program):
         program.step_share(share)
     record = recorder.record()
     record.kernels        # tuple[Kernel], in order; `Kernel.when` says forward, backward, recompute or optimizer
@@ -12,8 +12,8 @@
 A mark is spelled like an action of the pipeline: stage index, kind (F forward, B backward, or its halves I for inputs
 and W for weights) and microbatch, for example `0F3`. Without a pipeline there is stage 0 alone. Events that belong to
 no microbatch have the mark `reduce` (all-reduces of gradients after the last backward pass), `update` (the optimizer,
-and broadcasts of updated parameters) or none (losses, norms, clipping). `Recorder.mark` is a context manager for marks
-of one's own.
+and broadcasts of updated parameters) or none (losses, norms, clipping). `StepRecorder.mark` is a context manager for
+marks of one's own.
 
 The recorder is a dispatch mode: it sees every operation that reaches torch's dispatcher, from Python, from autograd
 (whose backward pass runs in the calling thread on the CPU) and from C++ (DDP's reducer). Operations on a subclass of
@@ -61,7 +61,7 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class StepRecord:
     """Record of one step on one worker.
 
     Attributes:
@@ -83,7 +83,7 @@ class Record:
         return tuple(event.what for event in self.events if isinstance(event.what, Collective))
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that records a step; see the module's docstring. Open it inside of any `FakeTensorMode`."""
 
     def __init__(self, *, offloaded: bool = False) -> None:
@@ -92,11 +92,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._events: list[Event] = []
         self._storages = Storages()
         self._axes = Axes(())
-        self._base, self._mark, self._segment = "", "", ("", "")
+        self._base, self._mark, self._stretch = "", "", ("", "")
         self._collects = False
         self._engine: Engine | None = None
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> StepRecorder:
         gc.collect()  # else reference cycles would be freed at an arbitrary moment of the step
         self._collects = gc.isenabled()
         gc.disable()
@@ -110,9 +110,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._collects:
             gc.enable()
 
-    def record(self) -> Record:
+    def record(self) -> StepRecord:
         """Return the record of all that was observed so far."""
-        return Record(tuple(self._events), self._storages.peak())
+        return StepRecord(tuple(self._events), self._storages.peak())
 
     # ---- the parts of a step ----------------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def following(self, program: Program) -> Iterator[None]:
         """Mark the parts of a program's steps while the context is open, and categorize the program's tensors."""
         self._axes, self._engine = Axes.of(program.mesh), program.engine
-        self._keep((held.tensor for held in program.engine.held.values()), "parameters")
+        self._mark_category((held.tensor for held in program.engine.held.values()), "parameters")
         self._mark_states(program)
         with _wrapped(self, program):
             yield
@@ -146,10 +146,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Categorize optimizer states and gradients, which may exist before a step or only after it."""
         states = [] if program.optimizer is None else list(program.optimizer.state.values())
         self._storages.mark((local(tensor) for tensor in tensors(states)), "optimizer", elsewhere=self._offloaded)
-        self._keep((p.grad for p in program.engine.parameters.values() if p.grad is not None), "gradients")
+        self._mark_category((p.grad for p in program.engine.parameters.values() if p.grad is not None), "gradients")
 
-    def _keep(self, kept: Iterable[Tensor], category: str) -> None:
-        for tensor in kept:
+    def _mark_category(self, tensors: Iterable[Tensor], category: str) -> None:
+        for tensor in tensors:
             self._storages.mark([local(tensor)], category, elsewhere=self._offloaded and is_split(tensor))
 
     def _when(self) -> str:
@@ -158,7 +158,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "recompute" if self._engine is not None and self._engine.recomputing else "backward"
         return self._base
 
-    def _place(self, when: str) -> str:
+    def _phase(self, when: str) -> str:
         """Return the current mark. A microbatch's mark says F (forward); in its backward pass that becomes B."""
         mark = self._mark
         return mark.replace("F", "B") if when in ("backward", "recompute") and mark[:1].isdigit() else mark
@@ -170,9 +170,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return NotImplemented  # the subclass calls again with its local tensors
         kwargs = kwargs or {}
         when = self._when()
-        place = self._place(when)
-        if (when, place) != self._segment:
-            self._segment = when, place
+        phase = self._phase(when)
+        if (when, phase) != self._stretch:
+            self._stretch = when, phase
             self._storages.next(forward=when in ("forward", "recompute"))
         for tensor in tensors((args, kwargs)):
             self._storages.seen(tensor)
@@ -185,12 +185,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             what = kernel_of(func, args, kwargs, result, when or "optimizer")
         if what is not None:
-            self._events.append(Event(place, what))
+            self._events.append(Event(phase, what))
         return result
 
 
 @contextmanager
-def _wrapped(recorder: Recorder, program: Program) -> Iterator[None]:
+def _wrapped(recorder: StepRecorder, program: Program) -> Iterator[None]:
     """Mark the parts of a program's steps by wrapping its methods while the context is open."""
     engine: Any = program.engine
     replaced: list[tuple[Any, str]] = []
@@ -212,7 +212,7 @@ def _wrapped(recorder: Recorder, program: Program) -> Iterator[None]:
         around(pipeline, "_forward", lambda _, action: (str(action), "forward"))
         around(pipeline, "_backward", lambda _, action: (str(action), "backward"))
         around(pipeline.weights, "compute", lambda key: (str(Action("W", *key)), "backward"))
-        around(engine._holding, "reduce", lambda *_: ("reduce", "backward"))
+        around(engine._local_stages, "reduce", lambda *_: ("reduce", "backward"))
     else:
         _count_microbatches(recorder, engine, replaced)
     try:
@@ -222,7 +222,7 @@ def _wrapped(recorder: Recorder, program: Program) -> Iterator[None]:
             delattr(owner, name)
 
 
-def _count_microbatches(recorder: Recorder, engine: Any, replaced: list[tuple[Any, str]]) -> None:
+def _count_microbatches(recorder: StepRecorder, engine: Any, replaced: list[tuple[Any, str]]) -> None:
     """Mark the microbatches of a module that runs as it is: each begins when its data enter the engine."""
     original = engine._enter
     seen = 0

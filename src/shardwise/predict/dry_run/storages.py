@@ -26,7 +26,7 @@ class _Storage:
     """One storage.
 
     Attributes:
-        segment: stretch of the step in which it was made; GIVEN if no observed operation made it.
+        stretch: stretch of the step in which it was made; GIVEN if no observed operation made it.
         forward: whether it was made in a forward pass or a recomputation.
         size: current bytes.
         found: bytes when it was first seen, if no observed operation made it; else 0.
@@ -34,7 +34,7 @@ class _Storage:
         died: stretch in which it was freed; None if it is alive.
     """
 
-    segment: int
+    stretch: int
     forward: bool
     size: int
     found: int
@@ -45,12 +45,12 @@ class _Storage:
 class Storages:
     """Log of the storages of tensors that are `seen` or `made`, until it is closed.
 
-    A step is divided into stretches (`segment` is the number of the current one). A storage that is made in a stretch
+    A step is divided into stretches (`stretch` is the number of the current one). A storage that is made in a stretch
     of a forward pass or a recomputation, and alive in the next one, is an activation.
     """
 
     def __init__(self) -> None:
-        self.segment = 0
+        self.stretch = 0
         self.forward = False
         self._known: dict[int, int] = {}
         self._storages: list[_Storage] = []
@@ -95,15 +95,15 @@ class Storages:
 
     def next(self, *, forward: bool) -> None:
         """Begin another stretch of the step; `forward` if it is part of a forward pass or a recomputation."""
-        self.segment += 1
+        self.stretch += 1
         self.forward = forward
 
-    def mark(self, kept: Iterable[Tensor], category: str, *, elsewhere: bool = False) -> None:
+    def mark(self, tensors: Iterable[Tensor], category: str, *, elsewhere: bool = False) -> None:
         """Assign tensors to a category: `parameters`, `gradients` or `optimizer`. The first assignment holds.
 
         `elsewhere` if they lie in memory that is not counted (the host's).
         """
-        for tensor in kept:
+        for tensor in tensors:
             number = self._number(tensor.untyped_storage(), given=True)
             self._categories.setdefault(number, category)
             if elsewhere:
@@ -117,7 +117,7 @@ class Storages:
         number = self._known[key] = len(self._storages)
         size = storage.nbytes()
         forward = self.forward and not given
-        self._storages.append(_Storage(GIVEN if given else self.segment, forward, size, size if given else 0))
+        self._storages.append(_Storage(GIVEN if given else self.stretch, forward, size, size if given else 0))
         self._events.append((number, 0 if given else size))
         self._references[number] = weakref.finalize(storage, self._gone, key, number)
         self._references[number].atexit = False
@@ -128,7 +128,7 @@ class Storages:
             return
         del self._known[key], self._references[number]
         found = self._storages[number]
-        found.died = self.segment
+        found.died = self.stretch
         self._events.append((number, -found.size))
         found.size = 0
 
@@ -163,7 +163,7 @@ class Storages:
     def _is_inner(self, number: int) -> bool:
         """Return whether a storage was allocated inside of a collective: no operation made it, yet it was freed."""
         storage = self._storages[number]
-        return storage.segment == GIVEN and storage.died is not None and number not in self._categories
+        return storage.stretch == GIVEN and storage.died is not None and number not in self._categories
 
     def _highest(self) -> int:
         """Return the number of changes up to the peak."""
@@ -187,5 +187,5 @@ class Storages:
             return self._categories[number]
         if storage.resized:
             return "parameters"  # gathered by fully_shard
-        outlives = storage.died is None or storage.died > storage.segment
+        outlives = storage.died is None or storage.died > storage.stretch
         return "activations" if storage.forward and outlives else "temporary"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Parameter, Profile, Value
 
 
@@ -27,7 +27,7 @@ def deepened(short: Profile, layers: Sequence[str]) -> Profile | None:
         layers: prefix of the parameter names of each layer of the whole model.
     """
     middle = _middle(short, layers)
-    if middle is None or not middle.alike(short):
+    if middle is None or not middle.repeats(short):
         return None
     return middle.deepened(short)
 
@@ -42,7 +42,7 @@ def _middle(short: Profile, layers: Sequence[str]) -> _Middle | None:
         own = [index for index, parameter in enumerate(short.parameters) if parameter.name.startswith(prefix)]
         if not own or own != list(range(own[0], own[-1] + 1)):
             return None
-        starts.append(min(short.parameters[index].links[0] for index in own))
+        starts.append(min(short.parameters[index].segments[0] for index in own))
         members.append(range(own[0], own[-1] + 1))
     _, first, second, end = starts
     if not first < second < end or second - first != end - second or len(members[1]) != len(members[2]):
@@ -84,33 +84,33 @@ class _Middle:
 
     # ---- comparison ---------------------------------------------------------------------------------------------
 
-    def alike(self, short: Profile) -> bool:
+    def repeats(self, short: Profile) -> bool:
         """Return whether layer 2 equals layer 1 in everything that a profile contains, up to its position."""
-        links = short.links
-        if links[self.first : self.second] != links[self.second : self.end]:
+        segments = short.segments
+        if segments[self.first : self.second] != segments[self.second : self.end]:
             return False
         parameters = zip(self.one, self.two, strict=True)
         if any(self._moved(short.parameters[a]) != short.parameters[b] for a, b in parameters):
             return False
         outside = [p for n, p in enumerate(short.parameters) if n not in self.one and n not in self.two]
-        if not all(self._the_same(parameter.links) for parameter in outside):
+        if not all(self._the_same(parameter.segments) for parameter in outside):
             return False
         return self._same_values(short.values) and self._same_order(short.ready)
 
     def _moved(self, parameter: Parameter) -> Parameter:
         name = self.layers[2] + parameter.name.removeprefix(self.layers[1])
-        return replace(parameter, name=name, links=self._plus(parameter.links, self.size))
+        return replace(parameter, name=name, segments=self._plus(parameter.segments, self.size))
 
-    def _plus(self, links: Iterable[int], distance: int) -> tuple[int, ...]:
-        return tuple(link + distance for link in links)
+    def _plus(self, segments: Iterable[int], distance: int) -> tuple[int, ...]:
+        return tuple(segment + distance for segment in segments)
 
-    def _within(self, links: Iterable[int], first: int) -> list[int]:
-        return [link - first for link in links if first <= link < first + self.size]
+    def _within(self, segments: Iterable[int], first: int) -> list[int]:
+        return [segment - first for segment in segments if first <= segment < first + self.size]
 
-    def _the_same(self, links: Sequence[int]) -> bool:
+    def _the_same(self, segments: Sequence[int]) -> bool:
         """Return whether both layers use a value from outside alike, or only layer 1 does (the output of layer 0)."""
-        there = self._within(links, self.second)
-        return not there or self._within(links, self.first) == there
+        there = self._within(segments, self.second)
+        return not there or self._within(segments, self.first) == there
 
     def _same_values(self, values: Sequence[Value]) -> bool:
         one = [value for value in values if self.first <= value.made < self.second]
@@ -123,11 +123,13 @@ class _Middle:
         return all(self._the_same(value.used) and self._the_same(value.saved) for value in before)
 
     def _same_order(self, ready: Sequence[int]) -> bool:
-        places = [[ready.index(index) for index in own if index in ready] for own in (self.one, self.two)]
-        if any(sorted(own) != list(range(min(own, default=0), max(own, default=-1) + 1)) for own in places):
+        positions = [[ready.index(index) for index in own if index in ready] for own in (self.one, self.two)]
+        if any(sorted(own) != list(range(min(own, default=0), max(own, default=-1) + 1)) for own in positions):
             return False
-        orders = [[ready[place] - own[0] for place in sorted(at)] for at, own in zip(places, self._both, strict=True)]
-        return orders[0] == orders[1] and (not places[0] or max(places[1]) + 1 == min(places[0]))
+        orders = [
+            [ready[position] - own[0] for position in sorted(at)] for at, own in zip(positions, self._both, strict=True)
+        ]
+        return orders[0] == orders[1] and (not positions[0] or max(positions[1]) + 1 == min(positions[0]))
 
     @property
     def _both(self) -> tuple[range, range]:
@@ -146,54 +148,54 @@ class _Middle:
 
     def deepened(self, short: Profile) -> Profile:
         """Return the profile of the whole model: layer 1 is repeated until all of `layers` are there."""
-        links = short.links
+        segments = short.segments
         return replace(
             short,
-            links=links[: self.second] + links[self.first : self.second] * self.more + links[self.second :],
+            segments=segments[: self.second] + segments[self.first : self.second] * self.more + segments[self.second :],
             parameters=tuple(self._parameters(short.parameters)),
             values=tuple(self._values(short.values)),
             ready=tuple(self._ready(short.ready)),
             blocks=(),
-            kept=Kept(),
+            memo=Memo(),
         )
 
-    def _link(self, link: int) -> int:
-        return link + (self.more * self.size if link >= self.second else 0)
+    def _segment(self, segment: int) -> int:
+        return segment + (self.more * self.size if segment >= self.second else 0)
 
-    def _links(self, links: Sequence[int]) -> tuple[int, ...]:
+    def _segments(self, segments: Sequence[int]) -> tuple[int, ...]:
         """Return the segments that use a value or parameter from outside of the middle, in the extended chain.
 
         If layer 2 uses it, so do all copies of layer 1.
         """
-        own = self._within(links, self.first) if self._within(links, self.second) else []
-        copies = (self.second + number * self.size + link for number in range(self.more) for link in own)
-        return tuple(sorted(chain(map(self._link, links), copies)))
+        own = self._within(segments, self.first) if self._within(segments, self.second) else []
+        copies = (self.second + number * self.size + segment for number in range(self.more) for segment in own)
+        return tuple(sorted(chain(map(self._segment, segments), copies)))
 
     def _parameters(self, parameters: Sequence[Parameter]) -> Iterable[Parameter]:
         for index, parameter in enumerate(parameters):
-            yield self._renamed(replace(parameter, links=self._links(parameter.links)))
+            yield self._renamed(replace(parameter, segments=self._segments(parameter.segments)))
             if index == self.one[-1]:
                 for number in range(1, self.more + 1):
                     for each in self.one:
                         yield self._copy(parameters[each], number)
 
     def _renamed(self, parameter: Parameter) -> Parameter:
-        for place in (2, 3):
-            if parameter.name.startswith(self.layers[place]):
-                rest = parameter.name.removeprefix(self.layers[place])
-                return replace(parameter, name=self.layers[place + self.more] + rest)
+        for position in (2, 3):
+            if parameter.name.startswith(self.layers[position]):
+                rest = parameter.name.removeprefix(self.layers[position])
+                return replace(parameter, name=self.layers[position + self.more] + rest)
         return parameter
 
     def _copy(self, parameter: Parameter, number: int) -> Parameter:
         name = self.layers[1 + number] + parameter.name.removeprefix(self.layers[1])
-        return replace(parameter, name=name, links=self._plus(parameter.links, number * self.size))
+        return replace(parameter, name=name, segments=self._plus(parameter.segments, number * self.size))
 
     def _values(self, values: Sequence[Value]) -> Iterable[Value]:
         before = [value for value in values if value.made < self.first]
         one = [value for value in values if self.first <= value.made < self.second]
         behind = [value for value in values if value.made >= self.second]
         for value in before:
-            yield replace(value, used=self._links(value.used), saved=self._links(value.saved))
+            yield replace(value, used=self._segments(value.used), saved=self._segments(value.saved))
         for number in range(self.more + 1):
             yield from (self._following(value, number * self.size) for value in one)
         yield from (self._following(value, self.more * self.size) for value in behind)

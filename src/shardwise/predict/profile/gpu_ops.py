@@ -51,7 +51,7 @@ def on_gpu(target: Callable[..., Any]) -> Callable[..., Any]:
     return widened
 
 
-class AsOnGPU(TorchFunctionMode):
+class GPUDispatch(TorchFunctionMode):
     """Mode under which everything called runs as a GPU would run it.
 
     ATen overloads go through `on_gpu`; functions of torch's Python API are matched by name.

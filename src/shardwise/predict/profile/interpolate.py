@@ -17,10 +17,10 @@ from typing import Any, Generic, TypeVar
 
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.memo import Kept
-from shardwise.predict.profile.profile import Link, Parameter, Pass, Profile, Value
+from shardwise.predict.profile.memo import Memo
+from shardwise.predict.profile.profile import LayerPass, Parameter, Profile, Segment, Value
 from shardwise.predict.profile.profiler import Profiles
-from shardwise.predict.profile.summary import Condensed, condense
+from shardwise.predict.profile.summary import ProfileSummary, summarize
 from shardwise.strategy import Strategy
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class _Unlike(Exception):
     """Raised for two profiles that differ in more than numbers, so that there is no line through them."""
 
 
-P = TypeVar("P", bound=Profile | Condensed)
+P = TypeVar("P", bound=Profile | ProfileSummary)
 
 
 def between(first: P, second: P, at: float, repeats_at: float | None = None) -> P | None:
@@ -50,16 +50,16 @@ def between(first: P, second: P, at: float, repeats_at: float | None = None) -> 
     """
     try:
         line = _Line(at, at if repeats_at is None else repeats_at)
-        nothing = Kept()  # shared by both, so that it is not interpolated
-        found = line.of(replace(first, kept=nothing), replace(second, kept=nothing, **_same(first)))
+        nothing = Memo()  # shared by both, so that it is not interpolated
+        found = line.of(replace(first, memo=nothing), replace(second, memo=nothing, **_same(first)))
     except _Unlike:
         return None
-    return replace(found, kept=Kept())
+    return replace(found, memo=Memo())
 
 
-def _same(profile: Profile | Condensed) -> dict[str, Any]:
+def _same(profile: Profile | ProfileSummary) -> dict[str, Any]:
     """Return the fields that are not interpolated but taken from a profile."""
-    if isinstance(profile, Condensed):
+    if isinstance(profile, ProfileSummary):
         return {"tp": profile.tp}
     return {name: getattr(profile, name) for name in ("tp", "microbatch", "batch_size", "notes", "ready", "blocks")}
 
@@ -106,17 +106,17 @@ class _Line:
     def _dataclass(self, a: Any, b: Any) -> Any:
         if isinstance(a, Value):
             return self._value(a, b)
-        if isinstance(a, Link):
-            return Link(self.of(a.layer, b.layer), self._number(a.message, b.message))
+        if isinstance(a, Segment):
+            return Segment(self.of(a.layer, b.layer), self._number(a.message, b.message))
         if isinstance(a, Parameter) and a == b:
             return a
         if isinstance(a, Kernel):
             return self._kernel(a, b)
-        if isinstance(a, Pass):
+        if isinstance(a, LayerPass):
             first, second = a.kernels, b.kernels
             if len(first) != len(second):
                 first, second = _merged(first), _merged(second)
-            return Pass(self.of(first, second), self.of(a.exchanges, b.exchanges))
+            return LayerPass(self.of(first, second), self.of(a.exchanges, b.exchanges))
         return self._fields(a, b)
 
     def _number(self, a: int, b: int) -> int:
@@ -173,15 +173,15 @@ class ScaledProfiles:
         self.traced = traced
         self._corners: dict[tuple[Any, ...], Profile] = {}
         self._profiles = _Plane(self._corner, _for_microbatch)
-        self._condensed = _Plane(lambda *corner: condense(self._corner(*corner)), _for_degree)
+        self._summaries = _Plane(lambda *corner: summarize(self._corner(*corner)), _for_degree)
 
     def of(self, strategy: Strategy, batch_size: int = 0) -> Profile:
         """Return the profile by which a search ranks a strategy. Raises as `Profiles.of` does."""
         return self._profiles.at(*self._where(strategy, batch_size))
 
-    def condensed(self, strategy: Strategy) -> Condensed:
-        """Return the condensed profile from which bounds are computed. Raises as `Profiles.of` does."""
-        return self._condensed.at(*self._where(strategy))
+    def summary(self, strategy: Strategy) -> ProfileSummary:
+        """Return the summary of the profile from which bounds are computed. Raises as `Profiles.of` does."""
+        return self._summaries.at(*self._where(strategy))
 
     def one(self) -> Profile:
         """Return a traced profile for a single worker, with some size of microbatch."""
@@ -200,7 +200,7 @@ class ScaledProfiles:
             if _split(strategy):
                 alone = alone.with_(pp=2, schedule="zero-bubble")
             self._corners[key] = replace(
-                self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, kept=Kept()
+                self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, memo=Memo()
             )
         return self._corners[key]
 
@@ -260,9 +260,9 @@ class _Plane(Generic[P]):
         return tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy)
 
 
-def _convolves(profile: Profile | Condensed) -> bool:
+def _convolves(profile: Profile | ProfileSummary) -> bool:
     """Return whether a profile has convolutions: for a single sample torch computes them with other kernels."""
-    found = profile.links if isinstance(profile, Profile) else profile.layers
+    found = profile.segments if isinstance(profile, Profile) else profile.layers
     return any(kernel.kind == "convolution" for each in found for kernel in each.layer.forward.kernels)
 
 
@@ -270,8 +270,8 @@ def _for_microbatch(profile: Profile, tp: int, samples: int) -> Profile:
     return replace(profile, tp=tp, microbatch=samples)
 
 
-def _for_degree(condensed: Condensed, tp: int, _: int) -> Condensed:
-    return replace(condensed, tp=tp)
+def _for_degree(summary: ProfileSummary, tp: int, _: int) -> ProfileSummary:
+    return replace(summary, tp=tp)
 
 
 def _split(strategy: Strategy) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 
-class Kept:
+class Memo:
     """Memo table: results by key. It belongs to one object and lives as long as that object."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from torch.utils.data import default_collate
 from shardwise.errors import DataError, WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.graph.trace import traced
-from shardwise.parallel.pipeline.cut_points import Place
+from shardwise.parallel.pipeline.cut_points import CutPoint
 from shardwise.parallel.state.build_model import evaluating, persistent_buffers, plain_model, untouched
 from shardwise.parallel.state.pytree import unlike
 from shardwise.predict.profile.optimizer import update_of
@@ -67,7 +67,7 @@ class Model:
     workload: Workload
     module: nn.Module
     layers: nn.ModuleList | nn.Sequential | None = None
-    evaluated: dict[tuple[int, int], Sequence[Place]] = field(default_factory=dict)
+    evaluated: dict[tuple[int, int], Sequence[CutPoint]] = field(default_factory=dict)
     """(tp, sp) -> cut points of the evaluation graph."""
     _steps: dict[tuple[int, bool], StepGraph] = field(default_factory=dict)
     _steady: dict[int, set[nn.Module]] = field(default_factory=dict)

@@ -132,8 +132,8 @@ def _row(operands: Sequence[Tensor]) -> float:
     strides = [_strides(operand, shape) for operand in operands]
     order = [d for d in sorted(range(len(shape)), key=lambda d: (strides[-1][d], -d)) if shape[d] > 1]
     row = 1
-    for place, dim in enumerate(order):
-        before = order[place - 1] if place else None
+    for index, dim in enumerate(order):
+        before = order[index - 1] if index else None
         if before is not None and any(each[dim] != each[before] * shape[before] for each in strides):
             return row
         row *= shape[dim]

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Update
-from shardwise.predict.profile.segment_recorder import LinkRecorder
+from shardwise.predict.profile.segment_recorder import SegmentRecorder
 from shardwise.workload.workload import Workload
 
 _SIDE = 256
@@ -42,7 +42,7 @@ def all_at_once(optimizer: torch.optim.Optimizer) -> None:
 
 def _updated(workload: Workload, count: int, *, on_gpu: bool = False) -> Update:
     """Record an update of `count` matrices; costs are per element."""
-    recorder = LinkRecorder(cpu=False)
+    recorder = SegmentRecorder(cpu=False)
     with FakeTensorMode():
         parameters = [nn.Parameter(torch.empty(_SIDE, _SIDE)) for _ in range(count)]
         optimizer = workload.optimizer(list(parameters))

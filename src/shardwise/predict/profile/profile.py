@@ -1,11 +1,11 @@
 """Profile of one step of a workload on one device: kernels, exchanges, parameters and activations. Predictions read it.
 
 A step is a chain of segments: the pieces of its graph between neighbouring cut points (see
-`parallel.pipeline.cut_points`). A segment is a `Link`, and segments are known by their index in the chain. Each has a
-`Layer`: kernels, exchanges and bytes of one microbatch on one tensor-parallel worker. Equal segments share one layer
+`parallel.pipeline.cut_points`). A segment is a `Segment`, and segments are known by their index in the chain. Each has
+a `Layer`: kernels, exchanges and bytes of one microbatch on one tensor-parallel worker. Equal segments share one layer
 object, so that a model of a thousand equal blocks is as fast to predict as one of two.
 
-    profile.links[i].layer.forward     kernels and exchanges of the forward pass of segment i
+    profile.segments[i].layer.forward     kernels and exchanges of the forward pass of segment i
     profile.parameters                 parameters and buffers, and the segments that use them
     profile.values                     tensors that segments hand to each other: messages of a pipeline, activations
 
@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import accumulate, chain
 
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.memo import Memo
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,14 @@ class Exchanged:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class LayerPass:
     """Kernels and exchanges of one pass through a layer."""
 
     kernels: tuple[Kernel, ...] = ()
     exchanges: tuple[Exchanged, ...] = ()
 
     @property
-    def rest(self) -> Pass:
+    def rest(self) -> LayerPass:
         """Return the part of the pass that selective recomputation runs again: all kernels but `strategy.PRODUCTS`."""
         return replace(self, kernels=tuple(kernel for kernel in self.kernels if not kernel.product))
 
@@ -54,7 +54,7 @@ class Layer:
         weights: the pass for gradients of the weights, if the profile is `split` (zero-bubble); else empty.
         recomputed: the part of the forward pass that is recomputed if this is the last segment of a recomputed block:
             torch stops after the last tensor that the backward pass needs.
-        keeps: whether the backward pass needs any tensor of the forward pass.
+        saves: whether the backward pass needs any tensor of the forward pass.
         inside: bytes saved for the backward pass, without the values that segments hand to each other.
         products: bytes of the results that selective recomputation keeps (`parallel.operators.selective_checkpoint`).
         temporary_forward: peak bytes of the forward pass beside what is saved.
@@ -62,11 +62,11 @@ class Layer:
         normalised: number of channels of each batch norm in training mode.
     """
 
-    forward: Pass = Pass()
-    backward: Pass = Pass()
-    weights: Pass = Pass()
-    recomputed: Pass = Pass()
-    keeps: bool = True
+    forward: LayerPass = LayerPass()
+    backward: LayerPass = LayerPass()
+    weights: LayerPass = LayerPass()
+    recomputed: LayerPass = LayerPass()
+    saves: bool = True
     inside: int = 0
     products: int = 0
     temporary_forward: int = 0
@@ -82,7 +82,7 @@ class Parameter:
         name: name in the plain module.
         shape: shape of the part that one worker holds.
         itemsize: bytes per element.
-        links: segments that use it, in ascending order.
+        segments: segments that use it, in ascending order.
         trained: whether it has a gradient.
         cut: whether tensor parallelism shards it.
         summed: whether each tensor-parallel worker computes a partial gradient, so that they must be summed over tp.
@@ -92,7 +92,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     itemsize: int
-    links: tuple[int, ...]
+    segments: tuple[int, ...]
     trained: bool = True
     cut: bool = False
     summed: bool = False
@@ -134,7 +134,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class Segment:
     """One segment of the chain: a piece of the step's graph between two neighbouring cut points.
 
     Attributes:
@@ -181,7 +181,7 @@ class Profile:
         precision: `float32` or `bf16`.
         device: kind of device that it is for, `gpu` or `cpu`: they run other kernels and save other tensors.
         batch_size: global batch size of the workload.
-        links: the chain of segments.
+        segments: the chain of segments.
         parameters: parameters and buffers, in the order of the module.
         values: tensors that segments hand to each other.
         blocks: indices of the parameters of each repeated block of the module, in its order; see
@@ -203,7 +203,7 @@ class Profile:
     precision: str
     device: str
     batch_size: int
-    links: tuple[Link, ...]
+    segments: tuple[Segment, ...]
     parameters: tuple[Parameter, ...]
     values: tuple[Value, ...]
     blocks: tuple[tuple[int, ...], ...] = ()
@@ -215,7 +215,7 @@ class Profile:
     ready: tuple[int, ...] = ()
     batch_bytes: int = 0
     notes: tuple[str, ...] = ()
-    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+    memo: Memo = field(default_factory=Memo, repr=False, compare=False)
     """Memo table for values that are derived from this profile."""
 
     @cached_property
@@ -224,7 +224,7 @@ class Profile:
 
         A value that several segments save counts at the first of them.
         """
-        own = [link.layer.inside for link in self.links]
+        own = [segment.layer.inside for segment in self.segments]
         for value in self.values:
             if value.saved:
                 own[value.saved[0]] += value.held
@@ -233,54 +233,54 @@ class Profile:
     @cached_property
     def products(self) -> tuple[int, ...]:
         """Prefix sums of the bytes that selective recomputation keeps: entry i is the sum over segments before i."""
-        return tuple(accumulate((link.layer.products for link in self.links), initial=0))
+        return tuple(accumulate((segment.layer.products for segment in self.segments), initial=0))
 
     @cached_property
     def live(self) -> tuple[tuple[Value, ...], ...]:
         """List the live values before each segment and after the last one: made before that point and used after it."""
-        found: list[list[Value]] = [[] for _ in range(len(self.links) + 1)]
+        found: list[list[Value]] = [[] for _ in range(len(self.segments) + 1)]
         for value in self.values:
-            for link in range(max(value.made + 1, 0), value.used[-1] + 1):
-                found[link].append(value)
+            for segment in range(max(value.made + 1, 0), value.used[-1] + 1):
+                found[segment].append(value)
         return tuple(map(tuple, found))
 
     def crossing(self, first: int, end: int) -> list[Value]:
         """Return the values that enter segments `first` to `end` from earlier ones, or leave them for later ones."""
-        arriving = [value for value in self.live[first] if any(first <= link < end for link in value.used)]
+        arriving = [value for value in self.live[first] if any(first <= segment < end for segment in value.used)]
         return arriving + [value for value in self.live[end] if value.made >= first]
 
     @cached_property
     def _users(self) -> tuple[tuple[int, ...], ...]:
-        found: list[list[int]] = [[] for _ in self.links]
+        found: list[list[int]] = [[] for _ in self.segments]
         for index, parameter in enumerate(self.parameters):
-            for link in parameter.links:
-                found[link].append(index)
+            for segment in parameter.segments:
+                found[segment].append(index)
         return tuple(map(tuple, found))
 
     @cached_property
-    def kinds_of_links(self) -> tuple[int, ...]:
+    def kinds_of_segments(self) -> tuple[int, ...]:
         """Number the kinds of segments: equal numbers mean equal layer, saved bytes and parameters, at any position."""
-        own = [self.saved[link + 1] - self.saved[link] for link in range(len(self.links))]
+        own = [self.saved[segment + 1] - self.saved[segment] for segment in range(len(self.segments))]
         known: dict[object, int] = {}
         return tuple(
-            known.setdefault((id(link.layer), kept, self._used_by(number)), len(known))
-            for number, (link, kept) in enumerate(zip(self.links, own, strict=True))
+            known.setdefault((id(segment.layer), memo, self._used_by(number)), len(known))
+            for number, (segment, memo) in enumerate(zip(self.segments, own, strict=True))
         )
 
-    def _used_by(self, link: int) -> tuple[object, ...]:
+    def _used_by(self, segment: int) -> tuple[object, ...]:
         """Return the parameters of a segment, as (kind, distances to the segments that use it) pairs."""
-        used = ((self._kinds[index], self.parameters[index].links) for index in self._users[link])
-        return tuple((kind, tuple(other - link for other in links)) for kind, links in used)
+        used = ((self._kinds[index], self.parameters[index].segments) for index in self._users[segment])
+        return tuple((kind, tuple(other - segment for other in segments)) for kind, segments in used)
 
     def within(self, first: int, end: int) -> tuple[int, ...]:
         """Return the indices of the parameters that segments `first` to `end` use, in ascending order."""
         users = self._users
-        return self.kept.once(("within", first, end), lambda: tuple(sorted(set(chain.from_iterable(users[first:end])))))
+        return self.memo.once(("within", first, end), lambda: tuple(sorted(set(chain.from_iterable(users[first:end])))))
 
     @cached_property
     def shared(self) -> tuple[int, ...]:
         """Return the indices of the parameters that several segments use."""
-        return tuple(index for index, parameter in enumerate(self.parameters) if len(parameter.links) > 1)
+        return tuple(index for index, parameter in enumerate(self.parameters) if len(parameter.segments) > 1)
 
     @cached_property
     def _kinds(self) -> tuple[int, ...]:
@@ -299,7 +299,7 @@ class Profile:
             counts = Counter(map(self._kinds.__getitem__, sorted(indices)))
             return tuple((self.parameters[kind], many) for kind, many in counts.items())
 
-        return self.kept.once(("kinds within", ranges), count)
+        return self.memo.once(("kinds within", ranges), count)
 
     @cached_property
     def largest(self) -> int:
@@ -315,8 +315,8 @@ class Profile:
     def flops(self) -> float:
         """Return the FLOPs of one microbatch on one worker, forward and backward, without recomputation."""
         total = 0.0
-        for link in self.links:
-            layer = link.layer
+        for segment in self.segments:
+            layer = segment.layer
             for each in (layer.forward, layer.backward, layer.weights):
                 total += sum(kernel.flops * kernel.count for kernel in each.kernels)
         return total
@@ -326,6 +326,6 @@ def module_blocks(profile: Profile) -> list[tuple[int, int]]:
     """Return the segment range (first, end) of each repeated block, in the order of the module."""
     found = []
     for block in profile.blocks:
-        links = [link for index in block for link in profile.parameters[index].links]
-        found.append((min(links), max(links) + 1))
+        segments = [segment for index in block for segment in profile.parameters[index].segments]
+        found.append((min(segments), max(segments) + 1))
     return found

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from shardwise.parallel.check import TensorDegrees
 from shardwise.parallel.engine import Position
 from shardwise.parallel.graph.autocast import widen_loss
-from shardwise.parallel.operators.graph_operators import KeyedOperations
-from shardwise.parallel.pipeline.cut_points import Place, common, from_batch, places
+from shardwise.parallel.operators.graph_operators import GraphOperators
+from shardwise.parallel.pipeline.cut_points import CutPoint, common, find_cut_points, from_batch
 from shardwise.parallel.pipeline.subgraphs import Section, sections
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.build_model import untouched
@@ -29,8 +29,15 @@ from shardwise.parallel.tensor.placement import Sharded, local_shape
 from shardwise.predict.profile.deepen import deepened
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.meta_model import Model, batch, builds, tensors_of, with_values
-from shardwise.predict.profile.profile import Layer, Link, Parameter, Pass, Profile, Value
-from shardwise.predict.profile.segment_recorder import Analysis, Analyst, Calls, LinkRecorder, NotedExchange, Spec
+from shardwise.predict.profile.profile import Layer, LayerPass, Parameter, Profile, Segment, Value
+from shardwise.predict.profile.segment_recorder import (
+    Analysis,
+    Analyst,
+    RecordedExchange,
+    SegmentCalls,
+    SegmentRecorder,
+    Spec,
+)
 from shardwise.strategy import Strategy
 from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
 from shardwise.workload.workload import Workload
@@ -148,7 +155,7 @@ class _Traced:
     """A partitioned step: the graph of one worker, its cut points, and its segments as subgraphs."""
 
     local: LocalGraph
-    found: list[Place]
+    found: list[CutPoint]
     parts: list[Section]
 
 
@@ -159,10 +166,10 @@ class _Profiler:
         self.model, self.workload, self.device = model, model.workload, device
         self.tp, self.sp, self.precision = tp, sp, precision
         self.samples, self.split = microbatch, split
-        self.recorder = LinkRecorder(cpu=self.device == "cpu")
-        self.exchange = NotedExchange(tp, self.recorder)
+        self.recorder = SegmentRecorder(cpu=self.device == "cpu")
+        self.exchange = RecordedExchange(tp, self.recorder)
         position = Position(seed=self.workload.seed, samples=microbatch, counted=microbatch)
-        self.keyed = KeyedOperations(position, self.exchange, None)
+        self.operators = GraphOperators(position, self.exchange, None)
         self.weights = WeightGradients()
 
     def profile(self) -> Profile:
@@ -201,7 +208,7 @@ class _Profiler:
         data, step = batch(self.workload, self.samples), self.model.step(self.samples)
         named = dict(model.named_parameters())
         trained = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
-        cut = self._cut_at_places(step, named, trained)
+        cut = self._cut_at_cut_points(step, named, trained)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         given = _given(step, data, mode)
         tensors = tensors_of(model)
@@ -212,7 +219,7 @@ class _Profiler:
             self.precision == "bf16",
             self.device == "gpu",
             self.weights if self.split else None,
-            {self.keyed.dropout: 2, self.keyed.attention: 7},
+            {self.operators.dropout: 2, self.operators.attention: 7},
         )
         chain = _Chain(analyst, cut, given, specs)
         chain.run()
@@ -221,38 +228,40 @@ class _Profiler:
         index = {parameter.name: number for number, parameter in enumerate(parameters)}
         return self._finished(
             data,
-            links=tuple(chain.links),
+            segments=tuple(chain.segments),
             parameters=parameters,
             values=tuple(chain.values()),
             ready=tuple(index[name] for name in chain.ready),
         )
 
-    def _cut_at_places(self, step: StepGraph, named: Mapping[str, nn.Parameter], trained: frozenset[str]) -> _Traced:
+    def _cut_at_cut_points(
+        self, step: StepGraph, named: Mapping[str, nn.Parameter], trained: frozenset[str]
+    ) -> _Traced:
         local = self._partitioned(step, trained)
-        found = places(local, named)
+        found = find_cut_points(local, named)
         if self.workload.evaluation is not None:
             found = common(found, self._evaluated(named, trained, local))
         if self.split:
             defer_weights(local.graph, self.weights, step.tensors)
         if self.precision == "bf16":
             widen_loss(local.graph, torch.device("cpu"))
-        return _Traced(local, found, sections(local, [place.position for place in found]))
+        return _Traced(local, found, sections(local, [cut_point.position for cut_point in found]))
 
     def _evaluated(
         self, named: Mapping[str, nn.Parameter], trained: frozenset[str], local: LocalGraph
-    ) -> Sequence[Place]:
+    ) -> Sequence[CutPoint]:
         """Return the cut points of the evaluation graph, cached: they are the same for any number of samples."""
         known, key = self.model.evaluated, (self.tp, self.sp)
         if key not in known:
-            known[key] = places(self._partitioned(self.model.evaluation(self.samples), trained, local), named)
+            known[key] = find_cut_points(self._partitioned(self.model.evaluation(self.samples), trained, local), named)
         return known[key]
 
     def _partitioned(self, step: StepGraph, trained: frozenset[str], first: LocalGraph | None = None) -> LocalGraph:
-        keyed = self.keyed
+        operators = self.operators
         local, _ = partition(
             step,
             self.exchange,
-            Replacements(keyed.dropout, keyed.attention, self._batch_norm, keyed.opaque),
+            Replacements(operators.dropout, operators.attention, self._batch_norm, operators.opaque),
             trained=trained,
             sequence=bool(self.sp),
             placements=None if first is None else first.placements,
@@ -263,7 +272,7 @@ class _Profiler:
     def _batch_norm(self, x: Tensor, *others: Any) -> Tensor:
         """Run a batch norm and record its channels: in training its statistics are computed over all replicas."""
         self.recorder.normalised.append(int(x.shape[1]))
-        return self.keyed.batch_norm(x, *others)
+        return self.operators.batch_norm(x, *others)
 
     def _parameter(self, name: str, tensor: Tensor, local: LocalGraph, used: Mapping[str, Sequence[int]]) -> Parameter:
         placement = local.placements.get(name)
@@ -299,7 +308,7 @@ class _Profiler:
         return replace(
             self._finished(
                 data,
-                links=(Link(layer),),
+                segments=(Segment(layer),),
                 parameters=parameters,
                 values=(),
                 ready=tuple(index[name] for name in ready),
@@ -318,9 +327,9 @@ class _Profiler:
         own = {int(t.untyped_storage()._cdata) for t in (*model.parameters(), *model.buffers())}
 
         def pack(tensor: Tensor) -> Tensor:
-            place = int(tensor.untyped_storage()._cdata)
-            if place not in own:
-                saved[place] = tensor.untyped_storage().nbytes()
+            storage = int(tensor.untyped_storage()._cdata)
+            if storage not in own:
+                saved[storage] = tensor.untyped_storage().nbytes()
             return tensor
 
         for name, parameter in model.named_parameters():
@@ -422,7 +431,7 @@ class _Chain:
         self._made: dict[fx.Node, int] = {}
         self._uses: dict[fx.Node, list[int]] = {}
         self._saves: dict[fx.Node, list[int]] = {}
-        self.links: list[Link] = []
+        self.segments: list[Segment] = []
         self._ready_of: list[list[str]] = []
         self._from_batch: dict[fx.Node, tuple[Kernel, ...]] = {}
         self._layers: dict[tuple[int, tuple[Kernel, ...]], Layer] = {}
@@ -430,7 +439,7 @@ class _Chain:
         self.ready: list[str] = []
 
     def run(self) -> None:
-        """Analyse all segments; fills `links` and `ready`."""
+        """Analyse all segments; fills `segments` and `ready`."""
         parts, found = self._cut.parts, self._cut.found
         for number, part in enumerate(parts):
             for node in part.inputs:
@@ -440,7 +449,7 @@ class _Chain:
             analysis = self._analysed(number, part, loss=number == len(parts) - 1)
             layer = self._with_batch(part, analysis.layer)
             message = found[number - 1].bytes if number else 0
-            self.links.append(Link(layer, message, self._constants(part)))
+            self.segments.append(Segment(layer, message, self._constants(part)))
         self._order()
 
     def values(self) -> Iterable[Value]:
@@ -470,7 +479,7 @@ class _Chain:
             return layer
         key = id(layer), kernels
         if key not in self._layers:
-            forward = Pass(kernels + layer.forward.kernels, layer.forward.exchanges)
+            forward = LayerPass(kernels + layer.forward.kernels, layer.forward.exchanges)
             self._layers[key] = replace(layer, forward=forward)
         return self._layers[key]
 
@@ -499,23 +508,23 @@ class _Chain:
         inputs = {node: self._lies[node] for node in part.inputs if node in self._lies}
         outputs = [node for node in part.outputs if node not in self._batch]
         again = frozenset(node for node in inputs if self._uses[node][-1] > number)
-        analysis = self._analyst.link(Calls(own, weights, given, inputs, outputs, again, loss))
+        analysis = self._analyst.segment(SegmentCalls(own, weights, given, inputs, outputs, again, loss))
         arrived = list(inputs)
         for index in analysis.saved:
-            self._keep(arrived[index], number)
+            self._save(arrived[index], number)
         for node, output in zip(outputs, analysis.outputs, strict=True):
             self._lies[node] = output.spec
             self._made.setdefault(node, number)
             self._root[node] = node if output.alias is None else self._root[arrived[output.alias]]
             self._held[node] = 0 if output.alias is not None else output.held
             if output.saved:
-                self._keep(node, number)
+                self._save(node, number)
         names = self._cut.local.step.tensors
         self._ready_of.append([names[list(weights)[index].name] for index in analysis.ready])
         return analysis
 
-    def _keep(self, node: fx.Node, link: int) -> None:
-        self._saves.setdefault(self._root[node], []).append(link)
+    def _save(self, node: fx.Node, segment: int) -> None:
+        self._saves.setdefault(self._root[node], []).append(segment)
 
     def _order(self) -> None:
         """Order the parameters by when their gradients become complete: in the backward pass of their first use."""

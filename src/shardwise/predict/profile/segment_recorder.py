@@ -23,7 +23,7 @@ from shardwise.parallel.tensor.communication import Exchange
 from shardwise.predict.profile.gpu_ops import on_gpu
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.op_counter import kernel_of, tensors, workspace
-from shardwise.predict.profile.profile import Exchanged, Layer, Pass
+from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Analysis:
 
     Attributes:
         layer: its kernels, collectives and bytes.
-        outputs: its outputs, in the order of `Calls.outputs`.
+        outputs: its outputs, in the order of `SegmentCalls.outputs`.
         saved: indices of the inputs that it saves for its backward pass.
         ready: indices of the weights that receive a gradient, in the order in which their gradients become complete.
     """
@@ -88,10 +88,10 @@ class Analysis:
     ready: tuple[int, ...]
 
 
-class NotedExchange(Exchange):
+class RecordedExchange(Exchange):
     """Collectives of tensor-parallel rank 0 among `ranks`, recorded instead of executed."""
 
-    def __init__(self, ranks: int, recorder: LinkRecorder) -> None:
+    def __init__(self, ranks: int, recorder: SegmentRecorder) -> None:
         super().__init__(None, 0, ranks)
         self._recorder = recorder
 
@@ -105,7 +105,7 @@ class NotedExchange(Exchange):
         self._recorder.exchange("reduce_scatter", *parts)
 
 
-class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the kernels, tensor-parallel collectives and memory of operations on tensors without data.
 
     Args:
@@ -151,9 +151,9 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record one collective whose message is all `parts` together."""
         self.exchanges.append(Exchanged(operation, sum(part.numel() * part.element_size() for part in parts)))
 
-    def take(self) -> Pass:
+    def take(self) -> LayerPass:
         """Return the kernels and collectives recorded since the last call."""
-        taken = Pass(tuple(self.kernels), tuple(self.exchanges))
+        taken = LayerPass(tuple(self.kernels), tuple(self.exchanges))
         self.kernels, self.exchanges = [], []
         return taken
 
@@ -164,28 +164,28 @@ class LinkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def forget(self, tensor: Tensor) -> None:
         """Stop counting the storage of `tensor`."""
-        self._free(_place(tensor))
+        self._free(_storage_id(tensor))
 
     def _note(self, tensor: Tensor) -> None:
-        place = _place(tensor)
-        if place in self._sizes:
+        storage_id = _storage_id(tensor)
+        if storage_id in self._sizes:
             return
         storage = tensor.untyped_storage()
-        self._sizes[place] = storage.nbytes()
-        self.live += self._sizes[place]
+        self._sizes[storage_id] = storage.nbytes()
+        self.live += self._sizes[storage_id]
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, place)
+        weakref.finalize(storage, self._free, storage_id)
 
-    def _free(self, place: int) -> None:
-        self.live -= self._sizes.pop(place, 0)
+    def _free(self, storage_id: int) -> None:
+        self.live -= self._sizes.pop(storage_id, 0)
 
 
-def _place(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Calls:
+class SegmentCalls:
     """The calls of a segment with their inputs and outputs in the graph.
 
     Attributes:
@@ -223,31 +223,31 @@ class Analyst:
     """
 
     mode: FakeTensorMode
-    recorder: LinkRecorder
+    recorder: SegmentRecorder
     bf16: bool
     gpu: bool
     later: Any = None
     sites: Mapping[Any, int] = field(default_factory=dict)
     _known: dict[Any, Analysis] = field(default_factory=dict)
 
-    def link(self, calls: Calls) -> Analysis:
+    def segment(self, calls: SegmentCalls) -> Analysis:
         """Return the analysis of a segment, cached for all equal segments."""
         key = self._key(calls)
         if key not in self._known:
-            self._known[key] = _Run(self, calls).analysis()
+            self._known[key] = _SegmentRun(self, calls).analysis()
         return self._known[key]
 
-    def _key(self, link: Calls) -> Any:
+    def _key(self, segment: SegmentCalls) -> Any:
         number: dict[fx.Node, int] = {}
         described: list[Any] = []
-        for node, spec in (*link.weights.items(), *link.inputs.items()):
+        for node, spec in (*segment.weights.items(), *segment.inputs.items()):
             number[node] = len(number)
-            described.append((spec, node in link.again))
-        for node, value in link.given.items():
+            described.append((spec, node in segment.again))
+        for node, value in segment.given.items():
             number[node] = len(number)
             described.append(Spec.of(value) if isinstance(value, Tensor) else str(value))
         calls = []
-        for node in link.nodes:
+        for node in segment.nodes:
             target = _function(node.target)
             site = self.sites.get(target[0])
             arguments = [_literal(a, number) for index, a in enumerate(node.args) if index != site]
@@ -256,9 +256,9 @@ class Analyst:
         return (
             tuple(described),
             tuple(calls),
-            tuple(number[node] for node in link.outputs),
-            len(link.weights),
-            link.loss,
+            tuple(number[node] for node in segment.outputs),
+            len(segment.weights),
+            segment.loss,
         )
 
 
@@ -299,11 +299,11 @@ class _Arrived(torch.autograd.Function):
 
 
 @dataclass(slots=True)
-class _Run:
+class _SegmentRun:
     """A run of a segment, forward and backward, that notes what it saves for the backward pass."""
 
     analyst: Analyst
-    link: Calls
+    segment: SegmentCalls
     _saved: dict[int, int] = field(default_factory=dict)
     _at_last: tuple[int, int] | None = None
     _ready: list[int] = field(default_factory=list)
@@ -311,12 +311,12 @@ class _Run:
     def analysis(self) -> Analysis:
         recorder = self.analyst.recorder
         with self.analyst.mode:
-            values: dict[fx.Node, Any] = {node: spec.empty() for node, spec in self.link.weights.items()}
+            values: dict[fx.Node, Any] = {node: spec.empty() for node, spec in self.segment.weights.items()}
             leaves = [(index, value) for index, value in enumerate(values.values()) if value.requires_grad]
-            values.update({node: _Arrived.apply(spec.empty()) for node, spec in self.link.inputs.items()})  # type: ignore[no-untyped-call]
-            arrived = [values[node] for node in self.link.inputs]
-            apart = {_place(value) for node, value in values.items() if node in self.link.weights}
-            values.update(self.link.given)
+            values.update({node: _Arrived.apply(spec.empty()) for node, spec in self.segment.inputs.items()})  # type: ignore[no-untyped-call]
+            arrived = [values[node] for node in self.segment.inputs]
+            apart = {_storage_id(value) for node, value in values.items() if node in self.segment.weights}
+            values.update(self.segment.given)
             for index, leaf in leaves:
                 leaf.register_post_accumulate_grad_hook(lambda _, leaf=leaf, index=index: self._complete(leaf, index))
             with recorder:
@@ -326,22 +326,22 @@ class _Run:
                 forward = recorder.take()
                 normalised, recorder.normalised = tuple(recorder.normalised), []
                 products, recorder.products = recorder.products, 0
-                places = {_place(value): index for index, value in enumerate(arrived)}
-                made = [self._output(result, places) for result in results]
-                inner = self._inside(apart, places, results)
-                saved = frozenset(places[place] for place in self._saved if place in places)
+                by_storage = {_storage_id(value): index for index, value in enumerate(arrived)}
+                made = [self._output(result, by_storage) for result in results]
+                inner = self._inside(apart, by_storage, results)
+                saved = frozenset(by_storage[storage_id] for storage_id in self._saved if storage_id in by_storage)
                 backward, weights, most = self._backward(results)
-            recomputed = Pass()
+            recomputed = LayerPass()
             if self._at_last is not None:
                 kernels, exchanges = self._at_last
-                recomputed = Pass(forward.kernels[:kernels], forward.exchanges[:exchanges])
+                recomputed = LayerPass(forward.kernels[:kernels], forward.exchanges[:exchanges])
         del begin
         layer = Layer(
             forward=forward,
             backward=backward,
             weights=weights,
             recomputed=recomputed,
-            keeps=self._at_last is not None,
+            saves=self._at_last is not None,
             inside=inner,
             products=products,
             temporary_forward=top - end,
@@ -351,23 +351,23 @@ class _Run:
         return Analysis(layer, tuple(made), saved, tuple(self._ready))
 
     def _forward(self, values: dict[fx.Node, Any]) -> list[Tensor]:
-        recorder, clean = self.analyst.recorder, not any(writes_in_place(node) for node in self.link.nodes)
+        recorder, clean = self.analyst.recorder, not any(writes_in_place(node) for node in self.segment.nodes)
         recorder.when = "forward"
         if not clean:
-            for node in self.link.inputs:  # `subgraphs.compiled` clones them too
+            for node in self.segment.inputs:  # `subgraphs.compiled` clones them too
                 values[node] = values[node].clone()
-        last = {argument: node for node in self.link.nodes for argument in node.all_input_nodes}
+        last = {argument: node for node in self.segment.nodes for argument in node.all_input_nodes}
         with torch.enable_grad(), self._saving(), self._precision():
-            for node in self.link.nodes:
+            for node in self.segment.nodes:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: values[argument])
                 call = on_gpu(node.target) if self.analyst.gpu else node.target  # type: ignore[arg-type]
                 values[node] = call(*args, **kwargs)  # type: ignore[operator]
                 for argument in node.all_input_nodes:
-                    if last[argument] is node and argument not in self.link.outputs:
+                    if last[argument] is node and argument not in self.segment.outputs:
                         values.pop(argument, None)
-                if node not in last and node not in self.link.outputs:
+                if node not in last and node not in self.segment.outputs:
                     values.pop(node, None)
-        return [values[node] for node in self.link.outputs]
+        return [values[node] for node in self.segment.outputs]
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
@@ -382,34 +382,34 @@ class _Run:
         recorder = self.analyst.recorder
 
         def pack(tensor: Tensor) -> Tensor:
-            self._saved[_place(tensor)] = tensor.untyped_storage().nbytes()
+            self._saved[_storage_id(tensor)] = tensor.untyped_storage().nbytes()
             self._at_last = len(recorder.kernels), len(recorder.exchanges)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
 
-    def _output(self, result: Any, places: Mapping[int, int]) -> Output:
-        place = _place(result)
+    def _output(self, result: Any, by_storage: Mapping[int, int]) -> Output:
+        storage_id = _storage_id(result)
         held = result.untyped_storage().nbytes()
-        alias = places.get(place)
-        return Output(Spec.of(result), alias, held, alias is None and place in self._saved)
+        alias = by_storage.get(storage_id)
+        return Output(Spec.of(result), alias, held, alias is None and storage_id in self._saved)
 
-    def _inside(self, apart: set[int], places: Mapping[int, int], results: Sequence[Tensor]) -> int:
-        own = {_place(value) for value in self.link.given.values() if isinstance(value, Tensor)}
-        others = apart | set(places) | {_place(result) for result in results} | own
-        return sum(size for place, size in self._saved.items() if place not in others)
+    def _inside(self, apart: set[int], by_storage: Mapping[int, int], results: Sequence[Tensor]) -> int:
+        own = {_storage_id(value) for value in self.segment.given.values() if isinstance(value, Tensor)}
+        others = apart | set(by_storage) | {_storage_id(result) for result in results} | own
+        return sum(size for storage_id, size in self._saved.items() if storage_id not in others)
 
-    def _backward(self, results: list[Tensor]) -> tuple[Pass, Pass, int]:
+    def _backward(self, results: list[Tensor]) -> tuple[LayerPass, LayerPass, int]:
         """Run the backward pass and return (its work, the deferred work on weights, peak bytes).
 
         The deferred work is empty if nothing is deferred. The peak includes the gradients of the outputs, but not those
         of the weights. If no output requires a gradient, there is no work and the peak is 0.
         """
         recorder = self.analyst.recorder
-        roots = [result for result in (results[:1] if self.link.loss else results) if result.requires_grad]
+        roots = [result for result in (results[:1] if self.segment.loss else results) if result.requires_grad]
         if not roots:
-            return Pass(), Pass(), 0
+            return LayerPass(), LayerPass(), 0
         recorder.when = "backward"
         gradients = [torch.empty_like(root) for root in roots]
         recorder.take()
@@ -421,7 +421,7 @@ class _Run:
         if later is not None:
             later.begin(None)
         self._add_up()
-        backward, weights = recorder.take(), Pass()
+        backward, weights = recorder.take(), LayerPass()
         if later is not None:
             later.compute((0, 0))
             weights = recorder.take()
@@ -431,8 +431,8 @@ class _Run:
 
     def _add_up(self) -> None:
         """Record one addition for each input that later segments use too: its gradients are accumulated."""
-        for node in self.link.again:
-            spec = self.link.inputs[node]
+        for node in self.segment.again:
+            spec = self.segment.inputs[node]
             if spec.grad:
                 elements = spec.bytes // spec.dtype.itemsize
                 like = spec.empty().detach()

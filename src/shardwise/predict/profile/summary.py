@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Layer, Profile, Update, module_blocks
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class EqualSegments:
     """Equal segments: their layer, their number, and how many of them lie in repeated blocks of the module."""
 
     layer: Layer
@@ -21,7 +21,7 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Condensed:
+class ProfileSummary:
     """A profile without the order of its segments. All bytes are those of one rank.
 
     Attributes:
@@ -46,7 +46,7 @@ class Condensed:
 
     tp: int
     precision: str
-    layers: tuple[Counted, ...]
+    layers: tuple[EqualSegments, ...]
     parameters: int
     gradients: int
     elements: int
@@ -59,41 +59,41 @@ class Condensed:
     repeated_products: int
     largest: int
     update: Update
-    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+    memo: Memo = field(default_factory=Memo, repr=False, compare=False)
     """Cache of everything derived from this value."""
 
 
-def condense(profile: Profile) -> Condensed:
-    """Return the condensed form of a profile, cached with the profile."""
-    return profile.kept.once(("condensed",), lambda: _condensed(profile))
+def summarize(profile: Profile) -> ProfileSummary:
+    """Return the summary of a profile, cached with the profile."""
+    return profile.memo.once(("summary",), lambda: _summarized(profile))
 
 
-def _condensed(profile: Profile) -> Condensed:
+def _summarized(profile: Profile) -> ProfileSummary:
     trained = [parameter for parameter in profile.parameters if parameter.trained]
-    messages = [link.message for link in profile.links[1:]]
+    messages = [segment.message for segment in profile.segments[1:]]
     blocks = {index for block in profile.blocks for index in block}
-    inside = {link for first, end in module_blocks(profile) for link in range(first, end)}
+    inside = {segment for first, end in module_blocks(profile) for segment in range(first, end)}
     layers: dict[int, Layer] = {}
     counts: dict[int, list[int]] = {}
-    for number, link in enumerate(profile.links):
-        layers[id(link.layer)] = link.layer
-        count = counts.setdefault(id(link.layer), [0, 0])
+    for number, segment in enumerate(profile.segments):
+        layers[id(segment.layer)] = segment.layer
+        count = counts.setdefault(id(segment.layer), [0, 0])
         count[0] += 1
         count[1] += number in inside
-    return Condensed(
+    return ProfileSummary(
         tp=profile.tp,
         precision=profile.precision,
-        layers=tuple(Counted(layer, *counts[key]) for key, layer in layers.items()),
+        layers=tuple(EqualSegments(layer, *counts[key]) for key, layer in layers.items()),
         parameters=sum(parameter.bytes for parameter in profile.parameters),
         gradients=sum(parameter.bytes for parameter in trained),
         elements=sum(parameter.elements for parameter in trained),
-        own=sum(parameter.bytes for parameter in trained if len(parameter.links) == 1),
+        own=sum(parameter.bytes for parameter in trained if len(parameter.segments) == 1),
         repeated=sum(p.bytes for index, p in enumerate(profile.parameters) if p.trained and index in blocks),
         message=min(messages, default=0),
         narrow=sum(size <= min(messages) for size in messages),
         saved=profile.saved[-1],
         products=profile.products[-1],
-        repeated_products=sum(profile.links[link].layer.products for link in inside),
+        repeated_products=sum(profile.segments[segment].layer.products for segment in inside),
         largest=max((_backwards(layer) for layer in layers.values()), default=0),
         update=profile.update,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from shardwise.predict.published.columns import Lacking
+from shardwise.predict.published.columns import MissingColumn
 
 NO = {"no", "none", "off", "false", "0", "disabled", "not"}
 """First words of a cell that mean no."""
@@ -33,7 +33,7 @@ def precision(text: str) -> tuple[str, str, str]:
     The scaling is empty for other dtypes.
 
     Raises:
-        Lacking: the text names no known precision.
+        MissingColumn: the text names no known precision.
     """
     words = text.lower()
     if "fp4" in words or "float4" in words:
@@ -49,7 +49,7 @@ def precision(text: str) -> tuple[str, str, str]:
         return "fp16", "fp16", ""
     if single:
         return "tf32", "tf32", ""
-    raise Lacking(f"precision is {text!r}; write bf16, fp16, fp32, tf32, fp8 or fp4" if text else "no precision")
+    raise MissingColumn(f"precision is {text!r}; write bf16, fp16, fp32, tf32, fp8 or fp4" if text else "no precision")
 
 
 def _scaling(words: str) -> str:
@@ -64,7 +64,7 @@ def recompute(text: str) -> str:
     """Parse recomputation into a value of `Setup.recompute`; empty text means `none`, the default of frameworks.
 
     Raises:
-        Lacking: the text is unknown.
+        MissingColumn: the text is unknown.
     """
     words = text.lower()
     first = (re.findall(r"[a-z0-9]+", words) or ["none"])[0]
@@ -78,14 +78,14 @@ def recompute(text: str) -> str:
         return "none"
     if first in YES or re.search(r"every layer|every block|all layers|per layer|checkpoint\w* true", words):
         return "full"
-    raise Lacking(f"recompute is {text!r}; write none, selective, selective op, selective layer or full")
+    raise MissingColumn(f"recompute is {text!r}; write none, selective, selective op, selective layer or full")
 
 
 def zero(text: str) -> int:
     """Parse the ZeRO stage, 0 to 3 (Rajbhandari et al. 2020); empty text means 0.
 
     Raises:
-        Lacking: the text is unknown.
+        MissingColumn: the text is unknown.
     """
     words = text.lower()
     if re.search(r"shard_grad_op|grad_op", words):
@@ -102,7 +102,7 @@ def zero(text: str) -> int:
         return int(words)
     if first in NO or any(word in words for word in REPLICATED):
         return 0
-    raise Lacking(f"zero_fsdp is {text!r}; write none, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP")
+    raise MissingColumn(f"zero_fsdp is {text!r}; write none, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP")
 
 
 def shards(text: str) -> int | None:
@@ -118,7 +118,7 @@ def schedule(text: str) -> str:
     """Parse a schedule into `1f1b` or `gpipe`; interleaving follows from the number of virtual stages instead.
 
     Raises:
-        Lacking: the text names another schedule.
+        MissingColumn: the text names another schedule.
     """
     words = re.sub(r"[^a-z0-9]", "", text.lower())
     if not words or any(word in words for word in ("1f1b", "onefoneb", "interleaved", "pipedreamflush", "looped")):
@@ -127,7 +127,7 @@ def schedule(text: str) -> str:
         return "gpipe"
     if words in NO:
         return "1f1b"
-    raise Lacking(f"schedule is {text!r}; write 1f1b, interleaved or gpipe")
+    raise MissingColumn(f"schedule is {text!r}; write 1f1b, interleaved or gpipe")
 
 
 def node_bandwidth(text: str) -> float | None:

@@ -99,7 +99,7 @@ def number(row: Row, column: str) -> float | None:
     Returns None if the cell is empty.
 
     Raises:
-        Lacking: the cell is not a number, or the number is out of bounds.
+        MissingColumn: the cell is not a number, or the number is out of bounds.
     """
     cell = text(row, column)
     if not cell or cell.lower() == "none":
@@ -108,9 +108,9 @@ def number(row: Row, column: str) -> float | None:
     try:
         value = parse_number(plain)
     except ValueError:
-        raise Lacking(f"{column} is {cell!r}, not a number") from None
+        raise MissingColumn(f"{column} is {cell!r}, not a number") from None
     if not SMALLEST <= value <= LARGEST:
-        raise Lacking(f"{column} is {cell}, " + ("not positive" if value <= 0 else "which no run has"))
+        raise MissingColumn(f"{column} is {cell}, " + ("not positive" if value <= 0 else "which no run has"))
     return value
 
 
@@ -120,11 +120,11 @@ def whole(row: Row, column: str) -> int | None:
     Returns None if the cell is empty.
 
     Raises:
-        Lacking: the cell is not a whole number, or the number is out of bounds.
+        MissingColumn: the cell is not a whole number, or the number is out of bounds.
     """
     value = number(row, column)
     if value is not None and value != int(value):
-        raise Lacking(f"{column} is {value:g}, not a whole number")
+        raise MissingColumn(f"{column} is {value:g}, not a whole number")
     return None if value is None else int(value)
 
 
@@ -132,11 +132,11 @@ def needed(row: Row, column: str) -> int:
     """Return the positive whole number in a cell that every row must fill.
 
     Raises:
-        Lacking: the cell is empty, or not a whole number within bounds.
+        MissingColumn: the cell is empty, or not a whole number within bounds.
     """
     value = whole(row, column)
     if value is None:
-        raise Lacking(f"no {column}")
+        raise MissingColumn(f"no {column}")
     return value
 
 
@@ -145,5 +145,5 @@ def degree(row: Row, column: str) -> int:
     return 1 if text(row, column) in ("0", "0.0") else whole(row, column) or 1
 
 
-class Lacking(ValueError):
+class MissingColumn(ValueError):
     """Raised for a row that lacks something needed or says something unknown; the message names it."""

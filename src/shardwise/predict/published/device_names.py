@@ -11,7 +11,7 @@ import re
 from shardwise.cluster import catalogue
 from shardwise.cluster.cluster import Device
 from shardwise.errors import ClusterError
-from shardwise.predict.published.columns import Lacking
+from shardwise.predict.published.columns import MissingColumn
 
 MAKERS = {"nvidia", "amd", "intel", "tesla", "instinct", "geforce", "gpu", "gpus"}
 """Words that do not distinguish one device from another."""
@@ -21,17 +21,17 @@ def find(text: str) -> Device:
     """Return the catalogue's device that a text means.
 
     Raises:
-        Lacking: the catalogue has no such device; the message suggests the nearest known name.
+        MissingColumn: the catalogue has no such device; the message suggests the nearest known name.
     """
     if not text.strip():
-        raise Lacking("no gpu")
+        raise MissingColumn("no gpu")
     error = ""
     for candidate in _candidates(text):
         try:
             return _device(candidate)
         except ClusterError as wrong:
             error = error or str(wrong)
-    raise Lacking(f"unknown gpu: {error}")
+    raise MissingColumn(f"unknown gpu: {error}")
 
 
 def _device(name: str) -> Device:

@@ -17,7 +17,7 @@ from shardwise.predict.published.predictor.sizes import Setup, Sizes
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class ReportedMemory:
     """Kind of memory that a source reports, and of which rank.
 
     Attributes:
@@ -29,17 +29,17 @@ class Counted:
     first: bool = False
 
 
-def counted_of(row: Row) -> Counted:
+def counted_of(row: Row) -> ReportedMemory:
     """Return the kind of memory that a row's source reports, by words in its notes; `allocated` if they do not say."""
     words = f"{text(row, 'notes')} {text(row, 'source')}".lower()
     if "nvidia-smi" in words:
-        return Counted("device")
+        return ReportedMemory("device")
     if "reserved" in words:
-        return Counted("reserved")
-    return Counted(first="nanotron" in words)  # its benchmarks print `max_memory_allocated` of rank 0
+        return ReportedMemory("reserved")
+    return ReportedMemory(first="nanotron" in words)  # its benchmarks print `max_memory_allocated` of rank 0
 
 
-def memory_terms(sizes: Sizes, setup: Setup, counted: Counted, numbers: Constants) -> dict[str, float]:
+def memory_terms(sizes: Sizes, setup: Setup, counted: ReportedMemory, numbers: Constants) -> dict[str, float]:
     """Return the predicted bytes by category. They add up to the kind of memory that the source reports."""
     found = memory_of_stage(sizes, setup, 0) if counted.first else memory(sizes, setup)
     terms: dict[str, float] = dict(asdict(found))

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from shardwise.predict.published.columns import Lacking, Row, number, text, whole
+from shardwise.predict.published.columns import MissingColumn, Row, number, text, whole
 from shardwise.predict.published.predictor.sizes import Sizes
 
 GATED = ("llama", "mistral", "qwen", "gemma", "palm", "internlm", "baichuan", "deepseek", "yi-")
@@ -42,7 +42,7 @@ def sizes_of(row: Row) -> tuple[Sizes, list[str]]:
     """Return the sizes of a row's model, and a list of those that were taken from the model's name.
 
     Raises:
-        Lacking: neither the row nor the model's name gives a size, or the model is a mixture of experts.
+        MissingColumn: neither the row nor the model's name gives a size, or the model is a mixture of experts.
     """
     known = architectures().get(_plain(text(row, "model")), {})
     stated = {name: whole(row, name) for name in SHAPE}
@@ -57,15 +57,15 @@ def sizes_of(row: Row) -> tuple[Sizes, list[str]]:
         stated["kv_heads"] = stated["heads"]
     missing = [name for name in SHAPE if stated[name] is None]
     if missing:
-        raise Lacking(f"no {', '.join(missing)}")
+        raise MissingColumn(f"no {', '.join(missing)}")
     sequence = whole(row, "seq_len")
     if sequence is None:
-        raise Lacking("no seq_len")
+        raise MissingColumn("no seq_len")
     model = text(row, "model").lower()
     learned = any(word in model for word in LEARNED)
     plain: dict[str, Any] = {**stated, "sequence": sequence, "learned_positions": learned, "biases": learned}
     if plain["hidden"] % plain["heads"]:
-        raise Lacking(f"heads is {plain['heads']}, which does not divide hidden {plain['hidden']}")
+        raise MissingColumn(f"heads is {plain['heads']}, which does not divide hidden {plain['hidden']}")
     return _nearest(row, plain, known), assumed
 
 
@@ -81,7 +81,7 @@ def _nearest(row: Row, plain: Mapping[str, Any], known: Mapping[str, str]) -> Si
     distance = {sizes: abs(sizes.parameters / (parameters * 1e9) - 1) for sizes in candidates}
     nearest = min(distance.values())
     if parameters * 1e9 > EXPERTS * max(sizes.parameters for sizes in candidates):
-        raise Lacking(f"params_b is {parameters:g}, above what the sizes make: a mixture of experts?")
+        raise MissingColumn(f"params_b is {parameters:g}, above what the sizes make: a mixture of experts?")
     return next(sizes for sizes in usual if distance[sizes] <= nearest + NEAR)
 
 

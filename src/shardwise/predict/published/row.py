@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.predict.published import cells
-from shardwise.predict.published.columns import Lacking, Row, degree, number, text, whole
-from shardwise.predict.published.memory_kind import Counted, counted_of
+from shardwise.predict.published.columns import MissingColumn, Row, degree, number, text, whole
+from shardwise.predict.published.memory_kind import ReportedMemory, counted_of
 from shardwise.predict.published.model_sizes import sizes_of
 from shardwise.predict.published.predictor.sizes import Setup, Sizes
 from shardwise.predict.published.row_cluster import cluster_of
@@ -15,7 +15,7 @@ from shardwise.predict.published.software_stack import stack_of
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PublishedRun:
     """A published run with its measurements.
 
     Attributes:
@@ -39,15 +39,15 @@ class Run:
     cluster: Cluster
     step_seconds: float
     memory_bytes: float | None
-    counted: Counted
+    counted: ReportedMemory
     assumed: tuple[str, ...]
 
 
-def read(row: Row, line: int) -> Run:
+def read(row: Row, line: int) -> PublishedRun:
     """Read one row of a table.
 
     Raises:
-        Lacking: something is missing, unknown or contradictory; the message names it.
+        MissingColumn: something is missing, unknown or contradictory; the message names it.
     """
     sizes, assumed = sizes_of(row)
     setup, unstated = _setup(row)
@@ -55,7 +55,7 @@ def read(row: Row, line: int) -> Run:
     cluster, unknown = cluster_of(row, setup.devices)
     setup = _on_device(setup, cluster)
     memory = number(row, "peak_mem_gib")
-    return Run(
+    return PublishedRun(
         line=line,
         group=text(row, "group"),
         label=_label(row, setup),
@@ -84,7 +84,7 @@ def _step_seconds(row: Row, setup: Setup, sizes: Sizes) -> float:
             return seconds
     throughput = number(row, "tokens_per_s_per_gpu")
     if throughput is None:
-        raise Lacking("no target_step_time_s")
+        raise MissingColumn("no target_step_time_s")
     samples = setup.micro_batch * setup.microbatches * setup.data
     return samples * sizes.sequence / (throughput * setup.devices)
 
@@ -103,7 +103,7 @@ def _setup(row: Row) -> tuple[Setup, list[str]]:
     micro, microbatches = _batch(row, dp)
     chunks = degree(row, "vpp")
     if chunks > 1 and pp == 1:
-        raise Lacking(f"vpp is {chunks} without a pipeline (pp is 1)")
+        raise MissingColumn(f"vpp is {chunks} without a pipeline (pp is 1)")
     zero_text = text(row, "zero_fsdp")
     stack = stack_of(row, dtype)
     setup = Setup(
@@ -137,16 +137,16 @@ def _degrees(row: Row) -> tuple[int, int, int, int]:
     tp, pp, cp, dp = degree(row, "tp"), degree(row, "pp"), degree(row, "cp"), whole(row, "dp")
     gpus = whole(row, "n_gpus")
     if degree(row, "ep") > 1:
-        raise Lacking("mixture of experts, whose number of experts no column says")
+        raise MissingColumn("mixture of experts, whose number of experts no column says")
     if gpus is None and dp is None:
-        raise Lacking("no n_gpus")
+        raise MissingColumn("no n_gpus")
     if gpus is None:
         gpus = tp * pp * cp * (dp or 1)
     if gpus % (tp * pp * cp):
-        raise Lacking(f"{gpus} GPUs are not a multiple of tp x pp x cp = {tp * pp * cp}")
+        raise MissingColumn(f"{gpus} GPUs are not a multiple of tp x pp x cp = {tp * pp * cp}")
     left = gpus // (tp * pp * cp)
     if dp not in (None, left, left * cp):  # some sources count context parallel ranks in dp
-        raise Lacking(f"dp is {dp}, but {gpus} GPUs over tp x pp x cp = {tp * pp * cp} leave {left}")
+        raise MissingColumn(f"dp is {dp}, but {gpus} GPUs over tp x pp x cp = {tp * pp * cp} leave {left}")
     return tp, pp, cp, left
 
 
@@ -155,28 +155,28 @@ def _batch(row: Row, dp: int) -> tuple[int, int]:
     micro, batch, accumulated = whole(row, "micro_batch"), whole(row, "global_batch"), whole(row, "grad_accum")
     if batch is None:
         if micro is None or accumulated is None:
-            raise Lacking("no global_batch")
+            raise MissingColumn("no global_batch")
         return micro, accumulated
     if micro is None:
         if accumulated is None:
-            raise Lacking("no micro_batch")
+            raise MissingColumn("no micro_batch")
         if batch % (accumulated * dp):
-            raise Lacking(f"global_batch {batch} is no multiple of grad_accum x dp = {accumulated} x {dp}")
+            raise MissingColumn(f"global_batch {batch} is no multiple of grad_accum x dp = {accumulated} x {dp}")
         return batch // (accumulated * dp), accumulated
     if batch % (micro * dp):
-        raise Lacking(
+        raise MissingColumn(
             f"global_batch {batch} is no whole number of microbatches: micro_batch x dp = {micro} x {dp} = {micro * dp}"
         )
     return micro, batch // (micro * dp)
 
 
 def _check(sizes: Sizes, setup: Setup) -> None:
-    """Raise Lacking if the model's sizes contradict each other, or it has too few layers for its pipeline stages."""
+    """Raise MissingColumn if the model's sizes contradict each other, or it has too few layers for its stages."""
     stages = setup.pipeline * setup.chunks
     if stages > sizes.layers + 2:  # embedding and output may be stages of their own
-        raise Lacking(f"{sizes.layers} layers are too few for the {stages} stages of pp x vpp")
+        raise MissingColumn(f"{sizes.layers} layers are too few for the {stages} stages of pp x vpp")
     if sizes.heads % sizes.kv_heads:
-        raise Lacking(f"{sizes.heads} heads do not share {sizes.kv_heads} kv_heads evenly")
+        raise MissingColumn(f"{sizes.heads} heads do not share {sizes.kv_heads} kv_heads evenly")
 
 
 def _sequence_parallel(row: Row, tp: int, dtype: str, elementwise: str) -> bool:

@@ -22,7 +22,7 @@ def cluster_of(row: Row, gpus: int) -> tuple[Cluster, list[str]]:
     Unstated figures are those of the node that the device is sold in.
 
     Raises:
-        Lacking: the catalogue does not have the device.
+        MissingColumn: the catalogue does not have the device.
     """
     device = device_names.find(text(row, "gpu"))
     kind = catalogue.node(device_names.sold_in(device))

@@ -68,17 +68,17 @@ def place_of_best(measured: Sequence[float], predicted: Sequence[float]) -> int:
     return 1 + sum(1 for value in predicted if value < predicted[best])
 
 
-def rank_correlation_of_scatter(alike: Sequence[Sequence[float]]) -> float | None:
+def rank_correlation_of_scatter(groups: Sequence[Sequence[float]]) -> float | None:
     """Estimate the rank correlation with the measurements that a perfect predictor would reach: 1 without scatter.
 
     Args:
-        alike: repeated measurements of one thing each, in any unit. Their geometric mean is taken for the true value,
+        groups: repeated measurements of one thing each, in any unit. Their geometric mean is taken for the true value,
             around which they are log-normal; one spread is estimated from all repeats together.
 
     Returns:
         The mean over redrawn measurements (always the same draws). None if there are too few repeated measurements.
     """
-    logarithms = [[math.log(value) for value in values] for values in alike]
+    logarithms = [[math.log(value) for value in values] for values in groups]
     repeats = sum(len(values) - 1 for values in logarithms)
     if repeats < FEWEST_REPEATS:
         return None

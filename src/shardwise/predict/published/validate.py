@@ -14,10 +14,10 @@ from shardwise.errors import DataError, RequestError, one_line
 from shardwise.files import read_regular_text
 from shardwise.predict.hardware.constants import constants, documented, fit_record
 from shardwise.predict.prediction import Prediction
-from shardwise.predict.published.columns import Lacking, named, text
+from shardwise.predict.published.columns import MissingColumn, named, text
 from shardwise.predict.published.memory_kind import memory_terms
 from shardwise.predict.published.predictor.step_time import explained, predict
-from shardwise.predict.published.row import Run, read
+from shardwise.predict.published.row import PublishedRun, read
 from shardwise.predict.published.statistics import (
     mean,
     percentile,
@@ -37,7 +37,7 @@ RANKED_ROWS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class ValidatedRun:
     """A measured run and its prediction.
 
     Attributes:
@@ -46,7 +46,7 @@ class Held:
         memory: predicted bytes by category, counted as the run's source counts memory.
     """
 
-    run: Run
+    run: PublishedRun
     prediction: Prediction
     memory: Mapping[str, float]
 
@@ -76,8 +76,8 @@ def validate(path: str | Path) -> dict[str, Any]:
         try:
             run = read(row, line)
             memory = memory_terms(run.sizes, run.setup, run.counted, constants())
-            held.append(Held(run, predict(run.sizes, run.setup, run.cluster), memory))
-        except (Lacking, RequestError) as error:
+            held.append(ValidatedRun(run, predict(run.sizes, run.setup, run.cluster), memory))
+        except (MissingColumn, RequestError) as error:
             skipped.append({"line": line, "group": text(row, "group"), "reason": one_line(str(error))})
     if not held:
         first = f": line {skipped[0]['line']}: {skipped[0]['reason']}" if skipped else ""
@@ -101,8 +101,8 @@ def read_rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
     return rows
 
 
-def _document(held: Sequence[Held], skipped: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    groups: dict[str, list[Held]] = {}
+def _document(held: Sequence[ValidatedRun], skipped: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    groups: dict[str, list[ValidatedRun]] = {}
     for each in held:
         groups.setdefault(each.run.group, []).append(each)
     errors = [abs(each.error) for each in held]
@@ -131,10 +131,10 @@ def _errors(errors: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def _group(rows: Sequence[Held]) -> dict[str, Any]:
+def _group(rows: Sequence[ValidatedRun]) -> dict[str, Any]:
     memory_errors = [abs(each.memory_error) for each in rows if each.memory_error is not None]
-    alike = _alike(rows)
-    deviations = _deviations(alike)
+    groups = _repeats(rows)
+    deviations = _deviations(groups)
     predicted, measured = [each.prediction.step_seconds for each in rows], [each.run.step_seconds for each in rows]
     return {
         "rows": len(rows),
@@ -147,30 +147,30 @@ def _group(rows: Sequence[Held]) -> dict[str, Any]:
         "repeated_rows": len(deviations),
         "repeat_mean_deviation": mean(deviations),
         "repeat_largest_deviation": max(deviations, default=None),
-        "repeat_rank_correlation": rank_correlation_of_scatter(alike) if len(rows) >= RANKED_ROWS else None,
+        "repeat_rank_correlation": rank_correlation_of_scatter(groups) if len(rows) >= RANKED_ROWS else None,
     }
 
 
-def _alike(rows: Sequence[Held]) -> list[list[float]]:
+def _repeats(rows: Sequence[ValidatedRun]) -> list[list[float]]:
     """Group the measured seconds of rows that describe the same run: equal sizes, setup and cluster."""
-    alike: dict[object, list[float]] = {}
+    groups: dict[object, list[float]] = {}
     for each in rows:
         run = each.run
         key = (run.sizes, run.setup, run.cluster.size, run.cluster.device(0).name, run.cluster.name)
-        alike.setdefault(key, []).append(run.step_seconds)
-    return list(alike.values())
+        groups.setdefault(key, []).append(run.step_seconds)
+    return list(groups.values())
 
 
-def _deviations(alike: Sequence[Sequence[float]]) -> list[float]:
+def _deviations(groups: Sequence[Sequence[float]]) -> list[float]:
     """Return the relative deviation of each repeated measurement from the mean of its group."""
     found: list[float] = []
-    for seconds in alike:
+    for seconds in groups:
         middle = statistics.fmean(seconds)
         found += [abs(value / middle - 1) for value in seconds if len(seconds) > 1]
     return found
 
 
-def _row(held: Held) -> dict[str, Any]:
+def _row(held: ValidatedRun) -> dict[str, Any]:
     run, prediction = held.run, held.prediction
     return {
         "line": run.line,

@@ -14,7 +14,7 @@ _CLOSE = 1e-12
 """Seconds within which two times are considered equal."""
 
 
-class Happened:
+class Breakdown:
     """Finished operations of a simulation, grouped by worker.
 
     Args:

@@ -94,7 +94,7 @@ class _Worker:
     """Operation that the host waited for last, if it has launched nothing since."""
 
 
-class Stuck(Exception):
+class Deadlock(Exception):
     """Operations wait for each other: the simulation was built wrongly, or the real program would deadlock."""
 
 
@@ -147,7 +147,7 @@ class Simulation:
         """Run all issued operations and return the time, in seconds, at which the last one ends.
 
         Raises:
-            Stuck: Some operations wait for each other and never run.
+            Deadlock: Some operations wait for each other and never run.
         """
         waiting: dict[int, list[int]] = {}
         for number in range(len(self._workers)):
@@ -166,7 +166,7 @@ class Simulation:
         left = [op for worker in self._workers for _, op in worker.program]
         left += [op for worker in self._workers for stream in worker.streams.values() for op in stream]
         if left:
-            raise Stuck(f"{left[0].name} of worker {left[0].worker} waits for what never comes")
+            raise Deadlock(f"{left[0].name} of worker {left[0].worker} waits for what never comes")
         return last
 
     def _push(self, when: float, worker: int, operation: Operation | None = None, version: int = 0) -> None:

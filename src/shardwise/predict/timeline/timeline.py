@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster, Device
-from shardwise.predict.closed_form.overlap import Piece
-from shardwise.predict.closed_form.segment_times import DTYPES, Spent
+from shardwise.predict.closed_form.overlap import ComputePiece
+from shardwise.predict.closed_form.segment_times import DTYPES, PassSeconds
 from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.timeline.breakdown import Happened
+from shardwise.predict.timeline.breakdown import Breakdown
 from shardwise.predict.timeline.events import COMPUTE, Operation, Simulation
 from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.holdings import REPORT_BYTES, Stage, Worker
@@ -34,7 +34,7 @@ NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward of inputs", 
 
 
 @dataclass(frozen=True, slots=True)
-class Pipeline:
+class SimulatedReplica:
     """A replica that represents all replicas like it.
 
     Attributes:
@@ -102,30 +102,32 @@ def timeline(
     """
     usual = costs_of(profile, strategy, cluster, batch_size)
     pipelines = representatives(usual.strategy, cluster, slowed or {})
-    return _Step(usual, pipelines, _costs_by_device(usual, pipelines, batch_size)).timeline()
+    return _StepSimulation(usual, pipelines, _costs_by_device(usual, pipelines, batch_size)).timeline()
 
 
-def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> list[Pipeline]:
+def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> list[SimulatedReplica]:
     """Choose the replicas to simulate: one of each kind in each kind of fsdp group.
 
     Two replicas are of one kind if their pipeline workers have the same devices and factors.
     """
-    rows: dict[object, list[Pipeline]] = {}
+    rows: dict[object, list[SimulatedReplica]] = {}
     kinds = len(cluster.nodes) > 1 or bool(slowed)
     for row in range(strategy.dp if kinds else 1):
-        found: dict[object, Pipeline] = {}
+        found: dict[object, SimulatedReplica] = {}
         for column in range(strategy.fsdp if kinds else 1):
-            machines = tuple(_machine(strategy, cluster, slowed, row, column, place) for place in range(strategy.pp))
-            found.setdefault(_described(machines), Pipeline(row, column, machines))
+            machines = tuple(
+                _machine(strategy, cluster, slowed, row, column, pipeline_rank) for pipeline_rank in range(strategy.pp)
+            )
+            found.setdefault(_described(machines), SimulatedReplica(row, column, machines))
         rows.setdefault(frozenset(found), list(found.values()))
     return [pipeline for found in rows.values() for pipeline in found]
 
 
 def _machine(
-    strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float], row: int, column: int, place: int
+    strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float], row: int, column: int, pipeline_rank: int
 ) -> tuple[Device, float]:
     """Return (slowest device, largest factor) of a pipeline worker's tensor-parallel ranks, which run in step."""
-    first = strategy.rank(dp=row, fsdp=column, pp=place)
+    first = strategy.rank(dp=row, fsdp=column, pp=pipeline_rank)
     ranks = range(first, first + strategy.tp)
     devices = {id(device): device for device in map(cluster.device, ranks)}.values()
     slowest = min(devices, key=lambda device: max(device.flops.values(), default=0.0))
@@ -136,7 +138,7 @@ def _described(machines: Sequence[tuple[Device, float]]) -> tuple[tuple[int, flo
     return tuple((id(device), factor) for device, factor in machines)
 
 
-def _costs_by_device(usual: Costs, pipelines: Iterable[Pipeline], batch_size: int) -> dict[int, Costs]:
+def _costs_by_device(usual: Costs, pipelines: Iterable[SimulatedReplica], batch_size: int) -> dict[int, Costs]:
     found = {id(usual.times.device): usual}
     for pipeline in pipelines:
         for device, _ in pipeline.machines:
@@ -151,7 +153,7 @@ class _Host:
 
     Attributes:
         number: number of the worker in the simulation.
-        pipeline, place: replica and pipeline rank of the worker.
+        pipeline, pipeline_rank: replica and pipeline rank of the worker.
         costs: costs on its device.
         factor: factor by which its compute takes longer than usual.
         worker: its stages and shards.
@@ -161,8 +163,8 @@ class _Host:
     """
 
     number: int
-    pipeline: Pipeline
-    place: int
+    pipeline: SimulatedReplica
+    pipeline_rank: int
     costs: Costs
     factor: float
     worker: Worker
@@ -171,23 +173,23 @@ class _Host:
     sums: list[Operation] = field(default_factory=list)
 
 
-class _Step:
+class _StepSimulation:
     """Issues the operations of each worker's program, then runs the simulation."""
 
-    def __init__(self, usual: Costs, pipelines: Sequence[Pipeline], costs: Mapping[int, Costs]) -> None:
+    def __init__(self, usual: Costs, pipelines: Sequence[SimulatedReplica], costs: Mapping[int, Costs]) -> None:
         self.usual, self.strategy, self.pipelines = usual, usual.strategy, pipelines
         self.inline = usual.stages.blocking
         self.hosts = [
             _Host(
-                index * self.strategy.pp + place,
+                index * self.strategy.pp + pipeline_rank,
                 pipeline,
-                place,
-                costs[id(pipeline.machines[place][0])],
-                pipeline.machines[place][1],
-                usual.parts.workers[place],
+                pipeline_rank,
+                costs[id(pipeline.machines[pipeline_rank][0])],
+                pipeline.machines[pipeline_rank][1],
+                usual.parts.workers[pipeline_rank],
             )
             for index, pipeline in enumerate(pipelines)
-            for place in range(self.strategy.pp)
+            for pipeline_rank in range(self.strategy.pp)
         ]
         self.simulation = Simulation([host.costs.stages.overlap for host in self.hosts])
         self._messages: dict[object, Operation] = {}
@@ -197,11 +199,13 @@ class _Step:
         for host in self.hosts:
             self._program(host)
         seconds = self.simulation.run()
-        happened = Happened(self.simulation.done, self._received(), inline=self.inline)
-        index = max(range(len(self.hosts)), key=happened.computed)
-        ranks = tuple(self.strategy.rank(dp=h.pipeline.row, fsdp=h.pipeline.column, pp=h.place) for h in self.hosts)
+        breakdown = Breakdown(self.simulation.done, self._received(), inline=self.inline)
+        index = max(range(len(self.hosts)), key=breakdown.computed)
+        ranks = tuple(
+            self.strategy.rank(dp=h.pipeline.row, fsdp=h.pipeline.column, pp=h.pipeline_rank) for h in self.hosts
+        )
         profile, device = self.usual.profile, self.usual.times.device
-        prediction = happened.prediction(
+        prediction = breakdown.prediction(
             index,
             seconds,
             memory=self.usual.memory,
@@ -226,7 +230,7 @@ class _Step:
     def _program(self, host: _Host) -> None:
         strategy = self.strategy
         stages = {stage.number: stage for stage in host.worker.stages}
-        for turn in table(strategy, host.place):
+        for turn in table(strategy, host.pipeline_rank):
             action, sync, final = turn.action, turn.sync, turn.final
             stage = stages[action.stage]
             self._arrive(host, action)
@@ -255,7 +259,9 @@ class _Step:
         operation = Operation(host.number, stream, name, kind, seconds, crowds=True, notes=notes)
         return self.simulation.issue(operation, after, together)
 
-    def _compute(self, host: _Host, action: Action, spent: Spent, share: float = 1.0, part: str = "") -> Operation:
+    def _compute(
+        self, host: _Host, action: Action, spent: PassSeconds, share: float = 1.0, part: str = ""
+    ) -> Operation:
         """Issue a share of a pass on the compute stream, then its exchanges of tensor parallelism.
 
         Returns the last operation of the two; the next computation waits for the exchanges.
@@ -307,7 +313,9 @@ class _Step:
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
-    def _message(self, pipeline: Pipeline, action: Action, source: int, target: int, seconds: float) -> Operation:
+    def _message(
+        self, pipeline: SimulatedReplica, action: Action, source: int, target: int, seconds: float
+    ) -> Operation:
         """Return the message from one stage to another for a microbatch, created when first asked for.
 
         `action` may be that of the sender or that of the receiver.
@@ -340,13 +348,13 @@ class _Step:
         after = [*host.barrier, host.last]
         for target, sizes in stage.sent if action.kind == FORWARD else stage.returned:
             seconds = self.usual.calls.message(stage.number, target, sizes)
-            if target % self.strategy.pp != host.place:
+            if target % self.strategy.pp != host.pipeline_rank:
                 message = self._message(host.pipeline, action, stage.number, target, seconds)
                 self.simulation.issue(message, after)
 
     # ---- gradients and parameters -----------------------------------------------------------------------------------
 
-    def _bucketed(self, host: _Host, action: Action, stage: Stage, spent: Spent) -> None:
+    def _bucketed(self, host: _Host, action: Action, stage: Stage, spent: PassSeconds) -> None:
         """Issue the last backward pass of a stage, with the all-reduce of each bucket as soon as it is complete."""
         done, whole = 0.0, spent.device
         buckets = host.costs.stages.buckets(stage, whole)
@@ -355,7 +363,7 @@ class _Step:
                 self._compute(host, action, spent, (ready - done) / whole, f"to bucket {number}")
                 done = ready
             after = [*host.barrier, host.last]
-            together = "replicas", host.place, stage.number, number
+            together = "replicas", host.pipeline_rank, stage.number, number
             size = stage.buckets[number].bytes
             host.sums.append(
                 self._issue(host, "dp", f"bucket {number}", "gradients", seconds, after, together, bytes=size)
@@ -363,13 +371,13 @@ class _Step:
         if done < whole:
             self._compute(host, action, spent, (whole - done) / whole, "to the end")
 
-    def _sharded(self, host: _Host, action: Action, stage: Stage, sync: Sync, spent: Spent) -> None:
+    def _sharded(self, host: _Host, action: Action, stage: Stage, sync: Sync, spent: PassSeconds) -> None:
         """Issue a pass of a sharded stage: all-gathers and reduce-scatters, block by block."""
         pieces, root = host.costs.stages.pieces(stage, action.kind, sync, spent)
         whole = sum(piece.compute for piece in pieces)
         begun = [*host.barrier, host.last]
         asked: list[Operation | None] = begun
-        ready: list[tuple[Piece, Operation]] = []
+        ready: list[tuple[ComputePiece, Operation]] = []
         if root.gather:
             self._needed(host, self._gather(host, action, root, begun))
         for piece in pieces:
@@ -390,15 +398,15 @@ class _Step:
             host.barrier += host.sums
             host.sums.clear()
 
-    def _gather(self, host: _Host, action: Action, piece: Piece, after: Iterable[Operation | None]) -> Operation:
-        together = "fsdp", host.pipeline.row, host.place, str(action), piece.name, "gather"
+    def _gather(self, host: _Host, action: Action, piece: ComputePiece, after: Iterable[Operation | None]) -> Operation:
+        together = "fsdp", host.pipeline.row, host.pipeline_rank, str(action), piece.name, "gather"
         name = f"gather {piece.name or 'the rest'} for {action}"
         return self._issue(host, "fsdp", name, "parameters", piece.gather, after, together)
 
-    def _scatter(self, host: _Host, action: Action, ready: list[tuple[Piece, Operation]]) -> None:
+    def _scatter(self, host: _Host, action: Action, ready: list[tuple[ComputePiece, Operation]]) -> None:
         """Issue the reduce-scatters of pieces that have computed; they queue behind the gather of the next piece."""
         for piece, computed in ready:
-            where = host.place, str(action), piece.name
+            where = host.pipeline_rank, str(action), piece.name
             name = f"{piece.name or 'the rest'} of {action}"
             together: object = ("fsdp", host.pipeline.row, *where, "scatter")
             scattered = self._issue(
@@ -421,10 +429,10 @@ class _Step:
         """Issue what follows the passes: remaining all-reduces, the update, and broadcasts of updated parameters."""
         costs, strategy, worker = host.costs, self.strategy, host.worker
         finish = costs.finish(worker)
-        replicas = group_of(strategy, "replicas", worker.place)
+        replicas = group_of(strategy, "replicas", worker.pipeline_rank)
         for number, bucket in enumerate(worker.twice):
             seconds = costs.calls.collective("all_reduce", bucket.bytes, replicas)
-            together: object = ("twice", host.place, number)
+            together: object = ("twice", host.pipeline_rank, number)
             host.sums.append(
                 self._issue(host, "dp", f"shared bucket {number}", "gradients", seconds, [host.last], together)
             )
@@ -450,7 +458,7 @@ class _Step:
         self._on_compute(host, update)
         if finish.exchange:
             told = self._issue(
-                host, "dp", "updated parameters", "parameters", finish.exchange, [update], ("told", host.place)
+                host, "dp", "updated parameters", "parameters", finish.exchange, [update], ("told", host.pipeline_rank)
             )
             self._needed(host, told)
         if report is not None:

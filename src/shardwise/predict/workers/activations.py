@@ -13,38 +13,38 @@ Messages = tuple[tuple[int, tuple[int, ...]], ...]
 def boundary_values(
     profile: Profile, number: int, bounds: Sequence[int], stage_of: Sequence[int]
 ) -> tuple[Messages, Messages, int, int]:
-    """Return (sent, returned, received, kept) of a stage for one microbatch; see the attributes of `Stage`."""
+    """Return (sent, returned, received, saved) of a stage for one microbatch; see the attributes of `Stage`."""
     first, end = bounds[number], bounds[number + 1]
     sent: dict[int, list[int]] = {}
     returned: dict[int, list[int]] = {}
     received = 0
-    kept = profile.saved[end] - profile.saved[first]
+    saved = profile.saved[end] - profile.saved[first]
     for value in profile.crossing(first, end):
         if first <= value.made < end:
-            targets = sorted({stage_of[link] for link in value.used if link >= end})
+            targets = sorted({stage_of[segment] for segment in value.used if segment >= end})
             for target in targets:
                 sent.setdefault(target, []).append(value.message)
-            if not any(first <= link < end for link in value.saved[:1]):
-                kept += value.held  # an output is held until its gradient arrives
+            if not any(first <= segment < end for segment in value.saved[:1]):
+                saved += value.held  # an output is held until its gradient arrives
         elif value.made >= 0:
             received += value.message
-            kept += value.message if not first <= (value.saved or (-1,))[0] < end else 0
+            saved += value.message if not first <= (value.saved or (-1,))[0] < end else 0
             if value.grad:
                 returned.setdefault(stage_of[value.made], []).append(value.message)
-        elif any(first <= link < end for link in value.saved):
-            kept += value.held if not first <= value.saved[0] < end else 0
+        elif any(first <= segment < end for segment in value.saved):
+            saved += value.held if not first <= value.saved[0] < end else 0
     flat = [tuple((stage, tuple(sizes)) for stage, sizes in sorted(found.items())) for found in (sent, returned)]
-    return flat[0], flat[1], received, kept
+    return flat[0], flat[1], received, saved
 
 
-def kept_between_blocks(profile: Profile, again: Sequence[Block], first: int, end: int) -> list[tuple[int, int]]:
+def saved_between_blocks(profile: Profile, again: Sequence[Block], first: int, end: int) -> list[tuple[int, int]]:
     """Return (segment, bytes) of the stage's own values that stay although its recomputed blocks `again` save nothing.
 
     A value stays until the backward pass of that segment. It is either an input of a recomputed block from another part
     of the stage, or a value that a recomputed block saves first and a part that is not recomputed saves too. Values
     that a part that is not recomputed saves first are counted there.
     """
-    block_of = {link: block for block in again for link in range(block.first, block.end)}
+    block_of = {segment: block for block in again for segment in range(block.first, block.end)}
     bounds = {bound for block in again for bound in (block.first, block.end) if first < bound < end}
     passing = {id(value): value for bound in bounds for value in profile.live[bound] if value.made >= first}
     sizes: dict[int, int] = {}
@@ -61,10 +61,12 @@ def _needed_until(value: Value, block_of: Mapping[int, Block], end: int) -> int 
     Returns None if the value is not held beside what parts save: a part that is not recomputed saves it first, or no
     such part saves it and no recomputed block uses it other than the one that made it.
     """
-    saved = [link for link in value.saved if link < end]
+    saved = [segment for segment in value.saved if segment < end]
     if saved and saved[0] not in block_of:
         return None
     made = block_of.get(value.made)
-    entered = [block for link in value.used if link < end and (block := block_of.get(link, made)) is not made]
-    found = [block.first for block in entered if block is not None] + [link for link in saved if link not in block_of]
+    entered = [block for segment in value.used if segment < end and (block := block_of.get(segment, made)) is not made]
+    found = [block.first for block in entered if block is not None] + [
+        segment for segment in saved if segment not in block_of
+    ]
     return min(found, default=None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from shardwise.predict.profile.profile import Parameter, Profile, module_blocks
-from shardwise.predict.workers.cuts import recomputed_links
+from shardwise.predict.workers.cuts import recomputed_segments
 from shardwise.splitting.buckets import bucket_bytes
 from shardwise.strategy import Strategy
 
@@ -70,9 +70,9 @@ def _assigned(parameters: Iterable[Parameter], limits: Sequence[int]) -> list[tu
     used: dict[int, int] = {}
     for parameter in parameters:
         kind = parameter.itemsize
-        size, link = filling.get(kind, (0, parameter.links[0]))
-        size, link = size + parameter.bytes, min(link, parameter.links[0])
-        filling[kind] = size, link
+        size, segment = filling.get(kind, (0, parameter.segments[0]))
+        size, segment = size + parameter.bytes, min(segment, parameter.segments[0])
+        filling[kind] = size, segment
         number = used.get(kind, 0)
         if size >= limits[min(number, len(limits) - 1)]:
             done.append(filling.pop(kind))
@@ -94,7 +94,7 @@ def reducer_buckets(parameters: Sequence[Parameter], first: int, limit: int) -> 
         buckets[-1].append(parameter)
         size, kind = size + parameter.bytes, parameter.itemsize
     return [
-        Bucket(sum(p.bytes for p in bucket), min(next((k for k in p.links if k >= first), first) for p in bucket))
+        Bucket(sum(p.bytes for p in bucket), min(next((k for k in p.segments if k >= first), first) for p in bucket))
         for bucket in buckets
     ]
 
@@ -114,7 +114,7 @@ def stage_buckets(
     if module:
         ready = [parameters[index] for index in profile.ready]
         limits = [limit] if strategy.bucket else [FIRST_BUCKET_BYTES, limit]
-        return [Bucket(size, link) for size, link in _assigned(ready, limits)]
+        return [Bucket(size, segment) for size, segment in _assigned(ready, limits)]
     return reducer_buckets([parameters[i] for i in own if parameters[i].trained and i not in twice], first, limit)
 
 
@@ -127,7 +127,7 @@ def module_parts(
     """
     inside = {index for block in profile.blocks for index in block}
     sharded = strategy.splits_parameters
-    again = len(recomputed_links(profile, strategy, (), 0))
+    again = len(recomputed_segments(profile, strategy, (), 0))
     blocks = []
     for number, (block, (first, end)) in enumerate(zip(profile.blocks, module_blocks(profile), strict=True)):
         gathered = _gathered(profile, block, strategy) if sharded else None
@@ -147,7 +147,7 @@ def graph_parts(
     groups: Sequence[Gathered | None] = [None] * (len(ranges) + 1)
     if sharded:
         key = ("gathered", ranges, strategy.fsdp)
-        groups = profile.kept.once(key, lambda: _gathered_apart(profile, strategy, ranges, own))
+        groups = profile.memo.once(key, lambda: _gathered_apart(profile, strategy, ranges, own))
     blocks = (
         Block(a, b, group, number < again)
         for number, ((a, b), group) in enumerate(zip(ranges, groups[:-1], strict=True))

@@ -17,16 +17,16 @@ def cuts_of(
     if strategy.tp == strategy.pp == 1:
         return (tuple(_module_cuts(profile, strategy)),)
     key = "cuts", id(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds, slower
-    return profile.kept.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs, slower))), costs)
+    return profile.memo.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs, slower))), costs)
 
 
 def _graph_cuts(
     profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...]
 ) -> list[list[int]]:
     """Cut stages and their blocks as `balance.divided` does; the cached stages do not depend on the blocks."""
-    stages, messages = strategy.pp * strategy.stages_per_worker, [link.message for link in profile.links[1:]]
+    stages, messages = strategy.pp * strategy.stages_per_worker, [segment.message for segment in profile.segments[1:]]
     key = "stages", id(costs), stages, strategy.speeds, slower
-    starts = profile.kept.once(
+    starts = profile.memo.once(
         key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds, slower), costs
     )
     return blocks_from(costs, messages, starts, in_blocks=cuts_blocks(strategy))
@@ -39,7 +39,7 @@ def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
     bounds = {0}
     for first, end in module_blocks(profile):
         bounds |= {first, end}
-    return sorted(bounds - {len(profile.links)})
+    return sorted(bounds - {len(profile.segments)})
 
 
 def stage_blocks(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
@@ -54,7 +54,7 @@ def stage_blocks(profile: Profile, strategy: Strategy, starts: Sequence[int], en
     return module_blocks(profile) if strategy.tp == strategy.pp == 1 else list(pairwise([*starts, end]))
 
 
-def recomputed_links(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
+def recomputed_segments(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
     """Return the ranges of `stage_blocks` that are recomputed.
 
     A module that could not be traced has a single segment, which contains all blocks: it is recomputed once.

@@ -6,12 +6,12 @@ from shardwise.collective import Group
 from shardwise.strategy import Strategy
 
 
-def group_of(strategy: Strategy, axis: str, place: int = 0) -> Group:
-    """Return the group of an axis that contains pipeline rank `place` of the first replica.
+def group_of(strategy: Strategy, axis: str, pipeline_rank: int = 0) -> Group:
+    """Return the group of an axis that contains pipeline rank `pipeline_rank` of the first replica.
 
     Axis `replicas` is dp and fsdp together, `world` all ranks.
     """
-    first = place * strategy.stride("pp")
+    first = pipeline_rank * strategy.stride("pp")
     if axis == "world":
         return Group(strategy.workers)
     if axis == "tp":

@@ -5,7 +5,7 @@ It repeats the decisions of `parallel` about cuts and communication, from a prof
     ModuleEngine   (tp = pp = 1)    one stage; DDP's buckets, or `fully_shard` on the module's repeated blocks
     GraphEngine    (tp or pp)       stages and blocks cut by cost; buckets of `GradientReducer`, or `fully_shard`
 
-Segments are known by their index in `Profile.links`; a range from `first` to `end` excludes `end`.
+Segments are known by their index in `Profile.segments`; a range from `first` to `end` excludes `end`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from math import ceil
 
 from shardwise.errors import StrategyError
 from shardwise.predict.profile.profile import Parameter, Profile
-from shardwise.predict.workers.activations import boundary_values, kept_between_blocks
+from shardwise.predict.workers.activations import boundary_values, saved_between_blocks
 from shardwise.predict.workers.buckets import (
     Block,
     Bucket,
@@ -32,7 +32,7 @@ from shardwise.predict.workers.cuts import cuts_of
 from shardwise.splitting.balance import check_stages, cuts_blocks
 from shardwise.splitting.buckets import bucket_bytes
 from shardwise.splitting.ownership import BUCKET_BYTES as BROADCAST_BYTES
-from shardwise.splitting.ownership import deal
+from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 
 REPORT_BYTES = 24
@@ -55,7 +55,7 @@ class Stage:
         sent: (stage that receives them, bytes of each message) of the activations sent for a microbatch.
         returned: (stage that receives them, bytes of each message) of the gradients sent back for a microbatch.
         received: bytes of the activations that arrive for a microbatch.
-        kept: bytes saved of a microbatch between its forward and its backward pass, without recomputation.
+        saved: bytes saved of a microbatch between its forward and its backward pass, without recomputation.
         handed: (segment, bytes) of the values that recomputation saves of a microbatch: those that arrive at the stage,
             and those that enter and leave recomputed blocks. They are freed after the backward pass of that segment.
             Empty if no block is recomputed.
@@ -70,7 +70,7 @@ class Stage:
     sent: tuple[tuple[int, tuple[int, ...]], ...]
     returned: tuple[tuple[int, tuple[int, ...]], ...]
     received: int
-    kept: int
+    saved: int
     handed: tuple[tuple[int, int], ...]
 
     @property
@@ -84,7 +84,7 @@ class Worker:
     """One worker of the pipeline; without a pipeline there is only one.
 
     Attributes:
-        place: its pipeline rank.
+        pipeline_rank: its pipeline rank.
         stages: its stages, in ascending order.
         twice: gradient buckets of parameters that several of its stages use.
         summed: bytes of each message that is all-reduced over tp after the last backward pass.
@@ -98,7 +98,7 @@ class Worker:
             this worker; included in `parameters`, `trained` and `updated`.
     """
 
-    place: int
+    pipeline_rank: int
     stages: tuple[Stage, ...]
     twice: tuple[Bucket, ...]
     summed: tuple[int, ...]
@@ -140,14 +140,14 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slowe
         StrategyError: there are more stages than segments, or fsdp cannot shard a tied parameter.
     """
     if strategy.pp > 1:
-        check_stages(strategy, len(profile.links) - 1)
+        check_stages(strategy, len(profile.segments) - 1)
     key = ("parts", id(costs), _traits(strategy), slower)
 
     def divide() -> tuple[tuple[Worker, ...], tuple[tuple[int, ...], ...]]:
         cuts = cuts_of(profile, strategy, costs, slower)
         return tuple(_workers(profile, strategy, cuts, module=strategy.tp == strategy.pp == 1)), cuts
 
-    return Parts(strategy, *profile.kept.once(key, divide, costs))
+    return Parts(strategy, *profile.memo.once(key, divide, costs))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
@@ -168,12 +168,12 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
 
 
 def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]], *, module: bool) -> Iterable[Worker]:
-    bounds = [*(starts[0] for starts in cuts), len(profile.links)]
+    bounds = [*(starts[0] for starts in cuts), len(profile.segments)]
     ranges = list(pairwise(bounds))
     stage_of = [stage for stage, (a, b) in enumerate(ranges) for _ in range(a, b)]
-    homes = {index: {stage_of[link] for link in profile.parameters[index].links} for index in profile.shared}
-    for place in range(strategy.pp):
-        own = range(place, len(cuts), strategy.pp)
+    homes = {index: {stage_of[segment] for segment in profile.parameters[index].segments} for index in profile.shared}
+    for pipeline_rank in range(strategy.pp):
+        own = range(pipeline_rank, len(cuts), strategy.pp)
         twice = {index for index, stages in homes.items() if len(stages.intersection(own)) > 1}
         if twice and strategy.splits_parameters:
             name = profile.parameters[min(twice)].name
@@ -187,13 +187,13 @@ def _workers(profile: Profile, strategy: Strategy, cuts: Sequence[Sequence[int]]
             for index, found in homes.items()
             if found.intersection(own) and profile.parameters[index].trained
         }
-        yield _worker(profile, strategy, place, stages, tuple(ranges[stage] for stage in own), twice, tied)
+        yield _worker(profile, strategy, pipeline_rank, stages, tuple(ranges[stage] for stage in own), twice, tied)
 
 
 def _worker(
     profile: Profile,
     strategy: Strategy,
-    place: int,
+    pipeline_rank: int,
     stages: tuple[Stage, ...],
     ranges: tuple[tuple[int, int], ...],
     twice: set[int],
@@ -208,7 +208,7 @@ def _worker(
     replicated = strategy.replicas > 1 and not strategy.splits_parameters
     several = [profile.parameters[index] for index in sorted(twice) if profile.parameters[index].trained]
     return Worker(
-        place,
+        pipeline_rank,
         stages,
         tuple(reducer_buckets(several, stages[0].first, bucket_bytes(strategy.bucket)))
         if replicated and several
@@ -270,7 +270,7 @@ def _updated(
         return (elements, sum(count for _, count in kinds)), ()
     indices = sorted({index for first, end in ranges for index in profile.within(first, end)})
     trained = [profile.parameters[index] for index in indices if profile.parameters[index].trained]
-    owners = deal({parameter.name: parameter.elements for parameter in trained}, strategy.replicas)
+    owners = assign_owners({parameter.name: parameter.elements for parameter in trained}, strategy.replicas)
     by_owner: list[list[Parameter]] = [[] for _ in range(strategy.replicas)]
     for parameter in trained:
         by_owner[owners[parameter.name]].append(parameter)
@@ -302,7 +302,7 @@ def _stage(
         blocks, root = (module_parts if module else graph_parts)(profile, strategy, ranges, own)
     again = [block for block in blocks if block.recomputed]
     key = ("handed", id(cuts), number)
-    sent, returned, received, kept = profile.kept.once(
+    sent, returned, received, saved = profile.memo.once(
         key, lambda: boundary_values(profile, number, bounds, stage_of), cuts
     )
     return Stage(
@@ -315,6 +315,6 @@ def _stage(
         sent,
         returned,
         received,
-        kept,
-        ((first, received), *kept_between_blocks(profile, again, first, end)) if again else (),
+        saved,
+        ((first, received), *saved_between_blocks(profile, again, first, end)) if again else (),
     )

@@ -18,16 +18,16 @@ FORWARDS, BACKWARDS, INPUTS, WEIGHTS = range(len(KINDS))
 Integers = NDArray[np.int64]
 
 
-def sequence(strategy: Strategy, place: int) -> tuple[Integers, Integers]:
-    """Return (kinds, chunks) of the passes of one step on the worker with pipeline rank `place`, in its order."""
+def sequence(strategy: Strategy, pipeline_rank: int) -> tuple[Integers, Integers]:
+    """Return (kinds, chunks) of the passes of one step on pipeline worker `pipeline_rank`, in its order."""
     workers, stages, count = strategy.pp, strategy.stages_per_worker, strategy.microbatches
     if workers == 1 or strategy.schedule == "gpipe" or (strategy.schedule == "interleaved" and count % workers):
         return _gpipe(stages, count) if workers > 1 else _alone(stages, count)
     if strategy.schedule == "zero-bubble":
-        kinds = _zero_bubble(place, workers, count, last_whole=strategy.splits_parameters)
+        kinds = _zero_bubble(pipeline_rank, workers, count, last_whole=strategy.splits_parameters)
         return kinds, np.zeros_like(kinds)
     total = count * stages
-    ahead = workers - place - 1
+    ahead = workers - pipeline_rank - 1
     if strategy.schedule == "interleaved":
         ahead = 2 * ahead + (stages - 1) * workers
     forward = np.arange(total) // workers % stages if stages > 1 else np.zeros(total, np.int64)
@@ -55,12 +55,14 @@ def _alternating(forward: Integers, backward: Integers, ahead: int) -> tuple[Int
     return kinds, chunks
 
 
-def _zero_bubble(place: int, workers: int, count: int, *, last_whole: bool) -> Integers:
+def _zero_bubble(pipeline_rank: int, workers: int, count: int, *, last_whole: bool) -> Integers:
     """Return the kinds only: each worker has a single stage.
 
     If `last_whole` is set, the last backward pass is not split, and all earlier weight gradients precede it.
     """
-    plain, _ = _alternating(np.zeros(count, np.int64), np.zeros(count, np.int64), min(workers - place - 1, count))
+    plain, _ = _alternating(
+        np.zeros(count, np.int64), np.zeros(count, np.int64), min(workers - pipeline_rank - 1, count)
+    )
     found: list[int] = []
     pending = done = 0
     for kind in plain.tolist():
@@ -72,7 +74,7 @@ def _zero_bubble(place: int, workers: int, count: int, *, last_whole: bool) -> I
             return np.array([*found, *[WEIGHTS] * pending, BACKWARDS])
         found.append(INPUTS)
         pending += 1
-        if pending > place:
+        if pending > pipeline_rank:
             found.append(WEIGHTS)
             pending -= 1
     return np.array([*found, *[WEIGHTS] * pending])

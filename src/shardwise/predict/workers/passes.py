@@ -29,11 +29,11 @@ class Sync:
 
 
 @lru_cache(maxsize=1024)
-def actions_of(strategy: Strategy, place: int) -> Sequence[Action]:
-    """Return the actions of pipeline worker `place` in one step, in the order in which the program executes them."""
+def actions_of(strategy: Strategy, pipeline_rank: int) -> Sequence[Action]:
+    """Return the actions of pipeline worker `pipeline_rank` in one step, in the program's order."""
     return order(
         strategy.schedule,
-        place,
+        pipeline_rank,
         strategy.pp,
         strategy.stages_per_worker,
         strategy.microbatches,
@@ -45,7 +45,7 @@ def syncs(strategy: Strategy, actions: Sequence[Action]) -> list[Sync]:
     """Return the collectives of `fully_shard` at each action of a worker.
 
     With tp or pp, gradients are reduced in the last backward pass of a stage, and the earlier backward passes leave
-    the parameters gathered. Otherwise each microbatch reduces its own gradients. See `Holding.before_backward` and
+    the parameters gathered. Otherwise each microbatch reduces its own gradients. See `LocalStages.before_backward` and
     `fsdp.split_parameters`.
     """
     module = strategy.tp == strategy.pp == 1
@@ -93,18 +93,18 @@ class Turn:
         return self.action.kind, self.action.stage, self.sync, self.final, self.first
 
 
-def turns(strategy: Strategy, place: int) -> tuple[Turn, ...]:
-    """Return the distinct passes of pipeline worker `place` in one step, with counts.
+def turns(strategy: Strategy, pipeline_rank: int) -> tuple[Turn, ...]:
+    """Return the distinct passes of pipeline worker `pipeline_rank` in one step, with counts.
 
     The time needed does not grow with the number of microbatches.
     """
     strategy = _of_order(strategy)
     short, long, times = _shorter(strategy)
     if not times:
-        return _turns(strategy, place)
-    few, more = _turns(short, place), _turns(long, place)
+        return _turns(strategy, pipeline_rank)
+    few, more = _turns(short, pipeline_rank), _turns(long, pipeline_rank)
     if [turn.kind for turn in few] != [turn.kind for turn in more]:
-        return _turns(strategy, place)
+        return _turns(strategy, pipeline_rank)
     return tuple(replace(a, count=a.count + times * (b.count - a.count)) for a, b in zip(few, more, strict=True))
 
 
@@ -135,11 +135,11 @@ def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
 
 
 @lru_cache(maxsize=65536)
-def _turns(strategy: Strategy, place: int) -> tuple[Turn, ...]:
-    kinds, chunks = sequence(strategy, place)
+def _turns(strategy: Strategy, pipeline_rank: int) -> tuple[Turn, ...]:
+    kinds, chunks = sequence(strategy, pipeline_rank)
     found: list[Turn] = []
     for chunk in range(strategy.stages_per_worker):
-        found += _of_stage(strategy, kinds[chunks == chunk], chunk * strategy.pp + place)
+        found += _of_stage(strategy, kinds[chunks == chunk], chunk * strategy.pp + pipeline_rank)
     return tuple(found)
 
 
@@ -161,9 +161,9 @@ def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Turn]
         gathers = rooted | (~apart & (before == FORWARDS)) if strategy.zero == 3 else rooted
         reduces = ~apart & (kinds != FORWARDS) if module else final
     codes = (((((kinds * 2 + gathers) * 2 + rooted) * 2 + first) * 2 + final) * 2) + reduces
-    _, places, counts = np.unique(codes, return_index=True, return_counts=True)
-    for which in np.argsort(places):
-        at = places[which]
+    _, positions, counts = np.unique(codes, return_index=True, return_counts=True)
+    for which in np.argsort(positions):
+        at = positions[which]
         sync = None
         if strategy.splits_parameters:
             sync = Sync(bool(gathers[at]), bool(rooted[at]), bool(reduces[at]))
@@ -171,14 +171,14 @@ def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Turn]
         yield Turn(action, sync, bool(final[at]), bool(first[at]), int(counts[which]))
 
 
-def table(strategy: Strategy, place: int) -> tuple[Turn, ...]:
-    """Return all passes of pipeline worker `place` one by one, each with a count of 1, in execution order."""
-    return _table(_of_order(strategy), place)
+def table(strategy: Strategy, pipeline_rank: int) -> tuple[Turn, ...]:
+    """Return all passes of pipeline worker `pipeline_rank` one by one, each with a count of 1, in execution order."""
+    return _table(_of_order(strategy), pipeline_rank)
 
 
 @lru_cache(maxsize=1024)
-def _table(strategy: Strategy, place: int) -> tuple[Turn, ...]:
-    actions = actions_of(strategy, place)
+def _table(strategy: Strategy, pipeline_rank: int) -> tuple[Turn, ...]:
+    actions = actions_of(strategy, pipeline_rank)
     shards = syncs(strategy, actions) if strategy.splits_parameters else [None] * len(actions)
     last = {action.stage: index for index, action in enumerate(actions) if action.kind not in (FORWARD, WEIGHT)}
     seen: set[int] = set()
@@ -195,18 +195,18 @@ Counts = tuple[tuple[int, int, int], ...]
 """Microbatches in flight: (stage, number with saved activations, number that only wait for weight gradients)."""
 
 
-def under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
+def under_way(strategy: Strategy, pipeline_rank: int) -> tuple[Counts, Counts]:
     """Return the microbatches in flight in a worker's first backward pass, and the most in any later one.
 
     The second is empty if there is only one backward pass.
     """
     strategy = _of_order(strategy)
     short, long, times = _shorter(strategy)
-    few, more = _under_way(short, place), _under_way(long, place)
+    few, more = _under_way(short, pipeline_rank), _under_way(long, pipeline_rank)
     if not times:
         return few
     if any([each[0] for each in a] != [each[0] for each in b] for a, b in zip(few, more, strict=True)):
-        return _under_way(strategy, place)
+        return _under_way(strategy, pipeline_rank)
     first, later = (_extended(less, most, times) for less, most in zip(few, more, strict=True))
     return first, later
 
@@ -218,21 +218,21 @@ def _extended(few: Counts, more: Counts, times: int) -> Counts:
 
 
 @lru_cache(maxsize=65536)
-def _under_way(strategy: Strategy, place: int) -> tuple[Counts, Counts]:
-    kinds, chunks = sequence(strategy, place)
+def _under_way(strategy: Strategy, pipeline_rank: int) -> tuple[Counts, Counts]:
+    kinds, chunks = sequence(strategy, pipeline_rank)
     change = np.where(kinds == FORWARDS, 1, np.where((kinds == BACKWARDS) | (kinds == WEIGHTS), -1, 0))
     before = np.cumsum(change) - change
     backward = np.flatnonzero((kinds == BACKWARDS) | (kinds == INPUTS))
     first, others = int(backward[0]), backward[1:]
     most = [first, *([int(others[np.argmax(before[others])])] if len(others) else [])]
     put_off = np.where(kinds == INPUTS, 1, np.where(kinds == WEIGHTS, -1, 0))
-    found = [_counts(strategy, place, chunks[:end], change[:end], put_off[:end]) for end in most]
+    found = [_counts(strategy, pipeline_rank, chunks[:end], change[:end], put_off[:end]) for end in most]
     return found[0], found[1] if len(found) > 1 else ()
 
 
-def _counts(strategy: Strategy, place: int, chunks: Integers, change: Integers, put_off: Integers) -> Counts:
+def _counts(strategy: Strategy, pipeline_rank: int, chunks: Integers, change: Integers, put_off: Integers) -> Counts:
     both, weights = (np.bincount(chunks, weights=each).astype(int) for each in (change, put_off))
     return tuple(
-        (int(chunk) * strategy.pp + place, int(both[chunk] - weights[chunk]), int(weights[chunk]))
+        (int(chunk) * strategy.pp + pipeline_rank, int(both[chunk] - weights[chunk]), int(weights[chunk]))
         for chunk in np.unique(chunks)
     )

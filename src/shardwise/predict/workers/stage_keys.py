@@ -11,26 +11,26 @@ from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.holdings import Stage
 
 
-def alike(profile: Profile, stage: Stage) -> int:
+def stage_key(profile: Profile, stage: Stage) -> int:
     """Return a number that two stages of the profile share if they differ only in their position in the model.
 
     Such stages have equal segments, blocks and gradient buckets, receive the same number of bytes, and keep the same
     number of bytes per microbatch.
     """
-    return _number(profile, "alike", stage, _described)
+    return _number(profile, "stage", stage, _described)
 
 
-def gathered_alike(profile: Profile, stage: Stage) -> int:
+def gathered_stage_key(profile: Profile, stage: Stage) -> int:
     """Return a number that two stages share if their segments and gathered blocks are equal, recomputed or not."""
-    return _number(profile, "gathered alike", stage, _gathered)
+    return _number(profile, "gathered stage", stage, _gathered)
 
 
 def _number(profile: Profile, name: str, stage: Stage, described: Callable[[Profile, Stage], object]) -> int:
     def number() -> int:
-        known: dict[object, int] = profile.kept.once((name,), dict)
+        known: dict[object, int] = profile.memo.once((name,), dict)
         return known.setdefault(described(profile, stage), len(known))
 
-    return profile.kept.once((name, id(stage)), number, stage)
+    return profile.memo.once((name, id(stage)), number, stage)
 
 
 def _described(profile: Profile, stage: Stage) -> object:
@@ -40,12 +40,12 @@ def _described(profile: Profile, stage: Stage) -> object:
         tuple(block.recomputed for block in stage.blocks),
         tuple((bucket.bytes, bucket.ready - first) for bucket in stage.buckets),
         stage.received,
-        stage.kept,
-        tuple((link - first, size) for link, size in stage.handed),
+        stage.saved,
+        tuple((segment - first, size) for segment, size in stage.handed),
     )
 
 
 def _gathered(profile: Profile, stage: Stage) -> object:
     first = stage.first
     blocks = tuple((block.first - first, block.end - first, block.gathered) for block in stage.blocks)
-    return profile.kinds_of_links[first : stage.end], blocks, stage.root
+    return profile.kinds_of_segments[first : stage.end], blocks, stage.root

@@ -19,12 +19,12 @@ Key = tuple[str, str, str]
 """Key of a count: (operation, axis, when), as in `collective.Collective`."""
 
 
-def communicated(profile: Profile, parts: Parts, place: int = 0) -> Mapping[Key, tuple[int, int]]:
-    """Count the collectives of pipeline worker `place` in one step: (operation, axis, when) -> (number, bytes).
+def communicated(profile: Profile, parts: Parts, pipeline_rank: int = 0) -> Mapping[Key, tuple[int, int]]:
+    """Count the collectives of pipeline worker `pipeline_rank` in one step: (operation, axis, when) -> (number, bytes).
 
     Axes, phases and bytes are those of `collective.Collective`.
     """
-    return _Counting(profile, parts, parts.workers[place]).counted()
+    return _Counting(profile, parts, parts.workers[pipeline_rank]).counted()
 
 
 class _Counting:
@@ -36,7 +36,7 @@ class _Counting:
     def counted(self) -> Mapping[Key, tuple[int, int]]:
         """Return the counts of one worker; see `communicated`."""
         strategy = self.strategy
-        actions = actions_of(strategy, self.worker.place)
+        actions = actions_of(strategy, self.worker.pipeline_rank)
         stages = {stage.number: stage for stage in self.worker.stages}
         for stage in self.worker.stages:
             self._exchanges(stage)
@@ -64,8 +64,8 @@ class _Counting:
     def _exchanges(self, stage: Stage) -> None:
         """Count the collectives of tensor parallelism and batch norms of one stage, recomputation included."""
         times = self.strategy.microbatches
-        for link in self.profile.links[stage.first : stage.end]:
-            layer = link.layer
+        for segment in self.profile.segments[stage.first : stage.end]:
+            layer = segment.layer
             self._passed(layer.forward.exchanges, "forward", times)
             self._passed((*layer.backward.exchanges, *layer.weights.exchanges), "backward", times)
             self._norms(layer.normalised, "forward", "backward", times)
@@ -73,14 +73,14 @@ class _Counting:
             self._again(block.first, block.end, times)
 
     def _again(self, first: int, end: int, times: int) -> None:
-        layers = [link.layer for link in self.profile.links[first:end]]
-        kept = [number for number, layer in enumerate(layers) if layer.keeps]
-        for layer in layers[: kept[-1]] if kept else []:
+        layers = [segment.layer for segment in self.profile.segments[first:end]]
+        saved = [number for number, layer in enumerate(layers) if layer.saves]
+        for layer in layers[: saved[-1]] if saved else []:
             self._passed(layer.forward.exchanges, "recompute", times)
             self._norms(layer.normalised, "recompute", "", times)
-        if kept:
-            self._passed(layers[kept[-1]].recomputed.exchanges, "recompute", times)
-            self._norms(layers[kept[-1]].normalised, "recompute", "", times)
+        if saved:
+            self._passed(layers[saved[-1]].recomputed.exchanges, "recompute", times)
+            self._norms(layers[saved[-1]].normalised, "recompute", "", times)
 
     def _passed(self, exchanges: Iterable[Exchanged], when: str, times: int) -> None:
         for exchange in exchanges:
@@ -97,15 +97,15 @@ class _Counting:
 
     def _messages(self, stage: Stage) -> None:
         times, pp = self.strategy.microbatches, self.strategy.pp
-        place = stage.number % pp
+        pipeline_rank = stage.number % pp
         for target, sizes in stage.sent:
-            if target % pp != place:
+            if target % pp != pipeline_rank:
                 self._add("send", "pp", "forward", sizes, times)
         for target, sizes in stage.returned:
-            if target % pp != place:
+            if target % pp != pipeline_rank:
                 self._add("send", "pp", "backward", sizes, times)
         for other in self.parts.stages.values():
-            if other.number % pp == place:
+            if other.number % pp == pipeline_rank:
                 continue
             for target, sizes in other.sent:
                 if target == stage.number:

@@ -28,8 +28,8 @@ from shardwise.cluster.measure.collectives import OPERATIONS, SIZES, collective_
 from shardwise.cluster.measure.contention import shared
 from shardwise.cluster.measure.host_link import host_of
 from shardwise.cluster.measure.host_overhead import small_step, small_update, timed_steps
-from shardwise.cluster.measure.kernel_cases import Case, all_cases
-from shardwise.cluster.measure.kernels import Noted, Situation, kernel_curves
+from shardwise.cluster.measure.kernel_cases import KernelCase, all_cases
+from shardwise.cluster.measure.kernels import MeasuredKernel, Situation, kernel_curves
 from shardwise.cluster.measure.overlap import overlap
 from shardwise.cluster.measure.team import Team
 from shardwise.errors import RequestError
@@ -39,7 +39,7 @@ from shardwise.launch.local import enough_gpus, run_local
 from shardwise.parallel.mesh import default_device
 from shardwise.predict.hardware.times import KernelTimes
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.segment_recorder import LinkRecorder
+from shardwise.predict.profile.segment_recorder import SegmentRecorder
 from shardwise.run.calibration.footprint import Footprint, crowded_step, footprint
 
 MEASURED = (
@@ -76,9 +76,9 @@ class Effort:
     message: float = 0.02
     other: float = 0.5
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    cases: Callable[[torch.dtype], Sequence[Case]] | None = None
+    cases: Callable[[torch.dtype], Sequence[KernelCase]] | None = None
 
-    def of(self, dtype: torch.dtype) -> Sequence[Case]:
+    def of(self, dtype: torch.dtype) -> Sequence[KernelCase]:
         """Return the cases to measure for a dtype."""
         return list((self.cases or all_cases)(dtype))
 
@@ -129,10 +129,10 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
     """
     team = Team(default_device())
     arena = Arena(team.device)
-    noted = [note(case, arena) for dtype in effort.dtypes for case in effort.of(dtype)]
+    measured = [note(case, arena) for dtype in effort.dtypes for case in effort.of(dtype)]
     layered = list(layouts(team.hosts))
     settings = situations(team)
-    total = len(noted) * len(settings) + len(layered) * len(OPERATIONS) * len(SIZES)
+    total = len(measured) * len(settings) + len(layered) * len(OPERATIONS) * len(SIZES)
     tqdm.monitor_interval = 0  # keeps tqdm from starting a thread
     with tqdm(
         total=total,
@@ -142,7 +142,7 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
         mininterval=0.2 if sys.stderr.isatty() else 5.0,
         dynamic_ncols=True,
     ) as bar:
-        curves = [c for each in settings for c in kernel_curves(noted, team, each, effort.case, bar.update)]
+        curves = [c for each in settings for c in kernel_curves(measured, team, each, effort.case, bar.update)]
         collectives = [c for each in layered for c in collective_curves(team, each, effort.message, bar.update)]
     most = max(settings)
     slowed = overlap(team, *most, effort.other) if most[0] > 1 else 1.0
@@ -186,17 +186,17 @@ def _doubled(most: int) -> list[int]:
     return sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
 
 
-def note(case: Case, arena: Arena) -> Noted:
+def note(case: KernelCase, arena: Arena) -> MeasuredKernel:
     """Record the kernel of a case in the form in which the kernels of a model are recorded."""
-    recorder = LinkRecorder()
+    recorder = SegmentRecorder()
     operands = case.make(arena)
     with torch.no_grad(), recorder:
         case.call(*operands)
     kernel = max(recorder.take().kernels, key=lambda each: (each.flops, each.bytes))
     name = curve_name(kernel.kind, kernel.operation)
     if kernel.kind == "memory":
-        return Noted(case, "memory", name, kernel.dtype, False, (int(kernel.bytes),))
-    return Noted(case, kernel.kind, name, kernel.dtype, kernel.backward, kernel.shape)
+        return MeasuredKernel(case, "memory", name, kernel.dtype, False, (int(kernel.bytes),))
+    return MeasuredKernel(case, kernel.kind, name, kernel.dtype, kernel.backward, kernel.shape)
 
 
 def summary(cluster: Cluster, out: Path, seconds: float) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def launch_seconds(device: Device, where: torch.device, seconds: float) -> float
     torch.set_num_threads(threads)
     found = []
     for step in (small_step(where), small_update(where)):
-        kernels = _noted(step)
+        kernels = _kernels(step)
         took = statistics.median(timed_steps(step, seconds, where))
         busy = sum(times.seconds(kernel) for kernel in kernels) if times is not None else 0.0
         found.append(max(0.0, took - busy) / len(kernels))
@@ -299,9 +299,9 @@ def launch_seconds(device: Device, where: torch.device, seconds: float) -> float
     return statistics.mean(found)
 
 
-def _noted(step: Callable[[], None]) -> tuple[Kernel, ...]:
+def _kernels(step: Callable[[], None]) -> tuple[Kernel, ...]:
     step()
-    recorder = LinkRecorder()
+    recorder = SegmentRecorder()
     with recorder:
         step()
     return recorder.take().kernels

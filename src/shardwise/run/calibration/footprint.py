@@ -51,7 +51,7 @@ CLASSES, HEADS = 10, 4
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class FootprintTrial:
     """Small training: its strategy, and the seconds of its median step."""
 
     strategy: Strategy
@@ -72,9 +72,9 @@ class Footprint:
 
     process: Mapping[str, int]
     large: Workload
-    trained: Trial
+    trained: FootprintTrial
     grown: int
-    trials: Mapping[str, Trial]
+    trials: Mapping[str, FootprintTrial]
 
     def heap(self, device: Device) -> float:
         """Return the bytes of process memory per byte of activations and temporary tensors; at least 1.
@@ -151,7 +151,7 @@ def footprint() -> Footprint:
     team = Team(default_device())
     large, strategy = _workload(hidden=128, batch=64 * team.size, image=16), Strategy(dp=team.size)
     if team.device.type != "cpu" or not restart_peak():
-        return Footprint({}, large, Trial(strategy, 0.0), 0, {})
+        return Footprint({}, large, FootprintTrial(strategy, 0.0), 0, {})
     workers = team.size
     small = _workload(hidden=32, batch=4 * workers)
     found = {"module": _peak(team, small, Strategy(dp=workers))}
@@ -175,7 +175,7 @@ def footprint() -> Footprint:
     return Footprint(process, large, trained, grown, trials)
 
 
-def crowded_step() -> Trial | None:
+def crowded_step() -> FootprintTrial | None:
     """Time a training by more workers than the host has cores. Collective. Returns None on a GPU."""
     team = Team(default_device())
     if team.device.type != "cpu":
@@ -183,7 +183,7 @@ def crowded_step() -> Trial | None:
     return _tried(team, _usual(team.size), Strategy(dp=team.size), TIMED)
 
 
-def _tried(team: Team, workload: Workload, strategy: Strategy, count: int) -> Trial:
+def _tried(team: Team, workload: Workload, strategy: Strategy, count: int) -> FootprintTrial:
     """Time `count` steps of a training after a warm-up, and take the median of the slowest worker. Collective.
 
     Slow steps, as over slow network links, are timed fewer times, in about SECONDS.
@@ -204,7 +204,7 @@ def _tried(team: Team, workload: Workload, strategy: Strategy, count: int) -> Tr
 
     one = slowest(steps(2)[-1])
     steps(WARM - 2 if one * WARM < SECONDS else 0)
-    return Trial(strategy, slowest(statistics.median(steps(max(FEWEST, min(count, int(SECONDS / one)))))))
+    return FootprintTrial(strategy, slowest(statistics.median(steps(max(FEWEST, min(count, int(SECONDS / one)))))))
 
 
 def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:

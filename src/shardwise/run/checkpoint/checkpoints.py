@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from shardwise.errors import CheckpointError
 from shardwise.parallel.engine import Engine
-from shardwise.parallel.state.layout import Piece
+from shardwise.parallel.state.layout import TensorPiece
 from shardwise.run.checkpoint.folder import complete, damage, final_path, newest_whole, step_of
 from shardwise.run.checkpoint.headers import header_problem
 from shardwise.run.checkpoint.index import Index
@@ -38,10 +38,10 @@ class Checkpointed(Protocol):
     def engine(self) -> Engine: ...  # noqa: D102
     @property
     def optimizer(self) -> torch.optim.Optimizer | None: ...  # noqa: D102
-    def pieces(self) -> list[Piece]: ...  # noqa: D102
+    def pieces(self) -> list[TensorPiece]: ...  # noqa: D102
     def optimizer_piece(  # noqa: D102
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
-    ) -> Piece | None: ...
+    ) -> TensorPiece | None: ...
     def state(self) -> dict[str, Any]: ...  # noqa: D102
     def load_state(self, state: dict[str, Any]) -> None: ...  # noqa: D102
 
@@ -191,7 +191,7 @@ def not_finite(folder: Path) -> str:
     return "" if finite else f"checkpoint {folder} is not finite: its weights or its loss are inf or nan"
 
 
-def _start(pieces: list[Piece], writer: FolderWriter, stager: Stager) -> Future[Any]:
+def _start(pieces: list[TensorPiece], writer: FolderWriter, stager: Stager) -> Future[Any]:
     _expect_single_process()
     response = async_save(
         {PIECES: pieces},
@@ -205,7 +205,7 @@ def _start(pieces: list[Piece], writer: FolderWriter, stager: Stager) -> Future[
     return response
 
 
-def _read(path: Path, index: Index, pieces: dict[str, Piece]) -> None:
+def _read(path: Path, index: Index, pieces: dict[str, TensorPiece]) -> None:
     _expect_single_process()
     # each worker plans and reads on its own, like a single process
     try:
@@ -227,7 +227,7 @@ def _expect_single_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def _optimizer_pieces(path: Path, index: Index, program: Checkpointed) -> dict[str, Piece]:
+def _optimizer_pieces(path: Path, index: Index, program: Checkpointed) -> dict[str, TensorPiece]:
     """Return this worker's pieces of the optimizer states in the checkpoint, by name; missing ones are created.
 
     Raises:
@@ -249,7 +249,7 @@ def _optimizer_pieces(path: Path, index: Index, program: Checkpointed) -> dict[s
     return found
 
 
-def _mismatch(path: Path, index: Index, pieces: Mapping[str, Piece], program: Checkpointed) -> str:
+def _mismatch(path: Path, index: Index, pieces: Mapping[str, TensorPiece], program: Checkpointed) -> str:
     """Return one line on the first thing in the checkpoint that does not fit this worker, else an empty string."""
     return _other_model(path, index, pieces, program.optimizer) or _other_state(path, index, program.state())
 
@@ -281,7 +281,9 @@ def _random_state(index: Index) -> Tensor:
     return state
 
 
-def _other_model(path: Path, index: Index, pieces: Mapping[str, Piece], optimizer: torch.optim.Optimizer | None) -> str:
+def _other_model(
+    path: Path, index: Index, pieces: Mapping[str, TensorPiece], optimizer: torch.optim.Optimizer | None
+) -> str:
     """Return one line if a tensor of the model, or the optimizer, differs from this program's, else an empty string."""
     for name, piece in pieces.items():
         plain, stored = name.removeprefix("model/"), index.tensors.get(name)
@@ -300,7 +302,7 @@ def _other_model(path: Path, index: Index, pieces: Mapping[str, Piece], optimize
     return ""
 
 
-def _check_all_held(path: Path, index: Index, pieces: Mapping[str, Piece], workers: Workers) -> None:
+def _check_all_held(path: Path, index: Index, pieces: Mapping[str, TensorPiece], workers: Workers) -> None:
     """Check that each model tensor of the checkpoint is held by some worker. Collective. Raises CheckpointError."""
     names = [name for name in index.tensors if name.startswith("model/")]
     held = workers.anywhere([name in pieces for name in names])

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from shardwise.parallel.state.layout import Box, Piece
+from shardwise.parallel.state.layout import Box, TensorPiece
 from shardwise.run.checkpoint.index import Chunk, Index
 from shardwise.run.checkpoint.writer import PIECES, stored_tiles
 
@@ -38,7 +38,7 @@ class TileLoadPlanner(LoadPlanner):
         """Take the list of pieces from `state_dict`, and make views of their tiles."""
         assert metadata is not None
         self._stored = metadata.state_dict_metadata
-        self._pieces: list[Piece] = state_dict[PIECES]
+        self._pieces: list[TensorPiece] = state_dict[PIECES]
         self._views = {
             MetadataIndex(piece.name, torch.Size(tile.offsets)): tile.view(piece.local.detach())
             for piece in self._pieces

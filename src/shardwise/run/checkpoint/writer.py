@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardwise.errors import ShardwiseError
-from shardwise.parallel.state.layout import Box, Layout, Piece, Tile
+from shardwise.parallel.state.layout import Box, Layout, TensorPiece, Tile
 from shardwise.run.checkpoint.folder import begin, hidden_path, prune, publish, write_manifest
 from shardwise.run.checkpoint.index import INDEX, Chunk, Index, Stored, chunk_key, merge_files, tensors_metadata
 from shardwise.run.checkpoint.safetensors_file import FileSum, TensorSpec, write_file, write_tensors
@@ -71,7 +71,7 @@ class Stager(AsyncStager):
 
         The copies are done when it returns.
         """
-        pieces: list[Piece] = [piece for piece in state_dict[PIECES] if piece.writes]
+        pieces: list[TensorPiece] = [piece for piece in state_dict[PIECES] if piece.writes]
         earlier, self._buffers = self._buffers, {}
         staged = {piece.name: Staged(piece.layout.shape, self._copy(piece, earlier)) for piece in pieces}
         if any(piece.local.is_cuda for piece in pieces):
@@ -86,7 +86,7 @@ class Stager(AsyncStager):
         """Free the buffers."""
         self._buffers.clear()
 
-    def _copy(self, piece: Piece, earlier: dict[tuple[str, Box], Tensor]) -> dict[Box, Tensor]:
+    def _copy(self, piece: TensorPiece, earlier: dict[tuple[str, Box], Tensor]) -> dict[Box, Tensor]:
         local = piece.local.detach()
         for tile in stored_tiles(piece.layout):
             key = (piece.name, tile.offsets)

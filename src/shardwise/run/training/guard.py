@@ -20,7 +20,7 @@ MOST_SKIPPED = 20
 
 
 class Guard:
-    """Judge of the steps of a program, see `Program.judged_by`.
+    """Judge of the steps of a program, see `Program.ask_before_update`.
 
     Args:
         program: program whose steps to judge.
@@ -38,7 +38,7 @@ class Guard:
         self.first: int | None = None
         self._program, self._policy, self._say = program, policy, say
         self._in_a_row = 0
-        program.judged_by(self._judge)
+        program.ask_before_update(self._judge)
 
     def _judge(self, loss: float, square: float, search: Callable[[], Fault | None]) -> bool:
         """Return whether to apply a step's update; all workers return the same value.
@@ -65,7 +65,7 @@ class Guard:
             done = "its update is skipped" if self._policy == SKIP else "the training goes on (--on-nan go)"
             self._say(f"step {step}: {_said(loss, search())}; {done}, further ones are not told")
         if self._policy == GO:
-            self._program.judged_by(None)
+            self._program.ask_before_update(None)
             return True
         self.skipped += 1
         return False

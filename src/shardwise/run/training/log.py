@@ -16,7 +16,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.run.training.metrics_file import MetricsFile
 from shardwise.run.training.result import Step
 from shardwise.run.training.run_folder import METRICS, TENSORBOARD
-from shardwise.run.training.tensorboard import Board
+from shardwise.run.training.tensorboard import EventFile
 from shardwise.units import format_rate
 
 
@@ -33,7 +33,7 @@ class Log:
 
     def __init__(self, folder: Path | None, title: str, done: int, total: int | None, *, quiet: bool) -> None:
         self._file = None if folder is None else MetricsFile(folder / METRICS, done)
-        self._board = None if folder is None else Board(folder / TENSORBOARD, done)
+        self._board = None if folder is None else EventFile(folder / TENSORBOARD, done)
         tqdm.monitor_interval = 0  # keeps tqdm from starting a thread
         self._bar = tqdm(
             desc=title,

@@ -48,7 +48,7 @@ class _Pending:
     timed: bool
 
 
-class Clock:
+class TrainingClock:
     """Clock of the training: turns losses on the device into steps with their times.
 
     Reading a number from a GPU waits for the GPU. There each loss is read one step late: the device is then busy with
@@ -113,7 +113,7 @@ def typical(steps: Sequence[Step]) -> tuple[float | None, float | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class ProfiledSeconds:
     """Seconds in the profiled steps of one worker: total, with a collective in flight, and exposed communication."""
 
     step: float
@@ -145,7 +145,7 @@ class Sampler:
 
     device: torch.device
     steps: range
-    spent: list[Spent] = field(default_factory=list)
+    spent: list[ProfiledSeconds] = field(default_factory=list)
     peak: int = 0
 
     @contextlib.contextmanager
@@ -162,7 +162,7 @@ class Sampler:
             yield
             seconds = self._now() - begin
         communication, exposed = communicating(profiler.events() or [], self.device)
-        self.spent.append(Spent(seconds, communication, min(exposed, seconds)))
+        self.spent.append(ProfiledSeconds(seconds, communication, min(exposed, seconds)))
         del profiler
         self._forget(before)
 
@@ -178,11 +178,11 @@ class Sampler:
         """Return the peak memory of this worker in bytes, without the profiler's."""
         return max(self.peak, peak_memory(self.device))
 
-    def total(self) -> Spent | None:
+    def total(self) -> ProfiledSeconds | None:
         """Return the sum over the profiled steps. Returns None if there are none."""
         if not self.spent:
             return None
-        return Spent(
+        return ProfiledSeconds(
             sum(spent.step for spent in self.spent),
             sum(spent.communication for spent in self.spent),
             sum(spent.exposed for spent in self.spent),
@@ -260,7 +260,7 @@ def summarize(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     memory = [worker["memory_bytes"] for worker in measured]
     result: dict[str, Any] = {"memory_bytes": max(memory), "memory_bytes_by_worker": memory}
-    spent = [Spent(*worker["spent"]) for worker in measured if worker["spent"]]
+    spent = [ProfiledSeconds(*worker["spent"]) for worker in measured if worker["spent"]]
     if len(measured) == 1:
         return {**result, "alpha": 0.0, "exposed_alpha": 0.0, "communication_share": 0.0}
     if not spent:

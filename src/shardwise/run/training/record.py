@@ -21,7 +21,7 @@ from shardwise.run.control_group import Workers
 from shardwise.run.training.guard import Guard
 from shardwise.run.training.job import GO, Job
 from shardwise.run.training.log import Log, finite
-from shardwise.run.training.metrics import Clock, Sampler, measure, sampled_steps, summarize, typical
+from shardwise.run.training.metrics import Sampler, TrainingClock, measure, sampled_steps, summarize, typical
 from shardwise.run.training.result import Step, Trained, relative_error
 from shardwise.run.training.run_folder import write_summary
 
@@ -36,14 +36,14 @@ class Running:
 
 
 @dataclass(slots=True)
-class Record:
+class RunRecord:
     """Record of one run on each of its workers: rank 0 logs and times, all take part in checkpoints and summary."""
 
     program: Program
     job: Job
     _checkpoints: Checkpoints | None = field(init=False, default=None)
     _log: Log | None = field(init=False, default=None)
-    _clock: Clock = field(init=False)
+    _clock: TrainingClock = field(init=False)
     _sampler: Sampler = field(init=False)
     _steps: list[Step] = field(init=False, default_factory=list)
     _evaluations: dict[int, dict[str, float]] = field(init=False, default_factory=dict)
@@ -55,7 +55,7 @@ class Record:
     def __post_init__(self) -> None:
         if self.job.folder is not None:
             self._checkpoints = Checkpoints(self.job.folder, self.job.options.keep)
-        self._clock = Clock(self.program.mesh.device)
+        self._clock = TrainingClock(self.program.mesh.device)
         self._guard = Guard(self.program, self.job.options.on_nan, self._warn)
 
     def load(self) -> dict[str, Any] | None:

@@ -33,8 +33,8 @@ def relative_error(predicted: float | None, measured: float | None) -> float | N
 class Step:
     """Record of one optimizer step, as it is written to metrics.jsonl.
 
-    `seconds` is the time since the previous step; None if it was not measured (see `metrics.Clock`). `samples` counts
-    the samples of all workers.
+    `seconds` is the time since the previous step; None if it was not measured (see `metrics.TrainingClock`). `samples`
+    counts the samples of all workers.
     """
 
     step: int

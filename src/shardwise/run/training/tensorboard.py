@@ -22,7 +22,7 @@ FLUSH_SECONDS = 5.0
 logger = logging.getLogger(__name__)
 
 
-class Board:
+class EventFile:
     """Event file in a folder; writes nothing if TensorBoard is not installed or the file cannot be written.
 
     Args:

@@ -13,7 +13,7 @@ from shardwise.run.checkpoint.restored import unlike
 from shardwise.run.jsonfile import short
 from shardwise.run.training.agreement import Agreement
 from shardwise.run.training.job import Job
-from shardwise.run.training.record import Record
+from shardwise.run.training.record import RunRecord
 from shardwise.run.training.result import Trained
 from shardwise.run.training.streams import StreamAgreement
 from shardwise.workload.data import Loader, is_map_style
@@ -59,7 +59,7 @@ def train(program: Program, job: Job) -> Trained:
         NotFinite: the loss or gradient of a step is not finite, and the policy of `job` is to stop.
     """
     options = job.options
-    record, agreement = Record(program, job), Agreement()
+    record, agreement = RunRecord(program, job), Agreement()
     progress = _start(record, program, resume=options.resume)
     loader = _agreeing(program)
     total = options.total(loader.batches)
@@ -95,7 +95,7 @@ def _agreeing(program: Program) -> Loader:
     return replace(loader, agree=StreamAgreement(program.steps + 1))
 
 
-def _start(record: Record, program: Program, *, resume: bool) -> Progress:
+def _start(record: RunRecord, program: Program, *, resume: bool) -> Progress:
     """Return the progress to start from: that of the newest checkpoint if the run is resumed, else the beginning.
 
     Raises:
@@ -142,7 +142,7 @@ def _progress_problem(known: dict[str, Any], saved: dict[str, Any]) -> str:
     return unlike(known, saved, "progress")
 
 
-def _evaluated(record: Record, program: Program, progress: Progress) -> Progress:
+def _evaluated(record: RunRecord, program: Program, progress: Progress) -> Progress:
     """Evaluate unless the last step was evaluated already, and return the progress with the values."""
     if progress.evaluated == program.steps or program.steps == 0:
         return progress
@@ -150,7 +150,7 @@ def _evaluated(record: Record, program: Program, progress: Progress) -> Progress
 
 
 @contextmanager
-def _left_finite(record: Record, progress: Callable[[], Progress]) -> Iterator[None]:
+def _left_finite(record: RunRecord, progress: Callable[[], Progress]) -> Iterator[None]:
     """Save the state before a step that is not finite as a checkpoint, and add advice on resuming to the error."""
     try:
         yield

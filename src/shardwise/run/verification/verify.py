@@ -45,7 +45,7 @@ HALF_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class StrategyTrial:
     """Trial of one strategy; all workers receive equal ones.
 
     Attributes:
@@ -81,7 +81,7 @@ class Proof:
         tolerance: largest error that counts as rounding.
         sharded_share: share of the parameters that are sharded, 0 to 1.
         uncut: parameters that tensor parallelism leaves whole, grouped by reason.
-        places: number of cut points of the step; None without pipeline.
+        cut_points: number of cut points of the step; None without pipeline.
         notes: notes of all workers for the user.
     """
 
@@ -93,7 +93,7 @@ class Proof:
     tolerance: float
     sharded_share: float
     uncut: tuple[Uncut, ...]
-    places: int | None
+    cut_points: int | None
     notes: tuple[str, ...]
 
     @property
@@ -151,7 +151,7 @@ def _row(proof: Proof, axis: str) -> dict[str, Any]:
         "failure": None if proof.passed else _failure(proof, axis),
         "axis_at_fault": axis or None,
         "uncut": [{"reason": e.reason, "parameters": list(e.names), "share": e.share} for e in proof.uncut],
-        "pipeline_places": proof.places,
+        "pipeline_places": proof.cut_points,
         "notes": list(proof.notes),
     }
 
@@ -170,7 +170,7 @@ class _Prover:
     """Runner of trials; it records one worker's steps once for all strategies with equal microbatches and precision."""
 
     def __init__(self, source: Source, steps: int, float64: bool, threads: int, folder: Path) -> None:
-        self._trial = Trial(source=source, strategy=Strategy(), steps=steps, float64=float64, folder="")
+        self._trial = StrategyTrial(source=source, strategy=Strategy(), steps=steps, float64=float64, folder="")
         self._threads = threads
         self._folder = folder
         self._batch_size = source.load().batch_size
@@ -182,12 +182,14 @@ class _Prover:
         alone = [Strategy(microbatches=each.microbatches, precision=each.precision) for each in settled]
         missing = [each for each in dict.fromkeys(alone) if each not in self._recorded]
         if missing:
-            self._run(record_all, [replace(self._trial, strategy=each, folder=self._place(each)) for each in missing])
+            self._run(
+                record_all, [replace(self._trial, strategy=each, folder=self._folder_of(each)) for each in missing]
+            )
             self._recorded.update(missing)
         proofs: dict[int, Proof] = {}
         for count in sorted({each.workers for each in settled}):
             chosen = [index for index, each in enumerate(settled) if each.workers == count]
-            trials = [replace(self._trial, strategy=settled[i], folder=self._place(alone[i])) for i in chosen]
+            trials = [replace(self._trial, strategy=settled[i], folder=self._folder_of(alone[i])) for i in chosen]
             proofs.update(zip(chosen, self._run(compare_all, trials), strict=True))
         return [replace(proofs[index], strategy=strategy) for index, strategy in enumerate(strategies)]
 
@@ -204,11 +206,11 @@ class _Prover:
                 return axis
         return " with ".join(degrees)
 
-    def _place(self, alone: Strategy) -> str:
+    def _folder_of(self, alone: Strategy) -> str:
         """Return the folder with the recorded steps of the strategy `alone`, which has one worker."""
         return str(self._folder / str(alone))
 
-    def _run(self, function: Any, trials: Sequence[Trial]) -> Any:
+    def _run(self, function: Any, trials: Sequence[StrategyTrial]) -> Any:
         workers = trials[0].strategy.workers
         written = [cloudpickle.dumps(trial) for trial in trials]
         return run_local(
@@ -243,14 +245,14 @@ def compare_all(trials: Sequence[bytes]) -> list[Proof | None]:
     return [compare(trial) for trial in _read(trials)]
 
 
-def _read(trials: Sequence[bytes]) -> Iterator[Trial]:
+def _read(trials: Sequence[bytes]) -> Iterator[StrategyTrial]:
     """Unpickle the trials one by one, each with a workload of its own: a trial cannot change another one's dataset."""
     for trial in trials:
         yield cloudpickle.loads(trial)
         gc.collect()  # the parts of a program refer to each other in cycles
 
 
-def record(trial: Trial) -> None:
+def record(trial: StrategyTrial) -> None:
     """Run the steps of a trial on one worker, and save loss, gradients and weights of each to files."""
     from shardwise.parallel.program import Program
 
@@ -268,7 +270,7 @@ def record(trial: Trial) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"step-{step}.safetensors")
 
 
-def compare(trial: Trial) -> Proof | None:
+def compare(trial: StrategyTrial) -> Proof | None:
     """Run the steps of a trial in parallel, and compare each with one worker's. Collective.
 
     Each step starts from the weights of one worker, so that rounding errors of one step do not carry over to the next.
@@ -302,7 +304,7 @@ def compare(trial: Trial) -> Proof | None:
         tolerance=tolerance,
         sharded_share=float(getattr(program.engine, "sharded_parameter_share", 0.0)),
         uncut=tuple(getattr(program.engine, "uncut", ())),
-        places=getattr(program.engine, "places", None),
+        cut_points=getattr(program.engine, "cut_points", None),
         notes=notes,
     )
 
@@ -318,7 +320,7 @@ def _everybodys_notes(program: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(note for notes in everybodys for note in notes))
 
 
-def rounding(program: Any, trial: Trial) -> float:
+def rounding(program: Any, trial: StrategyTrial) -> float:
     """Return the relative error up to which two runs count as equal: SAFETY * eps * sqrt(summands) * sqrt(layers)."""
     if trial.strategy.in_bf16(program.workload.precision):
         return HALF_TOLERANCE

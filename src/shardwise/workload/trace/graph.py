@@ -64,7 +64,7 @@ class StepGraph:
     opaque: tuple[Call, ...] = ()
 
 
-class _Step(nn.Module):
+class _StepModule(nn.Module):
     """Model, loss and metric as one module, so that the graph extends from the batch to the loss."""
 
     def __init__(self, workload: Workload, model: nn.Module, measure: Callable[[Any, Any], Tensor] | None) -> None:
@@ -117,7 +117,7 @@ def trace(
     evaluation = workload.evaluation
     measure = evaluation.measure if evaluation is not None and not training else None
     modes = {module: module.training for module in model.modules()}
-    step = _Step(workload, model, measure)
+    step = _StepModule(workload, model, measure)
     if not training:
         step.eval()
     try:

@@ -82,7 +82,7 @@ class Call:
 
 def _filled(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
     given = iter(tensors)
-    return [next(given) if isinstance(leaf, _Place) else leaf for leaf in leaves]
+    return [next(given) if isinstance(leaf, _Placeholder) else leaf for leaf in leaves]
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def _shapes(tensors: Sequence[Tensor], leaves: Sequence[Any]) -> list[Any]:
     return _filled(leaves, [tuple(each.shape) for each in tensors])  # type: ignore[misc]
 
 
-class _Place:
+class _Placeholder:
     """Placeholder for a tensor in a flattened tree."""
 
 
@@ -136,7 +136,7 @@ def _split(tree: Any) -> tuple[list[Tensor], tuple[Any, ...], TreeSpec]:
     strange = next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))), None)
     if strange is not None:
         raise TypeError(f"a value of type {type(strange).__name__} goes in or out, which may hide tensors")
-    return tensors, tuple(_Place() if isinstance(leaf, Tensor) else leaf for leaf in leaves), spec
+    return tensors, tuple(_Placeholder() if isinstance(leaf, Tensor) else leaf for leaf in leaves), spec
 
 
 @torch.library.custom_op("shardwise::opaque", mutates_args=())
@@ -164,7 +164,7 @@ def calls_in(graph: fx.Graph) -> tuple[Call, ...]:
     return tuple(call_of(node.args[1]) for node in graph.nodes if node.target is OPAQUE)
 
 
-class Recorder:
+class CallRecorder:
     """Recorder of a module's calls while it is open; `drawn` returns how many calls have drawn dropout so far."""
 
     def __init__(self, module: nn.Module, path: str, reason: str, drawn: Any) -> None:

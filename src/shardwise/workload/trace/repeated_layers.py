@@ -46,12 +46,12 @@ def repeated_layers(model: nn.Module) -> nn.ModuleList | nn.Sequential | None:
     for module in model.modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 3:
             continue
-        if (best is None or len(module) > len(best)) and _alike(list(module)):
+        if (best is None or len(module) > len(best)) and _equal(list(module)):
             best = module
     return best
 
 
-def _alike(layers: Sequence[nn.Module]) -> bool:
+def _equal(layers: Sequence[nn.Module]) -> bool:
     first = signature(layers[0])
     parameters = [id(parameter) for layer in layers for parameter in layer.parameters()]
     return bool(parameters) and len(set(parameters)) == len(parameters) and all(signature(x) == first for x in layers)

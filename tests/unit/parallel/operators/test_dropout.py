@@ -12,21 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.parallel.engine import Position
-from shardwise.parallel.operators.dropout import KeyedDropout, attention_probabilities, keep
-from shardwise.parallel.operators.module_patches import Operations
+from shardwise.parallel.operators.dropout import DropoutReplacements, attention_probabilities, draw_mask
+from shardwise.parallel.operators.module_patches import ModulePatches
 
 CPU = torch.device("cpu")
 
 
 def run(function: Callable[..., Tensor], x: Tensor, samples: int, first: int = 0, **position: Any) -> Tensor:
     """`function(operations' dropout)` on samples `first` on of a global batch."""
-    keyed = KeyedDropout(Position(first=first, samples=samples, counted=samples, **position))
-    return function(keyed, x)
+    operators = DropoutReplacements(Position(first=first, samples=samples, counted=samples, **position))
+    return function(operators, x)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_share_of_dropped_elements_and_their_scale(p: float) -> None:
-    mask = keep(Position(seed=1, step=2), 3, torch.arange(20_000), 10, p)
+    mask = draw_mask(Position(seed=1, step=2), 3, torch.arange(20_000), 10, p)
     assert mask.dtype == torch.float32
     assert mask.unique().tolist() == [0.0, pytest.approx(1 / (1 - p))]  # type: ignore[no-untyped-call]
     dropped = (mask == 0).double()
@@ -36,9 +36,9 @@ def test_share_of_dropped_elements_and_their_scale(p: float) -> None:
     others = [
         dropped.roll(1, 1),
         dropped.roll(1, 0),
-        (keep(Position(seed=1, step=2), 4, torch.arange(20_000), 10, p) == 0).double(),
-        (keep(Position(seed=1, step=3), 3, torch.arange(20_000), 10, p) == 0).double(),
-        (keep(Position(seed=2, step=2), 3, torch.arange(20_000), 10, p) == 0).double(),
+        (draw_mask(Position(seed=1, step=2), 4, torch.arange(20_000), 10, p) == 0).double(),
+        (draw_mask(Position(seed=1, step=3), 3, torch.arange(20_000), 10, p) == 0).double(),
+        (draw_mask(Position(seed=2, step=2), 3, torch.arange(20_000), 10, p) == 0).double(),
     ]
     for other in others:
         correlation = torch.corrcoef(torch.stack([dropped.flatten(), other.flatten()]))[0, 1]
@@ -47,10 +47,10 @@ def test_share_of_dropped_elements_and_their_scale(p: float) -> None:
 
 def test_extremes() -> None:
     index = torch.arange(100)
-    assert bool((keep(Position(), 0, index, 3, 0.0) == 1).all())
-    assert bool((keep(Position(), 0, index, 3, 1.0) == 0).all())
+    assert bool((draw_mask(Position(), 0, index, 3, 0.0) == 1).all())
+    assert bool((draw_mask(Position(), 0, index, 3, 1.0) == 0).all())
     with pytest.raises(ValueError, match="between 0 and 1"):
-        KeyedDropout(Position()).dropout(torch.ones(2), 1.5)
+        DropoutReplacements(Position()).dropout(torch.ones(2), 1.5)
 
 
 SHAPES = {
@@ -66,11 +66,11 @@ SHAPES = {
 def test_cut_batches_drop_what_the_whole_drops(name: str) -> None:
     shape, dim = SHAPES[name]
     x = torch.randn(shape)
-    whole = run(lambda keyed, x: keyed.dropout(x, 0.4), x, 8)
+    whole = run(lambda operators, x: operators.dropout(x, 0.4), x, 8)
     unit = shape[dim] // 8
     for first, count in ((0, 3), (3, 2), (5, 3)):
         part = x.narrow(dim, first * unit, count * unit)
-        cut = run(lambda keyed, x: keyed.dropout(x, 0.4), part, count, first)
+        cut = run(lambda operators, x: operators.dropout(x, 0.4), part, count, first)
         assert torch.equal(cut, whole.narrow(dim, first * unit, count * unit)), name
 
 
@@ -79,28 +79,28 @@ def test_one_sample_alone_drops_what_it_drops_in_the_batch() -> None:
         if dim == 2:
             continue  # which dimension counts one sample cannot be told
         x = torch.randn(shape)
-        whole = run(lambda keyed, x: keyed.dropout(x, 0.4), x, 8)
+        whole = run(lambda operators, x: operators.dropout(x, 0.4), x, 8)
         unit = shape[dim] // 8
-        alone = run(lambda keyed, x: keyed.dropout(x, 0.4), x.narrow(dim, 5 * unit, unit), 1, 5)
+        alone = run(lambda operators, x: operators.dropout(x, 0.4), x.narrow(dim, 5 * unit, unit), 1, 5)
         assert torch.equal(alone, whole.narrow(dim, 5 * unit, unit)), shape
 
 
 def test_tensor_of_no_sample_is_drawn_alike_everywhere() -> None:
     weight = torch.ones(7, 5)
     assert torch.equal(
-        run(lambda keyed, x: keyed.dropout(x, 0.4), weight, 4, 0),
-        run(lambda keyed, x: keyed.dropout(x, 0.4), weight, 3, 4),
+        run(lambda operators, x: operators.dropout(x, 0.4), weight, 4, 0),
+        run(lambda operators, x: operators.dropout(x, 0.4), weight, 3, 4),
     )
 
 
 def test_sites_follow_the_calls_that_draw() -> None:
-    keyed = KeyedDropout(Position(samples=4))
+    operators = DropoutReplacements(Position(samples=4))
     x = torch.ones(4, 50)
-    keyed.dropout(x, 0.0)
-    keyed.dropout(x, 0.5, training=False)
-    assert keyed.site == 0
-    first, second = keyed.dropout(x, 0.5), keyed.dropout(x, 0.5)
-    assert keyed.site == 2
+    operators.dropout(x, 0.0)
+    operators.dropout(x, 0.5, training=False)
+    assert operators.site == 0
+    first, second = operators.dropout(x, 0.5), operators.dropout(x, 0.5)
+    assert operators.site == 2
     assert not torch.equal(first, second)
 
 
@@ -119,7 +119,7 @@ def test_sites_follow_the_calls_that_draw() -> None:
 def test_modules(module: nn.Module, shape: tuple[int, ...], channels: int) -> None:
     """Whole channels go together; a module and its function draw the same; evaluation draws nothing."""
     model = nn.Sequential(module)
-    operations = Operations(Position(samples=4), CPU)
+    operations = ModulePatches(Position(samples=4), CPU)
     operations.install(model)
     x = torch.ones(shape)
     with operations.training_pass():
@@ -136,7 +136,7 @@ def test_modules(module: nn.Module, shape: tuple[int, ...], channels: int) -> No
 
 def test_alpha_dropout_keeps_mean_and_variance() -> None:
     x = torch.randn(100, 4000)
-    output = run(lambda keyed, x: keyed.handlers[F.alpha_dropout](x, 0.3, True), x, 100)
+    output = run(lambda operators, x: operators.handlers[F.alpha_dropout](x, 0.3, True), x, 100)
     assert output.mean().item() == pytest.approx(0, abs=0.02)
     assert output.std().item() == pytest.approx(1, abs=0.02)
 
@@ -154,7 +154,7 @@ class Functional(nn.Module):
 
 def test_functions_are_caught_from_the_first_pass_on() -> None:
     model = Functional()
-    operations = Operations(Position(samples=4), CPU)
+    operations = ModulePatches(Position(samples=4), CPU)
     operations.install(model)
     outputs = []
     for _ in range(3):
@@ -162,12 +162,12 @@ def test_functions_are_caught_from_the_first_pass_on() -> None:
             outputs.append(model(torch.ones(4, 30)))
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
-    assert not operations.draws_unkeyed
+    assert not operations.draws_other_random_numbers
 
 
 def test_dropout_that_starts_later_is_caught_from_the_next_pass_on() -> None:
     model = Functional(0.0)
-    operations = Operations(Position(samples=4), CPU)
+    operations = ModulePatches(Position(samples=4), CPU)
     operations.install(model)
     for _ in range(2):
         with operations.training_pass():
@@ -180,14 +180,14 @@ def test_dropout_that_starts_later_is_caught_from_the_next_pass_on() -> None:
             outputs.append(model(torch.ones(4, 30)))
     assert torch.equal(outputs[1], outputs[2])
     assert operations._everywhere is True
-    assert not operations.draws_unkeyed
+    assert not operations.draws_other_random_numbers
 
 
 def test_other_random_numbers_are_noticed() -> None:
-    operations = Operations(Position(samples=4), CPU)
+    operations = ModulePatches(Position(samples=4), CPU)
     with operations.training_pass():
         torch.rand(3)
-    assert operations.draws_unkeyed
+    assert operations.draws_other_random_numbers
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -199,7 +199,7 @@ def test_multihead_attention(need_weights: bool, batch_first: bool) -> None:
 
     def output(samples: range) -> Tensor:
         position = Position(samples=len(samples), first=samples.start)
-        operations = Operations(position, CPU)
+        operations = ModulePatches(position, CPU)
         fresh = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=batch_first)
         fresh.load_state_dict(attention.state_dict())
         operations.install(nn.ModuleList([fresh]))
@@ -237,7 +237,8 @@ def test_attention_dropout_keeps_the_mean_and_padding_is_no_nan() -> None:
     mask[0, 0, 2] = False  # this query sees nothing
     query.requires_grad_(True)
     outputs = [
-        KeyedDropout(Position(samples=4, step=step)).attention(query, key, value, mask, 0.2) for step in range(3000)
+        DropoutReplacements(Position(samples=4, step=step)).attention(query, key, value, mask, 0.2)
+        for step in range(3000)
     ]
     expected = F.scaled_dot_product_attention(query, key, value, mask)
     torch.testing.assert_close(torch.stack(outputs).mean(0), expected, atol=0.06, rtol=0)
@@ -248,7 +249,7 @@ def test_attention_dropout_keeps_the_mean_and_padding_is_no_nan() -> None:
 def test_attention_over_samples_does_not_fail() -> None:
     """Samples attend to each other: no dimension counts samples and heads together."""
     model = nn.ModuleList([nn.MultiheadAttention(8, 3 - 1, dropout=0.5)])
-    operations = Operations(Position(samples=5), CPU)
+    operations = ModulePatches(Position(samples=5), CPU)
     operations.install(model)
     x = torch.randn(5, 8)
     with operations.training_pass():
@@ -268,7 +269,7 @@ def test_recomputation_draws_the_same() -> None:
     def gradients(recompute: bool) -> list[Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(Block(), Block())
-        operations = Operations(Position(samples=4), CPU, recompute=recompute)
+        operations = ModulePatches(Position(samples=4), CPU, recompute=recompute)
         operations.install(model)
         if recompute:
             for block in model:

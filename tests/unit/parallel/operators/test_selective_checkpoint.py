@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shardwise.cluster.find import find_cluster
 from shardwise.parallel.operators import selective_checkpoint
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.search.search import search
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.profile.interpolate import ScaledProfiles
@@ -106,10 +106,10 @@ def test_plan_takes_it_where_nothing_fits_without() -> None:
     strategy = Strategy.parse("fsdp=4,recompute=selective")
     room = predict(scaled.of(strategy), strategy, cluster).memory.total
     fixed = {"fsdp": "4", "microbatches": "1", "zero": "3"}
-    best = search(workload, cluster, 4, Wish(fixed=fixed, max_memory=room), scaled).plan.best
+    best = search(workload, cluster, 4, Constraints(fixed=fixed, max_memory=room), scaled).plan.best
     assert best is not None
     assert best.strategy.recompute == "selective"
-    forbidden = Wish.parse(
+    forbidden = Constraints.parse(
         max_memory=str(room), fix=[f"{key}={value}" for key, value in fixed.items()], forbid=["recompute=selective"]
     )
     other = search(workload, cluster, 4, forbidden, scaled).plan.best

@@ -11,7 +11,7 @@ from steps import step_of, workload
 from torch import Tensor, nn
 
 from shardwise.parallel.check import split
-from shardwise.parallel.pipeline.cut_points import Place, calls, common, places, positions, ranges, uses
+from shardwise.parallel.pipeline.cut_points import CutPoint, calls, common, find_cut_points, positions, ranges, uses
 from shardwise.parallel.pipeline.subgraphs import compiled, sections
 from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.splitting.chain_partition import balanced
@@ -44,12 +44,12 @@ class Skip(nn.Module):
 
 def test_places_are_before_the_use_of_a_parameter_with_the_least_to_send() -> None:
     model = Skip()
-    found = places(whole(model), names(model))
-    assert [place.use for place in found] == [("up.weight", 0), ("down.weight", 0), ("b.weight", 0)]
+    found = find_cut_points(whole(model), names(model))
+    assert [cut_point.use for cut_point in found] == [("up.weight", 0), ("down.weight", 0), ("b.weight", 0)]
     rows = len(X) * 4
     # h; h and the wide middle; the sum: the mask is computed again where it is needed
-    assert [place.bytes for place in found] == [8 * rows, (8 + 32) * rows, 8 * rows]
-    assert [place.values for place in found] == [1, 2, 1]
+    assert [cut_point.bytes for cut_point in found] == [8 * rows, (8 + 32) * rows, 8 * rows]
+    assert [cut_point.values for cut_point in found] == [1, 2, 1]
 
 
 def test_uses_are_counted() -> None:
@@ -79,18 +79,21 @@ def test_a_batch_norm_that_is_used_twice_is_not_cut_apart() -> None:
             return output
 
     model = Normalised()
-    assert [place.use[0] for place in places(whole(model), names(model))] == ["norm.weight", "c.weight"]
+    assert [cut_point.use[0] for cut_point in find_cut_points(whole(model), names(model))] == [
+        "norm.weight",
+        "c.weight",
+    ]
 
 
 def test_only_places_that_an_evaluation_has_too() -> None:
     training = [
-        Place(("a", 0), 3, 1, 1),
-        Place(("only", 0), 4, 1, 1),
-        Place(("b", 0), 6, 1, 1),
-        Place(("c", 0), 9, 1, 1),
+        CutPoint(("a", 0), 3, 1, 1),
+        CutPoint(("only", 0), 4, 1, 1),
+        CutPoint(("b", 0), 6, 1, 1),
+        CutPoint(("c", 0), 9, 1, 1),
     ]
-    evaluation = [Place(("b", 0), 2, 1, 1), Place(("a", 0), 5, 1, 1), Place(("c", 0), 7, 1, 1)]
-    assert [place.use[0] for place in common(training, evaluation)] == ["a", "c"]
+    evaluation = [CutPoint(("b", 0), 2, 1, 1), CutPoint(("a", 0), 5, 1, 1), CutPoint(("c", 0), 7, 1, 1)]
+    assert [cut_point.use[0] for cut_point in common(training, evaluation)] == ["a", "c"]
     assert common(training, []) == []
 
 

@@ -8,12 +8,12 @@ from itertools import combinations, pairwise
 import pytest
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.explain import explanation
 from shardwise.planner.search.memory_balance import evened, least_share, level
 from shardwise.planner.search.search import search
 from shardwise.predict.closed_form.step_time import Costs, costs_of
-from shardwise.predict.crosscheck import judged
+from shardwise.predict.crosscheck import crosscheck
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.splitting.balance import divided
 from shardwise.strategy import Strategy
@@ -53,10 +53,12 @@ def test_the_fullest_worker_gets_less(profiles: ScaledProfiles, cluster: Cluster
     uneven = costs_of(profile, found, cluster)
     assert max(needs(uneven)) <= room < max(need)
     assert uneven.step_seconds >= equal.step_seconds
-    least = least_share(profiles.condensed(strategy), strategy, room)
+    least = least_share(profiles.summary(strategy), strategy, room)
     assert least is not None
     times = equal.times
-    every = sum(sums.between(0, len(profile.links)).device for sums in (times.forward, times.backward, times.weights))
+    every = sum(
+        sums.between(0, len(profile.segments)).device for sums in (times.forward, times.backward, times.weights)
+    )
     assert strategy.microbatches * least * every <= uneven.step_seconds
 
 
@@ -69,12 +71,16 @@ def test_no_other_cut_that_fits_is_faster(profiles: ScaledProfiles, cluster: Clu
         room = round(0.6 * max(need) + 0.4 * sum(need) / len(need))
         found = evened(profile, strategy, cluster, room)
         assert found is not None
-        least = min(link.message for link in profile.links[1:])
-        narrow = [place for place, link in enumerate(profile.links) if place and link.message == least]
+        least = min(segment.message for segment in profile.segments[1:])
+        narrow = [
+            pipeline_rank
+            for pipeline_rank, segment in enumerate(profile.segments)
+            if pipeline_rank and segment.message == least
+        ]
         sums = costs_of(profile, strategy, cluster).times.forward
         parts = {}
         for starts in combinations(narrow, workers - 1):
-            bounds = [0, *starts, len(profile.links)]
+            bounds = [0, *starts, len(profile.segments)]
             sizes = [sums.between(a, b).device for a, b in pairwise(bounds)]
             spelled = ":".join(str(max(1, round(1000 * size / max(sizes)))) for size in sizes)
             costs = costs_of(profile, strategy.with_(speeds=spelled), cluster)
@@ -103,16 +109,16 @@ def test_the_search_finds_it_and_the_program_fits(
     strategy = Strategy(pp=4, microbatches=16)
     need = needs(costs_of(profiles.of(strategy), strategy, cluster))
     room = round(0.5 * max(need) + 0.5 * sum(need) / len(need))
-    searched = search(workload, cluster, 4, Wish(max_memory=room, fixed=fixed), profiles)
+    searched = search(workload, cluster, 4, Constraints(max_memory=room, fixed=fixed), profiles)
     best = searched.plan.best
     assert best is not None
     assert best.strategy.speeds
     assert best.prediction.memory.total <= room
-    run = judged(profiles.traced, best.strategy, cluster)
+    run = crosscheck(profiles.traced, best.strategy, cluster)
     assert run.run.memory.total <= 1.05 * room
     words = " ".join(explanation(searched.plan, cluster, searched.profile_of))
     assert f"speeds={best.strategy.speeds} gives fewer layers" in words
-    forbidden = Wish(max_memory=room, fixed=fixed, forbidden=(("speeds", ""),))
+    forbidden = Constraints(max_memory=room, fixed=fixed, forbidden=(("speeds", ""),))
     assert search(workload, cluster, 4, forbidden, profiles).plan.best is None
 
 

@@ -13,7 +13,7 @@ from shardwise.cluster.measure.host_link import host_of
 from shardwise.cluster.measure.team import Team
 from shardwise.errors import StrategyError
 from shardwise.parallel.mesh import default_device
-from shardwise.planner.constraints import Wish
+from shardwise.planner.constraints import Constraints
 from shardwise.planner.explain import explanation
 from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.planner.search.search import search
@@ -21,11 +21,11 @@ from shardwise.planner.search.space import divisors, families, members
 from shardwise.planner.search.time_bounds import least_seconds
 from shardwise.predict.closed_form.offload import HOST_LINK_SHARE, HOST_SHARE, fetched, updated
 from shardwise.predict.closed_form.step_time import predict
-from shardwise.predict.crosscheck import judged
+from shardwise.predict.crosscheck import crosscheck
 from shardwise.predict.hardware.constants import constants
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.profile.profiler import Profiles
-from shardwise.predict.profile.summary import condense
+from shardwise.predict.profile.summary import summarize
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 
@@ -86,7 +86,7 @@ def test_a_slower_link_to_the_host_is_slower(profiles: ScaledProfiles, cluster: 
     ["fsdp=4,offload=1", "fsdp=2,zero=2,offload=1", "dp=2,fsdp=2,microbatches=2,offload=1", "fsdp=2,pp=2,offload=1"],
 )
 def test_its_dry_run_needs_as_much(profiles: ScaledProfiles, cluster: Cluster, strategy: str) -> None:
-    found = judged(profiles.traced, Strategy.parse(strategy), cluster).document()
+    found = crosscheck(profiles.traced, Strategy.parse(strategy), cluster).document()
     assert found["bytes_agree"]
     assert found["memory_error"] < 0.05, (found["memory"], found["predicted"]["memory"])
     assert found["memory"]["optimizer"] == 0
@@ -108,25 +108,27 @@ def test_hosts_of_which_nothing_is_known_are_refused(profiles: ScaledProfiles, c
 
 
 def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluster: Cluster) -> None:
-    wish = Wish(fixed={"offload": "1"})
-    links = len(profiles.one().links)
-    every = [m for f in families(4, 16, wish, divisors(4), links) for m in members(f, wish)]
+    constraints = Constraints(fixed={"offload": "1"})
+    segments = len(profiles.one().segments)
+    every = [m for f in families(4, 16, constraints, divisors(4), segments) for m in members(f, constraints)]
     assert every
     for strategy in every:
         assert strategy.offload
         assert strategy.splits_parameters
         prediction = predict(profiles.of(strategy), strategy, cluster)
-        condensed = condense(profiles.of(strategy))
-        assert least_seconds(condensed, strategy, cluster) <= prediction.step_seconds * 1.0001, strategy
-        assert least_memory(condensed, strategy) <= prediction.memory.total, strategy
+        summary = summarize(profiles.of(strategy))
+        assert least_seconds(summary, strategy, cluster) <= prediction.step_seconds * 1.0001, strategy
+        assert least_memory(summary, strategy) <= prediction.memory.total, strategy
 
 
 def test_it_is_the_last_resort(profiles: ScaledProfiles, cluster: Cluster) -> None:
-    assert all(not each.strategy.offload for each in search(WORKLOAD, cluster, 4, Wish(), profiles).plan.candidates)
-    smallest = search(WORKLOAD, cluster, 4, Wish(objective="memory"), profiles).plan.best
+    assert all(
+        not each.strategy.offload for each in search(WORKLOAD, cluster, 4, Constraints(), profiles).plan.candidates
+    )
+    smallest = search(WORKLOAD, cluster, 4, Constraints(objective="memory"), profiles).plan.best
     assert smallest is not None
     assert not smallest.strategy.offload
-    tight = Wish(max_memory=smallest.prediction.memory.total - 1)
+    tight = Constraints(max_memory=smallest.prediction.memory.total - 1)
     found = search(WORKLOAD, cluster, 4, tight, profiles)
     assert found.plan.best is not None
     assert found.plan.best.strategy.offload
@@ -143,10 +145,14 @@ def test_it_is_the_last_resort(profiles: ScaledProfiles, cluster: Cluster) -> No
 
 
 def test_the_fastest_with_it_is_found(profiles: ScaledProfiles, cluster: Cluster) -> None:
-    wish = Wish(fixed={"offload": "1"})
-    every = [m for f in families(4, 16, wish, divisors(4), len(profiles.one().links)) for m in members(f, wish)]
+    constraints = Constraints(fixed={"offload": "1"})
+    every = [
+        m
+        for f in families(4, 16, constraints, divisors(4), len(profiles.one().segments))
+        for m in members(f, constraints)
+    ]
     best = min(predict(profiles.of(strategy), strategy, cluster).step_seconds for strategy in every)
-    found = search(WORKLOAD, cluster, 4, wish, profiles).plan.best
+    found = search(WORKLOAD, cluster, 4, constraints, profiles).plan.best
     assert found is not None
     assert found.prediction.step_seconds <= best * 1.01
 

@@ -8,9 +8,9 @@ import pytest
 from test_step_time import CLUSTER, DEVICE, layer, profile
 
 from shardwise.cluster.cluster import Nodes
-from shardwise.predict.closed_form.pipeline_links import slower_hops
+from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.step_time import costs_of
-from shardwise.predict.profile.profile import Link
+from shardwise.predict.profile.profile import Segment
 from shardwise.splitting.balance import divided
 from shardwise.splitting.slow_links import much_slower
 from shardwise.strategy import Strategy
@@ -46,15 +46,15 @@ def test_hops_of_two_hosts(strategy: str, slow: tuple[bool, ...]) -> None:
     fast, between = CLUSTER.levels
     levels = replace(fast, span=2, bandwidth=2.5e10), replace(between, span=4)
     hosts = replace(CLUSTER, nodes=(Nodes(DEVICE, 2, 2),), levels=levels)
-    found = slower_hops(profile(), Strategy.parse(strategy).for_batch(8), hosts)
+    found = slower_links(profile(), Strategy.parse(strategy).for_batch(8), hosts)
     assert tuple(factor > 1 for factor in found) == slow
 
 
 def test_a_prediction_cuts_by_the_links_of_its_cluster() -> None:
     """The fairest place to cut has 100 kB to send, the next ones 1 kB."""
     layers = tuple(layer(1e8) for _ in range(4))
-    links = (Link(layers[0]), Link(layers[1], 1000), Link(layers[2], 100_000), Link(layers[3], 1000))
-    chain, strategy = profile(links=links), Strategy.parse("pp=2,microbatches=8")
+    segments = (Segment(layers[0]), Segment(layers[1], 1000), Segment(layers[2], 100_000), Segment(layers[3], 1000))
+    chain, strategy = profile(links=segments), Strategy.parse("pp=2,microbatches=8")
     fast = replace(CLUSTER, levels=(replace(CLUSTER.levels[0], bandwidth=2.5e10),))
     slow = replace(CLUSTER, levels=(replace(CLUSTER.levels[0], bandwidth=1e5),))
     assert costs_of(chain, strategy, fast).parts.cuts == ((0,), (2,))

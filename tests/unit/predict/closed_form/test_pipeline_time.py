@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import pytest
 
-from shardwise.predict.closed_form.overlap import Piece, bucketed, gathered
-from shardwise.predict.closed_form.pipeline import Messages, StageTime, Timed, pipeline_seconds, played
+from shardwise.predict.closed_form.overlap import ComputePiece, bucketed, gathered
+from shardwise.predict.closed_form.pipeline import Messages, StageTime, TimedPass, pipeline_seconds, played
 from shardwise.splitting.schedule import BACKWARD, Action, order
 
 
 def tables(
     schedule: str, workers: int, microbatches: int, stages: Sequence[StageTime], **others: float
-) -> list[list[Timed]]:
+) -> list[list[TimedPass]]:
     """Each worker's table with the seconds of its stages; `others`: of every pass."""
     return [
-        [Timed(action, seconds(action, stages[action.stage]), **others) for action in each]
+        [TimedPass(action, seconds(action, stages[action.stage]), **others) for action in each]
         for each in (
             order(schedule, worker, workers, len(stages) // workers, microbatches) for worker in range(workers)
         )
@@ -75,7 +75,7 @@ def test_two_stages_by_hand() -> None:
     assert played(tables("1f1b", 2, 2, stages, launching=4.0), messages) == [18.5, 16.0]
     # a first pass that takes 0.25 s longer is waited for by both
     longer = tables("1f1b", 2, 2, stages)
-    longer[0][0] = Timed(longer[0][0].action, 1.25)
+    longer[0][0] = TimedPass(longer[0][0].action, 1.25)
     assert played(longer, messages) == [14.25, 11.75]
 
 
@@ -98,21 +98,21 @@ def test_formulas_of_unequal_stages(schedule: str) -> None:
 
 def test_gathers_hide_behind_the_block_before() -> None:
     # gather 1 | compute 2, gather 1 meanwhile | compute 2 | ... : only the first gather is seen
-    pieces = [Piece(2.0, gather=1.0) for _ in range(4)]
-    assert gathered(pieces, Piece(0.0), blocking=False) == (4.0, 1.0)
+    pieces = [ComputePiece(2.0, gather=1.0) for _ in range(4)]
+    assert gathered(pieces, ComputePiece(0.0), blocking=False) == (4.0, 1.0)
     # longer than a block: the second waits 1 s, and so on
-    slow = [Piece(2.0, gather=3.0) for _ in range(4)]
-    assert gathered(slow, Piece(0.0, gather=1.0), blocking=False) == (13.0, 1.0 + 3.0 + 3 * 1.0)
-    assert gathered(slow, Piece(0.0, gather=1.0), blocking=True) == (13.0, 13.0)
+    slow = [ComputePiece(2.0, gather=3.0) for _ in range(4)]
+    assert gathered(slow, ComputePiece(0.0, gather=1.0), blocking=False) == (13.0, 1.0 + 3.0 + 3 * 1.0)
+    assert gathered(slow, ComputePiece(0.0, gather=1.0), blocking=True) == (13.0, 13.0)
 
 
 def test_scatters_stand_behind_gathers() -> None:
     # g1 0-1, c1 1-3, g2 1-2, c2 3-5, s1 3-5, s2 5-7
-    pieces = [Piece(2.0, gather=1.0, reduce=2.0) for _ in range(2)]
-    assert gathered(pieces, Piece(0.0), blocking=False) == (6.0, 3.0)
+    pieces = [ComputePiece(2.0, gather=1.0, reduce=2.0) for _ in range(2)]
+    assert gathered(pieces, ComputePiece(0.0), blocking=False) == (6.0, 3.0)
     # the sums over dp are on a channel of their own: after s1 5-6, after s2 7-8
-    mirrored = [Piece(2.0, gather=1.0, reduce=2.0, mirror=1.0) for _ in range(2)]
-    assert gathered(mirrored, Piece(0.0), blocking=False) == (8.0, 4.0)
+    mirrored = [ComputePiece(2.0, gather=1.0, reduce=2.0, mirror=1.0) for _ in range(2)]
+    assert gathered(mirrored, ComputePiece(0.0), blocking=False) == (8.0, 4.0)
 
 
 def test_buckets() -> None:
@@ -123,6 +123,6 @@ def test_buckets() -> None:
 
 def test_what_a_worker_sends_waits_for_what_it_sent_before() -> None:
     """Two passes of one second that send for ten each: the second sends when the first has; alone it ends at 11."""
-    table = [Timed(Action(BACKWARD, stage, 0), 1.0, after=10.0, sending=10.0) for stage in (1, 0)]
+    table = [TimedPass(Action(BACKWARD, stage, 0), 1.0, after=10.0, sending=10.0) for stage in (1, 0)]
     assert played([table], {}) == [21.0]
     assert played([table[:1]], {}) == [11.0]

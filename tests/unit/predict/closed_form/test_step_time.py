@@ -13,7 +13,7 @@ from shardwise.errors import StrategyError
 from shardwise.predict.closed_form.step_time import Costs, costs_of, predict
 from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.profile import Exchanged, Layer, Link, Parameter, Pass, Profile, Update, Value
+from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass, Parameter, Profile, Segment, Update, Value
 from shardwise.predict.workers.buckets import Bucket, Gathered
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.predict.workers.holdings import Parts, parts_of
@@ -46,7 +46,9 @@ def moving(size: float) -> Kernel:
 
 
 def layer(size: float = 1e6, **others: Any) -> Layer:
-    return Layer(forward=Pass((moving(size),)), backward=Pass((moving(size), moving(size))), inside=100, **others)
+    return Layer(
+        forward=LayerPass((moving(size),)), backward=LayerPass((moving(size), moving(size))), inside=100, **others
+    )
 
 
 LAYERS = (layer(), layer(), layer(), layer())
@@ -75,7 +77,7 @@ def profile(**others: Any) -> Profile:
         "precision": "float32",
         "device": "gpu",
         "batch_size": 8,
-        "links": (Link(LAYERS[0]), Link(LAYERS[1], 1500), Link(LAYERS[2], 2500), Link(LAYERS[3], 3500)),
+        "segments": (Segment(LAYERS[0]), Segment(LAYERS[1], 1500), Segment(LAYERS[2], 2500), Segment(LAYERS[3], 3500)),
         "parameters": PARAMETERS,
         "values": VALUES,
         "ready": (3, 5, 2, 1, 0),
@@ -152,7 +154,7 @@ def test_messages_go_to_who_uses_a_value() -> None:
     assert stages[3].returned == ((0, (500,)),)  # none for the value without a gradient
     assert [stage.received for stage in stages.values()] == [0, 1000, 2000, 3500]
     # kept: 100 inside each; what is kept of what arrived; outputs until their gradients come
-    assert [stage.kept for stage in stages.values()] == [
+    assert [stage.saved for stage in stages.values()] == [
         100 + 1000 + 500,
         100 + 1000 + 2000,
         100 + 2000 + 3000,
@@ -176,7 +178,7 @@ def test_a_parameter_of_two_stages_of_one_worker() -> None:
     with pytest.raises(StrategyError, match="tied is used in several stages of one worker"):
         parts(
             "fsdp=2,pp=2,stages=2,schedule=interleaved,microbatches=4",
-            parameters=(replace(PARAMETERS[3], links=(0, 2)),),
+            parameters=(replace(PARAMETERS[3], segments=(0, 2)),),
             ready=(0,),
             blocks=(),
         )
@@ -206,11 +208,11 @@ def test_communicated_by_a_sharded_worker() -> None:
 
 
 def test_communicated_by_a_stage() -> None:
-    exchanges = Pass((moving(1e6),), (Exchanged("all_reduce", 4096),))
-    links = tuple(Link(replace(LAYERS[0], forward=exchanges), 1000 * n) for n in range(4))
-    found = profile(tp=2, links=links)
+    exchanges = LayerPass((moving(1e6),), (Exchanged("all_reduce", 4096),))
+    segments = tuple(Segment(replace(LAYERS[0], forward=exchanges), 1000 * n) for n in range(4))
+    found = profile(tp=2, links=segments)
     strategy = Strategy.parse("tp=2,pp=4,microbatches=3")
-    sent = communicated(found, parts_of(found, strategy, (1.0,) * 4), place=1)
+    sent = communicated(found, parts_of(found, strategy, (1.0,) * 4), pipeline_rank=1)
     assert sent["all_reduce", "tp", "forward"] == (3, 3 * 4096)
     assert sent["recv", "pp", "forward"] == (3, 3 * 1000)
     assert sent["send", "pp", "forward"] == (3, 3 * 2000)
@@ -290,15 +292,17 @@ def test_recompute_adds_a_forward_pass_up_to_what_is_needed() -> None:
     # blocks are links 0 (with "tied" 0 to 3), 1 and 2: the last link of a block is computed as far as it says
     recomputed = again.compute_seconds - plain.compute_seconds
     assert recomputed == pytest.approx(0.0)  # these layers keep nothing of what comes after their inputs
-    whole = tuple(Link(replace(each.layer, recomputed=each.layer.forward), each.message) for each in profile().links)
+    whole = tuple(
+        Segment(replace(each.layer, recomputed=each.layer.forward), each.message) for each in profile().segments
+    )
     some = predict(profile(links=whole), Strategy(microbatches=8, recompute="full"), CLUSTER)
     assert some.compute_seconds - plain.compute_seconds == pytest.approx(8 * 3 * seconds_of(1e6))
 
 
 def test_a_part_of_the_blocks_is_computed_again() -> None:
     whole = tuple(
-        Link(replace(each.layer, recomputed=each.layer.forward, inside=10_000), each.message)
-        for each in profile().links
+        Segment(replace(each.layer, recomputed=each.layer.forward, inside=10_000), each.message)
+        for each in profile().segments
     )
     found = [
         predict(profile(links=whole), Strategy(pp=2, microbatches=8, recompute=word), CLUSTER)
@@ -312,10 +316,10 @@ def test_a_part_of_the_blocks_is_computed_again() -> None:
 
 
 def test_a_module_that_could_not_be_traced_is_computed_again_once() -> None:
-    layer = replace(LAYERS[1], recomputed=LAYERS[1].forward, keeps=True)
+    layer = replace(LAYERS[1], recomputed=LAYERS[1].forward, saves=True)
     alone = {
-        "links": (Link(layer),),
-        "parameters": tuple(replace(each, links=(0,)) for each in PARAMETERS),
+        "segments": (Segment(layer),),
+        "parameters": tuple(replace(each, segments=(0,)) for each in PARAMETERS),
         "values": (),
         "cut": False,
     }
@@ -333,8 +337,8 @@ def test_a_host_that_cannot_keep_up() -> None:
 # ---- what is kept ---------------------------------------------------------------------------------------------------
 
 
-def keeping(inside: int) -> tuple[Link, ...]:
-    return tuple(Link(replace(each.layer, inside=inside), each.message) for each in profile().links)
+def keeping(inside: int) -> tuple[Segment, ...]:
+    return tuple(Segment(replace(each.layer, inside=inside), each.message) for each in profile().segments)
 
 
 def test_memory_of_one_worker() -> None:

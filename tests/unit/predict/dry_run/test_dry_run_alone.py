@@ -17,7 +17,7 @@ from shardwise.collective import Group
 from shardwise.errors import DataError, StrategyError
 from shardwise.predict.dry_run.dry_run import DryRun, dry_run
 from shardwise.predict.dry_run.fakes import _Chunks
-from shardwise.splitting.ownership import deal
+from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 from shardwise.workload.workload import Workload
@@ -189,4 +189,4 @@ def test_dealing_takes_who_has_least(workers: int) -> None:
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         expected[name] = loads.index(min(loads))
         loads[expected[name]] += max(sizes[name], 1)
-    assert deal(sizes, workers) == expected
+    assert assign_owners(sizes, workers) == expected

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from shardwise.cluster.curves import NATIVE
 from shardwise.predict.profile.op_counter import workspace
-from shardwise.predict.profile.segment_recorder import LinkRecorder
+from shardwise.predict.profile.segment_recorder import SegmentRecorder
 
 
 def convolved(dimensions: int, batch: int, channels: int, side: int, window: int, groups: int = 1) -> tuple[Any, ...]:
@@ -39,7 +39,7 @@ def test_what_is_counted_is_what_torch_runs(case: tuple[int, ...]) -> None:
     with profile(activities=[ProfilerActivity.CPU]) as ran:
         torch.ops.aten.convolution(*arguments)
     own = any("slow_conv" in event.key or "thnn_conv" in event.key for event in ran.key_averages())
-    recorder = LinkRecorder()
+    recorder = SegmentRecorder()
     with recorder:
         torch.ops.aten.convolution(*arguments)
     (kernel,) = recorder.take().kernels
@@ -52,7 +52,7 @@ def test_its_windows_take_memory_on_a_cpu(batch: int) -> None:
     x, weight, *rest = convolved(3, batch, 4, 8, 3)
     peaks = []
     for cpu in (True, False):
-        with LinkRecorder(cpu=cpu) as recorder:
+        with SegmentRecorder(cpu=cpu) as recorder:
             recorder.watch()
             torch.ops.aten.convolution_backward(torch.randn(batch, 8, 8, 8, 8), x, weight, [8], *rest[1:], [True] * 3)
         peaks.append(recorder.peak)

@@ -131,9 +131,9 @@ def test_what_differs_is_not_repeated() -> None:
     prefixes = model.prefixes()
     longer = deepened(short, prefixes)
     assert longer is not None
-    assert len(longer.links) == len(short.links) + 2 * 7
-    other = replace(short.links[9], message=1)
-    assert deepened(replace(short, links=(*short.links[:9], other, *short.links[10:])), prefixes) is None
+    assert len(longer.segments) == len(short.segments) + 2 * 7
+    other = replace(short.segments[9], message=1)
+    assert deepened(replace(short, segments=(*short.segments[:9], other, *short.segments[10:])), prefixes) is None
     assert deepened(replace(short, ready=tuple(sorted(short.ready))), prefixes) is None
     first, *others = [index for index, value in enumerate(short.values) if 9 <= value.made < 16]
     assert others

@@ -12,7 +12,7 @@ from shardwise.predict.profile.gpu_ops import WIDENED, on_gpu
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Layer
 from shardwise.predict.profile.profiler import profile
-from shardwise.predict.profile.segment_recorder import LinkRecorder
+from shardwise.predict.profile.segment_recorder import SegmentRecorder
 
 aten = torch.ops.aten
 ROWS, WIDTH = 6, 32
@@ -39,7 +39,7 @@ def layers(device: str, precision: str = "float32") -> list[Layer]:
         batch_size=ROWS,
         precision=precision,
     )
-    return [link.layer for link in profile(workload, microbatch=ROWS, device=device).links]
+    return [segment.layer for segment in profile(workload, microbatch=ROWS, device=device).segments]
 
 
 def of(layer: Layer, backward: bool) -> list[Kernel]:
@@ -89,7 +89,7 @@ def test_widening_follows_autocast() -> None:
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_rms_norm_without_data(weighted: bool) -> None:
-    with FakeTensorMode(), LinkRecorder() as recorder:
+    with FakeTensorMode(), SegmentRecorder() as recorder:
         x = torch.empty(ROWS, WIDTH, requires_grad=True)
         weight = torch.empty(WIDTH, requires_grad=True) if weighted else None
         on_gpu(aten.rms_norm.default)(x, [WIDTH], weight).sum().backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
-from shardwise.predict.profile.memo import Kept
+from shardwise.predict.profile.memo import Memo
 
 
 class Named:
@@ -13,20 +13,20 @@ class Named:
 
 
 def test_each_key_is_worked_out_once() -> None:
-    kept = Kept()
+    memo = Memo()
     made: list[str] = []
 
     def make(key: str) -> str:
         made.append(key)
         return key.upper()
 
-    assert [kept.once(key, lambda key=key: make(key)) for key in ("a", "b", "a")] == ["A", "B", "A"]  # type: ignore[misc]
+    assert [memo.once(key, lambda key=key: make(key)) for key in ("a", "b", "a")] == ["A", "B", "A"]  # type: ignore[misc]
     assert made == ["a", "b"]
 
 
 def test_what_a_key_names_stays() -> None:
-    kept, named = Kept(), Named()
-    kept.once(id(named), lambda: 1, named)
+    memo, named = Memo(), Named()
+    memo.once(id(named), lambda: 1, named)
     gone = weakref.ref(named)
     del named
     gc.collect()

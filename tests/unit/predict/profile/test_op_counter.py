@@ -12,7 +12,7 @@ from shardwise.cluster.cluster import KernelCurve, Sample
 from shardwise.cluster.curves import Curves
 from shardwise.cluster.measure.arena import Arena
 from shardwise.cluster.measure.kernel_cases import _in_rows
-from shardwise.predict.profile.segment_recorder import LinkRecorder
+from shardwise.predict.profile.segment_recorder import SegmentRecorder
 from shardwise.run.calibration.calibrate import note
 
 HEADS = torch.randn(4, 8, 4, 32).transpose(1, 2)
@@ -35,7 +35,7 @@ TABLE, BIAS = torch.randn(8, 16), torch.randn(128)
     ],
 )
 def test_noted(call: Callable[[], Tensor], name: str) -> None:
-    recorder = LinkRecorder()
+    recorder = SegmentRecorder()
     with recorder:
         call()
     assert [kernel.operation for kernel in recorder.take().kernels] == [name]

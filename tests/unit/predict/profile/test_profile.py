@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.profile import Layer, Link, Parameter, Pass, Profile, Value
+from shardwise.predict.profile.profile import Layer, LayerPass, Parameter, Profile, Segment, Value
 
 MATMUL = Kernel("aten.mm", "matmul", "float32", 8.0, 24.0, (1, 2, 2, 1))
-LAYER = Layer(forward=Pass((MATMUL,)), backward=Pass((MATMUL, MATMUL)), inside=10)
+LAYER = Layer(forward=LayerPass((MATMUL,)), backward=LayerPass((MATMUL, MATMUL)), inside=10)
 VALUES = (
     Value(4, 40, 0, (1,), saved=(1,)),
     Value(5, 50, 0, (1, 3)),  # a connection over link 2
@@ -28,7 +28,7 @@ PROFILE = Profile(
     precision="float32",
     device="gpu",
     batch_size=4,
-    links=(Link(LAYER), Link(LAYER, 9), Link(LAYER, 6), Link(LAYER, 12)),
+    segments=(Segment(LAYER), Segment(LAYER, 9), Segment(LAYER, 6), Segment(LAYER, 12)),
     parameters=PARAMETERS,
     values=VALUES,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.predict.timeline.events import COMPUTE, Operation, Simulation, Stuck
+from shardwise.predict.timeline.events import COMPUTE, Deadlock, Operation, Simulation
 
 
 def computing(worker: int, seconds: float, launch: float = 0.0) -> Operation:
@@ -99,7 +99,7 @@ def test_who_waits_for_what_never_comes(together: str | None) -> None:
     first, second = sending(0, 1.0), sending(1, 1.0)
     simulation.issue(first, [second], together)
     simulation.issue(second, [first], together)
-    with pytest.raises(Stuck, match="waits for what never comes"):
+    with pytest.raises(Deadlock, match="waits for what never comes"):
         simulation.run()
 
 
@@ -108,5 +108,5 @@ def test_a_host_that_waits_for_what_it_issues_later() -> None:
     never = computing(0, 1.0)
     simulation.wait(0, never)
     simulation.issue(never)
-    with pytest.raises(Stuck):
+    with pytest.raises(Deadlock):
         simulation.run()

@@ -14,7 +14,7 @@ from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.hardware.constants import constants
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.profile.profile import Layer, Link, Parameter, Pass, Profile, Value
+from shardwise.predict.profile.profile import Layer, LayerPass, Parameter, Profile, Segment, Value
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.timeline.events import COMPUTE, Operation
 from shardwise.predict.timeline.timeline import Timeline, timeline
@@ -167,12 +167,12 @@ def test_gathers_run_one_block_ahead(profiles: dict[tuple[str, str], Profiles]) 
 # ---- by hand --------------------------------------------------------------------------------------------------------
 
 
-def chain(links: int, seconds: float, cluster: Cluster) -> Profile:
+def chain(segments: int, seconds: float, cluster: Cluster) -> Profile:
     """Equal links of so many seconds forwards and twice as many backwards."""
     device = cluster.device(0)
     share = constants().memory_share
     kernel = Kernel("move", "memory", "float32", 0.0, seconds * device.memory_bandwidth * share, (1,))
-    layer = Layer(forward=Pass((kernel,)), backward=Pass((kernel, kernel)))
+    layer = Layer(forward=LayerPass((kernel,)), backward=LayerPass((kernel, kernel)))
     return Profile(
         name="chain",
         tp=1,
@@ -181,10 +181,10 @@ def chain(links: int, seconds: float, cluster: Cluster) -> Profile:
         precision="float32",
         device="gpu",
         batch_size=8,
-        links=(Link(layer), *(Link(layer, 4) for _ in range(links - 1))),
-        parameters=tuple(Parameter(f"w{n}", (256, 1024), 4, (n,)) for n in range(links)),
-        values=tuple(Value(4, 4, n, (n + 1,)) for n in range(links - 1)),
-        ready=tuple(reversed(range(links))),
+        segments=(Segment(layer), *(Segment(layer, 4) for _ in range(segments - 1))),
+        parameters=tuple(Parameter(f"w{n}", (256, 1024), 4, (n,)) for n in range(segments)),
+        values=tuple(Value(4, 4, n, (n + 1,)) for n in range(segments - 1)),
+        ready=tuple(reversed(range(segments))),
     )
 
 

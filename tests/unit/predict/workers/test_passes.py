@@ -33,17 +33,17 @@ STRATEGIES = [
 @pytest.mark.parametrize("text", STRATEGIES)
 def test_turns_count_the_table(text: str, count: int) -> None:
     strategy = Strategy.parse(text).with_(microbatches=count)
-    for place in range(strategy.pp):
-        actions = actions_of(strategy, place)
+    for pipeline_rank in range(strategy.pp):
+        actions = actions_of(strategy, pipeline_rank)
         shards = syncs(strategy, actions) if strategy.splits_parameters else [None] * len(actions)
         table: Counter[tuple[str, int, Sync | None]] = Counter()
         for action, sync in zip(actions, shards, strict=True):
             table[action.kind, action.stage, sync] += 1
         found: Counter[tuple[str, int, Sync | None]] = Counter()
-        for turn in turns(strategy, place):
+        for turn in turns(strategy, pipeline_rank):
             found[turn.action.kind, turn.action.stage, turn.sync] += turn.count
         assert found == table
-        finals = [turn for turn in turns(strategy, place) if turn.final]
+        finals = [turn for turn in turns(strategy, pipeline_rank) if turn.final]
         assert [turn.count for turn in finals] == [1] * strategy.stages_per_worker
 
 
@@ -51,22 +51,22 @@ def test_turns_count_the_table(text: str, count: int) -> None:
 @pytest.mark.parametrize("text", STRATEGIES)
 def test_sequences_are_the_tables(text: str, count: int) -> None:
     strategy = Strategy.parse(text).with_(microbatches=count)
-    for place in range(strategy.pp):
-        kinds, chunks = sequence(strategy, place)
-        found = [(KINDS[kind], chunk * strategy.pp + place) for kind, chunk in zip(kinds, chunks, strict=True)]
-        assert found == [(action.kind, action.stage) for action in actions_of(strategy, place)]
+    for pipeline_rank in range(strategy.pp):
+        kinds, chunks = sequence(strategy, pipeline_rank)
+        found = [(KINDS[kind], chunk * strategy.pp + pipeline_rank) for kind, chunk in zip(kinds, chunks, strict=True)]
+        assert found == [(action.kind, action.stage) for action in actions_of(strategy, pipeline_rank)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 12])
 @pytest.mark.parametrize("text", STRATEGIES)
 def test_turns_are_those_of_the_table(text: str, count: int) -> None:
     strategy = Strategy.parse(text).with_(microbatches=count)
-    for place in range(strategy.pp):
-        table = Counter(turn.kind for turn in passes(strategy, place))
-        assert {turn.kind: turn.count for turn in turns(strategy, place)} == table
-        order = list(dict.fromkeys(turn.kind for turn in passes(strategy, place)))
-        for stage in {turn.action.stage for turn in turns(strategy, place)}:
-            mine = [turn.kind for turn in turns(strategy, place) if turn.action.stage == stage]
+    for pipeline_rank in range(strategy.pp):
+        table = Counter(turn.kind for turn in passes(strategy, pipeline_rank))
+        assert {turn.kind: turn.count for turn in turns(strategy, pipeline_rank)} == table
+        order = list(dict.fromkeys(turn.kind for turn in passes(strategy, pipeline_rank)))
+        for stage in {turn.action.stage for turn in turns(strategy, pipeline_rank)}:
+            mine = [turn.kind for turn in turns(strategy, pipeline_rank) if turn.action.stage == stage]
             assert mine == [kind for kind in order if kind[1] == stage]
 
 
@@ -74,13 +74,15 @@ def test_turns_are_those_of_the_table(text: str, count: int) -> None:
 @pytest.mark.parametrize("text", STRATEGIES)
 def test_activations_that_are_kept(text: str, count: int) -> None:
     strategy = Strategy.parse(text).with_(microbatches=count)
-    for place in range(strategy.pp):
-        kept, before = 0, []
-        for action in actions_of(strategy, place):
+    for pipeline_rank in range(strategy.pp):
+        saved, before = 0, []
+        for action in actions_of(strategy, pipeline_rank):
             if action.kind not in (FORWARD, WEIGHT):
-                before.append(kept)
-            kept += (action.kind == FORWARD) - (action.kind in (BACKWARD, WEIGHT))
-        first, later = (sum(kept + put_off for _, kept, put_off in each) for each in under_way(strategy, place))
+                before.append(saved)
+            saved += (action.kind == FORWARD) - (action.kind in (BACKWARD, WEIGHT))
+        first, later = (
+            sum(saved + put_off for _, saved, put_off in each) for each in under_way(strategy, pipeline_rank)
+        )
         assert first == before[0]
         assert later == max(before[1:], default=0)
 
@@ -88,8 +90,8 @@ def test_activations_that_are_kept(text: str, count: int) -> None:
 def test_known_numbers() -> None:
     """1f1b keeps as many microbatches as there are stages behind (Narayanan et al. 2021), gpipe all of them."""
     many = Strategy.parse("pp=4,microbatches=1000")
-    for place in range(4):
-        assert under_way(many, place) == (((place, 4 - place, 0),),) * 2
+    for pipeline_rank in range(4):
+        assert under_way(many, pipeline_rank) == (((pipeline_rank, 4 - pipeline_rank, 0),),) * 2
     assert under_way(many.with_(schedule="gpipe"), 0) == (((0, 1000, 0),), ((0, 999, 0),))
     first = turns(many, 0)
     assert [(turn.action.kind, turn.first, turn.final, turn.count) for turn in first] == [

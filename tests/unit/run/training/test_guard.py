@@ -178,7 +178,7 @@ def test_weights_that_an_update_made_infinite_are_no_finite_checkpoint(tmp_path:
 
 def judged(judge: Callable[..., bool], **changes: Any) -> Program:
     program = Program.build(workload(**changes), Strategy.parse("single,microbatches=2"))
-    program.judged_by(judge)
+    program.ask_before_update(judge)
     return program
 
 

@@ -5,8 +5,8 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 
 from shardwise.run.training.metrics import (
-    Clock,
     Sampler,
+    TrainingClock,
     communicating,
     length,
     merged,
@@ -69,7 +69,7 @@ def test_sampled_steps() -> None:
 
 
 def test_clock_on_the_cpu_reads_at_once() -> None:
-    clock = Clock(CPU)
+    clock = TrainingClock(CPU)
     (first,) = clock.add(step(1, None), torch.tensor(2.5), torch.tensor(0.5))
     assert (first.loss, first.gradient_norm) == (2.5, 0.5)
     assert first.seconds is not None
@@ -80,7 +80,7 @@ def test_clock_on_the_cpu_reads_at_once() -> None:
 
 
 def test_clock_on_a_gpu_reads_one_step_late() -> None:
-    clock = Clock(torch.device("meta"))  # stands for a device that is not the CPU
+    clock = TrainingClock(torch.device("meta"))  # stands for a device that is not the CPU
     assert clock.add(step(1, None), torch.tensor(2.5), None) == []
     (first,) = clock.add(step(2, None), torch.tensor(2.0), None)
     assert (first.step, first.loss) == (1, 2.5)

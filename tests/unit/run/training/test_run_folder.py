@@ -11,7 +11,7 @@ import pytest
 from mutations import mutate_bytes, mutate_document
 from standin import StandIn, adam_like
 
-from shardwise.commands.request import Asked, as_before
+from shardwise.commands.request import TrainingRequest, as_before
 from shardwise.errors import RequestError, RunFolderError
 from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.jsonfile import write_json
@@ -54,7 +54,7 @@ def checkpoint(run: Path) -> None:
 
 def test_description_comes_back(run: Path) -> None:
     assert {key: read_run(run)[key] for key in REQUEST} == REQUEST
-    asked = as_before(Asked("work.py:small"), run)
+    asked = as_before(TrainingRequest("work.py:small"), run)
     assert (asked.settings, asked.seed, str(asked.strategy), asked.steps) == ({"hidden": "6"}, 3, "dp=2", 30)
 
 
@@ -67,7 +67,7 @@ def test_damaged_descriptions_are_told_in_one_line(run: Path) -> None:
         text = json.dumps(whole).encode()
         path.write_bytes(mutate_document(json.loads(text), dice) if case % 2 else mutate_bytes(text, dice))
         try:
-            asked = as_before(Asked("work.py:small"), run)
+            asked = as_before(TrainingRequest("work.py:small"), run)
         except RequestError as error:
             line = str(error)
         else:
@@ -85,7 +85,7 @@ def test_strategy_of_a_description_is_never_a_file(run: Path, tmp_path: Path) ->
     plan.write_text("workload = 'os:system'")
     write_json(run / "run.json", {**read_run(run), "strategy": str(plan)})
     with pytest.raises(RequestError, match=r"evil"):
-        as_before(Asked("work.py:small"), run)
+        as_before(TrainingRequest("work.py:small"), run)
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"workload": 5}', None], ids=["empty", "cut", "other", "gone"])
@@ -97,8 +97,8 @@ def test_whole_checkpoints_are_enough_to_go_on(run: Path, caplog: pytest.LogCapt
         (run / "run.json").write_text(damage)
     assert find_run(run, "") == run
     with pytest.raises(RunFolderError, match=r"its checkpoints are there: .* give the run's --strategy, and"):
-        as_before(Asked("work.py:small"), run)
-    asked = Asked("work.py:small", strategy="dp=2", steps=30)
+        as_before(TrainingRequest("work.py:small"), run)
+    asked = TrainingRequest("work.py:small", strategy="dp=2", steps=30)
     with caplog.at_level(logging.WARNING):
         assert as_before(asked, run) == asked
     assert "the run goes on from its checkpoints as the command line says" in caplog.text
@@ -113,7 +113,7 @@ def test_whole_checkpoints_are_enough_to_go_on(run: Path, caplog: pytest.LogCapt
 def test_damaged_description_without_checkpoints(run: Path) -> None:
     (run / "run.json").write_text("")
     with pytest.raises(RunFolderError, match=r"run.json is not the description of a run"):
-        as_before(Asked("work.py:small", strategy="dp=2", steps=30), run)
+        as_before(TrainingRequest("work.py:small", strategy="dp=2", steps=30), run)
 
 
 def test_pipe_in_place_of_the_description(run: Path) -> None:
@@ -144,7 +144,7 @@ def test_lost_checkpoints_are_said(run: Path) -> None:
     assert read_run(run)["first_checkpoint"] == 6
     (run / "checkpoints").rename(run / "elsewhere")
     with pytest.raises(RunFolderError, match=r"has lost its checkpoints: .* put them back, or begin anew with another"):
-        as_before(Asked("work.py:small"), run)
+        as_before(TrainingRequest("work.py:small"), run)
     (run / "checkpoints").mkdir()
     with pytest.raises(RunFolderError, match="has lost its checkpoints"):
         check_checkpoints(run)

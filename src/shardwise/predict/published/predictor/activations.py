@@ -37,15 +37,15 @@ def block_entry(sizes: Sizes, setup: Setup) -> float:
     return tokens(sizes, setup) * sizes.hidden * width(setup) / _spread(setup)
 
 
-def block_kept(sizes: Sizes, setup: Setup) -> float:
+def block_saved(sizes: Sizes, setup: Setup) -> float:
     """Return the bytes that a block saves of a microbatch for the backward pass, without recomputation."""
     return tokens(sizes, setup) * (_residual(sizes, setup) + _inside(sizes, setup) + _scores(sizes, setup))
 
 
-def kept(sizes: Sizes, setup: Setup) -> float:
+def saved(sizes: Sizes, setup: Setup) -> float:
     """Return the bytes that a block saves of a microbatch for the backward pass, the mean over all blocks."""
     entry = block_entry(sizes, setup)
-    whole = block_kept(sizes, setup)
+    whole = block_saved(sizes, setup)
     if setup.recompute == "full":
         return entry
     if setup.recompute == "layers":
@@ -66,7 +66,7 @@ def backward_moment(sizes: Sizes, setup: Setup) -> float:
         attention += 2 * w * sizes.heads * sizes.sequence / t
     gradients = tokens(sizes, setup) * (max(mlp, attention) + w * sizes.hidden)
     again = {"none": 0.0, "selective": tokens(sizes, setup) * _scores(sizes, setup)}
-    return gradients + again.get(setup.recompute, block_kept(sizes, setup))
+    return gradients + again.get(setup.recompute, block_saved(sizes, setup))
 
 
 def loss_moment(sizes: Sizes, setup: Setup) -> float:

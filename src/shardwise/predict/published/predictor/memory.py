@@ -78,7 +78,7 @@ def memory_of_stage(sizes: Sizes, setup: Setup, stage: int) -> Memory:
     held = parameters_of_stages(sizes, setup)[stage]
     each = per_parameter(setup)
     under = under_way(setup, stage)
-    saved = under * layers_of_stages(sizes, setup)[stage] * activations.kept(sizes, setup)
+    saved = under * layers_of_stages(sizes, setup)[stage] * activations.saved(sizes, setup)
     buckets = 0
     if setup.stack.deepspeed:
         buckets = BUCKETS * activations.width(setup)

@@ -33,7 +33,7 @@ TENSORS = 7
 
 
 @dataclass(slots=True)
-class Clock:
+class ClusterTimes:
     """Seconds of kernels and collectives on one cluster; equal ones are computed once.
 
     Attributes:
@@ -87,7 +87,7 @@ class Groups:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class PassTimes:
     """Seconds of one pass over one microbatch of a stage.
 
     Attributes:
@@ -109,7 +109,7 @@ class Part:
 
 
 def predict(
-    sizes: Sizes, setup: Setup, cluster: Cluster, numbers: Constants | None = None, clock: Clock | None = None
+    sizes: Sizes, setup: Setup, cluster: Cluster, numbers: Constants | None = None, clock: ClusterTimes | None = None
 ) -> Prediction:
     """Predicts one optimizer step.
 
@@ -121,9 +121,9 @@ def predict(
         clock: to share the times of equal kernels between predictions on the same kind of device.
     """
     numbers = numbers or constants()
-    clock = clock or Clock(cluster, cluster.device(0), numbers)
+    clock = clock or ClusterTimes(cluster, cluster.device(0), numbers)
     clock.cluster, clock.pace = cluster, 1.0
-    step = _Step(sizes, setup, clock, Groups.of(setup), block(sizes, setup))
+    step = _PublishedStep(sizes, setup, clock, Groups.of(setup), block(sizes, setup))
     busy = step.prediction()
     clock.pace = paced(busy.compute_seconds / busy.step_seconds, clock.device, setup.linear_dtype, numbers)
     return step.prediction()
@@ -141,10 +141,10 @@ def paced(busy: float, device: Device, dtype: str, numbers: Constants) -> float:
 
 
 @dataclass(slots=True)
-class _Step:
+class _PublishedStep:
     sizes: Sizes
     setup: Setup
-    clock: Clock
+    clock: ClusterTimes
     groups: Groups
     passes: Passes
 
@@ -195,7 +195,7 @@ class _Step:
 
     # ------------------------------------------------------------------ stages
 
-    def stages(self) -> list[tuple[Part, Part]]:
+    def stages(self) -> list[tuple[PassTimes, PassTimes]]:
         """Forward and backward pass of every stage for one microbatch."""
         layer_forward, layer_backward = self.layer_forward(), self.layer_backward()
         embedding, head = embedding_head.embedding(self.sizes, self.setup), embedding_head.head(self.sizes, self.setup)
@@ -211,7 +211,7 @@ class _Step:
                 shared = self.tensor_head(index) if last else 0.0
                 host = self.host(len(extra)) + neighbours * self.clock.numbers.host_message
                 parts.append(
-                    Part(
+                    PassTimes(
                         kernels=count * layer.kernels + beside,
                         exposed=count * layer.exposed + shared,
                         communication=count * layer.communication + shared,
@@ -239,11 +239,11 @@ class _Step:
 
     # ------------------------------------------------------------------ one block
 
-    def layer_forward(self) -> Part:
+    def layer_forward(self) -> PassTimes:
         kernels = self.passes.forward
         return self._part(self.clock.of(kernels), len(kernels), 2, backward=False)
 
-    def layer_backward(self) -> Part:
+    def layer_backward(self) -> PassTimes:
         stack, repeated = self.setup.stack, self.passes.recomputed
         share = 0.5 if self.setup.recompute == "layers" else 1.0
         kernels = self.clock.of(self.passes.backward) + share * self.clock.of(repeated)
@@ -252,12 +252,12 @@ class _Step:
         reductions = share * (1 if stack.stops_early else 2) if whole else 0.0
         return self._part(kernels, started, 2 + reductions, backward=True)
 
-    def _part(self, kernels: float, started: float, reductions: float, *, backward: bool) -> Part:
+    def _part(self, kernels: float, started: float, reductions: float, *, backward: bool) -> PassTimes:
         """`kernels`: their seconds; `started`: how many there are."""
         exposed, total, calls = self.tensor_parallel(reductions, backward=backward)
         ring = self.context_parallel(backward=backward)
         sharded, sharded_exposed = self.fully_sharded(kernels + exposed, backward=backward)
-        return Part(
+        return PassTimes(
             kernels=kernels,
             exposed=exposed + ring + sharded_exposed,
             communication=total + ring + sharded,

@@ -38,7 +38,7 @@ _NOT_EMPTY = 0.25
 """Least share of a patch's voxels above the volume's darkest value: patches of air have nothing to learn from."""
 
 
-class Case:
+class LabelledVolume:
     """One volume with its labels, converted once and then memory-mapped.
 
     Attributes:
@@ -64,7 +64,7 @@ class Case:
 class Region:
     """Part of a case: voxels `first` to before `last` along the second axis, and all along the other two."""
 
-    case: Case
+    case: LabelledVolume
     first: int
     last: int
 
@@ -133,7 +133,7 @@ def mni_brain(patch: int) -> Volumes:
     for path in (t1, grey, white):
         if not path.is_file():
             raise DataError(f"this version of nilearn has no {path.name}: install nilearn 0.10 or newer")
-    return _slabs(Case("mni152", [t1], [grey, white], probabilities=True), patch, classes=3)
+    return _slabs(LabelledVolume("mni152", [t1], [grey, white], probabilities=True), patch, classes=3)
 
 
 def volume_folder(root: Path, patch: int) -> Volumes:
@@ -160,7 +160,7 @@ def volume_folder(root: Path, patch: int) -> Volumes:
     return _volumes(splits[0], splits[1], patch, classes)
 
 
-def _slabs(case: Case, patch: int, classes: int) -> Volumes:
+def _slabs(case: LabelledVolume, patch: int, classes: int) -> Volumes:
     """Split one volume by holding out a middle slab, about a fifth of it in whole patches."""
     length = case.shape[1]
     width = max(1, round(0.2 * length / patch)) * patch
@@ -176,7 +176,7 @@ def _volumes(train: list[Region], held_out: list[Region], patch: int, classes: i
     return Volumes(Patches(train, patch, max(1, patch // 2)), Patches(held_out, patch, patch), channels, classes)
 
 
-def _split_cases(root: Path) -> tuple[list[Case], list[Case]]:
+def _split_cases(root: Path) -> tuple[list[LabelledVolume], list[LabelledVolume]]:
     held_out_folder = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)
     if (root / "train").is_dir() and held_out_folder is not None:
         return _cases(root / "train", *_pair(root / "train")), _cases(held_out_folder, *_pair(held_out_folder))
@@ -197,7 +197,7 @@ def _pair(root: Path) -> tuple[str, str]:
     raise DataError(f"data={root}: has neither imagesTr/ and labelsTr/ nor images/ and labels/ in it")
 
 
-def _cases(root: Path, images: str, labels: str) -> list[Case]:
+def _cases(root: Path, images: str, labels: str) -> list[LabelledVolume]:
     found = {_stem(path): path for path in _nifti(root / labels)}
     if not found:
         raise DataError(f"{root / labels}: no NIfTI files (.nii, .nii.gz) in it")
@@ -207,7 +207,7 @@ def _cases(root: Path, images: str, labels: str) -> list[Case]:
         own = [p for p in pictures if _stem(p) == name] or [p for p in pictures if _is_channel(_stem(p), name)]
         if not own:
             raise DataError(f"{label} has no image: {root / images} must hold {name}.nii.gz or {name}_0000.nii.gz")
-        cases.append(Case(name, own, [label], probabilities=False))
+        cases.append(LabelledVolume(name, own, [label], probabilities=False))
     return cases
 
 
@@ -270,7 +270,7 @@ def _label_of_probabilities(paths: Sequence[Path]) -> Array:
     return np.where(maps.max(axis=0) > 0.5, maps.argmax(axis=0) + 1, 0).astype(np.uint8)
 
 
-def _largest_label(case: Case) -> int:
+def _largest_label(case: LabelledVolume) -> int:
     def largest() -> Array:
         return np.array([case.label.array.max()])
 

@@ -31,7 +31,7 @@ class Rotary(nn.Module):
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Attention(nn.Module):
+class CausalAttention(nn.Module):
     """Causal multi-head self-attention with one fused projection for queries, keys and values."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, sequence: int, dropout: float) -> None:
@@ -74,13 +74,13 @@ class SwiGLU(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """Attention, then the perceptron, each after a norm and added to the residual stream."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, inner: int, sequence: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.RMSNorm(hidden)
-        self.attention = Attention(hidden, heads, kv_heads, sequence, dropout)
+        self.attention = CausalAttention(hidden, heads, kv_heads, sequence, dropout)
         self.norm2 = nn.RMSNorm(hidden)
         self.mlp = SwiGLU(hidden, inner)
         self.dropout = nn.Dropout(dropout)
@@ -124,7 +124,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocabulary, hidden)
         self.dropout = nn.Dropout(dropout)
         sizes = (hidden, heads, kv_heads or heads, inner or inner_width(hidden))
-        self.blocks = nn.ModuleList([Block(*sizes, sequence, dropout) for _ in range(layers)])
+        self.blocks = nn.ModuleList([DecoderBlock(*sizes, sequence, dropout) for _ in range(layers)])
         self.norm = nn.RMSNorm(hidden)
         self.head = nn.Linear(hidden, vocabulary, bias=False)
         if tied:

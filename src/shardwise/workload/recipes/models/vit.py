@@ -33,7 +33,7 @@ class Attention(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class EncoderBlock(nn.Module):
     """Attention, then a two-layer perceptron, each after a layer norm and added to the residual stream."""
 
     def __init__(self, hidden: int, heads: int, dropout: float) -> None:
@@ -83,7 +83,7 @@ class ViT(nn.Module):
         self.embedding = _patches(channels, hidden, patch_size)
         self.position = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2, hidden))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList([Block(hidden, heads, dropout) for _ in range(layers)])
+        self.blocks = nn.ModuleList([EncoderBlock(hidden, heads, dropout) for _ in range(layers)])
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, classes)
         self.apply(_initialise)

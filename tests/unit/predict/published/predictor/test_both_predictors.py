@@ -120,8 +120,8 @@ def test_products_and_attention_in_half_precision(profiles: Profiles, strategy: 
 
 def per_layer(profile: Profile) -> list[Kernel]:
     """The kernels of the links of one transformer layer in the middle."""
-    first, end = (min(profile.parameters[index].links[0] for index in profile.blocks[n]) for n in (9, 10))
-    layers = [link.layer for link in profile.links[first:end]]
+    first, end = (min(profile.parameters[index].segments[0] for index in profile.blocks[n]) for n in (9, 10))
+    layers = [link.layer for link in profile.segments[first:end]]
     return [kernel for layer in layers for each in (layer.forward, layer.backward) for kernel in each.kernels]
 
 
@@ -129,8 +129,8 @@ def test_gradients_of_the_residual_stream_are_exchanged_in_single_precision(prof
     """Megatron exchanges two bytes for each element of activations and of gradients; autocast's gradients have four."""
     strategy = Strategy.parse("dp=4,tp=8,microbatches=64").for_batch(BATCH)
     profile = profiles.of(strategy)
-    first, end = (min(profile.parameters[index].links[0] for index in profile.blocks[n]) for n in (9, 10))
-    layers = [link.layer for link in profile.links[first:end]]
+    first, end = (min(profile.parameters[index].segments[0] for index in profile.blocks[n]) for n in (9, 10))
+    layers = [link.layer for link in profile.segments[first:end]]
     elements = SAMPLES * 2048 * HIDDEN
     assert [e.bytes for layer in layers for e in layer.forward.exchanges] == [2 * elements] * 2
     assert [e.bytes for layer in layers for e in layer.backward.exchanges] == [4 * elements] * 2

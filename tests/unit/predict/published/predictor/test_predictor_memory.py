@@ -59,44 +59,44 @@ SBH, SCORES = S * B * H, 5 * S * S * B * A
 
 def test_block_without_parallelism() -> None:
     # Korthikanti et al. 2022, equation 1: s b h (34 + 5 a s / h)
-    assert activations.block_kept(SIZES, setup()) == 34 * SBH + SCORES
+    assert activations.block_saved(SIZES, setup()) == 34 * SBH + SCORES
 
 
 def test_block_with_tensor_parallelism() -> None:
     # equation 2: s b h (10 + 24/t + 5 a s / (h t))
-    assert activations.block_kept(SIZES, setup(tensor=8)) == (10 + 24 / 8) * SBH + SCORES / 8
+    assert activations.block_saved(SIZES, setup(tensor=8)) == (10 + 24 / 8) * SBH + SCORES / 8
 
 
 def test_block_with_sequence_parallelism() -> None:
     # equation 4: s b h / t (34 + 5 a s / h)
-    assert activations.block_kept(SIZES, setup(tensor=8, sequence_parallel=True)) == (34 * SBH + SCORES) / 8
+    assert activations.block_saved(SIZES, setup(tensor=8, sequence_parallel=True)) == (34 * SBH + SCORES) / 8
 
 
 def test_recomputation() -> None:
-    assert activations.kept(SIZES, setup(recompute="selective")) == 34 * SBH
-    assert activations.kept(SIZES, setup(recompute="full")) == 2 * SBH
-    assert activations.kept(SIZES, setup(recompute="full", tensor=4, sequence_parallel=True)) == 2 * SBH / 4
-    assert activations.kept(SIZES, setup(recompute="layers")) == (2 * SBH + 34 * SBH + SCORES) / 2
+    assert activations.saved(SIZES, setup(recompute="selective")) == 34 * SBH
+    assert activations.saved(SIZES, setup(recompute="full")) == 2 * SBH
+    assert activations.saved(SIZES, setup(recompute="full", tensor=4, sequence_parallel=True)) == 2 * SBH / 4
+    assert activations.saved(SIZES, setup(recompute="layers")) == (2 * SBH + 34 * SBH + SCORES) / 2
 
 
 def test_flash_attention_keeps_a_float_per_row_instead_of_scores() -> None:
-    assert activations.block_kept(SIZES, setup(attention="flash")) == 34 * SBH + 4 * S * B * A
+    assert activations.block_saved(SIZES, setup(attention="flash")) == 34 * SBH + 4 * S * B * A
 
 
 def test_gated_block_with_grouped_keys() -> None:
     sizes = replace(SIZES, kv_heads=4, gated=True, ffn=3072)
     plain = setup(attention="flash", dropout=False, elementwise="te")
     # 2 bytes of: two norms and what they give (4h), queries, keys, values (1.5h), output (h), three of the MLP (9h)
-    assert activations.block_kept(sizes, plain) == 2 * SBH * (4 + 1.5 + 1 + 9) + 4 * S * B * A
+    assert activations.block_saved(sizes, plain) == 2 * SBH * (4 + 1.5 + 1 + 9) + 4 * S * B * A
     eager = replace(plain, stack=replace(plain.stack, elementwise="eager"))
     # and queries and keys once more (1.25h), activated gate (3h)
-    assert activations.block_kept(sizes, eager) == 2 * SBH * (4 + 2.75 + 1 + 12) + 4 * S * B * A
+    assert activations.block_saved(sizes, eager) == 2 * SBH * (4 + 2.75 + 1 + 12) + 4 * S * B * A
 
 
 def test_selective_by_operation() -> None:
     sizes = replace(SIZES, kv_heads=4, gated=True, ffn=3072)
     # input, output of attention, and of products: queries (h), values (h/4), gate (3h), down (h)
-    assert activations.kept(sizes, setup(recompute="operations")) == 2 * SBH * (1 + 1 + 1 + 0.25 + 3 + 1)
+    assert activations.saved(sizes, setup(recompute="operations")) == 2 * SBH * (1 + 1 + 1 + 0.25 + 3 + 1)
 
 
 def test_loss() -> None:

@@ -16,7 +16,14 @@ from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.published.predictor.block import accumulation, block
 from shardwise.predict.published.predictor.embedding_head import embedding, head
 from shardwise.predict.published.predictor.sizes import Setup, Sizes, Stack
-from shardwise.predict.published.predictor.step_time import Clock, Groups, _Step, explained, paced, predict
+from shardwise.predict.published.predictor.step_time import (
+    ClusterTimes,
+    Groups,
+    _PublishedStep,
+    explained,
+    paced,
+    predict,
+)
 
 H, L, V, S = 4096, 8, 50257, 2048
 SIZES = Sizes(
@@ -82,8 +89,8 @@ def setup(**changes: Any) -> Setup:
     return Setup(**{**values, **changes})
 
 
-def step(found: Setup, numbers: Constants = NUMBERS) -> _Step:
-    return _Step(SIZES, found, Clock(CLUSTER, GPU, numbers), Groups.of(found), block(SIZES, found))
+def step(found: Setup, numbers: Constants = NUMBERS) -> _PublishedStep:
+    return _PublishedStep(SIZES, found, ClusterTimes(CLUSTER, GPU, numbers), Groups.of(found), block(SIZES, found))
 
 
 def test_vocabulary_is_padded() -> None:
@@ -186,7 +193,7 @@ def test_a_slow_end_does_not_hide_that_the_blocks_wait() -> None:
     numbers = replace(NUMBERS, host_kernel=1e-3)
     sizes = replace(SIZES, vocab=100 * V)
     found = setup()
-    whole = _Step(sizes, found, Clock(CLUSTER, GPU, numbers), Groups.of(found), block(sizes, found))
+    whole = _PublishedStep(sizes, found, ClusterTimes(CLUSTER, GPU, numbers), Groups.of(found), block(sizes, found))
     ((forward, _),) = whole.stages()
     assert forward.kernels > L * 1e-3 * len(block(sizes, found).forward)
     assert forward.waiting == pytest.approx(L * whole.layer_forward().waiting, rel=1e-12)
