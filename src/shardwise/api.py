@@ -5,6 +5,7 @@ Each function reads in the order of the work: request -> checks -> workers -> pr
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from shardwise.parallel.program import Program
     from shardwise.run.training.job import Job
     from shardwise.run.training.result import Trained
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ def train(
     grace: float = 20.0,
     quiet: bool = False,
     on_nan: str = "stop",
+    proof: bool = True,
 ) -> dict[str, Any]:
     """Train a workload on local workers, or as one of the workers that an outer torchrun started.
 
@@ -89,6 +94,7 @@ def train(
         on_nan: policy for a step whose loss or gradient is not finite. `stop`: do not apply the update, and end the
             training with NotFinite. `skip`: leave out the update on all workers; stop after 20 in a row. `go`: train
             on. Each policy reports the step and the first module whose output is not finite.
+        proof: compare the loss and gradient of the first step with those of one process before training.
 
     Returns:
         The document that `shardwise train --json` prints.
@@ -98,6 +104,7 @@ def train(
             fit.
         WorkerFailed: a worker died. Its subclass WorkerHung: a worker made no progress.
         NotFinite: a loss or a gradient is infinite or not a number.
+        NotProved: the first step is not that of one process; nothing was trained.
         SystemExit: the run was told to end, and has written a checkpoint.
     """
     from shardwise.commands.request import TrainingRequest, settle, settle_resume
@@ -112,6 +119,7 @@ def train(
         "grace": grace,
         "quiet": quiet,
         "on_nan": on_nan,
+        "proof": proof,
     }
     if strategy in (None, "auto") and not resumed:
         from shardwise.commands.auto import train_automatically
@@ -137,6 +145,7 @@ def train_parallel(
     out: str | Path | None = None,
     quiet: bool = False,
     on_nan: str = "stop",
+    proof: bool = True,
     **fields: Any,
 ) -> TrainedModel:
     """Train a plain model in parallel, from a script or a notebook, and return it.
@@ -163,12 +172,14 @@ def train_parallel(
         out: the run's folder; None: nothing is written to disk.
         quiet: show no progress bar.
         on_nan: as in `train`.
+        proof: as in `train`.
         fields: further fields of `Workload`: weight, collate, schedule, clip_norm, precision, seed.
 
     Raises:
         RequestError: the request is wrong; found before any worker starts.
         WorkerFailed: a worker died.
         NotFinite: a loss or a gradient is infinite or not a number.
+        NotProved: the first step is not that of one process; nothing was trained.
     """
     from shardwise.commands.request import TrainingRequest, settle
     from shardwise.run.training.execute import run_job
@@ -186,11 +197,13 @@ def train_parallel(
         **fields,
     )
     asked = TrainingRequest(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs)
-    job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True, on_nan=on_nan)
+    job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True, on_nan=on_nan, proof=proof)
     return _trained_model(plain, job, run_job(job))
 
 
-def parallelize(workload: str | Workload | Callable[..., Workload], strategy: str | Strategy = "single") -> Program:
+def parallelize(
+    workload: str | Workload | Callable[..., Workload], strategy: str | Strategy = "single", *, proof: bool = True
+) -> Program:
     """Build the parallel program of a workload, for users who keep their own training loop; collective.
 
     Call it in each process that torchrun (or another launcher) started. The strategy `single` needs no launcher.
@@ -199,11 +212,18 @@ def parallelize(workload: str | Workload | Callable[..., Workload], strategy: st
         for batch in batches:                   # a global batch, the same on all workers
             loss = program.step(batch)
 
+    Args:
+        workload: as in `train`.
+        strategy: how to split a step over workers.
+        proof: compare the loss and gradient of a step on the first batch of the dataset with those of one process.
+
     Raises:
         RequestError: the request is wrong, or there are not as many workers as the strategy needs.
+        NotProved: the first step is not that of one process.
     """
     from shardwise.commands.request import check, settle_source, settle_strategy
     from shardwise.parallel.program import Program
+    from shardwise.run.verification.first_step import prove_first_step
 
     settled = settle_strategy(strategy, None)
     if under_launcher():
@@ -215,7 +235,12 @@ def parallelize(workload: str | Workload | Callable[..., Workload], strategy: st
         )
     loaded = settle_source(workload).load()
     check(loaded, settled)
-    return Program.build(loaded, settled)
+    program = Program.build(loaded, settled)
+    if proof:
+        proved = prove_first_step(program)
+        if program.mesh.rank == 0:
+            logger.info("%s", proved)
+    return program
 
 
 def compare(
@@ -229,6 +254,7 @@ def compare(
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     quiet: bool = False,
+    proof: bool = True,
 ) -> dict[str, Any]:
     """Train a workload under each strategy in turn, from the same weights on the same data, and measure each training.
 
@@ -244,6 +270,7 @@ def compare(
         settings: as in `train`.
         seed: as in `train`.
         quiet: as in `train`.
+        proof: as in `train`.
 
     Returns:
         The document that `shardwise compare --json` prints.
@@ -264,7 +291,7 @@ def compare(
         raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
     source, options = (
         settle_source(workload, settings, seed),
-        settle_options(steps=steps, epochs=epochs, quiet=quiet, on_nan="go"),
+        settle_options(steps=steps, epochs=epochs, quiet=quiet, on_nan="go", proof=proof),
     )
     loaded = source.load()
     auto: Strategy | None = None

@@ -105,6 +105,7 @@ def _train(options: argparse.Namespace) -> None:
         grace=options.grace,
         quiet=options.quiet,
         on_nan=options.on_nan,
+        proof=options.proof,
     )
     _print(options, document, training_summary)
 
@@ -120,6 +121,7 @@ def _compare(options: argparse.Namespace) -> None:
         settings=agreed("--set", options.set),
         seed=options.seed,
         quiet=options.quiet,
+        proof=options.proof,
     )
     _print(options, document, comparison_table)
 
@@ -343,6 +345,15 @@ def _spelled_out(arguments: list[str]) -> list[str]:
     return spelled
 
 
+def _add_proof(parser: _Parser) -> None:
+    parser.add_argument(
+        "--no-proof",
+        dest="proof",
+        action="store_false",
+        help="train without comparing the first step with that of one process",
+    )
+
+
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="shardwise", description="Trains one plain PyTorch model under any parallel strategy.")
     parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
@@ -377,12 +388,14 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         metavar="WHAT",
         help="at a loss or gradient that is not finite: stop, skip the step's update, or go on (default: stop)",
     )
+    _add_proof(train)
     train.set_defaults(run=_train)
     compare = commands.add_parser(
         "compare", help="train under several strategies", description="Measures one strategy after another."
     )
     _add_workload(compare)
     _add_strategies(compare, "one to compare; give several (default: each axis)")
+    _add_proof(compare)
     compare.set_defaults(run=_compare)
     verify = commands.add_parser(
         "verify",

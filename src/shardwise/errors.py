@@ -14,6 +14,7 @@ ShardwiseError                      exit 1: the work itself failed
     ├── DataError                   nothing in the folder, samples of the wrong kind
     ├── RunFolderError              the output folder holds another run, or the run does not exist
     ├── CheckpointError             the checkpoint is damaged, truncated or of another model
+    ├── NotProved                   the first step of a training is not that of one process
     └── ClusterError                unknown device; a cluster file with a wrong, missing or unknown field
         └── NotMeasured             this machine has not been measured
 
@@ -102,6 +103,10 @@ class RunFolderError(RequestError):
 
 class CheckpointError(RequestError):
     """A checkpoint that is damaged, truncated, or of another model."""
+
+
+class NotProved(RequestError):
+    """A training whose first step is not that of one process, see `run.verification.first_step`."""
 
 
 class ClusterError(RequestError):

@@ -33,6 +33,9 @@ def test_train_and_resume(run: Run, folder: Path) -> None:
     assert (whole["steps"], whole["workers"], whole["run"]) == (6, 2, "whole")
     assert {"loss", "accuracy"} == set(whole["metrics"])
     assert all(whole[key] > 0 for key in ("loss", "samples_per_second", "step_seconds", "alpha", "memory_bytes"))
+    assert whole["first_step"]["proved"]
+    assert whole["first_step"]["gradient_error"] < 1e-5
+    assert "first step equals one process: loss" in done.stderr
     assert whole["predicted_seconds"] is None
     assert whole["reasons"]["predicted_seconds"] == "this machine is not measured: SHARDWISE_CLUSTER=off"
     assert "6/6" in done.stderr  # the progress bar

@@ -309,7 +309,7 @@ def skip_all_reduce(program: Program) -> None:
 
 def scale_wrongly(program: Program) -> None:
     scales = program._scales
-    program._scales = lambda share: [scale * 1.01 for scale in scales(share)]  # type: ignore[method-assign]
+    program._scales = lambda share, samples=None: [scale * 1.01 for scale in scales(share, samples)]  # type: ignore[method-assign]
 
 
 def normalise_alone(program: Program) -> None:

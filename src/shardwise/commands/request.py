@@ -25,6 +25,7 @@ from shardwise.run.training.run_folder import (
     reopen_run,
 )
 from shardwise.strategy import Strategy
+from shardwise.workload.one_batch import in_one_batch
 from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
@@ -219,7 +220,7 @@ def check(workload: Workload, strategy: Strategy) -> None:
     """
     if hasattr(workload.dataset, "__len__") and len(workload.dataset) == 0:
         raise DataError(f"the dataset of workload {workload.name!r} is empty: there is nothing to train on")
-    strategy.for_batch(workload.batch_size)
+    in_one_batch(workload, strategy).for_batch(workload.batch_size)
     if strategy.tp > 1 or strategy.pp > 1:
         from shardwise.parallel.check import check_strategy
 

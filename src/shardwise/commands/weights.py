@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from shardwise.launch.context import under_launcher
 from shardwise.parallel.state.materialize import materialize
+from shardwise.workload.losses import without_loss
 from shardwise.workload.workload import Workload
 
 
@@ -18,7 +19,7 @@ def filled_model(workload: Workload, weights: dict[str, Tensor] | None) -> nn.Mo
         model = workload.model()
     if weights is not None:
         materialize(model, torch.device("cpu"))
-        model.load_state_dict(weights)
+        model.load_state_dict(without_loss(weights))
     if under_launcher() and dist.is_initialized():
         for tensor in model.state_dict().values():  # these tensors share their memory with the module
             dist.broadcast(tensor, src=0)

@@ -7,7 +7,7 @@ above them owns the optimizer, clipping and the schedule, and does not know whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +54,8 @@ class Engine(Protocol):
     """Every parameter (also frozen ones) and persistent buffer held here, by name."""
     aliases: dict[str, str]
     """Further names of tied parameters and buffers -> the name in `held`; equal on all workers."""
+    losses: dict[str, Tensor]
+    """This worker's parts of the last step's losses by name, 0-d, if there are several; else empty."""
     uniform: bool
     """True if all microbatches must have one size (see `cut_batch`)."""
 
@@ -65,6 +67,16 @@ class Engine(Protocol):
     @property
     def recomputing(self) -> bool:
         """Return whether a block is being recomputed for its backward pass."""
+        ...
+
+    @property
+    def modules(self) -> Iterable[nn.Module]:
+        """Return the modules whose Python code runs here in every pass: all of the model, or those not traced."""
+        ...
+
+    @property
+    def draws_unkeyed(self) -> bool:
+        """Return whether the model drew random numbers outside of dropout, which differ between strategies."""
         ...
 
     @property

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,9 +25,11 @@ from shardwise.parallel.optim.zero1 import OwnedParameters
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
 from shardwise.parallel.state.layout import TensorPiece
+from shardwise.parallel.state.pass_state import passes_undone
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Loader, Share, share_of
+from shardwise.workload.one_batch import in_one_batch
 from shardwise.workload.workload import Workload
 
 
@@ -57,12 +59,14 @@ class Program:
         scheduler: scheduler of that optimizer's learning rate. None without a schedule.
         steps: optimizer steps completed.
         gradient_norm: global norm of the last step's gradient before clipping. None without `clip_norm`.
+        losses: losses of the last step by name, 0-d, if the workload has several; they are global means.
     """
 
     def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh, engine: Engine) -> None:
         self.workload, self.strategy, self.mesh, self.engine = workload, strategy, mesh, engine
         self.steps = 0
         self.gradient_norm: Tensor | None = None
+        self.losses: dict[str, Tensor] = {}
         self._owned = self._assign_parameters()
         names = list(engine.parameters) if self._owned is None else self._owned.mine
         updated: dict[str, nn.Parameter] = {name: engine.parameters[name] for name in names}
@@ -105,7 +109,7 @@ class Program:
             WorkloadError: the model cannot be built or trained.
             DataError: the data differs between workers.
         """
-        strategy = strategy.for_batch(workload.batch_size)
+        strategy = in_one_batch(workload, strategy).for_batch(workload.batch_size)
         mesh = Mesh.build(strategy, device, allocating)
         check_same_data(workload, mesh)
         return cls(workload, strategy, mesh, build_engine(workload, strategy, mesh, cuts))
@@ -146,8 +150,7 @@ class Program:
         judgement, scales = self._judgement, self._scales(share)
         if judgement is not None:
             judgement.begin()
-        for parameter in self.engine.parameters.values():
-            parameter.grad = None
+        self._forget_gradients()
         self.engine.position.step = self.steps
         loss = self.engine.forward_backward(share, scales)
         clipped = self.workload.clip_norm is not None
@@ -169,9 +172,30 @@ class Program:
             self._applied = report
         if pending is not None:
             pending.wait()  # it ran in parallel with the optimizer
+        self.losses = dict(zip(self.engine.losses, report[3:], strict=True))
         self.steps += 1
         watch.beat()
         return report[0]
+
+    @contextmanager
+    def tried(self, share: Share, samples: int) -> Iterator[Tensor]:
+        """Compute loss and gradient of the first `samples` samples of a global batch, and apply no update. Collective.
+
+        Yields the loss, 0-d; inside the block `gradient_pieces` returns the gradient. Afterwards everything that a pass
+        changes is as before.
+        """
+        buffers = [h.tensor.detach() for h in self.engine.held.values() if not isinstance(h.tensor, nn.Parameter)]
+        self._forget_gradients()
+        self.engine.position.step = self.steps
+        with passes_undone(self.engine.modules, buffers, self.mesh.device):
+            loss = self.engine.forward_backward(share, self._scales(share, samples))
+            report = self._report(loss, self._constant(0.0))
+            if self.mesh.world is not None:
+                dist.all_reduce(report, group=self.mesh.world)
+            if self.engine.unused:
+                self._forget_unused(report)
+            yield report[0]
+        self._forget_gradients()
 
     def ask_before_update(self, judge: Judge | None) -> None:
         """Ask `judge` from now on whether to apply the update of a step.
@@ -292,11 +316,23 @@ class Program:
         parts = any(holders != self.strategy.workers for holders in held)
         return not anywhere([parts], self.mesh.world, self.mesh.device)[0]
 
-    def _scales(self, share: Share) -> list[Tensor]:
-        """Compute the factor of each microbatch's loss, 0-d: its weight divided by the total weight of all replicas."""
+    def _forget_gradients(self) -> None:
+        for parameter in self.engine.parameters.values():
+            parameter.grad = None
+
+    def _scales(self, share: Share, samples: int | None = None) -> list[Tensor]:
+        """Compute the factor of each microbatch's loss, 0-d: its weight divided by the total weight of all replicas.
+
+        Only microbatches within the first `samples` samples of the batch count. None counts all.
+        """
+        total_samples = share.samples if samples is None else samples
+        counts = [microbatch.first + microbatch.samples <= total_samples for microbatch in share.microbatches]
         if self.workload.weight is None:
-            return [self._constant(microbatch.samples / share.samples) for microbatch in share.microbatches]
+            pairs = zip(share.microbatches, counts, strict=True)
+            return [self._constant(microbatch.samples * counted / total_samples) for microbatch, counted in pairs]
         weights = torch.stack(self._weights(share))
+        if samples is not None:
+            weights = weights.where(torch.tensor(counts, device=self.mesh.device), 0)
         total = weights.sum()
         if self.mesh.replica_group is not None:
             dist.all_reduce(total, group=self.mesh.replica_group)
@@ -335,9 +371,12 @@ class Program:
         return square * self.strategy.workers if self._whole_everywhere else square
 
     def _report(self, loss: Tensor, square: Tensor) -> Tensor:
-        """Stack the numbers that all workers sum in one message: loss, squared norm, unused parameters (1 or 0)."""
+        """Stack the numbers that all workers sum in one message: loss, squared norm, unused parameters (1 or 0).
+
+        Several losses follow one by one.
+        """
         unused = self._constant(float(bool(self.engine.unused)))
-        return torch.stack([loss.double(), square.double(), unused])
+        return torch.stack([loss.double(), square.double(), unused, *(x.double() for x in self.engine.losses.values())])
 
     def _forget_unused(self, report: Tensor) -> None:
         """Remove the zero gradients of parameters that no replica used, so that the optimizer skips them.
@@ -346,7 +385,7 @@ class Program:
         `report` tells them so.
         """
         group = self.mesh.replica_group
-        if group is None or not self._by_all(report[-1]):
+        if group is None or not self._by_all(report[2]):
             return
         unused = set(self.engine.unused)
         used = anywhere([name not in unused for name in self.engine.parameters], group, self.mesh.device)

@@ -114,6 +114,7 @@ class Loader:
         agree: called for each global batch of an iterable dataset before it is used, with its number of samples (0 at
             the end) or with `FAILED` and the error. It raises if other workers read another number. None means no
             check.
+        limit: largest number of samples to read of each batch, from its start. None reads whole batches.
     """
 
     dataset: Any
@@ -126,6 +127,7 @@ class Loader:
     microbatches: int = 1
     uniform: bool = False
     agree: Callable[[int, str], None] | None = None
+    limit: int | None = None
 
     @property
     def batches(self) -> int | None:
@@ -134,13 +136,20 @@ class Loader:
 
     def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
         """Yield this replica's shares of an epoch from batch `start` on; a background thread loads the next one."""
-        source = self._mapped(epoch, start) if is_map_style(self.dataset) else self._streamed(start)
+        source = self._source(epoch, start)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardwise-loader") as pool:
             _compute_alone(pool)
             pending = pool.submit(next, source, None)
             while (share := pending.result()) is not None:
                 pending = pool.submit(next, source, None)
                 yield share
+
+    def first(self, epoch: int, start: int = 0) -> Share | None:
+        """Return the share of batch `start` of an epoch, without reading ahead. Returns None past the last batch."""
+        return next(self._source(epoch, start), None)
+
+    def _source(self, epoch: int, start: int) -> Iterator[Share]:
+        return self._mapped(epoch, start) if is_map_style(self.dataset) else self._streamed(start)
 
     def _mapped(self, epoch: int, start: int) -> Iterator[Share]:
         count = len(self.dataset)
@@ -176,6 +185,7 @@ class Loader:
 
     def _share(self, batch: list[Any], fetch: Callable[[list[Any]], list[Any]]) -> Share:
         collate = self.collate or default_collate
+        batch = batch[: self.limit]
         rows = cut_batch(len(batch), self.parts, self.microbatches, uniform=self.uniform)
         cells = [row[self.replica] for row in rows]
         loaded = [collate(fetch([batch[i] for i in cell] or batch[:1])) for cell in cells]

@@ -6,6 +6,7 @@ bfloat16, a softmax with a dtype) would round in the middle, so they get float64
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ def in_float64(workload: Workload) -> Workload:
         workload,
         model=_WideModel(workload.model),
         collate=lambda samples: to_float64(collate(samples)),
-        loss=_wide(workload.loss),
+        loss=_wide_loss(workload.loss),
         evaluation=None,
         precision="float32",
     )
@@ -53,6 +54,14 @@ class _WideModel:
         model = self._factory().double()
         model.forward = _wide(model.forward)
         return model
+
+
+def _wide_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
+    if not isinstance(loss, nn.Module):
+        return _wide(loss)
+    module = copy.deepcopy(loss).double()
+    module.forward = _wide(module.forward)
+    return module
 
 
 def _wide(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
 
+    Losses = Any  # a scalar tensor, or a dict of scalar tensors by name
     Batch = Any  # a tensor, or a tuple, list or dict of tensors, samples along the first dimension
 
 
@@ -48,7 +49,8 @@ class Workload:
         dataset: map-style (`__len__`, `__getitem__`) or iterable; samples are tensors, tuples or dicts of tensors.
         inputs: maps a batch to the arguments of the model: a tensor, a tuple (args) or a dict (kwargs).
         loss: maps (model output, batch) to a scalar tensor, the mean over the samples of `batch` (or over its
-            `weight`).
+            `weight`), or to a dict of such tensors: their sum is trained, each is logged. A module with parameters is
+            trained with the model.
         optimizer: maps parameters to a torch optimizer.
         batch_size: samples per optimizer step over all workers.
         weight: maps a batch to the total weight that the loss averages over, if that is not the number of samples: for
@@ -59,13 +61,15 @@ class Workload:
         clip_norm: largest global norm of the gradient. None means no clipping.
         precision: `float32` or `bf16` computation; a strategy's own precision takes precedence.
         seed: seed of the weights, the order of the data and dropout.
+        whole_batch: the loss needs the outputs of the whole batch, because it couples its samples (contrastive losses,
+            batch Dice). Every replica then computes it from the outputs of all.
     """
 
     name: str
     model: Callable[[], torch.nn.Module]
     dataset: Any
     inputs: Callable[[Batch], Any]
-    loss: Callable[[Any, Batch], Tensor]
+    loss: Callable[[Any, Batch], Losses]
     optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
     batch_size: int
     weight: Callable[[Batch], Any] | None = None
@@ -75,6 +79,7 @@ class Workload:
     clip_norm: float | None = None
     precision: str = "float32"
     seed: int = 0
+    whole_batch: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -83,6 +88,8 @@ class Workload:
             raise WorkloadError(f"precision={self.precision}: known are float32, bf16")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise WorkloadError(f"clip_norm={self.clip_norm}: must be above 0, or None for no clipping")
+        if self.whole_batch and self.weight is not None:
+            raise WorkloadError("whole_batch and weight exclude each other: such a loss averages over the batch itself")
         for field in ("model", "inputs", "loss", "optimizer"):
             if not callable(getattr(self, field)):
                 raise WorkloadError(

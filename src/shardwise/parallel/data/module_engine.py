@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from shardwise.errors import WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.ddp import ReplicatedModel
+from shardwise.parallel.data.whole_batch import of_all_replicas
 from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, RerunPass, gradient_fault, module_fault, passes_of
 from shardwise.parallel.mesh import Mesh
@@ -29,6 +29,7 @@ from shardwise.parallel.state.pytree import map_tensors, to_device, unlike
 from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
+from shardwise.workload.losses import losses_of, total
 from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload, call_model
@@ -54,6 +55,7 @@ class ModuleEngine:
         self._workload, self._strategy, self._mesh = workload, strategy, mesh
         self.position = Position(seed=workload.seed)
         self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
+        self.losses: dict[str, Tensor] = {}
         model = build_model(workload, mesh)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.aliases = aliases_of(model)
@@ -75,8 +77,18 @@ class ModuleEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, one line each."""
-        unreproducible = self._operations.draws_other_random_numbers and self._mesh.world is not None
+        unreproducible = self.draws_unkeyed and self._mesh.world is not None
         return (*self._notes, *self._buffers.notes, *((DRAWN,) if unreproducible else ()))
+
+    @property
+    def modules(self) -> Iterable[nn.Module]:
+        """Return all modules of the model, see `Engine.modules`."""
+        return self.model.modules()
+
+    @property
+    def draws_unkeyed(self) -> bool:
+        """Return whether the model drew random numbers outside of dropout, see `Engine.draws_unkeyed`."""
+        return self._operations.draws_other_random_numbers
 
     @property
     def model_of_replicas(self) -> nn.Module:
@@ -95,19 +107,26 @@ class ModuleEngine:
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
-        total: Tensor | None = None
+        sums: dict[str, Tensor] | None = None
         last = len(share.microbatches) - 1
         for number, (microbatch, scale) in enumerate(zip(share.microbatches, scales, strict=True)):
             data = self._enter(microbatch)
             with self._replicas.microbatch(number == 0, number == last):
-                loss = self._loss(self._guarded(self._output(data), scale), data)
+                losses = self._losses(self._guarded(self._output(data), scale), data)
+                loss = total(losses)
                 loss.backward(self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
-            part = loss.detach() * scale
-            part = part if self._workload.weight is None else part.where(scale != 0, 0)
-            total = part if total is None else total + part
+            parts = {name: self._part(each, scale) for name, each in {**losses, "": loss}.items()}
+            sums = parts if sums is None else {name: sums[name] + part for name, part in parts.items()}
         self._buffers.settle()
-        assert total is not None
-        return total
+        assert sums is not None
+        whole = sums.pop("")
+        self.losses = sums if len(sums) > 1 else {}
+        return whole
+
+    def _part(self, loss: Tensor, scale: Tensor) -> Tensor:
+        """Return what a loss adds to the loss of the step on this worker."""
+        part = loss.detach() * scale
+        return part if self._workload.weight is None else part.where(scale != 0, 0)
 
     def evaluate(self, microbatch: Microbatch) -> Tensor:
         """Return (loss, metric) of a microbatch, see `Engine.evaluate`."""
@@ -115,14 +134,14 @@ class ModuleEngine:
         evaluation = self._workload.evaluation
         with evaluating(self.model), torch.no_grad():
             output = self._forward(self.model, data)
-            loss = self._loss(output, data)
+            loss = total(self._losses(output, data))
             metric = torch.zeros_like(loss) if evaluation is None else evaluation.measure(output, data)
         self._replicas.reshard()
         return torch.stack([loss.double(), torch.as_tensor(metric, device=loss.device).double()])
 
     def find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
         """Find the first output that is not finite, see `Engine.find_fault`."""
-        fault = module_fault(self.model, self._replay, passes_of(share, scales), self._mesh.rank)
+        fault = module_fault(self.model, self.loss_of, passes_of(share, scales), self._mesh.rank)
         self._replicas.reshard()
         return fault
 
@@ -138,25 +157,28 @@ class ModuleEngine:
 
     def _own_gradient_fault(self, each: RerunPass) -> Fault | None:
         """Recompute the gradients of one microbatch and find one that is not finite, before the replicas sum them."""
-        loss = self._replay(each.microbatch)
+        loss = self.loss_of(each.microbatch)
         # unlike `backward` this leaves `.grad` unchanged and communicates nothing
         parameters, start = list(self.parameters.values()), self._gradient_of(loss, each.scale)
         gradients = torch.autograd.grad(loss, parameters, start, allow_unused=True)
         given = {name: g for name, g in zip(self.parameters, gradients, strict=True) if g is not None}
         return gradient_fault(given, self._mesh.rank) if each.counts else None
 
-    def _replay(self, microbatch: Microbatch) -> Tensor:
+    def loss_of(self, microbatch: Microbatch) -> Tensor:
         """Compute the loss of a microbatch in a training forward pass of the plain module, without DDP."""
         data = self._enter(microbatch)
         with self._operations.training_pass():
             output = self._forward(self.model, data)
-        return self._loss(output, data)
+        return total(self._losses(output, data))
 
     def _gradient_of(self, loss: Tensor, scale: Tensor) -> Tensor:
         """Return the gradient of the loss that starts the backward pass: `scale` times the number of replicas.
 
-        DDP and FSDP average gradients over the replicas, which cancels the factor.
+        DDP and FSDP average gradients over the replicas, which cancels the factor. A loss of the whole batch starts
+        with the number of replicas alone: each computes all of it, and has the gradient of its own outputs only.
         """
+        if self._workload.whole_batch:
+            return torch.full_like(loss, self._strategy.replicas)
         if self._workload.weight is not None:
             return (scale * self._strategy.replicas).to(loss.dtype)
         # a training run has few scales, always the same objects: cache the results, every small operation costs time
@@ -187,14 +209,12 @@ class ModuleEngine:
         with self._operations.training_pass():
             return self._forward(self._replicas.call, data)
 
-    def _loss(self, output: Any, data: Any) -> Tensor:
-        loss = self._workload.loss(output, data)
-        if loss.dim():
-            raise WorkloadError(
-                f"loss of workload {self._workload.name!r} has shape {tuple(loss.shape)}: must be a scalar, the mean "
-                "over the samples of the batch"
-            )
-        return loss
+    def _losses(self, output: Any, data: Any) -> dict[str, Tensor]:
+        if self._workload.whole_batch:
+            samples, group = self.position.counted, self._mesh.replica_group
+            output = of_all_replicas(output, samples, group, "output")
+            data = of_all_replicas(data, samples, group, "batch")
+        return losses_of(self._workload, self.model, output, data)
 
     @property
     def _half(self) -> bool:

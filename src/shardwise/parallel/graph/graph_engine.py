@@ -9,7 +9,7 @@ the same points.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -93,6 +93,8 @@ class GraphEngine:
         self._trained = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
         data = self._example()
         step = traced(workload, model, data)
+        self._loss_names = step.losses
+        self.losses: dict[str, Tensor] = {}
         local = self._partition(step, first=True)
         tensors: dict[str, Tensor] = {**named, **persistent_buffers(model)}
         self._placements, self._summed = local.placements, local.summed
@@ -132,8 +134,19 @@ class GraphEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, see `Engine.notes`."""
-        drawn = (DRAWN,) if self._operators.draws_other_random_numbers else ()
+        drawn = (DRAWN,) if self.draws_unkeyed else ()
         return (*self._local_notes, *self._buffers.notes, *drawn)
+
+    @property
+    def modules(self) -> Iterable[nn.Module]:
+        """Return the modules that were not traced, with their submodules, see `Engine.modules`."""
+        calls = [call for work in self._works.values() for call in work.local.step.opaque]
+        return {module: None for call in calls for module in call.module.modules()}
+
+    @property
+    def draws_unkeyed(self) -> bool:
+        """Return whether the model drew random numbers outside of dropout, see `Engine.draws_unkeyed`."""
+        return self._operators.draws_other_random_numbers
 
     @property
     def recomputing(self) -> bool:
@@ -204,6 +217,7 @@ class GraphEngine:
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
         total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        self._pipeline.parts = []
         passes = list(self._passes(share, scales))
         for number, work in enumerate(passes):
             last = number == len(passes) - 1
@@ -211,8 +225,17 @@ class GraphEngine:
             total = total + self._pipeline.run(work)
         self._local_stages.reduce(self._summed)
         self._buffers.settle()
-        total = total / self._local_stages.loss_factor
-        return total if self._mesh.coordinate("tp") == 0 else torch.zeros_like(total)
+        shown = float(self._mesh.coordinate("tp") == 0) / self._local_stages.loss_factor
+        self.losses = self._losses(total, shown)
+        return total * shown
+
+    def _losses(self, total: Tensor, factor: float) -> dict[str, Tensor]:
+        """Return this worker's part of each loss; zeros on workers without the last stage."""
+        names = self._loss_names
+        if len(names) == 1:
+            return {}
+        parts = self._pipeline.parts or [torch.zeros_like(total) for _ in names]
+        return {name: part * factor for name, part in zip(names, parts, strict=True)}
 
     def _passes(self, share: Share, scales: Sequence[Tensor]) -> Iterator[PipelinePass]:
         """Group consecutive microbatches of equal shapes: they go through the pipeline together."""

@@ -95,6 +95,7 @@ class PipelineExecutor:
         group: the workers of the pipeline. None: this one alone.
         device: the device that this worker computes on.
         weights: the weight gradients that split backward passes deferred.
+        parts: sums of scale times each of several losses over this worker's microbatches; empty for a single loss.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class PipelineExecutor:
         self.group = group
         self.device = device
         self.weights = weights
+        self.parts: list[Tensor] = []
         self._inflight: dict[tuple[int, int], Inflight] = {}
         self._arriving: dict[Action, list[tuple[fx.Node, Tensor, Any]]] = {}
         self._here: dict[tuple[Action, int, fx.Node], Tensor] = {}
@@ -159,6 +161,8 @@ class PipelineExecutor:
         if stage == len(work.work.stages) - 1:
             scale = work.scales[microbatch]
             inflight.loss = (results[0] * scale).where(scale != 0, 0)  # with scale 0 the nan of an empty mean becomes 0
+            parts = [(each.detach().double() * scale).where(scale != 0, 0) for each in results[1:]]
+            self.parts = [a + b for a, b in zip(self.parts, parts, strict=True)] if self.parts else parts
             return inflight.loss.detach()
         for target in range(stage + 1, len(work.work.stages)):
             nodes = work.work.messages(stage, target)

@@ -16,6 +16,7 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.state.broadcast import broadcast
 from shardwise.parallel.state.gather import gather_json
 from shardwise.parallel.state.materialize import move_values
+from shardwise.workload.losses import with_loss
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload
 
@@ -59,7 +60,7 @@ def plain_model(workload: Workload) -> nn.Module:
         raise WorkloadError(f"model of workload {workload.name!r} must build an nn.Module, not {type(model).__name__}")
     if not model.training:
         model.train()
-    return model
+    return with_loss(model, workload)
 
 
 def _check(model: nn.Module, workload: Workload) -> None:

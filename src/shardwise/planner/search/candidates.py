@@ -20,6 +20,7 @@ from shardwise.planner.search.time_bounds import family_seconds, least_seconds, 
 from shardwise.predict.closed_form.segment_times import times_of
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.strategy import Strategy
+from shardwise.workload.one_batch import in_one_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Candidates:
             if not spelled:
                 continue
             try:
+                in_one_batch(self.task.workload, family)
                 profile = self.task.scaled.summary(_whole(family))
             except (StrategyError, WorkloadError) as error:
                 self.lost.impossible(family, str(error), len(spelled))

@@ -39,6 +39,7 @@ from shardwise.predict.profile.segment_recorder import (
     Spec,
 )
 from shardwise.strategy import Strategy
+from shardwise.workload.losses import losses_of, total
 from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
 from shardwise.workload.workload import Workload
 
@@ -340,7 +341,7 @@ class _Profiler:
         with untouched(model), torch.random.fork_rng(), recorder:
             recorder.watch()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                loss = self.workload.loss(self._called(data), data)
+                loss = total(losses_of(self.workload, model, self._called(data), data))
             top, end = recorder.peak, recorder.live
             forward = recorder.take()
             products, recorder.products = recorder.products, 0

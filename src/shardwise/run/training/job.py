@@ -34,6 +34,7 @@ class Options:
         hang_timeout: seconds that a worker may take for a step before the run counts as hung; None: see `launch.watch`.
         grace: seconds that a run has to write a checkpoint once it is told to end.
         on_nan: policy for a step whose loss or gradient is not finite: `stop`, `skip` its update, or `go` on.
+        proof: compare the first step with that of one process before the training begins.
     """
 
     steps: int | None = None
@@ -46,6 +47,7 @@ class Options:
     hang_timeout: float | None = None
     grace: float = 20.0
     on_nan: str = STOP
+    proof: bool = True
 
     def total(self, batches: int | None) -> int | None:
         """Return the total number of optimizer steps, for epochs of `batches` steps. Returns None if it is unknown."""

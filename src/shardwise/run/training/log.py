@@ -47,7 +47,7 @@ class Log:
 
     def step(self, step: Step) -> None:
         """Log a step whose numbers are complete."""
-        record = {
+        record: dict[str, Any] = {
             "step": step.step,
             "epoch": step.epoch,
             "loss": step.loss,
@@ -57,7 +57,11 @@ class Log:
             "seconds": step.seconds,
             "samples_per_second": step.samples_per_second,
         }
-        self._write(record, {key: value for key, value in record.items() if key not in ("step", "epoch", "samples")})
+        scalars = {key: value for key, value in record.items() if key not in ("step", "epoch", "samples")}
+        if step.losses:
+            record["losses"] = dict(step.losses)
+            scalars.update({f"loss/{name}": value for name, value in step.losses.items()})
+        self._write(record, scalars)
         speed = "" if step.samples_per_second is None else f", {format_rate(step.samples_per_second)} samples/s"
         self._bar.set_postfix_str(f"loss {step.loss:.4g}{speed}", refresh=False)
         self._bar.update()

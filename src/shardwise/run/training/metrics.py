@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ class _Pending:
     step: Step
     loss: Tensor
     gradient_norm: Tensor | None
+    losses: Mapping[str, Tensor]
     timed: bool
 
 
@@ -60,16 +61,25 @@ class TrainingClock:
         self._pending: deque[_Pending] = deque()
         self._mark = time.perf_counter()
 
-    def add(self, step: Step, loss: Tensor, gradient_norm: Tensor | None, *, timed: bool = True) -> list[Step]:
+    def add(
+        self,
+        step: Step,
+        loss: Tensor,
+        gradient_norm: Tensor | None,
+        losses: Mapping[str, Tensor],
+        *,
+        timed: bool = True,
+    ) -> list[Step]:
         """Add a step whose loss and norm are still on the device; return the steps that are complete by now.
 
         Args:
             step: the step, without loss, gradient norm and seconds.
             loss: its loss on the device.
             gradient_norm: its gradient norm on the device; None if it is not known.
+            losses: its losses by name on the device, if there are several.
             timed: whether to keep its time; profiled steps are not timed.
         """
-        self._pending.append(_Pending(step, loss, gradient_norm, timed))
+        self._pending.append(_Pending(step, loss, gradient_norm, losses, timed))
         return self._complete(self._lag)
 
     def drain(self) -> list[Step]:
@@ -96,6 +106,7 @@ class TrainingClock:
             None if norm is None else norm.item(),
             step.samples,
             seconds if pending.timed else None,
+            {name: part.item() for name, part in pending.losses.items()},
         )
 
 

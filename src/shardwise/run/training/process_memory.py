@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ import torch
 
 STATUS = Path("/proc/self/status")
 """File in which Linux reports the memory of this process."""
+
+MEMORY = Path("/proc/meminfo")
+"""File in which Linux reports the memory of the system."""
 
 REFERENCES = Path("/proc/self/clear_refs")
 """File by which Linux resets the peak memory of this process; see proc(5)."""
@@ -39,6 +43,16 @@ def own_memory() -> tuple[int, int]:
     return tuple(1024 * (kilobytes[name] - kilobytes["RssFile"]) for name in ("VmHWM", "VmRSS"))  # type: ignore[return-value]
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a process can still allocate on `device`; on the CPU what the system has available."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if MEMORY.exists():
+        lines = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def give_back() -> None:
     """Return all free memory of this process to the system."""
     gc.collect()
@@ -46,6 +60,16 @@ def give_back() -> None:
         trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Return free memory to the system and reset the peak memory of this worker, if the system can."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    give_back()
+    restart_peak()
 
 
 def restart_peak() -> bool:

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -22,7 +22,7 @@ from shardwise.run.training.guard import Guard
 from shardwise.run.training.job import GO, Job
 from shardwise.run.training.log import Log, finite
 from shardwise.run.training.metrics import Sampler, TrainingClock, measure, sampled_steps, summarize, typical
-from shardwise.run.training.result import Step, Trained, relative_error
+from shardwise.run.training.result import NO_STEP, FirstStep, Step, Trained, relative_error
 from shardwise.run.training.run_folder import write_summary
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class RunRecord:
 
     program: Program
     job: Job
+    first_step: FirstStep = NO_STEP
     _checkpoints: Checkpoints | None = field(init=False, default=None)
     _log: Log | None = field(init=False, default=None)
     _clock: TrainingClock = field(init=False)
@@ -84,7 +85,7 @@ class RunRecord:
             return
         job = self.job
         with Log(job.folder, str(job.strategy), self._first, total, quiet=job.options.quiet) as self._log:
-            for note in self.program.engine.notes:
+            for note in (str(self.first_step), *self.program.engine.notes):
                 self._log.say(note)
             self._clock.resume()
             yield
@@ -106,7 +107,9 @@ class RunRecord:
             return
         profiled = number in self._sampler.steps
         step = Step(self.program.steps, epoch, 0.0, rate, None, samples, None)
-        self._note(self._clock.add(step, running.loss, self.program.gradient_norm, timed=not profiled))
+        self._note(
+            self._clock.add(step, running.loss, self.program.gradient_norm, self.program.losses, timed=not profiled)
+        )
         if profiled:
             self._pause()
 
@@ -201,6 +204,7 @@ class RunRecord:
                 **measured,
                 "predicted_memory_bytes": forecast.memory_bytes,
                 "memory_error": relative_error(forecast.memory_bytes, measured["memory_bytes"]),
+                "first_step": asdict(self.first_step),
                 "run": None if folder is None else str(folder),
                 "notes": list(self.program.engine.notes),
                 "slow_workers": watch.slow_workers(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +30,33 @@ def relative_error(predicted: float | None, measured: float | None) -> float | N
 
 
 @dataclass(frozen=True, slots=True)
+class FirstStep:
+    """Comparison of the first step with that of one process, made before the training begins.
+
+    Attributes:
+        proved: whether the step equals that of one process, up to rounding.
+        loss_error: relative error of the loss; None if it was not compared.
+        gradient_error: largest relative error of a parameter's gradient; None if they were not compared.
+        seconds: seconds that the comparison took.
+        reason: why nothing was proved; None if the step is proved.
+    """
+
+    proved: bool
+    loss_error: float | None = None
+    gradient_error: float | None = None
+    seconds: float = 0.0
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        if not self.proved:
+            return f"first step not proved: {self.reason}"
+        return f"first step equals one process: loss {self.loss_error:.0e}, gradients {self.gradient_error:.0e}"
+
+
+NO_STEP = FirstStep(False, reason="no step was left to take")
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """Record of one optimizer step, as it is written to metrics.jsonl.
 
@@ -44,6 +71,7 @@ class Step:
     gradient_norm: float | None
     samples: int
     seconds: float | None
+    losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def samples_per_second(self) -> float | None:

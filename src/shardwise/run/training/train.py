@@ -13,9 +13,11 @@ from shardwise.run.checkpoint.restored import unlike
 from shardwise.run.jsonfile import short
 from shardwise.run.training.agreement import Agreement
 from shardwise.run.training.job import Job
+from shardwise.run.training.process_memory import forget_peak
 from shardwise.run.training.record import RunRecord
-from shardwise.run.training.result import Trained
+from shardwise.run.training.result import FirstStep, Trained
 from shardwise.run.training.streams import StreamAgreement
+from shardwise.run.verification.first_step import prove_first_step
 from shardwise.workload.data import Loader, is_map_style
 
 
@@ -57,12 +59,18 @@ def train(program: Program, job: Job) -> Trained:
         DataError: the dataset is empty, or differs between workers.
         CheckpointError: the run cannot be resumed from its checkpoint.
         NotFinite: the loss or gradient of a step is not finite, and the policy of `job` is to stop.
+        NotProved: the first step is not that of one process.
     """
     options = job.options
     record, agreement = RunRecord(program, job), Agreement()
     progress = _start(record, program, resume=options.resume)
     loader = _agreeing(program)
     total = options.total(loader.batches)
+    if not options.proof:
+        record.first_step = FirstStep(False, reason="left out, as asked for")
+    elif not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
+        record.first_step = prove_first_step(program, progress.epoch, progress.batch)
+        forget_peak(program.mesh.device)
     with record.open(total), _left_finite(record, lambda: progress):
         while not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
             for share in loader.shares(progress.epoch, progress.batch):

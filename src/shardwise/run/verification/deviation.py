@@ -29,6 +29,15 @@ class Deviation:
         return other if other.error > self.error else self
 
 
+def loss_deviation(value: float, alone: float, step: str) -> Deviation:
+    """Return the relative error of a loss against one worker's; it is infinite if either loss is not finite."""
+    if not math.isfinite(alone):
+        return Deviation(math.inf, step, f"is {alone} on one worker and {value} in parallel: {NO_PROOF}")
+    if not math.isfinite(value):
+        return Deviation(math.inf, step, f"is {value} in parallel only")
+    return Deviation(abs(value - alone) / max(abs(alone), 1e-30), step)
+
+
 def typical_size(tensors: Mapping[str, Tensor]) -> float:
     """Return the root mean square over all elements of the floating-point tensors."""
     floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]

@@ -1,17 +1,12 @@
 """Verification that a parallel run equals training on one worker: identical steps are taken in both and compared.
 
-    one worker:  initial weights, then per step loss, gradients, weights -> files
-    in parallel: the same steps from the same initial weights; rank 0 gathers full tensors and compares with the files
-
-The tolerance for rounding follows from the dtype and the longest sum in a step. Parallel runs add summands in another
-order, which leaves an error that grows with the square root of their number (Higham 1993, section 4), for each of the
-successive operations.
+one worker:  initial weights, then per step loss, gradients, weights -> files
+in parallel: the same steps from the same initial weights; rank 0 gathers full tensors and compares with the files
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,20 +23,15 @@ from shardwise.errors import WorkloadError
 from shardwise.launch import watch
 from shardwise.launch.local import enough_gpus, run_local
 from shardwise.parallel.tensor.partitioner import Uncut
-from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, typical_size
+from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, loss_deviation, typical_size
+from shardwise.run.verification.rounding import rounding
 from shardwise.strategy import Strategy
 from shardwise.workload.float64 import in_float64
 from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
-SAFETY = 16.0
-"""Factor of the tolerance over the expected growth of rounding errors."""
-
 TELLING = 1e-3
 """Least gradient of an element, relative to the typical one, for which its update is compared."""
-
-HALF_TOLERANCE = 0.1
-"""Tolerance for bf16, of which only eight bits of a number survive each operation, so that runs drift apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,14 +271,14 @@ def compare(trial: StrategyTrial) -> Proof | None:
     program = Program.build(trial.load(), trial.strategy)
     folder = Path(trial.folder)
     _start_from(program, load_file(folder / "initial.safetensors"))
-    tolerance = rounding(program, trial)
+    tolerance = rounding(program, next(_shares(program, 1)), float64=trial.float64)
     loss = gradient = parameter = Deviation()
     for step, share in enumerate(_shares(program, trial.steps)):
         value = float(program.step_share(share))
         expected = load_file(folder / f"step-{step}.safetensors")
         alone = float(expected.pop("loss"))
         counted = _told(_kind(expected, "gradient"), tolerance)
-        loss |= _loss_deviation(value, alone, f"step {step + 1}")
+        loss |= loss_deviation(value, alone, f"step {step + 1}")
         gradient |= _of_all(program, program.gradient_pieces(), expected, "gradient", None)
         parameter |= _of_all(program, _model_pieces(program), expected, "model", counted)
         _start_from(program, expected)
@@ -318,29 +308,6 @@ def _everybodys_notes(program: Any) -> tuple[str, ...]:
         return tuple(mine)
     everybodys = gather_json(mine, program.mesh.world, program.mesh.device)
     return tuple(dict.fromkeys(note for notes in everybodys for note in notes))
-
-
-def rounding(program: Any, trial: StrategyTrial) -> float:
-    """Return the relative error up to which two runs count as equal: SAFETY * eps * sqrt(summands) * sqrt(layers)."""
-    if trial.strategy.in_bf16(program.workload.precision):
-        return HALF_TOLERANCE
-    shapes = [held.layout.shape for held in program.engine.held.values()]
-    widest = max((max(shape, default=1) for shape in shapes), default=1)
-    first = next(iter(program.loader().shares(0)))
-    leaves = [leaf for m in first.microbatches for leaf in tree_leaves(m.data) if isinstance(leaf, Tensor)]
-    positions = max((leaf.numel() for leaf in leaves), default=1) * program.strategy.replicas
-    layers = sum(len(shape) > 1 for shape in shapes) * program.strategy.pp
-    eps = torch.finfo(torch.float64 if trial.float64 else torch.float32).eps
-    return SAFETY * eps * math.sqrt(max(widest, positions)) * math.sqrt(max(layers, 1))
-
-
-def _loss_deviation(value: float, alone: float, step: str) -> Deviation:
-    """Return the relative error of a loss against one worker's; it is infinite if either loss is not finite."""
-    if not math.isfinite(alone):
-        return Deviation(math.inf, step, f"is {alone} on one worker and {value} in parallel: {NO_PROOF}")
-    if not math.isfinite(value):
-        return Deviation(math.inf, step, f"is {value} in parallel only")
-    return Deviation(abs(value - alone) / max(abs(alone), 1e-30), step)
 
 
 def _shares(program: Any, steps: int) -> Any:

@@ -12,7 +12,7 @@ import logging
 import operator
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
 from shardwise.workload.data import first_samples
+from shardwise.workload.losses import losses_of, total
 from shardwise.workload.trace.opaque import Call, assignments_copied, calls_in, hidden
 from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.workload import Workload, call_model
@@ -54,6 +55,7 @@ class StepGraph:
         leaves: names of the batch's placeholders, in the order of `pytree.tree_leaves(batch)`.
         training: whether the module was in training mode.
         opaque: calls of modules that were not traced; see `workload.trace.opaque`.
+        losses: names of the losses whose sum is the first output; if there are several, they follow it in training.
     """
 
     graph: fx.Graph
@@ -62,24 +64,33 @@ class StepGraph:
     leaves: tuple[str, ...]
     training: bool
     opaque: tuple[Call, ...] = ()
+    losses: tuple[str, ...] = ("loss",)
 
 
 class _StepModule(nn.Module):
     """Model, loss and metric as one module, so that the graph extends from the batch to the loss."""
 
-    def __init__(self, workload: Workload, model: nn.Module, measure: Callable[[Any, Any], Tensor] | None) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        model: nn.Module,
+        measure: Callable[[Any, Any], Tensor] | None,
+        note_names: Callable[[Iterable[str]], None],
+    ) -> None:
         super().__init__()
         self.model = model
         self._workload = workload
         self._measure = measure
+        self._note_names = note_names
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
         with assignments_copied(self.model):
             output = call_model(self.model, self._workload.inputs(batch))
-        loss = self._workload.loss(output, batch)
-        if self._measure is None:
-            return (loss,)
-        return loss, torch.as_tensor(self._measure(output, batch))
+        losses = losses_of(self._workload, self.model, output, batch)
+        self._note_names(losses)
+        if self._measure is not None:
+            return total(losses), torch.as_tensor(self._measure(output, batch))
+        return total(losses), *(losses.values() if len(losses) > 1 else ())
 
 
 class Untraceable(WorkloadError):
@@ -117,12 +128,15 @@ def trace(
     evaluation = workload.evaluation
     measure = evaluation.measure if evaluation is not None and not training else None
     modes = {module: module.training for module in model.modules()}
-    step = _StepModule(workload, model, measure)
+    names: dict[str, None] = {}
+    step = _StepModule(workload, model, measure, lambda found: names.update(dict.fromkeys(found)))
     if not training:
         step.eval()
     try:
         with _quiet(), stand_ins(model, batch) as (_, given), hidden(opaque or {}):
             program = torch.export.export(step, (given,), strict=False)
+    except WorkloadError:
+        raise
     except Exception as error:
         raise Untraceable(workload, _innermost(model, error), first_line(error)) from error
     finally:
@@ -134,7 +148,7 @@ def trace(
         reason = f"what {following.target} gives has a shape or a number that follows the data"
         raise Untraceable(workload, _enclosing(graph, following), reason)
     _check_loss(workload, graph)
-    return _named(program, graph, model, training)
+    return _named(program, graph, model, training, tuple(names))
 
 
 @contextmanager
@@ -288,7 +302,9 @@ def _detached(result: Any, graph: fx.Graph) -> Any:
     return node
 
 
-def _named(program: torch.export.ExportedProgram, graph: fx.Graph, model: nn.Module, training: bool) -> StepGraph:
+def _named(
+    program: torch.export.ExportedProgram, graph: fx.Graph, model: nn.Module, training: bool, losses: tuple[str, ...]
+) -> StepGraph:
     """Sort the placeholders by what they stand for; a tied tensor gets the first of its names in the module."""
     first: dict[int, str] = {}
     names: dict[str, str] = {}
@@ -307,7 +323,7 @@ def _named(program: torch.export.ExportedProgram, graph: fx.Graph, model: nn.Mod
                 f"the module holds {spec.target!r} of kind {spec.kind.name}: only tensors can be traced"
             )
     leaves = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
-    return StepGraph(graph, tensors, constants, leaves, training, calls_in(graph))
+    return StepGraph(graph, tensors, constants, leaves, training, calls_in(graph), losses)
 
 
 def example(workload: Workload, samples: int) -> Any:

@@ -70,19 +70,19 @@ def test_sampled_steps() -> None:
 
 def test_clock_on_the_cpu_reads_at_once() -> None:
     clock = TrainingClock(CPU)
-    (first,) = clock.add(step(1, None), torch.tensor(2.5), torch.tensor(0.5))
+    (first,) = clock.add(step(1, None), torch.tensor(2.5), torch.tensor(0.5), {})
     assert (first.loss, first.gradient_norm) == (2.5, 0.5)
     assert first.seconds is not None
     assert first.seconds > 0
-    (second,) = clock.add(step(2, None), torch.tensor(2.0), None, timed=False)
+    (second,) = clock.add(step(2, None), torch.tensor(2.0), None, {}, timed=False)
     assert (second.seconds, second.samples_per_second, second.gradient_norm) == (None, None, None)
     assert clock.drain() == []
 
 
 def test_clock_on_a_gpu_reads_one_step_late() -> None:
     clock = TrainingClock(torch.device("meta"))  # stands for a device that is not the CPU
-    assert clock.add(step(1, None), torch.tensor(2.5), None) == []
-    (first,) = clock.add(step(2, None), torch.tensor(2.0), None)
+    assert clock.add(step(1, None), torch.tensor(2.5), None, {}) == []
+    (first,) = clock.add(step(2, None), torch.tensor(2.0), None, {})
     assert (first.step, first.loss) == (1, 2.5)
     (second,) = clock.drain()
     assert (second.step, second.loss) == (2, 2.0)

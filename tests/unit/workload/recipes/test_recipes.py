@@ -62,7 +62,7 @@ def test_trains(workload: Workload) -> None:
         loss = workload.loss(model(workload.inputs(batch)), batch)
         assert loss.shape == ()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         assert all(p.grad is not None for p in model.parameters())
         optimizer.step()
         schedule.step()

@@ -1,0 +1,169 @@
+"""Steps of one worker that runs the plain module, with which a parallel program is compared in its own process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import default_collate
+
+from shardwise.errors import ShardwiseError, WorkloadError
+from shardwise.parallel.data.module_engine import ModuleEngine
+from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.optim.clipping import local_gradients
+from shardwise.parallel.program import Program
+from shardwise.parallel.state.pass_state import passes_undone
+from shardwise.strategy import Strategy
+from shardwise.workload.data import Microbatch, Share, first_samples
+from shardwise.workload.workload import Workload
+
+
+class Alone:
+    """Plain module of a program's workload on this worker alone, with given weights, at the program's step.
+
+    Args:
+        program: program to compare with.
+        weights: full weights and buffers by name, as `Program.full_state_dict` returns them.
+    """
+
+    def __init__(self, program: Program, weights: Mapping[str, Tensor]) -> None:
+        self.workload = program.workload
+        self._device = program.mesh.device
+        strategy = Strategy(precision=program.strategy.precision)
+        self._engine = ModuleEngine(self.workload, strategy, Mesh(strategy, program.mesh.device, 0, None))
+        self._engine.position.step = program.steps
+        with torch.no_grad():
+            for name, held in self._engine.held.items():
+                held.tensor.copy_(weights[name])
+
+    def loss_and_gradients(self, share: Share) -> tuple[float, dict[str, Tensor]]:
+        """Return the mean loss of a share of one microbatch, and the gradient of each parameter by name, on the CPU.
+
+        Raises:
+            WorkloadError: the loss depends on tensors that are trained, but are no parameters of the model.
+        """
+        with self._undone():
+            loss = self._engine.loss_of(share.microbatches[0])
+            self._check_leaves(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach()), {name: g.cpu() for name, g in local_gradients(self._engine.parameters).items()}
+
+    @torch.no_grad()
+    def mean_loss(self, share: Share) -> float | None:
+        """Return the mean of the microbatches' losses, with batch norms as in evaluation.
+
+        Returns None if the model normalises by a function of its own over the batch, which couples samples as a batch
+        norm does.
+        """
+        losses = []
+        with _norms_evaluating(self._engine.model), _Normalising() as normalising:
+            for microbatch in share.microbatches:
+                with self._undone():
+                    losses.append(float(self._engine.loss_of(microbatch)))
+        weights = [self._weight(microbatch) for microbatch in share.microbatches]
+        pairs = [(loss, weight) for loss, weight in zip(losses, weights, strict=True) if weight > 0]
+        if normalising.found or not pairs:
+            return None
+        return sum(loss * weight for loss, weight in pairs) / sum(weight for _, weight in pairs)
+
+    def draws(self) -> bool:
+        """Return whether the model drew random numbers outside of dropout."""
+        return self._engine.draws_unkeyed
+
+    def update(self) -> None:
+        """Run one step of the workload's optimizer with the gradients of the last pass.
+
+        Raises:
+            WorkloadError: the optimizer cannot be built or take a step.
+        """
+        with _blamed("optimizer", self.workload):
+            optimizer = self.workload.optimizer(list(self._engine.parameters.values()))
+            optimizer.step()
+
+    def evaluate(self) -> None:
+        """Evaluate the first two held-out samples, so that a wrong metric is found before the training.
+
+        Raises:
+            WorkloadError: the evaluation fails.
+        """
+        evaluation = self.workload.evaluation
+        samples = None if evaluation is None else first_samples(evaluation.dataset, 2)
+        if samples:
+            with _blamed("evaluation", self.workload):
+                self._engine.evaluate(Microbatch((self.workload.collate or default_collate)(samples), len(samples), 0))
+
+    def _undone(self) -> AbstractContextManager[None]:
+        """Undo what a pass inside the block changes: every pass starts from the state of the program."""
+        return passes_undone(self._engine.modules, (), self._device)
+
+    def _weight(self, microbatch: Microbatch) -> float:
+        weigh = self.workload.weight
+        return float(microbatch.samples if weigh is None else weigh(microbatch.data))
+
+    def _check_leaves(self, loss: Tensor) -> None:
+        """Raise WorkloadError if the gradient of `loss` reaches a tensor that is no parameter of the model."""
+        known = {id(parameter) for parameter in self._engine.model.parameters()}
+        for leaf in _leaves(loss):
+            if id(leaf) not in known:
+                raise WorkloadError(
+                    f"the loss of workload {self.workload.name!r} depends on a trained tensor of shape "
+                    f"{tuple(leaf.shape)} that is no parameter of the model, so nothing would train it: make it a "
+                    "parameter of the model, or detach it"
+                )
+
+
+@contextmanager
+def _blamed(field: str, workload: Workload) -> Iterator[None]:
+    """Raise WorkloadError for an error of a field of a workload inside the block."""
+    try:
+        yield
+    except (ShardwiseError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise WorkloadError(f"{field} of workload {workload.name!r} fails: {type(error).__name__}: {error}") from error
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the leaf tensors that the gradient of `loss` reaches."""
+    waiting: list[Any] = [loss.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        following = {following for following, _ in getattr(node, "next_functions", ()) if following is not None} - seen
+        seen |= following
+        waiting.extend(following)
+
+
+@contextmanager
+def _norms_evaluating(model: nn.Module) -> Iterator[None]:
+    """Put batch norms into evaluation mode: they couple the samples of a batch, which is no fault of the loss."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
+
+
+class _Normalising(TorchFunctionMode):
+    """Mode that notices functions that normalise over a batch with its own statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            self.found |= bool(kwargs.get("training", args[5] if len(args) > 5 else False))
+        return func(*args, **kwargs)

@@ -1,0 +1,83 @@
+"""What passes change besides gradients is put back: buffers, plain attributes of modules, random state."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shardwise.parallel.state.pass_state import passes_undone, random_state_kept
+
+CPU = torch.device("cpu")
+
+
+class Changing(nn.Module):
+    """A module whose pass changes every kind of state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("assigned", torch.zeros(3))
+        self.register_buffer("written", torch.zeros(3), persistent=False)
+        self.count, self.rate = 0, 0.5
+        self.seen: list[int] = []
+        self.table: dict[str, list[float]] = {"a": [1.0]}
+        self.kinds = {1}
+        self.hidden = torch.zeros(3)
+        self.function = len
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.rate *= 0.9
+        self.seen.append(len(x))
+        self.table["a"].append(2.0)
+        self.table["b"] = []
+        self.kinds.add(2)
+        self.new = "made in the pass"
+        self.hidden += 1
+        self.written += 1
+        self.assigned = self.assigned + 1
+        return self.norm(x + torch.rand(3) + float(np.random.rand()) + random.random())
+
+
+def state(module: Changing) -> list[str]:
+    plain = [module.count, module.rate, module.seen, module.table, module.kinds, sorted(vars(module))]
+    tensors = [module.hidden, *module.buffers()]
+    return [repr(value) for value in (*plain, *tensors)]
+
+
+def test_everything_is_put_back() -> None:
+    module = Changing()
+    before, seen = state(module), module.seen
+    with passes_undone(module.modules(), (), CPU):
+        module(torch.randn(4, 3))
+        assert state(module) != before
+    assert state(module) == before
+    assert module.seen is seen  # what others refer to is the same list
+
+
+def test_it_is_put_back_after_an_error() -> None:
+    module = Changing()
+    before = state(module)
+    with pytest.raises(ValueError, match="more than 1 value"), passes_undone(module.modules(), (), CPU):
+        module(torch.randn(1, 3))
+    assert state(module) == before
+
+
+def test_buffers_that_belong_to_no_module_are_put_back() -> None:
+    buffer = torch.zeros(2)
+    with passes_undone((), [buffer], CPU):
+        buffer += 1
+    assert buffer.tolist() == [0, 0]
+
+
+def test_random_generators_draw_again() -> None:
+    def draws() -> list[float]:
+        return [float(torch.rand(())), float(np.random.rand()), random.random()]
+
+    with random_state_kept(CPU):
+        first = draws()
+    assert draws() == first
