@@ -43,6 +43,9 @@ from shardwise.starting import check_streams, leave_out_working_directory
 from shardwise.units import parse_number, parse_whole
 from shardwise.version import __version__
 
+LESS_MEMORY = "less is needed with recompute=full, more microbatches, a smaller batch_size, or more workers and fsdp"
+"""Remedies for a run that ran out of memory."""
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, by the convention of shells: 128 plus the number of SIGINT."""
 
@@ -274,7 +277,10 @@ def _say_error(error: ShardwiseError) -> None:
     if isinstance(error, WorkerHung):
         sys.stderr.write(f"{error.traceback}shardwise: {error}\n")
     elif isinstance(error, WorkerFailed) and error.traceback:
-        sys.stderr.write(f"{error.traceback.rstrip()}\nshardwise: worker {error.rank} failed, all workers have ended\n")
+        how = "ran out of memory" if error.out_of_memory else "failed"
+        less = f": {LESS_MEMORY}" if error.out_of_memory else ""
+        told = f"shardwise: worker {error.rank} {how}, all workers have ended{less}"
+        sys.stderr.write(f"{error.traceback.rstrip()}\n{told}\n")
     elif not isinstance(error, RequestError | NotFinite) or _is_to_say():
         sys.stderr.write(f"shardwise: {error}\n")
 

@@ -46,6 +46,10 @@ class ShardwiseError(Exception):
         super().__init__(one_line(str(message)))
 
 
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "not enough memory", "can't allocate memory", "SIGKILL")
+"""Words in a worker's traceback or error message that mean out of memory: of CUDA, torch's CPU allocator and Linux."""
+
+
 class WorkerFailed(ShardwiseError):
     """Death of a worker process: `rank` is the worker's, `traceback` is its own (may be empty)."""
 
@@ -53,6 +57,12 @@ class WorkerFailed(ShardwiseError):
         super().__init__(message)
         self.rank = rank
         self.traceback = traceback
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Return whether the worker died because it ran out of memory."""
+        told = f"{self}\n{self.traceback}"
+        return any(words in told for words in OUT_OF_MEMORY)
 
 
 class WorkerHung(WorkerFailed):

@@ -120,7 +120,7 @@ class Device:
             compared with one worker that has all cores.
         overlap: measured slowdown of computation while the device communicates; 1 means none.
         process: map from the kind of program (see PROGRAMS) to the measured bytes of a worker's process beside its
-            tensors, for devices whose memory is that of the process.
+            tensors; on a GPU, of the workspaces that libraries keep in its memory.
         strain: measured slowdown of kernels in a training compared with isolated calls: in a training, the caches hold
             other tensors.
         heap: measured bytes of the process per byte of tensors; above 1 because the allocator leaves memory unused.

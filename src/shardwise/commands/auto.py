@@ -38,9 +38,6 @@ AUTO = "auto"
 WRONG = 0.2
 """Relative error of a prediction above which the verdict names the part with the largest error."""
 
-OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "not enough memory", "can't allocate memory", "SIGKILL")
-"""Words in a worker's traceback or error message that mean out of memory: of CUDA, torch's CPU allocator and Linux."""
-
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -178,7 +175,7 @@ def train_automatically(
             document = _with_verdict(candidate, run_job(job).summary, choice.words)
         except WorkerFailed as error:
             following = next(smaller, None)
-            if following is None or not ran_out_of_memory(error):
+            if following is None or not error.out_of_memory:
                 raise
             _say_fallback(candidate.strategy, following)
             candidate = following
@@ -226,12 +223,6 @@ def _say_unmeasured(asked: TrainingRequest, error: NotMeasured, *, quiet: bool) 
 
 def _with_verdict(candidate: Candidate, summary: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     return {**summary, "explanation": "\n\n".join(words), "verdict": held(candidate.prediction, summary)}
-
-
-def ran_out_of_memory(error: WorkerFailed) -> bool:
-    """Return whether a worker died because it ran out of memory."""
-    told = f"{error}\n{error.traceback}"
-    return any(word in told for word in OUT_OF_MEMORY)
 
 
 def _say_fallback(before: Strategy, candidate: Candidate) -> None:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.launch.context import under_launcher
+from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.state.materialize import materialize
 from shardwise.workload.losses import without_loss
 from shardwise.workload.workload import Workload
@@ -14,7 +15,7 @@ from shardwise.workload.workload import Workload
 
 def filled_model(workload: Workload, weights: dict[str, Tensor] | None) -> nn.Module:
     """Build the workload's module on the CPU with `weights`; under an outer launcher, all workers get rank 0's."""
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept():
         torch.manual_seed(workload.seed)
         model = workload.model()
     if weights is not None:

@@ -63,7 +63,7 @@ def join_launcher(workers: int | None = None) -> None:
 
     Raises:
         StrategyError: the launcher did not start `workers` workers.
-        RequestError: the other workers did not join within `meet_seconds()`.
+        RequestError: the other workers did not join within `meet_seconds()`, or this host has too few GPUs.
     """
     import torch.distributed as dist
 
@@ -75,6 +75,7 @@ def join_launcher(workers: int | None = None) -> None:
         )
     if dist.is_initialized():
         return
+    _check_gpus(context.local_workers or context.workers)
     if context.elastic:
         die_with_parent()
     _start(str(context.local_rank), context.local_workers or context.workers)
@@ -129,6 +130,18 @@ def _start(local_rank: str, local_workers: int) -> None:
         torch.cuda.set_device(int(local_rank))
     else:
         run_uninterrupted()
+
+
+def _check_gpus(local_workers: int) -> None:
+    """Check that there is a GPU for each worker of this host, or none. Raises RequestError."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if 0 < count < local_workers:
+        raise RequestError(
+            f"{local_workers} workers were started on a host with {count} GPU{'s' * (count > 1)}: start {count} there, "
+            "or set CUDA_VISIBLE_DEVICES to an empty text to compute on the CPU"
+        )
 
 
 def _init(store: Any, rank: int, workers: int) -> None:

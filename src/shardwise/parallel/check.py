@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.graph.trace import traced
+from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.pipeline.cut_points import common, find_cut_points
 from shardwise.parallel.state.build_model import plain_model
 from shardwise.parallel.tensor.communication import Exchange
@@ -36,7 +36,7 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
     strategy = strategy.for_batch(workload.batch_size)
     if strategy.tp == strategy.pp == 1:
         return
-    with torch.random.fork_rng():
+    with random_state_kept():
         model = plain_model(workload)
     batch = example(workload, strategy.samples_of(0, workload.batch_size))
     step = traced(workload, model, batch)

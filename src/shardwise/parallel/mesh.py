@@ -104,6 +104,15 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def random_state_kept() -> AbstractContextManager[Any]:
+    """Restore torch's random state after the block: that of the CPU, and of this process's GPU if it has used it.
+
+    By default torch restores that of every GPU of the host, and initializes and warns of them.
+    """
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if used else [])
+
+
 def forget_meshes() -> None:
     """Clear DTensor's caches of meshes, for a process whose groups are destroyed and which will create others.
 

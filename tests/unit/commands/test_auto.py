@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from shardwise.cli import _say_error
 from shardwise.cluster.find import find_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.commands import auto
-from shardwise.commands.auto import Choice, choose, held, ran_out_of_memory, train_automatically
+from shardwise.commands.auto import Choice, choose, held, train_automatically
 from shardwise.commands.request import TrainingRequest, settle_compared
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.planner.plan import Candidate
@@ -113,9 +114,17 @@ def out_of_memory() -> WorkerFailed:
 
 
 def test_out_of_memory_is_told_from_other_ends() -> None:
-    assert ran_out_of_memory(out_of_memory())
-    assert ran_out_of_memory(WorkerFailed("x", rank=0, traceback="RuntimeError: [enforce fail] not enough memory: you"))
-    assert not ran_out_of_memory(WorkerFailed("x", rank=0, traceback="ValueError: wrong"))
+    assert out_of_memory().out_of_memory
+    assert WorkerFailed("x", rank=0, traceback="RuntimeError: [enforce fail] not enough memory: you").out_of_memory
+    assert not WorkerFailed("x", rank=0, traceback="ValueError: wrong").out_of_memory
+
+
+def test_what_needs_less_memory_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    _say_error(out_of_memory())
+    _say_error(WorkerFailed("worker 2 failed", rank=2, traceback="ValueError: wrong"))
+    *_, less, _, other = capsys.readouterr().err.splitlines()
+    assert less.startswith("shardwise: worker 1 ran out of memory, all workers have ended: less is needed with ")
+    assert other == "shardwise: worker 2 failed, all workers have ended"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, outcomes: list[Any]) -> tuple[list[str], Any]:

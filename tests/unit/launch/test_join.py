@@ -8,8 +8,10 @@ import time
 import zlib
 
 import pytest
+import torch
 
-from shardwise.launch.join import rest
+from shardwise.errors import RequestError
+from shardwise.launch.join import _check_gpus, rest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are shown by Linux")
 
@@ -52,3 +54,17 @@ def test_it_does_not_wait_without_end() -> None:
     assert thread.is_alive()
     stop = True
     thread.join()
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(0, 4), (4, 4), (8, 4)])
+def test_a_launcher_may_start_a_worker_for_each_gpu_or_none(
+    gpus: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    _check_gpus(workers)
+
+
+def test_a_launcher_that_starts_more_workers_than_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RequestError, match="2 workers were started on a host with 1 GPU: start 1 there, or set CUDA"):
+        _check_gpus(2)

@@ -21,18 +21,21 @@ KEPT_BYTES = 32 * 2**20
 ALIGNMENT = 64
 """Bytes in a cache line."""
 
+POOL_BYTES, GPU_POOL_BYTES = 64 * 2**20, 2**30
+"""Bytes of the pool of each dtype on a CPU and on a GPU: several times the caches."""
+
 
 class Arena:
     """Pool of random values on one device, from which measured kernels take their operands.
 
     Args:
         device: device of the tensors.
-        size: bytes of the pool of each dtype; should be larger than the caches.
+        size: bytes of the pool of each dtype; 0 selects a size that is larger than the caches.
     """
 
-    def __init__(self, device: torch.device, size: int = 64 * 2**20) -> None:
+    def __init__(self, device: torch.device, size: int = 0) -> None:
         self.device = device
-        self._size = size
+        self._size = size or (GPU_POOL_BYTES if device.type == "cuda" else POOL_BYTES)
         self._pools: dict[torch.dtype, Tensor] = {}
         self._next: dict[torch.dtype, int] = {}
         self._kept: deque[tuple[int, Any]] = deque()

@@ -20,7 +20,11 @@ from shardwise.cluster.measure.team import Team
 from shardwise.cluster.measure.timer import rounded, spread
 
 SIZES = (1024, 16 * 1024, 128 * 1024, 1024**2, 8 * 1024**2)
-"""Bytes of the measured messages, counted as in `collective.Collective`."""
+GPU_SIZES = (1024, 64 * 1024, 1024**2, 8 * 1024**2, 64 * 1024**2, 512 * 1024**2)
+"""Bytes of the messages that are measured on a CPU and on a GPU, counted as in `collective.Collective`.
+
+The links of GPUs are so fast that they are not filled by less, and the gradients of a layer are as large.
+"""
 
 LEAST, MOST = 4, 60
 """Fewest and most calls of each size."""
@@ -87,7 +91,7 @@ def collective_curves(
     curves = []
     for operation, call in OPERATIONS.items():
         samples = []
-        for size in SIZES:
+        for size in sizes_on(team.device):
             team.wait()
             found = [0.0]
             if mine is not None:
@@ -101,6 +105,11 @@ def collective_curves(
         if group != dist.GroupMember.NON_GROUP_MEMBER:
             dist.destroy_process_group(group)
     return curves
+
+
+def sizes_on(device: torch.device) -> tuple[int, ...]:
+    """Return the bytes of the messages to measure on a device."""
+    return GPU_SIZES if device.type == "cuda" else SIZES
 
 
 Call = Callable[[int, dist.ProcessGroup, torch.device], Callable[[], int]]

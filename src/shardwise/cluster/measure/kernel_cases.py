@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardwise.cluster.measure.arena import Arena
+from shardwise.cluster.measure.kernel_sizes import CPU, Convolution, Sizes
 
 aten = torch.ops.aten
 
@@ -35,38 +36,28 @@ class KernelCase:
     call: Callable[..., Any]
 
 
-ELEMENTS = (64, 4096, 32768, 262144, 2097152)
-"""Numbers of elements in the results of memory-bound kernels."""
-
-WIDTH = 128
-"""Features in a row, or positions in a channel, for operations on rows or channels."""
-
-PRODUCTS = 2**27
-"""Multiply-adds in the largest measured matmuls."""
-
-
 # ---- memory-bound kernels -------------------------------------------------------------------------------------------
 
 
-def all_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
-    """Yield all cases to measure in one dtype."""
-    yield from memory_cases(dtype)
-    yield from matmul_cases(dtype)
-    yield from convolution_cases(dtype)
-    yield from attention_cases(dtype)
+def all_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
+    """Yield all cases to measure in one dtype, in the sizes of a kind of device."""
+    yield from memory_cases(dtype, sizes)
+    yield from matmul_cases(dtype, sizes)
+    yield from convolution_cases(dtype, sizes)
+    yield from attention_cases(dtype, sizes)
 
 
-def memory_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
+def memory_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
     """Yield the memory-bound cases: elementwise, copies, reductions, norms, losses, embeddings, pooling, updates."""
-    for elements in ELEMENTS if dtype == torch.float32 else ELEMENTS[::2]:
+    for elements in sizes.elements if dtype == torch.float32 else sizes.elements[::2]:
         yield from (_elementwise(name, call, count, elements, dtype) for name, call, count in ELEMENTWISE)
         yield from _in_rows(elements, dtype)
         yield from _copies(elements, dtype)
-        yield from _reductions(elements, dtype)
+        yield from _reductions(elements, dtype, sizes.width)
         if dtype == torch.float32:
-            yield from _losses(elements)
-            yield from _norms(elements)
-            yield from _lookups(elements)
+            yield from _losses(elements, sizes.width)
+            yield from _norms(elements, sizes)
+            yield from _lookups(elements, sizes)
             yield from _pools(elements)
 
 
@@ -180,8 +171,8 @@ def _heads(elements: int) -> tuple[int, int, int]:
     return heads, width, max(1, elements // (heads * width))
 
 
-def _reductions(elements: int, dtype: torch.dtype) -> Iterator[KernelCase]:
-    width = min(WIDTH, elements)
+def _reductions(elements: int, dtype: torch.dtype, width: int) -> Iterator[KernelCase]:
+    width = min(width, elements)
     rows = elements // width
 
     def matrix(arena: Arena) -> Operands:
@@ -200,8 +191,8 @@ def _reductions(elements: int, dtype: torch.dtype) -> Iterator[KernelCase]:
     yield KernelCase(rebuilt, lambda a, b: aten._log_softmax_backward_data.default(a, b, -1, a.dtype))
 
 
-def _losses(elements: int) -> Iterator[KernelCase]:
-    classes = min(WIDTH, elements)
+def _losses(elements: int, width: int) -> Iterator[KernelCase]:
+    classes = min(width, elements)
     rows = elements // classes
     target: dict[torch.device, Tensor] = {}
 
@@ -217,8 +208,8 @@ def _losses(elements: int) -> Iterator[KernelCase]:
     yield KernelCase(backwards, lambda a, t, g, total: aten.nll_loss_backward.default(g, a, t, None, 1, -100, total))
 
 
-def _norms(elements: int) -> Iterator[KernelCase]:
-    width = min(WIDTH, elements)
+def _norms(elements: int, sizes: Sizes) -> Iterator[KernelCase]:
+    width = min(sizes.width, elements)
     rows = elements // width
 
     def layers(arena: Arena) -> Operands:
@@ -241,11 +232,10 @@ def _norms(elements: int) -> Iterator[KernelCase]:
             g, a, [width], mean, scale, w, b, [True, True, True]
         ),
     )
-    yield from _channel_norms(elements)
+    yield from _channel_norms(elements, min(sizes.channels, elements // 8))  # a variance needs several values
 
 
-def _channel_norms(elements: int) -> Iterator[KernelCase]:
-    channels = 8
+def _channel_norms(elements: int, channels: int) -> Iterator[KernelCase]:
     places = elements // channels
 
     def batch(arena: Arena) -> Operands:
@@ -285,9 +275,9 @@ def _channel_norms(elements: int) -> Iterator[KernelCase]:
     )
 
 
-def _lookups(elements: int) -> Iterator[KernelCase]:
-    width = min(WIDTH, elements)
-    rows, vocabulary = elements // width, 1024
+def _lookups(elements: int, sizes: Sizes) -> Iterator[KernelCase]:
+    width = min(sizes.width, elements)
+    rows, vocabulary = elements // width, sizes.vocabulary
 
     def table(arena: Arena) -> Operands:
         return arena.take(vocabulary, width), arena.integers(rows, below=vocabulary)
@@ -336,15 +326,11 @@ def _pools(elements: int) -> Iterator[KernelCase]:
 # ---- matmuls --------------------------------------------------------------------------------------------------------
 
 
-def matmul_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
+def matmul_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
     """Yield matmuls of single matrices and of batches of matrices."""
-    sides = (16, 64, 256, 1024)
-    for m, n, k in product((*sides, 4096), sides, sides):
-        if m * n * k <= PRODUCTS:
-            yield _product(m, n, k, dtype)
-    for m, n, k in ((8, 8, 8), (64, 10, 64), (128, 384, 128), (2048, 352, 128), (128, 128, 2048), (512, 512, 512)):
+    for m, n, k in sizes.products:
         yield _product(m, n, k, dtype)
-    for batch, m, n, k in ((8, 16, 16, 16), (64, 64, 64, 16), (64, 128, 128, 32), (16, 256, 64, 256)):
+    for batch, m, n, k in sizes.batched:
         yield _products(batch, m, n, k, dtype)
 
 
@@ -360,53 +346,17 @@ def _product(m: int, n: int, k: int, dtype: torch.dtype) -> KernelCase:
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
 
-CONVOLUTIONS: tuple[tuple[int, int, int, int, int, int], ...] = (
-    # dimensions, batch, channels in, channels out, side, window
-    *((2, batch, c, d, side, 3) for batch, side in ((64, 8), (16, 32)) for c, d in ((1, 16), (16, 32), (32, 32))),
-    *((2, batch, c, d, side, 3) for batch, side in ((16, 8), (4, 32)) for c, d in ((64, 64), (128, 128))),
-    *((2, batch, c, d, side, 1) for batch, side in ((64, 8), (16, 32)) for c, d in ((16, 32), (64, 64))),
-    *((2, batch, c, d, side, 2) for batch, side in ((64, 8), (16, 32)) for c, d in ((3, 64), (32, 64))),
-    *((2, 16, c, d, side, 3) for side in (8, 16) for c, d in ((3, 16), (32, 16), (32, 64), (64, 32), (64, 128))),
-    (2, 4, 3, 32, 64, 7),
-    *((3, batch, c, d, side, 3) for batch, side in ((8, 6), (4, 12)) for c, d in ((8, 16), (16, 16), (32, 32))),
-    *((3, 4, c, d, side, 3) for side in (6, 12) for c, d in ((16, 8), (16, 32), (32, 16), (32, 64), (64, 32))),
-    *((3, batch, c, d, 24, 3) for batch in (2, 8) for c, d in ((1, 8), (8, 8), (16, 8))),
-    *((3, 4, c, d, side, 3) for c, d, side in ((8, 4, 24), (16, 4, 24), (8, 8, 12))),  # fewer channels than SIMD lanes
-    *((3, batch, c, d, side, 2) for batch, side in ((8, 12), (4, 24)) for c, d in ((8, 8), (16, 32))),
-    *((3, batch, c, d, side, 1) for batch, side in ((8, 12), (4, 24)) for c, d in ((8, 3), (16, 16))),
-)
 
-
-SINGLE: tuple[tuple[int, int, int, int, int, int], ...] = (
-    *((3, 1, c, d, side, 3) for side in (6, 12) for c, d in ((8, 16), (16, 16), (32, 32))),
-    *((3, 1, c, d, 24, 3) for c, d in ((1, 8), (8, 8), (16, 8))),
-    *((3, 1, c, d, side, 2) for c, d, side in ((8, 8, 24), (8, 16, 12), (16, 32, 12))),
-    *((3, 1, c, d, side, 1) for c, d, side in ((8, 3, 24), (16, 16, 12))),
-    *((2, 1, c, d, side, 3) for c, d, side in ((1, 16, 32), (16, 32, 32), (16, 32, 8), (64, 64, 8))),
-    *((2, 1, c, d, side, 1) for c, d, side in ((16, 32, 32), (64, 64, 8))),
-)
-"""Convolutions of one small sample, which torch computes with other code on a CPU; columns as in CONVOLUTIONS."""
-
-
-TRANSPOSED: tuple[tuple[int, int, int, int, int, int], ...] = (
-    (2, 16, 64, 32, 16, 2),
-    (3, 8, 32, 16, 6, 2),
-    (3, 8, 16, 8, 12, 2),
-)
-"""Transposed convolutions; columns as in CONVOLUTIONS, and the side is that of the smaller input."""
-
-
-def convolution_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
+def convolution_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
     """Yield forward and backward convolutions in two and three dimensions."""
-    for shape in (*CONVOLUTIONS, *(SINGLE if dtype == torch.float32 else ())):
-        yield from _convolutions(*shape, False, dtype)
-    for shape in TRANSPOSED:
-        yield from _convolutions(*shape, True, dtype)
+    for shape in (*sizes.convolutions, *(sizes.single if dtype == torch.float32 else ())):
+        yield from _convolutions(shape, False, dtype)
+    for shape in sizes.transposed:
+        yield from _convolutions(shape, True, dtype)
 
 
-def _convolutions(
-    dimensions: int, batch: int, inputs: int, outputs: int, side: int, window: int, transposed: bool, dtype: torch.dtype
-) -> Iterator[KernelCase]:
+def _convolutions(shape: Convolution, transposed: bool, dtype: torch.dtype) -> Iterator[KernelCase]:
+    dimensions, batch, inputs, outputs, side, window = shape
     stride, padding = (window, 0) if window == 2 else (1, window // 2)
     where = ([stride] * dimensions, [padding] * dimensions, [1] * dimensions, transposed, [0] * dimensions, 1)
     reached = side * stride if transposed else side // stride
@@ -431,23 +381,10 @@ def _convolutions(
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-def attention_cases(dtype: torch.dtype) -> Iterator[KernelCase]:
+def attention_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
     """Yield scaled dot-product attention with and without a causal mask, forward and backward."""
-    for (batch, heads, sequence, size), causal in product(ATTENTIONS, (False, True)):
+    for (batch, heads, sequence, size), causal in product(sizes.attentions, (False, True)):
         yield from _attentions(batch, heads, sequence, size, causal, dtype)
-
-
-ATTENTIONS = (
-    (8, 4, 16, 16),
-    (64, 4, 16, 16),
-    (16, 4, 64, 32),
-    (4, 4, 128, 32),
-    (16, 4, 128, 32),
-    (8, 8, 128, 64),
-    (4, 4, 256, 64),
-    (2, 4, 512, 64),
-)
-"""Attention shapes: batch, heads, sequence length of queries and keys, head size."""
 
 
 def _attentions(

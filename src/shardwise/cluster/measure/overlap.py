@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from shardwise.cluster.measure.team import Team
 
-SIDE = 512
-"""Rows and columns of the multiplied matrices: one matmul takes some milliseconds on a CPU core."""
+SIDE, GPU_SIDE = 512, 4096
+"""Rows and columns of the multiplied matrices: one matmul takes some milliseconds on a CPU core, and on a GPU."""
 
-BYTES = 4 * 2**20
-"""Bytes of the all-reduce that is in flight meanwhile: about one part of a model's gradients."""
+BYTES, GPU_BYTES = 4 * 2**20, 2**31
+"""Bytes of the all-reduce that is in flight meanwhile: it takes longer than the matmul."""
 
 
 def overlap(team: Team, workers: int, threads: int, seconds: float) -> float:
@@ -39,8 +39,9 @@ def overlap(team: Team, workers: int, threads: int, seconds: float) -> float:
 
 def _compared(team: Team, group: dist.ProcessGroup, workers: int, seconds: float) -> tuple[float, float]:
     """Return the median seconds of a matmul (alone, during an all-reduce), measured alternately."""
-    a, b = (torch.randn(SIDE, SIDE, device=team.device) for _ in range(2))
-    message = torch.zeros(BYTES // 4, device=team.device)
+    side, size = (GPU_SIDE, GPU_BYTES) if team.device.type == "cuda" else (SIDE, BYTES)
+    a, b = (torch.randn(side, side, device=team.device) for _ in range(2))
+    message = torch.zeros(size // 4, device=team.device)
     alone: list[float] = []
     meanwhile: list[float] = []
     dist.all_reduce(message, group=group)
@@ -53,12 +54,14 @@ def _compared(team: Team, group: dist.ProcessGroup, workers: int, seconds: float
         meanwhile.append(_product(a, b))
         assert pending is not None
         pending.wait()
+        if team.device.type == "cuda":  # the host does not wait for a message, and the next matmul is to be alone
+            torch.cuda.synchronize(team.device)
     return statistics.median(alone), statistics.median(meanwhile)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> float:
     start = time.perf_counter()
     torch.mm(a, b)
-    if a.device.type == "cuda":
-        torch.cuda.synchronize(a.device)
+    if a.device.type == "cuda":  # not of the whole device, which would be done with the message, too
+        torch.cuda.current_stream(a.device).synchronize()
     return time.perf_counter() - start

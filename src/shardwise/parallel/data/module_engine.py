@@ -17,7 +17,7 @@ from shardwise.parallel.data.ddp import ReplicatedModel
 from shardwise.parallel.data.whole_batch import of_all_replicas
 from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, RerunPass, gradient_fault, module_fault, passes_of
-from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.mesh import Mesh, random_state_kept
 from shardwise.parallel.operators.module_patches import DRAWN, ModulePatches
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.state.buffers import Buffers
@@ -271,8 +271,7 @@ class ModuleEngine:
             return []
         empty = any(parameter.is_meta for parameter in model.parameters())
         passes = [partial(self._look, model, batch) for batch in (unlike(batches) if empty else batches)]
-        devices = [self._mesh.device] if self._mesh.device.type == "cuda" else []
-        with evaluating(model), untouched(model), torch.random.fork_rng(devices):
+        with evaluating(model), untouched(model), random_state_kept():
             blocks = repeated_blocks(model, steady_modules(model, passes))
         if not blocks:
             kinds = {

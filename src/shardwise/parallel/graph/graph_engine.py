@@ -23,10 +23,11 @@ from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.graph.graph_faults import Watched
 from shardwise.parallel.graph.parameters import LocalStages
 from shardwise.parallel.graph.trace import traced
-from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.mesh import Mesh, random_state_kept
 from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.operators.module_patches import DRAWN
 from shardwise.parallel.optim.clipping import local_gradients
+from shardwise.parallel.pipeline.channels import open_channels
 from shardwise.parallel.pipeline.divide import divide
 from shardwise.parallel.pipeline.executor import MOST_STAGES, PipelineExecutor, PipelinePass
 from shardwise.parallel.pipeline.stage import StepWork, prepare
@@ -122,7 +123,13 @@ class GraphEngine:
         self.parameters: dict[str, nn.Parameter] = self._local_stages.trained(self._trained)
         self.held: dict[str, TensorPlacement] = self._local_stages.held()
         self._pipeline = PipelineExecutor(
-            self._local_stages.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
+            self._local_stages.stages,
+            mesh.coordinate("pp"),
+            strategy.pp,
+            mesh.group("pp"),
+            mesh.device,
+            self._weights,
+            open_channels(works, mesh),
         )
         self.uncut = local.uncut(named) if strategy.tp > 1 else []
         self.cut_points = self.division.cut_points if strategy.pp > 1 else None
@@ -203,7 +210,7 @@ class GraphEngine:
     def _work(self, key: Key, data: Any) -> StepWork:
         """Return the work for batches of these shapes, and trace it when they occur for the first time."""
         if key not in self._works:
-            with torch.random.fork_rng():
+            with random_state_kept():
                 model = plain_model(self._workload)
                 move_values(model, self._mesh.device)
             step = traced(self._workload, model, data, training=key[0])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from shardwise.parallel.engine import Position
+from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.operators.module_patches import ModulePatches
 from shardwise.parallel.state.build_model import untouched
 from shardwise.workload.trace.graph import StepGraph, Untraceable, first_line, trace
@@ -53,7 +54,7 @@ def _recorded(
     try:
         with (
             torch.no_grad(),
-            torch.random.fork_rng(),
+            random_state_kept(),
             recorder.open(),
             untouched(model),
             operations.training_pass(),

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.mesh import Mesh, random_state_kept
 from shardwise.parallel.pipeline.cut_points import CutPoint, Use, calls, common, find_cut_points, uses
 from shardwise.parallel.pipeline.link_speed import measured_links
 from shardwise.parallel.tensor.partitioner import LocalGraph
@@ -181,7 +181,7 @@ def _timed(
 ) -> list[float]:
     before = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
     best = [float("inf")] * len(used)
-    with torch.random.fork_rng():
+    with random_state_kept():
         for _ in range(repeats):
             for index, seconds in enumerate(_timed_once(step, tensors, data, used)):
                 best[index] = min(best[index], seconds)

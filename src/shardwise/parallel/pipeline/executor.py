@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.autograd.profiler import record_function
 
+from shardwise.parallel.pipeline.channels import Channels
 from shardwise.parallel.pipeline.stage import StageModule, StepWork
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
@@ -96,6 +97,7 @@ class PipelineExecutor:
         device: the device that this worker computes on.
         weights: the weight gradients that split backward passes deferred.
         parts: sums of scale times each of several losses over this worker's microbatches; empty for a single loss.
+        channels: groups of messages, see `channels.open_channels`; without them messages go by tag in `group`.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class PipelineExecutor:
         group: dist.ProcessGroup | None,
         device: torch.device,
         weights: WeightGradients,
+        channels: Channels | None = None,
     ) -> None:
         self.stages = stages
         self.worker = worker
@@ -114,6 +117,7 @@ class PipelineExecutor:
         self.device = device
         self.weights = weights
         self.parts: list[Tensor] = []
+        self.channels = channels or {}
         self._inflight: dict[tuple[int, int], Inflight] = {}
         self._arriving: dict[Action, list[tuple[fx.Node, Tensor, Any]]] = {}
         self._here: dict[tuple[Action, int, fx.Node], Tensor] = {}
@@ -231,10 +235,10 @@ class PipelineExecutor:
         for source, nodes in self._sources(work, action):
             if self._on(source) == self.worker:
                 continue
-            tag = self._tag(action, source, action.stage)
+            tag, group = self._tag(action, source, action.stage), self._group(source, action.stage)
             for node in nodes:
                 buffer = torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device=self.device)
-                arriving.append((node, buffer, dist.irecv(buffer, self._rank(source), self.group, tag)))
+                arriving.append((node, buffer, dist.irecv(buffer, self._rank(source), group, tag)))
         self._arriving[action] = arriving
 
     def _received(self, work: StepWork, action: Action) -> dict[fx.Node, Tensor]:
@@ -266,7 +270,7 @@ class PipelineExecutor:
                 continue
             message = message.contiguous()
             tag = self._tag(action, action.stage, target)
-            handle = dist.isend(message, self._rank(target), self.group, tag)
+            handle = dist.isend(message, self._rank(target), self._group(action.stage, target), tag)
             self._sent.append(Sent(self._on(target), self._position(arrival), handle, message))
 
     def _position(self, action: Action) -> int:
@@ -304,6 +308,9 @@ class PipelineExecutor:
     def _rank(self, stage: int) -> int:
         assert self.group is not None
         return dist.get_global_rank(self.group, self._on(stage))
+
+    def _group(self, source: int, target: int) -> dist.ProcessGroup | None:
+        return self.channels[source, target] if self.channels else self.group
 
     def _tag(self, action: Action, source: int, target: int) -> int:
         """Compute the tag of a group of messages, equal on both sides. Messages with equal tags arrive in order."""

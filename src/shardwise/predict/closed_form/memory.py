@@ -9,7 +9,8 @@ moments are computed, and the largest is the peak.
     optimizer     optimizer state
     activations   saved for the backward passes of all microbatches in flight (Korthikanti et al. 2022, section 4)
     temporary     short-lived tensors of passes, gradient buckets and the optimizer, and the batch
-    process       on a CPU that was measured: the worker's process without tensors, and what its allocator leaves unused
+    process       on a CPU that was measured: the worker's process without tensors, and what its allocator leaves
+                  unused; on a GPU that was measured: the workspaces that libraries keep
 
 Sharded parameters, their gradients and their optimizer state do not count under `offload=1`: they lie on the host.
 """

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 from shardwise.collective import Collective
 from shardwise.errors import StrategyError
 from shardwise.parallel.graph.graph_engine import GraphEngine
-from shardwise.parallel.mesh import Allocating
+from shardwise.parallel.mesh import Allocating, random_state_kept
 from shardwise.parallel.program import Program
 from shardwise.predict.dry_run.fakes import (
     Answers,
@@ -162,7 +162,7 @@ class _SingleDryRun:
 
     def result(self) -> DryRun:
         """Build the program of the rank, run its steps and return what was observed."""
-        with fake_workers(self.rank, self.strategy.workers), torch.random.fork_rng():
+        with fake_workers(self.rank, self.strategy.workers), random_state_kept():
             program = Program.build(
                 self.workload,
                 self.strategy,

@@ -181,12 +181,16 @@ def attention_seconds(kernel: Kernel, device: Device, numbers: Constants) -> flo
 
 
 def _as_matmul(kernel: Kernel, device: Device, numbers: Constants) -> float:
-    """Compute the seconds of a convolution as the implicit matmul that libraries run (Chetlur et al. 2014)."""
+    """Compute the seconds of a convolution as the implicit matmul that libraries run (Chetlur et al. 2014).
+
+    In float32 it is a tf32 matmul where the device has any: PyTorch lets cuDNN round operands to tf32 by default, which
+    it does not do for matmuls (`torch.backends.cudnn.allow_tf32`).
+    """
     batch, inputs, outputs, positions, window = kernel.shape
     product = Kernel(
         kernel.operation,
         "matmul",
-        kernel.dtype,
+        "tf32" if kernel.dtype == "float32" and "tf32" in device.flops else kernel.dtype,
         kernel.flops,
         kernel.bytes,
         (1, batch * positions, outputs, inputs * window),

@@ -24,6 +24,7 @@ from torch.utils.data import default_collate
 from shardwise.errors import DataError, WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.graph.trace import traced
+from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.pipeline.cut_points import CutPoint
 from shardwise.parallel.state.build_model import evaluating, persistent_buffers, plain_model, untouched
 from shardwise.parallel.state.pytree import unlike
@@ -164,7 +165,7 @@ class Model:
                 batches = [collate([sample]) for sample in first_samples(self.workload.dataset, _ALONE) or []]
             empty = any(parameter.is_meta for parameter in module.parameters())
             passes = [partial(self._look, each) for each in (unlike(batches) if empty else batches)]
-            with evaluating(module), untouched(module), torch.random.fork_rng(), torch.no_grad():
+            with evaluating(module), untouched(module), random_state_kept(), torch.no_grad():
                 self._steady[samples] = steady_modules(module, passes)
         return self._steady[samples]
 
@@ -186,14 +187,14 @@ def builds(workload: Workload) -> Iterator[Model]:
     module = _on_meta(workload)
     if module is not None:
         yield Model.of(workload, module)
-    with torch.random.fork_rng(), without_parameters():
+    with random_state_kept(), without_parameters():
         module = plain_model(workload)
     yield Model.of(workload, module)
 
 
 def with_values(workload: Workload) -> Model:
     """Build the model with real values, for models that cannot be traced."""
-    with torch.random.fork_rng():
+    with random_state_kept():
         return Model(workload, plain_model(workload))
 
 
@@ -211,7 +212,7 @@ def _on_meta(workload: Workload) -> nn.Module | None:
 
     Returns None if the factory cannot run there, for example because it computes with values of its tensors.
     """
-    with torch.random.fork_rng():
+    with random_state_kept():
         try:
             with torch.device("meta"), _Unfilled():  # type: ignore[no-untyped-call]
                 model = plain_model(workload)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from shardwise.parallel.check import TensorDegrees
 from shardwise.parallel.engine import Position
 from shardwise.parallel.graph.autocast import widen_loss
+from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.pipeline.cut_points import CutPoint, common, find_cut_points, from_batch
 from shardwise.parallel.pipeline.subgraphs import Section, sections
@@ -338,7 +339,7 @@ class _Profiler:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     lambda _, name=name: ready.append(name)
                 )
-        with untouched(model), torch.random.fork_rng(), recorder:
+        with untouched(model), random_state_kept(), recorder:
             recorder.watch()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 loss = total(losses_of(self.workload, model, self._called(data), data))

@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCu
 from shardwise.cluster.curves import ANY, curve_name
 from shardwise.cluster.measure import machine
 from shardwise.cluster.measure.arena import Arena
-from shardwise.cluster.measure.collectives import OPERATIONS, SIZES, collective_curves, layouts
+from shardwise.cluster.measure.collectives import OPERATIONS, collective_curves, layouts, sizes_on
 from shardwise.cluster.measure.contention import shared
 from shardwise.cluster.measure.host_link import host_of
 from shardwise.cluster.measure.host_overhead import small_step, small_update, timed_steps
 from shardwise.cluster.measure.kernel_cases import KernelCase, all_cases
+from shardwise.cluster.measure.kernel_sizes import CPU, GPU
 from shardwise.cluster.measure.kernels import MeasuredKernel, Situation, kernel_curves
 from shardwise.cluster.measure.overlap import overlap
 from shardwise.cluster.measure.team import Team
@@ -69,7 +71,7 @@ class Effort:
         message: seconds for each size of a collective.
         other: seconds for each measurement that is not a curve.
         dtypes: dtypes to measure.
-        cases: function that returns the cases of a dtype; None: all cases.
+        cases: function that returns the cases of a dtype; None: all cases in the sizes of the device.
     """
 
     case: float = 0.01
@@ -78,9 +80,11 @@ class Effort:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     cases: Callable[[torch.dtype], Sequence[KernelCase]] | None = None
 
-    def of(self, dtype: torch.dtype) -> Sequence[KernelCase]:
-        """Return the cases to measure for a dtype."""
-        return list((self.cases or all_cases)(dtype))
+    def on(self, device: torch.device) -> list[KernelCase]:
+        """Return the cases to measure on a device. A GPU is so fast that it is always measured in all dtypes."""
+        gpu = device.type == "cuda"
+        of = self.cases or partial(all_cases, sizes=GPU if gpu else CPU)
+        return [case for dtype in (THOROUGH.dtypes if gpu else self.dtypes) for case in of(dtype)]
 
 
 THOROUGH = Effort()
@@ -129,10 +133,10 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
     """
     team = Team(default_device())
     arena = Arena(team.device)
-    measured = [note(case, arena) for dtype in effort.dtypes for case in effort.of(dtype)]
+    measured = [note(case, arena) for case in effort.on(team.device)]
     layered = list(layouts(team.hosts))
     settings = situations(team)
-    total = len(measured) * len(settings) + len(layered) * len(OPERATIONS) * len(SIZES)
+    total = len(measured) * len(settings) + len(layered) * len(OPERATIONS) * len(sizes_on(team.device))
     tqdm.monitor_interval = 0  # keeps tqdm from starting a thread
     with tqdm(
         total=total,
@@ -144,8 +148,7 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
     ) as bar:
         curves = [c for each in settings for c in kernel_curves(measured, team, each, effort.case, bar.update)]
         collectives = [c for each in layered for c in collective_curves(team, each, effort.message, bar.update)]
-    most = max(settings)
-    slowed = overlap(team, *most, effort.other) if most[0] > 1 else 1.0
+    slowed = _slowed(team, effort.other)
     crowds = shared(team, crowded(team), effort.other) if team.device.type == "cpu" else {}
     beside = host_of(team) if team.device.type == "cuda" else {}
     if team.rank != 0:
@@ -158,6 +161,16 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
     device = replace(device, strain=own.strain(cluster))
     cluster = _cluster(team, device, collectives)
     return _cluster(team, replace(device, overheads=own.overheads(cluster)), collectives)
+
+
+def _slowed(team: Team, seconds: float) -> float:
+    """Return how much slower the workers of a host compute while they communicate; 1 for one worker. Collective.
+
+    GPUs compute side by side without slowing each other, so that their kernels are measured on one worker alone, but
+    what they communicate takes a part of each.
+    """
+    workers, threads = (len(team.hosts[0]), 1) if team.device.type == "cuda" else max(situations(team))
+    return overlap(team, workers, threads, seconds) if workers > 1 else 1.0
 
 
 def situations(team: Team) -> list[Situation]:

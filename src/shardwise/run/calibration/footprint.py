@@ -1,7 +1,8 @@
 """Memory and host time of a worker beside its tensors and kernels, measured by small trainings of each program kind.
 
 On a CPU a worker's memory is that of its process: Python, torch, the modules and data of a kind of program (the graph
-of a step, for example), and the gaps that the allocator leaves between tensors. On a GPU only tensors count.
+of a step, for example), and the gaps that the allocator leaves between tensors. On a GPU it is that of its tensors, and
+of the workspaces that cuBLAS takes at its first call and never gives back.
 
 The step times of these trainings also give the host's overheads beside kernels and messages. The excess over the
 predicted step of a plain training becomes the overhead of each step. Further excess of the other kinds becomes the
@@ -63,7 +64,7 @@ class Footprint:
     """Measurements of small trainings, from which properties of a device are derived.
 
     Attributes:
-        process: kind of program -> bytes of the process; empty on a GPU, and if the system cannot measure it.
+        process: kind of program -> bytes of the process, or of GPU memory; empty if the system cannot measure it.
         large: workload with larger activations.
         trained: training of `large`.
         grown: bytes by which the process grew in that training.
@@ -149,17 +150,17 @@ def footprint() -> Footprint:
     It must run in a fresh process: modules and memory of earlier work would be counted too.
     """
     team = Team(default_device())
-    large, strategy = _workload(hidden=128, batch=64 * team.size, image=16), Strategy(dp=team.size)
-    if team.device.type != "cpu" or not restart_peak():
+    large, strategy = _large(team), Strategy(dp=team.size)
+    if not _restart_peak(team.device):
         return Footprint({}, large, FootprintTrial(strategy, 0.0), 0, {})
     workers = team.size
     small = _workload(hidden=32, batch=4 * workers)
     found = {"module": _peak(team, small, Strategy(dp=workers))}
-    plain = _settled()
+    plain = _settled(team.device)
     splits = {"step": Strategy(dp=workers)}
     if workers > 1:
         found["sharded"] = _peak(team, small, Strategy(fsdp=workers))
-        residue = max(0, _settled() - plain)
+        residue = max(0, _settled(team.device) - plain)
         splits["sharded"] = Strategy(fsdp=workers)
         splits["stage"] = Strategy(pp=workers, microbatches=2 * workers)
         found["graph"] = _peak(team, small, splits["stage"]) - residue
@@ -168,7 +169,7 @@ def footprint() -> Footprint:
     splits["again"] = Strategy(dp=workers, recompute="full")
     splits["selective"] = Strategy(dp=workers, recompute="selective")
     process = _largest(team, found)
-    before = _settled()
+    before = _settled(team.device)
     grown = _largest(team, {"": _peak(team, large, strategy) - before})[""]
     trained = _tried(team, large, strategy, LONG)
     trials = {name: _tried(team, _usual(workers), split, TIMED) for name, split in splits.items()}
@@ -189,6 +190,8 @@ def _tried(team: Team, workload: Workload, strategy: Strategy, count: int) -> Fo
     Slow steps, as over slow network links, are timed fewer times, in about SECONDS.
     """
     program = Program.build(workload, strategy)
+    if team.device.type == "cuda":  # a host that never waited for the device would be timed alone
+        program.ask_before_update(lambda loss, square, search: True)
     share = next(program.loader().shares(0))
 
     def steps(number: int) -> list[float]:
@@ -214,17 +217,35 @@ def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
 
 def _peak(team: Team, workload: Workload, strategy: Strategy) -> int:
     """Return the peak memory of this process in a short training, in bytes. Collective."""
-    give_back()
-    restart_peak()
+    _settled(team.device)
+    _restart_peak(team.device)
     job = Job(source=Source(workload=workload), strategy=strategy, options=Options(steps=STEPS, quiet=True))
     most = train(Program.build(workload, strategy), job).summary["memory_bytes_by_worker"]
     return int(most[team.rank])
 
 
-def _settled() -> int:
-    """Return the memory of this process in bytes, after it has returned all free memory to the system."""
+def _settled(device: torch.device) -> int:
+    """Return the memory of this process, or of its tensors on a GPU, in bytes, after all free memory is given back."""
     give_back()
-    return own_memory()[1]
+    if device.type != "cuda":
+        return own_memory()[1]
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
+
+
+def _restart_peak(device: torch.device) -> bool:
+    """Reset the peak memory of this process, or of its tensors on a GPU. Returns False if the system cannot."""
+    if device.type != "cuda":
+        return restart_peak()
+    torch.cuda.reset_peak_memory_stats(device)
+    return True
+
+
+def _large(team: Team) -> Workload:
+    """Build a workload whose kernels keep a device of this kind busy, whatever its host does."""
+    if team.device.type == "cuda":
+        return _workload(hidden=1024, batch=16 * team.size, image=64, heads=16)
+    return _workload(hidden=128, batch=64 * team.size, image=16)
 
 
 def _usual(workers: int) -> Workload:
@@ -232,7 +253,7 @@ def _usual(workers: int) -> Workload:
     return _workload(hidden=64, batch=16 * workers, image=16)
 
 
-def _workload(hidden: int, batch: int, image: int = 8) -> Workload:
+def _workload(hidden: int, batch: int, image: int = 8, heads: int = HEADS) -> Workload:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 1, image, image, generator=generator)
     return Workload(
@@ -244,7 +265,7 @@ def _workload(hidden: int, batch: int, image: int = 8) -> Workload:
             classes=CLASSES,
             layers=4,
             hidden=hidden,
-            heads=HEADS,
+            heads=heads,
             dropout=0.0,
         ),
         dataset=TensorDataset(images, torch.arange(batch) % CLASSES),

@@ -217,7 +217,8 @@ def communicating(events: Iterable[FunctionEvent], device: torch.device) -> tupl
     for event in events:
         interval = (event.time_range.start * 1e-6, event.time_range.end * 1e-6)
         if device.type == "cuda":
-            if event.device_type.name == "CUDA":
+            # a range that the program names covers the kernels inside it, and the pauses between them
+            if event.device_type.name == "CUDA" and not event.is_user_annotation:
                 (communication if "nccl" in event.name.lower() else compute).append(interval)
         elif event.name == WAIT:
             waits.append(interval)

@@ -165,10 +165,13 @@ class _Prover:
         self._folder = folder
         self._batch_size = source.load().batch_size
         self._recorded: set[Strategy] = set()
+        self._gpus: bool | None = None
 
     def prove(self, strategies: Sequence[Strategy]) -> list[Proof]:
         """Return a proof for each strategy; strategies with equal numbers of workers share processes, one by one."""
         settled = [strategy.for_batch(self._batch_size) for strategy in strategies]
+        if self._gpus is None:  # the same for one worker as for all: a GPU rounds otherwise than a CPU
+            self._gpus = enough_gpus(max(each.workers for each in settled))
         alone = [Strategy(microbatches=each.microbatches, precision=each.precision) for each in settled]
         missing = [each for each in dict.fromkeys(alone) if each not in self._recorded]
         if missing:
@@ -203,9 +206,7 @@ class _Prover:
     def _run(self, function: Any, trials: Sequence[StrategyTrial]) -> Any:
         workers = trials[0].strategy.workers
         written = [cloudpickle.dumps(trial) for trial in trials]
-        return run_local(
-            watched, (function, written), workers=workers, threads=self._threads, gpus=enough_gpus(workers)
-        )
+        return run_local(watched, (function, written), workers=workers, threads=self._threads, gpus=bool(self._gpus))
 
 
 def _without_options(axis: str) -> dict[str, Any]:
@@ -220,6 +221,7 @@ def _without_options(axis: str) -> dict[str, Any]:
 
 def watched(function: Callable[[Sequence[bytes]], Any], trials: Sequence[bytes]) -> Any:
     """Call `function(trials)` under the watch that notices hanging workers, and return its result."""
+    torch.backends.cudnn.allow_tf32 = False  # ten bits of a float32 would hide what goes wrong
     with watch.watching(watch.limits(None, None)):
         return function(trials)
 

@@ -17,6 +17,9 @@ CPU = torch.device("cpu")
 class Changing(nn.Module):
     """A module whose pass changes every kind of state."""
 
+    assigned: Tensor
+    written: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(3)
@@ -40,7 +43,8 @@ class Changing(nn.Module):
         self.hidden += 1
         self.written += 1
         self.assigned = self.assigned + 1
-        return self.norm(x + torch.rand(3) + float(np.random.rand()) + random.random())
+        output: Tensor = self.norm(x + torch.rand(3) + float(np.random.rand()) + random.random())
+        return output
 
 
 def state(module: Changing) -> list[str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
 from shardwise.run.training.metrics import (
@@ -50,6 +51,16 @@ def test_communicating_is_what_is_not_hidden_behind_computing() -> None:
     communication, exposed = communicating(events, CPU)
     assert abs(communication - 4) < 1e-9
     assert abs(exposed - 2) < 1e-9
+
+
+def test_ranges_that_the_program_names_are_no_computing_on_a_gpu() -> None:
+    events = [event("ncclDevKernel_AllGather", 1, 3), event("gemm", 2, 4), event("FSDP::all_gather", 1, 3)]
+    events[2].is_user_annotation = True
+    for each in events:
+        each.device_type = DeviceType.CUDA
+    communication, exposed = communicating(events, torch.device("cuda"))
+    assert abs(communication - 2) < 1e-9
+    assert abs(exposed - 1) < 1e-9
 
 
 def test_the_first_step_counts_only_if_alone() -> None:
