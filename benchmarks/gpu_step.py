@@ -66,7 +66,7 @@ def by_hand(workload: Workload, strategy: Strategy, batch: Any, device: torch.de
         data = to_device(batch, device)
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            loss = workload.loss(call_model(model, workload.inputs(data)), data)
+            loss: torch.Tensor = workload.loss(call_model(model, workload.inputs(data)), data)
         loss.backward()  # type: ignore[no-untyped-call]
         if workload.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), workload.clip_norm)
