@@ -32,7 +32,7 @@ readme: $(STAMP) ## runs the demo and puts its table into README.md and its twin
 test: $(STAMP) ## runs all tests, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-unit: $(STAMP) ## runs the tests that start no workers
+unit: $(STAMP) ## runs the tests that start no process
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit
 
 models: $(STAMP) ## tests all models of others under all strategies and writes docs/models.md
@@ -46,7 +46,7 @@ check: $(STAMP) ## ruff, mypy --strict (over the tests too) and the import order
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find tests -name conftest.py -print0 | xargs -0 -n 1 $(BIN)/mypy
-	$(BIN)/python -m pytest --quiet tests/unit/test_layers.py tests/unit/test_public_names.py
+	$(BIN)/python -m pytest --quiet tests/unit/test_layers.py tests/unit/test_public_names.py tests/processes/test_imports.py
 
 format: $(STAMP) ## lets ruff lay out and sort the code
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -51,6 +52,7 @@ def _work(setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not setup["gpus"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    gc.disable()  # imports make many objects and no garbage
     from shardwise.launch import watch
     from shardwise.launch.join import die_with_parent, join_local, leave
 
@@ -61,6 +63,7 @@ def _work(setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
 
     join_local(os.path.join(setup["folder"], "store"), rank, setup["workers"])
     function, arguments = cloudpickle.loads(work)
+    gc.enable()
     value = function(*arguments)
     leave()
     returned: bytes = cloudpickle.dumps(value) if rank == 0 else b""

@@ -41,6 +41,19 @@ def with_memory(cluster: Cluster, size: int) -> Cluster:
     return replace(cluster, nodes=nodes)
 
 
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch, profiles: ScaledProfiles) -> None:
+    """Let plans of the small GPT take the profiles that are traced already."""
+
+    def saved(workload: Workload, cluster: Cluster) -> Profiles:
+        assert workload.name == profiles.traced.workload.name
+        assert cluster.device(0).kind == profiles.traced.device
+        return profiles.traced
+
+    for module in ("planner.scaling", "commands.plan"):
+        monkeypatch.setattr(f"shardwise.{module}.profiles_on", saved)
+
+
 @pytest.fixture(scope="module")
 def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> dict[Strategy, Any]:
     """What every strategy for 4 devices costs."""
@@ -67,11 +80,16 @@ def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluste
         assert least_memory(profile, strategy) <= prediction.memory.total, strategy
 
 
-@pytest.mark.parametrize("slower", [1, 1000])
-def test_bounds_hold_for_deep_pipelines_too(slower: float) -> None:
-    """Stages of a few layers each, many microbatches, sharded replicas: a sample of all there are; and slow links."""
+@pytest.fixture(scope="module")
+def deep() -> ScaledProfiles:
     workload = load_workload("gpt:layers=24,hidden=512,heads=8,vocabulary=512,sequence=128,batch_size=64")
-    profiles, fast = ScaledProfiles(Profiles(workload)), find_cluster("h100x32")
+    return ScaledProfiles(Profiles(workload))
+
+
+@pytest.mark.parametrize("slower", [1, 1000])
+def test_bounds_hold_for_deep_pipelines_too(deep: ScaledProfiles, slower: float) -> None:
+    """Stages of a few layers each, many microbatches, sharded replicas: a sample of all there are; and slow links."""
+    workload, profiles, fast = deep.traced.workload, deep, find_cluster("h100x32")
     between = (replace(level, bandwidth=level.bandwidth / slower) for level in fast.levels[1:])
     cluster = replace(fast, levels=(fast.levels[0], *between))
     chosen = random.Random(1).sample(everything(workload, 32, Constraints(), len(profiles.one().segments)), 250)
@@ -214,6 +232,7 @@ def test_a_degree_that_does_not_divide_heads_keeps_its_reason(workload: Workload
     assert any("does not divide the 4 attention heads" in reason for reason in reasons)
 
 
+@pytest.mark.usefixtures("known")
 def test_nothing_fits_says_by_how_much_and_what_would_do(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match=r"needs least, .* too much: .*(would do|not help)"):
         planned(Source(workload=SPEC), "a100-40x4", 4, objective="time", max_memory="4MiB", fix=[], forbid=[], out=None)
@@ -273,6 +292,7 @@ def test_wrong_plan_files_are_refused(tmp_path: Path, text: str, message: str) -
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.usefixtures("known")
 def test_a_plan_holds_where_it_was_made_and_not_on_slower_devices(tmp_path: Path) -> None:
     out = tmp_path / "plan.toml"
     planned(
@@ -301,6 +321,7 @@ def test_more_devices_stop_paying_where_they_bring_less_than_half(cluster: Clust
     assert found.workers == 4
 
 
+@pytest.mark.usefixtures("known")
 def test_one_device_that_is_too_small_is_told_how_many_would_do() -> None:
     source = Source(workload=SPEC)
     with pytest.raises(DoesNotFit, match=r"does not fit into 1 device of .*: \d+ of them would do"):
@@ -327,6 +348,7 @@ def test_train_takes_the_strategy_of_a_plan_file(tmp_path: Path) -> None:
         settle_strategy(str(tmp_path / "none.toml"), None)
 
 
+@pytest.mark.usefixtures("known")
 def test_a_plan_with_a_pipeline_says_where_it_is_cut(tmp_path: Path) -> None:
     out = tmp_path / "plan.toml"
     planned(Source(workload=SPEC), "a100-40x4", 2, objective="time", max_memory=None, fix=["pp=2"], forbid=[], out=out)
@@ -357,10 +379,14 @@ def two_kinds(times: float) -> Cluster:
 LARGE = "gpt:layers=2,hidden=2048,heads=16,vocabulary=512,sequence=512,batch_size=12,precision=bf16"
 
 
-def test_stages_lie_on_different_hosts_where_links_between_these_are_slow() -> None:
+@pytest.fixture(scope="module")
+def large() -> ScaledProfiles:
+    return ScaledProfiles(Profiles(load_workload(LARGE)))
+
+
+def test_stages_lie_on_different_hosts_where_links_between_these_are_slow(large: ScaledProfiles) -> None:
     """Two hosts of two devices each: gradients are many, what stages hand to each other is little."""
-    workload = load_workload(LARGE)
-    profiles = ScaledProfiles(Profiles(workload))
+    workload, profiles = large.traced.workload, large
     plain = find_cluster("a100-40x4")
     inside = replace(plain.levels[0], span=2)
     between = replace(plain.levels[0], name="ethernet", span=4, bandwidth=1.25e9, latency=50e-6)
@@ -380,9 +406,8 @@ def test_stages_lie_on_different_hosts_where_links_between_these_are_slow() -> N
     assert {candidate.strategy.outermost for candidate in asked.candidates} == {"pp"}
 
 
-def test_a_slower_device_gets_a_smaller_share() -> None:
-    workload = load_workload(LARGE)
-    profiles = ScaledProfiles(Profiles(workload))
+def test_a_slower_device_gets_a_smaller_share(large: ScaledProfiles) -> None:
+    workload, profiles = large.traced.workload, large
     cluster = two_kinds(3.0)
     plan = search(workload, cluster, 2, Constraints.parse(forbid=["tp", "pp"]), profiles).plan
     assert plan.best is not None
@@ -416,7 +441,6 @@ def test_a_slower_device_gets_smaller_stages() -> None:
     assert best.prediction.step_seconds == pytest.approx(played.step_seconds, rel=0.05)
 
 
-def test_equal_devices_get_equal_shares() -> None:
-    workload = load_workload(LARGE)
-    plan = search(workload, two_kinds(1.0), 2, Constraints.parse(forbid=["tp", "pp"])).plan
+def test_equal_devices_get_equal_shares(large: ScaledProfiles) -> None:
+    plan = search(large.traced.workload, two_kinds(1.0), 2, Constraints.parse(forbid=["tp", "pp"]), large).plan
     assert all(not candidate.strategy.shares for candidate in plan.candidates)

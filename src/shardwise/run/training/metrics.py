@@ -24,7 +24,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from shardwise.parallel.pipeline.executor import WAIT
-from shardwise.run.training.process_memory import give_back, peak_memory, restart_peak
+from shardwise.run.training.process_memory import give_back, only_new_garbage, peak_memory, restart_peak
 from shardwise.run.training.result import Step
 
 Interval = tuple[float, float]
@@ -168,14 +168,15 @@ class Sampler:
         before = peak_memory(self.device)
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints that it starts and stops
         gpu = self.device.type == "cuda"
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
-            begin = self._now()
-            yield
-            seconds = self._now() - begin
-        communication, exposed = communicating(profiler.events() or [], self.device)
-        self.spent.append(ProfiledSeconds(seconds, communication, min(exposed, seconds)))
-        del profiler
-        self._forget(before)
+        with only_new_garbage():
+            with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+                begin = self._now()
+                yield
+                seconds = self._now() - begin
+            communication, exposed = communicating(profiler.events() or [], self.device)
+            self.spent.append(ProfiledSeconds(seconds, communication, min(exposed, seconds)))
+            del profiler
+            self._forget(before)
 
     def _forget(self, before: int) -> None:
         """Remove the profiler's memory from the peak, if the system can reset it."""

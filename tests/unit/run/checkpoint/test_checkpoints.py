@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickletools
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,8 +23,6 @@ from shardwise.run.checkpoint.export import export_safetensors
 from shardwise.run.checkpoint.folder import begin
 from shardwise.run.checkpoint.index import Index
 from shardwise.run.checkpoint.safetensors_file import TensorSpec, write_tensors
-
-TESTS = Path(__file__).parents[3]
 
 
 def saved(run: Path, *steps: int, keep: int = 3) -> Checkpoints:
@@ -370,49 +365,3 @@ def test_export_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"index.json"):
         export_safetensors(tmp_path, tmp_path / "x")
     assert not (tmp_path / "x").exists()
-
-
-KILLED = """
-import os, signal, sys, time
-from pathlib import Path
-import torch
-sys.path.insert(0, sys.argv[2])
-from standin import StandIn
-from shardwise.run.checkpoint.checkpoints import Checkpoints
-
-def save_for_ever(run, ready):
-    checkpoints = Checkpoints(run, keep=2)
-    for step in range(1, 10**6):
-        weights = {f"w{i}": torch.full((512, 64), float(step)) for i in range(8)}
-        checkpoints.save(StandIn(weights, steps=step), {"step": step})
-        if step == 2:
-            checkpoints.wait()
-            os.write(ready, b"x")
-
-for attempt in range(8):
-    heard, ready = os.pipe()
-    child = os.fork()
-    if child == 0:
-        save_for_ever(Path(sys.argv[1], str(attempt)), ready)
-    os.read(heard, 1)
-    time.sleep(0.0037 * attempt)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
-
-
-def test_kill_in_the_middle_never_costs_more_than_the_last_one(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(TESTS)], check=True, env=environment, timeout=300)
-    left = []
-    for run in tmp_path.iterdir():
-        left += [name for name in folders(run) if name.endswith(".partial")]
-        checkpoints = Checkpoints(run)
-        program = StandIn({f"w{i}": torch.zeros(512, 64) for i in range(8)})
-        step = checkpoints.load(program, newest(checkpoints))["step"]
-        assert step >= 2
-        assert all(bool((tensor == step).all()) for tensor in program.locals().values())
-        checkpoints.save(program, {"step": step})
-        checkpoints.wait()
-        assert not [name for name in folders(run) if name.startswith(".")]
-    assert left, "no kill came in the middle of a save"

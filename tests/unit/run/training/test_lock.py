@@ -3,9 +3,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,6 @@ from shardwise.errors import RunFolderError
 from shardwise.run.training.lock import LOCK, release_lock, released, take_lock
 from shardwise.run.training.run_folder import create_run, reopen_run
 
-HOLDER = """
-import sys
-from pathlib import Path
-from shardwise.run.training.lock import take_lock
-take_lock(Path(sys.argv[1]))
-print("held", flush=True)
-sys.stdin.read()
-"""
 REQUEST: dict[str, Any] = {
     "workload": "small",
     "source": None,
@@ -41,23 +30,6 @@ def free(tmp_path: Path) -> Any:
     release_lock(tmp_path / "run")
 
 
-def holder(folder: Path) -> subprocess.Popen[str]:
-    line = [sys.executable, "-c", HOLDER, str(folder)]
-    process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
-def test_second_is_told_who_has_it_and_a_killed_holder_leaves_nothing_behind(tmp_path: Path) -> None:
-    process = holder(tmp_path)
-    with pytest.raises(RunFolderError, match=rf"is in use: process {process.pid} trains in it; wait until .* --out"):
-        take_lock(tmp_path)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    take_lock(tmp_path)
-
-
 def test_one_run_after_another_in_one_process(tmp_path: Path) -> None:
     take_lock(tmp_path)
     with pytest.raises(RunFolderError, match=f"process {os.getpid()} trains in it"):
@@ -65,26 +37,6 @@ def test_one_run_after_another_in_one_process(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="broken"), released(tmp_path):
         raise ValueError("broken")
     take_lock(tmp_path)
-
-
-def test_forked_child_does_not_keep_it(tmp_path: Path) -> None:
-    take_lock(tmp_path)
-    heard, said = os.pipe()
-    ready, there = os.pipe()
-    child = os.fork()
-    if child == 0:  # as workers of a data loader are, who may outlive their parent
-        os.close(said)
-        os.write(there, b"x")
-        os.read(heard, 1)
-        os._exit(0)
-    os.close(heard)
-    try:
-        os.read(ready, 1)
-        release_lock(tmp_path)
-        take_lock(tmp_path)
-    finally:
-        os.close(said)
-        os.waitpid(child, 0)
 
 
 def test_new_run_and_one_that_goes_on(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch._C._autograd import DeviceType
@@ -16,7 +19,7 @@ from shardwise.run.training.metrics import (
     summarize,
     typical,
 )
-from shardwise.run.training.process_memory import REFERENCES, peak_memory
+from shardwise.run.training.process_memory import REFERENCES, only_new_garbage, peak_memory
 from shardwise.run.training.result import Step
 
 CPU = torch.device("cpu")
@@ -140,3 +143,30 @@ def test_peak_memory_grows_with_what_is_used() -> None:
     size = 2 * before  # certainly a new peak, whatever other tests needed
     torch.ones(size // 4)
     assert peak_memory(CPU) > before + size // 2
+
+
+def test_collections_in_the_block_pass_over_what_is_older() -> None:
+    class Node:
+        def __init__(self) -> None:
+            self.own = self  # a cycle: only a collection frees it
+
+    gc.unfreeze()
+    old, frozen = Node(), gc.get_freeze_count()
+    seen = weakref.ref(old)
+    with only_new_garbage():
+        del old
+        new = weakref.ref(Node())
+        gc.collect()
+        assert new() is None
+        assert seen() is not None
+    gc.collect()
+    assert seen() is None
+    assert gc.get_freeze_count() == frozen == 0
+
+
+def test_objects_that_somebody_has_frozen_stay_frozen() -> None:
+    gc.freeze()
+    count = gc.get_freeze_count()
+    with only_new_garbage():
+        pass
+    assert gc.get_freeze_count() == count > 0

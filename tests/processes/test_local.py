@@ -1,3 +1,5 @@
+"""Local workers: they start, compute, fail and end together with the process that started them."""
+
 from __future__ import annotations
 
 import os
@@ -11,10 +13,8 @@ from typing import Any
 
 import pytest
 
-from shardwise.errors import CheckpointError, StrategyError, WorkerFailed
-from shardwise.launch.join import join_launcher, threads_per_worker
+from shardwise.errors import CheckpointError, WorkerFailed
 from shardwise.launch.local import run_local
-from shardwise.launch.switchboard import EarlyExit
 
 SECONDS = 60.0
 """Longest that a failing run may take; it is a few seconds, nearly all of it the start, on a quiet machine."""
@@ -42,16 +42,19 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_each_worker_calls_the_function_and_rank_0_returns() -> None:
     def add_ranks(more: int) -> dict[str, Any]:  # a closure: travels by value
+        import gc
+
         import torch
         import torch.distributed as dist
 
         total = torch.tensor(float(dist.get_rank() + more))
         dist.all_reduce(total)
-        return {"total": total, "threads": torch.get_num_threads(), "rank": dist.get_rank()}
+        return {"total": total, "threads": torch.get_num_threads(), "rank": dist.get_rank(), "gc": gc.isenabled()}
 
     result = run_local(add_ranks, (10,), workers=2, threads=1)
     assert result["total"].item() == 21
     assert result["rank"] == 0
+    assert result["gc"]
     assert result["threads"] == int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
@@ -153,41 +156,3 @@ def test_no_worker_outlives_the_parent(number: signal.Signals, mark: str) -> Non
     while processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes_with(mark) == []
-
-
-def test_under_another_launcher_the_numbers_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(StrategyError, match="2 workers are asked for, the launcher started 4"):
-        join_launcher(2)
-
-
-def test_threads_share_the_cores() -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    assert threads_per_worker(1) == cores
-    assert threads_per_worker(10 * cores) == 1
-
-
-def report(error: str) -> dict[str, Any]:
-    return {"error": error, "message": "", "traceback": ""}
-
-
-@pytest.mark.parametrize(
-    ("endings", "exits"),
-    [
-        pytest.param([EarlyExit(0, 1.0, report("RuntimeError")), EarlyExit(1, 1.1, None)], {0: 1, 1: -9}, id="killed"),
-        pytest.param([EarlyExit(0, 1.0, report("RuntimeError")), EarlyExit(1, 1.1, None)], {1: -15}, id="terminated"),
-        pytest.param([EarlyExit(1, 1.0, report("ValueError"))], {1: 1}, id="other still runs"),
-        pytest.param([EarlyExit(1, 1.0, None)], {1: 3}, id="other still runs, no word"),
-        pytest.param(
-            [EarlyExit(0, 1.2, report("RuntimeError")), EarlyExit(1, 1.1, report("E"))], {0: 1, 1: 1}, id="errors"
-        ),
-        pytest.param([], {1: 127}, id="never connected"),
-    ],
-)
-def test_the_first_failure_is_the_one_that_is_told(endings: list[EarlyExit], exits: dict[int, int]) -> None:
-    from shardwise.launch.local import _failure
-
-    failure = _failure(endings, exits)
-    assert isinstance(failure, WorkerFailed)
-    assert failure.rank == 1
