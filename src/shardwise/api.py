@@ -163,7 +163,8 @@ def train_parallel(
         out: the run's folder; None: nothing is written to disk.
         quiet: show no progress bar.
         on_nan: as in `train`.
-        fields: further fields of `Workload`: weight, collate, schedule, clip_norm, precision, seed.
+        fields: further fields of `Workload`: weight, collate, schedule, schedule_every, groups, clip_norm, precision,
+            seed.
 
     Raises:
         RequestError: the request is wrong; found before any worker starts.
@@ -198,6 +199,7 @@ def parallelize(workload: str | Workload | Callable[..., Workload], strategy: st
         program = parallelize(workload, "dp=2")
         for batch in batches:                   # a global batch, the same on all workers
             loss = program.step(batch)
+        program.next_epoch(program.evaluate())  # for a schedule that moves by epochs
 
     Raises:
         RequestError: the request is wrong, or there are not as many workers as the strategy needs.

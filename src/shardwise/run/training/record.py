@@ -84,7 +84,7 @@ class RunRecord:
             return
         job = self.job
         with Log(job.folder, str(job.strategy), self._first, total, quiet=job.options.quiet) as self._log:
-            for note in self.program.engine.notes:
+            for note in self.program.notes:
                 self._log.say(note)
             self._clock.resume()
             yield
@@ -202,7 +202,7 @@ class RunRecord:
                 "predicted_memory_bytes": forecast.memory_bytes,
                 "memory_error": relative_error(forecast.memory_bytes, measured["memory_bytes"]),
                 "run": None if folder is None else str(folder),
-                "notes": list(self.program.engine.notes),
+                "notes": list(self.program.notes),
                 "slow_workers": watch.slow_workers(),
                 "reasons": reasons,
             }
