@@ -173,7 +173,8 @@ def train_parallel(
         quiet: show no progress bar.
         on_nan: as in `train`.
         proof: as in `train`.
-        fields: further fields of `Workload`: weight, collate, schedule, clip_norm, precision, seed.
+        fields: further fields of `Workload`: weight, collate, schedule, schedule_every, groups, clip_norm, precision,
+            seed, whole_batch.
 
     Raises:
         RequestError: the request is wrong; found before any worker starts.
@@ -211,6 +212,7 @@ def parallelize(
         program = parallelize(workload, "dp=2")
         for batch in batches:                   # a global batch, the same on all workers
             loss = program.step(batch)
+        program.next_epoch(program.evaluate())  # for a schedule that moves by epochs
 
     Args:
         workload: as in `train`.

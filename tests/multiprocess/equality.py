@@ -99,7 +99,7 @@ def _train_part(factory: Factory, strategy: str, steps: int, evaluate: bool, bef
         losses.append(float(program.step_share(share)))
         norms.append(math.nan if program.gradient_norm is None else float(program.gradient_norm))
     pieces = [portable(piece) for piece in [*program.gradient_pieces(), *program.pieces()]]
-    return Part(losses, norms, pieces, program.evaluate() if evaluate else {}, program.engine.notes)
+    return Part(losses, norms, pieces, program.evaluate() if evaluate else {}, program.notes)
 
 
 def portable(piece: TensorPiece) -> tuple[str, Tensor, Layout, bool]:

@@ -215,12 +215,17 @@ def check(workload: Workload, strategy: Strategy) -> None:
     """Check that a workload can be trained under a strategy.
 
     Raises:
-        StrategyError: the batch does not divide, or the model cannot be split in this way.
+        StrategyError: the batch does not divide, or the model or the optimizer cannot be split in this way.
+        WorkloadError: the model, the optimizer or the schedule cannot be built or used.
         DataError: the dataset is empty.
     """
     if hasattr(workload.dataset, "__len__") and len(workload.dataset) == 0:
         raise DataError(f"the dataset of workload {workload.name!r} is empty: there is nothing to train on")
     in_one_batch(workload, strategy).for_batch(workload.batch_size)
+    from shardwise.parallel.optim.check import check_optimizer
+    from shardwise.predict.profile.meta_model import builds
+
+    check_optimizer(workload, strategy, next(builds(workload)).module)
     if strategy.tp > 1 or strategy.pp > 1:
         from shardwise.parallel.check import check_strategy
 

@@ -50,6 +50,8 @@ class Engine(Protocol):
     position: Position
     parameters: dict[str, nn.Parameter]
     """Trained parameters held here, by their name in the plain module; a tied one once, by its first name."""
+    trained: dict[str, nn.Parameter]
+    """All trained parameters of the plain module in its order, whole, without values (on the meta device)."""
     held: dict[str, TensorPlacement]
     """Every parameter (also frozen ones) and persistent buffer held here, by name."""
     aliases: dict[str, str]

@@ -86,6 +86,17 @@ class Mesh:
             return self.replicas.get_group()
         return self.group("dp") or self.group("fsdp")
 
+    def parts_group(self) -> dist.ProcessGroup | None:
+        """Return the group of workers that together hold the parts of each parameter that `fsdp` or `tp` cuts.
+
+        Returns None if neither does. Collective over all workers.
+        """
+        cut = {"fsdp": self.strategy.splits_parameters, "tp": self.strategy.tp > 1}
+        axes = tuple(axis for axis in self.strategy.axes if cut.get(axis))
+        if self.grid is None or not axes:
+            return None
+        return self.group(axes[0]) if len(axes) == 1 else self.grid[axes]._flatten("parts").get_group()
+
     @property
     def home(self) -> torch.device:
         """Return the device of the parameters that `fsdp` shards: the CPU with offloading, else the compute device."""

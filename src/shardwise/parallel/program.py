@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
@@ -19,9 +18,7 @@ from shardwise.parallel.faults import parameter_fault
 from shardwise.parallel.judgement import Judge, Judgement
 from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optim.clipping import clip, local_gradients, local_tensors, squared_norm
-from shardwise.parallel.optim.local_rows import Shards
-from shardwise.parallel.optim.optimizer_state import OptimizerState, load_schedule_state, schedule_state
-from shardwise.parallel.optim.zero1 import OwnedParameters
+from shardwise.parallel.optim.update import Update
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
 from shardwise.parallel.state.layout import TensorPiece
@@ -55,7 +52,7 @@ class Program:
         strategy: how it is split, with the number of microbatches settled.
         mesh: this worker's position among all workers.
         engine: the engine that computes the gradients.
-        optimizer: optimizer of the parameters that this worker updates. None if zero=1 assigns it none.
+        optimizer: optimizer of the parameters that this worker updates, which may be none.
         scheduler: scheduler of that optimizer's learning rate. None without a schedule.
         steps: optimizer steps completed.
         gradient_norm: global norm of the last step's gradient before clipping. None without `clip_norm`.
@@ -67,19 +64,8 @@ class Program:
         self.steps = 0
         self.gradient_norm: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
-        self._owned = self._assign_parameters()
-        names = list(engine.parameters) if self._owned is None else self._owned.mine
-        updated: dict[str, nn.Parameter] = {name: engine.parameters[name] for name in names}
-        self._shards = Shards(updated, workload.optimizer) if updated else None
-        self.optimizer = None if self._shards is None else self._shards.optimizer
-        self.scheduler: LRScheduler | None = None
-        if workload.schedule is not None and self.optimizer is not None:
-            self.scheduler = workload.schedule(self.optimizer)
-        self._optimizer_state = (
-            None
-            if self._shards is None
-            else OptimizerState(self._shards.optimizer, self._shards.parameters, engine.held, self._written(updated))
-        )
+        self._update = Update(workload, strategy, mesh, engine)
+        self.optimizer, self.scheduler = self._update.optimizer, self._update.schedule.scheduler
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
         self._applied: Tensor | None = None
@@ -168,7 +154,7 @@ class Program:
         if judgement is None or judgement.accepts(share, scales, report):
             if self.workload.clip_norm is not None and self.gradient_norm is not None:
                 clip(list(gradients.values()), self.gradient_norm, self.workload.clip_norm)
-            self._update()
+            self._update.step()
             self._applied = report
         if pending is not None:
             pending.wait()  # it ran in parallel with the optimizer
@@ -196,6 +182,19 @@ class Program:
                 self._forget_unused(report)
             yield report[0]
         self._forget_gradients()
+
+    def next_epoch(self, values: Mapping[str, float | None] | None = None) -> None:
+        """Move a schedule that moves by epochs or by a metric, after an epoch.
+
+        Args:
+            values: result of `evaluate` after the epoch. Required for `schedule_every="metric"`.
+        """
+        self._update.schedule.after_epoch(values or {})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what the user should know, one line each."""
+        return (*self.engine.notes, *self._update.notes)
 
     def ask_before_update(self, judge: Judge | None) -> None:
         """Ask `judge` from now on whether to apply the update of a step.
@@ -242,7 +241,7 @@ class Program:
             TensorPiece(f"model/{name}", local(held.tensor), held.layout, held.writes)
             for name, held in self.engine.held.items()
         ]
-        return model + ([] if self._optimizer_state is None else self._optimizer_state.pieces())
+        return model + self._update.state.pieces()
 
     def optimizer_piece(
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
@@ -251,9 +250,7 @@ class Program:
 
         Returns None if this worker does not update the parameter. Raises CheckpointError, see `OptimizerState.piece`.
         """
-        if self._optimizer_state is None:
-            return None
-        return self._optimizer_state.piece(parameter, state, global_shape, dtype)
+        return self._update.state.piece(parameter, state, global_shape, dtype)
 
     def gradient_pieces(self) -> list[TensorPiece]:
         """Return the gradients `gradient/<name>` of the last step, after clipping. Unused parameters have none."""
@@ -262,16 +259,16 @@ class Program:
         return [TensorPiece(f"gradient/{n}", g, held[n].layout, held[n].writes) for n, g in gradients.items()]
 
     def state(self) -> dict[str, Any]:
-        """Return the completed steps, the scheduler's counters and the numbers of the optimizer's groups, JSON-able."""
-        return {"steps": self.steps, **schedule_state(self.optimizer, self.scheduler)}
+        """Return the completed steps, the scheduler's counters and the optimizer's numbers, JSON-able. Collective."""
+        return {"steps": self.steps, **self._update.counts()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state`, under any strategy.
 
-        Raises CheckpointError, see `load_schedule_state`.
+        Raises CheckpointError, see `Update.load_counts`. The tensors of the optimizer's state must have been read.
         """
         self.steps = int(state["steps"])
-        load_schedule_state(self.optimizer, self.scheduler, state)
+        self._update.load_counts(state)
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """Gather the plain weights and buffers under all their names, on the CPU of worker 0.
@@ -285,28 +282,6 @@ class Program:
         if full is None:
             return None
         return full | {alias: full[name] for alias, name in self.engine.aliases.items()}
-
-    def _assign_parameters(self) -> OwnedParameters | None:
-        """Assign each parameter to the replica that updates it.
-
-        Returns None without zero=1 or with a single replica.
-        """
-        group = self.mesh.replica_group
-        if self.strategy.zero != 1 or group is None:
-            return None
-        return OwnedParameters(self.engine.parameters, group)
-
-    def _written(self, updated: dict[str, nn.Parameter]) -> set[str]:
-        """Return the names of the parameters whose optimizer state this worker writes."""
-        writes = {name for name in updated if self.engine.held[name].writes}
-        if self._owned is None or not self.engine.parameters:
-            return writes
-        # only the replica that updates a parameter has its state, whichever replica writes the parameter itself
-        assert self.mesh.replica_group is not None
-        flags = [self.engine.held[name].writes for name in self.engine.parameters]
-        written = anywhere(flags, self.mesh.replica_group, self.mesh.device)
-        by_name = dict(zip(self.engine.parameters, written, strict=True))
-        return {name for name in updated if by_name[name]}
 
     def _is_whole_everywhere(self) -> bool:
         """Return whether all workers hold all gradients whole, so that each can compute their norm alone."""
@@ -396,11 +371,3 @@ class Program:
     def _by_all(self, count: Tensor) -> bool:
         """Return whether `count` equals the world size."""
         return int(count) == self.strategy.workers
-
-    def _update(self) -> None:
-        if self._shards is not None:
-            self._shards.step()
-        if self._owned is not None:
-            self._owned.exchange()
-        if self.scheduler is not None:
-            self.scheduler.step()

@@ -51,12 +51,17 @@ class Workload:
         loss: maps (model output, batch) to a scalar tensor, the mean over the samples of `batch` (or over its
             `weight`), or to a dict of such tensors: their sum is trained, each is logged. A module with parameters is
             trained with the model.
-        optimizer: maps parameters to a torch optimizer.
+        optimizer: maps parameters to a torch optimizer, or to a list of them that each hold some of the parameters.
         batch_size: samples per optimizer step over all workers.
         weight: maps a batch to the total weight that the loss averages over, if that is not the number of samples: for
             example the tokens that are not padding. The global loss and gradient are then the true weighted mean.
         collate: maps a list of samples to a batch. None means torch's default.
-        schedule: maps an optimizer to a learning-rate scheduler, which is stepped once per optimizer step.
+        schedule: maps an optimizer to a learning-rate scheduler, which is stepped as `schedule_every` says.
+        schedule_every: when the schedule is stepped: after each optimizer `step`, after each `epoch`, or after each
+            epoch with a `metric` of its evaluation (`ReduceLROnPlateau`).
+        groups: options of each parameter in the optimizer, such as {"weight_decay": 0.0} for some: a function of (name,
+            parameter) that returns them, or a dict of name patterns (`*.bias`) to options. The optimizer is then given
+            groups of parameters in place of parameters. The function must not look at a parameter's values.
         evaluation: held-out data and a named metric.
         clip_norm: largest global norm of the gradient. None means no clipping.
         precision: `float32` or `bf16` computation; a strategy's own precision takes precedence.
@@ -70,11 +75,13 @@ class Workload:
     dataset: Any
     inputs: Callable[[Batch], Any]
     loss: Callable[[Any, Batch], Losses]
-    optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+    optimizer: Callable[[Iterable[torch.nn.Parameter]], Any]
     batch_size: int
     weight: Callable[[Batch], Any] | None = None
     collate: Callable[[list[Any]], Batch] | None = None
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
+    schedule_every: str = "step"
+    groups: Callable[[str, torch.nn.Parameter], Mapping[str, Any]] | Mapping[str, Mapping[str, Any]] | None = None
     evaluation: Evaluation | None = None
     clip_norm: float | None = None
     precision: str = "float32"
@@ -90,11 +97,23 @@ class Workload:
             raise WorkloadError(f"clip_norm={self.clip_norm}: must be above 0, or None for no clipping")
         if self.whole_batch and self.weight is not None:
             raise WorkloadError("whole_batch and weight exclude each other: such a loss averages over the batch itself")
+        self._check_schedule()
         for field in ("model", "inputs", "loss", "optimizer"):
             if not callable(getattr(self, field)):
                 raise WorkloadError(
                     f"{field} of workload {self.name!r} must be a function, not {getattr(self, field)!r}"
                 )
+
+    def _check_schedule(self) -> None:
+        if self.schedule_every not in ("step", "epoch", "metric"):
+            raise WorkloadError(f"schedule_every={self.schedule_every}: known are step, epoch, metric")
+        if self.schedule is None and self.schedule_every != "step":
+            raise WorkloadError(f"schedule_every={self.schedule_every} needs a schedule, and there is none")
+        if self.groups is not None and not callable(self.groups) and not isinstance(self.groups, Mapping):
+            raise WorkloadError(
+                f"groups of workload {self.name!r} must be a function of (name, parameter) or a dict of patterns, not "
+                f"{self.groups!r}"
+            )
 
 
 def call_model(model: Any, inputs: Any) -> Any:

@@ -21,7 +21,7 @@ from shardwise.parallel.mesh import Mesh, random_state_kept
 from shardwise.parallel.operators.module_patches import DRAWN, ModulePatches
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.state.buffers import Buffers
-from shardwise.parallel.state.build_model import aliases_of, build_model, evaluating, untouched
+from shardwise.parallel.state.build_model import aliases_of, build_model, evaluating, trained_of, untouched
 from shardwise.parallel.state.dtensor_rows import is_split, row_layout
 from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import materialize, read_weights
@@ -57,8 +57,8 @@ class ModuleEngine:
         self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
         self.losses: dict[str, Tensor] = {}
         model = build_model(workload, mesh)
-        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.aliases = aliases_of(model)
+        self.aliases, self.trained = aliases_of(model), trained_of(model)
+        names = list(self.trained)
         self._buffers = Buffers(model, mesh.replica_group)
         self._operations = ModulePatches(
             self.position,

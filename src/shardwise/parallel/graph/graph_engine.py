@@ -33,7 +33,7 @@ from shardwise.parallel.pipeline.executor import MOST_STAGES, PipelineExecutor, 
 from shardwise.parallel.pipeline.stage import StepWork, prepare
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.buffers import ReplicaBuffers
-from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, plain_model
+from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, plain_model, trained_of
 from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import move_values
 from shardwise.parallel.state.pytree import to_device
@@ -88,10 +88,10 @@ class GraphEngine:
         self._bf16 = strategy.in_bf16(workload.precision)
         self._works: dict[Key, StepWork] = {}
         model = build_model(workload, mesh)
-        self.aliases = aliases_of(model)
+        self.aliases, self.trained = aliases_of(model), trained_of(model)
         named = dict(model.named_parameters())
         self._parameters = frozenset(named)
-        self._trained = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
+        self._trained = frozenset(self.trained)
         data = self._example()
         step = traced(workload, model, data)
         self._loss_names = step.losses

@@ -1,8 +1,8 @@
-"""Optimizer state as named pieces, and the plain numbers of an optimizer and a scheduler.
+"""Optimizer state as named pieces, and what of it is no tensor as JSON.
 
 State with the shape of its parameter is laid out like the parameter. State of any other shape (a step count, a factored
 moment) is equal on all workers that update the parameter. It must therefore be a single number, or belong to a
-parameter that lies here whole.
+parameter that is updated here whole.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.errors import CheckpointError
+from shardwise.parallel.optim.plain_state import Unsaved, decode, encode, tensors_in
 from shardwise.parallel.state.dtensor_rows import is_split, local
 from shardwise.parallel.state.layout import Layout, TensorPiece, TensorPlacement
+
+SHARED = ""
+"""Name, in place of a parameter's, of state that an optimizer keeps for all parameters together."""
 
 
 class OptimizerState:
@@ -40,31 +43,77 @@ class OptimizerState:
         self._parameters = parameters
         self._held = held
         self._writes = writes
+        self._inner: dict[tuple[str, str], Tensor] = {}
 
     def pieces(self) -> list[TensorPiece]:
-        """Return the piece `optimizer/<parameter>/<state>` of every entry that exists."""
+        """Return the piece `optimizer/<parameter>/<state>` of every tensor; `<state>[1]` is one in a list."""
         return [
-            self._piece(name, key, value)
+            self._piece(name, path, tensor)
             for name, parameter in self._parameters.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
-            if isinstance(value, (Tensor, int, float))
+            for path, tensor in tensors_in(value, key)
         ]
 
     def piece(self, name: str, key: str, shape: Sequence[int], dtype: torch.dtype) -> TensorPiece | None:
-        """Return the piece of one entry, created with zeros if it does not exist.
+        """Return the piece of one tensor, created with zeros if it does not exist.
 
         Returns None for a parameter not updated here.
 
         Raises:
-            CheckpointError: the entry has a shape that cannot be split like its parameter.
+            CheckpointError: the tensor has a shape that cannot be split like its parameter.
         """
         parameter = self._parameters.get(name)
         if parameter is None:
             return None
+        if key.endswith("]"):  # `load_plain` puts it into its list
+            inner = self._inner[name, key] = self._zeros(name, key, tuple(shape), dtype)
+            return self._piece(name, key, inner)
         state = self._optimizer.state[parameter]
         if not isinstance(state.get(key), Tensor):
             state[key] = self._zeros(name, key, tuple(shape), dtype)
         return self._piece(name, key, state[key])
+
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """Return what is no tensor, JSON-able: parameter -> state -> value, of those that this worker writes.
+
+        Raises:
+            Unsaved: a value is of a type that a checkpoint cannot hold.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
+        for key, state in self._optimizer.state.items():
+            if not isinstance(key, Tensor):
+                self._add_shared(found, key, state)
+            elif names[key] in self._writes and (values := _encoded(state)):
+                found[names[key]] = values
+        return found
+
+    def _add_shared(self, found: dict[str, dict[str, Any]], key: Any, value: Any) -> None:
+        if type(key) is not str or next(tensors_in(value, key), None) is not None:
+            what = f"a tensor that belongs to no parameter ({key})" if type(key) is str else f"the key {key!r}"
+            raise Unsaved(what)
+        found.setdefault(SHARED, {})[key] = encode(value, key)
+
+    def load_plain(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Restore the result of `plain` of all workers, after the tensors have been read.
+
+        Raises:
+            CheckpointError: `saved` is no such result.
+        """
+        for name, values in saved.items():
+            parameter = self._parameters.get(name)
+            if not isinstance(values, Mapping):
+                raise CheckpointError(f"the checkpoint has no state of the optimizer for {name}")
+            if parameter is None and name != SHARED:  # another worker updates it
+                continue
+            inner = {path: tensor for (owner, path), tensor in self._inner.items() if owner == name}
+            decoded = {key: decode(value, inner) for key, value in values.items()}
+            if parameter is not None:
+                self._optimizer.state[parameter].update(decoded)
+            else:
+                state: dict[Any, Any] = self._optimizer.state
+                state.update(decoded)
+        self._inner.clear()
 
     def _zeros(self, name: str, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         parameter = self._parameters[name]
@@ -82,10 +131,8 @@ class OptimizerState:
                 return parameter.device if beside else torch.device("cpu")
         raise AssertionError("a parameter in no group")
 
-    def _piece(self, name: str, key: str, value: Tensor | float) -> TensorPiece:
+    def _piece(self, name: str, key: str, value: Tensor) -> TensorPiece:
         held = self._held[name]
-        if not isinstance(value, Tensor):
-            value = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
         entry = f"optimizer/{name}/{key}"
         writes = name in self._writes
         if is_split(value) or tuple(value.shape) == held.layout.local_shape:
@@ -96,7 +143,7 @@ class OptimizerState:
         if value.dim() and not self._is_whole(name):
             raise self._cannot_cut(name, key, tuple(value.shape))
         # one worker of those that share a parameter writes: the one with its first element
-        return TensorPiece(entry, value.detach(), Layout.whole(value.shape), writes and _has_origin(held.layout))
+        return TensorPiece(entry, value.detach(), Layout.whole(value.shape), writes and has_origin(held.layout))
 
     def _is_whole(self, name: str) -> bool:
         layout = self._held[name].layout
@@ -109,93 +156,13 @@ class OptimizerState:
         )
 
 
-def _has_origin(layout: Layout) -> bool:
+def _encoded(state: Mapping[Any, Any]) -> dict[str, Any]:
+    for key in state:
+        if type(key) is not str or "/" in key or key.endswith("]"):
+            raise Unsaved(f"the key {key!r}")
+    return {key: encode(value, key) for key, value in state.items() if not isinstance(value, Tensor)}
+
+
+def has_origin(layout: Layout) -> bool:
+    """Return whether the first element of a tensor is held here."""
     return any(not any(tile.offsets) for tile in layout.tiles)
-
-
-def schedule_state(optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
-    """Return the scheduler's counters and the numbers of the optimizer's groups (learning rates, ...), JSON-able."""
-    groups = [] if optimizer is None else optimizer.param_groups
-    return {
-        "groups": [_plain({key: value for key, value in group.items() if key != "params"}) for group in groups],
-        "scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
-    }
-
-
-def load_schedule_state(
-    optimizer: torch.optim.Optimizer | None, scheduler: LRScheduler | None, state: Mapping[str, Any]
-) -> None:
-    """Restore the result of `schedule_state`.
-
-    Raises:
-        CheckpointError: the number of parameter groups differs, or a value does not belong to the scheduler or
-            optimizer.
-    """
-    if scheduler is not None and state["scheduler"] is not None:
-        known = scheduler.state_dict()
-        for key in state["scheduler"]:
-            if key not in known and hasattr(scheduler, key):  # a method, or an object that it refers to
-                raise CheckpointError(f"the checkpoint has {key!r} among the counts of the scheduler, which is none")
-        scheduler.load_state_dict(_like(scheduler.state_dict(), state["scheduler"]))
-    if optimizer is None:
-        return
-    groups = _fitted(list(state["groups"]), len(optimizer.param_groups))
-    if len(groups) != len(optimizer.param_groups):
-        raise CheckpointError(
-            f"the checkpoint has {len(groups)} parameter groups, the workload's optimizer makes "
-            f"{len(optimizer.param_groups)}: use an optimizer function that makes the same groups for any parameters"
-        )
-    for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        for key, value in saved.items():
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
-            elif key in group:
-                group[key] = _like(group[key], value)
-
-
-def _fitted(values: list[Any], count: int) -> list[Any]:
-    """Repeat `values` to `count` of them if all are equal.
-
-    A worker with few parameters may have fewer groups of them.
-    """
-    if values and len(values) != count and all(value == values[0] for value in values):
-        return values[:1] * count
-    return values
-
-
-_UNKNOWN = object()
-
-
-def _plain(value: Any) -> Any:
-    """Return the part of a value that JSON can hold: None, numbers, strings, and lists and dicts of them."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
-    if isinstance(value, Mapping):
-        plain = {str(key): _plain(item) for key, item in value.items()}
-        return {key: item for key, item in plain.items() if item is not _UNKNOWN}
-    if isinstance(value, (list, tuple)):
-        return [None if (item := _plain(entry)) is _UNKNOWN else item for entry in value]
-    return _UNKNOWN
-
-
-def _like(model: Any, value: Any) -> Any:
-    """Convert a plain value to the types of `model`.
-
-    JSON has neither tuples nor number keys. Entries that JSON left out keep their value in `model`.
-    """
-    if isinstance(model, Mapping) and isinstance(value, Mapping):
-        names = {str(key): key for key in model}
-        restored = {names.get(key, key): _like(model.get(names.get(key, key)), item) for key, item in value.items()}
-        return type(model)({**model, **restored})  # type: ignore[call-arg]
-    if isinstance(model, (list, tuple)) and isinstance(value, list):
-        value = _fitted(value, len(model))
-        if isinstance(model, tuple) and len(model) != len(value):
-            raise CheckpointError(f"the checkpoint has {len(value)} values where the optimizer has {model}")
-        if len(model) != len(value):
-            return type(model)(value)
-        return type(model)(_like(old, new) for old, new in zip(model, value, strict=True))
-    if isinstance(model, Tensor):
-        return torch.full_like(model, value)
-    return model if value is None and callable(model) else value

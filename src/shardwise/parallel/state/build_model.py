@@ -99,6 +99,15 @@ def _make_equal(model: nn.Module, workload: Workload, mesh: Mesh) -> None:
     broadcast([tensor.detach() for tensor in tensors.values() if not tensor.is_meta], mesh.world, 0)
 
 
+def trained_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters of a module by name, without values: on the meta device."""
+    return {
+        name: nn.Parameter(torch.empty_like(parameter, device="meta"))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
 def aliases_of(model: nn.Module) -> dict[str, str]:
     """Return every further name of a tied parameter or persistent buffer -> its first name."""
     first: dict[torch.Tensor, str] = {}

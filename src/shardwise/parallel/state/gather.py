@@ -76,11 +76,21 @@ def _paste(full: dict[str, Tensor], name: str, layout: Layout, local: Tensor) ->
 
 
 def _describe(piece: TensorPiece) -> list[Any]:
-    tiles = [[tile.offsets, tile.sizes, tile.start] for tile in piece.layout.tiles]
-    return [piece.name, piece.layout.shape, tiles, str(piece.local.dtype).removeprefix("torch.")]
+    return [piece.name, layout_to_json(piece.layout), str(piece.local.dtype).removeprefix("torch.")]
 
 
 def _understand(description: list[Any]) -> tuple[str, Layout, torch.dtype]:
-    name, shape, tiles, dtype = description
-    layout = Layout(tuple(shape), tuple(Tile(tuple(o), tuple(n), tuple(s)) for o, n, s in tiles))
-    return name, layout, getattr(torch, dtype)
+    name, layout, dtype = description
+    return name, layout_from_json(layout), getattr(torch, dtype)
+
+
+def layout_to_json(layout: Layout) -> list[Any]:
+    """Return a layout in a form that JSON can hold."""
+    return [layout.shape, [[tile.offsets, tile.sizes, tile.start] for tile in layout.tiles], layout.nothing]
+
+
+def layout_from_json(content: list[Any]) -> Layout:
+    """Return the layout that `layout_to_json` was given."""
+    shape, tiles, nothing = content
+    found = tuple(Tile(tuple(o), tuple(n), tuple(s)) for o, n, s in tiles)
+    return Layout(tuple(shape), found, None if nothing is None else tuple(nothing))

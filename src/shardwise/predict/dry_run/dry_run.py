@@ -177,7 +177,7 @@ class _SingleDryRun:
             rank=self.rank,
             record=record,
             cuts=engine.division.cuts if isinstance(engine, GraphEngine) else None,
-            notes=tuple(engine.notes),
+            notes=program.notes,
         )
 
     def _recorded(self, program: Program) -> StepRecord:

@@ -206,7 +206,7 @@ def _wrapped(recorder: StepRecorder, program: Program) -> Iterator[None]:
         replaced.append((owner, name))
 
     around(engine, "forward_backward", lambda *_: (None, "forward"))
-    around(program, "_update", lambda *_: ("update", "optimizer"))
+    around(program._update, "step", lambda *_: ("update", "optimizer"))
     if isinstance(engine, GraphEngine):
         pipeline: Any = engine._pipeline
         around(pipeline, "_forward", lambda _, action: (str(action), "forward"))

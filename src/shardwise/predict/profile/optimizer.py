@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from shardwise.parallel.optim.making import as_one
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Update
 from shardwise.predict.profile.segment_recorder import SegmentRecorder
@@ -45,7 +47,7 @@ def _updated(workload: Workload, count: int, *, on_gpu: bool = False) -> Update:
     recorder = SegmentRecorder(cpu=False)
     with FakeTensorMode():
         parameters = [nn.Parameter(torch.empty(_SIDE, _SIDE)) for _ in range(count)]
-        optimizer = workload.optimizer(list(parameters))
+        optimizer = _made(workload, parameters)
         if on_gpu:
             all_at_once(optimizer)
         for number in range(2):
@@ -65,6 +67,19 @@ def _updated(workload: Workload, count: int, *, on_gpu: bool = False) -> Update:
         state_bytes=sum(_bytes(value) for value in held) / elements,
         temporary_bytes=(recorder.peak - before) / elements,
     )
+
+
+def _made(workload: Workload, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the workload's optimizer over matrices, beside a single number if it needs others than matrices too."""
+
+    def over(given: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        groups: list[Any] = list(given) if workload.groups is None else [{"params": list(given)}]
+        return as_one(workload.optimizer(groups))
+
+    try:
+        return over(parameters)
+    except ValueError:  # one of several optimizers gets no matrix, or nothing else
+        return over([*parameters, nn.Parameter(torch.empty(1))])
 
 
 def _per_element(kernel: Kernel, elements: int) -> Kernel:

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from shardwise.errors import CheckpointError
 from shardwise.parallel.engine import Engine
+from shardwise.parallel.optim.making import name_of
+from shardwise.parallel.optim.update import OPTIMIZER
 from shardwise.parallel.state.layout import TensorPiece
 from shardwise.run.checkpoint.folder import complete, damage, final_path, newest_whole, step_of
 from shardwise.run.checkpoint.headers import header_problem
@@ -83,7 +85,7 @@ class Checkpoints:
             aliases=dict(program.engine.aliases),
             progress=json.loads(json.dumps(progress)),  # a copy, because the training will change it
             state=json.loads(json.dumps(program.state())),
-            optimizer="" if optimizer is None else type(optimizer).__name__,
+            optimizer="" if optimizer is None else name_of(optimizer),
             random=bytes(torch.get_rng_state().tolist()).hex(),
         )
         writer = FolderWriter(
@@ -169,7 +171,8 @@ class Checkpoints:
         index = workers.all_or_none(lambda: Index.read(path), CheckpointError)
         workers.raise_first(header_problem(path, index, workers.rank, workers.count), CheckpointError)
         pieces = {piece.name: piece for piece in program.pieces()}
-        workers.raise_first(_mismatch(path, index, pieces, program), CheckpointError)
+        now = program.state()  # collective, unlike the comparison
+        workers.raise_first(_mismatch(path, index, pieces, program.optimizer, now), CheckpointError)
         _check_all_held(path, index, pieces, workers)
         states = workers.all_or_none(lambda: _optimizer_pieces(path, index, program), CheckpointError)
         _read(path, index, pieces | states)
@@ -249,9 +252,16 @@ def _optimizer_pieces(path: Path, index: Index, program: Checkpointed) -> dict[s
     return found
 
 
-def _mismatch(path: Path, index: Index, pieces: Mapping[str, TensorPiece], program: Checkpointed) -> str:
+def _mismatch(
+    path: Path,
+    index: Index,
+    pieces: Mapping[str, TensorPiece],
+    optimizer: torch.optim.Optimizer | None,
+    now: Mapping[str, Any],
+) -> str:
     """Return one line on the first thing in the checkpoint that does not fit this worker, else an empty string."""
-    return _other_model(path, index, pieces, program.optimizer) or _other_state(path, index, program.state())
+    known = {key: value for key, value in now.items() if key != OPTIMIZER}  # a fresh optimizer has no state yet
+    return _other_model(path, index, pieces, optimizer) or _other_state(path, index, known)
 
 
 def _other_state(path: Path, index: Index, now: dict[str, Any]) -> str:
@@ -296,7 +306,7 @@ def _other_model(
             )
         if stored.spec.dtype != piece.local.dtype:
             return f"checkpoint {path} has {plain} as {stored.spec.dtype}, here it is {piece.local.dtype}"
-    name = "" if optimizer is None else type(optimizer).__name__
+    name = "" if optimizer is None else name_of(optimizer)
     if name and index.optimizer and name != index.optimizer:
         return f"checkpoint {path} is of a training with {index.optimizer}, here it is {name}: use the same optimizer"
     return ""

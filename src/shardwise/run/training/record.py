@@ -85,7 +85,7 @@ class RunRecord:
             return
         job = self.job
         with Log(job.folder, str(job.strategy), self._first, total, quiet=job.options.quiet) as self._log:
-            for note in (str(self.first_step), *self.program.engine.notes):
+            for note in (str(self.first_step), *self.program.notes):
                 self._log.say(note)
             self._clock.resume()
             yield
@@ -206,7 +206,7 @@ class RunRecord:
                 "memory_error": relative_error(forecast.memory_bytes, measured["memory_bytes"]),
                 "first_step": asdict(self.first_step),
                 "run": None if folder is None else str(folder),
-                "notes": list(self.program.engine.notes),
+                "notes": list(self.program.notes),
                 "slow_workers": watch.slow_workers(),
                 "reasons": reasons,
             }

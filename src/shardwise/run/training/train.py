@@ -73,6 +73,7 @@ def train(program: Program, job: Job) -> Trained:
         forget_peak(program.mesh.device)
     with record.open(total), _left_finite(record, lambda: progress):
         while not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
+            ended = False
             for share in loader.shares(progress.epoch, progress.batch):
                 with record.step(progress.epoch, share.samples) as step:
                     step.loss = program.step_share(share)
@@ -85,9 +86,11 @@ def train(program: Program, job: Job) -> Trained:
                 if options.checkpoint_every and program.steps % options.checkpoint_every == 0:
                     record.save(asdict(replace(progress, loss=record.loss())))
             else:
-                progress = _next_epoch(progress)
+                progress, ended = _next_epoch(progress), True
             loss = record.loss()
             progress = _evaluated(record, program, progress if loss is None else replace(progress, loss=loss))
+            if ended:
+                program.next_epoch(progress.metrics)
             if not options.checkpoint_every:
                 record.save(asdict(progress))
         progress = _evaluated(record, program, progress)  # makes up for an evaluation that a kill interrupted

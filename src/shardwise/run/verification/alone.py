@@ -17,6 +17,7 @@ from shardwise.errors import ShardwiseError, WorkloadError
 from shardwise.parallel.data.module_engine import ModuleEngine
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.optim.clipping import local_gradients
+from shardwise.parallel.optim.making import make_optimizer
 from shardwise.parallel.program import Program
 from shardwise.parallel.state.pass_state import passes_undone
 from shardwise.strategy import Strategy
@@ -83,8 +84,7 @@ class Alone:
             WorkloadError: the optimizer cannot be built or take a step.
         """
         with _blamed("optimizer", self.workload):
-            optimizer = self.workload.optimizer(list(self._engine.parameters.values()))
-            optimizer.step()
+            make_optimizer(self.workload, self._engine.parameters).step()
 
     def evaluate(self) -> None:
         """Evaluate the first two held-out samples, so that a wrong metric is found before the training.

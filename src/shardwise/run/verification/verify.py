@@ -305,7 +305,7 @@ def _everybodys_notes(program: Any) -> tuple[str, ...]:
     """Gather the notes of all workers, each line once. Collective."""
     from shardwise.parallel.state.gather import gather_json
 
-    mine = list(program.engine.notes)
+    mine = list(program.notes)
     if program.mesh.world is None:
         return tuple(mine)
     everybodys = gather_json(mine, program.mesh.world, program.mesh.device)

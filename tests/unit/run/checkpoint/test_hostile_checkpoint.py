@@ -15,7 +15,7 @@ from signing import edit, joined, sign, split_file
 from standin import StandIn, adam_like
 
 from shardwise.errors import CheckpointError
-from shardwise.parallel.optim.optimizer_state import load_schedule_state, schedule_state
+from shardwise.parallel.optim.schedule import load_schedule_state, schedule_state
 from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.checkpoint.cover import cover_problem
 from shardwise.run.checkpoint.export import export_safetensors

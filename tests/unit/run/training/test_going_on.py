@@ -183,3 +183,28 @@ def test_progress_that_is_none(change: dict[str, Any], message: str) -> None:
         restored({**saved, **change}, fresh, 6)
     with pytest.raises(CheckpointError, match="progress has no batch"):
         restored({key: value for key, value in saved.items() if key != "batch"}, fresh, 6)
+
+
+def plateau(optimizer: torch.optim.Optimizer) -> Any:
+    """Halves the rate unless what it follows has halved."""
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.5)
+
+
+def each_epoch(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+@pytest.mark.parametrize(("schedule", "every"), [(each_epoch, "epoch"), (plateau, "metric")])
+@pytest.mark.parametrize("stop", [STEPS - 1, STEPS, STEPS + 1, 2 * STEPS])
+def test_schedules_by_epoch_and_by_metric(tmp_path: Path, schedule: Any, every: str, stop: int) -> None:
+    workload = small(schedule=schedule, schedule_every=every)
+    alone = trained(tmp_path / "alone", workload, epochs=None, steps=3 * STEPS)
+    rates = [step.learning_rate for step in alone.steps]
+    # the first value is the best so far; only a schedule by epochs moves after it
+    first = 1.0 if every == "metric" else 0.5
+    assert rates == pytest.approx([0.1] * STEPS + [0.1 * first] * STEPS + [0.05 * first] * STEPS)
+    before = trained(tmp_path / "run", workload, epochs=None, steps=stop)
+    after = trained(tmp_path / "run", workload, epochs=None, steps=3 * STEPS, resume=True)
+    together = [*before.steps, *after.steps]
+    assert [step.learning_rate for step in together] == rates
+    assert [step.loss for step in together] == pytest.approx([step.loss for step in alone.steps], rel=1e-6)
