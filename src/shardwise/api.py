@@ -163,7 +163,7 @@ def train_parallel(
         out: the run's folder; None: nothing is written to disk.
         quiet: show no progress bar.
         on_nan: as in `train`.
-        fields: further fields of `Workload`: weight, collate, schedule, clip_norm, precision, seed.
+        fields: further fields of `Workload`: weight, collate, loading, schedule, clip_norm, precision, seed.
 
     Raises:
         RequestError: the request is wrong; found before any worker starts.

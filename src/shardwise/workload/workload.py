@@ -6,10 +6,11 @@ It says nothing about parallelism. Importing this module does not import torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import WorkloadError
+from shardwise.workload.loading import Loading
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ class Workload:
         weight: maps a batch to the total weight that the loss averages over, if that is not the number of samples: for
             example the tokens that are not padding. The global loss and gradient are then the true weighted mean.
         collate: maps a list of samples to a batch. None means torch's default.
+        loading: order of the samples (shuffle, sampler, batch sampler, last batch), and number of loading processes.
         schedule: maps an optimizer to a learning-rate scheduler, which is stepped once per optimizer step.
         evaluation: held-out data and a named metric.
         clip_norm: largest global norm of the gradient. None means no clipping.
@@ -70,6 +72,7 @@ class Workload:
     batch_size: int
     weight: Callable[[Batch], Any] | None = None
     collate: Callable[[list[Any]], Batch] | None = None
+    loading: Loading = field(default_factory=Loading)
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
     evaluation: Evaluation | None = None
     clip_norm: float | None = None
@@ -83,11 +86,9 @@ class Workload:
             raise WorkloadError(f"precision={self.precision}: known are float32, bf16")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise WorkloadError(f"clip_norm={self.clip_norm}: must be above 0, or None for no clipping")
-        for field in ("model", "inputs", "loss", "optimizer"):
-            if not callable(getattr(self, field)):
-                raise WorkloadError(
-                    f"{field} of workload {self.name!r} must be a function, not {getattr(self, field)!r}"
-                )
+        for name in ("model", "inputs", "loss", "optimizer"):
+            if not callable(getattr(self, name)):
+                raise WorkloadError(f"{name} of workload {self.name!r} must be a function, not {getattr(self, name)!r}")
 
 
 def call_model(model: Any, inputs: Any) -> Any:

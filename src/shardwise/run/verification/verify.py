@@ -27,7 +27,9 @@ from torch.utils._pytree import tree_leaves
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
 from shardwise.launch.local import enough_gpus, run_local
+from shardwise.launch.sending import written
 from shardwise.parallel.tensor.partitioner import Uncut
+from shardwise.run.training.streams import agreeing
 from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, typical_size
 from shardwise.strategy import Strategy
 from shardwise.workload.float64 import in_float64
@@ -212,10 +214,8 @@ class _Prover:
 
     def _run(self, function: Any, trials: Sequence[StrategyTrial]) -> Any:
         workers = trials[0].strategy.workers
-        written = [cloudpickle.dumps(trial) for trial in trials]
-        return run_local(
-            watched, (function, written), workers=workers, threads=self._threads, gpus=enough_gpus(workers)
-        )
+        sent = [written(trial) for trial in trials]
+        return run_local(watched, (function, sent), workers=workers, threads=self._threads, gpus=enough_gpus(workers))
 
 
 def _without_options(axis: str) -> dict[str, Any]:
@@ -346,8 +346,9 @@ def _loss_deviation(value: float, alone: float, step: str) -> Deviation:
 def _shares(program: Any, steps: int) -> Any:
     """Yield the shares of the first `steps` steps, from as many epochs as needed."""
     left, epoch = steps, 0
+    loader = agreeing(program)
     while left > 0:
-        for share in program.loader().shares(epoch):
+        for share in loader.shares(epoch):
             yield share
             left -= 1
             if left == 0:
