@@ -23,7 +23,8 @@ def in_turns(workload: Workload, strategy: Strategy, rounds: int) -> dict[str, A
     from shardwise.parallel.mesh import default_device
     from shardwise.parallel.program import Program
     from shardwise.run.training.process_memory import peak_memory
-    from shardwise.workload.data import first_samples, share_of
+    from shardwise.workload.data import first_samples
+    from shardwise.workload.reading.loader import share_of
 
     device = default_device()
     samples = first_samples(workload.dataset, workload.batch_size)

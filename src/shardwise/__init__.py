@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     )
     from shardwise.errors import RequestError, ShardwiseError, WorkerFailed
     from shardwise.strategy import Strategy
+    from shardwise.workload.loading import Loading
     from shardwise.workload.workload import Evaluation, Workload
 
 __all__ = [
     "Evaluation",
+    "Loading",
     "RequestError",
     "ShardwiseError",
     "Strategy",
@@ -46,6 +48,7 @@ __all__ = [
 
 _HOMES = {
     "Evaluation": "shardwise.workload.workload",
+    "Loading": "shardwise.workload.loading",
     "RequestError": "shardwise.errors",
     "ShardwiseError": "shardwise.errors",
     "Strategy": "shardwise.strategy",

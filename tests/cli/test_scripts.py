@@ -50,7 +50,7 @@ def test_train_parallel(folder: Path) -> None:
             evaluation=(data, labels), metric="accuracy",
         )
         # the same by hand
-        from shardwise.workload.data import epoch_order
+        from shardwise.workload.reading.order import epoch_order
         order = [epoch_order(28, 0, epoch) for epoch in range(2)]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         untouched = all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

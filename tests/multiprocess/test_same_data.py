@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from pool import Pools
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from shardwise.parallel.program import Program
 from shardwise.run.training.job import Job, Options
 from shardwise.run.training.train import train
 from shardwise.strategy import Strategy
+from shardwise.workload.loading import Loading
+from shardwise.workload.reading.order import epoch_order
 from shardwise.workload.source import Source
 from shardwise.workload.workload import Evaluation, Workload
 
@@ -37,8 +41,8 @@ class Stream(IterableDataset[Sample]):
         self.length, self.broken = lengths[self.rank], broken
 
     def __iter__(self) -> Iterator[Sample]:
-        samples = rows(self.length)
-        for number in range(len(samples)):
+        samples = rows(64)
+        for number in range(self.length):
             if number == self.broken and self.rank == dist.get_world_size() - 1:
                 raise KeyError("the 20th is gone")
             yield samples[number]
@@ -160,3 +164,86 @@ def test_the_step_of_a_later_epoch_is_named(workers: Pools) -> None:
 
     for said in workers(2, both):
         assert said.startswith("step 4: the stream of samples gave 8 samples on rank 0, 7 samples on rank 1")
+
+
+class Differing(Dataset[Sample]):
+    """Equal on all ranks but for one sample on the last rank, or drawn from a generator of the dataset's own."""
+
+    def __init__(self, odd: int | None = None, own: bool = False) -> None:
+        self.samples, self.own = rows(64), np.random.default_rng(0) if own else None
+        self.odd = odd if dist.get_rank() == dist.get_world_size() - 1 else None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        point, label = self.samples[index]
+        if self.own is not None:
+            point = point + float(self.own.random())
+        return point, label + (index == self.odd)
+
+
+def told(strategy: str, kind: str) -> str:
+    """What a worker says of a training on data that is not the same everywhere."""
+    kinds: dict[str, Callable[[], dict[str, Any]]] = {
+        "first": lambda: {"dataset": Differing(epoch_order(64, 0, 0)[3])},
+        "later": lambda: {"dataset": Differing(epoch_order(64, 0, 0)[BATCH + 1])},
+        "own": lambda: {"dataset": Differing(own=True)},
+        "collate": lambda: {"collate": drawn_anew},
+        "sampler": lambda: {"loading": Loading(sampler=range(dist.get_rank(), 64))},
+        "split": lambda: {"dataset": Split()},
+    }
+    work = workload(**{"dataset": rows(64), **kinds[kind]()})
+    job = Job(source=Source(workload=work), strategy=Strategy.parse(strategy), options=Options(steps=6, quiet=True))
+    try:
+        train(Program.build(work, job.strategy), job)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def drawn_anew(samples: list[Sample]) -> list[Tensor]:
+    """A batch from a generator that nobody else can seed."""
+    generator = torch.Generator()
+    generator.seed()
+    return [torch.rand(len(samples), 4, generator=generator), torch.stack([label for _, label in samples])]
+
+
+class Split(IterableDataset[Sample]):
+    def __iter__(self) -> Iterator[Sample]:
+        samples = rows(64)
+        for number in range(dist.get_rank(), 64, dist.get_world_size()):
+            yield samples[number]
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "fsdp=2", "tp=2", "pp=2"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("first", r"DataError: sample \d+ differs between workers at \[1\]: \d on rank 0, \d on rank 1: .*sort what"),
+        (
+            "own",
+            r"DataError: sample \d+ of workload 'data' is another one each time it is read at \[0\]: .*by the",
+        ),
+        ("sampler", r"DataError: sample 0 differs between workers: sample 0 on rank 0, sample 1 on rank 1"),
+        ("split", r"DataError: sample 0 of the stream differs between workers at \[0\]: .*take out what splits"),
+    ],
+)
+def test_other_samples_are_told_before_the_first_step(workers: Pools, strategy: str, kind: str, words: str) -> None:
+    found = workers(2, told, strategy, kind)
+    assert found[0] == found[1]
+    assert re.match(words, found[0])
+
+
+@pytest.mark.parametrize("strategy", ["tp=2", "pp=2"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("later", r"DataError: sample \d+ differs between workers at \[1\]: .*these workers compute the same samples"),
+        ("collate", r"DataError: microbatch 0 of batch 0 in epoch 0 differs between workers at \[0\]: "),
+    ],
+)
+def test_peers_that_read_other_samples_later(workers: Pools, strategy: str, kind: str, words: str) -> None:
+    found = workers(2, told, strategy, kind)
+    assert found[0] == found[1]
+    assert re.match(words, found[0])

@@ -156,14 +156,14 @@ def drop_differently_on_shards(patch: pytest.MonkeyPatch) -> None:
 def lose_the_last_microbatch(patch: pytest.MonkeyPatch) -> None:
     from shardwise.parallel.graph.graph_engine import GraphEngine
 
-    right = GraphEngine._passes
+    right = GraphEngine._pass
 
-    def passes(self: Any, share: Any, scales: Any) -> Any:
+    def shortened(self: Any, share: Any, scales: Any) -> Any:
         from dataclasses import replace
 
         return right(self, replace(share, microbatches=share.microbatches[:-1]), scales)
 
-    patch.setattr(GraphEngine, "_passes", passes)
+    patch.setattr(GraphEngine, "_pass", shortened)
 
 
 def cut_evenly(patch: pytest.MonkeyPatch) -> None:

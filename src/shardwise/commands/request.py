@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.commands.forecast import forecasts
-from shardwise.errors import DataError, RequestError, RunFolderError, StrategyError, WorkloadError, nearest
+from shardwise.errors import RequestError, RunFolderError, StrategyError, WorkloadError, nearest
 from shardwise.launch.context import rank_context, under_launcher
 from shardwise.launch.join import join_launcher
 from shardwise.planner.plan_file import is_plan_file, read_plan
@@ -26,6 +26,8 @@ from shardwise.run.training.run_folder import (
 )
 from shardwise.strategy import Strategy
 from shardwise.workload.one_batch import in_one_batch
+from shardwise.workload.reading.check import check_data
+from shardwise.workload.reading.draws import drawing_from
 from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
@@ -153,7 +155,8 @@ def settle_source(workload: AnyWorkload, settings: Mapping[str, Any] | None = No
         raise WorkloadError(f"settings {sorted(settings)} need the function that makes workload {workload.name!r}")
     made: Any = workload
     if not isinstance(workload, Workload) and callable(workload):
-        made = workload(**(settings or {}))
+        with drawing_from(seed or 0):
+            made = workload(**(settings or {}))
     if not isinstance(made, Workload):
         raise WorkloadError(f"workload must be a name, a Workload or a function that returns one, not {workload!r}")
     return Source(workload=made, seed=seed)
@@ -217,10 +220,9 @@ def check(workload: Workload, strategy: Strategy) -> None:
     Raises:
         StrategyError: the batch does not divide, or the model or the optimizer cannot be split in this way.
         WorkloadError: the model, the optimizer or the schedule cannot be built or used.
-        DataError: the dataset is empty.
+        DataError: the dataset is empty, or cannot be read.
     """
-    if hasattr(workload.dataset, "__len__") and len(workload.dataset) == 0:
-        raise DataError(f"the dataset of workload {workload.name!r} is empty: there is nothing to train on")
+    check_data(workload)
     in_one_batch(workload, strategy).for_batch(workload.batch_size)
     from shardwise.parallel.optim.check import check_optimizer
     from shardwise.predict.profile.meta_model import builds

@@ -64,6 +64,7 @@ def run_local(
         patience: seconds for which a worker may be stopped (SIGSTOP) before all workers are ended.
 
     Raises:
+        RequestError: the function or its arguments cannot be sent.
         WorkerFailed: a worker died; all others have been ended.
         ShardwiseError: a worker raised it; the class is kept.
         KeyboardInterrupt: Ctrl-C; all workers have been ended.
@@ -71,12 +72,13 @@ def run_local(
     """
     import cloudpickle
 
+    from shardwise.launch.sending import written
     from shardwise.launch.switchboard import Switchboard  # its imports would slow down `shardwise --help`
 
     given_threads()  # raises for a wrong OMP_NUM_THREADS before any worker starts
     setup = {"path": sys.path, "threads": threads or threads_per_worker(workers), "gpus": gpus, "workers": workers}
     with Signals() as signals:
-        switchboard = Switchboard(setup, cloudpickle.dumps((function, args)))
+        switchboard = Switchboard(setup, written((function, args)))
         processes: Processes | None = None
         try:
             processes = Processes(workers, switchboard.address)

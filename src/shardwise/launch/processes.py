@@ -15,6 +15,9 @@ from shardwise.launch.scheduling import state_of
 
 PROGRAM = Path(__file__).with_name("worker.py")
 
+HASHES = "PYTHONHASHSEED"
+"""Environment variable of the seed of text hashes, which decide the order of sets: it must be equal on all workers."""
+
 _FOREIGN = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")
 """Prefixes of another launcher's environment variables, which local workers must not inherit."""
 
@@ -70,6 +73,7 @@ def _start(rank: int, workers: int, address: str) -> subprocess.Popen[bytes]:
         "WORLD_SIZE": str(workers),
         "LOCAL_WORLD_SIZE": str(workers),
         LOCAL_WORKER: "1",
+        HASHES: hashes if (hashes := os.environ.get(HASHES, "")).isdigit() else "0",
     }
     # -P would keep this folder off the import path, but Python 3.10 lacks it: worker.py removes the folder itself
     return subprocess.Popen(

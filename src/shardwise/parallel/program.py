@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
+from shardwise.launch.join import die_with_parent
 from shardwise.parallel.data.same_data import check_same_data
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.faults import parameter_fault
@@ -25,8 +26,10 @@ from shardwise.parallel.state.layout import TensorPiece
 from shardwise.parallel.state.pass_state import passes_undone
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
-from shardwise.workload.data import Loader, Share, share_of
+from shardwise.workload.data import Share
+from shardwise.workload.loading import Loading
 from shardwise.workload.one_batch import in_one_batch
+from shardwise.workload.reading.loader import Loader, share_of
 from shardwise.workload.workload import Workload
 
 
@@ -110,18 +113,21 @@ class Program:
     ) -> Loader:
         """Create a loader of our replica's shares of `dataset`.
 
-        Arguments left out come from the workload and the strategy.
+        Arguments left out come from the workload and the strategy. Without `shuffle` all samples come in their own
+        order, whatever the workload's `loading` says.
         """
+        loading = self.workload.loading
         return Loader(
             dataset=self.workload.dataset if dataset is None else dataset,
             batch_size=batch_size or self.workload.batch_size,
             collate=self.workload.collate,
             seed=self.workload.seed,
-            shuffle=shuffle,
+            loading=loading if shuffle else Loading(shuffle=False, processes=loading.processes),
             replica=self.mesh.replica,
             parts=self.strategy.parts,
             microbatches=microbatches or self.strategy.microbatches,
             uniform=self.engine.uniform,
+            enter=die_with_parent,
         )
 
     def step(self, batch: Any) -> Tensor:

@@ -55,9 +55,9 @@ class Workers:
         parts = self._gather(padded)
         return [bytes(part[: int(n)].tolist()).decode() for part, n in zip(parts, lengths, strict=True)]
 
-    def numbers(self, number: int) -> list[int]:
-        """All-gather a whole number of each worker in one small message; return the numbers by rank. Collective."""
-        return [number] if self.count == 1 else [int(each) for each in self._gather(torch.tensor([number]))]
+    def numbers(self, *numbers: int) -> list[list[int]]:
+        """All-gather a few whole numbers of each worker in one small message; return them by rank. Collective."""
+        return [list(numbers)] if self.count == 1 else [each.tolist() for each in self._gather(torch.tensor(numbers))]
 
     def raise_first(self, problem: str, error: type[ShardwiseError]) -> None:
         """Raise `error` on all workers with the first non-empty `problem` of any worker, by rank. Collective."""

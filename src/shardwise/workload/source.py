@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shardwise.workload.load import load_workload
+from shardwise.workload.reading.draws import drawing_from
 from shardwise.workload.workload import Workload
 
 
@@ -25,7 +26,12 @@ class Source:
     seed: int | None = None
 
     def load(self) -> Workload:
-        """Load the workload. Raises WorkloadError or DataError."""
-        named = self.workload
-        workload = load_workload(named, self.settings) if isinstance(named, str) else named
+        """Load the workload; what its code draws meanwhile is the same on every worker and each time.
+
+        Raises WorkloadError or DataError.
+        """
+        workload = self.workload
+        if isinstance(workload, str):
+            with drawing_from(self.seed or 0):
+                workload = load_workload(workload, self.settings)
         return workload if self.seed is None else replace(workload, seed=self.seed)

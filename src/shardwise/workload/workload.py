@@ -6,10 +6,11 @@ It says nothing about parallelism. Importing this module does not import torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import WorkloadError
+from shardwise.workload.loading import Loading
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ class Workload:
         weight: maps a batch to the total weight that the loss averages over, if that is not the number of samples: for
             example the tokens that are not padding. The global loss and gradient are then the true weighted mean.
         collate: maps a list of samples to a batch. None means torch's default.
+        loading: order of the samples (shuffle, sampler, batch sampler, last batch), and number of loading processes.
         schedule: maps an optimizer to a learning-rate scheduler, which is stepped as `schedule_every` says.
         schedule_every: when the schedule is stepped: after each optimizer `step`, after each `epoch`, or after each
             epoch with a `metric` of its evaluation (`ReduceLROnPlateau`).
@@ -79,6 +81,7 @@ class Workload:
     batch_size: int
     weight: Callable[[Batch], Any] | None = None
     collate: Callable[[list[Any]], Batch] | None = None
+    loading: Loading = field(default_factory=Loading)
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
     schedule_every: str = "step"
     groups: Callable[[str, torch.nn.Parameter], Mapping[str, Any]] | Mapping[str, Mapping[str, Any]] | None = None
@@ -98,11 +101,9 @@ class Workload:
         if self.whole_batch and self.weight is not None:
             raise WorkloadError("whole_batch and weight exclude each other: such a loss averages over the batch itself")
         self._check_schedule()
-        for field in ("model", "inputs", "loss", "optimizer"):
-            if not callable(getattr(self, field)):
-                raise WorkloadError(
-                    f"{field} of workload {self.name!r} must be a function, not {getattr(self, field)!r}"
-                )
+        for name in ("model", "inputs", "loss", "optimizer"):
+            if not callable(getattr(self, name)):
+                raise WorkloadError(f"{name} of workload {self.name!r} must be a function, not {getattr(self, name)!r}")
 
     def _check_schedule(self) -> None:
         if self.schedule_every not in ("step", "epoch", "metric"):

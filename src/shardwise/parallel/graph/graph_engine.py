@@ -9,9 +9,7 @@ the same points.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,16 +51,6 @@ WORTH_A_NOTE = 0.01
 
 Key = tuple[Any, ...]
 """Cache key of a graph: training or evaluation, shapes and dtypes of the batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class _IndexedMicrobatch:
-    """Microbatch with its data on our device and its index in its share."""
-
-    number: int
-    microbatch: Microbatch
-    data: Any
-    key: Key
 
 
 class GraphEngine:
@@ -223,13 +211,8 @@ class GraphEngine:
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
-        total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         self._pipeline.parts = []
-        passes = list(self._passes(share, scales))
-        for number, work in enumerate(passes):
-            last = number == len(passes) - 1
-            self._local_stages.final_pass = last
-            total = total + self._pipeline.run(work)
+        total = self._pipeline.run(self._pass(share, scales))
         self._local_stages.reduce(self._summed)
         self._buffers.settle()
         shown = float(self._mesh.coordinate("tp") == 0) / self._local_stages.loss_factor
@@ -244,18 +227,14 @@ class GraphEngine:
         parts = self._pipeline.parts or [torch.zeros_like(total) for _ in names]
         return {name: part * factor for name, part in zip(names, parts, strict=True)}
 
-    def _passes(self, share: Share, scales: Sequence[Tensor]) -> Iterator[PipelinePass]:
-        """Group consecutive microbatches of equal shapes: they go through the pipeline together."""
-        entries = []
-        for number, microbatch in enumerate(share.microbatches):
-            data = to_device(microbatch.data, self._mesh.device)
-            entries.append(_IndexedMicrobatch(number, microbatch, data, self._key(True, data)))
-        for key, group in groupby(entries, lambda entry: entry.key):
-            yield self._pass(key, list(group), scales)
+    def _pass(self, share: Share, scales: Sequence[Tensor]) -> PipelinePass:
+        """Return the microbatches of a share as one pass.
 
-    def _pass(self, key: Key, entries: list[_IndexedMicrobatch], scales: Sequence[Tensor]) -> PipelinePass:
-        strategy = self._strategy
-        work = self._work(key, entries[0].data)
+        Replicas may have microbatches of other shapes, and their passes must have the same collectives in one order.
+        """
+        strategy, microbatches = self._strategy, share.microbatches
+        batches = [to_device(microbatch.data, self._mesh.device) for microbatch in microbatches]
+        works = [self._work(self._key(True, data), data) for data in batches]
 
         def actions(worker: int) -> Sequence[Action]:
             return order(
@@ -263,17 +242,17 @@ class GraphEngine:
                 worker,
                 strategy.pp,
                 strategy.stages_per_worker,
-                len(entries),
+                len(microbatches),
                 last_whole=self._local_stages.sharded,
             )
 
         return PipelinePass(
-            work,
+            works,
             actions(self._mesh.coordinate("pp")),
             actions,
-            [self._given(work, entry.data) for entry in entries],
-            [scales[entry.number] * self._local_stages.loss_factor for entry in entries],
-            enter=lambda number: self.position.enter(entries[number].microbatch),
+            [self._given(work, data) for work, data in zip(works, batches, strict=True)],
+            [scale * self._local_stages.loss_factor for scale in scales],
+            enter=lambda number: self.position.enter(microbatches[number]),
             before_backward=self._local_stages.before_backward,
         )
 

@@ -40,7 +40,6 @@ class LocalStages:
         sharded: whether `fully_shard` splits the parameters.
         loss_factor: factor of the losses that turns averaged gradients into sums: the number of replicas if sharded,
             else 1.
-        final_pass: whether the running pass is the last one of its step.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class LocalStages:
         self._homes = _homes(works, tensors)
         self.sharded = strategy.splits_parameters
         self.loss_factor = strategy.replicas if self.sharded else 1
-        self.final_pass = True
         work = works[0]
         count = len(work.stages)
         own = range(mesh.coordinate("pp"), count, strategy.pp)
@@ -218,13 +216,12 @@ class LocalStages:
 
     def before_backward(self, stage: int, final: bool) -> None:
         """Prepare a backward pass of a stage. `final` marks the stage's last backward of its pass."""
-        last = final and self.final_pass
         if self.sharded:
             module: Any = self.stages[stage]  # `fully_shard` adds these methods
-            module.set_requires_gradient_sync(last)
-            module.set_is_last_backward(last)
-            module.set_reshard_after_backward(last)
-        if last and stage in self._reducers:
+            module.set_requires_gradient_sync(final)
+            module.set_is_last_backward(final)
+            module.set_reshard_after_backward(final)
+        if final and stage in self._reducers:
             self._reducers[stage].arm()
 
     def after_evaluation(self) -> None:

@@ -49,10 +49,10 @@ class Inflight:
 
 @dataclass(frozen=True, slots=True)
 class PipelinePass:
-    """Microbatches of one shape that go through the pipeline together.
+    """Microbatches of a step that go through the pipeline together; their shapes may differ.
 
     Attributes:
-        work: the work of the stages.
+        works: per microbatch, the work of the stages for its shapes.
         actions: the actions of this worker.
         others: returns the actions of any worker.
         given: per microbatch, the batch and constants by placeholder.
@@ -61,7 +61,7 @@ class PipelinePass:
         before_backward: called with (stage, whether it is the stage's last backward of this pass).
     """
 
-    work: StepWork
+    works: Sequence[StepWork]
     actions: Sequence[Action]
     others: Callable[[int], Sequence[Action]]
     given: Sequence[Mapping[str, Any]]
@@ -138,9 +138,9 @@ class PipelineExecutor:
         self._tables = work.others
         last = {action.stage: index for index, action in enumerate(work.actions) if action.kind != FORWARD}
         for index, action in enumerate(work.actions):
-            self._post(work.work, action)
+            self._post(work.works[action.microbatch], action)
             for ahead in work.actions[index + 1 : index + 2]:
-                self._post(work.work, ahead)
+                self._post(work.works[ahead.microbatch], ahead)
             final = last[action.stage] == index
             if action.kind == FORWARD:
                 loss = self._forward(work, action)
@@ -156,27 +156,28 @@ class PipelineExecutor:
     def _forward(self, work: PipelinePass, action: Action) -> Tensor | None:
         stage, microbatch = action.stage, action.microbatch
         work.enter(microbatch)
-        stage_work = work.work.stages[stage]
-        received = self._received(work.work, action)
+        whole = work.works[microbatch]
+        stage_work = whole.stages[stage]
+        received = self._received(whole, action)
         inputs = {node: received[node].detach().requires_grad_(node.meta["grad"]) for node in stage_work.inputs}
         results = self.stages[stage](stage_work, work.given[microbatch], [inputs[node] for node in stage_work.inputs])
         inflight = Inflight(inputs, dict(zip(stage_work.outputs, results, strict=True)))
         self._inflight[stage, microbatch] = inflight
-        if stage == len(work.work.stages) - 1:
+        if stage == len(whole.stages) - 1:
             scale = work.scales[microbatch]
             inflight.loss = (results[0] * scale).where(scale != 0, 0)  # with scale 0 the nan of an empty mean becomes 0
             parts = [(each.detach().double() * scale).where(scale != 0, 0) for each in results[1:]]
             self.parts = [a + b for a, b in zip(self.parts, parts, strict=True)] if self.parts else parts
             return inflight.loss.detach()
-        for target in range(stage + 1, len(work.work.stages)):
-            nodes = work.work.messages(stage, target)
+        for target in range(stage + 1, len(whole.stages)):
+            nodes = whole.messages(stage, target)
             self._send(action, target, nodes, [inflight.outputs[node] for node in nodes])
         return None
 
     def _backward(self, work: PipelinePass, action: Action) -> None:
         stage, microbatch = action.stage, action.microbatch
         inflight = self._inflight.pop((stage, microbatch))
-        gradients = self._received(work.work, action)
+        gradients = self._received(work.works[microbatch], action)
         self.weights.begin((stage, microbatch) if action.kind == INPUT else None)
         if inflight.loss is not None:
             inflight.loss.backward()  # type: ignore[no-untyped-call]
@@ -187,7 +188,7 @@ class PipelineExecutor:
             torch.autograd.backward(outputs, arrived)
         self.weights.begin(None)
         for source in range(stage):
-            nodes = [node for node in work.work.messages(source, stage) if node.meta["grad"]]
+            nodes = [node for node in work.works[microbatch].messages(source, stage) if node.meta["grad"]]
             self._send(action, source, nodes, [_gradient(inflight.inputs[node]) for node in nodes])
 
     # ---- evaluation -------------------------------------------------------------------------------------------------

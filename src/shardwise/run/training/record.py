@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -77,15 +77,18 @@ class RunRecord:
         return progress
 
     @contextmanager
-    def open(self, total: int | None) -> Iterator[None]:
-        """Open the log for the training in the block, which ends after step `total` (None: unknown)."""
+    def open(self, total: int | None, notes: Iterable[str] = ()) -> Iterator[None]:
+        """Open the log for the training in the block, which ends after step `total` (None: unknown).
+
+        `notes` are shown to the user, one line each, beside those of the program.
+        """
         self._sampler = Sampler(self.program.mesh.device, sampled_steps(None if total is None else total - self._first))
         if self.program.mesh.rank != 0:
             yield
             return
         job = self.job
         with Log(job.folder, str(job.strategy), self._first, total, quiet=job.options.quiet) as self._log:
-            for note in (str(self.first_step), *self.program.notes):
+            for note in (str(self.first_step), *self.program.notes, *notes):
                 self._log.say(note)
             self._clock.resume()
             yield

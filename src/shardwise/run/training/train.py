@@ -16,9 +16,8 @@ from shardwise.run.training.job import Job
 from shardwise.run.training.process_memory import forget_peak
 from shardwise.run.training.record import RunRecord
 from shardwise.run.training.result import FirstStep, Trained
-from shardwise.run.training.streams import StreamAgreement
+from shardwise.run.training.streams import agreeing
 from shardwise.run.verification.first_step import prove_first_step
-from shardwise.workload.data import Loader, is_map_style
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +63,14 @@ def train(program: Program, job: Job) -> Trained:
     options = job.options
     record, agreement = RunRecord(program, job), Agreement()
     progress = _start(record, program, resume=options.resume)
-    loader = _agreeing(program)
-    total = options.total(loader.batches)
+    loader = agreeing(program)
     if not options.proof:
         record.first_step = FirstStep(False, reason="left out, as asked for")
-    elif not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
+    elif not _done(program.steps, options.steps) and not _done(progress.epoch, options.epochs):
         record.first_step = prove_first_step(program, progress.epoch, progress.batch)
         forget_peak(program.mesh.device)
-    with record.open(total), _left_finite(record, lambda: progress):
-        while not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
+    with record.open(options.total(loader.batches), loader.notes), _left_finite(record, lambda: progress):
+        while not _done(program.steps, options.steps) and not _done(progress.epoch, options.epochs):
             ended = False
             for share in loader.shares(progress.epoch, progress.batch):
                 with record.step(progress.epoch, share.samples) as step:
@@ -81,7 +79,7 @@ def train(program: Program, job: Job) -> Trained:
                 if signal := agreement.stop():
                     record.save(asdict(replace(progress, loss=record.loss())))
                     return record.close(record.loss(), progress.metrics, signal)
-                if _done(program.steps, total):
+                if _done(program.steps, options.steps):
                     break
                 if options.checkpoint_every and program.steps % options.checkpoint_every == 0:
                     record.save(asdict(replace(progress, loss=record.loss())))
@@ -96,14 +94,6 @@ def train(program: Program, job: Job) -> Trained:
         progress = _evaluated(record, program, progress)  # makes up for an evaluation that a kill interrupted
         record.save(asdict(progress))
         return record.close(progress.loss, progress.metrics)
-
-
-def _agreeing(program: Program) -> Loader:
-    """Return the loader of the training data; with it, workers agree on each batch of a stream. Collective."""
-    loader = program.loader()
-    if is_map_style(loader.dataset) or program.mesh.world is None:
-        return loader
-    return replace(loader, agree=StreamAgreement(program.steps + 1))
 
 
 def _start(record: RunRecord, program: Program, *, resume: bool) -> Progress:

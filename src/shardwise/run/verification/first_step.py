@@ -27,7 +27,8 @@ from shardwise.run.training.result import FirstStep
 from shardwise.run.verification.alone import Alone
 from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, loss_deviation
 from shardwise.run.verification.rounding import HALF_TOLERANCE, rounding
-from shardwise.workload.data import Loader, Share, cut_batch, is_map_style
+from shardwise.workload.data import Share, cut_batch, is_map_style
+from shardwise.workload.reading.loader import Loader
 
 MOST_REPLICAS = 4
 """Largest number of replicas whose samples worker 0 computes alone; of more replicas, the first two are compared."""

@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
 from shardwise.launch.local import enough_gpus, run_local
+from shardwise.launch.sending import written
 from shardwise.parallel.tensor.partitioner import Uncut
+from shardwise.run.training.streams import agreeing
 from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, loss_deviation, typical_size
 from shardwise.run.verification.rounding import rounding
 from shardwise.strategy import Strategy
@@ -205,8 +207,8 @@ class _Prover:
 
     def _run(self, function: Any, trials: Sequence[StrategyTrial]) -> Any:
         workers = trials[0].strategy.workers
-        written = [cloudpickle.dumps(trial) for trial in trials]
-        return run_local(watched, (function, written), workers=workers, threads=self._threads, gpus=bool(self._gpus))
+        sent = [written(trial) for trial in trials]
+        return run_local(watched, (function, sent), workers=workers, threads=self._threads, gpus=bool(self._gpus))
 
 
 def _without_options(axis: str) -> dict[str, Any]:
@@ -315,8 +317,9 @@ def _everybodys_notes(program: Any) -> tuple[str, ...]:
 def _shares(program: Any, steps: int) -> Any:
     """Yield the shares of the first `steps` steps, from as many epochs as needed."""
     left, epoch = steps, 0
+    loader = agreeing(program)
     while left > 0:
-        for share in program.loader().shares(epoch):
+        for share in loader.shares(epoch):
             yield share
             left -= 1
             if left == 0:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shardwise.workload.data import Loader
+from shardwise.workload.loading import Loading
+from shardwise.workload.reading.loader import Loader
 
 SAMPLES = 6
 
@@ -38,7 +39,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def test_samples_are_made_without_threads_of_their_own(threads: int) -> None:
     dataset = Watched()
-    loader = Loader(dataset=dataset, batch_size=2, seed=0, shuffle=False)
+    loader = Loader(dataset=dataset, batch_size=2, seed=0, loading=Loading(shuffle=False))
     for epoch in range(2):
         for share in loader.shares(epoch):
             assert share.samples == 2
