@@ -19,12 +19,14 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, RerunPass, gradient_fault, module_fault, passes_of
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operators.module_patches import DRAWN, ModulePatches
+from shardwise.parallel.operators.true_gradients import true_gradients
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.state.buffers import Buffers
-from shardwise.parallel.state.build_model import aliases_of, build_model, evaluating, untouched
+from shardwise.parallel.state.build_model import aliases_of, build_model, evaluating, frozen_later, untouched
 from shardwise.parallel.state.dtensor_rows import is_split, row_layout
 from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import materialize, read_weights
+from shardwise.parallel.state.parameter_hooks import ParameterHooks, check_hooks, take_hooks
 from shardwise.parallel.state.pytree import map_tensors, to_device, unlike
 from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
@@ -55,6 +57,8 @@ class ModuleEngine:
         self.position = Position(seed=workload.seed)
         self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
         model = build_model(workload, mesh)
+        hooks = take_hooks(model)
+        check_hooks(hooks, replaced=strategy.splits_parameters)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.aliases = aliases_of(model)
         self._buffers = Buffers(model, mesh.replica_group)
@@ -63,6 +67,7 @@ class ModuleEngine:
             mesh.device,
             dist.new_group if mesh.replica_group is not None else None,
             recompute=strategy.recomputes,
+            gradient_factor=strategy.replicas,
         )
         self._operations.install(model)
         self._notes: list[str] = []
@@ -71,6 +76,7 @@ class ModuleEngine:
         held = dict(model.named_parameters())
         self.parameters = {name: held[name] for name in names}
         self.held = self._lay_out({**held, **self._buffers.persistent})
+        self._hooks = ParameterHooks(hooks, self.held, mesh)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -95,6 +101,7 @@ class ModuleEngine:
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
+        self._check_frozen()
         total: Tensor | None = None
         last = len(share.microbatches) - 1
         for number, (microbatch, scale) in enumerate(zip(share.microbatches, scales, strict=True)):
@@ -106,6 +113,7 @@ class ModuleEngine:
             part = part if self._workload.weight is None else part.where(scale != 0, 0)
             total = part if total is None else total + part
         self._buffers.settle()
+        self._hooks.apply()
         assert total is not None
         return total
 
@@ -144,6 +152,12 @@ class ModuleEngine:
         gradients = torch.autograd.grad(loss, parameters, start, allow_unused=True)
         given = {name: g for name, g in zip(self.parameters, gradients, strict=True) if g is not None}
         return gradient_fault(given, self._mesh.rank) if each.counts else None
+
+    def _check_frozen(self) -> None:
+        """Raise WorkloadError if a parameter was frozen or unfrozen: the optimizer and the replicas would not know."""
+        for name, held in self.held.items():
+            if isinstance(held.tensor, nn.Parameter) and held.tensor.requires_grad != (name in self.parameters):
+                raise WorkloadError(frozen_later(name))
 
     def _replay(self, microbatch: Microbatch) -> Tensor:
         """Compute the loss of a microbatch in a training forward pass of the plain module, without DDP."""
@@ -188,7 +202,8 @@ class ModuleEngine:
             return self._forward(self._replicas.call, data)
 
     def _loss(self, output: Any, data: Any) -> Tensor:
-        loss = self._workload.loss(output, data)
+        with true_gradients(self._strategy.replicas):
+            loss = self._workload.loss(output, data)
         if loss.dim():
             raise WorkloadError(
                 f"loss of workload {self._workload.name!r} has shape {tuple(loss.shape)}: must be a scalar, the mean "

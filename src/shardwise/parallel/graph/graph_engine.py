@@ -21,6 +21,7 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, gradient_fault, passes_of
 from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.graph.graph_faults import Watched
+from shardwise.parallel.graph.kept_model import KeptModel
 from shardwise.parallel.graph.parameters import LocalStages
 from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import Mesh
@@ -32,9 +33,10 @@ from shardwise.parallel.pipeline.executor import MOST_STAGES, PipelineExecutor, 
 from shardwise.parallel.pipeline.stage import StepWork, prepare
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.buffers import ReplicaBuffers
-from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, plain_model
+from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers
 from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import move_values
+from shardwise.parallel.state.parameter_hooks import ParameterHooks, check_hooks, take_hooks
 from shardwise.parallel.state.pytree import to_device
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partition import partition
@@ -82,11 +84,18 @@ class GraphEngine:
         self.position = Position(seed=workload.seed)
         self.uniform = strategy.pp > 1
         self._exchange = Exchange(mesh.group("tp"), mesh.coordinate("tp"), strategy.tp)
-        self._operators = GraphOperators(self.position, self._exchange, mesh.replica_group)
+        self._operators = GraphOperators(
+            self.position,
+            self._exchange,
+            mesh.replica_group,
+            gradient_factor=strategy.replicas if strategy.splits_parameters else 1,
+        )
         self._weights = WeightGradients()
         self._bf16 = strategy.in_bf16(workload.precision)
         self._works: dict[Key, StepWork] = {}
         model = build_model(workload, mesh)
+        hooks = take_hooks(model)
+        check_hooks(hooks, replaced=True)
         self.aliases = aliases_of(model)
         named = dict(model.named_parameters())
         self._parameters = frozenset(named)
@@ -117,8 +126,10 @@ class GraphEngine:
         for each in works:
             for call in each.local.step.opaque:
                 call.forget_values()
+        self._model = KeptModel(workload, model, [call.path for each in works for call in each.local.step.opaque])
         self.parameters: dict[str, nn.Parameter] = self._local_stages.trained(self._trained)
         self.held: dict[str, TensorPlacement] = self._local_stages.held()
+        self._hooks = ParameterHooks(hooks, self.held, mesh)
         self._pipeline = PipelineExecutor(
             self._local_stages.stages, mesh.coordinate("pp"), strategy.pp, mesh.group("pp"), mesh.device, self._weights
         )
@@ -190,19 +201,26 @@ class GraphEngine:
     def _work(self, key: Key, data: Any) -> StepWork:
         """Return the work for batches of these shapes, and trace it when they occur for the first time."""
         if key not in self._works:
-            with torch.random.fork_rng():
-                model = plain_model(self._workload)
-                move_values(model, self._mesh.device)
-            step = traced(self._workload, model, data, training=key[0])
+            model = self._model.built()
+            move_values(model, self._mesh.device)
+            step = self._model.adopt(traced(self._workload, model, data, training=key[0]))
             for call in step.opaque:
                 call.forget_values()
-            self._works[key] = self._prepare(self._partition(step, first=False))
+            work = self._prepare(self._partition(step, first=False))
+            self._local_stages.check(work)
+            self._works[key] = work
         return self._works[key]
+
+    def _notice_changes(self) -> None:
+        """Forget all graphs if a value in Python that they depend on has been changed since they were traced."""
+        if self._model.changed():
+            self._works.clear()
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
+        self._notice_changes()
         total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         passes = list(self._passes(share, scales))
         for number, work in enumerate(passes):
@@ -211,6 +229,7 @@ class GraphEngine:
             total = total + self._pipeline.run(work)
         self._local_stages.reduce(self._summed)
         self._buffers.settle()
+        self._hooks.apply()
         total = total / self._local_stages.loss_factor
         return total if self._mesh.coordinate("tp") == 0 else torch.zeros_like(total)
 
@@ -275,6 +294,7 @@ class GraphEngine:
     @torch.no_grad()
     def evaluate(self, microbatch: Microbatch) -> Tensor:
         """Return (loss, metric) of a microbatch, see `Engine.evaluate`."""
+        self._notice_changes()
         data = to_device(microbatch.data, self._mesh.device)
         self.position.enter(microbatch)
         work = self._work(self._key(False, data), data)
