@@ -7,7 +7,7 @@ above them owns the optimizer, clipping and the schedule, and does not know whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,8 +72,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def modules(self) -> Iterable[nn.Module]:
-        """Return the modules whose Python code runs here in every pass: all of the model, or those not traced."""
+    def module(self) -> nn.Module:
+        """Return the module whose Python code runs in every pass: the model, or one with the parts not traced."""
         ...
 
     @property

@@ -179,7 +179,7 @@ class Program:
         buffers = [h.tensor.detach() for h in self.engine.held.values() if not isinstance(h.tensor, nn.Parameter)]
         self._forget_gradients()
         self.engine.position.step = self.steps
-        with passes_undone(self.engine.modules, buffers, self.mesh.device):
+        with passes_undone(self.workload, self.engine.module, buffers):
             loss = self.engine.forward_backward(share, self._scales(share, samples))
             report = self._report(loss, self._constant(0.0))
             if self.mesh.world is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from shardwise.errors import WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.ddp import ReplicatedModel
 from shardwise.parallel.data.whole_batch import of_all_replicas
@@ -19,12 +20,21 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, RerunPass, gradient_fault, module_fault, passes_of
 from shardwise.parallel.mesh import Mesh, random_state_kept
 from shardwise.parallel.operators.module_patches import DRAWN, ModulePatches
+from shardwise.parallel.operators.true_gradients import true_gradients
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.state.buffers import Buffers
-from shardwise.parallel.state.build_model import aliases_of, build_model, evaluating, trained_of, untouched
+from shardwise.parallel.state.build_model import (
+    aliases_of,
+    build_model,
+    evaluating,
+    frozen_later,
+    trained_of,
+    untouched,
+)
 from shardwise.parallel.state.dtensor_rows import is_split, row_layout
 from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import materialize, read_weights
+from shardwise.parallel.state.parameter_hooks import ParameterHooks, check_hooks, take_hooks
 from shardwise.parallel.state.pytree import map_tensors, to_device, unlike
 from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
@@ -58,6 +68,8 @@ class ModuleEngine:
         self.losses: dict[str, Tensor] = {}
         model = build_model(workload, mesh)
         self.aliases, self.trained = aliases_of(model), trained_of(model)
+        hooks = take_hooks(model)
+        check_hooks(hooks, replaced=strategy.splits_parameters)
         names = list(self.trained)
         self._buffers = Buffers(model, mesh.replica_group)
         self._operations = ModulePatches(
@@ -65,6 +77,7 @@ class ModuleEngine:
             mesh.device,
             dist.new_group if mesh.replica_group is not None else None,
             recompute=strategy.recomputes,
+            gradient_factor=strategy.replicas,
         )
         self._operations.install(model)
         self._notes: list[str] = []
@@ -73,6 +86,7 @@ class ModuleEngine:
         held = dict(model.named_parameters())
         self.parameters = {name: held[name] for name in names}
         self.held = self._lay_out({**held, **self._buffers.persistent})
+        self._hooks = ParameterHooks(hooks, self.held, mesh)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -81,9 +95,9 @@ class ModuleEngine:
         return (*self._notes, *self._buffers.notes, *((DRAWN,) if unreproducible else ()))
 
     @property
-    def modules(self) -> Iterable[nn.Module]:
-        """Return all modules of the model, see `Engine.modules`."""
-        return self.model.modules()
+    def module(self) -> nn.Module:
+        """Return the model, see `Engine.module`."""
+        return self.model
 
     @property
     def draws_unkeyed(self) -> bool:
@@ -107,6 +121,7 @@ class ModuleEngine:
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
+        self._check_frozen()
         sums: dict[str, Tensor] | None = None
         last = len(share.microbatches) - 1
         for number, (microbatch, scale) in enumerate(zip(share.microbatches, scales, strict=True)):
@@ -118,6 +133,7 @@ class ModuleEngine:
             parts = {name: self._part(each, scale) for name, each in {**losses, "": loss}.items()}
             sums = parts if sums is None else {name: sums[name] + part for name, part in parts.items()}
         self._buffers.settle()
+        self._hooks.apply()
         assert sums is not None
         whole = sums.pop("")
         self.losses = sums if len(sums) > 1 else {}
@@ -163,6 +179,12 @@ class ModuleEngine:
         gradients = torch.autograd.grad(loss, parameters, start, allow_unused=True)
         given = {name: g for name, g in zip(self.parameters, gradients, strict=True) if g is not None}
         return gradient_fault(given, self._mesh.rank) if each.counts else None
+
+    def _check_frozen(self) -> None:
+        """Raise WorkloadError if a parameter was frozen or unfrozen: the optimizer and the replicas would not know."""
+        for name, held in self.held.items():
+            if isinstance(held.tensor, nn.Parameter) and held.tensor.requires_grad != (name in self.parameters):
+                raise WorkloadError(frozen_later(name))
 
     def loss_of(self, microbatch: Microbatch) -> Tensor:
         """Compute the loss of a microbatch in a training forward pass of the plain module, without DDP."""
@@ -214,7 +236,8 @@ class ModuleEngine:
             samples, group = self.position.counted, self._mesh.replica_group
             output = of_all_replicas(output, samples, group, "output")
             data = of_all_replicas(data, samples, group, "batch")
-        return losses_of(self._workload, self.model, output, data)
+        with true_gradients(self._strategy.replicas):
+            return losses_of(self._workload, self.model, output, data)
 
     @property
     def _half(self) -> bool:

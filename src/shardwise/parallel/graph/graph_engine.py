@@ -9,7 +9,7 @@ the same points.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.faults import Fault, gradient_fault, passes_of
 from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.graph.graph_faults import Watched
+from shardwise.parallel.graph.kept_model import KeptModel
 from shardwise.parallel.graph.parameters import LocalStages
 from shardwise.parallel.graph.trace import traced
-from shardwise.parallel.mesh import Mesh, random_state_kept
+from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.operators.module_patches import DRAWN
 from shardwise.parallel.optim.clipping import local_gradients
@@ -31,9 +32,10 @@ from shardwise.parallel.pipeline.executor import MOST_STAGES, PipelineExecutor, 
 from shardwise.parallel.pipeline.stage import StepWork, prepare
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.buffers import ReplicaBuffers
-from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, plain_model, trained_of
+from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, trained_of
 from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import move_values
+from shardwise.parallel.state.parameter_hooks import ParameterHooks, check_hooks, take_hooks
 from shardwise.parallel.state.pytree import to_device
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partition import partition
@@ -71,12 +73,19 @@ class GraphEngine:
         self.position = Position(seed=workload.seed)
         self.uniform = strategy.pp > 1
         self._exchange = Exchange(mesh.group("tp"), mesh.coordinate("tp"), strategy.tp)
-        self._operators = GraphOperators(self.position, self._exchange, mesh.replica_group)
+        self._operators = GraphOperators(
+            self.position,
+            self._exchange,
+            mesh.replica_group,
+            gradient_factor=strategy.replicas if strategy.splits_parameters else 1,
+        )
         self._weights = WeightGradients()
         self._bf16 = strategy.in_bf16(workload.precision)
         self._works: dict[Key, StepWork] = {}
         model = build_model(workload, mesh)
         self.aliases, self.trained = aliases_of(model), trained_of(model)
+        hooks = take_hooks(model)
+        check_hooks(hooks, replaced=True)
         named = dict(model.named_parameters())
         self._parameters = frozenset(named)
         self._trained = frozenset(self.trained)
@@ -108,8 +117,10 @@ class GraphEngine:
         for each in works:
             for call in each.local.step.opaque:
                 call.forget_values()
+        self._model = KeptModel(workload, model, [call.path for each in works for call in each.local.step.opaque])
         self.parameters: dict[str, nn.Parameter] = self._local_stages.trained(self._trained)
         self.held: dict[str, TensorPlacement] = self._local_stages.held()
+        self._hooks = ParameterHooks(hooks, self.held, mesh)
         self._pipeline = PipelineExecutor(
             self._local_stages.stages,
             mesh.coordinate("pp"),
@@ -133,10 +144,9 @@ class GraphEngine:
         return (*self._local_notes, *self._buffers.notes, *drawn)
 
     @property
-    def modules(self) -> Iterable[nn.Module]:
-        """Return the modules that were not traced, with their submodules, see `Engine.modules`."""
-        calls = [call for work in self._works.values() for call in work.local.step.opaque]
-        return {module: None for call in calls for module in call.module.modules()}
+    def module(self) -> nn.Module:
+        """Return the model without its weights, which holds what is not traced, see `Engine.module`."""
+        return self._model.module
 
     @property
     def draws_unkeyed(self) -> bool:
@@ -198,23 +208,31 @@ class GraphEngine:
     def _work(self, key: Key, data: Any) -> StepWork:
         """Return the work for batches of these shapes, and trace it when they occur for the first time."""
         if key not in self._works:
-            with random_state_kept():
-                model = plain_model(self._workload)
-                move_values(model, self._mesh.device)
-            step = traced(self._workload, model, data, training=key[0])
+            model = self._model.built()
+            move_values(model, self._mesh.device)
+            step = self._model.adopt(traced(self._workload, model, data, training=key[0]))
             for call in step.opaque:
                 call.forget_values()
-            self._works[key] = self._prepare(self._partition(step, first=False))
+            work = self._prepare(self._partition(step, first=False))
+            self._local_stages.check(work)
+            self._works[key] = work
         return self._works[key]
+
+    def _notice_changes(self) -> None:
+        """Forget all graphs if a value in Python that they depend on has been changed since they were traced."""
+        if self._model.changed():
+            self._works.clear()
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
+        self._notice_changes()
         self._pipeline.parts = []
         total = self._pipeline.run(self._pass(share, scales))
         self._local_stages.reduce(self._summed)
         self._buffers.settle()
+        self._hooks.apply()
         shown = float(self._mesh.coordinate("tp") == 0) / self._local_stages.loss_factor
         self.losses = self._losses(total, shown)
         return total * shown
@@ -284,6 +302,7 @@ class GraphEngine:
     @torch.no_grad()
     def evaluate(self, microbatch: Microbatch) -> Tensor:
         """Return (loss, metric) of a microbatch, see `Engine.evaluate`."""
+        self._notice_changes()
         data = to_device(microbatch.data, self._mesh.device)
         self.position.enter(microbatch)
         work = self._work(self._key(False, data), data)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.errors import StrategyError
+from shardwise.errors import StrategyError, WorkloadError
 from shardwise.parallel.data.gradient_reducer import GradientReducer, sum_gradients
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operators.graph_operators import GraphOperators
@@ -171,6 +171,15 @@ class LocalStages:
         for name in empty:
             read_weights(weights, name, self._tensor(name), self._lay_out(name, 0, 0).layout)
 
+    def check(self, work: StepWork) -> None:
+        """Raise WorkloadError if a step uses a tensor in a block that does not hold it."""
+        for name, homes in _homes([work], dict.fromkeys(self._homes, torch.empty(0))).items():
+            if name in _used(work) and not set(homes) <= set(self._homes[name]):
+                raise WorkloadError(
+                    f"the step uses {name} elsewhere than the first step did: the workers that need it do not hold it; "
+                    "use dp, or a model that uses its parameters alike in every step"
+                )
+
     # ---- gradients --------------------------------------------------------------------------------------------------
 
     def _tied_groups(self) -> dict[tuple[int, ...], dist.ProcessGroup]:
@@ -282,6 +291,11 @@ def _homes(works: Sequence[StepWork], tensors: Mapping[str, Tensor]) -> dict[str
                 for name in piece.section.tensors:
                     homes[name].add((stage, block))
     return {name: sorted(found) or [(0, 0)] for name, found in homes.items()}
+
+
+def _used(work: StepWork) -> set[str]:
+    pieces = (piece for stage in work.stages for piece in stage.blocks)
+    return {name for piece in pieces for name in piece.section.tensors}
 
 
 def _cut(tensor: Tensor, placement: Placement | None, exchange: Exchange) -> Tensor:

@@ -7,8 +7,9 @@ elements as one process would.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,12 @@ from shardwise.parallel.operators.module_patches import ModulePatches
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.placement import REPLICATED, Placement, Sharded
 from shardwise.workload.trace.opaque import Call
+from shardwise.workload.trace.python_state import PythonState
 
 Shape = tuple[int, ...]
+
+Values = Sequence[Mapping[Any, Any]]
+"""Values in Python of a module, as `PythonState.read` returns them."""
 
 
 class GraphOperators:
@@ -34,27 +39,40 @@ class GraphOperators:
         exchange: the exchanges among the tensor-parallel workers.
         replicas: the workers over which batch norm computes its statistics. None: this one alone.
         recomputing: whether a block is being recomputed.
+        gradient_factor: size of the gradients of a backward pass in proportion to the true ones.
     """
 
-    def __init__(self, position: Position, exchange: Exchange, replicas: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        position: Position,
+        exchange: Exchange,
+        replicas: dist.ProcessGroup | None,
+        *,
+        gradient_factor: float = 1,
+    ) -> None:
+        self.gradient_factor = gradient_factor
         self.position = position
         self.exchange = exchange
         self.replicas = replicas
         self.recomputing = False
-        self._opaque: dict[nn.Module, ModulePatches] = {}
+        self._opaque: dict[nn.Module, tuple[ModulePatches, PythonState]] = {}
+        self._values: Iterator[Values] | list[Values] | None = None
 
     @contextmanager
-    def at(self, position: Position, *, again: bool) -> Iterator[None]:
+    def at(self, position: Position, values: list[Values], *, again: bool) -> Iterator[None]:
         """Draw random numbers inside the block as at `position`, that of a microbatch whose block runs.
 
-        `again` marks the recomputation of the block.
+        Args:
+            position: position of the microbatch.
+            values: list that the first run fills with the values of the opaque modules, in order.
+            again: whether the block is recomputed, with the values as they were in the first run.
         """
-        before = self.position, self.recomputing
-        self.position, self.recomputing = position, again
+        before = self.position, self.recomputing, self._values
+        self.position, self.recomputing, self._values = position, again, iter(values) if again else values
         try:
             yield
         finally:
-            self.position, self.recomputing = before
+            self.position, self.recomputing, self._values = before
 
     def mask(self, site: int, shape: Shape, p: float, placement: Placement, like: Tensor, merged: bool) -> Tensor:
         """Draw the dropout factors of the part at `placement` of a tensor of `shape`."""
@@ -130,21 +148,35 @@ class GraphOperators:
 
     def opaque(self, call: Call, site: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call a module that was not traced. `site` is the number of calls that have drawn dropout before it."""
-        if call.module not in self._opaque:
-            group = self.replicas
-            operations = ModulePatches(self.position, tensors[0].device, None if group is None else lambda: group)
-            operations.install(call.module)
-            self._opaque[call.module] = operations
+        operations, state = self._prepared(call.module, tensors[0].device)
         buffers = [tensor for tensor in tensors[: len(call.state)] if not isinstance(tensor, nn.Parameter)]
         # a dummy sample that only keeps the worker in step must leave no trace
         before = [] if self.position.counted else [(buffer, buffer.clone()) for buffer in buffers]
-        with self._opaque[call.module].drawing_from(site, self.position):
+        with self._as_in_first_run(state), operations.drawing_from(site, self.position):
             results = call.run(tensors)
         for buffer, value in before:
             buffer.copy_(value)
         return results
 
+    def _prepared(self, module: nn.Module, device: torch.device) -> tuple[ModulePatches, PythonState]:
+        """Return the replaced operations of an opaque module and its values in Python; both are made once."""
+        if module not in self._opaque:
+            group = self.replicas
+            make_group = None if group is None else lambda: group
+            operations = ModulePatches(self.position, device, make_group, gradient_factor=self.gradient_factor)
+            operations.install(module)
+            self._opaque[module] = operations, PythonState(module)
+        return self._opaque[module]
+
+    def _as_in_first_run(self, state: PythonState) -> AbstractContextManager[None]:
+        """Return a context in which values in Python are as in the first run of the block, if it is recomputed."""
+        if isinstance(self._values, list):
+            self._values.append(state.read())
+        elif self._values is not None:
+            return state.as_at(next(self._values))
+        return nullcontext()
+
     @property
     def draws_other_random_numbers(self) -> bool:
         """Return whether an untraced module has drawn random numbers outside of dropout."""
-        return any(operations.draws_other_random_numbers for operations in self._opaque.values())
+        return any(operations.draws_other_random_numbers for operations, _ in self._opaque.values())

@@ -9,9 +9,9 @@ state moves; from the next pass on the mode is on again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.operators import selective_checkpoint
 from shardwise.parallel.operators.batch_norm import batch_norm
 from shardwise.parallel.operators.dropout import DropoutReplacements
+from shardwise.parallel.operators.true_gradients import scale_module_hooks, true_gradients
 from shardwise.parallel.state.pytree import facts
+from shardwise.workload.trace.python_state import PythonState
 
 Handlers = dict[Callable[..., Any], Callable[..., Any]]
 
@@ -54,6 +56,7 @@ class ModulePatches:
             because the order of its collectives must not depend on when a gradient bucket is ready. Called at the first
             batch norm on all replicas. None: one replica.
         recompute: whether blocks are recomputed, see `recompute`.
+        gradient_factor: size of the gradients of a backward pass in proportion to the true ones.
 
     Attributes:
         draws_other_random_numbers: whether the model draws random numbers outside of dropout.
@@ -67,7 +70,9 @@ class ModulePatches:
         make_group: Callable[[], dist.ProcessGroup] | None = None,
         *,
         recompute: bool = False,
+        gradient_factor: float = 1,
     ) -> None:
+        self._factor = gradient_factor
         self.draws_other_random_numbers = False
         self._position = position
         self._make_group = make_group
@@ -87,15 +92,18 @@ class ModulePatches:
             forward = self._replacement(module)
             if forward is not None:
                 module.forward = forward
+        scale_module_hooks(model, self._factor)
 
     def recompute(self, block: nn.Module, *, products: bool = False) -> None:
         """Make `block` drop its activations and recompute them in the backward pass, with the same dropout masks.
+
+        Values in Python that its forward changes are for the recomputation as they were for the forward.
 
         If `products` is set, it saves the results of its matmuls, convolutions and attention, see
         `selective_checkpoint`.
         """
         original = block.forward
-        contexts = self._selective_contexts if products else self._contexts
+        contexts = partial(self._selective_contexts if products else self._contexts, cache(lambda: PythonState(block)))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -117,7 +125,7 @@ class ModulePatches:
         self._position = self._dropout_replacements.position = position
         self._dropout_replacements.site = site
         before = self._random_state()
-        with self._mode():
+        with self._mode(), true_gradients(self._factor):
             yield
         self.draws_other_random_numbers |= not _same(before, self._random_state())
 
@@ -126,7 +134,7 @@ class ModulePatches:
         """Intercept operations inside the block, a forward pass in training."""
         self._dropout_replacements.site = 0
         before = self._random_state()
-        with self._mode() if self._everywhere is not False else nullcontext():
+        with self._mode() if self._everywhere is not False else nullcontext(), true_gradients(self._factor):
             yield
         moved = not _same(before, self._random_state())
         if self._everywhere is None:
@@ -240,21 +248,25 @@ class ModulePatches:
         counted = self._position.counted > 0
         return batch_norm(input, weight, bias, running_mean, running_var, momentum, eps, self._group, counted)
 
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def _contexts(
+        self, state: Callable[[], PythonState]
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a block's forward and of its recomputation."""
-        return nullcontext(), self._again(self._dropout_replacements.site)
+        return nullcontext(), self._again(self._dropout_replacements.site, state(), state().read())
 
-    def _selective_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def _selective_contexts(
+        self, state: Callable[[], PythonState]
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a block that saves the results of its products, see `selective_checkpoint`."""
         forward, again = selective_checkpoint.contexts()
-        return forward, _both(self._again(self._dropout_replacements.site), again)
+        return forward, _both(self._again(self._dropout_replacements.site, state(), state().read()), again)
 
     @contextmanager
-    def _again(self, site: int) -> Iterator[None]:
+    def _again(self, site: int, state: PythonState, values: Sequence[Mapping[Any, Any]]) -> Iterator[None]:
         """Draw from `site` on inside the block, as in the first run. The backward pass may run in another thread."""
         later, self._dropout_replacements.site, self.recomputing = self._dropout_replacements.site, site, True
         try:
-            with self._mode() if self._everywhere is not False else nullcontext():
+            with state.as_at(values), self._mode() if self._everywhere is not False else nullcontext():
                 yield
         finally:
             self._dropout_replacements.site, self.recomputing = later, False

@@ -28,6 +28,8 @@ from shardwise.splitting.balance import BYTES_PER_SECOND, Cuts, check_stages, cu
 from shardwise.splitting.slow_links import much_slower
 from shardwise.strategy import Strategy
 from shardwise.workload.trace.graph import StepGraph, batch_leaves
+from shardwise.workload.trace.opaque import OPAQUE, run_opaque
+from shardwise.workload.trace.python_state import PythonState
 
 FLOPS_PER_SECOND, MEMORY_BYTES_PER_SECOND = 1e11, 1e10
 """Assumed speed of a worker where nothing can be measured; only their ratio influences the cut."""
@@ -179,14 +181,18 @@ def _on_meta(node: fx.Node) -> Any:
 def _timed(
     step: StepGraph, tensors: Mapping[str, Tensor], data: Any, used: Mapping[fx.Node, list[Use]], repeats: int = 3
 ) -> list[float]:
-    before = {name: tensor.clone() for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
+    changeable = (*(t for t in tensors.values() if not isinstance(t, torch.nn.Parameter)), *step.constants.values())
+    before = [(tensor, tensor.clone()) for tensor in changeable]
+    states = [PythonState(call.module) for call in step.opaque]
     best = [float("inf")] * len(used)
     with random_state_kept():
         for _ in range(repeats):
             for index, seconds in enumerate(_timed_once(step, tensors, data, used)):
                 best[index] = min(best[index], seconds)
-    for name, value in before.items():  # restore batch norm's statistics
-        tensors[name].data.copy_(value)
+    for tensor, value in before:  # restore batch norm's statistics
+        tensor.data.copy_(value)
+    for state in states:
+        state.restore()
     return best
 
 
@@ -205,7 +211,8 @@ def _timed_once(
         current += node in used
         args = fx.node.map_arg((node.args, node.kwargs), lambda argument: values[argument])
         start = time.perf_counter()
-        values[node] = node.target(*args[0], **args[1])  # type: ignore[operator]
+        target: Any = run_opaque if node.target is OPAQUE else node.target
+        values[node] = target(*args[0], **args[1])
         _synchronize(values[node])
         seconds[max(current, 0)] += time.perf_counter() - start
         for argument in node.all_input_nodes:

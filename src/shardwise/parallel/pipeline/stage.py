@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from shardwise.parallel.operators import selective_checkpoint
-from shardwise.parallel.operators.graph_operators import GraphOperators
+from shardwise.parallel.operators.graph_operators import GraphOperators, Values
 from shardwise.parallel.pipeline.cut_points import Use, positions
 from shardwise.parallel.pipeline.subgraphs import Section, compiled, sections
 from shardwise.parallel.tensor.partitioner import LocalGraph
@@ -184,10 +184,11 @@ class StageModule(nn.Module):
         """Run a block that saves only its inputs and is recomputed in the backward pass."""
         position = copy(self.operators.position)
         again = False
+        values_in_python: list[Values] = []
 
         def compute(*values: Any) -> tuple[Any, ...]:
             nonlocal again
-            with self.operators.at(position, again=again), _restored_buffers(block, again):
+            with self.operators.at(position, values_in_python, again=again), _restored_buffers(block, again):
                 again = True
                 return _run(block, piece, shared, values)
 

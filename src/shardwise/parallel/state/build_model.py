@@ -17,6 +17,7 @@ from shardwise.parallel.state.broadcast import broadcast
 from shardwise.parallel.state.gather import gather_json
 from shardwise.parallel.state.materialize import move_values
 from shardwise.workload.losses import with_loss
+from shardwise.workload.trace.python_state import PythonState
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload
 
@@ -84,6 +85,14 @@ def _check(model: nn.Module, workload: Workload) -> None:
         raise WorkloadError(f"the model of workload {workload.name!r} has no parameter to train (requires_grad)")
 
 
+def frozen_later(name: str) -> str:
+    """Return the message that a parameter was frozen or unfrozen during training."""
+    return (
+        f"requires_grad of parameter {name!r} has changed since training began: which parameters are trained must be "
+        "settled by then; end the run, and go on with another workload from its checkpoint"
+    )
+
+
 def _make_equal(model: nn.Module, workload: Workload, mesh: Mesh) -> None:
     assert mesh.world is not None
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -148,12 +157,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Undo every change that forward passes inside the block make to the buffers, in place or by assignment."""
+    """Undo every change that forward passes inside the block make to buffers and to the modules' values in Python."""
+    state = PythonState(model)
     held = [(module, key, buffer) for module in model.modules() for key, buffer in module._buffers.items()]
     values = [None if buffer is None else buffer.clone() for _, _, buffer in held]
     try:
         yield
     finally:
+        state.restore()
         for (module, key, buffer), value in zip(held, values, strict=True):
             module._buffers[key] = buffer
             if buffer is not None and value is not None:

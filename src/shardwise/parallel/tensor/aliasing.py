@@ -97,9 +97,9 @@ def together(graph: fx.Graph, buffers: Collection[str]) -> list[tuple[fx.Node, f
     ranges = []
     for root, members in _members(where).items():
         if root.op == "placeholder":
-            changes = _changes if root.name in buffers else writes_in_place
             users = {user for member in members for user in member.users if user.op == "call_function"}
-            if any(changes(user) for user in users):
+            written = any(writes_in_place(user) and user.args[0] in members for user in users)
+            if written or (root.name in buffers and any(_changes(user) for user in users)):
                 ranges.append(_ends(graph, users))
         elif root in changed:
             ranges.append(_ends(graph, {node for node in members if node is root or writes_in_place(node)}))
@@ -107,13 +107,11 @@ def together(graph: fx.Graph, buffers: Collection[str]) -> list[tuple[fx.Node, f
 
 
 def _changes(node: fx.Node) -> bool:
-    """Return whether a call may change one of its arguments.
+    """Return whether a call may change one of its arguments although its name does not say so.
 
     A call without a schema may: batch norm over replicas does.
     """
-    return node.op == "call_function" and (
-        writes_in_place(node) or _name(node) in _NORMALISATIONS or not hasattr(node.target, "_schema")
-    )
+    return _name(node) in _NORMALISATIONS or not hasattr(node.target, "_schema")
 
 
 def _ends(graph: fx.Graph, nodes: Collection[fx.Node]) -> tuple[fx.Node, fx.Node]:

@@ -119,7 +119,12 @@ def _product(
         bias = p.settled(bias)
         bias = p.emit(aten.reshape.default, (bias, bias_shape), like=torch.empty(bias_shape, device="meta"))
     inputs = {0: aligned(total.shape, like.shape), 1: aligned(bias.shape, like.shape)}
-    return p.labelled(aten.add.Tensor, [total, bias], None, inputs, aligned(like.shape, like.shape), like=like)
+    return p.labelled(_biased, [total, bias], None, inputs, aligned(like.shape, like.shape), like=like)
+
+
+def _biased(total: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias in the dtype of the products, as a layer does under autocast."""
+    return total + bias.to(total.dtype)
 
 
 def matmul(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -469,15 +474,15 @@ def refuse_random(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[s
 
 
 def opaque(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """A module that could not be traced: called as a whole on every worker."""
+    """A module or function that is not traced: called as a whole on every worker."""
     call = call_of(args[1])
-    why = f"module {call.path!r} cannot be traced ({call.reason})"
-    p.note(f"{why}: it is computed whole on every worker of tp, and in one stage of pp")
-    with p.because(why):
+    p.note(f"{call.reason}: it is computed whole on every worker of tp, and in one stage of pp")
+    with p.because(call.reason):
         tensors = [p.replicated(value) for value in args[0]]
     site, p.sites = p.sites, p.sites + call.draws
     function, likes = bound(p.replacements.opaque, call, site), list(node.meta["val"])
-    return p.emit_many(function, tensors, like=likes, placements=[REPLICATED] * len(likes))
+    whole = [REPLICATED] * len(likes)
+    return p.emit_many(function, tensors, like=likes, placements=whole, carries=call.differentiable)
 
 
 def cross_entropy(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:

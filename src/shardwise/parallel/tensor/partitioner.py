@@ -401,19 +401,30 @@ class Partitioner:
         return value
 
     def emit_many(
-        self, function: Callable[..., Any], args: Sequence[Any], *, like: Sequence[Any], placements: Sequence[Placement]
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        *,
+        like: Sequence[Any],
+        placements: Sequence[Placement],
+        carries: Sequence[bool] | None = None,
     ) -> tuple[PlacedValue, ...]:
-        """Emit a call of a function that returns several values, see `emit`."""
+        """Emit a call of a function that returns several values, see `emit`.
+
+        `carries` says for each result whether a gradient may flow back through it; None means all.
+        """
         values = [item for item in _leaves(args) if isinstance(item, PlacedValue)]
         for each in values:
             self._use(each)
         node = self.graph.call_function(function, _nodes(tuple(args)))
         node.meta.update(shape=None, dtype=None, grad=False, module=self._module)
-        carries = any(v.grad for v in values)
+        flows = [any(v.grad for v in values)] * len(like)
+        if carries is not None:
+            flows = [flow and carry for flow, carry in zip(flows, carries, strict=True)]
         results = []
         for index, (val, placement) in enumerate(zip(like, placements, strict=True)):
             item = self.graph.call_function(operator.getitem, (node, index))
-            grad = carries and _differentiable(val.dtype)
+            grad = flows[index] and _differentiable(val.dtype)
             results.append(PlacedValue(item, placement, tuple(val.shape), val.dtype, grad))
             self._describe(results[-1])
         return tuple(results)

@@ -245,8 +245,6 @@ class _Profiler:
             found = common(found, self._evaluated(named, trained, local))
         if self.split:
             defer_weights(local.graph, self.weights, step.tensors)
-        if self.precision == "bf16":
-            widen_loss(local.graph, torch.device("cpu"))
         return _Traced(local, found, sections(local, [cut_point.position for cut_point in found]))
 
     def _evaluated(
@@ -269,6 +267,8 @@ class _Profiler:
             placements=None if first is None else first.placements,
             summed=None if first is None else first.summed,
         )
+        if self.precision == "bf16":
+            widen_loss(local.graph, torch.device("cpu"))
         return local
 
     def _batch_norm(self, x: Tensor, *others: Any) -> Tensor:

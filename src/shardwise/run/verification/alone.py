@@ -35,7 +35,6 @@ class Alone:
 
     def __init__(self, program: Program, weights: Mapping[str, Tensor]) -> None:
         self.workload = program.workload
-        self._device = program.mesh.device
         strategy = Strategy(precision=program.strategy.precision)
         self._engine = ModuleEngine(self.workload, strategy, Mesh(strategy, program.mesh.device, 0, None))
         self._engine.position.step = program.steps
@@ -100,7 +99,7 @@ class Alone:
 
     def _undone(self) -> AbstractContextManager[None]:
         """Undo what a pass inside the block changes: every pass starts from the state of the program."""
-        return passes_undone(self._engine.modules, (), self._device)
+        return passes_undone(self.workload, self._engine.module)
 
     def _weight(self, microbatch: Microbatch) -> float:
         weigh = self.workload.weight

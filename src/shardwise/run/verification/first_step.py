@@ -19,15 +19,16 @@ from torch.utils._pytree import tree_leaves
 
 from shardwise.errors import NotProved, RequestError
 from shardwise.launch import watch
+from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.program import Program
 from shardwise.parallel.state.gather import anywhere, gather_full, gather_json
-from shardwise.parallel.state.pass_state import random_state_kept
 from shardwise.run.training.process_memory import free_memory
 from shardwise.run.training.result import FirstStep
 from shardwise.run.verification.alone import Alone
 from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, loss_deviation
 from shardwise.run.verification.rounding import HALF_TOLERANCE, rounding
 from shardwise.workload.data import Share, cut_batch, is_map_style
+from shardwise.workload.reading.draws import drawing_from
 from shardwise.workload.reading.loader import Loader
 
 MOST_REPLICAS = 4
@@ -68,7 +69,7 @@ def prove_first_step(program: Program, epoch: int = 0, batch: int = 0) -> FirstS
     """
     begin = time.perf_counter()
     reason = _unprovable(program)
-    with random_state_kept(program.mesh.device):
+    with random_state_kept(), drawing_from():
         found = _Found(reason=reason) if reason else _prove(program, epoch, batch)
     watch.beat()
     if found.refusal:

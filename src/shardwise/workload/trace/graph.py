@@ -26,6 +26,7 @@ from torch.utils.data import default_collate
 from shardwise.errors import DataError, WorkloadError
 from shardwise.workload.data import first_samples
 from shardwise.workload.losses import losses_of, total
+from shardwise.workload.trace.functions import DerivativesRefused, functions_kept
 from shardwise.workload.trace.opaque import Call, assignments_copied, calls_in, hidden
 from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.workload import Workload, call_model
@@ -76,21 +77,25 @@ class _StepModule(nn.Module):
         model: nn.Module,
         measure: Callable[[Any, Any], Tensor] | None,
         note_names: Callable[[Iterable[str]], None],
+        after: Callable[[], None] | None,
     ) -> None:
         super().__init__()
         self.model = model
         self._workload = workload
         self._measure = measure
         self._note_names = note_names
+        self._after = after
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
         with assignments_copied(self.model):
             output = call_model(self.model, self._workload.inputs(batch))
         losses = losses_of(self._workload, self.model, output, batch)
         self._note_names(losses)
-        if self._measure is not None:
-            return total(losses), torch.as_tensor(self._measure(output, batch))
-        return total(losses), *(losses.values() if len(losses) > 1 else ())
+        measured = () if self._measure is None else (torch.as_tensor(self._measure(output, batch)),)
+        if self._after is not None:
+            self._after()
+        single = self._measure is not None or len(losses) == 1
+        return total(losses), *measured, *(() if single else losses.values())
 
 
 class Untraceable(WorkloadError):
@@ -115,11 +120,13 @@ def trace(
     *,
     training: bool = True,
     opaque: Mapping[str, Sequence[Call]] | None = None,
+    after: Callable[[], None] | None = None,
 ) -> StepGraph:
     """Trace one step on batches shaped like `batch`; the workload's metric is included unless `training` is set.
 
     In training, every submodule is traced in its current mode. The module's modes and tensors are unchanged afterwards.
-    Modules named in `opaque` are not entered; see `workload.trace.opaque`.
+    Modules named in `opaque` are not entered; see `workload.trace.opaque`. `after` is called when the step has run,
+    before torch gives the modules' attributes their old values again.
 
     Raises:
         Untraceable: the module or its loss cannot be traced.
@@ -129,11 +136,17 @@ def trace(
     measure = evaluation.measure if evaluation is not None and not training else None
     modes = {module: module.training for module in model.modules()}
     names: dict[str, None] = {}
-    step = _StepModule(workload, model, measure, lambda found: names.update(dict.fromkeys(found)))
+    step = _StepModule(workload, model, measure, lambda found: names.update(dict.fromkeys(found)), after)
     if not training:
         step.eval()
     try:
-        with _quiet(), stand_ins(model, batch) as (_, given), hidden(opaque or {}):
+        with (
+            _quiet(),
+            stand_ins(model, batch) as (_, given),
+            hidden(opaque or {}),
+            functions_kept() as kept,
+            DerivativesRefused(),
+        ):
             program = torch.export.export(step, (given,), strict=False)
     except WorkloadError:
         raise
@@ -148,7 +161,9 @@ def trace(
         reason = f"what {following.target} gives has a shape or a number that follows the data"
         raise Untraceable(workload, _enclosing(graph, following), reason)
     _check_loss(workload, graph)
-    return _named(program, graph, model, training, tuple(names))
+    found = _named(program, graph, model, training, tuple(names))
+    del kept  # `found` holds those that are in the graph
+    return found
 
 
 @contextmanager
@@ -166,19 +181,24 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def names_of(model: nn.Module) -> dict[int, str]:
+    """Map the identities of the modules' attributes to their names: torch.export runs copies that share these."""
+    return {id(vars(module)): name for name, module in model.named_modules()}
+
+
 def _innermost(model: nn.Module, error: BaseException) -> str | None:
     """Return the name of the innermost module whose forward was running, from the tracebacks of an error's causes.
 
     Returns None if no module was running.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names = names_of(model)
     found = None
     cause: BaseException | None = error
     while cause is not None:
         for frame, _ in traceback.walk_tb(cause.__traceback__):
             module = frame.f_locals.get("self")
-            if isinstance(module, nn.Module) and module in names:
-                found = names[module]
+            if isinstance(module, nn.Module) and id(vars(module)) in names:
+                found = names[id(vars(module))]
         cause = cause.__cause__ or cause.__context__
     return found
 

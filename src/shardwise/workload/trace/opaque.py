@@ -1,4 +1,4 @@
-"""Modules that cannot be traced, each represented by one call in the graph of a step.
+"""Modules and functions that are not traced, each represented by one call in the graph of a step.
 
 A call is recorded by running the model once on real data: the arguments of the module and the shapes of its results.
 In a trace, the operator `shardwise::opaque` stands for the call; an engine that runs the graph calls the module itself.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import FunctionType
 from typing import Any
@@ -34,7 +34,7 @@ class Call:
     Attributes:
         module: module that is called.
         path: name of the module in the model.
-        reason: reason in one line why it cannot be traced.
+        reason: one line for the user that names it and says why it is not traced.
         state: names of its parameters and buffers, which come first among the operator's tensors.
         leaves: flattened arguments, with a placeholder for each tensor.
         spec: tree structure of the arguments.
@@ -43,6 +43,7 @@ class Call:
         result_spec: tree structure of the output.
         draws: number of calls inside it that draw dropout.
         modes: map from the module and its submodules to whether each was in training mode.
+        differentiable: for each of `outputs` whether a gradient may flow back through it.
     """
 
     module: nn.Module
@@ -56,6 +57,13 @@ class Call:
     result_spec: TreeSpec
     draws: int
     modes: dict[nn.Module, bool]
+    differentiable: tuple[bool, ...]
+
+    def on(self, module: nn.Module) -> Call:
+        """Return the same call of another module of the same kind."""
+        names = {each: name for name, each in self.module.named_modules()}
+        modes = {module.get_submodule(names[each]): mode for each, mode in self.modes.items()}
+        return replace(self, module=module, modes=modes)
 
     def forget_values(self) -> None:
         """Free the module's tensors, which are not needed because every call passes others in their place."""
@@ -67,11 +75,11 @@ class Call:
         Raises RuntimeError if the shapes or plain values of the output differ from those of the recorded call.
         """
         count = len(self.state)
-        args, kwargs = tree_unflatten(_filled(self.leaves, tensors[count:]), self.spec)
+        args, kwargs = tree_unflatten(filled(self.leaves, tensors[count:]), self.spec)
         state = {f"module.{name}": tensor for name, tensor in zip(self.state, tensors[:count], strict=True)}
         with _in_modes(self.modes):
             output = functional_call(_Whole(self.module), state, args, kwargs)
-        found, results, _ = _split(output)
+        found, results, _ = split(output)
         now, first = _shapes(found, results), _shapes(self.outputs, self.results)
         if now != first:
             raise RuntimeError(
@@ -80,7 +88,8 @@ class Call:
         return tuple(found)
 
 
-def _filled(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+def filled(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """Replace the placeholders in a flattened tree by tensors, in order."""
     given = iter(tensors)
     return [next(given) if isinstance(leaf, _Placeholder) else leaf for leaf in leaves]
 
@@ -123,14 +132,18 @@ def assignments_copied(model: nn.Module) -> Iterator[None]:
 
 def _shapes(tensors: Sequence[Tensor], leaves: Sequence[Any]) -> list[Any]:
     """Return the structure of an output: the shapes of its tensors and its plain values."""
-    return _filled(leaves, [tuple(each.shape) for each in tensors])  # type: ignore[misc]
+    return filled(leaves, [tuple(each.shape) for each in tensors])  # type: ignore[misc]
 
 
 class _Placeholder:
     """Placeholder for a tensor in a flattened tree."""
 
 
-def _split(tree: Any) -> tuple[list[Tensor], tuple[Any, ...], TreeSpec]:
+def split(tree: Any) -> tuple[list[Tensor], tuple[Any, ...], TreeSpec]:
+    """Return the tensors in a tree, its leaves with a placeholder for each of them, and its structure.
+
+    Raises TypeError if it holds an object that may hide tensors.
+    """
     leaves, spec = tree_flatten(tree)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     strange = next((leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))), None)
@@ -142,7 +155,12 @@ def _split(tree: Any) -> tuple[list[Tensor], tuple[Any, ...], TreeSpec]:
 @torch.library.custom_op("shardwise::opaque", mutates_args=())
 def operator(tensors: list[Tensor], number: int) -> list[Tensor]:
     """Run the call `number` without gradient; results are cloned, as operators may not return their inputs."""
-    return [result.clone() for result in _CALLS[number].run(tensors)]
+    return [result.clone() for result in run_opaque(tensors, number)]
+
+
+def run_opaque(tensors: Sequence[Tensor], number: int) -> tuple[Tensor, ...]:
+    """Run the call `number` outside of the operator, inside of which no derivative can be taken."""
+    return _CALLS[number].run(tensors)
 
 
 @operator.register_fake
@@ -157,6 +175,33 @@ OPAQUE = torch.ops.shardwise.opaque.default
 def call_of(number: int) -> Call:
     """Return the call that an operator stands for; it only lives as long as the graph's user holds it."""
     return _CALLS[number]
+
+
+def entered(call: Call, tensors: Sequence[Tensor]) -> Any:
+    """Enter the operator that stands for `call` into the running trace, and return the output of the call.
+
+    Args:
+        call: the call.
+        tensors: the state of its module, and the tensors among its arguments.
+    """
+    number = next(_NUMBERS)
+    _CALLS[number] = call
+    results = operator(list(tensors), number)
+    return tree_unflatten(filled(call.results, results), call.result_spec)
+
+
+def rehomed(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[Call, ...]:
+    """Make the calls of modules at these paths on `modules`, and return all calls. Changes the graph in place."""
+    calls = []
+    for node in graph.nodes:
+        if node.target is OPAQUE:
+            call = call_of(node.args[1])
+            if call.path in modules:
+                number = next(_NUMBERS)
+                call = _CALLS[number] = call.on(modules[call.path])
+                node.args = (node.args[0], number)
+            calls.append(call)
+    return tuple(calls)
 
 
 def calls_in(graph: fx.Graph) -> tuple[Call, ...]:
@@ -179,14 +224,14 @@ class CallRecorder:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             before = self._drawn()
-            _, leaves, spec = _split((args, kwargs))
+            _, leaves, spec = split((args, kwargs))
             output = original(*args, **kwargs)
-            tensors, results, result_spec = _split(output)
+            tensors, results, result_spec = split(output)
             self.calls.append(
                 Call(
                     self.module,
                     self._path,
-                    self._reason,
+                    f"module {self._path!r} cannot be traced ({self._reason})",
                     tuple(_state(self.module)),
                     leaves,
                     spec,
@@ -195,6 +240,7 @@ class CallRecorder:
                     result_spec,
                     self._drawn() - before,
                     {module: module.training for module in self.module.modules()},
+                    tuple(each.requires_grad or not torch.is_grad_enabled() for each in tensors),
                 )
             )
             return output
@@ -237,10 +283,7 @@ def _stand_in(calls: Sequence[Call]) -> Any:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = next(left)
-        tensors, _, _ = _split((args, kwargs))
-        number = next(_NUMBERS)
-        _CALLS[number] = call
-        results = operator([*_state(call.module).values(), *tensors], number)
-        return tree_unflatten(_filled(call.results, results), call.result_spec)
+        tensors, _, _ = split((args, kwargs))
+        return entered(call, [*_state(call.module).values(), *tensors])
 
     return forward

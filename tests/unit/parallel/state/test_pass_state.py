@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from shardwise.parallel.state.pass_state import passes_undone, random_state_kept
-
-CPU = torch.device("cpu")
+from shardwise.parallel.state.pass_state import passes_undone
+from shardwise.workload.workload import Workload
 
 
 class Changing(nn.Module):
@@ -53,10 +53,22 @@ def state(module: Changing) -> list[str]:
     return [repr(value) for value in (*plain, *tensors)]
 
 
+def workload(loss: Any = lambda output, batch: output.mean()) -> Workload:
+    return Workload(
+        name="changing",
+        model=Changing,
+        dataset=[torch.zeros(3)],
+        inputs=lambda batch: batch,
+        loss=loss,
+        optimizer=torch.optim.SGD,
+        batch_size=1,
+    )
+
+
 def test_everything_is_put_back() -> None:
     module = Changing()
     before, seen = state(module), module.seen
-    with passes_undone(module.modules(), (), CPU):
+    with passes_undone(workload(), module):
         module(torch.randn(4, 3))
         assert state(module) != before
     assert state(module) == before
@@ -66,14 +78,27 @@ def test_everything_is_put_back() -> None:
 def test_it_is_put_back_after_an_error() -> None:
     module = Changing()
     before = state(module)
-    with pytest.raises(ValueError, match="more than 1 value"), passes_undone(module.modules(), (), CPU):
+    with pytest.raises(ValueError, match="more than 1 value"), passes_undone(workload(), module):
         module(torch.randn(1, 3))
     assert state(module) == before
 
 
-def test_buffers_that_belong_to_no_module_are_put_back() -> None:
+def test_what_a_function_of_the_workload_keeps_is_put_back() -> None:
+    calls: list[int] = []
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        calls.append(len(batch))
+        return output.mean()
+
+    with passes_undone(made := workload(loss), Changing()):
+        made.loss(torch.zeros(1), torch.zeros(1))
+        assert calls == [1]
+    assert calls == []
+
+
+def test_further_buffers_are_put_back() -> None:
     buffer = torch.zeros(2)
-    with passes_undone((), [buffer], CPU):
+    with passes_undone(workload(), Changing(), [buffer]):
         buffer += 1
     assert buffer.tolist() == [0, 0]
 
@@ -82,6 +107,6 @@ def test_random_generators_draw_again() -> None:
     def draws() -> list[float]:
         return [float(torch.rand(())), float(np.random.rand()), random.random()]
 
-    with random_state_kept(CPU):
+    with passes_undone(workload(), Changing()):
         first = draws()
     assert draws() == first
