@@ -70,7 +70,8 @@ class Collective:
         bytes: message size; see the module's docstring.
         group: the ranks that take part; for send and recv the two ends.
         axis: axis of the strategy that needs it: `dp`, `fsdp`, `tp`, `pp`, `world`.
-        when: phase of the step: `forward`, `backward`, `recompute`, `optimizer`, or `report` (losses, norms).
+        when: phase of the step: `forward`, `backward`, `recompute`, `optimizer`, `report`
+            (losses, norms), or `weight` (of the batch, summed over replicas).
         asynchronous: True if computation may overlap it.
     """
 

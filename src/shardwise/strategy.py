@@ -13,15 +13,14 @@ they lie on different hosts, and the replicas of a stage are neighbours.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from fractions import Fraction
-from math import ceil, gcd, isqrt
+from math import gcd, isqrt
 from typing import Any
 
 from shardwise.errors import StrategyError, nearest
+from shardwise.options import EQUAL, MOST, NONE, Ratio, Recompute
 from shardwise.units import parse_whole
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
-RECOMPUTE = ("none", "selective", "full")
 PRODUCTS = frozenset(
     {
         "aten.mm",
@@ -47,16 +46,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
     "outermost": OUTERMOST,
 }
-MOST = 1_000_000
-"""Largest number of workers of a strategy, and largest value of any of its numbers: more is taken for a typo."""
-
 _INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages", "bucket", "offload")
-_TEXTS = ("schedule", "recompute", "precision", "shares", "speeds", "outermost")
+_TEXTS = ("schedule", "precision", "outermost")
+_VALUES: dict[str, type[Recompute | Ratio]] = {"recompute": Recompute, "shares": Ratio, "speeds": Ratio}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
     """Parallel strategy: one way to split a training step over workers; immutable, and checked when it is made.
+
+    `recompute`, `shares` and `speeds` may be given as they are spelled, and are values from then on.
 
     Attributes:
         dp: number of replicas of the model, each with its share of the batch (torch DDP).
@@ -98,12 +97,12 @@ class Strategy:
     microbatches: int = 0
     schedule: str = "1f1b"
     stages: int = 0
-    recompute: str = "none"
+    recompute: Recompute = NONE
     bucket: int = 0
     offload: int = 0
     precision: str = ""
-    shares: str = ""
-    speeds: str = ""
+    shares: Ratio = EQUAL
+    speeds: Ratio = EQUAL
     outermost: str = "dp"
 
     def __post_init__(self) -> None:
@@ -124,13 +123,10 @@ class Strategy:
                 raise StrategyError(f"{key}={value}: known are {', '.join(known)}{nearest(value, known)}")
         if self.workers > MOST:
             raise StrategyError(f"the degrees make {self.workers} workers: at most {MOST} can be planned for")
-        share = _share_of_blocks(self.recompute)
-        if 0 < share < 1:  # in lowest terms, so that equal strategies are equal values
-            object.__setattr__(self, "recompute", str(share))
         self._check_options()
 
     def _check_kinds(self) -> None:
-        """Check the type of each field, and that numbers are within MOST. Raises StrategyError."""
+        """Parse what is spelled, and check the type of each field and the size of numbers. Raises StrategyError."""
         for name in _INTEGERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -140,13 +136,20 @@ class Strategy:
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise StrategyError(f"{name}={getattr(self, name)!r}: must be a text")
+        for name, kind in _VALUES.items():
+            value = getattr(self, name)
+            if isinstance(value, kind):
+                continue
+            if not isinstance(value, str):
+                raise StrategyError(f"{name}={value!r}: must be a text")
+            object.__setattr__(self, name, kind.parse(name, value))
 
     def _check_options(self) -> None:
         """Check that each option comes with the axis that it belongs to. Raises StrategyError."""
         if self.shares:
-            _check_numbers("shares", self.shares, self.replicas, "replicas")
+            self.shares.check("shares", self.replicas, "replicas")
         if self.speeds:
-            _check_numbers("speeds", self.speeds, self.pp, "pipeline workers")
+            self.speeds.check("speeds", self.pp, "pipeline workers")
         if self.outermost == "pp" and (self.pp == 1 or self.replicas == 1):
             raise StrategyError("outermost=pp needs pp=2 or more, and dp=2 or fsdp=2 or more beside it")
         if self.bucket < 0:
@@ -229,13 +232,13 @@ class Strategy:
         """Return each replica's share of the batch in the smallest whole numbers; the batch is cut into their sum."""
         if not self.shares:
             return (1,) * self.replicas
-        numbers = [int(number) for number in self.shares.split(":")]
-        return tuple(number // gcd(*numbers) for number in numbers)
+        common = gcd(*self.shares)
+        return tuple(number // common for number in self.shares)
 
     @property
     def stage_speeds(self) -> tuple[int, ...]:
         """Return the relative speed of each stage's worker, by stage index; empty if all are equal."""
-        return tuple(map(int, self.speeds.split(":"))) * self.stages_per_worker if self.speeds else ()
+        return tuple(self.speeds) * self.stages_per_worker
 
     def samples_of(self, replica: int, batch_size: int) -> int:
         """Return the samples in one microbatch of a replica; needs `microbatches` above 0 (see `for_batch`)."""
@@ -245,6 +248,14 @@ class Strategy:
     def kind(self) -> tuple[bool, ...]:
         """Return which of dp, fsdp, tp and pp have a degree above 1, in this order."""
         return self.dp > 1, self.fsdp > 1, self.tp > 1, self.pp > 1
+
+    @property
+    def runs_module(self) -> bool:
+        """Return whether each worker runs the module as it is: neither tensor nor pipeline parallel.
+
+        Any other strategy runs the traced graph of the module (`parallel.graph`).
+        """
+        return self.tp == self.pp == 1
 
     @property
     def splits_parameters(self) -> bool:
@@ -266,12 +277,12 @@ class Strategy:
     @property
     def recomputes(self) -> bool:
         """Return whether any block is recomputed in the backward pass."""
-        return self.recompute != "none"
+        return self.recompute != NONE
 
     @property
     def saves_products(self) -> bool:
         """Return whether recomputed blocks still save the results of PRODUCTS (`recompute=selective`)."""
-        return self.recompute == "selective"
+        return self.recompute.keeps_products
 
     def recomputed_of(self, blocks: int) -> int:
         """Return the number of blocks to recompute out of `blocks`; they are the first ones.
@@ -279,7 +290,7 @@ class Strategy:
         The backward pass reaches the first blocks last. By then the activations saved by the other blocks are free, so
         the memory of a recomputed block never adds to theirs.
         """
-        return ceil(_share_of_blocks(self.recompute) * blocks)
+        return self.recompute.count_of(blocks)
 
     @property
     def stages_per_worker(self) -> int:
@@ -345,43 +356,11 @@ class Strategy:
         return ",".join(shown)
 
 
-def _check_numbers(option: str, text: str, count: int, what: str) -> None:
-    numbers = text.split(":")
-    if not all(_is_count(number) for number in numbers) or len(numbers) != count:
-        example = ":".join(["2", *["1"] * (min(count, 8) - 1)]) + (":..." if count > 8 else "")
-        raise StrategyError(
-            f"{option}={text}: one whole number of 1 or more for each of the {count} {what}, "
-            f"with colons between them: {option}={example}"
-        )
-
-
-def _share_of_blocks(recompute: str) -> Fraction:
-    """Return the fraction of blocks that are recomputed: 1 for both `full` and `selective`. Raises StrategyError."""
-    if recompute in RECOMPUTE:
-        return Fraction(recompute != "none")
-    over, slash, under = recompute.partition("/")
-    whole = bool(slash) and _is_count(over) and _is_count(under)
-    if not whole or not 0 < int(over) < int(under):
-        raise StrategyError(
-            f"recompute={recompute}: known are {', '.join(RECOMPUTE)} and parts of the blocks, 1/2 or 3/4 say"
-            + nearest(recompute, RECOMPUTE)
-        )
-    return Fraction(int(over), int(under))
-
-
 def _integer(key: str, value: str) -> int:
     try:
         return parse_whole(value)
     except ValueError:
         raise StrategyError(f"{key}={value}: must be a whole number of at most {MOST}, in digits 0 to 9") from None
-
-
-def _is_count(text: str) -> bool:
-    """Return whether a text is a whole number from 1 to MOST."""
-    try:
-        return 1 <= parse_whole(text) <= MOST
-    except ValueError:
-        return False
 
 
 def _shown(value: int) -> str:

@@ -21,10 +21,11 @@ from shardwise.cluster.find import find_cluster
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import LONGEST_MESSAGE, RequestError
+from shardwise.options import MOST
 from shardwise.planner.constraints import Constraints
 from shardwise.planner.plan_file import read_plan, write_plan
 from shardwise.predict.published.validate import read_rows, validate
-from shardwise.strategy import MOST, Strategy
+from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 from shardwise.workload.recipes.datasets.cache import LazyArray
 from shardwise.workload.recipes.datasets.text import Corpus, Span

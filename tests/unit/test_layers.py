@@ -13,11 +13,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "shardwise"
 
-VALUES = {"errors", "units", "strategy", "collective", "files", "tomlfile", "version"}
+VALUES = {"errors", "units", "options", "strategy", "collective", "files", "tomlfile", "version"}
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "units": set(),
-    "strategy": {"errors", "units"},
+    "options": {"errors", "units"},
+    "strategy": {"errors", "units", "options"},
     "collective": {"errors", "units"},
     "files": {"errors", "units"},
     "tomlfile": {"errors", "units", "files"},

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
 from shardwise.errors import StrategyError
+from shardwise.options import Ratio, Recompute
 from shardwise.strategy import Strategy
+
+SOURCE = Path(__file__).parents[2] / "src"
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,7 @@ def test_its_spelling_is_read_back(text: str) -> None:
 
 
 def test_parts_of_blocks_are_in_lowest_terms() -> None:
-    assert Strategy.parse("dp=2,recompute=4/8") == Strategy(dp=2, recompute="1/2")
+    assert Strategy.parse("dp=2,recompute=4/8") == Strategy(dp=2, recompute=Recompute(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,7 @@ def test_parts_of_blocks_are_in_lowest_terms() -> None:
     ],
 )
 def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: int) -> None:
-    assert Strategy(recompute=recompute).recomputed_of(blocks) == again
+    assert Strategy.parse(f"recompute={recompute}").recomputed_of(blocks) == again
 
 
 @pytest.mark.parametrize(
@@ -144,3 +149,30 @@ def test_shares_have_samples_in_their_ratio() -> None:
     strategy = Strategy.parse("dp=2,shares=6:2").for_batch(8)
     assert strategy.parts == (3, 1)
     assert [strategy.samples_of(replica, 8) for replica in range(2)] == [6, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "runs"), [("single", True), ("dp=2,fsdp=2", True), ("dp=2,tp=2", False), ("pp=2", False)]
+)
+def test_only_replicas_run_the_module_as_it_is(text: str, runs: bool) -> None:
+    assert Strategy.parse(text).runs_module is runs
+
+
+def test_nobody_else_decides_who_runs_the_module() -> None:
+    asked = re.compile(r"tp == [\w.]*pp == 1|tp > 1 or [\w.]*pp > 1")
+    found = {path.name for path in SOURCE.rglob("*.py") if asked.search(path.read_text())}
+    assert found == {"strategy.py"}
+
+
+def test_options_are_values_however_they_are_given() -> None:
+    parsed = Strategy.parse("dp=2,shares=3:1,recompute=2/6")
+    spelled = Strategy(dp=2).with_(shares="3:1", recompute="2/6")
+    assert parsed == spelled == Strategy(dp=2, shares=Ratio((3, 1)), recompute=Recompute(1, 3))
+    assert len({parsed, spelled}) == 1
+    assert str(spelled) == "dp=2,recompute=1/3,shares=3:1"
+
+
+@pytest.mark.parametrize("option", ["shares", "speeds", "recompute"])
+def test_an_option_that_is_neither_a_value_nor_its_spelling_is_refused(option: str) -> None:
+    with pytest.raises(StrategyError, match=f"{option}=3: must be a text"):
+        Strategy(dp=2, pp=2).with_(**{option: 3})

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 Origin = Literal["measured", "datasheet", "fitted", "assumed"]
@@ -229,6 +230,12 @@ class Cluster:
     def homogeneous(self) -> bool:
         """Return whether all devices are of one kind."""
         return len({id(nodes.device) for nodes in self.nodes}) == 1
+
+    def least_memory(self, workers: int) -> int:
+        """Return the bytes of the smallest memory among the first `workers` devices."""
+        firsts = accumulate((nodes.size for nodes in self.nodes), initial=0)
+        used = [nodes for first, nodes in zip(firsts, self.nodes, strict=False) if first < workers]
+        return min(nodes.device.memory_bytes for nodes in used)
 
     def device(self, rank: int) -> Device:
         """Return the device of a rank.

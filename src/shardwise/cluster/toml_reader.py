@@ -55,7 +55,7 @@ from shardwise.cluster.toml_fields import (
 )
 from shardwise.collective import OPERATIONS
 from shardwise.errors import ClusterError
-from shardwise.strategy import MOST
+from shardwise.options import MOST
 from shardwise.tomlfile import read_toml
 from shardwise.units import parse_whole
 

@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shardwise.commands.request import TrainingRequest, check, settle, settle_options, settle_source, settle_strategy
+from shardwise.commands.forecast import FIRST_PREDICTS, own_cluster
+from shardwise.commands.request import (
+    Chosen,
+    TrainingRequest,
+    check,
+    settle,
+    settle_options,
+    settle_source,
+    settle_strategy,
+)
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.launch.context import is_first, rank_context
 from shardwise.launch.join import join_launcher
@@ -25,9 +34,10 @@ from shardwise.planner.search.search import SearchResult, may_offload, search
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
-from shardwise.run.calibration.local_cluster import check_hosts, cluster_at_hand
+from shardwise.run.calibration.local_cluster import check_hosts
 from shardwise.run.control_group import Workers
 from shardwise.run.training.execute import run_job
+from shardwise.run.training.result import Forecast
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds
@@ -83,7 +93,7 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
         RequestError: no strategy is possible.
         DoesNotFit: no strategy fits into memory.
     """
-    cluster = cluster_at_hand(quiet=quiet)
+    cluster = own_cluster(quiet=quiet)
     if workers is not None and workers > cluster.size:
         raise NotMeasured(
             f"this machine was measured with {cluster.size} workers, not with {workers}: run "
@@ -152,16 +162,16 @@ def train_automatically(
     """
     settle_options(steps=asked.steps, epochs=asked.epochs, quiet=quiet, **options)  # before anything is measured
     source = settle_source(asked.workload, asked.settings, asked.seed)
-    workload = source.load()
-    check(workload, Strategy())
+    loaded = Chosen(source, source.load())
+    check(loaded.workload, Strategy())
     context = rank_context()
     if context is not None:
-        return _with_launcher(context.workers, workload, asked, out, quiet=quiet, **options)
+        return _with_launcher(context.workers, loaded, asked, out, quiet=quiet, **options)
     try:
-        choice = choose(workload, asked.workers, quiet=quiet)
+        choice = choose(loaded.workload, asked.workers, quiet=quiet)
     except NotMeasured as error:
         plain = _unmeasured(asked, error)
-        job = settle(plain, out, quiet=quiet, **options)
+        job = settle(plain, out, quiet=quiet, chosen=loaded, **options)
         _say_unmeasured(plain, error, quiet=quiet)
         return run_job(job).summary
     if not quiet and choice.words:
@@ -169,8 +179,9 @@ def train_automatically(
     smaller = choice.smaller()
     candidate = choice.best
     while True:
-        chosen = replace(asked, strategy=candidate.strategy, workers=None)
-        job = settle(chosen, out, quiet=quiet, cuts=choice.cuts(candidate.strategy), **options)
+        chosen = _chosen(loaded, candidate, choice.cuts(candidate.strategy))
+        named = replace(asked, strategy=candidate.strategy, workers=None)
+        job = settle(named, out, quiet=quiet, chosen=chosen, **options)
         try:
             document = _with_verdict(candidate, run_job(job).summary, choice.words)
         except WorkerFailed as error:
@@ -185,8 +196,13 @@ def train_automatically(
         return document
 
 
+def _chosen(loaded: Chosen, candidate: Candidate, cuts: Cuts) -> Chosen:
+    """Return what a run needs to know of the candidate that was chosen for it."""
+    return replace(loaded, forecast=Forecast.of(candidate.prediction), cuts=cuts)
+
+
 def _with_launcher(
-    count: int, workload: Workload, asked: TrainingRequest, out: str | Path | None, **options: Any
+    count: int, loaded: Chosen, asked: TrainingRequest, out: str | Path | None, **options: Any
 ) -> dict[str, Any]:
     """Train as one of the workers of an outer launcher with the strategy that rank 0 chooses. Collective.
 
@@ -197,7 +213,7 @@ def _with_launcher(
     if is_first():
         try:
             check_hosts()
-            choice = choose(workload, asked.workers or count, quiet=bool(options["quiet"]))
+            choice = choose(loaded.workload, asked.workers or count, quiet=bool(options["quiet"]))
         except NotMeasured as error:
             asked = _unmeasured(asked, error)
             _say_unmeasured(asked, error, quiet=bool(options["quiet"]))
@@ -205,7 +221,12 @@ def _with_launcher(
     chosen = json.loads(Workers().exchange(json.dumps(told))[0])
     strategy, cuts = chosen or (None, ())
     asked = replace(asked, strategy=strategy, workers=None if strategy else asked.workers)
-    summary = run_job(settle(asked, out, cuts=tuple(map(tuple, cuts)), **options)).summary
+    chosen = replace(loaded, cuts=tuple(map(tuple, cuts)))
+    if choice is not None:
+        chosen = _chosen(chosen, choice.best, chosen.cuts)
+    elif strategy:
+        chosen = replace(chosen, forecast=Forecast(reason=FIRST_PREDICTS))
+    summary = run_job(settle(asked, out, chosen=chosen, **options)).summary
     return summary if choice is None else _with_verdict(choice.best, summary, choice.words)
 
 

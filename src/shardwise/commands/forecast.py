@@ -17,6 +17,9 @@ from shardwise.workload.workload import Workload
 if TYPE_CHECKING:
     from shardwise.predict.profile.profiler import Profiles
 
+FIRST_PREDICTS = "the first worker predicts"
+"""Reason why the other workers of an outer launcher have no prediction."""
+
 
 def forecasts(
     workload: Workload, strategies: Sequence[Strategy], threads: int | None = None, *, quiet: bool = False
@@ -35,17 +38,25 @@ def forecasts(
         ClusterError: the cluster file that the environment sets is wrong.
     """
     if not is_first():  # under an outer launcher, only rank 0 predicts
-        return [Forecast(reason="the first worker predicts") for _ in strategies]
+        return [Forecast(reason=FIRST_PREDICTS) for _ in strategies]
     try:
-        cluster = cluster_at_hand(quiet=quiet)
+        cluster = own_cluster(threads, quiet=quiet)
     except (NotMeasured, WorkerFailed) as error:
         return [Forecast(reason=str(error)) for _ in strategies]
     from shardwise.predict.simulate import profiles_on  # slow to import, because it traces models
 
-    given = given_threads() or threads
-    cluster = cluster if given is None else _with_threads(cluster, given)
     profiles = profiles_on(workload, cluster)
     return [_forecast(profiles, strategy, cluster) for strategy in strategies]
+
+
+def own_cluster(threads: int | None = None, *, quiet: bool = False) -> Cluster:
+    """Return the cluster of this machine, with as many intra-op threads for each worker as a run will have.
+
+    Arguments as of `forecasts`. Raises as `cluster_at_hand` does.
+    """
+    cluster = cluster_at_hand(quiet=quiet)
+    given = given_threads() or threads
+    return cluster if given is None else _with_threads(cluster, given)
 
 
 def _forecast(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Forecast:
@@ -62,7 +73,7 @@ def _forecast(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Forec
         return Forecast(reason=str(error))
     except Exception as error:  # the model can be trained, but not traced without its data
         return Forecast(reason=f"{type(error).__name__}: {error}")
-    return Forecast(prediction.step_seconds, prediction.memory.total)
+    return Forecast.of(prediction)
 
 
 def _with_threads(cluster: Cluster, threads: int) -> Cluster:

@@ -77,7 +77,9 @@ def planned(
 
 def _checked_by_dry_run(searched: SearchResult, cluster: Cluster, constraints: Constraints) -> SearchResult:
     """Return the search result after dry runs of its finalists, which reject those that need too much memory."""
-    plan = judge(searched.plan, searched.profiles, cluster, room(cluster, constraints), FINALISTS)
+    plan = judge(
+        searched.plan, searched.profiles, cluster, room(cluster, searched.plan.workers, constraints), FINALISTS
+    )
     return replace(searched, plan=plan)
 
 
@@ -128,7 +130,7 @@ def _too_small(workload: Workload, cluster: Cluster, point: Point, constraints: 
     if plan.smallest is None:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in plan.rejected)) or "no strategy meets all wishes"
         raise RequestError(f"no strategy for {plan.workers} workers can be: {reasons}")
-    need, have = plan.smallest.prediction.memory.total, room(cluster, constraints)
+    need, have = plan.smallest.prediction.memory.total, room(cluster, plan.workers, constraints)
     number = smallest_that_fits(
         workload, cluster, plan.workers, constraints, ScaledProfiles(profiles_on(workload, cluster))
     )

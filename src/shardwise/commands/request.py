@@ -14,6 +14,7 @@ from shardwise.launch.join import join_launcher
 from shardwise.planner.plan_file import is_plan_file, read_plan
 from shardwise.run.control_group import Workers
 from shardwise.run.training.job import POLICIES, Job, Options
+from shardwise.run.training.result import Forecast
 from shardwise.run.training.run_folder import (
     check_checkpoints,
     check_described,
@@ -45,6 +46,23 @@ DEFAULT_COMPARED = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """A choice that was made for a request, from its loaded workload: nothing is loaded, traced or predicted again.
+
+    Attributes:
+        source: source of the workload.
+        workload: the workload, loaded.
+        forecast: the prediction that the strategy was chosen by. None if nothing could be predicted.
+        cuts: planned cut points of the model; empty: those of a plan file, else chosen by measured costs.
+    """
+
+    source: Source
+    workload: Workload
+    forecast: Forecast | None = None
+    cuts: Cuts = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingRequest:
     """Training as requested by the user; open choices are None or empty. `api.train` explains the fields."""
 
@@ -63,7 +81,7 @@ def settle(
     *,
     resume: bool = False,
     on_disk: bool = True,
-    cuts: Cuts = (),
+    chosen: Chosen | None = None,
     **options: Any,
 ) -> Job:
     """Return the checked job of a request.
@@ -73,7 +91,7 @@ def settle(
         out: the run's folder; None: a new one in runs/.
         resume: continue the run in `out`.
         on_disk: False: the job has no folder, and nothing is written.
-        cuts: planned cut points of the model; empty: those of a plan file, else chosen by measured costs.
+        chosen: what `--strategy auto` has loaded and predicted to choose the strategy; None: load and predict.
         options: fields of `Options`.
 
     Raises:
@@ -81,13 +99,15 @@ def settle(
     """
     resumed = run_to_resume(out, asked) if resume else None
     asked = asked if resumed is None else as_before(asked, resumed)
-    source = settle_source(asked.workload, asked.settings, asked.seed)
+    source = chosen.source if chosen else settle_source(asked.workload, asked.settings, asked.seed)
     strategy = settle_strategy(asked.strategy, asked.workers)
     settled = settle_options(steps=asked.steps, epochs=asked.epochs, resume=resume, **options)
-    workload = source.load()
-    check(workload, strategy)
-    (forecast,) = forecasts(workload, [strategy], quiet=settled.quiet)
-    cut = cuts or _cuts(asked.strategy)
+    workload = chosen.workload if chosen else source.load()
+    forecast = chosen.forecast if chosen else None
+    if forecast is None:
+        check(workload, strategy)
+        (forecast,) = forecasts(workload, [strategy], quiet=settled.quiet)
+    cut = (chosen.cuts if chosen else ()) or _cuts(asked.strategy)
     job = Job(source=source, strategy=strategy, options=settled, folder=resumed, forecast=forecast, cuts=cut)
     return replace(job, folder=settle_folder(out, workload, job)) if on_disk else job
 
@@ -228,7 +248,7 @@ def check(workload: Workload, strategy: Strategy) -> None:
     from shardwise.predict.profile.meta_model import builds
 
     check_optimizer(workload, strategy, next(builds(workload)).module)
-    if strategy.tp > 1 or strategy.pp > 1:
+    if not strategy.runs_module:
         from shardwise.parallel.check import check_strategy
 
         check_strategy(workload, strategy)

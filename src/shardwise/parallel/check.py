@@ -35,7 +35,7 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
     Traces the model in this process and starts no worker.
     """
     strategy = strategy.for_batch(workload.batch_size)
-    if strategy.tp == strategy.pp == 1:
+    if strategy.runs_module:
         return
     with random_state_kept():
         model = plain_model(workload)

@@ -38,7 +38,7 @@ def build_engine(workload: Workload, strategy: Strategy, mesh: Mesh, cuts: Cuts 
 
     `cuts` are the cut points of a graph into stages and blocks. None chooses them by measured layer costs.
     """
-    if strategy.tp == strategy.pp == 1:
+    if strategy.runs_module:
         from shardwise.parallel.data.module_engine import ModuleEngine
 
         return ModuleEngine(workload, strategy, mesh)

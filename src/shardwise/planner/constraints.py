@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
 from shardwise.errors import RequestError, agreed, nearest
+from shardwise.options import Recompute
 from shardwise.strategy import Strategy
 from shardwise.units import parse_bytes
 
@@ -149,7 +150,7 @@ def _fixed(text: str) -> tuple[str, str]:
             f"--fix {text}: plan finds {name} itself where devices differ; for those of your own use "
             f"shardwise simulate --strategy ...,{name}={value}"
         )
-    return name, Strategy.parse(f"recompute={value}").recompute if name == "recompute" else value
+    return name, str(Recompute.parse(name, value)) if name == "recompute" else value
 
 
 def _forbidden(text: str) -> tuple[str, str]:

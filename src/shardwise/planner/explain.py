@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Sample
 from shardwise.errors import StrategyError, WorkloadError
+from shardwise.options import EQUAL
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import ProfileOf, predict_shares
@@ -130,7 +131,7 @@ def _unequal(best: Candidate, cluster: Cluster, profile_of: ProfileOf) -> Iterat
     strategy = best.strategy
     if not strategy.speeds or not cluster.homogeneous:
         return
-    equal = strategy.with_(speeds="")
+    equal = strategy.with_(speeds=EQUAL)
     need = predict(profile_of(equal), equal, cluster).memory.total
     yield (
         f"With stages as equal as they can be a device would need {format_bytes(need)}: speeds={strategy.speeds} gives "

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import RequestError, RunFolderError, StrategyError, nearest, one_line
-from shardwise.strategy import MOST, Strategy
+from shardwise.options import MOST
+from shardwise.strategy import Strategy
 from shardwise.tomlfile import read_toml
 
 if TYPE_CHECKING:

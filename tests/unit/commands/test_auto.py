@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +11,21 @@ from typing import Any
 import pytest
 
 from shardwise.cli import _say_error
+from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.commands import auto
 from shardwise.commands.auto import Choice, choose, held, train_automatically
 from shardwise.commands.request import TrainingRequest, settle_compared
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
+from shardwise.parallel import check
 from shardwise.planner.plan import Candidate
 from shardwise.predict.prediction import Memory, Prediction
+from shardwise.predict.profile import meta_model
 from shardwise.run.calibration.local_cluster import check_hosts
+from shardwise.run.training.result import Forecast
 from shardwise.strategy import Strategy
+from shardwise.workload import source
 from shardwise.workload.load import load_workload
 
 SPEC = "gpt:layers=1,hidden=64,heads=2,vocabulary=256,sequence=32,batch_size=4"
@@ -176,6 +182,57 @@ def test_unequal_stages_are_cut_as_they_were_planned(monkeypatch: pytest.MonkeyP
     assert unequal[1][0] > 0
     assert not equal
     assert not whole
+
+
+def test_a_workload_is_loaded_and_traced_once_and_trained_by_its_prediction(
+    monkeypatch: pytest.MonkeyPatch, machine: Path
+) -> None:
+    counts: Counter[str] = Counter()
+
+    def counting(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, name in ((source, "load_workload"), (meta_model, "traced"), (check, "traced"), (auto, "own_cluster")):
+        counting(owner, name)
+    choice = choose(load_workload(SPEC), 2, quiet=True)
+    alone = Counter(counts)
+    counts.clear()
+    jobs: list[Any] = []
+
+    def run_job(job: Any) -> SimpleNamespace:
+        jobs.append(job)
+        return SimpleNamespace(summary={"step_seconds": None})
+
+    monkeypatch.setattr(auto, "run_job", run_job)
+    train_automatically(TrainingRequest(SPEC, workers=2, steps=1), machine.parent / "run", quiet=True)
+    assert alone["traced"] > 0
+    assert counts == alone + Counter(load_workload=1)
+    (job,) = jobs
+    assert job.strategy == choice.best.strategy
+    assert job.forecast == Forecast.of(choice.best.prediction)
+
+
+def test_a_strategy_is_chosen_for_the_threads_that_it_will_have(monkeypatch: pytest.MonkeyPatch, machine: Path) -> None:
+    cluster = find_cluster("a100-40x2")
+    nodes = tuple(replace(n, device=replace(n.device, kind="cpu", cores=4)) for n in cluster.nodes)
+    write_cluster(replace(cluster, nodes=nodes), machine)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    seen: list[int] = []
+
+    def search(_: Any, on: Cluster, *__: Any) -> None:
+        seen.extend(each.device.threads for each in on.nodes)
+        raise DoesNotFit("enough")
+
+    monkeypatch.setattr(auto, "search", search)
+    with pytest.raises(DoesNotFit, match="enough"):
+        choose(load_workload(SPEC), 2, quiet=True)
+    assert seen == [3]
 
 
 @pytest.mark.parametrize("outcomes", [[out_of_memory()] * 3, [WorkerFailed("x", rank=0, traceback="ValueError")]])

@@ -9,15 +9,17 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from traces import remembered
 
 from shardwise.cluster.find import find_cluster
 from shardwise.predict.closed_form import memory
 from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_segments
 from shardwise.predict.closed_form.step_time import costs_of
-from shardwise.predict.crosscheck import Crosscheck, crosscheck
+from shardwise.predict.crosscheck import Crosscheck, counted, crosscheck
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.workers import traffic
+from shardwise.predict.workers.holdings import REPORT_BYTES
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 from shardwise.workload.recipes.image import image
@@ -27,6 +29,7 @@ from shardwise.workload.workload import Workload
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "gpt": lambda: gpt(2, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
+    "weighted gpt": lambda: replace(gpt(2, 64, 4, 2, vocabulary=256, sequence=32), weight=lambda _: torch.ones(())),
     "larger gpt": lambda: gpt(4, 512, 8, 4, vocabulary=4096, sequence=256, batch_size=16),
     "few tokens": lambda: gpt(4, 512, 8, 4, vocabulary=256, sequence=64, batch_size=4),
     "language": lambda: language(sequence=64, layers=2, hidden=64, tied=True, dropout=0.1),
@@ -153,6 +156,15 @@ def test_memory_that_is_not_counted_is_noticed() -> None:
 @pytest.mark.parametrize("strategy", ["fsdp=2,tp=2,precision=float32", "pp=2,precision=float32"])
 def test_a_cpu_sends_the_same(strategy: str) -> None:
     assert judge("gpt", strategy, cluster="epyc-7763x4").document()["bytes_agree"]
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "fsdp=2", "dp=2,tp=2"])
+def test_the_weight_of_a_batch_is_summed_over_replicas(strategy: str) -> None:
+    run = judge("weighted gpt", strategy)
+    axis = "fsdp" if "fsdp" in strategy else "dp"
+    expected = {("all_reduce", axis, "weight"): (1, 8), ("all_reduce", "world", "report"): (1, REPORT_BYTES)}
+    for found in (counted(run.run.collectives), run.communicated):
+        assert {key: found[key] for key in found if key[2] in ("report", "weight")} == expected
 
 
 def test_a_message_that_is_not_counted_is_noticed() -> None:

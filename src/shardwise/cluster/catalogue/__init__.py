@@ -23,7 +23,7 @@ from shardwise.cluster.cluster import ORIGINS, Cluster, Device, Level, Nodes
 from shardwise.cluster.toml_fields import Field, NestedTable, Number, Text, Where, read_table
 from shardwise.cluster.toml_reader import DEVICE, ORIGIN, PRICE, SOURCE, load_toml, parse_device, parse_level
 from shardwise.errors import LONGEST_GUESS, ClusterError
-from shardwise.strategy import MOST
+from shardwise.options import MOST
 from shardwise.units import parse_whole
 
 FOLDER = Path(__file__).parent

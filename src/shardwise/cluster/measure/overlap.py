@@ -45,8 +45,7 @@ def _compared(team: Team, group: dist.ProcessGroup, workers: int, seconds: float
     alone: list[float] = []
     meanwhile: list[float] = []
     dist.all_reduce(message, group=group)
-    rounds = torch.tensor([max(3, int(seconds / 0.05))])
-    for _ in range(int(rounds)):
+    for _ in range(max(3, int(seconds / 0.05))):
         team.wait(workers)
         alone.append(_product(a, b))
         team.wait(workers)

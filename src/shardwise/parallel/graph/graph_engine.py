@@ -9,7 +9,7 @@ the same points.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,22 @@ class GraphEngine:
     unused: Sequence[str] = ()
 
     def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh, cuts: Cuts | None = None) -> None:
+        self._connect(workload, strategy, mesh)
+        model, data = build_model(workload, mesh), self._example()
+        hooks = take_hooks(model)
+        check_hooks(hooks, replaced=True)
+        named = dict(model.named_parameters())
+        tensors: dict[str, Tensor] = {**named, **persistent_buffers(model)}
+        local, evaluation = self._shard(model, named, data)
+        works = self._cut(local, evaluation, tensors, data, cuts)
+        self._hold(works, tensors, model)
+        self._hooks = ParameterHooks(hooks, self.held, mesh)
+        self._describe(local, named)
+
+    # ---- the steps of building --------------------------------------------------------------------------------------
+
+    def _connect(self, workload: Workload, strategy: Strategy, mesh: Mesh) -> None:
+        """Make the operations that talk to other workers or depend on the position in the batch."""
         self._workload, self._strategy, self._mesh = workload, strategy, mesh
         self.position = Position(seed=workload.seed)
         self.uniform = strategy.pp > 1
@@ -81,60 +97,74 @@ class GraphEngine:
         )
         self._weights = WeightGradients()
         self._bf16 = strategy.in_bf16(workload.precision)
-        self._works: dict[Key, StepWork] = {}
-        model = build_model(workload, mesh)
+        self.losses: dict[str, Tensor] = {}
+
+    def _shard(
+        self, model: nn.Module, named: Mapping[str, nn.Parameter], data: Any
+    ) -> tuple[LocalGraph, LocalGraph | None]:
+        """Trace the step and shard its layers. Return this worker's graphs of training and, if needed, evaluation."""
         self.aliases, self.trained = aliases_of(model), trained_of(model)
-        hooks = take_hooks(model)
-        check_hooks(hooks, replaced=True)
-        named = dict(model.named_parameters())
         self._parameters = frozenset(named)
         self._trained = frozenset(self.trained)
-        data = self._example()
-        step = traced(workload, model, data)
+        step = traced(self._workload, model, data)
         self._loss_names = step.losses
-        self.losses: dict[str, Tensor] = {}
         local = self._partition(step, first=True)
-        tensors: dict[str, Tensor] = {**named, **persistent_buffers(model)}
         self._placements, self._summed = local.placements, local.summed
-        evaluation = self._evaluation(model, data)
-        self.division = divide(step, local, tensors, data, strategy, mesh, self._parameters, evaluation, cuts)
-        work = self._works[self._key(True, data)] = self._prepare(local)
-        works = [work]
+        return local, self._evaluation(model, data)
+
+    def _cut(
+        self,
+        local: LocalGraph,
+        evaluation: LocalGraph | None,
+        tensors: Mapping[str, Tensor],
+        data: Any,
+        cuts: Cuts | None,
+    ) -> list[StepWork]:
+        """Cut the graphs into stages and blocks; return what this worker runs of each."""
+        strategy, mesh = self._strategy, self._mesh
+        self.division = divide(local.step, local, tensors, data, strategy, mesh, self._parameters, evaluation, cuts)
+        self._works: dict[Key, StepWork] = {self._key(True, data): self._prepare(local)}
         if evaluation is not None:
-            works.append(self._prepare(evaluation))
-            self._works[self._key(False, data)] = works[1]
+            self._works[self._key(False, data)] = self._prepare(evaluation)
+        return list(self._works.values())
+
+    def _hold(self, works: Sequence[StepWork], tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+        """Hold this worker's part of the parameters and buffers, and make the pipeline that runs with them."""
+        mesh = self._mesh
         self._local_stages = LocalStages(
             works,
             tensors,
-            local,
-            strategy,
+            works[0].local,
+            self._strategy,
             mesh,
             self._exchange,
             self._operators,
             bf16=self._bf16,
-            weights=weights_of(workload.model),
+            weights=weights_of(self._workload.model),
         )
         for each in works:
             for call in each.local.step.opaque:
                 call.forget_values()
-        self._model = KeptModel(workload, model, [call.path for each in works for call in each.local.step.opaque])
+        self._model = KeptModel(self._workload, model, [call.path for each in works for call in each.local.step.opaque])
         self.parameters: dict[str, nn.Parameter] = self._local_stages.trained(self._trained)
         self.held: dict[str, TensorPlacement] = self._local_stages.held()
-        self._hooks = ParameterHooks(hooks, self.held, mesh)
         self._pipeline = PipelineExecutor(
             self._local_stages.stages,
             mesh.coordinate("pp"),
-            strategy.pp,
+            self._strategy.pp,
             mesh.group("pp"),
             mesh.device,
             self._weights,
             open_channels(works, mesh),
         )
-        self.uncut = local.uncut(named) if strategy.tp > 1 else []
-        self.cut_points = self.division.cut_points if strategy.pp > 1 else None
-        self._local_notes = (*local.notes, *(str(each) for each in self.uncut if each.share >= WORTH_A_NOTE))
         held = {name: held.tensor for name, held in self.held.items() if not isinstance(held.tensor, nn.Parameter)}
         self._buffers = ReplicaBuffers(held, mesh.replica_group)
+
+    def _describe(self, local: LocalGraph, named: Mapping[str, nn.Parameter]) -> None:
+        """Note what is not sharded, and where the stages begin."""
+        self.uncut = local.uncut(named) if self._strategy.tp > 1 else []
+        self.cut_points = self.division.cut_points if self._strategy.pp > 1 else None
+        self._local_notes = (*local.notes, *(str(each) for each in self.uncut if each.share >= WORTH_A_NOTE))
         self.sharded_parameter_share = local.sharded_share(named)
 
     @property

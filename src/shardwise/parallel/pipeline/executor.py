@@ -11,7 +11,7 @@ Waiting until the end of the pass would hold the messages of all microbatches.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,6 @@ class Inflight:
 
     inputs: dict[fx.Node, Tensor]
     outputs: dict[fx.Node, Tensor]
-    gradients: dict[fx.Node, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
 
 

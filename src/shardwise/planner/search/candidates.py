@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardwise.errors import StrategyError, WorkloadError
+from shardwise.options import FULL, NONE, SELECTIVE, Recompute
 from shardwise.planner.search.memory_balance import least_share, may_be_evened
 from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.planner.search.partial_recompute import fewest, may_be
@@ -154,7 +155,7 @@ class Candidates:
         summary = self.task.scaled.summary(_whole(family_of(strategy)))
         if not self._may_be_selective(summary, strategy):
             return None
-        selective = strategy.with_(recompute="selective")
+        selective = strategy.with_(recompute=SELECTIVE)
         return least_seconds(summary, selective, self.task.cluster), selective
 
     def _partly(self, strategy: Strategy) -> tuple[float, Strategy] | None:
@@ -189,17 +190,17 @@ class Candidates:
 
     def _may_be_selective(self, profile: ProfileSummary, strategy: Strategy) -> bool:
         """Return whether a strategy may fit with selective recomputation, which saves the results of matmuls."""
-        return self._may_be(profile, strategy, "selective")
+        return self._may_be(profile, strategy, SELECTIVE)
 
     def _may_be_partly(self, profile: ProfileSummary, strategy: Strategy) -> bool:
         """Return whether a strategy may fit if it recomputes a part of its blocks."""
-        return may_be(profile, strategy) and self._may_be(profile, strategy, "full")
+        return may_be(profile, strategy) and self._may_be(profile, strategy, FULL)
 
-    def _may_be(self, profile: ProfileSummary, strategy: Strategy, recompute: str) -> bool:
+    def _may_be(self, profile: ProfileSummary, strategy: Strategy, recompute: Recompute) -> bool:
         if strategy.recomputes or self.task.least_memory:
             return False
         if not (
-            self.task.constraints.allows("recompute", "none") and self.task.constraints.allows("recompute", recompute)
+            self.task.constraints.allows("recompute", NONE) and self.task.constraints.allows("recompute", recompute)
         ):
             return False
         return least_memory(profile, strategy.with_(recompute=recompute)) <= self.task.room

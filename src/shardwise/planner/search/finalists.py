@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from shardwise.errors import StrategyError
+from shardwise.options import EQUAL
 from shardwise.planner.plan import Candidate
 from shardwise.planner.search.memory_balance import evened, may_be_evened
 from shardwise.planner.search.partial_recompute import enough
@@ -57,8 +58,8 @@ class Finalists:
         more = None
         if self.task.computed_again_to_fit(strategy):
             more = enough(profile, strategy, self.task.cluster, self.task.room)
-        elif strategy.speeds and may_be_evened(strategy.with_(speeds=""), self.task.cluster):
-            more = evened(profile, strategy.with_(speeds=""), self.task.cluster, self.task.room)
+        elif strategy.speeds and may_be_evened(strategy.with_(speeds=EQUAL), self.task.cluster):
+            more = evened(profile, strategy.with_(speeds=EQUAL), self.task.cluster, self.task.room)
         return None if more is None else Candidate(more, predict(profile, more, self.task.cluster))
 
     def _with_shares(self, predicted: list[Candidate]) -> list[Candidate]:

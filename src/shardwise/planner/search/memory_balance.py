@@ -19,6 +19,7 @@ from itertools import accumulate, pairwise
 from math import gcd
 
 from shardwise.cluster.cluster import Cluster
+from shardwise.options import Ratio
 from shardwise.planner.search.memory_bounds import most_of_the_model
 from shardwise.planner.search.unequal_devices import MOST_REPLICAS
 from shardwise.predict.closed_form.pipeline_links import slower_links
@@ -200,7 +201,7 @@ def _spelled(
     found = strategy
     for fine in FINE:
         numbers = [max(1, round(fine * size / max(sizes))) for size in sizes]
-        found = strategy.with_(speeds=":".join(str(number // gcd(*numbers)) for number in numbers))
+        found = strategy.with_(speeds=Ratio(number // gcd(*numbers) for number in numbers))
         cuts = cuts_of(profile, found, costs.times.forward.each, slower_links(profile, found, cluster))
         if [stage[0] for stage in cuts] == list(starts):
             break

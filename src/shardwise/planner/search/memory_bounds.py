@@ -33,7 +33,7 @@ def least_memory(profile: ProfileSummary, strategy: Strategy, saved: float | Non
     stays /= workers
     if strategy.splits_parameters and strategy.zero == 2 and stages > 1:
         stays += profile.own / stages
-    buckets = strategy.sums_in_buckets and strategy.tp == strategy.pp == 1  # DDP allocates its buckets at the start
+    buckets = strategy.sums_in_buckets and strategy.runs_module  # DDP allocates its buckets at the start
     first = _saved(profile, strategy, saved, count) + (profile.gradients if buckets else 0)
     later = _gradients(profile, strategy, slices) + _saved(profile, strategy, saved, count - (workers > 1))
     return max(updating, stays + first, stays + later if count > 1 else 0.0, profile.largest)
@@ -75,7 +75,7 @@ def _saved(profile: ProfileSummary, strategy: Strategy, saved: float | None, cou
 
 def _gradients(profile: ProfileSummary, strategy: Strategy, slices: int) -> float:
     """Return the bytes of gradients that exist during a backward pass that is not the first one."""
-    alone = strategy.tp == strategy.pp == 1
+    alone = strategy.runs_module
     if strategy.sums_in_buckets and alone:  # gradients and DDP's buckets
         return profile.gradients * 2.0
     if not strategy.splits_parameters:
@@ -87,7 +87,7 @@ def _gradients(profile: ProfileSummary, strategy: Strategy, slices: int) -> floa
 
 def _handed(profile: ProfileSummary, strategy: Strategy, stages: int) -> float:
     """Return the bytes of messages between blocks that are saved per microbatch if the blocks are recomputed."""
-    if strategy.tp == strategy.pp == 1 or "/" in strategy.recompute:
+    if strategy.runs_module or strategy.recompute.partial:
         return 0.0
     between = min(max(profile.narrow - stages + 1, 0), stages * (MOST_BLOCKS - 1))
     return float(profile.message * (between + stages - 1))
@@ -97,7 +97,7 @@ def _products(profile: ProfileSummary, strategy: Strategy) -> int:
     """Return the bytes of matmul results that are saved per microbatch if the rest is recomputed."""
     if not strategy.saves_products:
         return 0
-    return profile.repeated_products if strategy.tp == strategy.pp == 1 else profile.products
+    return profile.repeated_products if strategy.runs_module else profile.products
 
 
 def _under_way(workers: int, microbatches: int, schedule: str, stages: int) -> float:

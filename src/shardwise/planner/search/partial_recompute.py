@@ -8,10 +8,12 @@ from __future__ import annotations
 from math import ceil
 
 from shardwise.cluster.cluster import Cluster
+from shardwise.options import FULL, Recompute
 from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import timed
 from shardwise.predict.closed_form.step_time import costs_of
+from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.workers.cuts import cuts_of, stage_blocks
@@ -23,7 +25,7 @@ GUESSES = 4
 
 def may_be(profile: ProfileSummary, strategy: Strategy) -> bool:
     """Return whether stages have several blocks each, so that a part of them can be recomputed."""
-    if strategy.tp == strategy.pp == 1:
+    if strategy.runs_module:
         return profile.repeated > 0
     return profile.narrow + 1 >= 2 * strategy.pp * strategy.stages_per_worker
 
@@ -73,7 +75,7 @@ def enough(profile: Profile, strategy: Strategy, cluster: Cluster, room: int) ->
 
 
 def _with(strategy: Strategy, count: int, blocks: int) -> Strategy:
-    return strategy.with_(recompute=f"{count}/{blocks}")
+    return strategy.with_(recompute=Recompute.part(count, blocks))
 
 
 def _saved(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[int]:
@@ -82,17 +84,17 @@ def _saved(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[int]:
     The list has one entry for each block of the stage with most blocks; recomputing all blocks is left out.
     """
     times = timed(profile, cluster, strategy)
-    module = strategy.tp == strategy.pp == 1
+    module = strategy.runs_module
     slower = slower_links(profile, strategy, cluster)
-    key = ("partly", id(times), module, strategy.pp, strategy.stages_per_worker, slower)
-    return profile.memo.once(key, lambda: _saved_of(profile, strategy, times.forward.each, slower), times)
+    key = ("partly", Same(times), module, strategy.pp, strategy.stages_per_worker, slower)
+    return profile.memo.once(key, lambda: _saved_of(profile, strategy, times.forward.each, slower))
 
 
 def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], slower: tuple[float, ...]) -> list[int]:
     if not profile.cut:
         return []
     saved = profile.saved
-    cuts = cuts_of(profile, strategy.with_(recompute="full"), costs, slower)
+    cuts = cuts_of(profile, strategy.with_(recompute=FULL), costs, slower)
     ends = [*(starts[0] for starts in cuts[1:]), len(profile.segments)]
     stages = [
         [saved[last] - saved[first] for first, last in stage_blocks(profile, strategy, starts, end)]

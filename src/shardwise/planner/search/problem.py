@@ -17,9 +17,9 @@ EQUAL = 0.001
 """Relative gain that each further option of a strategy must bring: predictions are not more precise than that."""
 
 
-def room(cluster: Cluster, constraints: Constraints) -> int:
-    """Return the bytes of a device that a strategy may use: the smallest device, or the user's limit if lower."""
-    least = min(nodes.device.memory_bytes for nodes in cluster.nodes)
+def room(cluster: Cluster, workers: int, constraints: Constraints) -> int:
+    """Return the bytes of a device that a strategy may use: those of the smallest, or the user's limit if lower."""
+    least = cluster.least_memory(workers)
     return least if constraints.max_memory is None else min(least, constraints.max_memory)
 
 
@@ -44,7 +44,7 @@ class SearchProblem:
     @cached_property
     def room(self) -> int:
         """Bytes of a device that a strategy may use."""
-        return room(self.cluster, self.constraints)
+        return room(self.cluster, self.workers, self.constraints)
 
     @cached_property
     def spans(self) -> tuple[int, ...]:
@@ -68,9 +68,9 @@ class SearchProblem:
 
     def computed_again_to_fit(self, strategy: Strategy) -> bool:
         """Return whether a part of the blocks is recomputed to fit, rather than because the user fixed it."""
-        return "/" in strategy.recompute and "recompute" not in self.constraints.fixed
+        return strategy.recompute.partial and "recompute" not in self.constraints.fixed
 
 
 def words(strategy: Strategy) -> int:
     """Return the complexity of a strategy: its number of options less one, plus one for a part of the blocks."""
-    return str(strategy).count(",") + ("/" in strategy.recompute)
+    return str(strategy).count(",") + strategy.recompute.partial

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
+from shardwise.options import EQUAL
 from shardwise.planner.constraints import Constraints
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.planner.search.candidates import Candidates, Family, UnequalStages, family_of
@@ -70,7 +71,7 @@ class SearchResult:
         """Return the predicted cuts of the model; empty if the strategy leaves the model whole."""
         if strategy.pp == 1 and (strategy.tp == 1 or not cuts_blocks(strategy)):
             return ()
-        equal_shares = strategy.with_(shares="")
+        equal_shares = strategy.with_(shares=EQUAL)
         return costs_of(self.profile_of(equal_shares), equal_shares, cluster).parts.cuts
 
 

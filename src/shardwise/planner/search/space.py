@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+from shardwise.options import FULL, NONE, Recompute
 from shardwise.planner.constraints import Constraints
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.strategy import OUTERMOST, PRECISIONS, Strategy
@@ -68,12 +69,13 @@ def _of_degrees(
                         )
 
 
-def _recomputes(constraints: Constraints) -> tuple[str, ...]:
+def _recomputes(constraints: Constraints) -> tuple[Recompute, ...]:
     """Return the values of `recompute` to try: none and all of the blocks, unless the user fixed one.
 
     Parts between them are tried for each strategy that does not fit, see `planner.search.partial_recompute`.
     """
-    return (constraints.fixed["recompute"],) if "recompute" in constraints.fixed else ("none", "full")
+    fixed = constraints.fixed.get("recompute")
+    return (NONE, FULL) if fixed is None else (Recompute.parse("recompute", fixed),)
 
 
 def _precisions(constraints: Constraints) -> tuple[str, ...]:

@@ -23,12 +23,14 @@ from itertools import accumulate
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
+from shardwise.options import FULL
 from shardwise.planner.search.memory_bounds import even, owners
 from shardwise.predict.closed_form.pipeline import StageTime, alone
 from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import SegmentTimes, Times, timed, times_of
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.workers.cuts import cuts_of, recomputed_segments
@@ -54,10 +56,10 @@ def _passes(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> tu
     """Return lower bounds in seconds: from the pipeline's first pass to its last, and of the mean worker's compute."""
     times = times_of(profile, cluster, strategy)
     one = times.forward + times.backward + times.weights
-    module = strategy.tp == strategy.pp == 1  # only repeated blocks are recomputed then
+    module = strategy.runs_module  # only repeated blocks are recomputed then
     if strategy.saves_products:
         one += times.repeated_rest if module else times.rest
-    elif strategy.recompute == "full":  # if only a part of the blocks is recomputed, the time is not known here
+    elif strategy.recompute == FULL:  # if only a part of the blocks is recomputed, the time is not known here
         one += times.repeated if module else times.again
     filled = _filled(profile, strategy, times.forward, one) + _trip(profile, strategy, cluster)
     return filled, one * strategy.microbatches / strategy.pp
@@ -67,7 +69,7 @@ def _trip(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> floa
     """Return the seconds of one microbatch's messages through all pipeline workers and back, each to a nearest rank."""
     if strategy.pp == 1 or not profile.message:
         return 0.0
-    return 2 * (strategy.pp - 1) * _collective("send", profile.message, 2, strategy.tp, _ByIdentity(cluster))
+    return 2 * (strategy.pp - 1) * _collective("send", profile.message, 2, strategy.tp, Same(cluster))
 
 
 def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
@@ -95,8 +97,8 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
 
 def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[StageTime]:
     times = timed(profile, cluster, strategy)
-    key = ("bounds", "stages", id(times), strategy.pp, strategy.stages_per_worker, strategy.recompute)
-    return profile.memo.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times), times)
+    key = ("bounds", "stages", Same(times), strategy.pp, strategy.stages_per_worker, strategy.recompute)
+    return profile.memo.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times))
 
 
 def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: SegmentTimes) -> list[StageTime]:
@@ -110,7 +112,7 @@ def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times
     message = 0.0
     if strategy.pp > 1:
         least = min(segment.message for segment in profile.segments[1:])
-        message = _collective("send", least, 2, strategy.tp, _ByIdentity(cluster)) if least else 0.0
+        message = _collective("send", least, 2, strategy.tp, Same(cluster)) if least else 0.0
     found = []
     for starts, end in zip(cuts, ends, strict=True):
         first = starts[0]
@@ -167,7 +169,7 @@ def _gathers(strategy: Strategy, cluster: Cluster, profile: ProfileSummary) -> f
     forward pass that follows another one and for each backward pass that follows a forward pass: once more often than
     there are microbatches, whatever the order. Without tp and pp, each microbatch gathers and scatters.
     """
-    alone, count = strategy.tp == strategy.pp == 1, strategy.microbatches
+    alone, count = strategy.runs_module, strategy.microbatches
     size = (profile.repeated if alone else profile.own) // strategy.pp
     gather = _seconds("all_gather", size, strategy, "fsdp", cluster)
     scatter = _seconds("reduce_scatter", size, strategy, "fsdp", cluster)
@@ -194,22 +196,9 @@ def _seconds(operation: str, size: int, strategy: Strategy, axis: str, cluster: 
     group = group_of(strategy, axis)
     if group.size == 1 or not size:
         return 0.0
-    return _collective(operation, size, group.size, group.stride, _ByIdentity(cluster))
-
-
-class _ByIdentity:
-    """A cluster compared by identity, which is faster to look up than its value."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-
-    def __hash__(self) -> int:
-        return id(self.cluster)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity) and self.cluster is other.cluster
+    return _collective(operation, size, group.size, group.stride, Same(cluster))
 
 
 @lru_cache(maxsize=65536)
-def _collective(operation: str, size: int, ranks: int, stride: int, cluster: _ByIdentity) -> float:
-    return collective_seconds(Collective(operation, size, Group(ranks, stride)), cluster.cluster)
+def _collective(operation: str, size: int, ranks: int, stride: int, cluster: Same[Cluster]) -> float:
+    return collective_seconds(Collective(operation, size, Group(ranks, stride)), cluster.value)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import gcd
 
 from shardwise.cluster.cluster import Cluster, Device
+from shardwise.options import Ratio
 from shardwise.planner.search.space import divisors
 from shardwise.predict.closed_form.segment_times import timed
 from shardwise.predict.closed_form.step_time import slowest_at
@@ -36,10 +37,10 @@ def shared_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batc
     for pieces in divisors(batch_size // strategy.microbatches):
         if pieces >= strategy.replicas:
             parts = _rounded(speeds, pieces)
-            found = strategy.with_(shares=":".join(map(str, parts)))
+            found = strategy.with_(shares=Ratio(parts))
             if found.parts not in said:
                 said.add(found.parts)
-                yield found.with_(shares=":".join(map(str, found.parts)))
+                yield found.with_(shares=Ratio(found.parts))
 
 
 def staged_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batch_size: int) -> Iterator[Strategy]:
@@ -59,7 +60,7 @@ def staged_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batc
         lowest = tuple(number // gcd(*found) for number in found)
         if lowest not in said:
             said.add(lowest)
-            yield strategy.with_(speeds=":".join(map(str, lowest)))
+            yield strategy.with_(speeds=Ratio(lowest))
 
 
 def _of_microbatch(profile: Profile, strategy: Strategy, cluster: Cluster, device: Device) -> float:

@@ -51,7 +51,7 @@ def held_at_segments(
     gathers = [0 if block.gathered is None else block.gathered.gather for block in blocks]
     reduces = [0 if block.gathered is None else block.gathered.reduce for block in blocks]
     root_gather, root_reduce = (0, 0) if stage.root is None else (stage.root.gather, stage.root.reduce)
-    module = strategy.tp == strategy.pp == 1
+    module = strategy.runs_module
     keeps = keeps_gradients(strategy)
     gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
     key = ("complete", stage.first, stage.end, tuple((block.first, block.end) for block in blocks), module)
@@ -90,7 +90,7 @@ def held_at_segments(
 
 def keeps_gradients(strategy: Strategy) -> bool:
     """Return whether gradients stay unsharded between microbatches, with one reduce-scatter after the last of them."""
-    return (strategy.tp > 1 or strategy.pp > 1) and strategy.microbatches > 1
+    return not strategy.runs_module and strategy.microbatches > 1
 
 
 def _block_at(blocks: tuple[Block, ...], segment: int) -> tuple[int, bool]:

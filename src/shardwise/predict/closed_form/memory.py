@@ -63,7 +63,8 @@ def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
     They are the process of this kind of program (`cluster.Device.process`), and what the allocator leaves unused of
     activations and temporary tensors (`cluster.Device.heap`).
     """
-    kind = "graph" if strategy.tp > 1 or strategy.pp > 1 else "sharded" if strategy.splits_parameters else "module"
+    plain = "sharded" if strategy.splits_parameters else "module"
+    kind = plain if strategy.runs_module else "graph"
     own = device.process.get(kind, device.process.get("module", 0))
     if kind == "graph" and strategy.splits_parameters:
         own += max(0, device.process.get("sharded", 0) - device.process.get("module", 0))
@@ -104,7 +105,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
     stages = {stage.number: stage for stage in worker.stages}
     products = strategy.saves_products
     saved = {number: _saved(profile, stage, products=products) for number, stage in stages.items()}
-    module = strategy.tp == strategy.pp == 1
+    module = strategy.runs_module
     batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # a pipeline loads all at once
     found: list[Memory] = []
     for counts, later in _passes(strategy, worker.pipeline_rank):
@@ -127,7 +128,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
 
 def _passes(strategy: Strategy, pipeline_rank: int) -> list[tuple[Counts, bool]]:
     """Return (microbatches in flight, whether gradients are already allocated) of the backward passes to look at."""
-    if strategy.tp == strategy.pp == 1:
+    if strategy.runs_module:
         return [(((0, 1, 0),), strategy.microbatches > 1)]
     first, later = under_way(strategy, pipeline_rank)
     return [(each, gradients) for each, gradients in ((first, False), (later, True)) if each]
@@ -199,7 +200,7 @@ def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, l
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
     """Return the cache key of a strategy: the options that decide what `fully_shard` holds of a stage."""
-    module = strategy.tp == strategy.pp == 1
+    module = strategy.runs_module
     return module, strategy.fsdp, strategy.zero, strategy.microbatches > 1, strategy.schedule
 
 
@@ -277,7 +278,7 @@ def _pareto(moments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int
 
 def _gradients(strategy: Strategy, worker: Worker, *, later: bool) -> Callable[[int], tuple[int, int]]:
     """Return a function from the bytes of gradients completed to (gradients, buckets beside them) in bytes."""
-    if strategy.replicas > 1 and strategy.tp == strategy.pp == 1:
+    if strategy.replicas > 1 and strategy.runs_module:
         copies = worker.trained, worker.trained if strategy.microbatches > 1 else 0
         return lambda done: copies
     alone = strategy.replicas == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.predict.hardware.times import collective_seconds
+from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.groups import message_group
 from shardwise.splitting.balance import BYTES_PER_SECOND
@@ -34,8 +35,8 @@ def slower_links(profile: Profile, strategy: Strategy, cluster: Cluster) -> tupl
     if strategy.pp == 1:
         return ()
     axes = tuple(getattr(strategy, axis) for axis in ("dp", "fsdp", "pp", "tp"))
-    key = "hops", id(cluster), axes, strategy.outermost, strategy.stages_per_worker > 1
-    return profile.memo.once(key, lambda: _slower(profile, strategy, cluster), cluster)
+    key = "hops", Same(cluster), axes, strategy.outermost, strategy.stages_per_worker > 1
+    return profile.memo.once(key, lambda: _slower(profile, strategy, cluster))
 
 
 def _slower(profile: Profile, strategy: Strategy, cluster: Cluster) -> tuple[float, ...]:

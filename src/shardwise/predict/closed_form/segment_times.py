@@ -19,6 +19,7 @@ from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.predict.hardware.times import KernelTimes, collective_seconds, launches
 from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass, Profile
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.strategy import Strategy
@@ -213,7 +214,7 @@ class Seconds:
     @property
     def key(self) -> tuple[object, ...]:
         """Return the cache key for results that are derived from these times."""
-        return "timed", id(self.cluster), id(self.device), self.crowd, self.busy
+        return "timed", Same(self.cluster), Same(self.device), self.crowd, self.busy
 
     @property
     def crowded(self) -> float:

@@ -16,6 +16,7 @@ from shardwise.predict.closed_form.segment_times import PassSeconds, SegmentTime
 from shardwise.predict.hardware.network import level_of
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.buckets import Gathered
 from shardwise.predict.workers.groups import group_of, message_group
@@ -36,6 +37,7 @@ class CommunicationTimes:
 
     def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: SegmentTimes) -> None:
         self.profile, self.strategy, self.cluster, self.times = profile, strategy, cluster, times
+        self._on = Same(cluster)
         self._moved: dict[tuple[float, float, int], float] = {}
 
     def collective(self, operation: str, size: int, group: Group, workers: int = 0) -> float:
@@ -50,9 +52,9 @@ class CommunicationTimes:
         if group.size <= 1:
             return 0.0
         crowd = (workers or self.strategy.workers) if self.cluster.collectives else 0
-        key = ("collective", id(self.cluster), operation, size, group, crowd)
+        key = ("collective", self._on, operation, size, group, crowd)
         collective = Collective(operation, size, group)
-        return self.profile.memo.once(key, lambda: collective_seconds(collective, self.cluster, crowd), self.cluster)
+        return self.profile.memo.once(key, lambda: collective_seconds(collective, self.cluster, crowd))
 
     def moved(self, elements: float, size: float, count: int) -> float:
         """Return the seconds of `count` copy kernels that together move `elements` elements and `size` bytes."""
@@ -192,7 +194,7 @@ class StageCosts:
         Arguments as of `passed`.
         """
         spent = self.spent(stage, kind)
-        if self.strategy.tp > 1 or self.strategy.pp > 1:
+        if not self.strategy.runs_module:
             spent += self.times.overhead("stage")
         if kind not in (FORWARD, INPUT):
             spent += PassSeconds(kernels=self._gradients(stage, final=final, first=first))
@@ -225,7 +227,7 @@ class StageCosts:
         elements, size, count = self._trained(stage)
         seconds = 0.0 if first else self.calls.moved(elements, 3 * size, count)
         if final and stage.buckets and not self.strategy.splits_parameters:
-            copies = 1 if self.strategy.tp == self.strategy.pp == 1 else 2
+            copies = 1 if self.strategy.runs_module else 2
             seconds += copies * self.calls.moved(elements, 2 * size, count)
         return seconds
 

@@ -117,7 +117,7 @@ def slowest_at(strategy: Strategy, cluster: Cluster, pipeline_rank: int) -> Devi
 
 
 def _check(profile: Profile, strategy: Strategy, size: int) -> None:
-    if not profile.cut and (strategy.tp > 1 or strategy.pp > 1):
+    if not profile.cut and not strategy.runs_module:
         raise StrategyError(f"{profile.name} cannot be traced, so that tp and pp are not possible: use dp or fsdp")
     samples = size // strategy.replicas // strategy.microbatches
     wanted = strategy.tp, strategy.sp, samples, strategy.schedule == "zero-bubble"
@@ -256,9 +256,7 @@ class Costs:
         bubble = max(0.0, step - busy - exposed - finish.update)
         communication = work.communication + work.spent.exchanges + work.messages
         communication += finish.reduce + finish.exchange + finish.report
-        memory, available = self.memory, min(nodes.device.memory_bytes for nodes in self.cluster.nodes)
-        strategy = self.strategy
-        flops = self.model_flops
+        strategy, flops = self.strategy, self.model_flops
         return Prediction(
             step_seconds=step,
             compute_seconds=work.spent.kernels + work.slowed,
@@ -267,8 +265,8 @@ class Costs:
             bubble_seconds=bubble,
             optimizer_seconds=finish.update,
             host_seconds=host,
-            memory=memory,
-            memory_available=available,
+            memory=self.memory,
+            memory_available=self.memory_available,
             model_flops=flops,
             peak_flops=strategy.workers * self.times.device.flops.get(DTYPES[self.profile.precision], 0.0),
             samples=self.batch_size,
@@ -289,13 +287,18 @@ class Costs:
     def waits_for_norm(self) -> bool:
         """Return whether clipping needs an all-reduce of the gradient norm, so that the update waits for the report."""
         strategy = self.strategy
-        whole = strategy.tp == strategy.pp == 1 and not strategy.splits_parameters
+        whole = strategy.runs_module and not strategy.splits_parameters
         return self.profile.clipped and not whole
 
     @property
     def memory(self) -> Memory:
         """Return the peak memory of the device that needs most."""
         return memory_of(self.profile, self.strategy, self.parts, self.times.device)
+
+    @property
+    def memory_available(self) -> int:
+        """Return the bytes of the smallest memory of a device that the strategy uses."""
+        return self.cluster.least_memory(self.strategy.workers)
 
     def memory_at(self, worker: Worker) -> Memory:
         """Return the peak memory of a pipeline worker's device."""

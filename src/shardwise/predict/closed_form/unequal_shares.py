@@ -12,6 +12,7 @@ from typing import Protocol
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.errors import StrategyError
+from shardwise.options import EQUAL
 from shardwise.predict.closed_form.segment_times import DTYPES
 from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.prediction import Prediction
@@ -55,7 +56,7 @@ def predict_shares(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, 
 
 def replica(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, samples: int, rank: int) -> Prediction:
     """Predict a step as if all replicas had `samples` samples per microbatch, on the device of `rank`."""
-    plain, size = strategy.with_(shares=""), samples * strategy.microbatches * strategy.replicas
+    plain, size = strategy.with_(shares=EQUAL), samples * strategy.microbatches * strategy.replicas
     device = cluster.device(rank)
     costs = costs_of(profile_of(plain, size), plain, cluster, size, device)
     return replace(costs.prediction(), memory_available=device.memory_bytes)

@@ -183,7 +183,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_collective(func):
             what = collective_of(func, args, kwargs, result, self._axes, when or "report")
         else:
-            what = kernel_of(func, args, kwargs, result, when or "optimizer")
+            what = kernel_of(func, args, kwargs, result, "optimizer" if when in ("", "weight") else when)
         if what is not None:
             self._events.append(Event(phase, what))
         return result
@@ -206,6 +206,8 @@ def _wrapped(recorder: StepRecorder, program: Program) -> Iterator[None]:
         replaced.append((owner, name))
 
     around(engine, "forward_backward", lambda *_: (None, "forward"))
+    if program.workload.weight is not None:
+        around(program, "_scales", lambda *_: (None, "weight"))
     around(program._update, "step", lambda *_: ("update", "optimizer"))
     if isinstance(engine, GraphEngine):
         pipeline: Any = engine._pipeline

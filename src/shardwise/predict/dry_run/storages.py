@@ -64,7 +64,7 @@ class Storages:
 
     def open(self) -> None:
         """Start to log resizes as well: `fully_shard` frees and allocates gathered parameters by resizing storages."""
-        original, self._resize = self._resize, torch.UntypedStorage.resize_
+        self._resize = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
             number = self._number(storage, given=True)
@@ -75,7 +75,6 @@ class Storages:
             found.size = size
             return result
 
-        del original
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
 
     def close(self) -> None:

@@ -209,7 +209,7 @@ class _StepSimulation:
             index,
             seconds,
             memory=self.usual.memory,
-            memory_available=min(nodes.device.memory_bytes for nodes in self.usual.cluster.nodes),
+            memory_available=self.usual.memory_available,
             model_flops=self.usual.model_flops,
             peak_flops=self.strategy.workers * device.flops.get(DTYPES[profile.precision], 0.0),
             samples=self.usual.batch_size,

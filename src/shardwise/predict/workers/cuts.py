@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile, module_blocks
 from shardwise.splitting.balance import blocks_from, cuts_blocks, stage_starts
 from shardwise.strategy import Strategy
@@ -14,10 +15,10 @@ def cuts_of(
     profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...] = ()
 ) -> tuple[tuple[int, ...], ...]:
     """Return the segments at which the blocks of each stage begin; `costs` and `slower` as in `parts_of`."""
-    if strategy.tp == strategy.pp == 1:
+    if strategy.runs_module:
         return (tuple(_module_cuts(profile, strategy)),)
-    key = "cuts", id(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds, slower
-    return profile.memo.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs, slower))), costs)
+    key = "cuts", Same(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds, slower
+    return profile.memo.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs, slower))))
 
 
 def _graph_cuts(
@@ -25,9 +26,9 @@ def _graph_cuts(
 ) -> list[list[int]]:
     """Cut stages and their blocks as `balance.divided` does; the cached stages do not depend on the blocks."""
     stages, messages = strategy.pp * strategy.stages_per_worker, [segment.message for segment in profile.segments[1:]]
-    key = "stages", id(costs), stages, strategy.speeds, slower
+    key = "stages", Same(costs), stages, strategy.speeds, slower
     starts = profile.memo.once(
-        key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds, slower), costs
+        key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds, slower)
     )
     return blocks_from(costs, messages, starts, in_blocks=cuts_blocks(strategy))
 
@@ -51,7 +52,7 @@ def stage_blocks(profile: Profile, strategy: Strategy, starts: Sequence[int], en
         starts: segments at which the stage's blocks begin, see `cuts_of`.
         end: end of the stage's segments.
     """
-    return module_blocks(profile) if strategy.tp == strategy.pp == 1 else list(pairwise([*starts, end]))
+    return module_blocks(profile) if strategy.runs_module else list(pairwise([*starts, end]))
 
 
 def recomputed_segments(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from itertools import pairwise
 from math import ceil
 
 from shardwise.errors import StrategyError
+from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Parameter, Profile
 from shardwise.predict.workers.activations import boundary_values, saved_between_blocks
 from shardwise.predict.workers.buckets import (
@@ -132,7 +133,7 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slowe
         profile: the profile for the strategy's tp, sp, microbatch and precision.
         strategy: the strategy, with its number of microbatches settled.
         costs: seconds of the forward pass of each segment, by which stages are balanced. Pass the same object for the
-            same costs: the result is cached by its `id()`.
+            same costs: the result is cached for this very object.
         slower: for neighbouring pipeline ranks, how many times slower than assumed their messages are; see
             `balance.divided`.
 
@@ -141,13 +142,13 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slowe
     """
     if strategy.pp > 1:
         check_stages(strategy, len(profile.segments) - 1)
-    key = ("parts", id(costs), _traits(strategy), slower)
+    key = ("parts", Same(costs), _traits(strategy), slower)
 
     def divide() -> tuple[tuple[Worker, ...], tuple[tuple[int, ...], ...]]:
         cuts = cuts_of(profile, strategy, costs, slower)
-        return tuple(_workers(profile, strategy, cuts, module=strategy.tp == strategy.pp == 1)), cuts
+        return tuple(_workers(profile, strategy, cuts, module=strategy.runs_module)), cuts
 
-    return Parts(strategy, *profile.memo.once(key, divide, costs))
+    return Parts(strategy, *profile.memo.once(key, divide))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
@@ -301,10 +302,8 @@ def _stage(
     if cuts_blocks(strategy):
         blocks, root = (module_parts if module else graph_parts)(profile, strategy, ranges, own)
     again = [block for block in blocks if block.recomputed]
-    key = ("handed", id(cuts), number)
-    sent, returned, received, saved = profile.memo.once(
-        key, lambda: boundary_values(profile, number, bounds, stage_of), cuts
-    )
+    key = ("handed", Same(cuts), number)
+    sent, returned, received, saved = profile.memo.once(key, lambda: boundary_values(profile, number, bounds, stage_of))
     return Stage(
         number,
         first,

@@ -48,7 +48,7 @@ def syncs(strategy: Strategy, actions: Sequence[Action]) -> list[Sync]:
     the parameters gathered. Otherwise each microbatch reduces its own gradients. See `LocalStages.before_backward` and
     `fsdp.split_parameters`.
     """
-    module = strategy.tp == strategy.pp == 1
+    module = strategy.runs_module
     whole: dict[int, bool] = {}
     root: dict[int, bool] = {}
     last = {action.stage: index for index, action in enumerate(actions) if action.kind not in (FORWARD, WEIGHT)}
@@ -113,7 +113,7 @@ def _of_order(strategy: Strategy) -> Strategy:
     return Strategy(
         fsdp=2 if strategy.splits_parameters else 1,
         zero=strategy.zero if strategy.splits_parameters else 3,
-        tp=1 if strategy.tp == strategy.pp == 1 else 2,
+        tp=1 if strategy.runs_module else 2,
         pp=strategy.pp,
         schedule=strategy.schedule,
         stages=strategy.stages,
@@ -145,7 +145,7 @@ def _turns(strategy: Strategy, pipeline_rank: int) -> tuple[Turn, ...]:
 
 def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Turn]:
     """Yield the distinct passes of one stage in the order of their first occurrence; see `syncs` and `table`."""
-    module = strategy.tp == strategy.pp == 1
+    module = strategy.runs_module
     apart = kinds == WEIGHTS
     index = np.arange(len(kinds))
     complete = np.flatnonzero((kinds == BACKWARDS) | apart)

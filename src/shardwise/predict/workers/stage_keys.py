@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.holdings import Stage
 
@@ -30,7 +31,7 @@ def _number(profile: Profile, name: str, stage: Stage, described: Callable[[Prof
         known: dict[object, int] = profile.memo.once((name,), dict)
         return known.setdefault(described(profile, stage), len(known))
 
-    return profile.memo.once((name, id(stage)), number, stage)
+    return profile.memo.once((name, Same(stage)), number)
 
 
 def _described(profile: Profile, stage: Stage) -> object:

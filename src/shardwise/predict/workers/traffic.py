@@ -53,7 +53,7 @@ class _Counting:
         if strategy.workers > 1:
             self._add("all_reduce", "world", "report", [REPORT_BYTES])
         if self.profile.weighted and strategy.replicas > 1:
-            self._add("all_reduce", "world", "report", [8])
+            self._add("all_reduce", replica_axis(strategy), "weight", [8])
         return {key: (count, self._bytes[key]) for key, count in self._counts.items()}
 
     def _add(self, operation: str, axis: str, when: str, sizes: Iterable[int], times: int = 1) -> None:

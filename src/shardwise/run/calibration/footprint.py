@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 from shardwise.cluster.cluster import OVERHEADS, Cluster, Device, Level, Nodes
 from shardwise.cluster.measure.team import Team
+from shardwise.options import FULL, SELECTIVE
 from shardwise.parallel.mesh import default_device
 from shardwise.parallel.program import Program
 from shardwise.run.training.job import Job, Options
@@ -166,8 +167,8 @@ def footprint() -> Footprint:
         found["graph"] = _peak(team, small, splits["stage"]) - residue
         if HEADS % workers == 0:
             splits["exchange"] = Strategy(tp=workers)
-    splits["again"] = Strategy(dp=workers, recompute="full")
-    splits["selective"] = Strategy(dp=workers, recompute="selective")
+    splits["again"] = Strategy(dp=workers, recompute=FULL)
+    splits["selective"] = Strategy(dp=workers, recompute=SELECTIVE)
     process = _largest(team, found)
     before = _settled(team.device)
     grown = _largest(team, {"": _peak(team, large, strategy) - before})[""]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shardwise.predict.prediction import Prediction
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
@@ -22,6 +24,11 @@ class Forecast:
     seconds: float | None = None
     memory_bytes: int | None = None
     reason: str = ""
+
+    @classmethod
+    def of(cls, prediction: Prediction) -> Forecast:
+        """Return the forecast of a step that was predicted."""
+        return cls(prediction.step_seconds, prediction.memory.total)
 
 
 def relative_error(predicted: float | None, measured: float | None) -> float | None:

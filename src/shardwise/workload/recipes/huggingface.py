@@ -97,9 +97,6 @@ def huggingface_workload(folder: Path) -> Callable[..., Workload]:
     return workload
 
 
-_UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""Errors that models raise if they are built with inconsistent sizes."""
-
 _COMPUTED_POSITIONS = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_dim", "rotary_pct", "alibi")
 """Configuration fields of models that compute their positions, for sequences of any length."""
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from shardwise.cluster.find import find_cluster
+from shardwise.options import SELECTIVE
 from shardwise.parallel.operators import selective_checkpoint
 from shardwise.planner.constraints import Constraints
 from shardwise.planner.search.search import search
@@ -108,11 +109,11 @@ def test_plan_takes_it_where_nothing_fits_without() -> None:
     fixed = {"fsdp": "4", "microbatches": "1", "zero": "3"}
     best = search(workload, cluster, 4, Constraints(fixed=fixed, max_memory=room), scaled).plan.best
     assert best is not None
-    assert best.strategy.recompute == "selective"
+    assert best.strategy.recompute == SELECTIVE
     forbidden = Constraints.parse(
         max_memory=str(room), fix=[f"{key}={value}" for key, value in fixed.items()], forbid=["recompute=selective"]
     )
     other = search(workload, cluster, 4, forbidden, scaled).plan.best
     assert other is not None
-    assert "/" in other.strategy.recompute
+    assert other.strategy.recompute.partial
     assert other.prediction.step_seconds > best.prediction.step_seconds

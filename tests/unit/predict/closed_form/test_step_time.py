@@ -10,6 +10,7 @@ import pytest
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, Level, Nodes, Sample
 from shardwise.collective import Collective, Group
 from shardwise.errors import StrategyError
+from shardwise.options import FULL, NONE, Recompute
 from shardwise.predict.closed_form.step_time import Costs, costs_of, predict
 from shardwise.predict.hardware.network import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
@@ -288,14 +289,14 @@ def test_only_messages_that_cross_hosts_share_what_is_between_them(
 
 def test_recompute_adds_a_forward_pass_up_to_what_is_needed() -> None:
     plain = predict(profile(), Strategy(microbatches=8), CLUSTER)
-    again = predict(profile(), Strategy(microbatches=8, recompute="full"), CLUSTER)
+    again = predict(profile(), Strategy(microbatches=8, recompute=FULL), CLUSTER)
     # blocks are links 0 (with "tied" 0 to 3), 1 and 2: the last link of a block is computed as far as it says
     recomputed = again.compute_seconds - plain.compute_seconds
     assert recomputed == pytest.approx(0.0)  # these layers keep nothing of what comes after their inputs
     whole = tuple(
         Segment(replace(each.layer, recomputed=each.layer.forward), each.message) for each in profile().segments
     )
-    some = predict(profile(links=whole), Strategy(microbatches=8, recompute="full"), CLUSTER)
+    some = predict(profile(links=whole), Strategy(microbatches=8, recompute=FULL), CLUSTER)
     assert some.compute_seconds - plain.compute_seconds == pytest.approx(8 * 3 * seconds_of(1e6))
 
 
@@ -305,8 +306,8 @@ def test_a_part_of_the_blocks_is_computed_again() -> None:
         for each in profile().segments
     )
     found = [
-        predict(profile(links=whole), Strategy(pp=2, microbatches=8, recompute=word), CLUSTER)
-        for word in ("none", "1/2", "full")
+        predict(profile(links=whole), Strategy(pp=2, microbatches=8, recompute=again), CLUSTER)
+        for again in (NONE, Recompute(1, 2), FULL)
     ]
     none, half, full = (each.compute_seconds for each in found)
     assert half - none == pytest.approx(8 * seconds_of(1e6))  # of the two links of a stage one
@@ -323,7 +324,7 @@ def test_a_module_that_could_not_be_traced_is_computed_again_once() -> None:
         "values": (),
         "cut": False,
     }
-    plain, again = (predict(profile(**alone), Strategy(microbatches=8, recompute=r), CLUSTER) for r in ("none", "full"))
+    plain, again = (predict(profile(**alone), Strategy(microbatches=8, recompute=r), CLUSTER) for r in (NONE, FULL))
     assert again.compute_seconds - plain.compute_seconds == pytest.approx(8 * seconds_of(1e6))
 
 
@@ -387,3 +388,15 @@ def test_memory_of_a_pipeline() -> None:
 def test_refusals(strategy: str, others: dict[str, Any], message: str) -> None:
     with pytest.raises(StrategyError, match=message):
         predict(profile(**others), Strategy.parse(strategy), CLUSTER)
+
+
+# ---- memory that there is -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("workers", "fits"), [(8, True), (16, False)])
+def test_devices_that_are_not_used_need_not_have_the_memory(workers: int, fits: bool) -> None:
+    small = replace(DEVICE, memory_bytes=1)
+    cluster = replace(CLUSTER, nodes=(Nodes(DEVICE, 8, 1), Nodes(small, 8, 1)))
+    found = predict(profile(), Strategy(dp=workers, microbatches=1), cluster, workers)
+    assert found.memory_available == (DEVICE.memory_bytes if fits else 1)
+    assert found.fits is fits

@@ -64,7 +64,7 @@ def setup_of(strategy: Strategy, dtype: str) -> Setup:
         shards=strategy.fsdp,
         micro_batch=SAMPLES,
         microbatches=strategy.microbatches,
-        recompute=strategy.recompute,
+        recompute=str(strategy.recompute),
         dtype=dtype,
         linear_dtype=dtype,
         scaling="",
