@@ -77,7 +77,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def draws_unkeyed(self) -> bool:
+    def draws_other_random_numbers(self) -> bool:
         """Return whether the model drew random numbers outside of dropout, which differ between strategies."""
         ...
 

@@ -91,7 +91,7 @@ class ModuleEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, one line each."""
-        unreproducible = self.draws_unkeyed and self._mesh.world is not None
+        unreproducible = self.draws_other_random_numbers and self._mesh.world is not None
         return (*self._notes, *self._buffers.notes, *((DRAWN,) if unreproducible else ()))
 
     @property
@@ -100,8 +100,8 @@ class ModuleEngine:
         return self.model
 
     @property
-    def draws_unkeyed(self) -> bool:
-        """Return whether the model drew random numbers outside of dropout, see `Engine.draws_unkeyed`."""
+    def draws_other_random_numbers(self) -> bool:
+        """Return whether the model drew random numbers outside of dropout, see `Engine.draws_other_random_numbers`."""
         return self._operations.draws_other_random_numbers
 
     @property

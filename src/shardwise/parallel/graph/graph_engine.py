@@ -170,7 +170,7 @@ class GraphEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, see `Engine.notes`."""
-        drawn = (DRAWN,) if self.draws_unkeyed else ()
+        drawn = (DRAWN,) if self.draws_other_random_numbers else ()
         return (*self._local_notes, *self._buffers.notes, *drawn)
 
     @property
@@ -179,8 +179,8 @@ class GraphEngine:
         return self._model.module
 
     @property
-    def draws_unkeyed(self) -> bool:
-        """Return whether the model drew random numbers outside of dropout, see `Engine.draws_unkeyed`."""
+    def draws_other_random_numbers(self) -> bool:
+        """Return whether the model drew random numbers outside of dropout, see `Engine.draws_other_random_numbers`."""
         return self._operators.draws_other_random_numbers
 
     @property

@@ -74,7 +74,7 @@ class Alone:
 
     def draws(self) -> bool:
         """Return whether the model drew random numbers outside of dropout."""
-        return self._engine.draws_unkeyed
+        return self._engine.draws_other_random_numbers
 
     def update(self) -> None:
         """Run one step of the workload's optimizer with the gradients of the last pass.

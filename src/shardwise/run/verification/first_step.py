@@ -112,7 +112,7 @@ def _compare(program: Program, share: Share, samples: int, epoch: int, batch: in
     with program.tried(share, samples) as value:
         loss = float(value)
         gradients = gather_full(program.gradient_pieces(), mesh.world, mesh.device)
-    draws = program.engine.draws_unkeyed
+    draws = program.engine.draws_other_random_numbers
     draws = draws if mesh.world is None else anywhere([draws], mesh.world, mesh.device)[0]
     found = _Found()
     if weights is not None and gradients is not None:

@@ -180,7 +180,7 @@ def test_dropout_that_starts_later_is_caught_from_the_next_pass_on() -> None:
             outputs.append(model(torch.ones(4, 30)))
     assert torch.equal(outputs[1], outputs[2])
     assert operations._everywhere is True
-    assert not operations.draws_unkeyed
+    assert not operations.draws_other_random_numbers
 
 
 def test_other_random_numbers_are_noticed() -> None:
