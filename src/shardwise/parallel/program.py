@@ -19,7 +19,7 @@ from shardwise.parallel.faults import parameter_fault
 from shardwise.parallel.judgement import Judge, Judgement
 from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optim.clipping import clip, local_gradients, local_tensors, squared_norm
-from shardwise.parallel.optim.update import Update
+from shardwise.parallel.optim.update import ParameterUpdate
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
 from shardwise.parallel.state.layout import TensorPiece
@@ -67,7 +67,7 @@ class Program:
         self.steps = 0
         self.gradient_norm: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
-        self._update = Update(workload, strategy, mesh, engine)
+        self._update = ParameterUpdate(workload, strategy, mesh, engine)
         self.optimizer, self.scheduler = self._update.optimizer, self._update.schedule.scheduler
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
@@ -271,7 +271,7 @@ class Program:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state`, under any strategy.
 
-        Raises CheckpointError, see `Update.load_counts`. The tensors of the optimizer's state must have been read.
+        Raises CheckpointError, see `ParameterUpdate.load_counts`. Read the tensors first.
         """
         self.steps = int(state["steps"])
         self._update.load_counts(state)

@@ -1,4 +1,4 @@
-"""Sizes of the kernels that are measured on a GPU: they can be computed, and reach those of real models."""
+"""KernelSizes of the kernels that are measured on a GPU: they can be computed, and reach those of real models."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_what_cannot_be_traced_is_said() -> None:
 
     with pytest.raises(WorkloadError, match="cannot be traced"):
         check(Branch, "tp=2")
-    with pytest.raises(WorkloadError, match=r"has shape \(8, 6\): it must be a scalar"):
+    with pytest.raises(WorkloadError, match=r"has shape \(8, 6\): must be a scalar"):
         check(mlp, "tp=2", loss=lambda output, batch: output)
     check(Branch, "dp=2")  # it needs no graph
 

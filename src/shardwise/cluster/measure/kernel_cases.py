@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shardwise.cluster.measure.arena import Arena
-from shardwise.cluster.measure.kernel_sizes import CPU, Convolution, Sizes
+from shardwise.cluster.measure.kernel_sizes import CPU, Convolution, KernelSizes
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ class KernelCase:
 # ---- memory-bound kernels -------------------------------------------------------------------------------------------
 
 
-def all_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
+def all_cases(dtype: torch.dtype, sizes: KernelSizes = CPU) -> Iterator[KernelCase]:
     """Yield all cases to measure in one dtype, in the sizes of a kind of device."""
     yield from memory_cases(dtype, sizes)
     yield from matmul_cases(dtype, sizes)
@@ -47,7 +47,7 @@ def all_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
     yield from attention_cases(dtype, sizes)
 
 
-def memory_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
+def memory_cases(dtype: torch.dtype, sizes: KernelSizes = CPU) -> Iterator[KernelCase]:
     """Yield the memory-bound cases: elementwise, copies, reductions, norms, losses, embeddings, pooling, updates."""
     for elements in sizes.elements if dtype == torch.float32 else sizes.elements[::2]:
         yield from (_elementwise(name, call, count, elements, dtype) for name, call, count in ELEMENTWISE)
@@ -208,7 +208,7 @@ def _losses(elements: int, width: int) -> Iterator[KernelCase]:
     yield KernelCase(backwards, lambda a, t, g, total: aten.nll_loss_backward.default(g, a, t, None, 1, -100, total))
 
 
-def _norms(elements: int, sizes: Sizes) -> Iterator[KernelCase]:
+def _norms(elements: int, sizes: KernelSizes) -> Iterator[KernelCase]:
     width = min(sizes.width, elements)
     rows = elements // width
 
@@ -275,7 +275,7 @@ def _channel_norms(elements: int, channels: int) -> Iterator[KernelCase]:
     )
 
 
-def _lookups(elements: int, sizes: Sizes) -> Iterator[KernelCase]:
+def _lookups(elements: int, sizes: KernelSizes) -> Iterator[KernelCase]:
     width = min(sizes.width, elements)
     rows, vocabulary = elements // width, sizes.vocabulary
 
@@ -326,7 +326,7 @@ def _pools(elements: int) -> Iterator[KernelCase]:
 # ---- matmuls --------------------------------------------------------------------------------------------------------
 
 
-def matmul_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
+def matmul_cases(dtype: torch.dtype, sizes: KernelSizes = CPU) -> Iterator[KernelCase]:
     """Yield matmuls of single matrices and of batches of matrices."""
     for m, n, k in sizes.products:
         yield _product(m, n, k, dtype)
@@ -347,7 +347,7 @@ def _product(m: int, n: int, k: int, dtype: torch.dtype) -> KernelCase:
 # ---- convolutions ---------------------------------------------------------------------------------------------------
 
 
-def convolution_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
+def convolution_cases(dtype: torch.dtype, sizes: KernelSizes = CPU) -> Iterator[KernelCase]:
     """Yield forward and backward convolutions in two and three dimensions."""
     for shape in (*sizes.convolutions, *(sizes.single if dtype == torch.float32 else ())):
         yield from _convolutions(shape, False, dtype)
@@ -381,7 +381,7 @@ def _convolutions(shape: Convolution, transposed: bool, dtype: torch.dtype) -> I
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-def attention_cases(dtype: torch.dtype, sizes: Sizes = CPU) -> Iterator[KernelCase]:
+def attention_cases(dtype: torch.dtype, sizes: KernelSizes = CPU) -> Iterator[KernelCase]:
     """Yield scaled dot-product attention with and without a causal mask, forward and backward."""
     for (batch, heads, sequence, size), causal in product(sizes.attentions, (False, True)):
         yield from _attentions(batch, heads, sequence, size, causal, dtype)

@@ -22,8 +22,8 @@ The side of a transposed convolution is that of its smaller input.
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """Sizes of the measured kernels.
+class KernelSizes:
+    """KernelSizes of the measured kernels.
 
     Attributes:
         elements: elements in the results of memory-bound kernels.
@@ -55,7 +55,7 @@ def _grid(rows: Sequence[int], sides: Sequence[int], most: int) -> Iterator[Prod
     return ((m, n, k) for m, n, k in product(rows, sides, sides) if prod((m, n, k)) <= most)
 
 
-CPU = Sizes(
+CPU = KernelSizes(
     elements=(64, 4096, 32768, 262144, 2097152),
     width=128,
     channels=8,
@@ -107,7 +107,7 @@ CPU = Sizes(
 )
 
 
-GPU = Sizes(
+GPU = KernelSizes(
     elements=(64, 2**12, 2**15, 2**18, 2**20, 2**22, 2**24, 2**25, 2**26),
     width=1024,
     channels=64,

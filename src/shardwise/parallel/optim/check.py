@@ -28,7 +28,7 @@ def check_optimizer(workload: Workload, strategy: Strategy, model: nn.Module) ->
         model: its plain module; the parameters need no values.
 
     Raises:
-        WorkloadError, StrategyError: as `Update` would on the workers.
+        WorkloadError, StrategyError: as `ParameterUpdate` would on the workers.
     """
     trained = trained_of(model)
     if not trained:

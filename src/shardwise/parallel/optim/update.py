@@ -36,7 +36,7 @@ _CUTTING = ("fsdp", "pp", "tp")
 """Axes that put the parameters on several workers."""
 
 
-class Update:
+class ParameterUpdate:
     """Optimizer and schedule of a workload on this worker. Building one is collective.
 
     Attributes:
@@ -83,7 +83,7 @@ class Update:
         )
 
     def step(self) -> None:
-        """Update all parameters from their gradients, and move the schedule. Collective."""
+        """ParameterUpdate all parameters from their gradients, and move the schedule. Collective."""
         if self._matrices is not None:
             self._matrices.collect()
         for parameter, rows in self._rows:  # the first forward pass may have moved them
@@ -193,7 +193,7 @@ def settled_nature(
     """Return the nature of a workload's optimizer after a check that it can train under a strategy.
 
     Raises:
-        WorkloadError, StrategyError: see `Update`.
+        WorkloadError, StrategyError: see `ParameterUpdate`.
     """
     try:
         nature = nature_of(workload, trained, device)

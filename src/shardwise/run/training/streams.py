@@ -31,10 +31,10 @@ def agreeing(program: Program) -> Loader:
     alone = is_map_style(loader.dataset) and loader.loading.chooser is None and strategy.replicas == strategy.workers
     if program.mesh.world is None or alone:
         return loader
-    return replace(loader, agree=Agreement(program.steps + 1))
+    return replace(loader, agree=StreamAgreement(program.steps + 1))
 
 
-class Agreement:
+class StreamAgreement:
     """Comparison of what all workers have read, see `Plan.agree`. Creating one is collective.
 
     The loader calls it from its thread while the previous batch is computed, so it has a process group of its own.

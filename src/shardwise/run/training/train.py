@@ -64,13 +64,15 @@ def train(program: Program, job: Job) -> Trained:
     record, agreement = RunRecord(program, job), Agreement()
     progress = _start(record, program, resume=options.resume)
     loader = agreeing(program)
+    # a sampler may give another number of batches in each epoch
+    total = options.total(loader.batches) if loader.loading.chooser is None else options.steps
     if not options.proof:
         record.first_step = FirstStep(False, reason="left out, as asked for")
-    elif not _done(program.steps, options.steps) and not _done(progress.epoch, options.epochs):
+    elif not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
         record.first_step = prove_first_step(program, progress.epoch, progress.batch)
         forget_peak(program.mesh.device)
     with record.open(options.total(loader.batches), loader.notes), _left_finite(record, lambda: progress):
-        while not _done(program.steps, options.steps) and not _done(progress.epoch, options.epochs):
+        while not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
             ended = False
             for share in loader.shares(progress.epoch, progress.batch):
                 with record.step(progress.epoch, share.samples) as step:
@@ -79,7 +81,7 @@ def train(program: Program, job: Job) -> Trained:
                 if signal := agreement.stop():
                     record.save(asdict(replace(progress, loss=record.loss())))
                     return record.close(record.loss(), progress.metrics, signal)
-                if _done(program.steps, options.steps):
+                if _done(program.steps, total):
                     break
                 if options.checkpoint_every and program.steps % options.checkpoint_every == 0:
                     record.save(asdict(replace(progress, loss=record.loss())))

@@ -25,7 +25,7 @@ from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.workload import Workload
 
 
-class Alone:
+class OneWorker:
     """Plain module of a program's workload on this worker alone, with given weights, at the program's step.
 
     Args:

@@ -24,7 +24,7 @@ from shardwise.parallel.program import Program
 from shardwise.parallel.state.gather import anywhere, gather_full, gather_json
 from shardwise.run.training.process_memory import free_memory
 from shardwise.run.training.result import FirstStep
-from shardwise.run.verification.alone import Alone
+from shardwise.run.verification.alone import OneWorker
 from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, loss_deviation
 from shardwise.run.verification.rounding import HALF_TOLERANCE, rounding
 from shardwise.workload.data import Share, cut_batch, is_map_style
@@ -118,8 +118,8 @@ def _compare(program: Program, share: Share, samples: int, epoch: int, batch: in
     if weights is not None and gradients is not None:
         parallel = {name.partition("/")[2]: gradient for name, gradient in gradients.items()}
         try:
-            one = _OneWorker(program, share, samples, epoch, batch)
-            found = one.compare(Alone(program, weights), loss, parallel, draws=draws)
+            one = _Comparison(program, share, samples, epoch, batch)
+            found = one.compare(OneWorker(program, weights), loss, parallel, draws=draws)
         except RequestError as error:
             found = _Found(refusal=str(error))
         except (MemoryError, torch.OutOfMemoryError):
@@ -128,7 +128,7 @@ def _compare(program: Program, share: Share, samples: int, epoch: int, batch: in
 
 
 @dataclass(frozen=True, slots=True)
-class _OneWorker:
+class _Comparison:
     """Comparison of the first samples of a batch with one worker, on worker 0."""
 
     program: Program
@@ -137,7 +137,7 @@ class _OneWorker:
     epoch: int
     batch: int
 
-    def compare(self, alone: Alone, loss: float, gradients: Mapping[str, Tensor], *, draws: bool) -> _Found:
+    def compare(self, alone: OneWorker, loss: float, gradients: Mapping[str, Tensor], *, draws: bool) -> _Found:
         """Compare the parallel loss and gradients with those of `alone`, and try its other functions.
 
         Args:
@@ -147,7 +147,7 @@ class _OneWorker:
             draws: whether the program drew random numbers outside of dropout.
 
         Raises:
-            WorkloadError: see `Alone`.
+            WorkloadError: see `OneWorker`.
         """
         whole = self._read(self.samples, 1)
         repeatable = _equal(whole, self._read(self.samples, 1))  # before a pass, which may write into its batch
@@ -176,7 +176,7 @@ class _OneWorker:
                 )
         return _Found(loss.error, gradient.error)
 
-    def _coupled(self, alone: Alone) -> str:
+    def _coupled(self, alone: OneWorker) -> str:
         """Return one line if the loss of a few samples is not the mean of the losses of their halves, else nothing.
 
         Microbatches and replicas train on the mean of their losses, which must then be the loss of the batch.

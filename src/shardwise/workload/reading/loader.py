@@ -19,13 +19,13 @@ from shardwise.errors import DataError
 from shardwise.workload.data import Microbatch, Share, batch_samples, cut_batch, is_map_style, take
 from shardwise.workload.reading.failure import where
 from shardwise.workload.reading.order import epoch_batches
-from shardwise.workload.reading.processes import Processes
-from shardwise.workload.reading.reader import IndexReader, Loaded, Plan, Reader, StreamReader
+from shardwise.workload.reading.processes import LoadingProcesses
+from shardwise.workload.reading.reader import IndexReader, Loaded, Reader, ReadingPlan, StreamReader
 from shardwise.workload.reading.seen import FAILED, Seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loader(Plan):
+class Loader(ReadingPlan):
     """Loader of one replica's shares of the batches of an epoch; it reads only this replica's samples.
 
     Attributes:
@@ -62,7 +62,7 @@ class Loader(Plan):
         """
         reader = self._reader(epoch, start)
         count = self.loading.processes
-        source: Reader | Processes = Processes(reader, count, self.enter) if count else reader
+        source: Reader | LoadingProcesses = LoadingProcesses(reader, count, self.enter) if count else reader
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardwise-loader") as pool:
             _compute_alone(pool)
             try:

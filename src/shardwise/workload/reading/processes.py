@@ -17,7 +17,7 @@ from shardwise.workload.reading.reader import IndexReader, Loaded, StreamReader
 Sent: TypeAlias = "Loaded | ShardwiseError"
 
 
-class Processes:
+class LoadingProcesses:
     """Batches of a reader, read by torch's loading processes in the reader's order and with its draws.
 
     A stream is read by one process, however many are wanted: its samples come one after the other.

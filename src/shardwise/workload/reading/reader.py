@@ -29,7 +29,7 @@ TRIED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ReadingPlan:
     """Part of a dataset that one replica reads, and in which order.
 
     Attributes:
@@ -79,7 +79,7 @@ class Reader:
 
     streams = False
 
-    def __init__(self, plan: Plan, epoch: int, start: int) -> None:
+    def __init__(self, plan: ReadingPlan, epoch: int, start: int) -> None:
         self.plan, self.epoch, self.start, self.number = plan, epoch, start, start
         self.draws = False
         self._whole = False
@@ -147,7 +147,7 @@ class Reader:
 class IndexReader(Reader):
     """Reader of a map-style dataset, given the indices of each batch of the epoch."""
 
-    def __init__(self, plan: Plan, epoch: int, start: int, order: Sequence[Sequence[int]]) -> None:
+    def __init__(self, plan: ReadingPlan, epoch: int, start: int, order: Sequence[Sequence[int]]) -> None:
         super().__init__(plan, epoch, start)
         self.order = order
 
@@ -207,7 +207,7 @@ class StreamReader(Reader):
 
     streams = True
 
-    def __init__(self, plan: Plan, epoch: int, start: int) -> None:
+    def __init__(self, plan: ReadingPlan, epoch: int, start: int) -> None:
         super().__init__(plan, epoch, start)
         self._stream: Iterator[Any] | None = None
 

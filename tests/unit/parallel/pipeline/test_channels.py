@@ -147,7 +147,15 @@ def trained(network: Network, schedule: str, workers: int, stages: int, *, apart
         pipeline = PipelineExecutor(own, worker, workers, "all", torch.device("cpu"), unsplit, groups)  # type: ignore[arg-type]
         try:
             pipeline.run(
-                PipelinePass(work, table(worker), table, given, scales, lambda number: None, lambda stage, last: None)
+                PipelinePass(
+                    [work] * len(given),
+                    table(worker),
+                    table,
+                    given,
+                    scales,
+                    lambda number: None,
+                    lambda stage, last: None,
+                )
             )
         finally:
             network.leave()

@@ -54,7 +54,7 @@ def test_a_prediction_cuts_by_the_links_of_its_cluster() -> None:
     """The fairest place to cut has 100 kB to send, the next ones 1 kB."""
     layers = tuple(layer(1e8) for _ in range(4))
     segments = (Segment(layers[0]), Segment(layers[1], 1000), Segment(layers[2], 100_000), Segment(layers[3], 1000))
-    chain, strategy = profile(links=segments), Strategy.parse("pp=2,microbatches=8")
+    chain, strategy = profile(segments=segments), Strategy.parse("pp=2,microbatches=8")
     fast = replace(CLUSTER, levels=(replace(CLUSTER.levels[0], bandwidth=2.5e10),))
     slow = replace(CLUSTER, levels=(replace(CLUSTER.levels[0], bandwidth=1e5),))
     assert costs_of(chain, strategy, fast).parts.cuts == ((0,), (2,))

@@ -211,7 +211,7 @@ def test_communicated_by_a_sharded_worker() -> None:
 def test_communicated_by_a_stage() -> None:
     exchanges = LayerPass((moving(1e6),), (Exchanged("all_reduce", 4096),))
     segments = tuple(Segment(replace(LAYERS[0], forward=exchanges), 1000 * n) for n in range(4))
-    found = profile(tp=2, links=segments)
+    found = profile(tp=2, segments=segments)
     strategy = Strategy.parse("tp=2,pp=4,microbatches=3")
     sent = communicated(found, parts_of(found, strategy, (1.0,) * 4), pipeline_rank=1)
     assert sent["all_reduce", "tp", "forward"] == (3, 3 * 4096)
@@ -296,7 +296,7 @@ def test_recompute_adds_a_forward_pass_up_to_what_is_needed() -> None:
     whole = tuple(
         Segment(replace(each.layer, recomputed=each.layer.forward), each.message) for each in profile().segments
     )
-    some = predict(profile(links=whole), Strategy(microbatches=8, recompute=FULL), CLUSTER)
+    some = predict(profile(segments=whole), Strategy(microbatches=8, recompute=FULL), CLUSTER)
     assert some.compute_seconds - plain.compute_seconds == pytest.approx(8 * 3 * seconds_of(1e6))
 
 
@@ -306,7 +306,7 @@ def test_a_part_of_the_blocks_is_computed_again() -> None:
         for each in profile().segments
     )
     found = [
-        predict(profile(links=whole), Strategy(pp=2, microbatches=8, recompute=again), CLUSTER)
+        predict(profile(segments=whole), Strategy(pp=2, microbatches=8, recompute=again), CLUSTER)
         for again in (NONE, Recompute(1, 2), FULL)
     ]
     none, half, full = (each.compute_seconds for each in found)
@@ -343,7 +343,7 @@ def keeping(inside: int) -> tuple[Segment, ...]:
 
 
 def test_memory_of_one_worker() -> None:
-    memory = costs("single,microbatches=8", links=keeping(10_000)).memory
+    memory = costs("single,microbatches=8", segments=keeping(10_000)).memory
     trained = 2560 + 112 + 4 + 256 + 40
     assert memory.parameters == trained + 32
     assert memory.gradients == trained

@@ -64,7 +64,7 @@ def workload(**changes: Any) -> Workload:
 
 def run(folder: Path | None, on_nan: str, *, steps: int = 8, resume: bool = False, **changes: Any) -> Trained:
     work = workload(**changes)
-    options = Options(steps=steps, checkpoint_every=1, keep=2, resume=resume, quiet=True, on_nan=on_nan)
+    options = Options(steps=steps, checkpoint_every=1, keep=2, resume=resume, quiet=True, on_nan=on_nan, proof=False)
     job = Job(source=Source(workload=work), strategy=Strategy(), options=options, folder=folder)
     if folder is not None:
         folder.mkdir(exist_ok=True)
