@@ -180,6 +180,11 @@ class ModuleEngine:
         given = {name: g for name, g in zip(self.parameters, gradients, strict=True) if g is not None}
         return gradient_fault(given, self._mesh.rank) if each.counts else None
 
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a result of `loss_of`, with the hooks of parameters."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._hooks.apply()
+
     def _check_frozen(self) -> None:
         """Raise WorkloadError if a parameter was frozen or unfrozen: the optimizer and the replicas would not know."""
         for name, held in self.held.items():

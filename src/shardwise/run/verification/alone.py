@@ -51,7 +51,7 @@ class OneWorker:
         with self._undone():
             loss = self._engine.loss_of(share.microbatches[0])
             self._check_leaves(loss)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._engine.backward(loss)
         return float(loss.detach()), {name: g.cpu() for name, g in local_gradients(self._engine.parameters).items()}
 
     @torch.no_grad()
