@@ -49,7 +49,7 @@ class Cell:
     def of(cls, proof: Any) -> Cell:
         error = max(proof.loss.error, proof.gradient.error, proof.parameter.error)
         uncut = tuple((each.reason, each.names, each.share) for each in proof.uncut)
-        return cls(error, proof.steps, proof.sharded_share, uncut, proof.places)
+        return cls(error, proof.steps, proof.sharded_share, uncut, proof.cut_points)
 
 
 def write(path: Path, cells: Mapping[tuple[str, str], Cell], strategies: Sequence[str]) -> None:
