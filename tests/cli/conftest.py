@@ -25,7 +25,8 @@ WORKLOAD = """
         calls = []
 
         def loss(output, batch):
-            calls.append(0)
+            if fail:  # tp and pp refuse a loss that changes values of its own
+                calls.append(0)
             time.sleep(pause + (slow if os.environ.get("RANK") == "1" else 0.0))
             if fail and len(calls) == 3:
                 misbehave(fail)

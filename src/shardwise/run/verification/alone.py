@@ -94,7 +94,7 @@ class OneWorker:
         evaluation = self.workload.evaluation
         samples = None if evaluation is None else first_samples(evaluation.dataset, 2)
         if samples:
-            with _blamed("evaluation", self.workload):
+            with _blamed("evaluation", self.workload), self._undone():
                 self._engine.evaluate(Microbatch((self.workload.collate or default_collate)(samples), len(samples), 0))
 
     def _undone(self) -> AbstractContextManager[None]:
