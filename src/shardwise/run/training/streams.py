@@ -35,7 +35,7 @@ def agreeing(program: Program) -> Loader:
 
 
 class StreamAgreement:
-    """Comparison of what all workers have read, see `Plan.agree`. Creating one is collective.
+    """Comparison of what all workers have read, see `ReadingPlan.agree`. Creating one is collective.
 
     The loader calls it from its thread while the previous batch is computed, so it has a process group of its own.
 
@@ -46,6 +46,10 @@ class StreamAgreement:
     def __init__(self, first: int) -> None:
         self._workers = Workers()
         self._step = first
+
+    def begin(self, step: int) -> None:
+        """Count the steps again, from number `step`: what was read before was used for no step."""
+        self._step = step
 
     def __call__(self, seen: Seen) -> None:
         """Compare what the workers read for the next step. Collective.

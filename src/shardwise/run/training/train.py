@@ -16,7 +16,7 @@ from shardwise.run.training.job import Job
 from shardwise.run.training.process_memory import forget_peak
 from shardwise.run.training.record import RunRecord
 from shardwise.run.training.result import FirstStep, Trained
-from shardwise.run.training.streams import agreeing
+from shardwise.run.training.streams import StreamAgreement, agreeing
 from shardwise.run.verification.first_step import prove_first_step
 
 
@@ -69,7 +69,9 @@ def train(program: Program, job: Job) -> Trained:
     if not options.proof:
         record.first_step = FirstStep(False, reason="left out, as asked for")
     elif not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
-        record.first_step = prove_first_step(program, progress.epoch, progress.batch)
+        record.first_step = prove_first_step(program, progress.epoch, progress.batch, loader)
+        if isinstance(loader.agree, StreamAgreement):
+            loader.agree.begin(program.steps + 1)
         forget_peak(program.mesh.device)
     with record.open(options.total(loader.batches), loader.notes), _left_finite(record, lambda: progress):
         while not _done(program.steps, total) and not _done(progress.epoch, options.epochs):

@@ -55,22 +55,24 @@ class _Found:
     refusal: str = ""
 
 
-def prove_first_step(program: Program, epoch: int = 0, batch: int = 0) -> FirstStep:
+def prove_first_step(program: Program, epoch: int = 0, batch: int = 0, loader: Loader | None = None) -> FirstStep:
     """Prove that the first step of a program equals that of one worker. Collective; it changes nothing.
 
     Args:
         program: program before its first step.
         epoch: epoch of the first batch.
         batch: number of the first batch in its epoch.
+        loader: loader of the training; None: the program's, which compares nothing with other workers.
 
     Raises:
+        DataError: the workers read different samples.
         NotProved: the gradient or the loss differs by more than rounding, or the workload's loss, optimizer or
             evaluation is wrong.
     """
     begin = time.perf_counter()
     reason = _unprovable(program)
     with random_state_kept(), drawing_from():
-        found = _Found(reason=reason) if reason else _prove(program, epoch, batch)
+        found = _Found(reason=reason) if reason else _prove(program, loader or program.loader(), epoch, batch)
     watch.beat()
     if found.refusal:
         raise NotProved(found.refusal)
@@ -91,8 +93,7 @@ def _unprovable(program: Program) -> str:
     return reason if mesh.world is None else str(gather_json(reason, mesh.world, mesh.device)[0])
 
 
-def _prove(program: Program, epoch: int, batch: int) -> _Found:
-    loader = program.loader()
+def _prove(program: Program, loader: Loader, epoch: int, batch: int) -> _Found:
     share = loader.first(epoch, batch)
     if share is None:
         return _Found(reason="there is no batch to train on")

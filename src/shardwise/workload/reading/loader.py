@@ -77,8 +77,14 @@ class Loader(ReadingPlan):
                 pool.submit(source.close).result()
 
     def first(self, epoch: int, start: int = 0) -> Share | None:
-        """Return the share of batch `start` of an epoch, without reading ahead. Returns None past the last batch."""
-        return self._reader(epoch, start).first().share
+        """Return the share of batch `start` of an epoch, without reading ahead. Returns None past the last batch.
+
+        Raises:
+            DataError: the other workers read something else, if `agree` compares.
+        """
+        reader = self._reader(epoch, start)
+        loaded = self._agreed(reader, reader.first)
+        return None if loaded is None else loaded.share
 
     def _reader(self, epoch: int, start: int) -> IndexReader | StreamReader:
         if not is_map_style(self.dataset):
