@@ -138,7 +138,7 @@ def leave_batch_norm_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         graph_operators.GraphOperators,
         "__init__",
-        lambda self, position, exchange, replicas: right(self, position, exchange, None),
+        lambda self, position, exchange, replicas, **options: right(self, position, exchange, None, **options),
     )
 
 
@@ -213,8 +213,11 @@ def test_what_is_made_wrong_fails(
 
 def test_data_that_changes_is_refused(workers: Pools, tmp_path: Path) -> None:
     class Fresh(list):  # type: ignore[type-arg]
+        reads = 0
+
         def __getitem__(self, index: int) -> Any:  # type: ignore[override]
-            return torch.randn(2, 4, 4), 0
+            self.reads += 1
+            return torch.full((2, 4, 4), float(self.reads)), 0
 
     from dataclasses import replace
 
