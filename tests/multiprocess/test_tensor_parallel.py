@@ -131,7 +131,7 @@ def dropout_by_local_place() -> Any:
 
 def recomputed_at_another_place() -> Any:
     @contextmanager
-    def at(self: Any, position: Any, **options: Any) -> Any:
+    def at(self: Any, position: Any, *_: Any, **options: Any) -> Any:
         current = self.position
         self.position = replace(position, step=position.step + 1)
         yield
