@@ -244,10 +244,13 @@ def check(workload: Workload, strategy: Strategy) -> None:
     """
     check_data(workload)
     in_one_batch(workload, strategy).for_batch(workload.batch_size)
+    from shardwise.parallel.operators.refused_modules import check_modules
     from shardwise.parallel.optim.check import check_optimizer
     from shardwise.predict.profile.meta_model import builds
 
-    check_optimizer(workload, strategy, next(builds(workload)).module)
+    model = next(builds(workload)).module
+    check_modules(workload, strategy, model)
+    check_optimizer(workload, strategy, model)
     if not strategy.runs_module:
         from shardwise.parallel.check import check_strategy
 

@@ -152,6 +152,7 @@ class _Comparison:
         """
         whole = self._read(self.samples, 1)
         repeatable = _equal(whole, self._read(self.samples, 1))  # before a pass, which may write into its batch
+        alone.check_modes()
         value, expected = alone.loss_and_gradients(whole)
         alone.update()
         alone.evaluate()
