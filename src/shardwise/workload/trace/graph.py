@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
@@ -40,6 +41,9 @@ _ASSERTS = (
     torch.ops.aten.sym_constrain_range_for_size.default,
 )
 
+
+MOST_TRACES = 6
+"""Number of times that a step is traced if values are missing, see `_exported`."""
 
 _LOGGERS = ("torch.export", "torch._subclasses.fake_tensor")
 
@@ -147,7 +151,7 @@ def trace(
             functions_kept() as kept,
             DerivativesRefused(),
         ):
-            program = torch.export.export(step, (given,), strict=False)
+            program = _exported(step, given)
     except WorkloadError:
         raise
     except Exception as error:
@@ -164,6 +168,19 @@ def trace(
     found = _named(program, graph, model, training, tuple(names))
     del kept  # `found` holds those that are in the graph
     return found
+
+
+def _exported(step: nn.Module, batch: Any) -> torch.export.ExportedProgram:
+    """Export a step, again if torch has lost the values of a tensor that the step makes by itself.
+
+    In processes with several threads, torch 2.13 now and then takes such a tensor (the `arange` of a causal mask in
+    Llama, about one trace in eight) for a constant, of which it knows the shape only. The next trace has it right.
+    """
+    for _ in range(MOST_TRACES):
+        program = torch.export.export(step, (batch,), strict=False)
+        if not any(isinstance(each, FakeTensor) and each.constant is None for each in program.constants.values()):
+            break
+    return program
 
 
 @contextmanager
@@ -337,13 +354,26 @@ def _named(
         if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
             tensors[spec.arg.name] = names[target]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            constants[spec.arg.name] = program.constants[spec.target or ""]
+            constants[spec.arg.name] = _with_values(program.constants[spec.target or ""], spec.target or "")
         elif spec.kind is not InputKind.USER_INPUT:
             raise WorkloadError(
                 f"the module holds {spec.target!r} of kind {spec.kind.name}: only tensors can be traced"
             )
     leaves = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
     return StepGraph(graph, tensors, constants, leaves, training, calls_in(graph), losses)
+
+
+def _with_values(constant: Tensor, name: str) -> Tensor:
+    """Return a tensor that the step makes by itself, with its values: torch may leave only its shape in the trace.
+
+    Raises:
+        WorkloadError: its values are not known.
+    """
+    if not isinstance(constant, FakeTensor):
+        return constant
+    if constant.constant is None:
+        raise WorkloadError(f"the trace has no values for {name}: make the tensor from the batch, or make it a buffer")
+    return constant.constant
 
 
 def example(workload: Workload, samples: int) -> Any:
