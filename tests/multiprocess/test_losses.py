@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,11 +14,14 @@ from breaking import assert_noticed
 from equality import check
 from models import points
 from pool import Pools
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.parallel.data import module_engine
 from shardwise.parallel.program import Program
+from shardwise.run.checkpoint.checkpoints import Checkpoints
+from shardwise.run.checkpoint.export import export_safetensors
 from shardwise.run.verification.first_step import prove_first_step
 from shardwise.strategy import Strategy
 from shardwise.workload.one_batch import in_one_batch
@@ -165,3 +169,14 @@ def test_an_evaluation_has_the_loss_of_the_whole_batch(workers: Pools) -> None:
 
 def evaluated(made: Workload, strategy: str) -> dict[str, float]:
     return Program.build(made, Strategy.parse(strategy)).evaluate()
+
+
+def test_an_export_holds_the_model_alone(tmp_path: Path) -> None:
+    program = Program.build(trained(), Strategy())
+    saved = Checkpoints(tmp_path, 1)
+    saved.save(program, {"epoch": 0})
+    saved.wait()
+    export_safetensors(tmp_path, tmp_path / "model.safetensors")
+    weights = load_file(tmp_path / "model.safetensors")
+    assert set(program.engine.held) - set(weights) == {"loss__temperature", "loss__prior"}
+    Classes().double().load_state_dict(weights)

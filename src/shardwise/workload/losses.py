@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from shardwise.errors import WorkloadError
 from shardwise.workload.workload import Workload
+
+Entry = TypeVar("Entry")
 
 PREFIX = "loss__"
 """Start of the names, in the model, of the parameters and buffers of a loss; their dots become `__`."""
@@ -57,8 +59,8 @@ def has_parameters(loss: Any) -> bool:
     return isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None
 
 
-def without_loss(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of the model alone, without the parameters of a loss."""
+def without_loss(weights: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return the entries of the model alone, without those of the parameters and buffers of a loss."""
     return {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}
 
 

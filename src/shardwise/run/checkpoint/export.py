@@ -18,6 +18,7 @@ from shardwise.run.checkpoint.folder import newest_whole
 from shardwise.run.checkpoint.headers import header_problem
 from shardwise.run.checkpoint.index import Index, Stored
 from shardwise.run.checkpoint.safetensors_file import write_tensors
+from shardwise.workload.losses import without_loss
 
 MOST_TIMES = 64
 """Largest ratio of an export's size to that of the stored weights: tied weights are written under all their names."""
@@ -69,7 +70,7 @@ def _weights(folder: Path) -> dict[str, Stored]:
             f"checkpoint {folder} gives {there} bytes of weights so many names that {wanted} bytes would be written: "
             f"more than {MOST_TIMES} times as many are not"
         )
-    return named
+    return without_loss(named)
 
 
 def _export(folder: Path, stored: dict[str, Stored], out: Path) -> None:
