@@ -231,6 +231,18 @@ class Drawing(Counting):
         return super().forward(x + 0.1 * torch.randn_like(x))
 
 
+class Narrow(nn.Linear):
+    """Layer that works only on as many samples as a replica trains with."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != 4:
+            raise ValueError("four samples are wanted")
+        return super().forward(x)
+
+
 def once() -> Any:
     return iter([points()[index] for index in range(24)])
 
@@ -243,4 +255,6 @@ def proved_without_room(made: Workload, strategy: str) -> list[str]:
 def test_what_cannot_be_proved_says_why(workers: Pools) -> None:
     assert "draws random numbers outside of dropout" in one(workers, workload(model=Drawing), "dp=2")
     assert one(workers, workload(dataset=once()), "dp=2") == "the dataset can be read only once"
+    said = one(workers, workload(model=Narrow), "dp=2")
+    assert said == "worker 0 cannot compute a step alone: ValueError: four samples are wanted"
     assert "worker 0 would need" in workers(2, proved_without_room, workload(), "dp=2")[0][0]

@@ -125,6 +125,8 @@ def _compare(program: Program, share: Share, samples: int, epoch: int, batch: in
             found = _Found(refusal=str(error))
         except (MemoryError, torch.OutOfMemoryError):
             found = _Found(reason="worker 0 has not enough memory to compute a step alone")
+        except Exception as error:  # of the user's functions, on other numbers of samples than they are trained with
+            found = _Found(reason=f"worker 0 cannot compute a step alone: {type(error).__name__}: {error}")
     return found if mesh.world is None else _Found(**gather_json(asdict(found), mesh.world, mesh.device)[0])
 
 
@@ -184,7 +186,7 @@ class _Comparison:
         Microbatches and replicas train on the mean of their losses, which must then be the loss of the batch.
         """
         strategy = self.program.strategy
-        count = min(max(self.samples, 2), self.share.samples)
+        count = min(max(self.samples, 4), self.share.samples)  # halves of one sample are special to some models
         if count < 2 or strategy.replicas * strategy.microbatches == 1 or self.program.workload.whole_batch:
             return ""
         whole, halves = (alone.mean_loss(self._read(count, cells)) for cells in (1, 2))
