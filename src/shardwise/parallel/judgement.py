@@ -28,12 +28,17 @@ collective, runs the passes again and finds the first value that is not finite. 
 """
 
 
+def buffers_of(engine: Engine) -> list[Tensor]:
+    """Return the buffers that are held here, which passes may change."""
+    return [held.tensor.detach() for held in engine.held.values() if not isinstance(held.tensor, nn.Parameter)]
+
+
 class Judgement:
     """Caller of a judge: asks it about each step, and undoes the effects of its passes if the update is not applied."""
 
     def __init__(self, engine: Engine, mesh: Mesh, judge: Judge) -> None:
         self._engine, self._mesh, self._judge = engine, mesh, judge
-        self._buffers = [h.tensor.detach() for h in engine.held.values() if not isinstance(h.tensor, nn.Parameter)]
+        self._buffers = buffers_of(engine)
         self._values = [buffer.clone() for buffer in self._buffers]
         self._random = self._state()
 

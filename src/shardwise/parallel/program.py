@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
@@ -16,7 +16,7 @@ from shardwise.launch.join import die_with_parent
 from shardwise.parallel.data.same_data import check_same_data
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.faults import parameter_fault
-from shardwise.parallel.judgement import Judge, Judgement
+from shardwise.parallel.judgement import Judge, Judgement, buffers_of
 from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optim.clipping import clip, local_gradients, local_tensors, squared_norm
 from shardwise.parallel.optim.update import ParameterUpdate
@@ -176,10 +176,9 @@ class Program:
         Yields the loss, 0-d; inside the block `gradient_pieces` returns the gradient. Afterwards everything that a pass
         changes is as before.
         """
-        buffers = [h.tensor.detach() for h in self.engine.held.values() if not isinstance(h.tensor, nn.Parameter)]
         self._forget_gradients()
         self.engine.position.step = self.steps
-        with passes_undone(self.workload, self.engine.module, buffers):
+        with passes_undone(self.workload, self.engine.module, buffers_of(self.engine)):
             loss = self.engine.forward_backward(share, self._scales(share, samples))
             report = self._report(loss, self._constant(0.0))
             if self.mesh.world is not None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from shardwise.workload.data import Share
 
 NO_PROOF = "that proves nothing"
 """End of a message about numbers that are not finite on one worker either."""
@@ -36,6 +39,15 @@ def loss_deviation(value: float, alone: float, step: str) -> Deviation:
     if not math.isfinite(value):
         return Deviation(math.inf, step, f"is {value} in parallel only")
     return Deviation(abs(value - alone) / max(abs(alone), 1e-30), step)
+
+
+def same_data(first: Share, second: Share) -> bool:
+    """Return whether two shares hold equal data."""
+    a, b = (tree_leaves([microbatch.data for microbatch in share.microbatches]) for share in (first, second))
+    return len(a) == len(b) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def typical_size(tensors: Mapping[str, Tensor]) -> float:

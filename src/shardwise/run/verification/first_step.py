@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from shardwise.errors import NotProved, RequestError
 from shardwise.launch import watch
@@ -25,7 +24,7 @@ from shardwise.parallel.state.gather import anywhere, gather_full, gather_json
 from shardwise.run.training.process_memory import free_memory
 from shardwise.run.training.result import FirstStep
 from shardwise.run.verification.alone import OneWorker
-from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, loss_deviation
+from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, loss_deviation, same_data
 from shardwise.run.verification.rounding import HALF_TOLERANCE, rounding
 from shardwise.workload.data import Share, cut_batch, is_map_style
 from shardwise.workload.reading.draws import drawing_from
@@ -153,7 +152,7 @@ class _Comparison:
             WorkloadError: see `OneWorker`.
         """
         whole = self._read(self.samples, 1)
-        repeatable = _equal(whole, self._read(self.samples, 1))  # before a pass, which may write into its batch
+        repeatable = same_data(whole, self._read(self.samples, 1))  # before a pass, which may write into its batch
         alone.check_modes()
         value, expected = alone.loss_and_gradients(whole)
         alone.update()
@@ -215,12 +214,3 @@ class _Comparison:
         share = whole.first(self.epoch, self.batch)
         assert share is not None
         return share
-
-
-def _equal(first: Share, second: Share) -> bool:
-    """Return whether two shares hold equal data."""
-    a, b = (tree_leaves([microbatch.data for microbatch in share.microbatches]) for share in (first, second))
-    return len(a) == len(b) and all(
-        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
-        for x, y in zip(a, b, strict=True)
-    )

@@ -17,7 +17,6 @@ import cloudpickle
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
@@ -25,7 +24,7 @@ from shardwise.launch.local import enough_gpus, run_local
 from shardwise.launch.sending import written
 from shardwise.parallel.tensor.partitioner import Uncut
 from shardwise.run.training.streams import agreeing
-from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, loss_deviation, typical_size
+from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, loss_deviation, same_data, typical_size
 from shardwise.run.verification.rounding import rounding
 from shardwise.strategy import Strategy
 from shardwise.workload.float64 import in_float64
@@ -385,12 +384,8 @@ def _of_all(
 
 def _check_repeatable(program: Any) -> None:
     """Check that the dataset gives equal samples when it is read twice. Raises WorkloadError."""
-    first, second = (tree_leaves([m.data for m in next(iter(program.loader().shares(0))).microbatches]) for _ in "12")
-    same = len(first) == len(second) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-        for a, b in zip(first, second, strict=True)
-    )
-    if not same:
+    first, second = (next(iter(program.loader().shares(0))) for _ in "12")
+    if not same_data(first, second):
         raise WorkloadError(
             f"the dataset of workload {program.workload.name!r} gives other samples each time it is read: two runs can "
             "only be compared on the same data; seed what it draws by the index of the sample"
