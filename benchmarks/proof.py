@@ -1,4 +1,4 @@
-"""What the proof of the first step costs: its seconds, and their share of a run of 100 steps, by recipe and strategy.
+"""Cost of the proof of the first step: its seconds, and their share of a run of 100 steps, by recipe and strategy.
 
 The proof is that of a run: cold, right after the program is built. Steps are measured after it, in the same workers.
 Targets: less than a second, and less than 5% of 100 steps.

@@ -184,7 +184,7 @@ class Differing(Dataset[Sample]):
 
 
 def told(strategy: str, kind: str) -> str:
-    """What a worker says of a training on data that is not the same everywhere."""
+    """Return the message of a worker that trains on data that differs between workers."""
     kinds: dict[str, Callable[[], dict[str, Any]]] = {
         "first": lambda: {"dataset": Differing(epoch_order(64, 0, 0)[3])},
         "later": lambda: {"dataset": Differing(epoch_order(64, 0, 0)[BATCH + 1])},

@@ -1,4 +1,4 @@
-"""What a sample draws depends on its place in the epoch, not on who reads it, and disturbs nobody else's draws."""
+"""Draws of a sample depend on its place in the epoch, not on who reads it, and disturb no other draws."""
 
 from __future__ import annotations
 

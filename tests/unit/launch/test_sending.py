@@ -1,4 +1,4 @@
-"""What cannot be sent to workers is named, in one line."""
+"""A workload that cannot be sent to workers is refused in one line that names the culprit."""
 
 from __future__ import annotations
 

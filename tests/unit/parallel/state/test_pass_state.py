@@ -1,4 +1,4 @@
-"""What passes change besides gradients is put back: buffers, plain attributes of modules, random state."""
+"""State that passes change besides gradients is put back: buffers, plain attributes of modules, random state."""
 
 from __future__ import annotations
 
