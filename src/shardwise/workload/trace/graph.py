@@ -165,6 +165,7 @@ def trace(
         reason = f"what {following.target} gives has a shape or a number that follows the data"
         raise Untraceable(workload, _enclosing(graph, following), reason)
     _check_loss(workload, graph)
+    _check_constants(workload, program)
     found = _named(program, graph, model, training, tuple(names))
     del kept  # `found` holds those that are in the graph
     return found
@@ -175,12 +176,18 @@ def _exported(step: nn.Module, batch: Any) -> torch.export.ExportedProgram:
 
     In processes with several threads, torch 2.13 now and then takes such a tensor (the `arange` of a causal mask in
     Llama, about one trace in eight) for a constant, of which it knows the shape only. The next trace has it right.
+    A tensor that an earlier trace left in an attribute of the module stays without values.
     """
     for _ in range(MOST_TRACES):
         program = torch.export.export(step, (batch,), strict=False)
-        if not any(isinstance(each, FakeTensor) and each.constant is None for each in program.constants.values()):
+        lost = [name for name, tensor in program.constants.items() if not _has_values(tensor)]
+        if not any(name.rpartition(".")[2].startswith("lifted_tensor") for name in lost):
             break
     return program
+
+
+def _has_values(constant: Any) -> bool:
+    return not isinstance(constant, FakeTensor) or constant.constant is not None
 
 
 @contextmanager
@@ -354,7 +361,7 @@ def _named(
         if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
             tensors[spec.arg.name] = names[target]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            constants[spec.arg.name] = _with_values(program.constants[spec.target or ""], spec.target or "")
+            constants[spec.arg.name] = _values(program.constants[spec.target or ""])
         elif spec.kind is not InputKind.USER_INPUT:
             raise WorkloadError(
                 f"the module holds {spec.target!r} of kind {spec.kind.name}: only tensors can be traced"
@@ -363,17 +370,21 @@ def _named(
     return StepGraph(graph, tensors, constants, leaves, training, calls_in(graph), losses)
 
 
-def _with_values(constant: Tensor, name: str) -> Tensor:
-    """Return a tensor that the step makes by itself, with its values: torch may leave only its shape in the trace.
+def _check_constants(workload: Workload, program: torch.export.ExportedProgram) -> None:
+    """Check that the trace has the values of each tensor that the step makes by itself, or holds in an attribute.
 
     Raises:
-        WorkloadError: its values are not known.
+        Untraceable: torch has left only the shape of one in the trace.
     """
-    if not isinstance(constant, FakeTensor):
-        return constant
-    if constant.constant is None:
-        raise WorkloadError(f"the trace has no values for {name}: make the tensor from the batch, or make it a buffer")
-    return constant.constant
+    lost = next((name for name, tensor in program.constants.items() if not _has_values(tensor)), None)
+    if lost is not None:
+        reason = f"the trace has no values for {lost}: make the tensor from the batch, or make it a buffer"
+        raise Untraceable(workload, None, reason)
+
+
+def _values(constant: Tensor) -> Tensor:
+    """Return the tensor behind a constant of a trace."""
+    return constant if not isinstance(constant, FakeTensor) or constant.constant is None else constant.constant
 
 
 def example(workload: Workload, samples: int) -> Any:
