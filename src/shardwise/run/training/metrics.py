@@ -169,7 +169,8 @@ class Sampler:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints that it starts and stops
         gpu = self.device.type == "cuda"
         with only_new_garbage():
-            with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+            with profile(activities=activities, acc_events=True) as profiler:  # else torch warns on a GPU
                 begin = self._now()
                 yield
                 seconds = self._now() - begin

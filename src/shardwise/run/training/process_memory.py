@@ -63,13 +63,16 @@ def give_back() -> None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Return free memory to the system and reset the peak memory of this worker, if the system can."""
+    """Return free memory to the system and reset the peak memory of this worker, if the system can.
+
+    Engines refer to themselves through their hooks, so one that is no longer used keeps its memory until a collection.
+    """
+    give_back()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    give_back()
-    restart_peak()
+    else:
+        restart_peak()
 
 
 @contextlib.contextmanager
