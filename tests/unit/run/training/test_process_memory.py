@@ -18,8 +18,8 @@ def test_engines_of_a_proof_are_collected_before_the_cache_of_a_gpu_is_emptied()
         alive = _module_that_refers_to_itself()
         seen: list[object] = []
         with (
-            mock.patch.object(torch.cuda, "empty_cache", lambda: seen.append(alive())),
-            mock.patch.object(torch.cuda, "reset_peak_memory_stats", lambda device: seen.append(device)),
+            mock.patch.object(torch.cuda, "empty_cache", side_effect=lambda: seen.append(alive())),
+            mock.patch.object(torch.cuda, "reset_peak_memory_stats", side_effect=seen.append),
         ):
             forget_peak(torch.device("cuda", 0))
     finally:
