@@ -184,6 +184,21 @@ class MultiQuery(Grouped):
     keys = 1
 
 
+class MultiQueryFused(GroupedFlag):
+    """Falcon's: one matrix for the query heads and one key head, multiplied as `x @ weight.T`."""
+
+    keys = 1
+
+    def setup(self, width: int) -> None:
+        self.weight = nn.Parameter(torch.randn(width + 2 * self.size, width) * 0.2)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = (x @ self.weight.T).view(*x.shape[:2], -1, self.size)
+        parts = heads[..., :-2, :], heads[..., [-2], :], heads[..., [-1], :]
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        return q, k, v
+
+
 class Manual(Attention):
     """Scores by hand, with dropout on the probabilities."""
 
@@ -916,6 +931,7 @@ SPELLINGS: dict[str, Callable[[], Workload]] = {
     "grouped-flag": spelled(partial(GroupedFlag, heads=8)),
     "grouped-fused": spelled(partial(GroupedFused, heads=8)),
     "multi-query": spelled(MultiQuery),
+    "multi-query-fused": spelled(MultiQueryFused),
     "manual": spelled(partial(Manual, dropout=0.1)),
     "attention-dropout": spelled(partial(Attention, dropout=0.1)),
     "einsum": spelled(Einsum),

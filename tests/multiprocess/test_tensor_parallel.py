@@ -24,6 +24,7 @@ from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.tensor import communication
 from shardwise.workload.workload import Workload
 
+GROUPED = ("grouped", "grouped-expand", "grouped-flag", "grouped-fused", "multi-query", "multi-query-fused")
 ALL = {**SPELLINGS, **WORKLOADS, **ODDITIES}
 
 
@@ -32,7 +33,7 @@ def test_every_spelling_of_attention(workers: Pools, name: str) -> None:
     check(workers, SPELLINGS[name], "tp=2")
 
 
-@pytest.mark.parametrize("name", ["grouped", "grouped-expand", "grouped-flag", "grouped-fused", "multi-query"])
+@pytest.mark.parametrize("name", GROUPED)
 def test_fewer_key_heads_than_workers(workers: Pools, name: str) -> None:
     check(workers, SPELLINGS[name], "tp=4")
 

@@ -25,6 +25,9 @@ from shardwise.workload.workload import Workload
 LEAST_SHARED = 0.5
 """Smallest share of the parameters (0 to 1) that a tensor degree must shard; a degree that shards less is refused."""
 
+HEADS = "attention heads"
+"""Name for the user of the heads that a degree fails to divide."""
+
 DEGREES = (2, 3, 4, 6, 8, 12, 16)
 """Tensor degrees that an error message may propose in place of one that does not fit."""
 
@@ -87,12 +90,15 @@ class TensorDegrees:
     def refusal(self, degree: int, *, sequence: bool = False) -> str | None:
         """Return an error message that names what `degree` fails to divide and the degrees that fit.
 
-        Returns None if `degree` fits.
+        Returns None if `degree` fits, or if no degree divides the heads but this one shards enough of the other layers
+        (71 heads, multi-query: the MLPs are sharded, attention is computed whole on every worker).
         """
         wrong = self._wrong(degree, sequence=sequence)
         if wrong is None:
             return None
         fitting = [str(other) for other in DEGREES if self._wrong(other, sequence=sequence) is None]
+        if not fitting and wrong.endswith(HEADS) and self._shards_enough(degree, sequence=sequence):
+            return None
         hint = f"use tp={' or '.join(fitting)}" if fitting else "no tensor degree fits this model, use dp, fsdp or pp"
         return f"tp={degree} does not divide {wrong}: {hint}"
 
@@ -103,9 +109,16 @@ class TensorDegrees:
         return self._known[key]
 
     def _looked_at(self, degree: int, *, sequence: bool) -> str | None:
-        trained = frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
-        local, obstacles = split(self.step, degree, trained, sequence=sequence)
+        local, obstacles = self._split(degree, sequence=sequence)
         return _in_the_way(degree, local, obstacles, self.parameters)
+
+    def _shards_enough(self, degree: int, *, sequence: bool) -> bool:
+        local, _ = self._split(degree, sequence=sequence)
+        return local.sharded_share(self.parameters) >= LEAST_SHARED
+
+    def _split(self, degree: int, *, sequence: bool) -> tuple[LocalGraph, tuple[Obstacle, ...]]:
+        trained = frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
+        return split(self.step, degree, trained, sequence=sequence)
 
 
 def _in_the_way(
@@ -115,7 +128,7 @@ def _in_the_way(
     for obstacle in obstacles:
         # too few key heads are replicated, but query heads are what attention is sharded by
         if obstacle.what == "query heads" or (obstacle.what == "heads" and degree % obstacle.size):
-            return f"the {obstacle.size} attention heads"
+            return f"the {obstacle.size} {HEADS}"
     features = [o.what for o in obstacles if o.what not in ("heads", "query heads")]
     if parameters and local.sharded_share(parameters) < LEAST_SHARED:
         return features[0] if features else "anything: no layer of the model can be cut"

@@ -61,6 +61,29 @@ def test_fewer_key_heads_than_workers() -> None:
     check(lambda: Heads(6, 1), "tp=3", TOKENS)
 
 
+class Five(Heads):
+    """Five heads, which no usual degree divides, beside a perceptron."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__(5, 1)
+        self.up, self.down = nn.Linear(24, wide), nn.Linear(wide, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(self.up(super().forward(x)))
+        return output
+
+
+@pytest.mark.parametrize("strategy", ["tp=2", "tp=3", "tp=2,sp=1"])
+def test_heads_that_nothing_divides_leave_the_other_layers(strategy: str) -> None:
+    check(lambda: Five(96), strategy, TOKENS)
+
+
+def test_heads_that_nothing_divides_are_named_where_little_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardwise.parallel.check.LEAST_SHARED", 0.99)
+    with pytest.raises(StrategyError, match="does not divide the 5 attention heads: no tensor degree fits this model"):
+        check(lambda: Five(96), "tp=3", TOKENS)
+
+
 @pytest.mark.parametrize(
     ("model", "strategy", "x", "message"),
     [

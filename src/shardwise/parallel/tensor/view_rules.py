@@ -284,7 +284,10 @@ def complex_view(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[st
 
 
 RESHAPES = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "view_as", "reshape_as")
-PERMUTATIONS = ("permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "mT", "adjoint")
+PERMUTATIONS = (
+    *("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims"),
+    *("numpy_T", "mT", "mH", "matrix_H", "adjoint"),
+)
 RULES: dict[str, Rule] = {
     **dict.fromkeys(RESHAPES, reshape),
     **dict.fromkeys(PERMUTATIONS, permute),
