@@ -125,7 +125,7 @@ def main() -> None:
         for name, strategy, workload in each(chosen)
         if f"{name} {strategy}" in runs
     ]
-    keys = ("command", "date", "predicted", "processor", "cpus", "python", "torch", "shardwise")
+    keys = ("command", "date", "predicted", "remark", "processor", "cpus", "python", "torch", "shardwise")
     facts = {key: before[key] for key in keys if key in before}
     settings = {"gpu": cluster.nodes[0].device.name, "steps": options.steps, "rounds": options.rounds, **summary(rows)}
     record(options.name, settings, rows, runs, facts)
