@@ -79,7 +79,7 @@ def train(
         workers: number of workers; None: as many as the strategy needs, as many as are fastest, or 1 if the machine was
             not measured.
         steps: optimizer steps in total, including steps before a resume.
-        epochs: passes over the dataset; the default is 1 if neither steps nor epochs are given.
+        epochs: passes over the dataset; the default is the workload's if neither steps nor epochs are given.
         out: the run's folder; None: a new one in runs/.
         resume: continue the run in `out` (None: the newest run of this workload). Arguments that are not given keep
             the run's values; the strategy may change. `"auto"`: continue if there is such a run, else begin one.
@@ -283,7 +283,7 @@ def compare(
     """
     from shardwise.commands.compare import comparison
     from shardwise.commands.forecast import forecasts
-    from shardwise.commands.request import settle_compared, settle_options, settle_source
+    from shardwise.commands.request import settle_compared, settle_length, settle_options, settle_source
     from shardwise.launch.local import enough_gpus
     from shardwise.run.training.execute import run_job
     from shardwise.run.training.job import Job
@@ -291,11 +291,10 @@ def compare(
 
     if under_launcher():
         raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
-    source, options = (
-        settle_source(workload, settings, seed),
-        settle_options(steps=steps, epochs=epochs, quiet=quiet, on_nan="go", proof=proof),
-    )
+    source = settle_source(workload, settings, seed)
+    options = settle_options(steps=steps, epochs=epochs, quiet=quiet, on_nan="go", proof=proof)
     loaded = source.load()
+    options = settle_length(options, loaded)
     auto: Strategy | None = None
     if "auto" in strategies:
         from shardwise.commands.auto import choose

@@ -528,7 +528,8 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_whole, metavar="N", help="optimizer steps in all")
-    length.add_argument("--epochs", type=_whole, metavar="N", help="passes over the data in all (default: 1)")
+    passes = "passes over the data in all (default: the workload's)"
+    length.add_argument("--epochs", type=_whole, metavar="N", help=passes)
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: a new one in runs/)")
     _add_output(parser)
 

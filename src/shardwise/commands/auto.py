@@ -19,6 +19,7 @@ from shardwise.commands.request import (
     TrainingRequest,
     check,
     settle,
+    settle_length,
     settle_options,
     settle_source,
     settle_strategy,
@@ -160,9 +161,10 @@ def train_automatically(
         RequestError, DoesNotFit, NotMeasured: as in `choose`; NotMeasured only if the strategy is `auto`.
         WorkerFailed: a worker died for another reason than memory, or there is nothing smaller to fall back to.
     """
-    settle_options(steps=asked.steps, epochs=asked.epochs, quiet=quiet, **options)  # before anything is measured
+    settled = settle_options(steps=asked.steps, epochs=asked.epochs, quiet=quiet, **options)
     source = settle_source(asked.workload, asked.settings, asked.seed)
     loaded = Chosen(source, source.load())
+    settle_length(settled, loaded.workload)  # before anything is measured
     check(loaded.workload, Strategy())
     context = rank_context()
     if context is not None:

@@ -29,6 +29,7 @@ from shardwise.strategy import Strategy
 from shardwise.workload.one_batch import in_one_batch
 from shardwise.workload.reading.check import check_data
 from shardwise.workload.reading.draws import drawing_from
+from shardwise.workload.reading.loader import Loader
 from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
@@ -103,6 +104,7 @@ def settle(
     strategy = settle_strategy(asked.strategy, asked.workers)
     settled = settle_options(steps=asked.steps, epochs=asked.epochs, resume=resume, **options)
     workload = chosen.workload if chosen else source.load()
+    settled = settle_length(settled, workload)
     forecast = chosen.forecast if chosen else None
     if forecast is None:
         check(workload, strategy)
@@ -215,7 +217,7 @@ def _cuts(strategy: str | Strategy | None) -> Cuts | None:
 
 
 def settle_options(**values: Any) -> Options:
-    """Return checked options of a training; one epoch if neither steps nor epochs are given. Raises RequestError."""
+    """Return checked options of a training. Raises RequestError."""
     options = Options(**values)
     for name, least in (("steps", 1), ("epochs", 1), ("checkpoint_every", 0), ("keep", 1), ("grace", 0)):
         value = getattr(options, name)
@@ -229,9 +231,29 @@ def settle_options(**values: Any) -> Options:
     if options.on_nan not in POLICIES:
         known = f"known are {', '.join(POLICIES)}{nearest(options.on_nan, POLICIES)}"
         raise RequestError(f"on_nan={options.on_nan}: {known}")
-    if options.steps is None and options.epochs is None:
-        return Options(**{**values, "epochs": 1})
     return options
+
+
+def settle_length(options: Options, workload: Workload) -> Options:
+    """Return the options with the workload's own epochs if they give neither steps nor epochs.
+
+    Raises:
+        WorkloadError: the workload asks for a fraction of an epoch of unknown length.
+    """
+    if options.steps is not None or options.epochs is not None:
+        return options
+    if float(workload.epochs).is_integer():
+        return replace(options, epochs=int(workload.epochs))
+    loader = Loader(
+        dataset=workload.dataset, batch_size=workload.batch_size, seed=workload.seed, loading=workload.loading
+    )
+    batches = loader.batches
+    if batches is None:
+        raise WorkloadError(
+            f"epochs={workload.epochs:g} of workload {workload.name!r}: its epochs have no known length to take a "
+            "fraction of; use a whole number, or give --steps"
+        )
+    return replace(options, steps=max(1, round(workload.epochs * batches)))
 
 
 def check(workload: Workload, strategy: Strategy) -> None:

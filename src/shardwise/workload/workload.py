@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     Batch = Any  # a tensor, or a tuple, list or dict of tensors, samples along the first dimension
 
 
+MOST_EPOCHS = 1e9
+"""Upper limit of `Workload.epochs`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """Measurement on held-out data.
@@ -70,6 +74,7 @@ class Workload:
         seed: seed of the weights, the order of the data and dropout.
         whole_batch: the loss needs the outputs of the whole batch, because it couples its samples (contrastive losses,
             batch Dice). Every replica then computes it from the outputs of all.
+        epochs: passes over the dataset if a command gives neither steps nor epochs; may have a fraction.
     """
 
     name: str
@@ -90,6 +95,7 @@ class Workload:
     precision: str = "float32"
     seed: int = 0
     whole_batch: bool = False
+    epochs: float = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -100,6 +106,8 @@ class Workload:
             raise WorkloadError(f"clip_norm={self.clip_norm}: must be above 0, or None for no clipping")
         if self.whole_batch and self.weight is not None:
             raise WorkloadError("whole_batch and weight exclude each other: such a loss averages over the batch itself")
+        if type(self.epochs) not in (int, float) or not 0 < self.epochs < MOST_EPOCHS:
+            raise WorkloadError(f"epochs={self.epochs}: must be a number above 0 and below {MOST_EPOCHS:g}")
         self._check_schedule()
         for name in ("model", "inputs", "loss", "optimizer"):
             if not callable(getattr(self, name)):

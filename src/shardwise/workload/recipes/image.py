@@ -12,7 +12,7 @@ The parameters, for --set:
     batch_size: samples per step over all workers.
     learning_rate: largest learning rate, reached after the warm-up.
     weight_decay: AdamW's weight decay of matrices and kernels.
-    schedule_epochs: epochs over which the learning rate rises and falls.
+    schedule_epochs: epochs over which the learning rate rises and falls, and the default length of a training.
     clip_norm: largest norm of the gradient; None means no clipping.
 """
 
@@ -73,6 +73,7 @@ def image(
         schedule=warmup_cosine(steps),
         evaluation=Evaluation(dataset=images.held_out, metric="accuracy", measure=accuracy),
         clip_norm=clip_norm,
+        epochs=schedule_epochs,
     )
 
 

@@ -14,7 +14,7 @@ The parameters, for --set:
     batch_size: samples per step over all workers.
     learning_rate: largest learning rate, reached after the warm-up.
     weight_decay: AdamW's weight decay of matrices.
-    schedule_steps: steps over which the learning rate rises and falls.
+    schedule_steps: steps over which the learning rate rises and falls, and the default length of a training.
     clip_norm: largest norm of the gradient; None means no clipping.
     evaluation_samples: number of held-out windows that are scored.
 """
@@ -30,7 +30,7 @@ from torch import Tensor
 from shardwise.workload.recipes.checks import DEEPEST, MOST, check_at_most, check_divides, check_positive, check_share
 from shardwise.workload.recipes.datasets.text import Windows, standard_library, user_corpus
 from shardwise.workload.recipes.models.gpt import GPT
-from shardwise.workload.recipes.training import adamw, warmup_cosine
+from shardwise.workload.recipes.training import adamw, epochs_of, warmup_cosine
 from shardwise.workload.workload import Evaluation, Workload
 
 
@@ -60,6 +60,7 @@ def language(
     check_divides("hidden", hidden, 2 * heads, f"2 x heads={heads}, for rotary attention turns pairs of features")
     corpus = standard_library() if data is None else user_corpus(data, token_dtype, vocabulary)
     tokens = corpus.vocabulary
+    windows = Windows(corpus.train, sequence)
     return Workload(
         name="language",
         model=lambda: GPT(
@@ -71,7 +72,7 @@ def language(
             dropout=dropout,
             tied=tied,
         ),
-        dataset=Windows(corpus.train, sequence),
+        dataset=windows,
         inputs=lambda batch: batch["tokens"][:, :-1],
         loss=next_token_loss,
         optimizer=adamw(learning_rate, weight_decay, betas=(0.9, 0.95)),
@@ -84,6 +85,7 @@ def language(
             higher_is_better=False,
         ),
         clip_norm=clip_norm,
+        epochs=epochs_of(schedule_steps, windows, batch_size),
     )
 
 

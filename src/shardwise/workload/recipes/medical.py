@@ -11,7 +11,7 @@ The parameters, for --set:
     batch_size: samples per step over all workers.
     learning_rate: largest learning rate, reached after the warm-up.
     weight_decay: AdamW's weight decay of kernels.
-    schedule_steps: steps over which the learning rate rises and falls.
+    schedule_steps: steps over which the learning rate rises and falls, and the default length of a training.
     clip_norm: largest norm of the gradient; None means no clipping.
 """
 
@@ -28,7 +28,7 @@ from shardwise.errors import WorkloadError
 from shardwise.workload.recipes.checks import check_at_most, check_divides, check_positive, check_share
 from shardwise.workload.recipes.datasets.volumes import mni_brain, volume_folder
 from shardwise.workload.recipes.models.unet import UNet3d
-from shardwise.workload.recipes.training import adamw, warmup_cosine
+from shardwise.workload.recipes.training import adamw, epochs_of, warmup_cosine
 from shardwise.workload.workload import Evaluation, Workload
 
 
@@ -70,6 +70,7 @@ def medical(
         schedule=warmup_cosine(schedule_steps),
         evaluation=Evaluation(dataset=volumes.held_out, metric="dice", measure=dice),
         clip_norm=clip_norm,
+        epochs=epochs_of(schedule_steps, volumes.train, batch_size),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -44,3 +44,8 @@ def warmup_cosine(steps: int, warmup: float = 0.1, floor: float = 0.02) -> Calla
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return lambda optimizer: LambdaLR(optimizer, factor)
+
+
+def epochs_of(steps: int, dataset: Sized, batch_size: int) -> float:
+    """Return the number of epochs, with a fraction, that `steps` optimizer steps are."""
+    return steps / max(1, -(-len(dataset) // batch_size))
