@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     )
     from shardwise.errors import RequestError, ShardwiseError, WorkerFailed
     from shardwise.strategy import Strategy
+    from shardwise.workload.evaluation import Evaluation, Stopping
     from shardwise.workload.loading import Loading
-    from shardwise.workload.workload import Evaluation, Workload
+    from shardwise.workload.workload import Workload
 
 __all__ = [
     "Evaluation",
     "Loading",
     "RequestError",
     "ShardwiseError",
+    "Stopping",
     "Strategy",
     "TrainedModel",
     "WorkerFailed",
@@ -47,10 +49,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Evaluation": "shardwise.workload.workload",
+    "Evaluation": "shardwise.workload.evaluation",
     "Loading": "shardwise.workload.loading",
     "RequestError": "shardwise.errors",
     "ShardwiseError": "shardwise.errors",
+    "Stopping": "shardwise.workload.evaluation",
     "Strategy": "shardwise.strategy",
     "WorkerFailed": "shardwise.errors",
     "Workload": "shardwise.workload.workload",

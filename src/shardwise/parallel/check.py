@@ -53,7 +53,7 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
             raise StrategyError(refusal)
     if strategy.pp > 1:
         found = find_cut_points(split(step, 1, trained)[0], parameters)
-        if workload.evaluation is not None:
+        if workload.evaluations:
             evaluation = traced(workload, model, batch, training=False)
             found = common(found, find_cut_points(split(evaluation, 1, trained)[0], parameters))
         check_stages(strategy, len(found))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -42,6 +42,24 @@ class Position:
         self.first = microbatch.first
         self.samples = microbatch.samples or 1  # one dummy sample keeps the worker in step
         self.counted = microbatch.samples
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Evaluation of a microbatch on this worker.
+
+    Attributes:
+        values: (loss, metric), shape (2,), float64 and detached. The values of the workers that share one replica add
+            up to the replica's. The metric is 0 if an object collects the outputs.
+        held: whether `output` is held here, for an object that collects the outputs.
+        output: output of the model.
+        batch: the microbatch's data.
+    """
+
+    values: Tensor
+    held: bool = False
+    output: Any = None
+    batch: Any = None
 
 
 class Engine(Protocol):
@@ -110,10 +128,6 @@ class Engine(Protocol):
         """Find a parameter held here whose gradient is not finite, after a step whose forward passes are finite."""
         ...
 
-    def evaluate(self, microbatch: Microbatch) -> Tensor:
-        """Return (loss, metric) of a microbatch in evaluation mode, shape (2,), detached; zeros if not held here.
-
-        The values of the workers that share one replica add up to the replica's. The metric is 0 without an evaluation
-        in the workload.
-        """
+    def evaluate(self, microbatch: Microbatch, number: int) -> Evaluated:
+        """Compute loss and metric of a microbatch in evaluation mode, for evaluation `number` of the workload."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
 from shardwise.launch.join import die_with_parent
+from shardwise.parallel.data.collected import Collected
 from shardwise.parallel.data.same_data import check_same_data
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.faults import parameter_fault
@@ -27,6 +28,7 @@ from shardwise.parallel.state.pass_state import passes_undone
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Share
+from shardwise.workload.evaluation import values_of
 from shardwise.workload.loading import Loading
 from shardwise.workload.one_batch import in_one_batch
 from shardwise.workload.reading.loader import Loader, share_of
@@ -215,30 +217,45 @@ class Program:
         broken |= self._applied is not None and not bool(self._applied.isfinite().all())
         return not (broken if self.mesh.world is None else anywhere([broken], self.mesh.world, self.mesh.device)[0])
 
-    def evaluate(self) -> dict[str, float]:
-        """Compute the mean loss and metric over the held-out samples, each counted once; equal on all workers.
+    def evaluate(self, numbers: Iterable[int] | None = None) -> dict[str, float]:
+        """Compute loss and metric over the held-out samples, each counted once; equal on all workers.
 
-        Returns {"loss": ..., metric name: ...}, or an empty dict for a workload without evaluation.
+        Args:
+            numbers: numbers of the workload's evaluations to make; None: all.
+
+        Returns:
+            {"loss": ..., metric name: ...} of the first evaluation, {"<name>/loss": ..., ...} of each further one; an
+            empty dict for a workload without evaluation.
         """
-        evaluation = self.workload.evaluation
-        if evaluation is None:
-            return {}
+        found: dict[str, float] = {}
+        for number in range(len(self.workload.evaluations)) if numbers is None else numbers:
+            keys = values_of(self.workload.evaluations, number)
+            found.update(zip((value.key for value in keys), self._evaluate(number), strict=True))
+        return found
+
+    def _evaluate(self, number: int) -> tuple[float, float]:
+        """Return the loss and the metric of one evaluation."""
+        evaluation = self.workload.evaluations[number]
+        collected = Collected(evaluation, self.workload, self.mesh) if evaluation.collects else None
         size = evaluation.batch_size or self.workload.batch_size
         sums = torch.zeros(2, 2, dtype=torch.float64, device=self.mesh.device)
         for share in self.loader(evaluation.dataset, batch_size=size, shuffle=False).shares(0):
-            for number, weight in enumerate(self._weights(share)):
-                microbatch = share.microbatches[number]
+            for microbatch, weight in zip(share.microbatches, self._weights(share), strict=True):
                 weights = torch.stack([weight, self._constant(float(microbatch.samples))])
-                values = self.engine.evaluate(microbatch).double()
-                sums[0] += (values * weights).where(weights > 0, 0)
+                evaluated = self.engine.evaluate(microbatch, number)
+                sums[0] += (evaluated.values * weights).where(weights > 0, 0)
                 sums[1] += weights
+                if collected is not None:
+                    collected.update(evaluated, microbatch.samples)
             watch.beat()
         # the workers of one replica hold parts of one value, but each of them has counted the replica's full weight
         sums[1] /= self.strategy.workers // self.strategy.replicas
+        if collected is not None:
+            sums[:, 1] = torch.tensor([collected.value(), 1 / self.strategy.workers], dtype=sums.dtype)
         if self.mesh.world is not None:
             dist.all_reduce(sums, group=self.mesh.world)
         loss, metric = (sums[0] / sums[1]).tolist()
-        return {"loss": loss, evaluation.metric: metric}
+        return loss, metric
 
     def pieces(self) -> list[TensorPiece]:
         """Return this worker's part of the model (`model/<name>`) and of the optimizer state that exists so far."""

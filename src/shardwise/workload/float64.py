@@ -30,6 +30,7 @@ def in_float64(workload: Workload) -> Workload:
         collate=lambda samples: to_float64(collate(samples)),
         loss=_wide_loss(workload.loss),
         evaluation=None,
+        stop=None,
         precision="float32",
     )
 

@@ -5,16 +5,18 @@ It says nothing about parallelism. Importing this module does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import WorkloadError
+from shardwise.workload.evaluation import Evaluation as Evaluation
+from shardwise.workload.evaluation import Stopping as Stopping
+from shardwise.workload.evaluation import check_evaluations
 from shardwise.workload.loading import Loading
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
 
     Losses = Any  # a scalar tensor, or a dict of scalar tensors by name
@@ -23,25 +25,6 @@ if TYPE_CHECKING:
 
 MOST_EPOCHS = 1e9
 """Upper limit of `Workload.epochs`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """Measurement on held-out data.
-
-    Attributes:
-        dataset: map-style dataset of held-out samples, of the kind the workload trains on.
-        metric: name under which the value is reported, for example `accuracy`.
-        measure: function of (model output, batch) that returns a scalar tensor, the mean over the samples of `batch`.
-        batch_size: samples per evaluation batch over all workers; 0 means the workload's.
-        higher_is_better: whether a larger value means a better model.
-    """
-
-    dataset: Any
-    metric: str
-    measure: Callable[[Any, Batch], Tensor]
-    batch_size: int = 0
-    higher_is_better: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,17 +47,19 @@ class Workload:
         loading: order of the samples (shuffle, sampler, batch sampler, last batch), and number of loading processes.
         schedule: maps an optimizer to a learning-rate scheduler, which is stepped as `schedule_every` says.
         schedule_every: when the schedule is stepped: after each optimizer `step`, after each `epoch`, or after each
-            epoch with a `metric` of its evaluation (`ReduceLROnPlateau`).
+            epoch with a `metric` of its first evaluation (`ReduceLROnPlateau`).
         groups: options of each parameter in the optimizer, such as {"weight_decay": 0.0} for some: a function of (name,
             parameter) that returns them, or a dict of name patterns (`*.bias`) to options. The optimizer is then given
             groups of parameters in place of parameters. The function must not look at a parameter's values.
-        evaluation: held-out data and a named metric.
+        evaluation: held-out data and a named metric; or several evaluations, each with its own name. The best
+            checkpoint by the metric of the first is kept.
         clip_norm: largest global norm of the gradient. None means no clipping.
         precision: `float32` or `bf16` computation; a strategy's own precision takes precedence.
         seed: seed of the weights, the order of the data and dropout.
         whole_batch: the loss needs the outputs of the whole batch, because it couples its samples (contrastive losses,
             batch Dice). Every replica then computes it from the outputs of all.
         epochs: passes over the dataset if a command gives neither steps nor epochs; may have a fraction.
+        stop: rule that ends the training early by a value of an evaluation.
     """
 
     name: str
@@ -90,12 +75,13 @@ class Workload:
     schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
     schedule_every: str = "step"
     groups: Callable[[str, torch.nn.Parameter], Mapping[str, Any]] | Mapping[str, Mapping[str, Any]] | None = None
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation | Sequence[Evaluation] | None = None
     clip_norm: float | None = None
     precision: str = "float32"
     seed: int = 0
     whole_batch: bool = False
     epochs: float = 1
+    stop: Stopping | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -108,6 +94,7 @@ class Workload:
             raise WorkloadError("whole_batch and weight exclude each other: such a loss averages over the batch itself")
         if type(self.epochs) not in (int, float) or not 0 < self.epochs < MOST_EPOCHS:
             raise WorkloadError(f"epochs={self.epochs}: must be a number above 0 and below {MOST_EPOCHS:g}")
+        check_evaluations(self.evaluations, self.stop)
         self._check_schedule()
         for name in ("model", "inputs", "loss", "optimizer"):
             if not callable(getattr(self, name)):
@@ -123,6 +110,15 @@ class Workload:
                 f"groups of workload {self.name!r} must be a function of (name, parameter) or a dict of patterns, not "
                 f"{self.groups!r}"
             )
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """Return all evaluations, in order."""
+        if self.evaluation is None:
+            return ()
+        if isinstance(self.evaluation, Sequence) and not isinstance(self.evaluation, str):
+            return tuple(self.evaluation)
+        return (self.evaluation,)
 
 
 def call_model(model: Any, inputs: Any) -> Any:

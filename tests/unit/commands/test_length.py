@@ -13,9 +13,12 @@ from shardwise.workload.loading import Loading
 from shardwise.workload.workload import Workload
 
 
-def made(samples: int = 10, dataset: Any = None, **changes: Any) -> Workload:
-    dataset = list(range(samples)) if dataset is None else dataset
-    return Workload(name="w", model=len, dataset=dataset, inputs=len, loss=len, optimizer=len, batch_size=4, **changes)
+def made(**changes: Any) -> Workload:
+    fields: dict[str, Any] = {
+        "dataset": list(range(10)),
+        **dict.fromkeys(("model", "inputs", "loss", "optimizer"), len),
+    }
+    return Workload(name="w", batch_size=4, **{**fields, **changes})
 
 
 @pytest.mark.parametrize(

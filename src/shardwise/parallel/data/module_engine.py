@@ -16,7 +16,7 @@ from shardwise.errors import WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.ddp import ReplicatedModel
 from shardwise.parallel.data.whole_batch import of_all_replicas
-from shardwise.parallel.engine import Position
+from shardwise.parallel.engine import Evaluated, Position
 from shardwise.parallel.faults import Fault, RerunPass, gradient_fault, module_fault, passes_of
 from shardwise.parallel.mesh import Mesh, random_state_kept
 from shardwise.parallel.operators.module_patches import DRAWN, ModulePatches
@@ -144,16 +144,18 @@ class ModuleEngine:
         part = loss.detach() * scale
         return part if self._workload.weight is None else part.where(scale != 0, 0)
 
-    def evaluate(self, microbatch: Microbatch) -> Tensor:
-        """Return (loss, metric) of a microbatch, see `Engine.evaluate`."""
+    def evaluate(self, microbatch: Microbatch, number: int) -> Evaluated:
+        """Compute loss and metric of a microbatch, see `Engine.evaluate`."""
         data = self._enter(microbatch)
-        evaluation = self._workload.evaluation
+        evaluation = self._workload.evaluations[number]
+        measure: Any = evaluation.measure
         with evaluating(self.model), torch.no_grad():
             output = self._forward(self.model, data)
             loss = total(self._losses(output, data))
-            metric = torch.zeros_like(loss) if evaluation is None else evaluation.measure(output, data)
+            metric = torch.zeros_like(loss) if evaluation.collects else measure(output, data)
         self._replicas.reshard()
-        return torch.stack([loss.double(), torch.as_tensor(metric, device=loss.device).double()])
+        values = torch.stack([loss.double(), torch.as_tensor(metric, device=loss.device).double()])
+        return Evaluated(values, True, output, data) if evaluation.collects else Evaluated(values)
 
     def find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
         """Find the first output that is not finite, see `Engine.find_fault`."""

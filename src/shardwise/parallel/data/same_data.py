@@ -31,10 +31,9 @@ def check_same_data(workload: Workload, mesh: Mesh) -> None:
     """Raise DataError if datasets, their first samples, batch size or seed differ between workers. Collective."""
     if mesh.world is None:
         return
-    evaluation = workload.evaluation
     mine = {
         "the dataset": _described(workload.dataset),
-        "the held-out dataset": "nothing" if evaluation is None else _described(evaluation.dataset),
+        "the held-out dataset": " and ".join(_described(each.dataset) for each in workload.evaluations) or "nothing",
         "the batch": f"batch_size={workload.batch_size}",
         "the order of the data": f"seed={workload.seed}",
     }
@@ -60,7 +59,7 @@ def _probed(workload: Workload) -> Named:
         count = len(workload.dataset)
         batches = epoch_batches(count, workload.batch_size, workload.loading, workload.seed, 0)
         order = batches[0] if batches else ()
-    found = _read(workload, workload.dataset, order[:PROBED], "sample")
+    found = list(_read(workload, workload.dataset, order[:PROBED], "sample"))
     again = _read(workload, workload.dataset, order[:REREAD], "sample")
     if (differing := difference([found[:REREAD], again])) is not None:
         first, second = differing.values
@@ -69,19 +68,21 @@ def _probed(workload: Workload) -> Named:
             f"{first}, then {second}: draw with `random`, `numpy.random` or torch's own generator, which are seeded "
             "for each sample, or from one that you seed by the index of the sample"
         )
-    held_out = None if workload.evaluation is None else workload.evaluation.dataset
-    if held_out is None or not is_map_style(held_out):
-        return found
-    return [*found, *_read(workload, held_out, range(min(PROBED, len(held_out))), "held-out sample")]
+    for evaluation in workload.evaluations:
+        held_out = evaluation.dataset
+        if is_map_style(held_out):
+            where = f" of {evaluation.name!r}" if evaluation.name else ""
+            found += _read(workload, held_out, range(min(PROBED, len(held_out))), "held-out sample", where)
+    return found
 
 
-def _read(workload: Workload, dataset: Any, indices: Sequence[int], what: str) -> Named:
+def _read(workload: Workload, dataset: Any, indices: Sequence[int], what: str, where: str = "") -> Named:
     """Read samples with the draws of the first batch, and describe them."""
     found = []
     with drawing_from():
         for position, index in enumerate(indices):
             seed_draws(workload.seed, 0, 0, position)
-            found.append((f"{what} {index}", facts_of(dataset[index])))
+            found.append((f"{what} {index}{where}", facts_of(dataset[index])))
     return found
 
 

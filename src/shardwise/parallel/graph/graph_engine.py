@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.parallel.engine import Position
+from shardwise.parallel.engine import Evaluated, Position
 from shardwise.parallel.faults import Fault, gradient_fault, passes_of
 from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.graph.graph_faults import Watched
@@ -52,7 +52,10 @@ WORTH_A_NOTE = 0.01
 """Smallest share of the parameters (0 to 1) that is worth a note if it is not sharded."""
 
 Key = tuple[Any, ...]
-"""Cache key of a graph: training or evaluation, shapes and dtypes of the batch."""
+"""Cache key of a graph: number of the evaluation or TRAINING, shapes and dtypes of the batch."""
+
+TRAINING = -1
+"""In place of the number of an evaluation."""
 
 
 class GraphEngine:
@@ -123,9 +126,9 @@ class GraphEngine:
         """Cut the graphs into stages and blocks; return what this worker runs of each."""
         strategy, mesh = self._strategy, self._mesh
         self.division = divide(local.step, local, tensors, data, strategy, mesh, self._parameters, evaluation, cuts)
-        self._works: dict[Key, StepWork] = {self._key(True, data): self._prepare(local)}
+        self._works: dict[Key, StepWork] = {self._key(TRAINING, data): self._prepare(local)}
         if evaluation is not None:
-            self._works[self._key(False, data)] = self._prepare(evaluation)
+            self._works[self._key(0, data)] = self._prepare(evaluation)
         return list(self._works.values())
 
     def _hold(self, works: Sequence[StepWork], tensors: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -197,18 +200,18 @@ class GraphEngine:
         return to_device(example(self._workload, samples), self._mesh.device)
 
     def _evaluation(self, model: nn.Module, data: Any) -> LocalGraph | None:
-        """Return the graph of an evaluation if the step is cut, because the cut points must exist in both.
+        """Return the graph of the first evaluation if the step is cut, because the cut points must exist in both.
 
         Returns None otherwise.
         """
         cut = self._strategy.pp > 1 or cuts_blocks(self._strategy)
-        if self._workload.evaluation is None or not cut:
+        if not self._workload.evaluations or not cut:
             return None
         return self._partition(traced(self._workload, model, data, training=False), first=False)
 
-    def _key(self, training: bool, data: Any) -> Key:
+    def _key(self, evaluation: int, data: Any) -> Key:
         leaves = batch_leaves(data)
-        return training, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
+        return evaluation, *((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
 
     def _partition(self, step: StepGraph, *, first: bool) -> LocalGraph:
         """Build this worker's part of a step. `first` marks the step that decides the placements of tensors."""
@@ -240,7 +243,10 @@ class GraphEngine:
         if key not in self._works:
             model = self._model.built()
             move_values(model, self._mesh.device)
-            step = self._model.adopt(traced(self._workload, model, data, training=key[0]))
+            training = key[0] == TRAINING
+            evaluation = 0 if training else key[0]
+            step = traced(self._workload, model, data, training=training, evaluation=evaluation)
+            step = self._model.adopt(step)
             for call in step.opaque:
                 call.forget_values()
             work = self._prepare(self._partition(step, first=False))
@@ -282,7 +288,7 @@ class GraphEngine:
         """
         strategy, microbatches = self._strategy, share.microbatches
         batches = [to_device(microbatch.data, self._mesh.device) for microbatch in microbatches]
-        works = [self._work(self._key(True, data), data) for data in batches]
+        works = [self._work(self._key(TRAINING, data), data) for data in batches]
 
         def actions(worker: int) -> Sequence[Action]:
             return order(
@@ -316,7 +322,7 @@ class GraphEngine:
         for each in passes_of(share, scales):
             data = to_device(each.microbatch.data, self._mesh.device)
             self.position.enter(each.microbatch)
-            watched = Watched(self._work(self._key(True, data), data), list(self._pipeline.stages))
+            watched = Watched(self._work(self._key(TRAINING, data), data), list(self._pipeline.stages))
             results = self._pipeline.evaluate(watched.work, self._given(watched.work, data))
             found.append(watched.fault(each, self._mesh.rank, None if results is None else results[0]))
         self._local_stages.after_evaluation()
@@ -330,15 +336,19 @@ class GraphEngine:
         return gradient_fault(gradients, self._mesh.rank if known else -1, later * len(self._placements))
 
     @torch.no_grad()
-    def evaluate(self, microbatch: Microbatch) -> Tensor:
-        """Return (loss, metric) of a microbatch, see `Engine.evaluate`."""
+    def evaluate(self, microbatch: Microbatch, number: int) -> Evaluated:
+        """Compute loss and metric of a microbatch, see `Engine.evaluate`."""
         self._notice_changes()
         data = to_device(microbatch.data, self._mesh.device)
         self.position.enter(microbatch)
-        work = self._work(self._key(False, data), data)
+        work = self._work(self._key(number, data), data)
         results = self._pipeline.evaluate(work, self._given(work, data))
         self._local_stages.after_evaluation()
         values = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
-        if results is not None and self._mesh.coordinate("tp") == 0:
-            values[: len(results)] = torch.stack([result.double() for result in results])
-        return values
+        if results is None:
+            return Evaluated(values)
+        rebuild = work.local.step.rebuild
+        shown = results[:2] if rebuild is None else results[:1]
+        if self._mesh.coordinate("tp") == 0:
+            values[: len(shown)] = torch.stack([result.double() for result in shown])
+        return Evaluated(values) if rebuild is None else Evaluated(values, True, rebuild(results[1:]), data)

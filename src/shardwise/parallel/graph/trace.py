@@ -19,7 +19,9 @@ from shardwise.workload.trace.opaque import Call, CallRecorder
 from shardwise.workload.workload import Workload, call_model
 
 
-def traced(workload: Workload, model: nn.Module, batch: Any, *, training: bool = True) -> StepGraph:
+def traced(
+    workload: Workload, model: nn.Module, batch: Any, *, training: bool = True, evaluation: int = 0
+) -> StepGraph:
     """Trace a step with `workload.trace.graph.trace`, with each module that cannot be traced as an opaque call.
 
     The innermost module that fails becomes the call, and so do a module with hooks on its backward pass and one whose
@@ -37,7 +39,9 @@ def traced(workload: Workload, model: nn.Module, batch: Any, *, training: bool =
             opaque = {name: calls for name, calls in opaque.items() if not _within(name, wanted)}
             opaque |= _recorded(workload, model, batch, wanted, training)
         try:
-            step, wanted = trace_evolving(workload, model, batch, training=training, opaque=opaque)
+            step, wanted = trace_evolving(
+                workload, model, batch, training=training, evaluation=evaluation, opaque=opaque
+            )
         except Untraceable as error:
             if not error.module or error.module in opaque:
                 raise

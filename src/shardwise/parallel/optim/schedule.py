@@ -72,7 +72,7 @@ class Schedule:
 
     @property
     def followed(self) -> str:
-        """Return the name of the value that the schedule follows: the evaluation's metric, or its loss.
+        """Return the name of the value that the schedule follows: the first evaluation's metric, or its loss.
 
         A scheduler that looks for a minimum (torch's default) follows the loss if a larger metric is better.
 
@@ -80,12 +80,12 @@ class Schedule:
             WorkloadError: there is no evaluation, or the scheduler looks for a maximum of what is to fall.
         """
         workload = self._workload
-        evaluation = workload.evaluation
-        if evaluation is None:
+        if not workload.evaluations:
             raise WorkloadError(
                 f"schedule_every='metric' of workload {workload.name!r} follows the evaluation, and it has none: give "
                 "one, or use schedule_every='epoch'"
             )
+        evaluation = workload.evaluations[0]
         rises = getattr(self.scheduler, "mode", "min") == "max"
         if rises and not evaluation.higher_is_better:
             raise WorkloadError(

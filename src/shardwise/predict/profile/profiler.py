@@ -241,7 +241,7 @@ class _Profiler:
     ) -> _Traced:
         local = self._partitioned(step, trained)
         found = find_cut_points(local, named)
-        if self.workload.evaluation is not None:
+        if self.workload.evaluations:
             found = common(found, self._evaluated(named, trained, local))
         if self.split:
             defer_weights(local.graph, self.weights, step.tensors)

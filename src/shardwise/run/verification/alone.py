@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import default_collate
 
 from shardwise.errors import ShardwiseError, WorkloadError
+from shardwise.parallel.data.collected import Collected
 from shardwise.parallel.data.module_engine import ModuleEngine
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.optim.clipping import local_gradients
@@ -36,7 +37,8 @@ class OneWorker:
     def __init__(self, program: Program, weights: Mapping[str, Tensor]) -> None:
         self.workload = program.workload
         strategy = Strategy(precision=program.strategy.precision)
-        self._engine = ModuleEngine(self.workload, strategy, Mesh(strategy, program.mesh.device, 0, None))
+        self._mesh = Mesh(strategy, program.mesh.device, 0, None)
+        self._engine = ModuleEngine(self.workload, strategy, self._mesh)
         self._engine.position.step = program.steps
         with torch.no_grad():
             for name, held in self._engine.held.items():
@@ -105,16 +107,20 @@ class OneWorker:
             make_optimizer(self.workload, self._engine.parameters).step()
 
     def evaluate(self) -> None:
-        """Evaluate the first two held-out samples, so that a wrong metric is found before the training.
+        """Evaluate the first two samples of each held-out set, so that a wrong metric is found before the training.
 
         Raises:
-            WorkloadError: the evaluation fails.
+            WorkloadError: an evaluation fails.
         """
-        evaluation = self.workload.evaluation
-        samples = None if evaluation is None else first_samples(evaluation.dataset, 2)
-        if samples:
+        for number, evaluation in enumerate(self.workload.evaluations):
+            samples = first_samples(evaluation.dataset, 2)
+            if not samples:
+                continue
             with _blamed("evaluation", self.workload), self._undone():
-                self._engine.evaluate(Microbatch((self.workload.collate or default_collate)(samples), len(samples), 0))
+                batch = (self.workload.collate or default_collate)(samples)
+                found = self._engine.evaluate(Microbatch(batch, len(samples), 0), number)
+                if evaluation.collects:  # no value is computed: two samples need not have one
+                    Collected(evaluation, self.workload, self._mesh).update(found, len(samples))
 
     def _undone(self) -> AbstractContextManager[None]:
         """Undo what a pass inside the block changes: every pass starts from the state of the program."""

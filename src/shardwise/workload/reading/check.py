@@ -19,8 +19,9 @@ def check_data(workload: Workload) -> None:
         DataError: a dataset cannot be read, or the order is not one of its samples.
     """
     _check_dataset(workload.dataset, f"the dataset of workload {workload.name!r}")
-    if workload.evaluation is not None:
-        _check_dataset(workload.evaluation.dataset, f"the held-out dataset of workload {workload.name!r}")
+    for evaluation in workload.evaluations:
+        what = f"the held-out dataset{evaluation.name and f' {evaluation.name!r}'}"
+        _check_dataset(evaluation.dataset, f"{what} of workload {workload.name!r}")
     loading = workload.loading
     if not is_map_style(workload.dataset):
         if loading.chooser is not None:

@@ -27,12 +27,18 @@ Reasons = dict[str, str]
 
 def functions_of(workload: Workload) -> list[Callable[..., Any]]:
     """Return the functions of a workload that are part of the graph of a step."""
-    evaluation = workload.evaluation
-    return [workload.inputs, workload.loss, *([] if evaluation is None else [evaluation.measure])]
+    measures = [evaluation.measure for evaluation in workload.evaluations if not evaluation.collects]
+    return [workload.inputs, workload.loss, *measures]
 
 
 def trace_evolving(
-    workload: Workload, model: nn.Module, batch: Any, *, training: bool, opaque: Mapping[str, Sequence[Call]]
+    workload: Workload,
+    model: nn.Module,
+    batch: Any,
+    *,
+    training: bool,
+    evaluation: int = 0,
+    opaque: Mapping[str, Sequence[Call]],
 ) -> tuple[StepGraph, Reasons]:
     """Trace a step, see `graph.trace`, and find the modules whose values in Python evolve from pass to pass.
 
@@ -44,7 +50,7 @@ def trace_evolving(
     functions = functions_of(workload)
 
     def traced(after: Callable[[], None]) -> StepGraph:
-        return trace(workload, model, batch, training=training, opaque=opaque, after=after)
+        return trace(workload, model, batch, training=training, evaluation=evaluation, opaque=opaque, after=after)
 
     def look() -> PythonState:
         return PythonState(model, functions, without=opaque)

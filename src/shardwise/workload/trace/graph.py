@@ -12,7 +12,7 @@ import logging
 import operator
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
 from shardwise.workload.data import first_samples
+from shardwise.workload.evaluation import Evaluation
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.trace.functions import DerivativesRefused, functions_kept
 from shardwise.workload.trace.opaque import Call, assignments_copied, calls_in, hidden
@@ -61,6 +62,8 @@ class StepGraph:
         training: whether the module was in training mode.
         opaque: calls of modules that were not traced; see `workload.trace.opaque`.
         losses: names of the losses whose sum is the first output; if there are several, they follow it in training.
+        rebuild: builds the model's output from the tensors that follow the loss in an evaluation whose metric is an
+            object that collects outputs. None for every other step.
     """
 
     graph: fx.Graph
@@ -70,6 +73,41 @@ class StepGraph:
     training: bool
     opaque: tuple[Call, ...] = ()
     losses: tuple[str, ...] = ("loss",)
+    rebuild: Callable[[Sequence[Tensor]], Any] | None = None
+
+
+@dataclass(slots=True)
+class _Noted:
+    """Facts that a trace finds besides the graph.
+
+    Attributes:
+        losses: names of the losses.
+        rebuild: see `StepGraph.rebuild`.
+    """
+
+    losses: tuple[str, ...] = ()
+    rebuild: Callable[[Sequence[Tensor]], Any] | None = None
+
+    def output_of(self, workload: Workload, output: Any) -> list[Tensor]:
+        """Return the tensors in an output of the model, and note how to rebuild it from such tensors."""
+        leaves, spec = pytree.tree_flatten(output)
+        for leaf in leaves:
+            if not (leaf is None or isinstance(leaf, Tensor | bool | int | float | str)):
+                raise WorkloadError(
+                    f"the metric of workload {workload.name!r} collects outputs, which tp and pp pass on as tensors in "
+                    f"tuples, lists or dicts, not as {type(leaf).__name__}: return such, or use dp or fsdp"
+                )
+        fixed = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def rebuild(tensors: Sequence[Tensor]) -> Any:
+            filled = list(fixed)
+            for place, tensor in zip(places, tensors, strict=True):
+                filled[place] = tensor
+            return pytree.tree_unflatten(filled, spec)
+
+        self.rebuild = rebuild
+        return [leaves[place].clone() for place in places]  # a clone is a result even of what is only passed through
 
 
 class _StepModule(nn.Module):
@@ -79,27 +117,35 @@ class _StepModule(nn.Module):
         self,
         workload: Workload,
         model: nn.Module,
-        measure: Callable[[Any, Any], Tensor] | None,
-        note_names: Callable[[Iterable[str]], None],
+        evaluation: Evaluation | None,
+        noted: _Noted,
         after: Callable[[], None] | None,
     ) -> None:
         super().__init__()
         self.model = model
         self._workload = workload
-        self._measure = measure
-        self._note_names = note_names
+        self._evaluation = evaluation
+        self._noted = noted
         self._after = after
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
         with assignments_copied(self.model):
             output = call_model(self.model, self._workload.inputs(batch))
         losses = losses_of(self._workload, self.model, output, batch)
-        self._note_names(losses)
-        measured = () if self._measure is None else (torch.as_tensor(self._measure(output, batch)),)
+        self._noted.losses = tuple(losses)
+        further = self._further(output, batch, losses)
         if self._after is not None:
             self._after()
-        single = self._measure is not None or len(losses) == 1
-        return total(losses), *measured, *(() if single else losses.values())
+        return total(losses), *further
+
+    def _further(self, output: Any, batch: Any, losses: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return what follows the loss: the metric or the outputs in an evaluation, several losses in training."""
+        if self._evaluation is None:
+            return tuple(losses.values()) if len(losses) > 1 else ()
+        if self._evaluation.collects:
+            return tuple(self._noted.output_of(self._workload, output))
+        measure: Any = self._evaluation.measure
+        return (torch.as_tensor(measure(output, batch)),)
 
 
 class Untraceable(WorkloadError):
@@ -123,10 +169,11 @@ def trace(
     batch: Any,
     *,
     training: bool = True,
+    evaluation: int = 0,
     opaque: Mapping[str, Sequence[Call]] | None = None,
     after: Callable[[], None] | None = None,
 ) -> StepGraph:
-    """Trace one step on batches shaped like `batch`; the workload's metric is included unless `training` is set.
+    """Trace one step on batches shaped like `batch`, in training or with the metric of evaluation `evaluation`.
 
     In training, every submodule is traced in its current mode. The module's modes and tensors are unchanged afterwards.
     Modules named in `opaque` are not entered; see `workload.trace.opaque`. `after` is called when the step has run,
@@ -136,11 +183,10 @@ def trace(
         Untraceable: the module or its loss cannot be traced.
         WorkloadError: the loss is not a scalar.
     """
-    evaluation = workload.evaluation
-    measure = evaluation.measure if evaluation is not None and not training else None
     modes = {module: module.training for module in model.modules()}
-    names: dict[str, None] = {}
-    step = _StepModule(workload, model, measure, lambda found: names.update(dict.fromkeys(found)), after)
+    noted = _Noted()
+    evaluations = () if training else workload.evaluations
+    step = _StepModule(workload, model, evaluations[evaluation] if evaluations else None, noted, after)
     if not training:
         step.eval()
     try:
@@ -166,7 +212,7 @@ def trace(
         raise Untraceable(workload, _enclosing(graph, following), reason)
     _check_loss(workload, graph)
     _check_constants(workload, program)
-    found = _named(program, graph, model, training, tuple(names))
+    found = _named(program, graph, model, training, noted)
     del kept  # `found` holds those that are in the graph
     return found
 
@@ -347,7 +393,7 @@ def _detached(result: Any, graph: fx.Graph) -> Any:
 
 
 def _named(
-    program: torch.export.ExportedProgram, graph: fx.Graph, model: nn.Module, training: bool, losses: tuple[str, ...]
+    program: torch.export.ExportedProgram, graph: fx.Graph, model: nn.Module, training: bool, noted: _Noted
 ) -> StepGraph:
     """Sort the placeholders by what they stand for; a tied tensor gets the first of its names in the module."""
     first: dict[int, str] = {}
@@ -367,7 +413,7 @@ def _named(
                 f"the module holds {spec.target!r} of kind {spec.kind.name}: only tensors can be traced"
             )
     leaves = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
-    return StepGraph(graph, tensors, constants, leaves, training, calls_in(graph), losses)
+    return StepGraph(graph, tensors, constants, leaves, training, calls_in(graph), noted.losses, noted.rebuild)
 
 
 def _check_constants(workload: Workload, program: torch.export.ExportedProgram) -> None:

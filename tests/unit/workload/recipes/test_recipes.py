@@ -71,7 +71,7 @@ def test_trains(workload: Workload) -> None:
 
 
 def test_evaluates(workload: Workload) -> None:
-    evaluation = workload.evaluation
+    evaluation = workload.evaluations[0]
     assert evaluation is not None
     model = workload.model().eval()
     batch = default_collate([evaluation.dataset[0], evaluation.dataset[1]])
@@ -93,8 +93,7 @@ def test_traces_in_training(workload: Workload, samples: int) -> None:
 def test_loss_and_metric_are_means_over_samples(workload: Workload) -> None:
     model = workload.model().eval()  # without batch norm's statistics, which belong to the batch
     batch = batch_of(workload, 4)
-    assert workload.evaluation is not None
-    for measure in (workload.loss, workload.evaluation.measure):
+    for measure in (workload.loss, workload.evaluations[0].measure):
         whole = measure(model(workload.inputs(batch)), batch)
         parts = []
         for index in range(4):
@@ -124,8 +123,7 @@ def test_samples_are_deterministic_and_travel(workload: Workload) -> None:
 
 def test_digits_are_split_by_class() -> None:
     workload = load_workload("image")
-    assert workload.evaluation is not None
-    train, held_out = workload.dataset, workload.evaluation.dataset
+    train, held_out = workload.dataset, workload.evaluations[0].dataset
     assert len(train) + len(held_out) == 1797
     shares = torch.bincount(held_out.labels) / (torch.bincount(held_out.labels) + torch.bincount(train.labels))
     assert ((shares > 0.19) & (shares < 0.21)).all()
@@ -142,8 +140,7 @@ def test_interpolated_digits() -> None:
 
 def test_standard_library_holds_out_files() -> None:
     workload = load_workload("language", {"sequence": 64})
-    assert workload.evaluation is not None
-    train, held_out = workload.dataset, workload.evaluation.dataset
+    train, held_out = workload.dataset, workload.evaluations[0].dataset
     assert len(held_out) == 256
     assert len(train) * 64 > 1_000_000
     assert train.span.tokens is not held_out.span.tokens
@@ -154,9 +151,8 @@ def test_standard_library_holds_out_files() -> None:
 
 def test_brain_patches_do_not_overlap() -> None:
     workload = load_workload("medical", {"patch": 16})
-    assert workload.evaluation is not None
     seen = {}
-    for name, patches in (("train", workload.dataset), ("held_out", workload.evaluation.dataset)):
+    for name, patches in (("train", workload.dataset), ("held_out", workload.evaluations[0].dataset)):
         voxels = np.zeros(patches.regions[0].case.shape, dtype=bool)
         for _, (x, y, z) in patches.places:
             voxels[x : x + 16, y : y + 16, z : z + 16] = True
@@ -233,9 +229,8 @@ def test_image_folder(tmp_path: Path) -> None:
     paint(tmp_path / "dog", 10)
     settings = {"data": str(tmp_path), "image_size": "16", "hidden": "16", "layers": "1"}
     workload = load_workload("image", settings)
-    assert workload.evaluation is not None
-    assert (len(workload.dataset), len(workload.evaluation.dataset)) == (12, 3)
-    files = {path for path, _ in workload.dataset.files} & {path for path, _ in workload.evaluation.dataset.files}
+    assert (len(workload.dataset), len(workload.evaluations[0].dataset)) == (12, 3)
+    files = {path for path, _ in workload.dataset.files} & {path for path, _ in workload.evaluations[0].dataset.files}
     assert not files
     batch = batch_of(workload, 3)
     assert batch["image"].shape == (3, 3, 16, 16)
@@ -249,8 +244,7 @@ def test_image_folder_with_splits(tmp_path: Path) -> None:
         paint(tmp_path / split / "a", count)
         paint(tmp_path / split / "b", count)
     workload = load_workload("image", {"data": str(tmp_path)})
-    assert workload.evaluation is not None
-    assert (len(workload.dataset), len(workload.evaluation.dataset)) == (6, 4)
+    assert (len(workload.dataset), len(workload.evaluations[0].dataset)) == (6, 4)
     paint(tmp_path / "test" / "c", 1)
     with pytest.raises(DataError, match="class 'c' has no images to train on; known are a, b"):
         load_workload("image", {"data": str(tmp_path)})
@@ -263,8 +257,7 @@ def test_image_folder_errors(tmp_path: Path) -> None:
     broken = tmp_path / "a" / "2.png"
     broken.write_bytes(b"not an image")
     workload = load_workload("image", {"data": str(tmp_path)})
-    assert workload.evaluation is not None
-    samples = [(d, i) for d in (workload.dataset, workload.evaluation.dataset) for i in range(len(d))]
+    samples = [(d, i) for d in (workload.dataset, workload.evaluations[0].dataset) for i in range(len(d))]
     with pytest.raises(DataError, match=r"2\.png cannot be read as an image"):
         list(dataset[index] for dataset, index in samples)  # noqa: C400
 
@@ -278,26 +271,23 @@ def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "picture.bin").write_bytes(b"\0\1\2" * 100)
     for data in (tmp_path, tmp_path / "*.txt"):
         workload = load_workload("language", {**TINY_GPT, "data": str(data)})
-        assert workload.evaluation is not None
         train = bytes(workload.dataset.span.tokens.array)
-        held_out = bytes(workload.evaluation.dataset.span.tokens.array)
+        held_out = bytes(workload.evaluations[0].dataset.span.tokens.array)
         assert train.count(b"text number") == 60
         assert held_out.count(b"text number") == 20
         assert not {line[:13] for line in train.split(b"\n")} & {line[:13] for line in held_out.split(b"\n")}
     (tmp_path / "0.txt").write_text("changed text " * 20)
     changed = load_workload("language", {**TINY_GPT, "data": str(tmp_path)})
-    assert changed.evaluation is not None
-    both = bytes(changed.dataset.span.tokens.array) + bytes(changed.evaluation.dataset.span.tokens.array)
+    both = bytes(changed.dataset.span.tokens.array) + bytes(changed.evaluations[0].dataset.span.tokens.array)
     assert b"changed text" in both
 
 
 def test_one_text_file(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("0123456789" * 20)
     workload = load_workload("language", {**TINY_GPT, "data": str(tmp_path / "book.txt")})
-    assert workload.evaluation is not None
     assert (workload.dataset.span.first, workload.dataset.span.last) == (0, 180)
-    assert (workload.evaluation.dataset.span.first, workload.evaluation.dataset.span.last) == (180, 200)
-    assert workload.evaluation.metric == "bits_per_byte"
+    assert (workload.evaluations[0].dataset.span.first, workload.evaluations[0].dataset.span.last) == (180, 200)
+    assert workload.evaluations[0].metric == "bits_per_byte"
 
 
 def words(workload: Workload) -> int:
@@ -312,8 +302,7 @@ def test_token_files(tmp_path: Path) -> None:
     np.save(tmp_path / "all.npy", tokens)
     for name in ("all.bin", "all.npy"):
         workload = load_workload("language", {**TINY_GPT, "data": str(tmp_path / name)})
-        assert workload.evaluation is not None
-        assert workload.evaluation.metric == "bits_per_token"
+        assert workload.evaluations[0].metric == "bits_per_token"
         assert torch.equal(workload.dataset[2]["tokens"], torch.arange(16, 25))
         assert words(workload) == 320
     for name in ("train", "val"):
@@ -369,9 +358,8 @@ TINY_UNET = {"patch": "8", "channels": "4", "levels": "2", "batch_size": "2"}
 def test_volume_folder(tmp_path: Path) -> None:
     volumes(tmp_path, ["a", "b", "c"], images="images", labels="labels")
     workload = load_workload("medical", {**TINY_UNET, "data": str(tmp_path)})
-    assert workload.evaluation is not None
     assert len(workload.dataset.regions) == 2
-    assert len(workload.evaluation.dataset.regions) == 1
+    assert len(workload.evaluations[0].dataset.regions) == 1
     batch = batch_of(workload, 2)
     assert batch["image"].shape == (2, 1, 8, 8, 8)
     assert workload.model()(batch["image"]).shape == (2, 4, 8, 8, 8)
@@ -385,8 +373,7 @@ def test_nnunet_folder_with_channels(tmp_path: Path) -> None:
         load_workload("medical", {**TINY_UNET, "data": str(tmp_path)})
     volumes(tmp_path, ["case_2"], images="imagesTs", labels="labelsTs", suffix="_0001")
     workload = load_workload("medical", {**TINY_UNET, "data": str(tmp_path)})
-    assert workload.evaluation is not None
-    assert [region.case.name for region in workload.evaluation.dataset.regions] == ["case_2"]
+    assert [region.case.name for region in workload.evaluations[0].dataset.regions] == ["case_2"]
     assert workload.dataset[0]["image"].shape == (2, 8, 8, 8)
 
 
@@ -394,8 +381,7 @@ def test_one_volume_is_cut_into_slabs(tmp_path: Path) -> None:
     scan(tmp_path / "images" / "a.nii", np.random.default_rng(0).normal(size=(8, 30, 8)))
     scan(tmp_path / "labels" / "a.nii", np.ones((8, 30, 8)))
     workload = load_workload("medical", {**TINY_UNET, "data": str(tmp_path)})
-    assert workload.evaluation is not None
-    assert [corner[1] for _, corner in workload.evaluation.dataset.places] == [11]
+    assert [corner[1] for _, corner in workload.evaluations[0].dataset.places] == [11]
     assert sorted(corner[1] for _, corner in workload.dataset.places) == [0, 3, 19, 22]
 
 
