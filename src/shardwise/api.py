@@ -568,16 +568,21 @@ def validate(runs: str | Path) -> dict[str, Any]:
     return validate_runs(runs)
 
 
-def export(run: str | Path, out: str | Path) -> None:
+def export(run: str | Path, out: str | Path, *, best: bool = False) -> None:
     """Write the plain full weights of a run's newest checkpoint to the safetensors file `out`.
 
+    Args:
+        run: the run's folder.
+        out: the file to write.
+        best: take the checkpoint at which the metric of the workload's first evaluation was best.
+
     Raises:
-        RunFolderError: there is no run in the folder `run`.
+        RunFolderError: there is no run in the folder `run`, or it has no best checkpoint.
         CheckpointError: the run has no complete, undamaged checkpoint.
     """
     from shardwise.run.checkpoint.export import export_safetensors
 
-    export_safetensors(Path(run), Path(out))
+    export_safetensors(Path(run), Path(out), best=best)
 
 
 def _folder_in(parent: Path, workload: Workload, job: Job) -> Path:

@@ -146,7 +146,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    api.export(options.folder, options.file)
+    api.export(options.folder, options.file, best=options.best)
     _print(options, {"run": options.folder, "file": options.file}, lambda document: f"wrote {document['file']}")
 
 
@@ -418,6 +418,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     export = commands.add_parser("export", help="write the plain weights of a run", description="Writes safetensors.")
     export.add_argument("folder", metavar="RUN", help="a run's folder")
     export.add_argument("file", metavar="FILE", help="the safetensors file to write")
+    export.add_argument("--best", action="store_true", help="of the best evaluation, not the last step")
     _add_output(export)
     export.set_defaults(run=_export)
     simulate = commands.add_parser(

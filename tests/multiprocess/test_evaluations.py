@@ -58,8 +58,8 @@ class Model(nn.Module):
 
 
 def accuracy(output: Any, batch: Any) -> Tensor:
-    right: Tensor = (output["scores"].argmax(1) == batch[1]).double().mean()
-    return right
+    right: Tensor = output["scores"].argmax(1) == batch[1]
+    return right.double().mean()
 
 
 def other(samples: int) -> TensorDataset:

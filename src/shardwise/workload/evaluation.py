@@ -169,7 +169,5 @@ def check_evaluations(evaluations: Sequence[Any], stop: Stopping | None) -> None
     if not isinstance(stop, Stopping):
         raise WorkloadError(f"stop must be a Stopping, not {stop!r}")
     if stop.metric not in known:
-        told = (
-            f"reported are {', '.join(dict.fromkeys(known))}{nearest(stop.metric, known)}" if known else "no evaluation"
-        )
-        raise WorkloadError(f"stop by {stop.metric!r}: {told}")
+        listed = f"reported are {', '.join(dict.fromkeys(known))}{nearest(stop.metric, known)}"
+        raise WorkloadError(f"stop by {stop.metric!r}: {listed if known else 'there is no evaluation'}")

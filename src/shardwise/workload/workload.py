@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     Batch = Any  # a tensor, or a tuple, list or dict of tensors, samples along the first dimension
 
 
+CALLED = ("on_step", "on_evaluation")
+"""Methods of a callback."""
+
 MOST_EPOCHS = 1e9
 """Upper limit of `Workload.epochs`."""
 
@@ -60,6 +63,8 @@ class Workload:
             batch Dice). Every replica then computes it from the outputs of all.
         epochs: passes over the dataset if a command gives neither steps nor epochs; may have a fraction.
         stop: rule that ends the training early by a value of an evaluation.
+        callbacks: objects that worker 0 tells what happens, each with one or both of the methods `on_step(step)`, with
+            a step as in `metrics.jsonl`, and `on_evaluation(step, values)`, with the number of steps taken.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Workload:
     whole_batch: bool = False
     epochs: float = 1
     stop: Stopping | None = None
+    callbacks: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -95,6 +101,7 @@ class Workload:
         if type(self.epochs) not in (int, float) or not 0 < self.epochs < MOST_EPOCHS:
             raise WorkloadError(f"epochs={self.epochs}: must be a number above 0 and below {MOST_EPOCHS:g}")
         check_evaluations(self.evaluations, self.stop)
+        self._check_callbacks()
         self._check_schedule()
         for name in ("model", "inputs", "loss", "optimizer"):
             if not callable(getattr(self, name)):
@@ -110,6 +117,13 @@ class Workload:
                 f"groups of workload {self.name!r} must be a function of (name, parameter) or a dict of patterns, not "
                 f"{self.groups!r}"
             )
+
+    def _check_callbacks(self) -> None:
+        if not isinstance(self.callbacks, Sequence) or isinstance(self.callbacks, str):
+            raise WorkloadError(f"callbacks must be a list of objects, not {self.callbacks!r}")
+        for callback in self.callbacks:
+            if not any(callable(getattr(callback, name, None)) for name in CALLED):
+                raise WorkloadError(f"callback {type(callback).__name__} has none of the methods {', '.join(CALLED)}")
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:

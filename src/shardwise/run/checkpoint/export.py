@@ -1,4 +1,4 @@
-"""Export of a run's trained weights to one plain file, assembled from the chunks in its newest checkpoint."""
+"""Export of a run's trained weights to one plain file, assembled from the chunks in one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from shardwise.errors import CheckpointError, RunFolderError
 from shardwise.parallel.state.layout import Tile
 from shardwise.run.checkpoint.checkpoints import not_finite
-from shardwise.run.checkpoint.folder import newest_whole
+from shardwise.run.checkpoint.folder import damage, final_path, newest_whole, step_of
 from shardwise.run.checkpoint.headers import header_problem
 from shardwise.run.checkpoint.index import Index, Stored
 from shardwise.run.checkpoint.safetensors_file import write_tensors
@@ -26,14 +26,17 @@ MOST_TIMES = 64
 _PREFIX = "model/"
 
 
-def export_safetensors(run: Path, out: Path) -> None:
+def export_safetensors(run: Path, out: Path, *, best: bool = False) -> None:
     """Write the full plain weights of a run's newest checkpoint to one file, tied weights under each of their names.
+
+    With `best` it is the checkpoint at which the metric of the workload's first evaluation was best.
 
     `model.load_state_dict(safetensors.torch.load_file(out))` reads it. Memory is bounded by the largest tensor.
 
     Raises:
-        RunFolderError: the run does not exist or has no checkpoint, or `out` already exists or cannot be written.
-        CheckpointError: all checkpoints of the run are damaged or not finite.
+        RunFolderError: the run does not exist or has no checkpoint, or `out` already exists or cannot be written; or
+            the best is asked for, and the run has not evaluated or has lost it.
+        CheckpointError: all checkpoints of the run are damaged or not finite, or the best one is.
     """
     run, out = Path(run), Path(out)
     if not run.is_dir():
@@ -43,6 +46,8 @@ def export_safetensors(run: Path, out: Path) -> None:
     folder = newest_whole(run / "checkpoints", not_finite)
     if folder is None:
         raise RunFolderError(f"run folder {run} holds no checkpoint: train until the first one is written")
+    if best:
+        folder = _best(run, folder)
     stored = _weights(folder)
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -55,6 +60,21 @@ def export_safetensors(run: Path, out: Path) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise RunFolderError(f"{out} cannot be written: {error.strerror}; give a file in another folder") from error
+
+
+def _best(run: Path, newest: Path) -> Path:
+    """Return the checkpoint that was the best, as the newest one tells."""
+    step = Index.read(newest).progress.get("best", {}).get("step")
+    if type(step) is not int:
+        raise RunFolderError(f"run {run} knows no best checkpoint: its workload has no evaluation, or made none so far")
+    if step == step_of(newest):
+        return newest
+    folder = final_path(newest.parent, step)
+    if not folder.is_dir():
+        raise RunFolderError(f"the best checkpoint of run {run}, {folder.name}, is gone: export without best")
+    if problem := damage(folder) or not_finite(folder):
+        raise CheckpointError(problem)
+    return folder
 
 
 def _weights(folder: Path) -> dict[str, Stored]:

@@ -36,7 +36,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, done: int) -> None:
         self.path = path
-        self._evaluated = False
+        self._evaluated: set[str] = set()
         with told_writing(path):
             if os.path.lexists(path):
                 check_regular(path, RunFolderError, "metrics file")
@@ -50,7 +50,11 @@ class MetricsFile:
         Raises:
             ShardwiseError: the line cannot be written, for example because the disk is full.
         """
-        if self._evaluated and "evaluation" in record and record["step"] == self._done:
+        if (
+            record["step"] == self._done
+            and self._evaluated
+            and self._evaluated.issuperset(record.get("evaluation", " "))
+        ):
             return
         line = memoryview((json.dumps(record) + "\n").encode())
         with told_writing(self.path):
@@ -80,7 +84,8 @@ class MetricsFile:
                     damaged += 1
                 elif record["step"] <= done:
                     new.write(line)
-                    self._evaluated |= record["step"] == done and "evaluation" in record
+                    if record["step"] == done and isinstance(record.get("evaluation"), dict):
+                        self._evaluated |= record["evaluation"].keys()
             new.flush()
             os.fsync(new.fileno())
         if damaged:

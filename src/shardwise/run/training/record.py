@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from shardwise.errors import WorkloadError
 from shardwise.launch import watch
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint.checkpoints import Checkpoints
@@ -22,6 +23,7 @@ from shardwise.run.training.guard import Guard
 from shardwise.run.training.job import GO, Job
 from shardwise.run.training.log import Log, finite
 from shardwise.run.training.metrics import Sampler, TrainingClock, measure, sampled_steps, summarize, typical
+from shardwise.run.training.progress import Progress
 from shardwise.run.training.result import NO_STEP, FirstStep, Step, Trained, relative_error
 from shardwise.run.training.run_folder import write_summary
 
@@ -121,13 +123,13 @@ class RunRecord:
         self._pause()
         return self._steps[-1].loss if self._steps else None
 
-    def evaluate(self, epoch: int) -> dict[str, float]:
-        """Evaluate on held-out data, log the values and return them; empty if the workload has no evaluation."""
-        step, values = self.program.steps, self.program.evaluate()
-        if values:
-            self._evaluations[step] = values
-            if self._log is not None:
-                self._log.evaluation(step, epoch, values)
+    def evaluate(self, epoch: int, numbers: Sequence[int]) -> dict[str, float]:
+        """Make the evaluations `numbers` of the workload, log their values and return them."""
+        step, values = self.program.steps, self.program.evaluate(numbers)
+        self._evaluations.setdefault(step, {}).update(values)
+        if self._log is not None:
+            self._log.evaluation(step, epoch, values)
+            self._tell("on_evaluation", step, dict(values))
         self._clock.resume()
         return values
 
@@ -138,7 +140,8 @@ class RunRecord:
         if self._log is not None:
             self._log.sync()
         whole = self.program.is_finite()
-        self._checkpoints.protected = set() if whole or self._finite is None else {self._finite}
+        best = progress.get("best", {}).get("step")
+        self._checkpoints.protected = {step for step in (best, None if whole else self._finite) if step is not None}
         noted = {"finite": whole, "skipped_steps": self._guard.skipped}
         self._checkpoints.save(self.program, finite({**progress, **noted}))
         self._saved = self.program.steps
@@ -159,24 +162,35 @@ class RunRecord:
         path = final_path(self._checkpoints.folder, self._finite)
         return f"the last finite checkpoint is {path}: --resume, with a lower learning rate or --on-nan skip"
 
-    def close(self, loss: float | None, metrics: dict[str, float], stopped: int = 0) -> Trained:
+    def close(self, progress: Progress, stopped: int = 0) -> Trained:
         """Wait until everything is on disk, write the summary, and return the result. Collective.
 
         Args:
-            loss: loss of the last step; None if it is not known.
-            metrics: values of the last evaluation.
+            progress: progress at the end.
             stopped: number of the signal that ended the run early; 0: none did.
         """
         if self._checkpoints is not None:
             self._checkpoints.wait()
         measured = [json.loads(text) for text in Workers().exchange(json.dumps(measure(self._sampler)))]
-        summary = self._summary(loss, metrics, summarize(measured)) | {"stopped": stopped or None}
+        summary = self._summary(progress, summarize(measured)) | {"stopped": stopped or None}
+        if summary["stopped_early"]:
+            self._warn(self._why_early(progress))
         if self._log is not None and self.job.folder is not None:
             write_summary(self.job.folder, summary)
         full = self.program.full_state_dict() if self.job.options.weights else None
         return Trained(summary, tuple(self._steps), self._evaluations, full, stopped)
 
-    def _summary(self, loss: float | None, metrics: dict[str, float], measured: dict[str, Any]) -> dict[str, Any]:
+    def _why_early(self, progress: Progress) -> str:
+        stop = self.program.workload.stop
+        assert stop is not None
+        best = progress.stopping.get("value")
+        return (
+            f"stopped early after step {self.program.steps}: {stop.metric} has not improved on "
+            f"{'any number' if best is None else f'{best:.6g}'} for {progress.stopping['waited']} evaluations in a row"
+        )
+
+    def _summary(self, progress: Progress, measured: dict[str, Any]) -> dict[str, Any]:
+        loss, best = progress.loss, progress.best
         seconds, rate = typical(self._steps)
         strategy, folder = self.job.strategy, self.job.folder
         forecast = self.job.forecast
@@ -199,7 +213,10 @@ class RunRecord:
                 "loss": loss,
                 "skipped_steps": self._guard.skipped,
                 "first_not_finite_step": self._guard.first,
-                "metrics": metrics,
+                "metrics": progress.metrics,
+                "best_step": best.get("step"),
+                "best_metrics": best.get("metrics"),
+                "stopped_early": progress.stopped(self.program.workload),
                 "samples_per_second": rate,
                 "step_seconds": seconds,
                 "predicted_seconds": forecast.seconds,
@@ -234,6 +251,24 @@ class RunRecord:
         for step in steps:
             if self._log is not None:
                 self._log.step(step)
+                self._tell("on_step", step)
+
+    def _tell(self, method: str, *values: Any) -> None:
+        """Call a method of the workload's callbacks that have it; on rank 0.
+
+        Raises:
+            WorkloadError: a callback fails.
+        """
+        for callback in self.program.workload.callbacks:
+            function = getattr(callback, method, None)
+            try:
+                if function is not None:
+                    function(*values)
+            except Exception as error:
+                raise WorkloadError(
+                    f"callback {type(callback).__name__} of workload {self.program.workload.name!r} fails in {method} "
+                    f"after step {self.program.steps}: {type(error).__name__}: {error}"
+                ) from error
 
     def _learning_rate(self) -> float | None:
         optimizer = self.program.optimizer

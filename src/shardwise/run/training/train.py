@@ -4,51 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, replace
 
 from shardwise.errors import CheckpointError, DataError, NotFinite
 from shardwise.parallel.program import Program
-from shardwise.run.checkpoint.restored import unlike
-from shardwise.run.jsonfile import short
 from shardwise.run.training.agreement import Agreement
 from shardwise.run.training.job import Job
 from shardwise.run.training.process_memory import forget_peak
+from shardwise.run.training.progress import Progress, restored
 from shardwise.run.training.record import RunRecord
 from shardwise.run.training.result import FirstStep, Trained
 from shardwise.run.training.streams import StreamAgreement, agreeing
 from shardwise.run.verification.first_step import prove_first_step
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of a training, which is saved in checkpoints.
-
-    Attributes:
-        batch_size: global batch size, which decides the samples of each batch together with `seed`.
-        seed: seed of the data order.
-        epoch: epoch of the next batch.
-        batch: number of the next batch in its epoch.
-        loss: loss of the last step; None if it is not known.
-        metrics: values of the last evaluation.
-        evaluated: step of the last evaluation; -1 if there was none.
-        finite: True if weights and loss were finite.
-        skipped_steps: number of steps whose update was not applied.
-    """
-
-    batch_size: int
-    seed: int
-    epoch: int = 0
-    batch: int = 0
-    loss: float | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
-    evaluated: int = -1
-    finite: bool = True
-    skipped_steps: int = 0
-
-
-LATER_FIELDS = {"evaluated", "finite", "skipped_steps"}
-"""Fields that checkpoints of earlier versions lack."""
 
 
 def train(program: Program, job: Job) -> Trained:
@@ -66,38 +33,45 @@ def train(program: Program, job: Job) -> Trained:
     loader = agreeing(program)
     # a sampler may give another number of batches in each epoch
     total = options.total(loader.batches) if loader.loading.chooser is None else options.steps
+
+    def over() -> bool:
+        enough = _done(program.steps, total) or _done(progress.epoch, options.epochs)
+        return enough or progress.stopped(program.workload)
+
     if not options.proof:
         record.first_step = FirstStep(False, reason="left out, as asked for")
-    elif not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
+    elif not over():
         record.first_step = prove_first_step(program, progress.epoch, progress.batch, loader)
         if isinstance(loader.agree, StreamAgreement):
             loader.agree.begin(program.steps + 1)
         forget_peak(program.mesh.device)
     with record.open(options.total(loader.batches), loader.notes), _left_finite(record, lambda: progress):
-        while not _done(program.steps, total) and not _done(progress.epoch, options.epochs):
+        progress = _evaluated(record, program, progress)  # makes up for evaluations that a kill interrupted
+        while not over():
             ended = False
             for share in loader.shares(progress.epoch, progress.batch):
                 with record.step(progress.epoch, share.samples) as step:
                     step.loss = program.step_share(share)
                 progress = replace(progress, batch=progress.batch + 1)
                 if signal := agreement.stop():
-                    record.save(asdict(replace(progress, loss=record.loss())))
-                    return record.close(record.loss(), progress.metrics, signal)
-                if _done(program.steps, total):
+                    progress = replace(progress, loss=record.loss())
+                    record.save(asdict(progress))
+                    return record.close(progress, signal)
+                progress = _evaluated(record, program, progress)
+                if _done(program.steps, total) or progress.stopped(program.workload):
                     break
                 if options.checkpoint_every and program.steps % options.checkpoint_every == 0:
                     record.save(asdict(replace(progress, loss=record.loss())))
             else:
                 progress, ended = _next_epoch(progress), True
             loss = record.loss()
-            progress = _evaluated(record, program, progress if loss is None else replace(progress, loss=loss))
-            if ended:
-                program.next_epoch(progress.metrics)
+            progress = progress if loss is None else replace(progress, loss=loss)
+            progress = _evaluated(record, program, progress, ended=ended, last=over())
             if not options.checkpoint_every:
                 record.save(asdict(progress))
-        progress = _evaluated(record, program, progress)  # makes up for an evaluation that a kill interrupted
+        progress = _evaluated(record, program, progress, last=True)
         record.save(asdict(progress))
-        return record.close(progress.loss, progress.metrics)
+        return record.close(progress)
 
 
 def _start(record: RunRecord, program: Program, *, resume: bool) -> Progress:
@@ -120,38 +94,25 @@ def _start(record: RunRecord, program: Program, *, resume: bool) -> Progress:
     return replace(progress, batch_size=fresh.batch_size, seed=fresh.seed)
 
 
-def restored(saved: dict[str, Any], fresh: Progress, steps: int) -> Progress:
-    """Return the progress in a checkpoint after a check of its values; fields of LATER_FIELDS may be missing.
+def _evaluated(
+    record: RunRecord, program: Program, progress: Progress, *, ended: bool = False, last: bool = False
+) -> Progress:
+    """Make the evaluations that are due, and return the progress with their values; a new best is saved.
 
-    Raises:
-        CheckpointError: the progress is not such as `train` saves.
+    An epoch that has `ended` moves the schedule before anything is saved.
     """
-    problem = _progress_problem(asdict(fresh), saved)
-    if problem:
-        raise CheckpointError(f"the checkpoint of step {steps} is damaged: {problem}")
-    ended = not saved.get("batch")  # the checkpoint was written after the evaluation at the end of an epoch
-    return replace(fresh, **{"evaluated": steps if ended else -1, **saved})
-
-
-def _progress_problem(known: dict[str, Any], saved: dict[str, Any]) -> str:
-    """Return one line on the first invalid value of a saved progress. Returns an empty string if all are valid."""
-    if odd := sorted((saved.keys() ^ known.keys()) - LATER_FIELDS):
-        return f"progress has {short(odd[0])}" if odd[0] in saved else f"progress has no {odd[0]}"
-    numbers = {"loss": saved["loss"], **(saved["metrics"] if isinstance(saved["metrics"], dict) else {})}
-    for name, value in numbers.items():
-        if value is not None and type(value) not in (int, float):
-            return f"{short(name)} is {short(value)}"
-    for name in ("epoch", "batch"):
-        if type(saved[name]) is not int or saved[name] < 0:
-            return f"{name} is {short(saved[name])}"
-    return unlike(known, saved, "progress")
-
-
-def _evaluated(record: RunRecord, program: Program, progress: Progress) -> Progress:
-    """Evaluate unless the last step was evaluated already, and return the progress with the values."""
-    if progress.evaluated == program.steps or program.steps == 0:
-        return progress
-    return replace(progress, metrics=record.evaluate(progress.epoch), evaluated=program.steps)
+    workload, step = program.workload, program.steps
+    numbers = progress.due(workload, step, epoch_ends=ended, last=last)
+    if numbers:
+        loss = record.loss()
+        values = record.evaluate(progress.epoch, numbers)
+        progress = progress.with_values(workload, numbers, step, values)
+        progress = progress if loss is None else replace(progress, loss=loss)
+    if ended:
+        program.next_epoch(progress.metrics)
+    if numbers and progress.best.get("step") == step:
+        record.save(asdict(progress))
+    return progress
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from shardwise.parallel.program import Program
 from shardwise.run.checkpoint import writer
 from shardwise.run.training.execute import work
 from shardwise.run.training.job import Job, Options
+from shardwise.run.training.progress import Progress, restored
 from shardwise.run.training.result import Trained
-from shardwise.run.training.train import Progress, restored
 from shardwise.strategy import Strategy
 from shardwise.workload.source import Source
 from shardwise.workload.workload import Evaluation, Workload
@@ -81,7 +81,7 @@ def whole(tmp_path: Path) -> Path:
 def killed_in_evaluation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves what a run leaves that is killed while it evaluates after its first epoch."""
 
-    def die(program: Program) -> dict[str, float]:
+    def die(program: Program, numbers: Any) -> dict[str, float]:
         written = folder / "checkpoints" / f"step-{STEPS:08d}"
         for _ in range(2000):
             if written.exists():
@@ -120,7 +120,7 @@ def test_evaluation_that_was_made_is_not_written_again(tmp_path: Path, whole: Pa
 
 def test_run_that_has_all_its_steps_evaluates_nothing(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = records(whole)
-    monkeypatch.setattr(Program, "evaluate", lambda program: pytest.fail("evaluated"))
+    monkeypatch.setattr(Program, "evaluate", lambda program, numbers: pytest.fail("evaluated"))
     assert trained(whole, resume=True).summary["metrics"] == expected[-1][1]
     assert records(whole) == expected
 
