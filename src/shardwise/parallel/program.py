@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from shardwise.parallel.engine import Engine
 from shardwise.parallel.faults import parameter_fault
 from shardwise.parallel.judgement import Judge, Judgement, buffers_of
 from shardwise.parallel.mesh import Allocating, Mesh
+from shardwise.parallel.optim.average import Average
 from shardwise.parallel.optim.clipping import clip, local_gradients, local_tensors, squared_norm
 from shardwise.parallel.optim.update import ParameterUpdate
 from shardwise.parallel.state.dtensor_rows import local
@@ -71,6 +72,10 @@ class Program:
         self.losses: dict[str, Tensor] = {}
         self._update = ParameterUpdate(workload, strategy, mesh, engine)
         self.optimizer, self.scheduler = self._update.optimizer, self._update.schedule.scheduler
+        self._average: Average | None = None
+        if workload.average is not None:
+            with mesh.allocating():
+                self._average = Average(engine.parameters, workload.average)
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
         self._applied: Tensor | None = None
@@ -163,6 +168,8 @@ class Program:
             if self.workload.clip_norm is not None and self.gradient_norm is not None:
                 clip(list(gradients.values()), self.gradient_norm, self.workload.clip_norm)
             self._update.step()
+            if self._average is not None:
+                self._average.update()
             self._applied = report
         if pending is not None:
             pending.wait()  # it ran in parallel with the optimizer
@@ -228,10 +235,15 @@ class Program:
             empty dict for a workload without evaluation.
         """
         found: dict[str, float] = {}
-        for number in range(len(self.workload.evaluations)) if numbers is None else numbers:
-            keys = values_of(self.workload.evaluations, number)
-            found.update(zip((value.key for value in keys), self._evaluate(number), strict=True))
+        with self.averaged():
+            for number in range(len(self.workload.evaluations)) if numbers is None else numbers:
+                keys = values_of(self.workload.evaluations, number)
+                found.update(zip((value.key for value in keys), self._evaluate(number), strict=True))
         return found
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Give the parameters the values of their moving average inside the block, if the workload has one."""
+        return nullcontext() if self._average is None else self._average.in_place()
 
     def _evaluate(self, number: int) -> tuple[float, float]:
         """Return the loss and the metric of one evaluation."""
@@ -258,12 +270,13 @@ class Program:
         return loss, metric
 
     def pieces(self) -> list[TensorPiece]:
-        """Return this worker's part of the model (`model/<name>`) and of the optimizer state that exists so far."""
+        """Return this worker's part of the model (`model/<name>`), its average and the optimizer state so far."""
         model = [
             TensorPiece(f"model/{name}", local(held.tensor), held.layout, held.writes)
             for name, held in self.engine.held.items()
         ]
-        return model + self._update.state.pieces()
+        average = [] if self._average is None else self._average.pieces(self.engine.held)
+        return model + average + self._update.state.pieces()
 
     def optimizer_piece(
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
@@ -282,7 +295,8 @@ class Program:
 
     def state(self) -> dict[str, Any]:
         """Return the completed steps, the scheduler's counters and the optimizer's numbers, JSON-able. Collective."""
-        return {"steps": self.steps, **self._update.counts()}
+        average = {} if self._average is None else {"averaged": self._average.begun}
+        return {"steps": self.steps, **average, **self._update.counts()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state`, under any strategy.
@@ -290,6 +304,8 @@ class Program:
         Raises CheckpointError, see `ParameterUpdate.load_counts`. Read the tensors first.
         """
         self.steps = int(state["steps"])
+        if self._average is not None:
+            self._average.begun = bool(state["averaged"])
         self._update.load_counts(state)
 
     def full_state_dict(self) -> dict[str, Tensor] | None:

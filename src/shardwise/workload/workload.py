@@ -63,6 +63,8 @@ class Workload:
             batch Dice). Every replica then computes it from the outputs of all.
         epochs: passes over the dataset if a command gives neither steps nor epochs; may have a fraction.
         stop: rule that ends the training early by a value of an evaluation.
+        average: decay of an exponential moving average of the weights, 0 to 1, for example 0.999; it is evaluated and
+            exported in place of the weights, which are trained on. None means no average.
         callbacks: objects that worker 0 tells what happens, each with one or both of the methods `on_step(step)`, with
             a step as in `metrics.jsonl`, and `on_evaluation(step, values)`, with the number of steps taken.
     """
@@ -87,6 +89,7 @@ class Workload:
     whole_batch: bool = False
     epochs: float = 1
     stop: Stopping | None = None
+    average: float | None = None
     callbacks: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
@@ -96,6 +99,8 @@ class Workload:
             raise WorkloadError(f"precision={self.precision}: known are float32, bf16")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise WorkloadError(f"clip_norm={self.clip_norm}: must be above 0, or None for no clipping")
+        if self.average is not None and not (isinstance(self.average, int | float) and 0 <= self.average <= 1):
+            raise WorkloadError(f"average={self.average}: must be a decay from 0 to 1, or None for no average")
         if self.whole_batch and self.weight is not None:
             raise WorkloadError("whole_batch and weight exclude each other: such a loss averages over the batch itself")
         if type(self.epochs) not in (int, float) or not 0 < self.epochs < MOST_EPOCHS:

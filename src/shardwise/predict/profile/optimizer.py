@@ -60,6 +60,7 @@ def _updated(workload: Workload, count: int, *, on_gpu: bool = False) -> Update:
             else:
                 optimizer.step()
         held = [value for state in optimizer.state.values() for value in state.values()]
+        held += parameters if workload.average is not None else []
     elements = count * _SIDE**2
     kernels = [_per_element(kernel, elements) for kernel in recorder.take().kernels if kernel.bytes >= elements]
     return Update(

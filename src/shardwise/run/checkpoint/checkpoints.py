@@ -297,6 +297,8 @@ def _other_model(
     """Return one line if a tensor of the model, or the optimizer, differs from this program's, else an empty string."""
     for name, piece in pieces.items():
         plain, stored = name.removeprefix("model/"), index.tensors.get(name)
+        if stored is None and name.startswith("average/"):
+            return f"checkpoint {path} has no moving average of the weights: go on without `average` in the workload"
         if stored is None:
             return f"checkpoint {path} is of another model: it has no {plain}, here of shape {piece.layout.shape}"
         if stored.spec.shape != piece.layout.shape:

@@ -23,7 +23,7 @@ from shardwise.workload.losses import without_loss
 MOST_TIMES = 64
 """Largest ratio of an export's size to that of the stored weights: tied weights are written under all their names."""
 
-_PREFIX = "model/"
+_PREFIX, _AVERAGE = "model/", "average/"
 
 
 def export_safetensors(run: Path, out: Path, *, best: bool = False) -> None:
@@ -78,11 +78,16 @@ def _best(run: Path, newest: Path) -> Path:
 
 
 def _weights(folder: Path) -> dict[str, Stored]:
-    """Return the weights in a checkpoint by all their names. Raises CheckpointError if its files do not hold them."""
+    """Return the weights in a checkpoint by all their names, a moving average in place of what was trained.
+
+    Raises:
+        CheckpointError: the checkpoint's files do not hold them.
+    """
     index = Index.read(folder)
     if problem := header_problem(folder, index):
         raise CheckpointError(problem)
     stored = {n.removeprefix(_PREFIX): entry for n, entry in index.tensors.items() if n.startswith(_PREFIX)}
+    stored |= {n: index.tensors[_AVERAGE + n] for n in stored if _AVERAGE + n in index.tensors}
     named = stored | {alias: stored[name] for alias, name in index.aliases.items()}
     there, wanted = (sum(entry.spec.bytes for entry in part.values()) for part in (stored, named))
     if wanted > MOST_TIMES * there:

@@ -177,7 +177,8 @@ class RunRecord:
             self._warn(self._why_early(progress))
         if self._log is not None and self.job.folder is not None:
             write_summary(self.job.folder, summary)
-        full = self.program.full_state_dict() if self.job.options.weights else None
+        with self.program.averaged():
+            full = self.program.full_state_dict() if self.job.options.weights else None
         return Trained(summary, tuple(self._steps), self._evaluations, full, stopped)
 
     def _why_early(self, progress: Progress) -> str:
