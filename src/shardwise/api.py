@@ -167,14 +167,14 @@ def train_parallel(
         epochs: passes over the dataset; the default is 1 if neither steps nor epochs are given.
         inputs: function that takes a batch and returns the model's input; None: samples are pairs, and the model gets
             the first part.
-        evaluation: held-out data, like `dataset`, or an `Evaluation`.
+        evaluation: held-out data, like `dataset`, or an `Evaluation` or several.
         metric: second quantity to measure on held-out data besides the loss: `accuracy`, or a function like `loss`.
         out: the run's folder; None: nothing is written to disk.
         quiet: show no progress bar.
         on_nan: as in `train`.
         proof: as in `train`.
         fields: further fields of `Workload`: weight, collate, loading, schedule, schedule_every, groups, clip_norm,
-            precision, seed, whole_batch.
+            precision, seed, whole_batch, stop, average, after_step, callbacks.
 
     Raises:
         RequestError: the request is wrong; found before any worker starts.

@@ -19,6 +19,7 @@ from shardwise.parallel.engine import Engine
 from shardwise.parallel.faults import parameter_fault
 from shardwise.parallel.judgement import Judge, Judgement, buffers_of
 from shardwise.parallel.mesh import Allocating, Mesh
+from shardwise.parallel.optim.after_step import after_step_of
 from shardwise.parallel.optim.average import Average
 from shardwise.parallel.optim.clipping import clip, local_gradients, local_tensors, squared_norm
 from shardwise.parallel.optim.update import ParameterUpdate
@@ -76,6 +77,7 @@ class Program:
         if workload.average is not None:
             with mesh.allocating():
                 self._average = Average(engine.parameters, workload.average)
+        self._after_step = after_step_of(workload, engine.parameters, engine.held, mesh)
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
         self._applied: Tensor | None = None
@@ -168,6 +170,7 @@ class Program:
             if self.workload.clip_norm is not None and self.gradient_norm is not None:
                 clip(list(gradients.values()), self.gradient_norm, self.workload.clip_norm)
             self._update.step()
+            self._after_step()
             if self._average is not None:
                 self._average.update()
             self._applied = report

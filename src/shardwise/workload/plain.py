@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -127,9 +127,12 @@ def _criterion_weight(loss: Function, dataset: Any) -> Function | None:
     return weight
 
 
-def _evaluation(evaluation: Any, metric: str | Function, loss: Function, *, pairs: bool) -> Evaluation:
-    if isinstance(evaluation, Evaluation):
-        return evaluation
+def _evaluation(
+    evaluation: Any, metric: str | Function, loss: Function, *, pairs: bool
+) -> Evaluation | Sequence[Evaluation]:
+    made = evaluation if isinstance(evaluation, list | tuple) else [evaluation]
+    if any(isinstance(each, Evaluation) for each in made):
+        return list(made)
     dataset = _dataset(evaluation, "evaluation")
     if metric == "accuracy":
         return Evaluation(dataset=dataset, metric="accuracy", measure=_of_batch(accuracy, pairs=pairs))

@@ -17,6 +17,7 @@ from shardwise.workload.loading import Loading
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
 
     Losses = Any  # a scalar tensor, or a dict of scalar tensors by name
@@ -65,6 +66,8 @@ class Workload:
         stop: rule that ends the training early by a value of an evaluation.
         average: decay of an exponential moving average of the weights, 0 to 1, for example 0.999; it is evaluated and
             exported in place of the weights, which are trained on. None means no average.
+        after_step: function of (parameter name, tensor) that is called without gradients after each update for each
+            trained parameter, and may change the tensor in place: clipping, a projection, a mask.
         callbacks: objects that worker 0 tells what happens, each with one or both of the methods `on_step(step)`, with
             a step as in `metrics.jsonl`, and `on_evaluation(step, values)`, with the number of steps taken.
     """
@@ -90,6 +93,7 @@ class Workload:
     epochs: float = 1
     stop: Stopping | None = None
     average: float | None = None
+    after_step: Callable[[str, Tensor], Any] | None = None
     callbacks: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
@@ -108,6 +112,8 @@ class Workload:
         check_evaluations(self.evaluations, self.stop)
         self._check_callbacks()
         self._check_schedule()
+        if self.after_step is not None and not callable(self.after_step):
+            raise WorkloadError(f"after_step of workload {self.name!r} must be a function, not {self.after_step!r}")
         for name in ("model", "inputs", "loss", "optimizer"):
             if not callable(getattr(self, name)):
                 raise WorkloadError(f"{name} of workload {self.name!r} must be a function, not {getattr(self, name)!r}")

@@ -55,14 +55,14 @@ def gather_full(
             _paste(full, piece.name, piece.layout, piece.local.cpu())
     if group is None:
         return full
-    tables = gather_json([_describe(piece) for piece in mine], group, device)
+    tables = gather_json([describe(piece) for piece in mine], group, device)
     if group.rank() > 0:
         for piece in mine:
             dist.send(piece.local.to(device).contiguous(), group=group, group_dst=0)
         return None
     for rank, table in enumerate(tables[1:], start=1):
         for description in table:
-            name, layout, dtype = _understand(description)
+            name, layout, dtype = understand(description)
             received = torch.empty(layout.local_shape, dtype=dtype, device=device)
             dist.recv(received, group=group, group_src=rank)
             _paste(full, name, layout, received.cpu())
@@ -75,11 +75,13 @@ def _paste(full: dict[str, Tensor], name: str, layout: Layout, local: Tensor) ->
     layout.paste(local, full[name])
 
 
-def _describe(piece: TensorPiece) -> list[Any]:
+def describe(piece: TensorPiece) -> list[Any]:
+    """Return name, layout and dtype of a piece as JSON, for `understand`."""
     return [piece.name, layout_to_json(piece.layout), str(piece.local.dtype).removeprefix("torch.")]
 
 
-def _understand(description: list[Any]) -> tuple[str, Layout, torch.dtype]:
+def understand(description: list[Any]) -> tuple[str, Layout, torch.dtype]:
+    """Return name, layout and dtype of a piece that another worker described."""
     name, layout, dtype = description
     return name, layout_from_json(layout), getattr(torch, dtype)
 

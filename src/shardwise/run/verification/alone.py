@@ -17,6 +17,7 @@ from shardwise.errors import ShardwiseError, WorkloadError
 from shardwise.parallel.data.collected import Collected
 from shardwise.parallel.data.module_engine import ModuleEngine
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.optim.after_step import changed
 from shardwise.parallel.optim.clipping import local_gradients
 from shardwise.parallel.optim.making import make_optimizer
 from shardwise.parallel.program import Program
@@ -98,13 +99,15 @@ class OneWorker:
                     )
 
     def update(self) -> None:
-        """Run one step of the workload's optimizer with the gradients of the last pass.
+        """Run one step of the workload's optimizer with the gradients of the last pass, and what follows a step.
 
         Raises:
-            WorkloadError: the optimizer cannot be built or take a step.
+            WorkloadError: the optimizer cannot be built or take a step, or `after_step` fails.
         """
         with _blamed("optimizer", self.workload):
             make_optimizer(self.workload, self._engine.parameters).step()
+        for name, parameter in self._engine.parameters.items() if self.workload.after_step else ():
+            changed(self.workload, name, parameter.detach())
 
     def evaluate(self) -> None:
         """Evaluate the first two samples of each held-out set, so that a wrong metric is found before the training.
