@@ -25,10 +25,10 @@ def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
 
     name = factory if isinstance(factory, str) else cloudpickle.dumps(factory)
 
-    def traced(workload: Any, model: Any, batch: Any, *, training: bool = True) -> Any:
+    def traced(workload: Any, model: Any, batch: Any, *, training: bool = True, evaluation: int = 0) -> Any:
         shapes = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves(batch))
-        key = (name, training, shapes)
-        step = _KEPT.get(key) or trace(workload, model, batch, training=training)
+        key = (name, training, evaluation, shapes)
+        step = _KEPT.get(key) or trace(workload, model, batch, training=training, evaluation=evaluation)
         if not step.opaque:  # modules in it are changed by who runs it
             _KEPT[key] = step
         return step
