@@ -31,6 +31,7 @@ def training_summary(document: Mapping[str, Any]) -> str:
             (name if name != "loss" else "held-out loss", _metric(name, value))
             for name, value in document["metrics"].items()
         ),
+        *([("best", told)] if (told := _best(document)) else []),
         ("speed", f"{_rate(document['samples_per_second'])}, {_seconds(document['step_seconds'])} per step"),
         ("memory", f"{_bytes(document['memory_bytes'])} per worker"),
         ("predicted", _predicted(document)),
@@ -44,6 +45,14 @@ def training_summary(document: Mapping[str, Any]) -> str:
     width = max(len(name) for name, _ in lines)
     title = f"{document['workload']} under {document['strategy']}: {document['steps']} steps on {workers}"
     return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in lines)])
+
+
+def _best(document: Mapping[str, Any]) -> str:
+    """Say which earlier checkpoint was the best, with its values; empty if it is the last step's."""
+    step = document.get("best_step")
+    if step is None or step == document["steps"]:
+        return ""
+    return f"step {step}: " + ", ".join(f"{name} {_metric(name, v)}" for name, v in document["best_metrics"].items())
 
 
 def _not_finite(document: Mapping[str, Any]) -> str:

@@ -108,3 +108,10 @@ def test_comparison_table() -> None:
     nothing = {**document, "chosen": None, "regret": None}
     assert "predicted to be" not in comparison_table(nothing)
     assert lines[-1] == "tp=3 cannot be: 16 heads"
+
+
+def test_training_summary_names_an_earlier_best() -> None:
+    best = {"best_step": 4, "best_metrics": {"loss": 0.25, "accuracy": 0.5}}
+    told = [line for line in training_summary({**TRAINED, **best}).splitlines() if line.startswith("  best")]
+    assert [line.split(maxsplit=1)[1] for line in told] == ["step 4: loss 0.25, accuracy 50.00%"]
+    assert "  best" not in training_summary({**TRAINED, **best, "best_step": TRAINED["steps"]})
