@@ -124,6 +124,32 @@ def test_an_object_that_takes_in_one_replica_is_noticed(workers: Pools) -> None:
     assert found["third/ordered"] != pytest.approx(alone["third/ordered"])
 
 
+class Synchronised:
+    """A metric of torchmetrics, which joins the states of all workers when it computes unless it finds itself alone."""
+
+    distributed_available_fn = staticmethod(torch.distributed.is_initialized)
+
+    def value(self, seen: Tensor) -> Tensor:
+        assert not self.distributed_available_fn(), "would wait for workers without outputs, and count all of them"
+        return seen.median()
+
+
+class Wrapping(Middle):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = {"metric": [Synchronised()]}
+
+    def compute(self) -> Tensor:
+        return self.inner["metric"][0].value(torch.cat(self.seen))
+
+
+def test_a_metric_that_joins_workers_by_itself_does_not(workers: Pools) -> None:
+    workload = made(evaluation=Evaluation(dataset=points(9), metric="middle", measure=Wrapping))
+    alone = evaluated(workload, "single")
+    for found in workers(2, evaluated, workload, "dp=2"):
+        assert found == pytest.approx(alone)
+
+
 class Failing(Middle):
     def update(self, output: Any, batch: Any) -> None:
         raise KeyError("scores")

@@ -6,10 +6,12 @@ in is then what one process gives it, so no state has to be merged, whatever its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from shardwise.errors import RequestError, WorkloadError
 from shardwise.parallel.data.whole_batch import of_all_replicas
@@ -17,6 +19,24 @@ from shardwise.parallel.engine import Evaluated
 from shardwise.parallel.mesh import Mesh
 from shardwise.workload.evaluation import Evaluation
 from shardwise.workload.workload import Workload
+
+
+def _never() -> bool:
+    return False
+
+
+_DEEPEST = 4
+"""How deep in an object of the user the objects of a library are looked for."""
+
+
+def _parts_of(value: Any, depth: int = 0) -> Iterator[Any]:
+    """Yield an object and the objects in its attributes and containers."""
+    yield value
+    if depth == _DEEPEST or isinstance(value, Tensor | str | bytes):
+        return
+    inner = value.values() if isinstance(value, Mapping) else vars(value).values() if hasattr(value, "__dict__") else ()
+    for each in value if isinstance(value, list | tuple) else list(inner):
+        yield from _parts_of(each, depth + 1)
 
 
 class Collected:
@@ -38,6 +58,9 @@ class Collected:
             self._metric = evaluation.collector()
             if callable(move := getattr(self._metric, "to", None)):
                 move(mesh.device)
+        for part in _parts_of(self._metric):  # torchmetrics would join workers that have taken in the same
+            if hasattr(part, "distributed_available_fn"):
+                part.distributed_available_fn = _never
 
     def update(self, found: Evaluated, samples: int) -> None:
         """Take in a microbatch of `samples` samples of each replica. Collective over the replicas that hold outputs.
