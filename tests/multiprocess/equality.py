@@ -117,7 +117,10 @@ def merge(parts: Sequence[Part]) -> Result:
     kinds: dict[str, dict[str, Tensor]] = {"gradient": {}, "model": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
-        kinds[kind][rest] = tensor
+        if kind == "average":
+            kinds["model"][name] = tensor
+        else:
+            kinds[kind][rest] = tensor
     return Result(
         first.losses, first.norms, kinds["gradient"], kinds["model"], kinds["optimizer"], first.evaluation, first.notes
     )

@@ -124,6 +124,54 @@ def test_an_object_that_takes_in_one_replica_is_noticed(workers: Pools) -> None:
     assert found["third/ordered"] != pytest.approx(alone["third/ordered"])
 
 
+def rescored(strategy: str) -> tuple[float, float]:
+    factor = [1.0]
+    scaled = Evaluation(
+        dataset=points(9),
+        metric="scaled",
+        measure=lambda output, batch: output["scores"].square().mean() * factor[0],
+        name="second",
+    )
+    first = Evaluation(dataset=points(13), metric="accuracy", measure=accuracy)
+    program = Program.build(made(evaluation=[first, scaled]), Strategy.parse(strategy))
+    before = program.evaluate([1])["second/scaled"]
+    factor[0] = 2.0
+    return before, program.evaluate([1])["second/scaled"]
+
+
+@pytest.mark.parametrize("strategy", ["tp=2", "pp=2"])
+def test_a_later_evaluation_reads_what_has_changed_in_python(workers: Pools, strategy: str) -> None:
+    for before, after in workers(2, rescored, strategy):
+        assert after == pytest.approx(2 * before)
+
+
+def single(samples: int) -> TensorDataset:
+    """Samples in float32."""
+    x, labels = points(samples).tensors
+    return TensorDataset(x.float(), labels)
+
+
+class Wideness(Middle):
+    """Refuses outputs that are not wide."""
+
+    def update(self, output: Any, batch: Any) -> None:
+        assert output["scores"].dtype == torch.float32
+        super().update(output, batch)
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "tp=2", "pp=2"])
+def test_outputs_of_half_precision_are_collected_as_wide_ones(workers: Pools, strategy: str) -> None:
+    half = made(
+        model=Model,
+        dataset=single(20),
+        evaluation=Evaluation(dataset=single(9), metric="middle", measure=Wideness),
+        precision="bf16",
+    )
+    alone = evaluated(half, "single")
+    for found in workers(2, evaluated, half, strategy):
+        assert found == pytest.approx(alone, rel=0.05)
+
+
 class Synchronised:
     """A metric of torchmetrics, which joins the states of all workers when it computes unless it finds itself alone."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from shardwise.errors import StrategyError, WorkloadError
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.strategy import Strategy
+from shardwise.workload.evaluation import Evaluation
 from shardwise.workload.workload import Workload
 
 TOLERANCE = 1e-8
@@ -66,6 +68,24 @@ def test_whole_matrices(workers: Pools, strategy: str) -> None:
     assert_equal(result, reference(workers, deep, strategy), TOLERANCE)
     cut = "tp" in strategy or ("fsdp" in strategy and "zero=1" not in strategy)
     assert any("looks at whole parameters" in note for note in result.notes) == cut
+
+
+def no_longer_than_one(name: str, weight: Tensor) -> None:
+    """It looks at whole matrices, as some of the optimizers do."""
+    if weight.dim() > 1:
+        weight.div_(weight.norm().clamp(min=1.0))
+
+
+def bounded() -> Workload:
+    size = Evaluation(dataset=points(10), metric="size", measure=lambda output, batch: output.square().mean())
+    return replace(deep(), after_step=no_longer_than_one, average=0.7, evaluation=size)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp=2,zero=1", "fsdp=2", "tp=2", "pp=2", "fsdp=2,tp=2", "fsdp=2,pp=2"])
+def test_updates_are_bounded_and_averaged_after_whole_matrices(workers: Pools, strategy: str) -> None:
+    expected = reference(workers, bounded, strategy, evaluate=True)
+    assert any(name.startswith("average/") for name in expected.state)
+    assert_equal(train(workers, bounded, strategy, evaluate=True), expected, TOLERANCE)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -61,13 +61,19 @@ def workload(dataset: Any, **changes: Any) -> Workload:
     return Workload(**{**options, **changes})
 
 
+def held_out(dataset: Any, name: str = "") -> Evaluation:
+    return Evaluation(dataset=dataset, metric="m", measure=lambda output, batch: torch.zeros(()), name=name)
+
+
 def build(strategy: str, field: str) -> str:
     """What a worker says of a program that is built where one field is another on its last rank."""
     last = dist.get_rank() == dist.get_world_size() - 1
-    held_out = Evaluation(
-        dataset=rows(5 if last and field == "evaluation" else 6), metric="m", measure=lambda o, b: torch.zeros(())
-    )
-    changes: dict[str, Any] = {"evaluation": held_out}
+    changes: dict[str, Any] = {
+        "evaluation": [
+            held_out(rows(5 if last and field == "evaluation" else 6)),
+            held_out(rows(3 if last and field == "further" else 4), name="further"),
+        ]
+    }
     if last and field in ("seed", "batch_size"):
         changes[field] = 4
     work = workload(rows(40 if last and field == "dataset" else 64), **changes)
@@ -93,7 +99,13 @@ def test_datasets_of_two_lengths(workers: Pools, strategy: str) -> None:
     [
         (
             "evaluation",
-            "the held-out dataset of workload 'data' has 6 samples on ranks 0, 1 and 2, 5 samples on rank 3",
+            "the held-out dataset of workload 'data' has 6 samples and 4 samples on ranks 0, 1 and 2, "
+            "5 samples and 4 samples on rank 3",
+        ),
+        (
+            "further",
+            "the held-out dataset of workload 'data' has 6 samples and 4 samples on ranks 0, 1 and 2, "
+            "6 samples and 3 samples on rank 3",
         ),
         ("seed", "the order of the data of workload 'data' has seed=0 on ranks 0, 1 and 2, seed=4 on rank 3"),
         ("batch_size", "the batch of workload 'data' has batch_size=8 on ranks 0, 1 and 2, batch_size=4 on rank 3"),
@@ -188,6 +200,7 @@ def told(strategy: str, kind: str) -> str:
     kinds: dict[str, Callable[[], dict[str, Any]]] = {
         "first": lambda: {"dataset": Differing(epoch_order(64, 0, 0)[3])},
         "later": lambda: {"dataset": Differing(epoch_order(64, 0, 0)[BATCH + 1])},
+        "held out": lambda: {"evaluation": [held_out(rows(4)), held_out(Differing(2), name="other")]},
         "own": lambda: {"dataset": Differing(own=True)},
         "collate": lambda: {"collate": drawn_anew},
         "sampler": lambda: {"loading": Loading(sampler=range(dist.get_rank(), 64))},
@@ -221,6 +234,10 @@ class Split(IterableDataset[Sample]):
     ("kind", "words"),
     [
         ("first", r"DataError: sample \d+ differs between workers at \[1\]: \d on rank 0, \d on rank 1: .*sort what"),
+        (
+            "held out",
+            r"DataError: held-out sample 2 of 'other' differs between workers at \[1\]: \d on rank 0, .*sort what",
+        ),
         (
             "own",
             r"DataError: sample \d+ of workload 'data' is another one each time it is read at \[0\]: .*by the",

@@ -147,6 +147,10 @@ class NoLength(Dataset[Any]):
         return index
 
 
+def held_out(dataset: Any, name: str = "") -> Evaluation:
+    return Evaluation(dataset=dataset, metric="m", measure=lambda output, batch: output, name=name)
+
+
 def workload(dataset: Any, **fields: Any) -> Workload:
     return Workload(
         name="w",
@@ -176,8 +180,13 @@ def workload(dataset: Any, **fields: Any) -> Workload:
         ([1, 2], {"loading": Loading(sampler=[2])}, "the sampler gives the index 2"),
         (
             [1, 2],
-            {"evaluation": Evaluation(dataset=Nothing(), metric="m", measure=lambda o, b: o)},
+            {"evaluation": held_out(Nothing())},
             "the held-out dataset of workload 'w', a Nothing, cannot be read",
+        ),
+        (
+            [1, 2],
+            {"evaluation": [held_out([1]), held_out(Nothing(), name="other")]},
+            "the held-out dataset 'other' of workload 'w', a Nothing, cannot be read",
         ),
     ],
 )
