@@ -106,6 +106,25 @@ def test_a_function_that_is_called_on_parts_is_noticed(workers: Pools) -> None:
     assert_noticed(workers, FACTORIES[whole_normed], "fsdp=2", alone)
 
 
+def counted(strategy: str) -> int:
+    """Return the number of calls in a proof and a step."""
+    calls = [0]
+
+    def clip(name: str, weight: Tensor) -> None:
+        calls[0] += 1
+        weight.clamp_(-0.1, 0.1)
+
+    program = Program.build(made(clip), Strategy.parse(strategy))
+    assert prove_first_step(program).proved
+    program.step_share(next(program.loader().shares(0)))
+    return calls[0]
+
+
+def test_what_a_function_counts_in_trials_is_undone(workers: Pools) -> None:
+    assert counted("single") == 6
+    assert workers(2, counted, "dp=2") == [6, 6]
+
+
 def noisy(name: str, weight: Tensor) -> None:
     weight.add_(torch.randn_like(weight))
 

@@ -113,18 +113,20 @@ def _is_factory(measure: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class ReportedValue:
     """Value that an evaluation reports: the key, and whether a larger one is better."""
 
     key: str
     higher_is_better: bool
 
 
-def values_of(evaluations: Sequence[Evaluation], number: int) -> tuple[Value, Value]:
+def values_of(evaluations: Sequence[Evaluation], number: int) -> tuple[ReportedValue, ReportedValue]:
     """Return the loss and the metric that evaluation `number` reports."""
     evaluation = evaluations[number]
     prefix = f"{evaluation.name}/" if number else ""
-    return Value(f"{prefix}loss", False), Value(f"{prefix}{evaluation.metric}", evaluation.higher_is_better)
+    return ReportedValue(f"{prefix}loss", False), ReportedValue(
+        f"{prefix}{evaluation.metric}", evaluation.higher_is_better
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

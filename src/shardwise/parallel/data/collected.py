@@ -26,7 +26,7 @@ def _never() -> bool:
 
 
 _DEEPEST = 4
-"""How deep in an object of the user the objects of a library are looked for."""
+"""Largest depth in an object of the user at which objects of a library are looked for."""
 
 
 def _parts_of(value: Any, depth: int = 0) -> Iterator[Any]:

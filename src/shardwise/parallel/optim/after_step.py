@@ -19,6 +19,7 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import describe, gather_json, understand
 from shardwise.parallel.state.layout import Layout, TensorPiece, TensorPlacement
+from shardwise.parallel.state.pass_state import passes_undone
 from shardwise.workload.workload import Workload
 
 SCALES = (1.0, 1e-3, 1e3)
@@ -75,7 +76,9 @@ class AfterStep:
         self._layouts = {name: held[name].layout for name in parameters}
         self._joined: dict[str, list[tuple[Layout | None, torch.dtype]]] = {}
         if mesh.world is not None:
-            self._joined = self._find_joined([name for name in parameters if not self._tried(name)])
+            with passes_undone(workload, nn.Module()):
+                apart = [name for name in parameters if not self._tried(name)]
+            self._joined = self._find_joined(apart)
 
     def __call__(self) -> None:
         """Call the function on every parameter."""

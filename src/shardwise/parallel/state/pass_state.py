@@ -28,7 +28,8 @@ def passes_undone(workload: Workload, model: nn.Module, buffers: Iterable[Tensor
         model: module whose Python code the passes run.
         buffers: further tensors that the passes may change.
     """
-    functions = PythonState(nn.Module(), functions_of(workload))
+    called = functions_of(workload) if workload.after_step is None else [*functions_of(workload), workload.after_step]
+    functions = PythonState(nn.Module(), called)
     attributes = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     values = [(tensor, tensor.detach().clone()) for tensor in (*buffers, *attributes)]
     draws = draw_state()

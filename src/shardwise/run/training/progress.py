@@ -10,7 +10,7 @@ from typing import Any
 from shardwise.errors import CheckpointError
 from shardwise.run.checkpoint.restored import unlike
 from shardwise.run.jsonfile import short
-from shardwise.workload.evaluation import Value, values_of
+from shardwise.workload.evaluation import ReportedValue, values_of
 from shardwise.workload.workload import Workload
 
 
@@ -88,12 +88,12 @@ def _label(workload: Workload, number: int) -> str:
     return workload.evaluations[number].name if number else ""
 
 
-def _named(workload: Workload, key: str) -> Value:
+def _named(workload: Workload, key: str) -> ReportedValue:
     numbers = range(len(workload.evaluations))
     return next(value for n in numbers for value in reversed(values_of(workload.evaluations, n)) if value.key == key)
 
 
-def _better(value: float, than: float | None, judged: Value, least: float = 0.0) -> bool:
+def _better(value: float, than: float | None, judged: ReportedValue, least: float = 0.0) -> bool:
     """Return whether a value improves on an earlier one by more than `least`; one that is not finite never does."""
     if not math.isfinite(value) or than is None:
         return math.isfinite(value)

@@ -106,8 +106,9 @@ class OneWorker:
         """
         with _blamed("optimizer", self.workload):
             make_optimizer(self.workload, self._engine.parameters).step()
-        for name, parameter in self._engine.parameters.items() if self.workload.after_step else ():
-            changed(self.workload, name, parameter.detach())
+        with self._undone():
+            for name, parameter in self._engine.parameters.items() if self.workload.after_step else ():
+                changed(self.workload, name, parameter.detach())
 
     def evaluate(self) -> None:
         """Evaluate the first two samples of each held-out set, so that a wrong metric is found before the training.

@@ -3,7 +3,8 @@
 The parallel program computes the gradient of the first samples of the first batch and applies nothing. Worker 0 then
 builds the plain module beside it, with the same weights, and computes the gradient of the same samples alone. It also
 compares the loss of a few samples with the mean of the losses of their halves, lets the optimizer take a step on the
-copy, and evaluates two samples, so that what is wrong with a workload is found before the first step.
+copy, and evaluates two samples of each held-out dataset, so that what is wrong with a workload is found before the
+first step.
 """
 
 from __future__ import annotations
