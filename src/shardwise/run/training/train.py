@@ -16,6 +16,7 @@ from shardwise.run.training.record import RunRecord
 from shardwise.run.training.result import FirstStep, Trained
 from shardwise.run.training.streams import StreamAgreement, agreeing
 from shardwise.run.verification.first_step import prove_first_step
+from shardwise.workload.reading.loader import Loader
 
 
 def train(program: Program, job: Job) -> Trained:
@@ -41,10 +42,7 @@ def train(program: Program, job: Job) -> Trained:
     if not options.proof:
         record.first_step = FirstStep(False, reason="left out, as asked for")
     elif not over():
-        record.first_step = prove_first_step(program, progress.epoch, progress.batch, loader)
-        if isinstance(loader.agree, StreamAgreement):
-            loader.agree.begin(program.steps + 1)
-        forget_peak(program.mesh.device)
+        record.first_step = _proved(program, progress, loader)
     with record.open(options.total(loader.batches), loader.notes), _left_finite(record, lambda: progress):
         progress = _evaluated(record, program, progress)  # makes up for evaluations that a kill interrupted
         while not over():
@@ -64,14 +62,21 @@ def train(program: Program, job: Job) -> Trained:
                     record.save(asdict(replace(progress, loss=record.loss())))
             else:
                 progress, ended = _next_epoch(progress), True
-            loss = record.loss()
-            progress = progress if loss is None else replace(progress, loss=loss)
             progress = _evaluated(record, program, progress, ended=ended, last=over())
             if not options.checkpoint_every:
                 record.save(asdict(progress))
         progress = _evaluated(record, program, progress, last=True)
         record.save(asdict(progress))
         return record.close(progress)
+
+
+def _proved(program: Program, progress: Progress, loader: Loader) -> FirstStep:
+    """Prove the first step to come, and put back what the proof has read and used."""
+    found = prove_first_step(program, progress.epoch, progress.batch, loader)
+    if isinstance(loader.agree, StreamAgreement):
+        loader.agree.begin(program.steps + 1)
+    forget_peak(program.mesh.device)
+    return found
 
 
 def _start(record: RunRecord, program: Program, *, resume: bool) -> Progress:
@@ -99,15 +104,16 @@ def _evaluated(
 ) -> Progress:
     """Make the evaluations that are due, and return the progress with their values; a new best is saved.
 
-    An epoch that has `ended` moves the schedule before anything is saved.
+    An epoch that has `ended` moves the schedule before anything is saved. The loss is noted whenever training pauses.
     """
     workload, step = program.workload, program.steps
     numbers = progress.due(workload, step, epoch_ends=ended, last=last)
-    if numbers:
+    if numbers or ended or last:
         loss = record.loss()
+        progress = progress if loss is None else replace(progress, loss=loss)
+    if numbers:
         values = record.evaluate(progress.epoch, numbers)
         progress = progress.with_values(workload, numbers, step, values)
-        progress = progress if loss is None else replace(progress, loss=loss)
     if ended:
         program.next_epoch(progress.metrics)
     if numbers and progress.best.get("step") == step:
