@@ -47,7 +47,8 @@ class Workload:
     Attributes:
         name: name in runs and reports.
         model: builds the plain `nn.Module`; called on each worker with the random seed set.
-        dataset: map-style (`__len__`, `__getitem__`) or iterable; samples are tensors, tuples or dicts of tensors.
+        dataset: map-style (`__len__`, `__getitem__`) or iterable; samples are tensors, tuples or dicts of tensors. A
+            method `set_epoch` of it is called with the number of each epoch.
         inputs: maps a batch to the arguments of the model: a tensor, a tuple (args) or a dict (kwargs).
         loss: maps (model output, batch) to a scalar tensor, the mean over the samples of `batch` (or over its
             `weight`), or to a dict of such tensors: their sum is trained, each is logged. A module with parameters is
@@ -70,6 +71,7 @@ class Workload:
         seed: seed of the weights, the order of the data and dropout.
         whole_batch: the loss needs the outputs of the whole batch, because it couples its samples (contrastive losses,
             batch Dice). Every replica then computes it from the outputs of all.
+        notes: lines that the log and the summary of a training show, for example where its weights come from.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Workload:
     precision: str = "float32"
     seed: int = 0
     whole_batch: bool = False
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -44,3 +44,8 @@ def warmup_cosine(steps: int, warmup: float = 0.1, floor: float = 0.02) -> Calla
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return lambda optimizer: LambdaLR(optimizer, factor)
+
+
+def warmup_constant(steps: int) -> Callable[[Optimizer], LambdaLR]:
+    """Return a factory of learning-rate schedules that rise linearly over `steps` steps and then stay."""
+    return lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
