@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shardwise.errors import RequestError, ShardwiseError, WorkerFailed
     from shardwise.strategy import Strategy
     from shardwise.workload.loading import Loading
-    from shardwise.workload.workload import Evaluation, Workload
+    from shardwise.workload.workload import Evaluation, WarmStart, Workload
 
 __all__ = [
     "Evaluation",
@@ -32,6 +32,7 @@ __all__ = [
     "ShardwiseError",
     "Strategy",
     "TrainedModel",
+    "WarmStart",
     "WorkerFailed",
     "Workload",
     "calibrate",
@@ -52,6 +53,7 @@ _HOMES = {
     "RequestError": "shardwise.errors",
     "ShardwiseError": "shardwise.errors",
     "Strategy": "shardwise.strategy",
+    "WarmStart": "shardwise.workload.workload",
     "WorkerFailed": "shardwise.errors",
     "Workload": "shardwise.workload.workload",
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import WorkloadError
@@ -41,6 +42,26 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WarmStart:
+    """Weights that a model starts from.
+
+    Attributes:
+        path: safetensors file, or folder with `model.safetensors` or several files and their index.
+        allow_missing: patterns (`head.*`) of names, as in the model, that only the model or only the file may have, or
+            that may have another shape: those of a new head. The model's own values stay.
+        prefix: start of the names in the model (`encoder.`) that the names in the file lack.
+    """
+
+    path: str | Path
+    allow_missing: tuple[str, ...] = ()
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.allow_missing, str):
+            raise WorkloadError(f"allow_missing={self.allow_missing!r}: must be a tuple of patterns, not one text")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """A model, its loss, its data, its optimizer and the global batch size.
 
@@ -71,6 +92,7 @@ class Workload:
         seed: seed of the weights, the order of the data and dropout.
         whole_batch: the loss needs the outputs of the whole batch, because it couples its samples (contrastive losses,
             batch Dice). Every replica then computes it from the outputs of all.
+        weights: safetensors file or folder that the model starts from; a `WarmStart` says what may differ.
         notes: lines that the log and the summary of a training show, for example where its weights come from.
     """
 
@@ -92,6 +114,7 @@ class Workload:
     precision: str = "float32"
     seed: int = 0
     whole_batch: bool = False
+    weights: str | Path | WarmStart | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from shardwise.parallel.state.materialize import move_values
 from shardwise.parallel.state.mode_changes import check_modes
 from shardwise.workload.losses import with_loss
 from shardwise.workload.trace.python_state import PythonState
+from shardwise.workload.warm_start import load_warm_start
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload
 
@@ -56,7 +57,7 @@ def plain_model(workload: Workload) -> nn.Module:
     Sets torch's random state.
 
     Raises:
-        WorkloadError: the factory builds no `nn.Module`.
+        WorkloadError: the factory builds no `nn.Module`, or the workload's weights do not fit it.
     """
     torch.manual_seed(workload.seed)
     model = workload.model()
@@ -64,7 +65,9 @@ def plain_model(workload: Workload) -> nn.Module:
         raise WorkloadError(f"model of workload {workload.name!r} must build an nn.Module, not {type(model).__name__}")
     if not model.training:
         model.train()
-    return with_loss(model, workload)
+    model = with_loss(model, workload)
+    load_warm_start(model, workload)
+    return model
 
 
 def _check(model: nn.Module, workload: Workload) -> None:
