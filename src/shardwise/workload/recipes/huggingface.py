@@ -18,13 +18,17 @@ The parameters, for --set:
     data: text or token ids as in the recipe `language`, None means the standard library's source; for text
         classification labelled text: a .csv, .tsv or .jsonl file, or a folder with train.csv and validation.csv.
     weights: `folder` starts from the folder's weights if it has some; `random` does not.
-    learning_rate: largest learning rate; None means 5e-5 with stored weights, else 3e-4.
+    learning_rate: largest learning rate; None means 5e-5 with stored weights, 2e-4 with adapters, else 3e-4.
     warmup_steps: steps over which the learning rate rises; None means 100, or 6% of an epoch if that is less, with
         stored weights, else 0.
     schedule_steps: steps after which the learning rate has fallen to 2% along a cosine; None means that it stays.
     weight_decay: AdamW's weight decay of matrices and kernels; None means 0.01 with stored weights, else 0.1.
     clip_norm: largest norm of the gradient; None means no clipping.
     evaluation_samples: largest number of held-out samples that are scored; 0 means none.
+    lora: rank of low-rank adapters, which alone are trained (with the head of a classifier); 0 means none.
+    lora_alpha: numerator of the adapters' factor alpha / rank; None means twice the rank.
+    lora_dropout: share of an adapter's inputs that are dropped in training.
+    lora_targets: names of the layers that get adapters, separated by commas, or `all-linear`; None means peft's choice.
 """
 
 from __future__ import annotations
@@ -35,8 +39,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardwise.errors import WorkloadError
-from shardwise.workload.recipes.checks import MOST, check_at_most, check_positive
+from shardwise.workload.recipes.checks import MOST, check_at_most, check_positive, check_share
 from shardwise.workload.recipes.pretrained.architecture import architecture_of
+from shardwise.workload.recipes.pretrained.lora import Lora, with_lora
 from shardwise.workload.recipes.pretrained.stored import origin_of
 from shardwise.workload.recipes.pretrained.tasks import task_of
 from shardwise.workload.recipes.training import adamw, warmup_constant, warmup_cosine
@@ -61,15 +66,23 @@ def huggingface_workload(folder: Path) -> Callable[..., Workload]:
         weight_decay: float | None = None,
         clip_norm: float | None = 1.0,
         evaluation_samples: int = 256,
+        lora: int = 0,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        lora_targets: str | None = None,
     ) -> Workload:
-        given = {"learning_rate": learning_rate, "schedule_steps": schedule_steps}
+        check_share(lora_dropout=lora_dropout)
+        given = {"learning_rate": learning_rate, "schedule_steps": schedule_steps, "lora_alpha": lora_alpha}
         check_positive(batch_size=batch_size, sequence=sequence, **_given(given))
-        _check_not_negative(warmup_steps=warmup_steps, evaluation_samples=evaluation_samples, weight_decay=weight_decay)
+        _check_not_negative(warmup_steps=warmup_steps, evaluation_samples=evaluation_samples)
+        _check_not_negative(weight_decay=weight_decay, lora=lora)
         architecture = architecture_of(folder)
         architecture.check_sequence(sequence)
         task = task_of(architecture, sequence, data, evaluation_samples)
-        origin = origin_of(architecture, random=weights == "random")
+        adapters = Lora(lora, lora_alpha, lora_dropout, lora_targets)
+        origin = with_lora(origin_of(architecture, random=weights == "random"), architecture, adapters)
         rate, decay = (5e-5, 0.01) if origin.stored else (3e-4, 0.1)
+        rate = 2e-4 if lora else rate
         warmup = _warmup(len(task.dataset), batch_size) if origin.stored else 0
         return Workload(
             name=folder.resolve().name,
