@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from shardwise.strategy import Strategy
     from shardwise.workload.evaluation import Evaluation, Stopping
     from shardwise.workload.loading import Loading
-    from shardwise.workload.workload import Workload
+    from shardwise.workload.workload import WarmStart, Workload
 
 __all__ = [
     "Evaluation",
@@ -34,6 +34,7 @@ __all__ = [
     "Stopping",
     "Strategy",
     "TrainedModel",
+    "WarmStart",
     "WorkerFailed",
     "Workload",
     "calibrate",
@@ -55,6 +56,7 @@ _HOMES = {
     "ShardwiseError": "shardwise.errors",
     "Stopping": "shardwise.workload.evaluation",
     "Strategy": "shardwise.strategy",
+    "WarmStart": "shardwise.workload.workload",
     "WorkerFailed": "shardwise.errors",
     "Workload": "shardwise.workload.workload",
 }

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardwise.errors import NotMeasured, RequestError, StrategyError
+from shardwise.errors import NotMeasured, RequestError, StrategyError, nearest
 from shardwise.launch.context import under_launcher
 from shardwise.launch.join import join_launcher, threads_per_worker
 from shardwise.strategy import Strategy
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+EXPORT_FORMS = ("file", "folder", "adapter")
+"""Forms that `export` writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,21 +571,32 @@ def validate(runs: str | Path) -> dict[str, Any]:
     return validate_runs(runs)
 
 
-def export(run: str | Path, out: str | Path, *, best: bool = False) -> None:
-    """Write the plain full weights of a run's newest checkpoint to the safetensors file `out`.
+def export(run: str | Path, out: str | Path, form: str = "file", *, best: bool = False) -> None:
+    """Write the plain full weights of a run's newest checkpoint.
 
     Args:
         run: the run's folder.
-        out: the file to write.
+        out: file or folder to write, which must not exist.
+        form: `file`: one safetensors file. For runs of a Hugging Face folder also `folder`: a folder that transformers
+            loads, with adapters merged into the weights; `adapter`: the adapters alone, as peft loads them.
         best: take the checkpoint at which the metric of the workload's first evaluation was best.
 
     Raises:
-        RunFolderError: there is no run in the folder `run`, or it has no best checkpoint.
+        RequestError: `form` is something else.
+        RunFolderError: there is no run in the folder `run`, it is of another kind or has no best checkpoint, or `out`
+            exists.
         CheckpointError: the run has no complete, undamaged checkpoint.
     """
-    from shardwise.run.checkpoint.export import export_safetensors
+    if form not in EXPORT_FORMS:
+        raise RequestError(f"form={form}: known are {', '.join(EXPORT_FORMS)}{nearest(form, EXPORT_FORMS)}")
+    if form == "file":
+        from shardwise.run.checkpoint.export import export_safetensors
 
-    export_safetensors(Path(run), Path(out), best=best)
+        export_safetensors(Path(run), Path(out), best=best)
+        return
+    from shardwise.run.checkpoint.export_folder import export_adapter, export_folder
+
+    (export_folder if form == "folder" else export_adapter)(Path(run), Path(out), best=best)
 
 
 def _folder_in(parent: Path, workload: Workload, job: Job) -> Path:

@@ -146,7 +146,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    api.export(options.folder, options.file, best=options.best)
+    api.export(options.folder, options.file, form=options.form, best=options.best)
     _print(options, {"run": options.folder, "file": options.file}, lambda document: f"wrote {document['file']}")
 
 
@@ -417,8 +417,14 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     verify.set_defaults(run=_verify)
     export = commands.add_parser("export", help="write the plain weights of a run", description="Writes safetensors.")
     export.add_argument("folder", metavar="RUN", help="a run's folder")
-    export.add_argument("file", metavar="FILE", help="the safetensors file to write")
+    export.add_argument("file", metavar="OUT", help="the safetensors file or the folder to write")
     export.add_argument("--best", action="store_true", help="of the best evaluation, not the last step")
+    export.add_argument(
+        "--form",
+        default="file",
+        metavar="FORM",
+        help="file (default); for a Hugging Face folder also folder (adapters merged) or adapter (adapters alone)",
+    )
     _add_output(export)
     export.set_defaults(run=_export)
     simulate = commands.add_parser(

@@ -200,30 +200,6 @@ def test_an_evaluation_is_tried_before_the_training(workers: Pools) -> None:
     assert one(workers, workload(evaluation=wrong), "dp=2").startswith("evaluation of workload 'counted' fails: ")
 
 
-class Merging(nn.Linear):
-    """Layer that adds its adapter to its weight for evaluations, as LoRA layers do."""
-
-    def __init__(self) -> None:
-        super().__init__(6, 4)
-        self.adapter = nn.Parameter(torch.ones(4, 6))
-        self.weight.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Merging:
-        if mode != self.training:
-            self.weight.data += self.adapter.data if not mode else -self.adapter.data
-        super().train(mode)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight + self.adapter if self.training else self.weight, self.bias)
-
-
-def test_weights_that_modes_change_are_refused(workers: Pools) -> None:
-    for strategy in ("single", "dp=2"):
-        said = one(workers, workload(model=Merging), strategy)
-        assert said.startswith("eval() of the model of workload 'counted' changes weight: an evaluation would change")
-
-
 class Drawing(Counting):
     """Noise that no dropout draws."""
 

@@ -261,11 +261,16 @@ def check(workload: Workload, strategy: Strategy) -> None:
 
     Raises:
         StrategyError: the batch does not divide, or the model or the optimizer cannot be split in this way.
-        WorkloadError: the model, the optimizer or the schedule cannot be built or used.
+        WorkloadError: the model, the optimizer or the schedule cannot be built or used, or the weights to start from
+            do not fit the model.
         DataError: the dataset is empty, or cannot be read.
     """
     check_data(workload)
     in_one_batch(workload, strategy).for_batch(workload.batch_size)
+    if workload.weights is not None:
+        from shardwise.workload.warm_start import check_warm_start
+
+        check_warm_start(workload)
     from shardwise.parallel.operators.refused_modules import check_modules
     from shardwise.parallel.optim.check import check_optimizer
     from shardwise.predict.profile.meta_model import builds

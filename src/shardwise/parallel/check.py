@@ -13,6 +13,7 @@ from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.pipeline.cut_points import common, find_cut_points
 from shardwise.parallel.state.build_model import plain_model
+from shardwise.parallel.state.mode_changes import check_modes
 from shardwise.parallel.state.parameter_hooks import check_hooks, take_hooks
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partition import partition
@@ -43,6 +44,7 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
     with random_state_kept():
         model = plain_model(workload)
     check_hooks(take_hooks(model), replaced=True)
+    check_modes(model, workload, strategy)
     batch = example(workload, strategy.samples_of(0, workload.batch_size))
     step = traced(workload, model, batch)
     parameters = dict(model.named_parameters())

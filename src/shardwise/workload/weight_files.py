@@ -75,6 +75,16 @@ class StoredWeights:
             raise WorkloadError(f"the weights in {str(folder)!r} are not whole: {index[missing]} has no {missing}")
         return cls({name: folder / file for name, file in index.items()}, {})
 
+    @classmethod
+    def of_file(cls, path: Path) -> StoredWeights:
+        """Read the names of the tensors in one safetensors file. Raises WorkloadError if it cannot be read."""
+        try:
+            return cls(dict.fromkeys(_names_in(path), path), {})
+        except WorkloadError:
+            raise
+        except Exception as error:
+            raise WorkloadError(f"{path} cannot be read as a safetensors file: {error}") from error
+
     def named_for(self, module: nn.Module, prefix: str) -> StoredWeights | str:
         """Return these weights under the names of `module`, or the name of a parameter that is not in the files.
 
@@ -100,17 +110,25 @@ class StoredWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of parameter `name` without reading its values."""
-        key = self.keys[name]
+        return self.shape_of(self.keys[name])
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        """Return the shape of the stored tensor `key` without reading its values."""
         with safe_open(self.files[key], framework="pt") as file:
             return tuple(file.get_slice(key).get_shape())
+
+    def tensor(self, key: str) -> Tensor:
+        """Read the whole stored tensor `key`."""
+        with safe_open(self.files[key], framework="pt") as file:
+            whole: Tensor = file.get_tensor(key)
+            return whole
 
     def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """Read the box of parameter `name` that starts at `offsets` and has `sizes`, and nothing else of it."""
         key = self.keys[name]
+        if not sizes:
+            return self.tensor(key)
         with safe_open(self.files[key], framework="pt") as file:
-            if not sizes:
-                whole: Tensor = file.get_tensor(key)
-                return whole
             box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
             part: Tensor = file.get_slice(key)[box]
             return part

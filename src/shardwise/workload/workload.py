@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import WorkloadError
@@ -32,13 +33,34 @@ MOST_EPOCHS = 1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WarmStart:
+    """Weights that a model starts from.
+
+    Attributes:
+        path: safetensors file, or folder with `model.safetensors` or several files and their index.
+        allow_missing: patterns (`head.*`) of names, as in the model, that only the model or only the file may have, or
+            that may have another shape: those of a new head. The model's own values stay.
+        prefix: start of the names in the model (`encoder.`) that the names in the file lack.
+    """
+
+    path: str | Path
+    allow_missing: tuple[str, ...] = ()
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.allow_missing, str):
+            raise WorkloadError(f"allow_missing={self.allow_missing!r}: must be a tuple of patterns, not one text")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """A model, its loss, its data, its optimizer and the global batch size.
 
     Attributes:
         name: name in runs and reports.
         model: builds the plain `nn.Module`; called on each worker with the random seed set.
-        dataset: map-style (`__len__`, `__getitem__`) or iterable; samples are tensors, tuples or dicts of tensors.
+        dataset: map-style (`__len__`, `__getitem__`) or iterable; samples are tensors, tuples or dicts of tensors. A
+            method `set_epoch` of it is called with the number of each epoch.
         inputs: maps a batch to the arguments of the model: a tensor, a tuple (args) or a dict (kwargs).
         loss: maps (model output, batch) to a scalar tensor, the mean over the samples of `batch` (or over its
             `weight`), or to a dict of such tensors: their sum is trained, each is logged. A module with parameters is
@@ -70,6 +92,8 @@ class Workload:
             trained parameter, and may change the tensor in place: clipping, a projection, a mask.
         callbacks: objects that worker 0 tells what happens, each with one or both of the methods `on_step(step)`, with
             a step as in `metrics.jsonl`, and `on_evaluation(step, values)`, with the number of steps taken.
+        weights: safetensors file or folder that the model starts from; a `WarmStart` says what may differ.
+        notes: lines that the log and the summary of a training show, for example where its weights come from.
     """
 
     name: str
@@ -95,6 +119,8 @@ class Workload:
     average: float | None = None
     after_step: Callable[[str, Tensor], Any] | None = None
     callbacks: Sequence[Any] = ()
+    weights: str | Path | WarmStart | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.errors import CheckpointError, WorkloadError
+from shardwise.parallel.optim.changed_numbers import MADE, apply_changes, check_schedule
 from shardwise.parallel.optim.making import required
 from shardwise.workload.workload import Workload
 
@@ -105,20 +106,32 @@ def schedule_state(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | No
 
 
 def load_schedule_state(
-    optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, state: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None,
+    state: Mapping[str, Any],
+    made: Mapping[str, Any] | None = None,
 ) -> None:
-    """Restore the result of `schedule_state`.
+    """Restore the numbers of groups and scheduler; those that the workload makes otherwise than before are new.
+
+    Args:
+        optimizer: the optimizer.
+        scheduler: scheduler of its learning rate.
+        state: result of `with_made`.
+        made: result of `schedule_state` before the first step. None means that no step was taken.
 
     Raises:
-        CheckpointError: the number of parameter groups differs, or a value does not belong to the scheduler or
-            optimizer.
+        CheckpointError: the number of parameter groups differs, a value does not belong to the scheduler or optimizer,
+            or a change of the workload does not fit the schedule.
     """
-    if scheduler is not None and state["scheduler"] is not None:
+    made = made or schedule_state(optimizer, scheduler)
+    check_schedule(scheduler, state["scheduler"], made)
+    if scheduler is not None:
         known = scheduler.state_dict()
-        for key in state["scheduler"]:
+        saved = {key: value for key, value in state["scheduler"].items() if key != MADE}
+        for key in saved:
             if key not in known and hasattr(scheduler, key):  # a method, or an object that it refers to
                 raise CheckpointError(f"the checkpoint has {key!r} among the counts of the scheduler, which is none")
-        scheduler.load_state_dict(_like(scheduler.state_dict(), state["scheduler"]))
+        scheduler.load_state_dict(_like(known, saved))
     groups = _fitted(list(state["groups"]), len(optimizer.param_groups))
     if len(groups) != len(optimizer.param_groups):
         raise CheckpointError(
@@ -131,6 +144,8 @@ def load_schedule_state(
                 group[key].fill_(value)
             elif key in group:
                 group[key] = _like(group[key], value)
+    if len(groups) == len(state["groups"]):  # else the groups cannot be compared one by one
+        apply_changes(optimizer.param_groups, groups, made["groups"], scheduler)
 
 
 def _fitted(values: list[Any], count: int) -> list[Any]:

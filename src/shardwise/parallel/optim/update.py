@@ -17,6 +17,7 @@ from torch import nn
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.optim.changed_numbers import with_made
 from shardwise.parallel.optim.making import make_optimizer, partly
 from shardwise.parallel.optim.nature import Nature, nature_of
 from shardwise.parallel.optim.optimizer_state import SHARED, OptimizerState
@@ -63,6 +64,7 @@ class ParameterUpdate:
         here = self._updated(names)
         self.optimizer = self._make(workload, here)
         self.schedule = Schedule(workload, self.optimizer)
+        self._made = schedule_state(self.optimizer, self.schedule.scheduler)
         held = {
             name: replace(engine.held[name], layout=Layout.whole(here[name].shape))
             if self._is_matrix(name)
@@ -100,11 +102,12 @@ class ParameterUpdate:
 
     def counts(self) -> dict[str, Any]:
         """Return the numbers of groups and schedule, and the state that is no tensor, JSON-able. Collective."""
-        return {**schedule_state(self.optimizer, self.schedule.scheduler), **self._plain()}
+        now = schedule_state(self.optimizer, self.schedule.scheduler)
+        return {**with_made(now, self._made), **self._plain()}
 
     def load_counts(self, saved: Mapping[str, Any]) -> None:
         """Restore the result of `counts`, after the tensors of the state. Raises CheckpointError."""
-        load_schedule_state(self.optimizer, self.schedule.scheduler, saved)
+        load_schedule_state(self.optimizer, self.schedule.scheduler, saved, self._made)
         optimizer: Any = self.optimizer
         optimizer._opt_called = True  # torch warns of a schedule that moves before the first step, which was long ago
         if isinstance(plain := saved.get(OPTIMIZER), Mapping):

@@ -16,8 +16,10 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.state.broadcast import broadcast
 from shardwise.parallel.state.gather import gather_json
 from shardwise.parallel.state.materialize import move_values
+from shardwise.parallel.state.mode_changes import check_modes
 from shardwise.workload.losses import with_loss
 from shardwise.workload.trace.python_state import PythonState
+from shardwise.workload.warm_start import load_warm_start
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload
 
@@ -35,10 +37,12 @@ def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
 
     Raises:
         WorkloadError: the factory builds no module, the model has nothing to train, a parameter has no shape or no
-            values, or the structure differs between workers.
+            values, a module changes weights with its mode where that cannot work, or the structure differs between
+            workers.
     """
     model = plain_model(workload)
     _check(model, workload)
+    check_modes(model, workload, mesh.strategy)
     _BUILT.add(model)
     move_values(model, mesh.device)
     if mesh.world is not None:
@@ -53,7 +57,7 @@ def plain_model(workload: Workload) -> nn.Module:
     Sets torch's random state.
 
     Raises:
-        WorkloadError: the factory builds no `nn.Module`.
+        WorkloadError: the factory builds no `nn.Module`, or the workload's weights do not fit it.
     """
     torch.manual_seed(workload.seed)
     model = workload.model()
@@ -61,7 +65,9 @@ def plain_model(workload: Workload) -> nn.Module:
         raise WorkloadError(f"model of workload {workload.name!r} must build an nn.Module, not {type(model).__name__}")
     if not model.training:
         model.train()
-    return with_loss(model, workload)
+    model = with_loss(model, workload)
+    load_warm_start(model, workload)
+    return model
 
 
 def _check(model: nn.Module, workload: Workload) -> None:
@@ -144,15 +150,17 @@ def persistent_buffers(model: nn.Module, *, all_names: bool = False) -> dict[str
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` into evaluation mode inside the block.
 
-    Afterwards every module is in the mode that it was in before, including modules that are never in training mode.
+    Afterwards every module is in the mode that it was in before, including modules that are never in training mode. A
+    module's own `train` is called, as in a plain training loop: it may undo what its `eval` did.
     """
-    training = [module for module in model.modules() if module.training]
+    training = {module for module in model.modules() if module.training}
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        model.train(model in training)
+        for module in model.modules():
+            module.training = module in training
 
 
 @contextmanager

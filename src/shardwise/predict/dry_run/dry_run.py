@@ -125,7 +125,7 @@ def dry_run(
     for build in _builds(workload):
         try:
             return _SingleDryRun(
-                replace(workload, model=build), strategy, rank, cuts, device, _without_memory()
+                replace(workload, model=build, weights=None), strategy, rank, cuts, device, _without_memory()
             ).result()
         except (Untraceable, *_FOLLOWS_DATA) as error:
             why = first_line(error)

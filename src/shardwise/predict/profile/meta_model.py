@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -182,8 +182,9 @@ class Model:
 def builds(workload: Workload) -> Iterator[Model]:
     """Yield builds of the model without values, the fastest first: on the meta device, then without parameters' memory.
 
-    The meta device is left out if the model's factory does not run on it.
+    The meta device is left out if the factory does not run on it. The values in `Workload.weights` are not read.
     """
+    workload = replace(workload, weights=None)
     module = _on_meta(workload)
     if module is not None:
         yield Model.of(workload, module)

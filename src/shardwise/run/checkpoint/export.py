@@ -39,16 +39,9 @@ def export_safetensors(run: Path, out: Path, *, best: bool = False) -> None:
         CheckpointError: all checkpoints of the run are damaged or not finite, or the best one is.
     """
     run, out = Path(run), Path(out)
-    if not run.is_dir():
-        raise RunFolderError(f"run folder {run} is not there: give the folder that a training wrote")
-    if out.exists():
+    if run.is_dir() and out.exists():
         raise RunFolderError(f"{out} is there already: remove it, or give another name")
-    folder = newest_whole(run / "checkpoints", not_finite)
-    if folder is None:
-        raise RunFolderError(f"run folder {run} holds no checkpoint: train until the first one is written")
-    if best:
-        folder = _best(run, folder)
-    stored = _weights(folder)
+    folder, stored = newest_weights(run, best=best)
     partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +53,22 @@ def export_safetensors(run: Path, out: Path, *, best: bool = False) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise RunFolderError(f"{out} cannot be written: {error.strerror}; give a file in another folder") from error
+
+
+def newest_weights(run: Path, *, best: bool = False) -> tuple[Path, dict[str, Stored]]:
+    """Return a run's newest checkpoint, or its best one, and the weights in it by all their names.
+
+    Raises:
+        RunFolderError: the run does not exist or has no checkpoint, or the best is asked for and there is none.
+        CheckpointError: all checkpoints of the run are damaged or not finite, or the best one is.
+    """
+    if not run.is_dir():
+        raise RunFolderError(f"run folder {run} is not there: give the folder that a training wrote")
+    folder = newest_whole(run / "checkpoints", not_finite)
+    if folder is None:
+        raise RunFolderError(f"run folder {run} holds no checkpoint: train until the first one is written")
+    folder = _best(run, folder) if best else folder
+    return folder, _weights(folder)
 
 
 def _best(run: Path, newest: Path) -> Path:
@@ -99,13 +108,22 @@ def _weights(folder: Path) -> dict[str, Stored]:
 
 
 def _export(folder: Path, stored: dict[str, Stored], out: Path) -> None:
+    specs = {name: entry.spec for name, entry in stored.items()}
+    write_tensors(out, specs, reader_of(folder, stored), {"format": "pt"})
+
+
+def reader_of(folder: Path, stored: dict[str, Stored]) -> Callable[[str], Tensor]:
+    """Return a function that reads a full weight of a checkpoint by its name."""
     # a checkpoint of thousands of workers has more files than a process may open at once
     opened = lru_cache(maxsize=64)(lambda name: safe_open(folder / name, "pt"))
-    specs = {name: entry.spec for name, entry in stored.items()}
-    try:
-        write_tensors(out, specs, lambda name: _assemble(stored[name], opened), {"format": "pt"})
-    except SafetensorError as error:  # the files were checked a moment ago, so this is a new fault
-        raise CheckpointError(f"checkpoint {folder} cannot be read any more: {error}") from None
+
+    def read(name: str) -> Tensor:
+        try:
+            return _assemble(stored[name], opened)
+        except SafetensorError as error:  # the files were checked a moment ago, so this is a new fault
+            raise CheckpointError(f"checkpoint {folder} cannot be read any more: {error}") from None
+
+    return read
 
 
 def _assemble(stored: Stored, opened: Callable[[str], Any]) -> Tensor:

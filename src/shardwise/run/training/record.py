@@ -78,6 +78,10 @@ class RunRecord:
             self._warn(f"resuming from {path.name}, which is not finite; the last finite one is {last and last.name}")
         return progress
 
+    def _notes(self) -> list[str]:
+        """Return what the user should know about the workload and the strategy, one line each."""
+        return [*self.program.workload.notes, *self.program.notes]
+
     @contextmanager
     def open(self, total: int | None, notes: Iterable[str] = ()) -> Iterator[None]:
         """Open the log for the training in the block, which ends after step `total` (None: unknown).
@@ -90,7 +94,7 @@ class RunRecord:
             return
         job = self.job
         with Log(job.folder, str(job.strategy), self._first, total, quiet=job.options.quiet) as self._log:
-            for note in (str(self.first_step), *self.program.notes, *notes):
+            for note in (str(self.first_step), *self._notes(), *notes):
                 self._log.say(note)
             self._clock.resume()
             yield
@@ -227,7 +231,7 @@ class RunRecord:
                 "memory_error": relative_error(forecast.memory_bytes, measured["memory_bytes"]),
                 "first_step": asdict(self.first_step),
                 "run": None if folder is None else str(folder),
-                "notes": list(self.program.notes),
+                "notes": self._notes(),
                 "slow_workers": watch.slow_workers(),
                 "reasons": reasons,
             }

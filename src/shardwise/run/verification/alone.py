@@ -79,25 +79,6 @@ class OneWorker:
         """Return whether the model drew random numbers outside of dropout."""
         return self._engine.draws_other_random_numbers
 
-    @torch.no_grad()
-    def check_modes(self) -> None:
-        """Check that no parameter changes when the model goes into evaluation mode and back.
-
-        Raises:
-            WorkloadError: one does; the message names it. An evaluation would change what is trained.
-        """
-        model = self._engine.model
-        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-        with self._undone():
-            for mode in (model.eval, model.train):
-                mode()
-                changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
-                if changed:
-                    raise WorkloadError(
-                        f"{mode.__name__}() of the model of workload {self.workload.name!r} changes {changed[0]}: an "
-                        "evaluation would change what is trained; merge such weights in forward, or only for an export"
-                    )
-
     def update(self) -> None:
         """Run one step of the workload's optimizer with the gradients of the last pass, and what follows a step.
 

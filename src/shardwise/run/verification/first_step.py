@@ -154,7 +154,6 @@ class _Comparison:
         """
         whole = self._read(self.samples, 1)
         repeatable = same_data(whole, self._read(self.samples, 1))  # before a pass, which may write into its batch
-        alone.check_modes()
         value, expected = alone.loss_and_gradients(whole)
         alone.update()
         alone.evaluate()

@@ -91,6 +91,8 @@ class Loader(ReadingPlan):
             return StreamReader(self, epoch, start)
         if len(self.dataset) == 0:
             raise DataError("the dataset is empty: there is nothing to train on")
+        if callable(tell := getattr(self.dataset, "set_epoch", None)):
+            tell(epoch)
         order = self._order(epoch)
         if self.agree is not None and self.loading.chooser is not None:
             self.agree(Seen.of_order(epoch, order))

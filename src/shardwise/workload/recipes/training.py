@@ -49,3 +49,8 @@ def warmup_cosine(steps: int, warmup: float = 0.1, floor: float = 0.02) -> Calla
 def epochs_of(steps: int, dataset: Sized, batch_size: int) -> float:
     """Return the number of epochs, with a fraction, that `steps` optimizer steps are."""
     return steps / max(1, -(-len(dataset) // batch_size))
+
+
+def warmup_constant(steps: int) -> Callable[[Optimizer], LambdaLR]:
+    """Return a factory of learning-rate schedules that rise linearly over `steps` steps and then stay."""
+    return lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shardwise.errors import RequestError
+from shardwise.errors import RequestError, WorkloadError
 from shardwise.workload.load import load_workload
 from shardwise.workload.recipes.datasets import text as texts
 from shardwise.workload.recipes.datasets.images import MOST_PIXELS, ImageFiles, image_folder
@@ -285,8 +285,11 @@ class TestHuggingFaceFolders:
 
     def test_pickled_weights_are_not_read(self, folder: Path, tmp_path: Path) -> None:
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Mark(tmp_path / "ran")))
-        workload = load_workload(str(folder))
+        with pytest.raises(WorkloadError, match=r"pytorch_model.bin is pickled, and cannot be read"):
+            load_workload(str(folder))
+        workload = load_workload(str(folder), {"weights": "random"})
         workload.model()
         save_file({"other": torch.zeros(2)}, folder / "model.safetensors")
-        load_workload(str(folder)).model()
+        with pytest.raises(WorkloadError, match=r"lacks .* of LlamaForCausalLM"):
+            load_workload(str(folder))
         assert not (tmp_path / "ran").exists()
