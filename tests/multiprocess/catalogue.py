@@ -188,9 +188,9 @@ def vit() -> Workload:
 
 
 def swin() -> Workload:
-    """Without its stochastic depth, whose random numbers are not dropout's."""
+    """A transformer with stochastic depth: whole samples skip a block now and then."""
     sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
-    return _picture("Swin", "SwinForImageClassification", "SwinConfig", **sizes, window_size=4, drop_path_rate=0.0)
+    return _picture("Swin", "SwinForImageClassification", "SwinConfig", **sizes, window_size=4, drop_path_rate=0.2)
 
 
 def convnext() -> Workload:

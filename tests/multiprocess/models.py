@@ -746,6 +746,20 @@ def small(
     return lambda: make(lambda: Small(compute, setup), points(), **changes)
 
 
+def drawn(m: Any, x: Tensor) -> Tensor:
+    """Stochastic depth as timm and transformers spell it, noise, random scales, and a choice by Gumbel noise."""
+    if not m.training:
+        output: Tensor = m.c(m.b(m.a(x)))
+        return output
+    depth = x.new_empty(len(x), 1).bernoulli_(0.7).div_(0.7)
+    h = m.a(x) + m.b(m.a(x)).tanh() * depth
+    h = h * (0.8 + torch.rand((len(x), 1), dtype=x.dtype, device=x.device)).floor() + 0.1 * torch.randn_like(h)
+    h = h * torch.empty_like(h).uniform_(0.5, 1.5) + torch.randint(0, 3, h.shape, device=x.device) * 0.1
+    h = h + torch.rand(5, dtype=x.dtype, device=x.device).mean()  # belongs to no sample
+    result: Tensor = m.c(h) + F.gumbel_softmax(m.c(h.tanh()), tau=0.7)
+    return result
+
+
 def written_by_parts(m: Any, x: Tensor) -> Tensor:
     y = torch.cat([m.a(x), m.b(m.a(x))], 1)
     y[:, :3] = 0.5
@@ -963,6 +977,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 }
 
 ODDITIES: dict[str, Callable[[], Workload]] = {
+    "drawn": small(drawn),
     "written-by-parts": small(written_by_parts),
     "written-by-steps": small(written_by_steps),
     "written-late": small(written_late),

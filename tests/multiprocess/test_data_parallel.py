@@ -376,7 +376,7 @@ class Noisy(nn.Module):
         if self.training:
             self.seen = self.seen * 0.9 + x.detach().mean(0)
             self.calls += 1
-        output: Tensor = self.frozen(self.linear(x)) + torch.rand(1)
+        output: Tensor = self.frozen(self.linear(x)) + torch.randperm(3) / 3
         return output
 
 

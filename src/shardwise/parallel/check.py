@@ -68,7 +68,7 @@ def split(
 
     The graph is for inspection: it cannot run.
     """
-    nothing = Replacements(_never, _never, _never, _never)
+    nothing = Replacements(*(_never,) * 5)
     return partition(step, Exchange(None, 0, ranks), nothing, trained=trained, sequence=sequence)
 
 

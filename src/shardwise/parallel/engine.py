@@ -96,7 +96,7 @@ class Engine(Protocol):
 
     @property
     def draws_other_random_numbers(self) -> bool:
-        """Return whether the model drew random numbers outside of dropout, which differ between strategies."""
+        """Return whether the model drew random numbers that workers do not share, which differ between strategies."""
         ...
 
     @property

@@ -101,7 +101,7 @@ class ModuleEngine:
 
     @property
     def draws_other_random_numbers(self) -> bool:
-        """Return whether the model drew random numbers outside of dropout, see `Engine.draws_other_random_numbers`."""
+        """Return whether the model drew random numbers that workers do not share, as in `Engine`."""
         return self._operations.draws_other_random_numbers
 
     @property

@@ -183,7 +183,7 @@ class GraphEngine:
 
     @property
     def draws_other_random_numbers(self) -> bool:
-        """Return whether the model drew random numbers outside of dropout, see `Engine.draws_other_random_numbers`."""
+        """Return whether the model drew random numbers that workers do not share, as in `Engine`."""
         return self._operators.draws_other_random_numbers
 
     @property
@@ -216,7 +216,9 @@ class GraphEngine:
     def _partition(self, step: StepGraph, *, first: bool) -> LocalGraph:
         """Build this worker's part of a step. `first` marks the step that decides the placements of tensors."""
         operators = self._operators
-        replacements = Replacements(operators.dropout, operators.attention, operators.batch_norm, operators.opaque)
+        replacements = Replacements(
+            operators.dropout, operators.draw, operators.attention, operators.batch_norm, operators.opaque
+        )
         local, _ = partition(
             step,
             self._exchange,

@@ -47,14 +47,22 @@ def draw_mask(
     """
     if p >= 1:
         return torch.zeros((samples, *index.shape), dtype=dtype, device=index.device)
+    survives = draw_bits(position, site, index, samples) >= min(round(p * 2**32), _WORD) - 2**31
+    return survives.to(dtype).mul_(1.0 / (1.0 - p))
+
+
+def draw_bits(position: Position, site: int, index: Tensor, samples: int) -> Tensor:
+    """Draw 32 random bits for each element, as int32; arguments as for `draw_mask`.
+
+    Returns:
+        the bits, shape (samples, *index.shape).
+    """
     low, high = _key(position.seed, position.step, site)
     places = torch.arange(position.first, position.first + samples, device=index.device)
-    by_sample = _mix(_mix(places.to(torch.int32) ^ _signed(high)) + _signed(low))
-    by_index = _mix(_mix(index.to(torch.int32) ^ _signed(low)) + _signed(high))
-    bits = by_sample.view(samples, *(1,) * index.dim()) ^ by_index
-    bits.mul_(_FIRST).bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_SECOND)
-    survives = bits >= min(round(p * 2**32), _WORD) - 2**31
-    return survives.to(dtype).mul_(1.0 / (1.0 - p))
+    of_samples = _mix(_mix(places.to(torch.int32) ^ _signed(high)) + _signed(low))
+    of_elements = _mix(_mix(index.to(torch.int32) ^ _signed(low)) + _signed(high))
+    bits = of_samples.view(samples, *(1,) * index.dim()) ^ of_elements
+    return bits.mul_(_FIRST).bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(_SECOND)
 
 
 def mask(
@@ -80,18 +88,37 @@ def mask(
         along: the dimension of which only a part lies here. None if the whole tensor does.
         cut: (tensor, dimension) -> its part here; goes with `along`.
     """
+
+    def draw(position: Position, site: int, index: Tensor, samples: int) -> Tensor:
+        return draw_mask(position, site, index, samples, p, like.dtype)
+
+    return by_sample(draw, position, site, shape, like.device, merged=merged, along=along, cut=cut)
+
+
+def by_sample(
+    draw: Callable[[Position, int, Tensor, int], Tensor],
+    position: Position,
+    site: int,
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    merged: bool = False,
+    along: int | None = None,
+    cut: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """Call `draw` (arguments as for `draw_bits`) for a tensor of `shape`, or a part of it; see `mask`."""
     samples = position.samples
     dim = 0 if merged and shape[0] % samples == 0 else _sample_dim(shape, samples)
     if along is not None and along == dim:
         assert cut is not None
-        return cut(mask(position, site, shape, p, like, merged=merged), along)
-    index = _indices(_within_sample(shape, dim, samples), like.device)
+        return cut(by_sample(draw, position, site, shape, device, merged=merged), along)
+    index = _indices(_within_sample(shape, dim, samples), device)
     if along is not None and cut is not None:
         index = cut(index, along - (dim is not None and 0 < dim < along))
     if dim is None:
         common = Position(seed=position.seed, step=position.step)
-        return draw_mask(common, site, index, 1, p, like.dtype)[0]
-    drawn = draw_mask(position, site, index, samples, p, like.dtype)
+        return draw(common, site, index, 1)[0]
+    drawn = draw(position, site, index, samples)
     return drawn.flatten(0, 1) if dim == 0 else drawn.movedim(0, dim)
 
 

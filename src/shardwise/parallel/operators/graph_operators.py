@@ -20,6 +20,7 @@ from shardwise.parallel.operators.batch_norm import batch_norm
 from shardwise.parallel.operators.dropout import attention_probabilities
 from shardwise.parallel.operators.dropout import mask as draw_mask
 from shardwise.parallel.operators.module_patches import ModulePatches
+from shardwise.parallel.operators.random_numbers import draw
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.placement import REPLICATED, Placement, Sharded
 from shardwise.workload.trace.opaque import Call
@@ -108,6 +109,10 @@ class GraphOperators:
             mask = self.mask(site, shape[:lead], p, placement, x, merged)
         return x * mask.view(*x.shape[:lead], *(1,) * (x.dim() - lead))
 
+    def draw(self, name: str, site: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Call torch's function `name` with random numbers that do not depend on the worker, see `random_numbers`."""
+        return draw(self.position, site, name, args, kwargs)
+
     def attention(
         self,
         query: Tensor,
@@ -178,5 +183,5 @@ class GraphOperators:
 
     @property
     def draws_other_random_numbers(self) -> bool:
-        """Return whether an untraced module has drawn random numbers outside of dropout."""
+        """Return whether an untraced module has drawn random numbers that workers do not share."""
         return any(operations.draws_other_random_numbers for operations, _ in self._opaque.values())

@@ -26,6 +26,7 @@ from shardwise.parallel.engine import Position
 from shardwise.parallel.operators import selective_checkpoint
 from shardwise.parallel.operators.batch_norm import batch_norm
 from shardwise.parallel.operators.dropout import DropoutReplacements
+from shardwise.parallel.operators.random_numbers import replacements
 from shardwise.parallel.operators.true_gradients import scale_module_hooks, true_gradients
 from shardwise.parallel.state.pytree import facts
 from shardwise.workload.trace.python_state import PythonState
@@ -43,7 +44,7 @@ _DROPOUTS: Handlers = {
 """The forward of each dropout module -> the function that it calls."""
 
 
-DRAWN = "the model draws random numbers outside of dropout: these differ from those of one worker"
+DRAWN = "the model draws random numbers of a kind that workers do not share: these differ from those of one worker"
 
 
 class ModulePatches:
@@ -59,7 +60,7 @@ class ModulePatches:
         gradient_factor: size of the gradients of a backward pass in proportion to the true ones.
 
     Attributes:
-        draws_other_random_numbers: whether the model draws random numbers outside of dropout.
+        draws_other_random_numbers: whether the model draws random numbers that workers do not share.
         recomputing: whether a block is being recomputed.
     """
 
@@ -78,7 +79,11 @@ class ModulePatches:
         self._make_group = make_group
         self._device = device
         self._dropout_replacements = DropoutReplacements(position)
-        self._handlers: Handlers = {**self._dropout_replacements.handlers, F.batch_norm: self._batch_norm}
+        self._handlers: Handlers = {
+            **self._dropout_replacements.handlers,
+            **replacements(self._dropout_replacements),
+            F.batch_norm: self._batch_norm,
+        }
         self.recomputing = False
         self._everywhere: bool | None = None
         """True if the mode is on during whole passes; None before the first pass, which decides."""

@@ -464,8 +464,21 @@ def dropout(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, An
     return p.emit(p.replacements.dropout, full, like=like, placement=x.placement)
 
 
-def refuse_random(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Random operations other than dropout: computed unchanged from torch's generator, which workers do not share.
+def random_numbers(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """rand, bernoulli_, normal_, ...: every worker draws all of it, see `parallel.operators.random_numbers`."""
+    name = node.target._schema.name.rpartition("::")[2]  # type: ignore[union-attr]
+    overwritten = name.endswith("_") and args[0].grad
+    if kwargs.get("generator") is not None or overwritten:
+        return unkeyed_random_numbers(p, node, args, kwargs)
+    site, p.sites = p.sites, p.sites + 1
+    whole = [p.replicated(item) if isinstance(item, PlacedValue) else item for item in args]
+    drawn = p.emit(p.replacements.draw, (name, site, *whole), kwargs, like=node.meta["val"])
+    drawn.grad = drawn.node.meta["grad"] = False
+    return drawn
+
+
+def unkeyed_random_numbers(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """multinomial, randperm, ...: computed unchanged from torch's generator, which workers do not share.
 
     Adds a note.
     """
@@ -527,10 +540,12 @@ _SPATIAL = (
     *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)),
     *(f"upsample_{kind}" for kind in "nearest1d nearest2d nearest3d bilinear2d bicubic2d trilinear3d".split()),
 )
-_RANDOM = tuple(
-    "rand randn randint rand_like randn_like randint_like bernoulli bernoulli_ multinomial normal normal_ uniform_ "
-    "alpha_dropout feature_alpha_dropout rrelu randperm".split()
+KEYED = tuple(
+    "rand randn rand_like randn_like randint randint_like bernoulli bernoulli_ uniform_ normal_ exponential_".split()
 )
+"""Functions whose random numbers are drawn by sample and place, see `parallel.operators.random_numbers`."""
+
+_UNKEYED = ("multinomial", "normal", "alpha_dropout", "feature_alpha_dropout", "rrelu", "randperm")
 RULES: dict[str, Rule] = {
     "linear": linear,
     "matmul": matmul,
@@ -559,7 +574,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_ALONG, along),
     **dict.fromkeys(_REDUCTIONS, reduction),
     **dict.fromkeys(_SPATIAL, spatial),
-    **dict.fromkeys(_RANDOM, refuse_random),
+    **dict.fromkeys(KEYED, random_numbers),
+    **dict.fromkeys(_UNKEYED, unkeyed_random_numbers),
 }
 
 OTHERS: dict[str, Rule] = {"transformers::grouped_mm_fallback": grouped_matmul}

@@ -64,6 +64,7 @@ class Replacements:
     """
 
     dropout: Callable[..., Tensor]
+    draw: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     batch_norm: Callable[..., Tensor]
     opaque: Callable[..., tuple[Tensor, ...]]
@@ -395,7 +396,7 @@ class Partitioner:
         for item in values:
             self._use(item)
         node = self.graph.call_function(function, _nodes(tuple(args)), _nodes(dict(kwargs or {})))
-        carries = _differentiable(like.dtype) and any(v.grad for v in values)
+        carries = _differentiable(like.dtype) and any(v.grad for v in values) and not _makes_anew(function)
         value = PlacedValue(node, placement, tuple(like.shape), like.dtype, carries)
         self._describe(value)
         return value
@@ -641,6 +642,11 @@ def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[.
 def _name_of(target: Any) -> str:
     schema = getattr(target, "_schema", None)
     return str(getattr(target, "__name__", target)) if schema is None else str(schema.name).rpartition("::")[2]
+
+
+def _makes_anew(function: Any) -> bool:
+    """Return whether an operation takes only shape and dtype from a tensor, so that no gradient flows back to it."""
+    return _name_of(function).startswith(("new_", "empty_", "zeros_", "ones_", "full_"))
 
 
 def _differentiable(dtype: torch.dtype) -> bool:

@@ -221,7 +221,7 @@ class _Profiler:
             self.precision == "bf16",
             self.device == "gpu",
             self.weights if self.split else None,
-            {self.operators.dropout: 2, self.operators.attention: 7},
+            {self.operators.dropout: 2, self.operators.draw: 1, self.operators.attention: 7},
         )
         chain = _Chain(analyst, cut, given, specs)
         chain.run()
@@ -261,7 +261,7 @@ class _Profiler:
         local, _ = partition(
             step,
             self.exchange,
-            Replacements(operators.dropout, operators.attention, self._batch_norm, operators.opaque),
+            Replacements(operators.dropout, operators.draw, operators.attention, self._batch_norm, operators.opaque),
             trained=trained,
             sequence=bool(self.sp),
             placements=None if first is None else first.placements,

@@ -76,7 +76,7 @@ class OneWorker:
         return sum(loss * weight for loss, weight in pairs) / sum(weight for _, weight in pairs)
 
     def draws(self) -> bool:
-        """Return whether the model drew random numbers outside of dropout."""
+        """Return whether the model drew random numbers that workers do not share."""
         return self._engine.draws_other_random_numbers
 
     def update(self) -> None:

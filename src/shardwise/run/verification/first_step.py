@@ -147,7 +147,7 @@ class _Comparison:
             alone: plain module with the weights of the program.
             loss: loss of the program.
             gradients: full gradients of the program by name.
-            draws: whether the program drew random numbers outside of dropout.
+            draws: whether the program drew random numbers that workers do not share.
 
         Raises:
             WorkloadError: see `OneWorker`.
@@ -158,7 +158,7 @@ class _Comparison:
         alone.update()
         alone.evaluate()
         if draws or alone.draws():
-            return _Found(reason="the model draws random numbers outside of dropout, which no two runs share")
+            return _Found(reason="the model draws random numbers that no two workers share")
         if not repeatable:
             return _Found(reason="the dataset gives other samples each time it is read")
         if refusal := self._coupled(alone):

@@ -186,7 +186,7 @@ def test_dropout_that_starts_later_is_caught_from_the_next_pass_on() -> None:
 def test_other_random_numbers_are_noticed() -> None:
     operations = ModulePatches(Position(samples=4), CPU)
     with operations.training_pass():
-        torch.rand(3)
+        torch.randperm(3)
     assert operations.draws_other_random_numbers
 
 

@@ -212,13 +212,13 @@ def test_what_cannot_be_told_is_said() -> None:
 
 
 def test_the_search_draws_what_the_step_drew_and_leaves_no_trace() -> None:
-    """Random numbers outside of dropout, and buffers, are those of the step when its passes are run again."""
+    """Random numbers that workers do not share, and buffers, are those of the step when its passes are run again."""
     drawn: list[float] = []
     states: list[Tensor] = []
 
     class Noise(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            drawn.append(float(torch.rand(())))
+            drawn.append(float(torch.randperm(1000)[0]))
             return x / 0
 
     def judge(loss: float, square: float, search: Callable[[], Any]) -> bool:
