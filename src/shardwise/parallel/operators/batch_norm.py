@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def batch_norm(
@@ -70,6 +71,7 @@ class _BatchNorm(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, count = ctx.saved_tensors
         direct, by_weight, by_bias = _local_gradients(gradients[0].contiguous(), x, weight, mean, var, ctx.eps)

@@ -28,7 +28,8 @@ Reasons = dict[str, str]
 def functions_of(workload: Workload) -> list[Callable[..., Any]]:
     """Return the functions of a workload that are part of the graph of a step."""
     evaluation = workload.evaluation
-    return [workload.inputs, workload.loss, *([] if evaluation is None else [evaluation.measure])]
+    step = [] if workload.step is None else [workload.step]
+    return [workload.inputs, workload.loss, *step, *([] if evaluation is None else [evaluation.measure])]
 
 
 def trace_evolving(

@@ -27,6 +27,7 @@ from torch.utils.data import default_collate
 from shardwise.errors import DataError, WorkloadError
 from shardwise.workload.data import first_samples
 from shardwise.workload.losses import losses_of, total
+from shardwise.workload.own_step import run_step
 from shardwise.workload.trace.functions import DerivativesRefused, functions_kept
 from shardwise.workload.trace.opaque import Call, assignments_copied, calls_in, hidden
 from shardwise.workload.trace.stand_ins import stand_ins
@@ -79,6 +80,7 @@ class _StepModule(nn.Module):
         self,
         workload: Workload,
         model: nn.Module,
+        training: bool,
         measure: Callable[[Any, Any], Tensor] | None,
         note_names: Callable[[Iterable[str]], None],
         after: Callable[[], None] | None,
@@ -86,14 +88,20 @@ class _StepModule(nn.Module):
         super().__init__()
         self.model = model
         self._workload = workload
+        self._own = workload.step is not None and training
         self._measure = measure
         self._note_names = note_names
         self._after = after
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
+        output = None
         with assignments_copied(self.model):
-            output = call_model(self.model, self._workload.inputs(batch))
-        losses = losses_of(self._workload, self.model, output, batch)
+            if self._own:
+                losses = run_step(self._workload, self.model, batch)
+            else:
+                output = call_model(self.model, self._workload.inputs(batch))
+        if not self._own:
+            losses = losses_of(self._workload, self.model, output, batch)
         self._note_names(losses)
         measured = () if self._measure is None else (torch.as_tensor(self._measure(output, batch)),)
         if self._after is not None:
@@ -140,7 +148,7 @@ def trace(
     measure = evaluation.measure if evaluation is not None and not training else None
     modes = {module: module.training for module in model.modules()}
     names: dict[str, None] = {}
-    step = _StepModule(workload, model, measure, lambda found: names.update(dict.fromkeys(found)), after)
+    step = _StepModule(workload, model, training, measure, lambda found: names.update(dict.fromkeys(found)), after)
     if not training:
         step.eval()
     try:
