@@ -173,8 +173,8 @@ def train_parallel(
         quiet: show no progress bar.
         on_nan: as in `train`.
         proof: as in `train`.
-        fields: further fields of `Workload`: weight, collate, loading, schedule, schedule_every, groups, clip_norm,
-            precision, seed, whole_batch.
+        fields: further fields of `Workload`: step, weight, collate, loading, schedule, schedule_every, groups,
+            clip_norm, precision, seed, whole_batch.
 
     Raises:
         RequestError: the request is wrong; found before any worker starts.

@@ -17,6 +17,7 @@ from equality import DOUBLE_TOLERANCE, check, errors, reference, train
 from models import points
 from pool import Pools
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import default_collate
 
 from shardwise.errors import NotProved, WorkloadError
@@ -137,7 +138,29 @@ def tempered() -> Workload:
     return build(Tempered().double())
 
 
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 3))
+        self.critic = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+
+
+def against_each_other(model: Any, batch: Any) -> dict[str, Tensor]:
+    """A generator and its critic: each loss trains one of them and takes the other as it is."""
+    real, noise = batch[0][:, :3], batch[0][:, 3:]
+    made = model.generator(noise)
+    critic = F.softplus(-model.critic(real)).mean() + F.softplus(model.critic(made.detach())).mean()
+    fixed = {name: weight.detach() for name, weight in model.critic.named_parameters()}
+    return {"critic": critic, "generator": F.softplus(-functional_call(model.critic, fixed, made)).mean()}
+
+
+def adversarial() -> Workload:
+    rates = {"generator.*": {"lr": 0.02}, "critic.*": {"lr": 0.05, "betas": (0.5, 0.9)}}
+    return build(against_each_other, Both, groups=rates)
+
+
 CASES = [
+    *((adversarial, strategy) for strategy in ("dp=2", "fsdp=2", "tp=2", "pp=2")),
     *((made, strategy) for made in (views, teacher, penalty) for strategy in ("dp=2", "fsdp=2")),
     *((made, strategy) for made in (views, teacher) for strategy in ("tp=2", "pp=2", "dp=2,tp=2")),
     *((weighted, strategy) for strategy in ("dp=2,microbatches=2", "fsdp=2,microbatches=2", "tp=2,microbatches=4")),
@@ -264,6 +287,21 @@ def test_a_step_that_does_something_else_is_refused(workers: Pools, step: Any, s
 def test_derivatives_are_refused_where_a_step_is_traced(workers: Pools, strategy: str) -> None:
     with pytest.raises(RuntimeError, match=r"takes a derivative itself \(torch.autograd.grad\); use dp or fsdp"):
         workers(2, stepped, penalty(), strategy)
+
+
+class Normed(Classes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+def test_a_second_derivative_over_replicas_is_refused(workers: Pools) -> None:
+    workers(1, stepped, build(penalized, Normed), "single")
+    with pytest.raises(WorkloadError, match="a second derivative is taken through a batch norm"):
+        workers(2, stepped, build(penalized, Normed), "dp=2")
 
 
 class Seldom:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from shardwise.errors import WorkloadError
 
 
 def batch_norm(
@@ -71,8 +72,12 @@ class _BatchNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # under create_graph=True; the sums over replicas below have no derivative
+            raise WorkloadError(
+                "a second derivative is taken through a batch norm (create_graph=True), which cannot be done over the "
+                "samples of several replicas: use a norm of single samples (GroupNorm, LayerNorm), or one replica"
+            )
         x, weight, mean, var, count = ctx.saved_tensors
         direct, by_weight, by_bias = _local_gradients(gradients[0].contiguous(), x, weight, mean, var, ctx.eps)
         sums = torch.stack([by_bias, by_weight])
