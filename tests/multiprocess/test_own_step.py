@@ -138,6 +138,27 @@ def tempered() -> Workload:
     return build(Tempered().double())
 
 
+class Slow(Classes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slow", self.last.weight.detach().clone())
+
+
+def following(model: Any, batch: Any) -> Tensor:
+    """The last layer must agree with a moving average of itself."""
+    with torch.no_grad():
+        model.slow.lerp_(model.last.weight, 0.1)
+    features = model.features(batch[0])
+    return (
+        F.cross_entropy(model.last(features), batch[1])
+        + (model.last(features) - features @ model.slow.T).square().mean()
+    )
+
+
+def average() -> Workload:
+    return build(following, Slow)
+
+
 class Both(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -160,6 +181,7 @@ def adversarial() -> Workload:
 
 
 CASES = [
+    *((average, strategy) for strategy in ("dp=2", "fsdp=2", "tp=2")),
     *((adversarial, strategy) for strategy in ("dp=2", "fsdp=2", "tp=2", "pp=2")),
     *((made, strategy) for made in (views, teacher, penalty) for strategy in ("dp=2", "fsdp=2")),
     *((made, strategy) for made in (views, teacher) for strategy in ("tp=2", "pp=2", "dp=2,tp=2")),
@@ -262,6 +284,18 @@ def updating(model: Any, batch: Any) -> Any:
 def clearing(model: Any, batch: Any) -> Any:
     model.zero_grad()
     return model(batch[0]).square().mean()
+
+
+def averaging(model: Any, batch: Any) -> Any:
+    with torch.no_grad():
+        model.teacher.bias.lerp_(model.last.bias, 0.1)
+    return model(batch[0]).square().mean()
+
+
+@pytest.mark.parametrize("strategy", ["single", "dp=2", "fsdp=2", "tp=2"])
+def test_a_step_that_changes_parameters_is_refused(workers: Pools, strategy: str) -> None:
+    with pytest.raises(WorkloadError, match=r"changes parameter 'teacher.bias'"):
+        workers(Strategy.parse(strategy).workers, stepped, build(averaging), strategy)
 
 
 @pytest.mark.parametrize("strategy", ["single", "tp=2"])

@@ -34,8 +34,15 @@ def run_step(workload: Workload, model: nn.Module, batch: Any) -> dict[str, Tens
     Raises:
         WorkloadError: a loss is no scalar tensor, or the step does what is left to the training.
     """
+    versions = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
     with _nothing_else(workload):
         value = called(workload.step, model, model, batch)
+    changed = next((name for name, parameter, version in versions if parameter._version != version), None)
+    if changed is not None:  # fsdp would throw the change away, and microbatches would repeat it
+        raise WorkloadError(
+            f"step of workload {workload.name!r} changes parameter {changed!r}: it must only return its losses; keep "
+            "what is no parameter (a moving average of weights, say) in buffers"
+        )
     return named_losses(workload, "result of step", value)
 
 
