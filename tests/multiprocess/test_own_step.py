@@ -144,7 +144,7 @@ class Slow(Classes):
         self.register_buffer("slow", self.last.weight.detach().clone())
 
 
-def following(model: Any, batch: Any) -> Tensor:
+def following(model: Any, batch: Any) -> Any:
     """The last layer must agree with a moving average of itself."""
     with torch.no_grad():
         model.slow.lerp_(model.last.weight, 0.1)
