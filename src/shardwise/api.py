@@ -176,8 +176,8 @@ def train_parallel(
         quiet: show no progress bar.
         on_nan: as in `train`.
         proof: as in `train`.
-        fields: further fields of `Workload`: weight, collate, loading, schedule, schedule_every, groups, clip_norm,
-            precision, seed, whole_batch, stop, average, after_step, callbacks.
+        fields: further fields of `Workload`: step, weight, collate, loading, schedule, schedule_every, groups,
+            clip_norm, precision, seed, whole_batch, stop, average, after_step, callbacks.
 
     Raises:
         RequestError: the request is wrong; found before any worker starts.

@@ -29,6 +29,7 @@ def in_float64(workload: Workload) -> Workload:
         model=_WideModel(workload.model),
         collate=lambda samples: to_float64(collate(samples)),
         loss=_wide_loss(workload.loss),
+        step=None if workload.step is None else _wide_loss(workload.step),
         evaluation=None,
         stop=None,
         precision="float32",

@@ -32,6 +32,11 @@ MOST_EPOCHS = 1e9
 """Upper limit of `Workload.epochs`."""
 
 
+def not_given(*_: Any) -> Any:
+    """Stand for a function that a workload does not have. Raises WorkloadError if it is called."""
+    raise WorkloadError("the workload has a step, but no inputs and loss")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmStart:
     """Weights that a model starts from.
@@ -65,6 +70,9 @@ class Workload:
         loss: maps (model output, batch) to a scalar tensor, the mean over the samples of `batch` (or over its
             `weight`), or to a dict of such tensors: their sum is trained, each is logged. A module with parameters is
             trained with the model.
+        step: training step of one's own: maps (model, batch) to losses, as `loss` returns them, by any number of calls
+            of the model or of parts of it. Training uses it in place of `inputs` and `loss`, which may then be left
+            out; an evaluation needs them.
         optimizer: maps parameters to a torch optimizer, or to a list of them that each hold some of the parameters.
         batch_size: samples per optimizer step over all workers.
         weight: maps a batch to the total weight that the loss averages over, if that is not the number of samples: for
@@ -99,10 +107,11 @@ class Workload:
     name: str
     model: Callable[[], torch.nn.Module]
     dataset: Any
-    inputs: Callable[[Batch], Any]
-    loss: Callable[[Any, Batch], Losses]
+    inputs: Callable[[Batch], Any] = not_given
+    loss: Callable[[Any, Batch], Losses] = not_given
     optimizer: Callable[[Iterable[torch.nn.Parameter]], Any]
     batch_size: int
+    step: Callable[[Any, Batch], Losses] | None = None
     weight: Callable[[Batch], Any] | None = None
     collate: Callable[[list[Any]], Batch] | None = None
     loading: Loading = field(default_factory=Loading)
@@ -143,6 +152,25 @@ class Workload:
         for name in ("model", "inputs", "loss", "optimizer"):
             if not callable(getattr(self, name)):
                 raise WorkloadError(f"{name} of workload {self.name!r} must be a function, not {getattr(self, name)!r}")
+        self._check_step()
+
+    def _check_step(self) -> None:
+        missing = [name for name in ("inputs", "loss") if getattr(self, name) is not_given]
+        if self.step is None:
+            if missing:
+                raise WorkloadError(f"workload {self.name!r} has no {missing[0]}: give inputs and loss, or a step")
+            return
+        if not callable(self.step):
+            raise WorkloadError(f"step of workload {self.name!r} must be a function, not {self.step!r}")
+        if self.whole_batch:
+            raise WorkloadError(
+                f"whole_batch and step of workload {self.name!r} exclude each other: it joins the outputs of a model "
+                "for its loss, and a step has neither; train on one replica, with tp or pp"
+            )
+        if self.evaluation is not None and missing:
+            raise WorkloadError(
+                f"evaluation of workload {self.name!r} needs {' and '.join(missing)}: a step is for training alone"
+            )
 
     def _check_schedule(self) -> None:
         if self.schedule_every not in ("step", "epoch", "metric"):

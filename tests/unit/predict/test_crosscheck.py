@@ -27,11 +27,24 @@ from shardwise.workload.recipes.language import language
 from shardwise.workload.recipes.medical import medical
 from shardwise.workload.workload import Workload
 
+
+def two_views() -> Workload:
+    """Layers that a step passes through twice, and losses by name."""
+    made = gpt(6, 64, 4, 2, vocabulary=256, sequence=32, batch_size=16)
+
+    def step(model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        once, again = (model(made.inputs(batch)) for _ in range(2))
+        return {"next": made.loss(once, batch), "apart": (once - again).square().mean()}
+
+    return replace(made, step=step)
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "gpt": lambda: gpt(2, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
     "weighted gpt": lambda: replace(gpt(2, 64, 4, 2, vocabulary=256, sequence=32), weight=lambda _: torch.ones(())),
     "larger gpt": lambda: gpt(4, 512, 8, 4, vocabulary=4096, sequence=256, batch_size=16),
     "few tokens": lambda: gpt(4, 512, 8, 4, vocabulary=256, sequence=64, batch_size=4),
+    "two views": two_views,
     "language": lambda: language(sequence=64, layers=2, hidden=64, tied=True, dropout=0.1),
     "image": lambda: image(batch_size=16),
     "resnet": lambda: image(model="resnet", batch_size=16),
@@ -64,6 +77,7 @@ GRID = [
             "dp=2,fsdp=2,tp=2,pp=2,outermost=pp",
         )
     ),
+    *(("two views", strategy) for strategy in ("dp=2", "fsdp=2", "tp=2", "pp=2")),
     *(("language", strategy) for strategy in ("tp=2", "dp=2,pp=2,recompute=full")),
     *(("image", strategy) for strategy in ("fsdp=2,tp=2", "pp=2")),
     *(("resnet", strategy) for strategy in ("fsdp=2", "dp=2,tp=2", "dp=2,recompute=selective")),
@@ -168,7 +182,7 @@ def test_the_weight_of_a_batch_is_summed_over_replicas(strategy: str) -> None:
 
 
 def test_a_message_that_is_not_counted_is_noticed() -> None:
-    with mock.patch.object(traffic, "REPORT_BYTES", 16):
+    with mock.patch.object(traffic, "report_bytes", return_value=16):
         assert not judge("gpt", "dp=2").document()["bytes_agree"]
 
 

@@ -42,7 +42,8 @@ def steady_modules(model: nn.Module, passes: Iterable[Callable[[], object]]) -> 
     """Return the modules that can be gathered, hooked or recomputed, as observed in some passes through `model`.
 
     Each pass calls them exactly once (no experts, no branches), and they do not write into their input tensors. A
-    caller would not see such a write if the block is recomputed or its inputs are hooked.
+    caller would not see such a write if the block is recomputed or its inputs are hooked. A pass returns True if it
+    takes derivatives (a gradient penalty), after which no module is steady: its backward pass is run twice.
     """
     called, overwriting = set(model.modules()), set()
     for run in passes:
@@ -60,11 +61,11 @@ def steady_modules(model: nn.Module, passes: Iterable[Callable[[], object]]) -> 
         handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
         handles += [module.register_forward_hook(leave) for module in model.modules()]
         try:
-            run()
+            derived = run() is True
         finally:
             for handle in handles:
                 handle.remove()
-        called = {module for module in called if calls[module] == 1}
+        called = {module for module in called if calls[module] == 1 and not derived}
     return called - overwriting
 
 

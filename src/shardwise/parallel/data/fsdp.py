@@ -22,26 +22,30 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from shardwise.errors import StrategyError
+from shardwise.parallel.data.own_step import StepRoot
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.state.pytree import map_tensors
 from shardwise.strategy import Strategy
 
 
 class ShardedModel:
-    """Model whose parameters are split. `call` is the model itself."""
+    """Model whose parameters are split. `call` is the model itself, or the root around it of a step of one's own."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, root: StepRoot | None = None) -> None:
         check_dtypes(model.parameters(), mesh.strategy)
         for block in blocks:
             _return_no_views(block)
-        split_parameters(model, blocks, mesh)
-        self.call = model
+        self.call: nn.Module = root or model
+        split_parameters(self.call, blocks, mesh)
+        self._model = model
         self._group = mesh.replica_group
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._used: set[str] = set()
         self.unused: list[str] = []
-        for group in _parameter_groups(model):
+        for group in _parameter_groups(self.call):
             group.post_backward = self._filled(group, group.post_backward)
+            if root is not None:
+                group.pre_backward = root.after(group.pre_backward)
 
     @cached_property
     def _whole(self) -> dict[str, nn.Parameter]:
@@ -49,7 +53,7 @@ class ShardedModel:
 
         Computed late: until the first step they may be replaced.
         """
-        named = self.call.named_parameters()
+        named = self._model.named_parameters()
         return {name: parameter for name, parameter in named if parameter.dim() == 0 and parameter.requires_grad}
 
     @contextmanager

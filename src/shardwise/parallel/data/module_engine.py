@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from shardwise.errors import WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.ddp import ReplicatedModel
+from shardwise.parallel.data.own_step import StepRoot, autocast_calls, looked_at
 from shardwise.parallel.data.whole_batch import of_all_replicas
 from shardwise.parallel.engine import Evaluated, Position
 from shardwise.parallel.faults import Fault, RerunPass, gradient_fault, module_fault, passes_of
@@ -40,6 +41,7 @@ from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.losses import losses_of, total
+from shardwise.workload.own_step import check_trained, run_step
 from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload, call_model
@@ -81,7 +83,10 @@ class ModuleEngine:
         )
         self._operations.install(model)
         self._notes: list[str] = []
+        self._root = None if workload.step is None else StepRoot(model)
         self._replicas = self._split(model, names)
+        if self._root is not None and self._half:
+            autocast_calls(model, mesh.device)
         self.model = model
         held = dict(model.named_parameters())
         self.parameters = {name: held[name] for name in names}
@@ -127,7 +132,10 @@ class ModuleEngine:
         for number, (microbatch, scale) in enumerate(zip(share.microbatches, scales, strict=True)):
             data = self._enter(microbatch)
             with self._replicas.microbatch(number == 0, number == last):
-                losses = self._losses(self._guarded(self._output(data), scale), data)
+                if self._root is None:
+                    losses = self._losses(self._guarded(self._output(data), scale), data)
+                else:
+                    losses = self._stepped(self._replicas.call, data, scale)
                 loss = total(losses)
                 loss.backward(self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
             parts = {name: self._part(each, scale) for name, each in {**losses, "": loss}.items()}
@@ -150,7 +158,7 @@ class ModuleEngine:
         evaluation = self._workload.evaluations[number]
         measure: Any = evaluation.measure
         with evaluating(self.model), torch.no_grad():
-            output = self._forward(self.model, data)
+            output = self._forward(self.model, data) if self._root is None else self._root(self._forward, data)
             loss = total(self._losses(output, data))
             metric = torch.zeros_like(loss) if evaluation.collects else measure(output, data)
         self._replicas.reshard()
@@ -196,9 +204,31 @@ class ModuleEngine:
     def loss_of(self, microbatch: Microbatch) -> Tensor:
         """Compute the loss of a microbatch in a training forward pass of the plain module, without DDP."""
         data = self._enter(microbatch)
+        if self._root is not None:
+            return total(self._stepped(self._root, data))
         with self._operations.training_pass():
             output = self._forward(self.model, data)
         return total(self._losses(output, data))
+
+    @torch.enable_grad()
+    def _stepped(self, call: Any, data: Any, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """Compute the losses of a step of one's own, which may take derivatives.
+
+        Args:
+            call: our root around the model, or torch's wrapper around that.
+            data: data of the microbatch.
+            scale: factor of its loss, see `_guarded`.
+
+        Raises:
+            WorkloadError: the losses need no gradient.
+        """
+        guard: AbstractContextManager[Any] = nullcontext()
+        if scale is not None and self._workload.weight is not None:
+            guard = self.model.register_forward_hook(lambda *passed: self._guarded(passed[2], scale))
+        with self._operations.training_pass(), guard:
+            losses: dict[str, Tensor] = call(partial(run_step, self._workload), data)
+        check_trained(self._workload, total(losses).requires_grad)
+        return losses
 
     def _gradient_of(self, loss: Tensor, scale: Tensor) -> Tensor:
         """Return the gradient of the loss that starts the backward pass: `scale` times the number of replicas.
@@ -271,17 +301,18 @@ class ModuleEngine:
         if group is not None and sharded:
             from shardwise.parallel.data.fsdp import ShardedModel  # importing it takes a second
 
-            replicas = ShardedModel(model, blocks, self._mesh)
+            replicas = ShardedModel(model, blocks, self._mesh, self._root)
             self._read(model)
             return replicas
         self._read(model)
+        root = self._root or model
         if group is None:
-            return Alone(model)
+            return Alone(root)
         parameters = dict(model.named_parameters())
         trained = {name: parameters[name] for name in names}
         with self._mesh.allocating():
             accumulates = strategy.microbatches > 1
-            return ReplicatedModel(model, trained, group, accumulates=accumulates, bucket=strategy.bucket)
+            return ReplicatedModel(root, trained, group, accumulates=accumulates, bucket=strategy.bucket)
 
     def _read(self, model: nn.Module) -> None:
         """Read this worker's part of the parameters on the meta device, if the workload's weights are in files."""
@@ -312,10 +343,16 @@ class ModuleEngine:
             self._notes.append(f"no repeated blocks in the model: {wanted} treats it as one, which saves less memory")
         return blocks
 
-    def _look(self, model: nn.Module, batch: Any) -> None:
-        """Run one forward pass through a model, with stand-ins for parameters that have no values yet."""
+    def _look(self, model: nn.Module, batch: Any) -> bool:
+        """Run one forward pass through a model, with stand-ins for parameters that have no values yet.
+
+        Returns whether the pass takes derivatives.
+        """
         with stand_ins(model, batch) as (mode, given), mode or nullcontext():
+            if self._root is not None:
+                return looked_at(self._workload, model, given)
             self._forward(model, given)
+        return False
 
     def _lay_out(self, tensors: Mapping[str, Tensor]) -> dict[str, TensorPlacement]:
         """Describe how each tensor lies on this worker. The replicas share the work of writing checkpoints."""

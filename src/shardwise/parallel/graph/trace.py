@@ -7,12 +7,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from shardwise.parallel.engine import Position
 from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.operators.module_patches import ModulePatches
 from shardwise.parallel.state.build_model import untouched
+from shardwise.parallel.tensor.aliasing import writes_in_place
+from shardwise.workload.own_step import check_trained, run_step
 from shardwise.workload.trace.evolving import trace_evolving
 from shardwise.workload.trace.graph import StepGraph, Untraceable, first_line
 from shardwise.workload.trace.opaque import Call, CallRecorder
@@ -30,7 +32,7 @@ def traced(
 
     Raises:
         Untraceable: the failure is outside of all modules or in the outermost one, or the model has no values yet.
-        WorkloadError: the loss is not a scalar.
+        WorkloadError: the loss is not a scalar, or a step of one's own trains nothing.
     """
     opaque: dict[str, Sequence[Call]] = {}
     wanted = _hooked(model) if training else {}
@@ -49,7 +51,25 @@ def traced(
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise
         if not wanted:
+            if training and workload.step is not None:
+                check_trained(workload, _trains(step))
             return step
+
+
+def _trains(step: StepGraph) -> bool:
+    """Return whether a gradient may flow from the loss to a tensor of the model; true where values are overwritten."""
+    nodes = list(step.graph.nodes)
+    if any(writes_in_place(node) for node in nodes if node.op == "call_function"):
+        return True
+    waiting, seen = list(nodes[-1].args[0][:1]), set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node.name in step.tensors:
+            return True
+        if node not in seen and node.target is not torch.ops.aten.detach.default:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False
 
 
 def _within(name: str, paths: Mapping[str, str]) -> bool:
@@ -91,7 +111,10 @@ def _recorded(
             for recorder in recorders.values():
                 stack.enter_context(recorder.open())
             stack.enter_context(operations.training_pass())
-            call_model(model, workload.inputs(batch))
+            if training and workload.step is not None:
+                run_step(workload, model, batch)
+            else:
+                call_model(model, workload.inputs(batch))
     except Exception as error:
         raise Untraceable(workload, path, f"{reason}; run as it is: {first_line(error)}") from error
     finally:

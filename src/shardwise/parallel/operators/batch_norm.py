@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardwise.errors import WorkloadError
+
 
 def batch_norm(
     x: Tensor,
@@ -71,6 +73,11 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # under create_graph=True; the sums over replicas below have no derivative
+            raise WorkloadError(
+                "a second derivative is taken through a batch norm (create_graph=True), which cannot be done over the "
+                "samples of several replicas: use a norm of single samples (GroupNorm, LayerNorm), or one replica"
+            )
         x, weight, mean, var, count = ctx.saved_tensors
         direct, by_weight, by_bias = _local_gradients(gradients[0].contiguous(), x, weight, mean, var, ctx.eps)
         sums = torch.stack([by_bias, by_weight])

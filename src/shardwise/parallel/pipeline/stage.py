@@ -85,7 +85,7 @@ def prepare(
 
 
 def _stage_work(mine: list[Section], later: list[Section], local: LocalGraph, *, compile_them: bool) -> StageWork:
-    made = {node for section in mine for node in section.outputs}
+    made = {node for section in mine for node in set(section.outputs).intersection(section.nodes)}
     inputs = [node for section in mine for node in section.inputs if node not in made]
     wanted = {node for section in later for node in section.inputs}
     outputs = [node for section in mine for node in section.outputs if node in wanted] if later else mine[-1].outputs

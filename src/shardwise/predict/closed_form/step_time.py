@@ -31,7 +31,7 @@ from shardwise.predict.hardware.times import origins
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.groups import group_of
-from shardwise.predict.workers.holdings import REPORT_BYTES, Worker, parts_of
+from shardwise.predict.workers.holdings import Worker, parts_of, report_bytes
 from shardwise.strategy import Strategy
 
 SHORT_TABLE = 256
@@ -189,7 +189,7 @@ class Costs:
         reduce = sum(self.calls.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
         reduce += sum(seconds for _, _, seconds in self.sums_over_workers(worker))
         exchange = sum(self.calls.collective("broadcast", size, replicas) for size in worker.broadcast)
-        report = self.calls.collective("all_reduce", REPORT_BYTES, group_of(strategy, "world"))
+        report = self.calls.collective("all_reduce", report_bytes(self.profile), group_of(strategy, "world"))
         if self.profile.weighted:
             report += self.calls.collective("all_reduce", 8, replicas)
         host = self.times.overhead("step").launching + self.times.crowding

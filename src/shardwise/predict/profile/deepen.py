@@ -89,6 +89,8 @@ class _Middle:
         segments = short.segments
         if segments[self.first : self.second] != segments[self.second : self.end]:
             return False
+        if any(segment >= self.second for index in self.one for segment in short.parameters[index].segments):
+            return False  # a step that passes through all layers more than once
         parameters = zip(self.one, self.two, strict=True)
         if any(self._moved(short.parameters[a]) != short.parameters[b] for a, b in parameters):
             return False

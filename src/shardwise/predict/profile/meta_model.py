@@ -23,6 +23,7 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
+from shardwise.parallel.data.own_step import looked_at
 from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.pipeline.cut_points import CutPoint
@@ -169,9 +170,12 @@ class Model:
                 self._steady[samples] = steady_modules(module, passes)
         return self._steady[samples]
 
-    def _look(self, data: Any) -> None:
+    def _look(self, data: Any) -> bool:
         with stand_ins(self.module, data) as (mode, given), mode or nullcontext():
+            if self.workload.step is not None:
+                return looked_at(self.workload, self.module, given)
             self.called(given, self.workload.precision)
+        return False
 
     def called(self, data: Any, precision: str) -> Any:
         """Return the module's output for a batch, under autocast if `precision` is `bf16`."""

@@ -187,6 +187,7 @@ class Profile:
         blocks: indices of the parameters of each repeated block of the module, in its order; see
             `parallel.data.blocks`.
         update: work of the optimizer per element.
+        losses: number of losses that are averaged one by one, if it is more than 1.
         weighted: whether the workload weights its batches, so that replicas all-reduce the weight in each step.
         clipped: whether gradients are clipped.
         split: whether gradients of weights and of inputs are computed in passes of their own (zero-bubble).
@@ -209,6 +210,7 @@ class Profile:
     blocks: tuple[tuple[int, ...], ...] = ()
     update: Update = Update()
     weighted: bool = False
+    losses: int = 1
     clipped: bool = False
     split: bool = False
     cut: bool = True

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from shardwise.parallel.check import TensorDegrees
+from shardwise.parallel.data.own_step import autocast_calls
 from shardwise.parallel.engine import Position
 from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.mesh import random_state_kept
@@ -41,6 +42,7 @@ from shardwise.predict.profile.segment_recorder import (
 )
 from shardwise.strategy import Strategy
 from shardwise.workload.losses import losses_of, total
+from shardwise.workload.own_step import run_step
 from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
 from shardwise.workload.workload import Workload
 
@@ -234,6 +236,7 @@ class _Profiler:
             parameters=parameters,
             values=tuple(chain.values()),
             ready=tuple(index[name] for name in chain.ready),
+            losses=len(step.losses),
         )
 
     def _cut_at_cut_points(
@@ -305,7 +308,7 @@ class _Profiler:
             )
             for name, tensor in tensors.items()
         )
-        layer, ready = self._run(model, data)
+        layer, ready, losses = self._run(model, data)
         index = {parameter.name: number for number, parameter in enumerate(parameters)}
         return replace(
             self._finished(
@@ -314,16 +317,18 @@ class _Profiler:
                 parameters=parameters,
                 values=(),
                 ready=tuple(index[name] for name in ready),
+                losses=losses,
             ),
             cut=False,
             notes=(why,),
         )
 
-    def _run(self, model: nn.Module, data: Any) -> tuple[Layer, list[str]]:
+    def _run(self, model: nn.Module, data: Any) -> tuple[Layer, list[str], int]:
         """Run one forward and one backward pass and record them.
 
         Returns:
-            The layer, and names of the trained parameters in the order in which their gradients become complete.
+            The layer, names of the trained parameters in the order in which their gradients become complete, and the
+            number of losses.
         """
         recorder, saved, ready = self.recorder, {}, []
         own = {int(t.untyped_storage()._cdata) for t in (*model.parameters(), *model.buffers())}
@@ -342,7 +347,8 @@ class _Profiler:
         with untouched(model), random_state_kept(), recorder:
             recorder.watch()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                loss = total(losses_of(self.workload, model, self._called(data), data))
+                losses = self._losses(model, data)
+                loss = total(losses)
             top, end = recorder.peak, recorder.live
             forward = recorder.take()
             products, recorder.products = recorder.products, 0
@@ -359,7 +365,14 @@ class _Profiler:
             temporary_forward=top - end,
             temporary_backward=most,
         )
-        return layer, ready
+        return layer, ready, len(losses)
+
+    def _losses(self, model: nn.Module, data: Any) -> dict[str, Tensor]:
+        if self.workload.step is None:
+            return losses_of(self.workload, model, self._called(data), data)
+        if self.precision == "bf16":
+            autocast_calls(model, torch.device("cpu"))
+        return run_step(self.workload, model, data)
 
     def _called(self, data: Any) -> Any:
         output = self.model.called(data, self.precision)

@@ -25,7 +25,7 @@ from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timeline.breakdown import Breakdown
 from shardwise.predict.timeline.events import COMPUTE, Operation, Simulation
 from shardwise.predict.workers.groups import group_of
-from shardwise.predict.workers.holdings import REPORT_BYTES, Stage, Worker
+from shardwise.predict.workers.holdings import Stage, Worker, report_bytes
 from shardwise.predict.workers.passes import Sync, table
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.strategy import Strategy
@@ -448,7 +448,8 @@ class _StepSimulation:
         after = [*host.barrier, host.last]
         report = None
         if finish.report:
-            report = self._issue(host, "world", "report", "report", finish.report, after, "report", bytes=REPORT_BYTES)
+            size = report_bytes(costs.profile)
+            report = self._issue(host, "world", "report", "report", finish.report, after, "report", bytes=size)
             if costs.waits_for_norm:
                 self._needed(host, report)
         hosted = finish.host * host.factor

@@ -43,6 +43,11 @@ See `parallel.program`.
 """
 
 
+def report_bytes(profile: Profile) -> int:
+    """Return the bytes that all ranks all-reduce after a step: `REPORT_BYTES`, and each of several losses."""
+    return REPORT_BYTES + 8 * (profile.losses if profile.losses > 1 else 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One pipeline stage.

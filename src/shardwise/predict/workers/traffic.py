@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from shardwise.predict.profile.profile import Exchanged, Profile
 from shardwise.predict.workers.buckets import Gathered
 from shardwise.predict.workers.groups import replica_axis
-from shardwise.predict.workers.holdings import REPORT_BYTES, Parts, Stage, Worker
+from shardwise.predict.workers.holdings import Parts, Stage, Worker, report_bytes
 from shardwise.predict.workers.passes import Sync, actions_of, syncs
 from shardwise.splitting.schedule import FORWARD, Action
 
@@ -51,7 +51,7 @@ class _Counting:
         self._add("all_reduce", "pp", "backward", (size for _, size in self.worker.tied))
         self._add("broadcast", replica_axis(strategy), "optimizer", self.worker.broadcast)
         if strategy.workers > 1:
-            self._add("all_reduce", "world", "report", [REPORT_BYTES])
+            self._add("all_reduce", "world", "report", [report_bytes(self.profile)])
         if self.profile.weighted and strategy.replicas > 1:
             self._add("all_reduce", replica_axis(strategy), "weight", [8])
         return {key: (count, self._bytes[key]) for key, count in self._counts.items()}

@@ -24,6 +24,7 @@ from shardwise.parallel.program import Program
 from shardwise.parallel.state.pass_state import passes_undone
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
+from shardwise.workload.trace.python_state import captured
 from shardwise.workload.workload import Workload
 
 
@@ -118,8 +119,10 @@ class OneWorker:
     def _check_leaves(self, loss: Tensor) -> None:
         """Raise WorkloadError if the gradient of `loss` reaches a tensor that is no parameter of the model."""
         known = {id(parameter) for parameter in self._engine.model.parameters()}
+        outside = {id(value) for value in captured(self.workload.step)}
         for leaf in _leaves(loss):
-            if id(leaf) not in known:
+            own = self.workload.step is None or isinstance(leaf, nn.Parameter) or id(leaf) in outside
+            if id(leaf) not in known and own:  # else one that a step has made to take derivatives by it
                 raise WorkloadError(
                     f"the loss of workload {self.workload.name!r} depends on a trained tensor of shape "
                     f"{tuple(leaf.shape)} that is no parameter of the model, so nothing would train it: make it a "

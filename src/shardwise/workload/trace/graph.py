@@ -28,6 +28,7 @@ from shardwise.errors import DataError, WorkloadError
 from shardwise.workload.data import first_samples
 from shardwise.workload.evaluation import Evaluation
 from shardwise.workload.losses import losses_of, total
+from shardwise.workload.own_step import run_step
 from shardwise.workload.trace.functions import DerivativesRefused, functions_kept
 from shardwise.workload.trace.opaque import Call, assignments_copied, calls_in, hidden
 from shardwise.workload.trace.stand_ins import stand_ins
@@ -117,6 +118,7 @@ class _StepModule(nn.Module):
         self,
         workload: Workload,
         model: nn.Module,
+        training: bool,
         evaluation: Evaluation | None,
         noted: _Noted,
         after: Callable[[], None] | None,
@@ -124,14 +126,20 @@ class _StepModule(nn.Module):
         super().__init__()
         self.model = model
         self._workload = workload
+        self._own = workload.step is not None and training
         self._evaluation = evaluation
         self._noted = noted
         self._after = after
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
+        output = None
         with assignments_copied(self.model):
-            output = call_model(self.model, self._workload.inputs(batch))
-        losses = losses_of(self._workload, self.model, output, batch)
+            if self._own:
+                losses = run_step(self._workload, self.model, batch)
+            else:
+                output = call_model(self.model, self._workload.inputs(batch))
+        if not self._own:
+            losses = losses_of(self._workload, self.model, output, batch)
         self._noted.losses = tuple(losses)
         further = self._further(output, batch, losses)
         if self._after is not None:
@@ -186,7 +194,7 @@ def trace(
     modes = {module: module.training for module in model.modules()}
     noted = _Noted()
     evaluations = () if training else workload.evaluations
-    step = _StepModule(workload, model, evaluations[evaluation] if evaluations else None, noted, after)
+    step = _StepModule(workload, model, training, evaluations[evaluation] if evaluations else None, noted, after)
     if not training:
         step.eval()
     try:
