@@ -1,4 +1,4 @@
-"""A step is traced again only if its forward pass has changed values in Python, which the mode of its modules is not."""
+"""A step is traced again only if its forward pass has changed values in Python; the mode of its modules is none."""
 
 from __future__ import annotations
 
