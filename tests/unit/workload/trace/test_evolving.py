@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shardwise.workload.trace import evolving
+from shardwise.workload.trace import evolving, graph
 from shardwise.workload.trace.evolving import trace_evolving
 from shardwise.workload.workload import Evaluation, Workload
 
@@ -40,7 +40,7 @@ def workload() -> Workload:
 @pytest.mark.parametrize(("kind", "traces"), [(nn.Linear, 1), (Counting, 2)])
 def test_how_often_a_step_is_traced(kind: type[nn.Linear], traces: int, mode: bool, training: bool) -> None:
     model = nn.Sequential(nn.ReLU(), kind(3, 2)).train(mode)
-    with mock.patch.object(evolving, "trace", wraps=evolving.trace) as trace:
+    with mock.patch.object(evolving, "trace", wraps=graph.trace) as trace:
         _, found = trace_evolving(workload(), model, torch.zeros(1, 3), training=training, opaque={})
     assert trace.call_count == traces
     assert list(found) == (["1"] if kind is Counting else [])
