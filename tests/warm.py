@@ -42,13 +42,13 @@ IMPORTED = (
 """Modules that the server imports. Importing them starts no thread, so it may fork."""
 
 LENGTH = struct.Struct("=I")
-"""How many bytes the order has that follows, as JSON."""
+"""Number of bytes of the order that follows, as JSON."""
 
 ENVIRONMENT = "environment"
 """Name of the file without a folder (memfd_create(2)) in which a process of the server holds its environment."""
 
 NUMBER = struct.Struct("=i")
-"""What the server answers: the process's number, and later its exit status, -N after signal N."""
+"""Answer of the server: the process's number, and later its exit status, -N after signal N."""
 
 
 class Started:

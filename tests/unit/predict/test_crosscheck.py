@@ -63,7 +63,7 @@ GRID = [
     *(("resnet", strategy) for strategy in ("fsdp=2", "dp=2,tp=2", "dp=2,recompute=selective")),
     ("medical", "pp=2,schedule=interleaved"),
 ]
-"""What MEMORY_GRID has for the messages of one worker only, the first or the last stage's, and what it has not."""
+"""Strategies that MEMORY_GRID does not have, or has for one stage of their pipeline."""
 
 
 MEMORY_TOLERANCE = 0.05
