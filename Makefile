@@ -33,7 +33,7 @@ test: $(STAMP) ## runs all tests, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 unit: $(STAMP) ## runs the tests that start no process
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/unit
 
 models: $(STAMP) ## tests all models of others under all strategies and writes docs/models.md
 	SHARDWISE_ALL_MODELS=1 $(BIN)/python -m pytest --quiet tests/multiprocess/test_catalogue.py

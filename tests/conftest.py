@@ -15,19 +15,27 @@ os.environ.setdefault("SHARDWISE_CLUSTER", "off")
 
 SLOW = (
     "test_readme.py",
-    "test_crosscheck.py",
-    "test_catalogue.py",
     "test_dry_run.py",
-    "test_stopping.py",
-    "test_train.py",
-    "test_failures.py",
-    "test_not_finite.py",
-    "test_launchers.py",
+    "test_tensor_parallel.py",
+    "test_crosscheck.py",
+    "test_pipeline.py",
+    "test_products.py",
+    "test_catalogue.py",
     "test_plan.py",
+    "test_data_parallel.py",
+    "test_huggingface.py",
+    "test_checkpoint_workers.py",
+    "test_loading.py",
+    "test_watch.py",
+    "test_doors.py",
+    "test_own_backward.py",
     "test_local.py",
     "test_dry_run_alone.py",
+    "test_stopping.py",
+    "test_launchers.py",
+    "test_offload.py",
 )
-"""Files that begin first: one that begins last would be waited for by the other process."""
+"""Files that begin first, longest first: one that begins last would be waited for by the other process."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

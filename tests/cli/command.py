@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import warm
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 """The fixture `run`."""
@@ -40,18 +41,13 @@ def command(*arguments: str, launcher: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, *launcher, "-m", "shardwise", *arguments]
 
 
-def hear_interrupts() -> None:
-    """In a child before it starts: what runs the tests in the background may have them ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def processes_with(mark: str) -> list[int]:
     """Living processes that carry `mark` in their environment, but for this one."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-            marked = mark.encode() in (process / "environ").read_bytes()
+            marked = mark.encode() in (process / "environ").read_bytes() + warm.environment(process)
         except OSError:
             continue
         if marked and state != "Z" and int(process.name) != os.getpid():
@@ -60,15 +56,10 @@ def processes_with(mark: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: str) -> Iterator[warm.Started]:
     """Train the small workload in the background, and end it with the block."""
-    process = subprocess.Popen(
-        command("train", "work.py:small", "--quiet", *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_interrupts,
-    )
+    line = command("train", "work.py:small", "--quiet", *arguments)
+    process = warm.Started(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         yield process
     finally:
@@ -76,7 +67,7 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def read_until(process: subprocess.Popen[str], text: str) -> None:
+def read_until(process: warm.Started, text: str) -> None:
     """Read standard error up to the line with `text`."""
     assert process.stderr is not None
     while text not in process.stderr.readline():

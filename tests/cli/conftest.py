@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from command import Run, command
 
 WORKLOAD = """
@@ -86,7 +87,7 @@ def run(folder: Path) -> Run:
 
     def call(*arguments: str, status: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         line = command(*arguments, launcher=launcher)
-        done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
+        done = warm.run(line, cwd=folder, timeout=400)
         assert done.returncode == status, done.stderr
         return done
 

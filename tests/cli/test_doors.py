@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import Run
 
 from shardwise import api
 from shardwise.cli import main
@@ -172,7 +173,7 @@ def test_code_that_ends_the_program_is_no_success(
     assert "end" in errors
 
 
-def test_a_forked_process_of_a_workload_may_end(folder: Path) -> None:
+def test_a_forked_process_of_a_workload_may_end(run: Run, folder: Path) -> None:
     text = (
         (folder / "work.py")
         .read_text()
@@ -183,9 +184,7 @@ def test_a_forked_process_of_a_workload_may_end(folder: Path) -> None:
         )
     )
     (folder / "forks.py").write_text(text)
-    command = [sys.executable, "-m", "shardwise", "simulate", "forks.py:small", "--cluster", "h100x2"]
-    done = subprocess.run([*command, "--strategy", "dp=2"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run("simulate", "forks.py:small", "--cluster", "h100x2", "--strategy", "dp=2")
 
 
 class TestNothingCanBeKept:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from command import Run, command, processes_with, read_until, started
 
 SECONDS = 60.0
@@ -82,10 +83,10 @@ def test_a_run_that_failed_before_its_first_step_is_not_in_the_way(run: Run, fol
     assert not (folder / "out").exists()
 
 
-def validated(out: int, *, page: bool) -> subprocess.Popen[str]:
+def validated(out: int, *, page: bool) -> warm.Started:
     runs = Path(__file__).parents[1] / "published" / "runs.csv"
     arguments = command("validate", str(runs), *([] if page else ["--json", "--quiet"]))
-    return subprocess.Popen(arguments, stdout=out, stderr=subprocess.PIPE, text=True)
+    return warm.Started(arguments, stdout=out, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("page", [True, False])

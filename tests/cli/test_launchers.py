@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from command import Run, command, processes_with
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -39,6 +40,7 @@ def test_what_is_wrong_is_told_once_under_torchrun(run: Run) -> None:
 
 def test_workers_end_with_a_torchrun_that_is_killed(folder: Path, mark: str) -> None:
     arguments = ("train", "work.py:small", "--strategy", "dp=2", "--set", "fail=wait", "--quiet")
+    # fresh processes: warm ones are children of their server, which lives on
     process = subprocess.Popen(command(*arguments, launcher=TORCHRUN), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while "waiting" not in process.stdout.readline():
@@ -86,9 +88,7 @@ def test_work_that_is_left_is_no_success_under_torchrun(run: Run) -> None:
 
 def test_torchrun_that_is_told_to_end_leaves_a_checkpoint(folder: Path) -> None:
     arguments = ("train", "work.py:small", "--strategy", "dp=2", "--set", "pause=0.05", "--epochs", "100", "--quiet")
-    process = subprocess.Popen(
-        command(*arguments, "--out", "out", launcher=TORCHRUN), stderr=subprocess.PIPE, text=True
-    )
+    process = warm.Started(command(*arguments, "--out", "out", launcher=TORCHRUN), stderr=subprocess.PIPE)
     metrics = folder / "out" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 2:
         assert process.poll() is None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+
+import warm
 
 MODEL = """
     import json, os, sys
@@ -33,7 +34,7 @@ def run_script(folder: Path, body: str, workers: int = 0) -> list[Any]:
     (folder / "script.py").write_text(textwrap.dedent(MODEL) + textwrap.dedent(body))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(workers)] if workers else []
     line = [sys.executable, *launcher, "script.py"]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
+    done = warm.run(line, cwd=folder, timeout=400)
     assert done.returncode == 0, done.stderr
     return [json.loads(text) for text in done.stdout.splitlines() if text]
 

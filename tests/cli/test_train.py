@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from command import BOX, Run, command, processes_with
 from full_disk import full_disk  # noqa: F401 - a fixture
 from safetensors import safe_open
@@ -78,7 +79,7 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(run: Run, folder: Pa
 
 def test_one_at_a_time_in_a_folder(run: Run, folder: Path, mark: str) -> None:
     options = ("work.py:small", "--strategy", "single", "--out", "out", "--quiet", "--checkpoint-every", "1")
-    first = subprocess.Popen(command("train", *options, "--set", "fail=wait"), stderr=subprocess.PIPE, text=True)
+    first = warm.Started(command("train", *options, "--set", "fail=wait"), stderr=subprocess.PIPE)
     assert first.stderr is not None
     try:
         while "waiting" not in first.stderr.readline():

@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import warm
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TWIN = ROOT / "README.zh-CN.md"
 TIMEOUT_SECONDS = 300
+
+SHELL = set("|&;<>()$`~*?[#!{}\n")
+"""A line with one of these characters needs a shell."""
 
 _FENCE = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
@@ -74,10 +80,15 @@ def commands(block: Block) -> list[tuple[str, list[str]]]:
 def run_command(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs a line as a user would in a shell whose PATH has the environment's commands. Both outputs are in stdout."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "COLUMNS": "120"}
+    words = shlex.split(command)
+    if words[0] in ("shardwise", "python") and not set(command) & SHELL:
+        line = [sys.executable, *(("-m", "shardwise") if words[0] == "shardwise" else ()), *words[1:]]
+        return warm.run(line, cwd=folder, env=environment, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS)
     return subprocess.run(
         ["bash", "-c", command],
         cwd=folder,
-        env={**os.environ, "PATH": path, "COLUMNS": "120"},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

@@ -19,6 +19,9 @@ from shardwise.workload.workload import Evaluation, Workload
 
 WORDS, TOKENS, WIDTH, HEADS = 12, 6, 16, 4
 
+EVALUATED = 16
+"""Samples of an evaluation: whole batches, for each shape of a batch is traced anew."""
+
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -390,7 +393,7 @@ def language(model: Callable[[], nn.Module] = Decoder, words: int = WORDS, **cha
 
 def separate() -> Workload:
     held_out = Evaluation(
-        dataset=sentences(11),
+        dataset=sentences(EVALUATED),
         metric="right",
         measure=lambda output, batch: (output.argmax(-1) == batch[0][:, 1:]).double().mean(),
     )
@@ -498,7 +501,7 @@ def images(samples: int = 24, channels: int = 2, size: int = 8, dims: int = 2, c
 
 
 def vision(model: Callable[[], nn.Module], dims: int = 2, **changes: Any) -> Workload:
-    held_out = Evaluation(dataset=images(11, dims=dims), metric="accuracy", measure=accuracy)
+    held_out = Evaluation(dataset=images(EVALUATED, dims=dims), metric="accuracy", measure=accuracy)
     return make(model, images(dims=dims), **{"optimizer": sgd, "evaluation": held_out, **changes})
 
 
@@ -631,7 +634,7 @@ def dice(output: Tensor, batch: Any) -> Tensor:
 
 
 def unet() -> Workload:
-    held_out = Evaluation(dataset=volumes(5), metric="accuracy", measure=accuracy)
+    held_out = Evaluation(dataset=volumes(EVALUATED), metric="accuracy", measure=accuracy)
     return make(UNet, volumes(16), loss=dice, optimizer=sgd, evaluation=held_out)
 
 
@@ -1004,7 +1007,7 @@ ODDITIES: dict[str, Callable[[], Workload]] = {
         loss=lambda output, batch: F.cross_entropy(output[0], batch[1]) + 0.1 * output[1],
     ),
     "other-in-evaluation": small(
-        other_in_evaluation, twin, evaluation=Evaluation(dataset=points(11), metric="accuracy", measure=accuracy)
+        other_in_evaluation, twin, evaluation=Evaluation(dataset=points(EVALUATED), metric="accuracy", measure=accuracy)
     ),
     "mixer": lambda: language(Mixer),
     "shared": lambda: language(Shared),
@@ -1013,7 +1016,11 @@ ODDITIES: dict[str, Callable[[], Workload]] = {
 }
 
 
+ALL = {**SPELLINGS, **WORKLOADS, **ODDITIES}
+
+
 def first(name: str, samples: int) -> Workload:
-    """A model with fewer samples: the last batch is a small one."""
-    workload = WORKLOADS[name]()
-    return replace(workload, dataset=Subset(workload.dataset, range(samples)))
+    """A model with fewer samples: the last batch is a small one, in training and in evaluation."""
+    workload = ALL[name]()
+    held_out = [replace(each, dataset=Subset(each.dataset, range(EVALUATED - 5))) for each in workload.evaluations]
+    return replace(workload, dataset=Subset(workload.dataset, range(samples)), evaluation=held_out or None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from models import ODDITIES, WORKLOADS
 from pool import Pools
+from torch.utils.data import Subset
 from traces import remembered
 
 from shardwise.collective import Collective
@@ -35,12 +37,10 @@ STEPS = 2
 """That are measured: a thread that communicates may hold a tensor a moment longer, in some of them."""
 
 
-def small_language() -> Workload:
-    return language(sequence=32, layers=2, hidden=64, batch_size=16, tied=True)
-
-
-def dropping_language() -> Workload:
-    return language(sequence=32, layers=2, hidden=64, batch_size=16, tied=True, dropout=0.1)
+def small_language(dropout: float = 0.0) -> Workload:
+    """A few samples of a million, of which the order would have to be drawn."""
+    workload = language(sequence=32, layers=2, hidden=64, batch_size=16, tied=True, dropout=dropout)
+    return replace(workload, dataset=Subset(workload.dataset, range(64)))
 
 
 def small_image() -> Workload:
@@ -55,7 +55,7 @@ ALL: dict[str, Factory] = {
     **WORKLOADS,
     **ODDITIES,
     "language": small_language,
-    "dropping": dropping_language,
+    "dropping": partial(small_language, 0.1),
     "image": small_image,
     "medical": small_medical,
 }

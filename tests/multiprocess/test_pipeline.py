@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -12,10 +11,9 @@ from unittest import mock
 import pytest
 from breaking import Breaking, assert_noticed
 from equality import check
-from models import ODDITIES, WORKLOADS
+from models import ALL, ODDITIES, WORKLOADS, first
 from pool import Pools
 from random_models import random_workload
-from torch.utils.data import Subset
 
 from shardwise.parallel.graph import graph_engine
 from shardwise.parallel.graph.graph_engine import GraphEngine
@@ -32,7 +30,6 @@ from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
-ALL = {**WORKLOADS, **ODDITIES}
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
 
 
@@ -83,12 +80,6 @@ def test_many_stages(workers: Pools, name: str, strategy: str) -> None:
 @pytest.mark.parametrize("name", ["tied", "unet"])
 def test_recomputation(workers: Pools, name: str, schedule: str, recompute: str) -> None:
     check(workers, WORKLOADS[name], f"pp=2,schedule={schedule},recompute={recompute}")
-
-
-def first(name: str, samples: int) -> Workload:
-    """A model with fewer samples: the last batch is a small one."""
-    workload = WORKLOADS[name]()
-    return replace(workload, dataset=Subset(workload.dataset, range(samples)))
 
 
 @pytest.mark.parametrize("strategy", ["pp=2", "pp=2,schedule=interleaved", "pp=2,schedule=zero-bubble"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from breaking import Breaking, assert_noticed
 from equality import assert_equal, check, merge, reference, train, train_part
-from models import ODDITIES, WORKLOADS, first
+from models import ALL, ODDITIES, WORKLOADS, first
 from pool import Pools
 from safetensors.torch import load_file
 from torch import nn
@@ -29,7 +29,6 @@ from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
 TOLERANCE = 1e-10
-ALL = {**WORKLOADS, **ODDITIES}
 PRODUCTS = (
     "dp=2,tp=2",
     "dp=2,pp=2",

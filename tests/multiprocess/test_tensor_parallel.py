@@ -13,10 +13,9 @@ import pytest
 import torch
 from breaking import Breaking, assert_noticed
 from equality import assert_equal, check, reference, train
-from models import ODDITIES, SPELLINGS, WORKLOADS
+from models import ALL, ODDITIES, SPELLINGS, WORKLOADS, first
 from pool import Pools
 from random_models import random_workload
-from torch.utils.data import Subset
 
 from shardwise.parallel.graph.parameters import LocalStages
 from shardwise.parallel.operators.dropout import DropoutReplacements
@@ -25,7 +24,6 @@ from shardwise.parallel.tensor import communication
 from shardwise.workload.workload import Workload
 
 GROUPED = ("grouped", "grouped-expand", "grouped-flag", "grouped-fused", "multi-query", "multi-query-fused")
-ALL = {**SPELLINGS, **WORKLOADS, **ODDITIES}
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -66,12 +64,6 @@ def test_along_the_sequence(workers: Pools, name: str) -> None:
 @pytest.mark.parametrize("name", ["tied", "encoder", "resnet"])
 def test_recomputation(workers: Pools, name: str, recompute: str) -> None:
     check(workers, WORKLOADS[name], f"tp=2,recompute={recompute}")
-
-
-def first(name: str, samples: int) -> Workload:
-    """A model with fewer samples: the last batch is a small one."""
-    workload = ALL[name]()
-    return replace(workload, dataset=Subset(workload.dataset, range(samples)))
 
 
 @pytest.mark.parametrize("strategy", ["tp=2", "tp=2,microbatches=4", "tp=2,sp=1,microbatches=4"])

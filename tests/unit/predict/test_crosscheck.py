@@ -55,20 +55,14 @@ GRID = [
     *(
         ("gpt", strategy)
         for strategy in (
-            "single,microbatches=2",
-            "dp=2",
             "fsdp=3,zero=2,precision=float32",
             "fsdp=2,zero=1",
-            "dp=2,fsdp=2,microbatches=2,recompute=full",
-            "tp=2,sp=1,recompute=full",
             "fsdp=2,tp=2,sp=1",
             "pp=2,schedule=interleaved",
             "dp=2,pp=4",
             "fsdp=2,pp=2,schedule=zero-bubble,recompute=full",
             "tp=2,pp=2,sp=1",
-            "fsdp=2,recompute=1/2",
             "tp=2,pp=2,recompute=1/3",
-            "fsdp=2,microbatches=2,recompute=selective",
             "dp=2,bucket=1",
             "fsdp=2,zero=1,microbatches=2,bucket=2",
             "dp=2,pp=2,schedule=interleaved,bucket=1",
@@ -78,11 +72,12 @@ GRID = [
         )
     ),
     *(("two views", strategy) for strategy in ("dp=2", "fsdp=2", "tp=2", "pp=2")),
-    *(("language", strategy) for strategy in ("tp=2", "dp=2,pp=2,recompute=full")),
+    ("language", "dp=2,pp=2,recompute=full"),
     *(("image", strategy) for strategy in ("fsdp=2,tp=2", "pp=2")),
     *(("resnet", strategy) for strategy in ("fsdp=2", "dp=2,tp=2", "dp=2,recompute=selective")),
-    *(("medical", strategy) for strategy in ("dp=2", "pp=2,schedule=interleaved")),
+    ("medical", "pp=2,schedule=interleaved"),
 ]
+"""Strategies that MEMORY_GRID does not have, or has for one stage of their pipeline."""
 
 
 MEMORY_TOLERANCE = 0.05
@@ -140,8 +135,10 @@ def test_messages_are_the_same(name: str, strategy: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "strategy"), MEMORY_GRID)
-def test_memory_is_the_same(name: str, strategy: str) -> None:
+def test_memory_and_messages_are_the_same(name: str, strategy: str) -> None:
     document = judge(name, strategy).document()
+    assert document["predicted"]["communicated"] == document["communicated"]
+    assert document["bytes_agree"]
     found = document["memory"], document["predicted"]["memory"]
     assert document["memory_error"] <= MEMORY_TOLERANCE, found
 

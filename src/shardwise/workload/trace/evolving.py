@@ -56,6 +56,9 @@ def trace_evolving(
     def look() -> PythonState:
         return PythonState(model, functions, without=opaque)
 
+    modes = {module: module.training for module in model.modules()}
+    if not training:
+        model.eval()  # as in the trace: the mode is no value that the forward pass changes
     before, later = look(), list[PythonState]()
     try:
         step = traced(lambda: later.append(look()))
@@ -77,6 +80,8 @@ def trace_evolving(
         return step, _homes(workload, [(each, by_label.get(each.place.label, set())) for each in found])
     finally:
         before.restore()
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _homes(workload: Workload, found: Sequence[tuple[Change, set[str | None]]]) -> Reasons:

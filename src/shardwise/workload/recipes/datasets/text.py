@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +94,13 @@ class Windows(Dataset[dict[str, Tensor]]):
         return {"tokens": torch.from_numpy(window.astype(np.int64))}
 
 
+@cache
 def standard_library() -> Corpus:
-    """Read the `.py` files of Python's standard library byte by byte. Raises DataError if it has fewer than two."""
+    """Read the `.py` files of Python's standard library byte by byte, which stay as they are while a process runs.
+
+    Raises:
+        DataError: it has fewer than two.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in _walk(root) if path.suffix == ".py"]
     if len(files) < 2:
