@@ -41,9 +41,24 @@ LOOK_SECONDS, QUIET_LOOKS = 0.005, 3
 
 def threads_per_worker(workers: int) -> int:
     """Return the intra-op threads of each of `workers` processes that share this machine's cores evenly; at least 1."""
+    return max(1, _cores() // workers)
+
+
+def crowding(workers: int) -> str:
+    """Return one line if this host has fewer cores than its share of `workers`, which compute on CPUs, else nothing."""
+    context = rank_context()
+    here = workers if context is None else context.local_workers or context.workers
+    if here <= (cores := _cores()):
+        return ""
+    return (
+        f"{here} workers share {cores} core{'s' * (cores > 1)}: they take turns, so a step takes longer than on "
+        f"--workers {cores}"
+    )
+
+
+def _cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, cores // workers)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def join_local(store: str, rank: int, workers: int) -> None:

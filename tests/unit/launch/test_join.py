@@ -1,4 +1,4 @@
-"""What a process waits for before its interpreter ends."""
+"""A worker joins its host: cores that it shares, GPUs that it needs, and threads that it waits for at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shardwise.errors import RequestError
-from shardwise.launch.join import _check_gpus, rest
+from shardwise.launch.join import _check_gpus, crowding, rest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are shown by Linux")
 
@@ -68,3 +68,26 @@ def test_a_launcher_that_starts_more_workers_than_gpus_is_refused(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RequestError, match="2 workers were started on a host with 1 GPU: start 1 there, or set CUDA"):
         _check_gpus(2)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "environment", "line"),
+    [
+        (2, 2, {}, ""),
+        (2, 16, {}, "16 workers share 2 cores: they take turns, so a step takes longer than on --workers 2"),
+        (1, 2, {}, "2 workers share 1 core: they take turns, so a step takes longer than on --workers 1"),
+        (2, 16, {"LOCAL_WORLD_SIZE": "2"}, ""),
+        (2, 16, {"LOCAL_WORLD_SIZE": "4"}, "4 workers share 2 cores: they take turns, so a step takes longer than on"),
+    ],
+)
+def test_more_workers_than_cores_are_said(
+    cores: int, workers: int, environment: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.delenv("SHARDWISE_LOCAL_WORKER", raising=False)
+    if environment:
+        launcher = {"RANK": "0", "WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        for name, value in {**launcher, **environment}.items():
+            monkeypatch.setenv(name, value)
+    told = crowding(workers)
+    assert told.startswith(line) if line else not told

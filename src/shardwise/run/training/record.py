@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
+from shardwise.launch.join import crowding
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.checkpoint.folder import final_path, step_of
@@ -50,6 +51,7 @@ class RunRecord:
     _sampler: Sampler = field(init=False)
     _steps: list[Step] = field(init=False, default_factory=list)
     _evaluations: dict[int, dict[str, float]] = field(init=False, default_factory=dict)
+    _loading: tuple[str, ...] = field(init=False, default=())
     _first: int = field(init=False, default=0)
     _saved: int = field(init=False, default=0)
     _finite: int | None = field(init=False, default=None)
@@ -79,8 +81,10 @@ class RunRecord:
         return progress
 
     def _notes(self) -> list[str]:
-        """Return what the user should know about the workload and the strategy, one line each."""
-        return [*self.program.workload.notes, *self.program.notes]
+        """Return what the user should know about the workload, the strategy and the machine, one line each."""
+        mesh = self.program.mesh
+        crowded = crowding(self.program.strategy.workers) if mesh.device.type == "cpu" else ""
+        return [*self.program.workload.notes, *self.program.notes, *self._loading, *([crowded] if crowded else [])]
 
     @contextmanager
     def open(self, total: int | None, notes: Iterable[str] = ()) -> Iterator[None]:
@@ -88,13 +92,14 @@ class RunRecord:
 
         `notes` are shown to the user, one line each, beside those of the program.
         """
+        self._loading = tuple(notes)
         self._sampler = Sampler(self.program.mesh.device, sampled_steps(None if total is None else total - self._first))
         if self.program.mesh.rank != 0:
             yield
             return
         job = self.job
         with Log(job.folder, str(job.strategy), self._first, total, quiet=job.options.quiet) as self._log:
-            for note in (str(self.first_step), *self._notes(), *notes):
+            for note in (str(self.first_step), *self._notes()):
                 self._log.say(note)
             self._clock.resume()
             yield
