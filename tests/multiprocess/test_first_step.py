@@ -101,6 +101,43 @@ def one(workers: Pools, made: Workload, strategy: str) -> str:
     return str(found[0][0])
 
 
+class Complex(nn.Module):
+    """Filter with complex parameters, of which a perceptron's features are transformed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.filter = nn.Parameter(torch.randn(16, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(torch.fft.ifft(torch.fft.fft(self.up(x)) * self.filter).real)
+        return output
+
+
+class Slope(nn.Module):
+    """Layer on the derivative of an energy by its input, for which the forward makes a leaf of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy, self.out = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        output: Tensor = self.out(slope)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy"), [(Complex, "dp=2"), (Complex, "tp=2"), (Slope, "dp=2"), (Slope, "fsdp=2,recompute=full")]
+)
+def test_complex_parameters_and_leaves_of_a_forward_are_proved(
+    model: type[nn.Module], strategy: str, workers: Pools
+) -> None:
+    assert one(workers, workload(model=model), strategy) == ""
+
+
 @pytest.mark.parametrize("strategy", ["dp=2", "tp=2"])
 def test_no_right_training_is_refused(workers: Pools, strategy: str) -> None:
     """Two models use a mean over the batch that they wrote into a buffer: replicas would have other means."""

@@ -252,7 +252,10 @@ def forces() -> Workload:
     return work(Force, Plain)
 
 
-@pytest.mark.parametrize("strategy", ["dp=2", "tp=2", "pp=2", "tp=2,pp=2,recompute=full"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["dp=2", "fsdp=2", "dp=2,recompute=full", "fsdp=2,recompute=full", "tp=2", "pp=2", "tp=2,pp=2,recompute=full"],
+)
 def test_derivatives_and_hooks_on_tensors_in_a_forward(strategy: str, workers: Pools) -> None:
     check(workers, forces, strategy)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.data.own_step import StepRoot
+from shardwise.parallel.data.own_step import ForwardWatch, StepRoot
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.state.pytree import map_tensors
 from shardwise.strategy import Strategy
@@ -42,10 +42,10 @@ class ShardedModel:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._used: set[str] = set()
         self.unused: list[str] = []
+        watch = ForwardWatch(self.call)
         for group in _parameter_groups(self.call):
             group.post_backward = self._filled(group, group.post_backward)
-            if root is not None:
-                group.pre_backward = root.after(group.pre_backward)
+            group.pre_backward = watch.after(group.pre_backward)
 
     @cached_property
     def _whole(self) -> dict[str, nn.Parameter]:

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from shardwise.errors import WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.ddp import ReplicatedModel
-from shardwise.parallel.data.own_step import StepRoot, autocast_calls, looked_at
+from shardwise.parallel.data.own_step import StepRoot, autocast_calls, takes_derivatives
 from shardwise.parallel.data.whole_batch import of_all_replicas
 from shardwise.parallel.engine import Evaluated, Position
 from shardwise.parallel.faults import Fault, RerunPass, gradient_fault, module_fault, passes_of
@@ -350,9 +350,8 @@ class ModuleEngine:
         """
         with stand_ins(model, batch) as (mode, given), mode or nullcontext():
             if self._root is not None:
-                return looked_at(self._workload, model, given)
-            self._forward(model, given)
-        return False
+                return takes_derivatives(partial(run_step, self._workload, model, given))
+            return takes_derivatives(partial(self._forward, model, given))
 
     def _lay_out(self, tensors: Mapping[str, Tensor]) -> dict[str, TensorPlacement]:
         """Describe how each tensor lies on this worker. The replicas share the work of writing checkpoints."""

@@ -14,52 +14,61 @@ from torch import Tensor, nn
 
 from shardwise.errors import WorkloadError
 from shardwise.parallel.state.pytree import map_tensors
-from shardwise.workload.own_step import DerivativesNoticed, run_step
-from shardwise.workload.workload import Workload
+from shardwise.workload.own_step import DerivativesNoticed
 
 
 class StepRoot(nn.Module):
-    """Module around a model that calls a function of (model, data).
-
-    Attributes:
-        running: whether the function is being called.
-    """
+    """Module around a model that calls a function of (model, data)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.running = False
 
     def forward(self, function: Callable[[nn.Module, Any], Any], data: Any) -> Any:
         """Call `function` with the model and `data`, and return its result."""
+        return function(self.model, data)
+
+
+class ForwardWatch:
+    """Watch that tells whether the forward pass of a module is running.
+
+    Attributes:
+        running: whether it is.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.running = False
+        module.register_forward_pre_hook(self._enter)
+        module.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, *_: Any) -> None:
         self.running = True
-        try:
-            return function(self.model, data)
-        finally:
-            self.running = False
+
+    def _leave(self, *_: Any) -> None:
+        self.running = False
 
     def after(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `function`, part of a backward pass, refused while a step is running: it would free parameters."""
+        """Return `function`, part of a backward pass, refused while the forward runs: it would free parameters."""
 
         def called(*args: Any) -> Any:
             if self.running:
                 raise WorkloadError(
-                    "the step takes derivatives in some passes only, and fsdp gathers each block of the model for one "
-                    "backward pass: take them in each pass (times 0 if they are not to count), or use dp"
+                    "the step or the model takes derivatives in some passes only, and fsdp gathers each block of the "
+                    "model for one backward pass: take them in each pass (times 0 if they are not to count), or use dp"
                 )
             return function(*args)
 
         return called
 
 
-def looked_at(workload: Workload, model: nn.Module, data: Any) -> bool:
-    """Run a step to see which modules it calls, and return whether it takes derivatives.
+def takes_derivatives(run: Callable[[], object]) -> bool:
+    """Run a forward pass or a step, and return whether it takes derivatives.
 
-    A block of a model that a step takes derivatives of cannot be gathered or recomputed for one backward pass.
+    A block of a model that derivatives are taken of cannot be gathered or recomputed for one backward pass.
     """
     noticed = DerivativesNoticed()
     with torch.enable_grad(), noticed:
-        run_step(workload, model, data)
+        run()
     return noticed.found
 
 

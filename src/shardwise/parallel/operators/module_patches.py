@@ -10,7 +10,7 @@ state moves; from the next pass on the mode is on again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -257,14 +257,18 @@ class ModulePatches:
         self, state: Callable[[], PythonState]
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a block's forward and of its recomputation."""
-        return nullcontext(), self._again(self._dropout_replacements.site, state(), state().read())
+        return nullcontext(), self._recomputation(state())
 
     def _selective_contexts(
         self, state: Callable[[], PythonState]
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a block that saves the results of its products, see `selective_checkpoint`."""
         forward, again = selective_checkpoint.contexts()
-        return forward, _both(self._again(self._dropout_replacements.site, state(), state().read()), again)
+        return forward, _Several(self._recomputation(state()), again)
+
+    def _recomputation(self, state: PythonState) -> _Several:
+        site, values = self._dropout_replacements.site, state.read()
+        return _Several(lambda: self._again(site, state, values))
 
     @contextmanager
     def _again(self, site: int, state: PythonState, values: Sequence[Mapping[Any, Any]]) -> Iterator[None]:
@@ -277,10 +281,25 @@ class ModulePatches:
             self._dropout_replacements.site, self.recomputing = later, False
 
 
-@contextmanager
-def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[None]) -> Iterator[None]:
-    with outer, inner:
-        yield
+class _Several(AbstractContextManager[None]):
+    """Contexts, the outermost first, that may be entered again: a block is recomputed for each derivative of it.
+
+    Args:
+        contexts: contexts that may be entered again, or functions that make new ones.
+    """
+
+    def __init__(self, *contexts: AbstractContextManager[None] | Callable[[], AbstractContextManager[None]]) -> None:
+        self._contexts = contexts
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for context in self._contexts:
+                stack.enter_context(context if isinstance(context, AbstractContextManager) else context())
+            self._entered.append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
 
 
 def _same(before: Any, after: Any) -> bool:

@@ -23,7 +23,7 @@ from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
-from shardwise.parallel.data.own_step import looked_at
+from shardwise.parallel.data.own_step import takes_derivatives
 from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.pipeline.cut_points import CutPoint
@@ -32,6 +32,7 @@ from shardwise.parallel.state.pytree import unlike
 from shardwise.predict.profile.optimizer import update_of
 from shardwise.predict.profile.profile import Update
 from shardwise.workload.data import first_samples
+from shardwise.workload.own_step import run_step
 from shardwise.workload.trace.graph import StepGraph
 from shardwise.workload.trace.repeated_layers import repeated_layers, shortened
 from shardwise.workload.trace.stand_ins import stand_ins
@@ -173,9 +174,8 @@ class Model:
     def _look(self, data: Any) -> bool:
         with stand_ins(self.module, data) as (mode, given), mode or nullcontext():
             if self.workload.step is not None:
-                return looked_at(self.workload, self.module, given)
-            self.called(given, self.workload.precision)
-        return False
+                return takes_derivatives(partial(run_step, self.workload, self.module, given))
+            return takes_derivatives(partial(self.called, given, self.workload.precision))
 
     def called(self, data: Any, precision: str) -> Any:
         """Return the module's output for a batch, under autocast if `precision` is `bf16`."""

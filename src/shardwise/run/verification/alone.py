@@ -24,7 +24,6 @@ from shardwise.parallel.program import Program
 from shardwise.parallel.state.pass_state import passes_undone
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
-from shardwise.workload.trace.python_state import captured
 from shardwise.workload.workload import Workload
 
 
@@ -54,7 +53,7 @@ class OneWorker:
         """
         with self._undone():
             loss = self._engine.loss_of(share.microbatches[0])
-            self._check_leaves(loss)
+            self._check_leaves(loss, share.microbatches[0])
             self._engine.backward(loss)
         return float(loss.detach()), {name: g.cpu() for name, g in local_gradients(self._engine.parameters).items()}
 
@@ -116,18 +115,27 @@ class OneWorker:
         weigh = self.workload.weight
         return float(microbatch.samples if weigh is None else weigh(microbatch.data))
 
-    def _check_leaves(self, loss: Tensor) -> None:
-        """Raise WorkloadError if the gradient of `loss` reaches a tensor that is no parameter of the model."""
+    def _check_leaves(self, loss: Tensor, microbatch: Microbatch) -> None:
+        """Check that the gradient of `loss` reaches only parameters of the model, and what the pass itself has made.
+
+        A model may make a leaf to take derivatives by it; another pass then makes another one.
+
+        Raises:
+            WorkloadError: it reaches a tensor from elsewhere.
+        """
         known = {id(parameter) for parameter in self._engine.model.parameters()}
-        outside = {id(value) for value in captured(self.workload.step)}
-        for leaf in _leaves(loss):
-            own = self.workload.step is None or isinstance(leaf, nn.Parameter) or id(leaf) in outside
-            if id(leaf) not in known and own:  # else one that a step has made to take derivatives by it
-                raise WorkloadError(
-                    f"the loss of workload {self.workload.name!r} depends on a trained tensor of shape "
-                    f"{tuple(leaf.shape)} that is no parameter of the model, so nothing would train it: make it a "
-                    "parameter of the model, or detach it"
-                )
+        strange = [leaf for leaf in _leaves(loss) if id(leaf) not in known]
+        if not strange:
+            return
+        with self._undone():
+            again = {id(leaf) for leaf in _leaves(self._engine.loss_of(microbatch))}
+        outside = next((leaf for leaf in strange if id(leaf) in again), None)
+        if outside is not None:
+            raise WorkloadError(
+                f"the loss of workload {self.workload.name!r} depends on a trained tensor of shape "
+                f"{tuple(outside.shape)} that is no parameter of the model, so nothing would train it: make it a "
+                "parameter of the model, or detach it"
+            )
 
 
 @contextmanager

@@ -105,6 +105,9 @@ def _holds_nan(actual: Tensor, expected: Tensor) -> str:
 
 
 def _error(actual: Tensor, expected: Tensor, mask: Tensor | None, typical: float) -> float:
+    if expected.is_complex() and actual.is_complex():
+        pairs = None if mask is None else torch.stack([mask, mask], -1)
+        return _error(torch.view_as_real(actual), torch.view_as_real(expected), pairs, typical)
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else math.inf
     a, b = actual.double(), expected.double()

@@ -70,3 +70,9 @@ def test_integers_are_equal_or_not() -> None:
 def test_the_larger_of_two() -> None:
     assert Deviation(0.1, "a") | Deviation(0.2, "b") == Deviation(0.2, "b")
     assert Deviation(0.1, "a") | Deviation(0.1, "b") == Deviation(0.1, "a")
+
+
+def test_complex_tensors_are_compared_by_both_parts() -> None:
+    expected = {"filter": torch.full((8,), 3 + 4j)}
+    assert deviation({"filter": torch.full((8,), 3 + 4.05j)}, expected).error == pytest.approx(0.01, rel=1e-3)
+    assert deviation(dict(expected), expected).error == 0
