@@ -42,7 +42,7 @@ def rows(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held:
 
 
 def heads(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held:
-    """As tensor parallelism does it: the fused projection by its three segments, the next weight by columns."""
+    """As tensor parallelism does it: the fused projection by its three spans, the next weight by columns."""
     if shape == (24, 6):
         return Layout.split(shape, 0, (8, 8, 8), rank, ranks), True
     if shape == (6, 8):

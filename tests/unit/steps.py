@@ -54,6 +54,6 @@ def exchanges(graph: LocalGraph) -> dict[str, int]:
 def cuts(graph: LocalGraph) -> dict[str, tuple[int, tuple[int, ...]] | None]:
     """(dimension, segments) of each tensor that is cut; None: whole on every worker."""
     return {
-        name: (place.dim, place.segments) if isinstance(place, Sharded) else None
+        name: (place.dim, place.spans) if isinstance(place, Sharded) else None
         for name, place in graph.placements.items()
     }

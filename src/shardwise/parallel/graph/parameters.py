@@ -148,7 +148,7 @@ class LocalStages:
         cut = isinstance(placement, Sharded)
         layout = Layout.whole(shape)
         if isinstance(placement, Sharded):
-            layout = Layout.split(shape, placement.dim, placement.segments, mesh.coordinate("tp"), strategy.tp)
+            layout = Layout.split(shape, placement.dim, placement.spans, mesh.coordinate("tp"), strategy.tp)
         workers = self._workers_of(name)
         holders = len(workers) * (1 if cut else strategy.tp)
         writes = workers[0] == mesh.coordinate("pp") and (cut or mesh.coordinate("tp") == 0)
@@ -302,6 +302,6 @@ def _cut(tensor: Tensor, placement: Placement | None, exchange: Exchange) -> Ten
     """Return this worker's part of a parameter or buffer, in memory of its own."""
     part = tensor.detach()
     if isinstance(placement, Sharded):
-        part = exchange.cut(part, placement.dim, placement.segments)
+        part = exchange.cut(part, placement.dim, placement.spans)
     part = part.clone(memory_format=torch.contiguous_format)
     return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part

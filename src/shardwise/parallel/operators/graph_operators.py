@@ -80,10 +80,10 @@ class GraphOperators:
         whole = torch.Size(shape)
         if not isinstance(placement, Sharded):
             return draw_mask(self.position, site, whole, p, like, merged=merged)
-        segments = placement.segments
+        spans = placement.spans
 
         def cut(tensor: Tensor, dim: int) -> Tensor:
-            return self.exchange.cut(tensor, dim, segments)
+            return self.exchange.cut(tensor, dim, spans)
 
         return draw_mask(self.position, site, whole, p, like, merged=merged, along=placement.dim, cut=cut)
 

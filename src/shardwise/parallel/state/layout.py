@@ -55,22 +55,22 @@ class Layout:
         return cls(shape, (Tile(shape and (0,) * len(shape), shape, (0,) * len(shape)),))
 
     @classmethod
-    def split(cls, shape: Sequence[int], dim: int, segments: Sequence[int], rank: int, ranks: int) -> Layout:
+    def split(cls, shape: Sequence[int], dim: int, spans: Sequence[int], rank: int, ranks: int) -> Layout:
         """Return the layout of part `rank` of `ranks` along `dim`.
 
-        Each of the consecutive `segments` of `dim` is cut by itself.
+        Each of the consecutive `spans` of `dim` is cut by itself.
 
-        A fused query, key, value weight has three segments: each worker holds its heads of all three.
+        A fused query, key, value weight has three spans: each worker holds its heads of all three.
         """
         shape = tuple(shape)
         tiles = []
-        segment_start = local_start = 0
-        for size in segments:
+        span_start = local_start = 0
+        for size in spans:
             part = size // ranks
             offsets, sizes, start = [0] * len(shape), list(shape), [0] * len(shape)
-            offsets[dim], sizes[dim], start[dim] = segment_start + rank * part, part, local_start
+            offsets[dim], sizes[dim], start[dim] = span_start + rank * part, part, local_start
             tiles.append(Tile(tuple(offsets), tuple(sizes), tuple(start)))
-            segment_start += size
+            span_start += size
             local_start += part
         return cls(shape, tuple(tiles))
 

@@ -54,21 +54,21 @@ class Exchange:
         """Sum a value over the workers; the gradient passes unchanged."""
         return _mirrored(x, self.summed, lambda gradient: gradient)
 
-    def gather(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+    def gather(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
         """All-gather a value that is sharded along `dim`; the gradient is sliced."""
-        return _mirrored(x, self.joined, self.cut, dim, segments)
+        return _mirrored(x, self.joined, self.cut, dim, spans)
 
-    def slice(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+    def slice(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
         """Return this worker's part along `dim`; the gradient is all-gathered."""
-        return _mirrored(x, self.cut, self.joined, dim, segments)
+        return _mirrored(x, self.cut, self.joined, dim, spans)
 
-    def gather_enter(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+    def gather_enter(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
         """All-gather a value that is sharded along `dim`; the gradient is reduce-scattered."""
-        return _mirrored(x, self.joined, self.scattered, dim, segments)
+        return _mirrored(x, self.joined, self.scattered, dim, spans)
 
-    def reduce_scatter(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+    def reduce_scatter(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
         """Reduce-scatter a value along `dim`; the gradient is all-gathered."""
-        return _mirrored(x, self.scattered, self.joined, dim, segments)
+        return _mirrored(x, self.scattered, self.joined, dim, spans)
 
     def summed(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """All-reduce into a new tensor, without autograd."""
@@ -76,32 +76,32 @@ class Exchange:
         self._all_reduce(total, op)
         return total
 
-    def cut(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
-        """Return this worker's part along `dim`, without autograd: its piece of every segment."""
-        if len(segments) == 1:
-            part = segments[0] // self.ranks
+    def cut(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
+        """Return this worker's part along `dim`, without autograd: its piece of every span."""
+        if len(spans) == 1:
+            part = spans[0] // self.ranks
             return x.narrow(dim, self.rank * part, part)
         pieces, start = [], 0
-        for size in segments:
+        for size in spans:
             part = size // self.ranks
             pieces.append(x.narrow(dim, start + self.rank * part, part))
             start += size
         return torch.cat(pieces, dim)
 
-    def joined(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+    def joined(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
         """All-gather the workers' parts along `dim` and put them in place, without autograd."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.ranks)]
         self._all_gather(parts, x)
-        if len(segments) == 1:
+        if len(spans) == 1:
             return torch.cat(parts, dim)
-        sizes = [size // self.ranks for size in segments]
+        sizes = [size // self.ranks for size in spans]
         pieces = [torch.split(part, sizes, dim) for part in parts]
         return torch.cat([pieces[r][s] for s in range(len(sizes)) for r in range(self.ranks)], dim)
 
-    def scattered(self, x: Tensor, dim: int, segments: Segments) -> Tensor:
+    def scattered(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
         """Reduce-scatter along `dim`, without autograd."""
-        parts = [Exchange(None, r, self.ranks).cut(x, dim, segments).contiguous() for r in range(self.ranks)]
+        parts = [Exchange(None, r, self.ranks).cut(x, dim, spans).contiguous() for r in range(self.ranks)]
         output = torch.empty_like(parts[0])
         self._reduce_scatter(output, parts)
         return output

@@ -245,16 +245,16 @@ def embedding(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
         return p.fallback(node, args, kwargs, "embedding gradients that are sparse or scaled by frequency")
     index = p.replicated(index)
     if p.ranks > 1 and p.undecided(weight):
-        words = p.segments(weight, 0)
+        words = p.spans(weight, 0)
         if Sharded(0, words).fits(p.ranks):
             weight = p.sharded(weight, 0, words)
-        elif p.segments(weight, 1) and weight.shape[1] % p.ranks == 0:
+        elif p.spans(weight, 1) and weight.shape[1] % p.ranks == 0:
             weight = p.sharded(weight, 1, (weight.shape[1],))
     weight = p.settled(weight)
     where = weight.placement
     if isinstance(where, Sharded) and where.dim == 0:
         function = bound(vocab_parallel.embedding, p.exchange)
-        return p.emit(function, (weight, index, padding, where.segments), like=like, placement=PARTIAL)
+        return p.emit(function, (weight, index, padding, where.spans), like=like, placement=PARTIAL)
     placement = where.at(like.dim() - 1) if isinstance(where, Sharded) else where
     return p.emit(aten.embedding.default, (weight, index, padding), like=like, placement=placement)
 
@@ -313,8 +313,8 @@ def _attention_with_dropout(
     scale: float | None,
 ) -> PlacedValue:
     site, p.sites = p.sites, p.sites + 1
-    label, segments, origin = p.choose(list(full), inputs, (), None)
-    placement: Placement = REPLICATED if label is None else Sharded(output.index(label), segments, origin)
+    label, spans, origin = p.choose(list(full), inputs, (), None)
+    placement: Placement = REPLICATED if label is None else Sharded(output.index(label), spans, origin)
     args = [*full, dropout, causal, scale, site, scores, placement]
     return p.labelled(p.replacements.attention, args, None, inputs, output, like=like)
 
@@ -327,7 +327,7 @@ def _heads(p: Partitioner, query: PlacedValue, item: PlacedValue) -> PlacedValue
     like = torch.empty(shape, dtype=item.dtype, device="meta")
     where = item.placement
     if isinstance(where, Sharded) and where.dim == dim:
-        wider = Sharded(dim, tuple(size * times for size in where.segments))
+        wider = Sharded(dim, tuple(size * times for size in where.spans))
         return p.emit(aten.repeat_interleave.self_int, (item, times, dim), like=like, placement=wider)
     return p.emit(aten.repeat_interleave.self_int, (item, times, dim), like=like, placement=where)
 
@@ -354,10 +354,10 @@ def group_norm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str,
     inputs: dict[int, Labels] = {0: labels}
     inputs.update({i: ("c",) for i in (2, 3) if i < len(args) and isinstance(args[i], PlacedValue)})
     full = [x, *args[1:]]
-    label, segments, _ = p.choose(list(full), inputs, (), None)
+    label, spans, _ = p.choose(list(full), inputs, (), None)
     if label == "c":
         size = x.shape[1] // groups * p.ranks
-        if any(segment % size for segment in segments):
+        if any(span % size for span in spans):
             return p.fallback(node, full, kwargs, "")
         full[1] = groups // p.ranks
     return p.labelled(node.target, full, kwargs, inputs, labels, like=like)  # type: ignore[arg-type]
@@ -516,7 +516,7 @@ def cross_entropy(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[s
     ):
         return p.fallback(node, args, kwargs, "")
     function = bound(vocab_parallel.cross_entropy, p.exchange)
-    full = (logits, p.replicated(target), where.segments, mode, ignore, smoothing)
+    full = (logits, p.replicated(target), where.spans, mode, ignore, smoothing)
     return p.emit(function, full, like=node.meta["val"])
 
 

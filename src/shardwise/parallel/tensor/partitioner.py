@@ -149,7 +149,7 @@ class Partitioner:
         exchange: the exchanges among the tensor-parallel workers.
         replacements: replacements for random, batch-wide and opaque operations.
         sequence: whether sums are reduce-scattered along the sequence instead of all-reduced.
-        wanted: (parameter, dimension) -> its segments, as learnt in earlier passes.
+        wanted: (parameter, dimension) -> its spans, as learnt in earlier passes.
         learnt: `wanted` for the next pass.
         obstacles: dimensions that prevented sharding.
     """
@@ -331,8 +331,8 @@ class Partitioner:
         assert index is not None
         return Origin(value.tensor, index)
 
-    def segments(self, value: PlacedValue, dim: int) -> tuple[int, ...]:
-        """Return the best segments to shard dimension `dim` of an undecided parameter by.
+    def spans(self, value: PlacedValue, dim: int) -> tuple[int, ...]:
+        """Return the best spans to shard dimension `dim` of an undecided parameter by.
 
         Returns () if it cannot be sharded.
         """
@@ -366,10 +366,10 @@ class Partitioner:
         self._forms[base.tensor or ""].append(result)
         return result
 
-    def learn(self, origin: Origin | None, segments: Sequence[int]) -> None:
-        """Record for the next pass that a dimension should have been cut into these segments."""
+    def learn(self, origin: Origin | None, spans: Sequence[int]) -> None:
+        """Record for the next pass that a dimension should have been cut into these spans."""
         if origin is not None and not self.fixed:
-            self.learnt[origin.tensor, origin.dim] = tuple(size * origin.unit for size in segments)
+            self.learnt[origin.tensor, origin.dim] = tuple(size * origin.unit for size in spans)
 
     @contextmanager
     def because(self, why: str) -> Iterator[None]:
@@ -472,15 +472,15 @@ class Partitioner:
         return self._exchanged(value, "enter", REPLICATED)
 
     def sharded(
-        self, value: PlacedValue, dim: int, segments: tuple[int, ...], origin: Origin | None = None
+        self, value: PlacedValue, dim: int, spans: tuple[int, ...], origin: Origin | None = None
     ) -> PlacedValue:
         """Return the value sharded along `dim`. An undecided parameter is sharded without communication."""
-        target = Sharded(dim, segments, origin)
+        target = Sharded(dim, spans, origin)
         if self.undecided(value) and value.dims[dim] is not None:
-            self.decide(value, Sharded(dim, segments, self.origin(value, dim)))
+            self.decide(value, Sharded(dim, spans, self.origin(value, dim)))
             if isinstance(value.placement, Sharded):
                 return value
-        if isinstance(value.placement, Sharded) and (value.placement.dim, value.placement.segments) == (dim, segments):
+        if isinstance(value.placement, Sharded) and (value.placement.dim, value.placement.spans) == (dim, spans):
             return value
         return self._exchanged(self.replicated(value), "slice", target)
 
@@ -488,7 +488,7 @@ class Partitioner:
         key = (kind, target)
         if key not in value.exchanged:
             where = value.placement if isinstance(value.placement, Sharded) else target
-            extra = (where.dim, where.segments) if isinstance(where, Sharded) else ()
+            extra = (where.dim, where.spans) if isinstance(where, Sharded) else ()
             if kind != "enter":
                 self._use(value)
             function = getattr(self.exchange, kind)
@@ -527,7 +527,7 @@ class Partitioner:
             keep: position of an input that is written to: its placement must not change, so it decides.
         """
         args = list(args)
-        label, segments, origin = self.choose(args, inputs, weights, keep)
+        label, spans, origin = self.choose(args, inputs, weights, keep)
         if label is None:
             converted = {index: self.replicated(args[index]) for index in inputs}
             return self.emit(function, _replaced(args, converted), kwargs, like=like)
@@ -535,16 +535,16 @@ class Partitioner:
         for index, labels in inputs.items():
             value = args[index]
             if label in labels:
-                converted[index] = self.sharded(value, labels.index(label), segments, origin)
+                converted[index] = self.sharded(value, labels.index(label), spans, origin)
             else:
                 converted[index] = self.entered(value)
-        placement = Sharded(output.index(label), segments, origin) if label in output else PARTIAL
+        placement = Sharded(output.index(label), spans, origin) if label in output else PARTIAL
         return self.emit(function, _replaced(args, converted), kwargs, like=like, placement=placement)
 
     def choose(
         self, args: list[Any], inputs: Mapping[int, Labels], weights: Sequence[str], keep: int | None
     ) -> tuple[str | None, tuple[int, ...], Origin | None]:
-        """Return (label to shard, its segments, their origin). The label is None if nothing is sharded."""
+        """Return (label to shard, its spans, their origin). The label is None if nothing is sharded."""
         for index in inputs:
             if not self.undecided(args[index]):
                 args[index] = self.settled(args[index])
@@ -558,7 +558,7 @@ class Partitioner:
                 found.setdefault(label, placement)
         for label in weights:
             if label in found:
-                return label, found[label].segments, found[label].origin
+                return label, found[label].spans, found[label].origin
         free = self._free(args, inputs, weights)
         if free is not None:
             return free
@@ -569,7 +569,7 @@ class Partitioner:
     def _free(
         self, args: list[Any], inputs: Mapping[int, Labels], weights: Sequence[str]
     ) -> tuple[str, tuple[int, ...], Origin] | None:
-        """Return (label, segments, origin) of the best label to shard an undecided parameter by.
+        """Return (label, spans, origin) of the best label to shard an undecided parameter by.
 
         Returns None if there is none.
         """
@@ -579,14 +579,14 @@ class Partitioner:
         for index in free:
             for label in weights:
                 dim = inputs[index].index(label) if label in inputs[index] else None
-                segments = self.segments(args[index], dim) if dim is not None else ()
-                if dim is not None and Sharded(dim, segments).fits(self.ranks):
-                    return label, segments, self.origin(args[index], dim)
+                spans = self.spans(args[index], dim) if dim is not None else ()
+                if dim is not None and Sharded(dim, spans).fits(self.ranks):
+                    return label, spans, self.origin(args[index], dim)
         self._obstacle(args[free[0]], inputs[free[0]], weights)
         return None
 
     def _common(self, label: str, args: list[Any], inputs: Mapping[int, Labels], first: Sharded) -> tuple[int, ...]:
-        """Return the segments for a label that several inputs may have cut differently.
+        """Return the spans for a label that several inputs may have cut differently.
 
         Records them for the inputs that differ.
         """
@@ -595,9 +595,9 @@ class Partitioner:
             for i, labels in inputs.items()
             if isinstance(args[i].placement, Sharded) and labels[args[i].placement.dim] == label
         ]
-        finest = max((p.segments for p in others), key=len, default=first.segments)
+        finest = max((p.spans for p in others), key=len, default=first.spans)
         for placement in others:
-            if placement.segments != finest:
+            if placement.spans != finest:
                 self.learn(placement.origin, finest)
         return finest
 

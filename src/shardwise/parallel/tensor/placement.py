@@ -2,7 +2,7 @@
 
 replicated   every worker has the whole value
 sharded      every worker has its part along one dimension; the dimension may consist of several consecutive
-             segments, each cut by itself: a fused query, key, value output has three
+             spans, each cut by itself: a fused query, key, value output has three
 partial      every worker has a summand: the value is the sum over the workers
 """
 
@@ -37,22 +37,22 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """Placement of a value cut along `dim`: each worker has its part of every one of the consecutive `segments`.
+    """Placement of a value cut along `dim`: each worker has its part of every one of the consecutive `spans`.
 
-    `segments` are the sizes of the segments, in elements of that dimension.
+    `spans` are the sizes of the spans, in elements of that dimension.
     """
 
     dim: int
-    segments: tuple[int, ...]
+    spans: tuple[int, ...]
     origin: Origin | None = None
 
     def fits(self, ranks: int) -> bool:
-        """Return whether there are segments and each can be cut into `ranks` equal parts."""
-        return bool(self.segments) and all(size % ranks == 0 for size in self.segments)
+        """Return whether there are spans and each can be cut into `ranks` equal parts."""
+        return bool(self.spans) and all(size % ranks == 0 for size in self.spans)
 
     def at(self, dim: int) -> Sharded:
         """Return this placement along another dimension."""
-        return Sharded(dim, self.segments, self.origin)
+        return Sharded(dim, self.spans, self.origin)
 
 
 Placement = Replicated | Partial | Sharded
@@ -67,25 +67,25 @@ def local_shape(shape: Sequence[int], placement: Placement, ranks: int) -> tuple
     return tuple(size // ranks if dim == placement.dim else size for dim, size in enumerate(shape))
 
 
-def cut_segments(segments: Sequence[int], boundaries: Iterable[int]) -> tuple[int, ...]:
-    """Cut segments further at `boundaries`, which count from the start of the first one.
+def cut_spans(spans: Sequence[int], boundaries: Iterable[int]) -> tuple[int, ...]:
+    """Cut spans further at `boundaries`, which count from the start of the first one.
 
-    >>> cut_segments((12,), (4, 8))
+    >>> cut_spans((12,), (4, 8))
     (4, 4, 4)
     """
     ends = set(boundaries)
     position = 0
-    for size in segments:
+    for size in spans:
         position += size
         ends.add(position)
     inner = sorted(end for end in ends if 0 < end <= position)
     return tuple(end - start for start, end in zip([0, *inner], inner, strict=False))
 
 
-def between(segments: Sequence[int], start: int, end: int) -> tuple[int, ...] | None:
-    """Return the segments that make up the range from `start` to `end`. Returns None if the range cuts through one."""
+def between(spans: Sequence[int], start: int, end: int) -> tuple[int, ...] | None:
+    """Return the spans that make up the range from `start` to `end`. Returns None if the range cuts through one."""
     position, inside = 0, []
-    for size in segments:
+    for size in spans:
         if start <= position and position + size <= end:
             inside.append(size)
         elif position < end and position + size > start:
@@ -125,8 +125,8 @@ def reshaped(
     """Follow a sharded dimension through a reshape from `shape` to `new`.
 
     Returns:
-        (placement, None) if it can be followed; (None, segments) if it could be with the dimension cut into those
-        segments; (None, None) if it is lost.
+        (placement, None) if it can be followed; (None, spans) if it could be with the dimension cut into those
+        spans; (None, None) if it is lost.
     """
     group = next((g for g in regroup(shape, new) if placement.dim in g[0]), None)
     if group is None:
@@ -134,21 +134,21 @@ def reshaped(
     left, right = group
     outer = prod(shape[d] for d in left if d < placement.dim)
     inner = prod(shape[d] for d in left if d > placement.dim)
-    flat = tuple(size * inner for size in placement.segments) * outer
+    flat = tuple(size * inner for size in placement.spans) * outer
     for dim in right:
         found = _pattern(flat, prod(new[d] for d in right if d < dim), prod(new[d] for d in right if d > dim), ranks)
         if found:
             return Sharded(dim, found, _follow(placement, inner, outer, new, right, dim)), None
-    if outer == inner == 1 and len(placement.segments) == 1:
-        return None, _wanted(placement.segments[0], new, right, ranks)
+    if outer == inner == 1 and len(placement.spans) == 1:
+        return None, _wanted(placement.spans[0], new, right, ranks)
     return None, None
 
 
 def _pattern(flat: tuple[int, ...], outer: int, inner: int, ranks: int) -> tuple[int, ...] | None:
-    """Convert the segments `flat` of a flattened group of dimensions to those of one of its dimensions.
+    """Convert the spans `flat` of a flattened group of dimensions to those of one of its dimensions.
 
     `outer` and `inner` are the numbers of elements before and after that dimension in the group. Returns None if the
-    segments do not fit the dimension, or if `ranks` does not divide them.
+    spans do not fit the dimension, or if `ranks` does not divide them.
     """
     if len(flat) % outer:
         return None
@@ -159,7 +159,7 @@ def _pattern(flat: tuple[int, ...], outer: int, inner: int, ranks: int) -> tuple
 
 
 def _wanted(size: int, new: Sequence[int], right: list[int], ranks: int) -> tuple[int, ...] | None:
-    """Return segments of a dimension of `size` that make one of the dimensions `right` shardable after the reshape.
+    """Return spans of a dimension of `size` that make one of the dimensions `right` shardable after the reshape.
 
     Returns None if `ranks` divides none of them.
     """

@@ -1,7 +1,7 @@
 """Tensor-parallel rules of operations that move elements without computing: reshapes, permutations, slices, joins.
 
 A sharded dimension is followed through them. If it could be followed only with a parameter's dimension cut into other
-segments (the query, key and value of one fused matrix), the partitioner records those segments for its next pass.
+spans (the query, key and value of one fused matrix), the partitioner records those spans for its next pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from shardwise.parallel.tensor.partitioner import Obstacle, Partitioner, PlacedValue, Rule
-from shardwise.parallel.tensor.placement import Placement, Sharded, between, cut_segments, local_shape, reshaped
+from shardwise.parallel.tensor.placement import Placement, Sharded, between, cut_spans, local_shape, reshaped
 
 aten = torch.ops.aten
 
@@ -36,9 +36,9 @@ def reshape(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, An
 def _missed(
     p: Partitioner, x: PlacedValue, placement: Sharded, new: tuple[int, ...], wanted: tuple[int, ...] | None
 ) -> None:
-    """Record the segments that would make a reshape work.
+    """Record the spans that would make a reshape work.
 
-    Without such segments, record a head count that the degree does not divide.
+    Without such spans, record a head count that the degree does not divide.
     """
     if wanted is not None:
         p.learn(placement.origin, wanted)
@@ -100,14 +100,14 @@ def repeat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
 
 
 def repeat_interleave(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """repeat_interleave(x, n, dim): along the sharded dimension every segment becomes n times as long."""
+    """repeat_interleave(x, n, dim): along the sharded dimension every span becomes n times as long."""
     x, like = p.settled(args[0]), node.meta["val"]
     times, dim = args[1], args[2] if len(args) > 2 else kwargs.get("dim")
     placement = x.placement
     if isinstance(times, PlacedValue) or dim is None or not isinstance(placement, Sharded):
         return p.fallback(node, args, kwargs, "repeat_interleave by a tensor")
     if dim % len(x.shape) == placement.dim:
-        placement = Sharded(placement.dim, tuple(size * times for size in placement.segments))
+        placement = Sharded(placement.dim, tuple(size * times for size in placement.spans))
     return p.emit(aten.repeat_interleave.self_int, (x, times, dim), like=like, placement=placement)
 
 
@@ -178,7 +178,7 @@ def gather(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
 
 
 def slice_(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """x[:, start:end:step]: a slice along the sharded dimension must consist of whole segments."""
+    """x[:, start:end:step]: a slice along the sharded dimension must consist of whole spans."""
     x, like = p.settled(args[0]), node.meta["val"]
     dim = (args[1] if len(args) > 1 else 0) % len(x.shape)
     placement = x.placement
@@ -186,10 +186,10 @@ def slice_(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
         return p.emit(node.target, (x, *args[1:]), kwargs, like=like, placement=placement)  # type: ignore[arg-type]
     size, step = x.shape[dim], args[4] if len(args) > 4 else 1
     start, end = (_clamped(args[i] if len(args) > i else None, size, other) for i, other in ((2, 0), (3, size)))
-    inside = between(placement.segments, start, end) if step == 1 else None
+    inside = between(placement.spans, start, end) if step == 1 else None
     if inside is None:
         if step == 1:
-            p.learn(placement.origin, cut_segments(placement.segments, (start, end)))
+            p.learn(placement.origin, cut_spans(placement.spans, (start, end)))
         return p.fallback(node, args, kwargs, "a slice of a sharded dimension")
     origin = placement.origin if (start, end) == (0, size) else None
     local = (start // p.ranks, end // p.ranks)
@@ -203,7 +203,7 @@ def _clamped(value: int | None, size: int, default: int) -> int:
 
 
 def split(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """split, chunk, split_with_sizes: along the sharded dimension the parts must consist of whole segments."""
+    """split, chunk, split_with_sizes: along the sharded dimension the parts must consist of whole spans."""
     x, likes = args[0], list(node.meta["val"])
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(x.shape)
     sizes = [like.shape[dim] for like in likes]
@@ -216,9 +216,9 @@ def split(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
             aten.split_with_sizes.default, (x, sizes, dim), like=likes, placements=[placement] * len(likes)
         )
     bounds = list(accumulate(sizes, initial=0))
-    parts = [between(placement.segments, start, end) for start, end in pairwise(bounds)]
+    parts = [between(placement.spans, start, end) for start, end in pairwise(bounds)]
     if any(part is None or not Sharded(dim, part).fits(p.ranks) for part in parts):
-        p.learn(placement.origin, cut_segments(placement.segments, bounds))
+        p.learn(placement.origin, cut_spans(placement.spans, bounds))
         x = p.replicated(x)
         return p.emit_many(
             aten.split_with_sizes.default, (x, sizes, dim), like=likes, placements=[x.placement] * len(likes)
@@ -243,21 +243,21 @@ def unbind(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
 
 
 def cat(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> PlacedValue:
-    """cat: along the sharded dimension the segments are concatenated too."""
+    """cat: along the sharded dimension the spans are concatenated too."""
     like = node.meta["val"]
     values = [p.settled(value) for value in args[0] if tuple(value.shape) != (0,)]
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % like.dim()
     first = next((v.placement for v in values if isinstance(v.placement, Sharded)), None)
     if first is not None and first.dim == dim:
         along = [v.placement if isinstance(v.placement, Sharded) and v.placement.dim == dim else None for v in values]
-        segments = [(v.shape[dim],) if at is None else at.segments for v, at in zip(values, along, strict=True)]
-        if all(size % p.ranks == 0 for each in segments for size in each):
-            parts = [p.sharded(v, dim, s) for v, s in zip(values, segments, strict=True)]
-            joined = Sharded(dim, tuple(size for each in segments for size in each))
+        spans = [(v.shape[dim],) if at is None else at.spans for v, at in zip(values, along, strict=True)]
+        if all(size % p.ranks == 0 for each in spans for size in each):
+            parts = [p.sharded(v, dim, s) for v, s in zip(values, spans, strict=True)]
+            joined = Sharded(dim, tuple(size for each in spans for size in each))
             return p.emit(aten.cat.default, (parts, dim), like=like, placement=joined)
         first = None
     if first is not None:
-        parts = [p.sharded(v, first.dim, first.segments, first.origin) for v in values]
+        parts = [p.sharded(v, first.dim, first.spans, first.origin) for v in values]
         return p.emit(aten.cat.default, (parts, dim), like=like, placement=first)
     return p.emit(aten.cat.default, ([p.replicated(v) for v in values], dim), like=like)
 
@@ -270,7 +270,7 @@ def stack(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
     first = next((v.placement for v in values if isinstance(v.placement, Sharded)), None)
     if first is None:
         return p.emit(aten.stack.default, (values, dim), like=like)
-    parts = [p.sharded(v, first.dim, first.segments, first.origin) for v in values]
+    parts = [p.sharded(v, first.dim, first.spans, first.origin) for v in values]
     return p.emit(aten.stack.default, (parts, dim), like=like, placement=first.at(first.dim + (first.dim >= dim)))
 
 

@@ -16,22 +16,22 @@ from torch import Tensor
 from shardwise.parallel.tensor.communication import Exchange, Segments
 
 
-def local_index(exchange: Exchange, segments: Segments, index: Tensor) -> Tensor:
-    """Convert a global `index` along a dimension cut into `segments` to this worker's local index.
+def local_index(exchange: Exchange, spans: Segments, index: Tensor) -> Tensor:
+    """Convert a global `index` along a dimension cut into `spans` to this worker's local index.
 
     Returns -1 where another worker has it.
     """
-    if len(segments) == 1:
-        part = segments[0] // exchange.ranks
+    if len(spans) == 1:
+        part = spans[0] // exchange.ranks
         local = index - exchange.rank * part
         return local.masked_fill((local < 0) | (local >= part), -1)
-    here = exchange.cut(torch.arange(sum(segments), device=index.device), 0, segments)
-    table = torch.full((sum(segments),), -1, device=index.device)
+    here = exchange.cut(torch.arange(sum(spans), device=index.device), 0, spans)
+    table = torch.full((sum(spans),), -1, device=index.device)
     table[here] = torch.arange(here.numel(), device=index.device)
-    return table[index.clamp(0, sum(segments) - 1)]
+    return table[index.clamp(0, sum(spans) - 1)]
 
 
-def embedding(exchange: Exchange, weight: Tensor, index: Tensor, padding: int, segments: Segments) -> Tensor:
+def embedding(exchange: Exchange, weight: Tensor, index: Tensor, padding: int, spans: Segments) -> Tensor:
     """Compute this worker's summand of an embedding: rows that it does not hold are zero.
 
     Args:
@@ -39,12 +39,12 @@ def embedding(exchange: Exchange, weight: Tensor, index: Tensor, padding: int, s
         weight: this worker's rows, shape (vocabulary / ranks, features).
         index: word indices, any shape.
         padding: the word whose row gets no gradient; -1 for none.
-        segments: segments of the vocabulary.
+        spans: spans of the vocabulary.
 
     Returns:
         the summand, shape (*index.shape, features).
     """
-    local = local_index(exchange, segments, index)
+    local = local_index(exchange, spans, index)
     missing = (local < 0).unsqueeze(-1)
     rows = F.embedding(local.clamp(min=0), weight)
     if padding >= 0:
@@ -56,7 +56,7 @@ def cross_entropy(
     exchange: Exchange,
     logits: Tensor,
     target: Tensor,
-    segments: Segments,
+    spans: Segments,
     reduction: int,
     ignore: int,
     smoothing: float,
@@ -67,7 +67,7 @@ def cross_entropy(
         exchange: the exchanges among the workers.
         logits: this worker's classes, shape (samples, classes / ranks, ...) or (classes / ranks,).
         target: class indices, shape of `logits` without the class dimension.
-        segments: segments of the classes.
+        spans: spans of the classes.
         reduction: 0 none, 1 mean over the targets that are not ignored, 2 sum.
         ignore: the target value that is ignored.
         smoothing: share of the target spread evenly over all classes.
@@ -77,8 +77,8 @@ def cross_entropy(
     """
     dim = 1 if logits.dim() > 1 else 0
     counted = target != ignore
-    local = local_index(exchange, segments, target.masked_fill(~counted, 0))
-    losses: Tensor = _CrossEntropy.apply(exchange, logits, local, dim, sum(segments), smoothing)  # type: ignore[no-untyped-call]
+    local = local_index(exchange, spans, target.masked_fill(~counted, 0))
+    losses: Tensor = _CrossEntropy.apply(exchange, logits, local, dim, sum(spans), smoothing)  # type: ignore[no-untyped-call]
     losses = losses.masked_fill(~counted, 0.0).to(logits.dtype)
     if reduction == 0:
         return losses

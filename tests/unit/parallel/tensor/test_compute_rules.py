@@ -105,7 +105,7 @@ def test_along_the_sequence_sums_are_scattered() -> None:
 
 
 @pytest.mark.parametrize("spell", [chunked, unbound, permuted, sliced])
-def test_queries_keys_and_values_are_three_segments(spell: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+def test_queries_keys_and_values_are_three_spans(spell: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
     graph, obstacles = local(lambda: Attention(spell), TOKENS, 2)
     assert cuts(graph) == {
         "qkv.weight": (0, (16, 16, 16)), "qkv.bias": (0, (16, 16, 16)), "out.weight": (1, (16,)), "out.bias": None,
@@ -114,7 +114,7 @@ def test_queries_keys_and_values_are_three_segments(spell: Callable[[Tensor], tu
     assert not obstacles
 
 
-def test_interleaved_heads_need_no_segments() -> None:
+def test_interleaved_heads_need_no_spans() -> None:
     graph, _ = local(lambda: Attention(interleaved), TOKENS, 2)
     assert cuts(graph)["qkv.weight"] == (0, (48,))
     assert exchanges(graph) == {"reduce": 1}
@@ -185,7 +185,7 @@ def test_groups_that_cross_workers_are_gathered() -> None:
     assert exchanges(graph)["gather"] == 2  # before the groups, and for the loss
 
 
-def test_joined_channels_keep_their_segments() -> None:
+def test_joined_channels_keep_their_spans() -> None:
     class Joined(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.parallel.tensor.placement import Origin, Sharded, between, cut_segments, regroup, reshaped
+from shardwise.parallel.tensor.placement import Origin, Sharded, between, cut_spans, regroup, reshaped
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_heads_are_followed_through_a_view() -> None:
     assert back == features
 
 
-def test_a_fused_weight_learns_its_segments() -> None:
+def test_a_fused_weight_learns_its_spans() -> None:
     fused = Sharded(2, (96,), Origin("qkv.weight", 0))
     lost, wanted = reshaped(fused, (2, 8, 96), (2, 8, 3, 4, 8), 2)
     assert lost is None
@@ -47,9 +47,9 @@ def test_what_does_not_divide_is_lost() -> None:
     assert reshaped(Sharded(1, (12,)), (2, 12), (2, 3, 4), 2)[0] is None
 
 
-def test_segments() -> None:
-    assert cut_segments((12,), (4, 8)) == (4, 4, 4)
-    assert cut_segments((4, 8), (6,)) == (4, 2, 6)
+def test_spans() -> None:
+    assert cut_spans((12,), (4, 8)) == (4, 4, 4)
+    assert cut_spans((4, 8), (6,)) == (4, 2, 6)
     assert between((4, 4, 4), 4, 12) == (4, 4)
     assert between((4, 4, 4), 4, 10) is None
     assert Sharded(0, (4, 8)).fits(4)

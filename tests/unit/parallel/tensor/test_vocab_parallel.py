@@ -56,24 +56,24 @@ class Threads:
         return exchange
 
 
-SEGMENTS = [(12,), (6, 6), (6, 12)]
+SPANS = [(12,), (6, 6), (6, 12)]
 
 
-@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("spans", SPANS)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_index_is_on_one_worker(segments: tuple[int, ...], ranks: int) -> None:
-    index = torch.arange(sum(segments))
-    found = torch.stack([local_index(Exchange(None, rank, ranks), segments, index) for rank in range(ranks)])
+def test_every_index_is_on_one_worker(spans: tuple[int, ...], ranks: int) -> None:
+    index = torch.arange(sum(spans))
+    found = torch.stack([local_index(Exchange(None, rank, ranks), spans, index) for rank in range(ranks)])
     assert (found >= 0).sum(0).tolist() == [1] * len(index)
     for rank in range(ranks):
-        here = Exchange(None, rank, ranks).cut(index, 0, segments)
+        here = Exchange(None, rank, ranks).cut(index, 0, spans)
         assert found[rank][here].tolist() == list(range(len(here)))
 
 
-@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("spans", SPANS)
 @pytest.mark.parametrize("padding", [-1, 3])
-def test_embedding(segments: tuple[int, ...], padding: int) -> None:
-    words = sum(segments)
+def test_embedding(spans: tuple[int, ...], padding: int) -> None:
+    words = sum(spans)
     table = torch.randn(words, 5, dtype=torch.float64, requires_grad=True)
     index = torch.randint(0, words, (3, 4))
     index[0, 0] = 3
@@ -81,8 +81,8 @@ def test_embedding(segments: tuple[int, ...], padding: int) -> None:
     expected.square().sum().backward()  # type: ignore[no-untyped-call]
 
     def work(exchange: Exchange) -> tuple[Tensor, Tensor]:
-        part = exchange.cut(table.detach(), 0, segments).clone().requires_grad_()
-        summand = embedding(exchange, part, index, padding, segments)
+        part = exchange.cut(table.detach(), 0, spans).clone().requires_grad_()
+        summand = embedding(exchange, part, index, padding, spans)
         # rows of others are zero: the squares add up too
         summand.square().sum().backward()  # type: ignore[no-untyped-call]
         assert part.grad is not None
@@ -92,15 +92,15 @@ def test_embedding(segments: tuple[int, ...], padding: int) -> None:
     torch.testing.assert_close(sum(summand for summand, _ in results), expected.detach())
     assert table.grad is not None
     for rank, (_, gradient) in enumerate(results):
-        torch.testing.assert_close(gradient, Exchange(None, rank, 2).cut(table.grad, 0, segments))
+        torch.testing.assert_close(gradient, Exchange(None, rank, 2).cut(table.grad, 0, spans))
 
 
-@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("spans", SPANS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (2, 3, 2), ()])
-def test_cross_entropy(segments: tuple[int, ...], smoothing: float, reduction: str, shape: tuple[int, ...]) -> None:
-    classes, ranks = sum(segments), 3 if segments == (6, 12) else 2
+def test_cross_entropy(spans: tuple[int, ...], smoothing: float, reduction: str, shape: tuple[int, ...]) -> None:
+    classes, ranks = sum(spans), 3 if spans == (6, 12) else 2
     dim = 1 if shape else 0
     logits = torch.randn(*shape[:1], classes, *shape[1:], dtype=torch.float64) * 5 + 300  # must not overflow
     target = torch.randint(0, classes, shape)
@@ -113,8 +113,8 @@ def test_cross_entropy(segments: tuple[int, ...], smoothing: float, reduction: s
     number = ("none", "mean", "sum").index(reduction)
 
     def work(exchange: Exchange) -> tuple[Tensor, Tensor]:
-        part = exchange.cut(logits.detach(), dim, segments).clone().requires_grad_()
-        loss = cross_entropy(exchange, part, target, segments, number, -100, smoothing)
+        part = exchange.cut(logits.detach(), dim, spans).clone().requires_grad_()
+        loss = cross_entropy(exchange, part, target, spans, number, -100, smoothing)
         (loss * weights).sum().backward()  # type: ignore[no-untyped-call]
         assert part.grad is not None
         return loss.detach(), part.grad
@@ -122,7 +122,7 @@ def test_cross_entropy(segments: tuple[int, ...], smoothing: float, reduction: s
     assert logits.grad is not None
     for rank, (loss, gradient) in enumerate(Threads(ranks).run(work)):
         torch.testing.assert_close(loss, expected.detach())
-        torch.testing.assert_close(gradient, Exchange(None, rank, ranks).cut(logits.grad, dim, segments))
+        torch.testing.assert_close(gradient, Exchange(None, rank, ranks).cut(logits.grad, dim, spans))
 
 
 def test_cross_entropy_of_nothing_is_no_number() -> None:
