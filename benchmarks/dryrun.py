@@ -1,4 +1,4 @@
-"""How long a dry run takes, and how much memory: one worker of 16,384 that train 405 B parameters.
+"""Time and memory of a dry run: one worker of 16,384 that train 405 B parameters.
 
 Each strategy in a process of its own, on one core: the real program is built and runs two steps on torch's
 fake process group. Targets: less than 60 s of processor time and 4 GiB.

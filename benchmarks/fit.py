@@ -77,10 +77,10 @@ START: dict[str, float] = {
     "network_hop": 10e-6,
     "overlap_loss": 0.3,
 }
-"""What papers, datasheets and experience say before any fit; constants that are not here are not fitted to times."""
+"""Starting values from papers, datasheets and experience; constants that are not here are not fitted to times."""
 
 LEAST: dict[str, float] = {"network_hop": 1e-6, "attention_softmax": 2.0, "link_hop": 0.5e-6}
-"""What is there is more than nothing."""
+"""Smallest values of constants that cannot be zero."""
 
 MOST: dict[str, float] = {
     **dict.fromkeys(("sustained_ampere", "sustained_hopper", "sustained_blackwell", "sustained_ultra"), 1.0),
@@ -110,10 +110,10 @@ HELD = 0.0003
 """Pull to the values of START, per square of the logarithm of their change: decides only what no run does."""
 
 DIFFERENCE, LONGEST, ENOUGH = 0.02, 0.4, 1e-5
-"""Of finite differences; longest step of a logarithm; a fall of the objective that is not worth another step."""
+"""Step of finite differences; longest step of a logarithm; fall of the objective that is not worth another step."""
 
 CROSSING_STEPS = 8
-"""Of each fit of the cross-validation."""
+"""Settings of each fit of the cross-validation."""
 
 NEARBY = 0.1
 """Relative change by which sensitivity is told."""
@@ -187,7 +187,7 @@ def weight_of(group: str, rows: int) -> float:
 
 
 def mean_of_groups(data: Data, numbers: Constants) -> float:
-    """Of runs alone, in the errors that validate states: predicted / measured - 1."""
+    """Return the errors that validate states for some runs: predicted / measured - 1."""
     found = errors(Data(data.runs, {}), numbers)
     return statistics.fmean(statistics.fmean(abs(math.expm1(value)) for value in rows) for rows in found.values())
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating measurements, and a result that says where it comes from."""
+"""Alternating measurements for all benchmarks, and a result that says where it comes from."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def environment(threads: int | None) -> dict[str, Any]:
-    """What a number depends on besides the code. Sets the threads of each worker, above what the user's shell says.
+    """Return the facts that a number depends on besides the code, and set the threads of each worker.
 
     None: each worker gets its equal share of the cores.
     """

@@ -1,5 +1,6 @@
-"""What three habits of workers on a CPU are worth: memory is kept, the loading thread computes alone, and threads that
-wake up do not interrupt others.
+"""Worth of three habits of workers on a CPU.
+
+Memory is kept, the loading thread computes alone, and threads that wake up do not interrupt others.
 
     python -m benchmarks.hosting [--rounds N] [--steps N]
 

@@ -22,8 +22,8 @@ PREFIX = "shardwise"
 PORT = 29477
 HOSTS = 2
 BURST_SECONDS = 0.0005
-"""Of its rate, what a link passes at once; at least `LEAST_BURST` bytes, a few frames: a real link passes none. With
-more small messages would cost nothing on a slow link. What the kernel hands down in larger pieces is cut to frames."""
+"""Seconds of its rate that a link passes at once; at least `LEAST_BURST` bytes, a few frames: a real link passes none.
+With more, small messages would cost nothing on a slow link. Larger pieces from the kernel are cut to frames."""
 LEAST_BURST = 8 * 1024
 QUEUE_SECONDS = 0.4
 
@@ -101,7 +101,7 @@ def cut_link() -> None:
 
 
 def cores() -> list[int]:
-    """That this process may use."""
+    """Return the cores that this process may use."""
     return sorted(os.sched_getaffinity(0))
 
 

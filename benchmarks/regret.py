@@ -1,4 +1,4 @@
-"""What the planner's choice costs over the best strategy there is, and what the usual defaults would have cost.
+"""Regret of the planner: the cost of its choice over the best strategy there is, and that of the usual defaults.
 
 Two hosts of one core each, made of network namespaces, with links of 10 Gb/s, 1 Gb/s and 100 Mb/s between them; recipes
 and models of Hugging Face on 2 and on 4 workers. For each number of workers and each link:
@@ -72,10 +72,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 MODELS = ("image", "language", "medical", *CONFIGURATIONS)
 
 USUAL = {"DDP": "dp={}", "FSDP": "fsdp={}", "tensor parallel": "tp={}"}
-"""What people take without asking, for so many workers. Accelerate's default is DDP."""
+"""Strategies that people take without asking, for so many workers. Accelerate's default is DDP."""
 
 AXES = ("dp", "fsdp", "pp", "tp")
-"""Of every combination of degrees of these the best strategy is measured."""
+"""Axes; the best strategy of every combination of their degrees is measured."""
 
 MEAN_TARGET, WORST_TARGET = 0.02, 0.10
 
@@ -224,7 +224,7 @@ def _plan(workload: Workload, cluster: Cluster, workers: int) -> dict[str, Any]:
 
 
 def _degrees(workers: int, axes: int) -> Iterator[tuple[int, ...]]:
-    """Of so many axes, with the product `workers`."""
+    """Yield the degrees of `axes` axes whose product is `workers`."""
     if axes == 1:
         yield (workers,)
         return
@@ -251,7 +251,7 @@ def _measured(
 
 
 def _step_seconds(workload: Workload, strategy: str, seconds: float, workers: Workers) -> float:
-    """Of the median step, as the slowest worker has it. Collective."""
+    """Return the seconds of the median step, as the slowest worker has it. Collective."""
     import itertools
 
     import torch.distributed as dist
@@ -314,7 +314,7 @@ def _words(value: Any) -> str:
 
 
 def row(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model on so many workers over one kind of link."""
+    """Return the row of a model on some number of workers over one kind of link."""
     seconds = {strategy: statistics.median(rounds) for strategy, rounds in entry["measured"].items()}
     chosen, best = entry["chosen"], min(seconds, key=lambda strategy: seconds[strategy])
     least = seconds[best]

@@ -1,4 +1,4 @@
-"""How long it takes, and how much memory, to trace and cut a Llama whose parameters are on the meta device.
+"""Time and memory to trace and cut a Llama whose parameters are on the meta device.
 
 Each size in a process of its own: traced on two sequences of 2,048 tokens, cut for tp=8, places for a pipeline found,
 the cost of each layer counted. Targets: 32 layers in less than 15 s and 2 GiB, whatever their width.

@@ -1,4 +1,4 @@
-"""What `shardwise calibrate` refuses before it measures anything."""
+"""`shardwise calibrate` refuses wrong requests before it measures anything."""
 
 from __future__ import annotations
 

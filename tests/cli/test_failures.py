@@ -1,4 +1,4 @@
-"""What ends a run ends all of it, within seconds, and is told once."""
+"""A failure ends all of a run, within seconds, and is told once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README and docs show is run as shown; blocks of a page run in order in one folder, as a reader would."""
+"""Commands and code of README and docs are run as shown, blocks of a page in order in one folder."""
 
 from __future__ import annotations
 

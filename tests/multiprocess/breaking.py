@@ -16,7 +16,7 @@ NOTICED = 1e-3
 
 
 def part_of_broken(breaking: Breaking, factory: Factory, strategy: str) -> Part:
-    """What each worker does; afterwards it is whole again, for it lives on."""
+    """Take three steps on one worker while they are broken; afterwards it is whole again, for it lives on."""
     with breaking():
         return train_part(factory, strategy, 3, False, None)
 

@@ -249,7 +249,7 @@ def mamba() -> Workload:
 
 
 class _Translator(nn.Module):
-    """What `nn.Transformer` leaves to its user: embeddings and a head."""
+    """Embeddings and a head around `nn.Transformer`, which leaves them to its user."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -350,6 +350,6 @@ KINDS = {
 
 
 def name_of(model: str) -> str:
-    """What people call the model of a function."""
+    """Return the usual name of the model that a function builds."""
     name: str = globals()[model]().name
     return name

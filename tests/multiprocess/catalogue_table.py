@@ -37,7 +37,7 @@ design, because the tensors that they apply to are whole.
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What the test of one model under one strategy found."""
+    """Findings of the test of one model under one strategy."""
 
     error: float
     steps: int

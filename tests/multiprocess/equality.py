@@ -28,7 +28,7 @@ DOUBLE_TOLERANCE = 1e-10
 
 @dataclass
 class Result:
-    """What some steps left behind, as full tensors.
+    """State that some steps left behind, as full tensors.
 
     `gradients` are those of the last step after clipping, `state` the parameters and buffers by their name in the
     plain module, `optimizer` its state by `<parameter>/<state>`.
@@ -66,7 +66,7 @@ _references: dict[Any, Result] = {}
 
 
 def reference(workers: Pools, factory: Factory, strategy: str, steps: int = 3, *, evaluate: bool = False) -> Result:
-    """The same steps in one process, cut into the same number of microbatches as under `strategy`."""
+    """Take these steps in one process, cut into the same number of microbatches as under `strategy`."""
     settled = Strategy.parse(strategy).for_batch(factory().batch_size)
     single = str(Strategy(microbatches=settled.microbatches, precision=settled.precision))
     key = (factory, single, steps, evaluate)
@@ -76,7 +76,7 @@ def reference(workers: Pools, factory: Factory, strategy: str, steps: int = 3, *
 
 
 def train_part(factory: Factory, strategy: str, steps: int, evaluate: bool, before: Any) -> Part:
-    """What each worker does."""
+    """Take the steps on one worker, and return its part of the result."""
     with remembered(factory):
         return _train_part(factory, strategy, steps, evaluate, before)
 

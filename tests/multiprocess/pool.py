@@ -32,7 +32,7 @@ import cloudpickle
 
 TIMEOUT_SECONDS = 300.0
 GRACE_SECONDS = 10.0
-"""How long the other workers of a failed call have to end it: their connections to the failed one break."""
+"""Seconds that the other workers of a failed call have to end it: their connections to the failed one break."""
 
 PRELOAD = (
     "pytest",
@@ -45,7 +45,7 @@ PRELOAD = (
     "shardwise.parallel.data.module_engine",
     "shardwise.run.checkpoint.checkpoints",
 )
-"""What every worker comes to need. Importing these starts no thread, so the server may fork."""
+"""Modules that every worker comes to need. Importing these starts no thread, so the server may fork."""
 
 
 class RemoteTraceback(Exception):
@@ -180,7 +180,7 @@ class Pool:
 
 
 def serve(rank: int, count: int, pipe: Connection) -> None:
-    """What a worker does: runs what it is sent until its pipe closes."""
+    """Run what the worker is sent until its pipe closes."""
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()

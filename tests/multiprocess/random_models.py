@@ -163,7 +163,7 @@ class Builder:
         return nn.Sequential(joined, nn.Linear(width + leave, 16)), 16
 
     def again(self, width: int, depth: int) -> tuple[nn.Module, int]:
-        """The same layers twice."""
+        """Call one stack of layers twice."""
         inner, leave = self.chain(width, self.draw.randint(1, 2), depth - 1)
         inner = inner if leave == width else nn.Sequential(inner, nn.Linear(leave, width))
         return nn.Sequential(inner, nn.Tanh(), inner), width

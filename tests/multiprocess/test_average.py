@@ -28,7 +28,7 @@ STEPS, DECAY = 4, 0.7
 
 
 class Model(nn.Sequential):
-    """With a frozen layer, tied weights and batch norm."""
+    """Build a model with a frozen layer, tied weights and batch norm."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())

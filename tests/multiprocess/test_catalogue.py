@@ -62,7 +62,7 @@ def recorded(workers: Pools, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @pytest.fixture(scope="module")
 def cells() -> Iterator[dict[tuple[str, str], Cell]]:
-    """What was found; the document is written when all of it was."""
+    """Collect the findings; the document is written when all are there."""
     found: dict[tuple[str, str], Cell] = {}
     yield found
     if len(found) == len(catalogue.KINDS) * len(STRATEGIES):

@@ -33,7 +33,7 @@ def replicated(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held
 
 
 def rows(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held:
-    """As `fully_shard` does it: the last workers may hold no row."""
+    """Split rows as `fully_shard` does: the last workers may hold none."""
     if not shape:
         return replicated(rank, ranks, name, shape)
     size = -(-shape[0] // ranks)
@@ -42,7 +42,7 @@ def rows(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held:
 
 
 def heads(rank: int, ranks: int, name: str, shape: tuple[int, ...]) -> Held:
-    """As tensor parallelism does it: the fused projection by its three spans, the next weight by columns."""
+    """Split as tensor parallelism does: the fused projection by its three spans, the next weight by columns."""
     if shape == (24, 6):
         return Layout.split(shape, 0, (8, 8, 8), rank, ranks), True
     if shape == (6, 8):

@@ -236,7 +236,7 @@ def test_offloaded(workers: Pools, strategy: str) -> None:
 
 
 def policies(strategy: str) -> tuple[set[str], set[str]]:
-    """Of one worker: what torch does with slices, and where they are."""
+    """Return what torch does with slices on one worker, and where they are."""
     from shardwise.parallel.data.fsdp import _parameter_groups
 
     program = Program.build(mlp(), Strategy.parse(strategy))

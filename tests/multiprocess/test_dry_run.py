@@ -34,7 +34,7 @@ from shardwise.workload.workload import Workload
 Factory = Callable[[], Workload]
 MEMORY_TOLERANCE = 0.05
 STEPS = 2
-"""That are measured: a thread that communicates may hold a tensor a moment longer, in some of them."""
+"""Number of measured steps: in some of them a thread that communicates may hold a tensor a moment longer."""
 
 
 def small_language(dropout: float = 0.0) -> Workload:
@@ -63,7 +63,7 @@ ALL: dict[str, Factory] = {
 
 @dataclass(frozen=True)
 class Observed:
-    """What one real worker did in a step."""
+    """Record of one real worker's step."""
 
     collectives: tuple[Collective, ...]
     kernels: list[Kernel]
@@ -72,7 +72,7 @@ class Observed:
 
 
 def observed(factory: Factory, strategy: str) -> Observed:
-    """What each worker does."""
+    """Take one step on a real worker, and record it."""
     from shardwise.parallel.program import Program
     from shardwise.predict.dry_run.recorder import StepRecorder
 
@@ -93,7 +93,7 @@ def observed(factory: Factory, strategy: str) -> Observed:
 
 
 def multiplied(kernels: tuple[Kernel, ...]) -> list[Kernel]:
-    """Those that compute; how values are moved around may differ, as a collective of gloo copies its results."""
+    """Return the kernels that compute; moves may differ, as a collective of gloo copies its results."""
     return [kernel for kernel in kernels if kernel.kind != "memory"]
 
 
@@ -107,8 +107,11 @@ def compare(real: Observed, dry: DryRun) -> None:
 
 
 def stays_and_passes(memory: Memory) -> tuple[int, int, int]:
-    """What has one size all through a step, and the rest together: of two moments that need about as much, a run may
-    have its peak in one and a dry run in the other, with more gradients and less activations."""
+    """Split memory into parts that have one size all through a step, and the rest together.
+
+    Of two moments that need about as much, a run may have its peak in one and a dry run in the other, with more
+    gradients and less activations.
+    """
     return memory.parameters, memory.optimizer, memory.gradients + memory.activations + memory.temporary
 
 

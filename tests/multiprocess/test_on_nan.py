@@ -127,7 +127,7 @@ def test_what_comes_first_is_named(workers: Pools, strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_nothing_of_the_step_is_applied_where_it_stops(workers: Pools, strategy: str) -> None:
-    """What is left is what the steps before made, bit for bit."""
+    """Check that only the steps before are left, bit for bit."""
     stopped = alike(workers(Strategy.parse(strategy).workers, run, strategy, "stop", float("nan"), 0))
     before = alike(workers(Strategy.parse(strategy).workers, first_steps, strategy))
     assert stopped["state"] == before["state"]

@@ -351,7 +351,7 @@ class Seldom:
 
 
 def test_derivatives_in_some_passes_are_refused_under_fsdp(workers: Pools) -> None:
-    """With the blocks of the model gathered one by one; dp takes them."""
+    """Take derivatives where the blocks of the model are gathered one by one; dp takes them."""
     workers(2, stepped, build(Seldom(), batch_size=2), "dp=2", 9)
     with pytest.raises(WorkloadError, match="takes derivatives in some passes only"):
         workers(2, stepped, build(Seldom(), batch_size=2), "fsdp=2", 9)

@@ -66,7 +66,7 @@ def held_out(dataset: Any, name: str = "") -> Evaluation:
 
 
 def build(strategy: str, field: str) -> str:
-    """What a worker says of a program that is built where one field is another on its last rank."""
+    """Return what a worker says of a program that is built where one field is another on its last rank."""
     last = dist.get_rank() == dist.get_world_size() - 1
     changes: dict[str, Any] = {
         "evaluation": [
@@ -119,7 +119,7 @@ def test_what_else_must_be_the_same(workers: Pools, field: str, words: str) -> N
 
 
 def run(strategy: str, lengths: list[int], broken: int | None, options: Options) -> tuple[str, list[float]]:
-    """What a worker says of a training, and the losses of its steps on rank 0."""
+    """Return what a worker says of a training, and the losses of its steps on rank 0."""
     work = workload(Stream(lengths, broken))
     job = Job(source=Source(workload=work), strategy=Strategy.parse(strategy), options=options)
     try:

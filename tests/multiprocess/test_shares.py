@@ -60,7 +60,7 @@ def test_replicas_that_count_alike_are_noticed(workers: Pools) -> None:
 
 
 def cut_of(factory: Factory, strategy: str) -> tuple[Cuts, Cuts]:
-    """Of one worker: the cuts it makes, and those it would make for messages of its own size.
+    """Return the cuts that one worker makes, and those it would make for messages of its own size.
 
     The first links take longer, so that a place with more to send is the fairest one, but for a second's difference.
     """

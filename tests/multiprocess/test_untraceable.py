@@ -125,7 +125,7 @@ class Chosen(nn.Module):
 
 
 class Ragged(nn.Module):
-    """How many rows come out follows the data."""
+    """Select rows by the data, so that their number follows it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[x[:, 0] > 0]

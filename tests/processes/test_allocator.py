@@ -57,7 +57,7 @@ print(anonymous() - before)
 
 
 def of_process(program: str, **environment: str) -> str:
-    """What a program prints in a process of its own."""
+    """Return what a program prints in a process of its own."""
     chosen = ("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES")
     plain = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
     done = subprocess.run(
@@ -67,7 +67,7 @@ def of_process(program: str, **environment: str) -> str:
 
 
 def faults(**environment: str) -> tuple[bool, int]:
-    """Whether memory is kept, and how often the system had to give a page in ten steps of 164 MiB."""
+    """Return whether memory is kept, and how often the system had to give a page in ten steps of 164 MiB."""
     kept, count = of_process(STEPS, **environment).split()
     return kept == "1", int(count)
 

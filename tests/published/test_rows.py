@@ -1,4 +1,4 @@
-"""What the cells of a table of runs mean: many spellings, few assumptions, and a reason for what is not understood."""
+"""Cells of a table of runs are read: many spellings, few assumptions, and a reason for what is not understood."""
 
 from __future__ import annotations
 

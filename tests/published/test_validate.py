@@ -38,7 +38,7 @@ REACHED = {
 
 
 MEMORY = {"torchtitan": 0.04, "BLOOM prequel": 0.06, "nanotron": 0.07, "Sailor GH200": 0.07}
-"""The same for peak memory."""
+"""Compute these errors for peak memory."""
 
 
 @pytest.fixture(scope="module")

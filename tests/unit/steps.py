@@ -46,7 +46,7 @@ def local(
 
 
 def exchanges(graph: LocalGraph) -> dict[str, int]:
-    """How many exchanges of each kind a step has."""
+    """Count the exchanges of each kind in a step."""
     names = [getattr(node.target, "__name__", "") for node in graph.graph.nodes if node.op == "call_function"]
     return dict(Counter(name for name in names if name in EXCHANGES))
 

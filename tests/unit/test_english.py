@@ -1,4 +1,4 @@
-"""Docstrings of the source stand by themselves: their first line needs no name above it to be a sentence."""
+"""Docstrings stand by themselves: their first line needs no name above it to be a sentence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src" / "shardwise"
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("src", "tests", "benchmarks")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 OPENERS = ("Of ", "What ", "Whether ", "Those ", "With ", "The same ", "As ", "So many ", "That ", "How ")
 
 
@@ -26,7 +28,7 @@ def unclear(text: str) -> list[str]:
     return [f"line {line}: {first}" for line, first in docstrings(ast.parse(text)) if first.startswith(OPENERS)]
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_docstrings_stand_by_themselves(path: Path) -> None:
     assert unclear(path.read_text()) == []
 

@@ -95,7 +95,7 @@ VALUES = [
     "../..",
     "/dev/zero",
 ]
-"""What stands where something else should."""
+"""Values that stand where something else should."""
 
 
 def mutated(text: str, chance: random.Random, separators: str = ",=") -> str:
@@ -120,7 +120,7 @@ def mutated(text: str, chance: random.Random, separators: str = ",=") -> str:
 
 
 def taken(read: Callable[[], Any], text: object) -> Any:
-    """What was read; None where it was refused, in one line."""
+    """Return what was read; None where it was refused, in one line."""
     try:
         return read()
     except RequestError as error:

@@ -23,7 +23,7 @@ def line(*points: tuple[int, float]) -> Line:
 
 
 def product(m: int, n: int, k: int) -> Sample:
-    """As a machine with one rate and one start would take."""
+    """Return a sample as a machine with one rate and one start would give it."""
     return Sample((1, m, n, k), START + m * n * k / RATE)
 
 

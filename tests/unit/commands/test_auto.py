@@ -164,7 +164,7 @@ def test_a_run_out_of_memory_falls_back_and_says_so(
 
 
 def test_unequal_stages_are_cut_as_they_were_planned(monkeypatch: pytest.MonkeyPatch, machine: Path) -> None:
-    """What fits was found for these cuts; equal stages are cut by what training measures."""
+    """Cut stages where they were found to fit; equal stages are cut by what training measures."""
     found = choose(load_workload(SPEC), 2, quiet=True)
     jobs: list[Any] = []
 

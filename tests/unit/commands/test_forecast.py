@@ -1,4 +1,4 @@
-"""What a run is predicted to take: from the file that the environment names, or the machine's own; else a reason."""
+"""A run is predicted from the file that the environment names, or the machine's own; else there is a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a training is if the command does not say: as long as its workload asks for."""
+"""A training without --steps or --epochs is as long as its workload asks for."""
 
 from __future__ import annotations
 

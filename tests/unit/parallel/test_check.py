@@ -1,4 +1,4 @@
-"""What cannot work for a model is refused before any worker starts, in one line that says what would do."""
+"""A strategy that cannot work for a model is refused before any worker starts, in one line that says what would do."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def known(monkeypatch: pytest.MonkeyPatch, profiles: ScaledProfiles) -> None:
 
 @pytest.fixture(scope="module")
 def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> dict[Strategy, Any]:
-    """What every strategy for 4 devices costs."""
+    """Predict every strategy for 4 devices."""
     segments = len(profiles.of(Strategy()).segments)
     return {s: predict(profiles.traced.of(s), s, cluster) for s in everything(workload, 4, Constraints(), segments)}
 

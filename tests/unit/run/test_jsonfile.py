@@ -11,7 +11,7 @@ from shardwise.run.training.metrics_file import MetricsFile
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was waited for until it was on disk: the names that files had then."""
+    """Record the names of files that were waited for until they were on disk."""
     names: list[str] = []
 
     def fsync(file: int) -> None:

@@ -57,7 +57,7 @@ class Ranks:
 
 
 def as_group(ranks: Ranks) -> dist.ProcessGroup:
-    """What `batch_norm` asks of a group, ranks of threads have too."""
+    """Ranks of threads with the interface that `batch_norm` needs of a group."""
     return cast("dist.ProcessGroup", ranks)
 
 

@@ -1,4 +1,4 @@
-"""What dropout draws depends on seed, step, site, sample and element, never on who computes it."""
+"""Dropout depends on seed, step, site, sample and element, never on who computes it."""
 
 from __future__ import annotations
 

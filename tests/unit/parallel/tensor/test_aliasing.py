@@ -14,7 +14,7 @@ from shardwise.parallel.tensor.aliasing import changed_under_another_name, roots
 from shardwise.workload.trace.graph import StepGraph
 
 Function = Callable[[Any, Tensor], Tensor]
-"""Of a `Compute`, whose layers and buffer it uses, and a batch."""
+"""Trace a function of a `Compute`, whose layers and buffer it uses, and a batch."""
 
 
 class Compute(nn.Module):

@@ -1,4 +1,4 @@
-"""What tensor parallelism does with a step: what is cut along which dimension, and how often workers talk."""
+"""Tensor parallelism cuts a step along the expected dimensions, and workers talk as seldom as they can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long pipelines take: formulas of their papers, tables played by hand, and both against each other."""
+"""Times of pipelines agree: formulas of their papers, tables played by hand, and both against each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU runs is counted as a GPU runs it, though it is looked at on a CPU."""
+"""Kernels are counted as a GPU runs them, though the model is looked at on a CPU."""
 
 from __future__ import annotations
 

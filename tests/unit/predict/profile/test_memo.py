@@ -1,4 +1,4 @@
-"""What a profile keeps: worked out once, and never found under the name of something that is gone."""
+"""A profile's memo is worked out once, and never found under the name of something that is gone."""
 
 from __future__ import annotations
 

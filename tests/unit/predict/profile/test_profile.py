@@ -1,4 +1,4 @@
-"""What a profile says of ranges of its links, by hand."""
+"""A profile's answers about ranges of its segments are those found by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker does in a step is known for any number of microbatches without writing its table down."""
+"""Work of a rank in a step is known for any number of microbatches without writing its table down."""
 
 from __future__ import annotations
 

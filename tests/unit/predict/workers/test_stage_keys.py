@@ -1,4 +1,4 @@
-"""What is kept from one strategy for the next, of stages that are alike, is what each would have found alone."""
+"""Results kept from one strategy for the next, of equal stages, are those that each would have found alone."""
 
 from __future__ import annotations
 

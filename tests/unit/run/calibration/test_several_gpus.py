@@ -1,4 +1,4 @@
-"""What is measured on several GPUs: messages that fill their links, and computing while they communicate."""
+"""Several GPUs are measured: messages that fill their links, and computing while they communicate."""
 
 from __future__ import annotations
 

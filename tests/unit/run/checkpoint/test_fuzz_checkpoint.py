@@ -23,7 +23,7 @@ from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.checkpoint.export import export_safetensors
 
 CASES = 300
-"""Of each kind of file, signed and not."""
+"""Damaged files of each kind, signed and not."""
 
 STEP, DATA, NAME = 6, "rank-00000.safetensors", "step-00000006"
 
@@ -63,7 +63,7 @@ def mutate_data(content: bytes, dice: random.Random) -> bytes:
 
 
 def in_files(folder: Path, names: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the files say, read without the index: the tensors of `names`, parts put where their keys say."""
+    """Read the tensors of `names` from the files without the index, with parts put where their keys say."""
     stored, full = load_file(folder / DATA), {}
     for name, like in names.items():
         parts = {key: part for key, part in stored.items() if key.partition("@")[0] == name}
@@ -79,7 +79,7 @@ def in_files(folder: Path, names: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Whether all bits are equal."""
+    """Return whether all bits are equal."""
 
     def bits(tensor: Tensor) -> tuple[Any, ...]:
         if tensor.dtype == torch.bool:  # true is any byte but 0 in a file, and 1 once it is copied

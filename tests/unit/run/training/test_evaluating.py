@@ -27,7 +27,7 @@ from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
 STEPS = 4
-"""Of an epoch."""
+"""Number of steps in an epoch."""
 
 
 def data(samples: int = 8 * STEPS) -> TensorDataset:

@@ -29,7 +29,7 @@ from shardwise.workload.source import Source
 from shardwise.workload.workload import Evaluation, Workload
 
 STEPS = 4
-"""Of an epoch."""
+"""Number of steps in an epoch."""
 
 
 def small(**fields: Any) -> Workload:

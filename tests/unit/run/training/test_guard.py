@@ -1,4 +1,4 @@
-"""What a training on one worker does at a step that is not finite, and which checkpoints it leaves."""
+"""A training on one worker skips, stops or goes on at a step that is not finite, and leaves the right checkpoints."""
 
 from __future__ import annotations
 

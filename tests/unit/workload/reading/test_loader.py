@@ -1,4 +1,4 @@
-"""How data comes to the program: beside the model, not in its way."""
+"""Data comes to the program beside the model, not in its way."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ class Mark:
 class TestHuggingFaceFolders:
     @pytest.fixture(autouse=True)
     def _bounded_memory(self) -> None:
-        """As in every other process: what transformers imports is large."""
+        """Leave memory as in every other process: what transformers imports is large."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:

@@ -102,7 +102,7 @@ def test_times_in_single_precision(profiles: Profiles, strategy: str, cluster: s
 
 @pytest.mark.parametrize("strategy", ["dp=32,microbatches=8", "dp=4,tp=8,microbatches=64"])
 def test_products_and_attention_in_half_precision(profiles: Profiles, strategy: str) -> None:
-    """What differs then is what moves values: under autocast the residual stream and its gradients are float32.
+    """Only moves of values differ then: under autocast the residual stream and its gradients are float32.
 
     A few percent more than the formulas: the program starts a product each for the gate and the value of its MLP.
     """
