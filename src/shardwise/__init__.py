@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shardwise.strategy import Strategy
     from shardwise.workload.evaluation import Evaluation, Stopping
     from shardwise.workload.loading import Loading
+    from shardwise.workload.turns import Turn
     from shardwise.workload.workload import WarmStart, Workload
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Stopping",
     "Strategy",
     "TrainedModel",
+    "Turn",
     "WarmStart",
     "WorkerFailed",
     "Workload",
@@ -56,6 +58,7 @@ _HOMES = {
     "ShardwiseError": "shardwise.errors",
     "Stopping": "shardwise.workload.evaluation",
     "Strategy": "shardwise.strategy",
+    "Turn": "shardwise.workload.turns",
     "WarmStart": "shardwise.workload.workload",
     "WorkerFailed": "shardwise.errors",
     "Workload": "shardwise.workload.workload",

@@ -42,6 +42,7 @@ from shardwise.run.training.result import Forecast
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds
+from shardwise.workload.turns import NOT_PREDICTED
 from shardwise.workload.workload import Workload
 
 AUTO = "auto"
@@ -90,10 +91,12 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
         quiet: do not print that the machine is being measured.
 
     Raises:
-        NotMeasured: the machine may not be measured, or was measured with fewer workers.
+        NotMeasured: the machine may not be measured, or was measured with fewer workers; or a step has turns.
         RequestError: no strategy is possible.
         DoesNotFit: no strategy fits into memory.
     """
+    if workload.turns:
+        raise NotMeasured(f"{NOT_PREDICTED}; it trains with single or dp")
     cluster = own_cluster(quiet=quiet)
     if workers is not None and workers > cluster.size:
         raise NotMeasured(

@@ -12,6 +12,7 @@ from shardwise.launch.context import given_threads, is_first
 from shardwise.run.calibration.local_cluster import cluster_at_hand
 from shardwise.run.training.result import Forecast
 from shardwise.strategy import Strategy
+from shardwise.workload.turns import NOT_PREDICTED
 from shardwise.workload.workload import Workload
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def forecasts(
     """
     if not is_first():  # under an outer launcher, only rank 0 predicts
         return [Forecast(reason=FIRST_PREDICTS) for _ in strategies]
+    if workload.turns:
+        return [Forecast(reason=NOT_PREDICTED) for _ in strategies]
     try:
         cluster = own_cluster(threads, quiet=quiet)
     except (NotMeasured, WorkerFailed) as error:

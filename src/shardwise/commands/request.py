@@ -271,10 +271,12 @@ def check(workload: Workload, strategy: Strategy) -> None:
         from shardwise.workload.warm_start import check_warm_start
 
         check_warm_start(workload)
+    from shardwise.parallel.data.turns import check_turns
     from shardwise.parallel.operators.refused_modules import check_modules
     from shardwise.parallel.optim.check import check_optimizer
     from shardwise.predict.profile.meta_model import builds
 
+    check_turns(workload, strategy)
     model = next(builds(workload)).module
     check_modules(workload, strategy, model)
     check_optimizer(workload, strategy, model)

@@ -25,6 +25,7 @@ class Position:
     Attributes:
         seed: the workload's seed.
         step: optimizer steps completed before this one.
+        turn: number of the turn in the step, from 0; see `Workload.turns`.
         first: index of the microbatch's first sample in the global batch.
         samples: samples that pass through the model here, at least 1 (a dummy sample that only keeps the worker in
             step).
@@ -33,6 +34,7 @@ class Position:
 
     seed: int = 0
     step: int = 0
+    turn: int = 0
     first: int = 0
     samples: int = 1
     counted: int = 1
@@ -111,6 +113,7 @@ class Engine(Protocol):
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradient of the sum of `scale * loss` over all replicas and microbatches.
 
+        Losses and gradients are those of the turn in `position`, of its parameters alone.
         The gradient is left in `.grad` of `parameters`. `scales` has one 0-d tensor per microbatch of the share.
         Returns this worker's part of that sum, 0-d and detached. The parts of all workers add up to the sum, so a
         worker that does not hold the loss returns 0.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from shardwise.launch import watch
 from shardwise.launch.join import die_with_parent
 from shardwise.parallel.data.collected import Collected
 from shardwise.parallel.data.same_data import check_same_data
+from shardwise.parallel.data.turns import check_turns
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.faults import parameter_fault
 from shardwise.parallel.judgement import Judge, Judgement, buffers_of
@@ -34,6 +36,7 @@ from shardwise.workload.evaluation import values_of
 from shardwise.workload.loading import Loading
 from shardwise.workload.one_batch import in_one_batch
 from shardwise.workload.reading.loader import Loader, share_of
+from shardwise.workload.turns import losses_of_turns
 from shardwise.workload.workload import Workload
 
 
@@ -51,6 +54,23 @@ def build_engine(workload: Workload, strategy: Strategy, mesh: Mesh, cuts: Cuts 
     return GraphEngine(workload, strategy, mesh, cuts)
 
 
+@dataclass(frozen=True, slots=True)
+class _TakenTurn:
+    """Turn of a step that was taken.
+
+    Attributes:
+        report: its sums over all workers, see `Program._report`.
+        losses: its losses by name, 0-d.
+        norm: norm of its gradient before clipping; None without clipping.
+        applied: whether its update was applied.
+    """
+
+    report: Tensor
+    losses: dict[str, Tensor]
+    norm: Tensor | None
+    applied: bool
+
+
 class Program:
     """A workload under a strategy on this worker. Every method except the plain getters is collective.
 
@@ -62,8 +82,10 @@ class Program:
         optimizer: optimizer of the parameters that this worker updates, which may be none.
         scheduler: scheduler of that optimizer's learning rate. None without a schedule.
         steps: optimizer steps completed.
-        gradient_norm: global norm of the last step's gradient before clipping. None without `clip_norm`.
+        gradient_norm: global norm of the last step's gradient before clipping, in which turns are clipped one by one.
+            None without `clip_norm`.
         losses: losses of the last step by name, 0-d, if the workload has several; they are global means.
+        midway: whether a turn of a step has been applied and the step is not complete.
     """
 
     def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh, engine: Engine) -> None:
@@ -71,7 +93,9 @@ class Program:
         self.steps = 0
         self.gradient_norm: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
+        self.midway = False
         self._update = ParameterUpdate(workload, strategy, mesh, engine)
+        self._members = [frozenset(names) for names in self._update.turns]
         self.optimizer, self.scheduler = self._update.optimizer, self._update.schedule.scheduler
         self._average: Average | None = None
         if workload.average is not None:
@@ -80,7 +104,7 @@ class Program:
         self._after_step = after_step_of(workload, engine.parameters, engine.held, mesh)
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
-        self._applied: Tensor | None = None
+        self._applied: list[Tensor] = []
         self._judgement: Judgement | None = None
 
     @classmethod
@@ -107,6 +131,7 @@ class Program:
             WorkloadError: the model cannot be built or trained.
             DataError: the data differs between workers.
         """
+        check_turns(workload, strategy)
         strategy = in_one_batch(workload, strategy).for_batch(workload.batch_size)
         mesh = Mesh.build(strategy, device, allocating)
         check_same_data(workload, mesh)
@@ -148,14 +173,30 @@ class Program:
 
         Returns the global mean loss, 0-d.
         """
-        judgement, scales = self._judgement, self._scales(share)
-        if judgement is not None:
-            judgement.begin()
+        scales = self._scales(share)
         self._forget_gradients()
         self.engine.position.step = self.steps
+        taken: dict[int, _TakenTurn] = {}
+        for turn in range(len(self._update.turns)):
+            if not self.workload.turns or self.workload.turns[turn].is_due(self.steps):
+                taken[turn] = self._take_turn(turn, share, scales)
+                self.midway |= taken[turn].applied
+        self._note(taken)
+        self.midway = False
+        self.steps += 1
+        watch.beat()
+        return _sum([each.report[0] for each in taken.values()])
+
+    def _take_turn(self, turn: int, share: Share, scales: Sequence[Tensor]) -> _TakenTurn:
+        """Update the parameters of a turn of a step; without turns, all parameters in the only one."""
+        self.engine.position.turn = turn
+        judgement, names, norm = self._judgement, self._members[turn], None
+        if judgement is not None:
+            judgement.begin()
         loss = self.engine.forward_backward(share, scales)
         clipped = self.workload.clip_norm is not None
-        gradients = local_gradients(self.engine.parameters) if clipped or judgement else {}
+        mine = {name: each for name, each in self.engine.parameters.items() if name in names}
+        gradients = local_gradients(mine) if clipped or judgement else {}
         square = self._squared_norm(gradients)
         report = self._report(loss, square)
         pending = None if self.mesh.world is None else dist.all_reduce(report, group=self.mesh.world, async_op=True)
@@ -165,40 +206,57 @@ class Program:
         if self.engine.unused:
             self._forget_unused(report)
         if clipped:
-            self.gradient_norm = (report[1] if together else square).sqrt()
-        if judgement is None or judgement.accepts(share, scales, report):
-            if self.workload.clip_norm is not None and self.gradient_norm is not None:
-                clip(list(gradients.values()), self.gradient_norm, self.workload.clip_norm)
-            self._update.step()
-            self._after_step()
-            if self._average is not None:
-                self._average.update()
-            self._applied = report
+            norm = (report[1] if together else square).sqrt()
+        applied = judgement is None or judgement.accepts(share, scales, report)
+        if applied:
+            if self.workload.clip_norm is not None and norm is not None:
+                clip(list(gradients.values()), norm, self.workload.clip_norm)
+            self._update.step(turn)
+            self._after_step(names)
         if pending is not None:
             pending.wait()  # it ran in parallel with the optimizer
-        self.losses = dict(zip(self.engine.losses, report[3:], strict=True))
-        self.steps += 1
-        watch.beat()
-        return report[0]
+        return _TakenTurn(report, dict(zip(self.engine.losses, report[3:], strict=True)), norm, applied)
+
+    def _note(self, taken: Mapping[int, _TakenTurn]) -> None:
+        """Note what the turns of a step gave, by their numbers, and do what follows all updates of a step."""
+        applied = {turn: each for turn, each in taken.items() if each.applied}
+        if applied:
+            self._update.schedule.after_step()
+            if self._average is not None:
+                self._average.update(frozenset().union(*(self._members[turn] for turn in applied)))
+            self._applied = [each.report for each in applied.values()]
+        norms = [each.norm for each in taken.values() if each.norm is not None]
+        if norms:
+            self.gradient_norm = _sum([norm.square() for norm in norms]).sqrt() if norms[1:] else norms[0]
+        if self.workload.turns:
+            self.losses = losses_of_turns(self.workload.name, {turn: each.losses for turn, each in taken.items()})
+        else:
+            self.losses = taken[0].losses
 
     @contextmanager
     def tried(self, share: Share, samples: int) -> Iterator[Tensor]:
         """Compute loss and gradient of the first `samples` samples of a global batch, and apply no update. Collective.
 
-        Yields the loss, 0-d; inside the block `gradient_pieces` returns the gradient. Afterwards everything that a pass
-        changes is as before.
+        Each turn of the step computes from the same weights, and all are taken. Yields the loss, 0-d; inside the block
+        `gradient_pieces` returns the gradient. Afterwards everything that a pass changes is as before.
         """
         self._forget_gradients()
         self.engine.position.step = self.steps
         with passes_undone(self.workload, self.engine.module, buffers_of(self.engine)):
-            loss = self.engine.forward_backward(share, self._scales(share, samples))
-            report = self._report(loss, self._constant(0.0))
-            if self.mesh.world is not None:
-                dist.all_reduce(report, group=self.mesh.world)
-            if self.engine.unused:
-                self._forget_unused(report)
-            yield report[0]
+            scales = self._scales(share, samples)
+            yield _sum([self._try_turn(turn, share, scales) for turn in range(len(self._update.turns))])
         self._forget_gradients()
+
+    def _try_turn(self, turn: int, share: Share, scales: Sequence[Tensor]) -> Tensor:
+        """Compute loss and gradient of a turn, and apply no update. Returns the loss, 0-d."""
+        self.engine.position.turn = turn
+        loss = self.engine.forward_backward(share, scales)
+        report = self._report(loss, self._constant(0.0))
+        if self.mesh.world is not None:
+            dist.all_reduce(report, group=self.mesh.world)
+        if self.engine.unused:
+            self._forget_unused(report)
+        return report[0]
 
     def next_epoch(self, values: Mapping[str, float | None] | None = None) -> None:
         """Move a schedule that moves by epochs or by a metric, after an epoch.
@@ -221,10 +279,13 @@ class Program:
         self._judgement = None if judge is None else Judgement(self.engine, self.mesh, judge)
 
     def is_finite(self) -> bool:
-        """Return whether all parameters, and loss and gradient of the last update, are finite. Collective."""
+        """Return whether all parameters, and loss and gradient of the last update, are finite. Collective.
+
+        A step that ended between its turns counts as not finite.
+        """
         parameters = local_tensors(self.engine.parameters)
         broken = parameter_fault(parameters, self.mesh.rank) is not None
-        broken |= self._applied is not None and not bool(self._applied.isfinite().all())
+        broken |= self.midway or not all(bool(report.isfinite().all()) for report in self._applied)
         return not (broken if self.mesh.world is None else anywhere([broken], self.mesh.world, self.mesh.device)[0])
 
     def evaluate(self, numbers: Iterable[int] | None = None) -> dict[str, float]:
@@ -412,3 +473,8 @@ class Program:
     def _by_all(self, count: Tensor) -> bool:
         """Return whether `count` equals the world size."""
         return int(count) == self.strategy.workers
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    """Return the sum of 0-d tensors; the tensor itself if it is the only one."""
+    return values[0] if len(values) == 1 else torch.stack(list(values)).sum()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster, Level
-from shardwise.errors import RequestError, StrategyError
+from shardwise.errors import RequestError, StrategyError, WorkloadError
 from shardwise.predict.closed_form.segment_times import slowest
 from shardwise.predict.closed_form.unequal_shares import predict_shares, refuse_shares
 from shardwise.predict.crosscheck import Crosscheck, crosscheck
@@ -17,6 +17,7 @@ from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.timeline.timeline import Timeline, timeline
 from shardwise.strategy import Strategy
+from shardwise.workload.turns import NOT_PREDICTED
 from shardwise.workload.workload import Workload
 
 
@@ -97,7 +98,13 @@ def _link(level: Level) -> dict[str, Any]:
 
 
 def profiles_on(workload: Workload, cluster: Cluster) -> Profiles:
-    """Return the source of a workload's profiles for the kind of a cluster's slowest device, `gpu` or `cpu`."""
+    """Return the source of a workload's profiles for the kind of a cluster's slowest device, `gpu` or `cpu`.
+
+    Raises:
+        WorkloadError: the steps of the workload have turns.
+    """
+    if workload.turns:
+        raise WorkloadError(f"workload {workload.name!r}: {NOT_PREDICTED}")
     return Profiles(workload, slowest(cluster, workload.precision).kind)
 
 

@@ -29,7 +29,7 @@ def in_float64(workload: Workload) -> Workload:
         model=_WideModel(workload.model),
         collate=lambda samples: to_float64(collate(samples)),
         loss=_wide_loss(workload.loss),
-        step=None if workload.step is None else _wide_loss(workload.step),
+        step=_wide_step(workload),
         evaluation=None,
         stop=None,
         precision="float32",
@@ -56,6 +56,12 @@ class _WideModel:
         model = self._factory().double()
         model.forward = _wide(model.forward)
         return model
+
+
+def _wide_step(workload: Workload) -> Any:
+    if workload.turns:
+        return [replace(turn, step=_wide_loss(turn.step)) for turn in workload.turns]
+    return None if workload.step is None else _wide_loss(workload.steps[0])
 
 
 def _wide_loss(loss: Callable[..., Any]) -> Callable[..., Any]:

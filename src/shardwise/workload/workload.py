@@ -15,6 +15,8 @@ from shardwise.workload.evaluation import Evaluation as Evaluation
 from shardwise.workload.evaluation import Stopping as Stopping
 from shardwise.workload.evaluation import check_evaluations
 from shardwise.workload.loading import Loading
+from shardwise.workload.turns import Turn as Turn
+from shardwise.workload.turns import checked_turns
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +74,8 @@ class Workload:
             trained with the model.
         step: training step of one's own: maps (model, batch) to losses, as `loss` returns them, by any number of calls
             of the model or of parts of it. Training uses it in place of `inputs` and `loss`, which may then be left
-            out; an evaluation needs them.
+            out; an evaluation needs them. A list of `Turn` trains some of the parameters in each turn, one after the
+            other on one batch, each update before the next turn; `optimizer` is then given groups, none of two turns.
         optimizer: maps parameters to a torch optimizer, or to a list of them that each hold some of the parameters.
         batch_size: samples per optimizer step over all workers.
         weight: maps a batch to the total weight that the loss averages over, if that is not the number of samples: for
@@ -111,7 +114,7 @@ class Workload:
     loss: Callable[[Any, Batch], Losses] = not_given
     optimizer: Callable[[Iterable[torch.nn.Parameter]], Any]
     batch_size: int
-    step: Callable[[Any, Batch], Losses] | None = None
+    step: Callable[[Any, Batch], Losses] | Sequence[Turn] | None = None
     weight: Callable[[Batch], Any] | None = None
     collate: Callable[[list[Any]], Batch] | None = None
     loading: Loading = field(default_factory=Loading)
@@ -160,7 +163,9 @@ class Workload:
             if missing:
                 raise WorkloadError(f"workload {self.name!r} has no {missing[0]}: give inputs and loss, or a step")
             return
-        if not callable(self.step):
+        if isinstance(self.step, (list, tuple)):
+            checked_turns(self.name, self.step)
+        elif not callable(self.step):
             raise WorkloadError(f"step of workload {self.name!r} must be a function, not {self.step!r}")
         if self.whole_batch:
             raise WorkloadError(
@@ -189,6 +194,18 @@ class Workload:
         for callback in self.callbacks:
             if not any(callable(getattr(callback, name, None)) for name in CALLED):
                 raise WorkloadError(f"callback {type(callback).__name__} has none of the methods {', '.join(CALLED)}")
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Return the turns of a training step, in order; empty for a step that updates all parameters at once."""
+        return tuple(self.step) if isinstance(self.step, (list, tuple)) else ()
+
+    @property
+    def steps(self) -> tuple[Callable[[Any, Batch], Losses], ...]:
+        """Return the functions of a training step of one's own: one, or one of each turn; empty without such a step."""
+        if callable(self.step):
+            return (self.step,)
+        return tuple(turn.step for turn in self.turns)
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:

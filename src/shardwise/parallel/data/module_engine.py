@@ -16,6 +16,7 @@ from shardwise.errors import WorkloadError
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.ddp import ReplicatedModel
 from shardwise.parallel.data.own_step import StepRoot, autocast_calls, takes_derivatives
+from shardwise.parallel.data.turns import by_turn, trained_alone
 from shardwise.parallel.data.whole_batch import of_all_replicas
 from shardwise.parallel.engine import Evaluated, Position
 from shardwise.parallel.faults import Fault, RerunPass, gradient_fault, module_fault, passes_of
@@ -43,6 +44,7 @@ from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import check_trained, run_step
 from shardwise.workload.trace.stand_ins import stand_ins
+from shardwise.workload.turns import names_of_turns
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload, call_model
 
@@ -72,7 +74,9 @@ class ModuleEngine:
         self.aliases, self.trained = aliases_of(model), trained_of(model)
         hooks = take_hooks(model)
         check_hooks(hooks, replaced=strategy.splits_parameters)
-        names = list(self.trained)
+        self._turns = names_of_turns(workload.name, workload.turns, list(self.trained))
+        self._members = [frozenset(names) for names in self._turns]
+        self._workloads = by_turn(workload)
         self._buffers = Buffers(model, mesh.replica_group)
         self._operations = ModulePatches(
             self.position,
@@ -84,12 +88,12 @@ class ModuleEngine:
         self._operations.install(model)
         self._notes: list[str] = []
         self._root = None if workload.step is None else StepRoot(model)
-        self._replicas = self._split(model, names)
+        self._by_turn = self._split(model)
         if self._root is not None and self._half:
             autocast_calls(model, mesh.device)
         self.model = model
         held = dict(model.named_parameters())
-        self.parameters = {name: held[name] for name in names}
+        self.parameters = {name: held[name] for name in self.trained}
         self.held = self._lay_out({**held, **self._buffers.persistent})
         self._hooks = ParameterHooks(hooks, self.held, mesh)
 
@@ -110,6 +114,14 @@ class ModuleEngine:
         return self._operations.draws_other_random_numbers
 
     @property
+    def _replicas(self) -> Alone | ReplicatedModel | ShardedModel:
+        return self._by_turn[self.position.turn]
+
+    def own_turn(self) -> AbstractContextManager[None]:
+        """Return a context for passes of the current turn, in which the other turns' parameters are constants."""
+        return trained_alone(self.parameters, self._members[self.position.turn])
+
+    @property
     def model_of_replicas(self) -> nn.Module:
         """Return what is called in training: the model, or torch's wrapper around it."""
         return self._replicas.call
@@ -127,6 +139,16 @@ class ModuleEngine:
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
         self._check_frozen()
+        with self.own_turn():
+            parts = self._passes(share, scales)
+        self._buffers.settle()
+        self._hooks.apply(self._members[self.position.turn])
+        whole = parts.pop("")
+        self.losses = parts if len(parts) > 1 or self._workload.turns else {}
+        return whole
+
+    def _passes(self, share: Share, scales: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Compute the gradients of a share, and return its losses by name; their sum has an empty name."""
         sums: dict[str, Tensor] | None = None
         last = len(share.microbatches) - 1
         for number, (microbatch, scale) in enumerate(zip(share.microbatches, scales, strict=True)):
@@ -140,12 +162,8 @@ class ModuleEngine:
                 loss.backward(self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
             parts = {name: self._part(each, scale) for name, each in {**losses, "": loss}.items()}
             sums = parts if sums is None else {name: sums[name] + part for name, part in parts.items()}
-        self._buffers.settle()
-        self._hooks.apply()
         assert sums is not None
-        whole = sums.pop("")
-        self.losses = sums if len(sums) > 1 else {}
-        return whole
+        return sums
 
     def _part(self, loss: Tensor, scale: Tensor) -> Tensor:
         """Return what a loss adds to the loss of the step on this worker."""
@@ -167,7 +185,8 @@ class ModuleEngine:
 
     def find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
         """Find the first output that is not finite, see `Engine.find_fault`."""
-        fault = module_fault(self.model, self.loss_of, passes_of(share, scales), self._mesh.rank)
+        with self.own_turn():
+            fault = module_fault(self.model, self.loss_of, passes_of(share, scales), self._mesh.rank)
         self._replicas.reshard()
         return fault
 
@@ -178,22 +197,24 @@ class ModuleEngine:
         """
         if self._strategy.splits_parameters and self._mesh.replica_group is not None:
             return gradient_fault(local_gradients(self.parameters), -1)
-        found = [self._own_gradient_fault(each) for each in passes_of(share, scales)]
+        with self.own_turn():
+            found = [self._own_gradient_fault(each) for each in passes_of(share, scales)]
         return next(filter(None, found), None)
 
     def _own_gradient_fault(self, each: RerunPass) -> Fault | None:
         """Recompute the gradients of one microbatch and find one that is not finite, before the replicas sum them."""
         loss = self.loss_of(each.microbatch)
         # unlike `backward` this leaves `.grad` unchanged and communicates nothing
-        parameters, start = list(self.parameters.values()), self._gradient_of(loss, each.scale)
+        names, start = self._turns[self.position.turn], self._gradient_of(loss, each.scale)
+        parameters = [self.parameters[name] for name in names]
         gradients = torch.autograd.grad(loss, parameters, start, allow_unused=True)
-        given = {name: g for name, g in zip(self.parameters, gradients, strict=True) if g is not None}
+        given = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
         return gradient_fault(given, self._mesh.rank) if each.counts else None
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of a result of `loss_of`, with the hooks of parameters."""
         loss.backward()  # type: ignore[no-untyped-call]
-        self._hooks.apply()
+        self._hooks.apply(self._members[self.position.turn])
 
     def _check_frozen(self) -> None:
         """Raise WorkloadError if a parameter was frozen or unfrozen: the optimizer and the replicas would not know."""
@@ -222,12 +243,13 @@ class ModuleEngine:
         Raises:
             WorkloadError: the losses need no gradient.
         """
+        workload = self._workloads[self.position.turn]
         guard: AbstractContextManager[Any] = nullcontext()
         if scale is not None and self._workload.weight is not None:
             guard = self.model.register_forward_hook(lambda *passed: self._guarded(passed[2], scale))
         with self._operations.training_pass(), guard:
-            losses: dict[str, Tensor] = call(partial(run_step, self._workload), data)
-        check_trained(self._workload, total(losses).requires_grad)
+            losses: dict[str, Tensor] = call(partial(run_step, workload), data)
+        check_trained(workload, total(losses).requires_grad)
         return losses
 
     def _gradient_of(self, loss: Tensor, scale: Tensor) -> Tensor:
@@ -291,8 +313,8 @@ class ModuleEngine:
 
         return map_tensors(guard, output)
 
-    def _split(self, model: nn.Module, names: Sequence[str]) -> Alone | ReplicatedModel | ShardedModel:
-        """Wrap the model as the strategy requires: recomputed blocks, FSDP, DDP or none."""
+    def _split(self, model: nn.Module) -> Sequence[Alone | ReplicatedModel | ShardedModel]:
+        """Wrap the model for each turn as the strategy requires: recomputed blocks, FSDP, DDP or none."""
         strategy, group = self._strategy, self._mesh.replica_group
         sharded = strategy.splits_parameters
         blocks = self._find_blocks(model) if sharded or strategy.recomputes else []
@@ -303,16 +325,27 @@ class ModuleEngine:
 
             replicas = ShardedModel(model, blocks, self._mesh, self._root)
             self._read(model)
-            return replicas
+            return [replicas]
         self._read(model)
         root = self._root or model
         if group is None:
-            return Alone(root)
+            return [Alone(root)] * len(self._turns)
         parameters = dict(model.named_parameters())
-        trained = {name: parameters[name] for name in names}
+        trained = {name: parameters[name] for name in self.trained}
         with self._mesh.allocating():
-            accumulates = strategy.microbatches > 1
-            return ReplicatedModel(root, trained, group, accumulates=accumulates, bucket=strategy.bucket)
+            return [self._replicated(root, trained, names, group) for names in self._turns]
+
+    def _replicated(
+        self, root: nn.Module, trained: Mapping[str, nn.Parameter], names: Sequence[str], group: dist.ProcessGroup
+    ) -> ReplicatedModel:
+        """Wrap the model so that the gradients of the parameters `names` are averaged."""
+        accumulates, bucket = self._strategy.microbatches > 1, self._strategy.bucket
+        with trained_alone(
+            trained, frozenset(names)
+        ):  # DDP waits for the gradient of each parameter that needs one by now
+            return ReplicatedModel(
+                root, {name: trained[name] for name in names}, group, accumulates=accumulates, bucket=bucket
+            )
 
     def _read(self, model: nn.Module) -> None:
         """Read this worker's part of the parameters on the meta device, if the workload's weights are in files."""

@@ -270,7 +270,7 @@ class GraphEngine:
         total = self._pipeline.run(self._pass(share, scales))
         self._local_stages.reduce(self._summed)
         self._buffers.settle()
-        self._hooks.apply()
+        self._hooks.apply(self.trained)
         shown = float(self._mesh.coordinate("tp") == 0) / self._local_stages.loss_factor
         self.losses = self._losses(total, shown)
         return total * shown

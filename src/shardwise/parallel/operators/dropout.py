@@ -35,7 +35,7 @@ def draw_mask(
     """Draw the factors of dropout: 0 with probability `p`, else 1 / (1 - p).
 
     Args:
-        position: seed, step and the index of the first sample in the global batch.
+        position: seed, step, turn and the index of the first sample in the global batch.
         site: index of the drawing call in the model's forward pass.
         index: integer tensor with the index of each element within its sample, on the device of the result.
         samples: size of the result's first dimension; sample n is number `position.first + n` of the global batch.
@@ -57,7 +57,8 @@ def draw_bits(position: Position, site: int, index: Tensor, samples: int) -> Ten
     Returns:
         the bits, shape (samples, *index.shape).
     """
-    low, high = _key(position.seed, position.step, site)
+    turn = (position.turn,) if position.turn else ()
+    low, high = _key(position.seed, position.step, site, *turn)
     places = torch.arange(position.first, position.first + samples, device=index.device)
     of_samples = _mix(_mix(places.to(torch.int32) ^ _signed(high)) + _signed(low))
     of_elements = _mix(_mix(index.to(torch.int32) ^ _signed(low)) + _signed(high))
@@ -116,7 +117,7 @@ def by_sample(
     if along is not None and cut is not None:
         index = cut(index, along - (dim is not None and 0 < dim < along))
     if dim is None:
-        common = Position(seed=position.seed, step=position.step)
+        common = Position(seed=position.seed, step=position.step, turn=position.turn)
         return draw(common, site, index, 1)[0]
     drawn = draw(position, site, index, samples)
     return drawn.flatten(0, 1) if dim == 0 else drawn.movedim(0, dim)

@@ -8,6 +8,7 @@ each takes its own part of the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -80,14 +81,15 @@ class AfterStep:
                 apart = [name for name in parameters if not self._tried(name)]
             self._joined = self._find_joined(apart)
 
-    def __call__(self) -> None:
-        """Call the function on every parameter."""
+    def __call__(self, names: AbstractSet[str]) -> None:
+        """Call the function on every parameter of `names`."""
         for name, parameter in self._parameters.items():
             part = local(parameter)
-            if name not in self._joined and part.numel():
+            if name in names and name not in self._joined and part.numel():
                 changed(self._workload, name, part)
         for name, parts in self._joined.items():
-            self._on_whole(name, parts)
+            if name in names:
+                self._on_whole(name, parts)
 
     def _tried(self, name: str) -> bool:
         """Return whether the function gives the same on our part of a parameter as on the whole."""
@@ -155,6 +157,9 @@ class AfterStep:
 
 def after_step_of(
     workload: Workload, parameters: Mapping[str, nn.Parameter], held: Mapping[str, TensorPlacement], mesh: Mesh
-) -> Callable[[], None]:
-    """Return what to call after each update: nothing, unless the workload has such a function. Collective."""
-    return (lambda: None) if workload.after_step is None else AfterStep(workload, parameters, held, mesh)
+) -> Callable[[AbstractSet[str]], None]:
+    """Return what to call after each update, with the names of the parameters updated. Collective.
+
+    It does nothing if the workload has no such function.
+    """
+    return (lambda _: None) if workload.after_step is None else AfterStep(workload, parameters, held, mesh)

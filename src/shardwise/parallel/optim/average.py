@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
 import torch
@@ -32,9 +33,10 @@ class Average:
         self._means = {name: local(parameter).clone() for name, parameter in parameters.items()}
         self._average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
-    def update(self) -> None:
-        """Take in the parameters after an update."""
-        means, now = list(self._means.values()), [local(parameter) for parameter in self._parameters.values()]
+    def update(self, names: AbstractSet[str]) -> None:
+        """Take in the parameters after an update of those in `names`; the first time all, whatever was updated."""
+        taken = [name for name in self._means if name in names or not self.begun]
+        means, now = [self._means[name] for name in taken], [local(self._parameters[name]) for name in taken]
         if means and self.begun:
             self._average(means, now, None)
         elif means:

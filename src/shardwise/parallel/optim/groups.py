@@ -10,19 +10,30 @@ import torch
 from torch import nn
 
 from shardwise.errors import WorkloadError, nearest
+from shardwise.workload.turns import names_of_turns
 from shardwise.workload.workload import Workload
 
 
 def grouped(workload: Workload, parameters: Mapping[str, nn.Parameter]) -> list[Any]:
     """Return what the workload's optimizer is built over: the parameters, or groups of those with equal options.
 
+    With turns there are groups of each turn, one after the other.
+
     Raises:
         WorkloadError: `groups` gives no options, or a pattern of it matches no parameter or the same as another one.
     """
-    if workload.groups is None:
+    if workload.groups is None and not workload.turns:
         return list(parameters.values())
+    options = {name: {} for name in parameters} if workload.groups is None else _options(workload, parameters)
+    turns = names_of_turns(workload.name, workload.turns, list(parameters))
+    return [group for names in turns for group in _of_equal_options(parameters, {n: options[n] for n in names})]
+
+
+def _of_equal_options(
+    parameters: Mapping[str, nn.Parameter], given: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
-    for name, options in _options(workload, parameters).items():
+    for name, options in given.items():
         group = next((each for each in groups if _without_parameters(each) == options), None)
         if group is None:
             groups.append(group := {"params": [], **options})

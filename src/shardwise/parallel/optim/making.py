@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shardwise.errors import RequestError, WorkloadError
 from shardwise.parallel.optim.groups import check_options, grouped
+from shardwise.workload.turns import names_of_turns
 from shardwise.workload.workload import Workload
 
 MOST_NAMED = 3
@@ -28,10 +29,15 @@ class Several(torch.optim.Optimizer):
     """Several optimizers, each over its own parameters, as one that steps them in turn.
 
     Groups and state are those of its parts: a schedule or a checkpoint that changes one changes the other.
+
+    Attributes:
+        parts: the optimizers.
+        stepped: those that `step` steps.
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = tuple(parts)
+        self.stepped = self.parts
         super().__init__([group for part in parts for group in part.param_groups], {})
         self.state: defaultdict[Any, Any] = defaultdict(dict)
         for part in parts:
@@ -40,8 +46,8 @@ class Several(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Run a step of each part."""
-        for part in self.parts:
+        """Run a step of each part in `stepped`."""
+        for part in self.stepped:
             part.step()
 
 
@@ -84,6 +90,7 @@ def make_optimizer(workload: Workload, parameters: Mapping[str, nn.Parameter]) -
     for part in parts:
         _check_kind(workload, part)
     _check_held(workload, parts, names)
+    _check_apart(workload, parts, names)
     for part in parts:
         check_options(workload, part, names)
     return as_one(made)
@@ -132,6 +139,36 @@ def _check_held(workload: Workload, parts: Sequence[torch.optim.Optimizer], name
             f"{what} leaves out {named(missing)}, which would never be trained: return a list of optimizers, one of "
             "them for these, or set requires_grad=False on them in the model"
         )
+
+
+def _check_apart(workload: Workload, parts: Sequence[torch.optim.Optimizer], names: Mapping[nn.Parameter, str]) -> None:
+    """Check that each optimizer holds parameters of one turn alone. Raises WorkloadError."""
+    turns = names_of_turns(workload.name, workload.turns, list(names.values()))
+    for part in parts:
+        held = {names[parameter] for group in part.param_groups for parameter in group["params"]}
+        found = [next(name for name in turn if name in held) for turn in turns if held & set(turn)]
+        if len(found) > 1:
+            raise WorkloadError(
+                f"{type(part).__name__}, an optimizer of workload {workload.name!r}, holds parameters of several turns "
+                f"({named(found)}), and its steps would count for all: return a list of optimizers, one for each of "
+                "the groups that the function is given"
+            )
+
+
+def parts_of_turns(
+    optimizer: torch.optim.Optimizer, turns: Sequence[Collection[str]], names: Mapping[nn.Parameter, str]
+) -> list[tuple[torch.optim.Optimizer, ...]]:
+    """Return the parts of an optimizer that hold the parameters of each turn.
+
+    Args:
+        optimizer: what `make_optimizer` returned.
+        turns: names of the parameters that each turn trains.
+        names: names of the parameters that the optimizer holds.
+    """
+    held = [{names[p] for group in part.param_groups for p in group["params"]} for part in parts_of(optimizer)]
+    return [
+        tuple(part for part, own in zip(parts_of(optimizer), held, strict=True) if own & set(turn)) for turn in turns
+    ]
 
 
 def named(names: Sequence[str]) -> str:

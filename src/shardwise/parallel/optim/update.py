@@ -18,7 +18,7 @@ from shardwise.errors import StrategyError, WorkloadError
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.optim.changed_numbers import with_made
-from shardwise.parallel.optim.making import make_optimizer, partly
+from shardwise.parallel.optim.making import Several, make_optimizer, partly, parts_of_turns
 from shardwise.parallel.optim.nature import Nature, nature_of
 from shardwise.parallel.optim.optimizer_state import SHARED, OptimizerState
 from shardwise.parallel.optim.schedule import Schedule, load_schedule_state, schedule_state
@@ -28,6 +28,7 @@ from shardwise.parallel.state.dtensor_rows import is_split, local
 from shardwise.parallel.state.gather import anywhere, gather_json
 from shardwise.parallel.state.layout import Layout
 from shardwise.strategy import Strategy
+from shardwise.workload.turns import names_of_turns
 from shardwise.workload.workload import Workload
 
 OPTIMIZER = "optimizer"
@@ -43,6 +44,7 @@ class ParameterUpdate:
     Attributes:
         nature: what the optimizer needs to see.
         optimizer: optimizer of the parameters that this worker updates, in the groups that it has over all.
+        turns: names of the parameters that each turn of a step trains; all as one without turns.
         schedule: schedule of its learning rates.
         state: its state as named pieces.
 
@@ -63,6 +65,10 @@ class ParameterUpdate:
         self._rows: list[tuple[nn.Parameter, nn.Parameter]] = []
         here = self._updated(names)
         self.optimizer = self._make(workload, here)
+        self.turns = names_of_turns(workload.name, workload.turns, list(engine.trained))
+        if workload.turns:  # which train whole parameters alone
+            held_by = {parameter: name for name, parameter in here.items()}
+            self._parts = parts_of_turns(self.optimizer, self.turns, held_by)
         self.schedule = Schedule(workload, self.optimizer)
         self._made = schedule_state(self.optimizer, self.schedule.scheduler)
         held = {
@@ -84,8 +90,10 @@ class ParameterUpdate:
             "workers and are gathered on one of them for each update, which the prediction does not count",
         )
 
-    def step(self) -> None:
-        """ParameterUpdate all parameters from their gradients, and move the schedule. Collective."""
+    def step(self, turn: int = 0) -> None:
+        """Update the parameters of a turn from their gradients. Collective."""
+        if isinstance(self.optimizer, Several) and len(self.turns) > 1:
+            self.optimizer.stepped = self._parts[turn]
         if self._matrices is not None:
             self._matrices.collect()
         for parameter, rows in self._rows:  # the first forward pass may have moved them
@@ -98,7 +106,6 @@ class ParameterUpdate:
             self._matrices.scatter()
         if self._dealt is not None:
             self._dealt.exchange()
-        self.schedule.after_step()
 
     def counts(self) -> dict[str, Any]:
         """Return the numbers of groups and schedule, and the state that is no tensor, JSON-able. Collective."""

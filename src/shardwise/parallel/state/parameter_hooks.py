@@ -7,7 +7,7 @@ parts is put together first, and each worker keeps its own part of what the hook
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,9 +120,11 @@ class ParameterHooks:
         self._cut = dict(zip(hooks, cut, strict=True))
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Call the hooks on the complete gradients, in the order in which autograd calls them."""
+    def apply(self, names: Collection[str]) -> None:
+        """Call the hooks on the complete gradients of the parameters `names`, in the order in which autograd does."""
         for name, hooked in self._hooks.items():
+            if name not in names:
+                continue
             held = self._held.get(name)
             if self._cut[name]:
                 self._apply_to_parts(hooked, held)

@@ -13,7 +13,7 @@ from shardwise.predict.closed_form.pipeline import StageTime, TimedPass
 from shardwise.predict.closed_form.segment_times import PassSeconds
 from shardwise.predict.closed_form.stage_time import StageCosts
 from shardwise.predict.workers.holdings import Worker
-from shardwise.predict.workers.passes import Turn, table, turns
+from shardwise.predict.workers.passes import EqualPasses, table, turns
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 
 
@@ -89,7 +89,7 @@ def work_of(costs: StageCosts, worker: Worker) -> WorkerTime:
     )
 
 
-def _exposed(costs: StageCosts, passes: Sequence[tuple[Turn, Passed]]) -> list[float]:
+def _exposed(costs: StageCosts, passes: Sequence[tuple[EqualPasses, Passed]]) -> list[float]:
     """Return the exposed communication of each pass, in seconds.
 
     A pipeline worker waits for its gradient buckets only when all passes are over. The buckets of one stage queue
@@ -112,7 +112,7 @@ def _exposed(costs: StageCosts, passes: Sequence[tuple[Turn, Passed]]) -> list[f
     return found
 
 
-def _usual(turned: Iterable[Turn], seconds: Iterable[float]) -> dict[tuple[int, str], float]:
+def _usual(turned: Iterable[EqualPasses], seconds: Iterable[float]) -> dict[tuple[int, str], float]:
     """Map (stage, kind) to the seconds of its most frequent pass."""
     found: dict[tuple[int, str], tuple[int, float]] = {}
     for turn, each in zip(turned, seconds, strict=True):
@@ -152,7 +152,9 @@ def table_of(costs: StageCosts, worker: Worker) -> list[TimedPass]:
     return found
 
 
-def _ends(costs: StageCosts, turned: list[Turn], seconds: list[float]) -> tuple[dict[int, float], dict[int, float]]:
+def _ends(
+    costs: StageCosts, turned: list[EqualPasses], seconds: list[float]
+) -> tuple[dict[int, float], dict[int, float]]:
     """Return `heads` and `tails` of `WorkerTime`; both are empty without a pipeline, where no stage waits for them."""
     heads: dict[int, float] = {}
     tails: dict[int, float] = {}

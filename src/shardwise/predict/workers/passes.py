@@ -70,7 +70,7 @@ def syncs(strategy: Strategy, actions: Sequence[Action]) -> list[Sync]:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class EqualPasses:
     """Equal passes of one worker, which differ only in their microbatch.
 
     Attributes:
@@ -93,7 +93,7 @@ class Turn:
         return self.action.kind, self.action.stage, self.sync, self.final, self.first
 
 
-def turns(strategy: Strategy, pipeline_rank: int) -> tuple[Turn, ...]:
+def turns(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
     """Return the distinct passes of pipeline worker `pipeline_rank` in one step, with counts.
 
     The time needed does not grow with the number of microbatches.
@@ -135,15 +135,15 @@ def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
 
 
 @lru_cache(maxsize=65536)
-def _turns(strategy: Strategy, pipeline_rank: int) -> tuple[Turn, ...]:
+def _turns(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
     kinds, chunks = sequence(strategy, pipeline_rank)
-    found: list[Turn] = []
+    found: list[EqualPasses] = []
     for chunk in range(strategy.stages_per_worker):
         found += _of_stage(strategy, kinds[chunks == chunk], chunk * strategy.pp + pipeline_rank)
     return tuple(found)
 
 
-def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Turn]:
+def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[EqualPasses]:
     """Yield the distinct passes of one stage in the order of their first occurrence; see `syncs` and `table`."""
     module = strategy.runs_module
     apart = kinds == WEIGHTS
@@ -168,16 +168,16 @@ def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Turn]
         if strategy.splits_parameters:
             sync = Sync(bool(gathers[at]), bool(rooted[at]), bool(reduces[at]))
         action = Action(KINDS[kinds[at]], stage, 0)
-        yield Turn(action, sync, bool(final[at]), bool(first[at]), int(counts[which]))
+        yield EqualPasses(action, sync, bool(final[at]), bool(first[at]), int(counts[which]))
 
 
-def table(strategy: Strategy, pipeline_rank: int) -> tuple[Turn, ...]:
+def table(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
     """Return all passes of pipeline worker `pipeline_rank` one by one, each with a count of 1, in execution order."""
     return _table(_of_order(strategy), pipeline_rank)
 
 
 @lru_cache(maxsize=1024)
-def _table(strategy: Strategy, pipeline_rank: int) -> tuple[Turn, ...]:
+def _table(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
     actions = actions_of(strategy, pipeline_rank)
     shards = syncs(strategy, actions) if strategy.splits_parameters else [None] * len(actions)
     last = {action.stage: index for index, action in enumerate(actions) if action.kind not in (FORWARD, WEIGHT)}
@@ -187,7 +187,7 @@ def _table(strategy: Strategy, pipeline_rank: int) -> tuple[Turn, ...]:
         first = action.kind != FORWARD and action.stage not in seen
         if action.kind not in (FORWARD, INPUT):
             seen.add(action.stage)
-        found.append(Turn(action, sync, last[action.stage] == index, first, 1))
+        found.append(EqualPasses(action, sync, last[action.stage] == index, first, 1))
     return tuple(found)
 
 

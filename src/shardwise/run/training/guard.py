@@ -8,6 +8,7 @@ learning-rate schedule does not move, and buffers are restored. All workers do s
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from shardwise.errors import NotFinite
@@ -29,7 +30,7 @@ class Guard:
         skipped: number of steps that were skipped before a resume.
 
     Attributes:
-        skipped: number of steps whose update was not applied.
+        skipped: number of steps whose update was not applied; of turns, if steps have them.
         first: number of the first step that was not finite, from 1; None if all were finite.
     """
 
@@ -37,7 +38,7 @@ class Guard:
         self.skipped = skipped
         self.first: int | None = None
         self._program, self._policy, self._say = program, policy, say
-        self._in_a_row = 0
+        self._in_a_row: Counter[int] = Counter()
         program.ask_before_update(self._judge)
 
     def _judge(self, loss: float, square: float, search: Callable[[], Fault | None]) -> bool:
@@ -51,15 +52,17 @@ class Guard:
         Raises:
             NotFinite: the policy is to stop, or too many steps in a row were skipped.
         """
+        turn = self._program.engine.position.turn
         if math.isfinite(loss) and math.isfinite(square):
-            self._in_a_row = 0
+            self._in_a_row[turn] = 0
             return True
         step = self._program.steps + 1
         told, self.first = self.first is not None, self.first or step
-        self._in_a_row += 1
+        self._in_a_row[turn] += 1
         if self._policy == STOP:
-            raise NotFinite(f"step {step}: {_said(loss, search())}; nothing of this step was applied")
-        if self._policy == SKIP and self._in_a_row == MOST_SKIPPED:
+            kept = "the turns before this one were" if self._program.midway else "nothing of this step was"
+            raise NotFinite(f"step {step}: {_said(loss, search())}; {kept} applied")
+        if self._policy == SKIP and self._in_a_row[turn] == MOST_SKIPPED:
             raise NotFinite(f"step {step}: {_said(loss, search())}; skipped {MOST_SKIPPED} such steps in a row")
         if not told:
             done = "its update is skipped" if self._policy == SKIP else "the training goes on (--on-nan go)"

@@ -46,6 +46,7 @@ class FirstStep:
         gradient_error: largest relative error of a parameter's gradient; None if they were not compared.
         seconds: seconds that the comparison took.
         reason: why nothing was proved; None if the step is proved.
+        turns: number of turns whose gradients were compared, each from the first weights; 0 for a step without turns.
     """
 
     proved: bool
@@ -53,11 +54,13 @@ class FirstStep:
     gradient_error: float | None = None
     seconds: float = 0.0
     reason: str | None = None
+    turns: int = 0
 
     def __str__(self) -> str:
         if not self.proved:
             return f"first step not proved: {self.reason}"
-        return f"first step equals one process: loss {self.loss_error:.0e}, gradients {self.gradient_error:.0e}"
+        what = f"first step, each of its {self.turns} turns from the same weights," if self.turns else "first step"
+        return f"{what} equals one process: loss {self.loss_error:.0e}, gradients {self.gradient_error:.0e}"
 
 
 NO_STEP = FirstStep(False, reason="no step was left to take")

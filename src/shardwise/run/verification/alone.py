@@ -52,10 +52,22 @@ class OneWorker:
             WorkloadError: the loss depends on tensors that are trained, but are no parameters of the model.
         """
         with self._undone():
-            loss = self._engine.loss_of(share.microbatches[0])
-            self._check_leaves(loss, share.microbatches[0])
+            losses = [float(self._backward(share.microbatches[0])) for _ in self._turns()]
+        return sum(losses), {name: g.cpu() for name, g in local_gradients(self._engine.parameters).items()}
+
+    def _turns(self) -> Iterator[None]:
+        """Move the engine to each turn of a step, one by one."""
+        for turn in range(max(1, len(self.workload.turns))):
+            self._engine.position.turn = turn
+            yield
+
+    def _backward(self, microbatch: Microbatch) -> Tensor:
+        """Compute the gradients of the current turn, and return its loss."""
+        with self._engine.own_turn():
+            loss = self._engine.loss_of(microbatch)
+            self._check_leaves(loss, microbatch)
             self._engine.backward(loss)
-        return float(loss.detach()), {name: g.cpu() for name, g in local_gradients(self._engine.parameters).items()}
+        return loss.detach()
 
     @torch.no_grad()
     def mean_loss(self, share: Share) -> float | None:
@@ -68,7 +80,7 @@ class OneWorker:
         with _norms_evaluating(self._engine.model), _Normalising() as normalising:
             for microbatch in share.microbatches:
                 with self._undone():
-                    losses.append(float(self._engine.loss_of(microbatch)))
+                    losses.append(sum(float(self._engine.loss_of(microbatch)) for _ in self._turns()))
         weights = [self._weight(microbatch) for microbatch in share.microbatches]
         pairs = [(loss, weight) for loss, weight in zip(losses, weights, strict=True) if weight > 0]
         if normalising.found or not pairs:

@@ -1,6 +1,7 @@
 """Proof of the first step: before a training begins, its first gradient is compared with that of one worker.
 
-The parallel program computes the gradient of the first samples of the first batch and applies nothing. Worker 0 then
+The parallel program computes the gradient of the first samples of the first batch and applies nothing; the turns of a
+step are all taken, each from the same weights. Worker 0 then
 builds the plain module beside it, with the same weights, and computes the gradient of the same samples alone. It also
 compares the loss of a few samples with the mean of the losses of their halves, lets the optimizer take a step on the
 copy, and evaluates two samples of each held-out dataset, so that what is wrong with a workload is found before the
@@ -77,7 +78,8 @@ def prove_first_step(program: Program, epoch: int = 0, batch: int = 0, loader: L
     if found.refusal:
         raise NotProved(found.refusal)
     seconds = time.perf_counter() - begin
-    return FirstStep(not found.reason, found.loss_error, found.gradient_error, seconds, found.reason or None)
+    turns = 0 if found.reason else len(program.workload.turns)
+    return FirstStep(not found.reason, found.loss_error, found.gradient_error, seconds, found.reason or None, turns)
 
 
 def _unprovable(program: Program) -> str:

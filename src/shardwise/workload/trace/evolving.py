@@ -28,8 +28,7 @@ Reasons = dict[str, str]
 def functions_of(workload: Workload) -> list[Callable[..., Any]]:
     """Return the functions of a workload that are part of the graph of a step."""
     measures = [evaluation.measure for evaluation in workload.evaluations if not evaluation.collects]
-    step = [] if workload.step is None else [workload.step]
-    return [workload.inputs, workload.loss, *step, *measures]
+    return [workload.inputs, workload.loss, *workload.steps, *measures]
 
 
 def trace_evolving(
