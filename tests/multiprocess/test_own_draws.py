@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from breaking import assert_noticed
 from equality import check, train
 from models import ODDITIES, Feedforward, spelled
@@ -15,6 +16,7 @@ from pool import Pools
 from torch import Tensor, nn
 
 from shardwise.parallel.operators import random_numbers
+from shardwise.workload.workload import Workload
 
 
 class Noisy(Feedforward):
@@ -37,6 +39,26 @@ noisy = spelled(nn.Identity, feedforward=Noisy)
 )  # fmt: skip
 def test_every_kind_of_draw(workers: Pools, strategy: str) -> None:
     check(workers, ODDITIES["drawn"], strategy)
+
+
+def drawn_in_loss() -> Workload:
+    """A loss that smooths labels by noise, and takes a part of the samples; inputs with noise, as a diffusion has."""
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        noisy = output + 0.1 * torch.randn_like(output)
+        taken = torch.rand((len(output),), dtype=output.dtype, device=output.device) < 0.7
+        return (F.cross_entropy(noisy, batch[1], reduction="none") * taken).mean()
+
+    def inputs(batch: Any) -> Tensor:
+        noised: Tensor = batch[0] + 0.1 * torch.randn_like(batch[0])
+        return noised
+
+    return replace(ODDITIES["low-rank"](), inputs=inputs, loss=loss, evaluation=None)
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "fsdp=2", "tp=2", "pp=2,microbatches=4", "dp=2,tp=2,recompute=full"])
+def test_draws_of_inputs_and_loss(workers: Pools, strategy: str) -> None:
+    check(workers, drawn_in_loss, strategy)
 
 
 def test_nothing_is_said_about_them(workers: Pools) -> None:

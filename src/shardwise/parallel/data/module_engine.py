@@ -155,7 +155,7 @@ class ModuleEngine:
             data = self._enter(microbatch)
             with self._replicas.microbatch(number == 0, number == last):
                 if self._root is None:
-                    losses = self._losses(self._guarded(self._output(data), scale), data)
+                    losses = self._trained_losses(self._guarded(self._output(data), scale), data)
                 else:
                     losses = self._stepped(self._replicas.call, data, scale)
                 loss = total(losses)
@@ -229,7 +229,7 @@ class ModuleEngine:
             return total(self._stepped(self._root, data))
         with self._operations.training_pass():
             output = self._forward(self.model, data)
-        return total(self._losses(output, data))
+        return total(self._trained_losses(output, data))
 
     @torch.enable_grad()
     def _stepped(self, call: Any, data: Any, scale: Tensor | None = None) -> dict[str, Tensor]:
@@ -289,6 +289,10 @@ class ModuleEngine:
         """
         with self._operations.training_pass():
             return self._forward(self._replicas.call, data)
+
+    def _trained_losses(self, output: Any, data: Any) -> dict[str, Tensor]:
+        with self._operations.training_loss():
+            return self._losses(output, data)
 
     def _losses(self, output: Any, data: Any) -> dict[str, Tensor]:
         if self._workload.whole_batch:

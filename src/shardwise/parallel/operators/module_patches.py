@@ -85,8 +85,9 @@ class ModulePatches:
             F.batch_norm: self._batch_norm,
         }
         self.recomputing = False
-        self._everywhere: bool | None = None
-        """True if the mode is on during whole passes; None before the first pass, which decides."""
+        self._everywhere: dict[str, bool] = {}
+        """Part of a pass, `forward` or `loss` -> whether the mode is on there; not there before the first pass, which
+        decides."""
         self._caught = False
         self._replaced = 0
         self._own_normalisation = make_group is not None or recompute
@@ -138,14 +139,26 @@ class ModulePatches:
     def training_pass(self) -> Iterator[None]:
         """Intercept operations inside the block, a forward pass in training."""
         self._dropout_replacements.site = 0
-        before = self._random_state()
-        with self._mode() if self._everywhere is not False else nullcontext(), true_gradients(self._factor):
+        with self._part("forward"), true_gradients(self._factor):
+            yield
+
+    @contextmanager
+    def training_loss(self) -> Iterator[None]:
+        """Intercept operations inside the block, the loss that follows a forward pass in training."""
+        with self._part("loss"):
+            yield
+
+    @contextmanager
+    def _part(self, part: str) -> Iterator[None]:
+        """Intercept operations inside the block, a part of a pass."""
+        before, self._caught = self._random_state(), False
+        with self._mode() if self._everywhere.get(part, True) else nullcontext():
             yield
         moved = not _same(before, self._random_state())
-        if self._everywhere is None:
-            self._everywhere = self._caught
-        elif moved and not self._everywhere:
-            self._everywhere = True
+        if part not in self._everywhere:
+            self._everywhere[part] = self._caught
+        elif moved and not self._everywhere[part]:
+            self._everywhere[part] = True
             moved = False  # perhaps dropout: the next pass tells
         self.draws_other_random_numbers |= moved
 
@@ -275,7 +288,7 @@ class ModulePatches:
         """Draw from `site` on inside the block, as in the first run. The backward pass may run in another thread."""
         later, self._dropout_replacements.site, self.recomputing = self._dropout_replacements.site, site, True
         try:
-            with state.as_at(values), self._mode() if self._everywhere is not False else nullcontext():
+            with state.as_at(values), self._mode() if self._everywhere.get("forward", True) else nullcontext():
                 yield
         finally:
             self._dropout_replacements.site, self.recomputing = later, False

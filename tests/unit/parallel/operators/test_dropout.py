@@ -172,14 +172,14 @@ def test_dropout_that_starts_later_is_caught_from_the_next_pass_on() -> None:
     for _ in range(2):
         with operations.training_pass():
             model(torch.ones(4, 30))
-    assert operations._everywhere is False
+    assert operations._everywhere == {"forward": False}
     model.p = 0.5
     outputs = []
     for _ in range(3):
         with operations.training_pass():
             outputs.append(model(torch.ones(4, 30)))
     assert torch.equal(outputs[1], outputs[2])
-    assert operations._everywhere is True
+    assert operations._everywhere == {"forward": True}
     assert not operations.draws_other_random_numbers
 
 
@@ -207,7 +207,7 @@ def test_multihead_attention(need_weights: bool, batch_first: bool) -> None:
         part = part if batch_first else part.transpose(0, 1)
         with operations.training_pass():
             result = fresh(part, part, part, need_weights=need_weights)[0]
-        assert operations._everywhere is False  # the module's own scope is enough
+        assert operations._everywhere == {"forward": False}  # the module's own scope is enough
         output: Tensor = result if batch_first else result.transpose(0, 1)
         return output
 
