@@ -156,9 +156,9 @@ def losses(kind: str, strategy: str, steps: int, folder: Path | None) -> list[fl
     work = Kind(kind)()
     options = Options(steps=steps, quiet=True, resume=folder is not None)
     job = Job(source=Source(workload=work), strategy=Strategy.parse(strategy), options=options, folder=folder)
-    before = multiprocessing.active_children()
+    before = set(multiprocessing.active_children())
     trained = train(Program.build(work, job.strategy), job)
-    assert multiprocessing.active_children() == before
+    assert set(multiprocessing.active_children()) == before
     return [step.loss for step in trained.steps]
 
 
