@@ -197,9 +197,11 @@ def main() -> None:
     parser.add_argument("--strategy", action="append")
     options = parser.parse_args()
     before = environment(threads=None)
-    rows = [
-        row(setup, spec, options.steps) for setup in options.setup or SETUPS for spec in options.strategy or STRATEGIES
-    ]
+    rows = []
+    for setup in options.setup or SETUPS:
+        for spec in options.strategy or STRATEGIES:
+            rows.append(row(setup, spec, options.steps))
+            print(rows[-1], flush=True)
     record("setups", {"steps": options.steps, "run": RUN}, rows, {}, before)
 
 

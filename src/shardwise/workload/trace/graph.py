@@ -47,6 +47,9 @@ _ASSERTS = (
 MOST_TRACES = 6
 """Number of times that a step is traced if values are missing, see `_exported`."""
 
+_LIFTED = "lifted_tensor"
+"""Start of torch's names for tensors that a step makes by itself."""
+
 _LOGGERS = ("torch.export", "torch._subclasses.fake_tensor")
 
 
@@ -229,13 +232,18 @@ def _exported(step: nn.Module, batch: Any) -> torch.export.ExportedProgram:
     """Export a step, again if torch has lost the values of a tensor that the step makes by itself.
 
     In processes with several threads, torch 2.13 now and then takes such a tensor (the `arange` of a causal mask in
-    Llama, about one trace in eight) for a constant, of which it knows the shape only. The next trace has it right.
-    A tensor that an earlier trace left in an attribute of the module stays without values.
+    Llama, about one trace in eight) for a constant, of which it knows the shape only; for some it raises an error. The
+    next trace has it right. A tensor that an earlier trace left in an attribute of the module stays without values.
     """
-    for _ in range(MOST_TRACES):
-        program = torch.export.export(step, (batch,), strict=False)
+    for number in range(MOST_TRACES):
+        try:
+            program = torch.export.export(step, (batch,), strict=False)
+        except RuntimeError as error:
+            if _LIFTED not in str(error) or number == MOST_TRACES - 1:
+                raise
+            continue
         lost = [name for name, tensor in program.constants.items() if not _has_values(tensor)]
-        if not any(name.rpartition(".")[2].startswith("lifted_tensor") for name in lost):
+        if not any(name.rpartition(".")[2].startswith(_LIFTED) for name in lost):
             break
     return program
 

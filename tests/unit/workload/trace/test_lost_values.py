@@ -58,6 +58,21 @@ def test_it_is_traced_again() -> None:
     assert [each.tolist() for each in found.constants.values()] == [[1.0, 2.0]]
 
 
+def test_it_is_traced_again_where_torch_says_so() -> None:
+    right, calls = torch.export.export, list[int]()
+
+    def export(*args: Any, **options: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 1:
+            raise RuntimeError("We found a fake tensor in the exported program constant's list: model.lifted_tensor_0")
+        return right(*args, **options)
+
+    with mock.patch("torch.export.export", export):
+        found = trace(workload(), Shifted(3, 2), torch.zeros(1, 3))
+    assert len(calls) == 2
+    assert [each.tolist() for each in found.constants.values()] == [[1.0, 2.0]]
+
+
 def test_values_that_stay_lost_are_an_error() -> None:
     exports, lost = losing(MOST_TRACES)
     with (
