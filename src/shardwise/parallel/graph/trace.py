@@ -18,6 +18,7 @@ from shardwise.workload.own_step import check_trained, run_step
 from shardwise.workload.trace.evolving import trace_evolving
 from shardwise.workload.trace.graph import StepGraph, Untraceable, first_line
 from shardwise.workload.trace.opaque import Call, CallRecorder
+from shardwise.workload.trace.python_state import for_trace
 from shardwise.workload.workload import Workload, call_model
 
 
@@ -103,11 +104,14 @@ def _recorded(
     recorders = {
         path: CallRecorder(model.get_submodule(path), path, reason, operations.drawn) for path, reason in paths.items()
     }
-    modes = {module: module.training for module in model.modules()}
-    if not training:
-        model.eval()
     try:
-        with torch.set_grad_enabled(training), random_state_kept(), untouched(model), ExitStack() as stack:
+        with (
+            for_trace(model, training=training),
+            torch.set_grad_enabled(training),
+            random_state_kept(),
+            untouched(model),
+            ExitStack() as stack,
+        ):
             for recorder in recorders.values():
                 stack.enter_context(recorder.open())
             stack.enter_context(operations.training_pass())
@@ -117,9 +121,6 @@ def _recorded(
                 call_model(model, workload.inputs(batch))
     except Exception as error:
         raise Untraceable(workload, path, f"{reason}; run as it is: {first_line(error)}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     silent = next((path for path, recorder in recorders.items() if not recorder.calls), None)
     if silent is not None:
         raise Untraceable(workload, silent, f"{paths[silent]}, and the model does not call it")

@@ -9,7 +9,7 @@ of this batch, an output for others to read) does not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from shardwise.workload.trace.graph import StepGraph, Untraceable, names_of, trace
 from shardwise.workload.trace.opaque import OPAQUE, Call
-from shardwise.workload.trace.python_state import Change, Place, PythonState
+from shardwise.workload.trace.python_state import Change, Place, PythonState, for_trace
 from shardwise.workload.workload import Workload
 
 Reasons = dict[str, str]
@@ -55,11 +55,9 @@ def trace_evolving(
     def look() -> PythonState:
         return PythonState(model, functions, without=opaque)
 
-    modes = {module: module.training for module in model.modules()}
-    if not training:
-        model.eval()  # as in the trace: the mode is no value that the forward pass changes
-    before, later = look(), list[PythonState]()
-    try:
+    with for_trace(model, training=training), ExitStack() as stack:  # the mode is no value that the pass changes
+        before, later = look(), list[PythonState]()
+        stack.callback(before.restore)
         step = traced(lambda: later.append(look()))
         before.restore()
         first = later[0].differences(before)
@@ -77,10 +75,6 @@ def trace_evolving(
             found = found or first
         by_label = {place.label: names for place, names in written.items()}
         return step, _homes(workload, [(each, by_label.get(each.place.label, set())) for each in found])
-    finally:
-        before.restore()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _homes(workload: Workload, found: Sequence[tuple[Change, set[str | None]]]) -> Reasons:

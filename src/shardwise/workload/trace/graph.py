@@ -31,6 +31,7 @@ from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import run_step
 from shardwise.workload.trace.functions import DerivativesRefused, functions_kept
 from shardwise.workload.trace.opaque import Call, assignments_copied, calls_in, hidden
+from shardwise.workload.trace.python_state import for_trace
 from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.workload import Workload, call_model
 
@@ -194,14 +195,12 @@ def trace(
         Untraceable: the module or its loss cannot be traced.
         WorkloadError: the loss is not a scalar.
     """
-    modes = {module: module.training for module in model.modules()}
     noted = _Noted()
     evaluations = () if training else workload.evaluations
     step = _StepModule(workload, model, training, evaluations[evaluation] if evaluations else None, noted, after)
-    if not training:
-        step.eval()
     try:
         with (
+            for_trace(step, training=training),
             _quiet(),
             stand_ins(model, batch) as (_, given),
             hidden(opaque or {}),
@@ -213,17 +212,13 @@ def trace(
         raise
     except Exception as error:
         raise Untraceable(workload, _innermost(model, error), first_line(error)) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     graph = _inlined(program.graph_module)
     following = next((node for node in graph.nodes if _follows_data(node)), None)
     if following is not None:
         reason = f"what {following.target} gives has a shape or a number that follows the data"
         raise Untraceable(workload, _enclosing(graph, following), reason)
     _check_loss(workload, graph)
-    _check_constants(workload, program)
-    found = _named(program, graph, model, training, noted)
+    found = _named(workload, program, graph, model, training, noted)
     del kept  # `found` holds those that are in the graph
     return found
 
@@ -242,14 +237,15 @@ def _exported(step: nn.Module, batch: Any) -> torch.export.ExportedProgram:
             if _LIFTED not in str(error) or number == MOST_TRACES - 1:
                 raise
             continue
-        lost = [name for name, tensor in program.constants.items() if not _has_values(tensor)]
+        lost = [name for name, tensor in program.constants.items() if _values(tensor) is None]
         if not any(name.rpartition(".")[2].startswith(_LIFTED) for name in lost):
             break
     return program
 
 
-def _has_values(constant: Any) -> bool:
-    return not isinstance(constant, FakeTensor) or constant.constant is not None
+def _values(constant: Tensor) -> Tensor | None:
+    """Return the tensor behind a constant of a trace. Returns None if the trace has only its shape."""
+    return constant.constant if isinstance(constant, FakeTensor) else constant
 
 
 @contextmanager
@@ -409,7 +405,12 @@ def _detached(result: Any, graph: fx.Graph) -> Any:
 
 
 def _named(
-    program: torch.export.ExportedProgram, graph: fx.Graph, model: nn.Module, training: bool, noted: _Noted
+    workload: Workload,
+    program: torch.export.ExportedProgram,
+    graph: fx.Graph,
+    model: nn.Module,
+    training: bool,
+    noted: _Noted,
 ) -> StepGraph:
     """Sort the placeholders by what they stand for; a tied tensor gets the first of its names in the module."""
     first: dict[int, str] = {}
@@ -423,7 +424,7 @@ def _named(
         if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
             tensors[spec.arg.name] = names[target]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            constants[spec.arg.name] = _values(program.constants[spec.target or ""])
+            constants[spec.arg.name] = _with_values(workload, program.constants[spec.target or ""], spec.target or "")
         elif spec.kind is not InputKind.USER_INPUT:
             raise WorkloadError(
                 f"the module holds {spec.target!r} of kind {spec.kind.name}: only tensors can be traced"
@@ -432,21 +433,17 @@ def _named(
     return StepGraph(graph, tensors, constants, leaves, training, calls_in(graph), noted.losses, noted.rebuild)
 
 
-def _check_constants(workload: Workload, program: torch.export.ExportedProgram) -> None:
-    """Check that the trace has the values of each tensor that the step makes by itself, or holds in an attribute.
+def _with_values(workload: Workload, constant: Tensor, name: str) -> Tensor:
+    """Return a tensor that the step makes by itself, or holds in an attribute, with its values.
 
     Raises:
-        Untraceable: torch has left only the shape of one in the trace.
+        Untraceable: torch has left only its shape in the trace.
     """
-    lost = next((name for name, tensor in program.constants.items() if not _has_values(tensor)), None)
-    if lost is not None:
-        reason = f"the trace has no values for {lost}: make the tensor from the batch, or make it a buffer"
+    values = _values(constant)
+    if values is None:
+        reason = f"the trace has no values for {name}: make the tensor from the batch, or make it a buffer"
         raise Untraceable(workload, None, reason)
-
-
-def _values(constant: Tensor) -> Tensor:
-    """Return the tensor behind a constant of a trace."""
-    return constant if not isinstance(constant, FakeTensor) or constant.constant is None else constant.constant
+    return values
 
 
 def example(workload: Workload, samples: int) -> Any:

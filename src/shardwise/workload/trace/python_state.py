@@ -222,6 +222,22 @@ class PythonState:
         return place
 
 
+@contextmanager
+def for_trace(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Leave modules in their modes, or put them into evaluation mode unless `training` is set, inside the block.
+
+    Afterwards each has its mode again, without a call of its `train`.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        if not training:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _differences(place: Place, old: Mapping[Any, Any], new: Mapping[Any, Any]) -> Iterator[Change]:
     for key in dict.fromkeys((*old, *new)):
         was, now = old.get(key, _Missing), new.get(key, _Missing)
