@@ -87,7 +87,7 @@ class TensorDegrees:
 
     step: StepGraph
     parameters: Mapping[str, nn.Parameter]
-    _known: dict[tuple[int, bool], str | None] = field(default_factory=dict)
+    _known: dict[tuple[int, bool], tuple[str | None, float]] = field(default_factory=dict)
 
     def refusal(self, degree: int, *, sequence: bool = False) -> str | None:
         """Return an error message that names what `degree` fails to divide and the degrees that fit.
@@ -95,43 +95,32 @@ class TensorDegrees:
         Returns None if `degree` fits, or if no degree divides the heads but this one shards enough of the other layers
         (71 heads, multi-query: the MLPs are sharded, attention is computed whole on every worker).
         """
-        wrong = self._wrong(degree, sequence=sequence)
+        wrong, shared = self._looked_at(degree, sequence)
         if wrong is None:
             return None
-        fitting = [str(other) for other in DEGREES if self._wrong(other, sequence=sequence) is None]
-        if not fitting and wrong.endswith(HEADS) and self._shards_enough(degree, sequence=sequence):
+        fitting = [str(other) for other in DEGREES if self._looked_at(other, sequence)[0] is None]
+        if not fitting and wrong.endswith(HEADS) and shared >= LEAST_SHARED:
             return None
         hint = f"use tp={' or '.join(fitting)}" if fitting else "no tensor degree fits this model, use dp, fsdp or pp"
         return f"tp={degree} does not divide {wrong}: {hint}"
 
-    def _wrong(self, degree: int, *, sequence: bool) -> str | None:
-        key = degree, sequence
-        if key not in self._known:
-            self._known[key] = self._looked_at(degree, sequence=sequence)
-        return self._known[key]
-
-    def _looked_at(self, degree: int, *, sequence: bool) -> str | None:
-        local, obstacles = self._split(degree, sequence=sequence)
-        return _in_the_way(degree, local, obstacles, self.parameters)
-
-    def _shards_enough(self, degree: int, *, sequence: bool) -> bool:
-        local, _ = self._split(degree, sequence=sequence)
-        return local.sharded_share(self.parameters) >= LEAST_SHARED
-
-    def _split(self, degree: int, *, sequence: bool) -> tuple[LocalGraph, tuple[Obstacle, ...]]:
-        trained = frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
-        return split(self.step, degree, trained, sequence=sequence)
+    def _looked_at(self, degree: int, sequence: bool) -> tuple[str | None, float]:
+        """Return the reason why a degree is of no use, if there is one, and the share of the parameters it shards."""
+        if (degree, sequence) not in self._known:
+            trained = frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
+            local, obstacles = split(self.step, degree, trained, sequence=sequence)
+            shared = local.sharded_share(self.parameters) if self.parameters else 1.0
+            self._known[degree, sequence] = _in_the_way(degree, obstacles, shared), shared
+        return self._known[degree, sequence]
 
 
-def _in_the_way(
-    degree: int, local: LocalGraph, obstacles: Sequence[Obstacle], parameters: Mapping[str, nn.Parameter]
-) -> str | None:
-    """Return the reason why a tensor degree is of no use. Returns None if the degree works."""
+def _in_the_way(degree: int, obstacles: Sequence[Obstacle], shared: float) -> str | None:
+    """Return the reason why a tensor degree, which shards a share of the parameters, is of no use; None if it works."""
     for obstacle in obstacles:
         # too few key heads are replicated, but query heads are what attention is sharded by
         if obstacle.what == "query heads" or (obstacle.what == "heads" and degree % obstacle.size):
             return f"the {obstacle.size} {HEADS}"
     features = [o.what for o in obstacles if o.what not in ("heads", "query heads")]
-    if parameters and local.sharded_share(parameters) < LEAST_SHARED:
+    if shared < LEAST_SHARED:
         return features[0] if features else "anything: no layer of the model can be cut"
     return None
