@@ -26,7 +26,7 @@ from torch import Tensor
 
 from shardwise.parallel.engine import Position
 from shardwise.parallel.operators.dropout import DropoutReplacements, by_sample, draw_bits
-from shardwise.parallel.tensor.compute_rules import KEYED
+from shardwise.parallel.tensor.compute_rules import KEYED, draws_keyed
 
 _DIGITS = {torch.float16: 11, torch.bfloat16: 8}
 """Binary digits of the dtypes that have fewer than the 24 of float32."""
@@ -150,15 +150,6 @@ _READ: dict[str, Callable[..., _Asked]] = {
 """Name of torch's function -> what a call of it asks for. Arguments are those of torch's documentation."""
 
 
-def keyed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a call of function `name` can draw keyed numbers.
-
-    A generator or an output of its own, and overwriting a tensor that a gradient flows through, are left to torch.
-    """
-    overwritten = name.endswith("_") and args[0].requires_grad
-    return kwargs.get("generator") is None and kwargs.get("out") is None and not overwritten
-
-
 @torch.no_grad()
 def draw(position: Position, site: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return what torch's function `name` returns for these arguments, with keyed numbers.
@@ -182,7 +173,8 @@ def replacements(dropout: DropoutReplacements) -> dict[Callable[..., Any], Calla
     """Map torch's functions to ones that draw keyed numbers at the next site of `dropout`."""
 
     def drawn(name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        if not keyed(name, args, kwargs):
+        through = bool(args) and isinstance(args[0], Tensor) and args[0].requires_grad
+        if not draws_keyed(name, kwargs, through=through):
             output: Tensor = original(*args, **kwargs)
             return output
         site, dropout.site = dropout.site, dropout.site + 1

@@ -6,7 +6,7 @@ is summed over (`Partitioner.labelled`). Operations without a rule are computed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -464,11 +464,24 @@ def dropout(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, An
     return p.emit(p.replacements.dropout, full, like=like, placement=x.placement)
 
 
+def draws_keyed(name: str, kwargs: Mapping[str, Any], *, through: bool) -> bool:
+    """Return whether a call of a function of KEYED can draw by sample and place.
+
+    A generator or an output of its own, and overwriting a tensor that a gradient flows through, are left to torch.
+
+    Args:
+        name: the function.
+        kwargs: keyword arguments of the call.
+        through: whether a gradient flows through its first argument.
+    """
+    overwritten = name.endswith("_") and through
+    return kwargs.get("generator") is None and kwargs.get("out") is None and not overwritten
+
+
 def random_numbers(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """rand, bernoulli_, normal_, ...: every worker draws all of it, see `parallel.operators.random_numbers`."""
     name = node.target._schema.name.rpartition("::")[2]  # type: ignore[union-attr]
-    overwritten = name.endswith("_") and args[0].grad
-    if kwargs.get("generator") is not None or overwritten:
+    if not draws_keyed(name, kwargs, through=bool(args) and isinstance(args[0], PlacedValue) and args[0].grad):
         return unkeyed_random_numbers(p, node, args, kwargs)
     site, p.sites = p.sites, p.sites + 1
     whole = [p.replicated(item) if isinstance(item, PlacedValue) else item for item in args]
