@@ -167,7 +167,7 @@ class Model:
                 batches = [collate([sample]) for sample in first_samples(self.workload.dataset, _ALONE) or []]
             empty = any(parameter.is_meta for parameter in module.parameters())
             passes = [partial(self._look, each) for each in (unlike(batches) if empty else batches)]
-            with evaluating(module), untouched(module), random_state_kept(), torch.no_grad():
+            with evaluating(module), untouched(module), random_state_kept():
                 self._steady[samples] = steady_modules(module, passes)
         return self._steady[samples]
 
