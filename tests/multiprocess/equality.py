@@ -6,11 +6,13 @@ assert_equal(result, reference(workers, make_workload, "dp=2,tp=2"), 1e-6)
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +20,11 @@ from pool import Pools
 from torch import Tensor
 from traces import remembered
 
+from shardwise.parallel.program import Program
 from shardwise.parallel.state.layout import Layout, TensorPiece
+from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.strategy import Strategy
+from shardwise.workload.data import Share
 from shardwise.workload.workload import Workload
 
 Factory = Callable[[], Workload]
@@ -82,8 +87,6 @@ def train_part(factory: Factory, strategy: str, steps: int, evaluate: bool, befo
 
 
 def _train_part(factory: Factory, strategy: str, steps: int, evaluate: bool, before: Any) -> Part:
-    from shardwise.parallel.program import Program
-
     program = Program.build(factory(), Strategy.parse(strategy))
     if before is not None:
         before(program)
@@ -191,6 +194,24 @@ def errors(actual: Result, expected: Result) -> dict[str, tuple[float, str]]:
     assert actual.evaluation.keys() == expected.evaluation.keys()
     found["evaluation"] = max(evaluation, default=(0.0, ""))
     return found
+
+
+def shares_of(program: Program, steps: int) -> Iterator[Share]:
+    """Return an iterator over the shares of `steps` steps, from the step that the program is at."""
+    epochs = itertools.chain.from_iterable(program.loader().shares(epoch) for epoch in itertools.count())
+    return itertools.islice(epochs, program.steps, program.steps + steps)
+
+
+def resumed(factory: Factory, folder: Path, strategy: str, steps: int) -> list[float]:
+    """Go on from the newest checkpoint in a folder where there is one, and leave one. Returns the losses."""
+    program = Program.build(factory(), Strategy.parse(strategy))
+    checkpoints = Checkpoints(folder)
+    if path := checkpoints.latest():
+        checkpoints.load(program, path)
+    losses = [float(program.step_share(share)) for share in shares_of(program, steps)]
+    checkpoints.save(program, {"batch": program.steps})
+    checkpoints.wait()
+    return losses
 
 
 def check(workers: Pools, factory: Factory, strategy: str, steps: int = 3) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from breaking import assert_noticed
-from equality import DOUBLE_TOLERANCE, assert_equal, check, reference, train
+from equality import DOUBLE_TOLERANCE, assert_equal, check, reference, resumed, shares_of, train
 from models import points
 from pool import Pools
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from shardwise.errors import NotFinite, NotProved, StrategyError, WorkloadError
 from shardwise.parallel.data import module_engine
 from shardwise.parallel.data.module_engine import ModuleEngine
 from shardwise.parallel.program import Program
-from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.training.guard import Guard
 from shardwise.run.training.job import SKIP, STOP
 from shardwise.run.verification.first_step import prove_first_step
@@ -154,12 +152,6 @@ def flat(model: Any, batch: Any) -> dict[str, Tensor]:
     x = model.generator(batch[0][:, 3:]).detach().requires_grad_()
     (slope,) = torch.autograd.grad(model.critic(x).sum(), x, create_graph=True)
     return {**judged(model, batch), "penalty": slope.square().sum(-1).mean()}
-
-
-def shares_of(program: Program, steps: int) -> Iterator[Any]:
-    """Yield so many shares, from the step that the program is at."""
-    epochs = itertools.chain.from_iterable(program.loader().shares(epoch) for epoch in itertools.count())
-    return itertools.islice(epochs, program.steps, program.steps + steps)
 
 
 def by_hand(workload: Workload, model: Any, batches: list[Any]) -> tuple[list[torch.optim.Optimizer], Any]:
@@ -324,25 +316,13 @@ def noting(told: list[str], step: Callable[[Any, Any], Any]) -> Callable[[Any, A
     return noted
 
 
-def resumed(folder: Path, strategy: str, steps: int) -> list[float]:
-    """Go on from the newest checkpoint where there is one, and leave one."""
-    program = Program.build(build(), Strategy.parse(strategy))
-    checkpoints = Checkpoints(folder)
-    if path := checkpoints.latest():
-        checkpoints.load(program, path)
-    losses = [float(program.step_share(share)) for share in shares_of(program, steps)]
-    checkpoints.save(program, {"batch": program.steps})
-    checkpoints.wait()
-    return losses
-
-
 @pytest.mark.parametrize("strategies", [("dp=2", "single"), ("single", "dp=2")])
 def test_it_goes_on_between_the_steps_of_a_turn(workers: Pools, tmp_path: Path, strategies: tuple[str, str]) -> None:
     """Interrupted after one step and after four: the second step has no turn of the generator, the fifth has one."""
     expected = reference(workers, build, "single", 5).losses
     found: list[float] = []
     for strategy, steps in zip((*strategies, strategies[0]), (1, 3, 1), strict=True):
-        found += workers(Strategy.parse(strategy).workers, resumed, tmp_path, strategy, steps)[0]
+        found += workers(Strategy.parse(strategy).workers, resumed, build, tmp_path, strategy, steps)[0]
     assert found == pytest.approx(expected, rel=DOUBLE_TOLERANCE)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pool import Pools
 from safetensors.torch import load_file, save_file
+from tiny import SIZES
 from torch import Tensor
 from traces import remembered
 
@@ -24,14 +25,6 @@ from shardwise.workload.source import Source
 from shardwise.workload.weight_files import INDEX, SINGLE, StoredModel, StoredWeights, without_parameters
 
 PRELOAD = ("transformers.models.llama.modeling_llama",)
-SIZES: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
 SETTINGS = {"sequence": "16"}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from pool import Pools
 from safetensors.torch import load_file, save_file
@@ -23,14 +24,7 @@ from shardwise.workload.recipes.pretrained.masked import IGNORED
 from shardwise.workload.source import Source
 
 PRELOAD = ("transformers.models.bert.modeling_bert",)
-SIZES: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
+SIZES: dict[str, Any] = {**tiny.SIZES, "vocab_size": 300}
 SETTINGS = {"sequence": "16"}
 WORDS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "good": 4, "bad": 5, "film": 6, "[MASK]": 7}
 

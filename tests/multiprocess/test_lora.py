@@ -9,6 +9,7 @@ import pytest
 import torch
 from pool import Pools
 from safetensors.torch import load_file
+from tiny import SIZES
 from traces import remembered
 
 from shardwise import Strategy, export, train
@@ -18,14 +19,6 @@ from shardwise.workload.load import load_workload
 from shardwise.workload.source import Source
 
 PRELOAD = ("transformers.models.llama.modeling_llama", "peft")
-SIZES: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
 SETTINGS = {"sequence": "16", "lora": "4"}
 
 

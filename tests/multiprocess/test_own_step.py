@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from breaking import assert_noticed
-from equality import DOUBLE_TOLERANCE, check, errors, reference, train
+from equality import DOUBLE_TOLERANCE, check, errors, reference, resumed, train
 from models import points
 from pool import Pools
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from torch.utils.data import default_collate
 from shardwise.errors import NotProved, WorkloadError
 from shardwise.parallel.data.module_engine import ModuleEngine
 from shardwise.parallel.program import Program
-from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.verification.first_step import prove_first_step
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Evaluation, Workload
@@ -377,21 +376,10 @@ def test_a_loss_with_parameters_beside_a_step_is_refused() -> None:
         Program.build(made, Strategy())
 
 
-def resumed(folder: Path, strategy: str, steps: int) -> list[float]:
-    """Goes on from the newest checkpoint where there is one, and leaves one."""
-    program = Program.build(views(), Strategy.parse(strategy))
-    checkpoints = Checkpoints(folder)
-    if path := checkpoints.latest():
-        checkpoints.load(program, path)
-    shares = itertools.islice(program.loader().shares(0), program.steps, program.steps + steps)
-    losses = [float(program.step_share(share)) for share in shares]
-    checkpoints.save(program, {"batch": program.steps})
-    checkpoints.wait()
-    return losses
-
-
 @pytest.mark.parametrize("strategies", [("dp=2", "tp=2"), ("pp=2", "fsdp=2")])
 def test_it_goes_on_under_another_strategy(workers: Pools, tmp_path: Path, strategies: tuple[str, str]) -> None:
     expected = reference(workers, views, "single", 3).losses
-    found = [workers(2, resumed, tmp_path, each, steps)[0] for each, steps in zip(strategies, (2, 1), strict=True)]
+    found = [
+        workers(2, resumed, views, tmp_path, each, steps)[0] for each, steps in zip(strategies, (2, 1), strict=True)
+    ]
     assert found[0] + found[1] == pytest.approx(expected, rel=DOUBLE_TOLERANCE)
