@@ -24,7 +24,8 @@ Each message is one line: the fault, the value, the remedy. `ShardwiseError` mak
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 LONGEST_MESSAGE, LONGEST_WORD = 1500, 100
@@ -141,6 +142,20 @@ def _shortened(text: str, most: int) -> str:
     """Cut the middle out of a text of more than `most` characters; the fault at its start and the remedy stay."""
     half = most // 2 - 1
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+@contextmanager
+def blamed(said: str, passing: tuple[type[Exception], ...] = (RequestError,)) -> Iterator[None]:
+    """Raise WorkloadError for an error of the user's own code inside the block: `said`, its type and its text.
+
+    Errors of the types in `passing` are raised as they are.
+    """
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        raise WorkloadError(f"{said}: {type(error).__name__}: {error}") from error
 
 
 def agreed(option: str, pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, _Value]:

@@ -7,13 +7,13 @@ in is then what one process gives it, so no state has to be merged, whatever its
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardwise.errors import RequestError, WorkloadError
+from shardwise.errors import WorkloadError, blamed
 from shardwise.parallel.data.whole_batch import of_all_replicas
 from shardwise.parallel.engine import Evaluated
 from shardwise.parallel.mesh import Mesh
@@ -97,15 +97,5 @@ class Collected:
         first = self._mesh.replica == 0 and self._mesh.coordinate("tp") == 0
         return float(value) if first else 0.0
 
-    @contextmanager
-    def _blamed(self, method: str) -> Iterator[None]:
-        """Raise WorkloadError for an error of the object inside the block."""
-        try:
-            yield
-        except RequestError:
-            raise
-        except Exception as error:
-            raise WorkloadError(
-                f"metric {self._evaluation.metric!r} of workload {self._workload.name!r} fails in {method}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+    def _blamed(self, method: str) -> AbstractContextManager[None]:
+        return blamed(f"metric {self._evaluation.metric!r} of workload {self._workload.name!r} fails in {method}")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.errors import RequestError, WorkloadError
+from shardwise.errors import WorkloadError, blamed
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import describe, gather_json, understand
@@ -35,15 +35,8 @@ def changed(workload: Workload, name: str, tensor: Tensor) -> None:
     """
     assert workload.after_step is not None
     before, storage = tensor.shape, tensor.untyped_storage().data_ptr()
-    try:
-        with torch.no_grad():
-            result: Any = workload.after_step(name, tensor)
-    except RequestError:
-        raise
-    except Exception as error:
-        raise WorkloadError(
-            f"after_step of workload {workload.name!r} fails for {name}: {type(error).__name__}: {error}"
-        ) from error
+    with blamed(f"after_step of workload {workload.name!r} fails for {name}"), torch.no_grad():
+        result: Any = workload.after_step(name, tensor)
     made = isinstance(result, Tensor) and result.shape == before
     moved = tensor.untyped_storage().data_ptr() != storage or tensor.shape != before
     if moved or (made and result.untyped_storage().data_ptr() != storage):

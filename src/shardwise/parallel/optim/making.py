@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.errors import RequestError, WorkloadError
+from shardwise.errors import WorkloadError, blamed
 from shardwise.parallel.optim.groups import check_options, grouped
 from shardwise.workload.turns import names_of_turns
 from shardwise.workload.workload import Workload
@@ -79,12 +79,8 @@ def make_optimizer(workload: Workload, parameters: Mapping[str, nn.Parameter]) -
             needs a closure.
     """
     given = grouped(workload, parameters)
-    try:
+    with blamed(f"the optimizer of workload {workload.name!r}"):
         made = workload.optimizer(given)
-    except RequestError:
-        raise
-    except Exception as error:
-        raise WorkloadError(f"the optimizer of workload {workload.name!r}: {type(error).__name__}: {error}") from error
     parts = made if isinstance(made, (list, tuple)) else [made]
     names = {parameter: name for name, parameter in parameters.items()}
     for part in parts:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shardwise.errors import WorkloadError
+from shardwise.errors import blamed
 from shardwise.launch import watch
 from shardwise.launch.join import crowding
 from shardwise.parallel.program import Program
@@ -271,14 +271,14 @@ class RunRecord:
         """
         for callback in self.program.workload.callbacks:
             function = getattr(callback, method, None)
-            try:
-                if function is not None:
-                    function(*values)
-            except Exception as error:
-                raise WorkloadError(
-                    f"callback {type(callback).__name__} of workload {self.program.workload.name!r} fails in {method} "
-                    f"after step {self.program.steps}: {type(error).__name__}: {error}"
-                ) from error
+            if function is None:
+                continue
+            said = (
+                f"callback {type(callback).__name__} of workload {self.program.workload.name!r} fails in {method} "
+                f"after step {self.program.steps}"
+            )
+            with blamed(said, passing=()):
+                function(*values)
 
     def _learning_rate(self) -> float | None:
         optimizer = self.program.optimizer

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import default_collate
 
-from shardwise.errors import ShardwiseError, WorkloadError
+from shardwise.errors import ShardwiseError, WorkloadError, blamed
 from shardwise.parallel.data.collected import Collected
 from shardwise.parallel.data.module_engine import ModuleEngine
 from shardwise.parallel.mesh import Mesh
@@ -150,15 +150,9 @@ class OneWorker:
             )
 
 
-@contextmanager
-def _blamed(field: str, workload: Workload) -> Iterator[None]:
-    """Raise WorkloadError for an error of a field of a workload inside the block."""
-    try:
-        yield
-    except (ShardwiseError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise WorkloadError(f"{field} of workload {workload.name!r} fails: {type(error).__name__}: {error}") from error
+def _blamed(field: str, workload: Workload) -> AbstractContextManager[None]:
+    passing = (ShardwiseError, MemoryError, torch.OutOfMemoryError)
+    return blamed(f"{field} of workload {workload.name!r} fails", passing)
 
 
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
