@@ -32,10 +32,10 @@ from benchmarks.harness import environment, record
 from shardwise.cluster import catalogue
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
+from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.hardware import constants as module
-from shardwise.predict.hardware.constants import Constants, constants
+from shardwise.predict.hardware.constants import Constants, constants, using
 from shardwise.predict.hardware.network import collective_seconds
-from shardwise.predict.published.predictor.step_time import ClusterTimes, predict
 from shardwise.predict.published.row import PublishedRun, read
 from shardwise.predict.published.validate import read_rows
 
@@ -53,7 +53,6 @@ START: dict[str, float] = {
     "sustained_fp8": 0.9,
     "sustained_fp4": 0.8,
     "sustained_tf32": 0.85,
-    "idle_boost": 0.1,
     "tile_overhead": 8.0,
     "prologue": 64.0,
     "partial_wave": 1.0,
@@ -66,7 +65,6 @@ START: dict[str, float] = {
     "attention_hopper": 0.6,
     "attention_fused": 0.9,
     "host_kernel": 30e-6,
-    "host_message": 200e-6,
     "host_collective": 50e-6,
     "link_share": 0.9,
     "link_copy": 0.2,
@@ -100,7 +98,7 @@ NAMED = {"vTrain multi": 2.0, "vTrain single node": 2.0, "BLOOM prequel": 2.0}
 WEIGHED_ROWS = 10
 """Groups of so many rows have half the weight of one with very many."""
 
-LOOKED_AT, LOOKED_AT_CROSSING = 120, 24
+LOOKED_AT, LOOKED_AT_CROSSING = 60, 24
 """Rows of a group that are looked at while constants are sought, evenly spaced; errors are of all rows."""
 
 SMALL_ERROR = 0.01
@@ -156,21 +154,22 @@ def load() -> Data:
 
 def errors(data: Data, numbers: Constants) -> dict[str, list[float]]:
     """Group -> logarithms of predicted over measured."""
-    clocks: dict[str, ClusterTimes] = {}
-    found: dict[str, list[float]] = {}
-    for group, runs in data.runs.items():
-        found[group] = []
-        for run in runs:
-            device = run.cluster.device(0)
-            clock = clocks.setdefault(device.name, ClusterTimes(run.cluster, device, numbers))
-            predicted = predict(run.sizes, run.setup, run.cluster, numbers, clock).step_seconds
-            found[group].append(math.log(predicted / run.step_seconds))
+    with using(numbers):
+        found = {
+            group: [math.log(seconds(run) / run.step_seconds) for run in runs] for group, runs in data.runs.items()
+        }
     for node, entries in data.collectives.items():
         found[f"all-reduces of {node}"] = [
             math.log(collective_seconds(collective, cluster, numbers) / seconds)
             for collective, cluster, seconds in entries
         ]
     return found
+
+
+def seconds(run: PublishedRun) -> float:
+    """Predict the seconds of a step with the constants in use."""
+    run.profile.memo.forget()
+    return costs_of(run.profile, run.strategy, run.cluster).step_seconds
 
 
 def objective(data: Data, numbers: Constants) -> float:

@@ -86,7 +86,7 @@ def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: 
     one = min(profile.largest, worker.trained) if tensors else 0
     updating = Memory(
         parameters=worker.parameters,
-        gradients=worker.trained,
+        gradients=_accumulated(profile, strategy, worker),
         optimizer=state,
         activations=0,
         temporary=round(elements * update.temporary_bytes) if at_once else one,
@@ -173,7 +173,7 @@ class _Peak:
 def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *, later: bool, offloaded: bool) -> _Peak:
     products = strategy.saves_products
     if not strategy.splits_parameters:
-        gradients_at = _gradients(strategy, worker, later=later)
+        gradients_at = _gradients(profile, strategy, worker, later=later)
         moments = _moments(profile, stage, products=products)
         peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
         return max(peaks, key=lambda peak: peak.total)
@@ -184,7 +184,12 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
         held = _held(profile, strategy, stage, trained, later=later)
         moments = _every_moment(profile, stage, products=products)
         peaks = (
-            _Peak(each.gathered, 0 if offloaded else each.slices, activations, temporary + each.whole)
+            _Peak(
+                round(profile.gathered * each.gathered),
+                0 if offloaded else each.slices,
+                activations,
+                temporary + each.whole,
+            )
             for each, (activations, temporary, _) in zip(held, moments, strict=True)
         )
         return max(peaks, key=lambda peak: peak.total)
@@ -276,8 +281,19 @@ def _pareto(moments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int
     return found
 
 
-def _gradients(strategy: Strategy, worker: Worker, *, later: bool) -> Callable[[int], tuple[int, int]]:
+def _accumulated(profile: Profile, strategy: Strategy, worker: Worker) -> int:
+    """Return the bytes of all gradients of a worker, as its software keeps them."""
+    shards = strategy.replicas if profile.runtime.sharded_gradients and not strategy.splits_parameters else 1
+    return round(profile.accumulated * worker.trained / shards)
+
+
+def _gradients(
+    profile: Profile, strategy: Strategy, worker: Worker, *, later: bool
+) -> Callable[[int], tuple[int, int]]:
     """Return a function from the bytes of gradients completed to (gradients, buckets beside them) in bytes."""
+    if profile.runtime.kernels:  # in buffers of their own from the start
+        kept = _accumulated(profile, strategy, worker), 0
+        return lambda done: kept
     if strategy.replicas > 1 and strategy.runs_module:
         copies = worker.trained, worker.trained if strategy.microbatches > 1 else 0
         return lambda done: copies

@@ -112,11 +112,3 @@ def bucketed(buckets: Iterable[tuple[float, float]], end: float) -> tuple[float,
         channel = max(channel, ready) + seconds
         total += seconds
     return total, max(0.0, channel - end)
-
-
-def slowed(hidden: float, overlap: float) -> float:
-    """Return the seconds by which compute takes longer because `hidden` seconds of communication overlap with it.
-
-    During the overlap a worker computes at 1 / `overlap` of its speed (`cluster.Device.overlap`).
-    """
-    return hidden * (1.0 - 1.0 / overlap) if overlap > 1.0 else 0.0

@@ -17,14 +17,14 @@ from itertools import accumulate
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
-from shardwise.predict.hardware.times import KernelTimes, collective_seconds, launches
+from shardwise.predict.hardware.constants import constants
+from shardwise.predict.hardware.times import KernelTimes, collective_seconds, launches, overlap_of, slowed
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass, Profile
 from shardwise.predict.profile.summary import ProfileSummary
+from shardwise.predict.runtime.runtime import SHARDWISE, Runtime
 from shardwise.strategy import Strategy
-
-DTYPES = {"float32": "float32", "bf16": "bf16"}
 
 WATCHED_SECONDS = 4e-5
 """Assumed overhead of the host for each kernel of a block under selective recomputation
@@ -174,8 +174,7 @@ class SegmentTimes:
 
 def slowest(cluster: Cluster, precision: str) -> Device:
     """Return the device of a cluster that all others wait for: the lowest rate in the dtype of the computation."""
-    dtype = DTYPES[precision]
-    return min((nodes.device for nodes in cluster.nodes), key=lambda device: device.flops.get(dtype, 0.0))
+    return min((nodes.device for nodes in cluster.nodes), key=lambda device: device.flops.get(precision, 0.0))
 
 
 @dataclass(frozen=True)
@@ -188,6 +187,7 @@ class Seconds:
         tp: degree of tensor parallelism.
         crowd: workers of a host that communicate at the same time.
         busy: average workers of a host that compute at the same time: fewer in a pipeline, whose workers take turns.
+        runtime: the software whose host launches the kernels.
         exchanges: cache of the times of exchanges.
     """
 
@@ -196,15 +196,18 @@ class Seconds:
     tp: int
     crowd: int
     busy: float
+    runtime: Runtime = SHARDWISE
     exchanges: dict[Exchanged, float] = field(default_factory=dict)
 
     @classmethod
-    def on(cls, cluster: Cluster, strategy: Strategy, tp: int, precision: str, device: Device | None = None) -> Seconds:
+    def on(
+        cls, profile: Profile | ProfileSummary, cluster: Cluster, strategy: Strategy, device: Device | None = None
+    ) -> Seconds:
         """Build the times for a strategy's workers on a device of the cluster; None selects the slowest device."""
         workers = min(strategy.workers, cluster.node_size)
-        device = device or slowest(cluster, precision)
+        device = device or slowest(cluster, profile.precision)
         crowd = workers if device.shared or device.curves or cluster.collectives else 1
-        return cls(cluster, device, tp, crowd, _busy(crowd, device, strategy))
+        return cls(cluster, device, profile.tp, crowd, _busy(crowd, device, strategy), profile.runtime)
 
     @cached_property
     def kernels(self) -> KernelTimes:
@@ -226,8 +229,8 @@ class Seconds:
         """Return the time of one pass through a layer."""
         busy = sum(self.kernels.seconds(kernel) for kernel in each.kernels)
         sent = sum(map(self._exchange, each.exchanges))
-        host = launches(each.kernels) * self.device.launch_seconds
-        host += len(each.exchanges) * self.device.overheads.get("exchange", 0.0)
+        launch, exchange = self._host
+        host = launches(each.kernels) * launch + len(each.exchanges) * exchange
         return PassSeconds(busy, sent, host * self.crowded, self.device.kind == "cpu")
 
     def of_layer(self, layer: Layer) -> tuple[PassSeconds, PassSeconds, PassSeconds]:
@@ -241,10 +244,22 @@ class Seconds:
         watched = PassSeconds(launching=host * launches(each.kernels) * self.crowded, inline=self.device.kind == "cpu")
         return self.of(each.rest if products else each) + watched
 
+    @cached_property
+    def _host(self) -> tuple[float, float]:
+        """Return the host's seconds to launch one kernel and one exchange."""
+        if self.runtime.graphs:
+            return 0.0, 0.0
+        if self.runtime.fitted_host:
+            return constants().host_kernel, constants().host_collective
+        return self.device.launch_seconds, self.device.overheads.get("exchange", 0.0)
+
     def _exchange(self, exchange: Exchanged) -> float:
+        """Return the seconds for which an exchange delays its worker."""
         if exchange not in self.exchanges:
-            collective = Collective(exchange.operation, exchange.bytes, Group(self.tp), "tp")
-            self.exchanges[exchange] = collective_seconds(collective, self.cluster, self.crowd)
+            group = Group(exchange.ranks, exchange.stride) if exchange.ranks else Group(self.tp)
+            collective = Collective(exchange.operation, exchange.bytes, group)
+            seconds = collective_seconds(collective, self.cluster, self.crowd)
+            self.exchanges[exchange] = slowed(seconds, overlap_of(self.device)) if exchange.hidden else seconds
         return self.exchanges[exchange]
 
 
@@ -293,7 +308,7 @@ def timed(profile: Profile, cluster: Cluster, strategy: Strategy, device: Device
         strategy: the strategy, which decides how many workers share a host.
         device: a device of the cluster; None selects the slowest one, which all others wait for.
     """
-    seconds = Seconds.on(cluster, strategy, profile.tp, profile.precision, device)
+    seconds = Seconds.on(profile, cluster, strategy, device)
     return profile.memo.once(seconds.key, lambda: _timed(profile, seconds))
 
 
@@ -350,7 +365,7 @@ class Times:
 
 def times_of(summary: ProfileSummary, cluster: Cluster, strategy: Strategy) -> Times:
     """Return the seconds of a microbatch on a cluster, cached for all strategies with the same rates."""
-    seconds = Seconds.on(cluster, strategy, summary.tp, summary.precision)
+    seconds = Seconds.on(summary, cluster, strategy)
     return summary.memo.once(seconds.key, lambda: _summed_times(summary, seconds))
 
 

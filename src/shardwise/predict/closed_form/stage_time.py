@@ -9,12 +9,12 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.predict.closed_form.offload import fetched, offloads
-from shardwise.predict.closed_form.overlap import ComputePiece, Passed, bucketed, gathered, slowed
+from shardwise.predict.closed_form.overlap import ComputePiece, Passed, bucketed, gathered
 from shardwise.predict.closed_form.pipeline import Messages
 from shardwise.predict.closed_form.pipeline_links import workers_at_once
 from shardwise.predict.closed_form.segment_times import PassSeconds, SegmentTimes
 from shardwise.predict.hardware.network import level_of
-from shardwise.predict.hardware.times import collective_seconds
+from shardwise.predict.hardware.times import collective_seconds, overlap_of, slowed
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
@@ -80,6 +80,12 @@ class CommunicationTimes:
         return sum(self.collective("send", size, group, workers) for size in sizes)
 
 
+def reduction(profile: Profile, strategy: Strategy) -> str:
+    """Return the collective that sums the gradients of replicas which hold all parameters."""
+    parts = strategy.zero == 1 and profile.runtime.sharded_reduction and not profile.runtime.owners
+    return "reduce_scatter" if parts else "all_reduce"
+
+
 class StageCosts:
     """Times of the passes of a strategy's stages, cached.
 
@@ -97,9 +103,10 @@ class StageCosts:
     ) -> None:
         self.profile, self.strategy, self.cluster, self.times, self.parts = profile, strategy, cluster, times, parts
         self.calls = CommunicationTimes(profile, strategy, cluster, times)
+        self._blocks = not profile.runtime.overlap_pipeline
         self.messages = self._between()
         self.blocking = times.device.kind == "cpu"
-        self.overlap = times.device.overlap
+        self.overlap = overlap_of(times.device)
         self._passed: dict[object, Passed] = {}
         self._grouped: dict[tuple[Gathered | None, bool, bool], tuple[float, float, float]] = {}
         self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
@@ -111,7 +118,7 @@ class StageCosts:
             for kind, messages in ((FORWARD, stage.sent), (BACKWARD, stage.returned)):
                 for target, sizes in messages:
                     if target % pp != number % pp:
-                        seconds = self.calls.message(number, target, sizes)
+                        seconds = 0.0 if self._blocks else self.calls.message(number, target, sizes)
                         found.setdefault((kind, target), []).append((number, seconds))
         return found
 
@@ -134,7 +141,14 @@ class StageCosts:
         if not forward:
             for block in stage.recomputed:
                 spent += times.again(block.first, block.end, products=self.strategy.saves_products)
-        return spent + PassSeconds(exchanges=self._norms(stage, forward))
+        return spent + PassSeconds(exchanges=self._norms(stage, forward) + self._sending(stage, kind))
+
+    def _sending(self, stage: Stage, kind: str) -> float:
+        """Return the seconds for which a pass waits until its results are sent, in software that waits for that."""
+        if not self._blocks:
+            return 0.0
+        messages = stage.sent if kind == FORWARD else stage.returned
+        return sum(self.calls.message(stage.number, target, sizes) for target, sizes in messages)
 
     def _norms(self, stage: Stage, forward: bool) -> float:
         if self.strategy.replicas == 1 or not self.times.normalised:
@@ -183,7 +197,7 @@ class StageCosts:
             pieces, root = self.pieces(stage, kind, sync, spent)
             total, exposed = gathered(pieces, root, blocking=self.blocking)
             return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
-        if final and stage.buckets and kind != WEIGHT:
+        if final and stage.buckets and kind != WEIGHT and self.profile.runtime.overlap_gradients:
             total, exposed = bucketed(self.buckets(stage, spent.device), spent.device)
             return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
         return Passed(spent)
@@ -204,8 +218,9 @@ class StageCosts:
         groups = Counter((block.gathered, sync.blocks) for block in stage.blocks) + Counter([(stage.root, sync.root)])
         for (group, gathers), count in groups.items():
             if group is not None:
-                copied += count * self.calls.moved(group.gather / 4, 2 * group.gather, 1) if gathers else 0.0
-                copied += count * self.calls.moved(group.reduce / 4, 2 * group.reduce, 1) if sync.reduces else 0.0
+                gather, reduce = self._sizes(group)
+                copied += count * self.calls.moved(gather / 4, 2 * gather, 1) if gathers else 0.0
+                copied += count * self.calls.moved(reduce / 4, 2 * reduce, 1) if sync.reduces else 0.0
         watched = sum(n for (group, gathers), n in groups.items() if group is not None and (gathers or sync.reduces))
         return spent + PassSeconds(kernels=copied) + self.times.overhead("sharded", watched)
 
@@ -219,11 +234,14 @@ class StageCosts:
         whole = times.backward.total[stage.end] - times.backward.total[stage.first]
         stretch = seconds / whole if whole else 1.0
         end, total = times.backward.total[stage.end], times.backward.total
-        takes = {size: self.calls.collective("all_reduce", size, group) for size in {b.bytes for b in stage.buckets}}
+        operation, share = reduction(self.profile, self.strategy), self.profile.reduced
+        takes = {b.bytes: self.calls.collective(operation, round(share * b.bytes), group) for b in stage.buckets}
         return [((end - total[bucket.ready]) * stretch, takes[bucket.bytes]) for bucket in stage.buckets]
 
     def _gradients(self, stage: Stage, *, final: bool, first: bool) -> float:
         """Return the seconds to add gradients to those of earlier microbatches and to copy them into buckets."""
+        if self.profile.runtime.kernels:
+            return 0.0  # they are among the runtime's kernels
         elements, size, count = self._trained(stage)
         seconds = 0.0 if first else self.calls.moved(elements, 3 * size, count)
         if final and stage.buckets and not self.strategy.splits_parameters:
@@ -276,12 +294,17 @@ class StageCosts:
 
     def _sharing(self, group: Gathered, gathers: bool, reduces: bool) -> tuple[float, float, float]:
         collective = self.calls.collective
-        gather = collective("all_gather", group.gather, self._fsdp) + self._fetched(group.gather) if gathers else 0.0
+        size, reduced = self._sizes(group)
+        gather = collective("all_gather", size, self._fsdp) + self._fetched(group.gather) if gathers else 0.0
         if not reduces or not group.reduce:
             return gather, 0.0, 0.0
-        mirror = collective("all_reduce", group.reduce // self.strategy.fsdp, self._dp)
-        scatter = collective("reduce_scatter", group.reduce, self._fsdp) + self._fetched(group.reduce)
+        mirror = collective("all_reduce", reduced // self.strategy.fsdp, self._dp)
+        scatter = collective("reduce_scatter", reduced, self._fsdp) + self._fetched(group.reduce)
         return gather, scatter, mirror
+
+    def _sizes(self, group: Gathered) -> tuple[int, int]:
+        """Return the bytes of a group's parameters when they are gathered, and of its gradients when reduced."""
+        return round(self.profile.gathered * group.gather), round(self.profile.reduced * group.reduce)
 
     def _fetched(self, size: int) -> float:
         """Return the seconds to copy this worker's shard of `size` gathered bytes from the host, or back.

@@ -24,15 +24,19 @@ from shardwise.predict.closed_form.memory import memory_at, memory_of
 from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
 from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
 from shardwise.predict.closed_form.pipeline_links import slower_links
-from shardwise.predict.closed_form.segment_times import DTYPES, SegmentTimes, timed
-from shardwise.predict.closed_form.stage_time import StageCosts
+from shardwise.predict.closed_form.segment_times import SegmentTimes, timed
+from shardwise.predict.closed_form.stage_time import StageCosts, reduction
 from shardwise.predict.closed_form.worker_time import WorkerTime, table_of, work_of
-from shardwise.predict.hardware.times import origins
+from shardwise.predict.hardware.times import origins, slowed
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.holdings import Worker, parts_of, report_bytes
+from shardwise.splitting.schedule import FORWARD
 from shardwise.strategy import Strategy
+
+TENSORS = 7
+"""Parameters of a block that are gathered one by one where nothing buckets them: four or five matrices, two norms."""
 
 SHORT_TABLE = 256
 """Limit of stages x microbatches up to which a schedule is simulated pass by pass.
@@ -188,12 +192,34 @@ class Costs:
         replicas = group_of(strategy, "replicas", worker.pipeline_rank)
         reduce = sum(self.calls.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
         reduce += sum(seconds for _, _, seconds in self.sums_over_workers(worker))
+        reduce += self._reduced_at_the_end(worker, replicas)
         exchange = sum(self.calls.collective("broadcast", size, replicas) for size in worker.broadcast)
+        exchange += self._gathered_at_the_end(worker, replicas)
         report = self.calls.collective("all_reduce", report_bytes(self.profile), group_of(strategy, "world"))
         if self.profile.weighted:
             report += self.calls.collective("all_reduce", 8, replicas)
         host = self.times.overhead("step").launching + self.times.crowding
         return Epilogue(reduce, self.update(worker), exchange, report, host)
+
+    def _reduced_at_the_end(self, worker: Worker, replicas: Group) -> float:
+        """Return the seconds of reducing all gradients in one, in software that does it after the passes."""
+        if self.profile.runtime.overlap_gradients or self.strategy.splits_parameters:
+            return 0.0
+        size = round(self.profile.reduced * sum(bucket.bytes for stage in worker.stages for bucket in stage.buckets))
+        return self.calls.collective(reduction(self.profile, self.strategy), size, replicas) if size else 0.0
+
+    def _gathered_at_the_end(self, worker: Worker, replicas: Group) -> float:
+        """Return the seconds of gathering the parameters that each replica has updated its part of (zero=1)."""
+        runtime = self.profile.runtime
+        if runtime.owners or self.strategy.zero != 1 or self.strategy.replicas == 1:
+            return 0.0
+        blocks = sum(stage.end - stage.first for stage in worker.stages)
+        calls = 1 if runtime.bucketed else TENSORS * blocks
+        seconds = calls * self.calls.collective("all_gather", worker.parameters // calls, replicas)
+        if not runtime.overlap_parameters:
+            return seconds
+        hidden = min(seconds, sum(self.stages.spent(stage, FORWARD).device for stage in worker.stages))
+        return seconds - hidden + slowed(hidden, self.stages.overlap)
 
     def sums_over_workers(self, worker: Worker) -> list[tuple[tuple[int, ...], int, float]]:
         """Return (pipeline workers, bytes, seconds) of each gradient all-reduce after the last backward pass.
@@ -207,7 +233,9 @@ class Costs:
             found += [((), size, self.calls.collective("all_reduce", size, tensor)) for size in worker.summed]
         for workers, size in worker.tied:
             group = Group.of([strategy.rank(pp=pipeline_rank) for pipeline_rank in workers])
-            found.append((workers, size, self.calls.collective("all_reduce", size, group)))
+            found.append(
+                (workers, size, self.calls.collective("all_reduce", round(self.profile.reduced * size), group))
+            )
         return found
 
     def update(self, worker: Worker) -> float:
@@ -268,7 +296,7 @@ class Costs:
             memory=self.memory,
             memory_available=self.memory_available,
             model_flops=flops,
-            peak_flops=strategy.workers * self.times.device.flops.get(DTYPES[self.profile.precision], 0.0),
+            peak_flops=strategy.workers * self.times.device.flops.get(self.profile.precision, 0.0),
             samples=self.batch_size,
             terms={
                 "forward": work.forward,

@@ -7,7 +7,8 @@ each constant.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
@@ -28,8 +29,6 @@ class Constants:
         power_exponent: exponent with which the share grows with watts per FLOP/s among GPUs of one family.
         sustained_fp8: rate of fp8 matmuls divided by twice the sustained rate of bf16.
         sustained_fp4: rate of fp4 matmuls divided by four times the sustained rate of bf16.
-        idle_boost: exponent by which matmuls become faster on a GPU that is partly idle, because the power saved while
-            idle is available while computing: their time is multiplied by (busy share of the step) ** idle_boost.
         sustained_tf32: share of the datasheet's rate that tf32 matmuls sustain, relative to the share of bf16.
         tile_overhead: tile edge, in elements, at which the overhead equals the useful work: a tile of m x n runs at
             1 / (1 + tile_overhead (1/m + 1/n)) of the rate.
@@ -46,7 +45,6 @@ class Constants:
             asynchronous matmuls.
         attention_fused: the same factor for cuDNN and flash attention 3.
         host_kernel: host time to launch one kernel of a layer, the layer's Python code included.
-        host_message: host time for one message between pipeline stages.
         host_collective: host time to launch one collective, stream synchronization included.
         link_share: share of the datasheet's bandwidth that a collective reaches within a node while it sends.
         link_copy: time for a rank to read, add and write its message in one pass of a ring within a node, relative to
@@ -72,7 +70,6 @@ class Constants:
     sustained_fp8: float
     sustained_fp4: float
     sustained_tf32: float
-    idle_boost: float
     tile_overhead: float
     prologue: float
     partial_wave: float
@@ -85,7 +82,6 @@ class Constants:
     attention_hopper: float
     attention_fused: float
     host_kernel: float
-    host_message: float
     host_collective: float
     link_share: float
     link_copy: float
@@ -125,7 +121,24 @@ def fit_record() -> Mapping[str, Any]:
     return found
 
 
-@cache
 def constants() -> Constants:
-    """Load the constants that predictions use by default."""
+    """Return the constants that predictions use: those of the file, or within `using` others."""
+    return _others[-1] if _others else _written()
+
+
+@contextmanager
+def using(numbers: Constants) -> Iterator[None]:
+    """Let predictions use other constants for a while; what profiles remember of earlier ones has to be forgotten."""
+    _others.append(numbers)
+    try:
+        yield
+    finally:
+        _others.pop()
+
+
+_others: list[Constants] = []
+
+
+@cache
+def _written() -> Constants:
     return Constants(**{field.name: float(documented()[field.name]["value"]) for field in fields(Constants)})

@@ -20,6 +20,7 @@ from shardwise.cluster.curves import Curves, Line, situations
 from shardwise.collective import Collective
 from shardwise.errors import RequestError
 from shardwise.predict.hardware import gpu, network
+from shardwise.predict.hardware.constants import constants
 from shardwise.predict.profile.kernel import Kernel
 
 
@@ -112,6 +113,24 @@ def slowdown(device: Device, workers: float) -> float:
             return less + (more - less) * (workers - below) / (above - below)
     most, factor = known[-1]
     return factor * workers / most
+
+
+def overlap_of(device: Device) -> float:
+    """Return the factor by which a device computes more slowly while it communicates; 1 means none.
+
+    It is the device's own if it was measured, else on a GPU the one that published runs show.
+    """
+    if device.kind != "gpu" or device.origins.get("overlap") == "measured" or device.overlap > 1.0:
+        return device.overlap
+    return 1.0 / (1.0 - constants().overlap_loss)
+
+
+def slowed(hidden: float, overlap: float) -> float:
+    """Return the seconds by which compute takes longer because `hidden` seconds of communication overlap with it.
+
+    During the overlap a worker computes at 1 / `overlap` of its speed (`cluster.Device.overlap`).
+    """
+    return hidden * (1.0 - 1.0 / overlap) if overlap > 1.0 else 0.0
 
 
 def launches(kernels: Iterable[Kernel]) -> int:

@@ -34,6 +34,10 @@ class Memo:
     def __init__(self) -> None:
         self._known: dict[object, Any] = {}
 
+    def forget(self) -> None:
+        """Drop all results, because something that keys do not name has changed."""
+        self._known.clear()
+
     def once(self, key: object, make: Callable[[], T]) -> T:
         """Return the memoized result for `key`; call `make` only the first time that the key is asked for.
 

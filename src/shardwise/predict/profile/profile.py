@@ -21,14 +21,24 @@ from itertools import accumulate, chain
 
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Memo
+from shardwise.predict.runtime.runtime import SHARDWISE, Runtime
 
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """One collective among tensor-parallel workers: operation and bytes as in `collective.Collective`."""
+    """One collective of a pass, by default among the tensor-parallel workers.
+
+    Attributes:
+        operation, bytes: as in `collective.Collective`.
+        hidden: whether the worker computes meanwhile, at the loss of speed that overlap costs.
+        ranks, stride: its group, if that is not the tensor-parallel workers (context parallelism); 0: it is.
+    """
 
     operation: str
     bytes: int
+    hidden: bool = False
+    ranks: int = 0
+    stride: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +167,14 @@ class Update:
         state_bytes: bytes of optimizer state per element.
         together: whether one kernel updates all parameters (`foreach`, `fused`) instead of one kernel for each.
         temporary_bytes: bytes of short-lived tensors per element if one kernel updates all parameters, as on a GPU.
+        gradient_bytes: bytes of a gradient per element, copies included; 0: those of the parameter.
     """
 
     kernels: tuple[Kernel, ...] = ()
     state_bytes: float = 0.0
     together: bool = False
     temporary_bytes: float = 0.0
+    gradient_bytes: float = 0.0
 
     def at_once(self, device: str) -> bool:
         """Return whether one kernel updates all parameters on this kind of device, as torch does on any GPU."""
@@ -195,6 +207,7 @@ class Profile:
         ready: indices of trained parameters in the order in which their gradients become complete.
         batch_bytes: bytes of the data of one microbatch.
         notes: remarks to show to users, one line each.
+        runtime: the software that runs the step.
     """
 
     name: str
@@ -217,8 +230,28 @@ class Profile:
     ready: tuple[int, ...] = ()
     batch_bytes: int = 0
     notes: tuple[str, ...] = ()
+    runtime: Runtime = SHARDWISE
     memo: Memo = field(default_factory=Memo, repr=False, compare=False)
     """Memo table for values that are derived from this profile."""
+
+    @cached_property
+    def _itemsize(self) -> int:
+        return max((self.parameters[index].itemsize for index in self.trained), default=1)
+
+    @cached_property
+    def reduced(self) -> float:
+        """Return the bytes of a gradient when replicas reduce it, relative to those of its parameter."""
+        return (self.runtime.gradient_bytes or self._itemsize) / self._itemsize
+
+    @cached_property
+    def gathered(self) -> float:
+        """Return the bytes of a parameter when replicas gather it, relative to those that are stored."""
+        return (self.runtime.gathered_bytes or self._itemsize) / self._itemsize
+
+    @cached_property
+    def accumulated(self) -> float:
+        """Return the bytes that a gradient takes in memory, relative to those of its parameter."""
+        return (self.update.gradient_bytes or self._itemsize) / self._itemsize
 
     @cached_property
     def saved(self) -> tuple[int, ...]:
@@ -320,7 +353,7 @@ class Profile:
         for segment in self.segments:
             layer = segment.layer
             for each in (layer.forward, layer.backward, layer.weights):
-                total += sum(kernel.flops * kernel.count for kernel in each.kernels)
+                total += sum(k.flops * k.count for k in each.kernels if k.when != "recompute")
         return total
 
 

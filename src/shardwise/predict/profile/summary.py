@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Layer, Profile, Update, module_blocks
+from shardwise.predict.runtime.runtime import SHARDWISE, Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class ProfileSummary:
         largest: most bytes that the backward pass of any one segment needs, even with recomputation: what it saves,
             plus the temporary tensors of its forward or backward pass.
         update: kernels and state of the optimizer.
+        runtime: the software that runs the step.
     """
 
     tp: int
@@ -59,6 +61,7 @@ class ProfileSummary:
     repeated_products: int
     largest: int
     update: Update
+    runtime: Runtime = SHARDWISE
     memo: Memo = field(default_factory=Memo, repr=False, compare=False)
     """Cache of everything derived from this value."""
 
@@ -96,6 +99,7 @@ def _summarized(profile: Profile) -> ProfileSummary:
         repeated_products=sum(profile.segments[segment].layer.products for segment in inside),
         largest=max((_backwards(layer) for layer in layers.values()), default=0),
         update=profile.update,
+        runtime=profile.runtime,
     )
 
 

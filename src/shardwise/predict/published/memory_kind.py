@@ -8,12 +8,13 @@ device      memory that `nvidia-smi` shows: reserved, and what CUDA and NCCL hol
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+from shardwise.predict.closed_form.memory import worker_memory
+from shardwise.predict.closed_form.step_time import Costs
 from shardwise.predict.hardware.constants import Constants
+from shardwise.predict.prediction import categories
 from shardwise.predict.published.columns import Row, text
-from shardwise.predict.published.predictor.memory import memory, memory_of_stage
-from shardwise.predict.published.predictor.sizes import Setup, Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,13 @@ def counted_of(row: Row) -> ReportedMemory:
     return ReportedMemory(first="nanotron" in words)  # its benchmarks print `max_memory_allocated` of rank 0
 
 
-def memory_terms(sizes: Sizes, setup: Setup, counted: ReportedMemory, numbers: Constants) -> dict[str, float]:
+def memory_terms(costs: Costs, counted: ReportedMemory, numbers: Constants) -> dict[str, float]:
     """Return the predicted bytes by category. They add up to the kind of memory that the source reports."""
-    found = memory_of_stage(sizes, setup, 0) if counted.first else memory(sizes, setup)
-    terms: dict[str, float] = dict(asdict(found))
+    workers = costs.parts.workers[:1] if counted.first else costs.parts.workers
+    device = costs.times.device
+    memories = (worker_memory(costs.profile, costs.strategy, worker, device) for worker in workers)
+    found = max(memories, key=lambda memory: memory.total)
+    terms: dict[str, float] = dict(categories(found))
     if counted.kind in ("reserved", "device"):
         terms["fragments"] = numbers.allocator_slack * found.total
     if counted.kind == "device":

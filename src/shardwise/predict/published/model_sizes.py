@@ -14,7 +14,7 @@ from importlib import resources
 from typing import Any
 
 from shardwise.predict.published.columns import MissingColumn, Row, number, text, whole
-from shardwise.predict.published.predictor.sizes import Sizes
+from shardwise.predict.runtime.sizes import Sizes
 
 GATED = ("llama", "mistral", "qwen", "gemma", "palm", "internlm", "baichuan", "deepseek", "yi-")
 """Families whose MLP has a gate, by substrings of their models' names."""

@@ -1,20 +1,24 @@
-"""Reader of one row of a table of runs: model sizes, training setup, cluster, and measurements."""
+"""Reader of one row of a table of runs: model, strategy, software, cluster, and measurements."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from shardwise.cluster.cluster import Cluster
+from shardwise.predict.profile.profile import Profile
 from shardwise.predict.published import cells
 from shardwise.predict.published.columns import MissingColumn, Row, degree, number, text, whole
 from shardwise.predict.published.memory_kind import ReportedMemory, counted_of
 from shardwise.predict.published.model_sizes import sizes_of
-from shardwise.predict.published.predictor.sizes import Setup, Sizes
 from shardwise.predict.published.row_cluster import cluster_of
-from shardwise.predict.published.software_stack import stack_of
+from shardwise.predict.published.software_stack import runtime_of
+from shardwise.predict.runtime.profile import transformer_profile
+from shardwise.predict.runtime.sizes import Computation, Sizes
+from shardwise.strategy import Strategy
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PublishedRun:
     """A published run with its measurements.
 
@@ -23,7 +27,8 @@ class PublishedRun:
         group: group of the table's rows that it belongs to.
         label: description for display.
         sizes: sizes of the model.
-        setup: setup of the training.
+        how: how one rank computed a microbatch, and the software.
+        strategy: the split over ranks; those of context parallelism count as replicas.
         cluster: cluster that it ran on.
         step_seconds: measured time of a step.
         memory_bytes: measured peak memory; None if the row does not say.
@@ -35,12 +40,39 @@ class PublishedRun:
     group: str
     label: str
     sizes: Sizes
-    setup: Setup
+    how: Computation
+    strategy: Strategy
     cluster: Cluster
     step_seconds: float
     memory_bytes: float | None
     counted: ReportedMemory
     assumed: tuple[str, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """Return the samples of a step; each rank of context parallelism has its part of a sequence as a sample."""
+        return self.how.micro_batch * self.strategy.microbatches * self.strategy.replicas
+
+    @cached_property
+    def profile(self) -> Profile:
+        """Return the profile of the run's step."""
+        return transformer_profile(self.sizes, self.how, self.strategy, self.batch_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Degrees:
+    """Degrees of tensor, pipeline, context and data parallelism, samples of a microbatch, and microbatches."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    micro_batch: int
+    microbatches: int
+
+    @property
+    def devices(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
 
 
 def read(row: Row, line: int) -> PublishedRun:
@@ -50,33 +82,35 @@ def read(row: Row, line: int) -> PublishedRun:
         MissingColumn: something is missing, unknown or contradictory; the message names it.
     """
     sizes, assumed = sizes_of(row)
-    setup, unstated = _setup(row)
-    _check(sizes, setup)
-    cluster, unknown = cluster_of(row, setup.devices)
-    setup = _on_device(setup, cluster)
+    degrees = _degrees(row)
+    how = _computation(row, degrees)
+    strategy, unstated = _strategy(row, degrees, how)
+    _check(sizes, strategy)
+    cluster, unknown = cluster_of(row, degrees.devices)
     memory = number(row, "peak_mem_gib")
     return PublishedRun(
         line=line,
         group=text(row, "group"),
-        label=_label(row, setup),
+        label=_label(row, degrees),
         sizes=sizes,
-        setup=setup,
+        how=_on_device(how, cluster),
+        strategy=strategy,
         cluster=cluster,
-        step_seconds=_step_seconds(row, setup, sizes),
+        step_seconds=_step_seconds(row, degrees, sizes),
         memory_bytes=memory * 2**30 if memory else None,
         counted=counted_of(row),
         assumed=(*assumed, *unstated, *unknown),
     )
 
 
-def _label(row: Row, setup: Setup) -> str:
-    degrees = {"tp": setup.tensor, "pp": setup.pipeline, "cp": setup.context, "dp": setup.data}
+def _label(row: Row, at: _Degrees) -> str:
+    degrees = {"tp": at.tensor, "pp": at.pipeline, "cp": at.context, "dp": at.data}
     written = " ".join(f"{name}={size}" for name, size in degrees.items() if size > 1 or name != "cp")
     model = text(row, "model") or "transformer"
-    return f"{model} on {setup.devices} {text(row, 'gpu')}, {written}, microbatch {setup.micro_batch}"
+    return f"{model} on {at.devices} {text(row, 'gpu')}, {written}, microbatch {at.micro_batch}"
 
 
-def _step_seconds(row: Row, setup: Setup, sizes: Sizes) -> float:
+def _step_seconds(row: Row, at: _Degrees, sizes: Sizes) -> float:
     """Return the measured seconds of a step, computed from the throughput if the row states only that."""
     for column in ("target_step_time_s", "step_time_s", "step_time_s_derived"):
         seconds = number(row, column)
@@ -85,55 +119,67 @@ def _step_seconds(row: Row, setup: Setup, sizes: Sizes) -> float:
     throughput = number(row, "tokens_per_s_per_gpu")
     if throughput is None:
         raise MissingColumn("no target_step_time_s")
-    samples = setup.micro_batch * setup.microbatches * setup.data
-    return samples * sizes.sequence / (throughput * setup.devices)
+    samples = at.micro_batch * at.microbatches * at.data
+    return samples * sizes.sequence / (throughput * at.devices)
 
 
-def _on_device(setup: Setup, cluster: Cluster) -> Setup:
+def _on_device(how: Computation, cluster: Cluster) -> Computation:
     """Replace tf32 by float32 if the device does not support TensorFloat-32."""
     rates = cluster.device(0).flops
-    if setup.dtype == "tf32" and "tf32" not in rates and "float32" in rates:
-        return replace(setup, dtype="float32", linear_dtype="float32")
-    return setup
+    if how.dtype == "tf32" and "tf32" not in rates and "float32" in rates:
+        return replace(how, dtype="float32", linear_dtype="float32")
+    return how
 
 
-def _setup(row: Row) -> tuple[Setup, list[str]]:
+def _computation(row: Row, at: _Degrees) -> Computation:
     dtype, linear, scaling = cells.precision(text(row, "precision"))
-    tp, pp, cp, dp = _degrees(row)
-    micro, microbatches = _batch(row, dp)
-    chunks = degree(row, "vpp")
-    if chunks > 1 and pp == 1:
-        raise MissingColumn(f"vpp is {chunks} without a pipeline (pp is 1)")
-    zero_text = text(row, "zero_fsdp")
-    stack = stack_of(row, dtype)
-    setup = Setup(
-        tensor=tp,
-        pipeline=pp,
-        data=dp,
-        context=cp,
-        sequence_parallel=_sequence_parallel(row, tp, dtype, stack.elementwise),
-        chunks=chunks,
-        schedule=cells.schedule(text(row, "schedule")),
-        zero=cells.zero(zero_text),
-        shards=min(cells.shards(zero_text) or dp * cp, dp * cp),
-        micro_batch=micro,
-        microbatches=microbatches,
+    runtime = runtime_of(row, dtype)
+    return Computation(
+        tensor=at.tensor,
+        context=at.context,
+        sequence_parallel=_sequence_parallel(row, at.tensor, dtype, runtime.elementwise),
+        micro_batch=at.micro_batch,
         recompute=cells.recompute(text(row, "recompute")),
         dtype=dtype,
         linear_dtype=linear,
         scaling=scaling,
-        stack=stack,
+        runtime=runtime,
+    )
+
+
+def _strategy(row: Row, at: _Degrees, how: Computation) -> tuple[Strategy, list[str]]:
+    """Return the strategy of a row, and a list of what the row does not say of it.
+
+    Recomputation is part of the profile, because software differs in what it computes again.
+    """
+    chunks = degree(row, "vpp")
+    if chunks > 1 and at.pipeline == 1:
+        raise MissingColumn(f"vpp is {chunks} without a pipeline (pp is 1)")
+    zero_text = text(row, "zero_fsdp")
+    replicas, zero = at.data * at.context, cells.zero(zero_text)
+    shards = min(cells.shards(zero_text) or replicas, replicas) if zero == 3 else replicas if zero else 1
+    strategy = Strategy(
+        dp=replicas // shards,
+        fsdp=shards,
+        zero=3 if zero == 3 or shards == 1 else 1,
+        tp=at.tensor,
+        sp=int(how.sequence_parallel),
+        pp=at.pipeline,
+        microbatches=at.microbatches,
+        schedule="interleaved" if chunks > 1 else cells.schedule(text(row, "schedule")) if at.pipeline > 1 else "1f1b",
+        stages=chunks if chunks > 1 else 0,
+        outermost="pp" if at.pipeline > 1 and replicas > 1 else "dp",
     )
     assumed = [f"{column} {value}" for column, value in (("zero_fsdp", "none"), ("recompute", "none"))]
-    return setup, [entry for entry in assumed if not _stated(text(row, entry.split()[0]))]
+    return strategy, [entry for entry in assumed if not _stated(text(row, entry.split()[0]))]
 
 
 def _stated(cell: str) -> bool:
     return bool(cell) and not cell.lower().startswith("not stated")
 
 
-def _degrees(row: Row) -> tuple[int, int, int, int]:
-    """Return the degrees of tensor, pipeline, context and data parallelism; their product is the number of GPUs."""
+def _degrees(row: Row) -> _Degrees:
+    """Return the degrees, whose product is the number of GPUs, and the microbatches."""
     tp, pp, cp, dp = degree(row, "tp"), degree(row, "pp"), degree(row, "cp"), whole(row, "dp")
     gpus = whole(row, "n_gpus")
     if degree(row, "ep") > 1:
@@ -147,7 +193,7 @@ def _degrees(row: Row) -> tuple[int, int, int, int]:
     left = gpus // (tp * pp * cp)
     if dp not in (None, left, left * cp):  # some sources count context parallel ranks in dp
         raise MissingColumn(f"dp is {dp}, but {gpus} GPUs over tp x pp x cp = {tp * pp * cp} leave {left}")
-    return tp, pp, cp, left
+    return _Degrees(tp, pp, cp, left, *_batch(row, left))
 
 
 def _batch(row: Row, dp: int) -> tuple[int, int]:
@@ -170,9 +216,9 @@ def _batch(row: Row, dp: int) -> tuple[int, int]:
     return micro, batch // (micro * dp)
 
 
-def _check(sizes: Sizes, setup: Setup) -> None:
+def _check(sizes: Sizes, strategy: Strategy) -> None:
     """Raise MissingColumn if the model's sizes contradict each other, or it has too few layers for its stages."""
-    stages = setup.pipeline * setup.chunks
+    stages = strategy.pp * strategy.stages_per_worker
     if stages > sizes.layers + 2:  # embedding and output may be stages of their own
         raise MissingColumn(f"{sizes.layers} layers are too few for the {stages} stages of pp x vpp")
     if sizes.heads % sizes.kv_heads:

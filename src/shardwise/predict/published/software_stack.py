@@ -1,10 +1,13 @@
-"""Software of a row's run, inferred from its source, precision and notes: kernels, and overlap of communication."""
+"""Software of a row's run, inferred from its source, precision and notes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from shardwise.predict.published import cells
 from shardwise.predict.published.columns import Row, text
-from shardwise.predict.published.predictor.sizes import Stack
+from shardwise.predict.runtime import known
+from shardwise.predict.runtime.runtime import Runtime
 
 DEEPSPEED = ("deepspeed", "bigscience", "bloom", "vtrain", "sailor")
 """Words that mark sources which ran Megatron-DeepSpeed."""
@@ -13,49 +16,39 @@ ENGINE = ("nemo", "megatron-bridge", "transformer engine", "transformerengine")
 """Words that mark sources which ran NVIDIA's Transformer Engine."""
 
 
-def stack_of(row: Row, dtype: str) -> Stack:
+def runtime_of(row: Row, dtype: str) -> Runtime:
     """Infer the software of a row's run, as far as it matters for time and memory."""
-    source = f"{text(row, 'source')} {text(row, 'group')} {row.get('compile')} {row.get('notes')}".lower()
-    deepspeed = any(word in source for word in DEEPSPEED)
-    old = dtype in ("fp16", "tf32", "float32") or deepspeed
-    compiled = text(row, "compile").lower().startswith(("yes", "true", "torch.compile", "on", "1"))
-    engine = any(word in source for word in ENGINE) or "TE" in text(row, "compile")
-    if old or (engine and "a100" in text(row, "gpu").lower()):
-        elementwise, attention, loss = "megatron", "unfused", "megatron"
-    elif engine:
-        elementwise, attention, loss = "te", "fused", "fused"
-    elif compiled:
-        elementwise, attention, loss = "compiled", "flash", "eager"
-    else:
-        elementwise, attention, loss = "eager", "flash", "eager"
-    nanotron = "nanotron" in source
-    if nanotron:  # the vocabulary and its loss are sharded by Megatron's algorithm
-        loss = "megatron"
-    nanotron_zero = nanotron and cells.zero(text(row, "zero_fsdp")) > 0  # it reduces gradients only after the pass
-    recent = engine or "korthikanti" in source  # Megatron-LM of 2022 and later
-    half = dtype == "fp16" or (dtype == "bf16" and "pure" in text(row, "precision").lower())
-    return Stack(
-        attention=attention,
-        elementwise=elementwise,
-        loss=loss,
-        dropout=dtype == "fp16" or ((old or engine) and dtype == "bf16" and "gpt" in text(row, "model").lower()),
-        overlap_gradients=not (old or nanotron_zero) or ("overlapped)" in source and "not overlapped" not in source),
-        overlap_parameters=engine,
-        overlap_tensor=engine,
-        overlap_pipeline=engine,
-        scatter_pipeline=old,
-        graphs="graph" in source,
-        gradient_bytes=2 if half else 4,
-        accumulation_bytes=2 if dtype == "fp16" else 4,
-        async_tensor=recent,
-        fused_accumulation=recent,
-        sharded_reduction=not nanotron,
-        causal="llm-foundry" not in source,
-        bucketed=elementwise != "eager",
-        deepspeed=deepspeed,
-        padded=old or engine or nanotron,
-        balanced=nanotron,
-        stops_early=elementwise in ("eager", "compiled"),
-        fused_norms=elementwise != "eager" or nanotron,  # nanotron has a kernel for them
-        norm_inputs="sailor" not in source,
+    words = _words(row)
+    pure = "pure" in text(row, "precision").lower()
+    found = known.in_precision(_software(row, words, dtype), dtype, pure=pure)
+    zero = cells.zero(text(row, "zero_fsdp"))
+    after_passes = "nanotron" in words and zero > 0  # it then reduces gradients only after the last pass
+    overlapped = "overlapped)" in words and "not overlapped" not in words
+    half = dtype in ("fp16", "bf16") and "gpt" in text(row, "model").lower()
+    return replace(
+        found,
+        dropout=dtype == "fp16" or (half and found.padded and "nanotron" not in words),
+        overlap_gradients=(found.overlap_gradients and not after_passes) or overlapped,
+        graphs="graph" in words,
+        sharded_gradients=zero == 2,
+        norm_inputs="sailor" not in words,
     )
+
+
+def _words(row: Row) -> str:
+    return f"{text(row, 'source')} {text(row, 'group')} {row.get('compile')} {row.get('notes')}".lower()
+
+
+def _software(row: Row, words: str, dtype: str) -> Runtime:
+    if any(word in words for word in DEEPSPEED):
+        return known.MEGATRON_DEEPSPEED
+    engine = any(word in words for word in ENGINE) or "TE" in text(row, "compile")
+    if dtype in ("fp16", "tf32", "float32"):
+        return known.MEGATRON_2022 if engine or "korthikanti" in words else known.MEGATRON_2021
+    if engine:
+        return known.NEMO_AMPERE if "a100" in text(row, "gpu").lower() else known.MEGATRON_CORE
+    if "nanotron" in words:
+        return known.NANOTRON
+    if text(row, "compile").lower().startswith(("yes", "true", "torch.compile", "on", "1")):
+        return known.TORCHTITAN
+    return known.LLM_FOUNDRY if "llm-foundry" in words else known.FSDP

@@ -12,11 +12,11 @@ from typing import Any
 
 from shardwise.errors import DataError, RequestError, one_line
 from shardwise.files import read_regular_text
+from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.hardware.constants import constants, documented, fit_record
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.published.columns import MissingColumn, named, text
 from shardwise.predict.published.memory_kind import memory_terms
-from shardwise.predict.published.predictor.step_time import explained, predict
 from shardwise.predict.published.row import PublishedRun, read
 from shardwise.predict.published.statistics import (
     mean,
@@ -75,8 +75,8 @@ def validate(path: str | Path) -> dict[str, Any]:
     for line, row in read_rows(Path(path)):
         try:
             run = read(row, line)
-            memory = memory_terms(run.sizes, run.setup, run.counted, constants())
-            held.append(ValidatedRun(run, predict(run.sizes, run.setup, run.cluster), memory))
+            costs = costs_of(run.profile, run.strategy, run.cluster)
+            held.append(ValidatedRun(run, costs.prediction(), memory_terms(costs, run.counted, constants())))
         except (MissingColumn, RequestError) as error:
             skipped.append({"line": line, "group": text(row, "group"), "reason": one_line(str(error))})
     if not held:
@@ -156,7 +156,7 @@ def _repeats(rows: Sequence[ValidatedRun]) -> list[list[float]]:
     groups: dict[object, list[float]] = {}
     for each in rows:
         run = each.run
-        key = (run.sizes, run.setup, run.cluster.size, run.cluster.device(0).name, run.cluster.name)
+        key = (run.sizes, run.how, run.strategy, run.cluster.size, run.cluster.device(0).name, run.cluster.name)
         groups.setdefault(key, []).append(run.step_seconds)
     return list(groups.values())
 
@@ -170,6 +170,17 @@ def _deviations(groups: Sequence[Sequence[float]]) -> list[float]:
     return found
 
 
+def explained(prediction: Prediction) -> dict[str, float]:
+    """Return the terms of a step that add up to it, by name."""
+    return {
+        "compute": prediction.compute_seconds,
+        "communication": prediction.exposed_communication_seconds,
+        "bubble": prediction.bubble_seconds,
+        "optimizer": prediction.optimizer_seconds,
+        "host": prediction.host_seconds,
+    }
+
+
 def _row(held: ValidatedRun) -> dict[str, Any]:
     run, prediction = held.run, held.prediction
     return {
@@ -179,7 +190,7 @@ def _row(held: ValidatedRun) -> dict[str, Any]:
         "predicted_seconds": prediction.step_seconds,
         "measured_seconds": run.step_seconds,
         "error": held.error,
-        "terms": dict(explained(prediction)),
+        "terms": explained(prediction),
         "predicted_memory_bytes": round(sum(held.memory.values())),
         "measured_memory_bytes": run.memory_bytes,
         "memory_error": held.memory_error,

@@ -18,7 +18,7 @@ from typing import Any
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.predict.closed_form.overlap import ComputePiece
-from shardwise.predict.closed_form.segment_times import DTYPES, PassSeconds
+from shardwise.predict.closed_form.segment_times import PassSeconds
 from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
@@ -211,7 +211,7 @@ class _StepSimulation:
             memory=self.usual.memory,
             memory_available=self.usual.memory_available,
             model_flops=self.usual.model_flops,
-            peak_flops=self.strategy.workers * device.flops.get(DTYPES[profile.precision], 0.0),
+            peak_flops=self.strategy.workers * device.flops.get(profile.precision, 0.0),
             samples=self.usual.batch_size,
             origins=self.usual.origins,
         )

@@ -24,7 +24,7 @@ def boundary_values(
             targets = sorted({stage_of[segment] for segment in value.used if segment >= end})
             for target in targets:
                 sent.setdefault(target, []).append(value.message)
-            if not any(first <= segment < end for segment in value.saved[:1]):
+            if profile.runtime.keeps_outputs and not any(first <= segment < end for segment in value.saved[:1]):
                 saved += value.held  # an output is held until its gradient arrives
         elif value.made >= 0:
             received += value.message

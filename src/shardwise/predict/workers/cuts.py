@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
+from shardwise.errors import StrategyError
 from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile, module_blocks
 from shardwise.splitting.balance import blocks_from, cuts_blocks, stage_starts
@@ -26,11 +27,47 @@ def _graph_cuts(
 ) -> list[list[int]]:
     """Cut stages and their blocks as `balance.divided` does; the cached stages do not depend on the blocks."""
     stages, messages = strategy.pp * strategy.stages_per_worker, [segment.message for segment in profile.segments[1:]]
+    if profile.runtime.stages != "cost":
+        bounds = [*block_starts(profile, stages), len(profile.segments)]
+        return [list(range(a, b)) if cuts_blocks(strategy) else [a] for a, b in pairwise(bounds)]
     key = "stages", Same(costs), stages, strategy.speeds, slower
     starts = profile.memo.once(
         key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds, slower)
     )
     return blocks_from(costs, messages, starts, in_blocks=cuts_blocks(strategy))
+
+
+def block_starts(profile: Profile, stages: int) -> list[int]:
+    """Return the segment at which each stage begins in software that cuts between blocks, not by their cost.
+
+    With `Runtime.stages` = `number` every stage has as many blocks; where they do not divide evenly, the ends count as
+    blocks (Megatron-LM). With `matrices` a stage ends with the block whose parameters reach the stage's share of those
+    of blocks and output (nanotron, `get_block_compute_costs`).
+    """
+    blocks = [first for first, _ in module_blocks(profile)]
+    if stages > len(blocks) + 2:
+        raise StrategyError(f"{len(blocks)} blocks are too few for {stages} stages of {profile.runtime.name}")
+    counts = _by_matrices(profile, stages) if profile.runtime.stages == "matrices" else _by_number(len(blocks), stages)
+    befores = list(accumulate(counts[:-1], initial=0))
+    return [0, *(blocks[before] if before < len(blocks) else len(profile.segments) - 1 for before in befores[1:])]
+
+
+def _by_number(blocks: int, stages: int) -> list[int]:
+    each, rest = divmod(blocks, stages)
+    if rest and (blocks + 2) % stages == 0:
+        each = (blocks + 2) // stages
+        return [each - (stage in (0, stages - 1)) for stage in range(stages)]
+    return [each + (stage < rest) for stage in range(stages)]
+
+
+def _by_matrices(profile: Profile, stages: int) -> list[int]:
+    own = [sum(profile.parameters[index].elements for index in block) for block in profile.blocks]
+    last = [
+        profile.parameters[index].elements for index in profile.within(len(profile.segments) - 1, len(profile.segments))
+    ]
+    total, each = sum(own) + max(last, default=0), own[0]
+    ends = [min(len(own), -(-total * (stage + 1) // (stages * each))) for stage in range(stages)]
+    return [end - start for start, end in pairwise([0, *ends[:-1], len(own)])]
 
 
 def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:

@@ -274,6 +274,9 @@ def _updated(
     if strategy.zero != 1 or strategy.replicas == 1:
         elements = sum(count * (_share(parameter, strategy) // parameter.itemsize) for parameter, count in kinds)
         return (elements, sum(count for _, count in kinds)), ()
+    if not profile.runtime.owners:
+        elements = sum(count * parameter.elements for parameter, count in kinds)
+        return (ceil(elements / strategy.replicas), sum(count for _, count in kinds)), ()
     indices = sorted({index for first, end in ranges for index in profile.within(first, end)})
     trained = [profile.parameters[index] for index in indices if profile.parameters[index].trained]
     owners = assign_owners({parameter.name: parameter.elements for parameter in trained}, strategy.replicas)

@@ -1,0 +1,214 @@
+"""Profile of a transformer as other software runs it: its kernels, exchanges and bytes, from sizes alone.
+
+A chain of segments: the embedding, one segment for each block, and the output with the loss. What is computed again
+before a backward pass is part of that pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from shardwise.predict.profile.profile import (
+    Exchanged,
+    Layer,
+    LayerPass,
+    Parameter,
+    Profile,
+    Segment,
+    Update,
+    Value,
+)
+from shardwise.predict.runtime import activations, ends
+from shardwise.predict.runtime.block import block, tokens
+from shardwise.predict.runtime.sizes import Computation, Sizes
+from shardwise.strategy import Strategy
+
+MOMENTS = 8
+"""Bytes per parameter of Adam's two moments, which are float32."""
+
+MASTER = 4
+"""Bytes per parameter of the copy in float32 that mixed precision updates."""
+
+WORKSPACE = 64 * 2**20
+"""Bytes that libraries of products keep for themselves: cuBLAS 32 MiB on Hopper, 8 MiB before; Transformer Engine 32"""
+
+
+@dataclass(frozen=True, slots=True)
+class ElementBytes:
+    """Bytes of one element of the parameters that a rank stores, of their gradients, and of the optimizer's state."""
+
+    weights: int
+    gradients: float
+    states: float
+
+
+def element_bytes(how: Computation, strategy: Strategy) -> ElementBytes:
+    """Return the bytes that one parameter takes.
+
+    Mixed precision takes 18 with gradients accumulated in float32 by the products themselves (Megatron-LM), 20 where
+    they come in half precision first; float32 takes 16 (Rajbhandari et al. 2020, section 3.1). DeepSpeed's optimizer
+    has gradients in float32 of its own; DDP has its buckets. FSDP keeps float32 and casts what it gathers.
+    """
+    runtime, width = how.runtime, activations.width(how)
+    if strategy.splits_parameters:
+        return ElementBytes(4, 4, MOMENTS)
+    mixed = width == 2
+    gradients = float(runtime.accumulation_bytes if mixed else 4)
+    states = (MASTER if mixed else 0) + MOMENTS
+    if runtime.deepspeed and mixed:
+        gradients = width if runtime.accumulation_bytes == width else runtime.accumulation_bytes + width
+        states += 4 if runtime.accumulation_bytes == width else 0
+    elif runtime.elementwise == "eager" and mixed:
+        gradients += width
+        if strategy.sums_in_buckets and strategy.fsdp == 1:
+            gradients += 2 * width
+    return ElementBytes(width, gradients, states)
+
+
+def transformer_profile(sizes: Sizes, how: Computation, strategy: Strategy, batch_size: int) -> Profile:
+    """Return the profile of a transformer's step on one rank of a strategy, as `how.runtime` runs it.
+
+    Args:
+        sizes: sizes of the model.
+        how: how one rank computes a microbatch.
+        strategy: the split; parameters and optimizer state are stored as the runtime does under it.
+        batch_size: samples of a step, those of each rank of context parallelism counted by themselves.
+    """
+    bytes_each = element_bytes(how, strategy)
+    whole, again = (_block(sizes, replace(how, recompute=kind)) for kind in _kinds(how))
+    layers = [again if number % 2 == 0 else whole for number in range(sizes.layers)]
+    segments = [_embedding(sizes, how), *layers, _head(sizes, how)]
+    message = _message(sizes, how)
+    parameters = _parameters(sizes, how, bytes_each.weights)
+    return Profile(
+        name="transformer",
+        tp=how.tensor,
+        sp=int(how.sequence_parallel),
+        microbatch=how.micro_batch,
+        precision=how.linear_dtype,
+        device="gpu",
+        batch_size=batch_size,
+        segments=tuple(Segment(layer, message if number else 0) for number, layer in enumerate(segments)),
+        parameters=parameters,
+        values=tuple(_value(sizes, how, number, message) for number in range(sizes.layers + 1)),
+        blocks=tuple((1 + number,) for number in range(sizes.layers)),
+        update=Update(
+            kernels=(replace(ends.update(1, how), shape=(1,)),),
+            state_bytes=bytes_each.states,
+            together=True,
+            gradient_bytes=bytes_each.gradients,
+        ),
+        ready=tuple(reversed(range(len(parameters)))),
+        runtime=how.runtime,
+    )
+
+
+def _kinds(how: Computation) -> tuple[str, str]:
+    """Return the recomputation of odd blocks and of even ones, which differ only if every second one is recomputed."""
+    return ("none", "full") if how.recompute == "layers" else (how.recompute, how.recompute)
+
+
+def _value(sizes: Sizes, how: Computation, made: int, message: int) -> Value:
+    """Return the residual stream that a segment hands to the next one, which keeps it for its backward pass."""
+    return Value(message, round(activations.block_entry(sizes, how)), made, (made + 1,), (made + 1,))
+
+
+def _message(sizes: Sizes, how: Computation) -> int:
+    amount = tokens(sizes, how) * sizes.hidden * activations.width(how)
+    return amount // (how.tensor if how.sequence_parallel or how.runtime.scatter_pipeline else 1)
+
+
+def _parameters(sizes: Sizes, how: Computation, itemsize: int) -> tuple[Parameter, ...]:
+    """Return what one rank stores: the embedding, each block in one, and the output with the last norm."""
+    last, tp = sizes.layers + 1, how.tensor
+    rows = how.columns(sizes.vocab)
+    positions = sizes.sequence * sizes.hidden if sizes.learned_positions else 0
+    found = [Parameter("embedding", (rows, sizes.hidden), itemsize, (0, last) if sizes.tied else (0,))]
+    found += [
+        Parameter(f"block {number}", (round(sizes.layer_parameters / tp),), itemsize, (number + 1,))
+        for number in range(sizes.layers)
+    ]
+    if not sizes.tied:
+        found.append(Parameter("output", (rows, sizes.hidden), itemsize, (last,)))
+    found.append(Parameter("norm", (sizes.hidden,), itemsize, (last,)))
+    if positions:
+        found.append(Parameter("positions", (positions // tp,), itemsize, (0,)))
+    return tuple(found)
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def _block(sizes: Sizes, how: Computation) -> Layer:
+    passes = block(sizes, how)
+    repeated = tuple(replace(kernel, when="recompute") for kernel in passes.recomputed)
+    repeats = 0 if how.recompute != "full" else 1 if how.runtime.stops_early else 2
+    entry = activations.block_entry(sizes, how)
+    return Layer(
+        forward=LayerPass(passes.forward, _exchanges(sizes, how, 2)),
+        backward=LayerPass((*repeated, *passes.backward), _exchanges(sizes, how, 2 + repeats, backward=True)),
+        inside=round(max(0.0, activations.saved(sizes, how) - entry)),
+        temporary_backward=round(activations.backward_moment(sizes, how)) + _kept(how),
+    )
+
+
+def _embedding(sizes: Sizes, how: Computation) -> Layer:
+    forward, backward = ends.embedding(sizes, how)
+    return Layer(forward=LayerPass(forward), backward=LayerPass(backward), temporary_backward=_kept(how))
+
+
+def _head(sizes: Sizes, how: Computation) -> Layer:
+    forward, backward = ends.head(sizes, how)
+    return Layer(
+        forward=LayerPass(forward, _reductions(how, 3, 4 * tokens(sizes, how))),
+        backward=LayerPass(backward, _reductions(how, 1, _residual(sizes, how))),
+        temporary_backward=round(activations.loss_moment(sizes, how)) + _making(sizes, how) + _kept(how),
+    )
+
+
+def _kept(how: Computation) -> int:
+    return WORKSPACE + how.runtime.buffers * activations.width(how)
+
+
+def _making(sizes: Sizes, how: Computation) -> int:
+    """Return the bytes of the output's gradient while it is made, beside the logits' own; products may add to others"""
+    made = 0 if how.runtime.fused_accumulation else activations.width(how)
+    return made * how.columns(sizes.vocab) * sizes.hidden
+
+
+def _residual(sizes: Sizes, how: Computation) -> int:
+    return tokens(sizes, how) * sizes.hidden * activations.width(how)
+
+
+def _reductions(how: Computation, count: int, amount: int) -> tuple[Exchanged, ...]:
+    return (Exchanged("all_reduce", amount),) * count if how.tensor > 1 else ()
+
+
+def _exchanges(sizes: Sizes, how: Computation, reductions: int, *, backward: bool = False) -> tuple[Exchanged, ...]:
+    """Return the collectives of a block's pass: `reductions` sums over tensor-parallel ranks, and the ring of context.
+
+    With sequence parallelism a sum is an all-gather and a reduce-scatter, and the backward pass gathers the inputs of
+    two products once more, while it computes (Korthikanti et al. 2022, section 4.2.2).
+    """
+    found = list(_ring(sizes, how, backward=backward))
+    if how.tensor == 1:
+        return tuple(found)
+    amount, hides = _residual(sizes, how), how.runtime.overlap_tensor
+    later = 2 if backward and how.runtime.async_tensor else 0  # while gradients of weights are computed
+    sums = [hides] * (reductions - later) + [True] * later
+    if not how.sequence_parallel:
+        return (*found, *(Exchanged("all_reduce", amount, hidden=each) for each in sums))
+    found += [Exchanged("reduce_scatter", amount, hidden=each) for each in sums]
+    found += [Exchanged("all_gather", amount, hidden=hides)] * reductions
+    return (*found, *[Exchanged("all_gather", amount, hidden=True)] * (2 if backward else 0))
+
+
+def _ring(sizes: Sizes, how: Computation, *, backward: bool) -> Sequence[Exchanged]:
+    """Keys and values go around the ranks of context parallelism while attention runs (Liu et al. 2023)."""
+    if how.context == 1:
+        return ()
+    heads = max(1, sizes.kv_heads // how.tensor)
+    amount = 2 * how.micro_batch * sizes.sequence * heads * sizes.head_size * activations.width(how)
+    ring = Exchanged("all_gather", amount, hidden=True, ranks=how.context, stride=how.tensor)
+    return [ring] * (2 if backward else 1)
