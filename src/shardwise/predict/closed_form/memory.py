@@ -29,6 +29,7 @@ from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import Profile, Segment
+from shardwise.predict.runtime.element_bytes import WIDE, element_bytes
 from shardwise.predict.workers.buckets import Block
 from shardwise.predict.workers.holdings import Parts, Stage, Worker
 from shardwise.predict.workers.passes import Counts, under_way
@@ -81,11 +82,12 @@ def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: 
         worker = left(worker)
     elements, tensors = worker.updated
     update = profile.update
-    state = round(elements * update.state_bytes)
+    each = element_bytes(profile.runtime, profile.precision, strategy)
+    state = round(elements * (update.state_bytes + each.copies))
     at_once = update.at_once("cpu" if offloaded else device.kind)
     one = min(profile.largest, worker.trained) if tensors else 0
     updating = Memory(
-        parameters=worker.parameters,
+        parameters=_stored(profile, strategy, worker),
         gradients=_accumulated(profile, strategy, worker),
         optimizer=state,
         activations=0,
@@ -116,7 +118,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
             peak = _peak(profile, strategy, worker, stage, later=later, offloaded=offloaded)
             found.append(
                 Memory(
-                    parameters=worker.parameters + peak.gathered,
+                    parameters=_stored(profile, strategy, worker) + peak.gathered,
                     gradients=peak.gradients,
                     optimizer=state,
                     activations=every - saved[number] + peak.activations + stage.received,
@@ -281,10 +283,16 @@ def _pareto(moments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int
     return found
 
 
+def _stored(profile: Profile, strategy: Strategy, worker: Worker) -> int:
+    """Return the bytes of a worker's parameters, as its software stores them."""
+    return round(worker.parameters * element_bytes(profile.runtime, profile.precision, strategy).weights / WIDE)
+
+
 def _accumulated(profile: Profile, strategy: Strategy, worker: Worker) -> int:
     """Return the bytes of all gradients of a worker, as its software keeps them."""
+    each = element_bytes(profile.runtime, profile.precision, strategy).gradients
     shards = strategy.replicas if profile.runtime.sharded_gradients and not strategy.splits_parameters else 1
-    return round(profile.accumulated * worker.trained / shards)
+    return round(worker.trained * each / WIDE / shards)
 
 
 def _gradients(

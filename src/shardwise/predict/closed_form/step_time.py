@@ -215,7 +215,8 @@ class Costs:
             return 0.0
         blocks = sum(stage.end - stage.first for stage in worker.stages)
         calls = 1 if runtime.bucketed else TENSORS * blocks
-        seconds = calls * self.calls.collective("all_gather", worker.parameters // calls, replicas)
+        size = round(self.profile.gathered * worker.parameters)
+        seconds = calls * self.calls.collective("all_gather", size // calls, replicas)
         if not runtime.overlap_parameters:
             return seconds
         hidden = min(seconds, sum(self.stages.spent(stage, FORWARD).device for stage in worker.stages))

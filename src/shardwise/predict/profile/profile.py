@@ -167,14 +167,12 @@ class Update:
         state_bytes: bytes of optimizer state per element.
         together: whether one kernel updates all parameters (`foreach`, `fused`) instead of one kernel for each.
         temporary_bytes: bytes of short-lived tensors per element if one kernel updates all parameters, as on a GPU.
-        gradient_bytes: bytes of a gradient per element, copies included; 0: those of the parameter.
     """
 
     kernels: tuple[Kernel, ...] = ()
     state_bytes: float = 0.0
     together: bool = False
     temporary_bytes: float = 0.0
-    gradient_bytes: float = 0.0
 
     def at_once(self, device: str) -> bool:
         """Return whether one kernel updates all parameters on this kind of device, as torch does on any GPU."""
@@ -247,11 +245,6 @@ class Profile:
     def gathered(self) -> float:
         """Return the bytes of a parameter when replicas gather it, relative to those that are stored."""
         return (self.runtime.gathered_bytes or self._itemsize) / self._itemsize
-
-    @cached_property
-    def accumulated(self) -> float:
-        """Return the bytes that a gradient takes in memory, relative to those of its parameter."""
-        return (self.update.gradient_bytes or self._itemsize) / self._itemsize
 
     @cached_property
     def saved(self) -> tuple[int, ...]:

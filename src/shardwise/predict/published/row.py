@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from shardwise.cluster.cluster import Cluster
+from shardwise.options import FULL, NONE
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.published import cells
 from shardwise.predict.published.columns import MissingColumn, Row, degree, number, text, whole
@@ -56,7 +57,7 @@ class PublishedRun:
     @cached_property
     def profile(self) -> Profile:
         """Return the profile of the run's step."""
-        return transformer_profile(self.sizes, self.how, self.strategy, self.batch_size)
+        return transformer_profile(self.sizes, self.how, self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def read(row: Row, line: int) -> PublishedRun:
         group=text(row, "group"),
         label=_label(row, degrees),
         sizes=sizes,
-        how=_on_device(how, cluster),
+        how=_on_device(_without_full(how), cluster),
         strategy=strategy,
         cluster=cluster,
         step_seconds=_step_seconds(row, degrees, sizes),
@@ -131,6 +132,11 @@ def _on_device(how: Computation, cluster: Cluster) -> Computation:
     return how
 
 
+def _without_full(how: Computation) -> Computation:
+    """Leave full recomputation to the strategy; what else software computes again is part of the profile."""
+    return replace(how, recompute="none") if how.recompute == "full" else how
+
+
 def _computation(row: Row, at: _Degrees) -> Computation:
     dtype, linear, scaling = cells.precision(text(row, "precision"))
     runtime = runtime_of(row, dtype)
@@ -148,10 +154,7 @@ def _computation(row: Row, at: _Degrees) -> Computation:
 
 
 def _strategy(row: Row, at: _Degrees, how: Computation) -> tuple[Strategy, list[str]]:
-    """Return the strategy of a row, and a list of what the row does not say of it.
-
-    Recomputation is part of the profile, because software differs in what it computes again.
-    """
+    """Return the strategy of a row, and a list of what the row does not say of it."""
     chunks = degree(row, "vpp")
     if chunks > 1 and at.pipeline == 1:
         raise MissingColumn(f"vpp is {chunks} without a pipeline (pp is 1)")
@@ -168,6 +171,7 @@ def _strategy(row: Row, at: _Degrees, how: Computation) -> tuple[Strategy, list[
         microbatches=at.microbatches,
         schedule="interleaved" if chunks > 1 else cells.schedule(text(row, "schedule")) if at.pipeline > 1 else "1f1b",
         stages=chunks if chunks > 1 else 0,
+        recompute=FULL if how.recompute == "full" else NONE,
         outermost="pp" if at.pipeline > 1 and replicas > 1 else "dp",
     )
     assumed = [f"{column} {value}" for column, value in (("zero_fsdp", "none"), ("recompute", "none"))]

@@ -77,6 +77,7 @@ FSDP = Runtime(
     "checkpointing without reentry",
     fused_norms=False,
     stops_early=True,
+    autocasts=True,
     bucketed=False,
     overlap_pipeline=False,
     keeps_outputs=False,
@@ -107,6 +108,7 @@ NANOTRON = replace(
     loss="megatron",
     padded=True,
     fused_norms=True,
+    autocasts=False,
     sharded_reduction=False,
     stages="matrices",
 )

@@ -7,7 +7,7 @@ before a backward pass is part of that pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from shardwise.predict.profile.profile import (
     Exchanged,
@@ -21,66 +21,31 @@ from shardwise.predict.profile.profile import (
 )
 from shardwise.predict.runtime import activations, ends
 from shardwise.predict.runtime.block import block, tokens
+from shardwise.predict.runtime.element_bytes import WIDE
 from shardwise.predict.runtime.sizes import Computation, Sizes
-from shardwise.strategy import Strategy
 
 MOMENTS = 8
 """Bytes per parameter of Adam's two moments, which are float32."""
-
-MASTER = 4
-"""Bytes per parameter of the copy in float32 that mixed precision updates."""
 
 WORKSPACE = 64 * 2**20
 """Bytes that libraries of products keep for themselves: cuBLAS 32 MiB on Hopper, 8 MiB before; Transformer Engine 32"""
 
 
-@dataclass(frozen=True, slots=True)
-class ElementBytes:
-    """Bytes of one element of the parameters that a rank stores, of their gradients, and of the optimizer's state."""
+def transformer_profile(sizes: Sizes, how: Computation, batch_size: int) -> Profile:
+    """Return the profile of a transformer's step on one rank, as `how.runtime` runs it.
 
-    weights: int
-    gradients: float
-    states: float
-
-
-def element_bytes(how: Computation, strategy: Strategy) -> ElementBytes:
-    """Return the bytes that one parameter takes.
-
-    Mixed precision takes 18 with gradients accumulated in float32 by the products themselves (Megatron-LM), 20 where
-    they come in half precision first; float32 takes 16 (Rajbhandari et al. 2020, section 3.1). DeepSpeed's optimizer
-    has gradients in float32 of its own; DDP has its buckets. FSDP keeps float32 and casts what it gathers.
-    """
-    runtime, width = how.runtime, activations.width(how)
-    if strategy.splits_parameters:
-        return ElementBytes(4, 4, MOMENTS)
-    mixed = width == 2
-    gradients = float(runtime.accumulation_bytes if mixed else 4)
-    states = (MASTER if mixed else 0) + MOMENTS
-    if runtime.deepspeed and mixed:
-        gradients = width if runtime.accumulation_bytes == width else runtime.accumulation_bytes + width
-        states += 4 if runtime.accumulation_bytes == width else 0
-    elif runtime.elementwise == "eager" and mixed:
-        gradients += width
-        if strategy.sums_in_buckets and strategy.fsdp == 1:
-            gradients += 2 * width
-    return ElementBytes(width, gradients, states)
-
-
-def transformer_profile(sizes: Sizes, how: Computation, strategy: Strategy, batch_size: int) -> Profile:
-    """Return the profile of a transformer's step on one rank of a strategy, as `how.runtime` runs it.
+    What strategies recompute in full is left to them (`Strategy.recompute`).
 
     Args:
         sizes: sizes of the model.
         how: how one rank computes a microbatch.
-        strategy: the split; parameters and optimizer state are stored as the runtime does under it.
         batch_size: samples of a step, those of each rank of context parallelism counted by themselves.
     """
-    bytes_each = element_bytes(how, strategy)
     whole, again = (_block(sizes, replace(how, recompute=kind)) for kind in _kinds(how))
     layers = [again if number % 2 == 0 else whole for number in range(sizes.layers)]
     segments = [_embedding(sizes, how), *layers, _head(sizes, how)]
     message = _message(sizes, how)
-    parameters = _parameters(sizes, how, bytes_each.weights)
+    parameters = _parameters(sizes, how)
     return Profile(
         name="transformer",
         tp=how.tensor,
@@ -95,9 +60,8 @@ def transformer_profile(sizes: Sizes, how: Computation, strategy: Strategy, batc
         blocks=tuple((1 + number,) for number in range(sizes.layers)),
         update=Update(
             kernels=(replace(ends.update(1, how), shape=(1,)),),
-            state_bytes=bytes_each.states,
+            state_bytes=MOMENTS,
             together=True,
-            gradient_bytes=bytes_each.gradients,
         ),
         ready=tuple(reversed(range(len(parameters)))),
         runtime=how.runtime,
@@ -119,21 +83,21 @@ def _message(sizes: Sizes, how: Computation) -> int:
     return amount // (how.tensor if how.sequence_parallel or how.runtime.scatter_pipeline else 1)
 
 
-def _parameters(sizes: Sizes, how: Computation, itemsize: int) -> tuple[Parameter, ...]:
+def _parameters(sizes: Sizes, how: Computation) -> tuple[Parameter, ...]:
     """Return what one rank stores: the embedding, each block in one, and the output with the last norm."""
     last, tp = sizes.layers + 1, how.tensor
     rows = how.columns(sizes.vocab)
     positions = sizes.sequence * sizes.hidden if sizes.learned_positions else 0
-    found = [Parameter("embedding", (rows, sizes.hidden), itemsize, (0, last) if sizes.tied else (0,))]
+    found = [Parameter("embedding", (rows, sizes.hidden), WIDE, (0, last) if sizes.tied else (0,))]
     found += [
-        Parameter(f"block {number}", (round(sizes.layer_parameters / tp),), itemsize, (number + 1,))
+        Parameter(f"block {number}", (round(sizes.layer_parameters / tp),), WIDE, (number + 1,))
         for number in range(sizes.layers)
     ]
     if not sizes.tied:
-        found.append(Parameter("output", (rows, sizes.hidden), itemsize, (last,)))
-    found.append(Parameter("norm", (sizes.hidden,), itemsize, (last,)))
+        found.append(Parameter("output", (rows, sizes.hidden), WIDE, (last,)))
+    found.append(Parameter("norm", (sizes.hidden,), WIDE, (last,)))
     if positions:
-        found.append(Parameter("positions", (positions // tp,), itemsize, (0,)))
+        found.append(Parameter("positions", (positions // tp,), WIDE, (0,)))
     return tuple(found)
 
 
@@ -144,10 +108,12 @@ def _block(sizes: Sizes, how: Computation) -> Layer:
     passes = block(sizes, how)
     repeated = tuple(replace(kernel, when="recompute") for kernel in passes.recomputed)
     repeats = 0 if how.recompute != "full" else 1 if how.runtime.stops_early else 2
+    again = block(sizes, replace(how, recompute="full")).recomputed
     entry = activations.block_entry(sizes, how)
     return Layer(
         forward=LayerPass(passes.forward, _exchanges(sizes, how, 2)),
         backward=LayerPass((*repeated, *passes.backward), _exchanges(sizes, how, 2 + repeats, backward=True)),
+        recomputed=LayerPass(again, _exchanges(sizes, how, 1 if how.runtime.stops_early else 2)),
         inside=round(max(0.0, activations.saved(sizes, how) - entry)),
         temporary_backward=round(activations.backward_moment(sizes, how)) + _kept(how),
     )

@@ -36,6 +36,8 @@ class Runtime:
         bucketed: whether zero=1 gathers updated parameters in large buckets instead of tensor by tensor.
         overlap_pipeline: whether messages between stages leave their sender free to compute.
         scatter_pipeline: whether a message between stages is split among the tensor-parallel ranks (Narayanan 2021).
+        autocasts: whether parameters stay in float32 and are cast where they are used, instead of being stored in half
+            precision beside a copy in float32 that is updated.
         graphs: whether CUDA graphs spare the host from launching.
         fitted_host: whether its host takes `Constants.host_kernel` for a kernel, instead of the device's launch time.
         gradient_bytes: bytes of one element when gradients are reduced; 0: those of the parameter.
@@ -50,6 +52,7 @@ class Runtime:
             parameters of matrices).
         keeps_outputs: whether a stage keeps its output until the gradient arrives; others free it when it is sent.
         buffers: elements of communication buffers beside tensors.
+        deepspeed: whether DeepSpeed's optimizer holds gradients in float32 beside those of the model.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Runtime:
     bucketed: bool = True
     overlap_pipeline: bool = True
     scatter_pipeline: bool = False
+    autocasts: bool = False
     graphs: bool = False
     fitted_host: bool = True
     gradient_bytes: int = 0
@@ -92,6 +96,7 @@ SHARDWISE = Runtime(
     kernels=False,
     stops_early=True,
     fitted_host=False,
+    autocasts=True,
     owners=True,
     stages="cost",
 )

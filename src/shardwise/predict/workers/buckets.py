@@ -143,15 +143,13 @@ def graph_parts(
 
     The blocks are consecutive ranges of segments. Parameters that several of them use belong to the root.
     """
-    sharded, again = strategy.splits_parameters, strategy.recomputed_of(len(ranges))
+    sharded, starts = strategy.splits_parameters, [first for first, _ in ranges]
+    again = set(recomputed_segments(profile, strategy, starts, ranges[-1][1]))
     groups: Sequence[Gathered | None] = [None] * (len(ranges) + 1)
     if sharded:
         key = ("gathered", ranges, strategy.fsdp)
         groups = profile.memo.once(key, lambda: _gathered_apart(profile, strategy, ranges, own))
-    blocks = (
-        Block(a, b, group, number < again)
-        for number, ((a, b), group) in enumerate(zip(ranges, groups[:-1], strict=True))
-    )
+    blocks = (Block(a, b, group, (a, b) in again) for (a, b), group in zip(ranges, groups[:-1], strict=True))
     return tuple(blocks), groups[-1]
 
 

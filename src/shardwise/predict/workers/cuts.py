@@ -29,7 +29,8 @@ def _graph_cuts(
     stages, messages = strategy.pp * strategy.stages_per_worker, [segment.message for segment in profile.segments[1:]]
     if profile.runtime.stages != "cost":
         bounds = [*block_starts(profile, stages), len(profile.segments)]
-        return [list(range(a, b)) if cuts_blocks(strategy) else [a] for a, b in pairwise(bounds)]
+        inside = {bound for block in module_blocks(profile) for bound in block} if cuts_blocks(strategy) else set()
+        return [[a, *sorted(bound for bound in inside if a < bound < b)] for a, b in pairwise(bounds)]
     key = "stages", Same(costs), stages, strategy.speeds, slower
     starts = profile.memo.once(
         key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds, slower)
@@ -89,7 +90,11 @@ def stage_blocks(profile: Profile, strategy: Strategy, starts: Sequence[int], en
         starts: segments at which the stage's blocks begin, see `cuts_of`.
         end: end of the stage's segments.
     """
-    return module_blocks(profile) if strategy.runs_module else list(pairwise([*starts, end]))
+    if strategy.runs_module:
+        return module_blocks(profile)
+    if profile.runtime.stages != "cost":  # the ends are no blocks
+        return [block for block in module_blocks(profile) if starts[0] <= block[0] < end]
+    return list(pairwise([*starts, end]))
 
 
 def recomputed_segments(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:

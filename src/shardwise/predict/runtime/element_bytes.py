@@ -1,0 +1,46 @@
+"""Bytes of one element of parameters, of their gradients, and of what the optimizer keeps beside its state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardwise.predict.hardware.gpu import ELEMENT_BYTES
+from shardwise.predict.runtime.runtime import Runtime
+from shardwise.strategy import Strategy
+
+MASTER = 4
+"""Bytes of the copy in float32 that mixed precision updates."""
+
+WIDE = 4
+"""Bytes of an element in float32, in which profiles count parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class ElementBytes:
+    """Bytes of one element that a rank holds of weights and gradients, and of copies of both in its optimizer."""
+
+    weights: float
+    gradients: float
+    copies: float
+
+
+def element_bytes(runtime: Runtime, precision: str, strategy: Strategy) -> ElementBytes:
+    """Return the bytes that one parameter takes in a runtime, beside the state of its optimizer.
+
+    With Adam's 8 bytes, mixed precision takes 18 with gradients accumulated in float32 by the products themselves
+    (Megatron-LM), 20 where they come in half precision first; float32 takes 16 (Rajbhandari et al. 2020, section 3.1).
+    DeepSpeed's optimizer has gradients in float32 of its own; DDP has its buckets. FSDP keeps float32 and casts what it
+    gathers.
+    """
+    width = ELEMENT_BYTES["bf16" if precision in ("fp8", "fp4") else precision]
+    if runtime.autocasts or strategy.splits_parameters or width != 2:
+        return ElementBytes(WIDE, WIDE, 0)
+    gradients, copies = float(runtime.accumulation_bytes), MASTER
+    if runtime.deepspeed and gradients == width:
+        copies += WIDE
+    elif runtime.deepspeed:
+        gradients += width
+    elif runtime.elementwise == "eager":
+        buckets = strategy.sums_in_buckets and strategy.fsdp == 1
+        gradients += 3 * width if buckets else width
+    return ElementBytes(width, gradients, copies)
