@@ -554,11 +554,13 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
     return summary(cluster, Path(out), time.perf_counter() - begin)
 
 
-def validate(runs: str | Path) -> dict[str, Any]:
+def validate(runs: str | Path, *, standing: bool = False) -> dict[str, Any]:
     """Compare predictions with training runs that others measured and published.
 
     Args:
         runs: CSV file with one run per row and the columns of tests/published/README.md.
+        standing: also predict what Shardwise itself would take for a few runs of each group, on the same machine with
+            the same strategy. This traces their models and takes minutes.
 
     Returns:
         The document that `shardwise validate --json` prints; its errors are absolute values of relative errors.
@@ -568,7 +570,7 @@ def validate(runs: str | Path) -> dict[str, Any]:
     """
     from shardwise.predict.published.validate import validate as validate_runs
 
-    return validate_runs(runs)
+    return validate_runs(runs, standing=standing)
 
 
 def export(run: str | Path, out: str | Path, form: str = "file", *, best: bool = False) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -38,6 +38,7 @@ from shardwise.report.accuracy_page import accuracy_files
 from shardwise.report.calibration import calibration_summary
 from shardwise.report.plan import check_summary, plan_summary
 from shardwise.report.prediction import prediction_table
+from shardwise.report.standing_page import standing_page
 from shardwise.report.text import comparison_table, training_summary, verification_table
 from shardwise.starting import check_streams, leave_out_working_directory
 from shardwise.units import parse_number, parse_whole
@@ -220,9 +221,12 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _validate(options: argparse.Namespace) -> None:
-    document = api.validate(options.runs)
+    document = api.validate(options.runs, standing=bool(options.standing))
     if options.write:
-        _write_page(Path(options.write), document)
+        _write_files("--write", Path(options.write), accuracy_files(document, Path(options.write).name))
+    if options.standing:
+        page = Path(options.standing)
+        _write_files("--standing", page, {page.name: standing_page(document["standing"])})
     _print(options, document, accuracy_table)
     if options.fail_above is not None and document["mean_of_groups"] > options.fail_above:
         raise NotAccurate(
@@ -230,12 +234,14 @@ def _validate(options: argparse.Namespace) -> None:
         )
 
 
-def _write_page(page: Path, document: dict[str, Any]) -> None:
+def _write_files(option: str, page: Path, files: Mapping[str, str]) -> None:
     try:
-        for name, text in accuracy_files(document, page.name).items():
+        for name, text in files.items():
             (page.parent / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"--write {page}: cannot be written: {error}; give a file in a folder that is there") from error
+        raise DataError(
+            f"{option} {page}: cannot be written: {error}; give a file in a folder that is there"
+        ) from error
 
 
 def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable[[dict[str, Any]], str]) -> None:
@@ -496,6 +502,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     validate.add_argument(
         "--write", metavar="PAGE.md", help="write the page of the validation, and its plots beside it"
+    )
+    validate.add_argument(
+        "--standing", metavar="PAGE.md", help="also predict Shardwise on a few runs of each group, and write a page"
     )
     _add_output(validate)
     validate.set_defaults(run=_validate)

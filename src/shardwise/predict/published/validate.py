@@ -62,11 +62,12 @@ class ValidatedRun:
         return sum(self.memory.values()) / measured - 1 if measured else None
 
 
-def validate(path: str | Path) -> dict[str, Any]:
+def validate(path: str | Path, *, standing: bool = False) -> dict[str, Any]:
     """Return the document of `shardwise validate`: predictions compared with measurements, per row and by group.
 
     Args:
         path: a CSV file with the columns of tests/published/README.md.
+        standing: whether to predict Shardwise on a few runs of each group, too (`predict.published.standing`).
 
     Raises:
         DataError: the file cannot be read, has no rows, or has no row that can be predicted.
@@ -82,7 +83,12 @@ def validate(path: str | Path) -> dict[str, Any]:
     if not held:
         first = f": line {skipped[0]['line']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"{path}: no row can be predicted{first}")
-    return _document(held, skipped)
+    document = _document(held, skipped)
+    if standing:
+        from shardwise.predict.published.standing import standings  # it traces models, for which it needs torch
+
+        document["standing"] = [each.document() for each in standings([(run.run, run.prediction) for run in held])]
+    return document
 
 
 def read_rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
