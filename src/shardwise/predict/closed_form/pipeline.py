@@ -47,6 +47,7 @@ class TimedPass:
         action: kind of pass, stage and microbatch.
         seconds: seconds of the device.
         launching: seconds of the host to launch its kernels; the host runs ahead of the device.
+        alone: seconds from the start of launching to the last kernel's end, if only its host delays the device.
         after: least seconds from the end of the pass until its gradient buckets are reduced. The worker continues with
             other passes meanwhile.
         sending: seconds of the all-reduces of its buckets, queued behind those of the worker's earlier passes.
@@ -55,6 +56,7 @@ class TimedPass:
     action: Action
     seconds: float
     launching: float = 0.0
+    alone: float = 0.0
     after: float = 0.0
     sending: float = 0.0
 
@@ -117,8 +119,8 @@ class _Game:
     def _pass(self, worker: int, turn: TimedPass, start: float) -> None:
         action = turn.action
         kind = BACKWARD if action.kind == INPUT else action.kind
+        end = max(start + turn.seconds, self._hosts[worker] + (turn.alone if turn.launching else 0.0))
         self._hosts[worker] += turn.launching
-        end = max(start + turn.seconds, self._hosts[worker])
         self._clocks[worker] = end
         if turn.sending or turn.after:
             self._sent[worker] = max(self._sent[worker] + turn.sending, end + turn.after)

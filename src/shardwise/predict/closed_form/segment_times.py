@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
+
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.predict.hardware.constants import constants
@@ -25,6 +28,8 @@ from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass, Profi
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.runtime.runtime import SHARDWISE, Runtime
 from shardwise.strategy import Strategy
+
+Floats = npt.NDArray[np.float64]
 
 WATCHED_SECONDS = 4e-5
 """Assumed overhead of the host for each kernel of a block under selective recomputation
@@ -42,12 +47,15 @@ class PassSeconds:
         exchanges: seconds of the collectives of tensor parallelism, which block the device.
         launching: seconds of the host to launch the kernels.
         inline: whether the device is the host (a CPU), so that launching and computing do not overlap.
+        lag: seconds for which the device waits for its host somewhere in the pass, if both begin together; negative if
+            the pass is one stretch, whose end is all that its host can delay.
     """
 
     kernels: float = 0.0
     exchanges: float = 0.0
     launching: float = 0.0
     inline: bool = False
+    lag: float = -1.0
 
     @property
     def device(self) -> float:
@@ -55,21 +63,39 @@ class PassSeconds:
         return self.kernels + self.exchanges + (self.launching if self.inline else 0.0)
 
     @property
+    def behind(self) -> float:
+        """Return the seconds by which the host ends after the device; negative if it ends before, 0 on a CPU."""
+        return 0.0 if self.inline else self.launching - self.device
+
+    @property
+    def waiting(self) -> float:
+        """Return the seconds for which the device waits for its host, if both begin together."""
+        return self.lag if self.lag >= 0 else max(0.0, self.behind)
+
+    @property
     def total(self) -> float:
-        """Return the seconds including waiting for the host: the larger of the device's and the host's."""
-        return max(self.device, self.launching)
+        """Return the seconds including waiting for the host."""
+        return self.device + self.waiting
 
     def __add__(self, other: PassSeconds) -> PassSeconds:
+        """Return the time of one after the other: a lead of the host from the first shortens waiting in the second."""
         return PassSeconds(
             self.kernels + other.kernels,
             self.exchanges + other.exchanges,
             self.launching + other.launching,
             self.inline or other.inline,
+            max(self.waiting, self.behind + other.waiting, 0.0),
         )
 
     def times(self, count: float) -> PassSeconds:
-        """Return the seconds of `count` such passes."""
-        return PassSeconds(self.kernels * count, self.exchanges * count, self.launching * count, self.inline)
+        """Return the seconds of `count` such passes, one after the other."""
+        return PassSeconds(
+            self.kernels * count,
+            self.exchanges * count,
+            self.launching * count,
+            self.inline,
+            self.waiting + max(0.0, count - 1) * max(0.0, self.behind),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +105,8 @@ class Sums:
     Attributes:
         kernels, exchanges, launching, inline: as in `PassSeconds`.
         total: seconds of the device if its host runs ahead of it.
+        behind: prefix sums of `PassSeconds.behind`.
+        backward: whether the pass goes through the segments from the last to the first.
         each: seconds of each segment alone (not a sum), as the program measures them to cut stages.
     """
 
@@ -87,10 +115,12 @@ class Sums:
     launching: tuple[float, ...]
     inline: bool
     total: tuple[float, ...]
+    behind: Floats
+    backward: bool
     each: tuple[float, ...]
 
     @classmethod
-    def of(cls, spent: Sequence[PassSeconds]) -> Sums:
+    def of(cls, spent: Sequence[PassSeconds], *, backward: bool = False) -> Sums:
         """Build the sums from the time of each segment."""
         return cls(
             tuple(accumulate((each.kernels for each in spent), initial=0.0)),
@@ -98,6 +128,8 @@ class Sums:
             tuple(accumulate((each.launching for each in spent), initial=0.0)),
             any(each.inline for each in spent),
             tuple(accumulate((each.device for each in spent), initial=0.0)),
+            np.cumsum([0.0, *(each.behind for each in spent)]),
+            backward,
             tuple(each.total for each in spent),
         )
 
@@ -108,7 +140,15 @@ class Sums:
             self.exchanges[end] - self.exchanges[first],
             self.launching[end] - self.launching[first],
             self.inline,
+            self._lag(first, end),
         )
+
+    def _lag(self, first: int, end: int) -> float:
+        """Return the most that the host is behind after any segment, counted from where the pass begins."""
+        if self.inline or first == end:
+            return 0.0
+        at = self.behind[first : end + 1]
+        return max(0.0, float(at[-1] - at.min() if self.backward else at.max() - at[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,8 +369,8 @@ def _timed(profile: Profile, seconds: Seconds) -> SegmentTimes:
         seconds.device,
         seconds.kernels,
         Sums.of([row[0] for row in rows]),
-        Sums.of([row[1] for row in rows]),
-        Sums.of([row[2] for row in rows]),
+        Sums.of([row[1] for row in rows], backward=True),
+        Sums.of([row[2] for row in rows], backward=True),
         Sums.of([row[3] for row in rows]),
         tuple(row[4] for row in rows),
         Sums.of([row[5] for row in rows]),

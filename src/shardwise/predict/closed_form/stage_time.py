@@ -96,6 +96,7 @@ class StageCosts:
     Attributes:
         calls: seconds of single collectives, messages and copies.
         messages: messages that each stage receives before a pass.
+        stops_host: whether workers wait for messages, so that no host runs ahead of its device over several passes.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class StageCosts:
     ) -> None:
         self.profile, self.strategy, self.cluster, self.times, self.parts = profile, strategy, cluster, times, parts
         self.calls = CommunicationTimes(profile, strategy, cluster, times)
-        self._blocks = not profile.runtime.overlap_pipeline
+        self.stops_host = strategy.pp > 1 and not profile.runtime.overlap_pipeline
         self.messages = self._between()
         self.blocking = times.device.kind == "cpu"
         self.overlap = overlap_of(times.device)
@@ -118,7 +119,7 @@ class StageCosts:
             for kind, messages in ((FORWARD, stage.sent), (BACKWARD, stage.returned)):
                 for target, sizes in messages:
                     if target % pp != number % pp:
-                        seconds = 0.0 if self._blocks else self.calls.message(number, target, sizes)
+                        seconds = 0.0 if self.stops_host else self.calls.message(number, target, sizes)
                         found.setdefault((kind, target), []).append((number, seconds))
         return found
 
@@ -145,7 +146,7 @@ class StageCosts:
 
     def _sending(self, stage: Stage, kind: str) -> float:
         """Return the seconds for which a pass waits until its results are sent, in software that waits for that."""
-        if not self._blocks:
+        if not self.stops_host:
             return 0.0
         messages = stage.sent if kind == FORWARD else stage.returned
         return sum(self.calls.message(stage.number, target, sizes) for target, sizes in messages)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwise.predict.closed_form.overlap import Passed
 from shardwise.predict.closed_form.pipeline import StageTime, TimedPass
@@ -51,13 +51,16 @@ class WorkerTime:
 
     @property
     def host(self) -> float:
-        """Return the seconds for which the device waits for its host, which runs ahead over all passes."""
-        return self.spent.launching if self.spent.inline else max(0.0, self.spent.launching - self.device)
+        """Return the seconds of the host on a CPU; on a GPU those for which the device waits for its host.
+
+        The host catches up while the device waits for communication.
+        """
+        return self.spent.launching if self.spent.inline else max(0.0, self.spent.waiting - self.exposed - self.slowed)
 
     @property
     def seconds(self) -> float:
         """Return the seconds of all passes, without waiting for other stages."""
-        return max(self.device, self.spent.launching)
+        return self.device + (0.0 if self.spent.inline else self.host)
 
 
 def work_of(costs: StageCosts, worker: Worker) -> WorkerTime:
@@ -70,10 +73,12 @@ def work_of(costs: StageCosts, worker: Worker) -> WorkerTime:
     spent = PassSeconds()
     for turn, passed in passes:
         spent += passed.compute.times(turn.count)
+    spent = replace(spent, lag=_lag(passes, costs.strategy.microbatches))
     exposed = _exposed(costs, passes)
     turned = [turn for turn, _ in passes]
     seconds = [
-        passed.compute.device + waited + passed.slowed for (_, passed), waited in zip(passes, exposed, strict=True)
+        _of_device(costs, passed.compute) + waited + passed.slowed
+        for (_, passed), waited in zip(passes, exposed, strict=True)
     ]
     times = _times(costs, stages, _usual(turned, seconds))
     return WorkerTime(
@@ -87,6 +92,25 @@ def work_of(costs: StageCosts, worker: Worker) -> WorkerTime:
         costs.strategy.microbatches * sum(time.arrives + time.returns for time in times.values()),
         *_ends(costs, turned, seconds),
     )
+
+
+def _of_device(costs: StageCosts, spent: PassSeconds) -> float:
+    """Return the seconds of a pass; with those for which it waits for a host that waits for messages itself."""
+    return spent.total if costs.stops_host else spent.device
+
+
+def _lag(passes: Sequence[tuple[EqualPasses, Passed]], microbatches: int) -> float:
+    """Return the seconds for which a worker's device waits for its host: microbatches follow each other."""
+    one = PassSeconds()
+    for kinds in ((FORWARD,), (BACKWARD, INPUT), (WEIGHT,)):
+        by_stage: dict[int, tuple[int, PassSeconds]] = {}
+        for turn, passed in passes:
+            if turn.action.kind in kinds:
+                known = by_stage.get(turn.action.stage, (0, PassSeconds()))
+                by_stage[turn.action.stage] = max(known, (turn.count, passed.compute), key=lambda each: each[0])
+        for _, spent in by_stage.values():
+            one += spent
+    return one.times(microbatches).waiting
 
 
 def _exposed(costs: StageCosts, passes: Sequence[tuple[EqualPasses, Passed]]) -> list[float]:
@@ -145,10 +169,11 @@ def table_of(costs: StageCosts, worker: Worker) -> list[TimedPass]:
     for turn in table(costs.strategy, worker.pipeline_rank):
         action = turn.action
         passed = costs.passed(stages[action.stage], action.kind, turn.sync, turn.final, turn.first)
-        seconds = passed.compute.device + passed.slowed + (passed.exposed if sharded else 0.0)
-        launching = 0.0 if passed.compute.inline else passed.compute.launching
+        seconds = _of_device(costs, passed.compute) + passed.slowed + (passed.exposed if sharded else 0.0)
+        spent = passed.compute
+        launching = 0.0 if spent.inline or costs.stops_host else spent.launching
         after = (0.0, 0.0) if sharded else (passed.exposed, passed.communication)
-        found.append(TimedPass(action, seconds, launching, *after))
+        found.append(TimedPass(action, seconds, launching, spent.total, *after))
     return found
 
 
