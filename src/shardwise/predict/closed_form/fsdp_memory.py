@@ -53,6 +53,7 @@ def held_at_segments(
     root_gather, root_reduce = (0, 0) if stage.root is None else (stage.root.gather, stage.root.reduce)
     module = strategy.runs_module
     keeps = keeps_gradients(strategy)
+    made, sent = profile.gathered, profile.reduced  # gradients come in the precision of the gathered parameters
     gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
     key = ("complete", stage.first, stage.end, tuple((block.first, block.end) for block in blocks), module)
     of_root, of_blocks = profile.memo.once(key, lambda: _complete(profile, stage, module=module))
@@ -74,15 +75,15 @@ def held_at_segments(
         reduced = reduced_until[-1] - reduced_until[index + 1]
         if keeps:
             every = reduced_until[-1]
-            whole = every + root_reduce if later else min(reduced + done_block, every) + done_root
+            whole = sent * (every + root_reduce if later else min(reduced + done_block, every) + done_root)
             slices = 0
         else:
-            behind = reduces[index + 1] if index + 1 < len(blocks) else 0
-            whole = done_root + behind + (done_block if inside else 0)
+            behind = sent * (reduces[index + 1] if index + 1 < len(blocks) else 0)
+            whole = made * (done_root + (done_block if inside else 0)) + behind
             if inside and segment == blocks[index].first:
-                whole = done_root + reduces[index] + max(behind, reduces[index])
+                whole = made * (done_root + reduces[index]) + max(behind, sent * reduces[index])
             slices = trained if later else reduced // strategy.fsdp
-        found.append(SegmentMemory(root_gather + gathered, slices, whole))
+        found.append(SegmentMemory(root_gather + gathered, slices, round(whole)))
         done_root += of_root.get(segment, 0)
         done_block += of_blocks.get(segment, 0)
     return found

@@ -43,13 +43,11 @@ def block_saved(sizes: Sizes, how: Computation) -> float:
 
 
 def saved(sizes: Sizes, how: Computation) -> float:
-    """Return the bytes that a block saves of a microbatch for the backward pass, the mean over all blocks."""
+    """Return the bytes that a block saves of a microbatch for the backward pass."""
     entry = block_entry(sizes, how)
     whole = block_saved(sizes, how)
     if how.recompute == "full":
         return entry
-    if how.recompute == "layers":
-        return (entry + whole) / 2
     if how.recompute == "selective":
         return whole - tokens(sizes, how) * _scores(sizes, how)
     if how.recompute == "operations":

@@ -57,7 +57,7 @@ def transformer_profile(sizes: Sizes, how: Computation, batch_size: int) -> Prof
         segments=tuple(Segment(layer, message if number else 0) for number, layer in enumerate(segments)),
         parameters=parameters,
         values=tuple(_value(sizes, how, number, message) for number in range(sizes.layers + 1)),
-        blocks=tuple((1 + number,) for number in range(sizes.layers)),
+        blocks=tuple((1 + sizes.learned_positions + number,) for number in range(sizes.layers)),
         update=Update(
             kernels=(replace(ends.update(1, how), shape=(1,)),),
             state_bytes=MOMENTS,
@@ -84,11 +84,12 @@ def _message(sizes: Sizes, how: Computation) -> int:
 
 
 def _parameters(sizes: Sizes, how: Computation) -> tuple[Parameter, ...]:
-    """Return what one rank stores: the embedding, each block in one, and the output with the last norm."""
+    """Return what one rank stores: the embeddings, each block in one, and the output with the last norm."""
     last, tp = sizes.layers + 1, how.tensor
     rows = how.columns(sizes.vocab)
-    positions = sizes.sequence * sizes.hidden if sizes.learned_positions else 0
     found = [Parameter("embedding", (rows, sizes.hidden), WIDE, (0, last) if sizes.tied else (0,))]
+    if sizes.learned_positions:
+        found.append(Parameter("positions", (sizes.sequence * sizes.hidden // tp,), WIDE, (0,)))
     found += [
         Parameter(f"block {number}", (round(sizes.layer_parameters / tp),), WIDE, (number + 1,))
         for number in range(sizes.layers)
@@ -96,8 +97,6 @@ def _parameters(sizes: Sizes, how: Computation) -> tuple[Parameter, ...]:
     if not sizes.tied:
         found.append(Parameter("output", (rows, sizes.hidden), WIDE, (last,)))
     found.append(Parameter("norm", (sizes.hidden,), WIDE, (last,)))
-    if positions:
-        found.append(Parameter("positions", (positions // tp,), WIDE, (0,)))
     return tuple(found)
 
 

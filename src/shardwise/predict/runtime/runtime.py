@@ -34,7 +34,8 @@ class Runtime:
         overlap_gradients: whether gradients are reduced during the backward pass.
         overlap_parameters: whether updated parameters of zero=1 are gathered during the next forward pass.
         bucketed: whether zero=1 gathers updated parameters in large buckets instead of tensor by tensor.
-        overlap_pipeline: whether messages between stages leave their sender free to compute.
+        overlap_pipeline: whether messages between stages leave their sender free to compute; otherwise device and host
+            wait for them (Megatron-LM's `_communicate` ends with `torch.cuda.synchronize`).
         scatter_pipeline: whether a message between stages is split among the tensor-parallel ranks (Narayanan 2021).
         autocasts: whether parameters stay in float32 and are cast where they are used, instead of being stored in half
             precision beside a copy in float32 that is updated.

@@ -97,7 +97,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computation:
-    """How one rank computes a microbatch.
+    """Computation of a microbatch on one rank.
 
     Attributes:
         tensor: degree of tensor parallelism.

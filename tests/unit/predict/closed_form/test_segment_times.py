@@ -6,6 +6,7 @@ import pytest
 
 from shardwise.cluster.cluster import Cluster, Device, Level, Nodes
 from shardwise.predict.closed_form.segment_times import Seconds
+from shardwise.predict.profile.profile import Profile
 from shardwise.strategy import Strategy
 
 BOX = Device(
@@ -53,6 +54,18 @@ def cluster(local: int, hosts: int) -> Cluster:
 )
 def test_so_many_compute_at_the_same_time(spec: str, local: int, hosts: int, busy: float) -> None:
     strategy = Strategy.parse(spec)
-    seconds = Seconds.on(cluster(local, hosts), strategy, strategy.tp, "float32")
+    profile = Profile(
+        name="",
+        tp=strategy.tp,
+        sp=0,
+        microbatch=1,
+        precision="float32",
+        device="cpu",
+        batch_size=1,
+        segments=(),
+        parameters=(),
+        values=(),
+    )
+    seconds = Seconds.on(profile, cluster(local, hosts), strategy)
     assert seconds.busy == pytest.approx(busy)
     assert seconds.crowd == local
