@@ -10,6 +10,8 @@ from shardwise.predict.published import cells, device_names
 from shardwise.predict.published.columns import MissingColumn, named, whole
 from shardwise.predict.published.model_sizes import sizes_of
 from shardwise.predict.published.row import PublishedRun, read
+from shardwise.predict.runtime.sizes import Computation
+from shardwise.strategy import Strategy
 
 ROW = {
     "model": "GPT-7B",
@@ -34,6 +36,10 @@ def run(**cells: str) -> PublishedRun:
     return read({**ROW, **cells}, 2)
 
 
+def said(found: PublishedRun) -> tuple[Strategy, Computation]:
+    return found.strategy, found.how
+
+
 def reason(**cells: str) -> str:
     with pytest.raises(MissingColumn) as error:
         run(**cells)
@@ -42,9 +48,9 @@ def reason(**cells: str) -> str:
 
 def test_few_columns_are_enough() -> None:
     found = run()
-    setup = found.setup
-    assert (setup.tensor, setup.pipeline, setup.data, setup.context, setup.chunks) == (2, 2, 4, 1, 1)
-    assert (setup.microbatches, setup.zero, setup.recompute, setup.schedule) == (8, 0, "none", "1f1b")
+    assert found.strategy == Strategy(tp=2, sp=1, pp=2, dp=4, microbatches=8, schedule="1f1b", outermost="pp")
+    assert (found.how.tensor, found.how.context, found.how.micro_batch, found.how.recompute) == (2, 1, 2, "none")
+    assert found.batch_size == 64
     assert found.sizes.kv_heads == 32
     assert found.assumed == ("zero_fsdp none", "recompute none", "nodes of 8", "network of dgx-a100-80")
     assert found.label == "GPT-7B on 16 A100-80GB, tp=2 pp=2 dp=4, microbatch 2"
@@ -66,7 +72,7 @@ def test_two_columns_that_mean_the_same() -> None:
 
 @pytest.mark.parametrize("cell", ["", " ", "-", "n/a", "None", "not stated", "?", "unknown"])
 def test_empty_cells(cell: str) -> None:
-    assert run(kv_heads=cell, vpp=cell, cp=cell, gpus_per_node=cell).setup == run().setup
+    assert said(run(kv_heads=cell, vpp=cell, cp=cell, gpus_per_node=cell)) == said(run())
 
 
 @pytest.mark.parametrize(("cell", "value"), [("1,536", 1536), ("8.0", 8), (" 12 ", 12), ("1e3", 1000)])
@@ -130,8 +136,8 @@ def test_precisions(text: str, dtypes: tuple[str, str, str]) -> None:
 
 
 def test_single_precision_without_tensorfloat32() -> None:
-    assert run(gpu="V100", precision="fp32").setup.dtype == "float32"
-    assert run(gpu="A100", precision="fp32").setup.dtype == "tf32"
+    assert run(gpu="V100", precision="fp32").how.dtype == "float32"
+    assert run(gpu="A100", precision="fp32").how.dtype == "tf32"
 
 
 @pytest.mark.parametrize(
@@ -191,8 +197,77 @@ def test_schedules(text: str, value: str) -> None:
 
 
 def test_hybrid_shards() -> None:
-    assert run(zero_fsdp="HSDP 2", tp="1", pp="1", global_batch="64").setup.shards == 2
-    assert run(zero_fsdp="FSDP", tp="1", pp="1", global_batch="64").setup.shards == 16
+    few, all_of_them = (run(zero_fsdp=zero, tp="1", pp="1", global_batch="64").strategy for zero in ("HSDP 2", "FSDP"))
+    assert (few.dp, few.fsdp, few.zero) == (8, 2, 3)
+    assert (all_of_them.dp, all_of_them.fsdp, all_of_them.zero) == (1, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("zero", "shards", "stage", "sharded"),
+    [("none", 1, 3, False), ("ZeRO-1", 4, 1, False), ("ZeRO-2", 4, 1, True), ("ZeRO-3", 4, 3, False)],
+)
+def test_optimizer_states_are_split(zero: str, shards: int, stage: int, sharded: bool) -> None:
+    """Beside an optimizer state that is split, ZeRO-2 keeps a part of the gradients; the strategy is that of zero=1."""
+    found = run(zero_fsdp=zero)
+    assert (found.strategy.fsdp, found.strategy.zero, found.how.runtime.sharded_gradients) == (shards, stage, sharded)
+
+
+def test_ranks_of_context_parallelism_count_as_replicas() -> None:
+    found, plain = run(cp="2", pp="1"), run(pp="1")
+    assert (found.strategy.tp, found.strategy.dp, found.how.context) == (2, 8, 2)
+    assert found.batch_size == 2 * 64  # half a sample each
+
+    def flops(each: PublishedRun) -> float:
+        return each.profile.flops * each.strategy.microbatches * each.strategy.replicas
+
+    assert flops(found) == pytest.approx(flops(plain), rel=0.001)
+
+
+def test_interleaved_schedules() -> None:
+    strategy = run(vpp="4").strategy
+    assert (strategy.schedule, strategy.stages_per_worker) == ("interleaved", 4)
+    assert run(schedule="gpipe").strategy.schedule == "gpipe"
+
+
+@pytest.mark.parametrize(
+    ("cells", "name"),
+    [
+        ({}, "accelerate"),
+        ({"precision": "fp16"}, "megatron-2021"),
+        ({"precision": "fp16", "source": "Korthikanti et al."}, "megatron-2022"),
+        ({"source": "BigScience BLOOM"}, "megatron-deepspeed"),
+        ({"source": "NVIDIA NeMo", "gpu": "H100-80GB"}, "megatron"),
+        ({"source": "NVIDIA NeMo"}, "nemo-ampere"),
+        ({"source": "huggingface/nanotron"}, "nanotron"),
+        ({"source": "mosaicml/llm-foundry"}, "llm-foundry"),
+        ({"compile": "yes"}, "torchtitan"),
+    ],
+)
+def test_software(cells: dict[str, str], name: str) -> None:
+    assert run(**cells).how.runtime.name == name
+
+
+@pytest.mark.parametrize(
+    ("cells", "bytes_each"),
+    [
+        ({}, (4, 4, 2)),
+        ({"precision": "pure bf16"}, (2, 4, 2)),
+        ({"precision": "fp16"}, (2, 2, 2)),
+        ({"precision": "fp32"}, (4, 4, 4)),
+    ],
+)
+def test_bytes_of_gradients(cells: dict[str, str], bytes_each: tuple[int, int, int]) -> None:
+    runtime = run(**cells).how.runtime
+    assert (runtime.gradient_bytes, runtime.accumulation_bytes, runtime.gathered_bytes) == bytes_each
+
+
+def test_notes_tell_of_the_software() -> None:
+    assert run(notes="CUDA graphs").how.runtime.graphs
+    after_passes = run(source="nanotron", zero_fsdp="ZeRO-1").how.runtime
+    assert not after_passes.overlap_gradients
+    assert run(source="nanotron").how.runtime.overlap_gradients
+    assert run(precision="fp16", notes="gradient reduction (overlapped)").how.runtime.overlap_gradients
+    assert not run(precision="fp16", notes="gradient reduction (not overlapped)").how.runtime.overlap_gradients
 
 
 @pytest.mark.parametrize(
@@ -251,6 +326,7 @@ def test_links_between_devices() -> None:
         ({"schedule": "DualPipe"}, "schedule is 'DualPipe'; write 1f1b"),
         ({"heads": "30"}, "heads is 30, which does not divide hidden 4096"),
         ({"target_step_time_s": "fast"}, "target_step_time_s is 'fast', not a number"),
+        ({"layers": "1e9"}, "layers is 1000000000, which no run has: write at most 10000"),
         ({"layers": "12.5"}, "layers is 12.5, not a whole number"),
         ({"ffn": "", "vocab": ""}, "no ffn, vocab"),
     ],
@@ -260,10 +336,10 @@ def test_what_is_not_understood(cells: dict[str, str], expected: str) -> None:
 
 
 def test_two_of_three_say_the_batch() -> None:
-    plain = run().setup
-    assert run(global_batch="", grad_accum="8").setup == plain
-    assert run(micro_batch="", grad_accum="8").setup == plain
-    assert run(n_gpus="", dp="4").setup == plain
+    plain = said(run())
+    assert said(run(global_batch="", grad_accum="8")) == plain
+    assert said(run(micro_batch="", grad_accum="8")) == plain
+    assert said(run(n_gpus="", dp="4")) == plain
     assert "no multiple of grad_accum x dp = 5 x 4" in reason(micro_batch="", grad_accum="5")
 
 

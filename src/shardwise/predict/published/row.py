@@ -18,6 +18,9 @@ from shardwise.predict.runtime.profile import transformer_profile
 from shardwise.predict.runtime.sizes import Computation, Sizes
 from shardwise.strategy import Strategy
 
+DEEPEST = 10_000
+"""Most layers of a model that is predicted."""
+
 
 @dataclass(frozen=True)
 class PublishedRun:
@@ -221,7 +224,9 @@ def _batch(row: Row, dp: int) -> tuple[int, int]:
 
 
 def _check(sizes: Sizes, strategy: Strategy) -> None:
-    """Raise MissingColumn if the model's sizes contradict each other, or it has too few layers for its stages."""
+    """Raise MissingColumn if the model's sizes contradict each other, or its layers are too many or too few."""
+    if sizes.layers > DEEPEST:  # each of them is a segment of the profile
+        raise MissingColumn(f"layers is {sizes.layers}, which no run has: write at most {DEEPEST}")
     stages = strategy.pp * strategy.stages_per_worker
     if stages > sizes.layers + 2:  # embedding and output may be stages of their own
         raise MissingColumn(f"{sizes.layers} layers are too few for the {stages} stages of pp x vpp")
