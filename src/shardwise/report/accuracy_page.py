@@ -87,11 +87,12 @@ def _page(document: Mapping[str, Any], plots: Sequence[str]) -> str:
 
 def _introduction(document: Mapping[str, Any]) -> str:
     text = (
-        "Written by `shardwise validate RUNS.csv --write PAGE.md`, never by hand. This page compares predictions "
-        f"with {document['rows']:,} training runs of {len(document['groups'])} groups that others measured. A row "
-        "becomes the sizes of a model, a strategy, and a value that says what the row's software does "
-        "(`predict/runtime/`); the rest is the predictor of `simulate`, `plan` and `train`. What Shardwise itself would "
-        "take for such runs is on a [page of its own](standing.md). Errors are absolute and relative to the measurement. Over all rows, the mean is "
+        "Written by `shardwise validate RUNS.csv --write PAGE.md`, never by hand. This page compares predictions with "
+        f"{document['rows']:,} training runs of {len(document['groups'])} groups that others measured. A row becomes "
+        "the sizes of a model, a strategy, and a value that says what the row's software does (`predict/runtime`). The "
+        "rest is the predictor of `simulate`, `plan` and `train`. What Shardwise itself would take for such runs is on "
+        "a [page of its own](standing.md). Errors are absolute and relative to the measurement. Over all rows, the "
+        "mean is "
         f"{_share(document['mean_error'])}, the median {_share(document['median_error'])} and the 90th percentile "
         f"{_share(document['p90_error'])}. The mean of the groups' mean errors is {_share(document['mean_of_groups'])}."
     )

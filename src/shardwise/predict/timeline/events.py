@@ -32,6 +32,7 @@ class Operation:
         kind: category by which times are summed, such as `forward`.
         seconds: duration without contention.
         launch: host time to launch it; the operation cannot end before its launch does.
+        alone: least time from the start of its launch to its end, if only the launches of its kernels delay it.
         hosted: part of `seconds` that is host time, if the device is its own host.
         crowds: whether it slows down what the worker computes at the same time.
         notes: details for display, by name.
@@ -47,6 +48,7 @@ class Operation:
     kind: str
     seconds: float
     launch: float = 0.0
+    alone: float = 0.0
     hosted: float = 0.0
     crowds: bool = False
     notes: dict[str, object] = field(default_factory=dict)
@@ -71,8 +73,8 @@ class Operation:
 
     @property
     def floor(self) -> float:
-        """Return the time at which its launch ends; the operation cannot end before."""
-        return self._issued + self.launch
+        """Return the earliest time at which it can end because of its launch."""
+        return self._issued + max(self.launch, self.alone)
 
 
 @dataclass(slots=True, eq=False)

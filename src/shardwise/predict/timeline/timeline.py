@@ -269,6 +269,7 @@ class _StepSimulation:
         kernels = spent.kernels * share * host.factor
         launching = spent.launching * share * host.factor
         exchanges = spent.exchanges * share
+        alone = spent.total * share * host.factor
         name = f"{action}{' ' if part else ''}{part}"
         operation = Operation(
             host.number,
@@ -277,6 +278,7 @@ class _StepSimulation:
             NAMES[action.kind],
             kernels + (launching if self.inline else 0.0),
             launch=0.0 if self.inline or exchanges else launching,
+            alone=0.0 if self.inline or exchanges else alone,
             hosted=launching if self.inline else 0.0,
             notes={"stage": action.stage, "microbatch": action.microbatch},
         )
@@ -290,6 +292,7 @@ class _StepSimulation:
             "exchanges",
             exchanges,
             launch=0.0 if self.inline else launching,
+            alone=0.0 if self.inline else alone,
             notes={"stage": action.stage, "microbatch": action.microbatch},
         )
         self.simulation.issue(exchange, [operation])
