@@ -15,6 +15,7 @@ from shardwise.predict.published.model_sizes import sizes_of
 from shardwise.predict.published.row_cluster import cluster_of
 from shardwise.predict.published.software_stack import runtime_of
 from shardwise.predict.runtime.profile import transformer_profile
+from shardwise.predict.runtime.runtime import Runtime
 from shardwise.predict.runtime.sizes import Computation, Sizes
 from shardwise.strategy import Strategy
 
@@ -146,7 +147,7 @@ def _computation(row: Row, at: _Degrees) -> Computation:
     return Computation(
         tensor=at.tensor,
         context=at.context,
-        sequence_parallel=_sequence_parallel(row, at.tensor, dtype, runtime.elementwise),
+        sequence_parallel=_sequence_parallel(row, at.tensor, dtype, runtime),
         micro_batch=at.micro_batch,
         recompute=cells.recompute(text(row, "recompute")),
         dtype=dtype,
@@ -234,8 +235,8 @@ def _check(sizes: Sizes, strategy: Strategy) -> None:
         raise MissingColumn(f"{sizes.heads} heads do not share {sizes.kv_heads} kv_heads evenly")
 
 
-def _sequence_parallel(row: Row, tp: int, dtype: str, elementwise: str) -> bool:
+def _sequence_parallel(row: Row, tp: int, dtype: str, runtime: Runtime) -> bool:
     words = " ".join(text(row, name) for name in ("zero_fsdp", "recompute", "notes", "source")).lower()
     if tp == 1 or dtype in ("tf32", "float32") or "no sequence parallel" in words:
         return False
-    return "sequence parallel" in words or elementwise in ("te", "compiled", "eager")
+    return "sequence parallel" in words or runtime.sequence_parallel

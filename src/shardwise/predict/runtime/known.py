@@ -55,6 +55,7 @@ MEGATRON_CORE = Runtime(
     loss="fused",
     fused_accumulation=True,
     padded=True,
+    sequence_parallel=True,
     overlap_tensor=True,
     async_tensor=True,
     overlap_parameters=True,
@@ -64,7 +65,8 @@ MEGATRON_CORE = Runtime(
 NEMO_AMPERE = replace(
     MEGATRON_CORE,
     name="nemo-ampere",
-    source="NeMo's launcher on A100: Megatron Core without the kernels that need Hopper",
+    source="NeMo's launcher on A100 (NVIDIA/NeMo-Framework-Launcher 00af8f2, launcher_scripts/conf/training/gpt3): "
+    "Megatron Core without the kernels that need Hopper",
     attention="unfused",
     elementwise="megatron",
     loss="megatron",
@@ -78,6 +80,7 @@ FSDP = Runtime(
     fused_norms=False,
     stops_early=True,
     autocasts=True,
+    sequence_parallel=True,
     bucketed=False,
     overlap_pipeline=False,
     keeps_outputs=False,

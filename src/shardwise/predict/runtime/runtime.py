@@ -29,6 +29,7 @@ class Runtime:
         stops_early: whether recomputing a block ends with the last tensor that its backward pass needs, before the last
             product (torch.utils.checkpoint without reentry; Megatron-LM's own checkpoint repeats everything).
         padded: whether the vocabulary is padded to a multiple of 128 for each tensor-parallel rank.
+        sequence_parallel: whether tensor parallelism always comes with sequence parallelism.
         overlap_tensor: whether products are cut so that the collectives of tensor parallelism hide behind their parts.
         async_tensor: whether the backward pass reduces gradients of inputs while it computes those of weights.
         overlap_gradients: whether gradients are reduced during the backward pass.
@@ -69,6 +70,7 @@ class Runtime:
     norm_inputs: bool = True
     stops_early: bool = False
     padded: bool = False
+    sequence_parallel: bool = False
     overlap_tensor: bool = False
     async_tensor: bool = False
     overlap_gradients: bool = True
