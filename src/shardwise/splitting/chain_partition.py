@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 Integers = NDArray[np.int64]
+
+HALVINGS = 10
+"""Steps of the bisection that looks for a cheap cut before the dynamic programming."""
 
 
 def balanced(
@@ -41,12 +45,12 @@ def balanced(
         [3]
     """
     count = len(costs)
-    if parts == 1:
-        return []
+    if parts in (1, count):
+        return list(range(1, parts))
     until = np.array(list(accumulate(costs, initial=0.0)))
     entry = np.array([0.0, *sends, 0.0])
     speeds, slower = speeds or [1.0] * parts, [1.0, *(slower or [1.0] * (parts - 1))]
-    most = _even(until, entry, parts, slower) * max(speeds) / min(speeds)
+    most = _filled(until, entry, slower, _even(until, entry, parts, slower)) * max(speeds) / min(speeds)
     starts, own = _parts_up_to(until, most)
     worst, sent = until / speeds[0], np.zeros(count + 1)
     choices: list[tuple[int, list[int]]] = []
@@ -70,11 +74,11 @@ def balanced(
 
 
 def _ends(until: Floats, part: int, parts: int, most: float) -> slice:
-    """Return the range of possible ends of part `part`, if no part may cost more than `most`."""
+    """Return the range of possible ends of part `part`, if no part may cost more than `most` or be empty."""
     slack = most * (1 + 1e-9)
     low = np.searchsorted(until, until[-1] - (parts - part - 1) * slack)
     high = np.searchsorted(until, (part + 1) * slack, side="right")
-    return slice(int(low), min(int(high), len(until)))
+    return slice(max(int(low), part + 1), min(int(high), len(until) - (parts - part - 1)))
 
 
 def _even(until: Floats, entry: Floats, parts: int, slower: Sequence[float]) -> float:
@@ -89,6 +93,35 @@ def _even(until: Floats, entry: Floats, parts: int, slower: Sequence[float]) -> 
     fitting = np.maximum.accumulate(fitting - np.arange(parts - 1)) + np.arange(parts - 1)
     bounds = np.concatenate(([0], fitting, [count]))
     return float((np.diff(until[bounds]) + entry[bounds[:-1]] * np.array(slower)).max())
+
+
+def _filled(until: Floats, entry: Floats, slower: Sequence[float], most: float) -> float:
+    """Return a cost below `most`, that of a known cut, if one is found by which parts can be filled one by one.
+
+    Parts begin where that costs least, if there are enough such segments. The less the most expensive part may cost,
+    the fewer cuts the dynamic programming has to look at.
+    """
+    cheap = np.flatnonzero(entry[1:-1] <= entry[1:-1].min()) + 1
+    if len(cheap) + 1 >= len(slower):
+        points = np.concatenate(([0], cheap, [len(until) - 1]))
+        until, entry = until[points], entry[points]
+    ends, begins = until.tolist(), entry.tolist()
+    low, high = ends[-1] / len(slower), most
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _fits(ends, begins, slower, middle) else (middle, high)
+    return high
+
+
+def _fits(until: Sequence[float], entry: Sequence[float], slower: Sequence[float], most: float) -> bool:
+    """Return whether parts that are filled one by one, each up to the cost `most`, hold the whole chain."""
+    start, last = 0, len(until) - len(slower)
+    for part, factor in enumerate(slower):
+        # each later part keeps at least one segment
+        start, before = bisect_right(until, until[start] + most - entry[start] * factor, hi=last + part + 1) - 1, start
+        if start <= before:
+            return False
+    return start == len(until) - 1
 
 
 def _parts_up_to(until: Floats, most: float) -> tuple[Integers, Floats]:
