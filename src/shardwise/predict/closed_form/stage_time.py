@@ -109,6 +109,8 @@ class StageCosts:
         self.blocking = times.device.kind == "cpu"
         self.overlap = overlap_of(times.device)
         self._passed: dict[object, Passed] = {}
+        self._alikes: dict[int, int] = {}
+        self._numbers: dict[object, int] = {}
         self._grouped: dict[tuple[Gathered | None, bool, bool], tuple[float, float, float]] = {}
         self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
 
@@ -177,11 +179,19 @@ class StageCosts:
             final: whether the stage's gradients are complete after the pass.
             first: whether it is the first pass to compute gradients; later ones add to them.
         """
-        group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
-        key = stage_key(self.profile, stage), kind, sync, final, first, self._like(group)
+        key = self._alike(stage), kind, sync, final, first
         if key not in self._passed:
             self._passed[key] = self._pass(stage, kind, sync, final, first)
         return self._passed[key]
+
+    def _alike(self, stage: Stage) -> int:
+        """Return a number that stages share if they are equal and their replicas communicate equally fast."""
+        if stage.number not in self._alikes:
+            group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
+            sends = stage.number if self.stops_host else 0
+            traits = stage_key(self.profile, stage), self._like(group), sends
+            self._alikes[stage.number] = self._numbers.setdefault(traits, len(self._numbers))
+        return self._alikes[stage.number]
 
     def _like(self, group: Group) -> Group:
         """Return the group moved to rank 0 if its collectives take equally long there, else the group as it is."""

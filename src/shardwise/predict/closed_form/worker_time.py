@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shardwise.predict.closed_form.overlap import Passed
 from shardwise.predict.closed_form.pipeline import StageTime, TimedPass
@@ -70,17 +70,21 @@ def work_of(costs: StageCosts, worker: Worker) -> WorkerTime:
         (turn, costs.passed(stages[turn.action.stage], turn.action.kind, turn.sync, turn.final, turn.first))
         for turn in turns(costs.strategy, worker.pipeline_rank)
     ]
-    spent = PassSeconds()
-    for turn, passed in passes:
-        spent += passed.compute.times(turn.count)
-    spent = replace(spent, lag=_lag(passes, costs.strategy.microbatches))
+    spent = PassSeconds(
+        sum(turn.count * passed.compute.kernels for turn, passed in passes),
+        sum(turn.count * passed.compute.exchanges for turn, passed in passes),
+        sum(turn.count * passed.compute.launching for turn, passed in passes),
+        any(passed.compute.inline for _, passed in passes),
+        _lag(passes, costs.strategy.microbatches),
+    )
     exposed = _exposed(costs, passes)
     turned = [turn for turn, _ in passes]
     seconds = [
         _of_device(costs, passed.compute) + waited + passed.slowed
         for (_, passed), waited in zip(passes, exposed, strict=True)
     ]
-    times = _times(costs, stages, _usual(turned, seconds))
+    usual = _usual(turned, seconds)
+    times = _times(costs, stages, usual)
     return WorkerTime(
         times,
         spent,
@@ -90,7 +94,7 @@ def work_of(costs: StageCosts, worker: Worker) -> WorkerTime:
         sum(turn.count * waited for turn, waited in zip(turned, exposed, strict=True)),
         sum(turn.count * passed.slowed for turn, passed in passes),
         costs.strategy.microbatches * sum(time.arrives + time.returns for time in times.values()),
-        *_ends(costs, turned, seconds),
+        *_ends(costs, turned, seconds, usual),
     )
 
 
@@ -178,14 +182,13 @@ def table_of(costs: StageCosts, worker: Worker) -> list[TimedPass]:
 
 
 def _ends(
-    costs: StageCosts, turned: list[EqualPasses], seconds: list[float]
+    costs: StageCosts, turned: list[EqualPasses], seconds: list[float], usual: Mapping[tuple[int, str], float]
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Return `heads` and `tails` of `WorkerTime`; both are empty without a pipeline, where no stage waits for them."""
     heads: dict[int, float] = {}
     tails: dict[int, float] = {}
     if costs.strategy.pp == 1:
         return heads, tails
-    usual = _usual(turned, seconds)
     for turn, each in zip(turned, seconds, strict=True):
         stage = turn.action.stage
         like = usual[stage, turn.action.kind]
