@@ -13,7 +13,6 @@ from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import timed
 from shardwise.predict.closed_form.step_time import costs_of
-from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.workers.cuts import cuts_of, stage_blocks
@@ -83,11 +82,11 @@ def _saved(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[int]:
 
     The list has one entry for each block of the stage with most blocks; recomputing all blocks is left out.
     """
-    times = timed(profile, cluster, strategy)
+    costs = timed(profile, cluster, strategy).forward.each
     module = strategy.runs_module
     slower = slower_links(profile, strategy, cluster)
-    key = ("partly", Same(times), module, strategy.pp, strategy.stages_per_worker, slower)
-    return profile.memo.once(key, lambda: _saved_of(profile, strategy, times.forward.each, slower))
+    key = ("partly", costs, module, strategy.pp, strategy.stages_per_worker, slower)
+    return profile.memo.once(key, lambda: _saved_of(profile, strategy, costs, slower))
 
 
 def _saved_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], slower: tuple[float, ...]) -> list[int]:

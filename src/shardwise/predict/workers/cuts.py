@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from shardwise.errors import StrategyError
-from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile, module_blocks
 from shardwise.splitting.balance import blocks_from, cuts_blocks, stage_starts
 from shardwise.strategy import Strategy
 
 
 def cuts_of(
-    profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...] = ()
+    profile: Profile, strategy: Strategy, costs: tuple[float, ...], slower: tuple[float, ...] = ()
 ) -> tuple[tuple[int, ...], ...]:
     """Return the segments at which the blocks of each stage begin; `costs` and `slower` as in `parts_of`."""
     if strategy.runs_module:
         return (tuple(_module_cuts(profile, strategy)),)
-    key = "cuts", Same(costs), strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds, slower
+    key = "cuts", costs, strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds, slower
     return profile.memo.once(key, lambda: tuple(map(tuple, _graph_cuts(profile, strategy, costs, slower))))
 
 
 def _graph_cuts(
-    profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...]
+    profile: Profile, strategy: Strategy, costs: tuple[float, ...], slower: tuple[float, ...]
 ) -> list[list[int]]:
     """Cut stages and their blocks as `balance.divided` does; the cached stages do not depend on the blocks."""
     stages, messages = strategy.pp * strategy.stages_per_worker, [segment.message for segment in profile.segments[1:]]
@@ -31,7 +30,7 @@ def _graph_cuts(
         bounds = [*block_starts(profile, stages), len(profile.segments)]
         inside = {bound for block in module_blocks(profile) for bound in block} if cuts_blocks(strategy) else set()
         return [[a, *sorted(bound for bound in inside if a < bound < b)] for a, b in pairwise(bounds)]
-    key = "stages", Same(costs), stages, strategy.speeds, slower
+    key = "stages", costs, stages, strategy.speeds, slower
     starts = profile.memo.once(
         key, lambda: stage_starts(costs, messages, stages, profile.device, strategy.stage_speeds, slower)
     )

@@ -131,14 +131,13 @@ class Parts:
         return {stage.number: stage for worker in self.workers for stage in worker.stages}
 
 
-def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slower: tuple[float, ...] = ()) -> Parts:
+def parts_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], slower: tuple[float, ...] = ()) -> Parts:
     """Divide a profile over the workers of a strategy.
 
     Args:
         profile: the profile for the strategy's tp, sp, microbatch and precision.
         strategy: the strategy, with its number of microbatches settled.
-        costs: seconds of the forward pass of each segment, by which stages are balanced. Pass the same object for the
-            same costs: the result is cached for this very object.
+        costs: seconds of the forward pass of each segment, by which stages are balanced.
         slower: for neighbouring pipeline ranks, how many times slower than assumed their messages are; see
             `balance.divided`.
 
@@ -147,7 +146,7 @@ def parts_of(profile: Profile, strategy: Strategy, costs: Sequence[float], slowe
     """
     if strategy.pp > 1:
         check_stages(strategy, len(profile.segments) - 1)
-    key = ("parts", Same(costs), _traits(strategy), slower)
+    key = ("parts", costs, _traits(strategy), slower)
 
     def divide() -> tuple[tuple[Worker, ...], tuple[tuple[int, ...], ...]]:
         cuts = cuts_of(profile, strategy, costs, slower)
