@@ -26,7 +26,7 @@ from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 from shardwise.workload.workload import Workload
 
-SPEC = "gpt:layers=4,hidden=64,heads=4,vocabulary=256,sequence=32,batch_size=48"
+SPEC = "gpt:layers=4,hidden=512,heads=4,vocabulary=4096,sequence=32,batch_size=8"
 BASES = (
     "dp=4",
     "fsdp=4",
@@ -45,14 +45,14 @@ OTHERS: dict[str, tuple[str | int, ...]] = {
     "tp": (2, 4),
     "sp": (1,),
     "pp": (2, 4),
-    "microbatches": (3, 6),
+    "microbatches": (2, 4),
     "schedule": ("gpipe", "interleaved", "zero-bubble"),
     "stages": (2, 3),
     "recompute": ("full", "selective", "1/2"),
     "bucket": (1, 5),
     "offload": (1,),
     "precision": ("bf16", "float32"),
-    "shares": ("3:1", "1:1:1:3"),
+    "shares": ("3:1", "1:1:3:3"),
     "speeds": ("3:1", "1:1:1:2"),
     "outermost": ("pp",),
 }
