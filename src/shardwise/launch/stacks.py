@@ -24,31 +24,42 @@ _PACKAGE = str(Path(__file__).parents[1])
 class Activity:
     """Activity of a process at one moment.
 
+    It has no frame: a frame keeps its local variables alive, which are tensors of the step that runs.
+
     Attributes:
         waiting: True if it sleeps in a collective, a point-to-point message or another operation of torch or Shardwise.
             Otherwise it computes, or is blocked by something of its own (data, the workload's code, a file).
         operation: name of the operation: `all_reduce`, `sleep_once (work.py:31)`.
-        frame: the innermost frame.
+        stack: the innermost frames in the format of a Python traceback, the innermost last; empty if not asked for.
     """
 
     waiting: bool
     operation: str
-    frame: FrameType
-
-    def stack(self) -> str:
-        """Return the innermost frames in the format of a Python traceback, the innermost last."""
-        return "".join(traceback.format_stack(self.frame, SHOWN_FRAMES))
+    stack: str = ""
 
 
-def look() -> Activity:
-    """Inspect the thread that the training depends on: the main thread, or the thread that it waits for."""
+def look(*, stack: bool = False) -> Activity:
+    """Inspect the thread that the training depends on: the main thread, or the thread that it waits for.
+
+    Args:
+        stack: also format its stack, which reads source files.
+    """
+    thread, frame = _watched()
+    ours, operation = _is_ours(frame.f_code.co_filename), _operation(frame)
+    text = "".join(traceback.format_stack(frame, SHOWN_FRAMES)) if stack else ""
+    del frame  # before a file is read, during which the main thread goes on
+    return Activity(ours and not _runs(thread), operation, text)
+
+
+def _watched() -> tuple[threading.Thread, FrameType]:
+    """Return the thread that the training depends on, and its innermost frame."""
     frames = sys._current_frames()
     main = threading.main_thread()
-    thread, frame = main, frames[main.ident or 0]
-    if Path(frame.f_code.co_filename).name in _IDLE:
-        thread, frame = _working(frames) or (main, frame)
-    waiting = _is_ours(frame.f_code.co_filename) and not _runs(thread)
-    return Activity(waiting, _operation(frame), frame)
+    frame = frames[main.ident or 0]
+    idle = Path(frame.f_code.co_filename).name in _IDLE
+    found = (_working(frames) if idle else None) or (main, frame)
+    frames.clear()  # this function's own frame is among them, a cycle that would keep all of them until a collection
+    return found
 
 
 def _working(frames: dict[int, FrameType]) -> tuple[threading.Thread, FrameType] | None:

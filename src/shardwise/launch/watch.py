@@ -213,8 +213,8 @@ class _Watch:
     # ---- questions and answers ----
 
     def _state(self) -> State:
-        seen = look()
-        return State(self._stalled(), self.seat.beats, seen.waiting, self._busy, seen.operation, seen.stack())
+        seen = look(stack=True)
+        return State(self._stalled(), self.seat.beats, seen.waiting, self._busy, seen.operation, seen.stack)
 
     def _answer(self) -> None:
         """Put this worker's state on the board if the newest question has not been answered yet."""
