@@ -130,6 +130,10 @@ class Device:
             through a stage of a graph; `exchange` for each exchange of tensor parallelism; `again` for each recomputed
             kernel; `selective`, in addition, for each kernel of a block that saves the results of matmuls; `crowded`
             for each step in which workers outnumber cores.
+        spreads: measured spread (interquartile range divided by median) of the steps from which each overhead was
+            determined.
+        crowding: measured samples per second of a training by more workers than cores, as a multiple of those by as
+            many workers as cores. None if it was not measured.
         host_memory_bytes: this device's share of the host's memory. None if it is not known, and for a CPU.
         host_memory_bandwidth: bytes per second between the host's processors and that share of its memory.
         host_bandwidth: bytes per second between the device and the host's memory in one direction, while the other
@@ -156,6 +160,8 @@ class Device:
     strain: float = 1.0
     heap: float = 1.0
     overheads: Mapping[str, float] = field(default_factory=dict)
+    spreads: Mapping[str, float] = field(default_factory=dict)
+    crowding: float | None = None
     host_memory_bytes: int | None = None
     host_memory_bandwidth: float | None = None
     host_bandwidth: float | None = None
@@ -208,6 +214,7 @@ class Cluster:
         levels: links, innermost first; the outermost spans all devices.
         collectives: measured times of collectives; empty if nothing was measured.
         software: versions the cluster was measured with (torch version, backend); empty if nothing was measured.
+        busy: cores of a host that other programs used, on average, while it was measured.
     """
 
     name: str
@@ -215,6 +222,7 @@ class Cluster:
     levels: tuple[Level, ...]
     collectives: tuple[CollectiveCurve, ...] = ()
     software: Mapping[str, str] = field(default_factory=dict)
+    busy: float = 0.0
 
     @property
     def size(self) -> int:
@@ -225,6 +233,14 @@ class Cluster:
     def node_size(self) -> int:
         """Number of devices in the smallest node, so that a group of this many neighbours can share a node."""
         return min(nodes.devices for nodes in self.nodes)
+
+    @property
+    def worthwhile(self) -> int:
+        """Number of devices to plan for: all, but of workers that share a host's cores only as many as pay.
+
+        More workers than cores pay if they were faster than as many as cores by more than their steps scatter.
+        """
+        return sum(nodes.count * min(nodes.devices, _paying(nodes.device) or nodes.devices) for nodes in self.nodes)
 
     @property
     def homogeneous(self) -> bool:
@@ -248,3 +264,11 @@ class Cluster:
                 return nodes.device
             rank -= nodes.size
         raise IndexError(f"rank {rank} of a cluster of {self.size} devices")
+
+
+def _paying(device: Device) -> int:
+    """Return the largest number of workers that pay on a measured CPU; 0 if there is no limit."""
+    if device.kind != "cpu" or not device.curves:
+        return 0
+    pays = device.crowding is not None and device.crowding > 1.0 + device.spreads.get("crowded", 0.0)
+    return 0 if pays else device.cores

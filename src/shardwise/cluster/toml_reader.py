@@ -85,6 +85,8 @@ DEVICE: dict[str, Field] = {
     "heap": Number("bytes of the process for each byte of tensors", least=1, default=1.0),
     "process": NestedTable("a table of program = bytes", default={}),
     "overheads": NestedTable("a table of what = seconds", default={}),
+    "spreads": NestedTable("a table of what = share of the median", default={}),
+    "crowding": Number("times the samples per second of as many workers as cores", default=None),
     "threads": Number("threads of each worker; 0: the cores shared out evenly", least=0, whole=True, default=0),
     "flops": NestedTable("a table of dtype = dense operations per second"),
     "shared": NestedTable("a table of workers = times slower", default={}),
@@ -133,6 +135,7 @@ CLUSTER: dict[str, Field] = {
     "levels": NestedTable("an array of tables", kind=list, default=[]),
     "collectives": NestedTable("an array of tables", kind=list, default=[]),
     "software": NestedTable("a table of texts", default={}),
+    "busy": Number("cores of a host that others used meanwhile", least=0, default=0.0),
 }
 
 PROCESS = Number("bytes of a worker's process beside its tensors", least=0, whole=True)
@@ -172,7 +175,14 @@ def parse_cluster(content: dict[str, Any], file: str) -> Cluster:
     software = {
         name: read_field(values["software"], name, Text("a version"), where / "software") for name in values["software"]
     }
-    cluster = Cluster(name=values["name"], nodes=nodes, levels=levels, collectives=collectives, software=software)
+    cluster = Cluster(
+        name=values["name"],
+        nodes=nodes,
+        levels=levels,
+        collectives=collectives,
+        software=software,
+        busy=values["busy"],
+    )
     _check(cluster, where)
     return cluster
 
@@ -200,6 +210,7 @@ def parse_device(table: Any, where: Where) -> Device:
     flops = read_mapping(values.pop("flops"), RATE, where / "flops", DTYPES, "dtypes")
     process = read_mapping(values.pop("process"), PROCESS, where / "process", PROGRAMS, "programs")
     overheads = read_mapping(values.pop("overheads"), OVERHEAD, where / "overheads", OVERHEADS, "overheads")
+    spreads = read_mapping(values.pop("spreads"), SPREAD, where / "spreads", OVERHEADS, "overheads")
     if not flops:
         raise (where / "flops").error("is empty: one dtype at least must have a rate (dense operations per second)")
     return Device(
@@ -207,6 +218,7 @@ def parse_device(table: Any, where: Where) -> Device:
         flops=flops,
         process=process,
         overheads=overheads,
+        spreads=spreads,
         curves=curves,
     )
 

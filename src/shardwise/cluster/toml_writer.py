@@ -13,10 +13,10 @@ from typing import Any
 
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Sample
 from shardwise.cluster.toml_fields import Field, Number
-from shardwise.cluster.toml_reader import DEVICE, LEVEL, NODES
+from shardwise.cluster.toml_reader import CLUSTER, DEVICE, LEVEL, NODES
 from shardwise.errors import ClusterError
 
-INLINE = ("flops", "shared", "origins", "process", "overheads")
+INLINE = ("flops", "shared", "origins", "process", "overheads", "spreads")
 """Fields that are small tables, written as inline tables on one line each."""
 
 
@@ -73,6 +73,8 @@ def _cluster_lines(cluster: Cluster) -> Iterator[str]:
     yield f"name = {_value(cluster.name)}"
     if cluster.software:
         yield f"software = {_inline(cluster.software)}"
+    if cluster.busy:
+        yield from _number_lines({"busy": cluster.busy}, CLUSTER)
     names = _names(cluster)
     for device, name in names.items():
         yield from _device_lines(device, name)
@@ -134,7 +136,7 @@ def _field_lines(thing: Device | Level, described: Mapping[str, Field]) -> Itera
         yield f"{name} = {text}" + (f"  # {field.unit}" if isinstance(field, Number) else "")
 
 
-def _number_lines(values: Mapping[str, int], described: Mapping[str, Field]) -> Iterator[str]:
+def _number_lines(values: Mapping[str, float], described: Mapping[str, Field]) -> Iterator[str]:
     for name, value in values.items():
         field = described[name]
         yield f"{name} = {value}" + (f"  # {field.unit}" if isinstance(field, Number) else "")

@@ -87,7 +87,7 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
 
     Args:
         workload: workload to train.
-        workers: number of workers; None: as many as are fastest, up to the number that the machine was measured with.
+        workers: number of workers; None: as many as are fastest, up to the number that was measured to pay here.
         quiet: do not print that the machine is being measured.
 
     Raises:
@@ -104,7 +104,7 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
             f"shardwise calibrate --workers {workers}"
         )
     profiles = ScaledProfiles(profiles_on(workload, cluster))
-    numbers = counts(1, cluster.size) if workers is None else [workers]
+    numbers = counts(1, cluster.worthwhile) if workers is None else [workers]
     found = [search(workload, cluster, number, Constraints(), profiles) for number in numbers]
     fitting = [each for each in found if each.plan.best is not None]
     if not fitting:

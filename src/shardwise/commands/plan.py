@@ -89,13 +89,13 @@ def _cluster(text: str | None) -> Cluster:
 
 
 def _numbers(workers: int | str | None, cluster: Cluster) -> list[int]:
-    """Return the numbers of devices to plan for: one number, several of a range `A..B`, or all devices for None.
+    """Return the numbers of devices to plan for: one number, several of a range `A..B`, or all that pay for None.
 
     Raises:
         RequestError: `workers` is no number or range, or exceeds the cluster.
     """
     if workers is None:
-        return [cluster.size]
+        return [cluster.worthwhile]
     first, dots, last = str(workers).partition("..")
     try:
         low, high = parse_whole(first), parse_whole(last if dots else first)

@@ -38,9 +38,15 @@ def calibration_summary(document: Mapping[str, Any]) -> str:
             (f"host ({what})", f"{format_seconds(seconds)} each, beside kernels and messages")
             for what, seconds in document["overhead_seconds"].items()
         ),
+        *(
+            [("crowding", f"{document['crowding']:.2f} times the samples/s if workers outnumber cores")]
+            if document.get("crowding")
+            else []
+        ),
         ("allocator", f"{document['heap']:.2f} bytes for each byte of activations"),
         ("measured", f"{document['samples']} points in {format_seconds(document['seconds'])}"),
         ("spread", f"{format_share(document['median_spread'])} between calls of one point (interquartile, median)"),
+        ("others", f"{document.get('busy_cores', 0.0):.2f} cores used by other programs meanwhile"),
     ]
     width = max(len(name) for name, _ in lines)
     title = f"{document['name']}: wrote {document['cluster']}"

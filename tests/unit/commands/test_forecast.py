@@ -130,6 +130,25 @@ def test_measured_once(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert cached_file().is_relative_to(home)
 
 
+def test_a_disturbed_measurement_is_made_again_on_an_idle_machine(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    busy = replace(BOX, busy=1.5)
+    found = [busy, BOX]
+    used = [1.8, 0.0]
+    monkeypatch.setattr("shardwise.run.calibration.calibrate.calibrate", lambda **options: found.pop(0))
+    monkeypatch.setattr("shardwise.run.calibration.local_cluster.await_quiet", lambda seconds: used.pop(0))
+    assert cluster_at_hand(quiet=True) == busy
+    assert capsys.readouterr().err == ""
+    assert cluster_at_hand(quiet=True) == busy  # others still compute
+    assert "is uncertain (other programs used 1.5 of" in capsys.readouterr().err
+    assert cluster_at_hand() == BOX
+    assert "measuring this machine again" in capsys.readouterr().err
+    assert cluster_at_hand() == BOX
+    assert not found
+    assert not used
+
+
 def test_under_another_launcher(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

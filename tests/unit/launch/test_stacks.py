@@ -32,4 +32,3 @@ def test_a_stack_is_text_once_it_is_asked_for() -> None:
     seen, large = during(lambda: look(stack=True))
     assert large() is None
     assert "in during" in seen.stack
-

@@ -1,4 +1,4 @@
-"""Small training steps that are bound by the host, to measure the overhead of eager PyTorch beside its kernels."""
+"""Small training step that is bound by the host, to measure the overhead of eager PyTorch beside its kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import nn
 FEATURES = 8
 ROWS = 4
 BLOCKS = 12
+
+WARM = 10
+"""Steps that are not timed: in the first ones, libraries load kernels, and allocators ask the system for memory."""
 
 
 def small_step(device: torch.device) -> Callable[[], None]:
@@ -37,26 +40,13 @@ class _Block(nn.Module):
         return x + y.view(ROWS, 2, -1).transpose(0, 1).reshape(2, ROWS, -1).transpose(0, 1).reshape(x.shape)
 
 
-def small_update(device: torch.device) -> Callable[[], None]:
-    """Build an AdamW step on parameters of few elements."""
-    parameters = [nn.Parameter(torch.randn(FEATURES, device=device)) for _ in range(4 * BLOCKS)]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    optimizer = torch.optim.AdamW(parameters)
-
-    def step() -> None:
-        optimizer.step()
-
-    return step
-
-
 def timed_steps(step: Callable[[], None], seconds: float, device: torch.device) -> list[float]:
-    """Return the seconds of each of several steps, after three warm-up steps.
+    """Return the seconds of each of several steps, after WARM warm-up steps.
 
     On a CPU these are seconds of the calling thread, else of the wall clock.
     """
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
-    for _ in range(3):
+    for _ in range(WARM):
         step()
     found: list[float] = []
     begin = time.perf_counter()

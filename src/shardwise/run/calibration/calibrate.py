@@ -8,55 +8,42 @@ overlap      slowdown of kernels while their worker communicates
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Origin
-from shardwise.cluster.curves import ANY, curve_name
+from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.curves import curve_name
 from shardwise.cluster.measure import machine
 from shardwise.cluster.measure.arena import Arena
 from shardwise.cluster.measure.collectives import OPERATIONS, collective_curves, layouts, sizes_on
 from shardwise.cluster.measure.contention import shared
 from shardwise.cluster.measure.host_link import host_of
-from shardwise.cluster.measure.host_overhead import small_step, small_update, timed_steps
+from shardwise.cluster.measure.interference import await_quiet
 from shardwise.cluster.measure.kernel_cases import KernelCase, all_cases
 from shardwise.cluster.measure.kernel_sizes import CPU, GPU
 from shardwise.cluster.measure.kernels import MeasuredKernel, Situation, kernel_curves
 from shardwise.cluster.measure.overlap import overlap
+from shardwise.cluster.measure.patience import Patience
 from shardwise.cluster.measure.team import Team
 from shardwise.errors import RequestError
 from shardwise.launch.context import rank_context
 from shardwise.launch.join import join_launcher
 from shardwise.launch.local import enough_gpus, run_local
 from shardwise.parallel.mesh import default_device
-from shardwise.predict.hardware.times import KernelTimes
-from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.segment_recorder import SegmentRecorder
-from shardwise.run.calibration.footprint import Footprint, crowded_step, footprint
-
-MEASURED = (
-    "flops",
-    "memory_bandwidth",
-    "launch_seconds",
-    "curves",
-    "shared",
-    "overlap",
-    "process",
-    "strain",
-    "heap",
-    "overheads",
-)
-"""Fields of `Device` that a calibration measures."""
+from shardwise.run.calibration.assembly import derived, device_of
+from shardwise.run.calibration.footprint import crowded_step, footprint
+from shardwise.run.calibration.launching import launch_seconds
+from shardwise.run.calibration.trials import Footprint
+from shardwise.run.calibration.trust import faster_together, trusted
 
 LARGEST = 4
 """Default number of workers of a calibration on a CPU: the number that the recipes are trained with."""
@@ -70,6 +57,7 @@ class Effort:
         case: seconds for each case of a device.
         message: seconds for each size of a collective.
         other: seconds for each measurement that is not a curve.
+        patience: longest seconds to wait for an idle machine, and for repeats of what other programs disturb.
         dtypes: dtypes to measure.
         cases: function that returns the cases of a dtype; None: all cases in the sizes of the device.
     """
@@ -77,6 +65,7 @@ class Effort:
     case: float = 0.01
     message: float = 0.02
     other: float = 0.5
+    patience: float = 60.0
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     cases: Callable[[torch.dtype], Sequence[KernelCase]] | None = None
 
@@ -88,7 +77,7 @@ class Effort:
 
 
 THOROUGH = Effort()
-QUICK = Effort(case=0.003, message=0.008, other=0.2, dtypes=(torch.float32,))
+QUICK = Effort(case=0.003, message=0.008, other=0.2, patience=30.0, dtypes=(torch.float32,))
 
 
 def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: bool = False) -> Cluster | None:
@@ -104,23 +93,27 @@ def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: b
 
     Raises:
         RequestError: the number of workers is below 1, or the outer launcher started another number.
+        NotMeasured: other programs disturbed the measurement so much that its numbers are impossible.
         WorkerFailed: a worker died.
     """
     context = rank_context()
     if context is not None:
         join_launcher(workers or context.workers)
-        return work(effort, quiet, footprint())
+        await_quiet(effort.patience, quiet=quiet or context.rank != 0)
+        found = work(effort, quiet, footprint(effort.patience))
+        return None if found is None else trusted(found)
     count = torch.cuda.device_count() or LARGEST if workers is None else workers
     if count < 1:
         raise RequestError(f"workers={count}: must be 1 or more")
     gpus = enough_gpus(count)
+    await_quiet(effort.patience, quiet=quiet)
     few = min(count, max(2, machine.cores()))  # the memory of a process does not depend on the number of workers
-    own: Footprint = run_local(footprint, workers=few, gpus=gpus)
-    crowd = run_local(crowded_step, workers=count, gpus=gpus) if count > few and own.trials else None
+    patience = (effort.patience,)
+    own: Footprint = run_local(footprint, patience, workers=few, gpus=gpus)
+    crowd = run_local(crowded_step, patience, workers=count, gpus=gpus) if count > few and own.trials else None
     if crowd is not None:
-        own = replace(own, trials={**own.trials, "crowded": crowd})
-    found: Cluster = run_local(work, (effort, quiet, own), workers=count, gpus=gpus)
-    return found
+        own = own.with_crowd(*crowd)
+    return trusted(run_local(work, (effort, quiet, own), workers=count, gpus=gpus))
 
 
 def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
@@ -136,6 +129,7 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
     measured = [note(case, arena) for case in effort.on(team.device)]
     layered = list(layouts(team.hosts))
     settings = situations(team)
+    patience = Patience(team, effort.patience)
     total = len(measured) * len(settings) + len(layered) * len(OPERATIONS) * len(sizes_on(team.device))
     tqdm.monitor_interval = 0  # keeps tqdm from starting a thread
     with tqdm(
@@ -146,21 +140,33 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
         mininterval=0.2 if sys.stderr.isatty() else 5.0,
         dynamic_ncols=True,
     ) as bar:
-        curves = [c for each in settings for c in kernel_curves(measured, team, each, effort.case, bar.update)]
-        collectives = [c for each in layered for c in collective_curves(team, each, effort.message, bar.update)]
-    slowed = _slowed(team, effort.other)
-    crowds = shared(team, crowded(team), effort.other) if team.device.type == "cpu" else {}
+        curves = [
+            curve
+            for each in settings
+            for curve in patience.kept(partial(kernel_curves, measured, team, each, effort.case, bar.update))
+        ]
+        collectives = [
+            curve
+            for each in layered
+            for curve in patience.kept(partial(collective_curves, team, each, effort.message, bar.update))
+        ]
+    slowed = patience.kept(partial(_slowed, team, effort.other))
+    crowds: dict[int, float] = {}
+    if team.device.type == "cpu":
+        crowds = patience.kept(partial(shared, team, crowded(team), effort.other), faster_together)
     beside = host_of(team) if team.device.type == "cuda" else {}
-    if team.rank != 0:
+    plain = device_of(team.device, curves, slowed, crowds) if team.rank == 0 else None
+
+    def host() -> float:
+        mine = 0.0 if plain is None else launch_seconds(plain, team.device, effort.other)
+        return team.gathered([mine])[0][0]
+
+    launching = patience.kept(host, lambda seconds: seconds <= 0)
+    if plain is None:
         return None
-    device = _device(team.device, curves, slowed, crowds)
-    device = replace(device, **beside, origins={**device.origins, **dict.fromkeys(beside, "measured")})
-    host = launch_seconds(device, team.device, effort.other)
-    device = replace(device, launch_seconds=host, process=own.process, heap=own.heap(device))
-    cluster = _cluster(team, device, collectives)
-    device = replace(device, strain=own.strain(cluster))
-    cluster = _cluster(team, device, collectives)
-    return _cluster(team, replace(device, overheads=own.overheads(cluster)), collectives)
+    plain = replace(plain, **beside, origins={**plain.origins, **dict.fromkeys(beside, "measured")})
+    found = derived(team, replace(plain, launch_seconds=launching), collectives, own)
+    return replace(found, busy=round(max(own.busy, patience.busy), 3))
 
 
 def _slowed(team: Team, seconds: float) -> float:
@@ -232,6 +238,9 @@ def summary(cluster: Cluster, out: Path, seconds: float) -> dict[str, Any]:
         "strain": device.strain,
         "heap": device.heap,
         "overhead_seconds": dict(device.overheads),
+        "spreads": dict(device.spreads),
+        "crowding": device.crowding,
+        "busy_cores": cluster.busy,
         "levels": [
             {"name": level.name, "span": level.span, "bandwidth": level.bandwidth, "latency_seconds": level.latency}
             for level in cluster.levels
@@ -241,94 +250,3 @@ def summary(cluster: Cluster, out: Path, seconds: float) -> dict[str, Any]:
         "software": dict(cluster.software),
         "seconds": seconds,
     }
-
-
-# ---- from curves to a cluster ---------------------------------------------------------------------------------------
-
-
-def _cluster(team: Team, device: Device, collectives: list[CollectiveCurve]) -> Cluster:
-    local, hosts = min(len(host) for host in team.hosts), len(team.hosts)
-    levels = [_level("within a host", local, [curve for curve in collectives if curve.nodes == 1])]
-    levels.append(_level("between hosts", local * hosts, [curve for curve in collectives if curve.nodes > 1]))
-    backend = {"backend": dist.get_backend()} if dist.is_initialized() else {}
-    return Cluster(
-        name=f"{hosts * local} workers on {device.name}",
-        nodes=(Nodes(device, local, hosts),),
-        levels=tuple(level for level in levels if level is not None),
-        collectives=tuple(collectives),
-        software={**machine.software(), **backend},
-    )
-
-
-def _device(where: torch.device, curves: list[KernelCurve], slowed: float, crowds: Mapping[int, float]) -> Device:
-    """Build the device of the measured curves; its peak rates are the best ones of one worker without others."""
-    alone = max((curve.workers == 1, curve.threads) for curve in curves)[1]
-    own = [curve for curve in curves if (curve.workers, curve.threads) == (1, alone)]
-    properties = torch.cuda.get_device_properties(where) if where.type == "cuda" else None
-    origins: dict[str, Origin] = dict.fromkeys(MEASURED, "measured")
-    return Device(
-        name=machine.processor() if properties is None else properties.name,
-        kind="cpu" if properties is None else "gpu",
-        flops=_rates(own),
-        memory_bytes=machine.memory_bytes() if properties is None else properties.total_memory,
-        memory_bandwidth=max(s.shape[0] / s.seconds for c in own if c.operation == ANY for s in c.samples),
-        cores=machine.cores() if properties is None else properties.multi_processor_count,
-        launch_seconds=0.0,
-        curves=tuple(curves),
-        overlap=slowed,
-        shared=crowds,
-        origins=origins,
-    )
-
-
-def _rates(curves: Sequence[KernelCurve]) -> dict[str, float]:
-    """Return for each dtype the highest rate of a matmul, in floating-point operations per second."""
-    return {
-        curve.dtype: max(2.0 * math.prod(sample.shape) / sample.seconds for sample in curve.samples)
-        for curve in curves
-        if curve.kind == "matmul"
-    }
-
-
-def launch_seconds(device: Device, where: torch.device, seconds: float) -> float:
-    """Return the host seconds per kernel: to launch it on a GPU, and in addition to the kernel itself on a CPU.
-
-    Args:
-        device: the device with its measured curves.
-        where: the torch device to measure on.
-        seconds: time to spend on each measurement.
-    """
-    threads = min(curve.threads for curve in device.curves if curve.workers == 1)
-    times = KernelTimes(replace(device, threads=threads), 1) if device.kind == "cpu" else None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    found = []
-    for step in (small_step(where), small_update(where)):
-        kernels = _kernels(step)
-        took = statistics.median(timed_steps(step, seconds, where))
-        busy = sum(times.seconds(kernel) for kernel in kernels) if times is not None else 0.0
-        found.append(max(0.0, took - busy) / len(kernels))
-    torch.set_num_threads(before)
-    return statistics.mean(found)
-
-
-def _kernels(step: Callable[[], None]) -> tuple[Kernel, ...]:
-    step()
-    recorder = SegmentRecorder()
-    with recorder:
-        step()
-    return recorder.take().kernels
-
-
-def _level(name: str, span: int, curves: Sequence[CollectiveCurve]) -> Level | None:
-    """Build a level of links from the curves of point-to-point messages. Returns None if there are none."""
-    messages = [sample for curve in curves if curve.operation == "send" for sample in curve.samples]
-    if not messages:
-        return None
-    return Level(
-        name=name,
-        span=span,
-        bandwidth=max(sample.shape[0] / sample.seconds for sample in messages),
-        latency=min(sample.seconds for sample in messages),
-        origins={"bandwidth": "measured", "latency": "measured"},
-    )

@@ -14,21 +14,26 @@ import torch
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.measure import machine
+from shardwise.cluster.measure.interference import QUIET_CORES, await_quiet
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import ClusterError, NotMeasured
 from shardwise.launch.context import rank_context, under_launcher
+from shardwise.run.calibration.trust import disturbed
 from shardwise.workload.recipes.datasets.cache import cache_folder, check_writable
 
 SETTING = "SHARDWISE_CLUSTER"
 OFF = "off"
 
-FORMAT = 5
+FORMAT = 6
 """Version of the measurements; cached files of older versions are not used."""
 
 
 def cluster_at_hand(*, quiet: bool = False) -> Cluster:
     """Return the cluster of this machine; measure it now if it is not in the cache.
+
+    A measurement that other programs disturbed is made again once the machine is idle, and used with a warning until
+    then.
 
     Args:
         quiet: do not print that it is being measured.
@@ -44,15 +49,14 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
     if setting:
         return read_cluster(setting)
     check_place()
-    path = cached_file()
-    if path.is_file():
-        try:
-            return read_cluster(path)
-        except ClusterError:
-            path.unlink()  # it is damaged or of another version: measure again
+    known = _kept()
+    if known is not None and not _to_measure_again(known):
+        return known
     if under_launcher():
         raise NotMeasured(f"this machine has not been measured: run shardwise calibrate, or set {SETTING} to a file")
-    if not quiet:
+    if not quiet and known is not None:
+        sys.stderr.write("measuring this machine again: it was busy with other programs the last time\n")
+    elif not quiet:
         sys.stderr.write(f"measuring this machine once, for predictions ({SETTING}={OFF} leaves them out)\n")
     from shardwise.run.calibration.calibrate import (  # takes a second to import, needed once per machine
         QUICK,
@@ -63,6 +67,28 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
     assert cluster is not None
     keep(cluster)
     return cluster
+
+
+def _kept() -> Cluster | None:
+    """Return the cluster in the cache, None if there is none; remove a file that is damaged or of another version."""
+    path = cached_file()
+    if not path.is_file():
+        return None
+    try:
+        return read_cluster(path)
+    except ClusterError:
+        path.unlink()
+        return None
+
+
+def _to_measure_again(known: Cluster) -> bool:
+    """Return whether a measurement was disturbed and can be made again now; if not yet, print how uncertain it is."""
+    if known.busy <= QUIET_CORES:
+        return False
+    if not under_launcher() and await_quiet(0.0) <= QUIET_CORES:
+        return True
+    sys.stderr.write(f"{disturbed(known)}\n")
+    return False
 
 
 def check_place() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from shardwise.run.calibration import footprint as measured
-from shardwise.run.calibration.footprint import FootprintTrial, footprint
+from shardwise.run.calibration.footprint import footprint
+from shardwise.run.calibration.trials import FootprintTrial
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
@@ -17,10 +18,13 @@ from shardwise.workload.workload import Workload
 class OneGPU:
     """A team of one worker on a GPU."""
 
-    size, rank = 1, 0
+    size, rank, hosts = 1, 0, ((0,),)
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", 0)
+
+    def wait(self) -> None:
+        pass
 
     def gathered(self, values: list[float]) -> list[list[float]]:
         return [values]
