@@ -58,7 +58,7 @@ bench: $(STAMP) ## runs the benchmarks; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.hosting
 	$(BIN)/python -m benchmarks.tracing
-	$(BIN)/python -m benchmarks.prediction
+	$(BIN)/python -m benchmarks.this_machine
 	$(BIN)/python -m benchmarks.dryrun
 	$(BIN)/python -m benchmarks.regret
 

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.gpu_step import in_turns
 from benchmarks.harness import RESULTS, environment, median, record
-from benchmarks.prediction import measured_cluster
+from benchmarks.this_machine import measured_cluster
 from benchmarks.transformer import Size, transformer_workload
 from shardwise.cluster.find import find_cluster
 from shardwise.cluster.toml_writer import write_cluster
