@@ -48,6 +48,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_head": 4,
         "n_positions": 128,
         "vocab_size": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     },
     "llama": {
         "model_type": "llama",
@@ -132,7 +134,7 @@ def _options() -> argparse.Namespace:
 
 
 def measured_cluster(file: str | None, effort: Effort = THOROUGH) -> Cluster:
-    """The cluster of a file, or of this machine, which is measured now."""
+    """Return the cluster of a file, or of this machine, which is measured now."""
     if file is not None:
         return read_cluster(file)
     say("measuring this machine")
@@ -142,7 +144,7 @@ def measured_cluster(file: str | None, effort: Effort = THOROUGH) -> Cluster:
 
 
 def source(name: str, folder: Path) -> Source:
-    """The workload of a recipe, or of a model's folder, which is written below `folder`."""
+    """Return the workload of a recipe, or of a model's folder, which is written below `folder`."""
     if name in RECIPES:
         return Source(workload=name)
     (folder / name).mkdir()
@@ -151,7 +153,7 @@ def source(name: str, folder: Path) -> Source:
 
 
 def runs_of(name: str, source: Source, strategies: Sequence[Strategy]) -> Iterator[Run]:
-    """The runs of a workload that can be."""
+    """Yield the runs of a workload that can be."""
     workload = source.load()
     for strategy in strategies:
         try:
@@ -223,7 +225,7 @@ def row(run: Run) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the aims are about: median and worst error, share of rows within their range, error of memory."""
+    """Summarize what the aims are about: median and worst errors, and the share of rows within their range."""
     errors = sorted(abs(each["error"]) for each in rows)
     worst = max(rows, key=lambda each: abs(each["error"]))
     worst_memory = max(rows, key=lambda each: abs(each["memory error"]))

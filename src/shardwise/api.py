@@ -448,8 +448,8 @@ def plan(
     Args:
         workload: as in `train`.
         cluster: as in `simulate`; None: this machine, as `calibrate` measured it.
-        workers: number of devices to use; None: all devices of the cluster. `"1..64"` adds the scaling curve from 1 to
-            64 devices.
+        workers: number of devices to use; None: all devices of the cluster, but of workers that share the cores of a
+            measured CPU no more than were measured to pay. `"1..64"` adds the scaling curve from 1 to 64 devices.
         objective: quantity to minimize: `time`, `memory` or `money`.
         max_memory: memory limit of a device, for example `40GiB`; None: all that it has.
         fix: options that the strategy must have, for example `tp=8`.

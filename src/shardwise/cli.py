@@ -462,7 +462,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--cluster", metavar="NAME[xN]|FILE", help="h100x1024, dgx-a100, ... or a cluster file (default: this machine)"
     )
     plan.add_argument(
-        "--workers", metavar="N|A..B", help="devices to use; a range for the curve of scaling (default: all)"
+        "--workers", metavar="N|A..B", help="devices to use; a range for the curve of scaling (default: all that pay)"
     )
     plan.add_argument(
         "--objective", default="time", metavar="WHAT", help="time, memory or money: what is to be small (default: time)"
