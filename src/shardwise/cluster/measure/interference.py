@@ -38,9 +38,12 @@ def busy_seconds() -> float:
 
 
 def _busy(times: list[int]) -> int:
-    """Return the ticks of a core that it was busy, from its line of /proc/stat: all but idle, I/O wait and guests."""
-    user, nice, system, _, _, *others = times[:8]
-    return user + nice + system + sum(others)
+    """Return the ticks for which a core ran programs or was taken by the hypervisor, from its line of /proc/stat.
+
+    Interrupts do not count: those of this job's own messages belong to no process, and would seem to be of others.
+    """
+    user, nice, system, *_, steal = times[:8]
+    return user + nice + system + steal
 
 
 def cores_of_others(seconds: float = LOOK_SECONDS) -> float:
