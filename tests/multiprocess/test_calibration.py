@@ -25,7 +25,12 @@ from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 
 SHORT = Effort(
-    case=0.0005, message=0.0005, other=0.02, dtypes=(torch.float32,), cases=lambda dtype: few(list(all_cases(dtype)))
+    case=0.0005,
+    message=0.0005,
+    other=0.02,
+    patience=0.0,
+    dtypes=(torch.float32,),
+    cases=lambda dtype: few(list(all_cases(dtype))),
 )
 
 

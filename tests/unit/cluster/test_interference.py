@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from shardwise.cluster.measure import interference
-from shardwise.cluster.measure.interference import await_quiet, busiest, busy_seconds, cores_of_others, described
+from shardwise.cluster.measure import interference, machine
+from shardwise.cluster.measure.interference import (
+    await_quiet,
+    busiest,
+    busy_seconds,
+    cores_of_others,
+    described,
+    is_busy,
+)
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -19,6 +26,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a system with two cores, of which this process may use the first."""
     monkeypatch.setattr(interference, "PROC", tmp_path)
+    monkeypatch.setattr(machine, "cores", lambda: 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
     return tmp_path
 
@@ -57,6 +65,14 @@ def test_a_system_that_counts_nothing(proc: Path) -> None:
 def test_others_are_what_this_process_did_not_compute(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passing(monkeypatch, lambda seconds: write(proc, 0.9 * seconds), own=0.2)
     assert cores_of_others(1.0) == pytest.approx(0.7, abs=0.02)
+
+
+def test_services_of_a_large_host_are_no_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for cores in (2, 64):
+        monkeypatch.setattr(machine, "cores", lambda cores=cores: cores)
+        found.append([is_busy(used) for used in (0.1, 1.0, 5.0)])
+    assert found == [[False, True, True], [False, False, True]]
 
 
 def test_it_waits_until_others_are_done(

@@ -48,6 +48,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, others: Sequence[float], seconds: floa
     monkeypatch.setattr(time, "perf_counter", lambda: machine.now)
     monkeypatch.setattr(time, "process_time", lambda: OWN * machine.now)
     monkeypatch.setattr(module, "busy_seconds", lambda: machine.busy)
+    monkeypatch.setattr(module, "is_busy", lambda used: used > 0.5)
     patience = Patience(TwoHosts(), seconds)  # type: ignore[arg-type]
     return patience.kept(machine.measure, lambda number: number <= wrong), round(patience.busy, 6)
 

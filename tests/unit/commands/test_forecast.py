@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Sample
+from shardwise.cluster.measure import machine
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.commands.compare import comparison
 from shardwise.commands.forecast import forecasts
@@ -137,6 +138,7 @@ def test_a_disturbed_measurement_is_made_again_on_an_idle_machine(
     found = [busy, BOX]
     used = [1.8, 0.0]
     monkeypatch.setattr("shardwise.run.calibration.calibrate.calibrate", lambda **options: found.pop(0))
+    monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.setattr("shardwise.run.calibration.local_cluster.await_quiet", lambda seconds: used.pop(0))
     assert cluster_at_hand(quiet=True) == busy
     assert capsys.readouterr().err == ""

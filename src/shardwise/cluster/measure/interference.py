@@ -18,8 +18,8 @@ from shardwise.cluster.measure import machine
 
 PROC = Path("/proc")
 
-QUIET_CORES = 0.15
-"""Cores that other programs may use while a machine counts as idle: what a desktop and its services take."""
+QUIET_CORES, QUIET_SHARE = 0.15, 0.05
+"""Cores, and share of all cores, that others may use while a machine counts as idle: what its services take."""
 
 LOOK_SECONDS = 1.0
 """Seconds of a look at other programs; the system counts in hundredths of a second."""
@@ -54,6 +54,11 @@ def cores_of_others(seconds: float = LOOK_SECONDS) -> float:
     return max(0.0, used / (time.perf_counter() - begin))
 
 
+def is_busy(used: float) -> bool:
+    """Return whether others disturb measurements if they use this number of cores."""
+    return used > max(QUIET_CORES, QUIET_SHARE * machine.cores())
+
+
 def await_quiet(seconds: float, *, quiet: bool = False) -> float:
     """Wait until other programs leave the cores idle, and return the cores that they used in the last look.
 
@@ -63,9 +68,9 @@ def await_quiet(seconds: float, *, quiet: bool = False) -> float:
     """
     end = time.perf_counter() + seconds
     used = cores_of_others()
-    if used > QUIET_CORES and seconds > 0 and not quiet:
+    if is_busy(used) and seconds > 0 and not quiet:
         sys.stderr.write(f"waiting up to {seconds:.0f} s for an idle machine: {described(used, busiest())}\n")
-    while used > QUIET_CORES and time.perf_counter() < end:
+    while is_busy(used) and time.perf_counter() < end:
         used = cores_of_others()
     return used
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from shardwise.cluster.measure.interference import QUIET_CORES, busy_seconds
+from shardwise.cluster.measure.interference import busy_seconds, is_busy
 from shardwise.cluster.measure.team import Team
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class Patience:
             found.append((wrong(result), used, took, result))
             if found[0] is not found[-1]:
                 self._left -= took
-            if not (found[-1][0] or used > QUIET_CORES) or took > self._left:
+            if not (found[-1][0] or is_busy(used)) or took > self._left:
                 break
         _, used, took, result = min(found, key=lambda each: each[:2])
         self._kept.append((took, used))

@@ -14,7 +14,7 @@ import torch
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.measure import machine
-from shardwise.cluster.measure.interference import QUIET_CORES, await_quiet
+from shardwise.cluster.measure.interference import await_quiet, is_busy
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import ClusterError, NotMeasured
@@ -83,9 +83,9 @@ def _kept() -> Cluster | None:
 
 def _to_measure_again(known: Cluster) -> bool:
     """Return whether a measurement was disturbed and can be made again now; if not yet, print how uncertain it is."""
-    if known.busy <= QUIET_CORES:
+    if not is_busy(known.busy):
         return False
-    if not under_launcher() and await_quiet(0.0) <= QUIET_CORES:
+    if not under_launcher() and not is_busy(await_quiet(0.0)):
         return True
     sys.stderr.write(f"{disturbed(known)}\n")
     return False

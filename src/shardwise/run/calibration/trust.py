@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.cluster.measure.interference import QUIET_CORES, busiest, described
+from shardwise.cluster.measure.interference import busiest, described, is_busy
 from shardwise.errors import NotMeasured
 from shardwise.units import format_share
 
@@ -24,13 +24,13 @@ def trusted(cluster: Cluster) -> Cluster:
         NotMeasured: its numbers are impossible.
     """
     wrong = impossible(cluster)
-    most = busiest() if wrong or cluster.busy > QUIET_CORES else ""
+    most = busiest() if wrong or is_busy(cluster.busy) else ""
     if wrong:
         raise NotMeasured(
             f"the measurement of this machine says that {wrong}, which is impossible ({_busy(cluster, most)}): "
             f"run shardwise calibrate when it is idle"
         )
-    if cluster.busy > QUIET_CORES:
+    if is_busy(cluster.busy):
         sys.stderr.write(f"{disturbed(cluster, most)}\n")
     return cluster
 
@@ -46,9 +46,9 @@ def impossible(cluster: Cluster) -> str:
         return "a kernel needs no host time"
     if faster_together(device.shared):
         return "workers that share cores compute faster than one alone"
-    if cluster.busy > QUIET_CORES and not 1 / MOST_STRAIN < device.strain < MOST_STRAIN:
+    if is_busy(cluster.busy) and not 1 / MOST_STRAIN < device.strain < MOST_STRAIN:
         return f"kernels take {device.strain:.2f} times as long in a training as alone"
-    if cluster.busy > QUIET_CORES and device.overheads.get("step") == 0:
+    if is_busy(cluster.busy) and device.overheads.get("step") == 0:
         return "a step needs no host time"
     return ""
 
