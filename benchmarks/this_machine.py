@@ -30,6 +30,7 @@ from shardwise.cluster.toml_reader import read_cluster
 from shardwise.commands.request import check
 from shardwise.errors import StrategyError
 from shardwise.predict.hardware.scatter import relative_range
+from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibration.calibrate import QUICK, THOROUGH, Effort, calibrate
 from shardwise.run.training.execute import run_job
@@ -166,12 +167,14 @@ def runs_of(name: str, source: Source, strategies: Sequence[Strategy]) -> Iterat
 
 def predict(runs: Sequence[Run], cluster: Cluster) -> None:
     """Predict all runs, with one set of profiles for each workload."""
-    profiles: dict[str, Any] = {}
+    known: dict[str, tuple[Profiles, Cluster]] = {}
     for run in runs:
-        if run.workload not in profiles:
+        if run.workload not in known:
             say(f"predicting {run.workload}")
-            profiles[run.workload] = profiles_on(run.source.load(), cluster)
-        found = simulate(profiles[run.workload], run.strategy, cluster)
+            workload = run.source.load()
+            own = cluster.importing(workload.libraries)
+            known[run.workload] = profiles_on(workload, own), own
+        found = simulate(known[run.workload][0], run.strategy, known[run.workload][1])
         run.predicted = found.step_seconds, float(found.memory.total)
         run.range = relative_range(cluster.device(0), run.strategy)
 

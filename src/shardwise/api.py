@@ -420,6 +420,7 @@ def simulate(
     slowed = settle_slow(slow or {})
     found = find_cluster(cluster)
     loaded = settle_source(workload, settings, seed).load()
+    found = found.importing(loaded.libraries)
     simulated = simulation(loaded, settled, found, play=path is not None, slowed=slowed, dry=dry_run)
     if path is not None:
         steps = {strategy: timeline.document() for strategy, timeline in simulated.timelines.items()}

@@ -11,8 +11,8 @@ Ranks fill nodes one after the other: with eight devices per node, rank r is dev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -35,6 +35,9 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
 
 PROGRAMS = ("module", "sharded", "graph")
 """Kinds of program: the unchanged module (single, dp), sharded parameters (fsdp), a traced graph (tp, pp)."""
+
+LIBRARIES = ("transformers",)
+"""Packages beside torch whose bytes in a process a calibration measures, if they are installed."""
 
 OVERHEADS = ("step", "sharded", "stage", "exchange", "again", "selective", "crowded")
 """Host overheads beside kernels and messages, see `Device.overheads`."""
@@ -122,6 +125,7 @@ class Device:
         overlap: measured slowdown of computation while the device communicates; 1 means none.
         process: map from the kind of program (see PROGRAMS) to the measured bytes of a worker's process beside its
             tensors; on a GPU, of the workspaces that libraries keep in its memory.
+        libraries: map from a package that a model may import (see LIBRARIES) to its measured bytes in a process.
         strain: measured slowdown of kernels in a training compared with isolated calls: in a training, the caches hold
             other tensors.
         heap: measured bytes of the process per byte of tensors; above 1 because the allocator leaves memory unused.
@@ -157,6 +161,7 @@ class Device:
     shared: Mapping[int, float] = field(default_factory=dict)
     overlap: float = 1.0
     process: Mapping[str, int] = field(default_factory=dict)
+    libraries: Mapping[str, int] = field(default_factory=dict)
     strain: float = 1.0
     heap: float = 1.0
     overheads: Mapping[str, float] = field(default_factory=dict)
@@ -234,6 +239,13 @@ class Cluster:
         """Number of devices in the smallest node, so that a group of this many neighbours can share a node."""
         return min(nodes.devices for nodes in self.nodes)
 
+    def importing(self, libraries: Collection[str]) -> Cluster:
+        """Return the cluster with the processes of workers whose model imports `libraries` (see LIBRARIES)."""
+        if not any(name in each.device.libraries for each in self.nodes for name in libraries):
+            return self
+        devices = {id(each.device): _importing(each.device, libraries) for each in self.nodes}
+        return replace(self, nodes=tuple(replace(each, device=devices[id(each.device)]) for each in self.nodes))
+
     @property
     def worthwhile(self) -> int:
         """Number of devices to plan for: all, but of workers that share a host's cores only as many as pay.
@@ -264,6 +276,11 @@ class Cluster:
                 return nodes.device
             rank -= nodes.size
         raise IndexError(f"rank {rank} of a cluster of {self.size} devices")
+
+
+def _importing(device: Device, libraries: Collection[str]) -> Device:
+    more = sum(size for name, size in device.libraries.items() if name in libraries)
+    return replace(device, process={kind: size + more for kind, size in device.process.items()})
 
 
 def _paying(device: Device) -> int:

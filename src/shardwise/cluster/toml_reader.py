@@ -29,6 +29,7 @@ from typing import Any
 
 from shardwise.cluster.cluster import (
     DTYPES,
+    LIBRARIES,
     ORIGINS,
     OVERHEADS,
     PROGRAMS,
@@ -84,6 +85,7 @@ DEVICE: dict[str, Field] = {
     "strain": Number("times as long in a training", default=1.0),
     "heap": Number("bytes of the process for each byte of tensors", least=1, default=1.0),
     "process": NestedTable("a table of program = bytes", default={}),
+    "libraries": NestedTable("a table of package = bytes", default={}),
     "overheads": NestedTable("a table of what = seconds", default={}),
     "spreads": NestedTable("a table of what = share of the median", default={}),
     "crowding": Number("times the samples per second of as many workers as cores", default=None),
@@ -209,6 +211,7 @@ def parse_device(table: Any, where: Where) -> Device:
     curves = tuple(_kernel_curve(curve, (where / "curves").item(i)) for i, curve in enumerate(values.pop("curves")))
     flops = read_mapping(values.pop("flops"), RATE, where / "flops", DTYPES, "dtypes")
     process = read_mapping(values.pop("process"), PROCESS, where / "process", PROGRAMS, "programs")
+    libraries = read_mapping(values.pop("libraries"), PROCESS, where / "libraries", LIBRARIES, "packages")
     overheads = read_mapping(values.pop("overheads"), OVERHEAD, where / "overheads", OVERHEADS, "overheads")
     spreads = read_mapping(values.pop("spreads"), SPREAD, where / "spreads", OVERHEADS, "overheads")
     if not flops:
@@ -217,6 +220,7 @@ def parse_device(table: Any, where: Where) -> Device:
         **{**values, "origins": read_origins(values["origins"], DEVICE, where), "shared": _shared(values, where)},
         flops=flops,
         process=process,
+        libraries=libraries,
         overheads=overheads,
         spreads=spreads,
         curves=curves,

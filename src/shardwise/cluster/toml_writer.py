@@ -16,7 +16,7 @@ from shardwise.cluster.toml_fields import Field, Number
 from shardwise.cluster.toml_reader import CLUSTER, DEVICE, LEVEL, NODES
 from shardwise.errors import ClusterError
 
-INLINE = ("flops", "shared", "origins", "process", "overheads", "spreads")
+INLINE = ("flops", "shared", "origins", "process", "libraries", "overheads", "spreads")
 """Fields that are small tables, written as inline tables on one line each."""
 
 

@@ -97,7 +97,7 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
     """
     if workload.turns:
         raise NotMeasured(f"{NOT_PREDICTED}; it trains with single or dp")
-    cluster = own_cluster(quiet=quiet)
+    cluster = own_cluster(quiet=quiet).importing(workload.libraries)
     if workers is not None and workers > cluster.size:
         raise NotMeasured(
             f"this machine was measured with {cluster.size} workers, not with {workers}: run "

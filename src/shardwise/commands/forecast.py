@@ -48,6 +48,7 @@ def forecasts(
         return [Forecast(reason=str(error)) for _ in strategies]
     from shardwise.predict.simulate import profiles_on  # slow to import, because it traces models
 
+    cluster = cluster.importing(workload.libraries)
     profiles = profiles_on(workload, cluster)
     return [_forecast(profiles, strategy, cluster) for strategy in strategies]
 

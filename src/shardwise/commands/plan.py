@@ -57,6 +57,7 @@ def planned(
     if out is not None and not isinstance(source.workload, str):
         raise WorkloadError(f"out={out}: a plan file names its workload; give one by name, not as an object")
     workload = source.load()
+    cluster = cluster.importing(workload.libraries)
     points = scaling(workload, cluster, numbers, constraints)
     point = _chosen(points, cluster, constraints)
     if dry_run:
@@ -207,7 +208,7 @@ def checked(path: Path, cluster_text: str | None = None, named: str | None = Non
     plan = read_plan(path)
     _check_workload(path, plan.workload, named)
     workload = Source(workload=plan.workload, settings=plan.settings).load()
-    cluster = _cluster(cluster_text or plan.cluster or None)
+    cluster = _cluster(cluster_text or plan.cluster or None).importing(workload.libraries)
     reasons = [
         f"made with {name} {version}, this is {now}"
         for name, version in plan.made_with.items()

@@ -104,6 +104,8 @@ class Workload:
         callbacks: objects that worker 0 tells what happens, each with one or both of the methods `on_step(step)`, with
             a step as in `metrics.jsonl`, and `on_evaluation(step, values)`, with the number of steps taken.
         weights: safetensors file or folder that the model starts from; a `WarmStart` says what may differ.
+        libraries: packages beside torch that the model's code imports in every worker; those that were measured
+            (`transformers`) count in predictions of a worker's memory.
         notes: lines that the log and the summary of a training show, for example where its weights come from.
     """
 
@@ -132,6 +134,7 @@ class Workload:
     after_step: Callable[[str, Tensor], Any] | None = None
     callbacks: Sequence[Any] = ()
     weights: str | Path | WarmStart | None = None
+    libraries: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ MEASURED = (
     "shared",
     "overlap",
     "process",
+    "libraries",
     "strain",
     "heap",
     "overheads",
@@ -34,7 +35,14 @@ MEASURED = (
 
 def derived(team: Team, device: Device, collectives: list[CollectiveCurve], own: Footprint) -> Cluster:
     """Build the cluster of a measured device, and derive from small trainings what these need beside kernels."""
-    device = replace(device, process=own.process, heap=own.heap(device), spreads=own.spreads, crowding=own.crowding)
+    device = replace(
+        device,
+        process=own.process,
+        libraries=own.libraries,
+        heap=own.heap(device),
+        spreads=own.spreads,
+        crowding=own.crowding,
+    )
     cluster = _cluster(team, device, collectives)
     device = replace(device, strain=own.strain(cluster))
     cluster = _cluster(team, device, collectives)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
+from shardwise.cluster.cluster import LIBRARIES
 from shardwise.cluster.measure.patience import Patience
 from shardwise.cluster.measure.team import Team
 from shardwise.cluster.measure.timer import spread
@@ -79,7 +80,7 @@ def footprint(seconds: float = 0.0) -> Footprint:
         name: patience.kept(lambda split=split: _tried(team, model, split, TIMED))  # type: ignore[misc]
         for name, split in splits.items()
     }
-    return Footprint(process, busy, trained, grown, trials, patience.busy)
+    return Footprint(process, busy, trained, grown, trials, _libraries(team), patience.busy)
 
 
 def crowded_step(seconds: float = 0.0) -> tuple[FootprintTrial, float] | None:
@@ -97,6 +98,33 @@ def crowded_step(seconds: float = 0.0) -> tuple[FootprintTrial, float] | None:
     patience = Patience(team, seconds)
     model = usual(team.size)
     return patience.kept(lambda: _tried(team, model, Strategy(dp=team.size), TIMED)), patience.busy
+
+
+def _libraries(team: Team) -> dict[str, int]:
+    """Return the bytes by which this process grows for each of LIBRARIES that is installed. Collective.
+
+    What a training imports already must have been imported. On a GPU the memory of a worker is that of its tensors.
+    """
+    if team.device.type == "cuda":
+        return {}
+    found = {}
+    for name in LIBRARIES:
+        before = _settled(team.device)
+        if _import_with_a_model(name):
+            found[name] = max(0, _settled(team.device) - before)
+    return _largest(team, found)
+
+
+def _import_with_a_model(name: str) -> bool:
+    """Import one of LIBRARIES with all that a small model of it needs. Return False if it is not installed."""
+    assert name == "transformers"
+    try:
+        from transformers import AutoModelForCausalLM, GPT2Config
+    except ImportError:
+        return False
+    small = GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=8, vocab_size=8, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(small)  # type: ignore[no-untyped-call]
+    return True
 
 
 def _tried(team: Team, workload: Workload, strategy: Strategy, count: int) -> FootprintTrial:

@@ -9,7 +9,7 @@ step of a plain training becomes the overhead of each step. Further excess of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -59,6 +59,7 @@ class Footprint:
         trained: training of `large`.
         grown: bytes by which the process grew in that training.
         trials: overhead (see OVERHEADS) -> training whose step time determines it.
+        libraries: package (see LIBRARIES) -> bytes by which the process grows if a model imports it.
         busy: cores that other programs used during the timed trainings.
     """
 
@@ -67,6 +68,7 @@ class Footprint:
     trained: FootprintTrial
     grown: int
     trials: Mapping[str, FootprintTrial]
+    libraries: Mapping[str, int] = field(default_factory=dict)
     busy: float = 0.0
 
     @property

@@ -97,6 +97,7 @@ def huggingface_workload(folder: Path) -> Callable[..., Workload]:
             evaluation=task.evaluation,
             precision=precision or ("bf16" if architecture.in_bf16 else "float32"),
             clip_norm=clip_norm,
+            libraries=("transformers",),
             notes=(*origin.notes, *task.notes),
         )
 

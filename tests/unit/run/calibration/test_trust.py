@@ -31,6 +31,8 @@ BOX = Device(
     curves=(KernelCurve("memory", "float32", (Sample((256,), 1e-6),), "aten.add"),),
     spreads={"step": 0.1, "crowded": 0.2},
     crowding=1.1,
+    process={"module": 200, "graph": 300},
+    libraries={"transformers": 50},
 )
 
 
@@ -96,6 +98,13 @@ def test_more_workers_than_cores_only_if_they_were_measured_to_pay(
     assert cluster_of(device).worthwhile == workers
 
 
+def test_libraries_count_in_the_processes_of_models_that_import_them() -> None:
+    plain = cluster_of(BOX)
+    assert plain.importing(()) is plain
+    assert plain.importing(("numpy",)) is plain
+    assert plain.importing(("transformers",)).device(0).process == {"module": 250, "graph": 350}
+
+
 def test_devices_that_share_no_cores_are_all_planned_for() -> None:
     assert cluster_of(replace(BOX, kind="gpu", crowding=None)).worthwhile == 4
     assert cluster_of(replace(BOX, curves=(), crowding=None)).worthwhile == 4
@@ -104,7 +113,7 @@ def test_devices_that_share_no_cores_are_all_planned_for() -> None:
 def test_crowding_is_the_ratio_of_samples_per_second() -> None:
     large = usual(2)
     step = FootprintTrial(Strategy(dp=2), 0.1, 0.05, 32)
-    own = Footprint({}, large, step, 0, {"step": step}, 0.1)
+    own = Footprint({}, large, step, 0, {"step": step}, busy=0.1)
     assert own.crowding is None
     crowded = own.with_crowd(FootprintTrial(Strategy(dp=4), 0.4, 0.3, 64), 0.7)
     assert crowded.crowding == pytest.approx(0.5)
