@@ -42,6 +42,7 @@ from shardwise.predict.profile.segment_recorder import SegmentRecorder
 from shardwise.run.calibration.assembly import derived, device_of
 from shardwise.run.calibration.footprint import crowded_step, footprint
 from shardwise.run.calibration.launching import launch_seconds
+from shardwise.run.calibration.libraries import library_sizes
 from shardwise.run.calibration.trials import Footprint
 from shardwise.run.calibration.trust import faster_together, trusted
 
@@ -113,6 +114,8 @@ def calibrate(workers: int | None = None, effort: Effort = THOROUGH, *, quiet: b
     crowd = run_local(crowded_step, patience, workers=count, gpus=gpus) if count > few and own.trials else None
     if crowd is not None:
         own = own.with_crowd(*crowd)
+    if own.process and not gpus:
+        own = replace(own, libraries=run_local(library_sizes, workers=1, gpus=gpus))
     return trusted(run_local(work, (effort, quiet, own), workers=count, gpus=gpus))
 
 

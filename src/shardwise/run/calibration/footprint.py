@@ -15,7 +15,6 @@ from collections.abc import Mapping
 
 import torch
 
-from shardwise.cluster.cluster import LIBRARIES
 from shardwise.cluster.measure.patience import Patience
 from shardwise.cluster.measure.team import Team
 from shardwise.cluster.measure.timer import spread
@@ -59,11 +58,11 @@ def footprint(seconds: float = 0.0) -> Footprint:
     workers = team.size
     tiny = small(workers)
     found = {"module": _peak(team, tiny, Strategy(dp=workers))}
-    plain = _settled(team.device)
+    plain = settled(team.device)
     splits = {"step": Strategy(dp=workers)}
     if workers > 1:
         found["sharded"] = _peak(team, tiny, Strategy(fsdp=workers))
-        residue = max(0, _settled(team.device) - plain)
+        residue = max(0, settled(team.device) - plain)
         splits["sharded"] = Strategy(fsdp=workers)
         splits["stage"] = Strategy(pp=workers, microbatches=2 * workers)
         found["graph"] = _peak(team, tiny, splits["stage"]) - residue
@@ -72,7 +71,7 @@ def footprint(seconds: float = 0.0) -> Footprint:
     splits["again"] = Strategy(dp=workers, recompute=FULL)
     splits["selective"] = Strategy(dp=workers, recompute=SELECTIVE)
     process = _largest(team, found)
-    before = _settled(team.device)
+    before = settled(team.device)
     grown = _largest(team, {"": _peak(team, busy, strategy) - before})[""]
     trained = patience.kept(lambda: _tried(team, busy, strategy, LONG))
     model = usual(workers)
@@ -80,7 +79,7 @@ def footprint(seconds: float = 0.0) -> Footprint:
         name: patience.kept(lambda split=split: _tried(team, model, split, TIMED))  # type: ignore[misc]
         for name, split in splits.items()
     }
-    return Footprint(process, busy, trained, grown, trials, _libraries(team), patience.busy)
+    return Footprint(process, busy, trained, grown, trials, busy=patience.busy)
 
 
 def crowded_step(seconds: float = 0.0) -> tuple[FootprintTrial, float] | None:
@@ -98,33 +97,6 @@ def crowded_step(seconds: float = 0.0) -> tuple[FootprintTrial, float] | None:
     patience = Patience(team, seconds)
     model = usual(team.size)
     return patience.kept(lambda: _tried(team, model, Strategy(dp=team.size), TIMED)), patience.busy
-
-
-def _libraries(team: Team) -> dict[str, int]:
-    """Return the bytes by which this process grows for each of LIBRARIES that is installed. Collective.
-
-    What a training imports already must have been imported. On a GPU the memory of a worker is that of its tensors.
-    """
-    if team.device.type == "cuda":
-        return {}
-    found = {}
-    for name in LIBRARIES:
-        before = _settled(team.device)
-        if _import_with_a_model(name):
-            found[name] = max(0, _settled(team.device) - before)
-    return _largest(team, found)
-
-
-def _import_with_a_model(name: str) -> bool:
-    """Import one of LIBRARIES with all that a small model of it needs. Return False if it is not installed."""
-    assert name == "transformers"
-    try:
-        from transformers import AutoModelForCausalLM, GPT2Config
-    except ImportError:
-        return False
-    small = GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=8, vocab_size=8, bos_token_id=0, eos_token_id=0)
-    AutoModelForCausalLM.from_config(small)  # type: ignore[no-untyped-call]
-    return True
 
 
 def _tried(team: Team, workload: Workload, strategy: Strategy, count: int) -> FootprintTrial:
@@ -161,14 +133,14 @@ def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
 
 def _peak(team: Team, workload: Workload, strategy: Strategy) -> int:
     """Return the peak memory of this process in a short training, in bytes. Collective."""
-    _settled(team.device)
+    settled(team.device)
     _restart_peak(team.device)
     job = Job(source=Source(workload=workload), strategy=strategy, options=Options(steps=STEPS, quiet=True))
     most = train(Program.build(workload, strategy), job).summary["memory_bytes_by_worker"]
     return int(most[team.rank])
 
 
-def _settled(device: torch.device) -> int:
+def settled(device: torch.device) -> int:
     """Return the memory of this process, or of its tensors on a GPU, in bytes, after all free memory is given back."""
     give_back()
     if device.type != "cuda":

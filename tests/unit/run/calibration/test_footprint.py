@@ -65,19 +65,6 @@ def test_the_large_training_keeps_a_gpu_busy(trained: list[Workload]) -> None:
     assert flops > 1e12  # milliseconds at 100 TFLOP/s, where a host launches its kernels in less
 
 
-def test_libraries_count_by_what_the_process_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    team = OneGPU(torch.device("cpu"))
-    sizes = iter([100, 160])
-    monkeypatch.setattr(measured, "_settled", lambda device: next(sizes))
-    monkeypatch.setattr(measured, "_import_with_a_model", lambda name: True)
-    assert measured._libraries(team) == {}  # type: ignore[arg-type]
-    team.device = torch.device("cpu")
-    assert measured._libraries(team) == {"transformers": 60}  # type: ignore[arg-type]
-    sizes = iter([100, 100])
-    monkeypatch.setattr(measured, "_import_with_a_model", lambda name: False)
-    assert measured._libraries(team) == {}  # type: ignore[arg-type]
-
-
 def test_memory_on_a_gpu_never_counts_the_process(trained: list[Workload]) -> None:
     with mock.patch.object(measured, "own_memory", side_effect=AssertionError):
         footprint()
