@@ -108,6 +108,7 @@ class Sums:
         behind: prefix sums of `PassSeconds.behind`.
         backward: whether the pass goes through the segments from the last to the first.
         each: seconds of each segment alone (not a sum), as the program measures them to cut stages.
+        lags: cache of the lags of ranges.
     """
 
     kernels: tuple[float, ...]
@@ -118,6 +119,7 @@ class Sums:
     behind: Floats
     backward: bool
     each: tuple[float, ...]
+    lags: dict[tuple[int, int], float] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, spent: Sequence[PassSeconds], *, backward: bool = False) -> Sums:
@@ -147,8 +149,10 @@ class Sums:
         """Return the most that the host is behind after any segment, counted from where the pass begins."""
         if self.inline or first == end:
             return 0.0
-        at = self.behind[first : end + 1]
-        return max(0.0, float(at[-1] - at.min() if self.backward else at.max() - at[0]))
+        if (first, end) not in self.lags:
+            at = self.behind[first : end + 1]
+            self.lags[first, end] = max(0.0, float(at[-1] - at.min() if self.backward else at.max() - at[0]))
+        return self.lags[first, end]
 
 
 @dataclass(frozen=True, slots=True)

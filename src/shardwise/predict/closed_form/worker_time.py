@@ -105,6 +105,8 @@ def _of_device(costs: StageCosts, spent: PassSeconds) -> float:
 
 def _lag(passes: Sequence[tuple[EqualPasses, Passed]], microbatches: int) -> float:
     """Return the seconds for which a worker's device waits for its host: microbatches follow each other."""
+    if not any(passed.compute.waiting for _, passed in passes):
+        return 0.0
     one = PassSeconds()
     for kinds in ((FORWARD,), (BACKWARD, INPUT), (WEIGHT,)):
         by_stage: dict[int, tuple[int, PassSeconds]] = {}
