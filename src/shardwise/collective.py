@@ -73,6 +73,7 @@ class Collective:
         when: phase of the step: `forward`, `backward`, `recompute`, `optimizer`, `report`
             (losses, norms), or `weight` (of the batch, summed over replicas).
         asynchronous: True if computation may overlap it.
+        tag: number that pairs a send with its recv; 0 for other operations.
     """
 
     operation: str
@@ -81,3 +82,4 @@ class Collective:
     axis: str = ""
     when: str = ""
     asynchronous: bool = False
+    tag: int = 0

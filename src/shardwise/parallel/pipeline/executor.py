@@ -323,6 +323,11 @@ def goes_back(tag: int) -> bool:
     return bool(tag // MOST_STAGES**2 % 2)
 
 
+def channel_of(tag: int) -> tuple[int, int]:
+    """Return the (stage that sends, stage that receives) of the messages with this tag."""
+    return tag // MOST_STAGES % MOST_STAGES, tag % MOST_STAGES
+
+
 def _key(action: Action) -> Action:
     """Return the action with any kind of backward pass replaced by BACKWARD."""
     return action if action.kind == FORWARD else Action(BACKWARD, action.stage, action.microbatch)

@@ -283,10 +283,13 @@ class Seconds:
 
     def again(self, each: LayerPass, *, products: bool = False) -> PassSeconds:
         """Return the time to recompute a pass; with `products` it is selective and keeps `strategy.PRODUCTS`."""
+        return self.of(each.rest if products else each) + self.watched(each, products=products)
+
+    def watched(self, each: LayerPass, *, products: bool = False) -> PassSeconds:
+        """Return the host's time that recomputation of a pass takes beside that of its kernels; see `again`."""
         overheads = self.device.overheads
         host = overheads.get("again", 0.0) + (overheads.get("selective", WATCHED_SECONDS) if products else 0.0)
-        watched = PassSeconds(launching=host * launches(each.kernels) * self.crowded, inline=self.device.kind == "cpu")
-        return self.of(each.rest if products else each) + watched
+        return PassSeconds(launching=host * launches(each.kernels) * self.crowded, inline=self.device.kind == "cpu")
 
     @cached_property
     def _host(self) -> tuple[float, float]:

@@ -76,8 +76,12 @@ class CommunicationTimes:
         if source == target:
             return 0.0
         group = message_group(strategy, source, target)
-        workers = workers_at_once(strategy, self.cluster, group) if self.cluster.collectives else 0
-        return sum(self.collective("send", size, group, workers) for size in sizes)
+        return sum(self.sent(size, group) for size in sizes)
+
+    def sent(self, size: int, group: Group) -> float:
+        """Return the seconds of one message of `size` bytes between the two ranks of a group."""
+        workers = workers_at_once(self.strategy, self.cluster, group) if self.cluster.collectives else 0
+        return self.collective("send", size, group, workers)
 
 
 def reduction(profile: Profile, strategy: Strategy) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import ProcessGroup, _resolve_process_group
+from torch._C._distributed_c10d import ProcessGroup, Work, _resolve_process_group
 
 from shardwise.collective import Collective, Group
 from shardwise.parallel.mesh import Mesh
@@ -103,6 +104,12 @@ def is_collective(operation: Any) -> bool:
     return operation.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
+def work_of(result: Any) -> Work | None:
+    """Return the handle in the result of a collective of `c10d`. Returns None if there is none, as of functional ones."""
+    last = result[-1] if isinstance(result, (tuple, list)) and result else result
+    return Work.unbox(last) if isinstance(last, torch.ScriptObject) else None
+
+
 def collective_of(
     operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, axes: Axes, when: str
 ) -> Collective | None:
@@ -142,5 +149,6 @@ def collective_of(
         ranks = sorted((dist.get_rank(), other))
         when = "backward" if goes_back(given["tag"]) else "forward"  # a receive is posted before the pass that needs it
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(moved))
+    tag = given["tag"] if kind in ("send", "recv") else 0
     axis = axes.members[-1][0] if when == "report" and axes.members else axes.name(ranks)
-    return Collective(kind, size, Group.of(ranks), axis, when, asynchronous)
+    return Collective(kind, size, Group.of(ranks), axis, when, asynchronous, tag)

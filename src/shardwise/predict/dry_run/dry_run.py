@@ -39,6 +39,7 @@ from shardwise.predict.dry_run.fakes import (
     replicated,
 )
 from shardwise.predict.dry_run.recorder import Event, StepRecord, StepRecorder
+from shardwise.predict.dry_run.streams import Streams, recorded_streams
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.meta_model import builds, widen_grouped_products
@@ -163,7 +164,9 @@ class _SingleDryRun:
 
     def result(self) -> DryRun:
         """Build the program of the rank, run its steps and return what was observed."""
-        with fake_workers(self.rank, self.strategy.workers), random_state_kept():
+        streams = Streams()
+        on_streams = recorded_streams(streams) if self.device == "gpu" else nullcontext()
+        with fake_workers(self.rank, self.strategy.workers), random_state_kept(), on_streams:
             program = Program.build(
                 self.workload,
                 self.strategy,
@@ -171,7 +174,7 @@ class _SingleDryRun:
                 cuts=self.cuts,
                 allocating=self.allocating,
             )
-            record = self._recorded(program)
+            record = self._recorded(program, streams)
         engine = program.engine
         return DryRun(
             strategy=self.strategy,
@@ -181,7 +184,7 @@ class _SingleDryRun:
             notes=program.notes,
         )
 
-    def _recorded(self, program: Program) -> StepRecord:
+    def _recorded(self, program: Program, streams: Streams) -> StepRecord:
         """Record one step after warm-up steps, which create optimizer states and buckets."""
         patched: Any = program
         patched._by_all = lambda _: True  # assume that all ranks leave the same parameters unused
@@ -193,7 +196,7 @@ class _SingleDryRun:
         with self.allocating(), answers, answers.following(program.engine), device:
             for _ in range(_first_steps(program)):
                 program.step_share(first)
-            with StepRecorder(offloaded=offloaded) as recorder, recorder.following(program):
+            with StepRecorder(offloaded=offloaded, streams=streams) as recorder, recorder.following(program):
                 program.step_share(share)
         return recorder.record()
 

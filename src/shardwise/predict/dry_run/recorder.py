@@ -6,7 +6,7 @@
     record = recorder.record()
     record.kernels        # tuple[Kernel], in order; `Kernel.when` says forward, backward, recompute or optimizer
     record.collectives    # tuple[Collective], in order
-    record.events         # both in one order, each with its mark: Event("0F3", Kernel | Collective)
+    record.events         # both in one order, each with its mark, stream and waits: Event("0F3", Kernel | Collective)
     record.memory         # prediction.Memory at the peak: the bytes of all tensors that are alive
 
 A mark is spelled like an action of the pipeline: stage index, kind (F forward, B backward, or its halves I for inputs
@@ -42,8 +42,9 @@ from shardwise.parallel.engine import Engine
 from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.program import Program
 from shardwise.parallel.state.dtensor_rows import is_split, local
-from shardwise.predict.dry_run.c10d_ops import Axes, collective_of, is_collective
+from shardwise.predict.dry_run.c10d_ops import Axes, collective_of, is_collective, work_of
 from shardwise.predict.dry_run.storages import Storages
+from shardwise.predict.dry_run.streams import COMPUTE, Streams
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.op_counter import kernel_of, tensors
@@ -54,10 +55,19 @@ _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A kernel or collective that a worker issued; `mark` says in which part of the step."""
+    """A kernel or collective that a worker issued.
+
+    Attributes:
+        mark: part of the step; see the module's docstring.
+        what: the kernel or collective.
+        stream: number of the stream on which a kernel runs, or from which a collective is issued; see `streams`.
+        after: indices of the earlier events that it waits for, besides the kernels before it on its stream.
+    """
 
     mark: str
     what: Kernel | Collective
+    stream: int = COMPUTE
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +94,17 @@ class StepRecord:
 
 
 class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Dispatch mode that records a step; see the module's docstring. Open it inside of any `FakeTensorMode`."""
+    """Dispatch mode that records a step; see the module's docstring. Open it inside of any `FakeTensorMode`.
 
-    def __init__(self, *, offloaded: bool = False) -> None:
+    Args:
+        offloaded: whether sharded parameters, their gradients and their optimizer states lie on the host.
+        streams: streams of the device; None: of a device that has only one.
+    """
+
+    def __init__(self, *, offloaded: bool = False, streams: Streams | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._offloaded = offloaded
+        self._streams = streams or Streams()
         self._events: list[Event] = []
         self._storages = Storages()
         self._axes = Axes(())
@@ -138,7 +154,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._axes, self._engine = Axes.of(program.mesh), program.engine
         self._mark_category((held.tensor for held in program.engine.held.values()), "parameters")
         self._mark_states(program)
-        with _wrapped(self, program):
+        with _wrapped(self, program), self._streams.noting_waits():
             yield
         self._mark_states(program)
 
@@ -174,19 +190,27 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (when, phase) != self._stretch:
             self._stretch = when, phase
             self._storages.next(forward=when in ("forward", "recompute"))
-        for tensor in tensors((args, kwargs)):
-            self._storages.seen(tensor)
+        given = [self._storages.seen(tensor) for tensor in tensors((args, kwargs))]
         result = func(*args, **kwargs)
-        for tensor in tensors(result):
-            self._storages.made(tensor, elsewhere=self._offloaded and self._base == "optimizer")
-        what: Kernel | Collective | None
+        elsewhere = self._offloaded and self._base == "optimizer"
+        made = [self._storages.made(tensor, elsewhere=elsewhere) for tensor in tensors(result)]
         if is_collective(func):
-            what = collective_of(func, args, kwargs, result, self._axes, when or "report")
+            collective = collective_of(func, args, kwargs, result, self._axes, when or "report")
+            self._communicate(phase, collective, work_of(result), made or given)
         else:
-            what = kernel_of(func, args, kwargs, result, "optimizer" if when in ("", "weight") else when)
-        if what is not None:
-            self._events.append(Event(phase, what))
+            kernel = kernel_of(func, args, kwargs, result, "optimizer" if when in ("", "weight") else when)
+            if kernel is not None:
+                after = self._streams.kernel(len(self._events), (*given, *made))
+                self._events.append(Event(phase, kernel, self._streams.current, after))
         return result
+
+    def _communicate(self, phase: str, collective: Collective | None, work: Any, storages: Iterable[int]) -> None:
+        """Record a collective, or without one that the program waits for those whose results lie in `storages`."""
+        if collective is None:
+            self._streams.wait_for_results(storages)
+            return
+        after = self._streams.collective(len(self._events), work, storages)
+        self._events.append(Event(phase, collective, self._streams.current, after))
 
 
 @contextmanager

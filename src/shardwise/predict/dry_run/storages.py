@@ -82,15 +82,22 @@ class Storages:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         self._references.clear()
 
-    def made(self, tensor: Tensor, *, elsewhere: bool = False) -> None:
-        """Log a tensor that an operation returned; `elsewhere` if its memory is not counted (the host's)."""
+    def made(self, tensor: Tensor, *, elsewhere: bool = False) -> int:
+        """Log a tensor that an operation returned; `elsewhere` if its memory is not counted (the host's).
+
+        Returns the number of its storage.
+        """
         number = self._number(tensor.untyped_storage(), given=False)
         if elsewhere:
             self._elsewhere.add(number)
+        return number
 
-    def seen(self, tensor: Tensor) -> None:
-        """Log a tensor that an operation was given: if it is unknown, it existed before."""
-        self._number(tensor.untyped_storage(), given=True)
+    def seen(self, tensor: Tensor) -> int:
+        """Log a tensor that an operation was given: if it is unknown, it existed before.
+
+        Returns the number of its storage.
+        """
+        return self._number(tensor.untyped_storage(), given=True)
 
     def next(self, *, forward: bool) -> None:
         """Begin another stretch of the step; `forward` if it is part of a forward pass or a recomputation."""
