@@ -211,9 +211,10 @@ class SegmentTimes:
             return self.rest.between(first, last) + self.recomputed_rest[last]
         return self.repeated.between(first, last) + self.recomputed[last]
 
-    def kernel(self, kernel: Kernel) -> float:
-        """Return the seconds of a kernel on the device."""
-        return self.kernels.seconds(kernel)
+    def launched(self, kernel: Kernel) -> PassSeconds:
+        """Return the time of a kernel on the device, with its launches."""
+        host = kernel.count * self.device.launch_seconds * self.crowded
+        return PassSeconds(self.kernels.seconds(kernel), launching=host, inline=self.device.kind == "cpu")
 
 
 def slowest(cluster: Cluster, precision: str) -> Device:

@@ -38,7 +38,7 @@ class CommunicationTimes:
     def __init__(self, profile: Profile, strategy: Strategy, cluster: Cluster, times: SegmentTimes) -> None:
         self.profile, self.strategy, self.cluster, self.times = profile, strategy, cluster, times
         self._on = Same(cluster)
-        self._moved: dict[tuple[float, float, int], float] = {}
+        self._moved: dict[tuple[float, float, int], PassSeconds] = {}
 
     def collective(self, operation: str, size: int, group: Group, workers: int = 0) -> float:
         """Return the seconds of one collective, cached with the profile.
@@ -56,18 +56,18 @@ class CommunicationTimes:
         collective = Collective(operation, size, group)
         return self.profile.memo.once(key, lambda: collective_seconds(collective, self.cluster, crowd))
 
-    def moved(self, elements: float, size: float, count: int) -> float:
+    def moved(self, elements: float, size: float, count: int) -> PassSeconds:
         """Return the seconds of `count` copy kernels that together move `elements` elements and `size` bytes."""
         if count < 1 or elements < 1:
-            return 0.0
+            return PassSeconds()
         key = elements, size, count
         if key not in self._moved:
             self._moved[key] = self._copied(elements, size, count)
         return self._moved[key]
 
-    def _copied(self, elements: float, size: float, count: int) -> float:
+    def _copied(self, elements: float, size: float, count: int) -> PassSeconds:
         kernel = Kernel("copy", "memory", "float32", 0.0, size / count, (max(1, round(elements / count)),), count=count)
-        return self.times.kernel(kernel)
+        return self.times.launched(kernel)
 
     def message(self, source: int, target: int, sizes: Iterable[int]) -> float:
         """Return the seconds of messages sent one after another between two stages; 0.0 if one rank holds both."""
@@ -226,18 +226,17 @@ class StageCosts:
         if not self.strategy.runs_module:
             spent += self.times.overhead("stage")
         if kind not in (FORWARD, INPUT):
-            spent += PassSeconds(kernels=self._gradients(stage, final=final, first=first))
+            spent += self._gradients(stage, final=final, first=first)
         if sync is None or kind == WEIGHT:
             return spent
-        copied = 0.0
         groups = Counter((block.gathered, sync.blocks) for block in stage.blocks) + Counter([(stage.root, sync.root)])
         for (group, gathers), count in groups.items():
             if group is not None:
                 gather, reduce = self._sizes(group)
-                copied += count * self.calls.moved(gather / 4, 2 * gather, 1) if gathers else 0.0
-                copied += count * self.calls.moved(reduce / 4, 2 * reduce, 1) if sync.reduces else 0.0
+                sizes = (gather if gathers else 0, reduce if sync.reduces else 0)
+                spent = sum((self.calls.moved(size / 4, 2 * size, 1).times(count) for size in sizes), spent)
         watched = sum(n for (group, gathers), n in groups.items() if group is not None and (gathers or sync.reduces))
-        return spent + PassSeconds(kernels=copied) + self.times.overhead("sharded", watched)
+        return spent + self.times.overhead("sharded", watched)
 
     def buckets(self, stage: Stage, seconds: float) -> list[tuple[float, float]]:
         """Return (time at which it is complete, seconds of its all-reduce) of each bucket.
@@ -253,16 +252,16 @@ class StageCosts:
         takes = {b.bytes: self.calls.collective(operation, round(share * b.bytes), group) for b in stage.buckets}
         return [((end - total[bucket.ready]) * stretch, takes[bucket.bytes]) for bucket in stage.buckets]
 
-    def _gradients(self, stage: Stage, *, final: bool, first: bool) -> float:
-        """Return the seconds to add gradients to those of earlier microbatches and to copy them into buckets."""
+    def _gradients(self, stage: Stage, *, final: bool, first: bool) -> PassSeconds:
+        """Return the time to add gradients to those of earlier microbatches and to copy them into buckets."""
         if self.profile.runtime.kernels:
-            return 0.0  # they are among the runtime's kernels
+            return PassSeconds()  # they are among the runtime's kernels
         elements, size, count = self._trained(stage)
-        seconds = 0.0 if first else self.calls.moved(elements, 3 * size, count)
+        spent = PassSeconds() if first else self.calls.moved(elements, 3 * size, count)
         if final and stage.buckets and not self.strategy.splits_parameters:
             copies = 1 if self.strategy.runs_module else 2
-            seconds += copies * self.calls.moved(elements, 2 * size, count)
-        return seconds
+            spent += self.calls.moved(elements, 2 * size, count).times(copies)
+        return spent
 
     def _trained(self, stage: Stage) -> tuple[int, int, int]:
         """Return (elements, bytes, count) of the trained parameters of a stage."""

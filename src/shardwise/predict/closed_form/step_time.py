@@ -24,7 +24,7 @@ from shardwise.predict.closed_form.memory import memory_at, memory_of
 from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
 from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
 from shardwise.predict.closed_form.pipeline_links import slower_links
-from shardwise.predict.closed_form.segment_times import SegmentTimes, timed
+from shardwise.predict.closed_form.segment_times import PassSeconds, SegmentTimes, timed
 from shardwise.predict.closed_form.stage_time import StageCosts, reduction
 from shardwise.predict.closed_form.worker_time import WorkerTime, table_of, work_of
 from shardwise.predict.hardware.times import origins, slowed
@@ -247,14 +247,9 @@ class Costs:
             moved = sum(kernel.bytes for kernel in update.kernels) + (12 if self.profile.clipped else 0)
             return updated(moved * elements, self.times.device)
         kernels = 1 if update.at_once(self.times.device.kind) else tensors
-        seconds = sum(self.calls.moved(elements, kernel.bytes * elements, kernels) for kernel in update.kernels)
-        if self.profile.clipped:
-            seconds += self.calls.moved(elements, 4 * elements, kernels) + self.calls.moved(
-                elements, 8 * elements, kernels
-            )
-        if self.times.device.kind == "gpu":
-            seconds = max(seconds, len(update.kernels) * self.times.device.launch_seconds)
-        return seconds
+        sizes = [kernel.bytes for kernel in update.kernels] + ([4, 8] if self.profile.clipped else [])
+        moved = (self.calls.moved(elements, size * elements, kernels) for size in sizes)
+        return sum(moved, PassSeconds()).total
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 

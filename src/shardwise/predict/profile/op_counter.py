@@ -70,6 +70,9 @@ Larger inputs, and batches of several samples, use oneDNN (ATen/native/Convoluti
 _ROWS_READ = {aten.embedding, aten.index_select, aten.gather, aten.index, aten.select_backward, aten.slice_backward}
 """Operations that read at most as many bytes of their first operand as they write."""
 
+_INTO_GATHERED = "all_gather_copy_in"
+"""Name of `fully_shard`'s operation that copies shards into this rank's part of the buffer of an all-gather."""
+
 
 def counts(*operations: Any) -> Callable[[Counter], Counter]:
     """Return a decorator that registers a formula for `operations`."""
@@ -115,7 +118,7 @@ def kernel_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], res
         name = f"{NATIVE} {name}"
     if kind == "memory" and torch.Tag.pointwise in operation.tags and packet is not aten.clone:
         name = f"rows {name}" if _row([*inputs, *outputs]) < SHORT_ROW else name
-    return Kernel(name, kind, dtype, flops, _bytes(packet, inputs, outputs), shape, backward, when=when)
+    return Kernel(name, kind, dtype, flops, _bytes(packet, args, inputs, outputs), shape, backward, when=when)
 
 
 def _row(operands: Sequence[Tensor]) -> float:
@@ -173,7 +176,16 @@ def _dtype(operands: Iterable[Tensor]) -> str:
     return next((DTYPE_NAMES[t.dtype] for t in operands if t.dtype in DTYPE_NAMES), "float32")
 
 
-def _bytes(packet: Any, inputs: list[Tensor], outputs: list[Tensor]) -> float:
+def _bytes(packet: Any, args: tuple[Any, ...], inputs: list[Tensor], outputs: list[Tensor]) -> float:
+    """Count the bytes that a call reads and writes.
+
+    A change in place of a list of tensors (`foreach`) returns nothing, and writes its first argument. The copy of
+    shards into the buffer of an all-gather writes only the part of this rank.
+    """
+    if packet.__name__ == _INTO_GATHERED:
+        return 2.0 * sum(_size(shard) for shard in inputs[:-1])
+    if packet.__name__.startswith("_foreach_") and packet.__name__.endswith("_"):
+        outputs = list(tensors(args[0]))
     written = sum(_size(output) for output in outputs)
     read = [_size(each) for each in inputs]
     if packet in _ROWS_READ and read:
