@@ -22,6 +22,7 @@ from shardwise.predict.workers.buckets import Gathered
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.predict.workers.holdings import Parts, Stage
 from shardwise.predict.workers.passes import Sync
+from shardwise.predict.workers.small_kernels import BYTES, loss_kernels
 from shardwise.predict.workers.stage_keys import stage_key
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
@@ -64,6 +65,10 @@ class CommunicationTimes:
         if key not in self._moved:
             self._moved[key] = self._copied(elements, size, count)
         return self._moved[key]
+
+    def small(self, count: int) -> PassSeconds:
+        """Return the seconds of `count` kernels on a few numbers; see `workers.small_kernels`."""
+        return self.moved(count, BYTES * count, count)
 
     def _copied(self, elements: float, size: float, count: int) -> PassSeconds:
         kernel = Kernel("copy", "memory", "float32", 0.0, size / count, (max(1, round(elements / count)),), count=count)
@@ -116,6 +121,7 @@ class StageCosts:
         self._alikes: dict[int, int] = {}
         self._numbers: dict[object, int] = {}
         self._grouped: dict[tuple[Gathered | None, bool, bool], tuple[float, float, float]] = {}
+        self._last = max(parts.stages)
         self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
 
     def _between(self) -> Messages:
@@ -225,6 +231,8 @@ class StageCosts:
         spent = self.spent(stage, kind)
         if not self.strategy.runs_module:
             spent += self.times.overhead("stage")
+        if stage.number == self._last:
+            spent += self.calls.small(loss_kernels(self.strategy, kind))
         if kind not in (FORWARD, INPUT):
             spent += self._gradients(stage, final=final, first=first)
         if sync is None or kind == WEIGHT:

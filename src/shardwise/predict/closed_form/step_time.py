@@ -32,6 +32,7 @@ from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.holdings import Worker, parts_of, report_bytes
+from shardwise.predict.workers.small_kernels import step_kernels
 from shardwise.splitting.schedule import FORWARD
 from shardwise.strategy import Strategy
 
@@ -249,7 +250,7 @@ class Costs:
         kernels = 1 if update.at_once(self.times.device.kind) else tensors
         sizes = [kernel.bytes for kernel in update.kernels] + ([4, 8] if self.profile.clipped else [])
         moved = (self.calls.moved(elements, size * elements, kernels) for size in sizes)
-        return sum(moved, PassSeconds()).total
+        return sum(moved, self.calls.small(step_kernels(self.profile, self.strategy))).total
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
