@@ -264,14 +264,14 @@ class StageCosts:
         """Return the time to add gradients to those of earlier microbatches and to copy them into buckets."""
         if self.profile.runtime.kernels:
             return PassSeconds()  # they are among the runtime's kernels
-        elements, size, count = self._trained(stage)
+        elements, size, count = self.trained(stage)
         spent = PassSeconds() if first else self.calls.moved(elements, 3 * size, count)
         if final and stage.buckets and not self.strategy.splits_parameters:
             copies = 1 if self.strategy.runs_module else 2
             spent += self.calls.moved(elements, 2 * size, count).times(copies)
         return spent
 
-    def _trained(self, stage: Stage) -> tuple[int, int, int]:
+    def trained(self, stage: Stage) -> tuple[int, int, int]:
         """Return (elements, bytes, count) of the trained parameters of a stage."""
 
         def count() -> tuple[int, int, int]:

@@ -194,8 +194,7 @@ class Costs:
         reduce = sum(self.calls.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
         reduce += sum(seconds for _, _, seconds in self.sums_over_workers(worker))
         reduce += self._reduced_at_the_end(worker, replicas)
-        exchange = sum(self.calls.collective("broadcast", size, replicas) for size in worker.broadcast)
-        exchange += self._gathered_at_the_end(worker, replicas)
+        exchange = self._exchange(worker) + self._gathered_at_the_end(worker, replicas)
         report = self.calls.collective("all_reduce", report_bytes(self.profile), group_of(strategy, "world"))
         if self.profile.weighted:
             report += self.calls.collective("all_reduce", 8, replicas)
@@ -248,9 +247,24 @@ class Costs:
             moved = sum(kernel.bytes for kernel in update.kernels) + (12 if self.profile.clipped else 0)
             return updated(moved * elements, self.times.device)
         kernels = 1 if update.at_once(self.times.device.kind) else tensors
-        sizes = [kernel.bytes for kernel in update.kernels] + ([4, 8] if self.profile.clipped else [])
-        moved = (self.calls.moved(elements, size * elements, kernels) for size in sizes)
+        moved = [self.calls.moved(elements, kernel.bytes * elements, kernels) for kernel in update.kernels]
+        if self.profile.clipped:
+            gradients = self._held(worker)[0] if worker.broadcast else elements
+            moved += [self.calls.moved(gradients, size * gradients, 1) for size in (4, 8)]  # norm, scaling
         return sum(moved, self.calls.small(step_kernels(self.profile, self.strategy))).total
+
+    def _held(self, worker: Worker) -> tuple[int, int]:
+        """Return (elements, tensors) of the trained parameters that a worker holds, before any sharding."""
+        trained = [self.stages.trained(stage) for stage in worker.stages]
+        return sum(elements for elements, _, _ in trained), sum(count for _, _, count in trained)
+
+    def _exchange(self, worker: Worker) -> float:
+        """Compute the seconds of the broadcasts of updated parameters, with the copies into and out of messages."""
+        replicas = group_of(self.strategy, "replicas", worker.pipeline_rank)
+        size, messages = sum(worker.broadcast), len(worker.broadcast)
+        copied = self.calls.moved(size / 4, 2 * size, messages)
+        copied += self.calls.moved(size / 4, 2 * size, self._held(worker)[1]) if messages else PassSeconds()
+        return copied.total + sum(self.calls.collective("broadcast", each, replicas) for each in worker.broadcast)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
