@@ -51,7 +51,7 @@ def simulation(
         cluster: the cluster to train on.
         play: whether to simulate steps as events instead of using the closed form.
         slowed: rank -> factor by which its compute takes longer than usual (a straggler); implies `play`.
-        dry: whether to dry-run the worker that needs most memory, too; see `predict.crosscheck`.
+        dry: whether to dry-run the strategies, too, and compare memory, messages and time; see `predict.crosscheck`.
 
     Raises:
         RequestError: none of the strategies is possible; the error is that of the first one.
@@ -68,7 +68,7 @@ def simulation(
             if dry:
                 _check_size(strategy, cluster)
                 refuse_shares(strategy, "--dry-run")
-                judgements[str(strategy)] = crosscheck(profiles, strategy, cluster)
+                judgements[str(strategy)] = crosscheck(profiles, strategy, cluster, timed=True)
             if play or slowed:
                 timelines[str(strategy)] = played(profiles, strategy, cluster, slowed or {})
                 predictions.append((str(strategy), timelines[str(strategy)].prediction))

@@ -44,7 +44,24 @@ def dry_run_rows(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
     runs = [(candidate["strategy"], candidate["dry_run"]) for candidate in candidates if "dry_run" in candidate]
     notes = [f"{strategy}: {note}" for strategy, run in runs for note in run["notes"]]
     notes += [_too_much(candidate) for candidate in candidates if _dry_run_alone_says_no(candidate)]
-    return ["", table(header, [_dry_run(strategy, run) for strategy, run in runs]), *notes] if runs else []
+    if not runs:
+        return []
+    timed = [_step_views(strategy, run) for strategy, run in runs if run.get("step_seconds") is not None]
+    times = ["", table(["strategy", "step: closed form", "off", "timeline", "off", "dry run"], timed)] if timed else []
+    return ["", table(header, [_dry_run(strategy, run) for strategy, run in runs]), *times, *notes]
+
+
+def _step_views(strategy: str, run: Mapping[str, Any]) -> list[str]:
+    """Format the seconds of a step in three views, with their differences from the dry run."""
+    errors = run["time_errors"]
+    return [
+        strategy,
+        format_seconds(run["closed_form_seconds"]),
+        f"{errors['closed_form']:+.1%}",
+        format_seconds(run["timeline_seconds"]),
+        f"{errors['timeline']:+.1%}",
+        format_seconds(run["step_seconds"]),
+    ]
 
 
 def _dry_run(strategy: str, run: Mapping[str, Any]) -> list[str]:

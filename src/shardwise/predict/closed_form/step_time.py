@@ -247,11 +247,14 @@ class Costs:
             moved = sum(kernel.bytes for kernel in update.kernels) + (12 if self.profile.clipped else 0)
             return updated(moved * elements, self.times.device)
         kernels = 1 if update.at_once(self.times.device.kind) else tensors
-        moved = [self.calls.moved(elements, kernel.bytes * elements, kernels) for kernel in update.kernels]
+        spent = self.calls.small(step_kernels(self.profile, self.strategy))
+        for kernel in update.kernels:
+            spent += self.calls.moved(elements, kernel.bytes * elements, kernels)
         if self.profile.clipped:
             gradients = self._held(worker)[0] if worker.broadcast else elements
-            moved += [self.calls.moved(gradients, size * gradients, 1) for size in (4, 8)]  # norm, scaling
-        return sum(moved, self.calls.small(step_kernels(self.profile, self.strategy))).total
+            spent += self.calls.moved(gradients, 4 * gradients, 1)  # the norm
+            spent += self.calls.moved(gradients, 8 * gradients, 1)  # scaling
+        return spent.total
 
     def _held(self, worker: Worker) -> tuple[int, int]:
         """Return (elements, tensors) of the trained parameters that a worker holds, before any sharding."""

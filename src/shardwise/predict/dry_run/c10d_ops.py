@@ -105,7 +105,7 @@ def is_collective(operation: Any) -> bool:
 
 
 def work_of(result: Any) -> Work | None:
-    """Return the handle in the result of a collective of `c10d`. Returns None if there is none, as of functional ones."""
+    """Return the handle in the result of a collective of `c10d`. Returns None if there is none (functional ones)."""
     last = result[-1] if isinstance(result, (tuple, list)) and result else result
     return Work.unbox(last) if isinstance(last, torch.ScriptObject) else None
 

@@ -66,9 +66,17 @@ class Prices:
         if kernel not in self._known:
             alone = LayerPass((kernel,))
             self._known[kernel] = self._seconds.of(alone)
-            if kernel.when == "recompute":
+            if kernel.when == "recompute" or self._is_saved(kernel):
                 self._known[kernel] += self._seconds.watched(alone, products=self.strategy.saves_products)
         return self._known[kernel]
+
+    def _is_saved(self, kernel: Kernel) -> bool:
+        """Return whether selective recomputation watches a kernel in the forward pass, to keep its result.
+
+        Outside of blocks nothing is recomputed: the few products there count as well, for a kernel does not say where
+        it is.
+        """
+        return self.strategy.saves_products and kernel.when == "forward" and kernel.product
 
     def collective(self, collective: Collective) -> float:
         """Return the seconds of a collective whose members start together."""
@@ -106,7 +114,7 @@ class _Stretch:
     mark: str
     after: list[Operation]
     indices: list[int] = field(default_factory=list)
-    spent: PassSeconds = PassSeconds()
+    spent: PassSeconds = field(default_factory=PassSeconds)
 
 
 class _Player:

@@ -188,6 +188,6 @@ def recorded_streams(streams: Streams) -> Iterator[None]:
     device = _Device(streams)
     with ExitStack() as stack:
         for module in (_fsdp_collectives, _fsdp_param_group, _fsdp_state):
-            stack.enter_context(mock.patch.object(module, "_get_device_handle", lambda _: device))
+            stack.enter_context(mock.patch.object(module, "_get_device_handle", return_value=device))
         stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", device.current_stream))
         yield

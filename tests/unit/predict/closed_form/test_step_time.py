@@ -18,6 +18,7 @@ from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass, Param
 from shardwise.predict.workers.buckets import Bucket, Gathered
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.predict.workers.holdings import Parts, parts_of
+from shardwise.predict.workers.small_kernels import step_kernels
 from shardwise.predict.workers.traffic import communicated
 from shardwise.splitting.balance import divided
 from shardwise.strategy import Strategy
@@ -225,7 +226,12 @@ def test_communicated_by_a_stage() -> None:
 
 
 def seconds_of(size: float) -> float:
-    return costs("single,microbatches=8").times.kernel(moving(size))
+    return costs("single,microbatches=8").times.launched(moving(size)).total
+
+
+def small(count: int) -> float:
+    """Return the seconds of so many kernels on a few numbers."""
+    return costs("single,microbatches=8").calls.small(count).total
 
 
 def collective(operation: str, size: int, group: Group) -> float:
@@ -238,8 +244,9 @@ def test_one_worker() -> None:
     accumulated = costs("single,microbatches=8").calls.moved(
         10 * 64 + 28 + 1 + 64 + 10, 3 * (2560 + 112 + 4 + 256 + 40), 5
     )
-    assert found.compute_seconds == pytest.approx(8 * 3 * a_pass + 7 * accumulated)
-    assert found.optimizer_seconds == pytest.approx(seconds_of(12.0 * (640 + 28 + 1 + 64 + 10)))
+    assert found.compute_seconds == pytest.approx(8 * 3 * a_pass + 7 * accumulated.total + 8 * small(3))
+    update = seconds_of(12.0 * (640 + 28 + 1 + 64 + 10))
+    assert found.optimizer_seconds == pytest.approx(update + small(step_kernels(profile(), Strategy(microbatches=8))))
     assert found.step_seconds == pytest.approx(found.compute_seconds + found.optimizer_seconds)
     waiting = found.exposed_communication_seconds + found.bubble_seconds + found.host_seconds
     assert waiting == pytest.approx(0.0, abs=1e-12)
@@ -259,7 +266,7 @@ def test_two_stages() -> None:
     strategy = Strategy(pp=2, microbatches=8)
     found = predict(profile(update=Update(), clipped=False), strategy, CLUSTER)
     one = costs("pp=2,microbatches=8")
-    f = 2 * seconds_of(1e6)
+    f = 2 * seconds_of(1e6) + small(5) / 2
     messages = one.calls.message(0, 1, (500, 2000)) + one.calls.message(1, 0, (500, 2000))
     assert one.stages.waits("F", 1) == pytest.approx(one.calls.message(0, 1, (500, 2000)))
     assert found.step_seconds == pytest.approx(9 * 3 * f + messages, rel=0.02)
@@ -331,8 +338,9 @@ def test_a_module_that_could_not_be_traced_is_computed_again_once() -> None:
 def test_a_host_that_cannot_keep_up() -> None:
     slow = replace(CLUSTER, nodes=(Nodes(replace(DEVICE, launch_seconds=1.0), 8, 2),))
     found = predict(profile(), Strategy(microbatches=8), slow)
-    assert found.step_seconds == pytest.approx(8 * 12 * 1.0 + found.optimizer_seconds)
-    assert found.host_seconds == pytest.approx(8 * 12 * 1.0 - found.compute_seconds)
+    launched = 8 * 12 + 7 * 5 + 8 * 3  # passes, gradients added to earlier ones, scaling of losses
+    assert found.step_seconds == pytest.approx(launched * 1.0 + found.optimizer_seconds)
+    assert found.host_seconds == pytest.approx(launched * 1.0 - found.compute_seconds)
 
 
 # ---- what is kept ---------------------------------------------------------------------------------------------------

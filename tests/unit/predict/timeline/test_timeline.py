@@ -216,10 +216,11 @@ def test_gradients_that_cannot_hide_by_hand() -> None:
     step = timeline(profile, strategy, cluster)
     buckets = costs.stages.buckets(stage, 1.0)
     assert [bucket.bytes for bucket in stage.buckets] == [2**20, 3 * 2**20]  # the first one is small (DDP)
-    report = costs.finish(costs.parts.workers[0]).report
-    communication = sum(seconds for _, seconds in buckets) + report
+    finish = costs.finish(costs.parts.workers[0])
+    communication = sum(seconds for _, seconds in buckets) + finish.report
     assert step.prediction.communication_seconds == pytest.approx(communication)
-    assert step.prediction.exposed_communication_seconds == pytest.approx(buckets[-1][1] + report, rel=0.01)
+    seen = buckets[-1][1] + finish.report - finish.update  # the report runs beside the update
+    assert step.prediction.exposed_communication_seconds == pytest.approx(seen, rel=0.01)
 
 
 # ---- stragglers -----------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def test_a_slow_stage_holds_the_pipeline_up(profiles: dict[tuple[str, str], Prof
     profile = profiles["gpt", "gpu"].of(strategy)
     usual = timeline(profile, strategy, cluster).prediction
     slow = timeline(profile, strategy, cluster, slowed={2: 1.5}).prediction
-    assert 1.3 < slow.step_seconds / usual.step_seconds < 1.5
+    assert 1.2 < slow.step_seconds / usual.step_seconds < 1.5
 
 
 def test_two_kinds_of_nodes(profiles: dict[tuple[str, str], Profiles]) -> None:
