@@ -73,10 +73,14 @@ def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
         assert run["memory_error"] == pytest.approx(abs(row["memory_bytes"] / run["memory_bytes"] - 1))
         assert sum(run["memory"].values()) == run["memory_bytes"]
         assert run["flops"] > 0
+        assert run["closed_form_seconds"] == row["step_seconds"]
+        assert max(map(abs, run["time_errors"].values())) <= 0.05
+        assert run["time_errors"]["timeline"] == run["timeline_seconds"] / run["step_seconds"] - 1
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     assert "memory predicted" in said
     assert said.count("alike") == 2
+    assert "step: closed form" in said
 
 
 @pytest.mark.parametrize(

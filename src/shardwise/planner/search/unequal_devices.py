@@ -36,11 +36,11 @@ def shared_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batc
     said: set[tuple[int, ...]] = {strategy.parts}
     for pieces in divisors(batch_size // strategy.microbatches):
         if pieces >= strategy.replicas:
-            parts = _rounded(speeds, pieces)
-            found = strategy.with_(shares=Ratio(parts))
-            if found.parts not in said:
-                said.add(found.parts)
-                yield found.with_(shares=Ratio(found.parts))
+            for parts in _near(_rounded(speeds, pieces), speeds):
+                found = strategy.with_(shares=Ratio(parts))
+                if found.parts not in said:
+                    said.add(found.parts)
+                    yield found.with_(shares=Ratio(found.parts))
 
 
 def staged_out(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, batch_size: int) -> Iterator[Strategy]:
@@ -67,6 +67,17 @@ def _of_microbatch(profile: Profile, strategy: Strategy, cluster: Cluster, devic
     """Return the seconds of one microbatch through all stages, computed by one device."""
     times = timed(profile, cluster, strategy, device)
     return sum(sums.between(0, len(profile.segments)).device for sums in (times.forward, times.backward, times.weights))
+
+
+def _near(parts: Sequence[int], speeds: Sequence[float]) -> Iterator[list[int]]:
+    """Yield shares, and the same with one or two pieces moved from the slowest replica to the fastest.
+
+    A part of a step does not depend on its samples. It weighs most on the slowest device, so that shares in proportion
+    to the speeds of whole steps may leave it too much.
+    """
+    slow, fast = (speeds.index(chosen(speeds)) for chosen in (min, max))
+    for moved in range(min(parts[slow], 3)):
+        yield [count + moved * ((number == fast) - (number == slow)) for number, count in enumerate(parts)]
 
 
 def _rounded(speeds: Sequence[float], pieces: int) -> list[int]:

@@ -25,7 +25,7 @@ from shardwise.predict.dry_run.recorder import Event
 from shardwise.predict.dry_run.streams import COMPUTE as MAIN
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import LayerPass
-from shardwise.predict.timeline.events import COMPUTE, Operation, Simulation
+from shardwise.predict.timeline.events import COMPUTE, Deadlock, Operation, Simulation
 
 
 def step_seconds(costs: Costs, runs: Sequence[DryRun]) -> float:
@@ -39,11 +39,19 @@ def step_seconds(costs: Costs, runs: Sequence[DryRun]) -> float:
 
 
 def played(costs: Costs, runs: Sequence[DryRun]) -> Simulation:
-    """Issue the events of all workers to a simulation, which is ready to run. Arguments as of `step_seconds`."""
+    """Issue the events of all workers to a simulation, which is ready to run. Arguments as of `step_seconds`.
+
+    Raises:
+        Deadlock: a worker takes part in a collective or message that another one never reaches.
+    """
     simulation = Simulation([costs.stages.overlap] * len(runs))
     ranks = [run.rank for run in runs]
+    together: Counter[object] = Counter()
     for number, run in enumerate(runs):
-        _Player(simulation, number, ranks, Prices(costs, number)).play(run.events)
+        _Player(simulation, number, ranks, Prices(costs, number), together).play(run.events)
+    alone = next((key for key, missing in together.items() if missing), None)
+    if alone is not None:
+        raise Deadlock(f"{alone} of a dry run waits for a worker that never takes part")
     return simulation
 
 
@@ -125,10 +133,14 @@ class _Player:
         number: number of the worker in it.
         ranks: rank of each worker in it.
         prices: seconds of the worker's events.
+        together: for each collective of several workers in it, how many of them have not been met yet.
     """
 
-    def __init__(self, simulation: Simulation, number: int, ranks: Sequence[int], prices: Prices) -> None:
+    def __init__(
+        self, simulation: Simulation, number: int, ranks: Sequence[int], prices: Prices, together: Counter[object]
+    ) -> None:
         self.simulation, self.number, self.ranks, self.prices = simulation, number, ranks, prices
+        self.together = together
         self.inline = prices.times.device.kind == "cpu"
         self._operations: dict[int, Operation] = {}
         self._stretch: _Stretch | None = None
@@ -207,10 +219,13 @@ class _Player:
 
     def _together(self, what: Collective) -> object:
         """Return the key that a collective has on all simulated workers that take part; None if there is one only."""
-        if sum(rank in what.group.ranks for rank in self.ranks) < 2:
+        members = sum(rank in what.group.ranks for rank in self.ranks)
+        if members < 2:
             return None
         key: object = (what.operation, what.group)
         if what.operation in ("send", "recv"):
             key = ("message", what.group, what.tag)
         self._met[key] += 1
-        return key, self._met[key]
+        met = key, self._met[key]
+        self.together[met] = (self.together[met] or members) - 1
+        return met
