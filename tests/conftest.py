@@ -18,6 +18,7 @@ SLOW = (
     "test_dry_run.py",
     "test_tensor_parallel.py",
     "test_crosscheck.py",
+    "test_playback.py",
     "test_pipeline.py",
     "test_products.py",
     "test_catalogue.py",

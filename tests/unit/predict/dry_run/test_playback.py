@@ -27,7 +27,7 @@ TOLERANCE = 0.05
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "small": lambda: gpt(2, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
-    "wide": lambda: gpt(4, 2048, 16, 8, vocabulary=8192, sequence=512, batch_size=16),
+    "wide": lambda: gpt(2, 2048, 16, 8, vocabulary=8192, sequence=512, batch_size=16),
     "image": lambda: image(batch_size=64),
 }
 
@@ -58,14 +58,14 @@ GRID = [
     *(("small", "epyc-7763x4", f"{strategy},precision=float32") for strategy in (*MODULES, *GRAPHS)),
     # the recipe's rotary embedding is computed in bf16 by the module and in float32 by the graph, which the profile
     # describes: under autocast the two differ by more, so that modules are compared in float32
-    *(("wide", "h100x16", f"{strategy},precision=float32") for strategy in MODULES),
-    *(("wide", "h100x16", f"{strategy},precision=bf16") for strategy in GRAPHS),
-    *(("small", "h100x16", strategy) for strategy in GRAPHS),  # bound by launches
+    *(("wide", "h100x16", f"{strategy},precision=float32") for strategy in MODULES[:4]),
+    *(("wide", "h100x16", f"{strategy},precision=bf16") for strategy in GRAPHS[:5:2]),
+    *(("small", "h100x16", strategy) for strategy in ("tp=2", "pp=2,schedule=zero-bubble")),  # bound by launches
     *(  # bound by communication
         ("wide", "g5x16", f"{strategy},precision=float32")
-        for strategy in ("dp=16", "fsdp=16", "fsdp=16,zero=1", "dp=2,fsdp=8", "dp=8,pp=2", "fsdp=8,pp=2")
+        for strategy in ("dp=16", "fsdp=16", "fsdp=16,zero=1", "dp=2,fsdp=8", "fsdp=8,pp=2")
     ),
-    *(("image", "h100x16", strategy) for strategy in ("single", "dp=4", "fsdp=4")),
+    *(("image", "h100x16", strategy) for strategy in ("single", "fsdp=4")),
 ]
 
 

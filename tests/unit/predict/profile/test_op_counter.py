@@ -41,6 +41,26 @@ def test_noted(call: Callable[[], Tensor], name: str) -> None:
     assert [kernel.operation for kernel in recorder.take().kernels] == [name]
 
 
+def test_a_change_in_place_of_a_list_of_tensors_writes_the_list() -> None:
+    first, second = [torch.zeros(64), torch.zeros(32)], [torch.ones(64), torch.ones(32)]
+    recorder = SegmentRecorder()
+    with recorder:
+        torch._foreach_mul_(first, 2.0)
+        torch._foreach_lerp_(first, second, 0.5)
+    assert [kernel.bytes for kernel in recorder.take().kernels] == [2 * 4 * 96, 3 * 4 * 96]
+
+
+def test_a_shard_is_copied_into_its_part_of_what_is_gathered() -> None:
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives  # registers the operation
+
+    assert _fsdp_collectives
+    recorder = SegmentRecorder()
+    with recorder:
+        torch.ops.fsdp.all_gather_copy_in([torch.ones(16)], torch.empty(64), [16], 16, 1)
+    kernels = [each for each in recorder.take().kernels if each.operation == "fsdp.all_gather_copy_in"]
+    assert [kernel.bytes for kernel in kernels] == [2 * 4 * 16]
+
+
 def test_what_is_measured_is_noted_as_rows() -> None:
     arena = Arena(torch.device("cpu"), size=2**22)
     found = {note(case, arena).operation for case in _in_rows(4096, torch.float32)}
