@@ -112,6 +112,11 @@ def test_a_collective_that_is_priced_wrongly_is_noticed() -> None:
     assert min(errors.values()) > TOLERANCE
 
 
+def test_copies_and_clipping_under_zero_1_are_counted() -> None:
+    errors = views("wide", "g5x16", "fsdp=16,zero=1,precision=float32")["time_errors"]
+    assert max(map(abs, errors.values())) <= 0.01, errors
+
+
 def test_a_worker_waits_for_the_stage_before_it() -> None:
     operations = step("pp=2,microbatches=2").done
     first = next(op for op in operations if op.worker == 0 and op.name == "0F0" and op.kind == "kernels")
