@@ -98,7 +98,7 @@ NAMED = {"vTrain multi": 2.0, "vTrain single node": 2.0, "BLOOM prequel": 2.0}
 WEIGHED_ROWS = 10
 """Groups of so many rows have half the weight of one with very many."""
 
-LOOKED_AT, LOOKED_AT_CROSSING = 60, 24
+LOOKED_AT, LOOKED_AT_CROSSING = 60, 16
 """Rows of a group that are looked at while constants are sought, evenly spaced; errors are of all rows."""
 
 SMALL_ERROR = 0.01
@@ -110,7 +110,7 @@ HELD = 0.0003
 DIFFERENCE, LONGEST, ENOUGH = 0.02, 0.4, 1e-5
 """Step of finite differences; longest step of a logarithm; fall of the objective that is not worth another step."""
 
-CROSSING_STEPS = 8
+CROSSING_STEPS = 5
 """Settings of each fit of the cross-validation."""
 
 NEARBY = 0.1

@@ -66,7 +66,7 @@ class Prices:
     def __init__(self, costs: Costs, pipeline_rank: int) -> None:
         own = costs.at(costs.parts.workers[pipeline_rank])
         self.strategy, self.times, self._calls = costs.strategy, own.times, own.calls
-        self._seconds = Seconds.on(costs.cluster, self.strategy, costs.profile.tp, "", own.times.device)
+        self._seconds = Seconds.on(costs.profile, costs.cluster, self.strategy, own.times.device)
         self._known: dict[Kernel, PassSeconds] = {}
 
     def kernel(self, kernel: Kernel) -> PassSeconds:
