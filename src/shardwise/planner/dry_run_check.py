@@ -48,10 +48,11 @@ def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists
 
 
 def _run(candidate: Candidate, profiles: Profiles, cluster: Cluster) -> Candidate:
-    """Dry-run a candidate and replace its memory by that of the dry run; process memory stays as predicted."""
+    """Dry-run a candidate and replace its tensors by those of the dry run; other memory stays as predicted."""
     if candidate.strategy.shares:
         return candidate
     run = crosscheck(profiles, candidate.strategy, cluster)
     prediction = candidate.prediction
-    memory = replace(run.run.memory, process=prediction.memory.process)
+    own = prediction.memory
+    memory = replace(run.run.memory, process=own.process, fragments=own.fragments, context=own.context)
     return replace(candidate, prediction=replace(prediction, memory=memory), dry_run=run)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 class Memory:
     """Peak memory of one device in bytes, by category.
 
-    `process` is what a worker on a CPU needs beside its tensors; on a GPU it is 0. See `predict.closed_form.memory` for
-    the others.
+    The first five are tensors, see `predict.closed_form.memory`. The last three are what a worker needs beside them, see
+    `predict.closed_form.device_memory`.
     """
 
     parameters: int
@@ -20,19 +20,26 @@ class Memory:
     activations: int
     temporary: int
     process: int = 0
+    fragments: int = 0
+    context: int = 0
 
     @property
     def total(self) -> int:
-        """Return the bytes of all categories together."""
+        """Return the bytes of all categories together, which have to fit into the device."""
+        return self.allocated + self.fragments + self.context
+
+    @property
+    def allocated(self) -> int:
+        """Return the bytes that a run measures: on a GPU what its allocator has given out, on a CPU its process."""
         return self.tensors + self.process
 
     @property
     def tensors(self) -> int:
-        """Return the bytes of all tensors: every category but `process`."""
+        """Return the bytes of all tensors."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.temporary
 
 
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary", "process")
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary", "process", "fragments", "context")
 """Categories of memory: the fields of `Memory`, in their order."""
 
 

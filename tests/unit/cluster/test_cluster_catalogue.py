@@ -150,3 +150,14 @@ def test_unknown_device() -> None:
 )
 def test_names_as_published_results_print_them(text: str) -> None:
     assert catalogue.device(text).name.startswith("NVIDIA " + text.split("-")[0])
+
+SOLD_AS = {"mi250x": 64, "mi300x": 192, "mi325x": 256, "rtx-3090": 24, "rtx-4090": 24, "titan-rtx": 24, "rtx-2080-ti": 11}
+"""GiB of devices whose names do not say how much memory they have."""
+
+
+@pytest.mark.parametrize("name", [name for name in catalogue.devices() if catalogue.device(name).kind == "gpu"])
+def test_a_gpu_has_the_memory_that_a_program_can_use(name: str) -> None:
+    """What torch reports is less than what the maker's name says."""
+    device = catalogue.device(name)
+    sold = SOLD_AS.get(name) or int(re.findall(r"(\d+)GB", device.name)[0])
+    assert 0.9 * sold < device.memory_bytes / 2**30 < sold

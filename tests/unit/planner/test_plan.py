@@ -78,7 +78,7 @@ def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluste
     for strategy, prediction in tried.items():
         profile = summarize(profiles.traced.of(strategy))
         assert least_seconds(profile, strategy, cluster) <= prediction.step_seconds * 1.0001, strategy
-        assert least_memory(profile, strategy) <= prediction.memory.total, strategy
+        assert least_memory(profile, strategy, cluster.device(0)) <= prediction.memory.total, strategy
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_bounds_hold_for_deep_pipelines_too(deep: ScaledProfiles, slower: float)
         profile, summary = profiles.of(strategy), profiles.summary(strategy)
         prediction = predict(profile, strategy, cluster)
         seconds = prediction.step_seconds * 1.0001
-        assert least_memory(summary, strategy) <= prediction.memory.total * 1.0001, strategy
+        assert least_memory(summary, strategy, cluster.device(0)) <= prediction.memory.total * 1.0001, strategy
         assert family_seconds(summary, strategy, cluster) <= seconds, strategy
         assert least_seconds(summary, strategy, cluster) <= seconds, strategy
         if strategy.pp > 1:

@@ -87,7 +87,7 @@ class Candidates:
                 self.lost.impossible(family, str(error), len(spelled))
                 continue
             smallest = family.with_(**spelled[0])  # the most sharded member
-            size = least_memory(profile, smallest)
+            size = least_memory(profile, smallest, self.task.device)
             if size > self.task.room and not self._may_be_smaller(profile, smallest):
                 self.lost.cannot_fit(smallest, size, len(spelled))
                 continue
@@ -103,7 +103,7 @@ class Candidates:
         smallest = strategy.with_(**spellings(strategy, self.task.constraints, self.task.spans)[0])
         summary = self.task.scaled.summary(whole)
         try:
-            size = least_memory(summary, smallest)
+            size = least_memory(summary, smallest, self.task.device)
             if size > self.task.room:  # recompute as few blocks as fit, for the member that needs least
                 partly = fewest(self.task.scaled.of(whole), summary, smallest, self.task.cluster, self.task.room)
                 uneven = self._least_share(summary, smallest) is not None
@@ -123,7 +123,7 @@ class Candidates:
         """Return (bound on the objective, strategy) for each member of a family that may fit."""
         every = list(members(family, self.task.constraints, self.task.spans))
         profile = self.task.scaled.summary(_whole(family))
-        sizes = [least_memory(profile, strategy) for strategy in every]
+        sizes = [least_memory(profile, strategy, self.task.device) for strategy in every]
         fitting = [(size, strategy) for size, strategy in zip(sizes, every, strict=True) if size <= self.task.room]
         found: list[tuple[float, Strategy | UnequalStages]] = list(fitting)
         if not self.task.least_memory:
@@ -186,7 +186,7 @@ class Candidates:
         """
         if self.task.least_memory or not may_be_evened(strategy, self.task.cluster):
             return None
-        return least_share(profile, strategy, self.task.room)
+        return least_share(profile, strategy, self.task.device, self.task.room)
 
     def _may_be_selective(self, profile: ProfileSummary, strategy: Strategy) -> bool:
         """Return whether a strategy may fit with selective recomputation, which saves the results of matmuls."""
@@ -203,7 +203,7 @@ class Candidates:
             self.task.constraints.allows("recompute", NONE) and self.task.constraints.allows("recompute", recompute)
         ):
             return False
-        return least_memory(profile, strategy.with_(recompute=recompute)) <= self.task.room
+        return least_memory(profile, strategy.with_(recompute=recompute), self.task.device) <= self.task.room
 
     def _cut(self) -> int:
         """Return the number of segments of the step; 1, with the reason recorded, if the step cannot be traced."""

@@ -18,7 +18,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 from math import gcd
 
-from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.cluster import Cluster, Device
 from shardwise.options import Ratio
 from shardwise.planner.search.memory_bounds import most_of_the_model
 from shardwise.planner.search.unequal_devices import MOST_REPLICAS
@@ -47,9 +47,9 @@ def may_be_evened(strategy: Strategy, cluster: Cluster) -> bool:
     return cluster.homogeneous and plain and 1 < strategy.pp <= MOST_REPLICAS
 
 
-def least_share(profile: ProfileSummary, strategy: Strategy, room: int) -> float | None:
+def least_share(profile: ProfileSummary, strategy: Strategy, device: Device, room: int) -> float | None:
     """Return the least possible share of the worker with the largest part of the model. Returns None if none fits."""
-    return level(most_of_the_model(profile, strategy, room))
+    return level(most_of_the_model(profile, strategy, device, room))
 
 
 def level(most: Sequence[float]) -> float | None:
@@ -120,16 +120,18 @@ class _Limit:
     saved: Sequence[int]
     per_stored: float
     per_saved: float
-    rest: int
+    rest: float
     room: float
 
     @classmethod
     def of(cls, need: Memory, stage: Stage, stored: Sequence[int], saved: Sequence[int], room: float) -> _Limit:
         """Derive the limit of a worker from the memory `need` that it has with `stage`."""
         first, end = stage.first, stage.end
+        spread = 1 + need.fragments / need.allocated  # fragments grow with what the allocator holds
         per_stored = (need.parameters + need.gradients + need.optimizer) / max(1, stored[end] - stored[first])
         per_saved = need.activations / max(1, saved[end] - saved[first])
-        return cls(stored, saved, per_stored, per_saved, need.temporary + need.process, room)
+        rest = spread * (need.temporary + need.process) + need.context
+        return cls(stored, saved, spread * per_stored, spread * per_saved, rest, room)
 
     def allows(self, first: int, end: int) -> bool:
         """Return whether the stage may consist of segments `first` to `end`."""

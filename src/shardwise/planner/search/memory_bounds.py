@@ -11,6 +11,8 @@ Both are the mean over the workers of a pipeline, for which stages count as near
 
 from __future__ import annotations
 
+from shardwise.cluster.cluster import Device
+from shardwise.predict.closed_form.device_memory import at_least, left_for_tensors
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.splitting.balance import MOST_BLOCKS
 from shardwise.strategy import Strategy
@@ -19,10 +21,10 @@ EVEN = 0.5
 """Least ratio of an unequal pipeline to one of equal stages, for the fill time and for a worker's activations."""
 
 
-def least_memory(profile: ProfileSummary, strategy: Strategy, saved: float | None = None) -> float:
+def least_memory(profile: ProfileSummary, strategy: Strategy, device: Device, saved: float | None = None) -> float:
     """Bound the bytes of the device that needs most from below; the number of microbatches must be settled.
 
-    `saved` is set if a part of the blocks is recomputed: bytes per microbatch that the other blocks save.
+    `device` says what a worker needs beside its tensors. `saved` is set if a part of the blocks is recomputed: bytes per microbatch that the other blocks save.
     """
     workers, stages, count = strategy.pp, strategy.pp * strategy.stages_per_worker, strategy.microbatches
     slices = strategy.fsdp if strategy.splits_parameters else 1
@@ -36,10 +38,11 @@ def least_memory(profile: ProfileSummary, strategy: Strategy, saved: float | Non
     buckets = strategy.sums_in_buckets and strategy.runs_module  # DDP allocates its buckets at the start
     first = _saved(profile, strategy, saved, count) + (profile.gradients if buckets else 0)
     later = _gradients(profile, strategy, slices) + _saved(profile, strategy, saved, count - (workers > 1))
-    return max(updating, stays + first, stays + later if count > 1 else 0.0, profile.largest)
+    tensors = max(updating, stays + first, stays + later if count > 1 else 0.0, profile.largest)
+    return at_least(tensors, device, strategy)
 
 
-def most_of_the_model(profile: ProfileSummary, strategy: Strategy, room: int) -> list[float]:
+def most_of_the_model(profile: ProfileSummary, strategy: Strategy, device: Device, room: int) -> list[float]:
     """Return the largest share of the model that fits on each worker of a pipeline with one stage per worker.
 
     Under 1f1b each further worker has one microbatch less in flight, so it may have more layers. Parameters and saved
@@ -53,7 +56,8 @@ def most_of_the_model(profile: ProfileSummary, strategy: Strategy, room: int) ->
         count if strategy.schedule == "gpipe" else min(count, strategy.pp - pipeline_rank)
         for pipeline_rank in range(strategy.pp)
     ]
-    return [room / max(1.0, stays + microbatches * profile.saved) for microbatches in in_flight]
+    tensors = max(0.0, left_for_tensors(room, device, strategy))
+    return [tensors / max(1.0, stays + microbatches * profile.saved) for microbatches in in_flight]
 
 
 def _stays(profile: ProfileSummary, strategy: Strategy) -> float:

@@ -11,7 +11,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.options import FULL, Recompute
 from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.predict.closed_form.pipeline_links import slower_links
-from shardwise.predict.closed_form.segment_times import timed
+from shardwise.predict.closed_form.segment_times import slowest, timed
 from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import ProfileSummary
@@ -36,10 +36,10 @@ def fewest(
 
     The bounds are those of `memory_bounds`; a prediction may need more blocks, see `enough`.
     """
-    saved = _saved(profile, strategy, cluster)
+    saved, device = _saved(profile, strategy, cluster), slowest(cluster, profile.precision)
     for count in range(1, len(saved)):
         again = _with(strategy, count, len(saved))
-        if least_memory(summary, again, saved[count]) <= room:
+        if least_memory(summary, again, device, saved[count]) <= room:
             return again
     return None
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.cluster import Cluster, Device
 from shardwise.planner.constraints import Constraints
 from shardwise.planner.plan import Candidate
+from shardwise.predict.closed_form.segment_times import slowest
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.strategy import Strategy
@@ -45,6 +46,11 @@ class SearchProblem:
     def room(self) -> int:
         """Bytes of a device that a strategy may use."""
         return room(self.cluster, self.workers, self.constraints)
+
+    @cached_property
+    def device(self) -> Device:
+        """Slowest device of the cluster, whose workers all others wait for."""
+        return slowest(self.cluster, self.workload.precision)
 
     @cached_property
     def spans(self) -> tuple[int, ...]:

@@ -9,9 +9,8 @@ moments are computed, and the largest is the peak.
     optimizer     optimizer state
     activations   saved for the backward passes of all microbatches in flight (Korthikanti et al. 2022, section 4)
     temporary     short-lived tensors of passes, gradient buckets and the optimizer, and the batch
-    process       on a CPU that was measured: the worker's process without tensors, and what its allocator leaves
-                  unused; on a GPU that was measured: the workspaces that libraries keep
 
+What a worker needs beside its tensors is in `device_memory`.
 Sharded parameters, their gradients and their optimizer state do not count under `offload=1`: they lie on the host.
 """
 
@@ -19,10 +18,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Device
+from shardwise.predict.closed_form.device_memory import in_process
 from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_segments, keeps_gradients
 from shardwise.predict.closed_form.offload import left, offloads
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
@@ -46,30 +46,12 @@ def memory_of(profile: Profile, strategy: Strategy, parts: Parts, device: Device
     if ends and len(workers) > 1:
         workers = workers[:: len(workers) - 1]
     memories = (worker_memory(profile, strategy, worker, device) for worker in workers)
-    return _in_process(max(memories, key=lambda each: each.total), device, strategy)
+    return in_process(max(memories, key=lambda each: each.total), device, strategy)
 
 
 def memory_at(profile: Profile, strategy: Strategy, worker: Worker, device: Device) -> Memory:
     """Return the memory of one pipeline worker, including that of its process."""
-    return _in_process(worker_memory(profile, strategy, worker, device), device, strategy)
-
-
-def _in_process(memory: Memory, device: Device, strategy: Strategy) -> Memory:
-    return replace(memory, process=_process(memory, device, strategy))
-
-
-def _process(memory: Memory, device: Device, strategy: Strategy) -> int:
-    """Return the bytes that a worker's process needs beside its tensors; 0 if the device has no measurement of them.
-
-    They are the process of this kind of program (`cluster.Device.process`), and what the allocator leaves unused of
-    activations and temporary tensors (`cluster.Device.heap`).
-    """
-    plain = "sharded" if strategy.splits_parameters else "module"
-    kind = plain if strategy.runs_module else "graph"
-    own = device.process.get(kind, device.process.get("module", 0))
-    if kind == "graph" and strategy.splits_parameters:
-        own += max(0, device.process.get("sharded", 0) - device.process.get("module", 0))
-    return own + round((device.heap - 1.0) * (memory.activations + memory.temporary))
+    return in_process(worker_memory(profile, strategy, worker, device), device, strategy)
 
 
 def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: Device) -> Memory:

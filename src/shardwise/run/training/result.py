@@ -17,7 +17,8 @@ class Forecast:
 
     Attributes:
         seconds: seconds of a step; None without a prediction.
-        memory_bytes: memory of the worker that needs most; None without a prediction.
+        memory_bytes: memory of the worker that needs most, as a run measures it (`Memory.allocated`); None without a
+            prediction.
         reason: why there is no prediction; empty if there is one.
     """
 
@@ -28,7 +29,7 @@ class Forecast:
     @classmethod
     def of(cls, prediction: Prediction) -> Forecast:
         """Return the forecast of a step that was predicted."""
-        return cls(prediction.step_seconds, prediction.memory.total)
+        return cls(prediction.step_seconds, prediction.memory.allocated)
 
 
 def relative_error(predicted: float | None, measured: float | None) -> float | None:

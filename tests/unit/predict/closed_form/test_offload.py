@@ -118,7 +118,7 @@ def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluste
         prediction = predict(profiles.of(strategy), strategy, cluster)
         summary = summarize(profiles.of(strategy))
         assert least_seconds(summary, strategy, cluster) <= prediction.step_seconds * 1.0001, strategy
-        assert least_memory(summary, strategy) <= prediction.memory.total, strategy
+        assert least_memory(summary, strategy, cluster.device(0)) <= prediction.memory.total, strategy
 
 
 def test_it_is_the_last_resort(profiles: ScaledProfiles, cluster: Cluster) -> None:
