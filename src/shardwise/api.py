@@ -71,6 +71,7 @@ def train(
     quiet: bool = False,
     on_nan: str = "stop",
     proof: bool = True,
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """Train a workload on local workers, or as one of the workers that an outer torchrun started.
 
@@ -98,6 +99,8 @@ def train(
             training with NotFinite. `skip`: leave out the update on all workers; stop after 20 in a row. `go`: train
             on. Each policy reports the step and the first module whose output is not finite.
         proof: compare the loss and gradient of the first step with those of one process before training.
+        margin: share of the usable memory that the chosen strategy leaves free; None: 0.05. Only for the strategy
+            `auto`, or None.
 
     Returns:
         The document that `shardwise train --json` prints.
@@ -127,7 +130,11 @@ def train(
     if strategy in (None, "auto") and not resumed:
         from shardwise.commands.auto import train_automatically
 
-        return train_automatically(asked, out, **options)
+        return train_automatically(asked, out, margin=margin, **options)
+    if margin is not None:
+        raise RequestError(
+            f"margin={margin:g}: only a strategy that is chosen leaves a margin: leave it out, or strategy"
+        )
     return run_job(settle(asked, out, resume=resumed, **options)).summary
 
 
@@ -385,6 +392,7 @@ def simulate(
     dry_run: bool = False,
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """Predict step time and memory of strategies on a cluster; nothing is trained and none of its devices is needed.
 
@@ -399,6 +407,7 @@ def simulate(
             fake tensors. Each candidate then shows the observed messages and memory beside the predicted ones.
         settings: parameters of the workload's function.
         seed: seed of weights, data order and dropout; None: the workload's own.
+        margin: share of the memory usable on a device that has to stay free; None: 0.05.
 
     Returns:
         The document that `shardwise simulate --json` prints.
@@ -418,7 +427,7 @@ def simulate(
         raise RequestError("nothing to predict: give a strategy, for example --strategy dp=8")
     path = None if trace is None else settle_file(Path(trace), "trace")
     slowed = settle_slow(slow or {})
-    found = find_cluster(cluster)
+    found = find_cluster(cluster).with_margin(margin)
     loaded = settle_source(workload, settings, seed).load()
     found = found.importing(loaded.libraries)
     simulated = simulation(loaded, settled, found, play=path is not None, slowed=slowed, dry=dry_run)
@@ -443,6 +452,7 @@ def plan(
     pareto: bool = False,
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """Find the best strategy for a workload on a cluster, and say why the others lost.
 
@@ -452,7 +462,7 @@ def plan(
         workers: number of devices to use; None: all devices of the cluster, but of workers that share the cores of a
             measured CPU no more than were measured to pay. `"1..64"` adds the scaling curve from 1 to 64 devices.
         objective: quantity to minimize: `time`, `memory` or `money`.
-        max_memory: memory limit of a device, for example `40GiB`; None: all that it has.
+        max_memory: memory limit of a device, for example `40GiB`; None: all that it has, less by the margin.
         fix: options that the strategy must have, for example `tp=8`.
         forbid: options that the strategy must not have, for example `pp`, `schedule=gpipe`.
         out: path at which to write the best strategy as a plan file.
@@ -462,6 +472,7 @@ def plan(
             steps of a twentieth. Each limit takes a search of its own.
         settings: parameters of the workload's function.
         seed: seed of weights, data order and dropout; None: the workload's own.
+        margin: share of the memory usable on a device that has to stay free; None: 0.05.
 
     Returns:
         The document that `shardwise plan --json` prints.
@@ -487,12 +498,15 @@ def plan(
             out=None if out is None else Path(out),
             dry_run=dry_run,
             pareto=pareto,
+            margin=margin,
         )
     )
     return document
 
 
-def check_plan(path: str | Path, *, cluster: str | None = None, workload: str | None = None) -> dict[str, Any]:
+def check_plan(
+    path: str | Path, *, cluster: str | None = None, workload: str | None = None, margin: float | None = None
+) -> dict[str, Any]:
     """Report whether a plan file still holds: its strategy is possible, fits, and costs as much as the file says.
 
     Args:
@@ -500,6 +514,7 @@ def check_plan(path: str | Path, *, cluster: str | None = None, workload: str | 
         cluster: as in `plan`; None: the one that the plan was made for.
         workload: workload of the plan. It must be given if it is a function, because a plan file on its own must not
             run code.
+        margin: as in `plan`.
 
     Returns:
         The document that `shardwise plan --check --json` prints: `holds`, and `reasons` if it does not hold.
@@ -511,7 +526,7 @@ def check_plan(path: str | Path, *, cluster: str | None = None, workload: str | 
     from shardwise.commands.plan import checked
     from shardwise.run.training.log import finite
 
-    document: dict[str, Any] = finite(checked(Path(path), cluster, workload))
+    document: dict[str, Any] = finite(checked(Path(path), cluster, workload, margin))
     return document
 
 

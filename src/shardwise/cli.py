@@ -110,6 +110,7 @@ def _train(options: argparse.Namespace) -> None:
         quiet=options.quiet,
         on_nan=options.on_nan,
         proof=options.proof,
+        margin=options.margin,
     )
     _print(options, document, training_summary)
 
@@ -161,6 +162,7 @@ def _simulate(options: argparse.Namespace) -> None:
         dry_run=options.dry_run,
         settings=agreed("--set", options.set),
         seed=options.seed,
+        margin=options.margin,
     )
     _print(options, document, prediction_table)
 
@@ -168,7 +170,9 @@ def _simulate(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     if options.check is not None:
         _check_alone(options)
-        document = api.check_plan(options.check, cluster=options.cluster, workload=options.workload)
+        document = api.check_plan(
+            options.check, cluster=options.cluster, workload=options.workload, margin=options.margin
+        )
         _print(options, document, check_summary)
         if not document["holds"]:
             raise PlanBroken(f"{options.check} does not hold: {'; '.join(document['reasons'])}")
@@ -188,6 +192,7 @@ def _plan(options: argparse.Namespace) -> None:
         pareto=options.pareto,
         settings=agreed("--set", options.set),
         seed=options.seed,
+        margin=options.margin,
     )
     _print(options, document, plan_summary)
 
@@ -366,6 +371,15 @@ def _add_proof(parser: _Parser) -> None:
     )
 
 
+def _add_margin(parser: _Parser) -> None:
+    parser.add_argument(
+        "--margin",
+        type=_share,
+        metavar="SHARE",
+        help="of a device's memory that a strategy has to leave free (default: 0.05)",
+    )
+
+
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="shardwise", description="Trains one plain PyTorch model under any parallel strategy.")
     parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
@@ -401,6 +415,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         help="at a loss or gradient that is not finite: stop, skip the step's update, or go on (default: stop)",
     )
     _add_proof(train)
+    _add_margin(train)
     train.set_defaults(run=_train)
     compare = commands.add_parser(
         "compare", help="train under several strategies", description="Measures one strategy after another."
@@ -451,6 +466,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--dry-run", action="store_true", help="also run the real program of one worker, without memory or hardware"
     )
     _add_output(simulate)
+    _add_margin(simulate)
     simulate.set_defaults(run=_simulate)
     plan = commands.add_parser(
         "plan",
@@ -467,7 +483,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument(
         "--objective", default="time", metavar="WHAT", help="time, memory or money: what is to be small (default: time)"
     )
-    plan.add_argument("--max-memory", metavar="SIZE", help="of a device, for example 40GiB (default: what it has)")
+    plan.add_argument(
+        "--max-memory", metavar="SIZE", help="of a device, for example 40GiB (default: what it has, less the margin)"
+    )
+    _add_margin(plan)
     plan.add_argument("--fix", action="append", default=[], metavar="KEY=VALUE", help="an option it must have: tp=8")
     plan.add_argument(
         "--forbid", action="append", default=[], metavar="KEY[=VALUE]", help="one it must not have: pp, schedule=gpipe"

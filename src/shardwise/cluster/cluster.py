@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal
 
+from shardwise.errors import RequestError
+
 Origin = Literal["measured", "datasheet", "fitted", "assumed"]
 """Provenance of a number."""
 
@@ -41,6 +43,10 @@ LIBRARIES = ("transformers",)
 
 OVERHEADS = ("step", "sharded", "stage", "exchange", "again", "selective", "crowded")
 """Host overheads beside kernels and messages, see `Device.overheads`."""
+
+
+MARGIN = 0.05
+"""Share of the usable memory that a plan leaves free unless the user says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +116,7 @@ class Device:
         name: model name as its maker spells it.
         kind: `gpu` or `cpu`.
         flops: dense floating point operations per second by dtype, without sparsity.
-        memory_bytes: bytes of its own memory.
+        memory_bytes: bytes of its own memory that a program can use; of a host's memory if workers share it.
         memory_bandwidth: bytes per second between the processor and its memory.
         cores: units that work is assigned to in whole tiles: SMs, compute units, CPU cores.
         launch_seconds: host time to start one kernel from eager PyTorch. For a measured CPU, host time beside the
@@ -173,6 +179,11 @@ class Device:
     origins: Mapping[str, Origin] = field(default_factory=dict)
     source: str = ""
 
+    @property
+    def is_host(self) -> bool:
+        """Return whether this is a whole host, whose workers share its cores and its memory: a measured CPU."""
+        return self.kind == "cpu" and bool(self.shared or self.curves)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
@@ -220,6 +231,7 @@ class Cluster:
         collectives: measured times of collectives; empty if nothing was measured.
         software: versions the cluster was measured with (torch version, backend); empty if nothing was measured.
         busy: cores of a host that other programs used, on average, while it was measured.
+        margin: share of each device's memory that a strategy has to leave free.
     """
 
     name: str
@@ -228,6 +240,7 @@ class Cluster:
     collectives: tuple[CollectiveCurve, ...] = ()
     software: Mapping[str, str] = field(default_factory=dict)
     busy: float = 0.0
+    margin: float = MARGIN
 
     @property
     def size(self) -> int:
@@ -259,11 +272,21 @@ class Cluster:
         """Return whether all devices are of one kind."""
         return len({id(nodes.device) for nodes in self.nodes}) == 1
 
+    def with_margin(self, margin: float | None) -> Cluster:
+        """Return the cluster with another margin; None selects the default. Raises as `check_margin` does."""
+        check_margin(margin)
+        return replace(self, margin=MARGIN if margin is None else margin)
+
     def least_memory(self, workers: int) -> int:
-        """Return the bytes of the smallest memory among the first `workers` devices."""
+        """Return the bytes that each of `workers` workers may need: on the smallest of the first devices."""
         firsts = accumulate((nodes.size for nodes in self.nodes), initial=0)
         used = [nodes for first, nodes in zip(firsts, self.nodes, strict=False) if first < workers]
-        return min(nodes.device.memory_bytes for nodes in used)
+        return min(self.memory_for_worker(nodes.device, min(workers, nodes.devices)) for nodes in used)
+
+    def memory_for_worker(self, device: Device, workers: int) -> int:
+        """Return the bytes that a worker on `device` may need if its node has `workers` of them: less by the margin."""
+        sharing = workers if device.is_host else 1
+        return int(device.memory_bytes * (1 - self.margin) / sharing)
 
     def device(self, rank: int) -> Device:
         """Return the device of a rank.
@@ -276,6 +299,12 @@ class Cluster:
                 return nodes.device
             rank -= nodes.size
         raise IndexError(f"rank {rank} of a cluster of {self.size} devices")
+
+
+def check_margin(margin: float | None) -> None:
+    """Raise RequestError unless the margin is a share of the memory, from 0 to below 1, or None for the default."""
+    if margin is not None and not 0 <= margin < 1:
+        raise RequestError(f"margin={margin:g}: must be a share of the memory, 0 or more and below 1: 0.05 leaves 5%")
 
 
 def _importing(device: Device, libraries: Collection[str]) -> Device:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shardwise.cluster.cluster import check_margin
 from shardwise.commands.forecast import FIRST_PREDICTS, own_cluster
 from shardwise.commands.request import (
     Chosen,
@@ -32,6 +33,7 @@ from shardwise.planner.explain import explanation
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.planner.scaling import counts
 from shardwise.planner.search.search import SearchResult, may_offload, search
+from shardwise.predict.document import needs
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
@@ -82,13 +84,16 @@ class Choice:
             yield last
 
 
-def choose(workload: Workload, workers: int | None = None, *, quiet: bool = False) -> Choice:
+def choose(
+    workload: Workload, workers: int | None = None, *, quiet: bool = False, margin: float | None = None
+) -> Choice:
     """Choose the best strategy for this machine.
 
     Args:
         workload: workload to train.
         workers: number of workers; None: as many as are fastest, up to the number that was measured to pay here.
         quiet: do not print that the machine is being measured.
+        margin: share of the usable memory that has to stay free; None: the default.
 
     Raises:
         NotMeasured: the machine may not be measured, or was measured with fewer workers; or a step has turns.
@@ -97,7 +102,7 @@ def choose(workload: Workload, workers: int | None = None, *, quiet: bool = Fals
     """
     if workload.turns:
         raise NotMeasured(f"{NOT_PREDICTED}; it trains with single or dp")
-    cluster = own_cluster(quiet=quiet).importing(workload.libraries)
+    cluster = own_cluster(quiet=quiet).importing(workload.libraries).with_margin(margin)
     if workers is not None and workers > cluster.size:
         raise NotMeasured(
             f"this machine was measured with {cluster.size} workers, not with {workers}: run "
@@ -140,13 +145,18 @@ def _nothing(plan: Plan) -> str:
         raise RequestError(f"no strategy for {plan.workers} workers can be for workload {plan.workload!r}")
     prediction = plan.smallest.prediction
     return (
-        f"{plan.workload} does not fit into this machine: {plan.smallest.strategy} needs least, "
-        f"{format_bytes(prediction.memory.total)} of a worker that has {format_bytes(prediction.memory_available)}"
+        f"{plan.workload} does not fit into this machine: of all strategies {plan.smallest.strategy} needs least, and "
+        f"a worker {needs(prediction)}"
     )
 
 
 def train_automatically(
-    asked: TrainingRequest, out: str | Path | None, *, quiet: bool = False, **options: Any
+    asked: TrainingRequest,
+    out: str | Path | None,
+    *,
+    quiet: bool = False,
+    margin: float | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Plan, train, and report the prediction error.
 
@@ -154,6 +164,7 @@ def train_automatically(
         asked: the requested training. Its strategy is `auto`, or None, which falls back to `dp` if none can be chosen.
         out: the run's folder, as in `api.train`.
         quiet: print neither a progress bar nor the choice.
+        margin: share of the usable memory that has to stay free; None: the default.
         options: as in `request.settle`.
 
     Returns:
@@ -164,6 +175,7 @@ def train_automatically(
         RequestError, DoesNotFit, NotMeasured: as in `choose`; NotMeasured only if the strategy is `auto`.
         WorkerFailed: a worker died for another reason than memory, or there is nothing smaller to fall back to.
     """
+    check_margin(margin)
     settled = settle_options(steps=asked.steps, epochs=asked.epochs, quiet=quiet, **options)
     source = settle_source(asked.workload, asked.settings, asked.seed)
     loaded = Chosen(source, source.load())
@@ -171,9 +183,9 @@ def train_automatically(
     check(loaded.workload, Strategy())
     context = rank_context()
     if context is not None:
-        return _with_launcher(context.workers, loaded, asked, out, quiet=quiet, **options)
+        return _with_launcher(context.workers, loaded, asked, out, margin, quiet=quiet, **options)
     try:
-        choice = choose(loaded.workload, asked.workers, quiet=quiet)
+        choice = choose(loaded.workload, asked.workers, quiet=quiet, margin=margin)
     except NotMeasured as error:
         plain = _unmeasured(asked, error)
         job = settle(plain, out, quiet=quiet, chosen=loaded, **options)
@@ -207,7 +219,7 @@ def _chosen(loaded: Chosen, candidate: Candidate, cuts: Cuts) -> Chosen:
 
 
 def _with_launcher(
-    count: int, loaded: Chosen, asked: TrainingRequest, out: str | Path | None, **options: Any
+    count: int, loaded: Chosen, asked: TrainingRequest, out: str | Path | None, margin: float | None, **options: Any
 ) -> dict[str, Any]:
     """Train as one of the workers of an outer launcher with the strategy that rank 0 chooses. Collective.
 
@@ -218,7 +230,7 @@ def _with_launcher(
     if is_first():
         try:
             check_hosts()
-            choice = choose(loaded.workload, asked.workers or count, quiet=bool(options["quiet"]))
+            choice = choose(loaded.workload, asked.workers or count, quiet=bool(options["quiet"]), margin=margin)
         except NotMeasured as error:
             asked = _unmeasured(asked, error)
             _say_unmeasured(asked, error, quiet=bool(options["quiet"]))

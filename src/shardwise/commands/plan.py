@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shardwise.cluster.cluster import Cluster
+from shardwise.cluster.cluster import Cluster, check_margin
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import DoesNotFit, RequestError, WorkloadError
 from shardwise.planner.constraints import Constraints
@@ -24,6 +24,7 @@ from shardwise.planner.scaling import Point, cheapest, counts, dollars, scaling,
 from shardwise.planner.search.finalists import FINALISTS
 from shardwise.planner.search.problem import room
 from shardwise.planner.search.search import SearchResult
+from shardwise.predict.document import needs
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibration.local_cluster import cluster_at_hand
@@ -49,10 +50,12 @@ def planned(
     out: Path | None,
     dry_run: bool = False,
     pareto: bool = False,
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """Return the document of `plan`; see `api.plan` for the arguments and errors."""
     constraints = Constraints.parse(objective, max_memory, fix, forbid)
-    cluster = _cluster(cluster_text)
+    check_margin(margin)
+    cluster = _cluster(cluster_text).with_margin(margin)
     numbers = _numbers(workers, cluster)
     if out is not None and not isinstance(source.workload, str):
         raise WorkloadError(f"out={out}: a plan file names its workload; give one by name, not as an object")
@@ -139,7 +142,8 @@ def _too_small(workload: Workload, cluster: Cluster, point: Point, constraints: 
     hint = f"{number} of them would do" if number else "more of them would not help"
     return (
         f"{plan.workload} does not fit into {devices} of {cluster.name}: {plan.smallest.strategy} needs "
-        f"least, {format_bytes(need)} of a device that has {format_bytes(have)}, {format_bytes(need - have)} too much: "
+        f"least, {format_bytes(need)} of a device that has {format_bytes(have)} usable, {format_bytes(need - have)} "
+        f"too much: "
         f"{hint}"
     )
 
@@ -191,13 +195,16 @@ def versions() -> dict[str, str]:
     return {"shardwise": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
-def checked(path: Path, cluster_text: str | None = None, named: str | None = None) -> dict[str, Any]:
+def checked(
+    path: Path, cluster_text: str | None = None, named: str | None = None, margin: float | None = None
+) -> dict[str, Any]:
     """Return the document of a plan check: does the plan work, fit in memory, and take as long as the file says.
 
     Args:
         path: path of the plan file.
         cluster_text: cluster that replaces the plan's own; None: the plan's own.
         named: workload that the user trusts; a function that only the file names is not run.
+        margin: share of the usable memory that has to stay free; None: the default.
 
     Returns:
         `plan`, `holds`, `reasons`, `notes`, and today's prediction beside the file's.
@@ -205,10 +212,11 @@ def checked(path: Path, cluster_text: str | None = None, named: str | None = Non
     Raises:
         RequestError: the file cannot be read, or its workload or cluster is wrong.
     """
+    check_margin(margin)
     plan = read_plan(path)
     _check_workload(path, plan.workload, named)
     workload = Source(workload=plan.workload, settings=plan.settings).load()
-    cluster = _cluster(cluster_text or plan.cluster or None).importing(workload.libraries)
+    cluster = _cluster(cluster_text or plan.cluster or None).importing(workload.libraries).with_margin(margin)
     reasons = [
         f"made with {name} {version}, this is {now}"
         for name, version in plan.made_with.items()
@@ -220,10 +228,7 @@ def checked(path: Path, cluster_text: str | None = None, named: str | None = Non
     except RequestError as error:
         return _check_document(path, plan, None, [*broken, str(error)], reasons)
     if not prediction.fits:
-        broken.append(
-            f"needs {format_bytes(prediction.memory.total)} of a device that has "
-            f"{format_bytes(prediction.memory_available)}"
-        )
+        broken.append(f"a device {needs(prediction)}")
     then = plan.prediction.get("step_seconds")
     if then and abs(prediction.step_seconds / then - 1) > CHANGED:
         broken.append(

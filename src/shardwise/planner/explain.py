@@ -15,6 +15,7 @@ from shardwise.options import EQUAL
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import ProfileOf, predict_shares
+from shardwise.predict.document import needs
 from shardwise.predict.prediction import Prediction
 from shardwise.strategy import Strategy
 from shardwise.units import format_bits, format_bytes, format_seconds, format_share
@@ -48,7 +49,7 @@ def explanation(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[str
         return [_needs(plan, profile_of), _nothing_fits(plan)]
     return [
         _needs(plan, profile_of),
-        _chosen(plan.best),
+        _chosen(plan, plan.best),
         *_offloaded(plan),
         *_unequal(plan.best, cluster, profile_of),
         *_data_against_model(plan, pure, profile_of),
@@ -74,7 +75,7 @@ def _needs(plan: Plan, profile_of: ProfileOf) -> str:
         f"{plan.workload} has {_count(elements)} trained parameters. One device alone would hold "
         f"{format_bytes(weights)} of parameters, {format_bytes(gradients)} of gradients, {format_bytes(state)} of "
         f"optimizer state and, with {batch}, {format_bytes(profile.saved[-1])} of activations; a device here has "
-        f"{format_bytes(_memory(plan))}."
+        f"{format_bytes(_memory(plan))} usable."
     )
 
 
@@ -99,12 +100,12 @@ def _nothing_fits(plan: Plan) -> str:
     )
 
 
-def _chosen(best: Candidate) -> str:
+def _chosen(plan: Plan, best: Candidate) -> str:
     prediction = best.prediction
     parts = ", ".join(f"{format_share(share)} {name}" for name, share in _shares(prediction))
     return (
         f"Chosen: {best.strategy}. A step takes {format_seconds(prediction.step_seconds)}: {parts}. {_binding(best)} "
-        f"A device needs {format_bytes(prediction.memory.total)} of {format_bytes(prediction.memory_available)}."
+        f"A device {needs(prediction, plan.constraints.max_memory)}."
     )
 
 

@@ -26,6 +26,8 @@ def candidate(strategy: str, prediction: Prediction) -> dict[str, Any]:
         "memory_bytes": memory.total,
         "memory": categories(memory),
         "memory_available_bytes": prediction.memory_available,
+        "memory_usable_bytes": prediction.memory_usable,
+        "margin": prediction.margin,
         "fits": prediction.fits,
         "samples_per_second": prediction.samples_per_second,
         "model_flops_utilization": prediction.model_flops_utilization,
@@ -77,12 +79,26 @@ def explained(strategy: str, prediction: Prediction) -> str:
     }
     spent = [f"{format_share(value / prediction.step_seconds)} {name}" for name, value in _largest(parts)]
     held = [f"{format_bytes(value)} of {name}" for name, value in _largest(categories(prediction.memory))]
-    room = "fits into" if prediction.fits else "does not fit into"
     return (
         f"{strategy}: a step takes {format_seconds(prediction.step_seconds)}, {', '.join(spent)}. "
-        f"A device needs {format_bytes(prediction.memory.total)} ({', '.join(held)}), which {room} its "
-        f"{format_bytes(prediction.memory_available)}."
+        f"A device {needs(prediction)}: {', '.join(held)}."
     )
+
+
+def needs(prediction: Prediction, limit: int | None = None) -> str:
+    """Say what a device needs and how near that is to what it may need.
+
+    Args:
+        prediction: prediction of a strategy.
+        limit: bytes that the user allows; None allows all but the margin.
+    """
+    need, have, usable = prediction.memory.total, prediction.memory_available, format_bytes(prediction.memory_usable)
+    said = f"usable, with {format_share(prediction.margin)} of its {usable} left free"
+    if limit is not None and limit < have:
+        have, said = limit, f"that --max-memory allows of its {usable}"
+    if need > have:
+        return f"needs {format_bytes(need)}, more than the {format_bytes(have)} {said}, and does not fit"
+    return f"needs {format_bytes(need)} of the {format_bytes(have)} {said} ({format_share(need / have)})"
 
 
 def _largest(parts: Mapping[str, float]) -> list[tuple[str, float]]:

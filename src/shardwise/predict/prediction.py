@@ -64,7 +64,8 @@ class Prediction:
         optimizer_seconds: update of the parameters.
         host_seconds: time for which the device waits for the host to launch kernels.
         memory: peak memory of the device that needs most.
-        memory_available: bytes of device memory that it has to fit into.
+        memory_available: bytes that it has to fit into: the device's usable memory, less by the margin.
+        margin: share of the usable memory that has to stay free.
         model_flops: floating point operations that the model needs for the step on all devices, without recomputation.
         peak_flops: floating point operations per second of all devices together, in the dtype of the computation.
         samples: samples of one step on all devices.
@@ -86,6 +87,7 @@ class Prediction:
     samples: int
     terms: Mapping[str, float] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
+    margin: float = 0.0
 
     @property
     def alpha(self) -> float:
@@ -98,8 +100,13 @@ class Prediction:
         return self.exposed_communication_seconds / self.compute_seconds if self.compute_seconds else 0.0
 
     @property
+    def memory_usable(self) -> int:
+        """Return the bytes of the device that a worker can use, with the margin."""
+        return round(self.memory_available / (1 - self.margin))
+
+    @property
     def fits(self) -> bool:
-        """Return whether the peak memory fits into the device's memory."""
+        """Return whether the peak memory fits into the device's memory and leaves its margin."""
         return self.memory.total <= self.memory_available
 
     @property

@@ -87,15 +87,20 @@ def _off(predicted: float, run: float) -> str:
 
 
 def _dry_run_alone_says_no(candidate: Mapping[str, Any]) -> bool:
-    run = candidate.get("dry_run")
-    return run is not None and candidate["fits"] and run["memory_bytes"] > candidate["memory_available_bytes"]
+    return "dry_run" in candidate and candidate["fits"] and _needed(candidate) > candidate["memory_available_bytes"]
+
+
+def _needed(candidate: Mapping[str, Any]) -> int:
+    """Return the bytes of the tensors of a dry run and, as predicted, of what a worker needs beside them."""
+    beside = sum(candidate["memory"][name] for name in ("process", "fragments", "context"))
+    return int(candidate["dry_run"]["memory_bytes"] + beside)
 
 
 def _too_much(candidate: Mapping[str, Any]) -> str:
-    needed, there = candidate["dry_run"]["memory_bytes"], candidate["memory_available_bytes"]
+    needed, there = _needed(candidate), candidate["memory_available_bytes"]
     return (
-        f"{candidate['strategy']} does not fit: the dry run of its program needs {format_bytes(needed)}, a device has "
-        f"{format_bytes(there)}"
+        f"{candidate['strategy']} does not fit: its program as run dry needs {format_bytes(needed)}, a device has "
+        f"{format_bytes(there)} usable"
     )
 
 

@@ -151,7 +151,16 @@ def test_unknown_device() -> None:
 def test_names_as_published_results_print_them(text: str) -> None:
     assert catalogue.device(text).name.startswith("NVIDIA " + text.split("-")[0])
 
-SOLD_AS = {"mi250x": 64, "mi300x": 192, "mi325x": 256, "rtx-3090": 24, "rtx-4090": 24, "titan-rtx": 24, "rtx-2080-ti": 11}
+
+SOLD_AS = {
+    "mi250x": 64,
+    "mi300x": 192,
+    "mi325x": 256,
+    "rtx-3090": 24,
+    "rtx-4090": 24,
+    "titan-rtx": 24,
+    "rtx-2080-ti": 11,
+}
 """GiB of devices whose names do not say how much memory they have."""
 
 

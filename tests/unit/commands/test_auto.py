@@ -106,7 +106,7 @@ def test_fallbacks_need_less_and_less() -> None:
 
 
 def test_the_last_fallback_keeps_parameters_on_the_hosts(machine: Path) -> None:
-    large = load_workload("gpt:layers=4,hidden=512,heads=4,vocabulary=4096,sequence=16,batch_size=4")
+    large = load_workload("gpt:layers=4,hidden=2048,heads=4,vocabulary=4096,sequence=16,batch_size=4")
     choice = choose(large, 2, quiet=True)
     last = choice.last_resort()
     assert last is not None

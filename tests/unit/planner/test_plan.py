@@ -322,11 +322,31 @@ def test_more_devices_stop_paying_where_they_bring_less_than_half(cluster: Clust
     assert found.workers == 4
 
 
-@pytest.mark.usefixtures("known")
 def test_one_device_that_is_too_small_is_told_how_many_would_do() -> None:
-    source = Source(workload=SPEC)
+    source = Source(workload="gpt:layers=12,hidden=2048,heads=16,vocabulary=512,sequence=128,batch_size=16")
     with pytest.raises(DoesNotFit, match=r"does not fit into 1 device of .*: \d+ of them would do"):
-        planned(source, "a100-40x1", None, objective="time", max_memory="8MiB", fix=[], forbid=[], out=None)
+        planned(source, "a100-40x1", None, objective="time", max_memory="8GiB", fix=[], forbid=[], out=None)
+
+
+@pytest.mark.parametrize("margin", [0.05, 0.0, 0.3])
+def test_a_plan_leaves_the_margin_free(
+    workload: Workload, profiles: ScaledProfiles, cluster: Cluster, tried: dict[Strategy, Any], margin: float
+) -> None:
+    """Devices that the fastest strategy would fill to within a thousandth."""
+    fastest = min(tried.values(), key=lambda prediction: prediction.step_seconds)
+    size = round(fastest.memory.total * 1.001)
+    small = with_memory(cluster, size)
+    asked = small if margin == 0.05 else small.with_margin(margin)
+    plan = search(workload, asked, 4, Constraints(), profiles).plan
+    assert plan.best is not None
+    for candidate in plan.candidates:
+        assert candidate.prediction.memory.total <= (1 - margin) * size
+        assert candidate.prediction.fits
+    best = plan.best.prediction
+    assert (best.memory.total > 0.95 * size) == (margin == 0.0)
+    text = explanation(plan, asked, profiles.of)[1]
+    assert f"{best.memory.total / best.memory_available:.0%}" in text
+    assert f"with {margin:.0%} of its" in text
 
 
 def test_a_larger_cluster_has_more_of_its_nodes(cluster: Cluster) -> None:

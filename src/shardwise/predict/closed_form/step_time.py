@@ -309,6 +309,7 @@ class Costs:
             host_seconds=host,
             memory=self.memory,
             memory_available=self.memory_available,
+            margin=self.cluster.margin,
             model_flops=flops,
             peak_flops=strategy.workers * self.times.device.flops.get(self.profile.precision, 0.0),
             samples=self.batch_size,
@@ -339,7 +340,7 @@ class Costs:
 
     @property
     def memory_available(self) -> int:
-        """Return the bytes of the smallest memory of a device that the strategy uses."""
+        """Return the bytes that a worker of the strategy may need on the smallest device, less by the margin."""
         return self.cluster.least_memory(self.strategy.workers)
 
     def memory_at(self, worker: Worker) -> Memory:

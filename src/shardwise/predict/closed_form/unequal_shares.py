@@ -58,7 +58,9 @@ def replica(profile_of: ProfileOf, strategy: Strategy, cluster: Cluster, samples
     plain, size = strategy.with_(shares=EQUAL), samples * strategy.microbatches * strategy.replicas
     device = cluster.device(rank)
     costs = costs_of(profile_of(plain, size), plain, cluster, size, device)
-    return replace(costs.prediction(), memory_available=device.memory_bytes)
+    return replace(
+        costs.prediction(), memory_available=cluster.memory_for_worker(device, min(strategy.workers, cluster.node_size))
+    )
 
 
 def _different(strategy: Strategy, cluster: Cluster, batch_size: int) -> set[tuple[int, int]]:

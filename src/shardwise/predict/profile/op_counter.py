@@ -104,7 +104,7 @@ def kernel_of(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], res
         return None
     if outputs and all(not output.numel() for output in outputs):
         return None
-    counter = _COUNTERS.get(packet)
+    counter = _COUNTERS.get(packet) or _OTHERS.get(f"{operation.namespace}::{packet.__name__}")
     kind, flops, shape, backward = (
         ("memory", 0.0, (max((o.numel() for o in outputs or inputs), default=0),), when == "backward")
         if counter is None
@@ -234,6 +234,43 @@ def _baddbmm(args: tuple[Any, ...], result: Any) -> Counted:
 def _vectors(args: tuple[Any, ...], result: Any) -> Counted:
     elements = max(each.numel() for each in args if isinstance(each, Tensor))
     return "memory", 2.0 * elements, (elements,), False
+
+
+# ---- mixtures of experts --------------------------------------------------------------------------------------------
+
+
+@counts(aten._grouped_mm)
+def _grouped(args: tuple[Any, ...], result: Any) -> Counted:
+    """Count a grouped matmul as a batch of equal ones: each row meets the matrix of one expert.
+
+    A token that goes to several experts has a row for each of them. Either (rows, k) @ (experts, k, n), or for the
+    gradient of the weights (k, rows) @ (rows, n), which gives (experts, k, n).
+    """
+    a, b = args[:2]
+    if b.dim() == 2:
+        return _experts(b.shape[0], result.shape, times=1, backward=False)
+    return _experts(a.shape[0], b.shape, times=1, backward=False)
+
+
+def _grouped_fallback(args: tuple[Any, ...], result: Any) -> Counted:
+    return _experts(args[0].shape[0], args[1].shape, times=1, backward=False)
+
+
+def _grouped_fallback_backward(args: tuple[Any, ...], result: Any) -> Counted:
+    return _experts(args[0].shape[0], args[1].shape, times=2, backward=True)  # of the rows, and of the weights
+
+
+def _experts(rows: int, weights: Sequence[int], *, times: int, backward: bool) -> Counted:
+    """Count `times` matmuls of rows that are spread evenly over experts with `weights` (experts, k, n)."""
+    experts, k, n = weights
+    return "matmul", 2.0 * times * rows * k * n, (times * experts, max(1, rows // experts), n, k), backward
+
+
+_OTHERS: dict[str, Counter] = {
+    "transformers::grouped_mm_fallback": _grouped_fallback,
+    "transformers::grouped_mm_fallback_backward": _grouped_fallback_backward,
+}
+"""Formulas for operations that other packages register when they are imported, by name."""
 
 
 # ---- recurrent layers -----------------------------------------------------------------------------------------------

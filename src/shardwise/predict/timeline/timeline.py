@@ -210,6 +210,7 @@ class _StepSimulation:
             seconds,
             memory=self.usual.memory,
             memory_available=self.usual.memory_available,
+            margin=self.usual.cluster.margin,
             model_flops=self.usual.model_flops,
             peak_flops=self.strategy.workers * device.flops.get(profile.precision, 0.0),
             samples=self.usual.batch_size,
