@@ -20,7 +20,17 @@ from shardwise.planner.dry_run_check import judge
 from shardwise.planner.explain import explanation
 from shardwise.planner.pareto import front
 from shardwise.planner.plan_file import PlanFile, read_plan, write_plan
-from shardwise.planner.scaling import Point, cheapest, counts, dollars, scaling, smallest_that_fits, worth
+from shardwise.planner.scaling import (
+    Point,
+    cheapest,
+    counts,
+    dollars,
+    price,
+    price_words,
+    scaling,
+    smallest_that_fits,
+    worth,
+)
 from shardwise.planner.search.finalists import FINALISTS
 from shardwise.planner.search.problem import room
 from shardwise.planner.search.search import SearchResult
@@ -68,7 +78,10 @@ def planned(
     plan = point.searched.plan
     if plan.best is None:
         raise DoesNotFit(_too_small(workload, cluster, point, constraints))
-    document = plan_document(plan, explanation(plan, cluster, point.searched.profile_of))
+    words, cost = explanation(plan, cluster, point.searched.profile_of), price(point, cluster)
+    if cost is not None and constraints.objective == "money":
+        words.insert(2, price_words(cost, point.workers))
+    document = plan_document(plan, words) | {"price": cost}
     if len(points) > 1:
         document |= _curve(points, cluster)
     if pareto:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardwise.planner.plan import Candidate, Plan
-from shardwise.predict.document import candidate
+from shardwise.predict.document import PROGRAM, candidate
 from shardwise.units import format_bytes, format_seconds
 
 SHOWN = 20
@@ -34,6 +34,9 @@ def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
         "cluster": plan.cluster,
         "workers": plan.workers,
         "objective": plan.constraints.objective,
+        "program": PROGRAM,
+        "precision": best and best.prediction.precision,
+        "notes": list(plan.notes),
         "best": best and str(best.strategy),
         "candidates": [_candidate(each) for each in shown],
         "rejected": rejected,

@@ -15,7 +15,7 @@ from shardwise.options import EQUAL
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import ProfileOf, predict_shares
-from shardwise.predict.document import needs
+from shardwise.predict.document import needs, note_words, step_words
 from shardwise.predict.prediction import Prediction
 from shardwise.strategy import Strategy
 from shardwise.units import format_bits, format_bytes, format_seconds, format_share
@@ -31,6 +31,9 @@ PARTS = {
 
 CHANGES = (0.1, 0.25, 4.0, 10.0)
 """Factors by which the bandwidth of each kind of link is changed, to see if the choice changes."""
+
+WITHIN = 0.01
+"""Relative difference of step times below which they are called equal in words."""
 
 TRIED = 24
 """Number of best candidates that are compared on changed clusters, beside the pure ones."""
@@ -104,8 +107,9 @@ def _chosen(plan: Plan, best: Candidate) -> str:
     prediction = best.prediction
     parts = ", ".join(f"{format_share(share)} {name}" for name, share in _shares(prediction))
     return (
-        f"Chosen: {best.strategy}. A step takes {format_seconds(prediction.step_seconds)}: {parts}. {_binding(best)} "
-        f"A device {needs(prediction, plan.constraints.max_memory)}."
+        f"Chosen: {best.strategy}, in {prediction.precision}. A step of Shardwise's own program takes "
+        f"{step_words(prediction)}: {parts}. {_binding(best)} "
+        f"A device {needs(prediction, plan.constraints.max_memory)}.{note_words(prediction)}"
     )
 
 
@@ -237,7 +241,8 @@ def _runner_up(plan: Plan) -> Iterator[str]:
     other = next((each for each in plan.candidates[1:] if each.strategy.kind != best.strategy.kind), None)
     other = other or next(iter(plan.candidates[1:]), None)
     if other is None:
-        yield "No other strategy fits."
+        slower = sum(entry.count for entry in plan.rejected if entry.kind == "slower")
+        yield others_are_slower(slower) if slower else "No other strategy fits."
         return
     if plan.constraints.objective == "memory":
         need = format_bytes(other.prediction.memory.total - best.prediction.memory.total)
@@ -246,9 +251,27 @@ def _runner_up(plan: Plan) -> Iterator[str]:
     more = {words: getattr(other.prediction, name) - getattr(best.prediction, name) for name, words in PARTS.items()}
     most = max(more, key=lambda words: more[words])
     seconds = other.prediction.step_seconds - best.prediction.step_seconds
-    share = format_share(max(0.0, seconds) / best.prediction.step_seconds)
-    reason = f", most of it {most} ({format_seconds(more[most])} more)" if more[most] > 0 else ""
-    yield f"The runner-up of another kind, {other.strategy}, takes {share} longer{reason}."
+    reason = (
+        f", most of it {most} ({format_seconds(more[most])} more)"
+        if more[most] > 0 and seconds >= WITHIN * best.prediction.step_seconds
+        else ""
+    )
+    kind = " of another kind" if other.strategy.kind != best.strategy.kind else ""
+    yield f"The runner-up{kind}, {other.strategy}, {longer_words(seconds / best.prediction.step_seconds)}{reason}."
+
+
+def longer_words(share: float) -> str:
+    """Say by how much a step takes longer, in whole percent; less than one percent is equal, and may be shorter."""
+    if abs(share) < WITHIN:
+        return f"takes as long within {format_share(WITHIN)}"
+    return f"takes {format_share(share)} longer" if share > 0 else f"takes {format_share(-share)} less"
+
+
+def others_are_slower(count: int) -> str:
+    """Say that no other strategy was predicted to fit because the others, `count` of them, cannot be as fast."""
+    if count == 1:
+        return "The only other strategy that may fit is slower."
+    return f"The other {count:,} strategies that may fit are slower."
 
 
 # ---- what would change the choice -----------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ class Plan:
         seconds: duration of the search.
         looked_at: number of strategies that were predicted.
         left_out: number of strategies that were skipped by their bounds.
+        notes: remarks on the workload.
     """
 
     workload: str
@@ -69,6 +70,7 @@ class Plan:
     seconds: float
     looked_at: int
     left_out: int
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> Candidate | None:

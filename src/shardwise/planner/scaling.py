@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError
@@ -18,6 +20,10 @@ WORTH = 0.5
 
 MOST_DEVICES = 2**20
 """Largest number of devices in the search for the smallest number that fits."""
+
+
+_PRICE_SOURCE = re.compile(r"\bprice_per_hour: ([^;]+)")
+"""Part of a device's source that says where its price was read, and when."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,32 @@ def dollars(point: Point, cluster: Cluster) -> float | None:
     if not point.rate or any(price is None for price in prices):
         return None
     return sum(price for price in prices if price is not None) / 3600 / point.rate * 1e6
+
+
+def price(point: Point, cluster: Cluster) -> dict[str, Any] | None:
+    """Return the price of the devices of a point and of its samples, with its source and date.
+
+    Returns None if nothing fits or a price is unknown.
+    """
+    samples = dollars(point, cluster)
+    if samples is None:
+        return None
+    devices = {id(device): device for rank in range(point.workers) if (device := cluster.device(rank))}
+    sources = [found[1] for each in devices.values() if (found := _PRICE_SOURCE.search(each.source))]
+    return {
+        "dollars_per_hour": sum(cluster.device(rank).price_per_hour or 0.0 for rank in range(point.workers)),
+        "dollars_per_million_samples": samples,
+        "source": "; ".join(dict.fromkeys(sources)) or "price_per_hour of the cluster file, which states no date",
+    }
+
+
+def price_words(found: Mapping[str, Any], workers: int) -> str:
+    """Say what a plan costs, and where the price comes from."""
+    devices = "1 device costs" if workers == 1 else f"{workers:,} devices cost"
+    return (
+        f"{devices} ${found['dollars_per_hour']:,.2f} an hour ({found['source']}), a million samples "
+        f"${found['dollars_per_million_samples']:,.2f}."
+    )
 
 
 def cheapest(points: Sequence[Point], cluster: Cluster) -> Point | None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 class Memory:
     """Peak memory of one device in bytes, by category.
 
-    The first five are tensors, see `predict.closed_form.memory`. The last three are what a worker needs beside them, see
-    `predict.closed_form.device_memory`.
+    The first five are tensors, see `predict.closed_form.memory`. The last three are what a worker needs beside them,
+    see `predict.closed_form.device_memory`.
     """
 
     parameters: int
@@ -66,6 +66,11 @@ class Prediction:
         memory: peak memory of the device that needs most.
         memory_available: bytes that it has to fit into: the device's usable memory, less by the margin.
         margin: share of the usable memory that has to stay free.
+        precision: dtype of the computation, `float32` or `bf16`.
+        half_peak_flops: floating point operations per second of all devices together in bf16, or in fp16 if they have
+            no bf16; 0 if they have neither.
+        error: relative error that nine in ten such predictions keep. None if it is not known.
+        notes: remarks on the strategy to show to users.
         model_flops: floating point operations that the model needs for the step on all devices, without recomputation.
         peak_flops: floating point operations per second of all devices together, in the dtype of the computation.
         samples: samples of one step on all devices.
@@ -88,6 +93,10 @@ class Prediction:
     terms: Mapping[str, float] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
     margin: float = 0.0
+    precision: str = "float32"
+    half_peak_flops: float = 0.0
+    error: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def alpha(self) -> float:
@@ -118,3 +127,18 @@ class Prediction:
     def model_flops_utilization(self) -> float:
         """Return the model's FLOPs over the peak FLOPs of the step (model FLOPs utilization; Chowdhery et al. 2022)."""
         return self.model_flops / (self.step_seconds * self.peak_flops)
+
+    @property
+    def half_flops_utilization(self) -> float | None:
+        """Return the model's FLOPs over those that the devices could do in bf16. Returns None if they have no bf16."""
+        return self.model_flops / (self.step_seconds * self.half_peak_flops) if self.half_peak_flops else None
+
+    @property
+    def low_seconds(self) -> float | None:
+        """Return the lower end of the range of the step time. Returns None if the error is not known."""
+        return None if self.error is None else self.step_seconds / (1 + self.error)
+
+    @property
+    def high_seconds(self) -> float | None:
+        """Return the upper end of the range of the step time. Returns None if the error is not known."""
+        return None if self.error is None else self.step_seconds * (1 + self.error)

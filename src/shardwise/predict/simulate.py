@@ -79,7 +79,7 @@ def simulation(
             rejected.append((str(strategy), str(error)))
     if refusal is not None and not predictions:
         raise refusal
-    found = document(workload.name, cluster.name, predictions, rejected, time.perf_counter() - start)
+    found = document(workload.name, cluster.name, predictions, rejected, time.perf_counter() - start, workload.notes)
     found["links"] = [_link(level) for level in cluster.levels]
     found["slowed"] = {str(rank): times for rank, times in (slowed or {}).items()}
     for candidate in found["candidates"] if dry else ():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardwise.report.prediction import dry_run_rows, prediction_rows
@@ -22,10 +22,12 @@ KINDS = {
 
 def plan_summary(document: Mapping[str, Any]) -> str:
     """Format the explanation, the best candidates, the scaling, and what happened to the other strategies."""
+    where = f"{_devices(document['workers'])} of {document['cluster']}"
     lines = [
-        f"{document['workload']} on {document['workers']} devices of {document['cluster']}: {document['best']}",
+        f"{document['workload']} on {where}, in {document['precision']}: {document['best']}",
         "",
         document["explanation"],
+        *(f"note: {note}" for note in document["notes"]),
         "",
         *prediction_rows(document["candidates"][:SHOWN]),
         *dry_run_rows(document["candidates"][:SHOWN]),
@@ -59,12 +61,26 @@ def _scaling(document: Mapping[str, Any]) -> list[str]:
     header = ["devices", "strategy", "step", "samples/s", "speedup", "efficiency", "$ per million samples"]
     rows = [_scaling_row(row) for row in document["scaling"]]
     worth = document["worth_workers"]
-    words = (
-        f"Up to {worth} devices each added one brings half or more of what the first ones do."
-        if worth
-        else "No number of devices fits."
-    )
+    words = worth_words(worth, document["scaling"])
     return ["", table(header, rows), "", words]
+
+
+def worth_words(worth: int | None, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say up to which number of devices more of them pay."""
+    fitting = [row["workers"] for row in rows if row["strategy"] is not None]
+    if worth is None:
+        return "No number of devices fits."
+    if len(fitting) == 1:
+        return f"Of these numbers of devices only {worth} fits."
+    if worth == fitting[0]:
+        return (
+            f"More than {_devices(worth)} do not pay: each added one brings less than half of what the first ones do."
+        )
+    return f"Up to {_devices(worth)}, each added one brings half or more of what the first ones do."
+
+
+def _devices(count: int) -> str:
+    return "1 device" if count == 1 else f"{count:,} devices"
 
 
 def _pareto(document: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,10 @@ from shardwise.units import format_bits, format_bytes, format_rate, format_secon
 
 def prediction_table(document: Mapping[str, Any]) -> str:
     """Format a table with one row per strategy and the parts of its step, and notes on the origin of the numbers."""
-    lines = [f"{document['workload']} on {document['cluster']}", *prediction_rows(document["candidates"])]
+    lines = [
+        f"{document['workload']} on {document['cluster']}, by Shardwise's own program",
+        *prediction_rows(document["candidates"]),
+    ]
     lines += [*dry_run_rows(document["candidates"]), "", *_notes(document)]
     return "\n".join(lines)
 
@@ -25,17 +28,31 @@ def prediction_rows(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _row(candidate: Mapping[str, Any]) -> list[str]:
-    seconds = ("step", "compute", "communication", "exposed_communication", "bubble", "optimizer", "host")
-    utilization = candidate["model_flops_utilization"]
+    seconds = ("compute", "communication", "exposed_communication", "bubble", "optimizer", "host")
     return [
         candidate["strategy"],
+        _step(candidate),
         *(format_seconds(candidate[f"{name}_seconds"]) for name in seconds),
         f"{candidate['alpha']:.3g}",
         format_bytes(candidate["memory_bytes"]),
         "yes" if candidate["fits"] else "NO",
         format_rate(candidate["samples_per_second"]),
-        "-" if utilization is None else format_share(utilization),
+        _utilization(candidate),
     ]
+
+
+def _step(candidate: Mapping[str, Any]) -> str:
+    error = candidate["relative_error"]
+    return format_seconds(candidate["step_seconds"]) + ("" if error is None else f" ±{format_share(error)}")
+
+
+def _utilization(candidate: Mapping[str, Any]) -> str:
+    """Format the utilization of the peak in the precision of the computation, and of bf16's if that is another one."""
+    own, half, precision = (candidate[n] for n in ("model_flops_utilization", "half_flops_utilization", "precision"))
+    if own is None:
+        return UNKNOWN
+    of_half = "" if half is None or precision == "bf16" else f", {format_share(half)} of bf16"
+    return f"{format_share(own)} of {precision}{of_half}"
 
 
 def dry_run_rows(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -127,6 +144,7 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
                 origins[origin].append(name)
     return [
         document["explanation"],
+        *(f"note: {note}" for note in document["notes"]),
         *_slowed(document),
         *_links(document),
         *(f"{origin}: {', '.join(names)}" for origin, names in origins.items()),

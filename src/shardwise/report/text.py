@@ -162,12 +162,21 @@ def _predictions(document: Mapping[str, Any]) -> list[str]:
         return lines
     if document.get("auto") is not None:
         lines = [f"{document['auto']} is what train chooses where no strategy is given.", *lines]
-    regret = "" if document["regret"] is None else f", {document['regret']:.0%} slower than the fastest"
+    regret = _regret(document["regret"])
     return [
         "predicted: by how much the prediction made before the run is above (+) or below (-) what was measured.",
         f"{document['chosen']} was predicted to be the fastest{regret}.",
         *lines,
     ]
+
+
+def _regret(regret: float | None) -> str:
+    """Say how the strategy that was predicted to be the fastest compares with the fastest."""
+    if regret is None:
+        return ""
+    if regret == 0:
+        return ", and it was"
+    return f", {regret:.0%} slower than the fastest" if regret >= 0.005 else ", and it was within 1% of the fastest"
 
 
 def _number(value: float | None) -> str:

@@ -24,7 +24,8 @@ EVEN = 0.5
 def least_memory(profile: ProfileSummary, strategy: Strategy, device: Device, saved: float | None = None) -> float:
     """Bound the bytes of the device that needs most from below; the number of microbatches must be settled.
 
-    `device` says what a worker needs beside its tensors. `saved` is set if a part of the blocks is recomputed: bytes per microbatch that the other blocks save.
+    `device` says what a worker needs beside its tensors. `saved` is set if a part of the blocks is recomputed: bytes
+    per microbatch that the other blocks save.
     """
     workers, stages, count = strategy.pp, strategy.pp * strategy.stages_per_worker, strategy.microbatches
     slices = strategy.fsdp if strategy.splits_parameters else 1

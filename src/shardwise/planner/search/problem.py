@@ -78,5 +78,5 @@ class SearchProblem:
 
 
 def words(strategy: Strategy) -> int:
-    """Return the complexity of a strategy: its number of options less one, plus one for a part of the blocks."""
+    """Return how complex a strategy is: its number of axes and options, less one, plus one for a part of the blocks."""
     return str(strategy).count(",") + strategy.recompute.partial

@@ -179,6 +179,7 @@ class _Search:
             seconds=time.perf_counter() - start,
             looked_at=self.looked_at,
             left_out=self.lost.unpredicted,
+            notes=self.task.workload.notes,
         )
 
     def _searched(self) -> list[Candidate]:

@@ -222,6 +222,12 @@ def slowest(cluster: Cluster, precision: str) -> Device:
     return min((nodes.device for nodes in cluster.nodes), key=lambda device: device.flops.get(precision, 0.0))
 
 
+def half_rate(device: Device) -> float:
+    """Return the FLOPs per second of a device in bf16, else in fp16; 0 if it has neither, or is no faster in them."""
+    rate = device.flops.get("bf16", device.flops.get("fp16", 0.0))
+    return rate if rate > device.flops.get("float32", 0.0) else 0.0
+
+
 @dataclass(frozen=True)
 class Seconds:
     """Times of passes on one device of a cluster.

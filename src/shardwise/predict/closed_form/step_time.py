@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Group
@@ -24,14 +25,16 @@ from shardwise.predict.closed_form.memory import memory_at, memory_of
 from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
 from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
 from shardwise.predict.closed_form.pipeline_links import slower_links
-from shardwise.predict.closed_form.segment_times import PassSeconds, SegmentTimes, timed
+from shardwise.predict.closed_form.segment_times import PassSeconds, SegmentTimes, half_rate, timed
 from shardwise.predict.closed_form.stage_time import StageCosts, reduction
 from shardwise.predict.closed_form.worker_time import WorkerTime, table_of, work_of
 from shardwise.predict.hardware.times import origins, slowed
+from shardwise.predict.hardware.uncertainty import relative_error
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.holdings import Worker, parts_of, report_bytes
+from shardwise.predict.workers.padding import padding_notes
 from shardwise.predict.workers.small_kernels import step_kernels
 from shardwise.splitting.schedule import FORWARD
 from shardwise.strategy import Strategy
@@ -298,7 +301,6 @@ class Costs:
         bubble = max(0.0, step - busy - exposed - finish.update)
         communication = work.communication + work.spent.exchanges + work.messages
         communication += finish.reduce + finish.exchange + finish.report
-        strategy, flops = self.strategy, self.model_flops
         return Prediction(
             step_seconds=step,
             compute_seconds=work.spent.kernels + work.slowed,
@@ -307,12 +309,7 @@ class Costs:
             bubble_seconds=bubble,
             optimizer_seconds=finish.update,
             host_seconds=host,
-            memory=self.memory,
-            memory_available=self.memory_available,
-            margin=self.cluster.margin,
-            model_flops=flops,
-            peak_flops=strategy.workers * self.times.device.flops.get(self.profile.precision, 0.0),
-            samples=self.batch_size,
+            **self.facts(min(1.0, exposed / step)),
             terms={
                 "forward": work.forward,
                 "backward": work.backward,
@@ -323,8 +320,28 @@ class Costs:
                 "parameter exchange": finish.exchange,
                 "report": finish.report,
             },
-            origins=self.origins,
         )
+
+    def facts(self, communicating: float = 0.0) -> dict[str, Any]:
+        """Return the fields of a prediction that do not depend on how its times are found.
+
+        Args:
+            communicating: share of the step for which the device waits for communication.
+        """
+        device, workers, precision = self.times.device, self.strategy.workers, self.profile.precision
+        return {
+            "memory": self.memory,
+            "memory_available": self.memory_available,
+            "margin": self.cluster.margin,
+            "model_flops": self.model_flops,
+            "precision": precision,
+            "peak_flops": workers * device.flops.get(precision, 0.0),
+            "half_peak_flops": workers * half_rate(device),
+            "error": relative_error(self.cluster, device, self.strategy, communicating),
+            "samples": self.batch_size,
+            "origins": self.origins,
+            "notes": padding_notes(self.profile, self.strategy),
+        }
 
     @property
     def waits_for_norm(self) -> bool:

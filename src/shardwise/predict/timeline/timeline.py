@@ -204,17 +204,10 @@ class _StepSimulation:
         ranks = tuple(
             self.strategy.rank(dp=h.pipeline.row, fsdp=h.pipeline.column, pp=h.pipeline_rank) for h in self.hosts
         )
-        profile, device = self.usual.profile, self.usual.times.device
         prediction = breakdown.prediction(
             index,
             seconds,
-            memory=self.usual.memory,
-            memory_available=self.usual.memory_available,
-            margin=self.usual.cluster.margin,
-            model_flops=self.usual.model_flops,
-            peak_flops=self.strategy.workers * device.flops.get(profile.precision, 0.0),
-            samples=self.usual.batch_size,
-            origins=self.usual.origins,
+            **self.usual.facts(),
         )
         names = tuple(_name(host, rank) for host, rank in zip(self.hosts, ranks, strict=True))
         return Timeline(prediction, tuple(self.simulation.done), ranks, names)

@@ -220,8 +220,8 @@ def _worker(
         else (),
         _flat([(parameter, count) for parameter, count in trained if parameter.summed], strategy),
         tuple((workers, size) for workers, shared in tied.items() for size in _flat(shared, strategy)),
-        sum(count * _share(parameter, strategy) for parameter, count in kinds),
-        sum(count * _share(parameter, strategy) for parameter, count in trained),
+        sum(count * shard_bytes(parameter, strategy) for parameter, count in kinds),
+        sum(count * shard_bytes(parameter, strategy) for parameter, count in trained),
         *_updated(profile, ranges, trained, strategy),
         _sliced(kinds, strategy),
     )
@@ -229,8 +229,8 @@ def _worker(
 
 def _sliced(kinds: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tuple[int, int, int]:
     """Return the shards of (parameter, count) pairs that `fully_shard` leaves on this worker; see `Worker.sliced`."""
-    split = [(each, count) for each, count in kinds if _is_split(each, strategy)]
-    sizes = [(each, count * _share(each, strategy)) for each, count in split]
+    split = [(each, count) for each, count in kinds if is_split(each, strategy)]
+    sizes = [(each, count * shard_bytes(each, strategy)) for each, count in split]
     trained = [(each, size) for each, size in sizes if each.trained]
     return (
         sum(size for _, size in sizes),
@@ -243,18 +243,18 @@ def _flat(parameters: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tu
     """Return the bytes of the messages that sum gradients of (parameter, count) pairs: one message per element size."""
     sizes: dict[int, int] = {}
     for parameter, count in parameters:
-        sizes[parameter.itemsize] = sizes.get(parameter.itemsize, 0) + count * _share(parameter, strategy)
+        sizes[parameter.itemsize] = sizes.get(parameter.itemsize, 0) + count * shard_bytes(parameter, strategy)
     return tuple(sizes.values())
 
 
-def _is_split(parameter: Parameter, strategy: Strategy) -> bool:
+def is_split(parameter: Parameter, strategy: Strategy) -> bool:
     """Return whether `fully_shard` shards a parameter: not a buffer, nor a scalar, which has no rows to split."""
     return strategy.splits_parameters and not parameter.buffer and bool(parameter.shape)
 
 
-def _share(parameter: Parameter, strategy: Strategy) -> int:
+def shard_bytes(parameter: Parameter, strategy: Strategy) -> int:
     """Return the bytes of a parameter that the first fsdp rank holds: its shard, or all of an unsharded parameter."""
-    if not _is_split(parameter, strategy):
+    if not is_split(parameter, strategy):
         return parameter.bytes
     rows = min(parameter.shape[0], ceil(parameter.shape[0] / strategy.fsdp))
     return rows * (parameter.bytes // parameter.shape[0]) if parameter.shape[0] else 0
@@ -271,7 +271,7 @@ def _updated(
     Only under zero=1 does each replica update its own parameters and broadcast them.
     """
     if strategy.zero != 1 or strategy.replicas == 1:
-        elements = sum(count * (_share(parameter, strategy) // parameter.itemsize) for parameter, count in kinds)
+        elements = sum(count * (shard_bytes(parameter, strategy) // parameter.itemsize) for parameter, count in kinds)
         return (elements, sum(count for _, count in kinds)), ()
     if not profile.runtime.owners:
         elements = sum(count * parameter.elements for parameter, count in kinds)

@@ -40,7 +40,7 @@ from typing import Any, Literal
 
 from shardwise.errors import WorkloadError
 from shardwise.workload.recipes.checks import MOST, check_at_most, check_positive, check_share
-from shardwise.workload.recipes.pretrained.architecture import architecture_of
+from shardwise.workload.recipes.pretrained.architecture import Architecture, architecture_of
 from shardwise.workload.recipes.pretrained.lora import Lora, with_lora
 from shardwise.workload.recipes.pretrained.stored import origin_of
 from shardwise.workload.recipes.pretrained.tasks import task_of
@@ -98,10 +98,20 @@ def huggingface_workload(folder: Path) -> Callable[..., Workload]:
             precision=precision or ("bf16" if architecture.in_bf16 else "float32"),
             clip_norm=clip_norm,
             libraries=("transformers",),
-            notes=(*origin.notes, *task.notes),
+            notes=(*origin.notes, *task.notes, *_precision_notes(architecture, precision)),
         )
 
     return workload
+
+
+def _precision_notes(architecture: Architecture, precision: str | None) -> tuple[str, ...]:
+    """Say that the configuration names a dtype in which nothing trains here, unless the user chose another one."""
+    named = architecture.dtype
+    if precision is not None or named in ("", "float32", "bfloat16"):
+        return ()
+    return (
+        f"precision: float32, because nothing trains in {named}, which the configuration names; --set precision=bf16",
+    )
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

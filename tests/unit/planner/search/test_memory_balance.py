@@ -53,7 +53,7 @@ def test_the_fullest_worker_gets_less(profiles: ScaledProfiles, cluster: Cluster
     uneven = costs_of(profile, found, cluster)
     assert max(needs(uneven)) <= room < max(need)
     assert uneven.step_seconds >= equal.step_seconds
-    least = least_share(profiles.summary(strategy), strategy, room)
+    least = least_share(profiles.summary(strategy), strategy, cluster.device(0), room)
     assert least is not None
     times = equal.times
     every = sum(

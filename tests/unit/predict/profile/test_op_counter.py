@@ -12,6 +12,7 @@ from shardwise.cluster.cluster import KernelCurve, Sample
 from shardwise.cluster.curves import Curves
 from shardwise.cluster.measure.arena import Arena
 from shardwise.cluster.measure.kernel_cases import _in_rows
+from shardwise.predict.profile.op_counter import kernel_of
 from shardwise.predict.profile.segment_recorder import SegmentRecorder
 from shardwise.run.calibration.calibrate import note
 
@@ -77,3 +78,30 @@ def test_timed() -> None:
     assert curves.moved("rows aten.gelu", "float32", 1000) == 3.0  # as rows are added
     assert curves.moved("aten.gelu", "float32", 1000) == 2.0
     assert Curves(plain, 1, 1).moved("rows aten.gelu", "float32", 1000) == 2.0  # of a file without rows
+
+
+def test_experts_count_the_rows_that_they_get() -> None:
+    """16 tokens that go to 2 of 4 experts each are 32 rows, whatever expert they meet."""
+    rows, experts = torch.empty(32, 8, device="meta"), torch.empty(4, 8, 24, device="meta")
+    result, offsets = torch.empty(32, 24, device="meta"), torch.empty(4, dtype=torch.int32, device="meta")
+    product = 2 * 32 * 8 * 24
+    forward = kernel_of(torch.ops.aten._grouped_mm.default, (rows, experts, offsets), {}, result, "forward")
+    weights = kernel_of(torch.ops.aten._grouped_mm.default, (rows.T, result, offsets), {}, experts, "backward")
+    assert forward is not None
+    assert weights is not None
+    assert (forward.kind, forward.flops, forward.shape) == ("matmul", product, (4, 8, 24, 8))
+    assert (weights.kind, weights.flops) == ("matmul", product)
+
+
+def test_the_experts_of_transformers_count_too() -> None:
+    pytest.importorskip("transformers.integrations.moe")
+    rows, experts = torch.empty(32, 8, device="meta"), torch.empty(4, 8, 24, device="meta")
+    result, offsets = torch.empty(32, 24, device="meta"), torch.empty(4, dtype=torch.int32, device="meta")
+    names = torch.ops.transformers
+    forward = kernel_of(names.grouped_mm_fallback.default, (rows, experts, offsets), {}, result, "forward")
+    arguments, gradients = (rows, experts, offsets, result), (rows, experts)
+    backward = kernel_of(names.grouped_mm_fallback_backward.default, arguments, {}, gradients, "backward")
+    assert forward is not None
+    assert backward is not None
+    assert forward.flops == 2 * 32 * 8 * 24
+    assert backward.flops == 2 * forward.flops, "of the rows, and of the weights"

@@ -63,7 +63,13 @@ class Architecture:
     @property
     def in_bf16(self) -> bool:
         """Return whether the configuration says that the model computes in bfloat16."""
-        return getattr(self.config, "dtype", None) in (torch.bfloat16, "bfloat16")
+        return self.dtype == "bfloat16"
+
+    @property
+    def dtype(self) -> str:
+        """Return the dtype that the configuration, or its part for the language model, names; empty if neither does."""
+        named = getattr(self.config, "dtype", None) or getattr(text_config(self.config), "dtype", None) or ""
+        return str(named).removeprefix("torch.")
 
     def build(self) -> nn.Module:
         """Build the model. Raises WorkloadError if the class cannot be built from the configuration."""

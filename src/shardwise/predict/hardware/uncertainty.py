@@ -1,0 +1,65 @@
+"""Range in which a step time is expected, from what was measured and from the errors of earlier predictions.
+
+    datasheet    error that nine in ten predictions of published runs keep, by the axes that communicate
+    measured     spread of the repeats behind the curves, and error that nine in ten predictions of trainings on
+                 measured machines keep; both are independent, so that their squares add up
+
+The errors are in `errors.json`, which `python -m benchmarks.errors` writes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from functools import cache, lru_cache
+from importlib import resources
+from math import hypot
+
+from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve
+from shardwise.predict.profile.memo import Same
+from shardwise.strategy import Strategy
+
+NINE_IN_TEN = 1.22
+"""Half of the range of nine in ten values, in interquartile ranges: 1.645 / 1.349 for a normal distribution."""
+
+
+def kind_of(tp: int, pp: int) -> str:
+    """Return the kind of a strategy for its errors: its axis that is hardest to predict."""
+    return "pipeline" if pp > 1 else "tensor" if tp > 1 else "data"
+
+
+def relative_error(cluster: Cluster, device: Device, strategy: Strategy, communicating: float) -> float | None:
+    """Return the relative error that nine in ten predictions keep.
+
+    Args:
+        cluster: the cluster.
+        device: the device that the prediction is for.
+        strategy: the strategy.
+        communicating: share of the step for which the device waits for communication.
+
+    Returns:
+        The error; None for a CPU that was not measured, because no such run was published.
+    """
+    if device.curves:
+        kernels, collectives = _spreads(Same(cluster), Same(device))
+        spread = NINE_IN_TEN * ((1 - communicating) * kernels + communicating * collectives)
+        return hypot(spread, errors()["measured"])
+    return errors()[kind_of(strategy.tp, strategy.pp)] if device.kind == "gpu" else None
+
+
+@cache
+def errors() -> Mapping[str, float]:
+    """Return the map from a kind of prediction to its relative error."""
+    text = resources.files("shardwise.predict.hardware").joinpath("errors.json").read_text(encoding="utf-8")
+    return {name: float(value) for name, value in json.loads(text)["errors"].items()}
+
+
+@lru_cache(maxsize=64)
+def _spreads(cluster: Same[Cluster], device: Same[Device]) -> tuple[float, float]:
+    """Return the median spread of the kernels of a device, and of the collectives of its cluster."""
+    return _median(device.value.curves), _median(cluster.value.collectives)
+
+
+def _median(curves: Iterable[KernelCurve | CollectiveCurve]) -> float:
+    return statistics.median([sample.spread for curve in curves for sample in curve.samples] or [0.0])

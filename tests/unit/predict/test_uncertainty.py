@@ -1,0 +1,57 @@
+"""How far a step time may be off: from datasheets, from measurements, and what users are told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import hypot
+
+import pytest
+
+from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Nodes, Sample
+from shardwise.cluster.find import find_cluster
+from shardwise.predict.document import step_words
+from shardwise.predict.hardware.uncertainty import NINE_IN_TEN, errors, relative_error
+from shardwise.strategy import Strategy
+
+
+def measured(kernels: float, collectives: float) -> tuple[Cluster, Device]:
+    curve = KernelCurve("memory", "float32", (Sample((1024,), 1e-6, kernels),), "copy")
+    device = replace(find_cluster("epyc-7763x2").device(0), curves=(curve,))
+    sends = CollectiveCurve("send", 2, 1, (Sample((1024,), 1e-6, collectives),))
+    return Cluster(name="here", nodes=(Nodes(device, 2, 1),), levels=(), collectives=(sends,)), device
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("single", "data"), ("fsdp=8", "data"), ("dp=4,tp=2", "tensor"), ("tp=2,pp=4", "pipeline")]
+)
+def test_a_gpu_of_a_datasheet_errs_as_on_published_runs(text: str, kind: str) -> None:
+    cluster = find_cluster("h100x8")
+    found = relative_error(cluster, cluster.device(0), Strategy.parse(text), 0.1)
+    assert found == errors()[kind]
+    assert 0.02 < found < 0.5
+
+
+def test_what_was_measured_errs_by_its_spread_too() -> None:
+    cluster, device = measured(0.1, 0.4)
+    quiet = relative_error(*measured(0.0, 0.0), Strategy(dp=2), 0.5)
+    assert quiet == errors()["measured"]
+    assert relative_error(cluster, device, Strategy(dp=2), 0.0) == pytest.approx(hypot(NINE_IN_TEN * 0.1, quiet))
+    assert relative_error(cluster, device, Strategy(dp=2), 0.5) == pytest.approx(hypot(NINE_IN_TEN * 0.25, quiet))
+
+
+def test_a_cpu_that_was_not_measured_has_no_range() -> None:
+    cluster = find_cluster("epyc-7763x2")
+    assert relative_error(cluster, cluster.device(0), Strategy(dp=2), 0.0) is None
+
+
+def test_a_step_is_told_with_its_range() -> None:
+    from shardwise.predict.closed_form.step_time import predict
+    from shardwise.predict.profile.profiler import Profiles
+    from shardwise.workload.load import load_workload
+
+    workload = load_workload("gpt:layers=1,hidden=64,heads=2,vocabulary=256,sequence=32,batch_size=4,precision=float32")
+    found = predict(Profiles(workload).of(Strategy(dp=2)), Strategy(dp=2), find_cluster("a100x2"))
+    assert step_words(found).endswith(f" ± {errors()['data']:.0%}")
+    assert " ± " not in step_words(replace(found, error=None))
+    assert found.precision == "float32"
+    assert found.half_flops_utilization == pytest.approx(found.model_flops_utilization * 19.5 / 312)
