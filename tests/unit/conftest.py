@@ -9,6 +9,7 @@ import functools
 import multiprocessing.util
 import sys
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from small_gpt import SPEC
@@ -34,6 +35,13 @@ def workload() -> Workload:
 @pytest.fixture(scope="module")
 def profiles(workload: Workload) -> ScaledProfiles:
     return ScaledProfiles(traced() if workload is traced().workload else Profiles(workload))
+
+
+@pytest.fixture(scope="module")
+def no_context() -> Iterator[None]:
+    """Leave out the CUDA context and the communicators, beside which all memory of a small model is nothing."""
+    with mock.patch("shardwise.predict.closed_form.device_memory._context", return_value=0):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def test_finalists_have_the_memory_of_their_dry_runs(searched: SearchResult, fai
     assert [each.strategy for each in fair.candidates] == [each.strategy for each in searched.plan.candidates]
     for candidate in fair.candidates[:2]:
         assert candidate.dry_run is not None
-        assert candidate.prediction.memory.total == candidate.dry_run.run.memory.total
+        assert candidate.prediction.memory.tensors == candidate.dry_run.run.memory.total
         assert candidate.dry_run.document()["bytes_agree"]
     assert all(candidate.dry_run is None for candidate in fair.candidates[2:])
 

@@ -24,11 +24,15 @@ from shardwise.report.plan import plan_summary
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
+pytestmark = pytest.mark.usefixtures("no_context")
+
 PARTS = ("none", "selective", "full", "1/4", "1/2", "3/4")
 
 
 @pytest.fixture(scope="module")
-def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster) -> dict[Strategy, tuple[float, int]]:
+def tried(
+    workload: Workload, profiles: ScaledProfiles, cluster: Cluster, no_context: None
+) -> dict[Strategy, tuple[float, int]]:
     """(seconds, bytes) of every strategy for 4 devices."""
     segments = len(profiles.of(Strategy()).segments)
     every = {

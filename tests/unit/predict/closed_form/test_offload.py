@@ -121,6 +121,7 @@ def test_no_strategy_costs_less_than_its_bounds(profiles: ScaledProfiles, cluste
         assert least_memory(summary, strategy, cluster.device(0)) <= prediction.memory.total, strategy
 
 
+@pytest.mark.usefixtures("no_context")
 def test_it_is_the_last_resort(profiles: ScaledProfiles, cluster: Cluster) -> None:
     assert all(
         not each.strategy.offload for each in search(WORKLOAD, cluster, 4, Constraints(), profiles).plan.candidates

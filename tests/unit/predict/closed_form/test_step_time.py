@@ -403,8 +403,8 @@ def test_refusals(strategy: str, others: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("workers", "fits"), [(8, True), (16, False)])
 def test_devices_that_are_not_used_need_not_have_the_memory(workers: int, fits: bool) -> None:
-    small = replace(DEVICE, memory_bytes=1)
-    cluster = replace(CLUSTER, nodes=(Nodes(DEVICE, 8, 1), Nodes(small, 8, 1)))
+    large, small = replace(DEVICE, memory_bytes=2**33), replace(DEVICE, memory_bytes=1)
+    cluster = replace(CLUSTER, nodes=(Nodes(large, 8, 1), Nodes(small, 8, 1)))
     found = predict(profile(), Strategy(dp=workers, microbatches=1), cluster, workers)
-    assert found.memory_available == (DEVICE.memory_bytes if fits else 1)
+    assert found.memory_usable == pytest.approx(large.memory_bytes if fits else 0, rel=1e-6)
     assert found.fits is fits
