@@ -157,9 +157,9 @@ def predicted(workload: Workload, strategy: Strategy, cluster: Cluster) -> dict[
     dry = dry_run(workload, strategy, device="gpu").memory
     return {
         "seconds": measured.step_seconds,
-        "bytes": measured.memory.total,
+        "bytes": measured.memory.allocated,
         "catalogue seconds": listed.step_seconds,
-        "catalogue bytes": listed.memory.total,
+        "catalogue bytes": listed.memory.allocated,
         "dry bytes": dry.total,
     }
 

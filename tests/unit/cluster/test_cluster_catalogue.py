@@ -166,7 +166,7 @@ SOLD_AS = {
 
 @pytest.mark.parametrize("name", [name for name in catalogue.devices() if catalogue.device(name).kind == "gpu"])
 def test_a_gpu_has_the_memory_that_a_program_can_use(name: str) -> None:
-    """What torch reports is less than what the maker's name says."""
+    """Compare what torch reports with what the maker's name says: it is less."""
     device = catalogue.device(name)
     sold = SOLD_AS.get(name) or int(re.findall(r"(\d+)GB", device.name)[0])
     assert 0.9 * sold < device.memory_bytes / 2**30 < sold

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shardwise import api
 from shardwise.cli import _say_error
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
@@ -292,3 +293,28 @@ def test_strategies_are_compared_once_each_in_their_own_words() -> None:
     compared, refused = settle_compared(load_workload(SPEC), spellings, None)
     assert [str(strategy) for strategy in compared] == ["dp=2", "single", "dp=2,microbatches=2"]
     assert refused == []
+
+
+def test_a_margin_is_a_share_and_of_a_strategy_that_is_chosen() -> None:
+    with pytest.raises(RequestError, match="margin=1.5: must be a share of the memory"):
+        api.train(SPEC, margin=1.5)
+    with pytest.raises(RequestError, match="only a strategy that is chosen leaves a margin"):
+        api.train(SPEC, strategy="dp=2", margin=0.1)
+    with pytest.raises(RequestError, match="must be a share of the memory"):
+        api.simulate(SPEC, ["single"], cluster="a100-40x2", margin=-0.1)
+    with pytest.raises(RequestError, match="must be a share of the memory"):
+        api.plan(SPEC, cluster="a100-40x2", margin=1.0)
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_choice_leaves_the_margin_that_is_asked_for() -> None:
+    choice = choose(load_workload(SPEC), 1, quiet=True, margin=0.5)
+    assert choice.best.prediction.margin == 0.5
+    assert "with 50% of its 39.4 GiB left free" in choice.words[1]
+    assert ", in bf16. A step of Shardwise's own program takes" in choice.words[1]
+
+
+def test_a_forecast_counts_what_a_run_measures() -> None:
+    found = prediction(1.0, 100)
+    found = replace(found, memory=replace(found.memory, process=20, fragments=11, context=500))
+    assert Forecast.of(found).memory_bytes == 120

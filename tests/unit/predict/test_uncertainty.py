@@ -1,4 +1,4 @@
-"""How far a step time may be off: from datasheets, from measurements, and what users are told."""
+"""Ranges of step times: from datasheets, from measurements, and in words."""
 
 from __future__ import annotations
 
