@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardwise.planner.plan import Candidate, Plan
+from shardwise.planner.plan import Candidate, Plan, are_equal
 from shardwise.predict.document import PROGRAM, candidate
 from shardwise.units import format_bytes, format_seconds
 
@@ -38,7 +38,7 @@ def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
         "precision": best and best.prediction.precision,
         "notes": list(plan.notes),
         "best": best and str(best.strategy),
-        "candidates": [_candidate(each) for each in shown],
+        "candidates": [_candidate(each, shown[0]) for each in shown],
         "rejected": rejected,
         "search_seconds": plan.seconds,
         "predicted": plan.looked_at,
@@ -58,6 +58,7 @@ def front_rows(front: Sequence[Candidate]) -> list[dict[str, Any]]:
     return rows
 
 
-def _candidate(each: Candidate) -> dict[str, Any]:
+def _candidate(each: Candidate, best: Candidate) -> dict[str, Any]:
     found = candidate(str(each.strategy), each.prediction)
+    found["equal_to_best"] = each is best or are_equal(each.prediction, best.prediction)
     return found if each.dry_run is None else {**found, "dry_run": each.dry_run.document()}

@@ -12,22 +12,13 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Sample
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.options import EQUAL
-from shardwise.planner.plan import Candidate, Plan
+from shardwise.planner.plan import Candidate, Plan, are_equal
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import ProfileOf, predict_shares
-from shardwise.predict.document import needs, note_words, step_words
+from shardwise.predict.document import PARTS, needs, note_words, step_words
 from shardwise.predict.prediction import Prediction
 from shardwise.strategy import Strategy
 from shardwise.units import format_bits, format_bytes, format_seconds, format_share
-
-PARTS = {
-    "compute_seconds": "computing",
-    "exposed_communication_seconds": "waiting for communication",
-    "bubble_seconds": "waiting for other stages of the pipeline",
-    "optimizer_seconds": "updating parameters",
-    "host_seconds": "waiting for the host to start kernels",
-}
-"""Parts of a step, in words."""
 
 CHANGES = (0.1, 0.25, 4.0, 10.0)
 """Factors by which the bandwidth of each kind of link is changed, to see if the choice changes."""
@@ -257,7 +248,9 @@ def _runner_up(plan: Plan) -> Iterator[str]:
         else ""
     )
     kind = " of another kind" if other.strategy.kind != best.strategy.kind else ""
-    yield f"The runner-up{kind}, {other.strategy}, {longer_words(seconds / best.prediction.step_seconds)}{reason}."
+    longer = longer_words(seconds / best.prediction.step_seconds)
+    unsure = ". Predictions cannot tell the two apart" if are_equal(other.prediction, best.prediction) else ""
+    yield f"The runner-up{kind}, {other.strategy}, {longer}{reason}{unsure}."
 
 
 def longer_words(share: float) -> str:

@@ -8,6 +8,15 @@ from typing import Any
 from shardwise.predict.prediction import Prediction, categories
 from shardwise.units import format_bytes, format_seconds, format_share
 
+PARTS = {
+    "compute_seconds": "computing",
+    "exposed_communication_seconds": "waiting for communication",
+    "bubble_seconds": "waiting for other stages of the pipeline",
+    "optimizer_seconds": "updating parameters",
+    "host_seconds": "waiting for the host to start kernels",
+}
+"""Parts that add up to a step -> their words."""
+
 PROGRAM = "shardwise"
 """Trainer whose program a prediction is for."""
 
@@ -89,13 +98,7 @@ def document(
 
 def explained(strategy: str, prediction: Prediction) -> str:
     """Explain in two sentences how the step time and the memory of a strategy are composed."""
-    parts = {
-        "computing": prediction.compute_seconds,
-        "waiting for communication": prediction.exposed_communication_seconds,
-        "waiting for other stages of the pipeline": prediction.bubble_seconds,
-        "updating parameters": prediction.optimizer_seconds,
-        "waiting for the host to start kernels": prediction.host_seconds,
-    }
+    parts = {words: getattr(prediction, name) for name, words in PARTS.items()}
     spent = [f"{format_share(value / prediction.step_seconds)} {name}" for name, value in _largest(parts)]
     held = [f"{format_bytes(value)} of {name}" for name, value in _largest(categories(prediction.memory))]
     return (

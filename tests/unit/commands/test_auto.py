@@ -296,7 +296,7 @@ def test_strategies_are_compared_once_each_in_their_own_words() -> None:
 
 
 def test_a_margin_is_a_share_and_of_a_strategy_that_is_chosen() -> None:
-    with pytest.raises(RequestError, match="margin=1.5: must be a share of the memory"):
+    with pytest.raises(RequestError, match=r"margin=1\.5: must be a share of the memory"):
         api.train(SPEC, margin=1.5)
     with pytest.raises(RequestError, match="only a strategy that is chosen leaves a margin"):
         api.train(SPEC, strategy="dp=2", margin=0.1)

@@ -17,7 +17,6 @@ from shardwise.planner.search.rejections import Rejections
 from shardwise.planner.search.unequal_devices import shared_out, staged_out
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import predict_shares
-from shardwise.predict.prediction import Prediction
 from shardwise.strategy import Strategy
 
 FINALISTS = 5
@@ -27,16 +26,7 @@ BUCKETS = (1, 5, 100)
 """Bucket sizes in MiB that are tried beside the default of 25."""
 
 UNSURE = 0.01
-"""Fraction by which strategies may differ and are equal, whatever their parts: predictions are not more precise."""
-
-PARTS = (
-    "compute_seconds",
-    "exposed_communication_seconds",
-    "bubble_seconds",
-    "optimizer_seconds",
-    "host_seconds",
-)
-"""Parts that add up to a step."""
+"""Fraction by which the chosen strategy may be predicted worse than the best one, if it is a simpler one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +100,13 @@ class Finalists:
         return self.traced(strategy) if self.task.constraints.refusal(strategy) is None else None
 
     def _simplest_first(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Move the simplest strategy to the front, the one with the fewest `words`, among those equal to the best."""
+        """Move the simplest strategy to the front, the one with the fewest `words`, within `UNSURE` of the best."""
         if not candidates:
             return candidates
-        best = min((candidate.prediction for candidate in candidates), key=self.task.value)
-        good = [c for c in candidates if self._equal(c.prediction, best)]
+        best = min(self.task.value(candidate.prediction) for candidate in candidates)
+        good = [c for c in candidates if self.task.value(c.prediction) <= (1 + UNSURE) * best]
         first = min(good, key=lambda c: (words(self._in_few_words(c).strategy), *self.task.rank(c)))
         return [first, *(candidate for candidate in candidates if candidate is not first)]
-
-    def _equal(self, one: Prediction, best: Prediction) -> bool:
-        """Return whether a strategy is as good as the best one, as far as predictions can tell."""
-        if self.task.value(one) <= (1 + UNSURE) * self.task.value(best):
-            return True
-        return not self.task.least_memory and are_equal(one, best)
 
     def _in_few_words(self, candidate: Candidate) -> Candidate:
         """Drop the number of microbatches from a strategy if it is the strategy's default."""
@@ -135,18 +119,3 @@ class Finalists:
         except StrategyError:
             return candidate
         return replace(candidate, strategy=short) if same else candidate
-
-
-def are_equal(one: Prediction, other: Prediction) -> bool:
-    """Return whether the step times of two strategies on one cluster differ by less than predictions can tell apart.
-
-    Both run the same kernels on the same devices over the same links. If a rate is predicted wrong, it is wrong for
-    both, so that what they have in common errs alike and does not change their order. Only the seconds by which their
-    parts differ can. Two strategies are equal if their step times differ by at most the relative error of these
-    seconds: where one waits for communication and the other for its pipeline, say, and both for nearly as long.
-    """
-    errors = [each.error for each in (one, other) if each.error is not None]
-    if not errors:
-        return False
-    differing: float = sum(abs(getattr(one, part) - getattr(other, part)) for part in PARTS)
-    return abs(one.step_seconds - other.step_seconds) <= max(errors) * differing

@@ -1,4 +1,4 @@
-"""Strategies that predictions cannot tell apart, of which the simplest is chosen."""
+"""Strategies that predictions cannot tell apart."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.planner.search.finalists import PARTS, are_equal
+from shardwise.planner.constraints import Constraints
+from shardwise.planner.document import plan_document
+from shardwise.planner.plan import Candidate, Plan, are_equal
 from shardwise.planner.search.problem import words
 from shardwise.predict.closed_form.step_time import predict
+from shardwise.predict.document import PARTS
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.strategy import Strategy
@@ -68,3 +71,25 @@ def test_the_parts_add_up_to_a_step(profiles: ScaledProfiles, cluster: Cluster) 
 def test_simpler_has_fewer_axes_and_options() -> None:
     ordered = ["dp=4", "dp=2,tp=2", "dp=2,tp=2,sp=1", "dp=2,tp=2,sp=1,recompute=1/2"]
     assert sorted(ordered, key=lambda text: words(Strategy.parse(text))) == ordered
+
+
+def test_a_plan_says_which_strategies_are_equal() -> None:
+    every = [prediction(10.0, 1.0, 0.0), prediction(10.0, 0.0, 1.3), prediction(10.0, 3.0, 0.0)]
+    candidates = tuple(Candidate(Strategy(dp=n), each) for n, each in enumerate(every, 1))
+    plan = Plan(
+        workload="w",
+        cluster="c",
+        workers=4,
+        constraints=Constraints(),
+        candidates=candidates,
+        rejected=(),
+        smallest=None,
+        seconds=1.0,
+        looked_at=3,
+        left_out=0,
+    )
+    document = plan_document(plan, ["words"])
+    assert [row["equal_to_best"] for row in document["candidates"]] == [True, True, False]
+    assert (document["program"], document["precision"]) == ("shardwise", "float32")
+    front = document["candidates"][0]
+    assert front["low_seconds"] < front["step_seconds"] < front["high_seconds"]
