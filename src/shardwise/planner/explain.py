@@ -98,8 +98,8 @@ def _chosen(plan: Plan, best: Candidate) -> str:
     prediction = best.prediction
     parts = ", ".join(f"{format_share(share)} {name}" for name, share in _shares(prediction))
     return (
-        f"Chosen: {best.strategy}, in {prediction.precision}. A step of Shardwise's own program takes "
-        f"{step_words(prediction)}: {parts}. {_binding(best)} "
+        f"Chosen: {best.strategy}. A step of Shardwise's own program takes {step_words(prediction)} in "
+        f"{prediction.precision}: {parts}. {_binding(best)} "
         f"A device {needs(prediction, plan.constraints.max_memory)}.{note_words(prediction)}"
     )
 

@@ -21,6 +21,7 @@ from shardwise.commands.request import TrainingRequest, settle_compared
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.parallel import check
 from shardwise.planner.plan import Candidate
+from shardwise.predict.document import step_words
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile import meta_model
 from shardwise.run.calibration.local_cluster import check_hosts
@@ -311,7 +312,7 @@ def test_a_choice_leaves_the_margin_that_is_asked_for() -> None:
     choice = choose(load_workload(SPEC), 1, quiet=True, margin=0.5)
     assert choice.best.prediction.margin == 0.5
     assert "with 50% of its 39.4 GiB left free" in choice.words[1]
-    assert ", in bf16. A step of Shardwise's own program takes" in choice.words[1]
+    assert f". A step of Shardwise's own program takes {step_words(choice.best.prediction)} in bf16" in choice.words[1]
 
 
 def test_a_forecast_counts_what_a_run_measures() -> None:
