@@ -29,7 +29,6 @@ from shardwise.cluster.measure.interference import busy_seconds, cores_of_others
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.commands.request import check
 from shardwise.errors import StrategyError
-from shardwise.predict.hardware.scatter import relative_range
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibration.calibrate import QUICK, THOROUGH, Effort, calibrate
@@ -175,8 +174,8 @@ def predict(runs: Sequence[Run], cluster: Cluster) -> None:
             own = cluster.importing(workload.libraries)
             known[run.workload] = profiles_on(workload, own), own
         found = simulate(known[run.workload][0], run.strategy, known[run.workload][1])
-        run.predicted = found.step_seconds, float(found.memory.total)
-        run.range = relative_range(cluster.device(0), run.strategy)
+        run.predicted = found.step_seconds, float(found.memory.allocated)
+        run.range = found.error or 0.0
 
 
 def measure(runs: Sequence[Run], steps: int, end: float) -> float:

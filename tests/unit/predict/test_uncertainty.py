@@ -39,6 +39,30 @@ def test_what_was_measured_errs_by_its_spread_too() -> None:
     assert relative_error(cluster, device, Strategy(dp=2), 0.5) == pytest.approx(hypot(NINE_IN_TEN * 0.25, quiet))
 
 
+SPREADS = {"step": 0.05, "sharded": 0.1, "stage": 0.2, "exchange": 0.3, "again": 0.4, "selective": 0.5, "crowded": 0.6}
+"""Scatter of equal steps, by the overhead that the trainings of a calibration tell."""
+
+
+@pytest.mark.parametrize(
+    ("text", "scatter"),
+    [
+        ("single", 0.05),
+        ("fsdp=2", 0.1),
+        ("fsdp=2,zero=1", 0.05),
+        ("pp=2", 0.2),
+        ("tp=2", 0.3),
+        ("dp=2,recompute=full", 0.4),
+        ("dp=2,recompute=selective", 0.5),
+        ("dp=4", 0.6),
+        ("fsdp=2,pp=2", 0.6),
+    ],
+)
+def test_equal_steps_scatter_as_trainings_that_do_the_same(text: str, scatter: float) -> None:
+    cluster, device = measured(0.0, 0.0)
+    found = relative_error(cluster, replace(device, cores=2, spreads=SPREADS), Strategy.parse(text), 0.0)
+    assert found == pytest.approx(hypot(scatter, errors()["measured"]))
+
+
 def test_a_cpu_that_was_not_measured_has_no_range() -> None:
     cluster = find_cluster("epyc-7763x2")
     assert relative_error(cluster, cluster.device(0), Strategy(dp=2), 0.0) is None

@@ -1,8 +1,9 @@
 """Range in which a step time is expected, from what was measured and from the errors of earlier predictions.
 
     datasheet    error that nine in ten predictions of published runs keep, by the axes that communicate
-    measured     spread of the repeats behind the curves, and error that nine in ten predictions of trainings on
-                 measured machines keep; both are independent, so that their squares add up
+    measured     scatter of equal steps while the machine was measured, or spread of the repeats behind the curves, if
+                 that is larger; and error that nine in ten predictions of trainings on measured machines keep; both are
+                 independent, so that their squares add up
 
 The errors are in `errors.json`, which `python -m benchmarks.errors` writes.
 """
@@ -11,12 +12,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, lru_cache
 from importlib import resources
 from math import hypot
 
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve
+from shardwise.options import NONE
 from shardwise.predict.profile.memo import Same
 from shardwise.strategy import Strategy
 
@@ -44,8 +46,26 @@ def relative_error(cluster: Cluster, device: Device, strategy: Strategy, communi
     if device.curves:
         kernels, collectives = _spreads(Same(cluster), Same(device))
         spread = NINE_IN_TEN * ((1 - communicating) * kernels + communicating * collectives)
-        return hypot(spread, errors()["measured"])
+        scatter = max((device.spreads.get(name, 0.0) for name in _parts(device, strategy)), default=0.0)
+        return hypot(max(spread, scatter), errors()["measured"])
     return errors()[kind_of(strategy.tp, strategy.pp)] if device.kind == "gpu" else None
+
+
+def _parts(device: Device, strategy: Strategy) -> Iterator[str]:
+    """Yield the overheads (`cluster.OVERHEADS`) that a strategy's steps have on a device."""
+    yield "step"
+    if strategy.splits_parameters:
+        yield "sharded"
+    if not strategy.runs_module:
+        yield "stage"
+    if strategy.tp > 1:
+        yield "exchange"
+    if strategy.recompute != NONE:
+        yield "again"
+    if strategy.saves_products:
+        yield "selective"
+    if device.kind == "cpu" and strategy.workers > device.cores:
+        yield "crowded"
 
 
 @cache
