@@ -55,7 +55,8 @@ NUMBERS = Constants(**{**FREE, **ONE, "attention_backward": 1.0, "hosted_share":
 
 def computation(runtime: Runtime = RUNTIME, **changes: Any) -> Computation:
     """Return how one rank computes a microbatch in half precision; `changes` may name fields of the runtime too."""
-    own = {name: changes.pop(name) for name in list(changes) if hasattr(runtime, name)}
+    kept = {"sequence_parallel"}  # of the computation, not of the software
+    own = {name: changes.pop(name) for name in list(changes) if hasattr(runtime, name) and name not in kept}
     values: dict[str, Any] = {
         "tensor": 1,
         "context": 1,

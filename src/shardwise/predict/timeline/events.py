@@ -237,6 +237,7 @@ class Simulation:
         """Add `more` (1 or -1) to the operations that slow down compute, and reschedule the running one."""
         computing = worker.busy.get(COMPUTE)
         changes = computing is not None and computing.start >= 0 and worker.overlap > 1.0
+        changes = changes and computing is not None and computing.ready > now  # else only its launch is awaited
         if changes and computing is not None:
             passed = (now - computing._since) * self._speed(computing)
             computing._left, computing._since = max(0.0, computing._left - passed), now
