@@ -29,7 +29,7 @@ from shardwise.cluster.measure.interference import busy_seconds, cores_of_others
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.commands.request import check
 from shardwise.errors import StrategyError
-from shardwise.predict.profile.profiler import Profiles
+from shardwise.predict.profile.source import ProfileSource
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibration.calibrate import QUICK, THOROUGH, Effort, calibrate
 from shardwise.run.training.execute import run_job
@@ -166,7 +166,7 @@ def runs_of(name: str, source: Source, strategies: Sequence[Strategy]) -> Iterat
 
 def predict(runs: Sequence[Run], cluster: Cluster) -> None:
     """Predict all runs, with one set of profiles for each workload."""
-    known: dict[str, tuple[Profiles, Cluster]] = {}
+    known: dict[str, tuple[ProfileSource, Cluster]] = {}
     for run in runs:
         if run.workload not in known:
             say(f"predicting {run.workload}")

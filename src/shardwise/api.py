@@ -390,6 +390,7 @@ def simulate(
     trace: str | Path | None = None,
     slow: Mapping[int, float] | None = None,
     dry_run: bool = False,
+    runtime: str = "shardwise",
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     margin: float | None = None,
@@ -405,6 +406,8 @@ def simulate(
         slow: rank -> factor by which its compute takes longer than usual; this also simulates the steps event by event.
         dry_run: also run a step of the real program of the worker that needs most memory, with fake workers and
             fake tensors. Each candidate then shows the observed messages and memory beside the predicted ones.
+        runtime: software that trains the workload: `shardwise`, `megatron`, `torchtitan`, `deepspeed` or `accelerate`.
+            For other software than Shardwise each candidate also has the command and the files that run it (`launch`).
         settings: parameters of the workload's function.
         seed: seed of weights, data order and dropout; None: the workload's own.
         margin: share of the memory usable on a device that has to stay free; None: 0.05.
@@ -417,6 +420,7 @@ def simulate(
     """
     from shardwise.cluster.find import find_cluster
     from shardwise.commands.request import settle_file, settle_slow, settle_source, settle_strategy
+    from shardwise.planner.launching.software import launch_document
     from shardwise.predict.simulate import simulation
     from shardwise.report.perfetto import chrome_trace
     from shardwise.run.jsonfile import write_json
@@ -430,7 +434,10 @@ def simulate(
     found = find_cluster(cluster).with_margin(margin)
     loaded = settle_source(workload, settings, seed).load()
     found = found.importing(loaded.libraries)
-    simulated = simulation(loaded, settled, found, play=path is not None, slowed=slowed, dry=dry_run)
+    simulated = simulation(loaded, settled, found, play=path is not None, slowed=slowed, dry=dry_run, runtime=runtime)
+    if simulated.profiles.software is not None:
+        for each in simulated.document["candidates"]:
+            each["launch"] = launch_document(simulated.profiles, Strategy.parse(each["strategy"]), found)
     if path is not None:
         steps = {strategy: timeline.document() for strategy, timeline in simulated.timelines.items()}
         write_json(path, finite(chrome_trace(steps)))
@@ -450,6 +457,7 @@ def plan(
     out: str | Path | None = None,
     dry_run: bool = False,
     pareto: bool = False,
+    runtime: str = "shardwise",
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     margin: float | None = None,
@@ -470,6 +478,9 @@ def plan(
             need more memory than a device has. A small model takes seconds per finalist, a large one up to a minute.
         pareto: also search for the Pareto front of time and memory: the fastest strategy under each memory limit, in
             steps of a twentieth. Each limit takes a search of its own.
+        runtime: software that is to train the workload: `shardwise`, `megatron`, `torchtitan`, `deepspeed` or
+            `accelerate`. Only strategies that it can run are searched, priced as it runs them; `launch` of the document
+            has the command and the files that run the chosen one.
         settings: parameters of the workload's function.
         seed: seed of weights, data order and dropout; None: the workload's own.
         margin: share of the memory usable on a device that has to stay free; None: 0.05.
@@ -499,6 +510,7 @@ def plan(
             dry_run=dry_run,
             pareto=pareto,
             margin=margin,
+            runtime=runtime,
         )
     )
     return document

@@ -160,6 +160,7 @@ def _simulate(options: argparse.Namespace) -> None:
         trace=options.trace,
         slow=agreed("--slow", options.slow),
         dry_run=options.dry_run,
+        runtime=options.runtime,
         settings=agreed("--set", options.set),
         seed=options.seed,
         margin=options.margin,
@@ -190,6 +191,7 @@ def _plan(options: argparse.Namespace) -> None:
         out=options.out,
         dry_run=options.dry_run,
         pareto=options.pareto,
+        runtime=options.runtime,
         settings=agreed("--set", options.set),
         seed=options.seed,
         margin=options.margin,
@@ -214,6 +216,7 @@ def _check_alone(options: argparse.Namespace) -> None:
         "--out": options.out,
         "--dry-run": options.dry_run,
         "--pareto": options.pareto,
+        "--runtime": options.runtime != "shardwise",
     }
     words = [name for name, value in given.items() if value not in (None, False, [])]
     if words:
@@ -380,6 +383,15 @@ def _add_margin(parser: _Parser) -> None:
     )
 
 
+def _add_runtime(parser: _Parser) -> None:
+    parser.add_argument(
+        "--runtime",
+        default="shardwise",
+        metavar="NAME",
+        help="software that trains: shardwise (default), megatron, torchtitan, deepspeed or accelerate",
+    )
+
+
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="shardwise", description="Trains one plain PyTorch model under any parallel strategy.")
     parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
@@ -465,6 +477,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     simulate.add_argument(
         "--dry-run", action="store_true", help="also run the real program of one worker, without memory or hardware"
     )
+    _add_runtime(simulate)
     _add_output(simulate)
     _add_margin(simulate)
     simulate.set_defaults(run=_simulate)
@@ -497,6 +510,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     plan.add_argument("--pareto", action="store_true", help="also the fastest strategy for each smaller need of memory")
     plan.add_argument("--check", metavar="FILE", help="say whether a plan file still holds")
+    _add_runtime(plan)
     _add_output(plan)
     plan.set_defaults(run=_plan)
     calibrate = commands.add_parser(

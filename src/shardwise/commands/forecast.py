@@ -16,7 +16,7 @@ from shardwise.workload.turns import NOT_PREDICTED
 from shardwise.workload.workload import Workload
 
 if TYPE_CHECKING:
-    from shardwise.predict.profile.profiler import Profiles
+    from shardwise.predict.profile.source import ProfileSource
 
 FIRST_PREDICTS = "the first worker predicts"
 """Reason why the other workers of an outer launcher have no prediction."""
@@ -63,7 +63,7 @@ def own_cluster(threads: int | None = None, *, quiet: bool = False) -> Cluster:
     return cluster if given is None else _with_threads(cluster, given)
 
 
-def _forecast(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Forecast:
+def _forecast(profiles: ProfileSource, strategy: Strategy, cluster: Cluster) -> Forecast:
     from shardwise.predict.simulate import simulate
 
     if strategy.workers > cluster.size:

@@ -18,6 +18,7 @@ from shardwise.planner.constraints import Constraints
 from shardwise.planner.document import front_rows, plan_document
 from shardwise.planner.dry_run_check import judge
 from shardwise.planner.explain import explanation
+from shardwise.planner.launching.software import launch_document, own_launch_document
 from shardwise.planner.pareto import front
 from shardwise.planner.plan_file import PlanFile, read_plan, write_plan
 from shardwise.planner.scaling import (
@@ -36,8 +37,11 @@ from shardwise.planner.search.problem import room
 from shardwise.planner.search.search import SearchResult
 from shardwise.predict.document import needs
 from shardwise.predict.profile.interpolate import ScaledProfiles
-from shardwise.predict.simulate import profiles_on, simulate
+from shardwise.predict.profile.source import ProfileSource
+from shardwise.predict.runtime.runtime import SHARDWISE
+from shardwise.predict.simulate import check_own, profiles_on, simulate
 from shardwise.run.calibration.local_cluster import cluster_at_hand
+from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds, format_share, parse_whole
 from shardwise.version import __version__
 from shardwise.workload.load import names_function
@@ -61,6 +65,7 @@ def planned(
     dry_run: bool = False,
     pareto: bool = False,
     margin: float | None = None,
+    runtime: str = SHARDWISE.name,
 ) -> dict[str, Any]:
     """Return the document of `plan`; see `api.plan` for the arguments and errors."""
     constraints = Constraints.parse(objective, max_memory, fix, forbid)
@@ -69,9 +74,12 @@ def planned(
     numbers = _numbers(workers, cluster)
     if out is not None and not isinstance(source.workload, str):
         raise WorkloadError(f"out={out}: a plan file names its workload; give one by name, not as an object")
+    check_own(runtime, {"--out": out is not None, "--dry-run": dry_run})
     workload = source.load()
     cluster = cluster.importing(workload.libraries)
-    points = scaling(workload, cluster, numbers, constraints)
+    profiles = ScaledProfiles(profiles_on(workload, cluster, runtime))
+    constraints.check_software(profiles.traced.software)
+    points = scaling(workload, cluster, numbers, constraints, profiles)
     point = _chosen(points, cluster, constraints)
     if dry_run:
         point = replace(point, searched=_checked_by_dry_run(point.searched, cluster, constraints))
@@ -81,7 +89,8 @@ def planned(
     words, cost = explanation(plan, cluster, point.searched.profile_of), price(point, cluster)
     if cost is not None and constraints.objective == "money":
         words.insert(2, price_words(cost, point.workers))
-    document = plan_document(plan, words) | {"price": cost}
+    document = plan_document(plan, words) | {"price": cost, "runtime": runtime}
+    document |= _launch(source, profiles.traced, plan.best.strategy, cluster)
     if len(points) > 1:
         document |= _curve(points, cluster)
     if pareto:
@@ -90,6 +99,16 @@ def planned(
         write_plan(out, _file(source, cluster_text, point.searched, cluster))
         document["out"] = str(out)
     return document
+
+
+def _launch(source: Source, profiles: ProfileSource, strategy: Strategy, cluster: Cluster) -> dict[str, Any]:
+    """Return the launch of the chosen strategy; empty for Shardwise's own program and a workload without a name."""
+    if profiles.software is not None:
+        return {"launch": launch_document(profiles, strategy, cluster)}
+    if not isinstance(source.workload, str):
+        return {}
+    settings = [f"{name}={value}" for name, value in source.settings.items()]
+    return {"launch": own_launch_document(source.workload, strategy, settings)}
 
 
 def _checked_by_dry_run(searched: SearchResult, cluster: Cluster, constraints: Constraints) -> SearchResult:
@@ -148,9 +167,7 @@ def _too_small(workload: Workload, cluster: Cluster, point: Point, constraints: 
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in plan.rejected)) or "no strategy meets all wishes"
         raise RequestError(f"no strategy for {plan.workers} workers can be: {reasons}")
     need, have = plan.smallest.prediction.memory.total, room(cluster, plan.workers, constraints)
-    number = smallest_that_fits(
-        workload, cluster, plan.workers, constraints, ScaledProfiles(profiles_on(workload, cluster))
-    )
+    number = smallest_that_fits(workload, cluster, plan.workers, constraints, point.searched.scaled)
     devices = "1 device" if plan.workers == 1 else f"{plan.workers} devices"
     hint = f"{number} of them would do" if number else "more of them would not help"
     return (

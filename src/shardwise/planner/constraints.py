@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from shardwise.errors import RequestError, agreed, nearest
 from shardwise.options import Recompute
+from shardwise.predict.runtime.software import Software
 from shardwise.strategy import Strategy
 from shardwise.units import parse_bytes
 
@@ -32,12 +33,14 @@ class Constraints:
         max_memory: bytes that a device may use. None means all that it has.
         fixed: map from an option of a strategy to the value that it must have.
         forbidden: (option, value that it must not have); an empty value forbids all but the default.
+        software: software that is to run the strategy. None for Shardwise's own, which runs every one.
     """
 
     objective: str = "time"
     max_memory: int | None = None
     fixed: Mapping[str, str] = field(default_factory=dict)
     forbidden: tuple[tuple[str, str], ...] = ()
+    software: Software | None = None
 
     @classmethod
     def parse(
@@ -83,6 +86,14 @@ class Constraints:
             except RequestError as error:
                 raise RequestError(f"--forbid {word}={without}: {error}") from None
 
+    def check_software(self, software: Software | None) -> None:
+        """Raise RequestError if a fixed value is one that the software never has."""
+        for option, value in self.fixed.items() if software is not None else ():
+            assert software is not None
+            reason = software.option_refusal(option, value)
+            if reason is not None:
+                raise RequestError(f"--fix {option}={value} --runtime {software.abilities.name}: {reason}")
+
     def _parse_fixed(self) -> None:
         """Raise RequestError if no strategy has the fixed values."""
         Strategy.parse(",".join(f"{option}={value}" for option, value in self._complete().items()) or "single")
@@ -113,11 +124,13 @@ class Constraints:
             found = str(getattr(strategy, option))
             if found == value or (not value and found != _default(option)):
                 return f"--forbid {option}={value}" if value else f"--forbid {option}"
-        return None
+        return None if self.software is None else self.software.refusal(strategy)
 
     def allows(self, option: str, value: object) -> bool:
         """Return whether an option may have a value, regardless of the strategy's other options."""
         text = str(value)
+        if self.software is not None and not self.software.allows(option, text):
+            return False
         if option in self.fixed:
             return self.fixed[option] == text
         return not any(

@@ -7,11 +7,11 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster
 from shardwise.planner.plan import Candidate, Plan, Rejected
 from shardwise.predict.crosscheck import crosscheck
-from shardwise.predict.profile.profiler import Profiles
+from shardwise.predict.profile.source import ProfileSource
 from shardwise.units import format_bytes
 
 
-def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists: int) -> Plan:
+def judge(plan: Plan, profiles: ProfileSource, cluster: Cluster, room: int, finalists: int) -> Plan:
     """Return the plan with its first candidates dry-run; those that do not fit in the dry run are rejected.
 
     Args:
@@ -47,7 +47,7 @@ def judge(plan: Plan, profiles: Profiles, cluster: Cluster, room: int, finalists
     )
 
 
-def _run(candidate: Candidate, profiles: Profiles, cluster: Cluster) -> Candidate:
+def _run(candidate: Candidate, profiles: ProfileSource, cluster: Cluster) -> Candidate:
     """Dry-run a candidate and replace its tensors by those of the dry run; other memory stays as predicted."""
     if candidate.strategy.shares:
         return candidate

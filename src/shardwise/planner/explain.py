@@ -98,10 +98,16 @@ def _chosen(plan: Plan, best: Candidate) -> str:
     prediction = best.prediction
     parts = ", ".join(f"{format_share(share)} {name}" for name, share in _shares(prediction))
     return (
-        f"Chosen: {best.strategy}. A step of Shardwise's own program takes {step_words(prediction)} in "
+        f"Chosen: {best.strategy}. A step of {_program(plan)} takes {step_words(prediction)} in "
         f"{prediction.precision}: {parts}. {_binding(best)} "
         f"A device {needs(prediction, plan.constraints.max_memory)}.{note_words(prediction)}"
     )
+
+
+def _program(plan: Plan) -> str:
+    """Name the program whose step is predicted."""
+    software = plan.constraints.software
+    return "Shardwise's own program" if software is None else f"{software.abilities.title}'s program"
 
 
 def _offloaded(plan: Plan) -> list[str]:

@@ -18,8 +18,8 @@ from shardwise.workload.workload import Workload
 WORTH = 0.5
 """Least samples per second that an added device must bring, as a fraction of those of each of the first devices."""
 
-MOST_DEVICES = 2**20
-"""Largest number of devices in the search for the smallest number that fits."""
+MOST_DEVICES = 2**19
+"""Largest number of devices in the search for the smallest number that fits: a strategy has at most a million."""
 
 
 _PRICE_SOURCE = re.compile(r"\bprice_per_hour: ([^;]+)")
@@ -46,9 +46,15 @@ def counts(first: int, last: int) -> list[int]:
     return sorted({first, *powers, last})
 
 
-def scaling(workload: Workload, cluster: Cluster, numbers: Sequence[int], constraints: Constraints) -> list[Point]:
+def scaling(
+    workload: Workload,
+    cluster: Cluster,
+    numbers: Sequence[int],
+    constraints: Constraints,
+    profiles: ScaledProfiles | None = None,
+) -> list[Point]:
     """Search the best plan for each number of devices, sharing profiles. Raises the errors of `search`."""
-    profiles = ScaledProfiles(profiles_on(workload, cluster))
+    profiles = profiles or ScaledProfiles(profiles_on(workload, cluster))
     return [Point(number, search(workload, cluster, number, constraints, profiles)) for number in numbers]
 
 

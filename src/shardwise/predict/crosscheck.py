@@ -22,7 +22,7 @@ from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.dry_run.dry_run import DryRun, dry_run
 from shardwise.predict.dry_run.playback import step_seconds
 from shardwise.predict.prediction import Memory, categories
-from shardwise.predict.profile.profiler import Profiles
+from shardwise.predict.profile.source import ProfileSource
 from shardwise.predict.timeline.timeline import timeline
 from shardwise.predict.workers.traffic import Key, communicated
 from shardwise.strategy import Strategy
@@ -91,7 +91,12 @@ class Crosscheck:
 
 
 def crosscheck(
-    profiles: Profiles, strategy: Strategy, cluster: Cluster, pipeline_rank: int | None = None, *, timed: bool = False
+    profiles: ProfileSource,
+    strategy: Strategy,
+    cluster: Cluster,
+    pipeline_rank: int | None = None,
+    *,
+    timed: bool = False,
 ) -> Crosscheck:
     """Run one worker dry, with the cuts that the closed form chooses, and compare the two.
 

@@ -15,6 +15,10 @@ from shardwise.predict.crosscheck import Crosscheck, crosscheck
 from shardwise.predict.document import document
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profiler import Profiles
+from shardwise.predict.profile.source import ProfileSource
+from shardwise.predict.runtime.profiles import profiles_by
+from shardwise.predict.runtime.runtime import SHARDWISE
+from shardwise.predict.runtime.software import abilities_of
 from shardwise.predict.timeline.timeline import Timeline, timeline
 from shardwise.strategy import Strategy
 from shardwise.workload.turns import NOT_PREDICTED
@@ -28,10 +32,12 @@ class Simulated:
     Attributes:
         document: the document to print, see `predict.document`.
         timelines: strategy -> its simulated step, operation by operation; empty if the closed form was used.
+        profiles: the profiles that it was computed from.
     """
 
     document: dict[str, Any]
     timelines: Mapping[str, Timeline]
+    profiles: ProfileSource
 
 
 def simulation(
@@ -42,6 +48,7 @@ def simulation(
     play: bool = False,
     slowed: Mapping[int, float] | None = None,
     dry: bool = False,
+    runtime: str = SHARDWISE.name,
 ) -> Simulated:
     """Predict several strategies; those that are not possible are listed as rejected.
 
@@ -52,12 +59,14 @@ def simulation(
         play: whether to simulate steps as events instead of using the closed form.
         slowed: rank -> factor by which its compute takes longer than usual (a straggler); implies `play`.
         dry: whether to dry-run the strategies, too, and compare memory, messages and time; see `predict.crosscheck`.
+        runtime: software that trains the workload, one of `runtime.software.RUNTIMES`.
 
     Raises:
         RequestError: none of the strategies is possible; the error is that of the first one.
     """
     start = time.perf_counter()
-    profiles = profiles_on(workload, cluster)
+    check_own(runtime, {"--trace": play, "--slow": bool(slowed), "--dry-run": dry})
+    profiles = profiles_on(workload, cluster, runtime)
     predictions: list[tuple[str, Prediction]] = []
     timelines: dict[str, Timeline] = {}
     judgements: dict[str, Crosscheck] = {}
@@ -80,11 +89,12 @@ def simulation(
     if refusal is not None and not predictions:
         raise refusal
     found = document(workload.name, cluster.name, predictions, rejected, time.perf_counter() - start, workload.notes)
+    found["runtime"] = runtime
     found["links"] = [_link(level) for level in cluster.levels]
     found["slowed"] = {str(rank): times for rank, times in (slowed or {}).items()}
     for candidate in found["candidates"] if dry else ():
         candidate["dry_run"] = judgements[candidate["strategy"]].document()
-    return Simulated(found, timelines)
+    return Simulated(found, timelines, profiles)
 
 
 def _link(level: Level) -> dict[str, Any]:
@@ -97,28 +107,66 @@ def _link(level: Level) -> dict[str, Any]:
     }
 
 
-def profiles_on(workload: Workload, cluster: Cluster) -> Profiles:
+def profiles_on(workload: Workload, cluster: Cluster, runtime: str = SHARDWISE.name) -> ProfileSource:
     """Return the source of a workload's profiles for the kind of a cluster's slowest device, `gpu` or `cpu`.
 
+    Args:
+        workload: the workload.
+        cluster: the cluster.
+        runtime: software that trains the workload, one of `runtime.software.RUNTIMES`.
+
     Raises:
-        WorkloadError: the steps of the workload have turns.
+        RequestError: no software has this name, or it is not known on CPUs.
+        WorkloadError: the steps of the workload have turns, or the software cannot train it.
     """
+    abilities = abilities_of(runtime)
     if workload.turns:
         raise WorkloadError(f"workload {workload.name!r}: {NOT_PREDICTED}")
-    return Profiles(workload, slowest(cluster, workload.precision).kind)
+    device = slowest(cluster, workload.precision)
+    if abilities is None:
+        return Profiles(workload, device.kind)
+    if device.kind != "gpu":
+        raise RequestError(
+            f"runtime={runtime}: predicted on GPUs alone, {cluster.name} has CPUs: use --cluster h100x8, say, or "
+            "--runtime shardwise"
+        )
+    return profiles_by(abilities, workload, hopper="fp8" in device.flops)
 
 
-def simulate(profiles: Profiles, strategy: Strategy, cluster: Cluster) -> Prediction:
+def check_own(runtime: str, asked: Mapping[str, bool]) -> None:
+    """Check that options which only Shardwise's own program has are not asked of other software.
+
+    Args:
+        runtime: name of the software.
+        asked: option -> whether the user gave it.
+
+    Raises:
+        RequestError: no software has this name, or one of the options is given.
+    """
+    abilities = abilities_of(runtime)
+    given = [option for option, is_given in asked.items() if is_given]
+    if given and abilities is not None:
+        raise RequestError(
+            f"{given[0]} is of Shardwise's own program, not of {abilities.title}: leave it out, or use "
+            "--runtime shardwise"
+        )
+
+
+def simulate(profiles: ProfileSource, strategy: Strategy, cluster: Cluster) -> Prediction:
     """Predict one strategy in closed form, on the first devices of the cluster.
 
     Raises:
-        StrategyError: it needs more devices than the cluster has, or is not possible for this model and batch.
+        StrategyError: it needs more devices than the cluster has, or is not possible for this model and batch, or for
+            the software.
     """
     _check_size(strategy, cluster)
+    refusal = None if profiles.software is None else profiles.software.refusal(strategy)
+    if refusal is not None:
+        raise StrategyError(refusal)
     return predict_shares(profiles.of, strategy, cluster, profiles.workload.batch_size)
 
 
-def played(profiles: Profiles, strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> Timeline:
+def played(profiles: ProfileSource, strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> Timeline:
     """Simulate a step of one strategy, operation by operation.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardwise.report.prediction import dry_run_rows, prediction_rows
-from shardwise.report.text import table
+from shardwise.report.text import launch_rows, table, trained_by
 from shardwise.units import format_bytes, format_rate, format_seconds, format_share
 
 SHOWN = 8
@@ -24,7 +24,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
     """Format the explanation, the best candidates, the scaling, and what happened to the other strategies."""
     where = f"{_devices(document['workers'])} of {document['cluster']}"
     lines = [
-        f"{document['workload']} on {where}, in {document['precision']}: {document['best']}",
+        f"{document['workload']} on {where}, in {document['precision']}{_by(document)}: {document['best']}",
         "",
         document["explanation"],
         *(f"note: {note}" for note in document["notes"]),
@@ -35,10 +35,16 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         _rejected(document),
         *_scaling(document),
         *_pareto(document),
+        *launch_rows(document),
     ]
     if "out" in document:
         lines += ["", f"wrote {document['out']}: run it with  shardwise train WORKLOAD --strategy {document['out']}"]
     return "\n".join(lines)
+
+
+def _by(document: Mapping[str, Any]) -> str:
+    """Say which software trains, if it is not Shardwise; the explanation names the program either way."""
+    return trained_by(document) if document.get("runtime", "shardwise") != "shardwise" else ""
 
 
 def _rejected(document: Mapping[str, Any]) -> str:

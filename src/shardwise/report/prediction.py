@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardwise.report.text import UNKNOWN, table
+from shardwise.report.text import UNKNOWN, launch_rows, table, trained_by
 from shardwise.units import format_bits, format_bytes, format_rate, format_seconds, format_share
 
 
 def prediction_table(document: Mapping[str, Any]) -> str:
     """Format a table with one row per strategy and the parts of its step, and notes on the origin of the numbers."""
     lines = [
-        f"{document['workload']} on {document['cluster']}, by Shardwise's own program",
+        f"{document['workload']} on {document['cluster']}{trained_by(document)}",
         *prediction_rows(document["candidates"]),
     ]
     lines += [*dry_run_rows(document["candidates"]), "", *_notes(document)]
+    if len(document["candidates"]) == 1:
+        lines += launch_rows(document["candidates"][0])
     return "\n".join(lines)
 
 

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardwise.units import format_bytes, format_rate, format_seconds, format_share
 
 UNKNOWN = "-"
+
+
+def trained_by(document: Mapping[str, Any]) -> str:
+    """Say which software's program is predicted."""
+    runtime = document.get("runtime", "shardwise")
+    return ", by Shardwise's own program" if runtime == "shardwise" else f", trained by {runtime}"
+
+
+def launch_rows(document: Mapping[str, Any]) -> list[str]:
+    """Format the command and the files that run a strategy in other software than Shardwise; empty without them."""
+    launch = document.get("launch")
+    if launch is None or launch["runtime"] == "shardwise":
+        return []
+    given = [f"{name}={value}" for name, value in launch["environment"].items()]
+    lines = [
+        "",
+        f"Predicted is {launch['title']}'s program, not Shardwise's. It runs this strategy with:",
+        "",
+        shlex.join([*given, *launch["arguments"]]),
+    ]
+    for name, text in launch["files"].items():
+        lines += ["", f"{name}:", "", *(f"    {line}".rstrip() for line in text.splitlines())]
+    return [*lines, "", *(f"note: {note}" for note in launch["notes"])]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -47,8 +47,9 @@ def with_memory(cluster: Cluster, size: int) -> Cluster:
 def known(monkeypatch: pytest.MonkeyPatch, profiles: ScaledProfiles) -> None:
     """Let plans of the small GPT take the profiles that are traced already."""
 
-    def saved(workload: Workload, cluster: Cluster) -> Profiles:
+    def saved(workload: Workload, cluster: Cluster, runtime: str = "shardwise") -> Profiles:
         assert workload.name == profiles.traced.workload.name
+        assert isinstance(profiles.traced, Profiles)
         assert cluster.device(0).kind == profiles.traced.device
         return profiles.traced
 

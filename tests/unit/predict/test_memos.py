@@ -93,7 +93,9 @@ class Cold(Profiles):
 
 @pytest.fixture(scope="module")
 def warm() -> Profiles:
-    return profiles_on(load_workload(SPEC), cluster())
+    found = profiles_on(load_workload(SPEC), cluster())
+    assert isinstance(found, Profiles)
+    return found
 
 
 @functools.cache

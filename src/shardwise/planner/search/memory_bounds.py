@@ -14,6 +14,7 @@ from __future__ import annotations
 from shardwise.cluster.cluster import Device
 from shardwise.predict.closed_form.device_memory import at_least, left_for_tensors
 from shardwise.predict.profile.summary import ProfileSummary
+from shardwise.predict.runtime.element_bytes import WIDE, element_bytes
 from shardwise.splitting.balance import MOST_BLOCKS
 from shardwise.strategy import Strategy
 
@@ -30,13 +31,15 @@ def least_memory(profile: ProfileSummary, strategy: Strategy, device: Device, sa
     workers, stages, count = strategy.pp, strategy.pp * strategy.stages_per_worker, strategy.microbatches
     slices = strategy.fsdp if strategy.splits_parameters else 1
     stays = _stays(profile, strategy)
-    updating = (stays + profile.gradients / slices) / workers
+    updating = (stays + _accumulated(profile, strategy) / slices) / workers
     if strategy.offload:  # on the host, except for what cannot be split
         stays = updating = 0.0
     stays /= workers
     if strategy.splits_parameters and strategy.zero == 2 and stages > 1:
-        stays += profile.own / stages
-    buckets = strategy.sums_in_buckets and strategy.runs_module  # DDP allocates its buckets at the start
+        stays += profile.gathered * profile.own / stages
+    if _in_buffers(profile, strategy):
+        stays += _accumulated(profile, strategy) / workers
+    buckets = _has_buckets(profile, strategy)  # DDP allocates its buckets at the start
     first = _saved(profile, strategy, saved, count) + (profile.gradients if buckets else 0)
     later = _gradients(profile, strategy, slices) + _saved(profile, strategy, saved, count - (workers > 1))
     tensors = max(updating, stays + first, stays + later if count > 1 else 0.0, profile.largest)
@@ -52,7 +55,7 @@ def most_of_the_model(profile: ProfileSummary, strategy: Strategy, device: Devic
     """
     stays, count = _stays(profile, strategy), strategy.microbatches
     if count > 1 and not strategy.splits_parameters:
-        stays += profile.gradients
+        stays += _accumulated(profile, strategy)
     in_flight = [
         count if strategy.schedule == "gpipe" else min(count, strategy.pp - pipeline_rank)
         for pipeline_rank in range(strategy.pp)
@@ -64,7 +67,26 @@ def most_of_the_model(profile: ProfileSummary, strategy: Strategy, device: Devic
 def _stays(profile: ProfileSummary, strategy: Strategy) -> float:
     """Return the bytes of parameters and optimizer state that stay on all workers of a pipeline together."""
     slices = strategy.fsdp if strategy.splits_parameters else 1
-    return profile.parameters / slices + profile.elements * profile.update.state_bytes / owners(strategy)
+    each = element_bytes(profile.runtime, profile.precision, strategy)
+    weights = profile.parameters * each.weights / WIDE
+    return weights / slices + profile.elements * (profile.update.state_bytes + each.copies) / owners(strategy)
+
+
+def _accumulated(profile: ProfileSummary, strategy: Strategy) -> float:
+    """Return the bytes of all gradients on all workers of a pipeline together, as their software keeps them."""
+    each = element_bytes(profile.runtime, profile.precision, strategy).gradients
+    shards = strategy.replicas if profile.runtime.sharded_gradients and not strategy.splits_parameters else 1
+    return profile.gradients * each / WIDE / shards
+
+
+def _in_buffers(profile: ProfileSummary, strategy: Strategy) -> bool:
+    """Return whether gradients have buffers of their own from the start, in software that allocates them so."""
+    return (profile.runtime.kernels or profile.runtime.deepspeed) and not strategy.splits_parameters
+
+
+def _has_buckets(profile: ProfileSummary, strategy: Strategy) -> bool:
+    """Return whether DDP's buckets lie beside the gradients."""
+    return strategy.sums_in_buckets and strategy.runs_module and not _in_buffers(profile, strategy)
 
 
 def _saved(profile: ProfileSummary, strategy: Strategy, saved: float | None, count: int) -> float:
@@ -81,7 +103,9 @@ def _saved(profile: ProfileSummary, strategy: Strategy, saved: float | None, cou
 def _gradients(profile: ProfileSummary, strategy: Strategy, slices: int) -> float:
     """Return the bytes of gradients that exist during a backward pass that is not the first one."""
     alone = strategy.runs_module
-    if strategy.sums_in_buckets and alone:  # gradients and DDP's buckets
+    if _in_buffers(profile, strategy):
+        return 0.0  # they are there already
+    if _has_buckets(profile, strategy):  # gradients and DDP's buckets
         return profile.gradients * 2.0
     if not strategy.splits_parameters:
         return profile.gradients / strategy.pp

@@ -35,7 +35,7 @@ from shardwise.predict.closed_form.offload import has_host
 from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.closed_form.unequal_shares import ProfileOf
 from shardwise.predict.profile.interpolate import ScaledProfiles
-from shardwise.predict.profile.profiler import Profiles
+from shardwise.predict.profile.source import ProfileSource
 from shardwise.predict.simulate import profiles_on
 from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.strategy import Strategy
@@ -63,8 +63,8 @@ class SearchResult:
         return self.scaled.of
 
     @property
-    def profiles(self) -> Profiles:
-        """Profiles that were traced."""
+    def profiles(self) -> ProfileSource:
+        """Profiles that were traced, or made of sizes."""
         return self.scaled.traced
 
     def cuts(self, strategy: Strategy, cluster: Cluster) -> Cuts:
@@ -98,7 +98,7 @@ def search(
     if not 1 <= workers <= cluster.size:
         raise RequestError(f"workers={workers}: {cluster.name} has {cluster.size} devices, use 1 to {cluster.size}")
     scaled = profiles or ScaledProfiles(profiles_on(workload, cluster))
-    constraints = constraints or Constraints()
+    constraints = replace(constraints or Constraints(), software=scaled.traced.software)
     with _few_collections():
         plan = _Search(SearchProblem(workload, cluster, workers, constraints, scaled)).plan()
         if not plan.candidates and may_offload(cluster, constraints):

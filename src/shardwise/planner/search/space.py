@@ -32,6 +32,7 @@ def families(
         tensor: degrees of tp that the model can be split into, 1 among them.
         segments: number of segments of its step; 1 if the step cannot be cut.
     """
+    software = constraints.software
     for tp in divisors(workers):
         if tp not in tensor or not constraints.allows("tp", tp):
             continue
@@ -39,7 +40,9 @@ def families(
             replicas = workers // tp // pp
             if pp > segments or batch_size % replicas or not constraints.allows("pp", pp):
                 continue
-            yield from _of_degrees(tp, pp, replicas, batch_size // replicas, constraints, segments)
+            for family in _of_degrees(tp, pp, replicas, batch_size // replicas, constraints, segments):
+                if software is None or software.family_refusal(family) is None:
+                    yield family
 
 
 def _of_degrees(
@@ -115,19 +118,22 @@ def spellings(family: Strategy, constraints: Constraints, spans: Sequence[int] =
     """
     replicas = family.dp
     outermost = OUTERMOST if replicas > 1 and family.pp > 1 and spans else OUTERMOST[:1]
-    if "outermost" in constraints.fixed and family.pp > 1 and replicas > 1:
-        outermost = (constraints.fixed["outermost"],)
+    fixed = constraints.fixed.get("outermost") or (constraints.software and constraints.software.abilities.orders[0])
+    if fixed and family.pp > 1 and replicas > 1:
+        outermost = (fixed,)
     found: list[dict[str, Any]] = []
     for fsdp in reversed(divisors(replicas)):
         for zero in (3, 2, 1) if fsdp > 1 else (3,):
             if zero == 1 and fsdp != replicas:
                 continue  # the optimizer state is split over all replicas in either spelling
             for word in outermost:
-                if word == "pp" and "outermost" not in constraints.fixed and _same_layout(family, fsdp, spans):
+                if word == "pp" and not fixed and _same_layout(family, fsdp, spans):
                     continue
                 spelling: dict[str, Any] = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero, "outermost": word}
                 spelling |= _asked_for(constraints, family.with_(dp=replicas // fsdp, fsdp=fsdp, zero=zero))
-                if all(constraints.allows(option, value) for option, value in spelling.items()):
+                if all(constraints.allows(option, value) for option, value in spelling.items()) and (
+                    constraints.software is None or constraints.software.refusal(family.with_(**spelling)) is None
+                ):
                     found.append(spelling)
     return found
 

@@ -4,7 +4,7 @@ Terms: T seconds of one microbatch through all stages, B of its backward pass, m
 
     computing      each worker computes its part of every microbatch, and updates its part of the parameters;
                    a pipeline of one stage each also fills and drains once: T (1 + (m - 1) / p), else m T / p
-    gradients      can be sent from the last backward pass on: m T / p - B / p + all-reduce
+    gradients      can be sent from the last backward pass on, which recomputes: m T / p - B / p + all-reduce
     gathers        `fully_shard` gathers and scatters on one channel: a step takes at least as long as these do; if they
                    block (on a CPU), their time is added
     messages       one microbatch goes through all workers and back
@@ -28,6 +28,7 @@ from shardwise.planner.search.memory_bounds import even, owners
 from shardwise.predict.closed_form.pipeline import StageTime, alone
 from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import SegmentTimes, Times, timed, times_of
+from shardwise.predict.closed_form.stage_time import reduction
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Same
@@ -106,7 +107,8 @@ def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times
     ends = [*(starts[0] for starts in cuts[1:]), len(profile.segments)]
     recomputed = times.recomputed_rest if strategy.saves_products else times.recomputed
     each = (
-        spent.total if segment.layer.saves else 0.0 for spent, segment in zip(recomputed, profile.segments, strict=True)
+        spent.device if segment.layer.saves else 0.0
+        for spent, segment in zip(recomputed, profile.segments, strict=True)
     )
     again = list(accumulate(each, initial=0.0))
     message = 0.0
@@ -136,8 +138,10 @@ def least_seconds(profile: ProfileSummary, strategy: Strategy, cluster: Cluster)
         return max(filled, computing + update + (channel if blocking else 0.0), channel)
     if strategy.replicas == 1:
         return max(filled, computing + update)
-    sent = _seconds("all_reduce", profile.gradients // strategy.pp, strategy, "replicas", cluster)
-    return max(filled, computing + update, computing - times.backward / strategy.pp + sent + update)
+    size = round(profile.reduced * profile.gradients) // strategy.pp
+    sent = _seconds(reduction(profile.runtime, strategy), size, strategy, "replicas", cluster)
+    last = computing / strategy.microbatches - (times.forward + times.weights) / strategy.pp  # backward, recomputing
+    return max(filled, computing + update, computing - last + sent + update)
 
 
 def _filled(profile: ProfileSummary, strategy: Strategy, forward: float, one: float) -> float:
@@ -171,8 +175,8 @@ def _gathers(strategy: Strategy, cluster: Cluster, profile: ProfileSummary) -> f
     """
     alone, count = strategy.runs_module, strategy.microbatches
     size = (profile.repeated if alone else profile.own) // strategy.pp
-    gather = _seconds("all_gather", size, strategy, "fsdp", cluster)
-    scatter = _seconds("reduce_scatter", size, strategy, "fsdp", cluster)
+    gather = _seconds("all_gather", round(profile.gathered * size), strategy, "fsdp", cluster)
+    scatter = _seconds("reduce_scatter", round(profile.scattered * size), strategy, "fsdp", cluster)
     if alone:
         return ((2 if strategy.zero == 3 else 1) * gather + scatter) * count
     return (count + 1 if strategy.zero == 3 else 1) * gather + scatter
@@ -186,8 +190,8 @@ def _unhidden(strategy: Strategy, cluster: Cluster, profile: ProfileSummary, tim
     """
     if strategy.pp == 1:
         return 0.0
-    gather = _seconds("all_gather", profile.own, strategy, "fsdp", cluster)
-    scatter = _seconds("reduce_scatter", profile.own, strategy, "fsdp", cluster)
+    gather = _seconds("all_gather", round(profile.gathered * profile.own), strategy, "fsdp", cluster)
+    scatter = _seconds("reduce_scatter", round(profile.scattered * profile.own), strategy, "fsdp", cluster)
     again = times.again if strategy.recomputes else 0.0
     return max(0.0, gather - times.forward) + max(0.0, scatter - times.backward - times.weights - again)
 

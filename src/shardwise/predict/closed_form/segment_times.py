@@ -431,10 +431,10 @@ def _summed_times(summary: ProfileSummary, seconds: Seconds) -> Times:
         backward += each.count * back.device
         weights += each.count * of_weights.device
         if each.layer.saves:
-            recomputed = seconds.again(each.layer.recomputed).total
+            recomputed = seconds.again(each.layer.recomputed).device
             again += each.count * recomputed
             repeated += each.repeated * recomputed
-            others = seconds.again(each.layer.recomputed, products=True).total
+            others = seconds.again(each.layer.recomputed, products=True).device
             rest += each.count * others
             repeated_rest += each.repeated * others
     return Times(forward, backward, weights, again, repeated, rest, repeated_rest, seconds)

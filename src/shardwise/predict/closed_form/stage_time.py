@@ -18,6 +18,7 @@ from shardwise.predict.hardware.times import collective_seconds, overlap_of, slo
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
+from shardwise.predict.runtime.runtime import Runtime
 from shardwise.predict.workers.buckets import Gathered
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.predict.workers.holdings import Parts, Stage
@@ -89,9 +90,9 @@ class CommunicationTimes:
         return self.collective("send", size, group, workers)
 
 
-def reduction(profile: Profile, strategy: Strategy) -> str:
+def reduction(runtime: Runtime, strategy: Strategy) -> str:
     """Return the collective that sums the gradients of replicas which hold all parameters."""
-    parts = strategy.zero == 1 and profile.runtime.sharded_reduction and not profile.runtime.owners
+    parts = strategy.zero == 1 and runtime.sharded_reduction and not runtime.owners
     return "reduce_scatter" if parts else "all_reduce"
 
 
@@ -256,7 +257,7 @@ class StageCosts:
         whole = times.backward.total[stage.end] - times.backward.total[stage.first]
         stretch = seconds / whole if whole else 1.0
         end, total = times.backward.total[stage.end], times.backward.total
-        operation, share = reduction(self.profile, self.strategy), self.profile.reduced
+        operation, share = reduction(self.profile.runtime, self.strategy), self.profile.reduced
         takes = {b.bytes: self.calls.collective(operation, round(share * b.bytes), group) for b in stage.buckets}
         return [((end - total[bucket.ready]) * stretch, takes[bucket.bytes]) for bucket in stage.buckets]
 
@@ -326,7 +327,7 @@ class StageCosts:
 
     def _sizes(self, group: Gathered) -> tuple[int, int]:
         """Return the bytes of a group's parameters when they are gathered, and of its gradients when reduced."""
-        return round(self.profile.gathered * group.gather), round(self.profile.reduced * group.reduce)
+        return round(self.profile.gathered * group.gather), round(self.profile.scattered * group.reduce)
 
     def _fetched(self, size: int) -> float:
         """Return the seconds to copy this worker's shard of `size` gathered bytes from the host, or back.

@@ -209,7 +209,7 @@ class Costs:
         if self.profile.runtime.overlap_gradients or self.strategy.splits_parameters:
             return 0.0
         size = round(self.profile.reduced * sum(bucket.bytes for stage in worker.stages for bucket in stage.buckets))
-        return self.calls.collective(reduction(self.profile, self.strategy), size, replicas) if size else 0.0
+        return self.calls.collective(reduction(self.profile.runtime, self.strategy), size, replicas) if size else 0.0
 
     def _gathered_at_the_end(self, worker: Worker, replicas: Group) -> float:
         """Return the seconds of gathering the parameters that each replica has updated its part of (zero=1)."""

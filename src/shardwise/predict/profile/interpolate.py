@@ -19,7 +19,7 @@ from shardwise.errors import StrategyError, WorkloadError
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import LayerPass, Parameter, Profile, Segment, Value
-from shardwise.predict.profile.profiler import Profiles
+from shardwise.predict.profile.source import ProfileSource
 from shardwise.predict.profile.summary import ProfileSummary, summarize
 from shardwise.strategy import Strategy
 
@@ -169,7 +169,7 @@ class ScaledProfiles:
         traced: source of the traced profiles at the corners.
     """
 
-    def __init__(self, traced: Profiles) -> None:
+    def __init__(self, traced: ProfileSource) -> None:
         self.traced = traced
         self._corners: dict[tuple[Any, ...], Profile] = {}
         self._profiles = _Plane(self._corner, _for_microbatch)

@@ -242,6 +242,11 @@ class Profile:
         return (self.runtime.gradient_bytes or self._itemsize) / self._itemsize
 
     @cached_property
+    def scattered(self) -> float:
+        """Return the bytes of a sharded gradient when it is reduced, relative to those of its parameter."""
+        return self.runtime.scattered_bytes / self._itemsize if self.runtime.scattered_bytes else self.reduced
+
+    @cached_property
     def gathered(self) -> float:
         """Return the bytes of a parameter when replicas gather it, relative to those that are stored."""
         return (self.runtime.gathered_bytes or self._itemsize) / self._itemsize

@@ -44,6 +44,7 @@ from shardwise.strategy import Strategy
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import run_step
 from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
+from shardwise.workload.trace.repeated_layers import repeated_layers
 from shardwise.workload.workload import Workload
 
 
@@ -63,6 +64,10 @@ class Profiles:
     device: str = "gpu"
     _known: dict[tuple[Any, ...], Profile] = field(default_factory=dict)
     _models: _Models | None = None
+
+    @property
+    def software(self) -> None:
+        """Return None: the workload is trained by Shardwise's own program."""
 
     def of(self, strategy: Strategy, batch_size: int = 0) -> Profile:
         """Return the profile that a strategy is predicted from.
@@ -88,6 +93,11 @@ class Profiles:
             self._models = self._models or _Models(self.workload, self.device)
             self._known[key] = self._models.profile(*key)
         return self._known[key]
+
+    def layer_class(self) -> str:
+        """Return the name of the class of the module's repeated layers; empty if it has none."""
+        self._models = self._models or _Models(self.workload, self.device)
+        return self._models.layer_class()
 
     def tensor_degrees(self) -> TensorDegrees:
         """Return the degrees of tensor parallelism that the model allows.
@@ -146,6 +156,12 @@ class _Models:
                 self._model = next(self._builds, None)
         model = with_values(self._workload)
         return _Profiler(model, self._device, tp, sp, microbatch, precision, split).profile_with_values()
+
+    def layer_class(self) -> str:
+        """See `Profiles.layer_class`."""
+        model = self._model or with_values(self._workload)
+        layers = repeated_layers(model.module)
+        return "" if layers is None else type(layers[0]).__name__
 
     def tensor_degrees(self) -> TensorDegrees:
         """See `Profiles.tensor_degrees`."""

@@ -44,6 +44,7 @@ class ProfileSummary:
             plus the temporary tensors of its forward or backward pass.
         update: kernels and state of the optimizer.
         runtime: the software that runs the step.
+        gathered, reduced, scattered: as in `Profile`.
     """
 
     tp: int
@@ -62,6 +63,9 @@ class ProfileSummary:
     largest: int
     update: Update
     runtime: Runtime = SHARDWISE
+    gathered: float = 1.0
+    reduced: float = 1.0
+    scattered: float = 1.0
     memo: Memo = field(default_factory=Memo, repr=False, compare=False)
     """Cache of everything derived from this value."""
 
@@ -100,6 +104,9 @@ def _summarized(profile: Profile) -> ProfileSummary:
         largest=max((_backwards(layer) for layer in layers.values()), default=0),
         update=profile.update,
         runtime=profile.runtime,
+        gathered=profile.gathered,
+        reduced=profile.reduced,
+        scattered=profile.scattered,
     )
 
 

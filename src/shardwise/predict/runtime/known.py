@@ -103,6 +103,27 @@ TORCHTITAN = replace(
     bucketed=True,
 )
 
+ACCELERATE = replace(
+    FSDP,
+    source="accelerate around a module of one's own: DDP, or fully_shard, whose reductions are in the dtype of the "
+    "computation (accelerate/utils/dataclasses.py, set_mixed_precision); kernels are those of the traced module",
+    kernels=False,
+    fitted_host=False,
+    keeps_outputs=True,
+)
+
+DEEPSPEED = Runtime(
+    name="deepspeed",
+    source="DeepSpeed's ZeRO around a module of one's own (Rajbhandari et al. 2020; docs/_pages/config-json.md): "
+    "parameters in half precision, copies in float32 that are updated, buckets of 500 million elements for gradients, "
+    "two of them with overlap_comm; kernels are those of the traced module",
+    kernels=False,
+    stops_early=True,
+    fitted_host=False,
+    buffers=BUCKETS,
+    deepspeed=True,
+)
+
 NANOTRON = replace(
     FSDP,
     name="nanotron",
@@ -126,9 +147,11 @@ def in_precision(runtime: Runtime, dtype: str, *, pure: bool = False) -> Runtime
         pure: whether gradients stay in bf16, without a copy in float32.
     """
     half = dtype == "fp16" or (dtype == "bf16" and pure)
+    narrow = not runtime.kernels and dtype == "bf16"
     return replace(
         runtime,
         gradient_bytes=2 if half else 4,
+        scattered_bytes=2 if narrow else 0,
         accumulation_bytes=2 if dtype == "fp16" else 4,
         gathered_bytes=4 if dtype in ("tf32", "float32") else 2,
     )

@@ -43,6 +43,7 @@ class Runtime:
         graphs: whether CUDA graphs spare the host from launching.
         fitted_host: whether its host takes `Constants.host_kernel` for a kernel, instead of the device's launch time.
         gradient_bytes: bytes of one element when gradients are reduced; 0: those of the parameter.
+        scattered_bytes: bytes of one element when sharded gradients (zero=2, 3) are reduced; 0: `gradient_bytes`.
         gathered_bytes: bytes of one element when parameters are gathered; 0: those of the parameter.
         accumulation_bytes: bytes of one element of accumulated gradients.
         sharded_reduction: whether zero=1 reduces to each rank only what it owns, and gathers parameters; otherwise all
@@ -82,6 +83,7 @@ class Runtime:
     graphs: bool = False
     fitted_host: bool = True
     gradient_bytes: int = 0
+    scattered_bytes: int = 0
     gathered_bytes: int = 0
     accumulation_bytes: int = 4
     sharded_reduction: bool = True

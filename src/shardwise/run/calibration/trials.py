@@ -125,10 +125,10 @@ class Footprint:
         """
         if not self.trials:
             return {}
-        from shardwise.predict.profile.profiler import Profiles
+        from shardwise.predict.profile.source import ProfileSource
         from shardwise.predict.simulate import profiles_on, simulate
 
-        known: dict[int, Profiles] = {}
+        known: dict[int, ProfileSource] = {}
 
         def predicted(strategy: Strategy, overheads: Mapping[str, float]) -> float:
             workers = strategy.workers

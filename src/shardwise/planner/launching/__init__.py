@@ -1,0 +1,1 @@
+"""Command lines and configuration files with which software runs a chosen strategy."""
