@@ -75,7 +75,7 @@ def work_of(costs: StageCosts, worker: Worker) -> WorkerTime:
         sum(turn.count * passed.compute.exchanges for turn, passed in passes),
         sum(turn.count * passed.compute.launching for turn, passed in passes),
         any(passed.compute.inline for _, passed in passes),
-        _lag(passes, costs.strategy.microbatches),
+        _lag(passes),
     )
     exposed = _exposed(costs, passes)
     turned = [turn for turn, _ in passes]
@@ -103,20 +103,21 @@ def _of_device(costs: StageCosts, spent: PassSeconds) -> float:
     return spent.total if costs.stops_host else spent.device
 
 
-def _lag(passes: Sequence[tuple[EqualPasses, Passed]], microbatches: int) -> float:
-    """Return the seconds for which a worker's device waits for its host: microbatches follow each other."""
+def _lag(passes: Sequence[tuple[EqualPasses, Passed]]) -> float:
+    """Return the seconds for which a worker's device waits for its host: rounds of its usual passes, then the others."""
     if not any(passed.compute.waiting for _, passed in passes):
         return 0.0
-    one = PassSeconds()
-    for kinds in ((FORWARD,), (BACKWARD, INPUT), (WEIGHT,)):
-        by_stage: dict[int, tuple[int, PassSeconds]] = {}
-        for turn, passed in passes:
-            if turn.action.kind in kinds:
-                known = by_stage.get(turn.action.stage, (0, PassSeconds()))
-                by_stage[turn.action.stage] = max(known, (turn.count, passed.compute), key=lambda each: each[0])
-        for _, spent in by_stage.values():
-            one += spent
-    return one.times(microbatches).waiting
+    usual: dict[tuple[int, str], int] = {}
+    for index, (turn, _) in enumerate(passes):
+        key = turn.action.stage, turn.action.kind
+        if key not in usual or turn.count > passes[usual[key]][0].count:
+            usual[key] = index
+    rounds = min(passes[index][0].count for index in usual.values())
+    found = sum((passes[index][1].compute for index in usual.values()), PassSeconds()).times(rounds)
+    for index, (turn, passed) in enumerate(passes):
+        rest = turn.count - (rounds if usual[turn.action.stage, turn.action.kind] == index else 0)
+        found += passed.compute.times(rest) if rest else PassSeconds()
+    return found.waiting
 
 
 def _exposed(costs: StageCosts, passes: Sequence[tuple[EqualPasses, Passed]]) -> list[float]:
