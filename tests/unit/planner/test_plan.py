@@ -9,10 +9,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from hosts import quick
 from small_gpt import SPEC, everything
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
+from shardwise.cluster.toml_writer import write_cluster
 from shardwise.commands.plan import checked, planned
 from shardwise.commands.request import TrainingRequest, settle, settle_strategy
 from shardwise.errors import DoesNotFit, RequestError
@@ -255,7 +257,9 @@ def test_slower_links_are_slower(workload: Workload, profiles: ScaledProfiles, c
     strategy = Strategy(dp=4)
     slow = with_bandwidth(cluster, cluster.levels[0].name, 0.01)
     profile = profiles.of(strategy)
-    assert predict(profile, strategy, slow).step_seconds > predict(profile, strategy, cluster).step_seconds
+    assert (
+        predict(profile, strategy, quick(slow)).step_seconds > predict(profile, strategy, quick(cluster)).step_seconds
+    )
 
 
 def test_a_plan_file_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -297,12 +301,12 @@ def test_wrong_plan_files_are_refused(tmp_path: Path, text: str, message: str) -
 
 @pytest.mark.usefixtures("known")
 def test_a_plan_holds_where_it_was_made_and_not_on_slower_devices(tmp_path: Path) -> None:
-    out = tmp_path / "plan.toml"
-    planned(
-        Source(workload=SPEC), "a100-40x4", None, objective="time", max_memory=None, fix=["dp=4"], forbid=[], out=out
-    )
+    out, fast, slow = (tmp_path / name for name in ("plan.toml", "fast.toml", "slow.toml"))
+    write_cluster(quick("a100-40x4"), fast)
+    write_cluster(quick("l4x4"), slow)
+    planned(Source(workload=SPEC), str(fast), None, objective="time", max_memory=None, fix=["dp=4"], forbid=[], out=out)
     assert checked(out)["holds"]
-    slower = checked(out, "l4x4")
+    slower = checked(out, str(slow))
     assert not slower["holds"]
     assert "off the" in slower["reasons"][0]
     assert not checked(out, "a100-40x2")["holds"]
@@ -411,7 +415,7 @@ def large() -> ScaledProfiles:
 def test_stages_lie_on_different_hosts_where_links_between_these_are_slow(large: ScaledProfiles) -> None:
     """Two hosts of two devices each: gradients are many, what stages hand to each other is little."""
     workload, profiles = large.traced.workload, large
-    plain = find_cluster("a100-40x4")
+    plain = quick("a100-40x4")
     inside = replace(plain.levels[0], span=2)
     between = replace(plain.levels[0], name="ethernet", span=4, bandwidth=1.25e9, latency=50e-6)
     nodes = (replace(plain.nodes[0], devices=2, count=2),)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from shardwise.predict.closed_form.segment_times import PassSeconds
+from shardwise.predict.hardware.times import slowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +113,19 @@ def bucketed(buckets: Iterable[tuple[float, float]], end: float) -> tuple[float,
         channel = max(channel, ready) + seconds
         total += seconds
     return total, max(0.0, channel - end)
+
+
+def overlapped(spent: PassSeconds, communication: float, exposed: float, ends: float, overlap: float) -> Passed:
+    """Return the costs of a pass whose communication slows its compute where the two overlap.
+
+    Slower compute hides more communication, so that a pass which waits for communication anyway does not take longer.
+
+    Args:
+        spent: the pass without communication.
+        communication: seconds of all communication.
+        exposed: seconds of it for which a pass at full speed waits.
+        ends: seconds of communication that nothing can hide: before the first and after the last compute.
+        overlap: factor by which the device computes more slowly meanwhile, see `hardware.times.overlap_of`.
+    """
+    more = slowed(communication - exposed, overlap)
+    return Passed(spent, communication, max(exposed - more, min(exposed, ends)), more)

@@ -60,6 +60,11 @@ class TimedPass:
     after: float = 0.0
     sending: float = 0.0
 
+    @property
+    def hosted(self) -> float:
+        """Return the least seconds from the start of its launch to its end."""
+        return max(self.alone, self.launching) if self.launching else 0.0
+
 
 Messages = Mapping[tuple[str, int], Sequence[tuple[int, float]]]
 """(F or B, stage that receives) -> (stage on another worker that sends, seconds of the message) of each message."""
@@ -119,7 +124,9 @@ class _Game:
     def _pass(self, worker: int, turn: TimedPass, start: float) -> None:
         action = turn.action
         kind = BACKWARD if action.kind == INPUT else action.kind
-        end = max(start + turn.seconds, self._hosts[worker] + (turn.alone if turn.launching else 0.0))
+        end = max(
+            start + turn.seconds, self._hosts[worker] + (max(turn.alone, turn.launching) if turn.launching else 0.0)
+        )
         self._hosts[worker] += turn.launching
         self._clocks[worker] = end
         if turn.sending or turn.after:

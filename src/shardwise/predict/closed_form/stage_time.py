@@ -9,12 +9,12 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.predict.closed_form.offload import fetched, offloads
-from shardwise.predict.closed_form.overlap import ComputePiece, Passed, bucketed, gathered
+from shardwise.predict.closed_form.overlap import ComputePiece, Passed, bucketed, gathered, overlapped
 from shardwise.predict.closed_form.pipeline import Messages
 from shardwise.predict.closed_form.pipeline_links import workers_at_once
 from shardwise.predict.closed_form.segment_times import PassSeconds, SegmentTimes
 from shardwise.predict.hardware.network import level_of
-from shardwise.predict.hardware.times import collective_seconds, overlap_of, slowed
+from shardwise.predict.hardware.times import collective_seconds, overlap_of
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
@@ -218,10 +218,12 @@ class StageCosts:
         if sync is not None and kind != WEIGHT:
             pieces, root = self.pieces(stage, kind, sync, spent)
             total, exposed = gathered(pieces, root, blocking=self.blocking)
-            return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
+            ends = root.gather + (root.reduce or (pieces[-1].reduce + pieces[-1].mirror if pieces else 0.0))
+            return overlapped(spent, total, exposed, ends, self.overlap)
         if final and stage.buckets and kind != WEIGHT and self.profile.runtime.overlap_gradients:
-            total, exposed = bucketed(self.buckets(stage, spent.device), spent.device)
-            return Passed(spent, total, exposed, slowed(total - exposed, self.overlap))
+            buckets = self.buckets(stage, spent.device)
+            total, exposed = bucketed(buckets, spent.device)
+            return overlapped(spent, total, exposed, buckets[-1][1], self.overlap)
         return Passed(spent)
 
     def computed(self, stage: Stage, kind: str, sync: Sync | None, *, final: bool, first: bool) -> PassSeconds:

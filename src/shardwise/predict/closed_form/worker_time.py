@@ -104,7 +104,7 @@ def _of_device(costs: StageCosts, spent: PassSeconds) -> float:
 
 
 def _lag(passes: Sequence[tuple[EqualPasses, Passed]]) -> float:
-    """Return the seconds for which a worker's device waits for its host: rounds of its usual passes, then the others."""
+    """Return the seconds for which a device waits for its host: rounds of the usual passes, then all others."""
     if not any(passed.compute.waiting for _, passed in passes):
         return 0.0
     usual: dict[tuple[int, str], int] = {}

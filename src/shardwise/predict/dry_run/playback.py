@@ -183,6 +183,7 @@ class _Player:
             "kernels",
             spent.kernels + (spent.launching if self.inline else 0.0),
             launch=0.0 if self.inline else spent.launching,
+            alone=0.0 if self.inline else spent.total,
             hosted=spent.launching if self.inline else 0.0,
         )
         self._operations.update(dict.fromkeys(stretch.indices, operation))

@@ -131,11 +131,11 @@ class _Event:
         self._streams = streams
         self.numbers: set[int] = set()
 
-    def record(self, stream: _Stream | None = None) -> None:
+    def record(self, stream: _StandInStream | None = None) -> None:
         self.numbers = self._streams.position(self._streams.current if stream is None else stream.number)
 
 
-class _Stream:
+class _StandInStream:
     """Stand-in for `torch.cuda.Stream`."""
 
     def __init__(self, streams: Streams, number: int) -> None:
@@ -145,7 +145,7 @@ class _Stream:
     def wait_event(self, event: _Event) -> None:
         self._streams.wait(event.numbers, self.number)
 
-    def wait_stream(self, other: _Stream) -> None:
+    def wait_stream(self, other: _StandInStream) -> None:
         self._streams.wait(self._streams.position(other.number), self.number)
 
     def record_event(self) -> _Event:
@@ -159,20 +159,20 @@ class _Device:
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        self._known = {COMPUTE: _Stream(streams, COMPUTE)}
+        self._known = {COMPUTE: _StandInStream(streams, COMPUTE)}
 
-    def Stream(self, priority: int = 0) -> _Stream:  # noqa: N802 (torch's name)
+    def Stream(self, priority: int = 0) -> _StandInStream:  # noqa: N802 (torch's name)
         number = self._streams.new()
-        return self._known.setdefault(number, _Stream(self._streams, number))
+        return self._known.setdefault(number, _StandInStream(self._streams, number))
 
     def Event(self) -> _Event:  # noqa: N802 (torch's name)
         return _Event(self._streams)
 
-    def current_stream(self) -> _Stream:
+    def current_stream(self) -> _StandInStream:
         return self._known[self._streams.current]
 
     @contextmanager
-    def stream(self, stream: _Stream) -> Iterator[None]:
+    def stream(self, stream: _StandInStream) -> Iterator[None]:
         before, self._streams.current = self._streams.current, stream.number
         try:
             yield

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from hosts import quick
 from traces import remembered
 
 from shardwise.cluster.find import find_cluster
@@ -93,7 +94,7 @@ def test_three_views_of_a_step_agree(name: str, cluster: str, strategy: str) -> 
 def ran(strategy: str) -> tuple[Costs, tuple[DryRun, ...]]:
     found, parsed = profiles("small", "gpu"), Strategy.parse(strategy)
     with remembered("small"):
-        costs = costs_of(found.of(parsed), parsed, find_cluster("h100x16"))
+        costs = costs_of(found.of(parsed), parsed, quick("h100x16"))
         ranks = range(parsed.pp)
         cuts = costs.parts.cuts
         runs = (dry_run(found.workload, parsed, parsed.rank(pp=rank), cuts=cuts, device="gpu") for rank in ranks)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from hosts import quick
 
 from shardwise.cluster.cluster import Cluster, Nodes
 from shardwise.cluster.find import find_cluster
@@ -78,15 +79,6 @@ def parts(prediction: Prediction) -> float:
         + prediction.optimizer_seconds
         + prediction.host_seconds
     )
-
-
-def quick(name: str) -> Cluster:
-    """Return a cluster whose GPUs never wait for their hosts."""
-    found = find_cluster(name)
-    if found.device(0).kind == "cpu":
-        return found
-    nodes = tuple(replace(each, device=replace(each.device, launch_seconds=1e-7)) for each in found.nodes)
-    return replace(found, nodes=nodes)
 
 
 def played(profiles: Profiles, text: str, cluster: Cluster) -> tuple[Timeline, Prediction]:
