@@ -425,6 +425,8 @@ def test_stages_lie_on_different_hosts_where_links_between_these_are_slow(large:
     best = search(workload, cluster, 4, Constraints(), profiles).plan.best
     assert best is not None
     assert best.prediction.step_seconds <= 1.011 * least
+    best = search(workload, cluster, 4, Constraints.parse(forbid=["tp"]), profiles).plan.best
+    assert best is not None
     assert best.strategy.outermost == "pp"
     assert best.strategy.replicas > 1
     within = search(workload, cluster, 4, Constraints.parse(forbid=["outermost", "tp"]), profiles).plan.best
