@@ -81,7 +81,7 @@ def _accumulated(profile: ProfileSummary, strategy: Strategy) -> float:
 
 def _in_buffers(profile: ProfileSummary, strategy: Strategy) -> bool:
     """Return whether gradients have buffers of their own from the start, in software that allocates them so."""
-    return (profile.runtime.kernels or profile.runtime.deepspeed) and not strategy.splits_parameters
+    return (profile.runtime.kernels or profile.runtime.own_gradients) and not strategy.splits_parameters
 
 
 def _has_buckets(profile: ProfileSummary, strategy: Strategy) -> bool:

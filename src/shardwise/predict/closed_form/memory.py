@@ -281,7 +281,7 @@ def _gradients(
     profile: Profile, strategy: Strategy, worker: Worker, *, later: bool
 ) -> Callable[[int], tuple[int, int]]:
     """Return a function from the bytes of gradients completed to (gradients, buckets beside them) in bytes."""
-    if profile.runtime.kernels or profile.runtime.deepspeed:  # in buffers of their own from the start
+    if profile.runtime.kernels or profile.runtime.own_gradients:  # in buffers of their own from the start
         kept = _accumulated(profile, strategy, worker), 0
         return lambda done: kept
     if strategy.replicas > 1 and strategy.runs_module:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from shardwise.predict.closed_form.segment_times import PassSeconds
-from shardwise.predict.hardware.times import slowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +61,25 @@ class Passed:
     slowed: float = 0.0
 
 
-def gathered(pieces: Sequence[ComputePiece], root: ComputePiece, *, blocking: bool) -> tuple[float, float]:
-    """Return (communication, exposed) seconds of a pass of a sharded stage.
+def gathered(
+    spent: PassSeconds, pieces: Sequence[ComputePiece], root: ComputePiece, overlap: float, *, blocking: bool
+) -> Passed:
+    """Return the costs of a pass of a sharded stage.
 
     Args:
+        spent: the pass without communication.
         pieces: pieces of the stage, in the order in which they compute.
         root: the piece that is gathered before all others and reduced after them.
+        overlap: factor by which the device computes more slowly while it communicates.
         blocking: whether communication blocks the worker, so that nothing is hidden.
     """
     total = root.communication + sum(piece.communication for piece in pieces)
     if blocking:
-        return total, total
+        return Passed(spent, total, total)
     now = channel = root.gather
     outer = 0.0  # time until which the channel of dp is busy
     asked = 0.0  # time at which the gather of the next piece is issued: when the piece before it begins to compute
-    computed = 0.0
+    computed = more = 0.0
     reductions: list[tuple[float, ComputePiece]] = []
 
     def reduce() -> None:
@@ -85,47 +89,48 @@ def gathered(pieces: Sequence[ComputePiece], root: ComputePiece, *, blocking: bo
             channel = max(channel, ready) + piece.reduce
             outer = max(outer, channel) + piece.mirror if piece.mirror else outer
 
-    for piece in pieces:
+    for piece, following in zip_longest(pieces, pieces[1:]):
         if piece.gather:
             channel = max(channel, asked) + piece.gather
             now = max(now, channel)
         reduce()  # reductions of earlier pieces are queued behind this gather
         asked = now
-        now += piece.compute
-        computed += piece.compute
+        ahead = max(channel, now) + following.gather if following is not None and following.gather else channel
+        end = _advanced(now, piece.compute, max(ahead, outer), overlap)
+        computed, more = computed + piece.compute, more + end - now - piece.compute
+        now = end
         if piece.reduce:
             reductions.append((now, piece))
     if root.reduce:
         reductions.append((now, root))
     reduce()
-    return total, max(now, channel, outer) - computed
+    return Passed(spent, total, max(now, channel, outer) - computed - more, more)
 
 
-def bucketed(buckets: Iterable[tuple[float, float]], end: float) -> tuple[float, float]:
-    """Return (communication, exposed) seconds of the all-reduces of gradient buckets.
-
-    Args:
-        buckets: (time at which it is complete, seconds of its all-reduce) of each bucket, in order.
-        end: time at which the backward pass has computed everything.
-    """
-    channel = total = 0.0
-    for ready, seconds in buckets:
-        channel = max(channel, ready) + seconds
-        total += seconds
-    return total, max(0.0, channel - end)
-
-
-def overlapped(spent: PassSeconds, communication: float, exposed: float, ends: float, overlap: float) -> Passed:
-    """Return the costs of a pass whose communication slows its compute where the two overlap.
-
-    Slower compute hides more communication, so that a pass which waits for communication anyway does not take longer.
+def bucketed(spent: PassSeconds, buckets: Iterable[tuple[float, float]], overlap: float) -> Passed:
+    """Return the costs of a backward pass with the all-reduces of gradient buckets.
 
     Args:
         spent: the pass without communication.
-        communication: seconds of all communication.
-        exposed: seconds of it for which a pass at full speed waits.
-        ends: seconds of communication that nothing can hide: before the first and after the last compute.
-        overlap: factor by which the device computes more slowly meanwhile, see `hardware.times.overlap_of`.
+        buckets: (time at which it is complete, seconds of its all-reduce) of each bucket, in order, if compute is not
+            slowed down.
+        overlap: factor by which the device computes more slowly while it communicates.
     """
-    more = slowed(communication - exposed, overlap)
-    return Passed(spent, communication, max(exposed - more, min(exposed, ends)), more)
+    now = channel = total = computed = 0.0
+    for ready, seconds in buckets:
+        now, computed = _advanced(now, ready - computed, channel, overlap), ready
+        channel = max(channel, now) + seconds
+        total += seconds
+    now = _advanced(now, spent.device - computed, channel, overlap)
+    return Passed(spent, total, max(0.0, channel - now), now - spent.device)
+
+
+def _advanced(now: float, compute: float, busy: float, overlap: float) -> float:
+    """Return the time at which `compute` seconds at full speed are done that begin now.
+
+    Until the time `busy` the device communicates too, and computes at 1 / `overlap` of its speed.
+    """
+    slow = max(0.0, busy - now)
+    if compute * overlap <= slow:
+        return now + compute * overlap
+    return now + slow + compute - slow / overlap

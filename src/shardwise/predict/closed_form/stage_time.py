@@ -9,7 +9,7 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.predict.closed_form.offload import fetched, offloads
-from shardwise.predict.closed_form.overlap import ComputePiece, Passed, bucketed, gathered, overlapped
+from shardwise.predict.closed_form.overlap import ComputePiece, Passed, bucketed, gathered
 from shardwise.predict.closed_form.pipeline import Messages
 from shardwise.predict.closed_form.pipeline_links import workers_at_once
 from shardwise.predict.closed_form.segment_times import PassSeconds, SegmentTimes
@@ -217,13 +217,9 @@ class StageCosts:
         spent = self.computed(stage, kind, sync, final=final, first=first)
         if sync is not None and kind != WEIGHT:
             pieces, root = self.pieces(stage, kind, sync, spent)
-            total, exposed = gathered(pieces, root, blocking=self.blocking)
-            ends = root.gather + (root.reduce or (pieces[-1].reduce + pieces[-1].mirror if pieces else 0.0))
-            return overlapped(spent, total, exposed, ends, self.overlap)
+            return gathered(spent, pieces, root, self.overlap, blocking=self.blocking)
         if final and stage.buckets and kind != WEIGHT and self.profile.runtime.overlap_gradients:
-            buckets = self.buckets(stage, spent.device)
-            total, exposed = bucketed(buckets, spent.device)
-            return overlapped(spent, total, exposed, buckets[-1][1], self.overlap)
+            return bucketed(spent, self.buckets(stage, spent.device), self.overlap)
         return Passed(spent)
 
     def computed(self, stage: Stage, kind: str, sync: Sync | None, *, final: bool, first: bool) -> PassSeconds:

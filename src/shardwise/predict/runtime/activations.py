@@ -70,7 +70,7 @@ def backward_moment(sizes: Sizes, how: Computation) -> float:
 def loss_moment(sizes: Sizes, how: Computation) -> float:
     """Logits and what the loss makes of them, with the input of the output layer."""
     elements = tokens(sizes, how) * how.columns(sizes.vocab)
-    copies = 3 if how.runtime.deepspeed else 1  # its pipeline keeps outputs, and the loss lays them out anew
+    copies = 3 if how.runtime.keeps_outputs else 1  # the output that is kept, and the loss lays it out anew
     per_logit = copies * width(how) + LOGIT_FLOAT_BYTES[how.runtime.loss]
     return elements * per_logit + tokens(sizes, how) * sizes.hidden * width(how) * 2
 

@@ -36,9 +36,9 @@ def element_bytes(runtime: Runtime, precision: str, strategy: Strategy) -> Eleme
     if runtime.autocasts or strategy.splits_parameters or width != 2:
         return ElementBytes(WIDE, WIDE, 0)
     gradients, copies = float(runtime.accumulation_bytes), MASTER
-    if runtime.deepspeed and gradients == width:
+    if runtime.own_gradients and gradients == width:
         copies += WIDE
-    elif runtime.deepspeed:
+    elif runtime.own_gradients:
         gradients += width
     elif runtime.elementwise == "eager":
         buckets = strategy.sums_in_buckets and strategy.fsdp == 1

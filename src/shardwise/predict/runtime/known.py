@@ -40,7 +40,7 @@ MEGATRON_DEEPSPEED = replace(
     MEGATRON_2021,
     name="megatron-deepspeed",
     source="Megatron-DeepSpeed (BLOOM, Scao et al. 2022): kernels of Megatron-LM, engine and pipeline of DeepSpeed",
-    deepspeed=True,
+    own_gradients=True,
     keeps_outputs=True,
     buffers=BUCKETS,
 )
@@ -121,7 +121,7 @@ DEEPSPEED = Runtime(
     stops_early=True,
     fitted_host=False,
     buffers=BUCKETS,
-    deepspeed=True,
+    own_gradients=True,
 )
 
 NANOTRON = replace(

@@ -84,7 +84,7 @@ class ModuleProfiles:
 def _run_by(profile: Profile, runtime: Runtime) -> Profile:
     """Return a traced profile as other software runs its module, with the software's buffers beside temporary bytes."""
     buffers = int(runtime.buffers * ELEMENT_BYTES[profile.precision])
-    found = replace(profile, runtime=in_precision(runtime, profile.precision, pure=runtime.deepspeed), memo=Memo())
+    found = replace(profile, runtime=in_precision(runtime, profile.precision, pure=runtime.own_gradients), memo=Memo())
     if not buffers:
         return found
     layers = {id(segment.layer): segment.layer for segment in profile.segments}

@@ -55,7 +55,7 @@ class Runtime:
             parameters of matrices).
         keeps_outputs: whether a stage keeps its output until the gradient arrives; others free it when it is sent.
         buffers: elements of communication buffers beside tensors.
-        deepspeed: whether DeepSpeed's optimizer holds gradients in float32 beside those of the model.
+        own_gradients: whether the optimizer keeps gradients of its own in float32, beside those of the model.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Runtime:
     stages: str = "number"
     keeps_outputs: bool = True
     buffers: int = 0
-    deepspeed: bool = False
+    own_gradients: bool = False
 
 
 SHARDWISE = Runtime(

@@ -160,7 +160,8 @@ def test_gradients_are_reduced_during_the_backward_pass() -> None:
     end = found.times.backward.between(0, 1).device
     assert found.times.backward.between(1, 2).device > of_block > end
     assert passed.communication == pytest.approx(2 * ONCE, rel=1e-6)
-    assert passed.exposed == pytest.approx(of_block - end + of_embedding, rel=1e-4)
+    slow = end * (1 / 0.75 - 1)  # it computes at three quarters of its speed meanwhile
+    assert passed.exposed == pytest.approx(of_block - end - slow + of_embedding, rel=1e-4)
     assert passed.slowed == pytest.approx(0.25 * (passed.communication - passed.exposed))
     assert found.finish(found.parts.workers[0]).reduce == 0
 

@@ -47,8 +47,8 @@ def stages(found: Costs) -> list[Memory]:
         ("dp=1", {"accumulation_bytes": 4, "dtype": "bf16", "elementwise": "eager"}, 2, 6, 12),  # 20
         ("dp=8", {"accumulation_bytes": 4, "dtype": "bf16", "elementwise": "eager"}, 2, 10, 12),  # and DDP's buckets
         ("dp=1", {"dtype": "tf32"}, 4, 4, 8),  # 16
-        ("dp=1", {"deepspeed": True}, 2, 2, 16),  # 20
-        ("dp=1", {"deepspeed": True, "accumulation_bytes": 4, "dtype": "bf16"}, 2, 6, 12),  # 20
+        ("dp=1", {"own_gradients": True}, 2, 2, 16),  # 20
+        ("dp=1", {"own_gradients": True, "accumulation_bytes": 4, "dtype": "bf16"}, 2, 6, 12),  # 20
         ("fsdp=8", {}, 4, 4, 8),
     ],
 )
@@ -72,7 +72,7 @@ WHOLE = L * SIZES.layer_parameters + V * H + H
     ],
 )
 def test_replicas_hold_their_part(spelled: str, changes: Mapping[str, Any], gradients: float, states: float) -> None:
-    found = found_of(spelled, deepspeed=True, **changes).memory
+    found = found_of(spelled, own_gradients=True, **changes).memory
     assert (found.parameters, found.gradients, found.optimizer) == (2 * WHOLE, gradients * WHOLE, states * WHOLE)
 
 
