@@ -115,7 +115,7 @@ def test_peak_memory(attention: str, least: int) -> None:
     errors = {}
     for row in rows:
         costs = costs_of_row(row, attention)
-        predicted = costs.memory_at(costs.parts.workers[-1]).total
+        predicted = costs.memory_at(costs.parts.workers[-1]).tensors
         errors[row["path"]] = predicted / (float(row["mem_max_alloc_gib"]) * 2**30) - 1
     assert len(errors) >= least
     assert statistics.fmean(abs(error) for error in errors.values()) < 0.03, errors
