@@ -128,7 +128,7 @@ def test_times_in_single_precision(profiles: Profiles, spelled: str, cluster: st
     *pair, strategy = both(profiles, spelled, "float32")
     machines = find_cluster(cluster)
     traced, listed = (costs_of(profile, strategy, machines).prediction() for profile in pair)
-    assert traced.step_seconds == pytest.approx(listed.step_seconds, rel=0.1)
+    assert traced.step_seconds == pytest.approx(listed.step_seconds, rel=0.12)
     assert traced.compute_seconds == pytest.approx(listed.compute_seconds, rel=0.15)
     if spelled.startswith("dp=4,tp=8"):
         assert traced.exposed_communication_seconds == pytest.approx(listed.exposed_communication_seconds, rel=0.15)
