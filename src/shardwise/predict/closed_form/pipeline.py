@@ -124,9 +124,7 @@ class _Game:
     def _pass(self, worker: int, turn: TimedPass, start: float) -> None:
         action = turn.action
         kind = BACKWARD if action.kind == INPUT else action.kind
-        end = max(
-            start + turn.seconds, self._hosts[worker] + (max(turn.alone, turn.launching) if turn.launching else 0.0)
-        )
+        end = max(start + turn.seconds, self._hosts[worker] + turn.hosted)
         self._hosts[worker] += turn.launching
         self._clocks[worker] = end
         if turn.sending or turn.after:
