@@ -22,24 +22,14 @@ EAGER_GATED = 4
 gate and the product of both. Fused activations compute the third again."""
 
 
-def width(how: Computation) -> int:
-    """Bytes of one element of an activation."""
-    return int(ELEMENT_BYTES[how.dtype])
-
-
-def tokens(sizes: Sizes, how: Computation) -> int:
-    """Tokens of a microbatch on one rank of context parallelism."""
-    return how.micro_batch * sizes.sequence // how.context
-
-
 def block_entry(sizes: Sizes, how: Computation) -> float:
     """The input of a block: all that is kept of it where it is computed again."""
-    return tokens(sizes, how) * sizes.hidden * width(how) / _spread(how)
+    return how.tokens(sizes) * sizes.hidden * how.width / _spread(how)
 
 
 def block_saved(sizes: Sizes, how: Computation) -> float:
     """Return the bytes that a block saves of a microbatch for the backward pass, without recomputation."""
-    return tokens(sizes, how) * (_residual(sizes, how) + _inside(sizes, how) + _scores(sizes, how))
+    return how.tokens(sizes) * (_residual(sizes, how) + _inside(sizes, how) + _scores(sizes, how))
 
 
 def saved(sizes: Sizes, how: Computation) -> float:
@@ -49,30 +39,30 @@ def saved(sizes: Sizes, how: Computation) -> float:
     if how.recompute == "full":
         return entry
     if how.recompute == "selective":
-        return whole - tokens(sizes, how) * _scores(sizes, how)
+        return whole - how.tokens(sizes) * _scores(sizes, how)
     if how.recompute == "operations":
-        return entry + tokens(sizes, how) * _operations(sizes, how)
+        return entry + how.tokens(sizes) * _operations(sizes, how)
     return whole
 
 
 def backward_moment(sizes: Sizes, how: Computation) -> float:
     """Return the bytes that a block's backward pass needs beside what is saved: gradients and recomputed tensors."""
-    w, t = width(how), how.tensor
+    w, t = how.width, how.tensor
     mlp = w * (sizes.ffn + sizes.up) / t
     attention = w * (sizes.qkv + sizes.hidden) / t
     if how.runtime.attention == "unfused":
         attention += 2 * w * sizes.heads * sizes.sequence / t
-    gradients = tokens(sizes, how) * (max(mlp, attention) + w * sizes.hidden)
-    again = {"none": 0.0, "selective": tokens(sizes, how) * _scores(sizes, how)}
+    gradients = how.tokens(sizes) * (max(mlp, attention) + w * sizes.hidden)
+    again = {"none": 0.0, "selective": how.tokens(sizes) * _scores(sizes, how)}
     return gradients + again.get(how.recompute, block_saved(sizes, how))
 
 
 def loss_moment(sizes: Sizes, how: Computation) -> float:
     """Logits and what the loss makes of them, with the input of the output layer."""
-    elements = tokens(sizes, how) * how.columns(sizes.vocab)
+    elements = how.tokens(sizes) * how.columns(sizes.vocab)
     copies = 3 if how.runtime.keeps_outputs else 1  # the output that is kept, and the loss lays it out anew
-    per_logit = copies * width(how) + LOGIT_FLOAT_BYTES[how.runtime.loss]
-    return elements * per_logit + tokens(sizes, how) * sizes.hidden * width(how) * 2
+    per_logit = copies * how.width + LOGIT_FLOAT_BYTES[how.runtime.loss]
+    return elements * per_logit + how.tokens(sizes) * sizes.hidden * how.width * 2
 
 
 def _spread(how: Computation) -> int:
@@ -81,14 +71,14 @@ def _spread(how: Computation) -> int:
 
 
 def _residual(sizes: Sizes, how: Computation) -> float:
-    w, masks = width(how), 2 if how.runtime.dropout else 0
+    w, masks = how.width, 2 if how.runtime.dropout else 0
     inputs = 2 * w if how.runtime.norm_inputs else 0
     narrow = ELEMENT_BYTES[how.linear_dtype] if how.linear_dtype in ("fp8", "fp4") else w
     return sizes.hidden * (inputs + 2 * narrow + masks) / _spread(how)
 
 
 def _inside(sizes: Sizes, how: Computation) -> float:
-    w, eager = width(how), how.runtime.elementwise == "eager"
+    w, eager = how.width, how.runtime.elementwise == "eager"
     attention = sizes.qkv + sizes.hidden
     if eager and not sizes.learned_positions:  # queries and keys before and after their rotation
         attention += sizes.hidden + sizes.kv_heads * sizes.head_size
@@ -99,11 +89,11 @@ def _inside(sizes: Sizes, how: Computation) -> float:
 def _scores(sizes: Sizes, how: Computation) -> float:
     if how.runtime.attention != "unfused":
         return 4.0 * sizes.heads / how.tensor  # the logarithm of each row's sum
-    w = width(how)
+    w = how.width
     return sizes.heads * sizes.sequence * (2 * w + 1 if how.runtime.dropout else w) / how.tensor
 
 
 def _operations(sizes: Sizes, how: Computation) -> float:
     """Outputs of attention and of every second product in turn: torchtitan's selective checkpointing by operation."""
     outputs = sum(outputs for _, outputs in sizes.linears()[::2])
-    return width(how) * (sizes.hidden + outputs) / how.tensor
+    return how.width * (sizes.hidden + outputs) / how.tensor

@@ -66,22 +66,13 @@ def block(sizes: Sizes, how: Computation) -> Passes:
     return Passes(forward, backward, _recomputed(sizes, how, repeated, attention_core))
 
 
-def tokens(sizes: Sizes, how: Computation) -> int:
-    """Tokens of a microbatch on one rank of context parallelism."""
-    return how.micro_batch * sizes.sequence // how.context
-
-
-def _width(how: Computation) -> float:
-    return ELEMENT_BYTES[how.dtype]
-
-
 def _residual_elements(sizes: Sizes, how: Computation) -> float:
     """Elements of the residual stream that one rank works on."""
-    return tokens(sizes, how) * sizes.hidden / (how.tensor if how.sequence_parallel else 1)
+    return how.tokens(sizes) * sizes.hidden / (how.tensor if how.sequence_parallel else 1)
 
 
 def _attention(sizes: Sizes, how: Computation) -> tuple[list[Kernel], list[Kernel], list[Kernel]]:
-    t, h, tp, e = tokens(sizes, how), sizes.hidden, how.tensor, _width(how)
+    t, h, tp, e = how.tokens(sizes), sizes.hidden, how.tensor, how.width
     residual, linear = _residual_elements(sizes, how), how.linear_dtype
     kind = how.runtime.elementwise
     before = [_norm(sizes, how, residual), product("qkv", linear, t, sizes.qkv // tp, h, output_bytes=e)]
@@ -105,17 +96,17 @@ PASSES_IN_PARTS = (16, 48)
 
 def _norm(sizes: Sizes, how: Computation, elements: float, *, backward: bool = False) -> Kernel:
     passes = PASSES_OF_NORM if how.runtime.fused_norms or not sizes.gated else PASSES_IN_PARTS
-    return moving("norm", how.dtype, elements, passes[backward] * _width(how), backward=backward)
+    return moving("norm", how.dtype, elements, passes[backward] * how.width, backward=backward)
 
 
 def _residual(how: Computation, elements: float) -> Kernel:
     mask = 1 if how.runtime.dropout else 0
-    return moving("residual", how.dtype, elements, 3 * _width(how) + mask)
+    return moving("residual", how.dtype, elements, 3 * how.width + mask)
 
 
 def _core(sizes: Sizes, how: Computation) -> list[Kernel]:
     """Attention itself, between its two linear layers."""
-    t, tp, e, d = tokens(sizes, how), how.tensor, _width(how), sizes.head_size
+    t, tp, e, d = how.tokens(sizes), how.tensor, how.width, sizes.head_size
     heads, b = max(1, sizes.heads // tp), how.micro_batch
     if how.runtime.attention != "unfused":
         return [_flash(sizes, how, backward=False)]
@@ -149,16 +140,16 @@ FUSED_SOFTMAX_GROUP = 4
 def _softmax(how: Computation, batch: int, scores: float, *, backward: bool) -> list[Kernel]:
     """Return the kernels of the softmax of `batch` matrices of attention scores."""
     widths = FLOAT_SOFTMAX
-    if _width(how) == 2:
+    if how.width == 2:
         widths = HALF_SOFTMAX if batch % FUSED_SOFTMAX_GROUP else FUSED_SOFTMAX
-    return [moving("softmax", how.dtype, scores, each * _width(how), backward=backward) for each in widths[backward]]
+    return [moving("softmax", how.dtype, scores, each * how.width, backward=backward) for each in widths[backward]]
 
 
 def _flash(sizes: Sizes, how: Computation, *, backward: bool) -> Kernel:
     b, s, heads = how.micro_batch, sizes.sequence, max(1, sizes.heads // how.tensor)
     queries, d = s // how.context, sizes.head_size
     flops = 4.0 * b * heads * queries * s * d * (2.5 if backward else 1)
-    moved = _width(how) * b * heads * d * (2 * queries + 2 * s) * (2 if backward else 1)
+    moved = how.width * b * heads * d * (2 * queries + 2 * s) * (2 if backward else 1)
     name = "cudnn attention" if how.runtime.attention == "fused" else "flash attention"
     if not how.runtime.causal:
         name = f"dense {name}"
@@ -166,7 +157,7 @@ def _flash(sizes: Sizes, how: Computation, *, backward: bool) -> Kernel:
 
 
 def _mlp(sizes: Sizes, how: Computation) -> list[Kernel]:
-    t, h, tp, e = tokens(sizes, how), sizes.hidden, how.tensor, _width(how)
+    t, h, tp, e = how.tokens(sizes), sizes.hidden, how.tensor, how.width
     residual, linear = _residual_elements(sizes, how), how.linear_dtype
     wide = t * sizes.ffn / tp
     passes = 3 if sizes.gated else 2
@@ -193,7 +184,7 @@ def _linear_shapes(sizes: Sizes, how: Computation) -> list[tuple[str, int, int]]
 
 
 def _linear_backward(sizes: Sizes, how: Computation) -> list[Kernel]:
-    t, e, linear = tokens(sizes, how), _width(how), how.linear_dtype
+    t, e, linear = how.tokens(sizes), how.width, how.linear_dtype
     kernels = []
     for name, inputs, outputs in _linear_shapes(sizes, how):
         kernels.append(product(f"{name} inputs", linear, t, inputs, outputs, output_bytes=e, backward=True))
@@ -206,12 +197,12 @@ def accumulation(how: Computation, elements: float) -> list[Kernel]:
     """Adds gradients of weights to what earlier microbatches left; nothing where the products do that themselves."""
     if how.runtime.fused_accumulation:
         return []
-    bytes_each = _width(how) + 2 * how.runtime.accumulation_bytes
+    bytes_each = how.width + 2 * how.runtime.accumulation_bytes
     return [moving("accumulate", how.dtype, elements, bytes_each, backward=True)]
 
 
 def _attention_backward(sizes: Sizes, how: Computation) -> list[Kernel]:
-    e, tp, d, s = _width(how), how.tensor, sizes.head_size, sizes.sequence
+    e, tp, d, s = how.width, how.tensor, sizes.head_size, sizes.sequence
     if how.runtime.attention != "unfused":
         return [_flash(sizes, how, backward=True)]
     batch = how.micro_batch * max(1, sizes.heads // tp)
@@ -223,7 +214,7 @@ def _attention_backward(sizes: Sizes, how: Computation) -> list[Kernel]:
         *_softmax(how, batch, scores, backward=True),
         product("queries", dtype, s, d, s, batch=batch, output_bytes=e, backward=True),
         product("keys", dtype, s, d, s, batch=batch, output_bytes=e, backward=True),
-        moving("transpose", dtype, tokens(sizes, how) * 4 * sizes.hidden / tp, 2 * e, backward=True),
+        moving("transpose", dtype, how.tokens(sizes) * 4 * sizes.hidden / tp, 2 * e, backward=True),
     ]
     if how.runtime.dropout:
         kernels.insert(2, moving("dropout", dtype, scores, 2 * e + 1, backward=True))
@@ -231,7 +222,7 @@ def _attention_backward(sizes: Sizes, how: Computation) -> list[Kernel]:
 
 
 def _elementwise_backward(sizes: Sizes, how: Computation) -> list[Kernel]:
-    t, tp, e, dtype = tokens(sizes, how), how.tensor, _width(how), how.dtype
+    t, tp, e, dtype = how.tokens(sizes), how.tensor, how.width, how.dtype
     residual, wide = _residual_elements(sizes, how), t * sizes.ffn / tp
     kind = how.runtime.elementwise
     activation = 5 if sizes.gated else 3
@@ -258,9 +249,9 @@ def _casts(sizes: Sizes, how: Computation) -> tuple[list[Kernel], list[Kernel]]:
     """Casts of activations and of gradients to fp8 or fp4, each in both layouts; none in other precisions."""
     if how.linear_dtype not in ("fp8", "fp4"):
         return [], []
-    t = tokens(sizes, how)
+    t = how.tokens(sizes)
     narrow = 2 * ELEMENT_BYTES[how.linear_dtype]
-    reads = 2 * _width(how) if how.scaling == "current" else _width(how)
+    reads = 2 * how.width if how.scaling == "current" else how.width
     inputs = t * sum(inputs for _, inputs, _ in _linear_shapes(sizes, how))
     outputs = t * sum(outputs for _, _, outputs in _linear_shapes(sizes, how))
     return (
@@ -286,6 +277,6 @@ def _every_second(sizes: Sizes, how: Computation) -> tuple[Kernel, ...]:
     Each linear layer has its own, and the last one's result is not needed.
     """
     return tuple(
-        product("again", how.linear_dtype, tokens(sizes, how), outputs, inputs, output_bytes=_width(how))
+        product("again", how.linear_dtype, how.tokens(sizes), outputs, inputs, output_bytes=how.width)
         for inputs, outputs in sizes.linears(how.tensor)[1:-1:2]
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from shardwise.predict.profile.kernel import Kernel
-from shardwise.predict.runtime.block import accumulation, moving, product, tokens
+from shardwise.predict.runtime.block import accumulation, moving, product
 from shardwise.predict.runtime.sizes import Computation, Sizes
 
 LOSS_BYTES = {"megatron": (38, 14), "eager": (16, 14), "fused": (6, 4)}
@@ -21,7 +21,7 @@ three of them written; low precision adds the copies of gradient and weight, fp1
 @lru_cache(maxsize=4096)
 def embedding(sizes: Sizes, how: Computation) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """Forward and backward kernels of the embedding for one microbatch."""
-    elements = tokens(sizes, how) * sizes.hidden
+    elements = how.tokens(sizes) * sizes.hidden
     mask = 3 if how.runtime.dropout else 2
     rows = sizes.vocab * sizes.hidden / how.tensor
     forward = [moving("embedding", how.dtype, elements, 2 * mask)]
@@ -35,7 +35,7 @@ def embedding(sizes: Sizes, how: Computation) -> tuple[tuple[Kernel, ...], tuple
 @lru_cache(maxsize=4096)
 def head(sizes: Sizes, how: Computation) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """Forward and backward kernels of the last norm, the output and the loss for one microbatch."""
-    t, columns, h = tokens(sizes, how), how.columns(sizes.vocab), sizes.hidden
+    t, columns, h = how.tokens(sizes), how.columns(sizes.vocab), sizes.hidden
     forward_bytes, backward_bytes = LOSS_BYTES[how.runtime.loss]
     logits = float(t) * columns
     forward = [

@@ -20,7 +20,7 @@ from shardwise.predict.profile.profile import (
     Value,
 )
 from shardwise.predict.runtime import activations, ends
-from shardwise.predict.runtime.block import block, tokens
+from shardwise.predict.runtime.block import block
 from shardwise.predict.runtime.element_bytes import WIDE
 from shardwise.predict.runtime.sizes import Computation, Sizes
 
@@ -79,7 +79,7 @@ def _value(sizes: Sizes, how: Computation, made: int, message: int) -> Value:
 
 
 def _message(sizes: Sizes, how: Computation) -> int:
-    amount = tokens(sizes, how) * sizes.hidden * activations.width(how)
+    amount = how.tokens(sizes) * sizes.hidden * how.width
     return amount // (how.tensor if how.sequence_parallel or how.runtime.scatter_pipeline else 1)
 
 
@@ -126,24 +126,24 @@ def _embedding(sizes: Sizes, how: Computation) -> Layer:
 def _head(sizes: Sizes, how: Computation) -> Layer:
     forward, backward = ends.head(sizes, how)
     return Layer(
-        forward=LayerPass(forward, _reductions(how, 3, 4 * tokens(sizes, how))),
+        forward=LayerPass(forward, _reductions(how, 3, 4 * how.tokens(sizes))),
         backward=LayerPass(backward, _reductions(how, 1, _residual(sizes, how))),
         temporary_backward=round(activations.loss_moment(sizes, how)) + _making(sizes, how) + _kept(how),
     )
 
 
 def _kept(how: Computation) -> int:
-    return WORKSPACE + how.runtime.buffers * activations.width(how)
+    return WORKSPACE + how.runtime.buffers * how.width
 
 
 def _making(sizes: Sizes, how: Computation) -> int:
     """Return the bytes of the output's gradient while it is made, beside the logits' own; products may add to others"""
-    made = 0 if how.runtime.fused_accumulation else activations.width(how)
+    made = 0 if how.runtime.fused_accumulation else how.width
     return made * how.columns(sizes.vocab) * sizes.hidden
 
 
 def _residual(sizes: Sizes, how: Computation) -> int:
-    return tokens(sizes, how) * sizes.hidden * activations.width(how)
+    return how.tokens(sizes) * sizes.hidden * how.width
 
 
 def _reductions(how: Computation, count: int, amount: int) -> tuple[Exchanged, ...]:
@@ -174,6 +174,6 @@ def _ring(sizes: Sizes, how: Computation, *, backward: bool) -> Sequence[Exchang
     if how.context == 1:
         return ()
     heads = max(1, sizes.kv_heads // how.tensor)
-    amount = 2 * how.micro_batch * sizes.sequence * heads * sizes.head_size * activations.width(how)
+    amount = 2 * how.micro_batch * sizes.sequence * heads * sizes.head_size * how.width
     ring = Exchanged("all_gather", amount, hidden=True, ranks=how.context, stride=how.tensor)
     return [ring] * (2 if backward else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.runtime.runtime import Runtime
 
 
@@ -121,6 +122,15 @@ class Computation:
     linear_dtype: str
     scaling: str
     runtime: Runtime
+
+    @property
+    def width(self) -> int:
+        """Return the bytes of one element of an activation."""
+        return int(ELEMENT_BYTES[self.dtype])
+
+    def tokens(self, sizes: Sizes) -> int:
+        """Return the tokens of a microbatch on one rank of context parallelism."""
+        return self.micro_batch * sizes.sequence // self.context
 
     def columns(self, vocab: int) -> int:
         """Rows of the embedding that a tensor-parallel rank has: Megatron-LM pads the vocabulary to 128 for each."""
