@@ -10,7 +10,7 @@ The seconds of a step have three views, with the same prices of kernels and coll
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,7 @@ class Crosscheck:
     Attributes:
         run: result of the dry run.
         memory: peak memory that the closed form predicts.
+        program: collectives of the step program, in order; see `step_program`.
         communicated: (operation, axis, when) -> (number, bytes) of collectives that the closed form predicts.
         seconds: time that the dry run took.
         step: seconds of the step in three views; None if they were not asked for, or are unknown.
@@ -57,6 +58,7 @@ class Crosscheck:
 
     run: DryRun
     memory: Memory
+    program: Sequence[Collective]
     communicated: Mapping[Key, tuple[int, int]]
     seconds: float
     step: StepViews | None = None
@@ -81,6 +83,7 @@ class Crosscheck:
             },
             "memory_error": abs(self.memory.total / self.run.memory.total - 1),
             "bytes_agree": found == dict(self.communicated),
+            "order_agrees": sequences(self.run.collectives) == sequences(self.program),
             "seconds": self.seconds,
             "notes": [*self.run.notes, *([self.unknown] if self.unknown else [])],
             "step_seconds": self.step.dry_run if self.step else None,
@@ -125,7 +128,8 @@ def crosscheck(
     }
     seconds = time.perf_counter() - start
     found = communicated(costs.profile, costs.parts, pipeline_rank)
-    result = Crosscheck(runs[pipeline_rank], memories[pipeline_rank], found, seconds)
+    program = tuple(costs.stages.program.collectives(pipeline_rank))
+    result = Crosscheck(runs[pipeline_rank], memories[pipeline_rank], program, found, seconds)
     if not timed:
         return result
     if offloads(costs.strategy, device):
@@ -143,6 +147,20 @@ def counted(collectives: Iterable[Collective]) -> dict[Key, tuple[int, int]]:
         count, size = found.get(key, (0, 0))
         found[key] = count + 1, size + each.bytes
     return found
+
+
+def sequences(collectives: Iterable[Collective]) -> dict[object, list[tuple[str, int, str]]]:
+    """Return what each group of ranks communicates, in order: (operation, bytes, when).
+
+    Different groups communicate independently. The values that one pass sends may go in any order, and recomputation
+    begins wherever its block first needs a tensor, so that both are compared on their own.
+    """
+    found: dict[object, list[tuple[str, int, str]]] = {}
+    for each in collectives:
+        message = each.operation in ("send", "recv")
+        apart = (each.operation, each.when) if message else each.when == "recompute"
+        found.setdefault((each.axis, each.group, apart), []).append((each.operation, each.bytes, each.when))
+    return {key: sorted(each) if each[0][0] in ("send", "recv") else each for key, each in found.items()}
 
 
 def _total(counts: Mapping[Key, tuple[int, int]]) -> int:

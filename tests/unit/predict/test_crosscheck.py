@@ -18,8 +18,10 @@ from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_seg
 from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.crosscheck import Crosscheck, counted, crosscheck
 from shardwise.predict.profile.profiler import Profiles
-from shardwise.predict.workers import traffic
+from shardwise.predict.workers import passes, step_program
 from shardwise.predict.workers.holdings import REPORT_BYTES
+from shardwise.predict.workers.passes import EqualPasses
+from shardwise.splitting.schedule import BACKWARD, FORWARD
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 from shardwise.workload.recipes.image import image
@@ -132,6 +134,7 @@ def test_messages_are_the_same(name: str, strategy: str) -> None:
         document = judge(name, strategy, pipeline_rank).document()
         assert document["predicted"]["communicated"] == document["communicated"]
         assert document["bytes_agree"]
+        assert document["order_agrees"]
 
 
 @pytest.mark.parametrize(("name", "strategy"), MEMORY_GRID)
@@ -139,6 +142,7 @@ def test_memory_and_messages_are_the_same(name: str, strategy: str) -> None:
     document = judge(name, strategy).document()
     assert document["predicted"]["communicated"] == document["communicated"]
     assert document["bytes_agree"]
+    assert document["order_agrees"]
     found = document["memory"], document["predicted"]["memory"]
     assert document["memory_error"] <= MEMORY_TOLERANCE, found
 
@@ -179,7 +183,7 @@ def test_the_weight_of_a_batch_is_summed_over_replicas(strategy: str) -> None:
 
 
 def test_a_message_that_is_not_counted_is_noticed() -> None:
-    with mock.patch.object(traffic, "report_bytes", return_value=16):
+    with mock.patch.object(step_program, "report_bytes", return_value=16):
         assert not judge("gpt", "dp=2").document()["bytes_agree"]
 
 
@@ -188,3 +192,28 @@ def test_the_worker_that_needs_most_is_taken() -> None:
     others = [judge("gpt", "tp=2,pp=2,sp=1", pipeline_rank).memory.total for pipeline_rank in range(2)]
     assert found.memory.total == max(others)
     assert found.run.rank == 2 * others.index(max(others))
+
+
+def test_another_order_of_passes_is_noticed() -> None:
+    def reversed_table(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
+        return passes.table(strategy, pipeline_rank)[::-1]
+
+    assert judge("gpt", "fsdp=2,zero=1,microbatches=2,bucket=2").document()["order_agrees"]
+    with mock.patch.object(step_program, "table", reversed_table):
+        document = judge("gpt", "tp=2,pp=2,sp=1", 1).document()
+    assert document["bytes_agree"]
+    assert not document["order_agrees"]
+
+
+def test_exchanges_have_one_price() -> None:
+    """The prefix sums of the closed form are the exchanges of the step program, priced one by one."""
+    cluster = find_cluster("h100x16")
+    with remembered("gpt"):
+        strategy = Strategy.parse("tp=2,pp=2,sp=1,recompute=full").for_batch(16)
+        costs = costs_of(profiles("gpt", "gpu").of(strategy), strategy, cluster)
+    for stage in costs.parts.stages.values():
+        for kind in (FORWARD, BACKWARD):
+            alone = costs.stages.program.exchanges(stage, kind, range(stage.first, stage.end))
+            spent = costs.stages.spent(stage, kind).exchanges
+            assert spent == pytest.approx(sum(map(costs.calls.of, alone)))
+            assert spent > 0

@@ -28,7 +28,6 @@ from shardwise.planner.search.memory_bounds import even, owners
 from shardwise.predict.closed_form.pipeline import StageTime, alone
 from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import SegmentTimes, Times, timed, times_of
-from shardwise.predict.closed_form.stage_time import reduction
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Same
@@ -36,6 +35,7 @@ from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.workers.cuts import cuts_of, recomputed_segments
 from shardwise.predict.workers.groups import group_of
+from shardwise.predict.workers.step_program import reduction
 from shardwise.strategy import OUTERMOST, Strategy
 
 INPUTS = 0.4

@@ -13,35 +13,34 @@ On a CPU an all-gather or a reduce-scatter of `fully_shard` blocks the worker: n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from shardwise.predict.closed_form.segment_times import PassSeconds
+from shardwise.predict.workers.step_program import Piece
 
 
 @dataclass(frozen=True, slots=True)
-class ComputePiece:
-    """Consecutive segments that compute without a break, with the all-gather before and the reduction after them.
+class TimedPiece:
+    """Seconds of one piece of a pass.
 
     Attributes:
+        piece: what is timed.
         compute: seconds of compute.
         gather: seconds of the all-gather that it waits for.
-        reduce: seconds of the reduce-scatter of its gradients.
-        mirror: seconds of the all-reduce over dp of the scattered gradients (hybrid sharding).
-        name: name for display.
+        reductions: seconds of each reduction of its gradients.
     """
 
+    piece: Piece
     compute: float
     gather: float = 0.0
-    reduce: float = 0.0
-    mirror: float = 0.0
-    name: str = ""
+    reductions: tuple[float, ...] = ()
 
     @property
     def communication(self) -> float:
         """Return the seconds of its communication, hidden or not."""
-        return self.gather + self.reduce + self.mirror
+        return self.gather + sum(self.reductions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,33 +60,31 @@ class Passed:
     slowed: float = 0.0
 
 
-def gathered(
-    spent: PassSeconds, pieces: Sequence[ComputePiece], root: ComputePiece, overlap: float, *, blocking: bool
-) -> Passed:
-    """Return the costs of a pass of a sharded stage.
+def overlapped(spent: PassSeconds, pieces: Sequence[TimedPiece], overlap: float, *, blocking: bool) -> Passed:
+    """Return the costs of a pass with the communication around its pieces.
 
     Args:
         spent: the pass without communication.
-        pieces: pieces of the stage, in the order in which they compute.
-        root: the piece that is gathered before all others and reduced after them.
+        pieces: its pieces, in the order in which they compute.
         overlap: factor by which the device computes more slowly while it communicates.
         blocking: whether communication blocks the worker, so that nothing is hidden.
     """
-    total = root.communication + sum(piece.communication for piece in pieces)
+    total = sum(piece.communication for piece in pieces)
     if blocking:
         return Passed(spent, total, total)
-    now = channel = root.gather
-    outer = 0.0  # time until which the channel of dp is busy
+    now = channel = 0.0
+    outer = 0.0  # time until which dp all-reduces what fsdp has scattered, on a channel of its own
     asked = 0.0  # time at which the gather of the next piece is issued: when the piece before it begins to compute
-    computed = more = 0.0
-    reductions: list[tuple[float, ComputePiece]] = []
+    more = 0.0
+    reductions: list[tuple[float, TimedPiece]] = []
 
     def reduce() -> None:
         nonlocal channel, outer
         while reductions:
             ready, piece = reductions.pop(0)
-            channel = max(channel, ready) + piece.reduce
-            outer = max(outer, channel) + piece.mirror if piece.mirror else outer
+            first, *others = piece.reductions
+            channel = max(channel, ready) + first
+            outer = max(outer, channel) + sum(others) if others else outer
 
     for piece, following in zip_longest(pieces, pieces[1:]):
         if piece.gather:
@@ -97,32 +94,13 @@ def gathered(
         asked = now
         ahead = max(channel, now) + following.gather if following is not None and following.gather else channel
         end = _advanced(now, piece.compute, max(ahead, outer), overlap)
-        computed, more = computed + piece.compute, more + end - now - piece.compute
+        more += end - now - piece.compute
         now = end
-        if piece.reduce:
+        if piece.reductions:
             reductions.append((now, piece))
-    if root.reduce:
-        reductions.append((now, root))
     reduce()
+    computed = sum(piece.compute for piece in pieces)
     return Passed(spent, total, max(now, channel, outer) - computed - more, more)
-
-
-def bucketed(spent: PassSeconds, buckets: Iterable[tuple[float, float]], overlap: float) -> Passed:
-    """Return the costs of a backward pass with the all-reduces of gradient buckets.
-
-    Args:
-        spent: the pass without communication.
-        buckets: (time at which it is complete, seconds of its all-reduce) of each bucket, in order, if compute is not
-            slowed down.
-        overlap: factor by which the device computes more slowly while it communicates.
-    """
-    now = channel = total = computed = 0.0
-    for ready, seconds in buckets:
-        now, computed = _advanced(now, ready - computed, channel, overlap), ready
-        channel = max(channel, now) + seconds
-        total += seconds
-    now = _advanced(now, spent.device - computed, channel, overlap)
-    return Passed(spent, total, max(0.0, channel - now), now - spent.device)
 
 
 def _advanced(now: float, compute: float, busy: float, overlap: float) -> float:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
 from shardwise.predict.closed_form.offload import fetched, offloads
-from shardwise.predict.closed_form.overlap import ComputePiece, Passed, bucketed, gathered
+from shardwise.predict.closed_form.overlap import Passed, TimedPiece, overlapped
 from shardwise.predict.closed_form.pipeline import Messages
 from shardwise.predict.closed_form.pipeline_links import workers_at_once
 from shardwise.predict.closed_form.segment_times import PassSeconds, SegmentTimes
@@ -18,13 +17,12 @@ from shardwise.predict.hardware.times import collective_seconds, overlap_of
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.runtime.runtime import Runtime
-from shardwise.predict.workers.buckets import Gathered
-from shardwise.predict.workers.groups import group_of, message_group
+from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.holdings import Parts, Stage
 from shardwise.predict.workers.passes import Sync
 from shardwise.predict.workers.small_kernels import BYTES, loss_kernels
 from shardwise.predict.workers.stage_keys import stage_key
+from shardwise.predict.workers.step_program import Communication, StepProgram, is_sharing, watched
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
 
@@ -58,6 +56,12 @@ class CommunicationTimes:
         collective = Collective(operation, size, group)
         return self.profile.memo.once(key, lambda: collective_seconds(collective, self.cluster, crowd))
 
+    def of(self, each: Collective) -> float:
+        """Return the seconds of a collective or message of the step program."""
+        if each.operation in ("send", "recv"):
+            return self.sent(each.bytes, each.group)
+        return self.collective(each.operation, each.bytes, each.group)
+
     def moved(self, elements: float, size: float, count: int) -> PassSeconds:
         """Return the seconds of `count` copy kernels that together move `elements` elements and `size` bytes."""
         if count < 1 or elements < 1:
@@ -75,25 +79,10 @@ class CommunicationTimes:
         kernel = Kernel("copy", "memory", "float32", 0.0, size / count, (max(1, round(elements / count)),), count=count)
         return self.times.launched(kernel)
 
-    def message(self, source: int, target: int, sizes: Iterable[int]) -> float:
-        """Return the seconds of messages sent one after another between two stages; 0.0 if one rank holds both."""
-        strategy = self.strategy
-        source, target = source % strategy.pp, target % strategy.pp
-        if source == target:
-            return 0.0
-        group = message_group(strategy, source, target)
-        return sum(self.sent(size, group) for size in sizes)
-
     def sent(self, size: int, group: Group) -> float:
         """Return the seconds of one message of `size` bytes between the two ranks of a group."""
         workers = workers_at_once(self.strategy, self.cluster, group) if self.cluster.collectives else 0
         return self.collective("send", size, group, workers)
-
-
-def reduction(runtime: Runtime, strategy: Strategy) -> str:
-    """Return the collective that sums the gradients of replicas which hold all parameters."""
-    parts = strategy.zero == 1 and runtime.sharded_reduction and not runtime.owners
-    return "reduce_scatter" if parts else "all_reduce"
 
 
 class StageCosts:
@@ -105,6 +94,7 @@ class StageCosts:
 
     Attributes:
         calls: seconds of single collectives, messages and copies.
+        program: what is priced.
         messages: messages that each stage receives before a pass.
         stops_host: whether workers wait for messages, so that no host runs ahead of its device over several passes.
     """
@@ -114,6 +104,7 @@ class StageCosts:
     ) -> None:
         self.profile, self.strategy, self.cluster, self.times, self.parts = profile, strategy, cluster, times, parts
         self.calls = CommunicationTimes(profile, strategy, cluster, times)
+        self.program = StepProgram(profile, parts)
         self.stops_host = strategy.pp > 1 and not profile.runtime.overlap_pipeline
         self.messages = self._between()
         self.blocking = times.device.kind == "cpu"
@@ -121,20 +112,18 @@ class StageCosts:
         self._passed: dict[object, Passed] = {}
         self._alikes: dict[int, int] = {}
         self._numbers: dict[object, int] = {}
-        self._grouped: dict[tuple[Gathered | None, bool, bool], tuple[float, float, float]] = {}
+        self._around: dict[Same[Communication], tuple[float, tuple[float, ...]]] = {}
         self._last = max(parts.stages)
-        self._fsdp, self._dp = group_of(strategy, "fsdp"), group_of(strategy, "dp")
 
     def _between(self) -> Messages:
-        found: dict[tuple[str, int], list[tuple[int, float]]] = {}
-        pp = self.strategy.pp
-        for number, stage in self.parts.stages.items():
-            for kind, messages in ((FORWARD, stage.sent), (BACKWARD, stage.returned)):
-                for target, sizes in messages:
-                    if target % pp != number % pp:
-                        seconds = 0.0 if self.stops_host else self.calls.message(number, target, sizes)
-                        found.setdefault((kind, target), []).append((number, seconds))
-        return found
+        return {
+            (kind, stage.number): [
+                (source, 0.0 if self.stops_host else sum(map(self.calls.of, messages)))
+                for source, messages in self.program.received(stage, kind)
+            ]
+            for stage in self.parts.stages.values()
+            for kind in (FORWARD, BACKWARD)
+        }
 
     def waits(self, kind: str, stage: int) -> float:
         """Return the seconds of all messages that a stage receives before a forward (F) or backward (B) pass."""
@@ -155,30 +144,14 @@ class StageCosts:
         if not forward:
             for block in stage.recomputed:
                 spent += times.again(block.first, block.end, products=self.strategy.saves_products)
-        return spent + PassSeconds(exchanges=self._norms(stage, forward) + self._sending(stage, kind))
+        alone = sum(map(self.calls.of, self.program.norms(stage, kind))) + self._sending(stage, kind)
+        return spent + PassSeconds(exchanges=alone)
 
     def _sending(self, stage: Stage, kind: str) -> float:
         """Return the seconds for which a pass waits until its results are sent, in software that waits for that."""
         if not self.stops_host:
             return 0.0
-        messages = stage.sent if kind == FORWARD else stage.returned
-        return sum(self.calls.message(stage.number, target, sizes) for target, sizes in messages)
-
-    def _norms(self, stage: Stage, forward: bool) -> float:
-        if self.strategy.replicas == 1 or not self.times.normalised:
-            return 0.0
-        group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
-        total = 0.0
-        for segment, channels in self.times.normalised:
-            if not stage.first <= segment < stage.end:
-                continue
-            gather = self.calls.collective("all_gather", 4 * self.strategy.replicas * (2 * channels + 1), group)
-            if forward:
-                total += gather
-            else:
-                total += self.calls.collective("all_reduce", 8 * channels, group)
-                total += gather if any(block.first <= segment < block.end for block in stage.recomputed) else 0.0
-        return total
+        return sum(self.calls.of(each) for _, messages in self.program.sent(stage, kind) for each in messages)
 
     def passed(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
         """Return the costs of one pass of one stage, cached for all stages that are equal up to their position.
@@ -215,12 +188,8 @@ class StageCosts:
 
     def _pass(self, stage: Stage, kind: str, sync: Sync | None, final: bool, first: bool) -> Passed:
         spent = self.computed(stage, kind, sync, final=final, first=first)
-        if sync is not None and kind != WEIGHT:
-            pieces, root = self.pieces(stage, kind, sync, spent)
-            return gathered(spent, pieces, root, self.overlap, blocking=self.blocking)
-        if final and stage.buckets and kind != WEIGHT and self.profile.runtime.overlap_gradients:
-            return bucketed(spent, self.buckets(stage, spent.device), self.overlap)
-        return Passed(spent)
+        pieces = self.pieces(stage, kind, sync, final, spent)
+        return overlapped(spent, pieces, self.overlap, blocking=self.blocking and sync is not None)
 
     def computed(self, stage: Stage, kind: str, sync: Sync | None, *, final: bool, first: bool) -> PassSeconds:
         """Return the compute time of one pass: `spent`, and copies of gradients and gathered parameters.
@@ -234,30 +203,41 @@ class StageCosts:
             spent += self.calls.small(loss_kernels(self.strategy, kind))
         if kind not in (FORWARD, INPUT):
             spent += self._gradients(stage, final=final, first=first)
-        if sync is None or kind == WEIGHT:
+        if sync is None:
             return spent
-        groups = Counter((block.gathered, sync.blocks) for block in stage.blocks) + Counter([(stage.root, sync.root)])
-        for (group, gathers), count in groups.items():
-            if group is not None:
-                gather, reduce = self._sizes(group)
-                sizes = (gather if gathers else 0, reduce if sync.reduces else 0)
-                spent = sum((self.calls.moved(size / 4, 2 * size, 1).times(count) for size in sizes), spent)
-        watched = sum(n for (group, gathers), n in groups.items() if group is not None and (gathers or sync.reduces))
-        return spent + self.times.overhead("sharded", watched)
+        pieces = self.program.pieces(stage, kind, sync, final=final)
+        sharing = Counter(Same(piece.communication) for piece in pieces)
+        moved = Counter(
+            {each: count for around, count in sharing.items() for each in around.value.collectives if is_sharing(each)}
+        )
+        for each, count in moved.items():
+            spent += self.calls.moved(each.bytes / 4, 2 * each.bytes, 1).times(count)
+        return spent + self.times.overhead("sharded", watched(moved))
 
-    def buckets(self, stage: Stage, seconds: float) -> list[tuple[float, float]]:
-        """Return (time at which it is complete, seconds of its all-reduce) of each bucket.
+    def pieces(self, stage: Stage, kind: str, sync: Sync | None, final: bool, spent: PassSeconds) -> list[TimedPiece]:
+        """Return the seconds of the pieces of a pass; those of compute add up to `spent.device`."""
+        total = (self.times.forward if kind == FORWARD else self.times.backward).total
+        whole = total[stage.end] - total[stage.first]
+        stretch = spent.device / whole if whole else 1.0
+        return [
+            TimedPiece(piece, (total[piece.end] - total[piece.first]) * stretch, *self._waits(piece.communication))
+            for piece in self.program.pieces(stage, kind, sync, final=final)
+        ]
 
-        Times count from the start of the backward pass, which takes `seconds`.
-        """
-        times = self.times
-        group = group_of(self.strategy, "replicas", stage.number % self.strategy.pp)
-        whole = times.backward.total[stage.end] - times.backward.total[stage.first]
-        stretch = seconds / whole if whole else 1.0
-        end, total = times.backward.total[stage.end], times.backward.total
-        operation, share = reduction(self.profile.runtime, self.strategy), self.profile.reduced
-        takes = {b.bytes: self.calls.collective(operation, round(share * b.bytes), group) for b in stage.buckets}
-        return [((end - total[bucket.ready]) * stretch, takes[bucket.bytes]) for bucket in stage.buckets]
+    def _waits(self, around: Communication) -> tuple[float, tuple[float, ...]]:
+        """Return the seconds of the gather before a piece, and of each reduction after it."""
+        key = Same(around)
+        if key not in self._around:
+            gather = 0.0 if around.gather is None else self._shared(around.gather)
+            self._around[key] = gather, tuple(map(self._shared, around.reductions))
+        return self._around[key]
+
+    def _shared(self, each: Collective) -> float:
+        """Return the seconds of a collective; with offloading, also to copy its shard from the host or back."""
+        device, seconds = self.times.device, self.calls.of(each)
+        if is_sharing(each) and offloads(self.strategy, device):
+            seconds += fetched(each.bytes / self.strategy.fsdp, device)
+        return seconds
 
     def _gradients(self, stage: Stage, *, final: bool, first: bool) -> PassSeconds:
         """Return the time to add gradients to those of earlier microbatches and to copy them into buckets."""
@@ -279,58 +259,3 @@ class StageCosts:
             return sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
 
         return self.profile.memo.once(("trained", stage.first, stage.end), count)
-
-    def pieces(
-        self, stage: Stage, kind: str, sync: Sync, spent: PassSeconds
-    ) -> tuple[list[ComputePiece], ComputePiece]:
-        """Return the pieces of a pass between gathers, in the order in which they compute, and the root's piece.
-
-        The times of the pieces are scaled so that they add up to `spent.device`.
-        """
-        forward = kind == FORWARD
-        sums = self.times.forward if forward else self.times.backward
-        whole = sums.total[stage.end] - sums.total[stage.first]
-        stretch = spent.device / whole if whole else 1.0
-        found: list[ComputePiece] = []
-        at = stage.first
-        for number, block in enumerate(stage.blocks):
-            if block.first > at:
-                found.append(ComputePiece((sums.total[block.first] - sums.total[at]) * stretch))
-            seconds = (sums.total[block.end] - sums.total[max(at, block.first)]) * stretch
-            found.append(
-                ComputePiece(seconds, *self._group(block.gathered, sync.blocks, sync.reduces), f"block {number}")
-            )
-            at = max(at, block.end)
-        if at < stage.end:
-            found.append(ComputePiece((sums.total[stage.end] - sums.total[at]) * stretch))
-        root = ComputePiece(0.0, *self._group(stage.root, sync.root, sync.reduces))
-        return (found if forward else found[::-1]), root
-
-    def _group(self, group: Gathered | None, gathers: bool, reduces: bool) -> tuple[float, float, float]:
-        """Return the seconds of (all-gather, reduce-scatter, all-reduce over dp) of a group of parameters, cached."""
-        key = group, gathers, reduces
-        if key not in self._grouped:
-            self._grouped[key] = (0.0, 0.0, 0.0) if group is None else self._sharing(group, gathers, reduces)
-        return self._grouped[key]
-
-    def _sharing(self, group: Gathered, gathers: bool, reduces: bool) -> tuple[float, float, float]:
-        collective = self.calls.collective
-        size, reduced = self._sizes(group)
-        gather = collective("all_gather", size, self._fsdp) + self._fetched(group.gather) if gathers else 0.0
-        if not reduces or not group.reduce:
-            return gather, 0.0, 0.0
-        mirror = collective("all_reduce", reduced // self.strategy.fsdp, self._dp)
-        scatter = collective("reduce_scatter", reduced, self._fsdp) + self._fetched(group.reduce)
-        return gather, scatter, mirror
-
-    def _sizes(self, group: Gathered) -> tuple[int, int]:
-        """Return the bytes of a group's parameters when they are gathered, and of its gradients when reduced."""
-        return round(self.profile.gathered * group.gather), round(self.profile.scattered * group.reduce)
-
-    def _fetched(self, size: int) -> float:
-        """Return the seconds to copy this worker's shard of `size` gathered bytes from the host, or back.
-
-        Returns 0 if nothing is offloaded.
-        """
-        device = self.times.device
-        return fetched(size / self.strategy.fsdp, device) if offloads(self.strategy, device) else 0.0

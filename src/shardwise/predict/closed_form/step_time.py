@@ -13,34 +13,31 @@ stage), `overlap` (communication behind compute), `worker_time` (passes of one w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster, Device
-from shardwise.collective import Group
+from shardwise.collective import Collective
 from shardwise.errors import StrategyError
 from shardwise.predict.closed_form.memory import memory_at, memory_of
 from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
 from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
 from shardwise.predict.closed_form.pipeline_links import slower_links
-from shardwise.predict.closed_form.segment_times import PassSeconds, SegmentTimes, half_rate, timed
-from shardwise.predict.closed_form.stage_time import StageCosts, reduction
+from shardwise.predict.closed_form.segment_times import SegmentTimes, half_rate, timed
+from shardwise.predict.closed_form.stage_time import StageCosts
 from shardwise.predict.closed_form.worker_time import WorkerTime, table_of, work_of
 from shardwise.predict.hardware.times import origins, slowed
 from shardwise.predict.hardware.uncertainty import relative_error
 from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.workers.groups import group_of
-from shardwise.predict.workers.holdings import Worker, parts_of, report_bytes
+from shardwise.predict.workers.holdings import Worker, parts_of
 from shardwise.predict.workers.padding import padding_notes
 from shardwise.predict.workers.small_kernels import step_kernels
 from shardwise.splitting.schedule import FORWARD
 from shardwise.strategy import Strategy
-
-TENSORS = 7
-"""Parameters of a block that are gathered one by one where nothing buckets them: four or five matrices, two norms."""
 
 SHORT_TABLE = 256
 """Limit of stages x microbatches up to which a schedule is simulated pass by pass.
@@ -141,9 +138,10 @@ def _check(profile: Profile, strategy: Strategy, size: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Epilogue:
-    """Seconds of a worker's step after its last backward pass.
+    """Seconds of a worker's step beside its passes.
 
     Attributes:
+        start: all-reduce of the batch's weight, before the first forward pass.
         reduce: all-reduces of gradients over tp, over pipeline workers that share parameters, and over replicas for
             parameters that several stages of the worker use.
         update: optimizer, gradient norm and clipping.
@@ -152,6 +150,7 @@ class Epilogue:
         host: fixed host time per step.
     """
 
+    start: float
     reduce: float
     update: float
     exchange: float
@@ -192,55 +191,19 @@ class Costs:
 
     def finish(self, worker: Worker) -> Epilogue:
         """Compute the seconds that a worker needs after its last backward pass."""
-        strategy = self.strategy
-        replicas = group_of(strategy, "replicas", worker.pipeline_rank)
-        reduce = sum(self.calls.collective("all_reduce", bucket.bytes, replicas) for bucket in worker.twice)
-        reduce += sum(seconds for _, _, seconds in self.sums_over_workers(worker))
-        reduce += self._reduced_at_the_end(worker, replicas)
-        exchange = self._exchange(worker) + self._gathered_at_the_end(worker, replicas)
-        report = self.calls.collective("all_reduce", report_bytes(self.profile), group_of(strategy, "world"))
-        if self.profile.weighted:
-            report += self.calls.collective("all_reduce", 8, replicas)
+        program = self.stages.program
         host = self.times.overhead("step").launching + self.times.crowding
-        return Epilogue(reduce, self.update(worker), exchange, report, host)
+        return Epilogue(
+            start=self._seconds(program.start(worker)),
+            reduce=self._seconds(program.sums(worker)),
+            update=self.update(worker),
+            exchange=self._exchange(worker),
+            report=self._seconds(program.report()),
+            host=host,
+        )
 
-    def _reduced_at_the_end(self, worker: Worker, replicas: Group) -> float:
-        """Return the seconds of reducing all gradients in one, in software that does it after the passes."""
-        if self.profile.runtime.overlap_gradients or self.strategy.splits_parameters:
-            return 0.0
-        size = round(self.profile.reduced * sum(bucket.bytes for stage in worker.stages for bucket in stage.buckets))
-        return self.calls.collective(reduction(self.profile.runtime, self.strategy), size, replicas) if size else 0.0
-
-    def _gathered_at_the_end(self, worker: Worker, replicas: Group) -> float:
-        """Return the seconds of gathering the parameters that each replica has updated its part of (zero=1)."""
-        runtime = self.profile.runtime
-        if runtime.owners or self.strategy.zero != 1 or self.strategy.replicas == 1:
-            return 0.0
-        blocks = sum(stage.end - stage.first for stage in worker.stages)
-        calls = 1 if runtime.bucketed else TENSORS * blocks
-        size = round(self.profile.gathered * worker.parameters)
-        seconds = calls * self.calls.collective("all_gather", size // calls, replicas)
-        if not runtime.overlap_parameters:
-            return seconds
-        hidden = min(seconds, sum(self.stages.spent(stage, FORWARD).device for stage in worker.stages))
-        return seconds - hidden + slowed(hidden, self.stages.overlap)
-
-    def sums_over_workers(self, worker: Worker) -> list[tuple[tuple[int, ...], int, float]]:
-        """Return (pipeline workers, bytes, seconds) of each gradient all-reduce after the last backward pass.
-
-        The tuple of pipeline workers is empty for an all-reduce over tp.
-        """
-        strategy = self.strategy
-        tensor = group_of(strategy, "tp")
-        found: list[tuple[tuple[int, ...], int, float]] = []
-        if strategy.tp > 1:
-            found += [((), size, self.calls.collective("all_reduce", size, tensor)) for size in worker.summed]
-        for workers, size in worker.tied:
-            group = Group.of([strategy.rank(pp=pipeline_rank) for pipeline_rank in workers])
-            found.append(
-                (workers, size, self.calls.collective("all_reduce", round(self.profile.reduced * size), group))
-            )
-        return found
+    def _seconds(self, collectives: Sequence[Collective]) -> float:
+        return sum(count * self.calls.of(each) for each, count in Counter(collectives).items())
 
     def update(self, worker: Worker) -> float:
         """Compute the seconds of the optimizer, gradient norm and clipping included."""
@@ -265,12 +228,20 @@ class Costs:
         return sum(elements for elements, _, _ in trained), sum(count for _, _, count in trained)
 
     def _exchange(self, worker: Worker) -> float:
-        """Compute the seconds of the broadcasts of updated parameters, with the copies into and out of messages."""
-        replicas = group_of(self.strategy, "replicas", worker.pipeline_rank)
-        size, messages = sum(worker.broadcast), len(worker.broadcast)
-        copied = self.calls.moved(size / 4, 2 * size, messages)
-        copied += self.calls.moved(size / 4, 2 * size, self._held(worker)[1]) if messages else PassSeconds()
-        return copied.total + sum(self.calls.collective("broadcast", each, replicas) for each in worker.broadcast)
+        """Compute the seconds in which replicas give each other updated parameters (zero=1).
+
+        Broadcasts come with copies into and out of their messages. Gathers may hide behind the next forward pass.
+        """
+        seconds = self._seconds(self.stages.program.updated(worker))
+        if worker.broadcast:
+            size, messages = sum(worker.broadcast), len(worker.broadcast)
+            copied = self.calls.moved(size / 4, 2 * size, messages)
+            copied += self.calls.moved(size / 4, 2 * size, self._held(worker)[1])
+            return seconds + copied.total
+        if not self.profile.runtime.overlap_parameters:
+            return seconds
+        hidden = min(seconds, sum(self.stages.spent(stage, FORWARD).device for stage in worker.stages))
+        return seconds - hidden + slowed(hidden, self.stages.overlap)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -279,10 +250,13 @@ class Costs:
         works = [work_of(self.at(worker).stages, worker) for worker in self.parts.workers]
         ends = self._ends(works)
         finishes = [self.at(worker).finish(worker) for worker in self.parts.workers]
-        last = max(end + f.reduce + f.update + f.exchange + f.host for end, f in zip(ends, finishes, strict=True))
+        start = max(finish.start for finish in finishes)
+        last = start + max(
+            end + f.reduce + f.update + f.exchange + f.host for end, f in zip(ends, finishes, strict=True)
+        )
         report = max(finish.report for finish in finishes)
         hidden = min(report, max(finish.update for finish in finishes)) if not self.waits_for_norm else 0.0
-        return _ComputedStep(works, finishes, last + report - hidden, report - hidden)
+        return _ComputedStep(works, finishes, start + last + report - hidden, report - hidden)
 
     @property
     def step_seconds(self) -> float:
@@ -295,12 +269,12 @@ class Costs:
         works, finishes, step, report = played.works, played.finishes, played.seconds, played.report
         index = max(range(len(works)), key=lambda number: works[number].seconds)
         work, finish = works[index], finishes[index]
-        exposed = work.exposed + work.spent.exchanges + finish.reduce + finish.exchange + report
+        exposed = work.exposed + work.spent.exchanges + finish.start + finish.reduce + finish.exchange + report
         host = work.host + finish.host
         busy = work.spent.kernels + work.slowed + host
         bubble = max(0.0, step - busy - exposed - finish.update)
         communication = work.communication + work.spent.exchanges + work.messages
-        communication += finish.reduce + finish.exchange + finish.report
+        communication += finish.start + finish.reduce + finish.exchange + finish.report
         return Prediction(
             step_seconds=step,
             compute_seconds=work.spent.kernels + work.slowed,
@@ -316,6 +290,7 @@ class Costs:
                 "tensor exchanges": work.spent.exchanges,
                 "gathers, reductions, buckets": work.communication,
                 "messages": work.messages,
+                "weight of the batch": finish.start,
                 "gradient sums": finish.reduce,
                 "parameter exchange": finish.exchange,
                 "report": finish.report,

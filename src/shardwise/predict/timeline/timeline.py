@@ -17,19 +17,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster, Device
-from shardwise.predict.closed_form.overlap import ComputePiece
+from shardwise.collective import Collective
+from shardwise.predict.closed_form.overlap import TimedPiece
 from shardwise.predict.closed_form.segment_times import PassSeconds
 from shardwise.predict.closed_form.step_time import Costs, costs_of
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timeline.breakdown import Breakdown
 from shardwise.predict.timeline.events import COMPUTE, Operation, Simulation
-from shardwise.predict.workers.groups import group_of
-from shardwise.predict.workers.holdings import Stage, Worker, report_bytes
-from shardwise.predict.workers.passes import Sync, table
+from shardwise.predict.workers.holdings import Stage, Worker
+from shardwise.predict.workers.passes import EqualPasses, table
+from shardwise.predict.workers.step_program import Piece
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 from shardwise.strategy import Strategy
 
+VERBS = {"all_gather": "gather", "reduce_scatter": "scatter", "all_reduce": "sum"}
 NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward of inputs", WEIGHT: "backward of weights"}
 
 
@@ -224,17 +226,15 @@ class _StepSimulation:
     def _program(self, host: _Host) -> None:
         strategy = self.strategy
         stages = {stage.number: stage for stage in host.worker.stages}
+        for each in host.costs.stages.program.start(host.worker):
+            seconds, together = host.costs.calls.of(each), ("weight", host.pipeline_rank)
+            weight = self._issue(host, each.axis, "weight of the batch", "report", seconds, (), together)
+            self._needed(host, weight)
         for turn in table(strategy, host.pipeline_rank):
-            action, sync, final = turn.action, turn.sync, turn.final
+            action = turn.action
             stage = stages[action.stage]
             self._arrive(host, action)
-            spent = host.costs.stages.computed(stage, action.kind, sync, final=final, first=turn.first)
-            if sync is not None and action.kind != WEIGHT:
-                self._sharded(host, action, stage, sync, spent)
-            elif final and stage.buckets and action.kind != WEIGHT:
-                self._bucketed(host, action, stage, spent)
-            else:
-                self._compute(host, action, spent)
+            self._pass(host, turn, stage)
             self._send(host, action, stage)
         self._finish(host)
 
@@ -340,113 +340,93 @@ class _StepSimulation:
             self._needed(host, self._message(host.pipeline, action, source, action.stage, seconds))
 
     def _send(self, host: _Host, action: Action, stage: Stage) -> None:
-        if action.kind == WEIGHT:
-            return
         after = [*host.barrier, host.last]
-        for target, sizes in stage.sent if action.kind == FORWARD else stage.returned:
-            seconds = self.usual.calls.message(stage.number, target, sizes)
-            if target % self.strategy.pp != host.pipeline_rank:
-                message = self._message(host.pipeline, action, stage.number, target, seconds)
-                self.simulation.issue(message, after)
+        for target, messages in self.usual.stages.program.sent(stage, action.kind):
+            seconds = sum(map(self.usual.calls.of, messages))
+            self.simulation.issue(self._message(host.pipeline, action, stage.number, target, seconds), after)
 
     # ---- gradients and parameters -----------------------------------------------------------------------------------
 
-    def _bucketed(self, host: _Host, action: Action, stage: Stage, spent: PassSeconds) -> None:
-        """Issue the last backward pass of a stage, with the all-reduce of each bucket as soon as it is complete."""
-        done, whole = 0.0, spent.device
-        buckets = host.costs.stages.buckets(stage, whole)
-        for number, (ready, seconds) in enumerate(buckets):
-            if ready > done:
-                self._compute(host, action, spent, (ready - done) / whole, f"to bucket {number}")
-                done = ready
-            after = [*host.barrier, host.last]
-            together = "replicas", host.pipeline_rank, stage.number, number
-            size = stage.buckets[number].bytes
-            host.sums.append(
-                self._issue(host, "dp", f"bucket {number}", "gradients", seconds, after, together, bytes=size)
-            )
-        if done < whole:
-            self._compute(host, action, spent, (whole - done) / whole, "to the end")
-
-    def _sharded(self, host: _Host, action: Action, stage: Stage, sync: Sync, spent: PassSeconds) -> None:
-        """Issue a pass of a sharded stage: all-gathers and reduce-scatters, block by block."""
-        pieces, root = host.costs.stages.pieces(stage, action.kind, sync, spent)
-        whole = sum(piece.compute for piece in pieces)
-        begun = [*host.barrier, host.last]
-        asked: list[Operation | None] = begun
-        ready: list[tuple[ComputePiece, Operation]] = []
-        if root.gather:
-            self._needed(host, self._gather(host, action, root, begun))
-        for piece in pieces:
-            if piece.gather:
-                self._needed(host, self._gather(host, action, piece, asked))
-            self._scatter(host, action, ready)
+    def _pass(self, host: _Host, turn: EqualPasses, stage: Stage) -> None:
+        """Issue a pass piece by piece, with the collectives around each; see `step_program`."""
+        action, sync, stages = turn.action, turn.sync, host.costs.stages
+        spent = stages.computed(stage, action.kind, sync, final=turn.final, first=turn.first)
+        pieces = stages.pieces(stage, action.kind, sync, turn.final, spent)
+        shares = _shares(pieces)
+        waiting: list[tuple[TimedPiece, Operation | None]] = []
+        asked: list[Operation | None] = [*host.barrier, host.last]
+        for timed, share in zip(pieces, shares, strict=True):
+            gather = timed.piece.communication.gather
+            if gather is not None:
+                self._needed(host, self._around(host, action, timed.piece, gather, timed.gather, asked))
+            self._reduce(host, action, waiting, blocking=self.inline and sync is not None)
             asked = [*host.barrier, host.last]
-            share = piece.compute / whole if whole else 1.0 / len(pieces)
-            computed = self._compute(host, action, spent, share, piece.name)
-            if piece.reduce:
-                ready.append((piece, computed))
-                if self.inline:
-                    self._scatter(host, action, ready)
-        if root.reduce and host.last is not None:
-            ready.append((root, host.last))
-        self._scatter(host, action, ready)
-        if sync.reduces:
+            if timed.piece.end > timed.piece.first:
+                self._compute(host, action, spent, share, timed.piece.name)
+            if timed.reductions:
+                waiting.append((timed, host.last))
+                if self.inline or sync is None:
+                    self._reduce(host, action, waiting, blocking=self.inline and sync is not None)
+        self._reduce(host, action, waiting, blocking=self.inline and sync is not None)
+        if sync is not None and sync.reduces:
             host.barrier += host.sums
             host.sums.clear()
 
-    def _gather(self, host: _Host, action: Action, piece: ComputePiece, after: Iterable[Operation | None]) -> Operation:
-        together = "fsdp", host.pipeline.row, host.pipeline_rank, str(action), piece.name, "gather"
-        name = f"gather {piece.name or 'the rest'} for {action}"
-        return self._issue(host, "fsdp", name, "parameters", piece.gather, after, together)
+    def _reduce(
+        self, host: _Host, action: Action, waiting: list[tuple[TimedPiece, Operation | None]], *, blocking: bool
+    ) -> None:
+        """Issue the reductions of pieces that have computed; `blocking` ones stop the host."""
+        for timed, computed in waiting:
+            after: list[Operation | None] = [computed, *host.barrier]
+            for each, seconds in zip(timed.piece.communication.reductions, timed.reductions, strict=True):
+                reduced = self._around(host, action, timed.piece, each, seconds, after)
+                host.sums.append(reduced)
+                if blocking:
+                    self.simulation.wait(host.number, reduced)
+                after = [reduced]
+        waiting.clear()
 
-    def _scatter(self, host: _Host, action: Action, ready: list[tuple[ComputePiece, Operation]]) -> None:
-        """Issue the reduce-scatters of pieces that have computed; they queue behind the gather of the next piece."""
-        for piece, computed in ready:
-            where = host.pipeline_rank, str(action), piece.name
-            name = f"{piece.name or 'the rest'} of {action}"
-            together: object = ("fsdp", host.pipeline.row, *where, "scatter")
-            scattered = self._issue(
-                host, "fsdp", f"scatter {name}", "gradients", piece.reduce, [computed, *host.barrier], together
-            )
-            host.sums.append(scattered)
-            if self.inline:
-                self.simulation.wait(host.number, scattered)
-            if piece.mirror:
-                together = ("dp", *where)
-                mirrored = self._issue(host, "dp", f"sum {name}", "gradients", piece.mirror, [scattered], together)
-                host.sums.append(mirrored)
-                if self.inline:
-                    self.simulation.wait(host.number, mirrored)
-        ready.clear()
+    def _around(
+        self,
+        host: _Host,
+        action: Action,
+        piece: Piece,
+        each: Collective,
+        seconds: float,
+        after: Iterable[Operation | None],
+    ) -> Operation:
+        """Issue a collective around a piece; the workers of one group issue it together."""
+        row = host.pipeline.row if each.axis == "fsdp" else None
+        together = each.axis, row, host.pipeline_rank, str(action), piece.name, each.operation
+        name = f"{VERBS[each.operation]} {piece.name} of {action}"
+        kind = "parameters" if each.operation == "all_gather" else "gradients"
+        return self._issue(host, each.axis, name, kind, seconds, after, together, bytes=each.bytes)
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
+    def _left(self, host: _Host, each: Collective, number: int) -> Operation:
+        """Issue a reduction of gradients that was left when the passes were over."""
+        together: object = None  # tensor-parallel ranks are one worker of the simulation
+        if each.axis == "pp":
+            together = "pp", host.pipeline.row, host.pipeline.column, each.group, each.bytes
+        elif each.axis != "tp":
+            together = "left", host.pipeline_rank, number
+        after, seconds = [*host.barrier, host.last], host.costs.calls.of(each)
+        return self._issue(host, each.axis, "sum of gradients", "gradients", seconds, after, together, bytes=each.bytes)
+
     def _finish(self, host: _Host) -> None:
         """Issue what follows the passes: remaining all-reduces, the update, and broadcasts of updated parameters."""
-        costs, strategy, worker = host.costs, self.strategy, host.worker
+        costs, worker = host.costs, host.worker
         finish = costs.finish(worker)
-        replicas = group_of(strategy, "replicas", worker.pipeline_rank)
-        for number, bucket in enumerate(worker.twice):
-            seconds = costs.calls.collective("all_reduce", bucket.bytes, replicas)
-            together: object = ("twice", host.pipeline_rank, number)
-            host.sums.append(
-                self._issue(host, "dp", f"shared bucket {number}", "gradients", seconds, [host.last], together)
-            )
         for each in host.sums:
             self._needed(host, each)
         host.sums.clear()
-        for workers, size, seconds in costs.sums_over_workers(worker):
-            together = ("workers", host.pipeline.row, host.pipeline.column, workers, size) if workers else None
-            after = [*host.barrier, host.last]
-            stream = "pp" if workers else "tp"
-            summed = self._issue(host, stream, "sum of gradients", "gradients", seconds, after, together, bytes=size)
-            self._needed(host, summed)
+        for number, left in enumerate(costs.stages.program.sums(worker)):
+            self._needed(host, self._left(host, left, number))
         after = [*host.barrier, host.last]
         report = None
-        if finish.report:
-            size = report_bytes(costs.profile)
-            report = self._issue(host, "world", "report", "report", finish.report, after, "report", bytes=size)
+        for summed in costs.stages.program.report():
+            report = self._issue(host, "world", "report", "report", finish.report, after, "report", bytes=summed.bytes)
             if costs.waits_for_norm:
                 self._needed(host, report)
         hosted = finish.host * host.factor
@@ -462,6 +442,12 @@ class _StepSimulation:
         if report is not None:
             self._needed(host, report)
         self._on_compute(host, Operation(host.number, COMPUTE, "end", "end", 0.0))
+
+
+def _shares(pieces: Sequence[TimedPiece]) -> list[float]:
+    """Return the share of a pass's compute that falls to each piece; equal ones if it takes no time."""
+    whole = sum(timed.compute for timed in pieces)
+    return [timed.compute / whole if whole else 1.0 / len(pieces) for timed in pieces]
 
 
 def _name(host: _Host, rank: int) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from shardwise.predict.closed_form.overlap import ComputePiece, Passed, bucketed, gathered
+from shardwise.predict.closed_form.overlap import Passed, TimedPiece, overlapped
 from shardwise.predict.closed_form.pipeline import Messages, StageTime, TimedPass, pipeline_seconds, played
 from shardwise.predict.closed_form.segment_times import PassSeconds
+from shardwise.predict.workers.step_program import Piece
 from shardwise.splitting.schedule import BACKWARD, Action, order
 
 
@@ -101,21 +102,25 @@ def shares(passed: Passed) -> tuple[float, float, float]:
     return passed.communication, passed.exposed, passed.slowed
 
 
+def piece(compute: float, gather: float = 0.0, *reductions: float) -> TimedPiece:
+    return TimedPiece(Piece(0, 1), compute, gather, reductions)
+
+
 def sharded(
-    pieces: Sequence[ComputePiece], first: float = 0.0, overlap: float = 1.0, *, blocking: bool = False
+    pieces: Sequence[TimedPiece], first: float = 0.0, overlap: float = 1.0, *, blocking: bool = False
 ) -> tuple[float, float, float]:
-    root = ComputePiece(0.0, gather=first)
-    return shares(gathered(PassSeconds(8.0), pieces, root, overlap, blocking=blocking))
+    whole = [piece(0.0, first), *pieces]
+    return shares(overlapped(PassSeconds(8.0), whole, overlap, blocking=blocking))
 
 
 def test_gathers_hide_behind_the_block_before() -> None:
     # gather 1 | compute 2, gather 1 meanwhile | compute 2 | ... : only the first gather is seen
-    pieces = [ComputePiece(2.0, gather=1.0) for _ in range(4)]
+    pieces = [piece(2.0, 1.0) for _ in range(4)]
     assert sharded(pieces) == (4.0, 1.0, 0.0)
     # at half speed for the second of each of three gathers: 1 | 1 + 1.5 | 1 + 1.5 | 1 + 1.5 | 2
     assert sharded(pieces, overlap=2.0) == (4.0, 1.0, 1.5)
     # longer than a block: the second waits 1 s, and so on
-    slow = [ComputePiece(2.0, gather=3.0) for _ in range(4)]
+    slow = [piece(2.0, 3.0) for _ in range(4)]
     assert sharded(slow, 1.0) == (13.0, 1.0 + 3.0 + 3 * 1.0, 0.0)
     # slower compute waits less for them, and the pass takes as long
     assert sharded(slow, 1.0, overlap=1.25) == (13.0, 1.0 + 3.0 + 3 * 0.5, 3 * 0.5)
@@ -124,24 +129,23 @@ def test_gathers_hide_behind_the_block_before() -> None:
 
 def test_scatters_stand_behind_gathers() -> None:
     # g1 0-1, c1 1-3, g2 1-2, c2 3-5, s1 3-5, s2 5-7
-    pieces = [ComputePiece(2.0, gather=1.0, reduce=2.0) for _ in range(2)]
-    assert sharded(pieces) == (6.0, 3.0, 0.0)
+    assert sharded([piece(2.0, 1.0, 2.0) for _ in range(2)]) == (6.0, 3.0, 0.0)
     # the sums over dp are on a channel of their own: after s1 5-6, after s2 7-8
-    mirrored = [ComputePiece(2.0, gather=1.0, reduce=2.0, mirror=1.0) for _ in range(2)]
-    assert sharded(mirrored) == (8.0, 4.0, 0.0)
+    assert sharded([piece(2.0, 1.0, 2.0, 1.0) for _ in range(2)]) == (8.0, 4.0, 0.0)
 
 
 def test_buckets() -> None:
-    def passed(buckets: Sequence[tuple[float, float]], overlap: float = 1.0) -> tuple[float, float, float]:
-        return shares(bucketed(PassSeconds(5.0), buckets, overlap))
+    def passed(seconds: float, overlap: float = 1.0) -> tuple[float, float, float]:
+        pieces = [piece(1.0, 0.0, seconds), piece(1.0, 0.0, seconds), piece(3.0)]
+        return shares(overlapped(PassSeconds(5.0), pieces, overlap, blocking=False))
 
     # complete at 1 and 2 of 5 s: sent 1-4, 4-7
-    assert passed([(1.0, 3.0), (2.0, 3.0)]) == (6.0, 2.0, 0.0)
-    assert passed([(1.0, 1.0), (2.0, 1.0)]) == (2.0, 0.0, 0.0)
+    assert passed(3.0) == (6.0, 2.0, 0.0)
+    assert passed(1.0) == (2.0, 0.0, 0.0)
     # at half speed from 1 to 2 and from 2.5 to 3.5: the second is complete at 2.5, and all at 6
-    assert passed([(1.0, 1.0), (2.0, 1.0)], 2.0) == (2.0, 0.0, 1.0)
+    assert passed(1.0, 2.0) == (2.0, 0.0, 1.0)
     # at half speed from 1 to 7: only 4 of 5 s are done then, and nothing is left to wait for
-    assert passed([(1.0, 3.0), (2.0, 3.0)], 2.0) == (6.0, 0.0, 3.0)
+    assert passed(3.0, 2.0) == (6.0, 0.0, 3.0)
 
 
 def test_what_a_worker_sends_waits_for_what_it_sent_before() -> None:

@@ -267,8 +267,9 @@ def test_two_stages() -> None:
     found = predict(profile(update=Update(), clipped=False), strategy, CLUSTER)
     one = costs("pp=2,microbatches=8")
     f = 2 * seconds_of(1e6) + small(5) / 2
-    messages = one.calls.message(0, 1, (500, 2000)) + one.calls.message(1, 0, (500, 2000))
-    assert one.stages.waits("F", 1) == pytest.approx(one.calls.message(0, 1, (500, 2000)))
+    there = sum(one.calls.sent(size, Group(2)) for size in (500, 2000))
+    assert one.stages.waits("F", 1) == one.stages.waits("B", 0) == pytest.approx(there)
+    messages = 2 * there
     assert found.step_seconds == pytest.approx(9 * 3 * f + messages, rel=0.02)
     assert found.bubble_seconds == pytest.approx(3 * f + messages, rel=0.1)
 
@@ -290,8 +291,9 @@ def test_only_messages_that_cross_hosts_share_what_is_between_them(
 
     curves = measured(1, 1, 1.0), measured(1, 2, 2.0), measured(2, 1, 10.0), measured(2, 2, 20.0)
     two_hosts = replace(CLUSTER, nodes=(Nodes(DEVICE, 2, 2),), collectives=curves)
-    found = costs_of(profile(), Strategy.parse(strategy), two_hosts)
-    assert found.calls.message(*between, (1000,)) == pytest.approx(seconds)
+    parsed = Strategy.parse(strategy)
+    found = costs_of(profile(), parsed, two_hosts)
+    assert found.calls.sent(1000, message_group(parsed, *between)) == pytest.approx(seconds)
 
 
 def test_recompute_adds_a_forward_pass_up_to_what_is_needed() -> None:
