@@ -93,7 +93,7 @@ def _dry_run(strategy: str, run: Mapping[str, Any]) -> list[str]:
         _off(predicted["memory_bytes"], run["memory_bytes"]),
         format_bytes(predicted["communicated_bytes"]),
         format_bytes(run["communicated_bytes"]),
-        "alike" if run["bytes_agree"] else "NOT ALIKE",
+        "alike" if run["bytes_agree"] and run["order_agrees"] else "NOT ALIKE",
     ]
 
 
