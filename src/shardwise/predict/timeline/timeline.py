@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardwise.cluster.cluster import Cluster, Device
+from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective
 from shardwise.predict.closed_form.overlap import TimedPiece
 from shardwise.predict.closed_form.segment_times import PassSeconds
@@ -25,6 +25,7 @@ from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timeline.breakdown import Breakdown
 from shardwise.predict.timeline.events import COMPUTE, Operation, Simulation
+from shardwise.predict.timeline.replicas import SimulatedReplica, representatives
 from shardwise.predict.workers.holdings import Stage, Worker
 from shardwise.predict.workers.passes import EqualPasses, table
 from shardwise.predict.workers.step_program import Piece
@@ -33,20 +34,6 @@ from shardwise.strategy import Strategy
 
 VERBS = {"all_gather": "gather", "reduce_scatter": "scatter", "all_reduce": "sum"}
 NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward of inputs", WEIGHT: "backward of weights"}
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedReplica:
-    """A replica that represents all replicas like it.
-
-    Attributes:
-        row, column: its coordinates along dp and fsdp.
-        machines: for each pipeline rank, (slowest device, factor by which compute takes longer than usual).
-    """
-
-    row: int
-    column: int
-    machines: tuple[tuple[Device, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,39 +92,6 @@ def timeline(
     usual = costs_of(profile, strategy, cluster, batch_size)
     pipelines = representatives(usual.strategy, cluster, slowed or {})
     return _StepSimulation(usual, pipelines, _costs_by_device(usual, pipelines, batch_size)).timeline()
-
-
-def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> list[SimulatedReplica]:
-    """Choose the replicas to simulate: one of each kind in each kind of fsdp group.
-
-    Two replicas are of one kind if their pipeline workers have the same devices and factors.
-    """
-    rows: dict[object, list[SimulatedReplica]] = {}
-    kinds = len(cluster.nodes) > 1 or bool(slowed)
-    for row in range(strategy.dp if kinds else 1):
-        found: dict[object, SimulatedReplica] = {}
-        for column in range(strategy.fsdp if kinds else 1):
-            machines = tuple(
-                _machine(strategy, cluster, slowed, row, column, pipeline_rank) for pipeline_rank in range(strategy.pp)
-            )
-            found.setdefault(_described(machines), SimulatedReplica(row, column, machines))
-        rows.setdefault(frozenset(found), list(found.values()))
-    return [pipeline for found in rows.values() for pipeline in found]
-
-
-def _machine(
-    strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float], row: int, column: int, pipeline_rank: int
-) -> tuple[Device, float]:
-    """Return (slowest device, largest factor) of a pipeline worker's tensor-parallel ranks, which run in step."""
-    first = strategy.rank(dp=row, fsdp=column, pp=pipeline_rank)
-    ranks = range(first, first + strategy.tp)
-    devices = {id(device): device for device in map(cluster.device, ranks)}.values()
-    slowest = min(devices, key=lambda device: max(device.flops.values(), default=0.0))
-    return slowest, max(slowed.get(rank, 1.0) for rank in ranks)
-
-
-def _described(machines: Sequence[tuple[Device, float]]) -> tuple[tuple[int, float], ...]:
-    return tuple((id(device), factor) for device, factor in machines)
 
 
 def _costs_by_device(usual: Costs, pipelines: Iterable[SimulatedReplica], batch_size: int) -> dict[int, Costs]:
