@@ -29,6 +29,7 @@ from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.mesh import Allocating, forget_meshes
 from shardwise.parallel.program import Program
 from shardwise.parallel.state.pytree import facts
+from shardwise.predict.dry_run.device_queries import asks_for_device
 from shardwise.predict.profile.gpu_ops import GPUDispatch
 from shardwise.predict.profile.meta_model import batch
 from shardwise.predict.profile.op_counter import tensors
@@ -76,6 +77,8 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._rebuilding = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if asks_for_device(function, args):
+            return args[0].device
         kwargs = kwargs or {}
         if self._rebuilding and _is_order(args, kwargs):
             with facts():

@@ -43,6 +43,7 @@ from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.program import Program
 from shardwise.parallel.state.dtensor_rows import is_split, local
 from shardwise.predict.dry_run.c10d_ops import Axes, collective_of, is_collective, work_of
+from shardwise.predict.dry_run.device_queries import asks_for_device
 from shardwise.predict.dry_run.storages import Storages
 from shardwise.predict.dry_run.streams import COMPUTE, Streams
 from shardwise.predict.prediction import Memory
@@ -182,6 +183,8 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # ---- observing --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if asks_for_device(func, args):
+            return args[0].device
         if any(kind not in _PLAIN for kind in types):
             return NotImplemented  # the subclass calls again with its local tensors
         kwargs = kwargs or {}
