@@ -36,7 +36,6 @@ from shardwise.predict.dry_run.fakes import (
     as_on_gpu,
     fake_workers,
     first_share,
-    replicated,
 )
 from shardwise.predict.dry_run.recorder import Event, StepRecord, StepRecorder
 from shardwise.predict.dry_run.streams import Streams, recorded_streams
@@ -185,7 +184,7 @@ class _SingleDryRun:
         )
 
     def _recorded(self, program: Program, streams: Streams) -> StepRecord:
-        """Record one step after warm-up steps, which create optimizer states and buckets."""
+        """Record one step after a first one, from which optimizer states and the order of buckets come."""
         patched: Any = program
         patched._by_all = lambda _: True  # assume that all ranks leave the same parameters unused
         share = first_share(self.workload, self.strategy, program.mesh.replica, program.engine.uniform, self.allocating)
@@ -193,14 +192,9 @@ class _SingleDryRun:
         answers = Answers()
         offloaded = self.device == "gpu" and bool(self.strategy.offload)
         device = as_on_gpu(program) if self.device == "gpu" else nullcontext()
-        with self.allocating(), answers, answers.following(program.engine), device:
-            for _ in range(_first_steps(program)):
-                program.step_share(first)
+        with self.allocating(), answers, device:
+            program.step_share(first)
+            answers.rebuild_buckets(program.engine)
             with StepRecorder(offloaded=offloaded, streams=streams) as recorder, recorder.following(program):
                 program.step_share(share)
         return recorder.record()
-
-
-def _first_steps(program: Program) -> int:
-    """Return the number of warm-up steps: 1, or 2 under DDP, which rebuilds its buckets as the second step begins."""
-    return 2 if replicated(program.engine) is not None else 1

@@ -94,27 +94,16 @@ class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 received.zero_()  # received tensors need defined values if tensors have data
         return result
 
-    @contextmanager
-    def following(self, engine: Engine) -> Iterator[None]:
-        """Wrap steps of an engine: inside DDP's pre-forward hook, where it rebuilds its buckets, keep real values."""
+    def rebuild_buckets(self, engine: Engine) -> None:
+        """Rebuild DDP's buckets in the order of a first backward pass, as it does when the second step begins."""
         wrapped: Any = replicated(engine)
         if wrapped is None:
-            yield
             return
-        original = wrapped._pre_forward
-
-        def before_forward(*args: Any, **kwargs: Any) -> Any:
-            self._rebuilding = True
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._rebuilding = False
-
-        wrapped._pre_forward = before_forward
+        self._rebuilding = True  # the order of the buckets keeps its values
         try:
-            yield
+            wrapped.reducer._rebuild_buckets()
         finally:
-            del wrapped._pre_forward
+            self._rebuilding = False
 
 
 def replicated(engine: Engine) -> DistributedDataParallel | None:
