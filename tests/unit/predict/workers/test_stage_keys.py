@@ -50,7 +50,7 @@ def some(profiles: Profiles, constraints: Constraints, count: int) -> Iterator[S
 
 def test_what_is_kept_changes_nothing(profiles: Profiles, cluster: Cluster) -> None:
     tried = 0
-    for strategy in some(profiles, Constraints(fixed={"tp": "2"}), 400):
+    for strategy in some(profiles, Constraints(fixed={"tp": "2"}), 160):
         try:
             warm = profiles.of(strategy)
             alone = predict(replace(warm, memo=Memo()), strategy, cluster)
