@@ -12,11 +12,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from traces import remembered
 
 from shardwise.collective import Group
 from shardwise.errors import DataError, StrategyError
 from shardwise.predict.dry_run.dry_run import DryRun, dry_run
 from shardwise.predict.dry_run.fakes import _Chunks
+from shardwise.splitting.balance import Cuts
 from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
@@ -30,9 +32,10 @@ def sized(**changes: Any) -> Workload:
     return gpt(**{**sizes, "sequence": 1024, **changes})
 
 
-def large(spec: str, rank: int = 0, batch_size: int = 64, **changes: Any) -> DryRun:
+def large(spec: str, rank: int = 0, batch_size: int = 64, cuts: Cuts | None = None, **changes: Any) -> DryRun:
     """A worker of a model with 6.9 B parameters, 27.5 GB of float32."""
-    return dry_run(sized(batch_size=batch_size, **changes), Strategy.parse(spec), rank)
+    with remembered(f"large {changes}"):
+        return dry_run(sized(batch_size=batch_size, **changes), Strategy.parse(spec), rank, cuts=cuts)
 
 
 def counted(run: DryRun) -> dict[tuple[str, str, str], tuple[int, int]]:
@@ -99,14 +102,14 @@ def test_cuts_are_taken() -> None:
     assert run.cuts is not None
     assert len(run.cuts) == 4
     moved = tuple((start + 1 if start else 0,) for (start,) in run.cuts)
-    other = dry_run(sized(batch_size=2), Strategy.parse("pp=4,microbatches=2"), cuts=moved)
+    other = large("pp=4,microbatches=2", batch_size=2, cuts=moved)
     assert other.cuts == moved
     assert other.memory.parameters > run.memory.parameters
 
 
 @pytest.mark.parametrize("cuts", [((0,), (9,)), ((0,), (9,), (8,), (20,)), ((0,), (1,), (2,), (99,))])
 def test_cuts_of_another_step_are_refused(cuts: Any) -> None:
-    with pytest.raises(StrategyError, match="are not those of 4 stages"):
+    with remembered("cut in vain"), pytest.raises(StrategyError, match="are not those of 4 stages"):
         dry_run(gpt(8, 256, 4, sequence=64), Strategy.parse("pp=4"), cuts=cuts)
 
 
