@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from dry_runs import shared
 from hosts import quick
 from traces import remembered
 
@@ -77,7 +78,7 @@ def profiles(name: str, device: str) -> Profiles:
 
 def views(name: str, cluster: str, strategy: str) -> dict[str, Any]:
     found = profiles(name, "cpu" if cluster.startswith("epyc") else "gpu")
-    with remembered(name):
+    with shared(name):
         return crosscheck(found, Strategy.parse(strategy), find_cluster(cluster), timed=True).document()
 
 
