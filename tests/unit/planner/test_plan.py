@@ -117,7 +117,7 @@ def test_bounds_hold_for_deep_pipelines_too(deep: ScaledProfiles, slower: float)
 
 def test_as_few_blocks_as_must_be_are_computed_again(cluster: Cluster) -> None:
     """Between what a strategy needs with none and with all of them, and no other is as good in any part."""
-    workload = load_workload("gpt:layers=8,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=16")
+    workload = load_workload("gpt:layers=4,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=16")
     profiles = ScaledProfiles(Profiles(workload))
     segments = len(profiles.of(Strategy()).segments)
     chosen: list[Recompute] = []
@@ -128,7 +128,7 @@ def test_as_few_blocks_as_must_be_are_computed_again(cluster: Cluster) -> None:
         room = sum(sizes) // 2
         plan = search(workload, cluster, 4, Constraints(fixed=fixed, max_memory=room), profiles).plan
         assert plan.best is not None
-        parts = [f"{count}/8" for count in range(1, 8)]
+        parts = [f"{count}/4" for count in range(1, 4)]
         tried = [s.with_(recompute=word) for s in whole for word in ("none", "full", *parts)]
         fitting = [
             prediction.step_seconds
@@ -329,9 +329,9 @@ def test_more_devices_stop_paying_where_they_bring_less_than_half(cluster: Clust
 
 
 def test_one_device_that_is_too_small_is_told_how_many_would_do() -> None:
-    source = Source(workload="gpt:layers=12,hidden=2048,heads=16,vocabulary=512,sequence=128,batch_size=16")
+    source = Source(workload="gpt:layers=4,hidden=2048,heads=16,vocabulary=512,sequence=128,batch_size=16")
     with pytest.raises(DoesNotFit, match=r"does not fit into 1 device of .*: \d+ of them would do"):
-        planned(source, "a100-40x1", None, objective="time", max_memory="8GiB", fix=[], forbid=[], out=None)
+        planned(source, "a100-40x1", None, objective="time", max_memory="3GiB", fix=[], forbid=[], out=None)
 
 
 @pytest.mark.parametrize("margin", [0.05, 0.0, 0.3])
