@@ -18,6 +18,7 @@ from shardwise.planner.constraints import Constraints
 from shardwise.planner.document import front_rows, plan_document
 from shardwise.planner.dry_run_check import judge
 from shardwise.planner.explain import explanation
+from shardwise.planner.garbage import few_collections
 from shardwise.planner.launching.software import launch_document, own_launch_document
 from shardwise.planner.pareto import front
 from shardwise.planner.plan_file import PlanFile, read_plan, write_plan
@@ -52,6 +53,7 @@ CHANGED = 0.2
 """Relative difference between a plan file's step time and today's prediction above which the plan does not hold."""
 
 
+@few_collections()
 def planned(
     source: Source,
     cluster_text: str | None,

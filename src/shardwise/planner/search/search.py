@@ -12,17 +12,15 @@ spread evenly over the model.
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError, StrategyError, WorkloadError
 from shardwise.options import EQUAL
 from shardwise.planner.constraints import Constraints
+from shardwise.planner.garbage import few_collections
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.planner.search.candidates import Candidates, Family, UnequalStages, family_of
 from shardwise.planner.search.finalists import FINALISTS, Finalists
@@ -44,10 +42,6 @@ from shardwise.workload.workload import Workload
 
 NEAR = 0.02
 """Fraction by which a strategy may be worse than the best one and is still examined: traced profiles may reorder."""
-
-
-COLLECTIONS = (200_000, 20, 100)
-"""Thresholds of Python's garbage collector during a search; the default collects after 700 new objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,26 +93,12 @@ def search(
         raise RequestError(f"workers={workers}: {cluster.name} has {cluster.size} devices, use 1 to {cluster.size}")
     scaled = profiles or ScaledProfiles(profiles_on(workload, cluster))
     constraints = replace(constraints or Constraints(), software=scaled.traced.software)
-    with _few_collections():
+    with few_collections():
         plan = _Search(SearchProblem(workload, cluster, workers, constraints, scaled)).plan()
         if not plan.candidates and may_offload(cluster, constraints):
             offloading = replace(constraints, fixed={**constraints.fixed, "offload": "1"})
             plan = _joined(plan, _Search(SearchProblem(workload, cluster, workers, offloading, scaled)).plan())
     return SearchResult(plan, scaled)
-
-
-@contextmanager
-def _few_collections() -> Iterator[None]:
-    """Run Python's garbage collector less often inside the context.
-
-    A search creates many objects that stay alive and hardly any cycles; collection took a sixth of its time.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(*COLLECTIONS)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def may_offload(cluster: Cluster, constraints: Constraints) -> bool:
