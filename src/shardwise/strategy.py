@@ -342,7 +342,7 @@ class Strategy:
             raise StrategyError(
                 f"schedule=interleaved needs microbatches that divide by pp={self.pp}, not {count}: {hint}"
             )
-        return self.with_(microbatches=count)
+        return self if count == self.microbatches else self.with_(microbatches=count)
 
     def __str__(self) -> str:
         default = Strategy()
