@@ -6,6 +6,7 @@ what would change the choice. Every number in it comes from a prediction for thi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from shardwise.cluster.cluster import Cluster, CollectiveCurve, Sample
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.options import EQUAL
 from shardwise.planner.plan import Candidate, Plan, are_equal
-from shardwise.predict.closed_form.step_time import predict
+from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.closed_form.unequal_shares import ProfileOf, predict_shares
 from shardwise.predict.document import PARTS, needs, note_words, step_words
 from shardwise.predict.prediction import Prediction
@@ -316,12 +317,18 @@ def _diverse(plan: Plan) -> list[Candidate]:
 def _fastest(
     strategies: Sequence[Strategy], cluster: Cluster, profile_of: ProfileOf, room: int, batch_size: int
 ) -> Candidate | None:
+    """Return the fastest of the strategies that fit. Returns None if none fits."""
     found: Candidate | None = None
     for strategy in strategies:
-        prediction = predict_shares(profile_of, strategy, cluster, batch_size)
-        if prediction.memory.total <= room and (
-            found is None or prediction.step_seconds < found.prediction.step_seconds
-        ):
+        least = found.prediction.step_seconds if found else math.inf
+        if not strategy.shares:  # memory takes longer to predict than time
+            costs = costs_of(profile_of(strategy), strategy, cluster, batch_size)
+            if costs.step_seconds >= least:
+                continue
+            prediction = costs.prediction()
+        else:
+            prediction = predict_shares(profile_of, strategy, cluster, batch_size)
+        if prediction.memory.total <= room and prediction.step_seconds < least:
             found = Candidate(strategy, prediction)
     return found
 
