@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from shardwise.cluster.find import find_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.commands.plan import checked, planned
 from shardwise.commands.request import TrainingRequest, settle, settle_strategy
-from shardwise.errors import DoesNotFit, RequestError
+from shardwise.errors import DoesNotFit, RequestError, StrategyError
 from shardwise.options import NONE, Recompute
 from shardwise.planner.constraints import Constraints
 from shardwise.planner.explain import explanation, with_bandwidth
@@ -26,6 +27,7 @@ from shardwise.planner.scaling import Point, counts, enlarged, worth
 from shardwise.planner.search.candidates import family_of
 from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.planner.search.search import SearchResult, search
+from shardwise.planner.search.sharded_bounds import sharded_seconds
 from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import predict_shares
@@ -111,8 +113,43 @@ def test_bounds_hold_for_deep_pipelines_too(deep: ScaledProfiles, slower: float)
         if strategy.pp > 1:
             assert staged_seconds(profile, strategy, cluster) <= seconds, strategy
             assert staged_seconds(profile, family_of(strategy), cluster) <= seconds, strategy
+        assert sharded_seconds(profile, strategy, cluster) <= seconds, strategy
         checked += 1
     assert checked > 100
+
+
+SHARDED = {
+    "pp": (2, 4, 8),
+    "fsdp": (2, 8),
+    "dp": (1, 2),
+    "tp": (1, 2),
+    "zero": (2, 3),
+    "recompute": ("none", "selective", "full", "1/3"),
+}
+"""Values of each option of pipelines with sharded parameters; a sample of them is compared with its bounds."""
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero-bubble", "interleaved,stages=2", "interleaved,stages=3"])
+@pytest.mark.parametrize("bandwidth", [1, 30], ids=["fast links", "slow links"])
+def test_no_sharded_pipeline_costs_less_than_its_bound(deep: ScaledProfiles, schedule: str, bandwidth: float) -> None:
+    """Short and long tables of passes, with links so fast that compute binds, and so slow that collectives do."""
+    fast = find_cluster("h100x256")
+    levels = tuple(replace(level, bandwidth=level.bandwidth / bandwidth) for level in fast.levels)
+    cluster, ratios = replace(fast, levels=levels), []
+    for values in random.Random(2).sample(list(product(*SHARDED.values())), 60):
+        options = ",".join(f"{name}={value}" for name, value in zip(SHARDED, values, strict=True))
+        plain = Strategy.parse(f"{options},schedule={schedule}")
+        for microbatches in (1, 2, 4, 8, 16, 32):
+            strategy = plain.with_(microbatches=microbatches)
+            try:
+                prediction = predict(profile := deep.of(strategy), strategy, cluster)
+            except StrategyError:
+                continue
+            bound = sharded_seconds(profile, strategy, cluster)
+            assert bound <= prediction.step_seconds * 1.0001, strategy
+            ratios.append(bound / prediction.step_seconds)
+    assert len(ratios) > 40
+    assert max(ratios) > 0.2
 
 
 def test_as_few_blocks_as_must_be_are_computed_again(cluster: Cluster) -> None:

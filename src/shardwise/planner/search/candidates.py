@@ -16,6 +16,7 @@ from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.planner.search.partial_recompute import fewest, may_be
 from shardwise.planner.search.problem import SearchProblem
 from shardwise.planner.search.rejections import Rejections
+from shardwise.planner.search.sharded_bounds import sharded_seconds
 from shardwise.planner.search.space import divisors, families, members, spellings
 from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.predict.closed_form.segment_times import times_of
@@ -118,6 +119,16 @@ class Candidates:
             return max(family.bound, staged_seconds(self.task.scaled.of(whole), strategy, self.task.cluster))
         except (StrategyError, WorkloadError):
             return family.bound  # the reason is recorded with its members
+
+    def sharded_bound(self, strategy: Strategy) -> float:
+        """Return the bound of a pipeline with sharded parameters, as `sharded_seconds`; 0 if it is of no use."""
+        if self.task.least_memory or not strategy.splits_parameters:
+            return 0.0
+        try:
+            profile = self.task.scaled.of(_whole(strategy))
+            return sharded_seconds(profile, strategy, self.task.cluster)
+        except (StrategyError, WorkloadError):
+            return 0.0  # the reason is recorded when the strategy is predicted
 
     def members(self, family: Strategy) -> list[tuple[float, Strategy | UnequalStages]]:
         """Return (bound on the objective, strategy) for each member of a family that may fit."""

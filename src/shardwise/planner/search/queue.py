@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Set
+from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
+W = TypeVar("W")
 
 
 class Queue(Generic[T]):
@@ -26,6 +27,13 @@ class Queue(Generic[T]):
         """Remove and return (bound, item) with the lowest bound."""
         bound, _, what = heapq.heappop(self._heap)
         return bound, what
+
+    def take_first(self, wanted: Set[W]) -> tuple[float, W]:
+        """Remove and return (bound, item) of the wanted item with the lowest bound; at least one must be open."""
+        found = min(entry for entry in self._heap if entry[2] in wanted)
+        self._heap.remove(found)
+        heapq.heapify(self._heap)
+        return found[0], cast("W", found[2])
 
     @property
     def least(self) -> float:

@@ -43,6 +43,9 @@ from shardwise.workload.workload import Workload
 NEAR = 0.02
 """Fraction by which a strategy may be worse than the best one and is still examined: traced profiles may reorder."""
 
+COMPARED, COMPARISONS = 4, 16
+"""Strategies of each kind that are predicted although they cannot win: so many that fit, of at most so many."""
+
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
@@ -138,6 +141,7 @@ class _Search:
     found: list[Candidate] = field(default_factory=list)
     looked_at: int = 0
     queue: Queue[Family | Strategy | UnequalStages] = field(default_factory=Queue)
+    put_off: set[Strategy] = field(default_factory=set)
     standing: BestSoFar = field(default_factory=lambda: BestSoFar(FINALISTS, NEAR))
 
     def __post_init__(self) -> None:
@@ -192,15 +196,42 @@ class _Search:
             if isinstance(what, UnequalStages):
                 self._note(self._evened(what.strategy))
                 continue
-            slower = self._seconds_above(what)
-            if slower is not None:
-                self.queue.add(max(bound, slower), what)
-                continue
-            found = self._predicted(what)
-            if found is None:
-                self._add_smaller(bound, what)
+            closer = self._closer(bound, what)
+            if closer > bound:
+                self.queue.add(closer, what)
             else:
-                self._note(found)
+                self._price(bound, what)
+        self._compare_kinds()
+
+    def _closer(self, bound: float, strategy: Strategy) -> float:
+        """Return a tighter bound that takes longer to compute than `bound`; `bound` itself if the strategy may win."""
+        closer = max(bound, self.prospects.sharded_bound(strategy))
+        if closer > self.standing.limit:
+            self.put_off.add(strategy)
+        return closer if closer > bound else max(bound, self._seconds_above(strategy) or 0.0)
+
+    def _price(self, bound: float, strategy: Strategy) -> None:
+        """Predict a strategy. If it does not fit, queue its variants with recomputation or unequal stages."""
+        found = self._predicted(strategy)
+        if found is None:
+            self._add_smaller(bound, strategy)
+        self._note(found)
+
+    def _compare_kinds(self) -> None:
+        """Predict the most promising of the strategies that were put off, a few of each kind.
+
+        None of them can win. The explanation compares the best strategy with them, on this cluster and on others.
+        """
+        for kind in sorted({strategy.kind for strategy in self.put_off}):
+            own = {strategy for strategy in self.put_off if strategy.kind == kind}
+            before = len(self.found)
+            for _ in range(min(COMPARISONS, len(own))):
+                if len(self.found) == before + COMPARED:
+                    break
+                bound, strategy = self.queue.take_first(own)
+                own.remove(strategy)
+                self._price(bound, strategy)
+        self.put_off.clear()
 
     def _note(self, found: Candidate | None) -> None:
         """Record a candidate that fits; ignore None."""

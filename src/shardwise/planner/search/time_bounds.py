@@ -8,7 +8,8 @@ Terms: T seconds of one microbatch through all stages, B of its backward pass, m
     gathers        `fully_shard` gathers and scatters on one channel: a step takes at least as long as these do; if they
                    block (on a CPU), their time is added
     messages       one microbatch goes through all workers and back
-    stages         a tighter bound that takes longer to compute: the slowest worker of the pipeline as it would be cut
+    stages         a tighter bound that takes longer to compute: the slowest worker of the pipeline as it would be cut;
+                   tighter still where stages gather parameters, see `sharded_bounds`
 
 The lower bounds of memory are in `memory_bounds`.
 
@@ -84,7 +85,7 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
     words = OUTERMOST if strategy.pp > 1 and strategy.replicas > 1 else (strategy.outermost,)
     if any(slower_links(profile, strategy.with_(outermost=word), cluster) for word in words):
         return 0.0
-    stages = _stages(profile, strategy, cluster)
+    stages = cut_stages(profile, strategy, cluster)
     around, best = 0.0, alone(stages)
     for index, stage in enumerate(stages[: strategy.pp]):
         around += stage.arrives
@@ -96,7 +97,8 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
     return best
 
 
-def _stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[StageTime]:
+def cut_stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[StageTime]:
+    """Return lower bounds of the passes of each stage, without the communication of replicas."""
     times = timed(profile, cluster, strategy)
     key = ("bounds", "stages", Same(times), strategy.pp, strategy.stages_per_worker, strategy.recompute)
     return profile.memo.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times))
@@ -139,7 +141,7 @@ def least_seconds(profile: ProfileSummary, strategy: Strategy, cluster: Cluster)
     if strategy.replicas == 1:
         return max(filled, computing + update)
     size = round(profile.reduced * profile.gradients) // strategy.pp
-    sent = _seconds(reduction(profile.runtime, strategy), size, strategy, "replicas", cluster)
+    sent = seconds_of(reduction(profile.runtime, strategy), size, strategy, "replicas", cluster)
     last = computing / strategy.microbatches - (times.forward + times.weights) / strategy.pp  # backward, recomputing
     return max(filled, computing + update, computing - last + sent + update)
 
@@ -175,8 +177,8 @@ def _gathers(strategy: Strategy, cluster: Cluster, profile: ProfileSummary) -> f
     """
     alone, count = strategy.runs_module, strategy.microbatches
     size = (profile.repeated if alone else profile.own) // strategy.pp
-    gather = _seconds("all_gather", round(profile.gathered * size), strategy, "fsdp", cluster)
-    scatter = _seconds("reduce_scatter", round(profile.scattered * size), strategy, "fsdp", cluster)
+    gather = seconds_of("all_gather", round(profile.gathered * size), strategy, "fsdp", cluster)
+    scatter = seconds_of("reduce_scatter", round(profile.scattered * size), strategy, "fsdp", cluster)
     if alone:
         return ((2 if strategy.zero == 3 else 1) * gather + scatter) * count
     return (count + 1 if strategy.zero == 3 else 1) * gather + scatter
@@ -190,13 +192,14 @@ def _unhidden(strategy: Strategy, cluster: Cluster, profile: ProfileSummary, tim
     """
     if strategy.pp == 1:
         return 0.0
-    gather = _seconds("all_gather", round(profile.gathered * profile.own), strategy, "fsdp", cluster)
-    scatter = _seconds("reduce_scatter", round(profile.scattered * profile.own), strategy, "fsdp", cluster)
+    gather = seconds_of("all_gather", round(profile.gathered * profile.own), strategy, "fsdp", cluster)
+    scatter = seconds_of("reduce_scatter", round(profile.scattered * profile.own), strategy, "fsdp", cluster)
     again = times.again if strategy.recomputes else 0.0
     return max(0.0, gather - times.forward) + max(0.0, scatter - times.backward - times.weights - again)
 
 
-def _seconds(operation: str, size: int, strategy: Strategy, axis: str, cluster: Cluster) -> float:
+def seconds_of(operation: str, size: int, strategy: Strategy, axis: str, cluster: Cluster) -> float:
+    """Return the seconds of a collective over the first group of an axis, cached."""
     group = group_of(strategy, axis)
     if group.size == 1 or not size:
         return 0.0

@@ -15,6 +15,7 @@ from shardwise.planner.constraints import Constraints
 from shardwise.planner.explain import with_bandwidth
 from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.planner.search.search import search
+from shardwise.planner.search.sharded_bounds import sharded_seconds
 from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.prediction import Prediction
@@ -73,6 +74,7 @@ def test_no_strategy_costs_less_than_its_bounds(runtime: str, bandwidth: float) 
         assert least_seconds(summary, strategy, on) <= seconds, strategy
         assert family_seconds(summary, strategy, on) <= seconds, strategy
         assert staged_seconds(profile, strategy, on) <= seconds, strategy
+        assert sharded_seconds(profile, strategy, on) <= seconds, strategy
 
 
 @pytest.mark.parametrize("runtime", ABILITIES)
