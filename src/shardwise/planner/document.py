@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardwise.planner.plan import Candidate, Plan, are_equal
+from shardwise.planner.equality import are_equal
+from shardwise.planner.plan import Candidate, Plan
 from shardwise.predict.document import PROGRAM, candidate
 from shardwise.units import format_bytes, format_seconds
 
@@ -38,6 +39,7 @@ def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
         "precision": best and best.prediction.precision,
         "notes": list(plan.notes),
         "best": best and str(best.strategy),
+        **_fastest(plan),
         "candidates": [_candidate(each, shown[0]) for each in shown],
         "rejected": rejected,
         "search_seconds": plan.seconds,
@@ -45,6 +47,14 @@ def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
         "left_out": plan.left_out,
         "explanation": "\n\n".join(explanation),
     }
+
+
+def _fastest(plan: Plan) -> dict[str, Any]:
+    """Return the strategy that is predicted to be fastest, and how much longer the chosen one takes, as a fraction."""
+    if plan.best is None or plan.fastest is None:
+        return {"fastest": None, "slower_than_fastest": None}
+    ratio = plan.best.prediction.step_seconds / plan.fastest.prediction.step_seconds
+    return {"fastest": str(plan.fastest.strategy), "slower_than_fastest": ratio - 1}
 
 
 def front_rows(front: Sequence[Candidate]) -> list[dict[str, Any]]:
@@ -60,5 +70,5 @@ def front_rows(front: Sequence[Candidate]) -> list[dict[str, Any]]:
 
 def _candidate(each: Candidate, best: Candidate) -> dict[str, Any]:
     found = candidate(str(each.strategy), each.prediction)
-    found["equal_to_best"] = each is best or are_equal(each.prediction, best.prediction)
+    found["equal_to_best"] = each is best or are_equal(each, best)
     return found if each.dry_run is None else {**found, "dry_run": each.dry_run.document()}

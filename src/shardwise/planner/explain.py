@@ -13,7 +13,8 @@ from dataclasses import replace
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Sample
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.options import EQUAL
-from shardwise.planner.plan import Candidate, Plan, are_equal
+from shardwise.planner.equality import WITHIN, are_equal
+from shardwise.planner.plan import Candidate, Plan
 from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.closed_form.unequal_shares import ProfileOf, predict_shares
 from shardwise.predict.document import PARTS, needs, note_words, step_words
@@ -23,9 +24,6 @@ from shardwise.units import format_bits, format_bytes, format_seconds, format_sh
 
 CHANGES = (0.1, 0.25, 4.0, 10.0)
 """Factors by which the bandwidth of each kind of link is changed, to see if the choice changes."""
-
-WITHIN = 0.01
-"""Relative difference of step times below which they are called equal in words."""
 
 TRIED = 24
 """Number of best candidates that are compared on changed clusters, beside the pure ones."""
@@ -45,6 +43,7 @@ def explanation(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[str
     return [
         _needs(plan, profile_of),
         _chosen(plan, plan.best),
+        *_simpler(plan, plan.best),
         *_offloaded(plan),
         *_unequal(plan.best, cluster, profile_of),
         *_data_against_model(plan, pure, profile_of),
@@ -103,6 +102,16 @@ def _chosen(plan: Plan, best: Candidate) -> str:
         f"{prediction.precision}: {parts}. {_binding(best)} "
         f"A device {needs(prediction, plan.constraints.max_memory)}.{note_words(prediction)}"
     )
+
+
+def _simpler(plan: Plan, best: Candidate) -> Iterator[str]:
+    """Say which strategy is predicted to be faster than the chosen one, which is simpler."""
+    fastest = plan.fastest
+    if plan.constraints.objective == "memory" or fastest is None or fastest is best:
+        return
+    share = best.prediction.step_seconds / fastest.prediction.step_seconds - 1
+    faster = f"{format_share(share)} faster" if share >= WITHIN else f"faster by less than {format_share(WITHIN)}"
+    yield f"{fastest.strategy} is predicted {faster}, which cannot be told apart: the simpler is chosen."
 
 
 def _program(plan: Plan) -> str:
@@ -256,7 +265,9 @@ def _runner_up(plan: Plan) -> Iterator[str]:
     )
     kind = " of another kind" if other.strategy.kind != best.strategy.kind else ""
     longer = longer_words(seconds / best.prediction.step_seconds)
-    unsure = ". Predictions cannot tell the two apart" if are_equal(other.prediction, best.prediction) else ""
+    unsure = ""
+    if are_equal(other, best) and abs(seconds) >= WITHIN * best.prediction.step_seconds:
+        unsure = ". Predictions cannot tell the two apart"
     yield f"The runner-up{kind}, {other.strategy}, {longer}{reason}{unsure}."
 
 
@@ -291,7 +302,7 @@ def _changes(plan: Plan, pure: Sequence[Candidate], cluster: Cluster, profile_of
         for factor in CHANGES:
             changed = with_bandwidth(cluster, level.name, factor)
             found = _fastest(list(tried.values()), changed, profile_of, _memory(plan), _batch_size(best))
-            if found is None or str(found.strategy) in said:
+            if found is None or str(found.strategy) in said or _stays(best, found, changed, profile_of):
                 continue
             said.add(str(found.strategy))
             yield (
@@ -301,6 +312,12 @@ def _changes(plan: Plan, pure: Sequence[Candidate], cluster: Cluster, profile_of
             )
     if len(said) == 1:
         yield "Links a tenth or ten times as fast would not change the choice."
+
+
+def _stays(best: Candidate, found: Candidate, changed: Cluster, profile_of: ProfileOf) -> bool:
+    """Return whether the chosen strategy is equal to the fastest one on a changed cluster, too."""
+    again = predict_shares(profile_of, best.strategy, changed, _batch_size(best))
+    return are_equal(Candidate(best.strategy, again), found)
 
 
 def _diverse(plan: Plan) -> list[Candidate]:

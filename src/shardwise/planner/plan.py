@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from shardwise.planner.constraints import Constraints
 from shardwise.predict.crosscheck import Crosscheck
-from shardwise.predict.document import PARTS
 from shardwise.predict.prediction import Prediction
 from shardwise.strategy import Strategy
 
@@ -78,17 +77,7 @@ class Plan:
         """The chosen candidate. None if nothing fits."""
         return self.candidates[0] if self.candidates else None
 
-
-def are_equal(one: Prediction, other: Prediction) -> bool:
-    """Return whether the step times of two strategies on one cluster differ by less than predictions can tell apart.
-
-    Both run the same kernels on the same devices over the same links. If a rate is predicted wrong, it is wrong for
-    both, so that what they have in common errs alike and does not change their order. Only the seconds by which their
-    parts differ can. Two strategies are equal if their step times differ by at most the relative error of these
-    seconds: where one waits for communication and the other for its pipeline, say, and both for nearly as long.
-    """
-    errors = [each.error for each in (one, other) if each.error is not None]
-    if not errors:
-        return False
-    differing: float = sum(abs(getattr(one, part) - getattr(other, part)) for part in PARTS)
-    return abs(one.step_seconds - other.step_seconds) <= max(errors) * differing
+    @property
+    def fastest(self) -> Candidate | None:
+        """The candidate with the shortest predicted step; not the chosen one if an equal one is simpler or smaller."""
+        return min(self.candidates, key=lambda each: each.prediction.step_seconds, default=None)

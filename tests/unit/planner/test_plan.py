@@ -73,8 +73,8 @@ def test_the_search_finds_what_trying_everything_finds(
 ) -> None:
     plan = search(workload, cluster, 4, Constraints(), profiles).plan
     best = min(tried.values(), key=lambda prediction: prediction.step_seconds)
-    assert plan.best is not None
-    assert plan.best.prediction.step_seconds <= best.step_seconds * 1.01
+    assert plan.fastest is not None
+    assert plan.fastest.prediction.step_seconds <= best.step_seconds * 1.001
     assert plan.looked_at < len(tried)
     known = sum(entry.count for entry in plan.rejected if entry.kind == "slower") + plan.looked_at
     assert known >= len(tried) - sum(entry.kind in ("model", "memory") for entry in plan.rejected)
@@ -459,9 +459,9 @@ def test_stages_lie_on_different_hosts_where_links_between_these_are_slow(large:
     cluster = replace(plain, nodes=nodes, levels=(inside, between))
     tried = everything(workload, 4, Constraints(), len(profiles.of(Strategy()).segments), (2,))
     least = min(predict(profiles.of(s), s, cluster).step_seconds for s in tried)
-    best = search(workload, cluster, 4, Constraints(), profiles).plan.best
-    assert best is not None
-    assert best.prediction.step_seconds <= 1.011 * least
+    fastest = search(workload, cluster, 4, Constraints(), profiles).plan.fastest
+    assert fastest is not None
+    assert fastest.prediction.step_seconds <= 1.001 * least
     best = search(workload, cluster, 4, Constraints.parse(forbid=["tp"]), profiles).plan.best
     assert best is not None
     assert best.strategy.outermost == "pp"

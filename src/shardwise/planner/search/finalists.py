@@ -1,32 +1,33 @@
 """Final round of a search: the best strategies are predicted from their own profiles, and further options are tried.
 
-Bucket sizes, and unequal shares and stages for devices of different speed, are searched among the finalists alone.
+Bucket sizes, and unequal shares and stages for devices of different speed, are searched among the finalists alone. So
+are simpler variants of them: the search ends before it comes to those that are as much slower as predictions may err.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from shardwise.errors import StrategyError
+from shardwise.errors import StrategyError, WorkloadError
 from shardwise.options import EQUAL
+from shardwise.planner.equality import WITHIN, are_equal
 from shardwise.planner.plan import Candidate
 from shardwise.planner.search.memory_balance import evened, may_be_evened
 from shardwise.planner.search.partial_recompute import enough
 from shardwise.planner.search.problem import SearchProblem, words
 from shardwise.planner.search.rejections import Rejections
+from shardwise.planner.search.simpler import simplifications
 from shardwise.planner.search.unequal_devices import shared_out, staged_out
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import predict_shares
 from shardwise.strategy import Strategy
+from shardwise.workload.one_batch import in_one_batch
 
 FINALISTS = 5
 """Number of best strategies that are predicted again from profiles traced for them."""
 
 BUCKETS = (1, 5, 100)
 """Bucket sizes in MiB that are tried beside the default of 25."""
-
-UNSURE = 0.01
-"""Fraction by which the chosen strategy may be predicted worse than the best one, if it is a simpler one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class Finalists:
     lost: Rejections
 
     def settled(self, predicted: list[Candidate]) -> list[Candidate]:
-        """Return all candidates, the chosen one first, then the best first, after trying shares, stages and buckets."""
-        best = self._simplest_first(self._with_buckets(self._with_shares(predicted)))
+        """Try further options and simpler variants. Returns all, the chosen one first, then the best first."""
+        best = self._simplest_first(self._with_simpler(self._with_buckets(self._with_shares(predicted))))
         return [self._in_few_words(candidate) for candidate in best]
 
     def traced(self, strategy: Strategy) -> Candidate | None:
@@ -99,14 +100,61 @@ class Finalists:
     def _in_buckets(self, strategy: Strategy) -> Candidate | None:
         return self.traced(strategy) if self.task.constraints.refusal(strategy) is None else None
 
+    def _with_simpler(self, predicted: list[Candidate]) -> list[Candidate]:
+        """Add the simpler variants of the finalists that are equal to the best, and their simpler variants."""
+        if self.task.least_memory or not predicted:
+            return predicted
+        best = min(predicted, key=lambda candidate: self.task.value(candidate.prediction))
+        known = {self._settled(candidate.strategy) for candidate in predicted}
+        equal = [candidate for candidate in predicted[:FINALISTS] if are_equal(candidate, best)]
+        found: list[Candidate] = []
+        for candidate in equal:  # grows
+            for strategy in map(self._settled, simplifications(self._in_few_words(candidate).strategy)):
+                if strategy is None or strategy in known:
+                    continue
+                known.add(strategy)
+                other = self._equal_to(best, strategy)
+                if other is not None:
+                    found.append(other)
+                    equal.append(other)
+        return sorted([*found, *predicted], key=self.task.rank) if found else predicted
+
+    def _settled(self, strategy: Strategy) -> Strategy | None:
+        """Return a strategy with its number of microbatches. Returns None if the batch cannot be cut for it."""
+        try:
+            return strategy.for_batch(self.task.workload.batch_size)
+        except StrategyError:
+            return None
+
+    def _equal_to(self, best: Candidate, strategy: Strategy) -> Candidate | None:
+        """Predict a strategy. Returns None if it is impossible, does not fit, or is not equal to the best."""
+        if self.task.constraints.refusal(strategy) is not None:
+            return None
+        found: Candidate | None = None
+        try:
+            in_one_batch(self.task.workload, strategy)
+            for profiles in (self.task.scaled, self.task.scaled.traced):  # tracing takes longer: the last word
+                found = Candidate(strategy, predict(profiles.of(strategy), strategy, self.task.cluster))
+                if found.prediction.memory.total > self.task.room or not are_equal(found, best):
+                    return None
+        except (StrategyError, WorkloadError):
+            return None
+        return found
+
     def _simplest_first(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Move the simplest strategy to the front, the one with the fewest `words`, within `UNSURE` of the best."""
+        """Move the simplest strategy to the front: of those that are equal to the best, the one with fewest `words`."""
         if not candidates:
             return candidates
-        best = min(self.task.value(candidate.prediction) for candidate in candidates)
-        good = [c for c in candidates if self.task.value(c.prediction) <= (1 + UNSURE) * best]
+        best = min(candidates, key=lambda candidate: self.task.value(candidate.prediction))
+        good = [candidate for candidate in candidates if self._are_equal(candidate, best)]
         first = min(good, key=lambda c: (words(self._in_few_words(c).strategy), *self.task.rank(c)))
         return [first, *(candidate for candidate in candidates if candidate is not first)]
+
+    def _are_equal(self, candidate: Candidate, best: Candidate) -> bool:
+        """Return whether a strategy is as good as the best one as far as predictions can tell."""
+        if self.task.least_memory:
+            return candidate.prediction.memory.total <= (1 + WITHIN) * best.prediction.memory.total
+        return are_equal(candidate, best)
 
     def _in_few_words(self, candidate: Candidate) -> Candidate:
         """Drop the number of microbatches from a strategy if it is the strategy's default."""

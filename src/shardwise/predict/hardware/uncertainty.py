@@ -5,6 +5,9 @@
                  that is larger; and error that nine in ten predictions of trainings on measured machines keep; both are
                  independent, so that their squares add up
 
+Two strategies on one cluster run on the same devices and links, so most of these errors they have in common. What is
+left is the error of their difference, which has a table of its own: `difference_error`.
+
 The errors are in `errors.json`, which `python -m benchmarks.errors` writes.
 """
 
@@ -16,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, lru_cache
 from importlib import resources
 from math import hypot
+from typing import Any
 
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve
 from shardwise.options import NONE
@@ -29,6 +33,24 @@ NINE_IN_TEN = 1.22
 def kind_of(tp: int, pp: int) -> str:
     """Return the kind of a strategy for its errors: its axis that is hardest to predict."""
     return "pipeline" if pp > 1 else "tensor" if tp > 1 else "data"
+
+
+def kind_of_difference(one: Strategy, other: Strategy) -> str:
+    """Return the kind of the difference of two strategies: of axes with other degrees, the hardest to predict.
+
+    `data` are also strategies that differ in options alone, such as microbatches and recomputation.
+    """
+    return "pipeline" if one.pp != other.pp else "tensor" if one.tp != other.tp else "data"
+
+
+def difference_error(one: Strategy, other: Strategy) -> float:
+    """Return the relative error of the difference of two predicted step times that one in three such pairs keep.
+
+    The error of a difference is that of the ratio of the two step times, on the same cluster and batch. At a predicted
+    difference of this size two in three pairs err by more: half of these in favour of the slower strategy. So the
+    strategy that is predicted faster is really faster in two of three cases.
+    """
+    return float(_table()["differences"][kind_of_difference(one, other)]["error"])
 
 
 def relative_error(cluster: Cluster, device: Device, strategy: Strategy, communicating: float) -> float | None:
@@ -68,11 +90,16 @@ def _parts(device: Device, strategy: Strategy) -> Iterator[str]:
         yield "crowded"
 
 
-@cache
 def errors() -> Mapping[str, float]:
     """Return the map from a kind of prediction to its relative error."""
+    found: Mapping[str, float] = _table()["errors"]
+    return found
+
+
+@cache
+def _table() -> Any:
     text = resources.files("shardwise.predict.hardware").joinpath("errors.json").read_text(encoding="utf-8")
-    return {name: float(value) for name, value in json.loads(text)["errors"].items()}
+    return json.loads(text)
 
 
 @lru_cache(maxsize=64)

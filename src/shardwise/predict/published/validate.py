@@ -72,6 +72,21 @@ def validate(path: str | Path, *, standing: bool = False) -> dict[str, Any]:
     Raises:
         DataError: the file cannot be read, has no rows, or has no row that can be predicted.
     """
+    held, skipped = validated_runs(path)
+    document = _document(held, skipped)
+    if standing:
+        from shardwise.predict.published.standing import standings  # it traces models, for which it needs torch
+
+        document["standing"] = [each.document() for each in standings([(run.run, run.prediction) for run in held])]
+    return document
+
+
+def validated_runs(path: str | Path) -> tuple[list[ValidatedRun], list[dict[str, Any]]]:
+    """Return (runs with their predictions, rows that were skipped, each with its line, group and reason) of a table.
+
+    Raises:
+        DataError: the file cannot be read, has no rows, or has no row that can be predicted.
+    """
     held, skipped = [], []
     for line, row in read_rows(Path(path)):
         try:
@@ -83,12 +98,7 @@ def validate(path: str | Path, *, standing: bool = False) -> dict[str, Any]:
     if not held:
         first = f": line {skipped[0]['line']}: {skipped[0]['reason']}" if skipped else ""
         raise DataError(f"{path}: no row can be predicted{first}")
-    document = _document(held, skipped)
-    if standing:
-        from shardwise.predict.published.standing import standings  # it traces models, for which it needs torch
-
-        document["standing"] = [each.document() for each in standings([(run.run, run.prediction) for run in held])]
-    return document
+    return held, skipped
 
 
 def read_rows(path: Path) -> list[tuple[int, Mapping[str, str]]]:
