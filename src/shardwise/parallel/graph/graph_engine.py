@@ -10,6 +10,7 @@ the same points.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ class GraphEngine:
 
     def _connect(self, workload: Workload, strategy: Strategy, mesh: Mesh) -> None:
         """Make the operations that talk to other workers or depend on the position in the batch."""
-        self._workload, self._strategy, self._mesh = workload, strategy, mesh
+        precision = strategy.precision or workload.precision
+        self._workload, self._strategy, self._mesh = replace(workload, precision=precision), strategy, mesh
         self.position = Position(seed=workload.seed)
         self.uniform = strategy.pp > 1
         self._exchange = Exchange(mesh.group("tp"), mesh.coordinate("tp"), strategy.tp)
@@ -99,7 +101,7 @@ class GraphEngine:
             gradient_factor=strategy.replicas if strategy.splits_parameters else 1,
         )
         self._weights = WeightGradients()
-        self._bf16 = strategy.in_bf16(workload.precision)
+        self._bf16 = precision == "bf16"
         self.losses: dict[str, Tensor] = {}
 
     def _shard(

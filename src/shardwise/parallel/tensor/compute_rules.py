@@ -272,8 +272,10 @@ def attention(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
     mask = kwargs.get("attn_mask", mask)
     scale, grouped = kwargs.get("scale"), kwargs.get("enable_gqa", False)
     query, key, value = (p.settled(item) for item in (query, key, value))
-    if grouped and key.shape[-3] != query.shape[-3]:
+    grouped = grouped and key.shape[-3] != query.shape[-3]
+    if grouped and (p.ranks > 1 or (dropout and p.step.training)):
         key, value = (_heads(p, query, item) for item in (key, value))
+        grouped = False
     like = node.meta["val"]
     batch = like.shape[:-2]
     scores = (*batch, query.shape[-2], key.shape[-2])
@@ -291,14 +293,16 @@ def attention(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
         p.obstacles.append(Obstacle("query heads", heads))
     if dropout and p.step.training:
         return _attention_with_dropout(p, full, inputs, (*lead, None, None), like, scores, dropout, causal, scale)
-    function = bound(_attention, causal, scale)
+    function = bound(_attention, causal, scale, grouped)
     return p.labelled(function, full, None, inputs, (*lead, None, None), like=like)
 
 
 def _attention(
-    causal: bool, scale: float | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    causal: bool, scale: float | None, grouped: bool, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def _attention_with_dropout(

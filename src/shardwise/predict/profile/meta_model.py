@@ -72,7 +72,7 @@ class Model:
     layers: nn.ModuleList | nn.Sequential | None = None
     evaluated: dict[tuple[int, int], Sequence[CutPoint]] = field(default_factory=dict)
     """(tp, sp) -> cut points of the evaluation graph."""
-    _steps: dict[tuple[int, bool], StepGraph] = field(default_factory=dict)
+    _steps: dict[tuple[int, bool, str], StepGraph] = field(default_factory=dict)
     _steady: dict[int, set[nn.Module]] = field(default_factory=dict)
     _blocks: dict[int, list[list[str]]] = field(default_factory=dict)
     _update: Update | None = None
@@ -103,26 +103,28 @@ class Model:
         self._update = self._update or update_of(self.workload)
         return self._update
 
-    def step(self, samples: int, *, training: bool = True) -> StepGraph:
-        """Return the graph of a step, traced once for each number of samples. Call it while `short` is open.
+    def step(self, samples: int, precision: str = "", *, training: bool = True) -> StepGraph:
+        """Return the graph of a step, traced once for each number of samples and precision.
+
+        Call it while `short` is open. An empty precision is the workload's own.
 
         Raises:
             Untraceable: the step cannot be traced.
         """
-        key = samples, training
+        workload = replace(self.workload, precision=precision or self.workload.precision)
+        key = samples, training, workload.precision
         if key not in self._steps:
-            data = batch(self.workload, samples)
-            self._steps[key] = traced(self.workload, self.module, data, training=training)
+            self._steps[key] = traced(workload, self.module, batch(workload, samples), training=training)
         return self._steps[key]
 
     def evaluation(self, samples: int) -> StepGraph:
         """Return the graph of an evaluation: any one that is already traced, else trace it with `samples` samples."""
-        known = (step for (_, training), step in self._steps.items() if not training)
+        known = (step for (_, training, _), step in self._steps.items() if not training)
         return next(known, None) or self.step(samples, training=False)
 
     def any_step(self) -> StepGraph:
         """Return the graph of a training step: any one that is already traced, else trace it with one sample."""
-        known = (step for (_, training), step in self._steps.items() if training)
+        known = (step for (_, training, _), step in self._steps.items() if training)
         return next(known, None) or self.step(1)
 
     def prefixes(self) -> tuple[str, ...]:

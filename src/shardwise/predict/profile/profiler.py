@@ -225,7 +225,7 @@ class _Profiler:
     # ---- a traced step ----------------------------------------------------------------------------------------------
 
     def _cut(self, model: nn.Module) -> Profile:
-        data, step = batch(self.workload, self.samples), self.model.step(self.samples)
+        data, step = batch(self.workload, self.samples), self.model.step(self.samples, self.precision)
         named = dict(model.named_parameters())
         trained = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
         cut = self._cut_at_cut_points(step, named, trained)

@@ -134,6 +134,7 @@ class _StepModule(nn.Module):
         self._evaluation = evaluation
         self._noted = noted
         self._after = after
+        self._device = _device_type(model)
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
         output = None
@@ -141,7 +142,7 @@ class _StepModule(nn.Module):
             if self._own:
                 losses = run_step(self._workload, self.model, batch)
             else:
-                output = call_model(self.model, self._workload.inputs(batch))
+                output = self._called(batch)
         if not self._own:
             losses = losses_of(self._workload, self.model, output, batch)
         self._noted.losses = tuple(losses)
@@ -149,6 +150,18 @@ class _StepModule(nn.Module):
         if self._after is not None:
             self._after()
         return total(losses), *further
+
+    def _called(self, batch: Any) -> Any:
+        """Call the model as the program calls it: under autocast if it computes in bfloat16, with float32 outside.
+
+        The dtype in `y.to(x.dtype)` becomes a constant of the graph: under autocast it is the one that `x` has in the
+        program.
+        """
+        if self._workload.precision != "bf16":
+            return call_model(self.model, self._workload.inputs(batch))
+        with torch.autocast(self._device, torch.bfloat16):
+            output = call_model(self.model, self._workload.inputs(batch))
+        return pytree.tree_map(_widened, output)
 
     def _further(self, output: Any, batch: Any, losses: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Return what follows the loss: the metric or the outputs in an evaluation, several losses in training."""
@@ -158,6 +171,16 @@ class _StepModule(nn.Module):
             return tuple(self._noted.output_of(self._workload, output))
         measure: Any = self._evaluation.measure
         return (torch.as_tensor(measure(output, batch)),)
+
+
+def _device_type(model: nn.Module) -> str:
+    """Return the kind of device that a model is traced for; one without values is traced as on a CPU."""
+    found = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return "cpu" if found == "meta" else found
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 class Untraceable(WorkloadError):
