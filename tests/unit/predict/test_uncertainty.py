@@ -7,6 +7,7 @@ from math import hypot
 
 import pytest
 
+from benchmarks.errors import Rated, kept, pairs
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Nodes, Sample
 from shardwise.cluster.find import find_cluster
 from shardwise.predict.document import step_words
@@ -79,3 +80,27 @@ def test_a_step_is_told_with_its_range() -> None:
     assert " ± " not in step_words(replace(found, error=None))
     assert found.precision == "float32"
     assert found.half_flops_utilization == pytest.approx(found.model_flops_utilization * 19.5 / 312)
+
+
+def rated(text: str, predicted: float, measured: float, setting: str = "a") -> Rated:
+    return Rated("group", setting, (Strategy.parse(text), None), predicted, measured)
+
+
+def test_the_error_of_a_difference_is_that_of_the_ratio() -> None:
+    """An error that both predictions have in common does not count."""
+    runs = [rated("dp=4", 12.0, 10.0), rated("tp=4", 13.2, 10.0), rated("dp=4", 1.0, 9.0, "b"), rated("pp=4", 9.0, 9.0)]
+    found = {pair.kind: pair for pair in pairs(runs)}
+    assert [pair.kind for pair in pairs(runs)] == ["tensor", "pipeline", "pipeline"], "runs of one setting alone"
+    assert found["tensor"].error == pytest.approx(0.1)
+    assert found["tensor"].predicted == pytest.approx(0.1)
+
+
+def test_equal_strategies_are_no_pair() -> None:
+    assert not list(pairs([rated("dp=4", 12.0, 10.0), rated("dp=4", 12.0, 11.0)]))
+
+
+def test_each_group_has_equal_weight() -> None:
+    many = [("many", 0.1)] * 98 + [("few", 0.5), ("few", 0.2)]
+    assert kept(many, 1 / 3) == 0.1
+    assert kept(many, 0.7) == 0.2
+    assert kept(many, 0.9) == 0.5
