@@ -16,7 +16,7 @@ _KEPT: dict[Any, Any] = {}
 
 @contextmanager
 def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
-    """While it is open, steps of the workload that `factory` makes are traced once for each shape and mode.
+    """While it is open, steps of the workload that `factory` makes are traced once for each shape, precision and mode.
 
     A factory is known again by its name, or as it is pickled: with all that it is made of.
     """
@@ -27,7 +27,7 @@ def remembered(factory: Callable[..., Any] | str) -> Iterator[None]:
 
     def traced(workload: Any, model: Any, batch: Any, *, training: bool = True, evaluation: int = 0) -> Any:
         shapes = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in tree_leaves(batch))
-        key = (name, training, evaluation, shapes)
+        key = (name, workload.precision, training, evaluation, shapes)
         step = _KEPT.get(key) or trace(workload, model, batch, training=training, evaluation=evaluation)
         if not step.opaque:  # modules in it are changed by who runs it
             _KEPT[key] = step

@@ -75,7 +75,7 @@ class _Wait:
 
 @dataclass(frozen=True, slots=True)
 class _Passes:
-    """How the passes of each stage gather its blocks, by stage index.
+    """Numbers and kinds of the passes of each stage that gather its blocks, by stage index.
 
     Attributes:
         forward, backward: number of forward and of backward passes that gather.

@@ -130,7 +130,7 @@ def test_it_is_the_last_resort(profiles: ScaledProfiles, cluster: Cluster) -> No
     smallest = search(WORKLOAD, cluster, 4, Constraints(objective="memory"), profiles).plan.best
     assert smallest is not None
     assert not smallest.strategy.offload
-    tight = Constraints(max_memory=smallest.prediction.memory.total - 1)
+    tight = Constraints(max_memory=round(0.98 * smallest.prediction.memory.total))  # it may be 1% above the least
     found = search(WORKLOAD, cluster, 4, tight, profiles)
     assert found.plan.best is not None
     assert found.plan.best.strategy.offload
