@@ -1,7 +1,8 @@
 """Bytes that `fully_shard` holds at each segment of a stage's backward pass: gathered parameters, and gradients.
 
     gathered     with zero=3 the block in its backward pass and the one that follows in it (Zhao et al. 2023, PyTorch
-                 FSDP, section 3.3.2); with zero=2 all blocks whose backward pass is not over; the root always
+                 FSDP, section 3.3.2), none of them in the loss of a module; with zero=2 all blocks whose backward pass
+                 is not over; the root always
     gradients    unsharded for the block in its backward pass, and for the block before whose reduce-scatter still runs;
                  shards for all others
 
@@ -70,6 +71,8 @@ def held_at_segments(
             gathered = before + (after if keeps else 0)
         elif keeps and later and strategy.schedule == "gpipe":  # the previous backward pass left all gathered
             gathered = before + after
+        elif module and segment == stage.end - 1 and not inside:
+            gathered = 0  # the loss, outside of the module: no gradient has reached its output yet
         else:
             gathered = before - gathered_until[max(0, index - inside)] + (after if keeps else 0)
         reduced = reduced_until[-1] - reduced_until[index + 1]
