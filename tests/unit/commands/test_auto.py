@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from predictions import prediction
 
 from shardwise import api
 from shardwise.cli import _say_error
@@ -22,7 +23,6 @@ from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.parallel import check
 from shardwise.planner.plan import Candidate
 from shardwise.predict.document import step_words
-from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile import meta_model
 from shardwise.run.calibration.local_cluster import check_hosts
 from shardwise.run.training.result import Forecast
@@ -33,25 +33,8 @@ from shardwise.workload.load import load_workload
 SPEC = "gpt:layers=1,hidden=64,heads=2,vocabulary=256,sequence=32,batch_size=4"
 
 
-def prediction(seconds: float, size: int, exposed: float = 0.0) -> Prediction:
-    return Prediction(
-        step_seconds=seconds,
-        compute_seconds=seconds - exposed,
-        communication_seconds=exposed,
-        exposed_communication_seconds=exposed,
-        bubble_seconds=0.0,
-        optimizer_seconds=0.0,
-        host_seconds=0.0,
-        memory=Memory(parameters=size, gradients=0, optimizer=0, activations=0, temporary=0),
-        memory_available=1000,
-        model_flops=1.0,
-        peak_flops=1.0,
-        samples=4,
-    )
-
-
 def candidate(spec: str, seconds: float, size: int) -> Candidate:
-    return Candidate(Strategy.parse(spec), prediction(seconds, size))
+    return Candidate(Strategy.parse(spec), prediction(seconds, memory=size, error=None))
 
 
 @pytest.fixture
@@ -248,7 +231,7 @@ def test_other_failures_and_the_last_one_are_not_hidden(
 
 
 def test_a_prediction_is_held_to_its_word() -> None:
-    predicted = prediction(1.0, 1, exposed=0.2)
+    predicted = prediction(0.8, 0.2, error=None)
     assert held(predicted, {"step_seconds": 1.15, "communication_share": 0.2}) is None
     assert held(predicted, {"step_seconds": None}) is None
     slow = held(predicted, {"step_seconds": 2.0, "communication_share": 0.6})
@@ -316,6 +299,6 @@ def test_a_choice_leaves_the_margin_that_is_asked_for() -> None:
 
 
 def test_a_forecast_counts_what_a_run_measures() -> None:
-    found = prediction(1.0, 100)
+    found = prediction(1.0, memory=100, error=None)
     found = replace(found, memory=replace(found.memory, process=20, fragments=11, context=500))
     assert Forecast.of(found).memory_bytes == 120

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from predictions import prediction
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.planner.constraints import Constraints
@@ -13,31 +14,12 @@ from shardwise.planner.search.problem import words
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.document import PARTS
 from shardwise.predict.hardware.uncertainty import difference_error, kind_of_difference
-from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.strategy import Strategy
 
 
-def prediction(compute: float, exposed: float, bubble: float, error: float | None = 0.2) -> Prediction:
-    return Prediction(
-        step_seconds=compute + exposed + bubble,
-        compute_seconds=compute,
-        communication_seconds=exposed,
-        exposed_communication_seconds=exposed,
-        bubble_seconds=bubble,
-        optimizer_seconds=0.0,
-        host_seconds=0.0,
-        memory=Memory(parameters=1, gradients=0, optimizer=0, activations=0, temporary=0),
-        memory_available=1000,
-        model_flops=1.0,
-        peak_flops=1.0,
-        samples=4,
-        error=error,
-    )
-
-
 def candidate(text: str, compute: float, exposed: float, bubble: float, error: float | None = 0.2) -> Candidate:
-    return Candidate(Strategy.parse(text), prediction(compute, exposed, bubble, error))
+    return Candidate(Strategy.parse(text), prediction(compute, exposed, bubble, error=error))
 
 
 def test_what_two_strategies_have_in_common_does_not_make_them_equal() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
+from predictions import prediction
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.planner.constraints import Constraints
@@ -19,7 +20,6 @@ from shardwise.planner.search.search import search
 from shardwise.planner.search.simpler import simplifications
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.hardware.uncertainty import difference_error
-from shardwise.predict.prediction import Memory, Prediction
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
@@ -28,22 +28,7 @@ FAST, SIMPLE = Strategy.parse("fsdp=2,tp=2"), Strategy.parse("fsdp=4")
 
 
 def candidate(strategy: Strategy, compute: float, exposed: float, memory: int = 1) -> Candidate:
-    prediction = Prediction(
-        step_seconds=compute + exposed,
-        compute_seconds=compute,
-        communication_seconds=exposed,
-        exposed_communication_seconds=exposed,
-        bubble_seconds=0.0,
-        optimizer_seconds=0.0,
-        host_seconds=0.0,
-        memory=Memory(parameters=memory, gradients=0, optimizer=0, activations=0, temporary=0),
-        memory_available=1000,
-        model_flops=1.0,
-        peak_flops=1.0,
-        samples=4,
-        error=0.2,
-    )
-    return Candidate(strategy, prediction)
+    return Candidate(strategy, prediction(compute, exposed, memory=memory))
 
 
 @pytest.fixture
