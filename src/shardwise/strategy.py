@@ -270,9 +270,13 @@ class Strategy:
         """
         return self.replicas > 1 and not self.splits_parameters
 
+    def precision_of(self, precision: str) -> str:
+        """Return the precision in which a workload of `precision` computes; the strategy's own overrides it."""
+        return self.precision or precision
+
     def in_bf16(self, precision: str) -> bool:
-        """Return whether a workload of `precision` computes in bfloat16; the strategy's own precision overrides it."""
-        return (self.precision or precision) == "bf16"
+        """Return whether a workload of `precision` computes in bfloat16; see `precision_of`."""
+        return self.precision_of(precision) == "bf16"
 
     @property
     def recomputes(self) -> bool:

@@ -89,7 +89,7 @@ class GraphEngine:
 
     def _connect(self, workload: Workload, strategy: Strategy, mesh: Mesh) -> None:
         """Make the operations that talk to other workers or depend on the position in the batch."""
-        precision = strategy.precision or workload.precision
+        precision = strategy.precision_of(workload.precision)
         self._workload, self._strategy, self._mesh = replace(workload, precision=precision), strategy, mesh
         self.position = Position(seed=workload.seed)
         self.uniform = strategy.pp > 1

@@ -86,7 +86,7 @@ class Profiles:
             strategy.tp,
             strategy.sp,
             size // strategy.replicas // strategy.microbatches,
-            strategy.precision or self.workload.precision,
+            strategy.precision_of(self.workload.precision),
             strategy.schedule == "zero-bubble",
         )
         if key not in self._known:

@@ -116,7 +116,7 @@ class TransformerProfiles:
         size = batch_size or self.workload.batch_size
         strategy = strategy.for_batch(size)
         samples = size // strategy.replicas // strategy.microbatches
-        key = strategy.tp, strategy.sp, samples, strategy.precision or self.workload.precision, size
+        key = strategy.tp, strategy.sp, samples, strategy.precision_of(self.workload.precision), size
         if key not in self._known:
             found = transformer_profile(self.transformer.sizes, self._computation(*key[:4]), size)
             self._known[key] = replace(found, name=self.workload.name, clipped=self.workload.clip_norm is not None)
