@@ -10,6 +10,7 @@ The seconds of a step have three views, with the same prices of kernels and coll
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from shardwise.predict.dry_run.playback import step_seconds
 from shardwise.predict.prediction import Memory, categories
 from shardwise.predict.profile.source import ProfileSource
 from shardwise.predict.timeline.timeline import timeline
-from shardwise.predict.workers.traffic import Key, communicated
+from shardwise.predict.workers.traffic import Key, by_key, communicated
 from shardwise.strategy import Strategy
 
 
@@ -82,7 +83,7 @@ class Crosscheck:
                 "communicated": _rows(self.communicated),
             },
             "memory_error": abs(self.memory.total / self.run.memory.total - 1),
-            "bytes_agree": found == dict(self.communicated),
+            "bytes_agree": found == self.communicated,
             "order_agrees": sequences(self.run.collectives) == sequences(self.program),
             "seconds": self.seconds,
             "notes": [*self.run.notes, *([self.unknown] if self.unknown else [])],
@@ -127,9 +128,14 @@ def crosscheck(
         for rank in ranks
     }
     seconds = time.perf_counter() - start
-    found = communicated(costs.profile, costs.parts, pipeline_rank)
-    program = tuple(costs.stages.program.collectives(pipeline_rank))
-    result = Crosscheck(runs[pipeline_rank], memories[pipeline_rank], program, found, seconds)
+    program = costs.stages.program
+    result = Crosscheck(
+        runs[pipeline_rank],
+        memories[pipeline_rank],
+        tuple(program.collectives(pipeline_rank)),
+        communicated(program, pipeline_rank),
+        seconds,
+    )
     if not timed:
         return result
     if offloads(costs.strategy, device):
@@ -141,12 +147,7 @@ def crosscheck(
 
 def counted(collectives: Iterable[Collective]) -> dict[Key, tuple[int, int]]:
     """Count collectives: (operation, axis, when) -> (number, bytes)."""
-    found: dict[Key, tuple[int, int]] = {}
-    for each in collectives:
-        key = each.operation, each.axis, each.when
-        count, size = found.get(key, (0, 0))
-        found[key] = count + 1, size + each.bytes
-    return found
+    return by_key(Counter(collectives))
 
 
 def sequences(collectives: Iterable[Collective]) -> dict[object, list[tuple[str, int, str]]]:

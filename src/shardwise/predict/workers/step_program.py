@@ -218,8 +218,8 @@ class StepProgram:
         key = rank, group, when, gathers, reduces
         if key not in self._around:
             gathered, scattered = (
-                round(share * size)
-                for share, size in ((self.profile.gathered, group.gather), (self.profile.scattered, group.reduce))
+                round(self.profile.gathered * group.gather),
+                round(self.profile.scattered * group.reduce),
             )
             gather = self._collective("all_gather", gathered, "fsdp", when, rank) if gathers else None
             reductions: list[Collective] = []
@@ -346,9 +346,7 @@ class StepProgram:
             size = sum(bucket.bytes for stage in worker.stages for bucket in stage.buckets)
             found += [self._reduced(size, rank)] if size else []
         if self.strategy.tp > 1:
-            found += [
-                self._collective("all_reduce", size, "tp", "backward", worker.pipeline_rank) for size in worker.summed
-            ]
+            found += [self._collective("all_reduce", size, "tp", "backward", rank) for size in worker.summed]
         for holders, size in worker.tied:
             group = Group.of([self.strategy.rank(pp=holder) for holder in holders])
             found.append(Collective("all_reduce", round(self.profile.reduced * size), group, "pp", "backward"))

@@ -19,6 +19,7 @@ from shardwise.predict.workers.buckets import Bucket, Gathered
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.predict.workers.holdings import Parts, parts_of
 from shardwise.predict.workers.small_kernels import step_kernels
+from shardwise.predict.workers.step_program import StepProgram
 from shardwise.predict.workers.traffic import communicated
 from shardwise.splitting.balance import divided
 from shardwise.strategy import Strategy
@@ -199,7 +200,7 @@ def test_stages_are_cut_by_cost_unless_messages_differ() -> None:
 def test_communicated_by_a_sharded_worker() -> None:
     found = profile()
     strategy = Strategy.parse("dp=2,fsdp=2,microbatches=2")
-    sent = communicated(found, parts_of(found, strategy, (1.0,) * 4))
+    sent = communicated(StepProgram(found, parts_of(found, strategy, (1.0,) * 4)))
     gathered = 10 * 256 + 8 * 16 + 6 * 8
     root = 256
     assert sent["all_gather", "fsdp", "forward"] == (2 * 4, 2 * (gathered + root))
@@ -214,7 +215,7 @@ def test_communicated_by_a_stage() -> None:
     segments = tuple(Segment(replace(LAYERS[0], forward=exchanges), 1000 * n) for n in range(4))
     found = profile(tp=2, segments=segments)
     strategy = Strategy.parse("tp=2,pp=4,microbatches=3")
-    sent = communicated(found, parts_of(found, strategy, (1.0,) * 4), pipeline_rank=1)
+    sent = communicated(StepProgram(found, parts_of(found, strategy, (1.0,) * 4)), pipeline_rank=1)
     assert sent["all_reduce", "tp", "forward"] == (3, 3 * 4096)
     assert sent["recv", "pp", "forward"] == (3, 3 * 1000)
     assert sent["send", "pp", "forward"] == (3, 3 * 2000)
