@@ -37,7 +37,7 @@ from shardwise.predict.dry_run.fakes import (
     fake_workers,
     first_share,
 )
-from shardwise.predict.dry_run.recorder import Event, StepRecord, StepRecorder
+from shardwise.predict.dry_run.recorder import Event, StepRecord, StepRecorder, collector_off
 from shardwise.predict.dry_run.streams import Streams, recorded_streams
 from shardwise.predict.prediction import Memory
 from shardwise.predict.profile.kernel import Kernel
@@ -165,7 +165,7 @@ class _SingleDryRun:
         """Build the program of the rank, run its steps and return what was observed."""
         streams = Streams()
         on_streams = recorded_streams(streams) if self.device == "gpu" else nullcontext()
-        with fake_workers(self.rank, self.strategy.workers), random_state_kept(), on_streams:
+        with collector_off(), fake_workers(self.rank, self.strategy.workers), random_state_kept(), on_streams:
             program = Program.build(
                 self.workload,
                 self.strategy,
