@@ -33,7 +33,7 @@ from shardwise.workload.workload import Workload
 
 def two_views() -> Workload:
     """Layers that a step passes through twice, and losses by name."""
-    made = gpt(5, 64, 4, 2, vocabulary=256, sequence=32, batch_size=16)
+    made = gpt(3, 64, 4, 2, vocabulary=256, sequence=32, batch_size=16)
 
     def step(model: Any, batch: Any) -> dict[str, torch.Tensor]:
         once, again = (model(made.inputs(batch)) for _ in range(2))
@@ -45,8 +45,8 @@ def two_views() -> Workload:
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "gpt": lambda: gpt(2, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
     "weighted gpt": lambda: replace(gpt(2, 64, 4, 2, vocabulary=256, sequence=32), weight=lambda _: torch.ones(())),
-    "larger gpt": lambda: gpt(4, 512, 8, 4, vocabulary=4096, sequence=256, batch_size=16),
-    "few tokens": lambda: gpt(4, 512, 8, 4, vocabulary=256, sequence=64, batch_size=4),
+    "larger gpt": lambda: gpt(3, 512, 8, 4, vocabulary=4096, sequence=256, batch_size=16),
+    "few tokens": lambda: gpt(2, 512, 8, 4, vocabulary=256, sequence=64, batch_size=4),
     "two views": two_views,
     "language": lambda: language(sequence=64, layers=2, hidden=64, tied=True, dropout=0.1),
     "image": lambda: image(batch_size=16),
