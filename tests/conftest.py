@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 
 import pytest
+from traces import FOLDER
 
 # Threads that are done with their part would wait for the others in a loop, and keep cores from the tests beside them.
 # Everything that tests start inherits it; torch reads it when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Tests make many objects and hardly any garbage: the collector takes less time when it looks for it less often.
+gc.set_threshold(20_000, 20, 20)
 
 # Tests predict nothing but where they say so: measuring the machine first would take half a minute.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reads it when torch is loaded
@@ -46,6 +51,14 @@ SLOW = (
     "test_evaluating.py",
 )
 """Files that begin first, longest first: one that begins last would be waited for by the other process."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder of the traces that all processes of this session share; those that it starts inherit its name."""
+    if FOLDER not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="shardwise-traces-")
+        config.add_cleanup(folder.cleanup)
+        os.environ[FOLDER] = folder.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -182,6 +182,7 @@ class Pool:
 def serve(rank: int, count: int, pipe: Connection) -> None:
     """Run what the worker is sent until its pipe closes."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     import numpy as np

@@ -83,7 +83,7 @@ def test_trains_as_in_one_process(
 
 
 def compare(work: verify.StrategyTrial) -> Any:
-    with remembered(str(work.source.workload)):
+    with remembered((work.source, work.float64)):
         return verify.compare(work)
 
 

@@ -130,7 +130,7 @@ def test_trains_as_in_one_process(
 
 
 def compare(trial: verify.StrategyTrial) -> verify.Proof | None:
-    with remembered(f"{trial.source.workload} in float64"):
+    with remembered((trial.source, trial.float64)):
         return verify.compare(trial)
 
 

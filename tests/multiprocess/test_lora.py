@@ -58,7 +58,7 @@ def test_trains_as_in_one_process(model: str, strategy: str, folders: Path, work
 
 
 def compare(trial: verify.StrategyTrial) -> verify.Proof | None:
-    with remembered(f"{trial.source.workload} with adapters in float64"):
+    with remembered((trial.source, trial.float64)):
         return verify.compare(trial)
 
 

@@ -90,7 +90,7 @@ def proof(workers: Pools, folder: Path, strategy: str, *, float64: bool = True, 
 
 
 def compare(work: verify.StrategyTrial, sabotage: Break | None) -> Any:
-    with remembered(f"everything {work.float64}"), pytest.MonkeyPatch.context() as patch:
+    with remembered((work.source, work.float64)), pytest.MonkeyPatch.context() as patch:
         if sabotage is not None:
             sabotage(patch)  # type: ignore[call-arg]
         return verify.compare(work)
