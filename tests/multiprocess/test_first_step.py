@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,7 @@ from equality import portable
 from models import ODDITIES, SPELLINGS, WORKLOADS, points
 from pool import Pools
 from torch import Tensor, nn
+from traces import remembered
 
 from shardwise.errors import NotProved
 from shardwise.parallel.data.ddp import ReplicatedModel
@@ -94,6 +96,15 @@ def proved(made: list[Workload], strategy: str) -> list[str]:
     return found
 
 
+def all_proved(factories: list[Callable[[], Workload]], strategy: str) -> list[str]:
+    """What `proved` finds of the workloads that these functions make."""
+    found = []
+    for factory in factories:
+        with remembered(factory):
+            found += proved([factory()], strategy)
+    return found
+
+
 def one(workers: Pools, made: Workload, strategy: str) -> str:
     """Return the reason or refusal that all workers have."""
     found = workers(Strategy.parse(strategy).workers, proved, [made], strategy)
@@ -142,7 +153,7 @@ def test_complex_parameters_and_leaves_of_a_forward_are_proved(
 def test_no_right_training_is_refused(workers: Pools, strategy: str) -> None:
     """Two models use a mean over the batch that they wrote into a buffer: replicas would have other means."""
     coupled = {"assigns-buffer", "updates-buffer"} if strategy == "dp=2" else set()
-    found = workers(2, proved, [make() for make in ALL.values()], strategy)
+    found = workers(2, all_proved, list(ALL.values()), strategy)
     assert found[0] == found[1]
     for name, why in zip(ALL, found[0], strict=True):
         assert ("no mean over samples" in why) if name in coupled else (why == ""), (name, why)
@@ -150,8 +161,8 @@ def test_no_right_training_is_refused(workers: Pools, strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["pp=2", "dp=2,tp=2", "fsdp=2,pp=2", "fsdp=4", "dp=4"])
 def test_products_and_four_workers_are_proved(workers: Pools, strategy: str) -> None:
-    made = [WORKLOADS[name]() for name in ("gpt", "resnet") if name in WORKLOADS] or [workload()]
-    found = workers(Strategy.parse(strategy).workers, proved, made, strategy)
+    made = [WORKLOADS[name] for name in ("gpt", "resnet") if name in WORKLOADS] or [workload]
+    found = workers(Strategy.parse(strategy).workers, all_proved, made, strategy)
     assert all(not why for each in found for why in each), found[0]
 
 
