@@ -169,7 +169,7 @@ def _update(profile: ProfileSummary, strategy: Strategy, times: Times) -> float:
 
 def _gathers(strategy: Strategy, cluster: Cluster, profile: ProfileSummary) -> float:
     """Return the seconds of a step's all-gathers and reduce-scatters by `fully_shard`; see
-    `predict.workers.passes.syncs`.
+    `predict.workers.passes.turns`.
 
     Gradients are scattered once with tp or pp. In that case and with zero=3, a stage's blocks are gathered for each
     forward pass that follows another one and for each backward pass that follows a forward pass: once more often than

@@ -32,7 +32,7 @@ from shardwise.predict.profile.profile import Profile, Segment
 from shardwise.predict.runtime.element_bytes import WIDE, element_bytes
 from shardwise.predict.workers.buckets import Block
 from shardwise.predict.workers.holdings import Parts, Stage, Worker
-from shardwise.predict.workers.passes import Counts, under_way
+from shardwise.predict.workers.passes import moments
 from shardwise.predict.workers.stage_keys import gathered_stage_key, stage_key
 from shardwise.strategy import Strategy
 
@@ -92,12 +92,13 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
     module = strategy.runs_module
     batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # a pipeline loads all at once
     found: list[Memory] = []
-    for counts, later in _passes(strategy, worker.pipeline_rank):
+    for moment in moments(strategy, worker.pipeline_rank):
+        counts = moment.counts
         every = sum(count * saved[number] for number, count, _ in counts)
         every += sum(count * _put_off(profile, stages[number].first, stages[number].end) for number, _, count in counts)
         for number in (number for number, count, _ in counts if count):
             stage = stages[number]
-            peak = _peak(profile, strategy, worker, stage, later=later, offloaded=offloaded)
+            peak = _peak(profile, strategy, worker, stage, later=moment.later, offloaded=offloaded)
             found.append(
                 Memory(
                     parameters=_stored(profile, strategy, worker) + peak.gathered,
@@ -108,14 +109,6 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
                 )
             )
     return max(found, key=lambda memory: memory.total)
-
-
-def _passes(strategy: Strategy, pipeline_rank: int) -> list[tuple[Counts, bool]]:
-    """Return (microbatches in flight, whether gradients are already allocated) of the backward passes to look at."""
-    if strategy.runs_module:
-        return [(((0, 1, 0),), strategy.microbatches > 1)]
-    first, later = under_way(strategy, pipeline_rank)
-    return [(each, gradients) for each, gradients in ((first, False), (later, True)) if each]
 
 
 def _put_off(profile: Profile, first: int, end: int) -> int:

@@ -15,6 +15,7 @@ from shardwise.strategy import Strategy
 KINDS = (FORWARD, BACKWARD, INPUT, WEIGHT)
 FORWARDS, BACKWARDS, INPUTS, WEIGHTS = range(len(KINDS))
 
+Booleans = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
 

@@ -8,8 +8,17 @@ from functools import lru_cache
 
 import numpy as np
 
-from shardwise.predict.workers.pass_arrays import BACKWARDS, FORWARDS, INPUTS, KINDS, WEIGHTS, Integers, sequence
-from shardwise.splitting.schedule import FORWARD, INPUT, WEIGHT, Action, order
+from shardwise.predict.workers.pass_arrays import (
+    BACKWARDS,
+    FORWARDS,
+    INPUTS,
+    KINDS,
+    WEIGHTS,
+    Booleans,
+    Integers,
+    sequence,
+)
+from shardwise.splitting.schedule import Action, order
 from shardwise.strategy import Strategy
 
 
@@ -20,7 +29,7 @@ class Sync:
     Attributes:
         blocks: whether the parameters of the blocks are all-gathered.
         root: whether the other parameters of the stage are all-gathered.
-        reduces: whether gradients are reduce-scattered.
+        reduces: whether gradients are reduce-scattered, and parameters freed, block by block.
     """
 
     blocks: bool
@@ -39,34 +48,6 @@ def actions_of(strategy: Strategy, pipeline_rank: int) -> Sequence[Action]:
         strategy.microbatches,
         last_whole=strategy.splits_parameters,
     )
-
-
-def syncs(strategy: Strategy, actions: Sequence[Action]) -> list[Sync]:
-    """Return the collectives of `fully_shard` at each action of a worker.
-
-    With tp or pp, gradients are reduced in the last backward pass of a stage, and the earlier backward passes leave
-    the parameters gathered. Otherwise each microbatch reduces its own gradients. See `LocalStages.before_backward` and
-    `fsdp.split_parameters`.
-    """
-    module = strategy.runs_module
-    whole: dict[int, bool] = {}
-    root: dict[int, bool] = {}
-    last = {action.stage: index for index, action in enumerate(actions) if action.kind not in (FORWARD, WEIGHT)}
-    found = []
-    for index, action in enumerate(actions):
-        stage = action.stage
-        if action.kind == WEIGHT:
-            found.append(Sync(False, False, False))
-            continue
-        gathers = Sync(not whole.get(stage, False), not root.get(stage, False), False)
-        if action.kind == FORWARD:
-            whole[stage], root[stage] = strategy.zero != 3, True
-            found.append(gathers)
-            continue
-        final = module or last[stage] == index
-        whole[stage] = root[stage] = not final
-        found.append(Sync(gathers.blocks, gathers.root, final))
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,27 +79,28 @@ def turns(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
 
     The time needed does not grow with the number of microbatches.
     """
-    strategy = _of_order(strategy)
-    short, long, times = _shorter(strategy)
-    if not times:
-        return _turns(strategy, pipeline_rank)
-    few, more = _turns(short, pipeline_rank), _turns(long, pipeline_rank)
-    if [turn.kind for turn in few] != [turn.kind for turn in more]:
-        return _turns(strategy, pipeline_rank)
-    return tuple(replace(a, count=a.count + times * (b.count - a.count)) for a, b in zip(few, more, strict=True))
+    return _turns(_of_order(strategy), pipeline_rank)
+
+
+def table(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
+    """Return all passes of pipeline worker `pipeline_rank` one by one, each with a count of 1, in execution order."""
+    return _table(_of_order(strategy), pipeline_rank)
 
 
 def _of_order(strategy: Strategy) -> Strategy:
     """Return a normalized strategy that is equal for all strategies with the same order of passes, for use as a key."""
-    return Strategy(
-        fsdp=2 if strategy.splits_parameters else 1,
-        zero=strategy.zero if strategy.splits_parameters else 3,
-        tp=1 if strategy.runs_module else 2,
-        pp=strategy.pp,
-        schedule=strategy.schedule,
-        stages=strategy.stages,
-        microbatches=strategy.microbatches,
-    )
+    sharded = strategy.splits_parameters
+    zero = strategy.zero if sharded else 3
+    pipeline = strategy.pp, strategy.schedule, strategy.stages, strategy.microbatches
+    return _normalized(sharded, zero, strategy.runs_module, *pipeline)
+
+
+@lru_cache(maxsize=65536)
+def _normalized(
+    sharded: bool, zero: int, module: bool, pp: int, schedule: str, stages: int, microbatches: int
+) -> Strategy:
+    fsdp, tp = 2 if sharded else 1, 1 if module else 2
+    return Strategy(fsdp=fsdp, zero=zero, tp=tp, pp=pp, schedule=schedule, stages=stages, microbatches=microbatches)
 
 
 def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
@@ -136,6 +118,13 @@ def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
 
 @lru_cache(maxsize=65536)
 def _turns(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
+    short, long, times = _shorter(strategy)
+    if times:
+        few, more = _turns(short, pipeline_rank), _turns(long, pipeline_rank)
+        if [turn.kind for turn in few] == [turn.kind for turn in more]:
+            return tuple(
+                replace(a, count=a.count + times * (b.count - a.count)) for a, b in zip(few, more, strict=True)
+            )
     kinds, chunks = sequence(strategy, pipeline_rank)
     found: list[EqualPasses] = []
     for chunk in range(strategy.stages_per_worker):
@@ -144,7 +133,48 @@ def _turns(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
 
 
 def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[EqualPasses]:
-    """Yield the distinct passes of one stage in the order of their first occurrence; see `syncs` and `table`."""
+    """Yield the distinct passes of one stage in the order of their first occurrence."""
+    facts = _facts(strategy, kinds)
+    codes = kinds
+    for fact in facts:
+        codes = codes * 2 + fact
+    _, positions, counts = np.unique(codes, return_index=True, return_counts=True)
+    for which in np.argsort(positions):
+        at = positions[which]
+        yield _pass(strategy, Action(KINDS[kinds[at]], stage, 0), facts[:, at].tolist(), int(counts[which]))
+
+
+@lru_cache(maxsize=1024)
+def _table(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
+    actions = actions_of(strategy, pipeline_rank)
+    facts = _facts_of_worker(strategy, *sequence(strategy, pipeline_rank)).T.tolist()
+    return tuple(_pass(strategy, action, each, 1) for action, each in zip(actions, facts, strict=True))
+
+
+def _pass(strategy: Strategy, action: Action, facts: Sequence[bool], count: int) -> EqualPasses:
+    first, final, *sync = facts
+    return EqualPasses(action, Sync(*sync) if strategy.splits_parameters else None, final, first, count)
+
+
+def _facts_of_worker(strategy: Strategy, kinds: Integers, chunks: Integers) -> Booleans:
+    """Return `_facts` of all passes of a worker, in its order."""
+    found = np.empty((5, len(kinds)), np.bool_)
+    for chunk in range(strategy.stages_per_worker):
+        found[:, chunks == chunk] = _facts(strategy, kinds[chunks == chunk])
+    return found
+
+
+def _facts(strategy: Strategy, kinds: Integers) -> Booleans:
+    """Return a row for each of: `EqualPasses.first`, `final`, `Sync.blocks`, `root`, `reduces`; a column for each pass.
+
+    With tp or pp, gradients are reduced in the last backward pass of a stage, and the earlier backward passes leave
+    the parameters gathered. Otherwise each microbatch reduces its own gradients. See `LocalStages.before_backward` and
+    `fsdp.split_parameters`.
+
+    Args:
+        strategy: the strategy.
+        kinds: all passes of one of its stages.
+    """
     module = strategy.runs_module
     apart = kinds == WEIGHTS
     index = np.arange(len(kinds))
@@ -160,65 +190,43 @@ def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Equal
         rooted = (kinds == FORWARDS) if module else index == 0
         gathers = rooted | (~apart & (before == FORWARDS)) if strategy.zero == 3 else rooted
         reduces = ~apart & (kinds != FORWARDS) if module else final
-    codes = (((((kinds * 2 + gathers) * 2 + rooted) * 2 + first) * 2 + final) * 2) + reduces
-    _, positions, counts = np.unique(codes, return_index=True, return_counts=True)
-    for which in np.argsort(positions):
-        at = positions[which]
-        sync = None
-        if strategy.splits_parameters:
-            sync = Sync(bool(gathers[at]), bool(rooted[at]), bool(reduces[at]))
-        action = Action(KINDS[kinds[at]], stage, 0)
-        yield EqualPasses(action, sync, bool(final[at]), bool(first[at]), int(counts[which]))
-
-
-def table(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
-    """Return all passes of pipeline worker `pipeline_rank` one by one, each with a count of 1, in execution order."""
-    return _table(_of_order(strategy), pipeline_rank)
-
-
-@lru_cache(maxsize=1024)
-def _table(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
-    actions = actions_of(strategy, pipeline_rank)
-    shards = syncs(strategy, actions) if strategy.splits_parameters else [None] * len(actions)
-    last = {action.stage: index for index, action in enumerate(actions) if action.kind not in (FORWARD, WEIGHT)}
-    seen: set[int] = set()
-    found = []
-    for index, (action, sync) in enumerate(zip(actions, shards, strict=True)):
-        first = action.kind != FORWARD and action.stage not in seen
-        if action.kind not in (FORWARD, INPUT):
-            seen.add(action.stage)
-        found.append(EqualPasses(action, sync, last[action.stage] == index, first, 1))
-    return tuple(found)
+    return np.array((first, final, gathers, rooted, reduces))
 
 
 Counts = tuple[tuple[int, int, int], ...]
 """Microbatches in flight: (stage, number with saved activations, number that only wait for weight gradients)."""
 
 
-def under_way(strategy: Strategy, pipeline_rank: int) -> tuple[Counts, Counts]:
-    """Return the microbatches in flight in a worker's first backward pass, and the most in any later one.
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A backward pass of a worker in which its memory can be at its peak.
 
-    The second is empty if there is only one backward pass.
+    Attributes:
+        counts: microbatches in flight as the pass begins.
+        later: whether an earlier backward pass has left gradients.
+        sync: collectives of `fully_shard` around the pass; None without it. It reduces gradients if every backward pass
+            does: a last one, which alone does, begins with as much as those before it have left.
     """
-    strategy = _of_order(strategy)
-    short, long, times = _shorter(strategy)
-    few, more = _under_way(short, pipeline_rank), _under_way(long, pipeline_rank)
-    if not times:
-        return few
-    if any([each[0] for each in a] != [each[0] for each in b] for a, b in zip(few, more, strict=True)):
-        return _under_way(strategy, pipeline_rank)
-    first, later = (_extended(less, most, times) for less, most in zip(few, more, strict=True))
-    return first, later
+
+    counts: Counts
+    later: bool
+    sync: Sync | None
 
 
-def _extended(few: Counts, more: Counts, times: int) -> Counts:
-    """Extrapolate counts linearly: `few + times * (more - few)`."""
-    pairs = zip(few, more, strict=True)
-    return tuple((stage, a + times * (b - a), c + times * (d - c)) for (stage, a, c), (_, b, d) in pairs)
+def moments(strategy: Strategy, pipeline_rank: int) -> tuple[Moment, ...]:
+    """Return a worker's first backward pass and, if there are more, the one with the most microbatches in flight."""
+    return _moments(_of_order(strategy), pipeline_rank)
 
 
 @lru_cache(maxsize=65536)
-def _under_way(strategy: Strategy, pipeline_rank: int) -> tuple[Counts, Counts]:
+def _moments(strategy: Strategy, pipeline_rank: int) -> tuple[Moment, ...]:
+    short, long, times = _shorter(strategy)
+    if times:
+        few, more = _moments(short, pipeline_rank), _moments(long, pipeline_rank)
+        if all(_extends(a, b) for a, b in zip(few, more, strict=True)):
+            return tuple(
+                replace(a, counts=_extended(a.counts, b.counts, times)) for a, b in zip(few, more, strict=True)
+            )
     kinds, chunks = sequence(strategy, pipeline_rank)
     change = np.where(kinds == FORWARDS, 1, np.where((kinds == BACKWARDS) | (kinds == WEIGHTS), -1, 0))
     before = np.cumsum(change) - change
@@ -226,8 +234,25 @@ def _under_way(strategy: Strategy, pipeline_rank: int) -> tuple[Counts, Counts]:
     first, others = int(backward[0]), backward[1:]
     most = [first, *([int(others[np.argmax(before[others])])] if len(others) else [])]
     put_off = np.where(kinds == INPUTS, 1, np.where(kinds == WEIGHTS, -1, 0))
-    found = [_counts(strategy, pipeline_rank, chunks[:end], change[:end], put_off[:end]) for end in most]
-    return found[0], found[1] if len(found) > 1 else ()
+    syncs: list[Sync | None] = [None] * len(most)
+    if strategy.splits_parameters:
+        *_, gathers, rooted, reduces = _facts_of_worker(strategy, kinds, chunks)
+        syncs = [Sync(bool(gathers[at]), bool(rooted[at]), bool(reduces[backward].all())) for at in most]
+    return tuple(
+        Moment(_counts(strategy, pipeline_rank, chunks[:end], change[:end], put_off[:end]), end != first, sync)
+        for end, sync in zip(most, syncs, strict=True)
+    )
+
+
+def _extends(few: Moment, more: Moment) -> bool:
+    """Return whether two moments differ only in the number of microbatches in flight of each stage."""
+    return few.sync == more.sync and [each[0] for each in few.counts] == [each[0] for each in more.counts]
+
+
+def _extended(few: Counts, more: Counts, times: int) -> Counts:
+    """Extrapolate counts linearly: `few + times * (more - few)`."""
+    pairs = zip(few, more, strict=True)
+    return tuple((stage, a + times * (b - a), c + times * (d - c)) for (stage, a, c), (_, b, d) in pairs)
 
 
 def _counts(strategy: Strategy, pipeline_rank: int, chunks: Integers, change: Integers, put_off: Integers) -> Counts:
