@@ -1,23 +1,19 @@
 """Bytes that `fully_shard` holds at each segment of a stage's backward pass: gathered parameters, and gradients.
 
-    gathered     with zero=3 the block in its backward pass and the one that follows in it (Zhao et al. 2023, PyTorch
-                 FSDP, section 3.3.2), none of them in the loss of a module; with zero=2 all blocks whose backward pass
-                 is not over; the root always
-    gradients    unsharded for the block in its backward pass, and for the block before whose reduce-scatter still runs;
-                 shards for all others
-
-Under tp or pp with several microbatches, gradients stay unsharded and parameters gathered until the last microbatch.
+gathered     the blocks that the step program says (`gathered_blocks`); the root always
+gradients    of a pass that reduces them: unsharded for the block in its backward pass, and for the block before
+             whose reduce-scatter still runs; shards for all others. Of any other pass: unsharded
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 
 from shardwise.predict.profile.profile import Profile
-from shardwise.predict.workers.buckets import Block
 from shardwise.predict.workers.holdings import Stage
+from shardwise.predict.workers.passes import Sync
+from shardwise.predict.workers.step_program import gathered_blocks
 from shardwise.strategy import Strategy
 
 
@@ -37,7 +33,7 @@ class SegmentMemory:
 
 
 def held_at_segments(
-    profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool
+    profile: Profile, strategy: Strategy, stage: Stage, sync: Sync, trained: int, *, later: bool
 ) -> list[SegmentMemory]:
     """Return the bytes held at each segment of a stage, in the order of the backward pass.
 
@@ -45,6 +41,7 @@ def held_at_segments(
         profile: the workload's profile.
         strategy: a strategy that shards parameters.
         stage: one of its stages.
+        sync: collectives of `fully_shard` around the pass.
         trained: bytes of all gradient shards of the worker.
         later: whether an earlier backward pass has left gradients.
     """
@@ -53,7 +50,6 @@ def held_at_segments(
     reduces = [0 if block.gathered is None else block.gathered.reduce for block in blocks]
     root_gather, root_reduce = (0, 0) if stage.root is None else (stage.root.gather, stage.root.reduce)
     module = strategy.runs_module
-    keeps = keeps_gradients(strategy)
     made, sent = profile.gathered, profile.reduced  # gradients come in the precision of the gathered parameters
     gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
     key = ("complete", stage.first, stage.end, tuple((block.first, block.end) for block in blocks), module)
@@ -62,21 +58,13 @@ def held_at_segments(
     done_root = done_block = 0
     last = len(blocks)
     for segment in reversed(range(stage.first, stage.end)):
-        index, inside = _block_at(blocks, segment)
+        index, inside = stage.block_at(segment)
         if index != last:
             last, done_block = index, 0
-        before = gathered_until[index + 1]
-        after = gathered_until[-1] - before
-        if strategy.zero != 3:
-            gathered = before + (after if keeps else 0)
-        elif keeps and later and strategy.schedule == "gpipe":  # the previous backward pass left all gathered
-            gathered = before + after
-        elif module and segment == stage.end - 1 and not inside:
-            gathered = 0  # the loss, outside of the module: no gradient has reached its output yet
-        else:
-            gathered = before - gathered_until[max(0, index - inside)] + (after if keeps else 0)
+        there = gathered_blocks(stage, sync, segment)
+        gathered = gathered_until[there.stop] - gathered_until[there.start]
         reduced = reduced_until[-1] - reduced_until[index + 1]
-        if keeps:
+        if not sync.reduces:
             every = reduced_until[-1]
             whole = sent * (every + root_reduce if later else min(reduced + done_block, every) + done_root)
             slices = 0
@@ -92,20 +80,6 @@ def held_at_segments(
     return found
 
 
-def keeps_gradients(strategy: Strategy) -> bool:
-    """Return whether gradients stay unsharded between microbatches, with one reduce-scatter after the last of them."""
-    return not strategy.runs_module and strategy.microbatches > 1
-
-
-def _block_at(blocks: tuple[Block, ...], segment: int) -> tuple[int, bool]:
-    """Return (index of a segment's block, True), or (index of the next block in the backward pass, False).
-
-    The second form is for a segment outside of all blocks; its index is -1 if no block follows in the backward pass.
-    """
-    index = bisect_right(blocks, segment, key=lambda block: block.first) - 1
-    return index, index >= 0 and segment < blocks[index].end
-
-
 def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int, int], dict[int, int]]:
     """Return two mappings from a segment to the bytes of gradients that it completes: for the root, and for blocks."""
     inside = {index for block in profile.blocks for index in block} if module else set()
@@ -117,7 +91,7 @@ def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int
             continue
         own = [segment for segment in parameter.segments if stage.first <= segment < stage.end]
         if not module:
-            first, last = (_block_at(stage.blocks, segment)[0] for segment in (min(own), max(own)))
+            first, last = (stage.block_at(segment)[0] for segment in (min(own), max(own)))
             if first == last:
                 inside.add(index)
         where = blocks if index in inside else root

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Device
 from shardwise.predict.closed_form.device_memory import in_process
-from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_segments, keeps_gradients
+from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_segments
 from shardwise.predict.closed_form.offload import left, offloads
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.prediction import Memory
@@ -32,7 +32,7 @@ from shardwise.predict.profile.profile import Profile, Segment
 from shardwise.predict.runtime.element_bytes import WIDE, element_bytes
 from shardwise.predict.workers.buckets import Block
 from shardwise.predict.workers.holdings import Parts, Stage, Worker
-from shardwise.predict.workers.passes import moments
+from shardwise.predict.workers.passes import Moment, Sync, moments
 from shardwise.predict.workers.stage_keys import gathered_stage_key, stage_key
 from shardwise.strategy import Strategy
 
@@ -98,7 +98,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
         every += sum(count * _put_off(profile, stages[number].first, stages[number].end) for number, _, count in counts)
         for number in (number for number, count, _ in counts if count):
             stage = stages[number]
-            peak = _peak(profile, strategy, worker, stage, later=moment.later, offloaded=offloaded)
+            peak = _peak(profile, strategy, worker, stage, moment, offloaded=offloaded)
             found.append(
                 Memory(
                     parameters=_stored(profile, strategy, worker) + peak.gathered,
@@ -147,18 +147,21 @@ class _Peak:
         return self.gathered + self.gradients + self.activations + self.temporary
 
 
-def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *, later: bool, offloaded: bool) -> _Peak:
-    products = strategy.saves_products
-    if not strategy.splits_parameters:
+def _peak(
+    profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, moment: Moment, *, offloaded: bool
+) -> _Peak:
+    products, later = strategy.saves_products, moment.later
+    sync = None if moment.sync is None else _sync(strategy, moment.sync, later=later)
+    if sync is None:
         gradients_at = _gradients(profile, strategy, worker, later=later)
         moments = _moments(profile, stage, products=products)
         peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
         return max(peaks, key=lambda peak: peak.total)
-    trained = 0 if keeps_gradients(strategy) else worker.trained  # gradients kept unsharded do not depend on it
-    own = (stage_key(profile, stage), trained, _traits(strategy), strategy.saves_products, later, offloaded)
+    trained = worker.trained if sync.reduces else 0  # unsharded gradients do not depend on it
+    own = (stage_key(profile, stage), trained, _traits(strategy), sync, products, later, offloaded)
 
     def highest() -> _Peak:
-        held = _held(profile, strategy, stage, trained, later=later)
+        held = _held(profile, strategy, stage, sync, trained, later=later)
         moments = _every_moment(profile, stage, products=products)
         peaks = (
             _Peak(
@@ -174,16 +177,23 @@ def _peak(profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, *,
     return profile.memo.once(("sharded peak", *own), highest)
 
 
-def _held(profile: Profile, strategy: Strategy, stage: Stage, trained: int, *, later: bool) -> list[SegmentMemory]:
+def _sync(strategy: Strategy, sync: Sync, *, later: bool) -> Sync:
+    """Return what is communicated around a pass: a later one gathers with zero=3, unless its schedule is gpipe."""
+    left = later and not sync.reduces and strategy.schedule == "gpipe"  # the previous backward pass left all gathered
+    return replace(sync, blocks=strategy.zero == 3 and not left)
+
+
+def _held(
+    profile: Profile, strategy: Strategy, stage: Stage, sync: Sync, trained: int, *, later: bool
+) -> list[SegmentMemory]:
     """Return `held_at_segments` of a stage, cached for all stages that are equal up to their position."""
-    key = ("held", gathered_stage_key(profile, stage), trained, _traits(strategy), later)
-    return profile.memo.once(key, lambda: held_at_segments(profile, strategy, stage, trained, later=later))
+    key = ("held", gathered_stage_key(profile, stage), trained, _traits(strategy), sync, later)
+    return profile.memo.once(key, lambda: held_at_segments(profile, strategy, stage, sync, trained, later=later))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
     """Return the cache key of a strategy: the options that decide what `fully_shard` holds of a stage."""
-    module = strategy.runs_module
-    return module, strategy.fsdp, strategy.zero, strategy.microbatches > 1, strategy.schedule
+    return strategy.runs_module, strategy.fsdp
 
 
 def _beside(gradients: tuple[int, int], activations: int, temporary: int) -> tuple[int, int, int]:

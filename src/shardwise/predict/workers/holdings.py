@@ -10,6 +10,7 @@ Segments are known by their index in `Profile.segments`; a range from `first` to
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -83,6 +84,15 @@ class Stage:
     def recomputed(self) -> tuple[Block, ...]:
         """Return the blocks whose activations are recomputed."""
         return tuple(block for block in self.blocks if block.recomputed)
+
+    def block_at(self, segment: int) -> tuple[int, bool]:
+        """Return (index of a segment's block, True), or (index of the next block in the backward pass, False).
+
+        The second form is for a segment outside of all blocks; its index is -1 if no block follows in the backward
+        pass.
+        """
+        index = bisect_right(self.blocks, segment, key=lambda block: block.first) - 1
+        return index, index >= 0 and segment < self.blocks[index].end
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@
     a pass       receives, computes its pieces one after another, sends
     a piece      waits for its gather, computes a range of segments, and starts the reductions of its gradients
 
-All that describe a step read it here: `traffic` counts it, `closed_form` prices it, `timeline` plays it. Tests compare
-it, in order, with what the real program did in a dry run. Workers are those of the first replica, with tensor-parallel
-rank 0.
+All that describe a step read it here: `traffic` counts it, `closed_form` prices it and sums the memory that it holds,
+`timeline` plays it. Tests compare it, in order, with what the real program did in a dry run. Workers are those of the
+first replica, with tensor-parallel rank 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from shardwise.collective import Collective, Group
 from shardwise.predict.profile.profile import Exchanged, Profile
@@ -28,6 +27,9 @@ from shardwise.strategy import Strategy
 
 TENSORS = 7
 """Parameters of a block that are gathered one by one where nothing buckets them: four or five matrices, two norms."""
+
+AHEAD = 1
+"""Blocks that a backward pass gathers ahead of the one that it computes (Zhao et al. 2023, PyTorch FSDP, 3.3.2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,31 @@ def watched(counts: Mapping[Collective, int]) -> int:
     return max(found.values(), default=0)
 
 
+def issued(pieces: Sequence[Piece], kind: str) -> Iterator[tuple[Piece, tuple[Collective, ...]]]:
+    """Yield the pieces of a pass, each with the gathers that are issued as it begins, or after the loss in it."""
+    gathers = [piece.communication.gather for piece in pieces if piece.communication.gather is not None]
+    done, due = 0, 0 if kind == FORWARD else AHEAD
+    for piece in pieces:
+        due += piece.communication.gather is not None
+        yield piece, tuple(gathers[done:due])
+        done = due
+
+
+def gathered_blocks(stage: Stage, sync: Sync, segment: int) -> range:
+    """Return the indices of a stage's blocks whose parameters are there while a backward pass computes a segment.
+
+    They are those of `issued` that are not freed. In the loss of a module, the last segment, nothing is issued yet: the
+    gradient of the module's output asks for the first block.
+    """
+    index, inside = stage.block_at(segment)
+    first = 0
+    if sync.blocks:
+        if not inside and segment == stage.end - 1:
+            return range(0)
+        first = max(0, index + (not inside) - AHEAD)
+    return range(first, index + 1 if sync.reduces else len(stage.blocks))
+
+
 def reduction(runtime: Runtime, strategy: Strategy) -> str:
     """Return the collective that sums the gradients of replicas which hold all parameters."""
     parts = strategy.zero == 1 and runtime.sharded_reduction and not runtime.owners
@@ -128,12 +155,8 @@ class StepProgram:
         for _, messages in self.received(stage, kind):
             yield from messages
         pieces = self.pieces(stage, kind, turn.sync, final=turn.final)
-        gathers = iter([piece.communication.gather for piece in pieces if piece.communication.gather is not None])
-        due = 1 if kind == FORWARD else 2  # a backward pass asks for one block ahead
-        for piece in pieces:
-            if piece.communication.gather is not None:
-                yield from islice(gathers, due)
-                due = 1
+        for piece, gathers in issued(pieces, kind):
+            yield from gathers
             yield from self.exchanges(stage, kind, range(piece.first, piece.end))
             yield from piece.communication.reductions
         for _, messages in self.sent(stage, kind):
