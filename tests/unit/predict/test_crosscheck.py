@@ -147,6 +147,13 @@ def test_memory_and_messages_are_the_same(name: str, strategy: str) -> None:
     assert document["memory_error"] <= MEMORY_TOLERANCE, found
 
 
+@pytest.mark.parametrize("strategy", ["fsdp=2,pp=2,microbatches=2", "fsdp=2,pp=4,microbatches=2"])
+def test_memory_has_what_the_backward_pass_before_left_gathered(strategy: str) -> None:
+    """A stage whose backward passes follow one another gathers in the first of them only, under any schedule."""
+    document = judge("larger gpt", f"{strategy},recompute=full", 0).document()
+    assert document["memory_error"] <= MEMORY_TOLERANCE
+
+
 def test_an_optimizer_that_needs_memory_for_a_moment_is_noticed() -> None:
     found = profiles("few tokens", "gpu")
     with remembered("few tokens"):

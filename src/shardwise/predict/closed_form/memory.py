@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Device
@@ -150,8 +150,7 @@ class _Peak:
 def _peak(
     profile: Profile, strategy: Strategy, worker: Worker, stage: Stage, moment: Moment, *, offloaded: bool
 ) -> _Peak:
-    products, later = strategy.saves_products, moment.later
-    sync = None if moment.sync is None else _sync(strategy, moment.sync, later=later)
+    products, sync, later = strategy.saves_products, moment.sync, moment.later
     if sync is None:
         gradients_at = _gradients(profile, strategy, worker, later=later)
         moments = _moments(profile, stage, products=products)
@@ -175,12 +174,6 @@ def _peak(
         return max(peaks, key=lambda peak: peak.total)
 
     return profile.memo.once(("sharded peak", *own), highest)
-
-
-def _sync(strategy: Strategy, sync: Sync, *, later: bool) -> Sync:
-    """Return what is communicated around a pass: a later one gathers with zero=3, unless its schedule is gpipe."""
-    left = later and not sync.reduces and strategy.schedule == "gpipe"  # the previous backward pass left all gathered
-    return replace(sync, blocks=strategy.zero == 3 and not left)
 
 
 def _held(
