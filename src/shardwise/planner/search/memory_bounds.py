@@ -15,6 +15,7 @@ from shardwise.cluster.cluster import Device
 from shardwise.predict.closed_form.device_memory import at_least, left_for_tensors
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.runtime.element_bytes import WIDE, element_bytes
+from shardwise.predict.workers.passes import Moment, moments
 from shardwise.splitting.balance import MOST_BLOCKS
 from shardwise.strategy import Strategy
 
@@ -28,21 +29,22 @@ def least_memory(profile: ProfileSummary, strategy: Strategy, device: Device, sa
     `device` says what a worker needs beside its tensors. `saved` is set if a part of the blocks is recomputed: bytes
     per microbatch that the other blocks save.
     """
-    workers, stages, count = strategy.pp, strategy.pp * strategy.stages_per_worker, strategy.microbatches
+    workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
+    early, *late = moments(strategy, 0)  # the first worker has most microbatches in flight
     slices = strategy.fsdp if strategy.splits_parameters else 1
     stays = _stays(profile, strategy)
     updating = (stays + _accumulated(profile, strategy) / slices) / workers
     if strategy.offload:  # on the host, except for what cannot be split
         stays = updating = 0.0
     stays /= workers
-    if strategy.splits_parameters and strategy.zero == 2 and stages > 1:
+    if early.sync is not None and not early.sync.blocks and stages > 1:  # the forward passes left them gathered
         stays += profile.gathered * profile.own / stages
     if _in_buffers(profile, strategy):
         stays += _accumulated(profile, strategy) / workers
     buckets = _has_buckets(profile, strategy)  # DDP allocates its buckets at the start
-    first = _saved(profile, strategy, saved, count) + (profile.gradients if buckets else 0)
-    later = _gradients(profile, strategy, slices) + _saved(profile, strategy, saved, count - (workers > 1))
-    tensors = max(updating, stays + first, stays + later if count > 1 else 0.0, profile.largest)
+    first = _saved(profile, strategy, saved, early) + (profile.gradients if buckets else 0)
+    later = [_gradients(profile, strategy, each, slices) + _saved(profile, strategy, saved, each) for each in late]
+    tensors = max(updating, *(stays + each for each in (first, *later)), profile.largest)
     return at_least(tensors, device, strategy)
 
 
@@ -89,10 +91,10 @@ def _has_buckets(profile: ProfileSummary, strategy: Strategy) -> bool:
     return strategy.sums_in_buckets and strategy.runs_module and not _in_buffers(profile, strategy)
 
 
-def _saved(profile: ProfileSummary, strategy: Strategy, saved: float | None, count: int) -> float:
-    """Return the bytes of saved activations on the worker that has most of them, for `count` microbatches."""
+def _saved(profile: ProfileSummary, strategy: Strategy, saved: float | None, moment: Moment) -> float:
+    """Return the bytes of saved activations on the worker that has most of them."""
     workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
-    under_way = _under_way(workers, count, strategy.schedule, strategy.stages_per_worker)
+    under_way = moment.saved / strategy.stages_per_worker  # parts of several stages add up
     share = even(profile, workers)
     if saved is None and strategy.recomputes:
         return share * (_handed(profile, strategy, stages) + _products(profile, strategy)) * under_way / workers
@@ -100,16 +102,15 @@ def _saved(profile: ProfileSummary, strategy: Strategy, saved: float | None, cou
     return per_microbatch * (max(share * under_way, 1) if workers > 1 else 1)
 
 
-def _gradients(profile: ProfileSummary, strategy: Strategy, slices: int) -> float:
+def _gradients(profile: ProfileSummary, strategy: Strategy, moment: Moment, slices: int) -> float:
     """Return the bytes of gradients that exist during a backward pass that is not the first one."""
-    alone = strategy.runs_module
     if _in_buffers(profile, strategy):
         return 0.0  # they are there already
     if _has_buckets(profile, strategy):  # gradients and DDP's buckets
         return profile.gradients * 2.0
-    if not strategy.splits_parameters:
+    if moment.sync is None:
         return profile.gradients / strategy.pp
-    if alone:
+    if moment.sync.reduces:
         return 0.0 if strategy.offload else profile.gradients / slices
     return profile.own / (strategy.pp * strategy.stages_per_worker)  # unsharded gradients of one stage at a time
 
@@ -127,15 +128,6 @@ def _products(profile: ProfileSummary, strategy: Strategy) -> int:
     if not strategy.saves_products:
         return 0
     return profile.repeated_products if strategy.runs_module else profile.products
-
-
-def _under_way(workers: int, microbatches: int, schedule: str, stages: int) -> float:
-    """Return the number of microbatches in flight on the worker that has most; parts of several stages add up."""
-    if schedule == "gpipe":
-        return microbatches
-    if schedule == "interleaved":
-        return min(microbatches, (2 * (workers - 1) + (stages - 1) * workers + 1) / stages)
-    return min(microbatches, workers)
 
 
 def even(profile: ProfileSummary, parts: int) -> float:

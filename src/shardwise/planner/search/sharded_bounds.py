@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.planner.search.time_bounds import cut_stages, seconds_of
+from shardwise.planner.search.time_bounds import cut_stages, gather_seconds, scatter_seconds, seconds_of
 from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import timed
 from shardwise.predict.closed_form.step_time import SHORT_TABLE
@@ -218,21 +218,13 @@ class _Sizes:
 
 def _collectives(profile: Profile, strategy: Strategy, cluster: Cluster, size: _Sizes) -> tuple[float, ...]:
     """Return the seconds of the gathers and scatters of a stage, in the order in which `_pipeline` takes them."""
-
-    def gather(size: int) -> float:
-        return seconds_of("all_gather", round(profile.gathered * size), strategy, "fsdp", cluster)
-
-    def scatter(size: int) -> float:
-        return seconds_of("reduce_scatter", round(profile.scattered * size), strategy, "fsdp", cluster)
-
+    gathers = (gather_seconds(profile, each, strategy, cluster) for each in (size.first, size.last, size.all))
     shard = round(profile.scattered * size.trained) // strategy.fsdp
     return (
-        gather(size.first),
-        gather(size.last),
-        gather(size.all),
-        scatter(size.trained),
+        *gathers,
+        scatter_seconds(profile, size.trained, strategy, cluster),
         seconds_of("all_reduce", shard, strategy, "dp", cluster),
-        scatter(size.all_trained),
+        scatter_seconds(profile, size.all_trained, strategy, cluster),
     )
 
 

@@ -36,6 +36,7 @@ from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.workers.cuts import cuts_of, recomputed_segments
 from shardwise.predict.workers.groups import group_of
+from shardwise.predict.workers.passes import turns
 from shardwise.predict.workers.step_program import reduction
 from shardwise.strategy import OUTERMOST, Strategy
 
@@ -168,20 +169,17 @@ def _update(profile: ProfileSummary, strategy: Strategy, times: Times) -> float:
 
 
 def _gathers(strategy: Strategy, cluster: Cluster, profile: ProfileSummary) -> float:
-    """Return the seconds of a step's all-gathers and reduce-scatters by `fully_shard`; see
-    `predict.workers.passes.turns`.
+    """Return the seconds of a step's all-gathers and reduce-scatters by `fully_shard`: those of the first stage.
 
-    Gradients are scattered once with tp or pp. In that case and with zero=3, a stage's blocks are gathered for each
-    forward pass that follows another one and for each backward pass that follows a forward pass: once more often than
-    there are microbatches, whatever the order. Without tp and pp, each microbatch gathers and scatters.
+    All stages gather and scatter equally often: with tp or pp and zero=3, once more often than there are microbatches.
     """
-    alone, count = strategy.runs_module, strategy.microbatches
-    size = (profile.repeated if alone else profile.own) // strategy.pp
-    gather = seconds_of("all_gather", round(profile.gathered * size), strategy, "fsdp", cluster)
-    scatter = seconds_of("reduce_scatter", round(profile.scattered * size), strategy, "fsdp", cluster)
-    if alone:
-        return ((2 if strategy.zero == 3 else 1) * gather + scatter) * count
-    return (count + 1 if strategy.zero == 3 else 1) * gather + scatter
+    size = (profile.repeated if strategy.runs_module else profile.own) // strategy.pp
+    syncs = [(turn.count, turn.sync) for turn in turns(strategy, 0) if turn.action.stage == 0 and turn.sync is not None]
+    gathers = sum(count for count, sync in syncs if sync.blocks)
+    scatters = sum(count for count, sync in syncs if sync.reduces)
+    return gathers * gather_seconds(profile, size, strategy, cluster) + scatters * scatter_seconds(
+        profile, size, strategy, cluster
+    )
 
 
 def _unhidden(strategy: Strategy, cluster: Cluster, profile: ProfileSummary, times: Times) -> float:
@@ -192,10 +190,20 @@ def _unhidden(strategy: Strategy, cluster: Cluster, profile: ProfileSummary, tim
     """
     if strategy.pp == 1:
         return 0.0
-    gather = seconds_of("all_gather", round(profile.gathered * profile.own), strategy, "fsdp", cluster)
-    scatter = seconds_of("reduce_scatter", round(profile.scattered * profile.own), strategy, "fsdp", cluster)
+    gather = gather_seconds(profile, profile.own, strategy, cluster)
+    scatter = scatter_seconds(profile, profile.own, strategy, cluster)
     again = times.again if strategy.recomputes else 0.0
     return max(0.0, gather - times.forward) + max(0.0, scatter - times.backward - times.weights - again)
+
+
+def gather_seconds(profile: Profile | ProfileSummary, size: int, strategy: Strategy, cluster: Cluster) -> float:
+    """Return the seconds in which `fully_shard` gathers `size` bytes of parameters."""
+    return seconds_of("all_gather", round(profile.gathered * size), strategy, "fsdp", cluster)
+
+
+def scatter_seconds(profile: Profile | ProfileSummary, size: int, strategy: Strategy, cluster: Cluster) -> float:
+    """Return the seconds in which `fully_shard` reduces and scatters the gradients of `size` bytes of parameters."""
+    return seconds_of("reduce_scatter", round(profile.scattered * size), strategy, "fsdp", cluster)
 
 
 def seconds_of(operation: str, size: int, strategy: Strategy, axis: str, cluster: Cluster) -> float:

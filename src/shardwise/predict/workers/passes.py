@@ -212,6 +212,11 @@ class Moment:
     later: bool
     sync: Sync | None
 
+    @property
+    def saved(self) -> int:
+        """Return the number of microbatches with saved activations, summed over the worker's stages."""
+        return sum(saved for _, saved, _ in self.counts)
+
 
 def moments(strategy: Strategy, pipeline_rank: int) -> tuple[Moment, ...]:
     """Return a worker's first backward pass and, if there are more, the one with the most microbatches in flight."""
