@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -87,18 +87,20 @@ def table(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
     return _table(_of_order(strategy), pipeline_rank)
 
 
-def _of_order(strategy: Strategy) -> Strategy:
-    """Return a normalized strategy that is equal for all strategies with the same order of passes, for use as a key."""
+Order = tuple[bool, int, bool, int, str, int, int]
+"""All that decides the order of passes, as a key: hashing a strategy takes longer than most look-ups."""
+
+
+def _of_order(strategy: Strategy) -> Order:
+    """Return the key that all strategies with the same order of passes share."""
     sharded = strategy.splits_parameters
-    zero = strategy.zero if sharded else 3
     pipeline = strategy.pp, strategy.schedule, strategy.stages, strategy.microbatches
-    return _normalized(sharded, zero, strategy.runs_module, *pipeline)
+    return sharded, strategy.zero if sharded else 3, strategy.runs_module, *pipeline
 
 
-@lru_cache(maxsize=65536)
-def _normalized(
-    sharded: bool, zero: int, module: bool, pp: int, schedule: str, stages: int, microbatches: int
-) -> Strategy:
+def _normalized(key: Order) -> Strategy:
+    """Return a strategy with an order of passes."""
+    sharded, zero, module, pp, schedule, stages, microbatches = key
     fsdp, tp = 2 if sharded else 1, 1 if module else 2
     return Strategy(fsdp=fsdp, zero=zero, tp=tp, pp=pp, schedule=schedule, stages=stages, microbatches=microbatches)
 
@@ -117,10 +119,11 @@ def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
 
 
 @lru_cache(maxsize=65536)
-def _turns(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
+def _turns(key: Order, pipeline_rank: int) -> tuple[EqualPasses, ...]:
+    strategy = _normalized(key)
     short, long, times = _shorter(strategy)
     if times:
-        few, more = _turns(short, pipeline_rank), _turns(long, pipeline_rank)
+        few, more = (_turns(_of_order(each), pipeline_rank) for each in (short, long))
         if [turn.kind for turn in few] == [turn.kind for turn in more]:
             return tuple(
                 replace(a, count=a.count + times * (b.count - a.count)) for a, b in zip(few, more, strict=True)
@@ -145,7 +148,8 @@ def _of_stage(strategy: Strategy, kinds: Integers, stage: int) -> Iterable[Equal
 
 
 @lru_cache(maxsize=1024)
-def _table(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
+def _table(key: Order, pipeline_rank: int) -> tuple[EqualPasses, ...]:
+    strategy = _normalized(key)
     actions = actions_of(strategy, pipeline_rank)
     facts = _facts_of_worker(strategy, *sequence(strategy, pipeline_rank)).T.tolist()
     return tuple(_pass(strategy, action, each, 1) for action, each in zip(actions, facts, strict=True))
@@ -197,7 +201,7 @@ Counts = tuple[tuple[int, int, int], ...]
 """Microbatches in flight: (stage, number with saved activations, number that only wait for weight gradients)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Moment:
     """A backward pass of a worker in which its memory can be at its peak.
 
@@ -212,7 +216,7 @@ class Moment:
     later: bool
     sync: Sync | None
 
-    @property
+    @cached_property
     def saved(self) -> int:
         """Return the number of microbatches with saved activations, summed over the worker's stages."""
         return sum(saved for _, saved, _ in self.counts)
@@ -224,10 +228,11 @@ def moments(strategy: Strategy, pipeline_rank: int) -> tuple[Moment, ...]:
 
 
 @lru_cache(maxsize=65536)
-def _moments(strategy: Strategy, pipeline_rank: int) -> tuple[Moment, ...]:
+def _moments(key: Order, pipeline_rank: int) -> tuple[Moment, ...]:
+    strategy = _normalized(key)
     short, long, times = _shorter(strategy)
     if times:
-        few, more = _moments(short, pipeline_rank), _moments(long, pipeline_rank)
+        few, more = (_moments(_of_order(each), pipeline_rank) for each in (short, long))
         if all(_extends(a, b) for a, b in zip(few, more, strict=True)):
             return tuple(
                 replace(a, counts=_extended(a.counts, b.counts, times)) for a, b in zip(few, more, strict=True)
