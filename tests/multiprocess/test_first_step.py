@@ -97,7 +97,7 @@ def proved(made: list[Workload], strategy: str) -> list[str]:
 
 
 def all_proved(factories: list[Callable[[], Workload]], strategy: str) -> list[str]:
-    """What `proved` finds of the workloads that these functions make."""
+    """Prove the first steps of the workloads that these functions make, as `proved` does."""
     found = []
     for factory in factories:
         with remembered(factory):
