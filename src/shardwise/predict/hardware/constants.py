@@ -24,8 +24,7 @@ class Constants:
             for float32 without tensor cores, and as the upper limit for GPU families not listed below.
         sustained_ampere: power-limited share for Ampere at the watts per FLOP/s of A100 SXM.
         sustained_hopper: power-limited share for Hopper and Ada at the watts per FLOP/s of H100 SXM.
-        sustained_blackwell: power-limited share for Blackwell at the watts per FLOP/s of GB200.
-        sustained_ultra: power-limited share for Blackwell Ultra at the watts per FLOP/s of GB300.
+        sustained_blackwell: power-limited share for Blackwell and Blackwell Ultra at the watts per FLOP/s of GB200.
         power_exponent: exponent with which the share grows with watts per FLOP/s among GPUs of one family.
         sustained_fp8: rate of fp8 matmuls divided by twice the sustained rate of bf16.
         sustained_fp4: rate of fp4 matmuls divided by four times the sustained rate of bf16.
@@ -65,7 +64,6 @@ class Constants:
     sustained_ampere: float
     sustained_hopper: float
     sustained_blackwell: float
-    sustained_ultra: float
     power_exponent: float
     sustained_fp8: float
     sustained_fp4: float

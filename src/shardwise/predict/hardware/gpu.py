@@ -27,11 +27,10 @@ FAMILIES = {
     "hopper": ("sustained_hopper", 700 / 989.4e12),
     "ada": ("sustained_hopper", 700 / 989.4e12),
     "blackwell": ("sustained_blackwell", 1200 / 2500e12),
-    "blackwell ultra": ("sustained_ultra", 1400 / 2500e12),
 }
 """Architecture -> (its field of `Constants`, watts per half-precision FLOP/s of the reference device of that field).
 
-The reference devices are A100 SXM, H100 SXM (for Hopper and Ada), GB200 and GB300.
+The reference devices are A100 SXM, H100 SXM (for Hopper and Ada) and GB200 (for Blackwell and Blackwell Ultra).
 """
 
 LARGEST_SHARE = 0.96
@@ -113,7 +112,7 @@ def _powered(device: Device, half: float | None, numbers: Constants) -> float:
     Families not in `FAMILIES` scale as Hopper does, up to `sustained_default`. That is also their share if the power or
     the half-precision rate is unknown.
     """
-    own = FAMILIES.get(device.architecture.lower()) or FAMILIES.get(family(device))
+    own = FAMILIES.get(family(device))
     name, reference = own or FAMILIES["hopper"]
     share: float = getattr(numbers, name)
     if half and device.watts:
