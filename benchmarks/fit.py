@@ -122,9 +122,9 @@ HELD = 0.001
 
 The usual error (0.06) divided by the number of groups (16) would be the weight if groups erred independently, with
 exponential tails, and START with normal ones: what falls is then the negative logarithm of a probability. With all of
-it the error of the fit rises above 6%, hence a quarter of it: twice and four times as much were tried too, on fewer rows,
-and had held-out errors of 9.4% and 9.2%, fitted ones of 6.1% and 6.2%. The classes of `UNCERTAIN` were settled after a
-look at which constants drift when a group is left out, so that the held-out errors are not quite blind."""
+it the error of the fit rises above 6%, hence a quarter of it. Twice and four times as much were tried too, on fewer
+rows, and had held-out errors of 9.4% and 9.2%, fitted ones of 6.1% and 6.2%. `UNCERTAIN` was settled after a look at
+the constants that drift when a group is left out, so that the held-out errors are not quite blind."""
 
 DIFFERENCE, LONGEST, ENOUGH = 0.02, 0.4, 1e-5
 """Step of finite differences; longest step of a logarithm; fall of the objective that is not worth another step."""
