@@ -19,6 +19,7 @@ from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.closed_form.unequal_shares import ProfileOf, predict_shares
 from shardwise.predict.document import PARTS, needs, note_words, step_words
 from shardwise.predict.prediction import Prediction
+from shardwise.predict.runtime.element_bytes import WIDE, element_bytes
 from shardwise.strategy import Strategy
 from shardwise.units import format_bits, format_bytes, format_seconds, format_share
 
@@ -62,9 +63,10 @@ def _needs(plan: Plan, profile_of: ProfileOf) -> str:
     except (StrategyError, WorkloadError) as error:
         return f"{plan.workload}: one device alone cannot train it: {error}."
     elements = sum(parameter.elements for parameter in profile.parameters if parameter.trained)
-    weights = sum(parameter.bytes for parameter in profile.parameters)
-    gradients = sum(parameter.bytes for parameter in profile.parameters if parameter.trained)
-    state = elements * profile.update.state_bytes
+    each = element_bytes(profile.runtime, profile.precision, Strategy())
+    weights = round(sum(parameter.bytes for parameter in profile.parameters) * each.weights / WIDE)
+    gradients = round(elements * each.gradients)
+    state = round(elements * (profile.update.state_bytes + each.copies))
     return (
         f"{plan.workload} has {_count(elements)} trained parameters. One device alone would hold "
         f"{format_bytes(weights)} of parameters, {format_bytes(gradients)} of gradients, {format_bytes(state)} of "
@@ -195,11 +197,11 @@ def _data_against_model(plan: Plan, pure: Sequence[Candidate], profile_of: Profi
     """Compare the pure strategies as T = T_compute (1 + alpha), with the bytes that each kind sends."""
     if not pure:
         return
-    whole = sum(p.bytes for p in profile_of(_settled(pure[0])).parameters if p.trained)
+    whole = sum(p.bytes for p in profile_of(pure[0].strategy).parameters if p.trained)
     lines = [f"Data parallel workers send each other the gradients, {format_bytes(whole)} once a step"]
     tensor = next((each for each in pure if each.strategy.tp > 1), None)
     if tensor is not None:
-        profile = profile_of(_settled(tensor))
+        profile = profile_of(tensor.strategy)
         sent = sum(
             exchange.bytes
             for segment in profile.segments
@@ -210,16 +212,12 @@ def _data_against_model(plan: Plan, pure: Sequence[Candidate], profile_of: Profi
         lines.append(f"tensor parallel workers the activations, {format_bytes(sent * count)} a step")
     pipeline = next((each for each in pure if each.strategy.pp > 1), None)
     if pipeline is not None:
-        profile = profile_of(_settled(pipeline))
+        profile = profile_of(pipeline.strategy)
         message = min((segment.message for segment in profile.segments[1:]), default=0)
         count = pipeline.prediction.samples // profile.microbatch
         lines.append(f"neighbours in a pipeline {format_bytes(2 * message * count)} or more")
     each = "; ".join(_alpha(candidate) for candidate in pure)
     yield f"{', '.join(lines)}. With T = T_compute (1 + alpha), alpha of what is not hidden behind computing: {each}."
-
-
-def _settled(candidate: Candidate) -> Strategy:
-    return candidate.strategy.for_batch(candidate.prediction.samples)
 
 
 def _alpha(candidate: Candidate) -> str:

@@ -12,7 +12,7 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.find import find_cluster
 from shardwise.errors import RequestError
 from shardwise.planner.constraints import Constraints
-from shardwise.planner.explain import with_bandwidth
+from shardwise.planner.explain import explanation, with_bandwidth
 from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.planner.search.search import search
 from shardwise.planner.search.sharded_bounds import sharded_seconds
@@ -25,6 +25,7 @@ from shardwise.predict.profile.summary import summarize
 from shardwise.predict.runtime.software import ABILITIES
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.strategy import Strategy
+from shardwise.units import format_bytes
 from shardwise.workload.load import load_workload
 
 SPEC = "gpt:layers=8,hidden=2048,heads=16,kv_heads=8,ffn=6144,vocabulary=8000,sequence=64,batch_size=16"
@@ -101,6 +102,10 @@ def test_what_does_not_fit_recomputes_a_part_where_the_software_can() -> None:
     whole = search(titan.workload, cluster(), 1, tight, ScaledProfiles(titan)).plan
     assert whole.best is not None
     assert str(whole.best.strategy.recompute) == "full"
+    elements = sum(parameter.elements for parameter in profiles.of(Strategy()).parameters)
+    parameters, gradients, state = (format_bytes(each * elements) for each in (2, 4, 12))  # bf16, float32, with a copy
+    needs = explanation(plan, cluster(), profiles.of)[0]
+    assert f"{parameters} of parameters, {gradients} of gradients, {state} of optimizer state" in needs
 
 
 @pytest.mark.parametrize(
