@@ -7,6 +7,7 @@ from functools import cached_property
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.options import FULL, NONE
+from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.published import cells
 from shardwise.predict.published.columns import MissingColumn, Row, degree, number, text, whole
@@ -21,6 +22,12 @@ from shardwise.strategy import Strategy
 
 DEEPEST = 10_000
 """Most layers of a model that is predicted."""
+
+CROWDED = 1.2
+"""Predicted memory divided by a device's from which on a run cannot have fitted: predictions are off by less."""
+
+ASSUMED_SELECTIVE = "recompute selective, for without it the run does not fit"
+"""Entry of `PublishedRun.assumed` for a run whose recomputation follows from its memory."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def read(row: Row, line: int) -> PublishedRun:
     _check(sizes, strategy)
     cluster, unknown = cluster_of(row, degrees.devices)
     memory = number(row, "peak_mem_gib")
-    return PublishedRun(
+    run = PublishedRun(
         line=line,
         group=text(row, "group"),
         label=_label(row, degrees),
@@ -106,6 +113,24 @@ def read(row: Row, line: int) -> PublishedRun:
         counted=counted_of(row),
         assumed=(*assumed, *unstated, *unknown),
     )
+    return _fitting(run)
+
+
+def _fitting(run: PublishedRun) -> PublishedRun:
+    """Assume selective recomputation for a run that had no room without, and has with it.
+
+    Tables often say `none` where they mean that nothing is recomputed in full. What attention saves without a fused
+    kernel is most of a block (Korthikanti et al. 2022, section 4), and what recomputing it takes is a tenth of a step.
+    """
+    if run.how.recompute != "none" or run.strategy.recompute == FULL or _crowding(run) <= CROWDED:
+        return run
+    with_it = replace(run, how=replace(run.how, recompute="selective"))
+    return replace(with_it, assumed=(*run.assumed, ASSUMED_SELECTIVE)) if _crowding(with_it) <= 1 else run
+
+
+def _crowding(run: PublishedRun) -> float:
+    """Return the predicted memory of a run's tensors divided by the memory of a device."""
+    return costs_of(run.profile, run.strategy, run.cluster).memory.tensors / run.cluster.device(0).memory_bytes
 
 
 def _label(row: Row, at: _Degrees) -> str:
