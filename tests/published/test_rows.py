@@ -9,7 +9,7 @@ import pytest
 from shardwise.predict.published import cells, device_names
 from shardwise.predict.published.columns import MissingColumn, named, whole
 from shardwise.predict.published.model_sizes import sizes_of
-from shardwise.predict.published.row import PublishedRun, read
+from shardwise.predict.published.row import ASSUMED_SELECTIVE, PublishedRun, read
 from shardwise.predict.runtime.sizes import Computation
 from shardwise.strategy import Strategy
 
@@ -62,6 +62,19 @@ def test_columns_of_other_names() -> None:
         *("tp", "layers", "hidden", "gpu", "n_gpus", "micro_batch", "global_batch", "seq_len", "precision"),
         "odd",
     ]
+
+
+def test_a_run_that_had_no_room_without_recomputation_recomputed() -> None:
+    large = {"tp": "1", "pp": "1", "n_gpus": "8", "layers": "24", "micro_batch": "4", "recompute": "none"}
+    found = run(**large, source="NeMo", zero_fsdp="ZeRO-1")
+    assert found.how.recompute == "selective"
+    assert found.assumed[-1] == ASSUMED_SELECTIVE
+    stated = run(**{**large, "recompute": "full"}, source="NeMo", zero_fsdp="ZeRO-1")
+    assert ASSUMED_SELECTIVE not in stated.assumed
+    roomy = run(**large, source="NeMo", zero_fsdp="ZeRO-1", gpu="GB300")
+    assert (roomy.how.recompute, ASSUMED_SELECTIVE in roomy.assumed) == ("none", False)
+    in_vain = run(**{**large, "layers": "96"}, source="NeMo", zero_fsdp="ZeRO-1")  # does not fit with it, either
+    assert (in_vain.how.recompute, ASSUMED_SELECTIVE in in_vain.assumed) == ("none", False)
 
 
 def test_two_columns_that_mean_the_same() -> None:
