@@ -203,8 +203,7 @@ UNSEEN = (
     "in tf32, and their source leaves the precision open: they are slower than tf32 and faster than float32 is "
     "predicted, so that neither a datasheet nor another group tells their rate. Mostly vTrain's single node and Sailor "
     "wait for their hosts; each is predicted with the host time that the other shows, twice the start. Blackwell and "
-    "Blackwell Ultra are predicted from each other by their watts; the measured difference is larger. NeMo's launcher "
-    "on A100 is as far off in the fit: something of its software is missing, not a constant."
+    "Blackwell Ultra are predicted from each other by their watts; the measured difference is larger."
 )
 """Why groups of the table of `_held_out` are predicted worse when they are left out."""
 
