@@ -15,7 +15,7 @@ from traces import remembered
 
 from shardwise.cluster.find import find_cluster
 from shardwise.predict.closed_form import memory
-from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_segments
+from shardwise.predict.closed_form.fsdp_memory import StageMemory, held_at_segments
 from shardwise.predict.closed_form.step_time import costs_of
 from shardwise.predict.crosscheck import Crosscheck, counted, crosscheck
 from shardwise.predict.profile.profiler import Profiles
@@ -46,6 +46,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "gpt": lambda: gpt(2, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
     "weighted gpt": lambda: replace(gpt(2, 64, 4, 2, vocabulary=256, sequence=32), weight=lambda _: torch.ones(())),
     "larger gpt": lambda: gpt(3, 512, 8, 4, vocabulary=4096, sequence=256, batch_size=16),
+    "deep gpt": lambda: gpt(6, 256, 8, 4, vocabulary=1024, sequence=64, batch_size=16),
     "few tokens": lambda: gpt(2, 512, 8, 4, vocabulary=256, sequence=64, batch_size=4),
     "two views": two_views,
     "language": lambda: language(sequence=64, layers=2, hidden=64, tied=True, dropout=0.1),
@@ -103,12 +104,15 @@ MEMORY_GRID = [
             "pp=2,schedule=zero-bubble",
             "fsdp=2,pp=2",
             "fsdp=2,pp=2,zero=2,schedule=gpipe",
+            "fsdp=2,pp=2,zero=2,schedule=interleaved",
+            "fsdp=2,pp=2,schedule=interleaved,microbatches=8",
             "tp=2,pp=2,sp=1",
             "dp=2,pp=2,recompute=full",
         )
     ),
     # little is kept for the backward pass, so that the optimizer's copy of all parameters makes the peak
     *(("few tokens", strategy) for strategy in ("single", "dp=4,recompute=full", "tp=4", "fsdp=4,zero=1", "pp=2")),
+    ("deep gpt", "fsdp=2,pp=2,schedule=interleaved,stages=3,microbatches=4"),
     ("language", "tp=2"),
     ("image", "pp=2"),
     ("medical", "dp=2"),
@@ -168,7 +172,7 @@ def test_an_optimizer_that_needs_memory_for_a_moment_is_noticed() -> None:
 def test_memory_that_is_not_counted_is_noticed() -> None:
     right = held_at_segments
 
-    def without_gathers(*args: Any, **options: Any) -> list[SegmentMemory]:
+    def without_gathers(*args: Any, **options: Any) -> list[StageMemory]:
         return [replace(held, gathered=0) for held in right(*args, **options)]
 
     with mock.patch.object(memory, "held_at_segments", without_gathers):

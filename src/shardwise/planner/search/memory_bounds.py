@@ -3,8 +3,8 @@
     updating    parameters and optimizer state, with the gradients
     passing     parameters and optimizer state during a backward pass, with the activations in flight on the worker that
                 has most of them: everything saved, or with recomputation the messages between blocks, plus the matmul
-                results where these are saved; from the second microbatch on also gradients, which are unsharded for a
-                stage that `fully_shard` manages
+                results where these are saved; from the second microbatch on also gradients. Stages that `fully_shard`
+                manages may be gathered, with unsharded gradients: one of them, or all where all are at once
 
 Both are the mean over the workers of a pipeline, for which stages count as nearly equal (`even`).
 """
@@ -29,23 +29,23 @@ def least_memory(profile: ProfileSummary, strategy: Strategy, device: Device, sa
     `device` says what a worker needs beside its tensors. `saved` is set if a part of the blocks is recomputed: bytes
     per microbatch that the other blocks save.
     """
-    workers, stages = strategy.pp, strategy.pp * strategy.stages_per_worker
-    early, *late = moments(strategy, 0)  # the first worker has most microbatches in flight
+    workers = strategy.pp
     slices = strategy.fsdp if strategy.splits_parameters else 1
     stays = _stays(profile, strategy)
     updating = (stays + _accumulated(profile, strategy) / slices) / workers
     if strategy.offload:  # on the host, except for what cannot be split
         stays = updating = 0.0
     stays /= workers
-    if early.sync is not None and not early.sync.blocks and stages > 1:  # the forward passes left them gathered
-        stays += profile.gathered * profile.own / stages
     if _in_buffers(profile, strategy):
         stays += _accumulated(profile, strategy) / workers
-    buckets = _has_buckets(profile, strategy)  # DDP allocates its buckets at the start
-    first = _saved(profile, strategy, saved, early) + (profile.gradients if buckets else 0)
-    later = [_gradients(profile, strategy, each, slices) + _saved(profile, strategy, saved, each) for each in late]
-    tensors = max(updating, *(stays + each for each in (first, *later)), profile.largest)
-    return at_least(tensors, device, strategy)
+    backward = (each for each in moments(strategy, 0) if not each.forward)  # the first worker has most in flight
+    passing = max(
+        _gathered(profile, strategy, each)
+        + _gradients(profile, strategy, each, slices)
+        + _saved(profile, strategy, saved, each)
+        for each in backward
+    )
+    return at_least(max(updating, stays + passing, profile.largest), device, strategy)
 
 
 def most_of_the_model(profile: ProfileSummary, strategy: Strategy, device: Device, room: int) -> list[float]:
@@ -102,17 +102,32 @@ def _saved(profile: ProfileSummary, strategy: Strategy, saved: float | None, mom
     return per_microbatch * (max(share * under_way, 1) if workers > 1 else 1)
 
 
+def _gathered(profile: ProfileSummary, strategy: Strategy, moment: Moment) -> float:
+    """Return the bytes of gathered parameters where forward passes leave them: of one stage, or of all if all are."""
+    if moment.sync is None or strategy.zero == 3 or strategy.pp == 1:
+        return 0.0
+    return profile.gathered * _of_stages(profile, strategy, every=moment.others_gathered)
+
+
+def _of_stages(profile: ProfileSummary, strategy: Strategy, *, every: bool) -> float:
+    """Return the bytes of the parameters of one stage, or of `every` stage of a worker."""
+    workers, count = strategy.pp, strategy.stages_per_worker
+    return profile.own / workers * (max(1 / count, even(profile, workers * count)) if every else 1 / count)
+
+
 def _gradients(profile: ProfileSummary, strategy: Strategy, moment: Moment, slices: int) -> float:
-    """Return the bytes of gradients that exist during a backward pass that is not the first one."""
+    """Return the bytes of gradients that exist as a backward pass begins."""
     if _in_buffers(profile, strategy):
         return 0.0  # they are there already
-    if _has_buckets(profile, strategy):  # gradients and DDP's buckets
-        return profile.gradients * 2.0
+    if _has_buckets(profile, strategy):  # DDP allocates its buckets at the start; later there are gradients, too
+        return profile.gradients * (2.0 if moment.later else 1.0)
+    if not moment.later:
+        return 0.0
     if moment.sync is None:
         return profile.gradients / strategy.pp
     if moment.sync.reduces:
         return 0.0 if strategy.offload else profile.gradients / slices
-    return profile.own / (strategy.pp * strategy.stages_per_worker)  # unsharded gradients of one stage at a time
+    return profile.reduced * _of_stages(profile, strategy, every=moment.others_unsharded)
 
 
 def _handed(profile: ProfileSummary, strategy: Strategy, stages: int) -> float:

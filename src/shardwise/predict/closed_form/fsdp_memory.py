@@ -1,8 +1,15 @@
-"""Bytes that `fully_shard` holds at each segment of a stage's backward pass: gathered parameters, and gradients.
+"""Bytes that `fully_shard` holds of a stage: gathered parameters and gradients, in a backward pass and between passes.
+
+At each segment of its backward pass:
 
 gathered     the blocks that the step program says (`gathered_blocks`); the root always
 gradients    of a pass that reduces them: unsharded for the block in its backward pass, and for the block before
              whose reduce-scatter still runs; shards for all others. Of any other pass: unsharded
+
+In a forward pass with zero=3: the block that computes, and the buffer in which it was gathered, which is kept until the
+next gather (torch: `FSDPParamGroup.wait_for_unshard`). A pass that finds all blocks gathered frees them one by one.
+
+Between its passes, while the worker runs those of its other stages: what `passes.Left` says.
 """
 
 from __future__ import annotations
@@ -12,19 +19,19 @@ from itertools import accumulate
 
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.workers.holdings import Stage
-from shardwise.predict.workers.passes import Sync
+from shardwise.predict.workers.passes import Left, Sync
 from shardwise.predict.workers.step_program import gathered_blocks
 from shardwise.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentMemory:
-    """Bytes at one segment.
+class StageMemory:
+    """Bytes of one stage.
 
     Attributes:
         gathered: gathered parameters.
         slices: shards of gradients.
-        whole: unsharded gradients, and the buffers of reduce-scatters in flight.
+        whole: unsharded gradients, and the buffers of collectives in flight.
     """
 
     gathered: int
@@ -34,7 +41,7 @@ class SegmentMemory:
 
 def held_at_segments(
     profile: Profile, strategy: Strategy, stage: Stage, sync: Sync, trained: int, *, later: bool
-) -> list[SegmentMemory]:
+) -> list[StageMemory]:
     """Return the bytes held at each segment of a stage, in the order of the backward pass.
 
     Args:
@@ -74,10 +81,32 @@ def held_at_segments(
             if inside and segment == blocks[index].first:
                 whole = made * (done_root + reduces[index]) + max(behind, sent * reduces[index])
             slices = trained if later else reduced // strategy.fsdp
-        found.append(SegmentMemory(root_gather + gathered, slices, round(whole)))
+        found.append(StageMemory(root_gather + gathered, slices, round(whole)))
         done_root += of_root.get(segment, 0)
         done_block += of_blocks.get(segment, 0)
     return found
+
+
+def held_in_forward(profile: Profile, stage: Stage, sync: Sync, *, later: bool) -> list[StageMemory]:
+    """Return the bytes held in each block of a forward pass with zero=3; the arguments are as in `held_at_segments`."""
+    gathers = [0 if block.gathered is None else block.gathered.gather for block in stage.blocks]
+    rest = held_between_passes(profile, 1, stage, Left(blocks=False, root=True, gradients=later, unsharded=later))
+    there = gathers if sync.blocks else [sum(gathers[index:]) for index in range(len(gathers))]
+    buffers = [round(profile.gathered * size) if sync.blocks else 0 for size in gathers]
+    return [
+        StageMemory(rest.gathered + size, 0, rest.whole + buffer) for size, buffer in zip(there, buffers, strict=True)
+    ]
+
+
+def held_between_passes(profile: Profile, shards: int, stage: Stage, left: Left) -> StageMemory:
+    """Return the bytes that the last pass of a stage has left; sharded gradients are one of `shards` parts."""
+    blocks = [block.gathered for block in stage.blocks if block.gathered is not None]
+    roots = [] if stage.root is None else [stage.root]
+    gathered = sum(each.gather for each in [*(blocks if left.blocks else ()), *(roots if left.root else ())])
+    reduced = sum(each.reduce for each in [*blocks, *roots]) if left.gradients else 0
+    if left.unsharded:
+        return StageMemory(gathered, 0, round(profile.reduced * reduced))
+    return StageMemory(gathered, reduced // shards, 0)
 
 
 def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int, int], dict[int, int]]:

@@ -23,7 +23,12 @@ from itertools import accumulate
 
 from shardwise.cluster.cluster import Device
 from shardwise.predict.closed_form.device_memory import in_process
-from shardwise.predict.closed_form.fsdp_memory import SegmentMemory, held_at_segments
+from shardwise.predict.closed_form.fsdp_memory import (
+    StageMemory,
+    held_at_segments,
+    held_between_passes,
+    held_in_forward,
+)
 from shardwise.predict.closed_form.offload import left, offloads
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.prediction import Memory
@@ -32,7 +37,7 @@ from shardwise.predict.profile.profile import Profile, Segment
 from shardwise.predict.runtime.element_bytes import WIDE, element_bytes
 from shardwise.predict.workers.buckets import Block
 from shardwise.predict.workers.holdings import Parts, Stage, Worker
-from shardwise.predict.workers.passes import Moment, Sync, moments
+from shardwise.predict.workers.passes import Left, Moment, Sync, moments
 from shardwise.predict.workers.stage_keys import gathered_stage_key, stage_key
 from shardwise.strategy import Strategy
 
@@ -81,11 +86,7 @@ def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: 
 
 
 def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *, offloaded: bool) -> Memory:
-    """Return the memory at the peak of the backward passes.
-
-    Two backward passes are looked at: the first one, and of the later ones, which find gradients allocated, the one
-    with the most microbatches in flight.
-    """
+    """Return the memory at the peak of the passes; those that are looked at are `moments`."""
     stages = {stage.number: stage for stage in worker.stages}
     products = strategy.saves_products
     saved = {number: _saved(profile, stage, products=products) for number, stage in stages.items()}
@@ -96,16 +97,20 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
         counts = moment.counts
         every = sum(count * saved[number] for number, count, _ in counts)
         every += sum(count * _put_off(profile, stages[number].first, stages[number].end) for number, _, count in counts)
-        for number in (number for number, count, _ in counts if count):
+        between = [_left(profile, strategy, stages[number], each) for number, each in moment.others]
+        gathered = sum(round(profile.gathered * each.gathered) for each in between)
+        gradients = 0 if offloaded else sum(each.slices for each in between)
+        unsharded = sum(each.whole for each in between)
+        for number in moment.stages:
             stage = stages[number]
             peak = _peak(profile, strategy, worker, stage, moment, offloaded=offloaded)
             found.append(
                 Memory(
-                    parameters=_stored(profile, strategy, worker) + peak.gathered,
-                    gradients=peak.gradients,
+                    parameters=_stored(profile, strategy, worker) + peak.gathered + gathered,
+                    gradients=peak.gradients + gradients,
                     optimizer=state,
                     activations=every - saved[number] + peak.activations + stage.received,
-                    temporary=peak.temporary + batches,
+                    temporary=peak.temporary + unsharded + batches,
                 )
             )
     return max(found, key=lambda memory: memory.total)
@@ -157,11 +162,15 @@ def _peak(
         peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
         return max(peaks, key=lambda peak: peak.total)
     trained = worker.trained if sync.reduces else 0  # unsharded gradients do not depend on it
-    own = (stage_key(profile, stage), trained, _traits(strategy), sync, products, later, offloaded)
+    own = (stage_key(profile, stage), trained, _traits(strategy), sync, products, later, moment.forward, offloaded)
 
     def highest() -> _Peak:
-        held = _held(profile, strategy, stage, sync, trained, later=later)
-        moments = _every_moment(profile, stage, products=products)
+        if moment.forward:
+            held = held_in_forward(profile, stage, sync, later=later)
+            beside = _in_forward(profile, stage, products=products)
+        else:
+            held = _held(profile, strategy, stage, sync, trained, later=later)
+            beside = [each[:2] for each in _every_moment(profile, stage, products=products)]
         peaks = (
             _Peak(
                 round(profile.gathered * each.gathered),
@@ -169,7 +178,7 @@ def _peak(
                 activations,
                 temporary + each.whole,
             )
-            for each, (activations, temporary, _) in zip(held, moments, strict=True)
+            for each, (activations, temporary) in zip(held, beside, strict=True)
         )
         return max(peaks, key=lambda peak: peak.total)
 
@@ -178,10 +187,16 @@ def _peak(
 
 def _held(
     profile: Profile, strategy: Strategy, stage: Stage, sync: Sync, trained: int, *, later: bool
-) -> list[SegmentMemory]:
+) -> list[StageMemory]:
     """Return `held_at_segments` of a stage, cached for all stages that are equal up to their position."""
     key = ("held", gathered_stage_key(profile, stage), trained, _traits(strategy), sync, later)
     return profile.memo.once(key, lambda: held_at_segments(profile, strategy, stage, sync, trained, later=later))
+
+
+def _left(profile: Profile, strategy: Strategy, stage: Stage, left: Left) -> StageMemory:
+    """Return `held_between_passes` of a stage, cached for all stages that are equal up to their position."""
+    key = ("left", gathered_stage_key(profile, stage), strategy.fsdp, left)
+    return profile.memo.once(key, lambda: held_between_passes(profile, strategy.fsdp, stage, left))
 
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
@@ -247,6 +262,21 @@ def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tupl
         activations += _put_off(profile, segment + 1, stage.end)
         found.append((max(0, activations), max(layer.temporary_backward, layer.temporary_forward), done))
         done += complete[segment]
+    return found
+
+
+def _in_forward(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int]]:
+    """Return (activations of the microbatch, temporary) in bytes as the forward pass ends each block of a stage."""
+    saved = stage.saved - (profile.saved[stage.end] - profile.saved[stage.first])
+    found = []
+    for block in stage.blocks:
+        handed = sum(size for until, size in stage.handed if until <= block.first)
+        if block.recomputed:
+            saved += _products(profile, block) if products else 0
+        else:
+            saved += profile.saved[block.end] - profile.saved[block.first]
+        layers = (each.layer for each in profile.segments[block.first : block.end])
+        found.append((max(0, saved) + handed, max((each.temporary_forward for each in layers), default=0)))
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardwise.predict.workers.pass_arrays import (
     BACKWARDS,
@@ -197,33 +198,87 @@ def _facts(strategy: Strategy, kinds: Integers) -> Booleans:
     return np.array((first, final, gathers, rooted, reduces))
 
 
+Bytes = NDArray[np.uint8]
+
 Counts = tuple[tuple[int, int, int], ...]
 """Microbatches in flight: (stage, number with saved activations, number that only wait for weight gradients)."""
 
 
-@dataclass(frozen=True)
-class Moment:
-    """A backward pass of a worker in which its memory can be at its peak.
+BLOCKS, ROOT, GRADIENTS, UNSHARDED = (1 << bit for bit in range(4))
+"""Bits of what `fully_shard` has left of a stage, see `Left`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What `fully_shard` holds of a stage between two of its passes.
+
+    A forward pass leaves the blocks gathered unless zero=3. A backward pass leaves them gathered, with unsharded
+    gradients, until the last one of the stage: it reduces all gradients and frees all parameters.
 
     Attributes:
-        counts: microbatches in flight as the pass begins.
-        later: whether an earlier backward pass has left gradients.
-        sync: collectives of `fully_shard` around the pass; None without it. It reduces gradients if every backward pass
-            does: a last one, which alone does, begins with as much as those before it have left.
+        blocks: whether the parameters of the blocks are gathered.
+        root: whether the other parameters of the stage are gathered.
+        gradients: whether it has gradients.
+        unsharded: whether these are unsharded.
     """
 
+    blocks: bool
+    root: bool
+    gradients: bool
+    unsharded: bool
+
+    @classmethod
+    @lru_cache
+    def of(cls, bits: int) -> Left:
+        """Return what the bits `BLOCKS`, `ROOT`, `GRADIENTS` and `UNSHARDED` say."""
+        return cls(*(bool(bits & bit) for bit in (BLOCKS, ROOT, GRADIENTS, UNSHARDED)))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A pass of a worker, most often a backward pass, in which its memory can be at its peak.
+
+    Attributes:
+        stages: the stages that the pass can be of; with `fully_shard` it is one.
+        counts: microbatches in flight as a backward pass begins, or as a forward pass ends.
+        later: whether an earlier backward pass has left gradients; with `fully_shard`, one of the same stage.
+        sync: collectives of `fully_shard` around the pass; None without it. It reduces gradients if every backward pass
+            does: a last one, which alone does, begins with as much as those before it have left.
+        others: (stage, what `fully_shard` holds of it) of the worker's other stages; empty without `fully_shard`.
+        forward: whether it is a forward pass.
+    """
+
+    stages: tuple[int, ...]
     counts: Counts
     later: bool
     sync: Sync | None
+    others: tuple[tuple[int, Left], ...] = ()
+    forward: bool = False
 
     @cached_property
     def saved(self) -> int:
         """Return the number of microbatches with saved activations, summed over the worker's stages."""
         return sum(saved for _, saved, _ in self.counts)
 
+    @cached_property
+    def others_gathered(self) -> bool:
+        """Return whether all other stages of the worker are gathered."""
+        return all(left.blocks for _, left in self.others)
+
+    @cached_property
+    def others_unsharded(self) -> bool:
+        """Return whether all other stages of the worker have unsharded gradients."""
+        return all(left.unsharded for _, left in self.others)
+
 
 def moments(strategy: Strategy, pipeline_rank: int) -> tuple[Moment, ...]:
-    """Return a worker's first backward pass and, if there are more, the one with the most microbatches in flight."""
+    """Return the passes of a worker in which its memory can be at its peak, in their order.
+
+    They are the first backward pass and, if there are more, the one with the most microbatches in flight. If
+    `fully_shard` shards several stages of the worker, they are, of each stage, the backward pass with the most
+    microbatches in flight and the one with the most gathered parameters and unsharded gradients; with zero=3 also such
+    forward passes, for these gather a stage while another one is left gathered.
+    """
     return _moments(_of_order(strategy), pipeline_rank)
 
 
@@ -233,7 +288,7 @@ def _moments(key: Order, pipeline_rank: int) -> tuple[Moment, ...]:
     short, long, times = _shorter(strategy)
     if times:
         few, more = (_moments(_of_order(each), pipeline_rank) for each in (short, long))
-        if all(_extends(a, b) for a, b in zip(few, more, strict=True)):
+        if len(few) == len(more) and all(map(_extends, few, more)):
             return tuple(
                 replace(a, counts=_extended(a.counts, b.counts, times)) for a, b in zip(few, more, strict=True)
             )
@@ -241,22 +296,83 @@ def _moments(key: Order, pipeline_rank: int) -> tuple[Moment, ...]:
     change = np.where(kinds == FORWARDS, 1, np.where((kinds == BACKWARDS) | (kinds == WEIGHTS), -1, 0))
     before = np.cumsum(change) - change
     backward = np.flatnonzero((kinds == BACKWARDS) | (kinds == INPUTS))
-    first, others = int(backward[0]), backward[1:]
-    most = [first, *([int(others[np.argmax(before[others])])] if len(others) else [])]
     put_off = np.where(kinds == INPUTS, 1, np.where(kinds == WEIGHTS, -1, 0))
-    syncs: list[Sync | None] = [None] * len(most)
-    if strategy.splits_parameters:
-        *_, gathers, rooted, reduces = _facts_of_worker(strategy, kinds, chunks)
-        syncs = [Sync(bool(gathers[at]), bool(rooted[at]), bool(reduces[backward].all())) for at in most]
+
+    def counts(end: int) -> Counts:
+        return _counts(strategy, pipeline_rank, chunks[:end], change[:end], put_off[:end])
+
+    if not strategy.splits_parameters:
+        each = [(at, counts(at)) for at in _first_and_most(backward, before)]
+        return tuple(
+            Moment(tuple(stage for stage, count, _ in found if count), found, at != backward[0], None)
+            for at, found in each
+        )
+    facts = _facts_of_worker(strategy, kinds, chunks)
+    *_, gathers, rooted, reduces = facts
+    forward, every = kinds == FORWARDS, bool(reduces[backward].all())
+    left = _left_before(strategy, kinds, chunks, facts)
+    stages = range(pipeline_rank, strategy.stages_per_worker * strategy.pp, strategy.pp)
+    if len(stages) == 1:
+        most = _first_and_most(backward, before)
+    else:
+        candidates = [backward, *([np.flatnonzero(forward)] if strategy.zero == 3 else [])]
+        most = [at for each in candidates for at in _highest(each, before, chunks, gathers == forward, left)]
     return tuple(
-        Moment(_counts(strategy, pipeline_rank, chunks[:end], change[:end], put_off[:end]), end != first, sync)
-        for end, sync in zip(most, syncs, strict=True)
+        Moment(
+            (stages[own := int(chunks[at])],),
+            counts(at + 1 if forward[at] else at),
+            bool(left[own, at] & GRADIENTS),
+            Sync(bool(gathers[at]), bool(rooted[at]), every),
+            tuple((stage, Left.of(int(left[n, at]))) for n, stage in enumerate(stages) if n != own),
+            bool(forward[at]),
+        )
+        for at in sorted(most)
     )
+
+
+def _first_and_most(backward: Integers, before: Integers) -> list[int]:
+    """Return the first backward pass and the one of the others that has the most microbatches in flight `before` it."""
+    first, others = int(backward[0]), backward[1:]
+    return [first, *([int(others[np.argmax(before[others])])] if len(others) else [])]
+
+
+def _left_before(strategy: Strategy, kinds: Integers, chunks: Integers, facts: Booleans) -> Bytes:
+    """Return what `fully_shard` has left of each stage of a worker, by rows, before each of its passes, as bits."""
+    found = np.zeros((strategy.stages_per_worker, len(kinds)), np.uint8)
+    for chunk, row in enumerate(found):
+        own = np.flatnonzero(chunks == chunk)
+        forward, reduces = kinds[own] == FORWARDS, facts[-1, own]
+        blocks = BLOCKS * (~forward | (strategy.zero < 3))
+        gradients = (GRADIENTS | UNSHARDED) * (np.cumsum(~forward) > 0)
+        after = np.where(reduces, GRADIENTS, blocks | ROOT | gradients)
+        passed = np.searchsorted(own, np.arange(len(kinds)))  # passes of this stage before each pass of the worker
+        row[:] = np.where(passed, after[passed - 1], 0)
+    return found
+
+
+def _highest(passes: Integers, before: Integers, chunks: Integers, more: Booleans, left: Bytes) -> set[int]:
+    """Return those of `passes` that have most microbatches in flight and those that hold most, for each stage.
+
+    Args:
+        passes: indices of passes of a worker, all forward or all backward.
+        before: microbatches in flight before each pass of the worker.
+        chunks: stage of each pass.
+        more: whether a pass holds more parameters of its own stage: a backward pass that finds them gathered, or a
+            forward pass that gathers them, in buffers that are there beside the parameters.
+        left: see `_left_before`.
+    """
+    own = np.arange(len(left))[:, None] == chunks
+    held = np.where(own, left & UNSHARDED | BLOCKS * more, left)
+    size = sum((held & bit > 0).sum(0) for bit in (BLOCKS, UNSHARDED))
+    mine = own[:, passes]
+    keys = (each * len(chunks) + other for each, other in ((before, size), (size, before)))
+    return {int(passes[at]) for key in keys for at in np.where(mine, key[passes], -1).argmax(1)}
 
 
 def _extends(few: Moment, more: Moment) -> bool:
     """Return whether two moments differ only in the number of microbatches in flight of each stage."""
-    return few.sync == more.sync and [each[0] for each in few.counts] == [each[0] for each in more.counts]
+    stages = [each[0] for each in few.counts]
+    return replace(few, counts=more.counts) == more and stages == [each[0] for each in more.counts]
 
 
 def _extended(few: Counts, more: Counts, times: int) -> Counts:

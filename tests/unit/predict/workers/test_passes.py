@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from shardwise.predict.workers.pass_arrays import KINDS, sequence
-from shardwise.predict.workers.passes import Sync, actions_of, moments, turns
+from shardwise.predict.workers.passes import Counts, Left, Moment, Sync, actions_of, moments, turns
 from shardwise.predict.workers.passes import table as passes
 from shardwise.splitting.schedule import BACKWARD, FORWARD, WEIGHT, Action
 from shardwise.strategy import Strategy
 
+SEVERAL_STAGES = [
+    "fsdp=2,pp=4,schedule=interleaved",
+    "fsdp=2,pp=2,zero=2,schedule=interleaved",
+    "fsdp=2,pp=2,stages=3,schedule=interleaved",
+]
 STRATEGIES = [
     "dp=2",
     "fsdp=2",
@@ -26,7 +31,7 @@ STRATEGIES = [
     "pp=4,schedule=zero-bubble",
     "fsdp=2,pp=4",
     "fsdp=2,pp=4,zero=2,schedule=zero-bubble",
-    "fsdp=2,pp=4,schedule=interleaved",
+    *SEVERAL_STAGES,
 ]
 
 
@@ -89,8 +94,65 @@ def test_turns_are_those_of_the_table(text: str, count: int) -> None:
             assert mine == [kind for kind in order if kind[1] == stage]
 
 
+def walked(strategy: Strategy, pipeline_rank: int) -> Iterator[Moment]:
+    """Yield what is in flight, and what `fully_shard` holds, around every pass of a worker with several stages."""
+    stages = range(pipeline_rank, strategy.pp * strategy.stages_per_worker, strategy.pp)
+    actions = actions_of(strategy, pipeline_rank)
+    flight = dict.fromkeys(stages, 0)
+    left = dict.fromkeys(stages, Left(False, False, False, False))
+    for action, sync in zip(actions, syncs(strategy, actions), strict=True):
+        stage, forward = action.stage, action.kind == FORWARD
+        flight[stage] += forward
+        counts: Counts = tuple((each, count, 0) for each, count in flight.items() if count or each in begun(left))
+        others = tuple((each, found) for each, found in left.items() if each != stage)
+        single = strategy.microbatches == 1
+        yield Moment((stage,), counts, left[stage].gradients, Sync(sync.blocks, sync.root, single), others, forward)
+        flight[stage] -= not forward
+        freed = sync.reduces or (forward and strategy.zero == 3)
+        gradients = left[stage].gradients or not forward
+        left[stage] = Left(not freed, not sync.reduces, gradients, gradients and not sync.reduces)
+
+
+def begun(left: dict[int, Left]) -> list[int]:
+    return [stage for stage, found in left.items() if found != Left(False, False, False, False)]
+
+
+def held(moment: Moment) -> int:
+    """Return the number of stages that are gathered, and that have unsharded gradients, in a moment."""
+    assert moment.sync is not None
+    own = (moment.sync.blocks == moment.forward) + moment.later
+    return own + sum(left.blocks + left.unsharded for _, left in moment.others)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 12, 24, 36, 60])
+@pytest.mark.parametrize("text", SEVERAL_STAGES)
+def test_moments_of_several_sharded_stages_are_those_of_the_table(text: str, count: int) -> None:
+    strategy = Strategy.parse(text).with_(microbatches=count)
+    for pipeline_rank in range(strategy.pp):
+        every = list(walked(strategy, pipeline_rank))
+        found = moments(strategy, pipeline_rank)
+        assert set(found) <= set(every)
+        for forward in (False, True) if strategy.zero == 3 else (False,):
+            for stage in {each.stages for each in every}:
+                table, mine = (
+                    [(each.saved, held(each)) for each in some if each.stages == stage and each.forward == forward]
+                    for some in (every, found)
+                )
+                assert max(table) in mine
+                assert max(table, key=lambda pair: pair[::-1]) in mine
+
+
+def test_a_stage_is_held_while_another_one_runs() -> None:
+    """Under zero=2 from its first forward pass on; under zero=3 a forward pass frees it, a backward pass does not."""
+    for zero in (2, 3):
+        strategy = Strategy.parse(f"fsdp=2,pp=2,zero={zero},schedule=interleaved,microbatches=4")
+        last = [each for each in moments(strategy, 1) if not each.forward][-1]
+        assert (last.stages, last.later) == ((3,), True)
+        assert last.others == ((1, Left(blocks=True, root=True, gradients=True, unsharded=True)),)
+
+
 @pytest.mark.parametrize("count", [1, 4, 12, 24, 36, 60])
-@pytest.mark.parametrize("text", STRATEGIES)
+@pytest.mark.parametrize("text", [text for text in STRATEGIES if text not in SEVERAL_STAGES])
 def test_moments_are_those_of_the_table(text: str, count: int) -> None:
     strategy = Strategy.parse(text).with_(microbatches=count)
     for pipeline_rank in range(strategy.pp):
