@@ -200,7 +200,8 @@ def _regret(regret: float | None) -> str:
         return ""
     if regret == 0:
         return ", and it was"
-    return f", {regret:.0%} slower than the fastest" if regret >= 0.005 else ", and it was within 1% of the fastest"
+    near = regret < 0.005
+    return ", and it was within 1% of the fastest" if near else f", and it was {regret:.0%} slower than the fastest"
 
 
 def _number(value: float | None) -> str:
