@@ -104,7 +104,10 @@ def test_comparison_table() -> None:
         "1.2e-07",
     ]
     assert "dp=2 was predicted to be the fastest, and it was." in lines
-    for regret, words in ((0.004, "and it was within 1% of the fastest"), (0.25, "and it was 25% slower than the fastest")):
+    for regret, words in (
+        (0.004, "and it was within 1% of the fastest"),
+        (0.25, "and it was 25% slower than the fastest"),
+    ):
         assert f"dp=2 was predicted to be the fastest, {words}." in comparison_table({**document, "regret": regret})
     assert "not predicted: single was not measured" in lines
     nothing = {**document, "chosen": None, "regret": None}
