@@ -7,10 +7,12 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from equality import check
 from pool import Pools
@@ -22,6 +24,7 @@ from shardwise.run.training.job import Job, Options
 from shardwise.run.training.train import train
 from shardwise.strategy import Strategy
 from shardwise.workload.loading import Loading
+from shardwise.workload.reading.reader import Loaded, StreamReader
 from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
@@ -160,6 +163,33 @@ def losses(kind: str, strategy: str, steps: int, folder: Path | None) -> list[fl
     trained = train(Program.build(work, job.strategy), job)
     assert set(multiprocessing.active_children()) == before
     return [step.loss for step in trained.steps]
+
+
+class Quiet(IterableDataset[Sample]):
+    """Stream that draws nothing, so that it is read ahead."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        return ((torch.full((6,), float(index), dtype=torch.float64), index % 3) for index in range(SAMPLES))
+
+
+def losses_where_one_worker_reads_apart(strategy: str) -> list[float]:
+    """Losses of a run in which worker 0 takes what its model draws for draws of the stream."""
+    read = StreamReader.beside
+
+    def beside(self: StreamReader) -> Loaded:
+        loaded = read(self)
+        self.draws = dist.is_initialized() and dist.get_rank() == 0
+        return loaded
+
+    with mock.patch.object(StreamReader, "beside", beside), mock.patch.dict(KINDS, quiet={"dataset": Quiet()}):
+        return losses("quiet", strategy, 2, None)
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "tp=2"])
+def test_each_worker_decides_whether_it_reads_ahead(workers: Pools, strategy: str) -> None:
+    found = workers(2, losses_where_one_worker_reads_apart, strategy, timeout=60.0)[0]
+    (alone,) = workers(1, losses_where_one_worker_reads_apart, "single")
+    assert found == pytest.approx(alone, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

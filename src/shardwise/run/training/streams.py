@@ -37,7 +37,7 @@ def agreeing(program: Program) -> Loader:
 class StreamAgreement:
     """Comparison of what all workers have read, see `ReadingPlan.agree`. Creating one is collective.
 
-    The loader calls it from its thread while the previous batch is computed, so it has a process group of its own.
+    It has a process group of its own, so that its messages do not wait for those of the step.
 
     Args:
         first: number of the first step, from 1.

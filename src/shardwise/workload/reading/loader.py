@@ -7,6 +7,7 @@ dataset that draws is not read while a step runs, unless processes of its own re
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +23,9 @@ from shardwise.workload.reading.order import epoch_batches
 from shardwise.workload.reading.processes import LoadingProcesses
 from shardwise.workload.reading.reader import IndexReader, Loaded, Reader, ReadingPlan, StreamReader
 from shardwise.workload.reading.seen import FAILED, Seen
+
+_OPEN: set[ThreadPoolExecutor] = set()
+"""Pools in use. Garbage collection would end the thread of any other before it closes a generator that waits for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +67,25 @@ class Loader(ReadingPlan):
         reader = self._reader(epoch, start)
         count = self.loading.processes
         source: Reader | LoadingProcesses = LoadingProcesses(reader, count, self.enter) if count else reader
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardwise-loader") as pool:
-            _compute_alone(pool)
-            try:
-                loaded = pool.submit(self._agreed, reader, source.first).result()
-                while loaded is not None and loaded.share is not None:
-                    pending = None if source.draws else pool.submit(self._agreed, reader, source.beside)
-                    yield loaded.share
-                    loaded = None if pending is None else pending.result()
-                    if loaded is None:  # it draws, as has been seen before or just now
-                        loaded = pool.submit(self._agreed, reader, source.apart).result()
-            finally:
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardwise-loader")
+        _OPEN.add(pool)
+        _compute_alone(pool)
+        thread = pool.submit(threading.get_ident).result()
+        try:
+            loaded = self._agreed(reader, pool.submit(source.first).result)
+            while loaded is not None and loaded.share is not None:
+                pending = None if source.draws else pool.submit(source.beside)
+                yield loaded.share
+                loaded = None if pending is None else self._agreed(reader, pending.result)
+                if loaded is None:  # it draws, as has been seen before or just now
+                    loaded = self._agreed(reader, pool.submit(source.apart).result)
+        finally:
+            if within := threading.get_ident() == thread:  # it collects garbage, and cannot wait for itself
+                source.close()
+            else:
                 pool.submit(source.close).result()
+            pool.shutdown(wait=not within)
+            _OPEN.discard(pool)
 
     def first(self, epoch: int, start: int = 0) -> Share | None:
         """Return the share of batch `start` of an epoch, without reading ahead. Returns None past the last batch.
@@ -102,7 +113,11 @@ class Loader(ReadingPlan):
         return epoch_batches(len(self.dataset), self.batch_size, self.loading, self.seed, epoch)
 
     def _agreed(self, reader: Reader, read: Callable[[], Loaded | None]) -> Loaded | None:
-        """Read a batch, and check that the other workers read theirs from the same data."""
+        """Read a batch, and check that the other workers read theirs from the same data.
+
+        It is called for batches that are asked for, which all workers ask for alike. One that was read ahead may never
+        be, and whether a worker reads ahead is for it to decide.
+        """
         try:
             loaded = read()
         except Exception as error:

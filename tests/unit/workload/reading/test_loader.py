@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shardwise.workload.loading import Loading
-from shardwise.workload.reading.loader import Loader
+from shardwise.workload.reading.loader import _OPEN, Loader
 
 SAMPLES = 6
 
@@ -47,3 +49,25 @@ def test_samples_are_made_without_threads_of_their_own(threads: int) -> None:
             torch.ones(64, 64) @ torch.ones(64, 64)
             assert torch.get_num_threads() == threads
     assert dataset.threads == [1] * 2 * SAMPLES
+
+
+class Holder:
+    """Object in a cycle of references with what it holds."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.shares = loader.shares(0)
+        self.first = next(self.shares)
+        self.itself = self
+
+
+def test_garbage_collection_closes_what_nobody_reads_to_its_end() -> None:
+    ended = threading.Event()
+
+    def collect() -> None:
+        Holder(Loader(dataset=Watched(), batch_size=2, loading=Loading(shuffle=False)))
+        gc.collect()
+        ended.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    assert ended.wait(30), "the generator waits for a thread that has ended"
+    assert not _OPEN
