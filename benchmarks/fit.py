@@ -84,11 +84,11 @@ UNCERTAIN: dict[str, float] = {
     **dict.fromkeys(("sustained_fp4", "power_exponent"), 0.2),
     "hosted_share": 0.3,
 }
-"""How far values of START may be off, as the standard deviation of a logarithm. Shares of a datasheet's rate were
+"""Uncertainty of values of START, as the standard deviation of a logarithm. Shares of a datasheet's rate were
 measured by many, and differ by a tenth; those of single kernels or of few devices by two or three tenths."""
 
 VERY_UNCERTAIN = 0.7
-"""The same for all other constants, which may be half or twice their start: latencies, times of hosts, overheads."""
+"""Uncertainty of all other constants, which may be half or twice their start: latencies, times of hosts, overheads."""
 
 LEAST: dict[str, float] = {"network_hop": 1e-6, "attention_softmax": 2.0, "link_hop": 0.5e-6}
 """Smallest values of constants that cannot be zero."""

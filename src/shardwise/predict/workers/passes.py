@@ -210,7 +210,7 @@ BLOCKS, ROOT, GRADIENTS, UNSHARDED = (1 << bit for bit in range(4))
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What `fully_shard` holds of a stage between two of its passes.
+    """Tensors that `fully_shard` holds of a stage between two of its passes.
 
     A forward pass leaves the blocks gathered unless zero=3. A backward pass leaves them gathered, with unsharded
     gradients, until the last one of the stage: it reduces all gradients and frees all parameters.

@@ -169,4 +169,4 @@ def test_objects_that_somebody_has_frozen_stay_frozen() -> None:
     count = gc.get_freeze_count()
     with only_new_garbage():
         pass
-    assert gc.get_freeze_count() == count > 0
+    assert 0 < gc.get_freeze_count() <= count  # one that is no longer used is freed all the same
