@@ -158,8 +158,8 @@ def _peak(
     products, sync, later = strategy.saves_products, moment.sync, moment.later
     if sync is None:
         gradients_at = _gradients(profile, strategy, worker, later=later)
-        moments = _moments(profile, stage, products=products)
-        peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in moments]
+        candidates = _moments(profile, stage, products=products)
+        peaks = [_Peak(0, *_beside(gradients_at(done), each, temporary)) for each, temporary, done in candidates]
         return max(peaks, key=lambda peak: peak.total)
     trained = worker.trained if sync.reduces else 0  # unsharded gradients do not depend on it
     own = (stage_key(profile, stage), trained, _traits(strategy), sync, products, later, moment.forward, offloaded)

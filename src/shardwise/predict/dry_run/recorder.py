@@ -51,6 +51,8 @@ from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.op_counter import kernel_of, tensors
 from shardwise.splitting.schedule import Action
 
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+
 
 @contextmanager
 def collector_off() -> Iterator[None]:
@@ -66,9 +68,6 @@ def collector_off() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-
-
-_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,7 @@ def read(row: Row, line: int) -> PublishedRun:
 
     Raises:
         MissingColumn: something is missing, unknown or contradictory; the message names it.
+        RequestError: the device cannot compute in the row's precision.
     """
     sizes, assumed = sizes_of(row)
     degrees = _degrees(row)
