@@ -136,7 +136,7 @@ class Device:
             other tensors.
         heap: measured bytes of the process per byte of tensors; above 1 because the allocator leaves memory unused.
         overheads: measured seconds of the host beside kernels and messages, by name (see OVERHEADS): `step` for each
-            step; `sharded` for each group of parameters that `fully_shard` manages in a pass; `stage` for each pass
+            step; `sharded` for each gather and each scatter of `fully_shard`; `stage` for each pass
             through a stage of a graph; `exchange` for each exchange of tensor parallelism; `again` for each recomputed
             kernel; `selective`, in addition, for each kernel of a block that saves the results of matmuls; `crowded`
             for each step in which workers outnumber cores.

@@ -26,11 +26,11 @@ GPU_SIZES = (1024, 64 * 1024, 1024**2, 8 * 1024**2, 64 * 1024**2, 512 * 1024**2)
 The links of GPUs are so fast that they are not filled by less, and the gradients of a layer are as large.
 """
 
-LEAST, MOST = 4, 60
-"""Fewest and most calls of each size."""
+LEAST, MOST, TURNS = 4, 60, 4
+"""Fewest and most calls of each size in a turn, and turns in which all sizes are measured."""
 
 SLOW = 0.1
-"""Seconds of a call above which two calls are enough, the first included, because the warm-up is then negligible."""
+"""Seconds of a call above which two calls in one turn are enough: the first one, because a warm-up is negligible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,8 @@ def collective_curves(
 ) -> list[CollectiveCurve]:
     """Measure every collective by bytes. Collective over all workers.
 
+    Sizes and operations are measured in TURNS, because a machine is slower for a while now and then.
+
     Args:
         team: all workers.
         layout: groups of workers that communicate.
@@ -88,18 +90,24 @@ def collective_curves(
     """
     made = [(ranks, dist.new_group(list(ranks))) for ranks in layout.groups]
     mine = next((group for ranks, group in made if team.rank in ranks), None)
+    found: dict[tuple[str, int], list[float]] = {
+        (operation, size): [] for operation in OPERATIONS for size in sizes_on(team.device)
+    }
+    for turn in range(TURNS):
+        for (operation, size), took in found.items():
+            if turn and team.most([min(took, default=0.0)])[0] > SLOW:
+                continue
+            team.wait()
+            if mine is not None:
+                took += _timed(OPERATIONS[operation], size, mine, team.device, seconds / TURNS)
+            advance(not turn)
     curves = []
-    for operation, call in OPERATIONS.items():
+    for operation in OPERATIONS:
         samples = []
         for size in sizes_on(team.device):
-            team.wait()
-            found = [0.0]
-            if mine is not None:
-                found = _timed(call, size, mine, team.device, seconds)
-            by_rank = team.gathered([_undisturbed(found), spread(found)])
-            slowest = max(by_rank[rank][0] for rank in layout.workers)
-            samples.append(Sample((size,), rounded(slowest), round(max(row[1] for row in by_rank), 3)))
-            advance(1)
+            each = found[operation, size]
+            quick, scatter = team.most([_undisturbed(each), spread(each)] if each else [0.0, 0.0])
+            samples.append(Sample((size,), rounded(quick), round(scatter, 3)))
         curves.append(CollectiveCurve(operation, layout.ranks, layout.nodes, tuple(samples), len(layout.groups)))
     for _, group in made:
         if group != dist.GroupMember.NON_GROUP_MEMBER:

@@ -48,6 +48,10 @@ class Team:
         if group is not None:
             dist.barrier(group)
 
+    def most(self, values: Sequence[float]) -> list[float]:
+        """Return the largest of all workers' values, one by one. Collective; all must pass equally many values."""
+        return [max(column) for column in zip(*self.gathered(values), strict=True)]
+
     def gathered(self, values: Sequence[float], count: int = 0) -> list[list[float]]:
         """Return the values of the first `count` workers (0: all) by rank.
 

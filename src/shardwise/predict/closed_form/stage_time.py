@@ -22,7 +22,7 @@ from shardwise.predict.workers.holdings import Parts, Stage
 from shardwise.predict.workers.passes import Sync
 from shardwise.predict.workers.small_kernels import BYTES, loss_kernels
 from shardwise.predict.workers.stage_keys import stage_key
-from shardwise.predict.workers.step_program import Communication, StepProgram, is_sharing, watched
+from shardwise.predict.workers.step_program import Communication, StepProgram, is_sharing
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
 
@@ -212,7 +212,7 @@ class StageCosts:
         )
         for each, count in moved.items():
             spent += self.calls.moved(each.bytes / 4, 2 * each.bytes, 1).times(count)
-        return spent + self.times.overhead("sharded", watched(moved))
+        return spent + self.times.overhead("sharded", moved.total())
 
     def pieces(self, stage: Stage, kind: str, sync: Sync | None, final: bool, spent: PassSeconds) -> list[TimedPiece]:
         """Return the seconds of the pieces of a pass; those of compute add up to `spent.device`."""

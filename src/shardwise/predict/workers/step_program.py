@@ -11,8 +11,7 @@ first replica, with tensor-parallel rank 0.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardwise.collective import Collective, Group
@@ -78,14 +77,6 @@ Message = tuple[int, tuple[Collective, ...]]
 def is_sharing(each: Collective) -> bool:
     """Return whether `fully_shard` issues a collective: it gathers parameters or scatters gradients."""
     return each.axis == "fsdp" and each.operation in ("all_gather", "reduce_scatter")
-
-
-def watched(counts: Mapping[Collective, int]) -> int:
-    """Count the groups of parameters that `fully_shard` handles in a pass, given its collectives with their counts."""
-    found = Counter[str]()
-    for each, count in counts.items():
-        found[each.operation] += count if is_sharing(each) else 0
-    return max(found.values(), default=0)
 
 
 def issued(pieces: Sequence[Piece], kind: str) -> Iterator[tuple[Piece, tuple[Collective, ...]]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,24 +22,25 @@ from shardwise.cluster.measure.timer import spread
 from shardwise.options import FULL, SELECTIVE
 from shardwise.parallel.mesh import default_device
 from shardwise.parallel.program import Program
-from shardwise.run.calibration.trials import HEADS, Footprint, FootprintTrial, large, small, usual
+from shardwise.run.calibration.trials import HEADS, PLAIN, Footprint, FootprintTrial, large, small, usual
 from shardwise.run.training.job import Job, Options
 from shardwise.run.training.process_memory import give_back, own_memory, restart_peak
 from shardwise.run.training.train import train
 from shardwise.strategy import Strategy
+from shardwise.workload.data import Share
 from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
 STEPS = 7
 """Steps of a training whose memory is measured: enough for some of them to be profiled, as in every run."""
 
-WARM, TIMED = 5, 20
-"""Warm-up steps of a timed training, and steps after them whose median is taken."""
+WARM, TIMED, TURNS = 5, 40, 8
+"""Warm-up steps of a timed training, steps after them, and the turns in which it takes them."""
 
 SECONDS, FEWEST = 3.0, 3
-"""Seconds that a training is timed for at most, about, and least number of steps."""
+"""Seconds that a training is timed for at most, about, and least number of its turns, if its steps are slow."""
 
-LONG = 6
+LONG = TURNS
 """Timed steps of the large training, whose steps take a few tenths of a second."""
 
 
@@ -59,7 +61,7 @@ def footprint(seconds: float = 0.0) -> Footprint:
     tiny = small(workers)
     found = {"module": _peak(team, tiny, Strategy(dp=workers))}
     plain = settled(team.device)
-    splits = {"step": Strategy(dp=workers)}
+    splits = {PLAIN: Strategy(dp=workers)}
     if workers > 1:
         found["sharded"] = _peak(team, tiny, Strategy(fsdp=workers))
         residue = max(0, settled(team.device) - plain)
@@ -73,12 +75,10 @@ def footprint(seconds: float = 0.0) -> Footprint:
     process = _largest(team, found)
     before = settled(team.device)
     grown = _largest(team, {"": _peak(team, busy, strategy) - before})[""]
-    trained = patience.kept(lambda: _tried(team, busy, strategy, LONG))
+    trained = patience.kept(lambda: _tried(team, {PLAIN: (busy, strategy)}, LONG))[PLAIN]
     model = usual(workers)
-    trials = {
-        name: patience.kept(lambda split=split: _tried(team, model, split, TIMED))  # type: ignore[misc]
-        for name, split in splits.items()
-    }
+    runs = {name: (model, split) for name, split in splits.items()} | {"step": (tiny, Strategy(dp=workers))}
+    trials = patience.kept(lambda: _tried(team, runs, TIMED))
     return Footprint(process, busy, trained, grown, trials, busy=patience.busy)
 
 
@@ -95,40 +95,79 @@ def crowded_step(seconds: float = 0.0) -> tuple[FootprintTrial, float] | None:
     if team.device.type != "cpu":
         return None
     patience = Patience(team, seconds)
-    model = usual(team.size)
-    return patience.kept(lambda: _tried(team, model, Strategy(dp=team.size), TIMED)), patience.busy
+    run = usual(team.size), Strategy(dp=team.size)
+    return patience.kept(lambda: _tried(team, {PLAIN: run}, TIMED))[PLAIN], patience.busy
 
 
-def _tried(team: Team, workload: Workload, strategy: Strategy, count: int) -> FootprintTrial:
-    """Time `count` steps of a training after a warm-up, and take the median of the slowest worker. Collective.
+def _tried(team: Team, wanted: Mapping[str, tuple[Workload, Strategy]], count: int) -> dict[str, FootprintTrial]:
+    """Time `count` steps of each training after a warm-up, in turns. Collective.
 
-    Slow steps, as over slow network links, are timed fewer times, in about SECONDS.
+    A machine may become slower or faster meanwhile: the seconds of a training are the median of its ratios to the first
+    training in the same turn, times the median of the first one. Of several workers the slowest counts.
     """
-    program = Program.build(workload, strategy)
-    if team.device.type == "cuda":  # a host that never waited for the device would be timed alone
-        program.ask_before_update(lambda loss, square, search: True)
-    share = next(program.loader().shares(0))
+    runs = {name: _Run.warm(team, *each, count) for name, each in wanted.items()}
+    for _ in range(max(FEWEST, min(TURNS, int(SECONDS / max(run.seconds for run in runs.values()))))):
+        for run in runs.values():
+            run.turn()
+    by_turn = {name: team.most([statistics.median(turn) for turn in run.turns]) for name, run in runs.items()}
+    first = next(iter(by_turn.values()))
+    middle = statistics.median(first)
+    found = {}
+    for name, seconds in by_turn.items():
+        workload, strategy = wanted[name]
+        ratio = statistics.median(mine / beside for mine, beside in zip(seconds, first, strict=True))
+        scatter = team.most([spread([step for turn in runs[name].turns for step in turn])])[0]
+        found[name] = FootprintTrial(strategy, middle * ratio, scatter, workload.batch_size)
+    return found
 
-    def steps(number: int) -> list[float]:
+
+@dataclass
+class _Run:
+    """One training that is timed in turns with others; slow steps, as over slow network links, are fewer in a turn.
+
+    Attributes:
+        program: its program.
+        share: this worker's share of one batch, which every step trains on.
+        steps: steps in a turn.
+        seconds: seconds of its second step on the slowest worker.
+        turns: seconds of each step, by turn.
+    """
+
+    program: Program
+    share: Share
+    steps: int = 2
+    seconds: float = 0.0
+    turns: list[list[float]] = field(default_factory=list)
+
+    @classmethod
+    def warm(cls, team: Team, workload: Workload, strategy: Strategy, count: int) -> _Run:
+        """Build the program of a training and take its first steps. Collective."""
+        program = Program.build(workload, strategy)
+        if team.device.type == "cuda":  # a host that never waited for the device would be timed alone
+            program.ask_before_update(lambda loss, square, search: True)
+        run = cls(program, next(program.loader().shares(0)))
+        run.turn()
+        run.seconds = team.most([run.turns.pop()[-1]])[0]
+        if run.seconds * WARM < SECONDS:
+            run.steps = WARM - 2
+            run.turn()
+            run.turns.clear()
+        run.steps = max(1, min(count, int(SECONDS / run.seconds)) // TURNS)
+        return run
+
+    def turn(self) -> None:
+        """Take the steps of a turn, and note their seconds."""
         took = []
-        for _ in range(number):
+        for _ in range(self.steps):
             start = time.perf_counter()
-            program.step_share(share)
+            self.program.step_share(self.share)
             took.append(time.perf_counter() - start)
-        return took
-
-    def most(value: float) -> float:
-        return max(row[0] for row in team.gathered([value]))
-
-    one = most(steps(2)[-1])
-    steps(WARM - 2 if one * WARM < SECONDS else 0)
-    took = steps(max(FEWEST, min(count, int(SECONDS / one))))
-    return FootprintTrial(strategy, most(statistics.median(took)), most(spread(took)), workload.batch_size)
+        self.turns.append(took)
 
 
 def _largest(team: Team, found: Mapping[str, int]) -> dict[str, int]:
-    by_rank = team.gathered([float(value) for value in found.values()])
-    return {kind: int(max(column)) for kind, column in zip(found, zip(*by_rank, strict=True), strict=True)}
+    most = team.most([float(value) for value in found.values()])
+    return {kind: int(value) for kind, value in zip(found, most, strict=True)}
 
 
 def _peak(team: Team, workload: Workload, strategy: Strategy) -> int:

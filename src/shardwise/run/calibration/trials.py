@@ -1,15 +1,16 @@
 """Measurements of small trainings, and the properties of a device that are derived from them.
 
 The step times of these trainings give the host's overheads beside kernels and messages. The excess over the predicted
-step of a plain training becomes the overhead of each step. Further excess of the other kinds becomes the overhead of
-`fully_shard` per group, of a graph per pass, of tensor parallelism per exchange, and of recomputed blocks per kernel
-(`cluster.Device.overheads`).
+step of a small training becomes the overhead of each step. The excess of other kinds of programs over a plain one
+becomes the overhead of `fully_shard` per gather and scatter, of a graph per pass, of tensor parallelism per exchange,
+and of recomputed blocks per kernel (`cluster.Device.overheads`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,10 +22,16 @@ from shardwise.strategy import Strategy
 from shardwise.workload.recipes.models.vit import ViT
 from shardwise.workload.workload import Workload
 
+if TYPE_CHECKING:  # workers do not import it, and it would count in their memory
+    from shardwise.predict.prediction import Prediction
+
 LEAST_STRAIN = 0.5
 """Lower bound of the strain: kernels cannot be twice as fast in a training as alone, so less is an artefact."""
 
 CLASSES, HEADS = 10, 4
+
+PLAIN = "plain"
+"""Name of the data-parallel training with which those of the other strategies are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ class Footprint:
         large: workload with larger activations.
         trained: training of `large`.
         grown: bytes by which the process grew in that training.
-        trials: overhead (see OVERHEADS) -> training whose step time determines it.
+        trials: overhead (see OVERHEADS) -> training whose step time determines it; and PLAIN.
         libraries: package (see LIBRARIES) -> bytes by which the process grows if a model imports it.
         busy: cores that other programs used during the timed trainings.
     """
@@ -74,7 +81,7 @@ class Footprint:
     @property
     def spreads(self) -> dict[str, float]:
         """Spread of the steps behind each overhead."""
-        return {name: round(trial.spread, 3) for name, trial in self.trials.items()}
+        return {name: round(trial.spread, 3) for name, trial in self.trials.items() if name in OVERHEADS}
 
     @property
     def crowding(self) -> float | None:
@@ -82,7 +89,7 @@ class Footprint:
 
         None if one of the two was not measured.
         """
-        crowded, plain = self.trials.get("crowded"), self.trials.get("step")
+        crowded, plain = self.trials.get("crowded"), self.trials.get(PLAIN)
         if crowded is None or plain is None or plain.strategy.workers > machine.cores():
             return None
         return crowded.rate / plain.rate
@@ -121,27 +128,37 @@ class Footprint:
     def overheads(self, cluster: Cluster) -> dict[str, float]:
         """Return the seconds of each overhead, so that predicted steps on `cluster` equal the measured ones.
 
-        `cluster` itself must not have overheads yet. They are solved one after the other, in the order of OVERHEADS.
+        `cluster` itself must not have overheads yet. They are solved one after the other, in the order of OVERHEADS:
+        first that of each step, from a model whose kernels take little time. The others come from a larger one, all of
+        whose kernels take longer than predicted by the ratio at which its plain training does.
         """
         if not self.trials:
             return {}
         from shardwise.predict.profile.source import ProfileSource
         from shardwise.predict.simulate import profiles_on, simulate
 
-        known: dict[int, ProfileSource] = {}
-
-        def predicted(strategy: Strategy, overheads: Mapping[str, float]) -> float:
-            workers = strategy.workers
-            profiles = known.setdefault(workers, profiles_on(usual(workers), cluster))
-            return simulate(profiles, strategy, _with_overheads(cluster, overheads)).step_seconds
-
+        known: dict[tuple[Callable[[int], Workload], int], ProfileSource] = {}
         found: dict[str, float] = {}
-        for name in OVERHEADS:
-            if name in self.trials:
-                trial = self.trials[name]
-                without = predicted(trial.strategy, found)
-                slope = (predicted(trial.strategy, {**found, name: _TRIED}) - without) / _TRIED
-                found[name] = max(0.0, trial.seconds - without) / slope if slope > 0 else 0.0
+        longer = 1.0
+
+        def predicted(name: str, overheads: Mapping[str, float]) -> Prediction:
+            strategy = self.trials[name].strategy
+            key = small if name == "step" else usual, strategy.workers
+            if key not in known:
+                known[key] = profiles_on(key[0](strategy.workers), cluster)
+            return simulate(known[key], strategy, _with_overheads(cluster, overheads))
+
+        def seconds(name: str, overheads: Mapping[str, float]) -> float:
+            prediction = predicted(name, overheads)
+            return prediction.step_seconds + (longer - 1.0) * prediction.compute_seconds
+
+        for name in (name for name in OVERHEADS if name in self.trials):
+            without = seconds(name, found)
+            slope = (seconds(name, {**found, name: _TRIED}) - without) / _TRIED
+            found[name] = max(0.0, self.trials[name].seconds - without) / slope if slope > 0 else 0.0
+            if name == "step":
+                plain = predicted(PLAIN, found)
+                longer = 1.0 + (self.trials[PLAIN].seconds - plain.step_seconds) / plain.compute_seconds
         return found
 
 

@@ -29,15 +29,18 @@ class OneGPU:
     def gathered(self, values: list[float]) -> list[list[float]]:
         return [values]
 
+    def most(self, values: list[float]) -> list[float]:
+        return values
+
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
     """The workloads that are trained; nothing is."""
     found: list[Workload] = []
 
-    def tried(team: Any, workload: Workload, strategy: Strategy, count: int) -> FootprintTrial:
-        found.append(workload)
-        return FootprintTrial(strategy, 0.5)
+    def tried(team: Any, wanted: dict[str, tuple[Workload, Strategy]], count: int) -> dict[str, FootprintTrial]:
+        found.extend(workload for workload, _ in wanted.values())
+        return {name: FootprintTrial(strategy, 0.5) for name, (_, strategy) in wanted.items()}
 
     monkeypatch.setattr(measured, "Team", OneGPU)
     monkeypatch.setattr(measured, "_peak", lambda team, workload, strategy: 70 * 2**20)
@@ -51,7 +54,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
 def test_a_gpu_gets_the_overheads_and_the_workspaces_of_small_trainings(trained: list[Workload]) -> None:
     found = footprint()
     assert found.process == {"module": 70 * 2**20}
-    assert set(found.trials) == {"step", "again", "selective"}
+    assert set(found.trials) == {"plain", "step", "again", "selective"}
     assert found.grown == 6 * 2**20
     assert found.trained.seconds == 0.5
 

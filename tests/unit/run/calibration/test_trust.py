@@ -112,8 +112,8 @@ def test_devices_that_share_no_cores_are_all_planned_for() -> None:
 
 def test_crowding_is_the_ratio_of_samples_per_second() -> None:
     large = usual(2)
-    step = FootprintTrial(Strategy(dp=2), 0.1, 0.05, 32)
-    own = Footprint({}, large, step, 0, {"step": step}, busy=0.1)
+    step, plain = FootprintTrial(Strategy(dp=2), 0.01, 0.05, 8), FootprintTrial(Strategy(dp=2), 0.1, 0.2, 32)
+    own = Footprint({}, large, plain, 0, {"step": step, "plain": plain}, busy=0.1)
     assert own.crowding is None
     crowded = own.with_crowd(FootprintTrial(Strategy(dp=4), 0.4, 0.3, 64), 0.7)
     assert crowded.crowding == pytest.approx(0.5)
