@@ -38,7 +38,7 @@ WARM, TIMED, TURNS = 5, 40, 8
 """Warm-up steps of a timed training, steps after them, and the turns in which it takes them."""
 
 SECONDS, FEWEST = 3.0, 3
-"""Seconds that a training is timed for at most, about, and least number of its turns, if its steps are slow."""
+"""Seconds that a training is timed for at most, about, and least number of its turns or repeats, if it is slow."""
 
 LONG = TURNS
 """Timed steps of the large training, whose steps take a few tenths of a second."""
@@ -77,8 +77,8 @@ def footprint(seconds: float = 0.0) -> Footprint:
     grown = _largest(team, {"": _peak(team, busy, strategy) - before})[""]
     trained = patience.kept(lambda: _tried(team, {PLAIN: (busy, strategy)}, LONG))[PLAIN]
     model = usual(workers)
-    runs = {name: (model, split) for name, split in splits.items()} | {"step": (tiny, Strategy(dp=workers))}
-    trials = patience.kept(lambda: _tried(team, runs, TIMED))
+    trials = patience.kept(lambda: _tried(team, {name: (model, split) for name, split in splits.items()}, TIMED))
+    trials["step"] = patience.kept(lambda: _trained(team, tiny, Strategy(dp=workers)))
     return Footprint(process, busy, trained, grown, trials, busy=patience.busy)
 
 
@@ -97,6 +97,16 @@ def crowded_step(seconds: float = 0.0) -> tuple[FootprintTrial, float] | None:
     patience = Patience(team, seconds)
     run = usual(team.size), Strategy(dp=team.size)
     return patience.kept(lambda: _tried(team, {PLAIN: run}, TIMED))[PLAIN], patience.busy
+
+
+def _trained(team: Team, workload: Workload, strategy: Strategy) -> FootprintTrial:
+    """Time the steps of FEWEST whole trainings, which also load batches, check and record their steps. Collective."""
+    job = Job(source=Source(workload=workload), strategy=strategy, options=Options(steps=TIMED, quiet=True))
+    took = []
+    for _ in range(FEWEST):
+        mine = train(Program.build(workload, strategy), job).summary["step_seconds"]
+        took += team.most([mine or 0.0])  # the first worker times the steps
+    return FootprintTrial(strategy, statistics.median(took), spread(took), workload.batch_size)
 
 
 def _tried(team: Team, wanted: Mapping[str, tuple[Workload, Strategy]], count: int) -> dict[str, FootprintTrial]:

@@ -45,6 +45,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
     monkeypatch.setattr(measured, "Team", OneGPU)
     monkeypatch.setattr(measured, "_peak", lambda team, workload, strategy: 70 * 2**20)
     monkeypatch.setattr(measured, "_tried", tried)
+    monkeypatch.setattr(measured, "_trained", lambda team, workload, strategy: FootprintTrial(strategy, 0.5))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 64 * 2**20)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
