@@ -153,7 +153,7 @@ class Footprint:
             return prediction.step_seconds + (longer - 1.0) * prediction.compute_seconds
 
         for name in (name for name in OVERHEADS if name in self.trials):
-            without = seconds(name, found)
+            without = seconds(name, {**found, name: 0.0})
             slope = (seconds(name, {**found, name: _TRIED}) - without) / _TRIED
             found[name] = max(0.0, self.trials[name].seconds - without) / slope if slope > 0 else 0.0
             if name == "step":
