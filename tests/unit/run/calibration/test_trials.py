@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardwise.cluster.cluster import OVERHEADS, Cluster, Device, Level, Nodes
+from shardwise.options import FULL, SELECTIVE
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibration import trials as calibration
 from shardwise.run.calibration.trials import PLAIN, Footprint, FootprintTrial, small, usual
@@ -29,8 +30,8 @@ STRATEGIES = {
     "sharded": Strategy(fsdp=2),
     "stage": Strategy(pp=2, microbatches=4),
     "exchange": Strategy(tp=2),
-    "again": Strategy(dp=2, recompute="full"),
-    "selective": Strategy(dp=2, recompute="selective"),
+    "again": Strategy(dp=2, recompute=FULL),
+    "selective": Strategy(dp=2, recompute=SELECTIVE),
     "crowded": Strategy(dp=4),
 }
 PLANTED = {
