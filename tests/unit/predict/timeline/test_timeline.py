@@ -273,7 +273,7 @@ def test_two_kinds_of_nodes(profiles: dict[tuple[str, str], Profiles]) -> None:
 
 
 def test_what_hosts_need_beside_kernels_adds_up(profiles: dict[tuple[str, str], Profiles]) -> None:
-    """On a CPU: once a step, for each pass through a stage, each exchange, each group of sharded parameters."""
+    """On a CPU: once a step, for each pass through a stage, each exchange, each gather and scatter."""
     plain = find_cluster("epyc-7763x2")
 
     def with_overheads(overheads: dict[str, float]) -> Cluster:
@@ -284,7 +284,7 @@ def test_what_hosts_need_beside_kernels_adds_up(profiles: dict[tuple[str, str], 
         ("dp=2", "step"): 1,
         ("pp=2", "step"): 1,
         ("pp=2", "stage"): 32,  # forwards and backwards, of sixteen microbatches
-        ("fsdp=2", "sharded"): 80,  # four blocks and the root, in both passes, of eight microbatches
+        ("fsdp=2", "sharded"): 8 * (5 + 4 + 5),  # gathers of four blocks and the root, again of the blocks; scatters
         ("dp=2", "exchange"): 0,
     }
     for (text, name), times in counted.items():
