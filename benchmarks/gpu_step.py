@@ -51,7 +51,7 @@ def by_hand(workload: Workload, strategy: Strategy, batch: Any, device: torch.de
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from shardwise.parallel.state.pytree import to_device
+    from shardwise.workload.pytree import to_device
     from shardwise.workload.workload import call_model
 
     torch.manual_seed(workload.seed)

@@ -41,12 +41,13 @@ def remembered(origin: Any) -> Iterator[None]:
     """
     from shardwise.parallel.graph import graph_engine
     from shardwise.parallel.graph.trace import traced as trace
+    from shardwise.workload.precision import is_for_gpu
 
     name = origin if isinstance(origin, str) else cloudpickle.dumps(origin)
 
     def traced(workload: Any, model: Any, batch: Any, *, training: bool = True, evaluation: int = 0) -> Any:
         shapes = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in tree_leaves(batch))
-        key = (name, workload.precision, training, evaluation, shapes)
+        key = (name, workload.precision, is_for_gpu(), training, evaluation, shapes)
         if key in _KEPT:
             return _KEPT[key]
         with _file(key) as file:

@@ -19,6 +19,15 @@ from shardwise.units import parse_whole
 MOST = 1_000_000
 """Largest number of workers of a strategy, and largest value of any of its numbers: more is taken for a typo."""
 
+FLOAT32, BF16, AUTOCAST = "float32", "bf16", "autocast"
+PRECISIONS = (FLOAT32, BF16, AUTOCAST)
+"""Precisions in which a module computes from parameters in float32; see `workload.precision`."""
+
+
+def dtype_of(precision: str) -> str:
+    """Return the dtype in which products compute in a precision."""
+    return BF16 if precision == AUTOCAST else precision
+
 
 class Recompute(NamedTuple):
     """Blocks that the backward pass recomputes: the first `over / under` of them, a fraction in lowest terms.

@@ -17,7 +17,7 @@ from math import gcd, isqrt
 from typing import Any
 
 from shardwise.errors import StrategyError, nearest
-from shardwise.options import EQUAL, MOST, NONE, Ratio, Recompute
+from shardwise.options import BF16, EQUAL, MOST, NONE, PRECISIONS, Ratio, Recompute, dtype_of
 from shardwise.units import parse_whole
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
@@ -36,7 +36,6 @@ PRODUCTS = frozenset(
 
 The matmul of two activations (`bmm`) is recomputed: it occurs in unfused attention, and its results are large.
 """
-PRECISIONS = ("float32", "bf16")
 OUTERMOST = ("dp", "pp")
 SUGGESTED = 16
 """Largest number of values that a message suggests."""
@@ -76,7 +75,8 @@ class Strategy:
             start earlier but need more messages (Li et al. 2020). 0: 25 MiB; torch DDP's first bucket is then 1 MiB.
         offload: 1 keeps the state that `fsdp` shards in host memory, where the optimizer runs. Each block is copied to
             the device when it computes (Ren et al. 2021, ZeRO-Offload). Slow: for models that fit in no other way.
-        precision: dtype of the computation; empty: the workload's own. Parameters and optimizer stay float32.
+        precision: precision of the computation, see `workload.precision`; empty: the workload's own. Parameters and
+            optimizer stay float32.
         shares: shares of the batch, one number per replica in the order of ranks, such as `3:1`; empty: equal shares.
             For replicas on devices of different speed.
         speeds: relative speeds of the workers of a pipeline, one number each, such as `3:1`; empty: equal speeds.
@@ -275,8 +275,8 @@ class Strategy:
         return self.precision or precision
 
     def in_bf16(self, precision: str) -> bool:
-        """Return whether a workload of `precision` computes in bfloat16; see `precision_of`."""
-        return self.precision_of(precision) == "bf16"
+        """Return whether products of a workload of `precision` compute in bfloat16; see `precision_of`."""
+        return dtype_of(self.precision_of(precision)) == BF16
 
     @property
     def recomputes(self) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.parallel.state.pytree import tensors_of
 from shardwise.workload.data import Microbatch, Share
+from shardwise.workload.pytree import tensors_of
 
 LOSS = "the loss function"
 """Name of the fault's location if every module returned finite values."""

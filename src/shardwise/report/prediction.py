@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardwise.options import FLOAT32
 from shardwise.report.text import UNKNOWN, launch_rows, table, trained_by
 from shardwise.units import format_bits, format_bytes, format_rate, format_seconds, format_share
 
@@ -53,7 +54,7 @@ def _utilization(candidate: Mapping[str, Any]) -> str:
     own, half, precision = (candidate[n] for n in ("model_flops_utilization", "half_flops_utilization", "precision"))
     if own is None:
         return UNKNOWN
-    of_half = "" if half is None or precision == "bf16" else f", {format_share(half)} of bf16"
+    of_half = "" if half is None or precision != FLOAT32 else f", {format_share(half)} of bf16"
     return f"{format_share(own)} of {precision}{of_half}"
 
 

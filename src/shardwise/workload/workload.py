@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import WorkloadError
+from shardwise.options import PRECISIONS
 from shardwise.workload.evaluation import Evaluation as Evaluation
 from shardwise.workload.evaluation import Stopping as Stopping
 from shardwise.workload.evaluation import check_evaluations
@@ -91,7 +92,7 @@ class Workload:
         evaluation: held-out data and a named metric; or several evaluations, each with its own name. The best
             checkpoint by the metric of the first is kept.
         clip_norm: largest global norm of the gradient. None means no clipping.
-        precision: `float32` or `bf16` computation; a strategy's own precision takes precedence.
+        precision: `float32`, `bf16` or `autocast`, see `workload.precision`; a strategy's own takes precedence.
         seed: seed of the weights, the order of the data and dropout.
         whole_batch: the loss needs the outputs of the whole batch, because it couples its samples (contrastive losses,
             batch Dice). Every replica then computes it from the outputs of all.
@@ -140,8 +141,8 @@ class Workload:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise WorkloadError(f"batch_size={self.batch_size}: must be 1 or more")
-        if self.precision not in ("float32", "bf16"):
-            raise WorkloadError(f"precision={self.precision}: known are float32, bf16")
+        if self.precision not in PRECISIONS:
+            raise WorkloadError(f"precision={self.precision}: known are {', '.join(PRECISIONS)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise WorkloadError(f"clip_norm={self.clip_norm}: must be above 0, or None for no clipping")
         if self.average is not None and not (isinstance(self.average, int | float) and 0 <= self.average <= 1):

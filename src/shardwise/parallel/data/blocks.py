@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shardwise.parallel.state.pytree import tensors_of
+from shardwise.workload.pytree import tensors_of
 
 _REAL_SHARE = 0.1
 """Smallest share of the parameters that a class of blocks must hold; a smaller one stays with the root."""

@@ -19,24 +19,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.data.own_step import ForwardWatch, StepRoot
 from shardwise.parallel.mesh import Mesh
-from shardwise.parallel.state.pytree import map_tensors
 from shardwise.strategy import Strategy
+from shardwise.workload.pytree import map_tensors
+
+NARROW = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+"""Parameters are cast before they are gathered; their gradients add up in float32."""
 
 
 class ShardedModel:
     """Model whose parameters are split. `call` is the model itself, or the root around it of a step of one's own."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, root: StepRoot | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        mesh: Mesh,
+        root: StepRoot | None = None,
+        *,
+        narrow: bool = False,
+    ) -> None:
         check_dtypes(model.parameters(), mesh.strategy)
         for block in blocks:
             _return_no_views(block)
         self.call: nn.Module = root or model
-        split_parameters(self.call, blocks, mesh)
+        split_parameters(self.call, blocks, mesh, narrow=narrow)
         self._model = model
         self._group = mesh.replica_group
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -137,8 +148,11 @@ def _parameter_groups(model: nn.Module) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -> None:
-    """Apply `fully_shard` to `blocks` and then to `root`. 0-d parameters stay whole."""
+def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, *, narrow: bool = False) -> None:
+    """Apply `fully_shard` to `blocks` and then to `root`. 0-d parameters stay whole.
+
+    With `narrow`, float32 parameters are gathered in bfloat16, and their gradients reduced in float32.
+    """
     # nothing writes into the returned tensors: blocks return no views, sections of a graph clone what they would
     # write into, and the loss does not change the model's own output
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
@@ -147,6 +161,7 @@ def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -
     options: dict[str, Any] = {
         "mesh": mesh.grid["dp", "fsdp"] if strategy.dp > 1 else mesh.grid["fsdp"],
         "offload_policy": CPUOffloadPolicy(mesh.device.type == "cuda") if strategy.offload else OffloadPolicy(),
+        "mp_policy": NARROW if narrow else MixedPrecisionPolicy(),
         "ignored_params": {parameter for parameter in root.parameters() if parameter.dim() == 0} or None,
     }
     for block in blocks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from shardwise.errors import WorkloadError
+from shardwise.options import BF16, FLOAT32
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.ddp import ReplicatedModel
-from shardwise.parallel.data.own_step import StepRoot, autocast_calls, takes_derivatives
+from shardwise.parallel.data.own_step import StepRoot, takes_derivatives
 from shardwise.parallel.data.turns import by_turn, trained_alone
 from shardwise.parallel.data.whole_batch import of_all_replicas
 from shardwise.parallel.engine import Evaluated, Position
@@ -37,12 +38,13 @@ from shardwise.parallel.state.dtensor_rows import is_split, row_layout
 from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import materialize, read_weights
 from shardwise.parallel.state.parameter_hooks import ParameterHooks, check_hooks, take_hooks
-from shardwise.parallel.state.pytree import map_tensors, to_device, unlike
 from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import check_trained, run_step
+from shardwise.workload.precision import Copies, calls_computing, computing, widened
+from shardwise.workload.pytree import map_tensors, to_device, unlike
 from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.turns import names_of_turns
 from shardwise.workload.weight_files import weights_of
@@ -70,7 +72,8 @@ class ModuleEngine:
         self.position = Position(seed=workload.seed)
         self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
         self.losses: dict[str, Tensor] = {}
-        model = build_model(workload, mesh)
+        self._copies = Copies()
+        self.model = model = build_model(workload, mesh)
         self.aliases, self.trained = aliases_of(model), trained_of(model)
         hooks = take_hooks(model)
         check_hooks(hooks, replaced=strategy.splits_parameters)
@@ -84,14 +87,15 @@ class ModuleEngine:
             dist.new_group if mesh.replica_group is not None else None,
             recompute=strategy.recomputes,
             gradient_factor=strategy.replicas,
+            computing=self._computing,
         )
         self._operations.install(model)
         self._notes: list[str] = []
         self._root = None if workload.step is None else StepRoot(model)
         self._by_turn = self._split(model)
-        if self._root is not None and self._half:
-            autocast_calls(model, mesh.device)
-        self.model = model
+        if self._root is not None:
+            self._calls = calls_computing(self._precision, model, self._seen_parameters, self._copies)
+            self._calls.__enter__()  # for as long as the engine lives
         held = dict(model.named_parameters())
         self.parameters = {name: held[name] for name in self.trained}
         self.held = self._lay_out({**held, **self._buffers.persistent})
@@ -139,8 +143,10 @@ class ModuleEngine:
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
         self._check_frozen()
+        self._copies.forget()
         with self.own_turn():
             parts = self._passes(share, scales)
+        self._copies.forget()
         self._buffers.settle()
         self._hooks.apply(self._members[self.position.turn])
         whole = parts.pop("")
@@ -172,6 +178,7 @@ class ModuleEngine:
 
     def evaluate(self, microbatch: Microbatch, number: int) -> Evaluated:
         """Compute loss and metric of a microbatch, see `Engine.evaluate`."""
+        self._copies.forget()
         data = self._enter(microbatch)
         evaluation = self._workload.evaluations[number]
         measure: Any = evaluation.measure
@@ -179,6 +186,7 @@ class ModuleEngine:
             output = self._forward(self.model, data) if self._root is None else self._root(self._forward, data)
             loss = total(self._losses(output, data))
             metric = torch.zeros_like(loss) if evaluation.collects else measure(output, data)
+        self._copies.forget()
         self._replicas.reshard()
         values = torch.stack([loss.double(), torch.as_tensor(metric, device=loss.device).double()])
         return Evaluated(values, True, output, data) if evaluation.collects else Evaluated(values)
@@ -224,6 +232,7 @@ class ModuleEngine:
 
     def loss_of(self, microbatch: Microbatch) -> Tensor:
         """Compute the loss of a microbatch in a training forward pass of the plain module, without DDP."""
+        self._copies.forget()
         data = self._enter(microbatch)
         if self._root is not None:
             return total(self._stepped(self._root, data))
@@ -275,11 +284,9 @@ class ModuleEngine:
 
     def _forward(self, call: Any, data: Any) -> Any:
         inputs = self._workload.inputs(data)
-        if not self._half:
-            return call_model(call, inputs)
-        with torch.autocast(self._mesh.device.type, torch.bfloat16):
+        with self._computing():
             output = call_model(call, inputs)
-        return map_tensors(lambda tensor: tensor.float() if tensor.dtype == torch.bfloat16 else tensor, output)
+        return output if self._precision == FLOAT32 else widened(output)
 
     def _output(self, data: Any) -> Any:
         """Compute the output of a training pass.
@@ -303,8 +310,16 @@ class ModuleEngine:
             return losses_of(self._workload, self.model, output, data)
 
     @property
-    def _half(self) -> bool:
-        return self._strategy.in_bf16(self._workload.precision)
+    def _precision(self) -> str:
+        return self._strategy.precision_of(self._workload.precision)
+
+    def _computing(self) -> AbstractContextManager[Any]:
+        """Return a context in which the model's operations compute in its precision."""
+        return computing(self._precision, self._seen_parameters(), self._copies)
+
+    def _seen_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that operations see: `fully_shard` shows them what it has gathered instead."""
+        return (parameter for parameter in self.model.parameters() if not is_split(parameter))
 
     def _guarded(self, output: Any, scale: Tensor) -> Any:
         """Keep the gradient of a microbatch with scale 0 at zero, even if its loss is a mean over nothing (0 / 0)."""
@@ -327,7 +342,7 @@ class ModuleEngine:
         if group is not None and sharded:
             from shardwise.parallel.data.fsdp import ShardedModel  # importing it takes a second
 
-            replicas = ShardedModel(model, blocks, self._mesh, self._root)
+            replicas = ShardedModel(model, blocks, self._mesh, self._root, narrow=self._precision == BF16)
             self._read(model)
             return [replicas]
         self._read(model)
@@ -371,6 +386,7 @@ class ModuleEngine:
         passes = [partial(self._look, model, batch) for batch in (unlike(batches) if empty else batches)]
         with evaluating(model), untouched(model), random_state_kept():
             blocks = repeated_blocks(model, steady_modules(model, passes))
+        self._copies.forget()
         if not blocks:
             kinds = {
                 "fsdp": self._strategy.fsdp > 1,

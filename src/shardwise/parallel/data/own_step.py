@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shardwise.errors import WorkloadError
-from shardwise.parallel.state.pytree import map_tensors
 from shardwise.workload.own_step import DerivativesNoticed
 
 
@@ -70,33 +69,3 @@ def takes_derivatives(run: Callable[[], object]) -> bool:
     with torch.enable_grad(), noticed:
         run()
     return noticed.found
-
-
-def autocast_calls(model: nn.Module, device: torch.device) -> None:
-    """Make each call of a model, or of a part of it, compute in bfloat16 and return float32.
-
-    What a step computes between such calls stays in float32. Changes the modules in place.
-    """
-    inside = False
-
-    def entered(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            if inside:
-                return original(*args, **kwargs)
-            inside = True
-            try:
-                with torch.autocast(device.type, torch.bfloat16):
-                    output = original(*args, **kwargs)
-            finally:
-                inside = False
-            return map_tensors(_widened, output)
-
-        return forward
-
-    for module in model.modules():
-        module.forward = entered(module.forward)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

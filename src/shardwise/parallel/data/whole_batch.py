@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import WorkloadError
-from shardwise.parallel.state.pytree import map_tensors
+from shardwise.workload.pytree import map_tensors
 
 _MOST_DIMENSIONS = 16
 """Numbers by which replicas compare their tensors: dimensions and sizes."""

@@ -9,16 +9,17 @@ the same points.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shardwise.options import BF16
 from shardwise.parallel.engine import Evaluated, Position
 from shardwise.parallel.faults import Fault, gradient_fault, passes_of
-from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.graph.graph_faults import Watched
 from shardwise.parallel.graph.kept_model import KeptModel
 from shardwise.parallel.graph.parameters import LocalStages
@@ -37,7 +38,6 @@ from shardwise.parallel.state.build_model import aliases_of, build_model, persis
 from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import move_values
 from shardwise.parallel.state.parameter_hooks import ParameterHooks, check_hooks, take_hooks
-from shardwise.parallel.state.pytree import to_device
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partition import partition
 from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
@@ -45,6 +45,8 @@ from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.splitting.schedule import Action, order
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share
+from shardwise.workload.precision import Copies
+from shardwise.workload.pytree import to_device
 from shardwise.workload.trace.graph import StepGraph, batch_leaves, example
 from shardwise.workload.weight_files import weights_of
 from shardwise.workload.workload import Workload
@@ -101,7 +103,8 @@ class GraphEngine:
             gradient_factor=strategy.replicas if strategy.splits_parameters else 1,
         )
         self._weights = WeightGradients()
-        self._bf16 = precision == "bf16"
+        self._operators.precision = precision
+        self._copies = Copies()
         self.losses: dict[str, Tensor] = {}
 
     def _shard(
@@ -144,7 +147,8 @@ class GraphEngine:
             mesh,
             self._exchange,
             self._operators,
-            bf16=self._bf16,
+            copies=self._copies,
+            narrow=self._workload.precision == BF16,
             weights=weights_of(self._workload.model),
         )
         for each in works:
@@ -232,8 +236,6 @@ class GraphEngine:
         )
         if self._strategy.schedule == "zero-bubble":
             defer_weights(local.graph, self._weights, step.tensors)
-        if self._bf16:
-            widen_loss(local.graph, self._mesh.device)
         return local
 
     def _prepare(self, local: LocalGraph) -> StepWork:
@@ -269,13 +271,21 @@ class GraphEngine:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
         self._notice_changes()
         self._pipeline.parts = []
-        total = self._pipeline.run(self._pass(share, scales))
+        with self._computing():
+            total = self._pipeline.run(self._pass(share, scales))
         self._local_stages.reduce(self._summed)
         self._buffers.settle()
         self._hooks.apply(self.trained)
         shown = float(self._mesh.coordinate("tp") == 0) / self._local_stages.loss_factor
         self.losses = self._losses(total, shown)
         return total * shown
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Make copies of parameters in bfloat16 for what is computed in the block, and drop them after it."""
+        self._copies.forget()
+        yield
+        self._copies.forget()
 
     def _losses(self, total: Tensor, factor: float) -> dict[str, Tensor]:
         """Return this worker's part of each loss; zeros on workers without the last stage."""
@@ -323,12 +333,14 @@ class GraphEngine:
     def find_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
         """Find the first value that leaves a module and is not finite, see `Engine.find_fault`."""
         found = []
+        self._copies.forget()
         for each in passes_of(share, scales):
             data = to_device(each.microbatch.data, self._mesh.device)
             self.position.enter(each.microbatch)
             watched = Watched(self._work(self._key(TRAINING, data), data), list(self._pipeline.stages))
             results = self._pipeline.evaluate(watched.work, self._given(watched.work, data))
             found.append(watched.fault(each, self._mesh.rank, None if results is None else results[0]))
+        self._copies.forget()
         self._local_stages.after_evaluation()
         return min(filter(None, found), default=None)
 
@@ -346,7 +358,8 @@ class GraphEngine:
         data = to_device(microbatch.data, self._mesh.device)
         self.position.enter(microbatch)
         work = self._work(self._key(number, data), data)
-        results = self._pipeline.evaluate(work, self._given(work, data))
+        with self._computing():
+            results = self._pipeline.evaluate(work, self._given(work, data))
         self._local_stages.after_evaluation()
         values = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
         if results is None:

@@ -60,10 +60,13 @@ class Watched:
         holders = [n for n in local.graph.nodes if n.op == "placeholder" and tensors.get(n.name) in section.tensors]
         copies = any(writes_in_place(node) and node.args[0] not in holders for node in section.nodes)
 
-        def run(*arguments: Any) -> tuple[Any, ...]:
+        def run(narrow: Callable[[Tensor], Tensor], *arguments: Any) -> tuple[Any, ...]:
             named = dict(zip(section.tensors, arguments, strict=False))
             rest = arguments[len(section.tensors) :]
-            values: dict[fx.Node, Any] = {node: named[tensors[node.name]] for node in holders}
+            values: dict[fx.Node, Any] = {
+                node: narrow(named[tensors[node.name]]) if local.step.is_narrow(node) else named[tensors[node.name]]
+                for node in holders
+            }
             values.update(zip((*section.given, *section.inputs), rest, strict=True))
             if copies:
                 values.update({node: values[node].clone() for node in section.inputs})

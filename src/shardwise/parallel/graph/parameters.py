@@ -29,6 +29,7 @@ from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.parallel.tensor.placement import Placement, Sharded
 from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
+from shardwise.workload.precision import Copies
 from shardwise.workload.weight_files import Weights
 
 
@@ -52,10 +53,11 @@ class LocalStages:
         exchange: Exchange,
         operators: GraphOperators,
         *,
-        bf16: bool,
+        copies: Copies,
+        narrow: bool = False,
         weights: Weights | None = None,
     ) -> None:
-        self._strategy, self._mesh, self._bf16 = strategy, mesh, bf16
+        self._strategy, self._mesh, self._copies = strategy, mesh, copies
         self._placements, self._shapes = graph.placements, {name: t.shape for name, t in tensors.items()}
         self._homes = _homes(works, tensors)
         self.sharded = strategy.splits_parameters
@@ -75,7 +77,7 @@ class LocalStages:
 
             check_dtypes((tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)), strategy)
             for stage in self.stages.values():
-                split_parameters(stage, stage.blocks, mesh)
+                split_parameters(stage, stage.blocks, mesh, narrow=narrow)
                 gather_next(stage, stage.blocks)
         if weights is not None:
             self._read(weights)
@@ -118,7 +120,7 @@ class LocalStages:
             operators,
             recomputed=self._strategy.recomputed_of(blocks),
             products=self._strategy.saves_products,
-            bf16=self._bf16,
+            copies=self._copies,
         )
         for holder in (*module.blocks, module):
             for name, attribute in holder.attributes.items():

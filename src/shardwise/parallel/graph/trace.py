@@ -15,6 +15,7 @@ from shardwise.parallel.operators.module_patches import ModulePatches
 from shardwise.parallel.state.build_model import untouched
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.workload.own_step import check_trained, run_step
+from shardwise.workload.precision import calls_computing, computing
 from shardwise.workload.trace.evolving import trace_evolving
 from shardwise.workload.trace.graph import StepGraph, Untraceable, first_line
 from shardwise.workload.trace.opaque import Call, CallRecorder
@@ -115,7 +116,12 @@ def _recorded(
             for recorder in recorders.values():
                 stack.enter_context(recorder.open())
             stack.enter_context(operations.training_pass())
-            if training and workload.step is not None:
+            own = training and workload.step is not None
+            precision = workload.precision
+            stack.enter_context(
+                calls_computing(precision, model, model.parameters) if own else computing(precision, model.parameters())
+            )
+            if own:
                 run_step(workload, model, batch)
             else:
                 call_model(model, workload.inputs(batch))

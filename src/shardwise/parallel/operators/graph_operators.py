@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.options import FLOAT32
 from shardwise.parallel.engine import Position
 from shardwise.parallel.operators.batch_norm import batch_norm
 from shardwise.parallel.operators.dropout import attention_probabilities
@@ -23,6 +24,7 @@ from shardwise.parallel.operators.module_patches import ModulePatches
 from shardwise.parallel.operators.random_numbers import draw
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.placement import REPLICATED, Placement, Sharded
+from shardwise.workload.precision import computing
 from shardwise.workload.trace.opaque import Call
 from shardwise.workload.trace.python_state import PythonState
 
@@ -41,7 +43,10 @@ class GraphOperators:
         replicas: the workers over which batch norm computes its statistics. None: this one alone.
         recomputing: whether a block is being recomputed.
         gradient_factor: size of the gradients of a backward pass in proportion to the true ones.
+        precision: precision in which modules that were not traced compute.
     """
+
+    precision = FLOAT32
 
     def __init__(
         self,
@@ -157,7 +162,8 @@ class GraphOperators:
         buffers = [tensor for tensor in tensors[: len(call.state)] if not isinstance(tensor, nn.Parameter)]
         # a dummy sample that only keeps the worker in step must leave no trace
         before = [] if self.position.counted else [(buffer, buffer.clone()) for buffer in buffers]
-        with self._as_in_first_run(state), operations.drawing_from(site, self.position):
+        precise = computing(self.precision, tensors[: len(call.state)])
+        with self._as_in_first_run(state), precise, operations.drawing_from(site, self.position):
             results = call.run(tensors)
         for buffer, value in before:
             buffer.copy_(value)

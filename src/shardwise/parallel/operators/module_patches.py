@@ -28,7 +28,7 @@ from shardwise.parallel.operators.batch_norm import batch_norm
 from shardwise.parallel.operators.dropout import DropoutReplacements
 from shardwise.parallel.operators.random_numbers import replacements
 from shardwise.parallel.operators.true_gradients import scale_module_hooks, true_gradients
-from shardwise.parallel.state.pytree import facts
+from shardwise.workload.pytree import facts
 from shardwise.workload.trace.python_state import PythonState
 
 Handlers = dict[Callable[..., Any], Callable[..., Any]]
@@ -58,6 +58,7 @@ class ModulePatches:
             batch norm on all replicas. None: one replica.
         recompute: whether blocks are recomputed, see `recompute`.
         gradient_factor: size of the gradients of a backward pass in proportion to the true ones.
+        computing: makes a context in which a recomputation has the precision of the pass.
 
     Attributes:
         draws_other_random_numbers: whether the model draws random numbers that workers do not share.
@@ -72,8 +73,9 @@ class ModulePatches:
         *,
         recompute: bool = False,
         gradient_factor: float = 1,
+        computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self._factor = gradient_factor
+        self._factor, self._computing = gradient_factor, computing
         self.draws_other_random_numbers = False
         self._position = position
         self._make_group = make_group
@@ -288,7 +290,11 @@ class ModulePatches:
         """Draw from `site` on inside the block, as in the first run. The backward pass may run in another thread."""
         later, self._dropout_replacements.site, self.recomputing = self._dropout_replacements.site, site, True
         try:
-            with state.as_at(values), self._mode() if self._everywhere.get("forward", True) else nullcontext():
+            with (
+                state.as_at(values),
+                self._computing(),
+                self._mode() if self._everywhere.get("forward", True) else nullcontext(),
+            ):
                 yield
         finally:
             self._dropout_replacements.site, self.recomputing = later, False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import function as functions
 
-from shardwise.parallel.state.pytree import map_tensors
+from shardwise.workload.pytree import map_tensors
 
 _BASE: Any = functions._SingleLevelFunction
 

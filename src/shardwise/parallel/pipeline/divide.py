@@ -223,7 +223,8 @@ def _timed_once(
 
 def _given(step: StepGraph, name: str, tensors: Mapping[str, Tensor], leaves: Mapping[str, Any]) -> Any:
     if name in step.tensors:
-        return tensors[step.tensors[name]].detach()
+        tensor = tensors[step.tensors[name]].detach()
+        return tensor.to(torch.bfloat16) if step.tensors[name] in step.narrow else tensor
     return step.constants[name] if name in step.constants else leaves[name]
 
 

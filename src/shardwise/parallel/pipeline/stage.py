@@ -16,14 +16,23 @@ from shardwise.parallel.operators.graph_operators import GraphOperators, Values
 from shardwise.parallel.pipeline.cut_points import Use, positions
 from shardwise.parallel.pipeline.subgraphs import Section, compiled, sections
 from shardwise.parallel.tensor.partitioner import LocalGraph
+from shardwise.workload.precision import Copies
+from shardwise.workload.trace.graph import StepGraph
 
 
 @dataclass(frozen=True, slots=True)
 class BlockWork:
-    """Compiled section: the computation of a block for one shape of the step."""
+    """Compiled section: the computation of a block for one shape of the step.
+
+    Attributes:
+        section: the section.
+        function: its computation.
+        wide: dtype of each parameter that it uses as it is stored, by name: it may have been gathered in another.
+    """
 
     section: Section
     function: Callable[..., tuple[Any, ...]]
+    wide: Mapping[str, torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +98,19 @@ def _stage_work(mine: list[Section], later: list[Section], local: LocalGraph, *,
     inputs = [node for section in mine for node in section.inputs if node not in made]
     wanted = {node for section in later for node in section.inputs}
     outputs = [node for section in mine for node in section.outputs if node in wanted] if later else mine[-1].outputs
-    blocks = tuple(BlockWork(section, compiled(section, local) if compile_them else _elsewhere) for section in mine)
+    blocks = tuple(
+        BlockWork(section, compiled(section, local) if compile_them else _elsewhere, _wide(local.step))
+        for section in mine
+    )
     return StageWork(blocks, tuple(dict.fromkeys(inputs)), tuple(dict.fromkeys(outputs)) if later else tuple(outputs))
+
+
+def _wide(step: StepGraph) -> dict[str, torch.dtype]:
+    """Map the tensors that a step is given as they are stored to their dtypes; empty if it is given all so."""
+    if not step.narrow:
+        return {}
+    own = (node for node in step.graph.nodes if node.op == "placeholder" and node.name in step.tensors)
+    return {step.tensors[node.name]: node.meta["val"].dtype for node in own if not step.is_narrow(node)}
 
 
 def _elsewhere(*_: Any) -> tuple[Any, ...]:
@@ -98,19 +118,28 @@ def _elsewhere(*_: Any) -> tuple[Any, ...]:
 
 
 class BlockModule(nn.Module):
-    """Tensors that belong together: they are gathered, recomputed and freed as a unit."""
+    """Tensors that belong together: they are gathered, recomputed and freed as a unit.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    Args:
+        tensors: the tensors by name.
+        copies: copies in bfloat16, of the step that runs.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], copies: Copies) -> None:
         super().__init__()
         self.attributes = register(self, tensors)
+        self.copies = copies
 
     def forward(self, work: BlockWork, shared: Mapping[str, Tensor], values: tuple[Any, ...]) -> tuple[Any, ...]:
         """Compute the section's outputs.
 
         `shared` has the tensors that other blocks use too, `values` the given and input values.
         """
-        tensors = [shared[n] if n in shared else getattr(self, self.attributes[n]) for n in work.section.tensors]
-        return work.function(*tensors, *values)
+        tensors = []
+        for name in work.section.tensors:
+            tensor = shared[name] if name in shared else getattr(self, self.attributes[name])
+            tensors.append(tensor.to(work.wide[name]) if name in work.wide else tensor)
+        return work.function(self.copies.of, *tensors, *values)
 
 
 def register(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -135,7 +164,7 @@ class StageModule(nn.Module):
         recomputed: number of blocks, from the first, that save only their inputs and are recomputed in the backward
             pass.
         products: whether these blocks save the results of their products too, see `selective_checkpoint`.
-        bf16: whether to compute in bfloat16 under torch's autocast.
+        copies: copies of parameters in bfloat16, of the step that runs.
     """
 
     def __init__(
@@ -146,28 +175,20 @@ class StageModule(nn.Module):
         *,
         recomputed: int,
         products: bool,
-        bf16: bool,
+        copies: Copies,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(BlockModule(tensors) for tensors in blocks)
+        self.blocks = nn.ModuleList(BlockModule(tensors, copies) for tensors in blocks)
         self.attributes = register(self, shared)
         self.operators = operators
         self.recomputed = recomputed
         self.contexts = selective_checkpoint.contexts if products else noop_context_fn
-        self.bf16 = bf16
 
     def forward(self, work: StageWork, given: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         """Compute the stage's outputs.
 
         `given` has the batch and constants by placeholder, `inputs` the values of `work.inputs`.
         """
-        if not self.bf16:
-            return self._forward(work, given, inputs)
-        device = next(self.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16):
-            return self._forward(work, given, inputs)
-
-    def _forward(self, work: StageWork, given: Mapping[str, Any], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         values: dict[fx.Node, Any] = dict(zip(work.inputs, inputs, strict=True))
         shared = {name: getattr(self, attribute) for name, attribute in self.attributes.items()}
         for number, (block, piece) in enumerate(zip(self.blocks, work.blocks, strict=True)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,10 @@ def _with_batch_nodes(
 
 
 def compiled(section: Section, local: LocalGraph) -> Callable[..., tuple[Any, ...]]:
-    """Compile the section to a function: (tensors, given and inputs, in their order) -> outputs.
+    """Compile the section to a function: (narrow, tensors, given and inputs, in their order) -> outputs.
+
+    `narrow` returns the bfloat16 copy of a parameter. It is called where the section uses it, so that the gradient of
+    the copy is cast at that place of the backward pass.
 
     The function is straight-line Python. It drops a value after its last use, which frees what autograd does not save.
     """
@@ -94,8 +97,9 @@ def compiled(section: Section, local: LocalGraph) -> Callable[..., tuple[Any, ..
             names[node] = named.get(local.step.tensors[node.name], "")
     for index, node in enumerate((*section.given, *section.inputs)):
         names[node] = f"x{index}"
-    arguments = [*named.values(), *(f"x{i}" for i in range(len(section.given) + len(section.inputs)))]
-    writer = _Writer(names)
+    narrow = {node for node in names if local.step.is_narrow(node)}
+    arguments = ["narrow", *named.values(), *(f"x{i}" for i in range(len(section.given) + len(section.inputs)))]
+    writer = _Writer(names, narrow)
     if any(writes_in_place(node) and node.args[0] not in _tensor_nodes(local) for node in section.nodes):
         for node in section.inputs:  # a received value must not be overwritten
             writer.lines.append(f"{names[node]} = {names[node]}.clone()")
@@ -119,8 +123,8 @@ def _tensor_nodes(local: LocalGraph) -> set[fx.Node]:
 class _Writer:
     """Writer of calls as lines of Python. A value without a literal form becomes a named constant in `scope`."""
 
-    def __init__(self, names: dict[fx.Node, str]) -> None:
-        self.names = names
+    def __init__(self, names: dict[fx.Node, str], narrow: Collection[fx.Node]) -> None:
+        self.names, self.narrow = names, narrow
         self.lines: list[str] = []
         self.scope: dict[str, Any] = {}
         self._known: dict[int, str] = {}
@@ -134,7 +138,7 @@ class _Writer:
 
     def literal(self, value: Any) -> str:
         if isinstance(value, fx.Node):
-            return self.names[value]
+            return f"narrow({self.names[value]})" if value in self.narrow else self.names[value]
         if isinstance(value, (list, tuple)):
             inner = "".join(f"{self.literal(item)}, " for item in value)
             return f"[{inner}]" if isinstance(value, list) else f"({inner})"

@@ -114,6 +114,12 @@ def _convolution_arguments(node: fx.Node) -> tuple[Any, ...]:
     return x, weight, bias, each(stride), each(padding), each(dilation), transposed, each(output_padding), groups
 
 
+def _leaf(tensor: Tensor) -> Tensor | None:
+    """Return the leaf that a tensor is or is a copy of, see `workload.precision.Copies`. Returns None if neither."""
+    found = getattr(tensor, "copied_from", tensor)
+    return found if found.is_leaf else None
+
+
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
     """Add a gradient to `parameter.grad` as autograd does, cast to the parameter's dtype."""
     gradient = gradient.to(parameter.dtype)
@@ -157,7 +163,7 @@ def _now_or_later(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients of weight and bias, or defer them and return None.
 
-    Only a leaf tensor's gradient can be deferred.
+    Only the gradient of a leaf tensor, or of a copy of one, can be deferred.
 
     `weight` is the parameter itself: where activations are recomputed, the tensor saved for the backward pass is a
     copy.
@@ -172,8 +178,9 @@ def _now_or_later(
     ]
     results = {}
     for tensor, compute in wanted:
-        if ctx.store.deferring and tensor.is_leaf:
-            ctx.store.defer(lambda t=tensor, c=compute: accumulate(t, c()))
+        leaf = _leaf(tensor)
+        if ctx.store.deferring and leaf is not None:
+            ctx.store.defer(lambda t=leaf, c=compute: accumulate(t, c()))
         else:
             results[id(tensor)] = compute().to(tensor.dtype)
     return results.get(id(weight)), results.get(id(bias))

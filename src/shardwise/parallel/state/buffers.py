@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shardwise.parallel.state.broadcast import broadcast
 from shardwise.parallel.state.build_model import persistent_buffers
 from shardwise.parallel.state.gather import gather_json
-from shardwise.parallel.state.pytree import facts
+from shardwise.workload.pytree import facts
 
 
 class ReplicaBuffers:

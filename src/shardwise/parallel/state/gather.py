@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.parallel.state.layout import Layout, TensorPiece, Tile
-from shardwise.parallel.state.pytree import facts
+from shardwise.workload.pytree import facts
 
 
 def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from shardwise.options import FULL, NONE, Recompute
+from shardwise.options import FULL, NONE, PRECISIONS, Recompute
 from shardwise.planner.constraints import Constraints
 from shardwise.predict.workers.groups import group_of, message_group
-from shardwise.strategy import OUTERMOST, PRECISIONS, Strategy
+from shardwise.strategy import OUTERMOST, Strategy
 
 MOST_STAGES = 8
 """Most stages per worker that are tried with the interleaved schedule."""

@@ -93,6 +93,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
     module = strategy.runs_module
     batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # a pipeline loads all at once
     found: list[Memory] = []
+    narrow = round(worker.parameters * element_bytes(profile.runtime, profile.precision, strategy).narrow / WIDE)
     for moment in moments(strategy, worker.pipeline_rank):
         counts = moment.counts
         every = sum(count * saved[number] for number, count, _ in counts)
@@ -106,7 +107,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
             peak = _peak(profile, strategy, worker, stage, moment, offloaded=offloaded)
             found.append(
                 Memory(
-                    parameters=_stored(profile, strategy, worker) + peak.gathered + gathered,
+                    parameters=_stored(profile, strategy, worker) + narrow + peak.gathered + gathered,
                     gradients=peak.gradients + gradients,
                     optimizer=state,
                     activations=every - saved[number] + peak.activations + stage.received,

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
+from shardwise.options import dtype_of
 from shardwise.predict.hardware.constants import constants
 from shardwise.predict.hardware.times import KernelTimes, collective_seconds, launches, overlap_of, slowed
 from shardwise.predict.profile.kernel import Kernel
@@ -219,7 +220,7 @@ class SegmentTimes:
 
 def slowest(cluster: Cluster, precision: str) -> Device:
     """Return the device of a cluster that all others wait for: the lowest rate in the dtype of the computation."""
-    return min((nodes.device for nodes in cluster.nodes), key=lambda device: device.flops.get(precision, 0.0))
+    return min((nodes.device for nodes in cluster.nodes), key=lambda device: device.flops.get(dtype_of(precision), 0.0))
 
 
 def half_rate(device: Device) -> float:

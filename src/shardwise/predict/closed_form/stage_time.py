@@ -212,6 +212,9 @@ class StageCosts:
         )
         for each, count in moved.items():
             spent += self.calls.moved(each.bytes / 4, 2 * each.bytes, 1).times(count)
+            if self.profile.gathered < 1 and each.operation == "all_gather":  # a shard is cast before it is gathered
+                shard = each.bytes / self.strategy.fsdp
+                spent += self.calls.moved(shard / 2, 3 * shard, 1).times(count)
         return spent + self.times.overhead("sharded", moved.total())
 
     def pieces(self, stage: Stage, kind: str, sync: Sync | None, final: bool, spent: PassSeconds) -> list[TimedPiece]:
@@ -245,6 +248,9 @@ class StageCosts:
             return PassSeconds()  # they are among the runtime's kernels
         elements, size, count = self.trained(stage)
         spent = PassSeconds() if first else self.calls.moved(elements, 3 * size, count)
+        if self.profile.runtime.copies and not self.strategy.splits_parameters:
+            casts = 2 if first else 1  # of each gradient; and of the parameter, once in a step
+            spent += self.calls.moved(elements, size * 3 / 2, count).times(casts)
         if final and stage.buckets and not self.strategy.splits_parameters:
             copies = 1 if self.strategy.runs_module else 2
             spent += self.calls.moved(elements, 2 * size, count).times(copies)

@@ -22,6 +22,7 @@ from typing import Any
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective
 from shardwise.errors import StrategyError
+from shardwise.options import dtype_of
 from shardwise.predict.closed_form.memory import memory_at, memory_of
 from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
 from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
@@ -310,7 +311,7 @@ class Costs:
             "margin": self.cluster.margin,
             "model_flops": self.model_flops,
             "precision": precision,
-            "peak_flops": workers * device.flops.get(precision, 0.0),
+            "peak_flops": workers * device.flops.get(dtype_of(precision), 0.0),
             "half_peak_flops": workers * half_rate(device),
             "error": relative_error(self.cluster, device, self.strategy, communicating),
             "samples": self.batch_size,

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from shardwise.cluster.cluster import Cluster, Device
 from shardwise.errors import StrategyError
-from shardwise.options import EQUAL
+from shardwise.options import EQUAL, FLOAT32, dtype_of
 from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
@@ -74,7 +74,7 @@ def _different(strategy: Strategy, cluster: Cluster, batch_size: int) -> set[tup
 
 def slowest_rank(strategy: Strategy, cluster: Cluster, number: int) -> int:
     """Return the rank of a replica's slowest device, which its other ranks wait for."""
-    dtype = strategy.precision or "float32"
+    dtype = dtype_of(strategy.precision or FLOAT32)
 
     def rate(rank: int) -> float:
         device: Device = cluster.device(rank)

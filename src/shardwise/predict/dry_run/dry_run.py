@@ -45,6 +45,7 @@ from shardwise.predict.profile.meta_model import builds, widen_grouped_products
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Share
+from shardwise.workload.precision import for_gpu
 from shardwise.workload.trace.graph import Untraceable, first_line
 from shardwise.workload.workload import Workload
 
@@ -121,6 +122,11 @@ def dry_run(
     workload = replace(workload, after_step=None)  # it would be tried on tensors with values
     if not 0 <= rank < strategy.workers:
         raise StrategyError(f"rank {rank} of strategy {strategy}: its workers are 0 to {strategy.workers - 1}")
+    with for_gpu(device == "gpu"):
+        return _run(workload, strategy, rank, cuts, device)
+
+
+def _run(workload: Workload, strategy: Strategy, rank: int, cuts: Cuts | None, device: str) -> DryRun:
     why = ""
     for build in _builds(workload):
         try:

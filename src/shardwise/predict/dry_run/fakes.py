@@ -28,7 +28,6 @@ from shardwise.parallel.engine import Engine
 from shardwise.parallel.graph.graph_engine import GraphEngine
 from shardwise.parallel.mesh import Allocating, forget_meshes
 from shardwise.parallel.program import Program
-from shardwise.parallel.state.pytree import facts
 from shardwise.predict.dry_run.device_queries import asks_for_device
 from shardwise.predict.profile.gpu_ops import GPUDispatch
 from shardwise.predict.profile.meta_model import batch
@@ -36,6 +35,7 @@ from shardwise.predict.profile.op_counter import tensors
 from shardwise.predict.profile.optimizer import all_at_once
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, cut_batch
+from shardwise.workload.pytree import facts
 from shardwise.workload.workload import Workload
 
 
@@ -178,7 +178,7 @@ def as_on_gpu(program: Program) -> Iterator[None]:
 
     @contextmanager
     def again(*args: Any, **kwargs: Any) -> Iterator[None]:
-        with original(*args, **kwargs), GPUDispatch():  # modes opened outside do not reach the backward pass
+        with GPUDispatch(), original(*args, **kwargs):  # modes opened outside do not reach the backward pass
             yield
 
     with mock.patch.object(owner, name, again), GPUDispatch():

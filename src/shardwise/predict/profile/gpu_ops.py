@@ -1,9 +1,6 @@
 """Make a step that is traced on the CPU run the operations that a GPU would run.
 
-rms_norm          one kernel per direction, where the CPU runs about ten, each of which saves a tensor for the backward
-                  pass
-under autocast    more operations compute in float32 than on a CPU
-                  (ATen/autocast_mode.h: AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE)
+rms_norm    one kernel per direction, where the CPU runs about ten, each of which saves a tensor for the backward pass
 """
 
 from __future__ import annotations
@@ -15,21 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from shardwise.parallel.state.pytree import map_tensors
-
 aten = torch.ops.aten
-
-WIDENED = frozenset(
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus layer_norm "
-    "native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss "
-    "cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss "
-    "margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss "
-    "binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d _upsample_nearest_exact1d "
-    "upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d "
-    "upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa "
-    "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum norm".split()
-)
-"""Names of the operations whose inputs autocast casts to float32 on CUDA."""
 
 
 def on_gpu(target: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,15 +23,7 @@ def on_gpu(target: Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(target, torch._ops.OpOverload):
         return target
     run: Callable[..., Any] = _rms_norm if target.overloadpacket is aten.rms_norm else target
-    if target.overloadpacket.__name__ not in WIDENED:
-        return run
-
-    def widened(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled("cpu"):
-            return run(*args, **kwargs)
-        return run(*map_tensors(_wide, args), **map_tensors(_wide, kwargs))
-
-    return widened
+    return run
 
 
 class GPUDispatch(TorchFunctionMode):
@@ -62,13 +37,7 @@ class GPUDispatch(TorchFunctionMode):
         if isinstance(function, torch._ops.OpOverload):
             return on_gpu(function)(*args, **kwargs)
         name = getattr(function, "__name__", "").strip("_")
-        if name in WIDENED and torch.is_autocast_enabled("cpu"):
-            args, kwargs = map_tensors(_wide, args), map_tensors(_wide, kwargs)
         return (_rms_norm if name == "rms_norm" else function)(*args, **kwargs)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:

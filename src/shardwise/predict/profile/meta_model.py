@@ -22,17 +22,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
+from shardwise.options import FLOAT32
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.own_step import takes_derivatives
 from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.pipeline.cut_points import CutPoint
 from shardwise.parallel.state.build_model import evaluating, persistent_buffers, plain_model, untouched
-from shardwise.parallel.state.pytree import unlike
 from shardwise.predict.profile.optimizer import update_of
 from shardwise.predict.profile.profile import Update
 from shardwise.workload.data import first_samples
 from shardwise.workload.own_step import run_step
+from shardwise.workload.precision import computing, for_gpu, widened
+from shardwise.workload.pytree import unlike
 from shardwise.workload.trace.graph import StepGraph
 from shardwise.workload.trace.repeated_layers import repeated_layers, shortened
 from shardwise.workload.trace.stand_ins import stand_ins
@@ -64,11 +66,13 @@ class Model:
     Attributes:
         workload: the workload that builds it.
         module: the plain module.
+        device: kind of device that it is traced for, `gpu` or `cpu`.
         layers: a list of equal layers of which only the first `SHORT` are traced; None: the whole module is traced.
     """
 
     workload: Workload
     module: nn.Module
+    device: str = "gpu"
     layers: nn.ModuleList | nn.Sequential | None = None
     evaluated: dict[tuple[int, int], Sequence[CutPoint]] = field(default_factory=dict)
     """(tp, sp) -> cut points of the evaluation graph."""
@@ -78,11 +82,11 @@ class Model:
     _update: Update | None = None
 
     @classmethod
-    def of(cls, workload: Workload, module: nn.Module) -> Model:
+    def of(cls, workload: Workload, module: nn.Module, device: str) -> Model:
         """Wrap a module without values; shorten it if it has a list of more than `SHORT` equal layers."""
         widen_grouped_products()
         layers = repeated_layers(module)
-        return cls(workload, module, layers if layers is not None and len(layers) > SHORT else None)
+        return cls(workload, module, device, layers if layers is not None and len(layers) > SHORT else None)
 
     @contextmanager
     def short(self) -> Iterator[nn.Module]:
@@ -114,7 +118,8 @@ class Model:
         workload = replace(self.workload, precision=precision or self.workload.precision)
         key = samples, training, workload.precision
         if key not in self._steps:
-            self._steps[key] = traced(workload, self.module, batch(workload, samples), training=training)
+            with for_gpu(self.device == "gpu"):
+                self._steps[key] = traced(workload, self.module, batch(workload, samples), training=training)
         return self._steps[key]
 
     def evaluation(self, samples: int) -> StepGraph:
@@ -180,12 +185,13 @@ class Model:
             return takes_derivatives(partial(self.called, given, self.workload.precision))
 
     def called(self, data: Any, precision: str) -> Any:
-        """Return the module's output for a batch, under autocast if `precision` is `bf16`."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return call_model(self.module, self.workload.inputs(data))
+        """Return the module's output for a batch, computed in a precision and given in float32."""
+        with for_gpu(self.device == "gpu"), computing(precision, self.module.parameters()):
+            output = call_model(self.module, self.workload.inputs(data))
+        return output if precision == FLOAT32 else widened(output)
 
 
-def builds(workload: Workload) -> Iterator[Model]:
+def builds(workload: Workload, device: str = "gpu") -> Iterator[Model]:
     """Yield builds of the model without values, the fastest first: on the meta device, then without parameters' memory.
 
     The meta device is left out if the factory does not run on it. The values in `Workload.weights` are not read.
@@ -193,16 +199,16 @@ def builds(workload: Workload) -> Iterator[Model]:
     workload = replace(workload, weights=None)
     module = _on_meta(workload)
     if module is not None:
-        yield Model.of(workload, module)
+        yield Model.of(workload, module, device)
     with random_state_kept(), without_parameters():
         module = plain_model(workload)
-    yield Model.of(workload, module)
+    yield Model.of(workload, module, device)
 
 
-def with_values(workload: Workload) -> Model:
+def with_values(workload: Workload, device: str) -> Model:
     """Build the model with real values, for models that cannot be traced."""
     with random_state_kept():
-        return Model(workload, plain_model(workload))
+        return Model(workload, plain_model(workload), device)
 
 
 class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]

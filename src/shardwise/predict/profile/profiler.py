@@ -15,16 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from shardwise.parallel.check import TensorDegrees
-from shardwise.parallel.data.own_step import autocast_calls
 from shardwise.parallel.engine import Position
-from shardwise.parallel.graph.autocast import widen_loss
 from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.pipeline.cut_points import CutPoint, common, find_cut_points, from_batch
 from shardwise.parallel.pipeline.subgraphs import Section, sections
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.build_model import untouched
-from shardwise.parallel.state.pytree import map_tensors
 from shardwise.parallel.tensor.partition import partition
 from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
 from shardwise.parallel.tensor.placement import Sharded, local_shape
@@ -40,9 +37,11 @@ from shardwise.predict.profile.segment_recorder import (
     SegmentRecorder,
     Spec,
 )
+from shardwise.predict.runtime.runtime import OWN
 from shardwise.strategy import Strategy
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import run_step
+from shardwise.workload.precision import calls_computing, for_gpu
 from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
 from shardwise.workload.trace.repeated_layers import repeated_layers
 from shardwise.workload.workload import Workload
@@ -143,7 +142,7 @@ class _Models:
 
     def __init__(self, workload: Workload, device: str) -> None:
         self._workload, self._device = workload, device
-        self._builds = builds(workload)
+        self._builds = builds(workload, device)
         self._model: Model | None = next(self._builds)
 
     def profile(self, tp: int, sp: int, microbatch: int, precision: str, split: bool) -> Profile:
@@ -154,18 +153,18 @@ class _Models:
                 return profiler.profile()
             except Untraceable:
                 self._model = next(self._builds, None)
-        model = with_values(self._workload)
+        model = with_values(self._workload, self._device)
         return _Profiler(model, self._device, tp, sp, microbatch, precision, split).profile_with_values()
 
     def layer_class(self) -> str:
         """See `Profiles.layer_class`."""
-        model = self._model or with_values(self._workload)
+        model = self._model or with_values(self._workload, self._device)
         layers = repeated_layers(model.module)
         return "" if layers is None else type(layers[0]).__name__
 
     def tensor_degrees(self) -> TensorDegrees:
         """See `Profiles.tensor_degrees`."""
-        model = self._model or with_values(self._workload)
+        model = self._model or with_values(self._workload, self._device)
         with model.short() as module:
             return TensorDegrees(model.any_step(), dict(module.named_parameters()))
 
@@ -236,7 +235,6 @@ class _Profiler:
         analyst = Analyst(
             mode,
             self.recorder,
-            self.precision == "bf16",
             self.device == "gpu",
             self.weights if self.split else None,
             {self.operators.dropout: 2, self.operators.draw: 1, self.operators.attention: 7},
@@ -286,8 +284,6 @@ class _Profiler:
             placements=None if first is None else first.placements,
             summed=None if first is None else first.summed,
         )
-        if self.precision == "bf16":
-            widen_loss(local.graph, torch.device("cpu"))
         return local
 
     def _batch_norm(self, x: Tensor, *others: Any) -> Tensor:
@@ -385,16 +381,9 @@ class _Profiler:
 
     def _losses(self, model: nn.Module, data: Any) -> dict[str, Tensor]:
         if self.workload.step is None:
-            return losses_of(self.workload, model, self._called(data), data)
-        if self.precision == "bf16":
-            autocast_calls(model, torch.device("cpu"))
-        return run_step(self.workload, model, data)
-
-    def _called(self, data: Any) -> Any:
-        output = self.model.called(data, self.precision)
-        if self.precision != "bf16":
-            return output
-        return map_tensors(lambda tensor: tensor.float() if tensor.dtype == torch.bfloat16 else tensor, output)
+            return losses_of(self.workload, model, self.model.called(data, self.precision), data)
+        with for_gpu(self.device == "gpu"), calls_computing(self.precision, model, model.parameters):
+            return run_step(self.workload, model, data)
 
     # ---- either way -------------------------------------------------------------------------------------------------
 
@@ -405,6 +394,7 @@ class _Profiler:
             sp=self.sp,
             microbatch=self.samples,
             precision=self.precision,
+            runtime=OWN[self.precision],
             device=self.device,
             batch_size=self.workload.batch_size,
             update=self.model.update(),
@@ -434,7 +424,8 @@ def _specs(local: LocalGraph, tensors: Mapping[str, Tensor]) -> dict[fx.Node, Sp
             tensor = tensors[name]
             like = torch.empty(tuple(node.meta["shape"]), device="meta")
             grad = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-            found[node] = Spec(tuple(like.shape), tuple(like.stride()), tensor.dtype, grad)
+            dtype = torch.bfloat16 if name in local.step.narrow else tensor.dtype
+            found[node] = Spec(tuple(like.shape), tuple(like.stride()), dtype, grad)
     return found
 
 

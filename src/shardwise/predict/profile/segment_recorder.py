@@ -214,7 +214,6 @@ class Analyst:
     Attributes:
         mode: mode under which tensors have no data.
         recorder: records what runs.
-        bf16: whether to run under torch's autocast to bfloat16.
         gpu: whether to run the operations that a GPU would run.
         later: store of the weight gradients that a zero-bubble schedule computes later (see
             `parallel.pipeline.weight_gradients`); None if each backward pass computes all gradients.
@@ -224,7 +223,6 @@ class Analyst:
 
     mode: FakeTensorMode
     recorder: SegmentRecorder
-    bf16: bool
     gpu: bool
     later: Any = None
     sites: Mapping[Any, int] = field(default_factory=dict)
@@ -357,7 +355,7 @@ class _SegmentRun:
             for node in self.segment.inputs:  # `subgraphs.compiled` clones them too
                 values[node] = values[node].clone()
         last = {argument: node for node in self.segment.nodes for argument in node.all_input_nodes}
-        with torch.enable_grad(), self._saving(), self._precision():
+        with torch.enable_grad(), self._saving():
             for node in self.segment.nodes:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: values[argument])
                 call = on_gpu(node.target) if self.analyst.gpu else node.target  # type: ignore[arg-type]
@@ -368,14 +366,6 @@ class _SegmentRun:
                 if node not in last and node not in self.segment.outputs:
                     values.pop(node, None)
         return [values[node] for node in self.segment.outputs]
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        if not self.analyst.bf16:
-            yield
-            return
-        with torch.autocast("cpu", torch.bfloat16):
-            yield
 
     @contextmanager
     def _saving(self) -> Iterator[None]:

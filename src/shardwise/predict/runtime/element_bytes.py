@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardwise.options import BF16, dtype_of
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.runtime.runtime import Runtime
 from shardwise.strategy import Strategy
@@ -17,11 +18,19 @@ WIDE = 4
 
 @dataclass(frozen=True, slots=True)
 class ElementBytes:
-    """Bytes of one element that a rank holds of weights and gradients, and of copies of both in its optimizer."""
+    """Bytes of one element that a rank holds.
+
+    Attributes:
+        weights: of the parameter.
+        gradients: of its gradient.
+        copies: of copies of both in the optimizer.
+        narrow: of its copy in half precision, during the passes.
+    """
 
     weights: float
     gradients: float
     copies: float
+    narrow: float = 0.0
 
 
 def element_bytes(runtime: Runtime, precision: str, strategy: Strategy) -> ElementBytes:
@@ -32,7 +41,9 @@ def element_bytes(runtime: Runtime, precision: str, strategy: Strategy) -> Eleme
     DeepSpeed's optimizer has gradients in float32 of its own; DDP has its buckets. FSDP keeps float32 and casts what it
     gathers.
     """
-    width = ELEMENT_BYTES["bf16" if precision in ("fp8", "fp4") else precision]
+    width = ELEMENT_BYTES[BF16 if precision in ("fp8", "fp4") else dtype_of(precision)]
+    if runtime.copies and not strategy.splits_parameters:
+        return ElementBytes(WIDE, WIDE, 0, width)
     if runtime.autocasts or strategy.splits_parameters or width != 2:
         return ElementBytes(WIDE, WIDE, 0)
     gradients, copies = float(runtime.accumulation_bytes), MASTER

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from shardwise.options import dtype_of
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
 from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Profile
@@ -83,8 +84,9 @@ class ModuleProfiles:
 
 def _run_by(profile: Profile, runtime: Runtime) -> Profile:
     """Return a traced profile as other software runs its module, with the software's buffers beside temporary bytes."""
-    buffers = int(runtime.buffers * ELEMENT_BYTES[profile.precision])
-    found = replace(profile, runtime=in_precision(runtime, profile.precision, pure=runtime.own_gradients), memo=Memo())
+    dtype = dtype_of(profile.precision)
+    buffers = int(runtime.buffers * ELEMENT_BYTES[dtype])
+    found = replace(profile, runtime=in_precision(runtime, dtype, pure=runtime.own_gradients), memo=Memo())
     if not buffers:
         return found
     layers = {id(segment.layer): segment.layer for segment in profile.segments}

@@ -6,7 +6,9 @@ software is others (`known.py`); no formula asks for a name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from shardwise.options import AUTOCAST, BF16, FLOAT32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class Runtime:
         scatter_pipeline: whether a message between stages is split among the tensor-parallel ranks (Narayanan 2021).
         autocasts: whether parameters stay in float32 and are cast where they are used, instead of being stored in half
             precision beside a copy in float32 that is updated.
+        copies: whether each step makes copies in half precision of parameters that stay in float32 and are not split.
         graphs: whether CUDA graphs spare the host from launching.
         fitted_host: whether its host takes `Constants.host_kernel` for a kernel, instead of the device's launch time.
         gradient_bytes: bytes of one element when gradients are reduced; 0: those of the parameter.
@@ -80,6 +83,7 @@ class Runtime:
     overlap_pipeline: bool = True
     scatter_pipeline: bool = False
     autocasts: bool = False
+    copies: bool = False
     graphs: bool = False
     fitted_host: bool = True
     gradient_bytes: int = 0
@@ -106,3 +110,10 @@ SHARDWISE = Runtime(
     stages="cost",
 )
 """Shardwise's own program: kernels are those of the traced module."""
+
+SHARDWISE_AUTOCAST = replace(SHARDWISE, copies=True)
+SHARDWISE_BF16 = replace(SHARDWISE_AUTOCAST, gathered_bytes=2)
+"""Shardwise's own program where products compute in bfloat16: `fully_shard` casts parameters before it gathers them."""
+
+OWN = {FLOAT32: SHARDWISE, AUTOCAST: SHARDWISE_AUTOCAST, BF16: SHARDWISE_BF16}
+"""Shardwise's own program by precision."""

@@ -14,7 +14,7 @@ The parameters, after `gpt:` or for --set:
     sequence: tokens per sample.
     tied: whether the output layer shares the weight of the token embedding.
     batch_size: samples per step over all workers.
-    precision: float32 or bf16.
+    precision: float32, bf16 or autocast.
     learning_rate: constant learning rate.
     weight_decay: AdamW's weight decay of matrices.
     clip_norm: largest norm of the gradient; None means no clipping.
@@ -46,7 +46,7 @@ def gpt(
     sequence: int = 2048,
     tied: bool = False,
     batch_size: int = 8,
-    precision: Literal["float32", "bf16"] = "bf16",
+    precision: Literal["float32", "bf16", "autocast"] = "bf16",
     learning_rate: float = 3e-4,
     weight_decay: float = 0.1,
     clip_norm: float | None = 1.0,

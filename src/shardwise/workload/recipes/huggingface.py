@@ -14,7 +14,7 @@ Weights in safetensors files are not read as a whole: each worker reads the part
 The parameters, for --set:
     batch_size: samples per step over all workers.
     sequence: tokens per sample.
-    precision: float32 or bf16; None means bf16 if the configuration's dtype is bfloat16, else float32.
+    precision: float32, bf16 or autocast; None means bf16 if the configuration's dtype is bfloat16, else float32.
     data: text or token ids as in the recipe `language`, None means the standard library's source; for text
         classification labelled text: a .csv, .tsv or .jsonl file, or a folder with train.csv and validation.csv.
     weights: `folder` starts from the folder's weights if it has some; `random` does not.
@@ -57,7 +57,7 @@ def huggingface_workload(folder: Path) -> Callable[..., Workload]:
     def workload(
         batch_size: int = 8,
         sequence: int = 128,
-        precision: Literal["float32", "bf16"] | None = None,
+        precision: Literal["float32", "bf16", "autocast"] | None = None,
         data: str | None = None,
         weights: Literal["folder", "random"] = "folder",
         learning_rate: float | None = None,

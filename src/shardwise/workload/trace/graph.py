@@ -25,10 +25,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
+from shardwise.options import FLOAT32
 from shardwise.workload.data import first_samples
 from shardwise.workload.evaluation import Evaluation
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import run_step
+from shardwise.workload.precision import calls_computing, computing, give_narrow, widened
 from shardwise.workload.trace.functions import DerivativesRefused, functions_kept
 from shardwise.workload.trace.opaque import Call, assignments_copied, calls_in, hidden
 from shardwise.workload.trace.python_state import for_trace
@@ -67,6 +69,7 @@ class StepGraph:
         training: whether the module was in training mode.
         opaque: calls of modules that were not traced; see `workload.trace.opaque`.
         losses: names of the losses whose sum is the first output; if there are several, they follow it in training.
+        narrow: names in the module of the float32 parameters that the step uses in bfloat16 only, and is given so.
         rebuild: builds the model's output from the tensors that follow the loss in an evaluation whose metric is an
             object that collects outputs. None for every other step.
     """
@@ -79,6 +82,11 @@ class StepGraph:
     opaque: tuple[Call, ...] = ()
     losses: tuple[str, ...] = ("loss",)
     rebuild: Callable[[Sequence[Tensor]], Any] | None = None
+    narrow: frozenset[str] = frozenset()
+
+    def is_narrow(self, node: fx.Node) -> bool:
+        """Return whether a node stands for a float32 parameter that is given in bfloat16."""
+        return node.op == "placeholder" and self.tensors.get(node.name) in self.narrow
 
 
 @dataclass(slots=True)
@@ -134,13 +142,13 @@ class _StepModule(nn.Module):
         self._evaluation = evaluation
         self._noted = noted
         self._after = after
-        self._device = _device_type(model)
 
     def forward(self, batch: Any) -> tuple[Tensor, ...]:
         output = None
         with assignments_copied(self.model):
             if self._own:
-                losses = run_step(self._workload, self.model, batch)
+                with calls_computing(self._workload.precision, self.model, self.model.parameters):
+                    losses = run_step(self._workload, self.model, batch)
             else:
                 output = self._called(batch)
         if not self._own:
@@ -152,16 +160,11 @@ class _StepModule(nn.Module):
         return total(losses), *further
 
     def _called(self, batch: Any) -> Any:
-        """Call the model as the program calls it: under autocast if it computes in bfloat16, with float32 outside.
-
-        The dtype in `y.to(x.dtype)` becomes a constant of the graph: under autocast it is the one that `x` has in the
-        program.
-        """
-        if self._workload.precision != "bf16":
-            return call_model(self.model, self._workload.inputs(batch))
-        with torch.autocast(self._device, torch.bfloat16):
+        """Call the model as the program calls it: in its precision, with float32 outside."""
+        precision = self._workload.precision
+        with computing(precision, self.model.parameters()):
             output = call_model(self.model, self._workload.inputs(batch))
-        return pytree.tree_map(_widened, output)
+        return output if precision == FLOAT32 else widened(output)
 
     def _further(self, output: Any, batch: Any, losses: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Return what follows the loss: the metric or the outputs in an evaluation, several losses in training."""
@@ -171,16 +174,6 @@ class _StepModule(nn.Module):
             return tuple(self._noted.output_of(self._workload, output))
         measure: Any = self._evaluation.measure
         return (torch.as_tensor(measure(output, batch)),)
-
-
-def _device_type(model: nn.Module) -> str:
-    """Return the kind of device that a model is traced for; one without values is traced as on a CPU."""
-    found = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    return "cpu" if found == "meta" else found
-
-
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 class Untraceable(WorkloadError):
@@ -453,7 +446,8 @@ def _named(
                 f"the module holds {spec.target!r} of kind {spec.kind.name}: only tensors can be traced"
             )
     leaves = tuple(spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
-    return StepGraph(graph, tensors, constants, leaves, training, calls_in(graph), noted.losses, noted.rebuild)
+    narrow = frozenset(tensors[name] for name in give_narrow(graph, tensors))
+    return StepGraph(graph, tensors, constants, leaves, training, calls_in(graph), noted.losses, noted.rebuild, narrow)
 
 
 def _with_values(workload: Workload, constant: Tensor, name: str) -> Tensor:

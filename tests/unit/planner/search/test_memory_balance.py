@@ -20,7 +20,7 @@ from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 from shardwise.workload.workload import Workload
 
-SPEC = "gpt:layers=12,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=16"
+SPEC = "gpt:layers=12,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=16,precision=float32"
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from shardwise.predict.profile.summary import summarize
 from shardwise.strategy import Strategy
 from shardwise.workload.recipes.gpt import gpt
 
-WORKLOAD = gpt(4, 256, 4, 2, vocabulary=512, sequence=128, batch_size=16)
+WORKLOAD = gpt(4, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The kernels of a profile are those that the module runs uncut, under autocast too."""
+"""The kernels of a profile are those that the module runs uncut, in every precision."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ NO_PASS = ("aten._foreach", "aten.equal")
 """Starts of the names of kernels that are no part of a pass: of the optimizer, and comparisons of random states."""
 
 
+CASTS = {"aten._to_copy"}
+"""Kernels of a step that makes copies of the parameters, and casts their gradients."""
+
+
 def compared(workload: Workload, precision: str) -> tuple[Counter[Any], Counter[Any]]:
     """Count equal kernels of the passes: of the profile, and of the program."""
     strategy = Strategy.parse(f"single,precision={precision}").for_batch(workload.batch_size)
@@ -51,12 +55,13 @@ def counted(kernels: list[Kernel]) -> Counter[Any]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", "bf16", "autocast"])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_profile_has_the_kernels_of_the_module(name: str, precision: str) -> None:
     profiled, ran = compared(WORKLOADS[name](), precision)
     assert profiled - ran == Counter()
-    assert ran - profiled == Counter()
+    more = {operation for operation, *_ in ran - profiled}
+    assert more <= (CASTS if precision != "float32" else set())
 
 
 def test_a_trace_without_autocast_is_noticed() -> None:

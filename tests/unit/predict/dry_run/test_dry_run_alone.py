@@ -57,13 +57,13 @@ def test_a_worker_of_four_thousand_takes_no_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run = large("fsdp=4096", rank=17, batch_size=4096)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
-    assert run.memory.total > 20 * GIB
+    assert run.memory.total > 12 * GIB
     found = counted(run)
     # rows are cut into 4,096 parts of one size: 10,240 of the fused projections become 12,288, 32,000 words 32,768
     padding = 8 * 2048 * 8192 + 2 * 768 * 8192
     gathers, size = found["all_gather", "fsdp", "forward"]
-    assert (gathers, size) == (9, 4 * (ALL + padding))
-    assert found["reduce_scatter", "fsdp", "backward"] == (9, size)
+    assert (gathers, size) == (9, 2 * (ALL + padding))  # in bfloat16
+    assert found["reduce_scatter", "fsdp", "backward"] == (9, 2 * size)
     assert {each.group for each in run.collectives} == {Group(4096)}
     assert run.memory.optimizer == pytest.approx(8 * (ALL + padding) / 4096, rel=1e-3)
 

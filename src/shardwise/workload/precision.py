@@ -1,0 +1,302 @@
+"""Compute a plain module in bfloat16 from float32 parameters: `precision=bf16` and `precision=autocast`.
+
+bf16        every operation sees each parameter as a copy in bfloat16, and products compute in bfloat16 whatever else
+            they are given, so that what flows between layers is bfloat16 as well. Kernels of norms and of softmax add
+            up in float32 inside; on a CPU those of norms do not, and are given float32. Losses are computed in float32.
+autocast    as torch's autocast on a GPU: products compute in bfloat16; parameters and what else is not a product stay
+            in float32, and so do most of the values between layers.
+
+Gradients return through the copies: they are float32 where they add up over microbatches and workers (Micikevicius et
+al. 2018, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from shardwise.options import AUTOCAST, BF16
+from shardwise.workload.pytree import map_tensors
+
+PRODUCTS = frozenset(
+    "linear matmul __matmul__ __rmatmul__ mm bmm addmm addbmm baddbmm mv addmv einsum tensordot bilinear chain_matmul "
+    "multi_dot conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc grouped_mm _grouped_mm "
+    "scaled_dot_product_attention multi_head_attention_forward lstm gru rnn_tanh rnn_relu lstm_cell gru_cell "
+    "rnn_tanh_cell rnn_relu_cell".split()
+)
+"""Names of the functions that compute in bfloat16 whatever they are given."""
+
+NORMS = frozenset("layer_norm group_norm rms_norm native_layer_norm".split())
+"""Names of the norms whose kernels compute in the dtype of their input, and add up in float32."""
+
+LOSSES = frozenset(
+    "cross_entropy nll_loss nll_loss2d binary_cross_entropy binary_cross_entropy_with_logits kl_div mse_loss l1_loss "
+    "smooth_l1_loss huber_loss poisson_nll_loss gaussian_nll_loss hinge_embedding_loss margin_ranking_loss "
+    "multilabel_margin_loss multilabel_soft_margin_loss multi_margin_loss soft_margin_loss cosine_embedding_loss "
+    "triplet_margin_loss triplet_margin_with_distance_loss ctc_loss".split()
+)
+"""Names of the functions that compute in float32."""
+
+WIDENED = (
+    NORMS
+    | LOSSES
+    | frozenset(
+        "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus "
+        "frobenius_norm nuclear_norm cosine_similarity dist pdist cdist renorm logsumexp interpolate prod softmax "
+        "log_softmax cumprod cumsum vector_norm matrix_norm sum norm".split()
+    )
+)
+"""Names of the functions that autocast computes in float32 (ATen/autocast_mode.h: AT_FORALL_FP32,
+AT_FORALL_FP32_SET_OPT_DTYPE)."""
+
+WRITERS = frozenset(
+    "index_add index_add_ scatter scatter_ scatter_add scatter_add_ index_copy index_copy_ masked_scatter "
+    "masked_scatter_ index_put index_put_".split()
+)
+"""Names of the functions that write values into a tensor, whose dtype the values must have."""
+
+UNCHANGED = frozenset("opaque register_hook register_post_accumulate_grad_hook".split())
+"""Names of the functions that are given parameters as they are; a module that is not traced comes back here."""
+
+_DTYPE: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+_FOR_GPU = ContextVar("_FOR_GPU", default=False)
+
+
+@contextmanager
+def for_gpu(wanted: bool = True) -> Iterator[None]:
+    """Make modules on the CPU, or without values, compute inside the block as they would on a GPU."""
+    token = _FOR_GPU.set(wanted)
+    try:
+        yield
+    finally:
+        _FOR_GPU.reset(token)
+
+
+def is_for_gpu() -> bool:
+    """Return whether we are inside of `for_gpu`."""
+    return _FOR_GPU.get()
+
+
+class Copies:
+    """Copies of float32 parameters in bfloat16, made once in each step."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # with the parameter, or another could get its id
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return the copy of a parameter; its gradient goes to the parameter in float32.
+
+        The result has the parameter as `copied_from`. What was gathered in bfloat16 is returned as it is.
+        """
+        if parameter.dtype == torch.bfloat16:
+            return parameter
+        key = id(parameter)
+        if key not in self._made:
+            self._made[key] = parameter, parameter.detach().to(torch.bfloat16)
+        seen: Any = _Copied.apply(*self._made[key])  # type: ignore[no-untyped-call]
+        seen.copied_from = parameter
+        return seen  # type: ignore[no-any-return]
+
+    def forget(self) -> None:
+        """Drop all copies: the parameters change."""
+        self._made.clear()
+
+
+class _Copied(torch.autograd.Function):
+    """A parameter as its copy.
+
+    Each use is a node of its own in the graph of gradients, at its place: a cast that all passes share would come last
+    in the backward pass, and so would all gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # a gradient that is computed later comes as None
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if gradients[0] is None else gradients[0].float(), None
+
+
+def computing(
+    precision: str, parameters: Iterable[Tensor], copies: Copies | None = None
+) -> AbstractContextManager[Any]:
+    """Return a context in which the operations of a module compute in a precision.
+
+    Args:
+        precision: `float32`, `bf16` or `autocast`.
+        parameters: the module's parameters.
+        copies: copies that operations share. None: each operation casts the parameters that it uses.
+    """
+    if precision not in (BF16, AUTOCAST):
+        return nullcontext()
+    return Computing(parameters, copies, everywhere=precision == BF16)
+
+
+class Computing(TorchFunctionMode):
+    """Mode under which products compute in bfloat16.
+
+    Args:
+        parameters: the module's parameters.
+        copies: as in `computing`.
+        everywhere: whether all operations see the parameters in bfloat16, as `bf16` says; else as `autocast` does.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], copies: Copies | None, *, everywhere: bool) -> None:
+        super().__init__()
+        self._wide = {id(parameter) for parameter in parameters if parameter.dtype == torch.float32}
+        self._everywhere, self._copies = everywhere, copies
+        self._narrow_ones = PRODUCTS | NORMS if everywhere else PRODUCTS
+        self._wide_ones = LOSSES if everywhere else WIDENED
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._everywhere and function == _DTYPE and id(args[0]) in self._wide:
+            return torch.bfloat16
+        name = getattr(function, "__name__", "")
+        if name in UNCHANGED or name in ("__get__", "__set__", "__delete__"):
+            return function(*args, **kwargs)
+        if name == "batch_norm":  # running statistics are float32, and so are the parameters of the norm
+            return function(*args[:1], *map(widened, args[1:]), **{key: widened(each) for key, each in kwargs.items()})
+        if self._everywhere and name in NORMS and _on_cpu(args[0]):
+            output = function(*map(widened, args), **{key: widened(each) for key, each in kwargs.items()})
+            return output.to(torch.bfloat16) if isinstance(output, Tensor) else output
+        changed = self._changed(name)
+        first = args[:1] if _writes(name) else ()  # itself, not a copy, is written to
+        args = [*first, *(self._seen(each, changed) for each in args[len(first) :])]
+        kwargs = {key: self._seen(each, changed) for key, each in kwargs.items()}
+        return _fitted(function, args, kwargs) if name in WRITERS else function(*args, **kwargs)
+
+    def _changed(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Return how a function's tensors are changed."""
+        if name in self._narrow_ones:
+            return self._narrow
+        if name in self._wide_ones:
+            return _wide
+        return self._parameter if self._everywhere else _same
+
+    def _seen(self, value: Any, changed: Callable[[Tensor], Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            return changed(value)
+        if type(value) in (list, tuple):
+            return type(value)(self._seen(each, changed) for each in value)
+        return value
+
+    def _narrow(self, tensor: Tensor) -> Tensor:
+        tensor = self._parameter(tensor)
+        return tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
+
+    def _parameter(self, tensor: Tensor) -> Tensor:
+        """Return the copy of a parameter; any other tensor itself."""
+        if id(tensor) not in self._wide:
+            return tensor
+        return tensor.to(torch.bfloat16) if self._copies is None else self._copies.of(tensor)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    """Return whether an operation on a tensor runs on a CPU, whose norms add up in the dtype of their input."""
+    return tensor.device.type != "cuda" and not is_for_gpu()
+
+
+def _writes(name: str) -> bool:
+    """Return whether a function changes its first tensor."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _fitted(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """Call a function that writes values into its first argument, with all of them in the dtype of that."""
+    into = args[0] if args else kwargs.get("input")
+    if not isinstance(into, Tensor) or not into.is_floating_point():
+        return function(*args, **kwargs)
+
+    def fitted(value: Any) -> Any:
+        mixed = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != into.dtype
+        return value.to(into.dtype) if mixed else value
+
+    return function(*map(fitted, args), **{key: fitted(each) for key, each in kwargs.items()})
+
+
+def widened(output: Any) -> Any:
+    """Return a value with its tensors in float32 where they are in bfloat16."""
+    return map_tensors(_wide, output)
+
+
+@contextmanager
+def calls_computing(
+    precision: str, model: nn.Module, parameters: Callable[[], Iterable[Tensor]], copies: Copies | None = None
+) -> Iterator[None]:
+    """Make each call of a model, or of a part of it, compute in a precision and return float32 inside the block.
+
+    What is computed between such calls stays in float32. The other arguments are those of `computing`.
+    """
+    if precision not in (BF16, AUTOCAST):
+        yield
+        return
+    inside = False
+
+    def entered(original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return original(*args, **kwargs)
+            inside = True
+            try:
+                with computing(precision, parameters(), copies):
+                    output = original(*args, **kwargs)
+            finally:
+                inside = False
+            return widened(output)
+
+        return forward
+
+    before = [(vars(module), vars(module).get("forward")) for module in model.modules()]
+    for module in model.modules():
+        module.forward = entered(module.forward)
+    try:
+        yield
+    finally:
+        for attributes, own in before:
+            del attributes["forward"]
+            attributes.update({} if own is None else {"forward": own})
+
+
+def give_narrow(graph: fx.Graph, tensors: Collection[str]) -> list[str]:
+    """Take the casts of those placeholders in `tensors` out of a graph that it uses in bfloat16 only.
+
+    The graph is then given these in bfloat16. Changes `graph` in place.
+
+    Returns:
+        The names of the placeholders.
+    """
+    found = []
+    for node in [node for node in graph.nodes if node.op == "placeholder" and node.name in tensors]:
+        if node.users and all(_is_cast(user) for user in node.users):
+            for user in list(node.users):
+                user.replace_all_uses_with(node)
+                graph.erase_node(user)
+            node.meta["val"] = node.meta["val"].to(torch.bfloat16)
+            found.append(node.name)
+    return found
+
+
+def _is_cast(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.to.dtype and node.args[1:] == (torch.bfloat16,) and not node.kwargs

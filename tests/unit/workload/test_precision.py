@@ -1,0 +1,146 @@
+"""A plain module in bfloat16: which operations compute in which dtype, and where gradients add up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardwise.workload.precision import Copies, calls_computing, computing, for_gpu, widened
+
+BF16, FLOAT32 = torch.bfloat16, torch.float32
+
+
+class Residual(nn.Module):
+    """Positions as a parameter, a norm, a product, and a table of float32 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.position = nn.Parameter(torch.randn(4, 8))
+        self.norm, self.inner = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.register_buffer("table", torch.randn(8))
+        self.seen: dict[str, torch.dtype] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position
+        self.seen["residual"] = x.dtype
+        x = x + self.inner(self.norm(x) * self.table)
+        self.seen["after"] = x.dtype
+        self.seen["told"] = self.position.dtype
+        return x
+
+
+def output_of(module: nn.Module, precision: str, x: Tensor, copies: Copies | None = None) -> Tensor:
+    with computing(precision, module.parameters(), copies):
+        output: Tensor = module(x)
+    return output
+
+
+def test_what_flows_between_layers_is_bfloat16() -> None:
+    module, x = Residual(), torch.randn(4, 8)
+    assert output_of(module, "bf16", x.to(BF16)).dtype == BF16
+    assert module.seen == {"residual": BF16, "after": BF16, "told": BF16}
+    assert output_of(module, "autocast", x).dtype == FLOAT32
+    assert module.seen == {"residual": FLOAT32, "after": FLOAT32, "told": FLOAT32}
+    assert output_of(module, "float32", x).dtype == FLOAT32
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_gradients_are_those_of_float32_within_rounding(precision: str) -> None:
+    module, x = Residual(), torch.randn(4, 8)
+    plain = copy.deepcopy(module)
+    plain(x).square().mean().backward()
+    copies = Copies()
+    widened(output_of(module, precision, x, copies)).square().mean().backward()
+    for (name, parameter), like in zip(module.named_parameters(), plain.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert like.grad is not None
+        assert parameter.grad.dtype == FLOAT32, name
+        assert float((parameter.grad - like.grad).norm() / like.grad.norm()) < 0.02, name
+
+
+def test_gradients_of_several_passes_add_up_in_float32() -> None:
+    """A small gradient after a large one is lost in bfloat16, which has eight bits."""
+    weight = nn.Parameter(torch.ones(1, 1))
+    copies = Copies()
+    for factor in (1.0, *[1e-3] * 20):
+        with computing("bf16", [weight], copies):
+            output = F.linear(torch.full((1, 1), factor), weight)
+        output.float().sum().backward()
+    assert weight.grad is not None
+    assert float(weight.grad) == pytest.approx(1.02, rel=1e-3)
+
+
+def test_a_copy_is_made_once_until_it_is_forgotten() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    copies = Copies()
+    first = copies.of(weight)
+    assert copies.of(weight).data_ptr() == first.data_ptr()
+    with torch.no_grad():
+        weight.fill_(2.0)
+    assert float(copies.of(weight).detach().sum()) == 4.0  # still the copy of before
+    copies.forget()
+    assert float(copies.of(weight).detach().sum()) == 8.0
+    assert first.copied_from is weight  # type: ignore[attr-defined]
+
+
+def test_parameters_are_changed_themselves() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    with computing("bf16", [weight], Copies()), torch.no_grad():
+        weight.add_(torch.ones(2))
+        weight.data.add_(1.0)
+    assert weight.dtype == FLOAT32
+    assert weight.tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("call", "dtype"),
+    [
+        (lambda x, w: F.cross_entropy(x @ w, torch.zeros(3, dtype=torch.long)), FLOAT32),
+        (lambda x, w: torch.zeros(3, 8).index_add(0, torch.arange(3), x @ w), FLOAT32),
+        (lambda x, w: torch.zeros(3, 8, dtype=BF16).index_add(0, torch.arange(3), x), BF16),
+        (lambda x, w: F.batch_norm(x, torch.zeros(8), torch.ones(8), w[0], w[1], True), FLOAT32),
+        (lambda x, w: F.batch_norm(x @ w, torch.zeros(8), torch.ones(8), None, None, True), BF16),
+        (lambda x, w: torch.einsum("ij,jk->ik", x, w), BF16),
+        (lambda x, w: F.scaled_dot_product_attention(x[None], (x @ w)[None], x[None]), BF16),
+        (lambda x, w: torch.cat([w, w])[:3], BF16),
+    ],
+)
+def test_functions_that_want_one_dtype(call: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    weight = nn.Parameter(torch.randn(8, 8))
+    with computing("bf16", [weight], Copies()):
+        assert call(torch.randn(3, 8), weight).dtype == dtype
+
+
+def test_norms_of_a_cpu_add_up_in_float32() -> None:
+    """Its kernels add the gradient of a bias up in bfloat16, 5% off for a thousand rows."""
+    torch.manual_seed(0)
+    x, gradient = torch.randn(1024, 64), torch.randn(1024, 64) / 16 + 0.05
+    norm = nn.LayerNorm(64)
+    output_of(norm, "bf16", x.to(BF16)).backward(gradient.to(BF16))
+    assert norm.bias.grad is not None
+    exact = gradient.to(BF16).float().sum(0)
+    assert float((norm.bias.grad - exact).norm() / exact.norm()) < 1e-3
+    with for_gpu():
+        norm.bias.grad = None
+        output_of(norm, "bf16", x.to(BF16)).backward(gradient.to(BF16))
+    assert float((norm.bias.grad - exact).norm() / exact.norm()) > 1e-2  # a GPU's kernel would not be
+
+
+def test_calls_of_parts_of_a_model_return_float32() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = [vars(module).get("forward") for module in model.modules()]
+    inside: list[Any] = []
+    model[1].register_forward_pre_hook(lambda _, given: inside.append(given[0].dtype))
+    with calls_computing("bf16", model, model.parameters, Copies()):
+        assert model(torch.randn(2, 4)).dtype == FLOAT32
+        assert inside == [BF16]
+        assert model[0](torch.randn(2, 4)).dtype == FLOAT32
+        assert (torch.randn(2, 4) @ model[0].weight).dtype == FLOAT32  # between the calls
+    assert [vars(module).get("forward") for module in model.modules()] == before
