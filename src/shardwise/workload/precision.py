@@ -12,14 +12,15 @@ al. 2018, section 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from shardwise.options import AUTOCAST, BF16
 from shardwise.workload.pytree import map_tensors
@@ -60,6 +61,17 @@ WRITERS = frozenset(
     "masked_scatter_ index_put index_put_".split()
 )
 """Names of the functions that write values into a tensor, whose dtype the values must have."""
+
+STATISTICAL = frozenset("batch_norm instance_norm".split())
+"""Names of the norms with running statistics, which are float32, and so are their parameters."""
+
+LOOKUPS = frozenset("embedding embedding_bag".split())
+"""Names of the functions that look up rows of a table; `max_norm` is their argument number MAX_NORM."""
+
+MAX_NORM = 3
+
+IN_PLACE = frozenset("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__".split())
+"""Names of the operators that change their first tensor."""
 
 UNCHANGED = frozenset("opaque register_hook register_post_accumulate_grad_hook".split())
 """Names of the functions that are given parameters as they are; a module that is not traced comes back here."""
@@ -157,6 +169,29 @@ class Computing(TorchFunctionMode):
         self._everywhere, self._copies = everywhere, copies
         self._narrow_ones = PRODUCTS | NORMS if everywhere else PRODUCTS
         self._wide_ones = LOSSES if everywhere else WIDENED
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> Computing:
+        with ExitStack() as stack:
+            stack.enter_context(_checkpoints_wrapped(self._alike))
+            self._entered.append(stack.pop_all())
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._entered.pop().close()
+
+    def _alike(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that computes as under this mode, also when the mode has been left."""
+
+        def computed(*args: Any, **kwargs: Any) -> Any:
+            mode = Computing((), self._copies, everywhere=self._everywhere)
+            mode._wide = self._wide
+            with mode:
+                return function(*args, **kwargs)
+
+        return computed
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -167,15 +202,17 @@ class Computing(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in UNCHANGED or name in ("__get__", "__set__", "__delete__"):
             return function(*args, **kwargs)
-        if name == "batch_norm":  # running statistics are float32, and so are the parameters of the norm
-            return function(*args[:1], *map(widened, args[1:]), **{key: widened(each) for key, each in kwargs.items()})
-        if self._everywhere and name in NORMS and _on_cpu(args[0]):
+        if name in STATISTICAL:
+            return function(*args[:1], *map(widened, args[1:]), **_but_input(kwargs, widened))
+        if self._everywhere and name in NORMS and _on_cpu(args, kwargs):
             output = function(*map(widened, args), **{key: widened(each) for key, each in kwargs.items()})
             return output.to(torch.bfloat16) if isinstance(output, Tensor) else output
+        if self._everywhere and name in LOOKUPS and _changes_table(args, kwargs):
+            return function(*args, **kwargs).to(torch.bfloat16)
         changed = self._changed(name)
         first = args[:1] if _writes(name) else ()  # itself, not a copy, is written to
         args = [*first, *(self._seen(each, changed) for each in args[len(first) :])]
-        kwargs = {key: self._seen(each, changed) for key, each in kwargs.items()}
+        kwargs = {key: each if key == "out" else self._seen(each, changed) for key, each in kwargs.items()}
         return _fitted(function, args, kwargs) if name in WRITERS else function(*args, **kwargs)
 
     def _changed(self, name: str) -> Callable[[Tensor], Tensor]:
@@ -204,14 +241,49 @@ class Computing(TorchFunctionMode):
         return tensor.to(torch.bfloat16) if self._copies is None else self._copies.of(tensor)
 
 
-def _on_cpu(tensor: Tensor) -> bool:
-    """Return whether an operation on a tensor runs on a CPU, whose norms add up in the dtype of their input."""
-    return tensor.device.type != "cuda" and not is_for_gpu()
+@contextmanager
+def _checkpoints_wrapped(wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Make torch's activation checkpoints recompute `wrapped(function)` instead of a function.
+
+    They restore autocast for a recomputation, but not function modes.
+    """
+    plain, reentrant = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
+    patched: Any = checkpoint
+
+    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return plain(wrapped(function), *args, **kwargs)
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], *args: Any) -> Any:
+            return reentrant.apply(wrapped(function), *args)  # type: ignore[no-untyped-call]
+
+    patched._checkpoint_without_reentrant_generator, patched.CheckpointFunction = generator, Reentrant
+    try:
+        yield
+    finally:
+        patched._checkpoint_without_reentrant_generator, patched.CheckpointFunction = plain, reentrant
+
+
+def _on_cpu(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether an operation runs on a CPU, whose norms add up in the dtype of their input."""
+    given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
+    return given is not None and given.device.type != "cuda" and not is_for_gpu()
+
+
+def _changes_table(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a lookup scales the rows that it reads (`max_norm`), or wants sparse gradients of the table."""
+    scaled = args[MAX_NORM] if len(args) > MAX_NORM else kwargs.get("max_norm")
+    return scaled is not None or any(each is True for each in args[MAX_NORM + 1 :]) or bool(kwargs.get("sparse"))
+
+
+def _but_input(kwargs: Mapping[str, Any], changed: Callable[[Any], Any]) -> dict[str, Any]:
+    return {key: each if key == "input" else changed(each) for key, each in kwargs.items()}
 
 
 def _writes(name: str) -> bool:
     """Return whether a function changes its first tensor."""
-    return name.endswith("_") and not name.endswith("__")
+    return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
 
 
 def _same(tensor: Tensor) -> Tensor:

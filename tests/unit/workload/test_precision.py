@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shardwise.workload.precision import Copies, calls_computing, computing, for_gpu, widened
 
@@ -95,8 +96,48 @@ def test_parameters_are_changed_themselves() -> None:
     with computing("bf16", [weight], Copies()), torch.no_grad():
         weight.add_(torch.ones(2))
         weight.data.add_(1.0)
+        weight[0] = 5.0
+        weight.__iadd__(1.0)
     assert weight.dtype == FLOAT32
-    assert weight.tolist() == [2.0, 2.0]
+    assert weight.tolist() == [6.0, 3.0]
+
+
+def test_rows_of_a_table_are_scaled_in_the_parameter() -> None:
+    """A lookup with `max_norm` changes the table, which training keeps."""
+    table = nn.Parameter(torch.full((3, 4), 2.0))
+    with computing("bf16", [table], Copies()):
+        looked_up = F.embedding(torch.tensor([1]), table, max_norm=1.0)
+    assert looked_up.dtype == BF16
+    assert table.norm(dim=1).tolist() == pytest.approx([4.0, 1.0, 4.0])
+
+
+def test_sparse_gradients_stay_sparse() -> None:
+    table = nn.Embedding(5, 4, sparse=True)
+    torch.autograd.backward(output_of(table, "bf16", torch.tensor([1, 3]), Copies()).float().sum())
+    assert table.weight.grad is not None
+    assert table.weight.grad.is_sparse
+    assert table.weight.grad.dtype == FLOAT32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_a_model_that_recomputes_by_itself_recomputes_alike(precision: str, reentrant: bool) -> None:
+    class Recomputed(nn.Module):
+        def __init__(self, again: bool) -> None:
+            super().__init__()
+            self.inner, self.again = Residual(), again
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = checkpoint(self.inner, x, use_reentrant=reentrant) if self.again else self.inner(x)
+            return output
+
+    gradients = []
+    for again in (True, False):
+        module, x = Recomputed(again), torch.ones(4, 8, requires_grad=True)
+        torch.autograd.backward(output_of(module, precision, x, Copies()).float().square().mean())
+        gradients.append([p.grad for p in module.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +151,8 @@ def test_parameters_are_changed_themselves() -> None:
         (lambda x, w: torch.einsum("ij,jk->ik", x, w), BF16),
         (lambda x, w: F.scaled_dot_product_attention(x[None], (x @ w)[None], x[None]), BF16),
         (lambda x, w: torch.cat([w, w])[:3], BF16),
+        (lambda x, w: F.layer_norm(input=x @ w, normalized_shape=(8,), weight=w[0]), BF16),
+        (lambda x, w: F.batch_norm(input=x @ w, running_mean=torch.zeros(8), running_var=torch.ones(8)), BF16),
     ],
 )
 def test_functions_that_want_one_dtype(call: Callable[..., Tensor], dtype: torch.dtype) -> None:

@@ -87,7 +87,6 @@ class ModuleEngine:
             dist.new_group if mesh.replica_group is not None else None,
             recompute=strategy.recomputes,
             gradient_factor=strategy.replicas,
-            computing=self._computing,
         )
         self._operations.install(model)
         self._notes: list[str] = []

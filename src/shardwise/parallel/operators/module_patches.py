@@ -58,7 +58,6 @@ class ModulePatches:
             batch norm on all replicas. None: one replica.
         recompute: whether blocks are recomputed, see `recompute`.
         gradient_factor: size of the gradients of a backward pass in proportion to the true ones.
-        computing: makes a context in which a recomputation has the precision of the pass.
 
     Attributes:
         draws_other_random_numbers: whether the model draws random numbers that workers do not share.
@@ -73,9 +72,8 @@ class ModulePatches:
         *,
         recompute: bool = False,
         gradient_factor: float = 1,
-        computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self._factor, self._computing = gradient_factor, computing
+        self._factor = gradient_factor
         self.draws_other_random_numbers = False
         self._position = position
         self._make_group = make_group
@@ -290,11 +288,7 @@ class ModulePatches:
         """Draw from `site` on inside the block, as in the first run. The backward pass may run in another thread."""
         later, self._dropout_replacements.site, self.recomputing = self._dropout_replacements.site, site, True
         try:
-            with (
-                state.as_at(values),
-                self._computing(),
-                self._mode() if self._everywhere.get("forward", True) else nullcontext(),
-            ):
+            with state.as_at(values), self._mode() if self._everywhere.get("forward", True) else nullcontext():
                 yield
         finally:
             self._dropout_replacements.site, self.recomputing = later, False
