@@ -114,6 +114,7 @@ class StageCosts:
         self._numbers: dict[object, int] = {}
         self._around: dict[Same[Communication], tuple[float, tuple[float, ...]]] = {}
         self._last = max(parts.stages)
+        self._casts = profile.runtime.copies and profile.gathered < 1
 
     def _between(self) -> Messages:
         return {
@@ -212,7 +213,7 @@ class StageCosts:
         )
         for each, count in moved.items():
             spent += self.calls.moved(each.bytes / 4, 2 * each.bytes, 1).times(count)
-            if self.profile.gathered < 1 and each.operation == "all_gather":  # a shard is cast before it is gathered
+            if self._casts and each.operation == "all_gather":  # a shard is cast before it is gathered
                 shard = each.bytes / self.strategy.fsdp
                 spent += self.calls.moved(shard / 2, 3 * shard, 1).times(count)
         return spent + self.times.overhead("sharded", moved.total())
