@@ -313,7 +313,10 @@ class _SegmentRun:
             leaves = [(index, value) for index, value in enumerate(values.values()) if value.requires_grad]
             values.update({node: _Arrived.apply(spec.empty()) for node, spec in self.segment.inputs.items()})  # type: ignore[no-untyped-call]
             arrived = [values[node] for node in self.segment.inputs]
-            apart = {_storage_id(value) for node, value in values.items() if node in self.segment.weights}
+            weights = [
+                values[node] for node in self.segment.weights
+            ]  # kept: what is saved must not get their identities
+            apart = set(map(_storage_id, weights))
             values.update(self.segment.given)
             for index, leaf in leaves:
                 leaf.register_post_accumulate_grad_hook(lambda _, leaf=leaf, index=index: self._complete(leaf, index))
@@ -328,7 +331,7 @@ class _SegmentRun:
                 made = [self._output(result, by_storage) for result in results]
                 inner = self._inside(apart, by_storage, results)
                 saved = frozenset(by_storage[storage_id] for storage_id in self._saved if storage_id in by_storage)
-                backward, weights, most = self._backward(results)
+                backward, later, most = self._backward(results)
             recomputed = LayerPass()
             if self._at_last is not None:
                 kernels, exchanges = self._at_last
@@ -337,7 +340,7 @@ class _SegmentRun:
         layer = Layer(
             forward=forward,
             backward=backward,
-            weights=weights,
+            weights=later,
             recomputed=recomputed,
             saves=self._at_last is not None,
             inside=inner,

@@ -96,3 +96,21 @@ def test_rms_norm_without_data(weighted: bool) -> None:
         "aten._fused_rms_norm",
         "aten._fused_rms_norm_backward",
     ]
+
+
+def test_equal_steps_have_equal_profiles() -> None:
+    """A running mean that is gone must not be taken for what a batch norm saves, though both have one address."""
+
+    def saved() -> list[int]:
+        workload = Workload(
+            name="batch norm",
+            model=lambda: nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)),
+            dataset=[{"x": torch.ones(6)}] * ROWS,
+            inputs=lambda batch: batch["x"],
+            loss=lambda output, batch: output.mean(),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            batch_size=ROWS,
+        )
+        return [segment.layer.inside for segment in profile(workload, microbatch=ROWS).segments]
+
+    assert len({tuple(saved()) for _ in range(30)}) == 1
