@@ -2,7 +2,8 @@
 
 bf16        every operation sees each parameter as a copy in bfloat16, and products compute in bfloat16 whatever else
             they are given, so that what flows between layers is bfloat16 as well. Kernels of norms and of softmax add
-            up in float32 inside; on a CPU those of norms do not, and are given float32. Losses are computed in float32.
+            up in float32 inside; on a CPU those of norms and lookups do not, and are given float32. Losses are computed
+            in float32.
 autocast    as torch's autocast on a GPU: products compute in bfloat16; parameters and what else is not a product stay
             in float32, and so do most of the values between layers.
 
@@ -204,7 +205,7 @@ class Computing(TorchFunctionMode):
             return function(*args, **kwargs)
         if name in STATISTICAL:
             return function(*args[:1], *map(widened, args[1:]), **_but_input(kwargs, widened))
-        if self._everywhere and name in NORMS and _on_cpu(args, kwargs):
+        if self._everywhere and name in NORMS | LOOKUPS and _on_cpu(args, kwargs):
             output = function(*map(widened, args), **{key: widened(each) for key, each in kwargs.items()})
             return output.to(torch.bfloat16) if isinstance(output, Tensor) else output
         if self._everywhere and name in LOOKUPS and _changes_table(args, kwargs):
@@ -266,7 +267,7 @@ def _checkpoints_wrapped(wrapped: Callable[[Callable[..., Any]], Callable[..., A
 
 
 def _on_cpu(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether an operation runs on a CPU, whose norms add up in the dtype of their input."""
+    """Return whether an operation runs on a CPU, whose norms and lookups add up in the dtype of their input."""
     given = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)), None)
     return given is not None and given.device.type != "cuda" and not is_for_gpu()
 

@@ -178,6 +178,14 @@ def test_norms_of_a_cpu_add_up_in_float32() -> None:
         assert error() > 1e-2
 
 
+def test_lookups_on_a_cpu_add_up_in_float32() -> None:
+    """A token that comes a thousand times adds up a thousand gradients, which bfloat16 would lose."""
+    table = nn.Embedding(2, 1)
+    torch.autograd.backward(output_of(table, "bf16", torch.zeros(1000, dtype=torch.long), Copies()).float().sum())
+    assert table.weight.grad is not None
+    assert table.weight.grad[0].item() == 1000.0
+
+
 def test_calls_of_parts_of_a_model_return_float32() -> None:
     first = nn.Linear(4, 4)
     model = nn.Sequential(first, nn.Linear(4, 4))
