@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from shardwise.options import AUTOCAST, BF16
+from shardwise.options import AUTOCAST, BF16, FLOAT32
 from shardwise.workload.pytree import map_tensors
 
 PRODUCTS = frozenset(
@@ -77,8 +77,9 @@ IN_PLACE = frozenset("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __iflo
 UNCHANGED = frozenset("opaque register_hook register_post_accumulate_grad_hook".split())
 """Names of the functions that are given parameters as they are; a module that is not traced comes back here."""
 
-_DTYPE: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+PRODUCTS_AND_NORMS, NORMS_AND_LOOKUPS = PRODUCTS | NORMS, NORMS | LOOKUPS
 
+_DTYPE: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 _FOR_GPU = ContextVar("_FOR_GPU", default=False)
 
@@ -155,6 +156,15 @@ def computing(
     return Computing(parameters, copies, everywhere=precision == BF16)
 
 
+def computed(
+    precision: str, parameters: Iterable[Tensor], call: Callable[[], Any], copies: Copies | None = None
+) -> Any:
+    """Return what `call` gives in a precision, with its tensors in float32; the other arguments are of `computing`."""
+    with computing(precision, parameters, copies):
+        output = call()
+    return output if precision == FLOAT32 else widened(output)
+
+
 class Computing(TorchFunctionMode):
     """Mode under which products compute in bfloat16.
 
@@ -168,7 +178,7 @@ class Computing(TorchFunctionMode):
         super().__init__()
         self._wide = {id(parameter) for parameter in parameters if parameter.dtype == torch.float32}
         self._everywhere, self._copies = everywhere, copies
-        self._narrow_ones = PRODUCTS | NORMS if everywhere else PRODUCTS
+        self._narrow_ones = PRODUCTS_AND_NORMS if everywhere else PRODUCTS
         self._wide_ones = LOSSES if everywhere else WIDENED
         self._entered: list[ExitStack] = []
 
@@ -186,13 +196,11 @@ class Computing(TorchFunctionMode):
     def _alike(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that computes as under this mode, also when the mode has been left."""
 
-        def computed(*args: Any, **kwargs: Any) -> Any:
-            mode = Computing((), self._copies, everywhere=self._everywhere)
-            mode._wide = self._wide
-            with mode:
+        def alike(*args: Any, **kwargs: Any) -> Any:
+            with self:
                 return function(*args, **kwargs)
 
-        return computed
+        return alike
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -205,7 +213,7 @@ class Computing(TorchFunctionMode):
             return function(*args, **kwargs)
         if name in STATISTICAL:
             return function(*args[:1], *map(widened, args[1:]), **_but_input(kwargs, widened))
-        if self._everywhere and name in NORMS | LOOKUPS and _on_cpu(args, kwargs):
+        if self._everywhere and name in NORMS_AND_LOOKUPS and _on_cpu(args, kwargs):
             output = function(*map(widened, args), **{key: widened(each) for key, each in kwargs.items()})
             return output.to(torch.bfloat16) if isinstance(output, Tensor) else output
         if self._everywhere and name in LOOKUPS and _changes_table(args, kwargs):
@@ -333,11 +341,9 @@ def calls_computing(
                 return original(*args, **kwargs)
             inside = True
             try:
-                with computing(precision, parameters(), copies):
-                    output = original(*args, **kwargs)
+                return computed(precision, parameters(), lambda: original(*args, **kwargs), copies)
             finally:
                 inside = False
-            return widened(output)
 
         return forward
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from shardwise.errors import WorkloadError
-from shardwise.options import BF16, FLOAT32
+from shardwise.options import BF16
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.ddp import ReplicatedModel
 from shardwise.parallel.data.own_step import StepRoot, takes_derivatives
@@ -43,7 +43,7 @@ from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import check_trained, run_step
-from shardwise.workload.precision import Copies, calls_computing, computing, widened
+from shardwise.workload.precision import Copies, calls_computing, computed
 from shardwise.workload.pytree import map_tensors, to_device, unlike
 from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.turns import names_of_turns
@@ -283,9 +283,7 @@ class ModuleEngine:
 
     def _forward(self, call: Any, data: Any) -> Any:
         inputs = self._workload.inputs(data)
-        with self._computing():
-            output = call_model(call, inputs)
-        return output if self._precision == FLOAT32 else widened(output)
+        return computed(self._precision, self._seen_parameters(), lambda: call_model(call, inputs), self._copies)
 
     def _output(self, data: Any) -> Any:
         """Compute the output of a training pass.
@@ -311,10 +309,6 @@ class ModuleEngine:
     @property
     def _precision(self) -> str:
         return self._strategy.precision_of(self._workload.precision)
-
-    def _computing(self) -> AbstractContextManager[Any]:
-        """Return a context in which the model's operations compute in its precision."""
-        return computing(self._precision, self._seen_parameters(), self._copies)
 
     def _seen_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that operations see: `fully_shard` shows them what it has gathered instead."""

@@ -98,9 +98,9 @@ def _stage_work(mine: list[Section], later: list[Section], local: LocalGraph, *,
     inputs = [node for section in mine for node in section.inputs if node not in made]
     wanted = {node for section in later for node in section.inputs}
     outputs = [node for section in mine for node in section.outputs if node in wanted] if later else mine[-1].outputs
+    wide = _wide(local.step)
     blocks = tuple(
-        BlockWork(section, compiled(section, local) if compile_them else _elsewhere, _wide(local.step))
-        for section in mine
+        BlockWork(section, compiled(section, local) if compile_them else _elsewhere, wide) for section in mine
     )
     return StageWork(blocks, tuple(dict.fromkeys(inputs)), tuple(dict.fromkeys(outputs)) if later else tuple(outputs))
 

@@ -22,8 +22,7 @@ def on_gpu(target: Callable[..., Any]) -> Callable[..., Any]:
     """
     if not isinstance(target, torch._ops.OpOverload):
         return target
-    run: Callable[..., Any] = _rms_norm if target.overloadpacket is aten.rms_norm else target
-    return run
+    return _rms_norm if target.overloadpacket is aten.rms_norm else target
 
 
 class GPUDispatch(TorchFunctionMode):

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
-from shardwise.options import FLOAT32
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.own_step import takes_derivatives
 from shardwise.parallel.graph.trace import traced
@@ -33,7 +32,7 @@ from shardwise.predict.profile.optimizer import update_of
 from shardwise.predict.profile.profile import Update
 from shardwise.workload.data import first_samples
 from shardwise.workload.own_step import run_step
-from shardwise.workload.precision import computing, for_gpu, widened
+from shardwise.workload.precision import computed, for_gpu
 from shardwise.workload.pytree import unlike
 from shardwise.workload.trace.graph import StepGraph
 from shardwise.workload.trace.repeated_layers import repeated_layers, shortened
@@ -186,9 +185,9 @@ class Model:
 
     def called(self, data: Any, precision: str) -> Any:
         """Return the module's output for a batch, computed in a precision and given in float32."""
-        with for_gpu(self.device == "gpu"), computing(precision, self.module.parameters()):
-            output = call_model(self.module, self.workload.inputs(data))
-        return output if precision == FLOAT32 else widened(output)
+        module, inputs = self.module, self.workload.inputs
+        with for_gpu(self.device == "gpu"):
+            return computed(precision, module.parameters(), lambda: call_model(module, inputs(data)))
 
 
 def builds(workload: Workload, device: str = "gpu") -> Iterator[Model]:

@@ -25,12 +25,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
-from shardwise.options import FLOAT32
 from shardwise.workload.data import first_samples
 from shardwise.workload.evaluation import Evaluation
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import run_step
-from shardwise.workload.precision import calls_computing, computing, give_narrow, widened
+from shardwise.workload.precision import calls_computing, computed, give_narrow
 from shardwise.workload.trace.functions import DerivativesRefused, functions_kept
 from shardwise.workload.trace.opaque import Call, assignments_copied, calls_in, hidden
 from shardwise.workload.trace.python_state import for_trace
@@ -161,10 +160,8 @@ class _StepModule(nn.Module):
 
     def _called(self, batch: Any) -> Any:
         """Call the model as the program calls it: in its precision, with float32 outside."""
-        precision = self._workload.precision
-        with computing(precision, self.model.parameters()):
-            output = call_model(self.model, self._workload.inputs(batch))
-        return output if precision == FLOAT32 else widened(output)
+        workload, model = self._workload, self.model
+        return computed(workload.precision, model.parameters(), lambda: call_model(model, workload.inputs(batch)))
 
     def _further(self, output: Any, batch: Any, losses: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Return what follows the loss: the metric or the outputs in an evaluation, several losses in training."""
