@@ -123,6 +123,15 @@ class Copies:
         """Drop all copies: the parameters change."""
         self._made.clear()
 
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """Make new copies for what is computed in the block, and drop them after it."""
+        self.forget()
+        try:
+            yield
+        finally:
+            self.forget()
+
 
 class _Copied(torch.autograd.Function):
     """A parameter as its copy.

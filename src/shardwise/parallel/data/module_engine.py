@@ -142,10 +142,8 @@ class ModuleEngine:
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
         self._check_frozen()
-        self._copies.forget()
-        with self.own_turn():
+        with self.own_turn(), self._copies.anew():
             parts = self._passes(share, scales)
-        self._copies.forget()
         self._buffers.settle()
         self._hooks.apply(self._members[self.position.turn])
         whole = parts.pop("")

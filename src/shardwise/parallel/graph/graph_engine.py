@@ -9,8 +9,7 @@ the same points.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -271,7 +270,7 @@ class GraphEngine:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
         self._notice_changes()
         self._pipeline.parts = []
-        with self._computing():
+        with self._copies.anew():
             total = self._pipeline.run(self._pass(share, scales))
         self._local_stages.reduce(self._summed)
         self._buffers.settle()
@@ -279,13 +278,6 @@ class GraphEngine:
         shown = float(self._mesh.coordinate("tp") == 0) / self._local_stages.loss_factor
         self.losses = self._losses(total, shown)
         return total * shown
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Make copies of parameters in bfloat16 for what is computed in the block, and drop them after it."""
-        self._copies.forget()
-        yield
-        self._copies.forget()
 
     def _losses(self, total: Tensor, factor: float) -> dict[str, Tensor]:
         """Return this worker's part of each loss; zeros on workers without the last stage."""
@@ -358,7 +350,7 @@ class GraphEngine:
         data = to_device(microbatch.data, self._mesh.device)
         self.position.enter(microbatch)
         work = self._work(self._key(number, data), data)
-        with self._computing():
+        with self._copies.anew():
             results = self._pipeline.evaluate(work, self._given(work, data))
         self._local_stages.after_evaluation()
         values = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
