@@ -16,6 +16,8 @@ from shardwise.splitting.buckets import bucket_bytes
 class GradientReducer:
     """Reducer of the gradients of some parameters over a group, bucket by bucket as they become complete.
 
+    A bucket's gradients become parts of one flat tensor, which is summed.
+
     Gradients become ready roughly in the reverse order of the parameters, so the buckets are in that order too.
 
     Args:
@@ -28,7 +30,7 @@ class GradientReducer:
         self._group = group
         self._buckets = _buckets(parameters, bucket_bytes(bucket))
         self._missing: list[int] = []
-        self._running: list[tuple[list[Tensor], Tensor, Any]] = []
+        self._running: list[Any] = []
         self._launched: set[int] = set()
         self._armed = False
         for index, members in enumerate(self._buckets):
@@ -67,19 +69,21 @@ class GradientReducer:
 
     def _launch(self, index: int) -> None:
         # zeros stand in for a missing gradient; the graph is the same on all replicas, so it is missing on all of them
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._buckets[index]]
-        flat = _joined(gradients)
-        self._running.append((gradients, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
+        parameters = self._buckets[index]
+        flat = _joined([p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters])
+        for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+            if parameter.grad is not None:
+                parameter.grad = part.view_as(parameter)  # what it was before is free now
+        self._running.append(dist.all_reduce(flat, group=self._group, async_op=True))
         self._launched.add(index)
 
     def finish(self) -> None:
-        """Reduce the remaining buckets, wait for all of them and write the sums into the gradients. Collective."""
+        """Reduce the remaining buckets and wait for all of them: the gradients are the sums then. Collective."""
         for index in range(len(self._buckets)):
             if index not in self._launched:
                 self._launch(index)
-        for gradients, flat, handle in self._running:
+        for handle in self._running:
             handle.wait()
-            _scatter(flat, gradients)
         self._running.clear()
         self._launched.clear()
         self._armed = False

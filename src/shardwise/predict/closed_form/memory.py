@@ -39,6 +39,7 @@ from shardwise.predict.workers.buckets import Block
 from shardwise.predict.workers.holdings import Parts, Stage, Worker
 from shardwise.predict.workers.passes import Left, Moment, Sync, moments
 from shardwise.predict.workers.stage_keys import gathered_stage_key, stage_key
+from shardwise.splitting.buckets import bucket_bytes
 from shardwise.strategy import Strategy
 
 
@@ -314,5 +315,5 @@ def _gradients(
     if strategy.replicas > 1 and strategy.runs_module:
         copies = worker.trained, worker.trained if strategy.microbatches > 1 else 0
         return lambda done: copies
-    alone = strategy.replicas == 1
-    return lambda done: (worker.trained if later else done, 0 if alone else min(done, worker.trained))
+    bucket = 0 if strategy.replicas == 1 else max(profile.largest, bucket_bytes(strategy.bucket))
+    return lambda done: (worker.trained if later else done, min(done, bucket, worker.trained))

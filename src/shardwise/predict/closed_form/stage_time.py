@@ -253,8 +253,7 @@ class StageCosts:
             casts = 2 if first else 1  # of each gradient; and of the parameter, once in a step
             spent += self.calls.moved(elements, size * 3 / 2, count).times(casts)
         if final and stage.buckets and not self.strategy.splits_parameters:
-            copies = 1 if self.strategy.runs_module else 2
-            spent += self.calls.moved(elements, 2 * size, count).times(copies)
+            spent += self.calls.moved(elements, 2 * size, count)
         return spent
 
     def trained(self, stage: Stage) -> tuple[int, int, int]:
