@@ -17,7 +17,8 @@ gloo between processes reaches about the first, a 200 Gb/s adapter the second. L
 """
 
 MOST_BLOCKS = 16
-"""Largest number of blocks per stage. A block is gathered, freed and recomputed as a unit."""
+"""Largest number of blocks per stage, if blocks of two pieces each are not more. A block is gathered, freed, recomputed
+and compiled as a unit; a layer of a transformer has two pieces, attention and perceptron."""
 
 Cuts = tuple[tuple[int, ...], ...]
 """First segments of the blocks of each stage.
@@ -86,8 +87,8 @@ def blocks_from(
 
 
 def cuts_blocks(strategy: Strategy) -> bool:
-    """Return whether a strategy gathers or recomputes a stage in parts."""
-    return strategy.recomputes or strategy.splits_parameters
+    """Return whether a strategy gathers, recomputes or compiles a stage in parts."""
+    return strategy.recomputes or strategy.splits_parameters or bool(strategy.compile)
 
 
 def check_stages(strategy: Strategy, cut_points: int) -> None:
@@ -123,5 +124,5 @@ def _block_starts(costs: Sequence[float], messages: Sequence[float]) -> list[int
         return []
     bounds = [0, *narrow, len(costs)]
     merged = [sum(costs[a:b]) for a, b in pairwise(bounds)]
-    count = min(MOST_BLOCKS, len(merged))
+    count = min(max(MOST_BLOCKS, -(-len(merged) // 2)), len(merged))
     return [bounds[start] for start in balanced(merged, [0.0] * (len(merged) - 1), count)]
