@@ -45,7 +45,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
     "outermost": OUTERMOST,
 }
-_INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages", "bucket", "offload")
+_INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages", "bucket", "offload", "compile")
 _TEXTS = ("schedule", "precision", "outermost")
 _VALUES: dict[str, type[Recompute | Ratio]] = {"recompute": Recompute, "shares": Ratio, "speeds": Ratio}
 
@@ -81,6 +81,9 @@ class Strategy:
             For replicas on devices of different speed.
         speeds: relative speeds of the workers of a pipeline, one number each, such as `3:1`; empty: equal speeds.
             The model is cut so that all stages take equally long.
+        compile: 1 runs what is between communication through torch's compiler, block by block: elementwise operations
+            become few kernels, and less is saved for the backward pass (Ansel et al. 2024). It takes seconds to minutes
+            before the first step.
         outermost: axis whose ranks are farthest apart: replicas (`dp`) or stages (`pp`). It decides whether gradients
             or the activations between stages cross the slow links between hosts.
 
@@ -104,6 +107,7 @@ class Strategy:
     shares: Ratio = EQUAL
     speeds: Ratio = EQUAL
     outermost: str = "dp"
+    compile: int = 0
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -114,7 +118,7 @@ class Strategy:
             raise StrategyError(f"microbatches={self.microbatches}: must be 1 or more")
         if self.zero not in (1, 2, 3):
             raise StrategyError(f"zero={self.zero}: must be 1, 2 or 3")
-        for switch in ("sp", "offload"):
+        for switch in ("sp", "offload", "compile"):
             if getattr(self, switch) not in (0, 1):
                 raise StrategyError(f"{switch}={getattr(self, switch)}: must be 0 or 1")
         for key, known in _CHOICES.items():
@@ -251,11 +255,22 @@ class Strategy:
 
     @property
     def runs_module(self) -> bool:
-        """Return whether each worker runs the module as it is: neither tensor nor pipeline parallel.
+        """Return whether each worker runs the module as it is: neither tensor nor pipeline parallel, nor compiled.
 
         Any other strategy runs the traced graph of the module (`parallel.graph`).
         """
-        return self.tp == self.pp == 1
+        return self.tp == self.pp == 1 and not self.compile
+
+    @property
+    def compiled(self) -> str:
+        """Return what is compiled: `all`, `rest` (all but products), or nothing (empty).
+
+        Where all blocks are recomputed, products stay by themselves: their results are saved (`selective`), or the last
+        one of a block is not computed again.
+        """
+        if not self.compile:
+            return ""
+        return "rest" if self.recomputes and not self.recompute.partial else "all"
 
     @property
     def splits_parameters(self) -> bool:

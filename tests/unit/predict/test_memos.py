@@ -55,6 +55,7 @@ OTHERS: dict[str, tuple[str | int, ...]] = {
     "shares": ("3:1", "1:1:3:3"),
     "speeds": ("3:1", "1:1:1:2"),
     "outermost": ("pp",),
+    "compile": (1,),
 }
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.options import BF16
+from shardwise.parallel.compiling.regions import write_elsewhere
 from shardwise.parallel.engine import Evaluated, Position
 from shardwise.parallel.faults import Fault, gradient_fault, passes_of
 from shardwise.parallel.graph.graph_faults import Watched
@@ -31,6 +32,7 @@ from shardwise.parallel.pipeline.channels import open_channels
 from shardwise.parallel.pipeline.divide import divide
 from shardwise.parallel.pipeline.executor import MOST_STAGES, PipelineExecutor, PipelinePass
 from shardwise.parallel.pipeline.stage import StepWork, prepare
+from shardwise.parallel.pipeline.subgraphs import regions_of
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.buffers import ReplicaBuffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, trained_of
@@ -235,13 +237,16 @@ class GraphEngine:
         )
         if self._strategy.schedule == "zero-bubble":
             defer_weights(local.graph, self._weights, step.tensors)
+        if self._strategy.compile:
+            write_elsewhere(local.graph)
         return local
 
     def _prepare(self, local: LocalGraph) -> StepWork:
         division, strategy = self.division, self._strategy
         assert len(division.blocks) < MOST_STAGES
         own = range(self._mesh.coordinate("pp"), len(division.blocks), strategy.pp)
-        return prepare(local, division.cut, division.blocks, self._parameters, own)
+        regions = regions_of(strategy) if local.step.training else None
+        return prepare(local, division.cut, division.blocks, self._parameters, own, regions)
 
     def _work(self, key: Key, data: Any) -> StepWork:
         """Return the work for batches of these shapes, and trace it when they occur for the first time."""

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from shardwise.parallel.operators import selective_checkpoint
 from shardwise.parallel.operators.graph_operators import GraphOperators, Values
 from shardwise.parallel.pipeline.cut_points import Use, positions
-from shardwise.parallel.pipeline.subgraphs import Section, compiled, sections
+from shardwise.parallel.pipeline.subgraphs import Cut, Section, compiled, sections
 from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.workload.precision import Copies
 from shardwise.workload.trace.graph import StepGraph
@@ -75,10 +75,11 @@ def prepare(
     stage_blocks: Sequence[int],
     parameters: Collection[str],
     own: Collection[int],
+    regions: Cut | None = None,
 ) -> StepWork:
     """Cut a step into blocks at `cut`. The first `stage_blocks[0]` of them make the first stage, and so on.
 
-    Only the stages in `own` are compiled.
+    Only the stages in `own` are compiled, with `regions` as in `subgraphs.compiled`.
     """
     parts = sections(local, positions(local, cut, parameters))
     stages: list[StageWork] = []
@@ -88,19 +89,21 @@ def prepare(
         mine = parts[first : first + count]
         for section in mine:
             home.update({node: stage for node in section.outputs if node not in home})
-        stages.append(_stage_work(mine, parts[first + count :], local, compile_them=stage in own))
+        stages.append(_stage_work(mine, parts[first + count :], local, regions, compile_them=stage in own))
         first += count
     return StepWork(local, tuple(stages), home)
 
 
-def _stage_work(mine: list[Section], later: list[Section], local: LocalGraph, *, compile_them: bool) -> StageWork:
+def _stage_work(
+    mine: list[Section], later: list[Section], local: LocalGraph, regions: Cut | None, *, compile_them: bool
+) -> StageWork:
     made = {node for section in mine for node in set(section.outputs).intersection(section.nodes)}
     inputs = [node for section in mine for node in section.inputs if node not in made]
     wanted = {node for section in later for node in section.inputs}
     outputs = [node for section in mine for node in section.outputs if node in wanted] if later else mine[-1].outputs
     wide = _wide(local.step)
     blocks = tuple(
-        BlockWork(section, compiled(section, local) if compile_them else _elsewhere, wide) for section in mine
+        BlockWork(section, compiled(section, local, regions) if compile_them else _elsewhere, wide) for section in mine
     )
     return StageWork(blocks, tuple(dict.fromkeys(inputs)), tuple(dict.fromkeys(outputs)) if later else tuple(outputs))
 

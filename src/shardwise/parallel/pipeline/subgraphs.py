@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import fx
 
+from shardwise.parallel.compiling.regions import CompiledRegion, GraphRegion, inputs_of, outputs_of, pieces
 from shardwise.parallel.pipeline.cut_points import calls, from_batch, ranges
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.parallel.tensor.partitioner import LocalGraph
+from shardwise.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class Section:
     given: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+
+
+Cut = Callable[[Section], list[GraphRegion | fx.Node]]
+"""Function that cuts the calls of a section into regions and single calls, in order."""
 
 
 def sections(local: LocalGraph, at: Sequence[int]) -> list[Section]:
@@ -82,13 +88,18 @@ def _with_batch_nodes(
     return [node for node in sequence if node in needed]
 
 
-def compiled(section: Section, local: LocalGraph) -> Callable[..., tuple[Any, ...]]:
+def compiled(section: Section, local: LocalGraph, cut: Cut | None = None) -> Callable[..., tuple[Any, ...]]:
     """Compile the section to a function: (narrow, tensors, given and inputs, in their order) -> outputs.
 
     `narrow` returns the bfloat16 copy of a parameter. It is called where the section uses it, so that the gradient of
     the copy is cast at that place of the backward pass.
 
     The function is straight-line Python. It drops a value after its last use, which frees what autograd does not save.
+
+    Args:
+        section: the section.
+        local: the worker's graph.
+        cut: cuts the section's calls into regions that are functions of their own, see `compiling.regions`. None: none.
     """
     named = {name: f"t{index}" for index, name in enumerate(section.tensors)}
     names: dict[fx.Node, str] = {}
@@ -103,21 +114,36 @@ def compiled(section: Section, local: LocalGraph) -> Callable[..., tuple[Any, ..
     if any(writes_in_place(node) and node.args[0] not in _tensor_nodes(local) for node in section.nodes):
         for node in section.inputs:  # a received value must not be overwritten
             writer.lines.append(f"{names[node]} = {names[node]}.clone()")
-    last = {argument: node for node in section.nodes for argument in node.all_input_nodes}
-    for index, node in enumerate(section.nodes):
-        names[node] = f"v{index}"
-        writer.call(node, [a for a in node.all_input_nodes if last[a] is node and a not in section.outputs])
-        if node not in last and node not in section.outputs:
-            writer.lines.append(f"del v{index}")
-    results = "".join(f"{names[node]}, " for node in section.outputs)
-    source = "\n    ".join([f"def section({', '.join(arguments)}):", *writer.lines, f"return ({results})"])
-    exec(compile(source, "<section of a step>", "exec"), writer.scope)
-    function: Callable[..., tuple[Any, ...]] = writer.scope["section"]
-    return function
+    writer.write(section.nodes if cut is None else cut(section), section.outputs)
+    return writer.function("section", arguments, section.outputs)
 
 
 def _tensor_nodes(local: LocalGraph) -> set[fx.Node]:
     return {node for node in local.graph.nodes if node.op == "placeholder" and node.name in local.step.tensors}
+
+
+_REGIONS: dict[Any, CompiledRegion] = {}
+"""Regions by their source, constants and shapes: equal blocks of a model are compiled once."""
+
+
+def regions_of(strategy: Strategy) -> Cut | None:
+    """Return how a strategy cuts the calls of a section into compiled regions. Returns None if it compiles nothing."""
+    if not strategy.compile:
+        return None
+    return lambda section: pieces(section.nodes, section.outputs, strategy.compiled)
+
+
+def function_of(region: GraphRegion) -> CompiledRegion:
+    """Return a region as a function of its inputs; one for all equal regions."""
+    names = {node: f"a{index}" for index, node in enumerate(region.inputs)}
+    writer = _Writer(dict(names), ())
+    writer.write(region.nodes, region.outputs)
+    source = writer.source("region", list(names.values()), region.outputs)
+    constants = tuple((name, repr(value), type(value)) for name, value in writer.scope.items())
+    key = source, constants, tuple(str((n.meta.get("shape"), n.meta.get("dtype"))) for n in region.inputs)
+    if key not in _REGIONS:
+        _REGIONS[key] = CompiledRegion(writer.function("region", list(names.values()), region.outputs))
+    return _REGIONS[key]
 
 
 class _Writer:
@@ -128,13 +154,44 @@ class _Writer:
         self.lines: list[str] = []
         self.scope: dict[str, Any] = {}
         self._known: dict[int, str] = {}
+        self._made = 0
 
-    def call(self, node: fx.Node, dead: list[fx.Node]) -> None:
+    def write(self, pieces: Sequence[GraphRegion | fx.Node], results: Collection[fx.Node]) -> None:
+        """Write calls of pieces in order, each followed by the deletion of what is not needed any more."""
+        last = {argument: piece for piece in pieces for argument in inputs_of(piece)}
+        for piece in pieces:
+            made = outputs_of(piece)
+            for node in made:
+                self.names[node] = f"v{self._made}"
+                self._made += 1
+            self.lines.append(self._region(piece) if isinstance(piece, GraphRegion) else self._call(piece))
+            dead = [node for node in inputs_of(piece) if last[node] is piece and node not in results]
+            dead += [node for node in made if node not in last and node not in results]
+            if dead:
+                self.lines.append("del " + ", ".join(self.names[node] for node in dead))
+
+    def _call(self, node: fx.Node) -> str:
         arguments = [self.literal(argument) for argument in node.args]
         arguments += [f"{key}={self.literal(value)}" for key, value in node.kwargs.items()]
-        self.lines.append(f"{self.names[node]} = {self.constant(node.target)}({', '.join(arguments)})")
-        if dead:
-            self.lines.append("del " + ", ".join(self.names[argument] for argument in dead))
+        return f"{self.names[node]} = {self.constant(node.target)}({', '.join(arguments)})"
+
+    def _region(self, region: GraphRegion) -> str:
+        results = "".join(f"{self.names[node]}, " for node in region.outputs)
+        arguments = ", ".join(map(self.literal, region.inputs))
+        return f"{results}= {self.constant(function_of(region))}({arguments})"
+
+    def source(self, name: str, arguments: Sequence[str], results: Sequence[fx.Node]) -> str:
+        """Return what was written as the source of a function."""
+        returned = "".join(f"{self.names[node]}, " for node in results)
+        return "\n    ".join([f"def {name}({', '.join(arguments)}):", *self.lines, f"return ({returned})"])
+
+    def function(
+        self, name: str, arguments: Sequence[str], results: Sequence[fx.Node]
+    ) -> Callable[..., tuple[Any, ...]]:
+        """Return what was written as a function."""
+        exec(compile(self.source(name, arguments, results), f"<{name} of a step>", "exec"), self.scope)
+        function: Callable[..., tuple[Any, ...]] = self.scope[name]
+        return function
 
     def literal(self, value: Any) -> str:
         if isinstance(value, fx.Node):

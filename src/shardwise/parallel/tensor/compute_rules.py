@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from shardwise.parallel.tensor import view_rules, vocab_parallel
 from shardwise.parallel.tensor.aliasing import writes_in_place
-from shardwise.parallel.tensor.partitioner import Labels, Obstacle, Partitioner, PlacedValue, Rule, bound
+from shardwise.parallel.tensor.partitioner import Labels, Obstacle, Partitioner, PlacedValue, Rule, bound, local
 from shardwise.parallel.tensor.placement import PARTIAL, REPLICATED, Partial, Placement, Sharded
 from shardwise.workload.trace.opaque import OPAQUE, call_of
 
@@ -172,6 +172,7 @@ def addmm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
     return _product(p, _addmm, [a, b], bias, labels, ("m", "o"), node.meta["val"])
 
 
+@local
 def _addmm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
@@ -194,6 +195,7 @@ def einsum(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any
     return p.labelled(function, operands, None, inputs, tuple(result), like=node.meta["val"], weights=weights)
 
 
+@local
 def _einsum(equation: str, *operands: Tensor) -> Tensor:
     return torch.einsum(equation, *operands)
 
@@ -297,6 +299,7 @@ def attention(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, 
     return p.labelled(function, full, None, inputs, (*lead, None, None), like=like)
 
 
+@local
 def _attention(
     causal: bool, scale: float | None, grouped: bool, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> Tensor:

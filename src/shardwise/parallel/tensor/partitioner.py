@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -630,6 +630,29 @@ class Partitioner:
 def _seen(placement: Placement, form: PlacedValue) -> Placement:
     """Return the placement of a form of a parameter from the `placement` of the parameter itself."""
     return placement.at(form.dims.index(placement.dim)) if isinstance(placement, Sharded) else placement
+
+
+Local = TypeVar("Local", bound=Callable[..., Any])
+
+
+def local(function: Local) -> Local:
+    """Mark a function of a graph that computes with torch's operations from its arguments alone: it can be compiled."""
+    function.computes_locally = True  # type: ignore[attr-defined]
+    return function
+
+
+def operation_of(target: Any) -> Any:
+    """Return the operation of torch that a graph's call target runs, with or without bound arguments.
+
+    Returns None for what computes with several or communicates.
+    """
+    target = getattr(target, "func", target)
+    return target if isinstance(target, torch._ops.OpOverload) else None
+
+
+def is_local(target: Any) -> bool:
+    """Return whether a graph's call target was marked by `local`."""
+    return bool(getattr(getattr(target, "func", target), "computes_locally", False))
 
 
 def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:

@@ -66,7 +66,7 @@ class SearchResult:
 
     def cuts(self, strategy: Strategy, cluster: Cluster) -> Cuts:
         """Return the predicted cuts of the model; empty if the strategy leaves the model whole."""
-        if strategy.pp == 1 and (strategy.tp == 1 or not cuts_blocks(strategy)):
+        if strategy.runs_module or (strategy.pp == 1 and not cuts_blocks(strategy)):
             return ()
         equal_shares = strategy.with_(shares=EQUAL)
         return costs_of(self.profile_of(equal_shares), equal_shares, cluster).parts.cuts

@@ -126,12 +126,12 @@ def _check(profile: Profile, strategy: Strategy, size: int) -> None:
     if not profile.cut and not strategy.runs_module:
         raise StrategyError(f"{profile.name} cannot be traced, so that tp and pp are not possible: use dp or fsdp")
     samples = size // strategy.replicas // strategy.microbatches
-    wanted = strategy.tp, strategy.sp, samples, strategy.schedule == "zero-bubble"
-    given = profile.tp, profile.sp, profile.microbatch, profile.split
+    wanted = strategy.tp, strategy.sp, samples, strategy.schedule == "zero-bubble", strategy.compiled
+    given = profile.tp, profile.sp, profile.microbatch, profile.split, profile.compiled
     precise = not strategy.precision or strategy.precision == profile.precision
     if wanted != given or not precise:
         raise StrategyError(
-            f"the profile of {profile.name} is for (tp, sp, microbatch, split)={given} in {profile.precision}, "
+            f"the profile of {profile.name} in {profile.precision} has (tp, sp, microbatch, split, compiled)={given}, "
             f"strategy {strategy} with batch_size={size} needs {wanted}"
             + (f" in {strategy.precision}" if strategy.precision else "")
         )

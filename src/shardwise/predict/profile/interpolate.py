@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from shardwise.errors import StrategyError, WorkloadError
+from shardwise.options import FULL, NONE
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import LayerPass, Parameter, Profile, Segment, Value
@@ -193,11 +194,19 @@ class ScaledProfiles:
         return settled, size // settled.replicas // settled.microbatches
 
     def _corner(self, strategy: Strategy, tp: int, samples: int) -> Profile:
-        key = (tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy))
+        key = (tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, *_way(strategy))
         if key not in self._corners:
             sp = strategy.sp if tp > 1 else 0
-            alone = Strategy(tp=tp, sp=sp, precision=strategy.precision, microbatches=1)
-            if _split(strategy):
+            recompute = FULL if strategy.compiled == "rest" else NONE
+            alone = Strategy(
+                tp=tp,
+                sp=sp,
+                precision=strategy.precision,
+                microbatches=1,
+                compile=strategy.compile,
+                recompute=recompute,
+            )
+            if _is_split(strategy):
                 alone = alone.with_(pp=2, schedule="zero-bubble")
             self._corners[key] = replace(
                 self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, memo=Memo()
@@ -257,7 +266,7 @@ class _Plane(Generic[P]):
 
     @staticmethod
     def _key(strategy: Strategy, tp: int, samples: int) -> tuple[Any, ...]:
-        return tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, _split(strategy)
+        return tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, *_way(strategy)
 
 
 def _convolves(profile: Profile | ProfileSummary) -> bool:
@@ -274,6 +283,11 @@ def _for_degree(summary: ProfileSummary, tp: int, _: int) -> ProfileSummary:
     return replace(summary, tp=tp)
 
 
-def _split(strategy: Strategy) -> bool:
+def _way(strategy: Strategy) -> tuple[bool, str]:
+    """Return what else than sizes decides which kernels run: whether passes are split, and what is compiled."""
+    return _is_split(strategy), strategy.compiled
+
+
+def _is_split(strategy: Strategy) -> bool:
     """Return whether gradients of weights and of inputs are computed in passes of their own (zero-bubble)."""
     return strategy.schedule == "zero-bubble"

@@ -201,6 +201,7 @@ class Profile:
         weighted: whether the workload weights its batches, so that replicas all-reduce the weight in each step.
         clipped: whether gradients are clipped.
         split: whether gradients of weights and of inputs are computed in passes of their own (zero-bubble).
+        compiled: what is compiled, see `Strategy.compiled`.
         cut: whether the step could be traced, so that tp and pp are possible.
         ready: indices of trained parameters in the order in which their gradients become complete.
         batch_bytes: bytes of the data of one microbatch.
@@ -224,6 +225,7 @@ class Profile:
     losses: int = 1
     clipped: bool = False
     split: bool = False
+    compiled: str = ""
     cut: bool = True
     ready: tuple[int, ...] = ()
     batch_bytes: int = 0

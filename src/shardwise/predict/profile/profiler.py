@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from shardwise.parallel.check import TensorDegrees
+from shardwise.parallel.compiling.regions import write_elsewhere
 from shardwise.parallel.engine import Position
 from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.operators.graph_operators import GraphOperators
@@ -87,6 +88,7 @@ class Profiles:
             size // strategy.replicas // strategy.microbatches,
             strategy.precision_of(self.workload.precision),
             strategy.schedule == "zero-bubble",
+            strategy.compiled,
         )
         if key not in self._known:
             self._models = self._models or _Models(self.workload, self.device)
@@ -116,6 +118,7 @@ def profile(
     microbatch: int,
     precision: str = "",
     split: bool = False,
+    compiled: str = "",
     device: str = "gpu",
 ) -> Profile:
     """Profile one microbatch of a workload on one device.
@@ -128,13 +131,14 @@ def profile(
         precision: `float32` or `bf16`; empty selects the workload's.
         split: whether gradients of weights and of inputs are computed in passes of their own, as in a zero-bubble
             pipeline.
+        compiled: what is compiled, see `Strategy.compiled`.
         device: kind of device, `gpu` or `cpu`.
 
     Raises:
         WorkloadError: the model cannot be built, or `tp` is above 1 and the model cannot be traced.
         DataError: the dataset is empty.
     """
-    return _Models(workload, device).profile(tp, sp, microbatch, precision or workload.precision, split)
+    return _Models(workload, device).profile(tp, sp, microbatch, precision or workload.precision, split, compiled)
 
 
 class _Models:
@@ -145,16 +149,16 @@ class _Models:
         self._builds = builds(workload, device)
         self._model: Model | None = next(self._builds)
 
-    def profile(self, tp: int, sp: int, microbatch: int, precision: str, split: bool) -> Profile:
+    def profile(self, tp: int, sp: int, microbatch: int, precision: str, split: bool, compiled: str) -> Profile:
         """Profile the first build that can be traced, else the model with real values; see `profile` above."""
         while self._model is not None:
-            profiler = _Profiler(self._model, self._device, tp, sp, microbatch, precision, split)
+            profiler = _Profiler(self._model, self._device, tp, sp, microbatch, precision, split, compiled)
             try:
                 return profiler.profile()
             except Untraceable:
                 self._model = next(self._builds, None)
         model = with_values(self._workload, self._device)
-        return _Profiler(model, self._device, tp, sp, microbatch, precision, split).profile_with_values()
+        return _Profiler(model, self._device, tp, sp, microbatch, precision, split, compiled).profile_with_values()
 
     def layer_class(self) -> str:
         """See `Profiles.layer_class`."""
@@ -180,11 +184,19 @@ class _Traced:
 
 class _Profiler:
     def __init__(
-        self, model: Model, device: str, tp: int, sp: int, microbatch: int, precision: str, split: bool
+        self,
+        model: Model,
+        device: str,
+        tp: int,
+        sp: int,
+        microbatch: int,
+        precision: str,
+        split: bool,
+        compiled: str,
     ) -> None:
         self.model, self.workload, self.device = model, model.workload, device
         self.tp, self.sp, self.precision = tp, sp, precision
-        self.samples, self.split = microbatch, split
+        self.samples, self.split, self.compiled = microbatch, split, compiled
         self.recorder = SegmentRecorder(cpu=self.device == "cpu")
         self.exchange = RecordedExchange(tp, self.recorder)
         position = Position(seed=self.workload.seed, samples=microbatch, counted=microbatch)
@@ -238,6 +250,7 @@ class _Profiler:
             self.device == "gpu",
             self.weights if self.split else None,
             {self.operators.dropout: 2, self.operators.draw: 1, self.operators.attention: 7},
+            self.compiled,
         )
         chain = _Chain(analyst, cut, given, specs)
         chain.run()
@@ -262,6 +275,8 @@ class _Profiler:
             found = common(found, self._evaluated(named, trained, local))
         if self.split:
             defer_weights(local.graph, self.weights, step.tensors)
+        if self.compiled:
+            write_elsewhere(local.graph)
         return _Traced(local, found, sections(local, [cut_point.position for cut_point in found]))
 
     def _evaluated(
@@ -401,6 +416,7 @@ class _Profiler:
             weighted=self.workload.weight is not None,
             clipped=self.workload.clip_norm is not None,
             split=self.split,
+            compiled=self.compiled,
             batch_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(data) if isinstance(t, Tensor)),
             **found,
         )

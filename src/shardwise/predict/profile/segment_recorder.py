@@ -17,7 +17,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardwise.parallel.compiling.regions import GraphRegion, inputs_of, outputs_of, pieces
 from shardwise.parallel.operators.selective_checkpoint import is_product
+from shardwise.parallel.pipeline.subgraphs import function_of
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.predict.profile.gpu_ops import on_gpu
@@ -219,6 +221,7 @@ class Analyst:
             `parallel.pipeline.weight_gradients`); None if each backward pass computes all gradients.
         sites: function that draws random numbers -> index of the argument that numbers its calls. Segments that differ
             only in that argument are equal.
+        compiled: what is compiled, see `Strategy.compiled`.
     """
 
     mode: FakeTensorMode
@@ -226,6 +229,7 @@ class Analyst:
     gpu: bool
     later: Any = None
     sites: Mapping[Any, int] = field(default_factory=dict)
+    compiled: str = ""
     _known: dict[Any, Analysis] = field(default_factory=dict)
 
     def segment(self, calls: SegmentCalls) -> Analysis:
@@ -357,18 +361,26 @@ class _SegmentRun:
         if not clean:
             for node in self.segment.inputs:  # `subgraphs.compiled` clones them too
                 values[node] = values[node].clone()
-        last = {argument: node for node in self.segment.nodes for argument in node.all_input_nodes}
+        parts = pieces(self.segment.nodes, self.segment.outputs, self.analyst.compiled)
+        last = {argument: part for part in parts for argument in inputs_of(part)}
         with torch.enable_grad(), self._saving():
-            for node in self.segment.nodes:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: values[argument])
-                call = on_gpu(node.target) if self.analyst.gpu else node.target  # type: ignore[arg-type]
-                values[node] = call(*args, **kwargs)  # type: ignore[operator]
-                for argument in node.all_input_nodes:
-                    if last[argument] is node and argument not in self.segment.outputs:
+            for part in parts:
+                values.update(self._computed(part, values))
+                for argument in inputs_of(part):
+                    if last[argument] is part and argument not in self.segment.outputs:
                         values.pop(argument, None)
-                if node not in last and node not in self.segment.outputs:
-                    values.pop(node, None)
+                for made in outputs_of(part):
+                    if made not in last and made not in self.segment.outputs:
+                        values.pop(made, None)
         return [values[node] for node in self.segment.outputs]
+
+    def _computed(self, part: GraphRegion | fx.Node, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        if isinstance(part, GraphRegion):
+            results = function_of(part)(*(values[node] for node in part.inputs))
+            return dict(zip(part.outputs, results, strict=True))
+        args, kwargs = fx.node.map_arg((part.args, part.kwargs), lambda argument: values[argument])
+        call = on_gpu(part.target) if self.analyst.gpu else part.target  # type: ignore[arg-type]
+        return {part: call(*args, **kwargs)}  # type: ignore[operator]
 
     @contextmanager
     def _saving(self) -> Iterator[None]:

@@ -99,4 +99,4 @@ def strategy_of(run: PublishedRun) -> Strategy:
     Of attention alone nothing is left to compute again: Shardwise never keeps its scores.
     """
     nearest = {"layers": Recompute.part(1, 2), "operations": SELECTIVE}
-    return replace(run.strategy, recompute=nearest.get(run.how.recompute, run.strategy.recompute))
+    return replace(run.strategy, recompute=nearest.get(run.how.recompute, run.strategy.recompute), compile=1)

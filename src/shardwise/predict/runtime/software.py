@@ -17,7 +17,7 @@ from shardwise.predict.runtime.runtime import SHARDWISE, Runtime
 from shardwise.predict.runtime.sizes import Sizes
 from shardwise.strategy import Strategy
 
-EVERYWHERE = {"bucket": ("0",), "shares": ("",), "speeds": ("",)}
+EVERYWHERE = {"bucket": ("0",), "compile": ("0",), "shares": ("",), "speeds": ("",)}
 """Options that only Shardwise has: sizes of buckets, and replicas and stages of unequal size."""
 
 MODULE = {**EVERYWHERE, "tp": ("1",), "sp": ("0",), "pp": ("1",), "recompute": ("none", "full")}

@@ -1,0 +1,177 @@
+"""Regions of a section: runs of calls without communication, each compiled as one function.
+
+Outside of them stay the exchanges of tensor parallelism, operations of ours (dropout, batch norm over replicas, modules
+that were not traced, products whose weight gradients are put off), and what torch's compiler cannot compile as a whole.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from shardwise.parallel.compiling.compiler import compile_function
+from shardwise.parallel.compiling.kernels import modelled
+from shardwise.parallel.tensor.aliasing import roots, writes_in_place
+from shardwise.parallel.tensor.partitioner import is_local, operation_of
+
+OUTSIDE = frozenset(
+    "batch_norm _native_batch_norm_legit instance_norm lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell "
+    "rnn_relu_cell _grouped_mm ctc_loss _ctc_loss unique2 nonzero".split()
+)
+"""Names of operations that are not compiled: they change buffers, unroll into thousands, or have changing shapes."""
+
+PRODUCTS = frozenset(
+    "linear mm addmm matmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
+    "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu".split()
+)
+"""Names of operations as the trace has them whose results `recompute=selective` saves, see `strategy.PRODUCTS`."""
+
+_UNSTEADY = (torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRegion:
+    """Calls that are compiled as one function.
+
+    Attributes:
+        nodes: the calls, in order.
+        inputs: values that it uses.
+        outputs: values that are used outside of it.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+def inputs_of(piece: GraphRegion | fx.Node) -> Sequence[fx.Node]:
+    """Return the values that a region or a call uses."""
+    return piece.inputs if isinstance(piece, GraphRegion) else piece.all_input_nodes
+
+
+def outputs_of(piece: GraphRegion | fx.Node) -> Sequence[fx.Node]:
+    """Return the values that a region or a call gives."""
+    return piece.outputs if isinstance(piece, GraphRegion) else (piece,)
+
+
+def pieces(nodes: Sequence[fx.Node], results: Collection[fx.Node], compiled: str) -> list[GraphRegion | fx.Node]:
+    """Cut calls into regions and single calls outside of regions, in order.
+
+    Args:
+        nodes: the calls.
+        results: values among them that are used elsewhere.
+        compiled: what is compiled, see `Strategy.compiled`.
+    """
+    if not compiled or any(writes_in_place(node) for node in nodes):
+        return list(nodes)
+    found: list[GraphRegion | fx.Node] = []
+    run: list[fx.Node] = []
+
+    def close() -> None:
+        if any(not _is_small(node) for node in run):
+            found.append(_region(run, results))
+        else:
+            found.extend(run)
+        run.clear()
+
+    for node in nodes:
+        if is_compiled(node, products=compiled == "all"):
+            run.append(node)
+        else:
+            close()
+            found.append(node)
+    close()
+    return found
+
+
+def _region(run: Sequence[fx.Node], results: Collection[fx.Node]) -> GraphRegion:
+    inside = set(run)
+    inputs = dict.fromkeys(each for node in run for each in node.all_input_nodes if each not in inside)
+    outputs = [node for node in run if node in results or any(user not in inside for user in node.users)]
+    return GraphRegion(tuple(run), tuple(inputs), tuple(outputs))
+
+
+def is_compiled(node: fx.Node, *, products: bool) -> bool:
+    """Return whether a call belongs into a region."""
+    if node.target is operator.getitem:
+        return is_compiled(node.all_input_nodes[0], products=products)
+    if is_local(node.target):
+        return products
+    target = operation_of(node.target)
+    if target is None or target.namespace not in ("aten", "prims"):
+        return False
+    name = target.overloadpacket.__name__
+    if name in OUTSIDE or (not products and name in PRODUCTS):
+        return False
+    if any(tag in target.tags for tag in _UNSTEADY):
+        return False
+    if name == "embedding" and any(each is True for each in node.args[3:]):
+        return False  # sparse gradients, or scaled by how often a row occurs
+    return all(_is_tensor(each) for each in node.all_input_nodes)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return node.op != "placeholder" or node.meta.get("shape") is not None or isinstance(node.meta.get("val"), Tensor)
+
+
+def _is_small(node: fx.Node) -> bool:
+    """Return whether a call is a view or an item, which is not worth compiling."""
+    return node.target is operator.getitem or bool(getattr(node.target, "is_view", False))
+
+
+def write_elsewhere(graph: fx.Graph) -> None:
+    """Make calls that overwrite a value write their result elsewhere, where nothing else reads that value.
+
+    Changes `graph` in place. What overwrites anything else is left, and then its section is not compiled.
+    """
+    where = roots(graph)
+    for node in graph.nodes:
+        written = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(written, fx.Node) or not writes_in_place(node) or written.op != "call_function":
+            continue
+        if len(written.users) > 1 or where[written] is not written or not _of_one_dtype(node):
+            continue
+        packet = getattr(torch.ops.aten, str(node.target.overloadpacket.__name__)[:-1], None)
+        overload = getattr(packet, str(node.target._overloadname), None)
+        if overload is not None:
+            node.target = overload
+
+
+def _of_one_dtype(node: fx.Node) -> bool:
+    return len({each.meta.get("dtype") for each in node.all_input_nodes}) == 1
+
+
+class CompiledRegion:
+    """A region as a function: compiled where gradients are computed, and modelled on tensors without data.
+
+    Args:
+        function: the function, straight-line Python.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Any, ...]]) -> None:
+        self._plain = function
+        self._compiled: Callable[..., tuple[Any, ...]] | None = None
+        self._modelled: dict[tuple[Any, ...], Callable[..., tuple[Any, ...]]] = {}
+
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        """Compute the outputs of the region."""
+        if not torch.is_grad_enabled():
+            return self._plain(*arguments)
+        if any(isinstance(each, FakeTensor) for each in arguments):
+            return self.modelled(arguments)(*arguments)
+        if self._compiled is None:
+            self._compiled = compile_function(self._plain)
+        return self._compiled(*arguments)
+
+    def modelled(self, arguments: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
+        """Return the function for arguments like these on tensors without data, see `kernels.modelled`."""
+        key = tuple((each.requires_grad, each.device) if isinstance(each, Tensor) else each for each in arguments)
+        if key not in self._modelled:
+            self._modelled[key] = modelled(self._plain, arguments)
+        return self._modelled[key]
