@@ -263,14 +263,10 @@ class Strategy:
 
     @property
     def compiled(self) -> str:
-        """Return what is compiled: `all`, `rest` (all but products), or nothing (empty).
-
-        Where all blocks are recomputed, products stay by themselves: their results are saved (`selective`), or the last
-        one of a block is not computed again.
-        """
+        """Return what is compiled: `all`, `rest` (all but products, whose results are saved), or nothing (empty)."""
         if not self.compile:
             return ""
-        return "rest" if self.recomputes and not self.recompute.partial else "all"
+        return "rest" if self.saves_products else "all"
 
     @property
     def splits_parameters(self) -> bool:

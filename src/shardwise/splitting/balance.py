@@ -16,9 +16,9 @@ gloo between processes reaches about the first, a 200 Gb/s adapter the second. L
 (`slow_links.much_slower`).
 """
 
-MOST_BLOCKS = 16
-"""Largest number of blocks per stage, if blocks of two pieces each are not more. A block is gathered, freed, recomputed
-and compiled as a unit; a layer of a transformer has two pieces, attention and perceptron."""
+PIECES = 2
+"""Pieces of a block, which is gathered, freed, recomputed and compiled as a unit. A piece lies between two neighbouring
+cut points with the fewest bytes: a layer of a transformer has two, attention and perceptron."""
 
 Cuts = tuple[tuple[int, ...], ...]
 """First segments of the blocks of each stage.
@@ -91,6 +91,26 @@ def cuts_blocks(strategy: Strategy) -> bool:
     return strategy.recomputes or strategy.splits_parameters or bool(strategy.compile)
 
 
+def recomputed_blocks(strategy: Strategy, blocks: int, *, last: bool) -> int:
+    """Return how many blocks of a stage of a graph are recomputed, from the first; arguments as of `recomputable`."""
+    return strategy.recomputed_of(recomputable(strategy, blocks, last=last))
+
+
+def recomputable(strategy: Strategy, blocks: int, *, last: bool) -> int:
+    """Return how many of the blocks of a stage recomputation may take, from the first.
+
+    The last block of the last stage is left out: its backward pass follows its forward pass, unless all forward passes
+    come first (`gpipe`).
+
+    Args:
+        strategy: the strategy.
+        blocks: number of blocks of the stage.
+        last: whether it is the last stage.
+    """
+    at_once = strategy.pp > 1 and strategy.schedule == "gpipe"
+    return blocks - 1 if last and blocks > 1 and not at_once else blocks
+
+
 def check_stages(strategy: Strategy, cut_points: int) -> None:
     """Raise StrategyError if a step with `cut_points` cut points has fewer parts than `strategy` has stages."""
     stages = strategy.pp * strategy.stages_per_worker
@@ -124,5 +144,5 @@ def _block_starts(costs: Sequence[float], messages: Sequence[float]) -> list[int
         return []
     bounds = [0, *narrow, len(costs)]
     merged = [sum(costs[a:b]) for a, b in pairwise(bounds)]
-    count = min(max(MOST_BLOCKS, -(-len(merged) // 2)), len(merged))
+    count = -(-len(merged) // PIECES)
     return [bounds[start] for start in balanced(merged, [0.0] * (len(merged) - 1), count)]

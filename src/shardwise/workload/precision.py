@@ -100,9 +100,16 @@ def is_for_gpu() -> bool:
 
 
 class Copies:
-    """Copies of float32 parameters in bfloat16, made once in each step."""
+    """Copies of float32 parameters in bfloat16, made once in each step.
+
+    Attributes:
+        adds: whether the backward pass adds the gradients of copies to an existing `grad` of their parameters itself,
+            in one kernel. Autograd, which casts them first, then has nothing to accumulate, and calls no hook of the
+            parameter.
+    """
 
     def __init__(self) -> None:
+        self.adds = False
         self._made: dict[int, tuple[Tensor, Tensor]] = {}  # with the parameter, or another could get its id
 
     def of(self, parameter: Tensor) -> Tensor:
@@ -115,13 +122,22 @@ class Copies:
         key = id(parameter)
         if key not in self._made:
             self._made[key] = parameter, parameter.detach().to(torch.bfloat16)
-        seen: Any = _Copied.apply(*self._made[key])  # type: ignore[no-untyped-call]
+        seen: Any = _Copied.apply(*self._made[key], self)  # type: ignore[no-untyped-call]
         seen.copied_from = parameter
         return seen  # type: ignore[no-any-return]
 
     def forget(self) -> None:
         """Drop all copies: the parameters change."""
         self._made.clear()
+
+    @contextmanager
+    def adding(self, wanted: bool) -> Iterator[None]:
+        """Let a backward pass in the block add gradients itself if `wanted`, see `adds`."""
+        self.adds = wanted
+        try:
+            yield
+        finally:
+            self.adds = False
 
     @contextmanager
     def anew(self) -> Iterator[None]:
@@ -141,13 +157,21 @@ class _Copied(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, copy: Tensor, copies: Copies) -> Tensor:
         ctx.set_materialize_grads(False)  # a gradient that is computed later comes as None
+        ctx.parameter, ctx.copies = parameter, copies
         return copy.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if gradients[0] is None else gradients[0].float(), None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        gradient, parameter = gradients[0], ctx.parameter
+        if gradient is None:
+            return None, None, None
+        if ctx.copies.adds and parameter.is_leaf and parameter.grad is not None:
+            with torch.no_grad():
+                parameter.grad.add_(gradient)
+            return None, None, None
+        return gradient.float(), None, None
 
 
 def computing(

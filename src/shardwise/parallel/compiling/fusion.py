@@ -5,7 +5,8 @@ view         another shape of the same memory: free
 fused        elementwise operations and reductions: one kernel for all that need no other kernel between them
 
 An elementwise operation whose result two kernels use is computed in both, unless a product needs its result in memory.
-Reductions over other dimensions are other kernels. So does inductor (torch/_inductor/scheduler.py).
+Reductions over other dimensions are other kernels; except on a GPU, where one kernel reduces the rows of a long matrix
+and adds up its columns. So does inductor (torch/_inductor/scheduler.py, `MixOrderReduction`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MOVES = frozenset(
 READS_OF_ROWS = frozenset("gather index".split())
 """Names of lookups that are elementwise in what they read, if that is computed by the same kernel."""
 
-Signature = tuple[tuple[int, ...], tuple[int, ...]]
+Signature = tuple[tuple[int, bool], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,18 @@ Step = fx.Node | FusedKernel
 """A call as it is, or a kernel of fused calls."""
 
 
-def grouped(graph: fx.Graph) -> list[Step]:
-    """Return the steps that compute a graph, in an order in which each finds its inputs."""
-    return _Groups(graph).steps()
+MIXED_ROWS, MIXED_COLUMNS, MIXED_ELEMENTS = 4096, 1 << 14, 5 << 20
+"""Least rows, most columns and least elements of a matrix whose rows and columns one kernel of a GPU reduces."""
+
+
+def grouped(graph: fx.Graph, *, gpu: bool) -> list[Step]:
+    """Return the steps that compute a graph, in an order in which each finds its inputs.
+
+    Args:
+        graph: calls of ATen operations, with `meta["val"]`.
+        gpu: whether a GPU computes it.
+    """
+    return _Groups(graph, gpu=gpu).steps()
 
 
 def is_view(node: fx.Node) -> bool:
@@ -92,12 +102,18 @@ def source(node: fx.Node) -> fx.Node:
 
 
 def _signature(node: fx.Node) -> Signature:
-    """Return (shape, reduced dimensions) of a reduction."""
+    """Return the dimensions of what is reduced, neighbours of one kind as one: (size, whether it is reduced)."""
     shape = tuple(node.all_input_nodes[0].meta["val"].shape)
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     dims: Iterable[Any] = given if isinstance(given, (list, tuple)) else [given]
-    wanted = tuple(sorted(int(dim) % max(len(shape), 1) for dim in dims if isinstance(dim, int)))
-    return shape, wanted or tuple(range(len(shape)))
+    wanted = {int(dim) % max(len(shape), 1) for dim in dims if isinstance(dim, int)} or set(range(len(shape)))
+    found: list[tuple[int, bool]] = []
+    for dim, size in enumerate(shape):
+        if found and found[-1][1] == (dim in wanted):
+            found[-1] = found[-1][0] * size, found[-1][1]
+        elif size > 1:
+            found.append((size, dim in wanted))
+    return tuple(found)
 
 
 def _shown(outputs: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
@@ -109,17 +125,27 @@ def _shown(outputs: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(found)
 
 
+def _mixed(rows: Signature, columns: Signature) -> bool:
+    """Return whether a GPU's kernel that reduces the rows of a long matrix may add up its columns, too."""
+    if len(rows) != 2 or rows[0][1] or columns != tuple((size, not reduced) for size, reduced in rows):
+        return False
+    count, width = rows[0][0], rows[1][0]
+    long = count >= max(MIXED_ROWS, 2 * width) and count * width >= MIXED_ELEMENTS
+    return long and width <= MIXED_COLUMNS
+
+
 class _Groups:
     """Groups of the calls of a graph, by number; a call that is not fused is a group of its own."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, *, gpu: bool) -> None:
+        self._gpu = gpu
         self._calls = [node for node in graph.nodes if node.op == "call_function"]
         self._number = {node: number for number, node in enumerate(graph.nodes)}
         self._results = next(node for node in graph.nodes if node.op == "output").all_input_nodes
         self._group: dict[fx.Node, int] = {}
         self._members: list[list[fx.Node]] = []
         self._before: list[set[int]] = []
-        self._signature: list[Signature | None] = []
+        self._signatures: list[set[Signature]] = []
         self._fuses: list[bool] = []
         for node in self._calls:
             if not is_view(node):
@@ -134,7 +160,7 @@ class _Groups:
 
     def _place(self, node: fx.Node) -> None:
         needed = {self._group[each] for each in map(source, node.all_input_nodes) if each in self._group}
-        fused, own = self._is_fused(node), _signature(node) if _is_reduction(node) else None
+        fused, own = self._is_fused(node), {_signature(node)} if _is_reduction(node) else set[Signature]()
         joined = -1
         for each in sorted(needed, reverse=True) if fused else ():
             if joined < 0 and self._fuses[each] and self._may_join(own, each, needed):
@@ -146,35 +172,35 @@ class _Groups:
             joined = len(self._members)
             self._members.append([])
             self._before.append(set())
-            self._signature.append(None)
+            self._signatures.append(set())
             self._fuses.append(fused)
         self._group[node] = joined
         self._members[joined].append(node)
         self._before[joined] |= needed - {joined}
-        self._signature[joined] = own or self._signature[joined]
+        self._signatures[joined] |= own
 
-    def _may_join(self, signature: Signature | None, group: int, needed: set[int]) -> bool:
-        """Return whether a call with a signature may join a group: no other group comes between them."""
-        if not self._agree(signature, self._signature[group]):
+    def _may_join(self, own: set[Signature], group: int, needed: set[int]) -> bool:
+        """Return whether a call, a reduction if it has a signature, may join a group: none comes between them."""
+        if not self._agree(own, self._signatures[group]):
             return False
         return all(group not in self._ancestors(each) for each in needed - {group})
 
     def _may_merge(self, one: int, other: int) -> bool:
-        if not self._fuses[other] or not self._agree(self._signature[one], self._signature[other]):
+        if not self._fuses[other] or not self._agree(self._signatures[one], self._signatures[other]):
             return False
         between = (self._before[one] - {other}) | (self._before[other] - {one})
         return not any({one, other} & self._ancestors(each) for each in between)
 
-    @staticmethod
-    def _agree(one: Signature | None, other: Signature | None) -> bool:
-        return one is None or other is None or one == other
+    def _agree(self, one: set[Signature], other: set[Signature]) -> bool:
+        """Return whether one kernel may have the reductions of both."""
+        return all(a == b or (self._gpu and (_mixed(a, b) or _mixed(b, a))) for a in one for b in other)
 
     def _merge(self, into: int, group: int) -> None:
         """Move the calls of a group into another one. The group stays, empty."""
         self._group.update(dict.fromkeys(self._members[group], into))
         self._members[into] = sorted(self._members[into] + self._members[group], key=self._number.__getitem__)
         self._before[into] |= self._before[group]
-        self._signature[into] = self._signature[into] or self._signature[group]
+        self._signatures[into] |= self._signatures[group]
         self._members[group], self._before[group] = [], set()
         for before in self._before:
             if group in before:

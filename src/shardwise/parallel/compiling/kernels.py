@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from shardwise.parallel.compiling.fusion import FusedKernel, grouped, last_uses
+from shardwise.workload.precision import is_for_gpu
 
 _KERNELS: WeakValueDictionary[int, _Kernel] = WeakValueDictionary()
 """Kernels by number; each lives as long as the pass that runs it."""
@@ -33,10 +35,11 @@ def modelled(function: Callable[..., tuple[Any, ...]], arguments: Sequence[Any])
     from functorch.compile import aot_function, min_cut_rematerialization_partition  # type: ignore[import-untyped]
     from torch._inductor.decomposition import select_decomp_table
 
+    steps = partial(_Steps, gpu=is_for_gpu())
     made: Callable[..., tuple[Any, ...]] = aot_function(
         function,
-        fw_compiler=_Steps,
-        bw_compiler=_Steps,
+        fw_compiler=steps,
+        bw_compiler=steps,
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
@@ -98,13 +101,13 @@ class _Steps:
 
     _boxed_call = True
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any], *, gpu: bool) -> None:
         graph = module.graph
         self._module = module
         self._holders = [node for node in graph.nodes if node.op == "placeholder"]
         self._constants = [node for node in graph.nodes if node.op == "get_attr"]
         self._results = next(node for node in graph.nodes if node.op == "output").args[0]
-        self._steps = grouped(graph)
+        self._steps = grouped(graph, gpu=gpu)
         self._kernels = {step: _Kernel(step) for step in self._steps if isinstance(step, FusedKernel)}
         wanted = [each for each in self._results if isinstance(each, fx.Node)]
         self._dead = last_uses(self._steps, wanted)

@@ -19,6 +19,7 @@ from shardwise.parallel.compiling.compiler import compile_function
 from shardwise.parallel.compiling.kernels import modelled
 from shardwise.parallel.tensor.aliasing import roots, writes_in_place
 from shardwise.parallel.tensor.partitioner import is_local, operation_of
+from shardwise.workload.precision import is_for_gpu
 
 OUTSIDE = frozenset(
     "batch_norm _native_batch_norm_legit instance_norm lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell "
@@ -60,13 +61,16 @@ def outputs_of(piece: GraphRegion | fx.Node) -> Sequence[fx.Node]:
     return piece.outputs if isinstance(piece, GraphRegion) else (piece,)
 
 
-def pieces(nodes: Sequence[fx.Node], results: Collection[fx.Node], compiled: str) -> list[GraphRegion | fx.Node]:
+def pieces(
+    nodes: Sequence[fx.Node], results: Collection[fx.Node], compiled: str, *, again: bool = False
+) -> list[GraphRegion | fx.Node]:
     """Cut calls into regions and single calls outside of regions, in order.
 
     Args:
         nodes: the calls.
         results: values among them that are used elsewhere.
         compiled: what is compiled, see `Strategy.compiled`.
+        again: whether the calls are recomputed: the last product is then left out, as recomputation ends before it.
     """
     if not compiled or any(writes_in_place(node) for node in nodes):
         return list(nodes)
@@ -80,8 +84,9 @@ def pieces(nodes: Sequence[fx.Node], results: Collection[fx.Node], compiled: str
             found.extend(run)
         run.clear()
 
+    end = next((node for node in reversed(nodes) if is_product(node)), None) if again else None
     for node in nodes:
-        if is_compiled(node, products=compiled == "all"):
+        if node is not end and is_compiled(node, products=compiled == "all"):
             run.append(node)
         else:
             close()
@@ -97,17 +102,27 @@ def _region(run: Sequence[fx.Node], results: Collection[fx.Node]) -> GraphRegion
     return GraphRegion(tuple(run), tuple(inputs), tuple(outputs))
 
 
+def is_product(node: fx.Node) -> bool:
+    """Return whether a call is a product or attention, whose result selective recomputation saves."""
+    if is_local(node.target):
+        return True
+    target = operation_of(node.target)
+    return target is not None and target.overloadpacket.__name__ in PRODUCTS
+
+
 def is_compiled(node: fx.Node, *, products: bool) -> bool:
     """Return whether a call belongs into a region."""
     if node.target is operator.getitem:
         return is_compiled(node.all_input_nodes[0], products=products)
+    if is_product(node) and not products:
+        return False
     if is_local(node.target):
-        return products
+        return True
     target = operation_of(node.target)
     if target is None or target.namespace not in ("aten", "prims"):
         return False
     name = target.overloadpacket.__name__
-    if name in OUTSIDE or (not products and name in PRODUCTS):
+    if name in OUTSIDE:
         return False
     if any(tag in target.tags for tag in _UNSTEADY):
         return False
@@ -171,7 +186,8 @@ class CompiledRegion:
 
     def modelled(self, arguments: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
         """Return the function for arguments like these on tensors without data, see `kernels.modelled`."""
-        key = tuple((each.requires_grad, each.device) if isinstance(each, Tensor) else each for each in arguments)
+        kinds = ((each.requires_grad, each.device) if isinstance(each, Tensor) else each for each in arguments)
+        key = is_for_gpu(), *kinds
         if key not in self._modelled:
             self._modelled[key] = modelled(self._plain, arguments)
         return self._modelled[key]

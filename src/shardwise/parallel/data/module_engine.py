@@ -162,7 +162,8 @@ class ModuleEngine:
                 else:
                     losses = self._stepped(self._replicas.call, data, scale)
                 loss = total(losses)
-                loss.backward(self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
+                with self._copies.adding(number < last or self._mesh.replica_group is None):
+                    loss.backward(self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
             parts = {name: self._part(each, scale) for name, each in {**losses, "": loss}.items()}
             sums = parts if sums is None else {name: sums[name] + part for name, part in parts.items()}
         assert sums is not None

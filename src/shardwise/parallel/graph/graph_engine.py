@@ -32,7 +32,6 @@ from shardwise.parallel.pipeline.channels import open_channels
 from shardwise.parallel.pipeline.divide import divide
 from shardwise.parallel.pipeline.executor import MOST_STAGES, PipelineExecutor, PipelinePass
 from shardwise.parallel.pipeline.stage import StepWork, prepare
-from shardwise.parallel.pipeline.subgraphs import regions_of
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.buffers import ReplicaBuffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, trained_of
@@ -245,8 +244,7 @@ class GraphEngine:
         division, strategy = self.division, self._strategy
         assert len(division.blocks) < MOST_STAGES
         own = range(self._mesh.coordinate("pp"), len(division.blocks), strategy.pp)
-        regions = regions_of(strategy) if local.step.training else None
-        return prepare(local, division.cut, division.blocks, self._parameters, own, regions)
+        return prepare(local, division.cut, division.blocks, self._parameters, own, strategy)
 
     def _work(self, key: Key, data: Any) -> StepWork:
         """Return the work for batches of these shapes, and trace it when they occur for the first time."""

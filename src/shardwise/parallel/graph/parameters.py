@@ -27,6 +27,7 @@ from shardwise.parallel.state.materialize import materialize, read_weights
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.partitioner import LocalGraph
 from shardwise.parallel.tensor.placement import Placement, Sharded
+from shardwise.splitting.balance import recomputed_blocks
 from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
 from shardwise.workload.precision import Copies
@@ -114,11 +115,12 @@ class LocalStages:
                 own[here.pop()][name] = mine[name]
             elif here:
                 shared[name] = mine[name]
+        last = stage == self._strategy.pp * self._strategy.stages_per_worker - 1
         module = StageModule(
             own,
             shared,
             operators,
-            recomputed=self._strategy.recomputed_of(blocks),
+            recomputed=recomputed_blocks(self._strategy, blocks, last=last),
             products=self._strategy.saves_products,
             copies=self._copies,
         )
@@ -227,6 +229,7 @@ class LocalStages:
 
     def before_backward(self, stage: int, final: bool) -> None:
         """Prepare a backward pass of a stage. `final` marks the stage's last backward of its pass."""
+        self._copies.adds = not final or stage not in self._reducers
         if self.sharded:
             module: Any = self.stages[stage]  # `fully_shard` adds these methods
             module.set_requires_gradient_sync(final)
@@ -245,6 +248,7 @@ class LocalStages:
 
     def reduce(self, summed: Collection[str]) -> None:
         """Sum gradients over all workers that contribute to them. Collective."""
+        self._copies.adds = False
         for reducer in self._reducers.values():
             reducer.finish()
         if self.sharded:

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from shardwise.parallel.compiling.regions import GraphRegion, pieces
 from shardwise.parallel.operators import selective_checkpoint
 from shardwise.parallel.operators.graph_operators import GraphOperators, Values
 from shardwise.parallel.pipeline.cut_points import Use, positions
-from shardwise.parallel.pipeline.subgraphs import Cut, Section, compiled, sections
+from shardwise.parallel.pipeline.subgraphs import Section, compiled, sections
 from shardwise.parallel.tensor.partitioner import LocalGraph
+from shardwise.splitting.balance import recomputed_blocks
+from shardwise.strategy import Strategy
 from shardwise.workload.precision import Copies
 from shardwise.workload.trace.graph import StepGraph
 
@@ -75,11 +78,11 @@ def prepare(
     stage_blocks: Sequence[int],
     parameters: Collection[str],
     own: Collection[int],
-    regions: Cut | None = None,
+    strategy: Strategy,
 ) -> StepWork:
     """Cut a step into blocks at `cut`. The first `stage_blocks[0]` of them make the first stage, and so on.
 
-    Only the stages in `own` are compiled, with `regions` as in `subgraphs.compiled`.
+    Only the stages in `own` become functions; those of a training step in which `strategy` says so are compiled.
     """
     parts = sections(local, positions(local, cut, parameters))
     stages: list[StageWork] = []
@@ -89,21 +92,39 @@ def prepare(
         mine = parts[first : first + count]
         for section in mine:
             home.update({node: stage for node in section.outputs if node not in home})
-        stages.append(_stage_work(mine, parts[first + count :], local, regions, compile_them=stage in own))
+        stages.append(
+            _stage_work(
+                mine,
+                parts[first + count :],
+                local,
+                _regions_of(strategy, local, stage, count) if stage in own else None,
+            )
+        )
         first += count
     return StepWork(local, tuple(stages), home)
 
 
-def _stage_work(
-    mine: list[Section], later: list[Section], local: LocalGraph, regions: Cut | None, *, compile_them: bool
-) -> StageWork:
+Regions = Callable[[Section, int], Sequence[GraphRegion | fx.Node]]
+"""Function that cuts the calls of a section, given with its number in the stage, into regions and single calls."""
+
+
+def _regions_of(strategy: Strategy, local: LocalGraph, stage: int, blocks: int) -> Regions:
+    """Return how the sections of a stage are cut into compiled regions."""
+    compiled = strategy.compiled if local.step.training else ""
+    last = stage == strategy.pp * strategy.stages_per_worker - 1
+    again = recomputed_blocks(strategy, blocks, last=last)
+    return lambda section, number: pieces(section.nodes, section.outputs, compiled, again=number < again)
+
+
+def _stage_work(mine: list[Section], later: list[Section], local: LocalGraph, regions: Regions | None) -> StageWork:
     made = {node for section in mine for node in set(section.outputs).intersection(section.nodes)}
     inputs = [node for section in mine for node in section.inputs if node not in made]
     wanted = {node for section in later for node in section.inputs}
     outputs = [node for section in mine for node in section.outputs if node in wanted] if later else mine[-1].outputs
     wide = _wide(local.step)
     blocks = tuple(
-        BlockWork(section, compiled(section, local, regions) if compile_them else _elsewhere, wide) for section in mine
+        BlockWork(section, _elsewhere if regions is None else compiled(section, local, regions(section, number)), wide)
+        for number, section in enumerate(mine)
     )
     return StageWork(blocks, tuple(dict.fromkeys(inputs)), tuple(dict.fromkeys(outputs)) if later else tuple(outputs))
 

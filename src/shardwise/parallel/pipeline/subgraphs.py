@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import fx
 
-from shardwise.parallel.compiling.regions import CompiledRegion, GraphRegion, inputs_of, outputs_of, pieces
+from shardwise.parallel.compiling.regions import CompiledRegion, GraphRegion, inputs_of, outputs_of
 from shardwise.parallel.pipeline.cut_points import calls, from_batch, ranges
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.parallel.tensor.partitioner import LocalGraph
-from shardwise.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +31,6 @@ class Section:
     given: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
-
-
-Cut = Callable[[Section], list[GraphRegion | fx.Node]]
-"""Function that cuts the calls of a section into regions and single calls, in order."""
 
 
 def sections(local: LocalGraph, at: Sequence[int]) -> list[Section]:
@@ -88,7 +83,9 @@ def _with_batch_nodes(
     return [node for node in sequence if node in needed]
 
 
-def compiled(section: Section, local: LocalGraph, cut: Cut | None = None) -> Callable[..., tuple[Any, ...]]:
+def compiled(
+    section: Section, local: LocalGraph, pieces: Sequence[GraphRegion | fx.Node] | None = None
+) -> Callable[..., tuple[Any, ...]]:
     """Compile the section to a function: (narrow, tensors, given and inputs, in their order) -> outputs.
 
     `narrow` returns the bfloat16 copy of a parameter. It is called where the section uses it, so that the gradient of
@@ -99,7 +96,7 @@ def compiled(section: Section, local: LocalGraph, cut: Cut | None = None) -> Cal
     Args:
         section: the section.
         local: the worker's graph.
-        cut: cuts the section's calls into regions that are functions of their own, see `compiling.regions`. None: none.
+        pieces: the section's calls, with regions that are functions of their own (`compiling.regions`). None: without.
     """
     named = {name: f"t{index}" for index, name in enumerate(section.tensors)}
     names: dict[fx.Node, str] = {}
@@ -114,7 +111,7 @@ def compiled(section: Section, local: LocalGraph, cut: Cut | None = None) -> Cal
     if any(writes_in_place(node) and node.args[0] not in _tensor_nodes(local) for node in section.nodes):
         for node in section.inputs:  # a received value must not be overwritten
             writer.lines.append(f"{names[node]} = {names[node]}.clone()")
-    writer.write(section.nodes if cut is None else cut(section), section.outputs)
+    writer.write(section.nodes if pieces is None else pieces, section.outputs)
     return writer.function("section", arguments, section.outputs)
 
 
@@ -124,13 +121,6 @@ def _tensor_nodes(local: LocalGraph) -> set[fx.Node]:
 
 _REGIONS: dict[Any, CompiledRegion] = {}
 """Regions by their source, constants and shapes: equal blocks of a model are compiled once."""
-
-
-def regions_of(strategy: Strategy) -> Cut | None:
-    """Return how a strategy cuts the calls of a section into compiled regions. Returns None if it compiles nothing."""
-    if not strategy.compile:
-        return None
-    return lambda section: pieces(section.nodes, section.outputs, strategy.compiled)
 
 
 def function_of(region: GraphRegion) -> CompiledRegion:

@@ -121,10 +121,9 @@ def _leaf(tensor: Tensor) -> Tensor | None:
 
 
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    """Add a gradient to `parameter.grad` as autograd does, cast to the parameter's dtype."""
-    gradient = gradient.to(parameter.dtype)
+    """Add a gradient to `parameter.grad` as autograd does, in the parameter's dtype."""
     if parameter.grad is None:
-        parameter.grad = gradient
+        parameter.grad = gradient.to(parameter.dtype)
     else:
         parameter.grad += gradient
 

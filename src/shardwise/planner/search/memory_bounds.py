@@ -16,7 +16,7 @@ from shardwise.predict.closed_form.device_memory import at_least, left_for_tenso
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.runtime.element_bytes import WIDE, element_bytes
 from shardwise.predict.workers.passes import Moment, moments
-from shardwise.splitting.balance import MOST_BLOCKS
+from shardwise.splitting.balance import PIECES
 from shardwise.strategy import Strategy
 
 EVEN = 0.5
@@ -134,7 +134,7 @@ def _handed(profile: ProfileSummary, strategy: Strategy, stages: int) -> float:
     """Return the bytes of messages between blocks that are saved per microbatch if the blocks are recomputed."""
     if strategy.runs_module or strategy.recompute.partial:
         return 0.0
-    between = min(max(profile.narrow - stages + 1, 0), stages * (MOST_BLOCKS - 1))
+    between = max(profile.narrow // PIECES - stages, 0)
     return float(profile.message * (between + stages - 1))
 
 

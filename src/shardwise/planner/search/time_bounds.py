@@ -59,13 +59,20 @@ def _passes(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> tu
     """Return lower bounds in seconds: from the pipeline's first pass to its last, and of the mean worker's compute."""
     times = times_of(profile, cluster, strategy)
     one = times.forward + times.backward + times.weights
-    module = strategy.runs_module  # only repeated blocks are recomputed then
+    share = _recomputed(profile, strategy)
     if strategy.saves_products:
-        one += times.repeated_rest if module else times.rest
+        one += times.repeated_rest * share
     elif strategy.recompute == FULL:  # if only a part of the blocks is recomputed, the time is not known here
-        one += times.repeated if module else times.again
+        one += times.repeated * share
     filled = _filled(profile, strategy, times.forward, one) + _trip(profile, strategy, cluster)
     return filled, one * strategy.microbatches / strategy.pp
+
+
+def _recomputed(profile: ProfileSummary, strategy: Strategy) -> float:
+    """Return the least share of the repeated blocks that is recomputed: a graph's last block has at most two."""
+    if strategy.runs_module:
+        return 1.0
+    return max(0.0, 1 - 2 / profile.blocks) if profile.blocks else 0.0
 
 
 def _trip(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> float:
@@ -192,7 +199,7 @@ def _unhidden(strategy: Strategy, cluster: Cluster, profile: ProfileSummary, tim
         return 0.0
     gather = gather_seconds(profile, profile.own, strategy, cluster)
     scatter = scatter_seconds(profile, profile.own, strategy, cluster)
-    again = times.again if strategy.recomputes else 0.0
+    again = times.again if strategy.recomputes else 0.0  # at most
     return max(0.0, gather - times.forward) + max(0.0, scatter - times.backward - times.weights - again)
 
 

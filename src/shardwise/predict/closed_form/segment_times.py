@@ -404,7 +404,7 @@ class Times:
         forward, backward, weights: seconds of the passes, tensor-parallel collectives included.
         again: lower bound of full recomputation: each segment up to the last tensor that its backward pass needs.
         repeated: the part of `again` in repeated blocks of the module.
-        rest, repeated_rest: `again` and `repeated` with selective recomputation, which keeps the results of matmuls.
+        repeated_rest: `repeated` with selective recomputation, which keeps the results of matmuls.
         seconds: the model that gives the seconds of single passes on the device.
     """
 
@@ -413,7 +413,6 @@ class Times:
     weights: float
     again: float
     repeated: float
-    rest: float
     repeated_rest: float
     seconds: Seconds
 
@@ -425,7 +424,7 @@ def times_of(summary: ProfileSummary, cluster: Cluster, strategy: Strategy) -> T
 
 
 def _summed_times(summary: ProfileSummary, seconds: Seconds) -> Times:
-    forward = backward = weights = again = repeated = rest = repeated_rest = 0.0
+    forward = backward = weights = again = repeated = repeated_rest = 0.0
     for each in summary.layers:
         there, back, of_weights = seconds.of_layer(each.layer)
         forward += each.count * there.device
@@ -435,7 +434,5 @@ def _summed_times(summary: ProfileSummary, seconds: Seconds) -> Times:
             recomputed = seconds.again(each.layer.recomputed).device
             again += each.count * recomputed
             repeated += each.repeated * recomputed
-            others = seconds.again(each.layer.recomputed, products=True).device
-            rest += each.count * others
-            repeated_rest += each.repeated * others
-    return Times(forward, backward, weights, again, repeated, rest, repeated_rest, seconds)
+            repeated_rest += each.repeated * seconds.again(each.layer.recomputed, products=True).device
+    return Times(forward, backward, weights, again, repeated, repeated_rest, seconds)

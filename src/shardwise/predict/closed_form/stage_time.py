@@ -248,8 +248,10 @@ class StageCosts:
         if self.profile.runtime.kernels:
             return PassSeconds()  # they are among the runtime's kernels
         elements, size, count = self.trained(stage)
-        spent = PassSeconds() if first else self.calls.moved(elements, 3 * size, count)
-        if self.profile.runtime.copies and not self.strategy.splits_parameters:
+        copies = self.profile.runtime.copies and not self.strategy.splits_parameters
+        adds = copies and not first and not (final and stage.buckets)  # without a cast, see `precision.Copies.adds`
+        spent = PassSeconds() if first else self.calls.moved(elements, size * (5 / 2 if adds else 3), count)
+        if copies and not adds:
             casts = 2 if first else 1  # of each gradient; and of the parameter, once in a step
             spent += self.calls.moved(elements, size * 3 / 2, count).times(casts)
         if final and stage.buckets and not self.strategy.splits_parameters:

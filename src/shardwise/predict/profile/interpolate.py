@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from shardwise.errors import StrategyError, WorkloadError
-from shardwise.options import FULL, NONE
+from shardwise.options import NONE, SELECTIVE
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import LayerPass, Parameter, Profile, Segment, Value
@@ -197,7 +197,7 @@ class ScaledProfiles:
         key = (tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, *_way(strategy))
         if key not in self._corners:
             sp = strategy.sp if tp > 1 else 0
-            recompute = FULL if strategy.compiled == "rest" else NONE
+            recompute = SELECTIVE if strategy.compiled == "rest" else NONE
             alone = Strategy(
                 tp=tp,
                 sp=sp,

@@ -26,6 +26,7 @@ from shardwise.predict.profile.gpu_ops import on_gpu
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.op_counter import kernel_of, tensors, workspace
 from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass
+from shardwise.workload.precision import for_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         kernels: kernels since the last call of `take`.
         exchanges: tensor-parallel collectives since the last call of `take`.
+        at_product: (kernels, exchanges) before the last product since the last call of `take`; None if there was none.
         normalised: channels of each batch norm since the caller last emptied the list.
         products: bytes of the results that selective recomputation keeps (see
             `parallel.operators.selective_checkpoint`), since the caller
@@ -131,6 +133,7 @@ class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kernels: list[Kernel] = []
         self.exchanges: list[Exchanged] = []
         self.normalised: list[int] = []
+        self.at_product: tuple[int, int] | None = None
         self.products = 0
         self.live = self.peak = 0
         self.when = "forward"
@@ -140,6 +143,8 @@ class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = function(*args, **(kwargs or {}))
         kernel = kernel_of(function, args, kwargs or {}, result, self.when)
         if kernel is not None:
+            if kernel.product:
+                self.at_product = len(self.kernels), len(self.exchanges)
             self.kernels.append(kernel)
         for tensor in tensors(result):
             self._note(tensor)
@@ -156,7 +161,7 @@ class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def take(self) -> LayerPass:
         """Return the kernels and collectives recorded since the last call."""
         taken = LayerPass(tuple(self.kernels), tuple(self.exchanges))
-        self.kernels, self.exchanges = [], []
+        self.kernels, self.exchanges, self.at_product = [], [], None
         return taken
 
     def watch(self) -> int:
@@ -312,7 +317,7 @@ class _SegmentRun:
 
     def analysis(self) -> Analysis:
         recorder = self.analyst.recorder
-        with self.analyst.mode:
+        with self.analyst.mode, for_gpu(self.analyst.gpu):
             values: dict[fx.Node, Any] = {node: spec.empty() for node, spec in self.segment.weights.items()}
             leaves = [(index, value) for index, value in enumerate(values.values()) if value.requires_grad]
             values.update({node: _Arrived.apply(spec.empty()) for node, spec in self.segment.inputs.items()})  # type: ignore[no-untyped-call]
@@ -327,7 +332,7 @@ class _SegmentRun:
             with recorder:
                 begin = recorder.watch()
                 results = self._forward(values)
-                top, end = recorder.peak, recorder.live
+                top, end, at_product = recorder.peak, recorder.live, recorder.at_product
                 forward = recorder.take()
                 normalised, recorder.normalised = tuple(recorder.normalised), []
                 products, recorder.products = recorder.products, 0
@@ -338,7 +343,9 @@ class _SegmentRun:
                 backward, later, most = self._backward(results)
             recomputed = LayerPass()
             if self._at_last is not None:
-                kernels, exchanges = self._at_last
+                # where a compiled segment ends a recomputed block, its product is left out, see `compiling.regions`
+                last = at_product if self.analyst.compiled == "all" else None
+                kernels, exchanges = last or self._at_last
                 recomputed = LayerPass(forward.kernels[:kernels], forward.exchanges[:exchanges])
         del begin
         layer = Layer(

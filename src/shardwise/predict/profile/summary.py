@@ -34,6 +34,7 @@ class ProfileSummary:
         elements: number of elements of trained parameters.
         own: bytes of the trained parameters that only one segment uses.
         repeated: bytes of the trained parameters in repeated blocks of the module.
+        blocks: number of repeated blocks of the module.
         message: bytes of the smallest message at any cut point.
         narrow: number of cut points with a message of that size.
         saved: bytes that one microbatch saves for the backward pass.
@@ -55,6 +56,7 @@ class ProfileSummary:
     elements: int
     own: int
     repeated: int
+    blocks: int
     message: int
     narrow: int
     saved: int
@@ -96,6 +98,7 @@ def _summarized(profile: Profile) -> ProfileSummary:
         elements=sum(parameter.elements for parameter in trained),
         own=sum(parameter.bytes for parameter in trained if len(parameter.segments) == 1),
         repeated=sum(p.bytes for index, p in enumerate(profile.parameters) if p.trained and index in blocks),
+        blocks=len(profile.blocks),
         message=min(messages, default=0),
         narrow=sum(size <= min(messages) for size in messages),
         saved=profile.saved[-1],

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 
 from shardwise.errors import StrategyError
 from shardwise.predict.profile.profile import Profile, module_blocks
-from shardwise.splitting.balance import blocks_from, cuts_blocks, stage_starts
+from shardwise.splitting.balance import blocks_from, cuts_blocks, recomputable, stage_starts
 from shardwise.strategy import Strategy
 
 
@@ -81,7 +81,7 @@ def _module_cuts(profile: Profile, strategy: Strategy) -> list[int]:
 
 
 def stage_blocks(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
-    """Return the segment range (first, end) of each block of a stage, in the order in which recomputation takes them.
+    """Return the segment ranges (first, end) of a stage's blocks that recomputation may take, in its order.
 
     Args:
         profile: the workload's profile.
@@ -93,7 +93,8 @@ def stage_blocks(profile: Profile, strategy: Strategy, starts: Sequence[int], en
         return module_blocks(profile)
     if profile.runtime.stages != "cost":  # the ends are no blocks
         return [block for block in module_blocks(profile) if starts[0] <= block[0] < end]
-    return list(pairwise([*starts, end]))
+    found = list(pairwise([*starts, end]))
+    return found[: recomputable(strategy, len(found), last=end == len(profile.segments))]
 
 
 def recomputed_segments(profile: Profile, strategy: Strategy, starts: Sequence[int], end: int) -> list[tuple[int, int]]:
