@@ -13,6 +13,7 @@ SPEC = "gpt:layers=2,hidden=256,heads=4,vocabulary=512,sequence=128,batch_size=4
 def everything(
     workload: Workload, workers: int, constraints: Constraints, links: int, spans: tuple[int, ...] = ()
 ) -> list[Strategy]:
-    """All strategies for so many workers that a search goes through."""
-    found = families(workers, workload.batch_size, constraints, divisors(workers), links)
+    """All strategies for so many workers that a search on GPUs goes through."""
+    wanted = 0 if constraints.software else int(constraints.fixed.get("compile", 1))
+    found = families(workers, workload.batch_size, constraints, divisors(workers), links, compile=wanted)
     return [member for family in found for member in members(family, constraints, spans)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shardwise.cluster.cluster import check_margin
+from shardwise.cluster.cluster import Cluster, check_margin
 from shardwise.commands.forecast import FIRST_PREDICTS, own_cluster
 from shardwise.commands.request import (
     Chosen,
@@ -109,8 +109,9 @@ def choose(
             f"shardwise calibrate --workers {workers}"
         )
     profiles = ScaledProfiles(profiles_on(workload, cluster))
+    constraints = Constraints(forbidden=() if _compiles(workload, cluster) else (("compile", ""),))
     numbers = counts(1, cluster.worthwhile) if workers is None else [workers]
-    found = [search(workload, cluster, number, Constraints(), profiles) for number in numbers]
+    found = [search(workload, cluster, number, constraints, profiles) for number in numbers]
     fitting = [each for each in found if each.plan.best is not None]
     if not fitting:
         raise DoesNotFit(_nothing(found[-1].plan))
@@ -126,12 +127,23 @@ def choose(
         return best.cuts(strategy, cluster) if strategy.speeds else ()
 
     def last_resort() -> Candidate | None:
-        if best.plan.best is None or best.plan.best.strategy.offload or not may_offload(cluster, Constraints()):
+        if best.plan.best is None or best.plan.best.strategy.offload or not may_offload(cluster, constraints):
             return None
-        offloading = Constraints(fixed={"offload": "1"})
+        offloading = replace(constraints, fixed={"offload": "1"})
         return search(workload, cluster, best.plan.workers, offloading, profiles).plan.best
 
     return Choice(best.plan.best, tuple(candidates), tuple(words), cuts, last_resort)
+
+
+def _compiles(workload: Workload, cluster: Cluster) -> bool:
+    """Return whether a step can be compiled here, where the planner wants that (`SearchProblem.compile_for`)."""
+    if all(nodes.device.kind != "gpu" for nodes in cluster.nodes):
+        return False
+    try:
+        check(workload, Strategy(compile=1))
+    except RequestError:
+        return False
+    return True
 
 
 def _seconds(searched: SearchResult) -> float:

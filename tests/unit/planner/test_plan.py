@@ -169,7 +169,7 @@ def test_as_few_blocks_as_must_be_are_computed_again(cluster: Cluster) -> None:
         tried = [s.with_(recompute=word) for s in whole for word in ("none", "full", *parts)]
         fitting = [
             prediction.step_seconds
-            for prediction in (predict(profiles.of(s), s, cluster) for s in tried)
+            for prediction in (predict(profiles.traced.of(s), s, cluster) for s in tried)
             if prediction.memory.total <= room
         ]
         assert plan.best.prediction.memory.total <= room

@@ -33,6 +33,7 @@ BASES = (
     "tp=4",
     "pp=4",
     "dp=2,pp=2",
+    "pp=4,recompute=full",
     "dp=2,fsdp=2",
     "fsdp=2,tp=2",
     "pp=2,schedule=interleaved",

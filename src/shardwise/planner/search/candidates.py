@@ -73,7 +73,12 @@ class Candidates:
         found: list[Family] = []
         known: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
         for family in families(
-            self.task.workers, self.task.workload.batch_size, self.task.constraints, tensor, segments
+            self.task.workers,
+            self.task.workload.batch_size,
+            self.task.constraints,
+            tensor,
+            segments,
+            compile=self.task.compile_for(segments),
         ):
             key = family.dp, family.pp, family.tp
             if key not in known:

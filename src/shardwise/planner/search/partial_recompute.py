@@ -85,7 +85,7 @@ def _saved(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[int]:
     costs = timed(profile, cluster, strategy).forward.each
     module = strategy.runs_module
     slower = slower_links(profile, strategy, cluster)
-    key = ("partly", costs, module, strategy.pp, strategy.stages_per_worker, slower)
+    key = ("partly", costs, module, strategy.pp, strategy.stages_per_worker, strategy.schedule, slower)
     return profile.memo.once(key, lambda: _saved_of(profile, strategy, costs, slower))
 
 

@@ -62,6 +62,17 @@ class SearchProblem:
         """Return whether the objective is memory."""
         return self.constraints.objective == "memory"
 
+    def compile_for(self, segments: int) -> int:
+        """Return the value of `compile`: the user's, else 1 on GPUs for a step that can be traced.
+
+        There compiled parts take less time and memory; on a CPU compilation may take longer than the training.
+
+        Args:
+            segments: number of segments of the step; 1 if it cannot be traced.
+        """
+        wanted = int(self.constraints.fixed.get("compile", self.device.kind == "gpu" and segments > 1))
+        return wanted if self.constraints.allows("compile", wanted) else 1 - wanted
+
     def value(self, prediction: Prediction) -> float:
         """Return the objective value to minimize: bytes of a device, or seconds of a step."""
         return float(prediction.memory.total) if self.least_memory else prediction.step_seconds

@@ -23,6 +23,7 @@ SIMPLER: tuple[Mapping[str, Any], ...] = (
     {"recompute": FULL},
     {"recompute": SELECTIVE},
     {"bucket": 0},
+    {"compile": 0},
     {"shares": EQUAL},
     {"speeds": EQUAL},
     {"outermost": "dp"},

@@ -21,7 +21,13 @@ MOST_STAGES = 8
 
 
 def families(
-    workers: int, batch_size: int, constraints: Constraints, tensor: Sequence[int], segments: int
+    workers: int,
+    batch_size: int,
+    constraints: Constraints,
+    tensor: Sequence[int],
+    segments: int,
+    *,
+    compile: int = 0,  # noqa: A002  the option's name
 ) -> Iterator[Strategy]:
     """Yield one strategy for each family, with all replicas as `dp`.
 
@@ -31,6 +37,7 @@ def families(
         constraints: constraints.
         tensor: degrees of tp that the model can be split into, 1 among them.
         segments: number of segments of its step; 1 if the step cannot be cut.
+        compile: value of this option in all of them.
     """
     software = constraints.software
     for tp in divisors(workers):
@@ -41,6 +48,7 @@ def families(
             if pp > segments or batch_size % replicas or not constraints.allows("pp", pp):
                 continue
             for family in _of_degrees(tp, pp, replicas, batch_size // replicas, constraints, segments):
+                family = family.with_(compile=compile) if compile else family
                 if software is None or software.family_refusal(family) is None:
                     yield family
 

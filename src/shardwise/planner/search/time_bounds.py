@@ -108,7 +108,15 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
 def cut_stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[StageTime]:
     """Return lower bounds of the passes of each stage, without the communication of replicas."""
     times = timed(profile, cluster, strategy)
-    key = ("bounds", "stages", Same(times), strategy.pp, strategy.stages_per_worker, strategy.recompute)
+    key = (
+        "bounds",
+        "stages",
+        Same(times),
+        strategy.pp,
+        strategy.stages_per_worker,
+        strategy.recompute,
+        strategy.schedule,
+    )
     return profile.memo.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times))
 
 

@@ -177,6 +177,7 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
         dealt,
         cuts_blocks(strategy),
         strategy.recompute,
+        strategy.recomputes and strategy.schedule == "gpipe",  # see `balance.recomputable`
         strategy.speeds,
         strategy.bucket,
     )

@@ -312,8 +312,7 @@ def test_recompute_adds_a_forward_pass_up_to_what_is_needed() -> None:
 
 def test_a_part_of_the_blocks_is_computed_again() -> None:
     whole = tuple(
-        Segment(replace(each.layer, recomputed=each.layer.forward, inside=10_000), 1500)
-        for each in profile().segments
+        Segment(replace(each.layer, recomputed=each.layer.forward, inside=10_000), 1500) for each in profile().segments
     )
     found = [
         predict(profile(segments=whole * 2), Strategy(pp=2, microbatches=8, recompute=again), CLUSTER)
