@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 REDUCTIONS = frozenset(
     "sum mean amax amin max min argmax argmin prod any all var var_mean std logsumexp cumsum cumprod".split()
@@ -116,6 +116,11 @@ def _signature(node: fx.Node) -> Signature:
     return tuple(found)
 
 
+def _elements(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
 def _shown(outputs: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
     """Return outputs as tensors: a call with several results is replaced by those that are used."""
     found: list[fx.Node] = []
@@ -150,6 +155,7 @@ class _Groups:
         for node in self._calls:
             if not is_view(node):
                 self._place(node)
+        self._join_readers()
         self._written, before = self._in_memory(), -1
         while before < len(self._written):  # until no kernel needs another kernel's sums that are not in memory yet
             before = len(self._written)
@@ -224,6 +230,25 @@ class _Groups:
                 found.add(each)
                 waiting.append(each)
         return found
+
+    def _join_readers(self) -> None:
+        """Merge groups that read the same whole value, which one kernel then reads once."""
+        readers: dict[fx.Node, dict[int, None]] = {}
+        for node in self._calls:
+            group = -1 if is_view(node) else self._group[node]
+            for each in map(source, node.all_input_nodes):
+                if group >= 0 and self._fuses[group] and self._group.get(each) != group:
+                    readers.setdefault(each, {})[group] = None
+        for value, groups in readers.items():
+            whole = [group for group in groups if self._members[group] and self._is_whole(value, group)]
+            for other in whole[1:]:
+                if self._may_merge(whole[0], other):
+                    self._merge(whole[0], other)
+
+    def _is_whole(self, value: fx.Node, group: int) -> bool:
+        """Return whether a value has as many elements as the largest that a group computes with."""
+        sizes = (_elements(each) for node in self._members[group] for each in (node, *node.all_input_nodes))
+        return _elements(value) == max(sizes)
 
     # ---- what a kernel reads and writes -----------------------------------------------------------------------------
 

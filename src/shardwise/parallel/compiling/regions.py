@@ -17,15 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwise.parallel.compiling.compiler import compile_function
 from shardwise.parallel.compiling.kernels import modelled
-from shardwise.parallel.tensor.aliasing import roots, writes_in_place
+from shardwise.parallel.tensor.aliasing import roots, viewed, writes_in_place
 from shardwise.parallel.tensor.partitioner import is_local, operation_of
 from shardwise.workload.precision import is_for_gpu
 
 OUTSIDE = frozenset(
-    "batch_norm _native_batch_norm_legit instance_norm lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell "
-    "rnn_relu_cell _grouped_mm ctc_loss _ctc_loss unique2 nonzero".split()
+    "dropout feature_dropout alpha_dropout type_as batch_norm _native_batch_norm_legit instance_norm lstm gru rnn_tanh "
+    "rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _grouped_mm ctc_loss _ctc_loss unique2 nonzero".split()
 )
-"""Names of operations that are not compiled: they change buffers, unroll into thousands, or have changing shapes."""
+"""Names of operations that are not compiled: they may return their input, change buffers, unroll into thousands of
+others, or have results of changing shapes."""
 
 PRODUCTS = frozenset(
     "linear mm addmm matmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
@@ -79,7 +80,7 @@ def pieces(
 
     def close() -> None:
         if any(not _is_small(node) for node in run):
-            found.append(_region(run, results))
+            found.extend(_region(run, results))
         else:
             found.extend(run)
         run.clear()
@@ -95,11 +96,44 @@ def pieces(
     return found
 
 
-def _region(run: Sequence[fx.Node], results: Collection[fx.Node]) -> GraphRegion:
+def _region(run: Sequence[fx.Node], results: Collection[fx.Node]) -> list[GraphRegion | fx.Node]:
+    """Return calls as a region, followed by those that only show others' memory and are used outside.
+
+    A region gives no views: of views that it gave, torch would have to find out again what they are views of.
+    """
     inside = set(run)
-    inputs = dict.fromkeys(each for node in run for each in node.all_input_nodes if each not in inside)
-    outputs = [node for node in run if node in results or any(user not in inside for user in node.users)]
-    return GraphRegion(tuple(run), tuple(inputs), tuple(outputs))
+    wanted = {node for node in run if node in results or any(user not in inside for user in node.users)}
+    views: set[fx.Node] = set()
+    waiting = list(wanted)
+    while waiting:
+        node = waiting.pop()
+        shown = _shown_by(node)
+        if shown is not None and node not in views:
+            views.add(node)
+            waiting += [shown] if shown in inside else []
+        elif shown is None:
+            wanted.add(node)
+    outputs = tuple(node for node in run if node in wanted - views)
+    if not outputs:
+        return list(run)
+    nodes = tuple(_needed(run, outputs))
+    inputs = dict.fromkeys(each for node in nodes for each in node.all_input_nodes if each not in inside)
+    return [GraphRegion(nodes, tuple(inputs), outputs), *(node for node in run if node in views)]
+
+
+def _needed(nodes: Sequence[fx.Node], results: Collection[fx.Node]) -> list[fx.Node]:
+    """Return the calls among `nodes` that `results` are computed from, in order."""
+    found = set(results)
+    for node in reversed(nodes):
+        if node in found:
+            found.update(node.all_input_nodes)
+    return [node for node in nodes if node in found]
+
+
+def _shown_by(node: fx.Node) -> fx.Node | None:
+    """Return the value whose memory a call may show. Returns None if it makes a value of its own."""
+    shown = viewed(node)
+    return shown if shown is not None and shown.meta.get("dtype") == node.meta.get("dtype") else None
 
 
 def is_product(node: fx.Node) -> bool:
@@ -183,6 +217,11 @@ class CompiledRegion:
         if self._compiled is None:
             self._compiled = compile_function(self._plain)
         return self._compiled(*arguments)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Return whether calls so far have compiled it."""
+        return self._compiled is not None
 
     def modelled(self, arguments: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
         """Return the function for arguments like these on tensors without data, see `kernels.modelled`."""

@@ -35,7 +35,16 @@ def is_product(operation: Any) -> bool:
     return f"{operation.namespace}.{operation.overloadpacket.__name__}" in PRODUCTS
 
 
-class SavingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Dispatch mode under which compiled regions run as they are: they contain no products (`compiling.regions`)."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return that torch's compiler need not see what the mode would do."""
+        return True
+
+
+class SavingMode(_Mode):
     """Dispatch mode that saves the results of products, in order.
 
     Attributes:
@@ -54,7 +63,7 @@ class SavingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-class ReplayMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ReplayMode(_Mode):
     """Dispatch mode that returns saved results instead of computing them. A result written into since is recomputed."""
 
     def __init__(self, saving: SavingMode) -> None:

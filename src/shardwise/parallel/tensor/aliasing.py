@@ -28,18 +28,18 @@ def roots(graph: fx.Graph) -> Roots:
     """Map every value to its root: the value whose memory a view shares, or the value itself."""
     found: Roots = {}
     for node in graph.nodes:
-        source = _source(node)
+        source = viewed(node)
         found[node] = node if source is None else found[source]
     return found
 
 
-def _source(node: fx.Node) -> fx.Node | None:
+def viewed(node: fx.Node) -> fx.Node | None:
     """Return the value that `node` is a view of, by the schema of its operator. Returns None if it is no view."""
     first = node.args[0] if node.args else None
     if node.op != "call_function" or not isinstance(first, fx.Node):
         return None
     if node.target is operator.getitem:
-        return first if _source(first) is not None else None
+        return first if viewed(first) is not None else None
     schema = getattr(node.target, "_schema", None)
     return first if schema is not None and any(result.alias_info for result in schema.returns) else None
 
@@ -78,7 +78,7 @@ def _apart(a: fx.Node, b: fx.Node) -> bool:
 
 def _lineage(node: fx.Node) -> list[fx.Node]:
     line = [node]
-    while (source := _source(line[-1])) is not None:
+    while (source := viewed(line[-1])) is not None:
         line.append(source)
     return line[::-1]
 
