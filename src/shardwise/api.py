@@ -184,7 +184,7 @@ def train_parallel(
         on_nan: as in `train`.
         proof: as in `train`.
         fields: further fields of `Workload`: step, weight, collate, loading, schedule, schedule_every, groups,
-            clip_norm, precision, seed, whole_batch, stop, average, after_step, callbacks.
+            clip_norm, precision, float32, seed, whole_batch, stop, average, after_step, callbacks.
 
     Raises:
         RequestError: the request is wrong; found before any worker starts.

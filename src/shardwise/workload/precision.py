@@ -9,6 +9,8 @@ autocast    as torch's autocast on a GPU: products compute in bfloat16; paramete
 
 Gradients return through the copies: they are float32 where they add up over microbatches and workers (Micikevicius et
 al. 2018, section 3.1).
+
+`Workload.float32` names modules and parameters that stay in float32 in both: see `Kept`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from shardwise.errors import WorkloadError, nearest
 from shardwise.options import AUTOCAST, BF16, FLOAT32
 from shardwise.workload.pytree import map_tensors
 
@@ -174,8 +179,61 @@ class _Copied(torch.autograd.Function):
         return gradient.float(), None, None
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Parts of a model that stay in float32 whatever its precision.
+
+    Attributes:
+        modules: modules that compute as they are written, from inputs and parameters in float32.
+        names: names of the parameters that operations see in float32. An operation that is given one of them computes
+            in float32.
+        tensors: returns these parameters, as the model holds them now.
+    """
+
+    modules: tuple[nn.Module, ...] = ()
+    names: frozenset[str] = frozenset()
+    tensors: Callable[[], Iterable[Tensor]] = tuple
+
+
+NOTHING = Kept()
+
+
+def kept_of(precision: str, model: nn.Module, patterns: Sequence[str], path: str = "") -> Kept:
+    """Return the parts of a model that shell-style patterns keep in float32: none if all computes in float32 anyway.
+
+    A module stands for all that is in it. A parameter that several modules hold is kept in all of them. `path` is the
+    name of `model` in the model that the patterns are for.
+    """
+    if precision == FLOAT32 or not patterns:
+        return NOTHING
+
+    def named(name: str) -> bool:
+        parts = f"{path}.{name}".strip(".").split(".")
+        around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        return any(fnmatchcase(each, pattern) for each in around for pattern in patterns)
+
+    modules = dict.fromkeys(each for name, each in model.named_modules(remove_duplicate=False) if named(name))
+    kept = {id(each) for name, each in model.named_parameters(remove_duplicate=False) if named(name)}
+    names = frozenset(name for name, each in model.named_parameters() if id(each) in kept)
+    held = [(each._parameters, key) for each in model.modules() for key in each._parameters]
+    owners = [(parameters, key) for parameters, key in held if id(parameters[key]) in kept]
+    return Kept(tuple(modules), names, lambda: (tensor for owner, key in owners if (tensor := owner[key]) is not None))
+
+
+def check_kept(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Raise WorkloadError, which names the nearest name, if a pattern names neither a module nor a parameter."""
+    modules = (name for name, _ in model.named_modules(remove_duplicate=False))
+    parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    names = list(dict.fromkeys((*filter(None, modules), *parameters)))
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise WorkloadError(
+                f"float32: {pattern!r} names neither a module nor a parameter of the model{nearest(pattern, names)}"
+            )
+
+
 def computing(
-    precision: str, parameters: Iterable[Tensor], copies: Copies | None = None
+    precision: str, parameters: Iterable[Tensor], copies: Copies | None = None, kept: Kept = NOTHING
 ) -> AbstractContextManager[Any]:
     """Return a context in which the operations of a module compute in a precision.
 
@@ -183,17 +241,22 @@ def computing(
         precision: `float32`, `bf16` or `autocast`.
         parameters: the module's parameters.
         copies: copies that operations share. None: each operation casts the parameters that it uses.
+        kept: parts of the module that stay in float32.
     """
     if precision not in (BF16, AUTOCAST):
         return nullcontext()
-    return Computing(parameters, copies, everywhere=precision == BF16)
+    return Computing(parameters, copies, kept, everywhere=precision == BF16)
 
 
 def computed(
-    precision: str, parameters: Iterable[Tensor], call: Callable[[], Any], copies: Copies | None = None
+    precision: str,
+    parameters: Iterable[Tensor],
+    call: Callable[[], Any],
+    copies: Copies | None = None,
+    kept: Kept = NOTHING,
 ) -> Any:
     """Return what `call` gives in a precision, with its tensors in float32; the other arguments are of `computing`."""
-    with computing(precision, parameters, copies):
+    with computing(precision, parameters, copies, kept):
         output = call()
     return output if precision == FLOAT32 else widened(output)
 
@@ -203,13 +266,18 @@ class Computing(TorchFunctionMode):
 
     Args:
         parameters: the module's parameters.
-        copies: as in `computing`.
+        copies, kept: as in `computing`.
         everywhere: whether all operations see the parameters in bfloat16, as `bf16` says; else as `autocast` does.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], copies: Copies | None, *, everywhere: bool) -> None:
+    def __init__(
+        self, parameters: Iterable[Tensor], copies: Copies | None, kept: Kept = NOTHING, *, everywhere: bool
+    ) -> None:
         super().__init__()
-        self._wide = {id(parameter) for parameter in parameters if parameter.dtype == torch.float32}
+        self._kept, self._modules = frozenset(map(id, kept.tensors())), kept.modules
+        wide = (id(parameter) for parameter in parameters if parameter.dtype == torch.float32)
+        self._wide = frozenset(wide) - self._kept
+        self._inside = False  # of a module that stays in float32
         self._everywhere, self._copies = everywhere, copies
         self._narrow_ones = PRODUCTS_AND_NORMS if everywhere else PRODUCTS
         self._wide_ones = LOSSES if everywhere else WIDENED
@@ -218,6 +286,7 @@ class Computing(TorchFunctionMode):
     def __enter__(self) -> Computing:
         with ExitStack() as stack:
             stack.enter_context(_checkpoints_wrapped(self._alike))
+            stack.enter_context(_forwards_wrapped(self._modules, self._in_float32))
             self._entered.append(stack.pop_all())
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -227,23 +296,45 @@ class Computing(TorchFunctionMode):
         self._entered.pop().close()
 
     def _alike(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that computes as under this mode, also when the mode has been left."""
+        """Return a function that computes as under this mode now, also when the mode has been left."""
+        inside = self._inside
 
         def alike(*args: Any, **kwargs: Any) -> Any:
-            with self:
+            with self, self._being(inside):
                 return function(*args, **kwargs)
 
         return alike
+
+    def _in_float32(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward of a module that stays in float32: nothing inside is cast but what it is given."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._being(True):
+                return original(*widened(args), **widened(kwargs))
+
+        return forward
+
+    @contextmanager
+    def _being(self, inside: bool) -> Iterator[None]:
+        before, self._inside = self._inside, inside
+        try:
+            yield
+        finally:
+            self._inside = before
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._inside:
+            return function(*args, **kwargs)
         if self._everywhere and function == _DTYPE and id(args[0]) in self._wide:
             return torch.bfloat16
         name = getattr(function, "__name__", "")
         if name in UNCHANGED or name in ("__get__", "__set__", "__delete__"):
             return function(*args, **kwargs)
+        if self._kept and self._is_given_kept((*args, *kwargs.values())):
+            return self._with(lambda tensor: _wide(self._parameter(tensor)), function, name, args, kwargs)
         if name in STATISTICAL:
             return function(*args[:1], *map(widened, args[1:]), **_but_input(kwargs, widened))
         if self._everywhere and name in NORMS_AND_LOOKUPS and _on_cpu(args, kwargs):
@@ -251,7 +342,16 @@ class Computing(TorchFunctionMode):
             return output.to(torch.bfloat16) if isinstance(output, Tensor) else output
         if self._everywhere and name in LOOKUPS and _changes_table(args, kwargs):
             return function(*args, **kwargs).to(torch.bfloat16)
-        changed = self._changed(name)
+        return self._with(self._changed(name), function, name, args, kwargs)
+
+    def _is_given_kept(self, values: Iterable[Any]) -> bool:
+        lists = (each for each in values if type(each) in (list, tuple))
+        return any(id(each) in self._kept for each in values) or any(map(self._is_given_kept, lists))
+
+    def _with(
+        self, changed: Callable[[Tensor], Tensor], function: Callable[..., Any], name: str, args: Any, kwargs: Any
+    ) -> Any:
+        """Call a function with its tensors changed, except for one that it writes to."""
         first = args[:1] if _writes(name) else ()  # itself, not a copy, is written to
         args = [*first, *(self._seen(each, changed) for each in args[len(first) :])]
         kwargs = {key: each if key == "out" else self._seen(each, changed) for key, each in kwargs.items()}
@@ -281,6 +381,22 @@ class Computing(TorchFunctionMode):
         if id(tensor) not in self._wide:
             return tensor
         return tensor.to(torch.bfloat16) if self._copies is None else self._copies.of(tensor)
+
+
+@contextmanager
+def _forwards_wrapped(
+    modules: Iterable[nn.Module], wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Replace `forward` of modules by `wrapped(forward)` inside the block."""
+    before = [(vars(module), vars(module).get("forward")) for module in modules]
+    for module in modules:
+        module.forward = wrapped(module.forward)
+    try:
+        yield
+    finally:
+        for attributes, own in before:
+            del attributes["forward"]
+            attributes.update({} if own is None else {"forward": own})
 
 
 @contextmanager
@@ -356,7 +472,11 @@ def widened(output: Any) -> Any:
 
 @contextmanager
 def calls_computing(
-    precision: str, model: nn.Module, parameters: Callable[[], Iterable[Tensor]], copies: Copies | None = None
+    precision: str,
+    model: nn.Module,
+    parameters: Callable[[], Iterable[Tensor]],
+    copies: Copies | None = None,
+    kept: Kept = NOTHING,
 ) -> Iterator[None]:
     """Make each call of a model, or of a part of it, compute in a precision and return float32 inside the block.
 
@@ -374,21 +494,14 @@ def calls_computing(
                 return original(*args, **kwargs)
             inside = True
             try:
-                return computed(precision, parameters(), lambda: original(*args, **kwargs), copies)
+                return computed(precision, parameters(), lambda: original(*args, **kwargs), copies, kept)
             finally:
                 inside = False
 
         return forward
 
-    before = [(vars(module), vars(module).get("forward")) for module in model.modules()]
-    for module in model.modules():
-        module.forward = entered(module.forward)
-    try:
+    with _forwards_wrapped([each for each in model.modules() if each not in kept.modules], entered):
         yield
-    finally:
-        for attributes, own in before:
-            del attributes["forward"]
-            attributes.update({} if own is None else {"forward": own})
 
 
 def give_narrow(graph: fx.Graph, tensors: Collection[str]) -> list[str]:

@@ -93,6 +93,8 @@ class Workload:
             checkpoint by the metric of the first is kept.
         clip_norm: largest global norm of the gradient. None means no clipping.
         precision: `float32`, `bf16` or `autocast`, see `workload.precision`; a strategy's own takes precedence.
+        float32: names of modules and parameters (`router`, patterns such as `*.norm`) that compute in float32 in `bf16`
+            and `autocast` too; see `workload.precision`.
         seed: seed of the weights, the order of the data and dropout.
         whole_batch: the loss needs the outputs of the whole batch, because it couples its samples (contrastive losses,
             batch Dice). Every replica then computes it from the outputs of all.
@@ -127,6 +129,7 @@ class Workload:
     evaluation: Evaluation | Sequence[Evaluation] | None = None
     clip_norm: float | None = None
     precision: str = "float32"
+    float32: Sequence[str] = ()
     seed: int = 0
     whole_batch: bool = False
     epochs: float = 1
@@ -143,6 +146,8 @@ class Workload:
             raise WorkloadError(f"batch_size={self.batch_size}: must be 1 or more")
         if self.precision not in PRECISIONS:
             raise WorkloadError(f"precision={self.precision}: known are {', '.join(PRECISIONS)}")
+        if isinstance(self.float32, str) or not all(isinstance(each, str) for each in self.float32):
+            raise WorkloadError(f"float32={self.float32!r}: must be a tuple of names or patterns")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise WorkloadError(f"clip_norm={self.clip_norm}: must be above 0, or None for no clipping")
         if self.average is not None and not (isinstance(self.average, int | float) and 0 <= self.average <= 1):

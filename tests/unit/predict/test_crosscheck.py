@@ -44,6 +44,9 @@ def two_views() -> Workload:
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "gpt": lambda: gpt(2, 256, 4, 2, vocabulary=1024, sequence=128, batch_size=16),
+    "kept gpt": lambda: replace(
+        gpt(3, 256, 8, 4, vocabulary=1024, sequence=128, batch_size=16), float32=("blocks.*.norm?", "norm", "head")
+    ),
     "weighted gpt": lambda: replace(gpt(2, 64, 4, 2, vocabulary=256, sequence=32), weight=lambda _: torch.ones(())),
     "larger gpt": lambda: gpt(3, 512, 8, 4, vocabulary=4096, sequence=256, batch_size=16),
     "deep gpt": lambda: gpt(6, 256, 8, 4, vocabulary=1024, sequence=64, batch_size=16),
@@ -72,6 +75,15 @@ GRID = [
             "tp=2,pp=2,sp=1,recompute=selective",
             "dp=2,fsdp=2,tp=2,pp=2",
             "dp=2,fsdp=2,tp=2,pp=2,outermost=pp",
+        )
+    ),
+    *(
+        ("kept gpt", strategy)
+        for strategy in (
+            "fsdp=2,tp=2",
+            "dp=2,fsdp=2,pp=2,schedule=interleaved,microbatches=4",
+            "fsdp=2,zero=2,microbatches=2,precision=autocast",
+            "dp=2,precision=float32",
         )
     ),
     *(("two views", strategy) for strategy in ("dp=2", "fsdp=2", "tp=2", "pp=2,microbatches=2")),
@@ -113,6 +125,7 @@ MEMORY_GRID = [
     # little is kept for the backward pass, so that the optimizer's copy of all parameters makes the peak
     *(("few tokens", strategy) for strategy in ("single", "dp=4,recompute=full", "tp=4", "fsdp=4,zero=1", "pp=2")),
     ("deep gpt", "fsdp=2,pp=2,schedule=interleaved,stages=3,microbatches=4"),
+    *(("kept gpt", strategy) for strategy in ("single", "dp=2", "fsdp=2", "tp=2", "pp=2")),
     ("language", "tp=2"),
     ("image", "pp=2"),
     ("medical", "dp=2"),

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shardwise.workload.precision import Copies, calls_computing, computing, for_gpu, widened
+from shardwise.errors import WorkloadError
+from shardwise.workload.precision import Copies, calls_computing, check_kept, computing, for_gpu, kept_of, widened
 
 BF16, FLOAT32 = torch.bfloat16, torch.float32
 
@@ -198,3 +199,114 @@ def test_calls_of_parts_of_a_model_return_float32() -> None:
         assert first(torch.randn(2, 4)).dtype == FLOAT32
         assert (torch.randn(2, 4) @ first.weight).dtype == FLOAT32  # between the calls
     assert [vars(module).get("forward") for module in model.modules()] == before
+
+
+class Exact(nn.Module):
+    """A weight that bfloat16 rounds to 1, in a part of its own, and what is left of it after that part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.exact = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Identity())
+        with torch.no_grad():
+            self.exact.get_parameter("0.weight").copy_(torch.eye(4) * (1 + 2**-12))
+        self.seen: dict[str, Any] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        e = self.exact(torch.ones_like(h))
+        self.seen = {
+            "first": h.dtype,
+            "exact": e.dtype,
+            "weight": self.exact.get_parameter("0.weight").dtype,
+            "left": float(e.detach()[0, 0] - 1),
+        }
+        output: Tensor = self.last(h + e)
+        return output
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+@pytest.mark.parametrize("patterns", [["exact"], ["exact.0"], ["exact.*"], ["exact.0.weight"], ["*.weight"]])
+def test_what_is_named_computes_in_float32(precision: str, patterns: list[str]) -> None:
+    module, x = Exact(), torch.randn(2, 4)
+    kept = kept_of(precision, module, patterns)
+    with computing(precision, module.parameters(), Copies(), kept):
+        output = module(x)
+    first = FLOAT32 if patterns == ["*.weight"] else BF16
+    assert module.seen == {"first": first, "exact": FLOAT32, "weight": FLOAT32, "left": 2**-12}
+    assert output.dtype == first
+    assert [vars(each).get("forward") for each in module.modules()] == [None] * 6
+    with computing(precision, module.parameters(), Copies()):
+        module(x)
+    assert module.seen["left"] == 0.0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_recomputed_stays_in_float32(reentrant: bool) -> None:
+    """A model that recomputes a part by itself, inside of what stays in float32 and around it."""
+
+    class Recomputed(nn.Module):
+        def __init__(self, again: bool) -> None:
+            super().__init__()
+            self.inner, self.again = Exact(), again
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = checkpoint(self.inner, x, use_reentrant=reentrant) if self.again else self.inner(x)
+            return output
+
+    for patterns in (["inner.exact"], [""], ["inner"]):
+        gradients = []
+        for again in (True, False):
+            torch.manual_seed(0)
+            module, x = Recomputed(again), torch.ones(4, 4, requires_grad=True)
+            with computing("bf16", module.parameters(), Copies(), kept_of("bf16", module, patterns)):
+                output = module(x)
+            torch.autograd.backward(output.float().square().mean())
+            gradients.append([p.grad for p in module.parameters()])
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_tied_parameter_is_kept_wherever_it_is() -> None:
+    table, head = nn.Embedding(4, 4), nn.Linear(4, 4, bias=False)
+    head.weight = table.weight
+    model = nn.Sequential(table, head)
+    for pattern in ("0", "1.weight"):
+        kept = kept_of("bf16", model, [pattern])
+        assert kept.names == {"0.weight"}
+        with computing("bf16", model.parameters(), Copies(), kept):
+            assert model(torch.tensor([1])).dtype == FLOAT32
+    assert kept_of("float32", model, ["0"]).names == frozenset()
+
+
+def test_a_part_that_is_called_by_itself_stays_in_float32() -> None:
+    model = Exact()
+    kept = kept_of("bf16", model, ["exact"])
+    with calls_computing("bf16", model, model.parameters, Copies(), kept):
+        assert float(model.exact(torch.ones(4)).detach()[0] - 1) == 2**-12
+        model(torch.ones(2, 4))
+        assert model.seen["left"] == 2**-12
+
+
+def test_an_unknown_name_is_refused() -> None:
+    check_kept(Exact(), ["exact", "*.weight", "exact.0.weight"])
+    with pytest.raises(
+        WorkloadError, match=r"'exakt' names neither a module nor a parameter .* did you mean 'exact'\?"
+    ):
+        check_kept(Exact(), ["first", "exakt"])
+
+
+def test_a_module_without_words_about_precision_is_given_float32() -> None:
+    """Its inputs are widened, in whatever they come, and what it returns is narrowed by the next product alone."""
+
+    class Pair(nn.Module):
+        def forward(self, pair: tuple[Tensor, Tensor], *, scale: Tensor) -> Tensor:
+            assert {each.dtype for each in (*pair, scale)} == {FLOAT32}
+            return (pair[0] @ pair[1].T).softmax(-1) * scale
+
+    model, x = nn.Sequential(Pair(), nn.Linear(2, 2)), torch.randn(2, 2)
+    with computing("bf16", model.parameters(), Copies(), kept_of("bf16", model, ["0"])):
+        weights = model[0]((x.to(BF16), x.to(BF16)), scale=x.to(BF16))
+        assert weights.dtype == FLOAT32
+        assert (weights + 1).dtype == FLOAT32
+        assert model[1](weights).dtype == BF16

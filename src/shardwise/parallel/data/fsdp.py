@@ -3,7 +3,8 @@
 A parameter is split along its first dimension over the workers of the `fsdp` axis, and `dp` replicates the shards
 (HSDP). Gradients are means over all of these workers; each worker has its own rows.
 
-0-d parameters cannot be split: they stay whole, and their gradients are averaged here. A parameter that a replica does
+0-d parameters cannot be split, and those that stay in float32 cannot be gathered with others in bfloat16: both stay
+whole, and their gradients are averaged here. A parameter that a replica does
 not use gets a gradient of zero. But each block must run on all replicas or on none, whatever the samples, because the
 replicas gather it together (`blocks` leaves out modules that it sees some samples skip).
 """
@@ -11,7 +12,7 @@ replicas gather it together (`blocks` leaves out modules that it sees some sampl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from shardwise.errors import StrategyError
+from shardwise.parallel.data.gradient_reducer import sum_gradients
 from shardwise.parallel.data.own_step import ForwardWatch, StepRoot
 from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.state.dtensor_rows import is_split
 from shardwise.strategy import Strategy
 from shardwise.workload.pytree import map_tensors
 
@@ -42,12 +45,15 @@ class ShardedModel:
         root: StepRoot | None = None,
         *,
         narrow: bool = False,
+        whole: Collection[str] = (),
     ) -> None:
         check_dtypes(model.parameters(), mesh.strategy)
         for block in blocks:
             _return_no_views(block)
         self.call: nn.Module = root or model
-        split_parameters(self.call, blocks, mesh, narrow=narrow)
+        self._left = frozenset(name for name, p in model.named_parameters() if p.dim() == 0 or name in whole)
+        parameters = dict(model.named_parameters())
+        split_parameters(self.call, blocks, mesh, [parameters[name] for name in self._left], narrow=narrow)
         self._model = model
         self._group = mesh.replica_group
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -60,12 +66,12 @@ class ShardedModel:
 
     @cached_property
     def _whole(self) -> dict[str, nn.Parameter]:
-        """Trained 0-d parameters by name, which are not split.
+        """Trained parameters by name that are not split.
 
         Computed late: until the first step they may be replaced.
         """
         named = self._model.named_parameters()
-        return {name: parameter for name, parameter in named if parameter.dim() == 0 and parameter.requires_grad}
+        return {name: parameter for name, parameter in named if name in self._left and parameter.requires_grad}
 
     @contextmanager
     def microbatch(self, first: bool, last: bool) -> Iterator[None]:
@@ -77,7 +83,7 @@ class ShardedModel:
             self._used.clear()
         yield
         if last:
-            self._average_whole()
+            self.average_whole()
             trained = (name for parameter, name in self._names.items() if parameter.requires_grad)
             self.unused = [name for name in trained if name not in self._used]
 
@@ -85,16 +91,16 @@ class ShardedModel:
         """Free the gathered parameters, see the function `reshard`."""
         reshard(self.call)
 
-    def _average_whole(self) -> None:
-        """Average the gradients of 0-d parameters. Collective over the replicas."""
+    def average_whole(self) -> None:
+        """Average the gradients of parameters that are not split. Collective over the replicas."""
         if not self._whole:
             return
         self._used.update(name for name, parameter in self._whole.items() if parameter.grad is not None)
+        assert self._group is not None
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._whole.values()]
-        together = torch.stack(gradients)
-        dist.all_reduce(together, group=self._group)
-        for parameter, gradient in zip(self._whole.values(), together / dist.get_world_size(self._group), strict=True):
-            parameter.grad = gradient.clone()
+        sum_gradients(gradients, self._group)
+        for parameter, gradient in zip(self._whole.values(), gradients, strict=True):
+            parameter.grad = gradient.div_(dist.get_world_size(self._group))
 
     def _filled(self, group: Any, post_backward: Callable[..., None]) -> Callable[..., None]:
         """Give unused parameters of a replica a gradient of zero before the gradients are reduce-scattered.
@@ -148,8 +154,10 @@ def _parameter_groups(model: nn.Module) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, *, narrow: bool = False) -> None:
-    """Apply `fully_shard` to `blocks` and then to `root`. 0-d parameters stay whole.
+def split_parameters(
+    root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, whole: Iterable[nn.Parameter], *, narrow: bool = False
+) -> None:
+    """Apply `fully_shard` to `blocks` and then to `root`, except for the parameters `whole`.
 
     With `narrow`, float32 parameters are gathered in bfloat16, and their gradients reduced in float32.
     """
@@ -162,7 +170,7 @@ def split_parameters(root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, *
         "mesh": mesh.grid["dp", "fsdp"] if strategy.dp > 1 else mesh.grid["fsdp"],
         "offload_policy": CPUOffloadPolicy(mesh.device.type == "cuda") if strategy.offload else OffloadPolicy(),
         "mp_policy": NARROW if narrow else MixedPrecisionPolicy(),
-        "ignored_params": {parameter for parameter in root.parameters() if parameter.dim() == 0} or None,
+        "ignored_params": set(whole) or None,
     }
     for block in blocks:
         fully_shard(block, reshard_after_forward=strategy.zero == 3, **options)
@@ -175,8 +183,8 @@ def gather_next(root: nn.Module, blocks: Iterable[nn.Module]) -> None:
 
     By default the last one would prefetch a block again when the passes of several microbatches alternate.
     """
-    chain = [block for block in blocks if next(block.parameters(), None) is not None]
-    if next(root.parameters(recurse=False), None) is not None:
+    chain = [block for block in blocks if any(map(is_split, block.parameters()))]
+    if any(map(is_split, root.parameters(recurse=False))):
         chain.append(root)
     following: Any = None
     for block in chain:

@@ -43,7 +43,7 @@ from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share, first_samples
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import check_trained, run_step
-from shardwise.workload.precision import Copies, calls_computing, computed
+from shardwise.workload.precision import Copies, calls_computing, computed, kept_of
 from shardwise.workload.pytree import map_tensors, to_device, unlike
 from shardwise.workload.trace.stand_ins import stand_ins
 from shardwise.workload.turns import names_of_turns
@@ -75,6 +75,7 @@ class ModuleEngine:
         self._copies = Copies()
         self.model = model = build_model(workload, mesh)
         self.aliases, self.trained = aliases_of(model), trained_of(model)
+        self._kept = kept_of(self._precision, model, workload.float32)
         hooks = take_hooks(model)
         check_hooks(hooks, replaced=strategy.splits_parameters)
         self._turns = names_of_turns(workload.name, workload.turns, list(self.trained))
@@ -93,7 +94,7 @@ class ModuleEngine:
         self._root = None if workload.step is None else StepRoot(model)
         self._by_turn = self._split(model)
         if self._root is not None:
-            self._calls = calls_computing(self._precision, model, self._seen_parameters, self._copies)
+            self._calls = calls_computing(self._precision, model, self._seen_parameters, self._copies, self._kept)
             self._calls.__enter__()  # for as long as the engine lives
         held = dict(model.named_parameters())
         self.parameters = {name: held[name] for name in self.trained}
@@ -117,7 +118,8 @@ class ModuleEngine:
         return self._operations.draws_other_random_numbers
 
     @property
-    def _replicas(self) -> Alone | ReplicatedModel | ShardedModel:
+    def replicas(self) -> Alone | ReplicatedModel | ShardedModel:
+        """Return what sums the gradients of the current turn over the replicas."""
         return self._by_turn[self.position.turn]
 
     def own_turn(self) -> AbstractContextManager[None]:
@@ -127,7 +129,7 @@ class ModuleEngine:
     @property
     def model_of_replicas(self) -> nn.Module:
         """Return what is called in training: the model, or torch's wrapper around it."""
-        return self._replicas.call
+        return self.replicas.call
 
     @property
     def recomputing(self) -> bool:
@@ -137,7 +139,7 @@ class ModuleEngine:
     @property
     def unused(self) -> Sequence[str]:
         """Return the names of parameters without a gradient on this worker, see `Engine.unused`."""
-        return self._replicas.unused
+        return self.replicas.unused
 
     def forward_backward(self, share: Share, scales: Sequence[Tensor]) -> Tensor:
         """Compute the gradients of a share, see `Engine.forward_backward`."""
@@ -156,11 +158,11 @@ class ModuleEngine:
         last = len(share.microbatches) - 1
         for number, (microbatch, scale) in enumerate(zip(share.microbatches, scales, strict=True)):
             data = self._enter(microbatch)
-            with self._replicas.microbatch(number == 0, number == last):
+            with self.replicas.microbatch(number == 0, number == last):
                 if self._root is None:
                     losses = self._trained_losses(self._guarded(self._output(data), scale), data)
                 else:
-                    losses = self._stepped(self._replicas.call, data, scale)
+                    losses = self._stepped(self.replicas.call, data, scale)
                 loss = total(losses)
                 with self._copies.adding(number < last or self._mesh.replica_group is None):
                     loss.backward(self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
@@ -185,7 +187,7 @@ class ModuleEngine:
             loss = total(self._losses(output, data))
             metric = torch.zeros_like(loss) if evaluation.collects else measure(output, data)
         self._copies.forget()
-        self._replicas.reshard()
+        self.replicas.reshard()
         values = torch.stack([loss.double(), torch.as_tensor(metric, device=loss.device).double()])
         return Evaluated(values, True, output, data) if evaluation.collects else Evaluated(values)
 
@@ -193,7 +195,7 @@ class ModuleEngine:
         """Find the first output that is not finite, see `Engine.find_fault`."""
         with self.own_turn():
             fault = module_fault(self.model, self.loss_of, passes_of(share, scales), self._mesh.rank)
-        self._replicas.reshard()
+        self.replicas.reshard()
         return fault
 
     def find_gradient_fault(self, share: Share, scales: Sequence[Tensor]) -> Fault | None:
@@ -282,7 +284,9 @@ class ModuleEngine:
 
     def _forward(self, call: Any, data: Any) -> Any:
         inputs = self._workload.inputs(data)
-        return computed(self._precision, self._seen_parameters(), lambda: call_model(call, inputs), self._copies)
+        return computed(
+            self._precision, self._seen_parameters(), lambda: call_model(call, inputs), self._copies, self._kept
+        )
 
     def _output(self, data: Any) -> Any:
         """Compute the output of a training pass.
@@ -291,7 +295,7 @@ class ModuleEngine:
         backward pass.
         """
         with self._operations.training_pass():
-            return self._forward(self._replicas.call, data)
+            return self._forward(self.replicas.call, data)
 
     def _trained_losses(self, output: Any, data: Any) -> dict[str, Tensor]:
         with self._operations.training_loss():
@@ -334,7 +338,9 @@ class ModuleEngine:
         if group is not None and sharded:
             from shardwise.parallel.data.fsdp import ShardedModel  # importing it takes a second
 
-            replicas = ShardedModel(model, blocks, self._mesh, self._root, narrow=self._precision == BF16)
+            replicas = ShardedModel(
+                model, blocks, self._mesh, self._root, narrow=self._precision == BF16, whole=self._kept.names
+            )
             self._read(model)
             return [replicas]
         self._read(model)

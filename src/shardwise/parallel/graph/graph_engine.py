@@ -45,7 +45,7 @@ from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.splitting.schedule import Action, order
 from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share
-from shardwise.workload.precision import Copies
+from shardwise.workload.precision import Copies, kept_of
 from shardwise.workload.pytree import to_device
 from shardwise.workload.trace.graph import StepGraph, batch_leaves, example
 from shardwise.workload.weight_files import weights_of
@@ -103,7 +103,7 @@ class GraphEngine:
             gradient_factor=strategy.replicas if strategy.splits_parameters else 1,
         )
         self._weights = WeightGradients()
-        self._operators.precision = precision
+        self._operators.precision, self._operators.float32 = precision, workload.float32
         self._copies = Copies()
         self.losses: dict[str, Tensor] = {}
 
@@ -114,6 +114,7 @@ class GraphEngine:
         self.aliases, self.trained = aliases_of(model), trained_of(model)
         self._parameters = frozenset(named)
         self._trained = frozenset(self.trained)
+        self._kept = kept_of(self._workload.precision, model, self._workload.float32).names
         step = traced(self._workload, model, data)
         self._loss_names = step.losses
         local = self._partition(step, first=True)
@@ -149,6 +150,7 @@ class GraphEngine:
             self._operators,
             copies=self._copies,
             narrow=self._workload.precision == BF16,
+            whole=self._kept,
             weights=weights_of(self._workload.model),
         )
         for each in works:

@@ -56,6 +56,7 @@ class LocalStages:
         *,
         copies: Copies,
         narrow: bool = False,
+        whole: Collection[str] = (),
         weights: Weights | None = None,
     ) -> None:
         self._strategy, self._mesh, self._copies = strategy, mesh, copies
@@ -72,13 +73,15 @@ class LocalStages:
         self._twice = self._on_several(own)
         self._tied = self._tied_groups()
         self._given: dict[dist.ProcessGroup, list[str]] = {}
-        self._whole = [name for name in mine if self.sharded and mine[name].dim() == 0]
+        self._whole = [name for name in mine if self.sharded and (mine[name].dim() == 0 or name in whole)]
         if self.sharded:
             from shardwise.parallel.data.fsdp import check_dtypes, gather_next, split_parameters
 
             check_dtypes((tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)), strategy)
             for stage in self.stages.values():
-                split_parameters(stage, stage.blocks, mesh, narrow=narrow)
+                left = {self._tensor(name) for name in self._whole}
+                unsplit = [parameter for parameter in stage.parameters() if parameter in left]
+                split_parameters(stage, stage.blocks, mesh, unsplit, narrow=narrow)
                 gather_next(stage, stage.blocks)
         if weights is not None:
             self._read(weights)
@@ -210,7 +213,7 @@ class LocalStages:
 
         Key -1 is for tensors that several stages of this worker use, complete only at the end.
 
-        Returns an empty dict without replicas. With `fully_shard` the reducers cover only 0-d parameters.
+        Returns an empty dict without replicas. With `fully_shard` the reducers cover only what it leaves whole.
         """
         group = self._mesh.replica_group
         if group is None:
@@ -235,7 +238,7 @@ class LocalStages:
             module.set_requires_gradient_sync(final)
             module.set_is_last_backward(final)
             module.set_reshard_after_backward(final)
-        if final and stage in self._reducers:
+        if final and stage in self._reducers and not self.sharded:
             self._reducers[stage].arm()
 
     def after_evaluation(self) -> None:
@@ -249,7 +252,7 @@ class LocalStages:
     def reduce(self, summed: Collection[str]) -> None:
         """Sum gradients over all workers that contribute to them. Collective."""
         self._copies.adds = False
-        for reducer in self._reducers.values():
+        for _, reducer in sorted(self._reducers.items(), reverse=True):  # in the order of the backward pass
             reducer.finish()
         if self.sharded:
             for name in self._whole:  # summed by the reducers, but fully_shard averages

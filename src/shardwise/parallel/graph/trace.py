@@ -15,7 +15,7 @@ from shardwise.parallel.operators.module_patches import ModulePatches
 from shardwise.parallel.state.build_model import untouched
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.workload.own_step import check_trained, run_step
-from shardwise.workload.precision import calls_computing, computing
+from shardwise.workload.precision import calls_computing, computing, kept_of
 from shardwise.workload.trace.evolving import trace_evolving
 from shardwise.workload.trace.graph import StepGraph, Untraceable, first_line
 from shardwise.workload.trace.opaque import Call, CallRecorder
@@ -118,8 +118,11 @@ def _recorded(
             stack.enter_context(operations.training_pass())
             own = training and workload.step is not None
             precision = workload.precision
+            kept = kept_of(precision, model, workload.float32)
             stack.enter_context(
-                calls_computing(precision, model, model.parameters) if own else computing(precision, model.parameters())
+                calls_computing(precision, model, model.parameters, kept=kept)
+                if own
+                else computing(precision, model.parameters(), kept=kept)
             )
             if own:
                 run_step(workload, model, batch)

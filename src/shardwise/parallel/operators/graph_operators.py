@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from shardwise.parallel.operators.module_patches import ModulePatches
 from shardwise.parallel.operators.random_numbers import draw
 from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.placement import REPLICATED, Placement, Sharded
-from shardwise.workload.precision import computing
+from shardwise.workload.precision import computing, kept_of
 from shardwise.workload.trace.opaque import Call
 from shardwise.workload.trace.python_state import PythonState
 
@@ -43,10 +44,12 @@ class GraphOperators:
         replicas: the workers over which batch norm computes its statistics. None: this one alone.
         recomputing: whether a block is being recomputed.
         gradient_factor: size of the gradients of a backward pass in proportion to the true ones.
-        precision: precision in which modules that were not traced compute.
+        precision, float32: precision in which modules that were not traced compute, and what of the model stays in
+            float32.
     """
 
     precision = FLOAT32
+    float32: Sequence[str] = ()
 
     def __init__(
         self,
@@ -162,7 +165,10 @@ class GraphOperators:
         buffers = [tensor for tensor in tensors[: len(call.state)] if not isinstance(tensor, nn.Parameter)]
         # a dummy sample that only keeps the worker in step must leave no trace
         before = [] if self.position.counted else [(buffer, buffer.clone()) for buffer in buffers]
-        precise = computing(self.precision, tensors[: len(call.state)])
+        kept = kept_of(self.precision, call.module, self.float32, call.path)
+        given = [tensor for name, tensor in zip(call.state, tensors, strict=False) if name in kept.names]
+        kept = replace(kept, tensors=lambda: given)
+        precise = computing(self.precision, tensors[: len(call.state)], kept=kept)
         with self._as_in_first_run(state), precise, operations.drawing_from(site, self.position):
             results = call.run(tensors)
         for buffer, value in before:

@@ -18,6 +18,7 @@ from shardwise.parallel.state.gather import gather_json
 from shardwise.parallel.state.materialize import move_values
 from shardwise.parallel.state.mode_changes import check_modes
 from shardwise.workload.losses import with_loss
+from shardwise.workload.precision import check_kept
 from shardwise.workload.trace.python_state import PythonState
 from shardwise.workload.warm_start import load_warm_start
 from shardwise.workload.weight_files import weights_of
@@ -57,7 +58,8 @@ def plain_model(workload: Workload) -> nn.Module:
     Sets torch's random state.
 
     Raises:
-        WorkloadError: the factory builds no `nn.Module`, or the workload's weights do not fit it.
+        WorkloadError: the factory builds no `nn.Module`, the workload's weights do not fit it, or `float32` names what
+            it has not.
     """
     torch.manual_seed(workload.seed)
     model = workload.model()
@@ -67,6 +69,7 @@ def plain_model(workload: Workload) -> nn.Module:
         model.train()
     model = with_loss(model, workload)
     load_warm_start(model, workload)
+    check_kept(model, workload.float32)
     return model
 
 

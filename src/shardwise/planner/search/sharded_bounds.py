@@ -245,7 +245,7 @@ def _sizes(profile: Profile, starts: Sequence[int], end: int) -> _Sizes:
         [
             parameter
             for parameter in block
-            if parameter.shape
+            if not parameter.whole
             and not parameter.buffer
             and all(first <= segment < last for segment in parameter.segments if starts[0] <= segment < end)
         ]

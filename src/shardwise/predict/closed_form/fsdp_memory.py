@@ -60,9 +60,9 @@ def held_at_segments(
     made, sent = profile.gathered, profile.reduced  # gradients come in the precision of the gathered parameters
     gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
     key = ("complete", stage.first, stage.end, tuple((block.first, block.end) for block in blocks), module)
-    of_root, of_blocks = profile.memo.once(key, lambda: _complete(profile, stage, module=module))
+    of_root, of_blocks, unsplit = profile.memo.once(key, lambda: _complete(profile, stage, module=module))
     found = []
-    done_root = done_block = 0
+    done_root = done_block = done_unsplit = 0
     last = len(blocks)
     for segment in reversed(range(stage.first, stage.end)):
         index, inside = stage.block_at(segment)
@@ -81,9 +81,10 @@ def held_at_segments(
             if inside and segment == blocks[index].first:
                 whole = made * (done_root + reduces[index]) + max(behind, sent * reduces[index])
             slices = trained if later else reduced // strategy.fsdp
-        found.append(StageMemory(root_gather + gathered, slices, round(whole)))
+        found.append(StageMemory(root_gather + gathered, slices, round(whole) + done_unsplit))
         done_root += of_root.get(segment, 0)
         done_block += of_blocks.get(segment, 0)
+        done_unsplit += unsplit.get(segment, 0)
     return found
 
 
@@ -109,11 +110,12 @@ def held_between_passes(profile: Profile, shards: int, stage: Stage, left: Left)
     return StageMemory(gathered, reduced // shards, 0)
 
 
-def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int, int], dict[int, int]]:
-    """Return two mappings from a segment to the bytes of gradients that it completes: for the root, and for blocks."""
+def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int, int], ...]:
+    """Return mappings from a segment to the bytes of gradients that it completes: of the root, of blocks, unsplit."""
     inside = {index for block in profile.blocks for index in block} if module else set()
     root: dict[int, int] = {}
     blocks: dict[int, int] = {}
+    unsplit: dict[int, int] = {}
     for index in profile.within(stage.first, stage.end):
         parameter = profile.parameters[index]
         if not parameter.trained:
@@ -123,6 +125,6 @@ def _complete(profile: Profile, stage: Stage, *, module: bool) -> tuple[dict[int
             first, last = (stage.block_at(segment)[0] for segment in (min(own), max(own)))
             if first == last:
                 inside.add(index)
-        where = blocks if index in inside else root
+        where = unsplit if parameter.whole else blocks if index in inside else root
         where[min(own)] = where.get(min(own), 0) + parameter.bytes
-    return root, blocks
+    return root, blocks, unsplit

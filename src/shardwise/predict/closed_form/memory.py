@@ -94,7 +94,8 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
     module = strategy.runs_module
     batches = profile.batch_bytes * (1 if module else strategy.microbatches)  # a pipeline loads all at once
     found: list[Memory] = []
-    narrow = round(worker.parameters * element_bytes(profile.runtime, profile.precision, strategy).narrow / WIDE)
+    copied = worker.parameters - worker.kept
+    narrow = round(copied * element_bytes(profile.runtime, profile.precision, strategy).narrow / WIDE)
     for moment in moments(strategy, worker.pipeline_rank):
         counts = moment.counts
         every = sum(count * saved[number] for number, count, _ in counts)

@@ -253,17 +253,18 @@ class StageCosts:
         spent = PassSeconds() if first else self.calls.moved(elements, size * (5 / 2 if adds else 3), count)
         if copies and not adds:
             casts = 2 if first else 1  # of each gradient; and of the parameter, once in a step
-            spent += self.calls.moved(elements, size * 3 / 2, count).times(casts)
+            copied = self.trained(stage, copied=True)
+            spent += self.calls.moved(copied[0], copied[1] * 3 / 2, copied[2]).times(casts)
         if final and stage.buckets and not self.strategy.splits_parameters:
             spent += self.calls.moved(elements, 2 * size, count)
         return spent
 
-    def trained(self, stage: Stage) -> tuple[int, int, int]:
-        """Return (elements, bytes, count) of the trained parameters of a stage."""
+    def trained(self, stage: Stage, *, copied: bool = False) -> tuple[int, int, int]:
+        """Return (elements, bytes, count) of the trained parameters of a stage, or of those with a narrow copy."""
 
         def count() -> tuple[int, int, int]:
             own = [self.profile.parameters[index] for index in self.profile.within(stage.first, stage.end)]
-            own = [parameter for parameter in own if parameter.trained]
+            own = [parameter for parameter in own if parameter.trained and not (copied and parameter.kept)]
             return sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
 
-        return self.profile.memo.once(("trained", stage.first, stage.end), count)
+        return self.profile.memo.once(("trained", stage.first, stage.end, copied), count)

@@ -260,6 +260,8 @@ def _wrapped(recorder: StepRecorder, program: Program) -> Iterator[None]:
         around(engine._local_stages, "reduce", lambda *_: ("reduce", "backward"))
     else:
         _count_microbatches(recorder, engine, replaced)
+        if program.strategy.splits_parameters:
+            around(engine.replicas, "average_whole", lambda *_: ("reduce", "backward"))
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ computes the shape of the result, rejects all dtypes but bfloat16. This module a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
 from shardwise.errors import DataError, WorkloadError
+from shardwise.options import BF16
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.own_step import takes_derivatives
 from shardwise.parallel.graph.trace import traced
@@ -32,7 +33,7 @@ from shardwise.predict.profile.optimizer import update_of
 from shardwise.predict.profile.profile import Update
 from shardwise.workload.data import first_samples
 from shardwise.workload.own_step import run_step
-from shardwise.workload.precision import computed, for_gpu
+from shardwise.workload.precision import computed, for_gpu, kept_of
 from shardwise.workload.pytree import unlike
 from shardwise.workload.trace.graph import StepGraph
 from shardwise.workload.trace.repeated_layers import repeated_layers, shortened
@@ -85,7 +86,8 @@ class Model:
         """Wrap a module without values; shorten it if it has a list of more than `SHORT` equal layers."""
         widen_grouped_products()
         layers = repeated_layers(module)
-        return cls(workload, module, device, layers if layers is not None and len(layers) > SHORT else None)
+        repeats = layers is not None and len(layers) > SHORT and _kept_alike(workload, module, layers)
+        return cls(workload, module, device, layers if repeats else None)
 
     @contextmanager
     def short(self) -> Iterator[nn.Module]:
@@ -186,8 +188,16 @@ class Model:
     def called(self, data: Any, precision: str) -> Any:
         """Return the module's output for a batch, computed in a precision and given in float32."""
         module, inputs = self.module, self.workload.inputs
+        kept = kept_of(precision, module, self.workload.float32)
         with for_gpu(self.device == "gpu"):
-            return computed(precision, module.parameters(), lambda: call_model(module, inputs(data)))
+            return computed(precision, module.parameters(), lambda: call_model(module, inputs(data)), kept=kept)
+
+
+def _kept_alike(workload: Workload, model: nn.Module, layers: Iterable[nn.Module]) -> bool:
+    """Return whether the same parts of all layers stay in float32."""
+    kept = kept_of(BF16, model, workload.float32)
+    parts = {*kept.modules, *kept.tensors()}
+    return len({tuple(p in parts for p in (*layer.modules(), *layer.parameters())) for layer in layers}) == 1
 
 
 def builds(workload: Workload, device: str = "gpu") -> Iterator[Model]:

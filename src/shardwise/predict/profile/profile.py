@@ -97,6 +97,7 @@ class Parameter:
         cut: whether tensor parallelism shards it.
         summed: whether each tensor-parallel worker computes a partial gradient, so that they must be summed over tp.
         buffer: whether it is a buffer.
+        kept: whether it stays in float32 (`Workload.float32`) where others are computed with in bfloat16.
     """
 
     name: str
@@ -107,6 +108,12 @@ class Parameter:
     cut: bool = False
     summed: bool = False
     buffer: bool = False
+    kept: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Return whether `fully_shard` leaves it whole: a scalar, which has no rows, or one that stays in float32."""
+        return not self.shape or self.kept
 
     @cached_property
     def elements(self) -> int:
@@ -322,7 +329,7 @@ class Profile:
         """Map each parameter to the first one that differs from it in name and segments only, by index."""
         first: dict[object, int] = {}
         return tuple(
-            first.setdefault((p.shape, p.itemsize, p.trained, p.cut, p.summed, p.buffer), index)
+            first.setdefault((p.shape, p.itemsize, p.trained, p.cut, p.summed, p.buffer, p.kept), index)
             for index, p in enumerate(self.parameters)
         )
 

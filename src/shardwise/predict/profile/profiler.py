@@ -42,7 +42,7 @@ from shardwise.predict.runtime.runtime import OWN
 from shardwise.strategy import Strategy
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import run_step
-from shardwise.workload.precision import calls_computing, for_gpu
+from shardwise.workload.precision import Kept, calls_computing, for_gpu, kept_of
 from shardwise.workload.trace.graph import StepGraph, Untraceable, batch_leaves
 from shardwise.workload.trace.repeated_layers import repeated_layers
 from shardwise.workload.workload import Workload
@@ -255,7 +255,10 @@ class _Profiler:
         chain = _Chain(analyst, cut, given, specs)
         chain.run()
         used = _used(cut.parts)
-        parameters = tuple(self._parameter(name, tensor, cut.local, used) for name, tensor in tensors.items())
+        kept = self._kept(model).names
+        parameters = tuple(
+            self._parameter(name, tensor, cut.local, used, kept=name in kept) for name, tensor in tensors.items()
+        )
         index = {parameter.name: number for number, parameter in enumerate(parameters)}
         return self._finished(
             data,
@@ -306,7 +309,9 @@ class _Profiler:
         self.recorder.normalised.append(int(x.shape[1]))
         return self.operators.batch_norm(x, *others)
 
-    def _parameter(self, name: str, tensor: Tensor, local: LocalGraph, used: Mapping[str, Sequence[int]]) -> Parameter:
+    def _parameter(
+        self, name: str, tensor: Tensor, local: LocalGraph, used: Mapping[str, Sequence[int]], *, kept: bool
+    ) -> Parameter:
         placement = local.placements.get(name)
         return Parameter(
             name,
@@ -317,6 +322,7 @@ class _Profiler:
             cut=isinstance(placement, Sharded),
             summed=name in local.summed,
             buffer=not isinstance(tensor, nn.Parameter),
+            kept=kept,
         )
 
     # ---- a module that cannot be traced -----------------------------------------------------------------------------
@@ -324,6 +330,7 @@ class _Profiler:
     def _whole(self, model: nn.Module, why: str) -> Profile:
         """Profile a module that cannot be traced as a single segment, from a step on real data."""
         data, tensors = batch(self.workload, self.samples), tensors_of(model)
+        kept = self._kept(model).names
         parameters = tuple(
             Parameter(
                 name,
@@ -332,6 +339,7 @@ class _Profiler:
                 (0,),
                 trained=isinstance(tensor, nn.Parameter) and tensor.requires_grad,
                 buffer=not isinstance(tensor, nn.Parameter),
+                kept=name in kept,
             )
             for name, tensor in tensors.items()
         )
@@ -397,8 +405,12 @@ class _Profiler:
     def _losses(self, model: nn.Module, data: Any) -> dict[str, Tensor]:
         if self.workload.step is None:
             return losses_of(self.workload, model, self.model.called(data, self.precision), data)
-        with for_gpu(self.device == "gpu"), calls_computing(self.precision, model, model.parameters):
+        kept = self._kept(model)
+        with for_gpu(self.device == "gpu"), calls_computing(self.precision, model, model.parameters, kept=kept):
             return run_step(self.workload, model, data)
+
+    def _kept(self, model: nn.Module) -> Kept:
+        return kept_of(self.precision, model, self.workload.float32)
 
     # ---- either way -------------------------------------------------------------------------------------------------
 

@@ -32,8 +32,8 @@ class ProfileSummary:
         parameters: bytes of parameters and buffers.
         gradients: bytes of trained parameters.
         elements: number of elements of trained parameters.
-        own: bytes of the trained parameters that only one segment uses.
-        repeated: bytes of the trained parameters in repeated blocks of the module.
+        own: bytes of the trained parameters that only one segment uses, without those that stay in float32.
+        repeated: bytes of the trained parameters in repeated blocks of the module, without those that stay in float32.
         blocks: number of repeated blocks of the module.
         message: bytes of the smallest message at any cut point.
         narrow: number of cut points with a message of that size.
@@ -96,8 +96,10 @@ def _summarized(profile: Profile) -> ProfileSummary:
         parameters=sum(parameter.bytes for parameter in profile.parameters),
         gradients=sum(parameter.bytes for parameter in trained),
         elements=sum(parameter.elements for parameter in trained),
-        own=sum(parameter.bytes for parameter in trained if len(parameter.segments) == 1),
-        repeated=sum(p.bytes for index, p in enumerate(profile.parameters) if p.trained and index in blocks),
+        own=sum(parameter.bytes for parameter in trained if len(parameter.segments) == 1 and not parameter.kept),
+        repeated=sum(
+            p.bytes for index, p in enumerate(profile.parameters) if p.trained and not p.kept and index in blocks
+        ),
         blocks=len(profile.blocks),
         message=min(messages, default=0),
         narrow=sum(size <= min(messages) for size in messages),

@@ -107,7 +107,7 @@ def stage_buckets(
         return []
     parameters, limit = profile.parameters, bucket_bytes(strategy.bucket)
     if strategy.splits_parameters:
-        whole = [parameters[i] for i in own if parameters[i].trained and not parameters[i].shape and i not in twice]
+        whole = [parameters[i] for i in own if parameters[i].trained and parameters[i].whole and i not in twice]
         if module:
             return [Bucket(sum(parameter.bytes for parameter in whole), 0)] if whole else []
         return reducer_buckets(whole, first, limit) if whole else []
@@ -171,7 +171,7 @@ def _gathered(profile: Profile, indices: Iterable[int], strategy: Strategy) -> G
     gather = reduce = size = 0
     for index in indices:
         parameter = profile.parameters[index]
-        if parameter.buffer or not parameter.shape or not parameter.shape[0]:
+        if parameter.buffer or parameter.whole or not parameter.shape[0]:
             continue
         rows = parameter.bytes // parameter.shape[0]
         padded = strategy.fsdp * ceil(parameter.shape[0] / strategy.fsdp) * rows

@@ -107,6 +107,7 @@ class Worker:
         tied: (pipeline ranks, bytes) of the gradients of parameters that these pipeline workers share. They are
             all-reduced over these workers.
         parameters: bytes of parameters and buffers that this worker holds: its shard, where they are sharded.
+        kept: bytes of those that stay in float32 where others are copied in half precision.
         trained: bytes of the gradients of these parameters.
         updated: (elements, tensors) that its optimizer updates, for the replica that updates most.
         broadcast: bytes of the messages in which replicas send each other updated parameters (zero=1).
@@ -120,6 +121,7 @@ class Worker:
     summed: tuple[int, ...]
     tied: tuple[tuple[tuple[int, ...], int], ...]
     parameters: int
+    kept: int
     trained: int
     updated: tuple[int, int]
     broadcast: tuple[int, ...]
@@ -232,6 +234,7 @@ def _worker(
         _flat([(parameter, count) for parameter, count in trained if parameter.summed], strategy),
         tuple((workers, size) for workers, shared in tied.items() for size in _flat(shared, strategy)),
         sum(count * shard_bytes(parameter, strategy) for parameter, count in kinds),
+        sum(count * shard_bytes(parameter, strategy) for parameter, count in kinds if parameter.kept),
         sum(count * shard_bytes(parameter, strategy) for parameter, count in trained),
         *_updated(profile, ranges, trained, strategy),
         _sliced(kinds, strategy),
@@ -259,8 +262,8 @@ def _flat(parameters: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tu
 
 
 def is_split(parameter: Parameter, strategy: Strategy) -> bool:
-    """Return whether `fully_shard` shards a parameter: not a buffer, nor a scalar, which has no rows to split."""
-    return strategy.splits_parameters and not parameter.buffer and bool(parameter.shape)
+    """Return whether `fully_shard` shards a parameter: not a buffer, nor one that it leaves whole."""
+    return strategy.splits_parameters and not parameter.buffer and not parameter.whole
 
 
 def shard_bytes(parameter: Parameter, strategy: Strategy) -> int:

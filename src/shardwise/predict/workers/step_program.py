@@ -167,10 +167,10 @@ class StepProgram:
         forward = kind == FORWARD
         key = stage.number, forward, sync, final
         if key not in self._pieces:
-            buckets = self._buckets(stage) if final and not forward else []
-            cut = (
-                self._bucketed(stage, buckets) if sync is None else self._sharded(stage, sync, buckets, forward=forward)
-            )
+            if sync is None:
+                cut = self._bucketed(stage, self._buckets(stage) if final and not forward else [])
+            else:
+                cut = self._sharded(stage, sync, forward=forward)
             self._pieces[key] = tuple(cut)
         return self._pieces[key]
 
@@ -196,9 +196,7 @@ class StepProgram:
         if at > stage.first or not buckets:
             yield Piece(stage.first, at, name="after all buckets" if buckets else "")
 
-    def _sharded(
-        self, stage: Stage, sync: Sync, buckets: Sequence[tuple[Bucket, Communication]], *, forward: bool
-    ) -> Iterator[Piece]:
+    def _sharded(self, stage: Stage, sync: Sync, *, forward: bool) -> Iterator[Piece]:
         """Yield a pass of a stage whose parameters `fully_shard` gathers, block by block."""
         begin, end = (stage.first, stage.end) if forward else (stage.end, stage.first)
         whole = self._synced(stage, stage.root, sync.root, sync.reduces, forward=forward)
@@ -208,8 +206,6 @@ class StepProgram:
         yield from blocks if forward else reversed(blocks)
         if whole.reductions:
             yield Piece(end, end, Communication(reductions=whole.reductions), "the rest")
-        for number, (_, communication) in enumerate(buckets):
-            yield Piece(end, end, communication, f"bucket {number}")
 
     def _blocks(self, stage: Stage, sync: Sync, *, forward: bool) -> Iterator[Piece]:
         at = stage.first
@@ -356,7 +352,9 @@ class StepProgram:
         """Return the reductions of gradients that are left when all passes are over."""
         rank = worker.pipeline_rank
         found = [self._reduced(bucket.bytes, rank) for bucket in worker.twice]
-        if not self.profile.runtime.overlap_gradients and not self.strategy.splits_parameters:
+        if self.strategy.splits_parameters:  # buckets of what it leaves whole
+            found += [self._reduced(bucket.bytes, rank) for stage in worker.stages[::-1] for bucket in stage.buckets]
+        elif not self.profile.runtime.overlap_gradients:
             size = sum(bucket.bytes for stage in worker.stages for bucket in stage.buckets)
             found += [self._reduced(size, rank)] if size else []
         if self.strategy.tp > 1:

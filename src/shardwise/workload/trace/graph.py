@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from shardwise.workload.data import first_samples
 from shardwise.workload.evaluation import Evaluation
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import run_step
-from shardwise.workload.precision import calls_computing, computed, give_narrow
+from shardwise.workload.precision import Kept, calls_computing, computed, give_narrow, kept_of
 from shardwise.workload.trace.functions import DerivativesRefused, functions_kept
 from shardwise.workload.trace.opaque import Call, assignments_copied, calls_in, hidden
 from shardwise.workload.trace.python_state import for_trace
@@ -146,7 +147,7 @@ class _StepModule(nn.Module):
         output = None
         with assignments_copied(self.model):
             if self._own:
-                with calls_computing(self._workload.precision, self.model, self.model.parameters):
+                with calls_computing(self._workload.precision, self.model, self.model.parameters, kept=self._kept()):
                     losses = run_step(self._workload, self.model, batch)
             else:
                 output = self._called(batch)
@@ -161,7 +162,11 @@ class _StepModule(nn.Module):
     def _called(self, batch: Any) -> Any:
         """Call the model as the program calls it: in its precision, with float32 outside."""
         workload, model = self._workload, self.model
-        return computed(workload.precision, model.parameters(), lambda: call_model(model, workload.inputs(batch)))
+        call = partial(call_model, model, workload.inputs(batch))
+        return computed(workload.precision, model.parameters(), call, kept=self._kept())
+
+    def _kept(self) -> Kept:
+        return kept_of(self._workload.precision, self.model, self._workload.float32)
 
     def _further(self, output: Any, batch: Any, losses: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Return what follows the loss: the metric or the outputs in an evaluation, several losses in training."""

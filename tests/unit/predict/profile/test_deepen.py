@@ -139,3 +139,17 @@ def test_what_differs_is_not_repeated() -> None:
     assert others
     values = (*short.values[:first], replace(short.values[first], held=1), *short.values[first + 1 :])
     assert deepened(replace(short, values=values), prefixes) is None
+
+
+@pytest.mark.parametrize(("pattern", "few"), [("blocks.*.norm?", True), ("blocks.4.mlp", False), ("blocks.?", True)])
+def test_layers_that_stay_in_float32_are_repeated_if_all_of_them_do(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, few: bool
+) -> None:
+    workload = replace(load_workload(GPT), float32=(pattern,))
+    model = next(builds(workload))
+    assert (model.layers is not None) == few
+    short = profile(workload, microbatch=2)
+    assert short == whole(monkeypatch, workload, microbatch=2)
+    kept = [each.name for each in short.parameters if each.kept]
+    assert len(kept) == {"blocks.*.norm?": 6 * 2, "blocks.4.mlp": 3, "blocks.?": 6 * 7}[pattern]
+    assert not any(each.kept for each in profile(workload, microbatch=2, precision="float32").parameters)
