@@ -43,10 +43,12 @@ SUGGESTED = 16
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
+    "reduce": (BF16,),
     "outermost": OUTERMOST,
 }
 _INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages", "bucket", "offload", "compile")
-_TEXTS = ("schedule", "precision", "outermost")
+_TEXTS = ("schedule", "precision", "reduce", "outermost")
+_MAY_BE_EMPTY = ("precision", "reduce")
 _VALUES: dict[str, type[Recompute | Ratio]] = {"recompute": Recompute, "shares": Ratio, "speeds": Ratio}
 
 
@@ -77,6 +79,8 @@ class Strategy:
             the device when it computes (Ren et al. 2021, ZeRO-Offload). Slow: for models that fit in no other way.
         precision: precision of the computation, see `workload.precision`; empty: the workload's own. Parameters and
             optimizer stay float32.
+        reduce: dtype in which replicas send and sum gradients: `bf16`, half of the bytes; empty: that of the gradients,
+            float32. Each replica adds up its microbatches in float32 all the same.
         shares: shares of the batch, one number per replica in the order of ranks, such as `3:1`; empty: equal shares.
             For replicas on devices of different speed.
         speeds: relative speeds of the workers of a pipeline, one number each, such as `3:1`; empty: equal speeds.
@@ -104,6 +108,7 @@ class Strategy:
     bucket: int = 0
     offload: int = 0
     precision: str = ""
+    reduce: str = ""
     shares: Ratio = EQUAL
     speeds: Ratio = EQUAL
     outermost: str = "dp"
@@ -123,7 +128,7 @@ class Strategy:
                 raise StrategyError(f"{switch}={getattr(self, switch)}: must be 0 or 1")
         for key, known in _CHOICES.items():
             value = getattr(self, key)
-            if value not in known and not (key == "precision" and value == ""):
+            if value not in known and not (key in _MAY_BE_EMPTY and value == ""):
                 raise StrategyError(f"{key}={value}: known are {', '.join(known)}{nearest(value, known)}")
         if self.workers > MOST:
             raise StrategyError(f"the degrees make {self.workers} workers: at most {MOST} can be planned for")
@@ -150,18 +155,13 @@ class Strategy:
 
     def _check_options(self) -> None:
         """Check that each option comes with the axis that it belongs to. Raises StrategyError."""
+        self._check_gradients()
         if self.shares:
             self.shares.check("shares", self.replicas, "replicas")
         if self.speeds:
             self.speeds.check("speeds", self.pp, "pipeline workers")
         if self.outermost == "pp" and (self.pp == 1 or self.replicas == 1):
             raise StrategyError("outermost=pp needs pp=2 or more, and dp=2 or fsdp=2 or more beside it")
-        if self.bucket < 0:
-            raise StrategyError(f"bucket={self.bucket}: must be 1 MiB or more")
-        if self.bucket and not self.sums_in_buckets:
-            raise StrategyError(
-                f"bucket={self.bucket} needs replicas that add up whole gradients: dp=2 or more, or fsdp with zero=1"
-            )
         if self.offload and not self.splits_parameters:
             raise StrategyError("offload=1 needs fsdp=2 or more with zero=2 or 3: it is for what these split")
         if self.sp and self.tp == 1:
@@ -174,6 +174,25 @@ class Strategy:
             raise StrategyError(f"stages={self.stages} needs pp=2 or more and stages=1 or more")
         if self.stages > 1 and self.schedule != "interleaved":
             raise StrategyError(f"stages={self.stages} needs schedule=interleaved, not {self.schedule}")
+
+    def _check_gradients(self) -> None:
+        """Check the options that say how replicas sum gradients. Raises StrategyError."""
+        if self.bucket < 0:
+            raise StrategyError(f"bucket={self.bucket}: must be 1 MiB or more")
+        if self.bucket and not self.sums_in_buckets:
+            raise StrategyError(
+                f"bucket={self.bucket} needs replicas that add up whole gradients: dp=2 or more, or fsdp with zero=1"
+            )
+        if self.reduce and self.replicas == 1:
+            raise StrategyError("reduce=bf16 needs dp=2 or fsdp=2 or more: replicas sum their gradients in bfloat16")
+        if self.precision:
+            self._check_reduction(self.precision)
+
+    def _check_reduction(self, precision: str) -> None:
+        if self.reduce and precision != BF16:
+            raise StrategyError(
+                f"reduce=bf16 needs precision=bf16, not {precision}: gradients of products in bfloat16 lose little"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
@@ -282,7 +301,12 @@ class Strategy:
         return self.replicas > 1 and not self.splits_parameters
 
     def precision_of(self, precision: str) -> str:
-        """Return the precision in which a workload of `precision` computes; the strategy's own overrides it."""
+        """Return the precision in which a workload of `precision` computes; the strategy's own overrides it.
+
+        Raises:
+            StrategyError: the strategy reduces gradients in bfloat16, and the workload computes otherwise.
+        """
+        self._check_reduction(self.precision or precision)
         return self.precision or precision
 
     def in_bf16(self, precision: str) -> bool:

@@ -26,6 +26,7 @@ SOURCE = Path(__file__).parents[2] / "src"
         "dp=2,pp=2,outermost=pp",
         "pp=3,speeds=1:2:4",
         "fsdp=2,zero=1,bucket=5",
+        "dp=2,precision=bf16,reduce=bf16",
         "dp=2,fsdp=2,zero=2,offload=1",
     ],
 )

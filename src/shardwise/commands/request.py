@@ -260,11 +260,13 @@ def check(workload: Workload, strategy: Strategy) -> None:
     """Check that a workload can be trained under a strategy.
 
     Raises:
-        StrategyError: the batch does not divide, or the model or the optimizer cannot be split in this way.
+        StrategyError: the batch does not divide, the precision is not one that the strategy needs, or the model or the
+            optimizer cannot be split in this way.
         WorkloadError: the model, the optimizer or the schedule cannot be built or used, or the weights to start from
             do not fit the model.
         DataError: the dataset is empty, or cannot be read.
     """
+    strategy.precision_of(workload.precision)
     check_data(workload)
     in_one_batch(workload, strategy).for_batch(workload.batch_size)
     if workload.weights is not None:

@@ -93,13 +93,14 @@ def deep() -> ScaledProfiles:
     return ScaledProfiles(Profiles(workload))
 
 
-@pytest.mark.parametrize("slower", [1, 1000])
-def test_bounds_hold_for_deep_pipelines_too(deep: ScaledProfiles, slower: float) -> None:
+@pytest.mark.parametrize(("slower", "fix"), [(1, []), (1000, []), (1000, ["reduce=bf16"])])
+def test_bounds_hold_for_deep_pipelines_too(deep: ScaledProfiles, slower: float, fix: list[str]) -> None:
     """Stages of a few layers each, many microbatches, sharded replicas: a sample of all there are; and slow links."""
     workload, profiles, fast = deep.traced.workload, deep, find_cluster("h100x32")
     between = (replace(level, bandwidth=level.bandwidth / slower) for level in fast.levels[1:])
     cluster = replace(fast, levels=(fast.levels[0], *between))
-    chosen = random.Random(1).sample(everything(workload, 32, Constraints(), len(profiles.one().segments)), 250)
+    constraints = Constraints.parse(fix=fix)
+    chosen = random.Random(1).sample(everything(workload, 32, constraints, len(profiles.one().segments)), 250)
     checked = 0
     for strategy in chosen:
         if strategy.tp > 8:
@@ -225,6 +226,7 @@ def test_what_does_not_fit_is_not_chosen(
         (["schedule=interleaved"], []),
         (["zero=1"], ["tp"]),
         (["outermost=pp"], []),
+        (["reduce=bf16", "dp=1"], []),
     ],
 )
 def test_wishes_are_met(
@@ -237,7 +239,7 @@ def test_wishes_are_met(
 
 
 @pytest.mark.parametrize(
-    "option", ["bucket=5", "stages=2", "outermost=pp", "offload=1", "sp=1", "zero=2", "recompute=3/16"]
+    "option", ["bucket=5", "stages=2", "outermost=pp", "offload=1", "sp=1", "zero=2", "recompute=3/16", "reduce=bf16"]
 )
 def test_values_that_need_an_axis_are_taken(option: str) -> None:
     Constraints.parse(fix=[option])

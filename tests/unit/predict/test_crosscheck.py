@@ -86,6 +86,16 @@ GRID = [
             "dp=2,precision=float32",
         )
     ),
+    *(
+        ("gpt", f"{strategy},reduce=bf16")
+        for strategy in (
+            "fsdp=2,zero=1",
+            "dp=2,fsdp=2,tp=2",
+            "fsdp=2,pp=2,schedule=interleaved,microbatches=4",
+            "dp=2,pp=2,bucket=1",
+        )
+    ),
+    ("kept gpt", "fsdp=2,pp=2,reduce=bf16"),
     *(("two views", strategy) for strategy in ("dp=2", "fsdp=2", "tp=2", "pp=2,microbatches=2")),
     ("language", "dp=2,pp=2,microbatches=2,recompute=full"),
     *(("image", strategy) for strategy in ("fsdp=2,tp=2", "pp=2")),
@@ -102,7 +112,10 @@ MEMORY_GRID = [
         for strategy in (
             "single,microbatches=2",
             "dp=2",
+            "dp=2,reduce=bf16",
+            "dp=2,tp=2,microbatches=2,reduce=bf16",
             "fsdp=4",
+            "fsdp=4,reduce=bf16",
             "fsdp=4,offload=1",
             "fsdp=2,zero=2",
             "fsdp=2,microbatches=2,recompute=selective",
@@ -169,6 +182,17 @@ def test_memory_has_what_the_backward_pass_before_left_gathered(strategy: str) -
     """A stage whose backward passes follow one another gathers in the first of them only, under any schedule."""
     document = judge("larger gpt", f"{strategy},recompute=full", 0).document()
     assert document["memory_error"] <= MEMORY_TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", ["dp=2", "fsdp=2", "dp=2,fsdp=2", "dp=2,tp=2", "fsdp=2,zero=1"])
+def test_gradients_in_bfloat16_are_half_of_the_bytes(strategy: str) -> None:
+    def reduced(options: str) -> int:
+        found = judge("gpt", strategy + options).run.collectives
+        return sum(
+            each.bytes for each in found if each.when == "backward" and "reduce" in each.operation and each.axis != "tp"
+        )
+
+    assert 2 * reduced(",reduce=bf16") == reduced("")
 
 
 def test_an_optimizer_that_needs_memory_for_a_moment_is_noticed() -> None:

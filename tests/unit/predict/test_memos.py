@@ -53,6 +53,7 @@ OTHERS: dict[str, tuple[str | int, ...]] = {
     "bucket": (1, 5),
     "offload": (1,),
     "precision": ("bf16", "float32"),
+    "reduce": ("bf16",),
     "shares": ("3:1", "1:1:3:3"),
     "speeds": ("3:1", "1:1:1:2"),
     "outermost": ("pp",),

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -29,6 +30,7 @@ class ReplicatedModel:
         *,
         accumulates: bool,
         bucket: int = 0,
+        narrow: bool = False,
     ) -> None:
         with warnings.catch_warnings():
             # torch 2.13 wants `forward_sync_buffers` instead, which torch 2.9 does not know
@@ -42,6 +44,8 @@ class ReplicatedModel:
                 # saves a copy; but gradients that are views of one bucket all look changed when one is (see below)
                 gradient_as_bucket_view=not accumulates,
             )
+        if narrow:  # gradients are sent and summed in bfloat16; DDP refuses a hook of this name where there is no NCCL
+            self.call.register_comm_hook(group, lambda group, bucket: bf16_compress_hook(group, bucket))
         self._parameters = parameters
         self._before: dict[str, tuple[Tensor, int]] = {}
         self.unused: list[str] = []

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class ShardedModel:
         parameters = dict(model.named_parameters())
         split_parameters(self.call, blocks, mesh, [parameters[name] for name in self._left], narrow=narrow)
         self._model = model
-        self._group = mesh.replica_group
+        self._group, self._narrow = mesh.replica_group, bool(mesh.strategy.reduce)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self._used: set[str] = set()
         self.unused: list[str] = []
@@ -98,7 +98,7 @@ class ShardedModel:
         self._used.update(name for name, parameter in self._whole.items() if parameter.grad is not None)
         assert self._group is not None
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._whole.values()]
-        sum_gradients(gradients, self._group)
+        sum_gradients(gradients, self._group, narrow=self._narrow)
         for parameter, gradient in zip(self._whole.values(), gradients, strict=True):
             parameter.grad = gradient.div_(dist.get_world_size(self._group))
 
@@ -159,7 +159,8 @@ def split_parameters(
 ) -> None:
     """Apply `fully_shard` to `blocks` and then to `root`, except for the parameters `whole`.
 
-    With `narrow`, float32 parameters are gathered in bfloat16, and their gradients reduced in float32.
+    With `narrow`, float32 parameters are gathered in bfloat16. Their gradients add up in float32, and are reduced in
+    float32 or as the strategy says.
     """
     # nothing writes into the returned tensors: blocks return no views, sections of a graph clone what they would
     # write into, and the loss does not change the model's own output
@@ -176,6 +177,17 @@ def split_parameters(
         fully_shard(block, reshard_after_forward=strategy.zero == 3, **options)
     # by torch's default only the root stays gathered after its forward pass: its backward pass starts right then
     fully_shard(root, reshard_after_forward=None if strategy.zero == 3 else False, **options)
+    for group in _parameter_groups(root) if strategy.reduce else ():
+        group._init_mp_dtypes = partial(_reduce_in_bfloat16, group, group._init_mp_dtypes)
+
+
+def _reduce_in_bfloat16(group: Any, settle: Callable[[], None]) -> None:
+    """Settle the dtypes of a group, with a reduction in bfloat16.
+
+    `MixedPrecisionPolicy.reduce_dtype` would also be the dtype in which the gradients of several passes add up.
+    """
+    settle()
+    group._reduce_dtype = torch.bfloat16
 
 
 def gather_next(root: nn.Module, blocks: Iterable[nn.Module]) -> None:

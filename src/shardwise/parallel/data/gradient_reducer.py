@@ -24,13 +24,16 @@ class GradientReducer:
         parameters: the parameters whose gradients are summed.
         group: the replicas.
         bucket: bucket size in MiB; 0 selects the default.
+        narrow: whether gradients are sent and summed in bfloat16.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, bucket: int = 0) -> None:
-        self._group = group
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, bucket: int = 0, *, narrow: bool = False
+    ) -> None:
+        self._group, self._narrow = group, narrow
         self._buckets = _buckets(parameters, bucket_bytes(bucket))
         self._missing: list[int] = []
-        self._running: list[Any] = []
+        self._running: list[tuple[Any, Tensor, Tensor]] = []
         self._launched: set[int] = set()
         self._armed = False
         for index, members in enumerate(self._buckets):
@@ -74,7 +77,8 @@ class GradientReducer:
         for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
             if parameter.grad is not None:
                 parameter.grad = part.view_as(parameter)  # what it was before is free now
-        self._running.append(dist.all_reduce(flat, group=self._group, async_op=True))
+        sent = _sent(flat, narrow=self._narrow)
+        self._running.append((dist.all_reduce(sent, group=self._group, async_op=True), sent, flat))
         self._launched.add(index)
 
     def finish(self) -> None:
@@ -82,8 +86,10 @@ class GradientReducer:
         for index in range(len(self._buckets)):
             if index not in self._launched:
                 self._launch(index)
-        for handle in self._running:
+        for handle, sent, flat in self._running:
             handle.wait()
+            if sent is not flat:
+                flat.copy_(sent)
         self._running.clear()
         self._launched.clear()
         self._armed = False
@@ -113,10 +119,15 @@ def _scatter(flat: Tensor, gradients: Sequence[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def sum_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum tensors over a group in place, with one all-reduce per dtype. Collective."""
+def _sent(flat: Tensor, *, narrow: bool) -> Tensor:
+    """Return what is sent of a flat gradient: itself, or with `narrow` its copy in bfloat16."""
+    return flat.to(torch.bfloat16) if narrow and flat.is_floating_point() else flat
+
+
+def sum_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup, *, narrow: bool = False) -> None:
+    """Sum tensors over a group in place, with one all-reduce per dtype, or in bfloat16 with `narrow`. Collective."""
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         chosen = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = _joined(chosen)
+        flat = _sent(_joined(chosen), narrow=narrow)
         dist.all_reduce(flat, group=group)
         _scatter(flat, chosen)

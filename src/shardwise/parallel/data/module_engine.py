@@ -361,7 +361,12 @@ class ModuleEngine:
             trained, frozenset(names)
         ):  # DDP waits for the gradient of each parameter that needs one by now
             return ReplicatedModel(
-                root, {name: trained[name] for name in names}, group, accumulates=accumulates, bucket=bucket
+                root,
+                {name: trained[name] for name in names},
+                group,
+                accumulates=accumulates,
+                bucket=bucket,
+                narrow=bool(self._strategy.reduce),
             )
 
     def _read(self, model: nn.Module) -> None:

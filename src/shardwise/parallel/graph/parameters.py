@@ -227,7 +227,8 @@ class LocalStages:
                 p for p in (self._tensor(n) for n in names) if isinstance(p, nn.Parameter) and p.requires_grad
             ]
             if parameters:
-                reducers[key] = GradientReducer(parameters, group, self._strategy.bucket)
+                narrow = bool(self._strategy.reduce)
+                reducers[key] = GradientReducer(parameters, group, self._strategy.bucket, narrow=narrow)
         return reducers
 
     def before_backward(self, stage: int, final: bool) -> None:

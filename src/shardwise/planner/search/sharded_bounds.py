@@ -29,6 +29,7 @@ from shardwise.predict.closed_form.step_time import SHORT_TABLE
 from shardwise.predict.hardware.times import overlap_of
 from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
+from shardwise.predict.runtime.element_bytes import scattered
 from shardwise.predict.workers.cuts import cuts_of
 from shardwise.predict.workers.passes import EqualPasses, turns
 from shardwise.splitting.schedule import FORWARD, WEIGHT
@@ -219,7 +220,7 @@ class _Sizes:
 def _collectives(profile: Profile, strategy: Strategy, cluster: Cluster, size: _Sizes) -> tuple[float, ...]:
     """Return the seconds of the gathers and scatters of a stage, in the order in which `_pipeline` takes them."""
     gathers = (gather_seconds(profile, each, strategy, cluster) for each in (size.first, size.last, size.all))
-    shard = round(profile.scattered * size.trained) // strategy.fsdp
+    shard = round(scattered(profile, strategy) * size.trained) // strategy.fsdp
     return (
         *gathers,
         scatter_seconds(profile, size.trained, strategy, cluster),

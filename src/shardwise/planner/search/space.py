@@ -56,6 +56,9 @@ def families(
 def _of_degrees(
     tp: int, pp: int, replicas: int, share: int, constraints: Constraints, segments: int
 ) -> Iterator[Strategy]:
+    reduce = constraints.fixed.get("reduce", "") if replicas > 1 else ""
+    if not constraints.allows("reduce", reduce):
+        return
     for microbatches in divisors(share):
         if not constraints.allows("microbatches", microbatches):
             continue
@@ -77,6 +80,7 @@ def _of_degrees(
                             stages=stages,
                             recompute=recompute,
                             precision=precision,
+                            reduce=reduce,
                         )
 
 

@@ -34,6 +34,7 @@ from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.summary import ProfileSummary
+from shardwise.predict.runtime.element_bytes import reduced, scattered
 from shardwise.predict.workers.cuts import cuts_of, recomputed_segments
 from shardwise.predict.workers.groups import group_of
 from shardwise.predict.workers.passes import turns
@@ -156,7 +157,7 @@ def least_seconds(profile: ProfileSummary, strategy: Strategy, cluster: Cluster)
         return max(filled, computing + update + (channel if blocking else 0.0), channel)
     if strategy.replicas == 1:
         return max(filled, computing + update)
-    size = round(profile.reduced * profile.gradients) // strategy.pp
+    size = round(reduced(profile, strategy) * profile.gradients) // strategy.pp
     sent = seconds_of(reduction(profile.runtime, strategy), size, strategy, "replicas", cluster)
     last = computing / strategy.microbatches - (times.forward + times.weights) / strategy.pp  # backward, recomputing
     return max(filled, computing + update, computing - last + sent + update)
@@ -218,7 +219,7 @@ def gather_seconds(profile: Profile | ProfileSummary, size: int, strategy: Strat
 
 def scatter_seconds(profile: Profile | ProfileSummary, size: int, strategy: Strategy, cluster: Cluster) -> float:
     """Return the seconds in which `fully_shard` reduces and scatters the gradients of `size` bytes of parameters."""
-    return seconds_of("reduce_scatter", round(profile.scattered * size), strategy, "fsdp", cluster)
+    return seconds_of("reduce_scatter", round(scattered(profile, strategy) * size), strategy, "fsdp", cluster)
 
 
 def seconds_of(operation: str, size: int, strategy: Strategy, axis: str, cluster: Cluster) -> float:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from shardwise.predict.profile.profile import Profile
+from shardwise.predict.runtime.element_bytes import reduced
 from shardwise.predict.workers.holdings import Stage
 from shardwise.predict.workers.passes import Left, Sync
 from shardwise.predict.workers.step_program import gathered_blocks
@@ -57,7 +58,8 @@ def held_at_segments(
     reduces = [0 if block.gathered is None else block.gathered.reduce for block in blocks]
     root_gather, root_reduce = (0, 0) if stage.root is None else (stage.root.gather, stage.root.reduce)
     module = strategy.runs_module
-    made, sent = profile.gathered, profile.reduced  # gradients come in the precision of the gathered parameters
+    made, added = profile.gathered, profile.reduced  # gradients come in the precision of the gathered parameters
+    sent = reduced(profile, strategy)
     gathered_until, reduced_until = (list(accumulate(each, initial=0)) for each in (gathers, reduces))
     key = ("complete", stage.first, stage.end, tuple((block.first, block.end) for block in blocks), module)
     of_root, of_blocks, unsplit = profile.memo.once(key, lambda: _complete(profile, stage, module=module))
@@ -70,17 +72,17 @@ def held_at_segments(
             last, done_block = index, 0
         there = gathered_blocks(stage, sync, segment)
         gathered = gathered_until[there.stop] - gathered_until[there.start]
-        reduced = reduced_until[-1] - reduced_until[index + 1]
+        done = reduced_until[-1] - reduced_until[index + 1]
         if not sync.reduces:
             every = reduced_until[-1]
-            whole = sent * (every + root_reduce if later else min(reduced + done_block, every) + done_root)
+            whole = added * (every + root_reduce if later else min(done + done_block, every) + done_root)
             slices = 0
         else:
             behind = sent * (reduces[index + 1] if index + 1 < len(blocks) else 0)
             whole = made * (done_root + (done_block if inside else 0)) + behind
             if inside and segment == blocks[index].first:
                 whole = made * (done_root + reduces[index]) + max(behind, sent * reduces[index])
-            slices = trained if later else reduced // strategy.fsdp
+            slices = trained if later else done // strategy.fsdp
         found.append(StageMemory(root_gather + gathered, slices, round(whole) + done_unsplit))
         done_root += of_root.get(segment, 0)
         done_block += of_blocks.get(segment, 0)

@@ -204,7 +204,7 @@ def _left(profile: Profile, strategy: Strategy, stage: Stage, left: Left) -> Sta
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
     """Return the cache key of a strategy: the options that decide what `fully_shard` holds of a stage."""
-    return strategy.runs_module, strategy.fsdp
+    return strategy.runs_module, strategy.fsdp, strategy.reduce
 
 
 def _beside(gradients: tuple[int, int], activations: int, temporary: int) -> tuple[int, int, int]:
@@ -313,8 +313,12 @@ def _gradients(
     if profile.runtime.kernels or profile.runtime.own_gradients:  # in buffers of their own from the start
         kept = _accumulated(profile, strategy, worker), 0
         return lambda done: kept
-    if strategy.replicas > 1 and strategy.runs_module:
-        copies = worker.trained, worker.trained if strategy.microbatches > 1 else 0
-        return lambda done: copies
     bucket = 0 if strategy.replicas == 1 else max(profile.largest, bucket_bytes(strategy.bucket))
-    return lambda done: (worker.trained if later else done, min(done, bucket, worker.trained))
+    half = profile.half if strategy.reduce else 0.0
+    if strategy.replicas > 1 and strategy.runs_module:
+        copies = worker.trained if strategy.microbatches > 1 else 0
+        return lambda done: (worker.trained, copies + round(half * min(done, bucket)))
+    return lambda done: (
+        worker.trained if later else done,
+        min(done, bucket, worker.trained) + round(half * min(done, worker.trained)),
+    )

@@ -257,6 +257,8 @@ class StageCosts:
             spent += self.calls.moved(copied[0], copied[1] * 3 / 2, copied[2]).times(casts)
         if final and stage.buckets and not self.strategy.splits_parameters:
             spent += self.calls.moved(elements, 2 * size, count)
+            if self.strategy.reduce:  # each bucket is cast, and what comes back is cast again
+                spent += self.calls.moved(elements, size * 3 / 2, len(stage.buckets)).times(2)
         return spent
 
     def trained(self, stage: Stage, *, copied: bool = False) -> tuple[int, int, int]:

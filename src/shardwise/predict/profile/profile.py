@@ -256,6 +256,11 @@ class Profile:
         return self.runtime.scattered_bytes / self._itemsize if self.runtime.scattered_bytes else self.reduced
 
     @cached_property
+    def half(self) -> float:
+        """Return the bytes of a gradient in bfloat16, relative to those of its parameter."""
+        return min(1.0, 2 / self._itemsize)
+
+    @cached_property
     def gathered(self) -> float:
         """Return the bytes of a parameter when replicas gather it, relative to those that are stored."""
         return (self.runtime.gathered_bytes or self._itemsize) / self._itemsize

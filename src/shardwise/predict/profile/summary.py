@@ -68,6 +68,7 @@ class ProfileSummary:
     gathered: float = 1.0
     reduced: float = 1.0
     scattered: float = 1.0
+    half: float = 0.5
     memo: Memo = field(default_factory=Memo, repr=False, compare=False)
     """Cache of everything derived from this value."""
 
@@ -112,6 +113,7 @@ def _summarized(profile: Profile) -> ProfileSummary:
         gathered=profile.gathered,
         reduced=profile.reduced,
         scattered=profile.scattered,
+        half=profile.half,
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from shardwise.options import BF16, dtype_of
 from shardwise.predict.hardware.gpu import ELEMENT_BYTES
+from shardwise.predict.profile.profile import Profile
+from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.predict.runtime.runtime import Runtime
 from shardwise.strategy import Strategy
 
@@ -31,6 +33,16 @@ class ElementBytes:
     gradients: float
     copies: float
     narrow: float = 0.0
+
+
+def reduced(profile: Profile | ProfileSummary, strategy: Strategy) -> float:
+    """Return the bytes of a gradient when replicas reduce it, relative to those of its parameter."""
+    return min(profile.reduced, profile.half) if strategy.reduce else profile.reduced
+
+
+def scattered(profile: Profile | ProfileSummary, strategy: Strategy) -> float:
+    """Return the bytes of a sharded gradient when it is reduced, relative to those of its parameter."""
+    return min(profile.scattered, profile.half) if strategy.reduce else profile.scattered
 
 
 def element_bytes(runtime: Runtime, precision: str, strategy: Strategy) -> ElementBytes:

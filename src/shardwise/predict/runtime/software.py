@@ -17,8 +17,8 @@ from shardwise.predict.runtime.runtime import SHARDWISE, Runtime
 from shardwise.predict.runtime.sizes import Sizes
 from shardwise.strategy import Strategy
 
-EVERYWHERE = {"bucket": ("0",), "compile": ("0",), "shares": ("",), "speeds": ("",)}
-"""Options that only Shardwise has: sizes of buckets, and replicas and stages of unequal size."""
+EVERYWHERE = {"bucket": ("0",), "compile": ("0",), "reduce": ("",), "shares": ("",), "speeds": ("",)}
+"""Options of Shardwise alone: sizes of buckets, how gradients are reduced, replicas and stages of unequal size."""
 
 MODULE = {**EVERYWHERE, "tp": ("1",), "sp": ("0",), "pp": ("1",), "recompute": ("none", "full")}
 """Options of software that wraps a module of the user's own, which it can neither cut nor shard by layers."""
@@ -182,7 +182,10 @@ class Software:
         return next(self._dividing(tp), None) if self.allows("tp", tp) else self._lacks("tp", tp)
 
     def _lacks(self, option: str, value: object) -> str:
-        has = " or ".join(f"{option}={each or 'equal'}" for each in self.abilities.values[option])
+        has = " or ".join(
+            f"{option}={each or ('float32' if option == 'reduce' else 'equal')}"
+            for each in self.abilities.values[option]
+        )
         parts = ", and parts of the blocks" if option == "recompute" and self.abilities.partly else ""
         return f"{self.abilities.title} has {has}{parts}, not {option}={value}"
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from shardwise.collective import Collective, Group
 from shardwise.predict.profile.profile import Exchanged, Profile
+from shardwise.predict.runtime.element_bytes import reduced, scattered
 from shardwise.predict.runtime.runtime import Runtime
 from shardwise.predict.workers.buckets import Bucket, Gathered
 from shardwise.predict.workers.groups import group_of, message_group, replica_axis
@@ -184,7 +185,8 @@ class StepProgram:
     def _reduced(self, size: int, pipeline_rank: int) -> Collective:
         """Return the reduction over replicas of the gradients of `size` bytes of parameters."""
         operation = reduction(self.profile.runtime, self.strategy)
-        return self._collective(operation, round(self.profile.reduced * size), "replicas", "backward", pipeline_rank)
+        sent = round(reduced(self.profile, self.strategy) * size)
+        return self._collective(operation, sent, "replicas", "backward", pipeline_rank)
 
     def _bucketed(self, stage: Stage, buckets: Sequence[tuple[Bucket, Communication]]) -> Iterator[Piece]:
         """Yield a pass that is cut where gradient buckets are complete (Li et al. 2020, section 4)."""
@@ -227,16 +229,14 @@ class StepProgram:
         rank, when = stage.number % self.strategy.pp, "forward" if forward else "backward"
         key = rank, group, when, gathers, reduces
         if key not in self._around:
-            gathered, scattered = (
-                round(self.profile.gathered * group.gather),
-                round(self.profile.scattered * group.reduce),
-            )
+            gathered = round(self.profile.gathered * group.gather)
+            sent = round(scattered(self.profile, self.strategy) * group.reduce)
             gather = self._collective("all_gather", gathered, "fsdp", when, rank) if gathers else None
             reductions: list[Collective] = []
-            if reduces and scattered:
-                reductions.append(self._collective("reduce_scatter", scattered, "fsdp", when, rank))
+            if reduces and sent:
+                reductions.append(self._collective("reduce_scatter", sent, "fsdp", when, rank))
                 if self.strategy.dp > 1:
-                    mirrored = scattered // self.strategy.fsdp
+                    mirrored = sent // self.strategy.fsdp
                     reductions.append(self._collective("all_reduce", mirrored, "dp", when, rank))
             self._around[key] = Communication(gather, tuple(reductions))
         return self._around[key]

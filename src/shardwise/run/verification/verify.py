@@ -31,6 +31,20 @@ from shardwise.workload.float64 import in_float64
 from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
+OPTIONS = {
+    "zero": "fsdp",
+    "offload": "fsdp",
+    "reduce": "dp fsdp",
+    "bucket": "dp",
+    "sp": "tp",
+    "schedule": "pp",
+    "stages": "pp",
+    "speeds": "pp",
+    "shares": "",
+    "outermost": "",
+}
+"""Option -> the axes that it can be tried with alone."""
+
 TELLING = 1e-3
 """Least gradient of an element, relative to the typical one, for which its update is compared."""
 
@@ -213,8 +227,7 @@ class _Prover:
 def _without_options(axis: str) -> dict[str, Any]:
     """Return the options of all axes except `axis`, with their default values."""
     default = Strategy()
-    options = {"fsdp": ("zero",), "tp": ("sp",), "pp": ("schedule", "stages")}
-    return {key: getattr(default, key) for other, keys in options.items() if other != axis for key in keys}
+    return {option: getattr(default, option) for option, axes in OPTIONS.items() if axis not in axes.split()}
 
 
 # ---- functions that workers run -------------------------------------------------------------------------------------
