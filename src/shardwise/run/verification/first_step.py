@@ -27,7 +27,7 @@ from shardwise.run.training.process_memory import free_memory
 from shardwise.run.training.result import FirstStep
 from shardwise.run.verification.alone import OneWorker
 from shardwise.run.verification.deviation import NO_PROOF, Deviation, deviation, loss_deviation, same_data
-from shardwise.run.verification.rounding import HALF_TOLERANCE, rounding
+from shardwise.run.verification.rounding import rounding
 from shardwise.workload.data import Share, cut_batch, is_map_style
 from shardwise.workload.reading.draws import drawing_from
 from shardwise.workload.reading.loader import Loader
@@ -193,7 +193,7 @@ class _Comparison:
         whole, halves = (alone.mean_loss(self._read(count, cells)) for cells in (1, 2))
         if whole is None or halves is None or not math.isfinite(whole):
             return ""
-        half = self._tolerance() == HALF_TOLERANCE
+        half = strategy.in_bf16(self.program.workload.precision)
         error = loss_deviation(halves, whole, "").error
         if error <= (HALF_LOSS_TOLERANCE if half else self._tolerance()):
             return ""
