@@ -54,6 +54,13 @@ def test_convolutions_and_deep_models_train_alike() -> None:
     assert tolerances[0] < tolerances[1] <= MOST
 
 
+def test_batch_norms_of_replicas_take_what_is_gathered_in_bfloat16() -> None:
+    strategies = [Strategy.parse("fsdp=2,precision=bf16")]
+    source = Source(workload="image", settings={"model": "resnet"})
+    ((proof, _),) = verify.verify(source, strategies, steps=1, float64=False, threads=1)
+    assert proof.passed, proof.gradient
+
+
 @contextmanager
 def halved() -> Iterator[None]:
     """Halve the gradient of one layer."""

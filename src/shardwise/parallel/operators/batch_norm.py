@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import WorkloadError
+from shardwise.workload.precision import widened
 
 
 def batch_norm(
@@ -42,6 +43,7 @@ def batch_norm(
 
     Collective: all of `group` call it, and all of them run its backward pass.
     """
+    weight, bias = widened((weight, bias))  # which `fully_shard` gathers in bfloat16; the statistics are float32
     output: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, running_mean, running_var, momentum, eps, group, counted
     )
