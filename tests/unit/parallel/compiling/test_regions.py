@@ -152,7 +152,7 @@ def test_regions_end_at_communication() -> None:
 
 
 def test_views_are_made_outside_of_regions() -> None:
-    """Of a value that a region computes, and of one that it is given."""
+    """Views of a value that a region computes, and of one that it is given."""
     graph = graph_of((aten.exp.default, 0), (aten.t.default, 1), (exchange, 2))
     assert cut(graph) == ["region of 1", "t_default", "exchange"]
     given = graph_of((aten.t.default, 0), (aten.exp.default, 1), (exchange, 2), (aten.add.Tensor, 1, 3))

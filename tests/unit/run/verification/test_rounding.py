@@ -12,7 +12,7 @@ from shardwise.strategy import Strategy
 
 
 def test_the_error_of_one_rounding() -> None:
-    """Of numbers whose logarithms are uniform."""
+    """Numbers whose logarithms are uniform."""
     numbers = torch.exp2(torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)).double())
     errors = (numbers.bfloat16().double() - numbers) / numbers
     assert float(errors.abs().max()) <= UNIT
