@@ -6,6 +6,7 @@ position (Megatron-LM; Shoeybi et al. 2019, section 3), three numbers where gath
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ def cross_entropy(
     dim = 1 if logits.dim() > 1 else 0
     counted = target != ignore
     local = local_index(exchange, spans, target.masked_fill(~counted, 0))
-    losses: Tensor = _CrossEntropy.apply(exchange, logits, local, dim, sum(spans), smoothing)  # type: ignore[no-untyped-call]
+    classes = Classes(exchange, dim, sum(spans), smoothing)
+    losses: Tensor = _CrossEntropy.apply(classes, logits, local)  # type: ignore[no-untyped-call]
     losses = losses.masked_fill(~counted, 0.0).to(logits.dtype)
     if reduction == 0:
         return losses
@@ -86,34 +88,94 @@ def cross_entropy(
     return total / counted.sum() if reduction == 1 else total
 
 
+@dataclass(frozen=True, slots=True)
+class Exponentials:
+    """Cross entropy of each position with what its gradient needs, see `Classes.exponentials`.
+
+    Attributes:
+        losses: log sum exp(logits) - (1 - smoothing) target logit - smoothing * mean logit.
+        each: exp(logit - largest logit) of this worker's classes.
+        sums: their sums over the classes of all workers.
+    """
+
+    losses: Tensor
+    each: Tensor
+    sums: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """Classes that workers share.
+
+    Attributes:
+        exchange: the exchanges among the workers; a single one has all classes.
+        dim: their dimension in the logits.
+        number: their number on all workers.
+        smoothing: share of the target spread evenly over all of them.
+    """
+
+    exchange: Exchange
+    dim: int
+    number: int
+    smoothing: float
+
+    def exponentials(self, logits: Tensor, local: Tensor) -> Exponentials:
+        """Compute the cross entropy of each position without autograd, in float32, or in float64 as the logits.
+
+        Args:
+            logits: logits of this worker's classes.
+            local: local index of each target; -1 where another worker has it.
+        """
+        largest = logits.amax(self.dim)
+        largest = largest if largest.dtype == torch.float64 else largest.float()
+        if self._several:
+            largest = self.exchange.summed(largest, dist.ReduceOp.MAX)
+        each = logits - largest.unsqueeze(self.dim)
+        own = each.gather(self.dim, self._at(local)).squeeze(self.dim)
+        parts = [own.masked_fill(local < 0, 0.0) if self._several else own]
+        if self.smoothing:
+            parts.append(each.sum(self.dim))
+        parts.append(each.exp_().sum(self.dim))
+        if self._several:
+            parts = list(self.exchange.summed(torch.stack(parts)))
+        sums = parts[-1]
+        if not self.smoothing:
+            return Exponentials(sums.log() - parts[0], each, sums)
+        losses = sums.log() - (1 - self.smoothing) * parts[0] - self.smoothing / self.number * parts[1]
+        return Exponentials(losses, each, sums)
+
+    def gradient(self, found: Exponentials, local: Tensor, gradients: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute the gradient of the logits in `dtype` from the `gradients` of the losses; overwrites `found.each`."""
+        each, hit = found.each, found.sums * (self.smoothing - 1)
+        if self._several:
+            hit = hit.masked_fill(local < 0, 0.0)
+        each.scatter_add_(self.dim, self._at(local), hit.unsqueeze(self.dim))
+        if self.smoothing:
+            each -= (found.sums * (self.smoothing / self.number)).unsqueeze(self.dim)
+        into = each if dtype == each.dtype else torch.empty_like(each, dtype=dtype)
+        return torch.mul(each, (gradients / found.sums).unsqueeze(self.dim), out=into)
+
+    @property
+    def _several(self) -> bool:
+        return self.exchange.ranks > 1
+
+    def _at(self, local: Tensor) -> Tensor:
+        """Return the index of each target along the classes; any class where another worker has it."""
+        return (local.clamp(min=0) if self._several else local).unsqueeze(self.dim)
+
+
 class _CrossEntropy(torch.autograd.Function):
-    """Per position: log sum exp(logits) - (1 - smoothing) target logit - smoothing * mean logit."""
+    """The losses of `Classes.exponentials`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, exchange: Exchange, logits: Tensor, local: Tensor, dim: int, classes: int, smoothing: float
-    ) -> Tensor:
-        wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-        largest = exchange.summed(wide.amax(dim), dist.ReduceOp.MAX)
-        shifted = wide - largest.unsqueeze(dim)
-        here = local.clamp(min=0).unsqueeze(dim)
-        mine = shifted.gather(dim, here).squeeze(dim).masked_fill(local < 0, 0.0)
-        parts = [shifted.exp().sum(dim), mine]
-        if smoothing:
-            parts.append(shifted.sum(dim))
-        sums = exchange.summed(torch.stack(parts))
-        log_sum = sums[0].log()
-        ctx.save_for_backward(shifted.sub_(log_sum.unsqueeze(dim)).exp_(), local)
-        ctx.dim, ctx.classes, ctx.smoothing, ctx.dtype = dim, classes, smoothing, logits.dtype
-        losses = log_sum - (1 - smoothing) * sums[1]
-        return losses - smoothing / classes * sums[2] if smoothing else losses
+    def forward(ctx: Any, classes: Classes, logits: Tensor, local: Tensor) -> Tensor:
+        found = classes.exponentials(logits, local)
+        ctx.save_for_backward(found.each, found.sums, local)
+        ctx.classes, ctx.dtype = classes, logits.dtype
+        return found.losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        probabilities, local = ctx.saved_tensors
-        gradient = probabilities.clone()
-        hit = ((local >= 0).to(gradient.dtype) * (1 - ctx.smoothing)).unsqueeze(ctx.dim)
-        gradient.scatter_add_(ctx.dim, local.clamp(min=0).unsqueeze(ctx.dim), -hit)
-        if ctx.smoothing:
-            gradient -= ctx.smoothing / ctx.classes
-        return None, gradient.mul_(gradients[0].unsqueeze(ctx.dim)).to(ctx.dtype), None, None, None, None
+        each, sums, local = ctx.saved_tensors
+        found = Exponentials(gradients[0], each.clone(), sums)
+        return None, ctx.classes.gradient(found, local, gradients[0], ctx.dtype), None
