@@ -46,7 +46,20 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "reduce": (BF16,),
     "outermost": OUTERMOST,
 }
-_INTEGERS = ("dp", "fsdp", "zero", "tp", "sp", "pp", "microbatches", "stages", "bucket", "offload", "compile")
+_INTEGERS = (
+    "dp",
+    "fsdp",
+    "zero",
+    "tp",
+    "sp",
+    "pp",
+    "microbatches",
+    "stages",
+    "bucket",
+    "offload",
+    "compile",
+    "loss_pieces",
+)
 _TEXTS = ("schedule", "precision", "reduce", "outermost")
 _MAY_BE_EMPTY = ("precision", "reduce")
 _VALUES: dict[str, type[Recompute | Ratio]] = {"recompute": Recompute, "shares": Ratio, "speeds": Ratio}
@@ -88,6 +101,8 @@ class Strategy:
         compile: 1 runs what is between communication through torch's compiler, block by block: elementwise operations
             become few kernels, and less is saved for the backward pass (Ansel et al. 2024). It takes seconds to minutes
             before the first step.
+        loss_pieces: number of pieces of the tokens in which the output layer and its cross entropy are computed, with
+            their gradients, so that the logits of one piece exist at a time (Hsu et al. 2024). 0: whole.
         outermost: axis whose ranks are farthest apart: replicas (`dp`) or stages (`pp`). It decides whether gradients
             or the activations between stages cross the slow links between hosts.
 
@@ -113,6 +128,7 @@ class Strategy:
     speeds: Ratio = EQUAL
     outermost: str = "dp"
     compile: int = 0
+    loss_pieces: int = 0
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -121,6 +137,8 @@ class Strategy:
                 raise StrategyError(f"{axis}={getattr(self, axis)}: a degree is 1 or more")
         if self.microbatches < 0:
             raise StrategyError(f"microbatches={self.microbatches}: must be 1 or more")
+        if self.loss_pieces < 0 or self.loss_pieces == 1:
+            raise StrategyError(f"loss_pieces={self.loss_pieces}: must be 2 or more; 0 computes the loss whole")
         if self.zero not in (1, 2, 3):
             raise StrategyError(f"zero={self.zero}: must be 1, 2 or 3")
         for switch in ("sp", "offload", "compile"):
@@ -274,11 +292,11 @@ class Strategy:
 
     @property
     def runs_module(self) -> bool:
-        """Return whether each worker runs the module as it is: neither tensor nor pipeline parallel, nor compiled.
+        """Return whether each worker runs the module as it is: no tp, no pp, not compiled, and its loss not in pieces.
 
         Any other strategy runs the traced graph of the module (`parallel.graph`).
         """
-        return self.tp == self.pp == 1 and not self.compile
+        return self.tp == self.pp == 1 and not self.compile and not self.loss_pieces
 
     @property
     def compiled(self) -> str:

@@ -28,6 +28,7 @@ SOURCE = Path(__file__).parents[2] / "src"
         "fsdp=2,zero=1,bucket=5",
         "dp=2,precision=bf16,reduce=bf16",
         "dp=2,fsdp=2,zero=2,offload=1",
+        "single,loss_pieces=8",
     ],
 )
 def test_its_spelling_is_read_back(text: str) -> None:
@@ -83,6 +84,8 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
         ("dp=2,offload=1", "offload=1 needs fsdp=2 or more with zero=2 or 3"),
         ("fsdp=2,zero=1,offload=1", "offload=1 needs fsdp=2 or more with zero=2 or 3"),
         ("fsdp=2,offload=2", "offload=2: must be 0 or 1"),
+        ("loss_pieces=1", "loss_pieces=1: must be 2 or more; 0 computes the loss whole"),
+        ("loss_pieces=-2", "loss_pieces=-2: must be 2 or more"),
         ("microbatches=-1", "microbatches=-1: must be 1 or more"),
         (
             "recompute=ful",
@@ -153,7 +156,8 @@ def test_shares_have_samples_in_their_ratio() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "runs"), [("single", True), ("dp=2,fsdp=2", True), ("dp=2,tp=2", False), ("pp=2", False)]
+    ("text", "runs"),
+    [("single", True), ("dp=2,fsdp=2", True), ("dp=2,tp=2", False), ("pp=2", False), ("loss_pieces=2", False)],
 )
 def test_only_replicas_run_the_module_as_it_is(text: str, runs: bool) -> None:
     assert Strategy.parse(text).runs_module is runs

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.errors import StrategyError
+from shardwise.parallel.graph.loss_pieces import cut_loss
 from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.pipeline.cut_points import common, find_cut_points
@@ -53,6 +54,14 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
         refusal = TensorDegrees(step, parameters).refusal(strategy.tp, sequence=bool(strategy.sp))
         if refusal is not None:
             raise StrategyError(refusal)
+    if strategy.loss_pieces:
+        local, _ = split(step, strategy.tp, trained, sequence=bool(strategy.sp))
+        tokens = cut_loss(local, strategy.loss_pieces, _never)
+        if tokens < strategy.loss_pieces:
+            raise StrategyError(
+                f"loss_pieces={strategy.loss_pieces}: the loss of a microbatch has {tokens} tokens; use {tokens} "
+                "pieces or fewer"
+            )
     if strategy.pp > 1:
         found = find_cut_points(split(step, 1, trained)[0], parameters)
         if workload.evaluations:

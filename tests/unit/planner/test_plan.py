@@ -227,6 +227,7 @@ def test_what_does_not_fit_is_not_chosen(
         (["zero=1"], ["tp"]),
         (["outermost=pp"], []),
         (["reduce=bf16", "dp=1"], []),
+        (["loss_pieces=4"], ["pp"]),
     ],
 )
 def test_wishes_are_met(

@@ -101,6 +101,8 @@ GRID = [
     *(("image", strategy) for strategy in ("fsdp=2,tp=2", "pp=2")),
     *(("resnet", strategy) for strategy in ("fsdp=2", "dp=2,tp=2", "dp=2,recompute=selective")),
     ("medical", "pp=2,microbatches=2,schedule=interleaved"),
+    *(("gpt", f"{axes},loss_pieces=3") for axes in ("tp=2,sp=1", "fsdp=2,zero=1")),
+    ("language", "pp=2,schedule=zero-bubble,loss_pieces=2"),
 ]
 """Strategies that MEMORY_GRID does not have, or has for one stage of their pipeline."""
 
@@ -133,6 +135,13 @@ MEMORY_GRID = [
             "fsdp=2,pp=2,schedule=interleaved,microbatches=8",
             "tp=2,pp=2,sp=1",
             "dp=2,pp=2,recompute=full",
+            "single,microbatches=2,loss_pieces=4",
+            "fsdp=4,loss_pieces=4",
+            "fsdp=2,zero=2,microbatches=2,loss_pieces=8",
+            "fsdp=2,loss_pieces=4,recompute=selective",
+            "tp=2,loss_pieces=4,recompute=full",
+            "pp=2,loss_pieces=4,schedule=gpipe,recompute=full",
+            "pp=2,loss_pieces=4",
         )
     ),
     # little is kept for the backward pass, so that the optimizer's copy of all parameters makes the peak

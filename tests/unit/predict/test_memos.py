@@ -58,6 +58,7 @@ OTHERS: dict[str, tuple[str | int, ...]] = {
     "speeds": ("3:1", "1:1:1:2"),
     "outermost": ("pp",),
     "compile": (1,),
+    "loss_pieces": (2, 4),
 }
 
 

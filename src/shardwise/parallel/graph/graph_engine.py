@@ -22,6 +22,7 @@ from shardwise.parallel.engine import Evaluated, Position
 from shardwise.parallel.faults import Fault, gradient_fault, passes_of
 from shardwise.parallel.graph.graph_faults import Watched
 from shardwise.parallel.graph.kept_model import KeptModel
+from shardwise.parallel.graph.loss_pieces import cut_loss
 from shardwise.parallel.graph.parameters import LocalStages
 from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import Mesh
@@ -236,6 +237,7 @@ class GraphEngine:
             placements=None if first else self._placements,
             summed=None if first else self._summed,
         )
+        cut_loss(local, self._strategy.loss_pieces, operators.loss_in_pieces)
         if self._strategy.schedule == "zero-bubble":
             defer_weights(local.graph, self._weights, step.tensors)
         if self._strategy.compile:

@@ -22,8 +22,10 @@ from shardwise.parallel.operators.batch_norm import batch_norm
 from shardwise.parallel.operators.dropout import attention_probabilities
 from shardwise.parallel.operators.dropout import mask as draw_mask
 from shardwise.parallel.operators.module_patches import ModulePatches
+from shardwise.parallel.operators.piecewise_loss import LossGradients, loss_and_gradients, with_gradients
 from shardwise.parallel.operators.random_numbers import draw
-from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.operators.selective_checkpoint import products_not_saved
+from shardwise.parallel.tensor.communication import Exchange, Segments
 from shardwise.parallel.tensor.placement import REPLICATED, Placement, Sharded
 from shardwise.workload.precision import computing, kept_of
 from shardwise.workload.trace.opaque import Call
@@ -34,9 +36,15 @@ Shape = tuple[int, ...]
 Values = Sequence[Mapping[Any, Any]]
 """Values in Python of a module, as `PythonState.read` returns them."""
 
+Noted = Values | LossGradients
+"""Note of the first run of a block for its recomputation."""
+
+
+_ALONE = Exchange(None, 0, 1)
+
 
 class GraphOperators:
-    """Replacements for dropout, attention with dropout, batch norm and opaque modules of a graph.
+    """Replacements for dropout, attention with dropout, batch norm, opaque modules and losses of a graph.
 
     Attributes:
         position: the position in the training; the engine keeps it up to date.
@@ -65,23 +73,24 @@ class GraphOperators:
         self.replicas = replicas
         self.recomputing = False
         self._opaque: dict[nn.Module, tuple[ModulePatches, PythonState]] = {}
-        self._values: Iterator[Values] | list[Values] | None = None
+        self._noted: list[Noted] | None = None
 
     @contextmanager
-    def at(self, position: Position, values: list[Values], *, again: bool) -> Iterator[None]:
+    def at(self, position: Position, noted: list[Noted], *, again: bool) -> Iterator[None]:
         """Draw random numbers inside the block as at `position`, that of a microbatch whose block runs.
 
         Args:
             position: position of the microbatch.
-            values: list that the first run fills with the values of the opaque modules, in order.
-            again: whether the block is recomputed, with the values as they were in the first run.
+            noted: list that the first run fills, in order, with the values of the opaque modules and the gradients of
+                losses in pieces. The recomputation empties it.
+            again: whether the block is recomputed.
         """
-        before = self.position, self.recomputing, self._values
-        self.position, self.recomputing, self._values = position, again, iter(values) if again else values
+        before = self.position, self.recomputing, self._noted
+        self.position, self.recomputing, self._noted = position, again, noted
         try:
             yield
         finally:
-            self.position, self.recomputing, self._values = before
+            self.position, self.recomputing, self._noted = before
 
     def mask(self, site: int, shape: Shape, p: float, placement: Placement, like: Tensor, merged: bool) -> Tensor:
         """Draw the dropout factors of the part at `placement` of a tensor of `shape`."""
@@ -159,6 +168,36 @@ class GraphOperators:
             return torch.batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps, False)
         return batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, self.replicas, counted=counted)
 
+    def loss_in_pieces(
+        self,
+        pieces: int,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        spans: Segments,
+        reduction: int,
+        ignore: int,
+        smoothing: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Compute an output layer and its cross entropy in pieces, once: the recomputation of a block gets the results.
+
+        `spans` are those of the classes that the tensor-parallel workers share, empty if each has all of them. `dtype`
+        is that of the loss. The other arguments are those of `piecewise_loss.loss_and_gradients`.
+        """
+        found = self._noted.pop(0) if self._noted is not None and self.recomputing else None
+        if not isinstance(found, LossGradients):
+            wanted = [torch.is_grad_enabled() and each is not None and each.requires_grad for each in (x, weight, bias)]
+            exchange, spans = (self.exchange, spans) if spans else (_ALONE, (weight.shape[0],))
+            with products_not_saved():
+                found = loss_and_gradients(
+                    exchange, pieces, x, weight, bias, target, spans, reduction, ignore, smoothing, wanted
+                )
+            if self._noted is not None:
+                self._noted.append(found)
+        return with_gradients(found, x, weight, bias, dtype)
+
     def opaque(self, call: Call, site: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call a module that was not traced. `site` is the number of calls that have drawn dropout before it."""
         operations, state = self._prepared(call.module, tensors[0].device)
@@ -187,10 +226,12 @@ class GraphOperators:
 
     def _as_in_first_run(self, state: PythonState) -> AbstractContextManager[None]:
         """Return a context in which values in Python are as in the first run of the block, if it is recomputed."""
-        if isinstance(self._values, list):
-            self._values.append(state.read())
-        elif self._values is not None:
-            return state.as_at(next(self._values))
+        if self._noted is None:
+            return nullcontext()
+        if self.recomputing:
+            values: Any = self._noted.pop(0)
+            return state.as_at(values)
+        self._noted.append(state.read())
         return nullcontext()
 
     @property

@@ -12,6 +12,9 @@ results that a model has written into.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -29,9 +32,26 @@ def contexts() -> tuple[SavingMode, ReplayMode]:
     return saving, ReplayMode(saving)
 
 
-@lru_cache(maxsize=4096)
-def is_product(operation: Any) -> bool:
+_NOT_SAVED = ContextVar("_NOT_SAVED", default=False)
+
+
+@contextmanager
+def products_not_saved() -> Iterator[None]:
+    """Save no results of products inside the block: what it computes is not recomputed."""
+    token = _NOT_SAVED.set(True)
+    try:
+        yield
+    finally:
+        _NOT_SAVED.reset(token)
+
+
+def is_saved(operation: Any) -> bool:
     """Return whether the result of an operation, as passed to a dispatch mode, is saved."""
+    return _is_product(operation) and not _NOT_SAVED.get()
+
+
+@lru_cache(maxsize=4096)
+def _is_product(operation: Any) -> bool:
     return f"{operation.namespace}.{operation.overloadpacket.__name__}" in PRODUCTS
 
 
@@ -57,7 +77,7 @@ class SavingMode(_Mode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if is_product(function):
+        if is_saved(function):
             saved = tree_map(lambda value: _detached(value) if isinstance(value, Tensor) else value, result)
             self.results.append((saved, _versions(saved)))
         return result
@@ -71,7 +91,7 @@ class ReplayMode(_Mode):
         self._saving = saving
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_product(function) and self._saving.results:
+        if is_saved(function) and self._saving.results:
             saved, versions = self._saving.results.popleft()
             if _versions(saved) == versions:
                 return saved

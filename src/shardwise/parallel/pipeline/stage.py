@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from shardwise.parallel.compiling.regions import GraphRegion, pieces
 from shardwise.parallel.operators import selective_checkpoint
-from shardwise.parallel.operators.graph_operators import GraphOperators, Values
+from shardwise.parallel.operators.graph_operators import GraphOperators, Noted
 from shardwise.parallel.pipeline.cut_points import Use, positions
 from shardwise.parallel.pipeline.subgraphs import Section, compiled, sections
 from shardwise.parallel.tensor.partitioner import LocalGraph
@@ -229,11 +229,11 @@ class StageModule(nn.Module):
         """Run a block that saves only its inputs and is recomputed in the backward pass."""
         position = copy(self.operators.position)
         again = False
-        values_in_python: list[Values] = []
+        noted: list[Noted] = []
 
         def compute(*values: Any) -> tuple[Any, ...]:
             nonlocal again
-            with self.operators.at(position, values_in_python, again=again), _restored_buffers(block, again):
+            with self.operators.at(position, noted, again=again), _restored_buffers(block, again):
                 again = True
                 return _run(block, piece, shared, values)
 

@@ -169,11 +169,12 @@ def addmm(p: Partitioner, node: fx.Node, args: list[Any], kwargs: dict[str, Any]
     if kwargs or len(args) > 3:
         return p.fallback(node, args, kwargs, "addmm with factors")
     labels: dict[int, Labels] = {0: ("m", "i"), 1: ("i", "o"), 2: ("o",)}
-    return _product(p, _addmm, [a, b], bias, labels, ("m", "o"), node.meta["val"])
+    return _product(p, biased_product, [a, b], bias, labels, ("m", "o"), node.meta["val"])
 
 
 @local
-def _addmm(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def biased_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute a @ b, plus a bias if there is one."""
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 

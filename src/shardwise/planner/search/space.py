@@ -81,6 +81,7 @@ def _of_degrees(
                             recompute=recompute,
                             precision=precision,
                             reduce=reduce,
+                            loss_pieces=int(constraints.fixed.get("loss_pieces", 0)),
                         )
 
 

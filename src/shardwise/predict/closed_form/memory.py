@@ -171,21 +171,33 @@ def _peak(
         if moment.forward:
             held = held_in_forward(profile, stage, sync, later=later)
             beside = _in_forward(profile, stage, products=products)
+            known = [0] * len(beside)
         else:
             held = _held(profile, strategy, stage, sync, trained, later=later)
             beside = [each[:2] for each in _every_moment(profile, stage, products=products)]
+            known = [_known(profile, stage, segment, sync) for segment in reversed(range(stage.first, stage.end))]
         peaks = (
             _Peak(
                 round(profile.gathered * each.gathered),
                 0 if offloaded else each.slices,
                 activations,
-                temporary + each.whole,
+                temporary + max(0, each.whole - once),
             )
-            for each, (activations, temporary) in zip(held, beside, strict=True)
+            for each, (activations, temporary), once in zip(held, beside, known, strict=True)
         )
         return max(peaks, key=lambda peak: peak.total)
 
     return profile.memo.once(("sharded peak", *own), highest)
+
+
+def _known(profile: Profile, stage: Stage, segment: int, sync: Sync) -> int:
+    """Return the bytes of gradients that count as unsharded ones in the backward pass of a segment and as saved.
+
+    They are those of a loss in pieces, which the forward pass has computed.
+    """
+    index, inside = stage.block_at(segment)
+    counted = sync.reduces and inside and stage.blocks[index].first == segment
+    return profile.segments[segment].layer.once if counted else 0
 
 
 def _held(
@@ -215,15 +227,20 @@ def _beside(gradients: tuple[int, int], activations: int, temporary: int) -> tup
 def _saved(profile: Profile, stage: Stage, *, products: bool) -> int:
     """Return the bytes saved of one microbatch between its forward and its backward pass through a stage.
 
-    A recomputed block saves its inputs only, and with `products` also the results that selective recomputation keeps.
+    A recomputed block saves its inputs and what is not computed again, see `_stays`.
     """
     inside = sum(profile.saved[block.end] - profile.saved[block.first] for block in stage.recomputed)
-    stays = sum(_products(profile, block) for block in stage.recomputed) if products else 0
+    stays = sum(_stays(profile, block, products=products) for block in stage.recomputed)
     return max(0, stage.saved - inside) + sum(size for _, size in stage.handed) + stays
 
 
-def _products(profile: Profile, block: Block) -> int:
-    return profile.products[block.end] - profile.products[block.first]
+def _stays(profile: Profile, block: Block, *, products: bool) -> int:
+    """Return the bytes that a recomputed block saves beside its inputs.
+
+    They are gradients of a loss in pieces, and with `products` the results that selective recomputation keeps.
+    """
+    once = profile.once[block.end] - profile.once[block.first]
+    return once + (profile.products[block.end] - profile.products[block.first] if products else 0)
 
 
 def _moments(profile: Profile, stage: Stage, *, products: bool) -> list[tuple[int, int, int]]:
@@ -248,7 +265,7 @@ def _all_moments(profile: Profile, stage: Stage, *, products: bool) -> list[tupl
         if parameter.trained:
             complete[next(segment for segment in parameter.segments if segment >= stage.first)] += parameter.bytes
     boundary = stage.saved - (profile.saved[stage.end] - profile.saved[stage.first])
-    stays = {block.end: _products(profile, block) if products else 0 for block in stage.recomputed}
+    stays = {block.end: _stays(profile, block, products=products) for block in stage.recomputed}
     dropped = {
         block.end: profile.saved[block.end] - profile.saved[block.first] - stays[block.end]
         for block in stage.recomputed
@@ -275,7 +292,7 @@ def _in_forward(profile: Profile, stage: Stage, *, products: bool) -> list[tuple
     for block in stage.blocks:
         handed = sum(size for until, size in stage.handed if until <= block.first)
         if block.recomputed:
-            saved += _products(profile, block) if products else 0
+            saved += _stays(profile, block, products=products)
         else:
             saved += profile.saved[block.end] - profile.saved[block.first]
         layers = (each.layer for each in profile.segments[block.first : block.end])

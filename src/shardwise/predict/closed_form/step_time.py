@@ -126,13 +126,14 @@ def _check(profile: Profile, strategy: Strategy, size: int) -> None:
     if not profile.cut and not strategy.runs_module:
         raise StrategyError(f"{profile.name} cannot be traced, so that tp and pp are not possible: use dp or fsdp")
     samples = size // strategy.replicas // strategy.microbatches
-    wanted = strategy.tp, strategy.sp, samples, strategy.schedule == "zero-bubble", strategy.compiled
-    given = profile.tp, profile.sp, profile.microbatch, profile.split, profile.compiled
+    split = strategy.schedule == "zero-bubble"
+    wanted = strategy.tp, strategy.sp, samples, split, strategy.compiled, strategy.loss_pieces
+    given = profile.tp, profile.sp, profile.microbatch, profile.split, profile.compiled, profile.loss_pieces
     precise = not strategy.precision or strategy.precision == profile.precision
     if wanted != given or not precise:
         raise StrategyError(
-            f"the profile of {profile.name} in {profile.precision} has (tp, sp, microbatch, split, compiled)={given}, "
-            f"strategy {strategy} with batch_size={size} needs {wanted}"
+            f"the profile of {profile.name} in {profile.precision} has (tp, sp, microbatch, split, compiled, "
+            f"loss_pieces)={given}, strategy {strategy} with batch_size={size} needs {wanted}"
             + (f" in {strategy.precision}" if strategy.precision else "")
         )
 

@@ -204,6 +204,7 @@ class ScaledProfiles:
                 precision=strategy.precision,
                 microbatches=1,
                 compile=strategy.compile,
+                loss_pieces=strategy.loss_pieces,
                 recompute=recompute,
             )
             if _is_split(strategy):
@@ -283,9 +284,9 @@ def _for_degree(summary: ProfileSummary, tp: int, _: int) -> ProfileSummary:
     return replace(summary, tp=tp)
 
 
-def _way(strategy: Strategy) -> tuple[bool, str]:
-    """Return what else than sizes decides which kernels run: whether passes are split, and what is compiled."""
-    return _is_split(strategy), strategy.compiled
+def _way(strategy: Strategy) -> tuple[bool, str, int]:
+    """Return what else than sizes decides which kernels run: split passes, what is compiled, pieces of the loss."""
+    return _is_split(strategy), strategy.compiled, strategy.loss_pieces
 
 
 def _is_split(strategy: Strategy) -> bool:

@@ -70,6 +70,9 @@ Larger inputs, and batches of several samples, use oneDNN (ATen/native/Convoluti
 _ROWS_READ = {aten.embedding, aten.index_select, aten.gather, aten.index, aten.select_backward, aten.slice_backward}
 """Operations that read at most as many bytes of their first operand as they write."""
 
+_ADDED_TO = {aten.scatter_add_}
+"""Operations that read and write as many elements of their first operand as their last one has."""
+
 _INTO_GATHERED = "all_gather_copy_in"
 """Name of `fully_shard`'s operation that copies shards into this rank's part of the buffer of an all-gather."""
 
@@ -186,6 +189,8 @@ def _bytes(packet: Any, args: tuple[Any, ...], inputs: list[Tensor], outputs: li
         return 2.0 * sum(_size(shard) for shard in inputs[:-1])
     if packet.__name__.startswith("_foreach_") and packet.__name__.endswith("_"):
         outputs = list(tensors(args[0]))
+    if packet in _ADDED_TO:
+        return float(sum(map(_size, inputs[1:])) + 2 * _size(inputs[-1]))
     written = sum(_size(output) for output in outputs)
     read = [_size(each) for each in inputs]
     if packet in _ROWS_READ and read:
@@ -214,7 +219,7 @@ def _mm(args: tuple[Any, ...], result: Any) -> Counted:
     return "matmul", 2.0 * m * n * k, (1, m, n, k), False
 
 
-@counts(aten.addmm)
+@counts(aten.addmm, aten.addmm_)
 def _addmm(args: tuple[Any, ...], result: Any) -> Counted:
     return _mm(args[1:], result)
 

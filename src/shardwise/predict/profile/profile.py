@@ -67,6 +67,7 @@ class Layer:
         saves: whether the backward pass needs any tensor of the forward pass.
         inside: bytes saved for the backward pass, without the values that segments hand to each other.
         products: bytes of the results that selective recomputation keeps (`parallel.operators.selective_checkpoint`).
+        once: bytes saved that stay if the block is recomputed: what computed them is not computed again.
         temporary_forward: peak bytes of the forward pass beside what is saved.
         temporary_backward: peak bytes of the backward pass beside what is saved, including gradients of activations.
         normalised: number of channels of each batch norm in training mode.
@@ -79,6 +80,7 @@ class Layer:
     saves: bool = True
     inside: int = 0
     products: int = 0
+    once: int = 0
     temporary_forward: int = 0
     temporary_backward: int = 0
     normalised: tuple[int, ...] = ()
@@ -209,6 +211,7 @@ class Profile:
         clipped: whether gradients are clipped.
         split: whether gradients of weights and of inputs are computed in passes of their own (zero-bubble).
         compiled: what is compiled, see `Strategy.compiled`.
+        loss_pieces: number of pieces of the tokens in which the loss is computed; 0: whole.
         cut: whether the step could be traced, so that tp and pp are possible.
         ready: indices of trained parameters in the order in which their gradients become complete.
         batch_bytes: bytes of the data of one microbatch.
@@ -233,6 +236,7 @@ class Profile:
     clipped: bool = False
     split: bool = False
     compiled: str = ""
+    loss_pieces: int = 0
     cut: bool = True
     ready: tuple[int, ...] = ()
     batch_bytes: int = 0
@@ -281,6 +285,11 @@ class Profile:
     def products(self) -> tuple[int, ...]:
         """Prefix sums of the bytes that selective recomputation keeps: entry i is the sum over segments before i."""
         return tuple(accumulate((segment.layer.products for segment in self.segments), initial=0))
+
+    @cached_property
+    def once(self) -> tuple[int, ...]:
+        """Prefix sums of the bytes that every recomputation keeps: entry i is the sum over segments before i."""
+        return tuple(accumulate((segment.layer.once for segment in self.segments), initial=0))
 
     @cached_property
     def live(self) -> tuple[tuple[Value, ...], ...]:

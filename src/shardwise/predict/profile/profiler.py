@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from shardwise.parallel.check import TensorDegrees
 from shardwise.parallel.compiling.regions import write_elsewhere
 from shardwise.parallel.engine import Position
+from shardwise.parallel.graph.loss_pieces import cut_loss
 from shardwise.parallel.mesh import random_state_kept
 from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.pipeline.cut_points import CutPoint, common, find_cut_points, from_batch
@@ -89,6 +90,7 @@ class Profiles:
             strategy.precision_of(self.workload.precision),
             strategy.schedule == "zero-bubble",
             strategy.compiled,
+            strategy.loss_pieces,
         )
         if key not in self._known:
             self._models = self._models or _Models(self.workload, self.device)
@@ -119,6 +121,7 @@ def profile(
     precision: str = "",
     split: bool = False,
     compiled: str = "",
+    loss_pieces: int = 0,
     device: str = "gpu",
 ) -> Profile:
     """Profile one microbatch of a workload on one device.
@@ -132,13 +135,15 @@ def profile(
         split: whether gradients of weights and of inputs are computed in passes of their own, as in a zero-bubble
             pipeline.
         compiled: what is compiled, see `Strategy.compiled`.
+        loss_pieces: see `Strategy.loss_pieces`.
         device: kind of device, `gpu` or `cpu`.
 
     Raises:
         WorkloadError: the model cannot be built, or `tp` is above 1 and the model cannot be traced.
         DataError: the dataset is empty.
     """
-    return _Models(workload, device).profile(tp, sp, microbatch, precision or workload.precision, split, compiled)
+    models = _Models(workload, device)
+    return models.profile(tp, sp, microbatch, precision or workload.precision, split, compiled, loss_pieces)
 
 
 class _Models:
@@ -149,16 +154,19 @@ class _Models:
         self._builds = builds(workload, device)
         self._model: Model | None = next(self._builds)
 
-    def profile(self, tp: int, sp: int, microbatch: int, precision: str, split: bool, compiled: str) -> Profile:
+    def profile(
+        self, tp: int, sp: int, microbatch: int, precision: str, split: bool, compiled: str, loss_pieces: int
+    ) -> Profile:
         """Profile the first build that can be traced, else the model with real values; see `profile` above."""
+        options = self._device, tp, sp, microbatch, precision, split, compiled, loss_pieces
         while self._model is not None:
-            profiler = _Profiler(self._model, self._device, tp, sp, microbatch, precision, split, compiled)
+            profiler = _Profiler(self._model, *options)
             try:
                 return profiler.profile()
             except Untraceable:
                 self._model = next(self._builds, None)
         model = with_values(self._workload, self._device)
-        return _Profiler(model, self._device, tp, sp, microbatch, precision, split, compiled).profile_with_values()
+        return _Profiler(model, *options).profile_with_values()
 
     def layer_class(self) -> str:
         """See `Profiles.layer_class`."""
@@ -193,10 +201,11 @@ class _Profiler:
         precision: str,
         split: bool,
         compiled: str,
+        loss_pieces: int,
     ) -> None:
         self.model, self.workload, self.device = model, model.workload, device
         self.tp, self.sp, self.precision = tp, sp, precision
-        self.samples, self.split, self.compiled = microbatch, split, compiled
+        self.samples, self.split, self.compiled, self.loss_pieces = microbatch, split, compiled, loss_pieces
         self.recorder = SegmentRecorder(cpu=self.device == "cpu")
         self.exchange = RecordedExchange(tp, self.recorder)
         position = Position(seed=self.workload.seed, samples=microbatch, counted=microbatch)
@@ -251,6 +260,7 @@ class _Profiler:
             self.weights if self.split else None,
             {self.operators.dropout: 2, self.operators.draw: 1, self.operators.attention: 7},
             self.compiled,
+            self.operators.loss_in_pieces,
         )
         chain = _Chain(analyst, cut, given, specs)
         chain.run()
@@ -273,6 +283,7 @@ class _Profiler:
         self, step: StepGraph, named: Mapping[str, nn.Parameter], trained: frozenset[str]
     ) -> _Traced:
         local = self._partitioned(step, trained)
+        cut_loss(local, self.loss_pieces, self.operators.loss_in_pieces)
         found = find_cut_points(local, named)
         if self.workload.evaluations:
             found = common(found, self._evaluated(named, trained, local))
@@ -429,6 +440,7 @@ class _Profiler:
             clipped=self.workload.clip_norm is not None,
             split=self.split,
             compiled=self.compiled,
+            loss_pieces=self.loss_pieces,
             batch_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(data) if isinstance(t, Tensor)),
             **found,
         )

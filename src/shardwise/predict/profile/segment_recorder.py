@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.parallel.compiling.regions import GraphRegion, inputs_of, outputs_of, pieces
-from shardwise.parallel.operators.selective_checkpoint import is_product
+from shardwise.parallel.operators.selective_checkpoint import is_saved
 from shardwise.parallel.pipeline.subgraphs import function_of
 from shardwise.parallel.tensor.aliasing import writes_in_place
 from shardwise.parallel.tensor.communication import Exchange
@@ -148,7 +148,7 @@ class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.kernels.append(kernel)
         for tensor in tensors(result):
             self._note(tensor)
-        if self.when == "forward" and is_product(function):
+        if self.when == "forward" and is_saved(function):
             self.products += sum(tensor.untyped_storage().nbytes() for tensor in tensors(result))
         if kernel is not None and self.cpu:
             self.peak = max(self.peak, self.live + workspace(kernel))
@@ -227,6 +227,7 @@ class Analyst:
         sites: function that draws random numbers -> index of the argument that numbers its calls. Segments that differ
             only in that argument are equal.
         compiled: what is compiled, see `Strategy.compiled`.
+        once: operator whose results a recomputed block does not compute again.
     """
 
     mode: FakeTensorMode
@@ -235,6 +236,7 @@ class Analyst:
     later: Any = None
     sites: Mapping[Any, int] = field(default_factory=dict)
     compiled: str = ""
+    once: Any = None
     _known: dict[Any, Analysis] = field(default_factory=dict)
 
     def segment(self, calls: SegmentCalls) -> Analysis:
@@ -305,6 +307,15 @@ class _Arrived(torch.autograd.Function):
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Once:
+    """Call that a recomputed block does not repeat: indices of its kernels and exchanges, and the bytes it saves."""
+
+    kernels: range
+    exchanges: range
+    saved: int
+
+
 @dataclass(slots=True)
 class _SegmentRun:
     """A run of a segment, forward and backward, that notes what it saves for the backward pass."""
@@ -312,6 +323,7 @@ class _SegmentRun:
     analyst: Analyst
     segment: SegmentCalls
     _saved: dict[int, int] = field(default_factory=dict)
+    _once: list[_Once] = field(default_factory=list)
     _at_last: tuple[int, int] | None = None
     _ready: list[int] = field(default_factory=list)
 
@@ -345,8 +357,7 @@ class _SegmentRun:
             if self._at_last is not None:
                 # where a compiled segment ends a recomputed block, its product is left out, see `compiling.regions`
                 last = at_product if self.analyst.compiled == "all" else None
-                kernels, exchanges = last or self._at_last
-                recomputed = LayerPass(forward.kernels[:kernels], forward.exchanges[:exchanges])
+                recomputed = self._recomputed(forward, *(last or self._at_last))
         del begin
         layer = Layer(
             forward=forward,
@@ -356,11 +367,22 @@ class _SegmentRun:
             saves=self._at_last is not None,
             inside=inner,
             products=products,
+            once=sum(each.saved for each in self._once),
             temporary_forward=top - end,
             temporary_backward=most,
             normalised=normalised,
         )
         return Analysis(layer, tuple(made), saved, tuple(self._ready))
+
+    def _recomputed(self, forward: LayerPass, kernels: int, exchanges: int) -> LayerPass:
+        """Return the first `kernels` and `exchanges` of a forward pass without what is computed once."""
+        here, there = (
+            {index for each in self._once for index in getattr(each, what)} for what in ("kernels", "exchanges")
+        )
+        return LayerPass(
+            tuple(forward.kernels[index] for index in range(kernels) if index not in here),
+            tuple(forward.exchanges[index] for index in range(exchanges) if index not in there),
+        )
 
     def _forward(self, values: dict[fx.Node, Any]) -> list[Tensor]:
         recorder, clean = self.analyst.recorder, not any(writes_in_place(node) for node in self.segment.nodes)
@@ -386,8 +408,16 @@ class _SegmentRun:
             results = function_of(part)(*(values[node] for node in part.inputs))
             return dict(zip(part.outputs, results, strict=True))
         args, kwargs = fx.node.map_arg((part.args, part.kwargs), lambda argument: values[argument])
-        call = on_gpu(part.target) if self.analyst.gpu else part.target  # type: ignore[arg-type]
-        return {part: call(*args, **kwargs)}  # type: ignore[operator]
+        call: Any = on_gpu(part.target) if self.analyst.gpu else part.target  # type: ignore[arg-type]
+        if part.target != self.analyst.once:
+            return {part: call(*args, **kwargs)}
+        recorder, before = self.analyst.recorder, set(self._saved)
+        kernels, exchanges = len(recorder.kernels), len(recorder.exchanges)
+        result = call(*args, **kwargs)
+        saved = sum(size for storage_id, size in self._saved.items() if storage_id not in before)
+        ranges = range(kernels, len(recorder.kernels)), range(exchanges, len(recorder.exchanges))
+        self._once.append(_Once(*ranges, saved))
+        return {part: result}
 
     @contextmanager
     def _saving(self) -> Iterator[None]:

@@ -17,7 +17,10 @@ from shardwise.predict.runtime.runtime import SHARDWISE, Runtime
 from shardwise.predict.runtime.sizes import Sizes
 from shardwise.strategy import Strategy
 
-EVERYWHERE = {"bucket": ("0",), "compile": ("0",), "reduce": ("",), "shares": ("",), "speeds": ("",)}
+EVERYWHERE = {
+    **dict.fromkeys(("bucket", "compile", "loss_pieces"), ("0",)),
+    **dict.fromkeys(("reduce", "shares", "speeds"), ("",)),
+}
 """Options of Shardwise alone: sizes of buckets, how gradients are reduced, replicas and stages of unequal size."""
 
 MODULE = {**EVERYWHERE, "tp": ("1",), "sp": ("0",), "pp": ("1",), "recompute": ("none", "full")}
