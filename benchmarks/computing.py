@@ -1,4 +1,4 @@
-"""How a step computes: float32, autocast, bf16, and compiled parts, measured on this CPU and predicted on GPUs.
+"""Measure how the ways to compute a step differ: float32, autocast, bf16, compiled parts; predict it for GPUs.
 
     python -m benchmarks.computing [--rounds N] [--warmup N]
 

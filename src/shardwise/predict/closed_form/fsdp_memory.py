@@ -33,11 +33,14 @@ class StageMemory:
         gathered: gathered parameters.
         slices: shards of gradients.
         whole: unsharded gradients, and the buffers of collectives in flight.
+        reducing: the same once all gradients of a block are there and are reduced, if they are now; else 0. What its
+            backward pass needed for a moment is free by then.
     """
 
     gathered: int
     slices: int
     whole: int
+    reducing: int = 0
 
 
 def held_at_segments(
@@ -72,7 +75,7 @@ def held_at_segments(
             last, done_block = index, 0
         there = gathered_blocks(stage, sync, segment)
         gathered = gathered_until[there.stop] - gathered_until[there.start]
-        done = reduced_until[-1] - reduced_until[index + 1]
+        done, reducing = reduced_until[-1] - reduced_until[index + 1], 0.0
         if not sync.reduces:
             every = reduced_until[-1]
             whole = added * (every + root_reduce if later else min(done + done_block, every) + done_root)
@@ -81,9 +84,10 @@ def held_at_segments(
             behind = sent * (reduces[index + 1] if index + 1 < len(blocks) else 0)
             whole = made * (done_root + (done_block if inside else 0)) + behind
             if inside and segment == blocks[index].first:
-                whole = made * (done_root + reduces[index]) + max(behind, sent * reduces[index])
+                reducing = made * (done_root + reduces[index]) + max(behind, sent * reduces[index])
             slices = trained if later else done // strategy.fsdp
-        found.append(StageMemory(root_gather + gathered, slices, round(whole) + done_unsplit))
+        after = round(reducing) + done_unsplit if reducing else 0
+        found.append(StageMemory(root_gather + gathered, slices, round(whole) + done_unsplit, after))
         done_root += of_root.get(segment, 0)
         done_block += of_blocks.get(segment, 0)
         done_unsplit += unsplit.get(segment, 0)

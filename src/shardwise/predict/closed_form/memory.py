@@ -171,33 +171,22 @@ def _peak(
         if moment.forward:
             held = held_in_forward(profile, stage, sync, later=later)
             beside = _in_forward(profile, stage, products=products)
-            known = [0] * len(beside)
+            inputs, once = [0] * len(beside), [0] * len(beside)
         else:
             held = _held(profile, strategy, stage, sync, trained, later=later)
             beside = [each[:2] for each in _every_moment(profile, stage, products=products)]
-            known = [_known(profile, stage, segment, sync) for segment in reversed(range(stage.first, stage.end))]
-        peaks = (
-            _Peak(
-                round(profile.gathered * each.gathered),
-                0 if offloaded else each.slices,
-                activations,
-                temporary + max(0, each.whole - once),
-            )
-            for each, (activations, temporary), once in zip(held, beside, known, strict=True)
-        )
+            segments = profile.segments[stage.first : stage.end][::-1]
+            inputs, once = [each.message for each in segments], [each.layer.once for each in segments]
+        peaks = []
+        for each, (activations, temporary), entering, computed in zip(held, beside, inputs, once, strict=True):
+            gathered, slices = round(profile.gathered * each.gathered), 0 if offloaded else each.slices
+            peaks.append(_Peak(gathered, slices, activations, temporary + each.whole))
+            if each.reducing:  # a loss in pieces has its gradients early: they are among the activations
+                beside_them = temporary if computed else entering
+                peaks.append(_Peak(gathered, slices, activations, beside_them + max(0, each.reducing - computed)))
         return max(peaks, key=lambda peak: peak.total)
 
     return profile.memo.once(("sharded peak", *own), highest)
-
-
-def _known(profile: Profile, stage: Stage, segment: int, sync: Sync) -> int:
-    """Return the bytes of gradients that count as unsharded ones in the backward pass of a segment and as saved.
-
-    They are those of a loss in pieces, which the forward pass has computed.
-    """
-    index, inside = stage.block_at(segment)
-    counted = sync.reduces and inside and stage.blocks[index].first == segment
-    return profile.segments[segment].layer.once if counted else 0
 
 
 def _held(
