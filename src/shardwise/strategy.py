@@ -311,6 +311,15 @@ class Strategy:
         return self.fsdp > 1 and self.zero > 1
 
     @property
+    def reduces_at_once(self) -> bool:
+        """Return whether replicas that split parameters do so again after the backward pass of each microbatch.
+
+        In a pipeline gradients stay whole, and parameters gathered, until the last backward pass of a stage: its passes
+        wait for each other, and for no collective between them.
+        """
+        return self.splits_parameters and self.pp == 1
+
+    @property
     def sums_in_buckets(self) -> bool:
         """Return whether replicas all-reduce whole gradients in buckets.
 

@@ -236,9 +236,10 @@ class LocalStages:
         self._copies.adds = not final or stage not in self._reducers
         if self.sharded:
             module: Any = self.stages[stage]  # `fully_shard` adds these methods
-            module.set_requires_gradient_sync(final)
-            module.set_is_last_backward(final)
-            module.set_reshard_after_backward(final)
+            splits = final or self._strategy.reduces_at_once
+            module.set_requires_gradient_sync(splits)
+            module.set_is_last_backward(splits)
+            module.set_reshard_after_backward(splits)
         if final and stage in self._reducers and not self.sharded:
             self._reducers[stage].arm()
 

@@ -187,7 +187,7 @@ def _update(profile: ProfileSummary, strategy: Strategy, times: Times) -> float:
 def _gathers(strategy: Strategy, cluster: Cluster, profile: ProfileSummary) -> float:
     """Return the seconds of a step's all-gathers and reduce-scatters by `fully_shard`: those of the first stage.
 
-    All stages gather and scatter equally often: with tp or pp and zero=3, once more often than there are microbatches.
+    All stages gather and scatter equally often: in a pipeline with zero=3, once more often than there are microbatches.
     """
     size = (profile.repeated if strategy.runs_module else profile.own) // strategy.pp
     syncs = [(turn.count, turn.sync) for turn in turns(strategy, 0) if turn.action.stage == 0 and turn.sync is not None]

@@ -205,7 +205,7 @@ def _left(profile: Profile, strategy: Strategy, stage: Stage, left: Left) -> Sta
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
     """Return the cache key of a strategy: the options that decide what `fully_shard` holds of a stage."""
-    return strategy.runs_module, strategy.fsdp, strategy.reduce
+    return strategy.runs_module, strategy.fsdp, strategy.dp > 1, strategy.reduce
 
 
 def _beside(gradients: tuple[int, int], activations: int, temporary: int) -> tuple[int, int, int]:

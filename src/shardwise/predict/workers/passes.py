@@ -88,7 +88,7 @@ def table(strategy: Strategy, pipeline_rank: int) -> tuple[EqualPasses, ...]:
     return _table(_of_order(strategy), pipeline_rank)
 
 
-Order = tuple[bool, int, bool, int, str, int, int]
+Order = tuple[bool, int, int, str, int, int]
 """All that decides the order of passes, as a key: hashing a strategy takes longer than most look-ups."""
 
 
@@ -96,14 +96,14 @@ def _of_order(strategy: Strategy) -> Order:
     """Return the key that all strategies with the same order of passes share."""
     sharded = strategy.splits_parameters
     pipeline = strategy.pp, strategy.schedule, strategy.stages, strategy.microbatches
-    return sharded, strategy.zero if sharded else 3, strategy.runs_module, *pipeline
+    return sharded, strategy.zero if sharded else 3, *pipeline
 
 
 def _normalized(key: Order) -> Strategy:
     """Return a strategy with an order of passes."""
-    sharded, zero, module, pp, schedule, stages, microbatches = key
-    fsdp, tp = 2 if sharded else 1, 1 if module else 2
-    return Strategy(fsdp=fsdp, zero=zero, tp=tp, pp=pp, schedule=schedule, stages=stages, microbatches=microbatches)
+    sharded, zero, pp, schedule, stages, microbatches = key
+    fsdp = 2 if sharded else 1
+    return Strategy(fsdp=fsdp, zero=zero, pp=pp, schedule=schedule, stages=stages, microbatches=microbatches)
 
 
 def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
@@ -172,15 +172,15 @@ def _facts_of_worker(strategy: Strategy, kinds: Integers, chunks: Integers) -> B
 def _facts(strategy: Strategy, kinds: Integers) -> Booleans:
     """Return a row for each of: `EqualPasses.first`, `final`, `Sync.blocks`, `root`, `reduces`; a column for each pass.
 
-    With tp or pp, gradients are reduced in the last backward pass of a stage, and the earlier backward passes leave
-    the parameters gathered. Otherwise each microbatch reduces its own gradients. See `LocalStages.before_backward` and
-    `fsdp.split_parameters`.
+    In a pipeline, gradients are reduced in the last backward pass of a stage, and the earlier backward passes leave
+    the parameters gathered. Otherwise each microbatch reduces its own gradients (`Strategy.reduces_at_once`). See
+    `LocalStages.before_backward` and `fsdp.split_parameters`.
 
     Args:
         strategy: the strategy.
         kinds: all passes of one of its stages.
     """
-    module = strategy.runs_module
+    at_once = strategy.reduces_at_once
     apart = kinds == WEIGHTS
     index = np.arange(len(kinds))
     complete = np.flatnonzero((kinds == BACKWARDS) | apart)
@@ -192,9 +192,9 @@ def _facts(strategy: Strategy, kinds: Integers) -> Booleans:
         others = np.flatnonzero(~apart)  # W gathers nothing, so skip it to find the preceding pass
         before = np.full(len(kinds), -1)
         before[others[1:]] = kinds[others[:-1]]
-        rooted = (kinds == FORWARDS) if module else index == 0
+        rooted = (kinds == FORWARDS) if at_once else index == 0
         gathers = rooted | (~apart & (before == FORWARDS)) if strategy.zero == 3 else rooted
-        reduces = ~apart & (kinds != FORWARDS) if module else final
+        reduces = ~apart & (kinds != FORWARDS) if at_once else final
     return np.array((first, final, gathers, rooted, reduces))
 
 

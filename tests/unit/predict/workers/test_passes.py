@@ -46,7 +46,7 @@ def syncs(strategy: Strategy, actions: Sequence[Action]) -> list[Sync]:
         if action.kind == WEIGHT:
             found.append(Sync(False, False, False))
             continue
-        reduces = action.kind != FORWARD and (strategy.runs_module or last[stage] == index)
+        reduces = action.kind != FORWARD and (strategy.reduces_at_once or last[stage] == index)
         found.append(Sync(not whole.get(stage, False), not root.get(stage, False), reduces))
         root[stage] = not reduces
         whole[stage] = strategy.zero != 3 if action.kind == FORWARD else not reduces
