@@ -1,7 +1,9 @@
 """Standing: what Shardwise itself would take for runs of other software, on the same machine with the same strategy.
 
 Each run's sizes become the workload `gpt`, whose perceptron always has a gate: where the run's has none, it is as wide
-as gives equal parameters. Precisions narrower than bf16 become bf16, the narrowest that Shardwise computes in.
+as gives equal parameters. Precisions narrower than bf16 become bf16, the narrowest that Shardwise computes in. Parts
+are compiled, as plans for GPUs have them. Without a pipeline zero=1 becomes zero=2: other software's zero=1 splits the
+float32 parameters, too, which Shardwise's keeps on every replica.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class Standing:
             "group": self.run.group,
             "run": self.run.label,
             "runtime": self.run.how.runtime.name,
+            "computes": self.run.how.linear_dtype,
             "strategy": self.strategy and str(self.strategy),
             "measured_seconds": self.run.step_seconds,
             "predicted_seconds": self.own.step_seconds,
@@ -99,4 +102,6 @@ def strategy_of(run: PublishedRun) -> Strategy:
     Of attention alone nothing is left to compute again: Shardwise never keeps its scores.
     """
     nearest = {"layers": Recompute.part(1, 2), "operations": SELECTIVE}
-    return replace(run.strategy, recompute=nearest.get(run.how.recompute, run.strategy.recompute), compile=1)
+    zero = 2 if run.strategy.zero == 1 and run.strategy.pp == 1 else run.strategy.zero
+    recompute = nearest.get(run.how.recompute, run.strategy.recompute)
+    return replace(run.strategy, recompute=recompute, zero=zero, compile=1)
