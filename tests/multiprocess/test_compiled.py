@@ -19,15 +19,12 @@ from shardwise.parallel.program import Program
 from shardwise.strategy import Strategy
 
 CASES = (
-    ("tied", "single,microbatches=2,compile=1"),
-    ("swiglu", "dp=2,microbatches=2,compile=1"),
     ("attention-dropout", "fsdp=2,compile=1,recompute=full"),
     ("separate", "fsdp=2,compile=1,recompute=selective"),
     ("tied", "tp=2,sp=1,compile=1"),
     ("rotary", "pp=2,schedule=zero-bubble,compile=1,recompute=1/2"),
     ("resnet", "dp=2,compile=1"),
     ("encoder", "dp=2,tp=2,compile=1"),
-    ("separate", "fsdp=2,pp=2,compile=1"),
 )
 
 
