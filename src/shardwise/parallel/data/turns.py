@@ -22,7 +22,7 @@ def check_turns(workload: Workload, strategy: Strategy) -> None:
             f"{strategy}: turns of a step train with dp alone, each worker with the whole model and all of its "
             f"activations: use dp={strategy.workers}"
             if strategy.workers > 1
-            else f"{strategy}: turns of a step train without recomputation: use single"
+            else f"{strategy}: turns of a step train without recomputation and with the module as it is: use single"
         )
 
 
