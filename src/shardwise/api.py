@@ -373,6 +373,11 @@ def verify(
     if not settled:
         raise RequestError("nothing to verify: give a strategy, for example --strategy dp=2")
     for strategy in settled:
+        if strategy.states and steps > 1:
+            raise RequestError(
+                f"{strategy} rounds the optimizer states after each step, and updates differ from the second step on: "
+                "verify it with --steps 1"
+            )
         check(loaded, strategy)
     threads = threads_per_worker(max(strategy.workers for strategy in settled))
     proofs = verify_each(source, settled, steps=steps, float64=dtype == "float64", threads=threads)

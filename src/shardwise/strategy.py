@@ -59,6 +59,7 @@ _INTEGERS = (
     "offload",
     "compile",
     "loss_pieces",
+    "states",
 )
 _TEXTS = ("schedule", "precision", "reduce", "outermost")
 _MAY_BE_EMPTY = ("precision", "reduce")
@@ -103,6 +104,8 @@ class Strategy:
             before the first step.
         loss_pieces: number of pieces of the tokens in which the output layer and its cross entropy are computed, with
             their gradients, so that the logits of one piece exist at a time (Hsu et al. 2024). 0: whole.
+        states: bits of an element of the optimizer states between steps: 8, as codes with a scale for each block, which
+            is lossy (Dettmers et al. 2022). 0: as the optimizer has them.
         outermost: axis whose ranks are farthest apart: replicas (`dp`) or stages (`pp`). It decides whether gradients
             or the activations between stages cross the slow links between hosts.
 
@@ -129,6 +132,7 @@ class Strategy:
     outermost: str = "dp"
     compile: int = 0
     loss_pieces: int = 0
+    states: int = 0
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -139,6 +143,8 @@ class Strategy:
             raise StrategyError(f"microbatches={self.microbatches}: must be 1 or more")
         if self.loss_pieces < 0 or self.loss_pieces == 1:
             raise StrategyError(f"loss_pieces={self.loss_pieces}: must be 2 or more; 0 computes the loss whole")
+        if self.states not in (0, 8):
+            raise StrategyError(f"states={self.states}: must be 8, or 0 for states as the optimizer has them")
         if self.zero not in (1, 2, 3):
             raise StrategyError(f"zero={self.zero}: must be 1, 2 or 3")
         for switch in ("sp", "offload", "compile"):

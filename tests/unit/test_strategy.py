@@ -29,6 +29,7 @@ SOURCE = Path(__file__).parents[2] / "src"
         "dp=2,precision=bf16,reduce=bf16",
         "dp=2,fsdp=2,zero=2,offload=1",
         "single,loss_pieces=8",
+        "dp=2,states=8",
     ],
 )
 def test_its_spelling_is_read_back(text: str) -> None:
@@ -85,6 +86,7 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
         ("fsdp=2,zero=1,offload=1", "offload=1 needs fsdp=2 or more with zero=2 or 3"),
         ("fsdp=2,offload=2", "offload=2: must be 0 or 1"),
         ("loss_pieces=1", "loss_pieces=1: must be 2 or more; 0 computes the loss whole"),
+        ("states=4", "states=4: must be 8, or 0 for states as the optimizer has them"),
         ("loss_pieces=-2", "loss_pieces=-2: must be 2 or more"),
         ("microbatches=-1", "microbatches=-1: must be 1 or more"),
         (

@@ -228,6 +228,7 @@ def test_what_does_not_fit_is_not_chosen(
         (["outermost=pp"], []),
         (["reduce=bf16", "dp=1"], []),
         (["loss_pieces=4"], ["pp"]),
+        (["states=8"], ["pp"]),
     ],
 )
 def test_wishes_are_met(

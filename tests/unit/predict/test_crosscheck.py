@@ -103,6 +103,7 @@ GRID = [
     ("medical", "pp=2,microbatches=2,schedule=interleaved"),
     *(("gpt", f"{axes},loss_pieces=3") for axes in ("tp=2,sp=1", "fsdp=2,zero=1")),
     ("language", "pp=2,schedule=zero-bubble,loss_pieces=2"),
+    ("gpt", "fsdp=2,zero=1,states=8"),
 ]
 """Strategies that MEMORY_GRID does not have, or has for one stage of their pipeline."""
 
@@ -148,10 +149,18 @@ MEMORY_GRID = [
             "tp=2,loss_pieces=4,recompute=full",
             "pp=2,loss_pieces=4,schedule=gpipe,recompute=full",
             "pp=2,loss_pieces=4",
+            "single,microbatches=2,states=8",
+            "fsdp=4,states=8",
+            "fsdp=4,offload=1,states=8",
+            "fsdp=2,pp=2,states=8",
         )
     ),
     # little is kept for the backward pass, so that the optimizer's copy of all parameters makes the peak
     *(("few tokens", strategy) for strategy in ("single", "dp=4,recompute=full", "tp=4", "fsdp=4,zero=1", "pp=2")),
+    *(
+        ("few tokens", f"{strategy},states=8")
+        for strategy in ("single", "dp=4,recompute=full", "tp=4", "fsdp=4,zero=1", "pp=2")
+    ),
     ("deep gpt", "fsdp=2,pp=2,schedule=interleaved,stages=3,microbatches=4"),
     *(("kept gpt", strategy) for strategy in ("single", "dp=2", "fsdp=2", "tp=2", "pp=2")),
     ("language", "tp=2"),

@@ -59,6 +59,7 @@ OTHERS: dict[str, tuple[str | int, ...]] = {
     "outermost": ("pp",),
     "compile": (1,),
     "loss_pieces": (2, 4),
+    "states": (8,),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.errors import WorkloadError
+from shardwise.parallel.optim.eight_bit import check_states
 from shardwise.parallel.optim.making import make_optimizer
 from shardwise.parallel.optim.schedule import Schedule
 from shardwise.parallel.optim.update import settled_nature
@@ -35,7 +36,10 @@ def check_optimizer(workload: Workload, strategy: Strategy, model: nn.Module) ->
         return  # the workers refuse the model
     with _quickly_made():
         try:
-            schedule = Schedule(workload, make_optimizer(workload, trained))
+            optimizer = make_optimizer(workload, trained)
+            schedule = Schedule(workload, optimizer)
+            if strategy.states:
+                check_states(optimizer, workload.name)
             if not torch.cuda.is_available():  # it may work on a GPU only, where the workers try it
                 settled_nature(workload, strategy, trained, torch.device("cpu"))
         except WorkloadError as error:

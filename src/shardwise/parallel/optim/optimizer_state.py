@@ -1,8 +1,8 @@
 """Optimizer state as named pieces, and what of it is no tensor as JSON.
 
-State with the shape of its parameter is laid out like the parameter. State of any other shape (a step count, a factored
-moment) is equal on all workers that update the parameter. It must therefore be a single number, or belong to a
-parameter that is updated here whole.
+State with the shape of its parameter is laid out like the parameter; codes of 8 bits are float32 here, in main memory.
+State of any other shape (a step count, a factored moment) is equal on all workers that update the parameter. It must
+therefore be a single number, or belong to a parameter that is updated here whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import CheckpointError
+from shardwise.parallel.optim.block_codes import LEAST, BlockCodec, BlockCodes
 from shardwise.parallel.optim.plain_state import Unsaved, decode, encode, tensors_in
 from shardwise.parallel.state.dtensor_rows import is_split, local
 from shardwise.parallel.state.layout import Layout, TensorPiece, TensorPlacement
@@ -30,6 +31,7 @@ class OptimizerState:
         parameters: parameters by name.
         held: the placement of each on this worker.
         writes: names of the parameters whose state this worker writes.
+        codec: widens and narrows states in 8 bits; None if states stay as they are.
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class OptimizerState:
         parameters: Mapping[str, nn.Parameter],
         held: Mapping[str, TensorPlacement],
         writes: set[str],
+        codec: BlockCodec | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._parameters = parameters
         self._held = held
         self._writes = writes
+        self._codec = codec
         self._inner: dict[tuple[str, str], Tensor] = {}
 
     def pieces(self) -> list[TensorPiece]:
@@ -51,7 +55,7 @@ class OptimizerState:
             self._piece(name, path, tensor)
             for name, parameter in self._parameters.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
-            for path, tensor in tensors_in(value, key)
+            for path, tensor in tensors_in(self._widened(value), key)
         ]
 
     def piece(self, name: str, key: str, shape: Sequence[int], dtype: torch.dtype) -> TensorPiece | None:
@@ -115,10 +119,18 @@ class OptimizerState:
                 state.update(decoded)
         self._inner.clear()
 
+    def _widened(self, value: Any) -> Any:
+        if not isinstance(value, BlockCodes):
+            return value
+        assert self._codec is not None
+        return self._codec.widen(value.to(torch.device("cpu")))
+
     def _zeros(self, name: str, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         parameter = self._parameters[name]
         if shape == self._held[name].layout.shape:
-            return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            narrowed = self._codec is not None and dtype == torch.float32 and parameter.numel() >= LEAST
+            device = torch.device("cpu") if narrowed else parameter.device  # they are narrowed one by one
+            return torch.zeros_like(parameter, dtype=dtype, device=device, requires_grad=False)
         if shape and not self._is_whole(name):
             raise self._cannot_cut(name, key, shape)
         return torch.zeros(shape, dtype=dtype, device=parameter.device if shape else self._number_device(parameter))
@@ -160,7 +172,7 @@ def _encoded(state: Mapping[Any, Any]) -> dict[str, Any]:
     for key in state:
         if type(key) is not str or "/" in key or key.endswith("]"):
             raise Unsaved(f"the key {key!r}")
-    return {key: encode(value, key) for key, value in state.items() if not isinstance(value, Tensor)}
+    return {key: encode(value, key) for key, value in state.items() if not isinstance(value, (Tensor, BlockCodes))}
 
 
 def has_origin(layout: Layout) -> bool:

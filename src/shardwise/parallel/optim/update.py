@@ -18,6 +18,7 @@ from shardwise.errors import StrategyError, WorkloadError
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.optim.changed_numbers import with_made
+from shardwise.parallel.optim.eight_bit import EightBitStates, check_states
 from shardwise.parallel.optim.making import Several, make_optimizer, partly, parts_of_turns
 from shardwise.parallel.optim.nature import Nature, nature_of
 from shardwise.parallel.optim.optimizer_state import SHARED, OptimizerState
@@ -65,6 +66,9 @@ class ParameterUpdate:
         self._rows: list[tuple[nn.Parameter, nn.Parameter]] = []
         here = self._updated(names)
         self.optimizer = self._make(workload, here)
+        if strategy.states:
+            check_states(self.optimizer, workload.name)
+        self._eight_bit = EightBitStates(self.optimizer) if strategy.states else None
         self.turns = names_of_turns(workload.name, workload.turns, list(engine.trained))
         if workload.turns:  # which train whole parameters alone
             held_by = {parameter: name for name, parameter in here.items()}
@@ -77,7 +81,8 @@ class ParameterUpdate:
             else engine.held[name]
             for name in here
         }
-        self.state = OptimizerState(self.optimizer, here, held, self._written(here))
+        codec = None if self._eight_bit is None else self._eight_bit.codec
+        self.state = OptimizerState(self.optimizer, here, held, self._written(here), codec)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -99,7 +104,7 @@ class ParameterUpdate:
         for parameter, rows in self._rows:  # the first forward pass may have moved them
             rows.data = local(parameter)
             rows.grad = None if parameter.grad is None else local(parameter.grad)
-        self.optimizer.step()
+        (self.optimizer if self._eight_bit is None else self._eight_bit).step()
         for _, rows in self._rows:
             rows.grad = None
         if self._matrices is not None:
@@ -119,6 +124,8 @@ class ParameterUpdate:
         optimizer._opt_called = True  # torch warns of a schedule that moves before the first step, which was long ago
         if isinstance(plain := saved.get(OPTIMIZER), Mapping):
             self.state.load_plain(plain)
+        if self._eight_bit is not None:
+            self._eight_bit.narrow()
 
     def _plain(self) -> dict[str, Any]:
         mine = self.state.plain() if self.nature.plain else {}

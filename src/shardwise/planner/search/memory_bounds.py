@@ -71,7 +71,8 @@ def _stays(profile: ProfileSummary, strategy: Strategy) -> float:
     slices = strategy.fsdp if strategy.splits_parameters else 1
     each = element_bytes(profile.runtime, profile.precision, strategy)
     weights = profile.parameters * each.weights / WIDE
-    return weights / slices + profile.elements * (profile.update.state_bytes + each.copies) / owners(strategy)
+    state = profile.update.of(strategy).state_bytes + each.copies
+    return weights / slices + profile.elements * state / owners(strategy)
 
 
 def _accumulated(profile: ProfileSummary, strategy: Strategy) -> float:

@@ -82,6 +82,7 @@ def _of_degrees(
                             precision=precision,
                             reduce=reduce,
                             loss_pieces=int(constraints.fixed.get("loss_pieces", 0)),
+                            states=int(constraints.fixed.get("states", 0)),
                         )
 
 

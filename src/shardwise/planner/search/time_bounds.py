@@ -178,7 +178,7 @@ def _filled(profile: ProfileSummary, strategy: Strategy, forward: float, one: fl
 def _update(profile: ProfileSummary, strategy: Strategy, times: Times) -> float:
     """Return the seconds of the mean worker's optimizer step, timed as one kernel over all of its parameters."""
     elements = profile.elements / strategy.pp / owners(strategy)
-    moved = sum(kernel.bytes for kernel in profile.update.kernels) * elements
+    moved = sum(kernel.bytes for kernel in profile.update.of(strategy).kernels) * elements
     if moved < 1:
         return 0.0
     return times.seconds.kernels.seconds(Kernel("copy", "memory", "float32", 0.0, moved, (max(1, round(elements)),)))

@@ -23,6 +23,7 @@ from itertools import accumulate
 
 from shardwise.cluster.cluster import Device
 from shardwise.predict.closed_form.device_memory import in_process
+from shardwise.predict.closed_form.eight_bit import updated_alone
 from shardwise.predict.closed_form.fsdp_memory import (
     StageMemory,
     held_at_segments,
@@ -68,22 +69,31 @@ def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: 
     offloaded = offloads(strategy, device)
     if offloaded:
         worker = left(worker)
-    elements, tensors = worker.updated
-    update = profile.update
+    elements, _ = worker.updated
+    update = profile.update.of(strategy)
     each = element_bytes(profile.runtime, profile.precision, strategy)
     state = round(elements * (update.state_bytes + each.copies))
     at_once = update.at_once("cpu" if offloaded else device.kind)
-    one = min(profile.largest, worker.trained) if tensors else 0
     updating = Memory(
         parameters=_stored(profile, strategy, worker),
         gradients=_accumulated(profile, strategy, worker),
         optimizer=state,
         activations=0,
-        temporary=round(elements * update.temporary_bytes) if at_once else one,
+        temporary=round(elements * update.temporary_bytes) if at_once else _one(profile, strategy, worker),
     )
     return max(
         (updating, _passing(profile, strategy, worker, state, offloaded=offloaded)), key=lambda memory: memory.total
     )
+
+
+def _one(profile: Profile, strategy: Strategy, worker: Worker) -> int:
+    """Return the temporary bytes of an update of the largest parameter alone; 0 if none is updated."""
+    update = profile.update.of(strategy)
+    if not worker.updated[1]:
+        return 0
+    if not update.one_by_one:
+        return min(profile.largest, worker.trained)
+    return round(updated_alone(profile, strategy, worker)[0] * update.temporary_bytes)
 
 
 def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *, offloaded: bool) -> Memory:

@@ -23,6 +23,7 @@ from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective
 from shardwise.errors import StrategyError
 from shardwise.options import dtype_of
+from shardwise.predict.closed_form.eight_bit import updated_alone
 from shardwise.predict.closed_form.memory import memory_at, memory_of
 from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room, offloads, updated
 from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
@@ -92,7 +93,7 @@ def costs_of(
     parts = parts_of(profile, strategy, times.forward.each, slower_links(profile, strategy, cluster))
     if offloads(strategy, times.device):
         for worker in parts.workers:
-            check_room(worker, profile.update.state_bytes, times.device)
+            check_room(worker, profile.update.of(strategy).state_bytes, times.device)
 
     def on(times: SegmentTimes, by_pipeline_rank: Sequence[Costs] = ()) -> Costs:
         return Costs(StageCosts(profile, strategy, cluster, times, parts), size, by_pipeline_rank)
@@ -210,10 +211,12 @@ class Costs:
     def update(self, worker: Worker) -> float:
         """Compute the seconds of the optimizer, gradient norm and clipping included."""
         elements, tensors = worker.updated
-        update = self.profile.update
+        update = self.profile.update.of(self.strategy)
         if offloads(self.strategy, self.times.device):
             moved = sum(kernel.bytes for kernel in update.kernels) + (12 if self.profile.clipped else 0)
             return updated(moved * elements, self.times.device)
+        if update.one_by_one:
+            tensors = updated_alone(self.profile, self.strategy, worker)[1]
         kernels = 1 if update.at_once(self.times.device.kind) else tensors
         spent = self.calls.small(step_kernels(self.profile, self.strategy))
         for kernel in update.kernels:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from shardwise.errors import StrategyError
+from shardwise.parallel.optim.eight_bit import EightBitStates, check_states
 from shardwise.parallel.optim.making import as_one
 from shardwise.predict.profile.kernel import Kernel
+from shardwise.predict.profile.op_counter import tensors
 from shardwise.predict.profile.profile import Update
 from shardwise.predict.profile.segment_recorder import SegmentRecorder
 from shardwise.workload.workload import Workload
@@ -32,7 +35,17 @@ def update_of(workload: Workload) -> Update:
         state_bytes=two.state_bytes,
         together=together,
         temporary_bytes=_updated(workload, 2, on_gpu=True).temporary_bytes,
+        eight_bit=_eight_bit(workload),
     )
+
+
+def _eight_bit(workload: Workload) -> Update | None:
+    """Return the update with states in 8 bits. Returns None if the optimizer cannot have them."""
+    try:
+        found = _updated(workload, 1, on_gpu=True, eight_bit=True)
+    except StrategyError:
+        return None
+    return replace(found, one_by_one=True)
 
 
 def all_at_once(optimizer: torch.optim.Optimizer) -> None:
@@ -42,27 +55,33 @@ def all_at_once(optimizer: torch.optim.Optimizer) -> None:
             group["foreach"] = True
 
 
-def _updated(workload: Workload, count: int, *, on_gpu: bool = False) -> Update:
-    """Record an update of `count` matrices; costs are per element."""
+def _updated(workload: Workload, count: int, *, on_gpu: bool = False, eight_bit: bool = False) -> Update:
+    """Record an update of `count` matrices; costs are per element.
+
+    Raises:
+        StrategyError: the optimizer cannot have states in 8 bits.
+    """
     recorder = SegmentRecorder(cpu=False)
     with FakeTensorMode():
         parameters = [nn.Parameter(torch.empty(_SIDE, _SIDE)) for _ in range(count)]
         optimizer = _made(workload, parameters)
         if on_gpu:
             all_at_once(optimizer)
-        for number in range(2):
+        if eight_bit:
+            check_states(optimizer, workload.name)
+        update = EightBitStates(optimizer) if eight_bit else optimizer
+        for _ in range(2):
             for parameter in parameters:
                 parameter.grad = torch.empty(_SIDE, _SIDE)
-            if number:
-                before = recorder.watch()
-                with recorder:
-                    optimizer.step()
-            else:
-                optimizer.step()
-        held = [value for state in optimizer.state.values() for value in state.values()]
+            recorder.take()
+            before = recorder.watch()
+            with recorder:
+                update.step()
+        held = list(tensors(list(optimizer.state.values())))
         held += parameters if workload.average is not None else []
     elements = count * _SIDE**2
-    kernels = [_per_element(kernel, elements) for kernel in recorder.take().kernels if kernel.bytes >= elements]
+    least = 0 if eight_bit else elements  # one by one, kernels on a few numbers are launched for each parameter
+    kernels = [_per_element(kernel, elements) for kernel in recorder.take().kernels if kernel.bytes >= least]
     return Update(
         kernels=tuple(kernels),
         state_bytes=sum(_bytes(value) for value in held) / elements,
@@ -87,5 +106,5 @@ def _per_element(kernel: Kernel, elements: int) -> Kernel:
     return replace(kernel, flops=kernel.flops / elements, bytes=kernel.bytes / elements, shape=(1,))
 
 
-def _bytes(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) and value.dim() else 0
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size() if value.dim() else 0

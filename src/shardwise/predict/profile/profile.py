@@ -19,9 +19,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
 
+from shardwise.errors import StrategyError
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Memo
 from shardwise.predict.runtime.runtime import SHARDWISE, Runtime
+from shardwise.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +178,31 @@ class Update:
         state_bytes: bytes of optimizer state per element.
         together: whether one kernel updates all parameters (`foreach`, `fused`) instead of one kernel for each.
         temporary_bytes: bytes of short-lived tensors per element if one kernel updates all parameters, as on a GPU.
+        one_by_one: whether parameters are updated one at a time, with `temporary_bytes` of one at a time.
+        eight_bit: the update with states in 8 bits; None if the optimizer cannot have them.
     """
 
     kernels: tuple[Kernel, ...] = ()
     state_bytes: float = 0.0
     together: bool = False
     temporary_bytes: float = 0.0
+    one_by_one: bool = False
+    eight_bit: Update | None = None
+
+    def of(self, strategy: Strategy) -> Update:
+        """Return the update with states as a strategy keeps them. Raises StrategyError if the optimizer cannot."""
+        if not strategy.states:
+            return self
+        if self.eight_bit is None:
+            raise StrategyError(
+                "states=8 needs an optimizer of torch's own that updates each element from itself and has states, "
+                "such as AdamW"
+            )
+        return self.eight_bit
 
     def at_once(self, device: str) -> bool:
         """Return whether one kernel updates all parameters on this kind of device, as torch does on any GPU."""
-        return self.together or device == "gpu"
+        return not self.one_by_one and (self.together or device == "gpu")
 
 
 @dataclass(frozen=True, kw_only=True)

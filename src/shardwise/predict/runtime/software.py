@@ -18,10 +18,10 @@ from shardwise.predict.runtime.sizes import Sizes
 from shardwise.strategy import Strategy
 
 EVERYWHERE = {
-    **dict.fromkeys(("bucket", "compile", "loss_pieces"), ("0",)),
+    **dict.fromkeys(("bucket", "compile", "loss_pieces", "states"), ("0",)),
     **dict.fromkeys(("reduce", "shares", "speeds"), ("",)),
 }
-"""Options of Shardwise alone: sizes of buckets, how gradients are reduced, replicas and stages of unequal size."""
+"""Options of Shardwise alone: sizes of buckets, reduction of gradients, states in 8 bits, unequal parts."""
 
 MODULE = {**EVERYWHERE, "tp": ("1",), "sp": ("0",), "pp": ("1",), "recompute": ("none", "full")}
 """Options of software that wraps a module of the user's own, which it can neither cut nor shard by layers."""
