@@ -125,7 +125,9 @@ def slowest_at(strategy: Strategy, cluster: Cluster, pipeline_rank: int) -> Devi
 
 def _check(profile: Profile, strategy: Strategy, size: int) -> None:
     if not profile.cut and not strategy.runs_module:
-        raise StrategyError(f"{profile.name} cannot be traced, so that {strategy} is not possible: use dp or fsdp alone")
+        raise StrategyError(
+            f"{profile.name} cannot be traced, so that {strategy} is not possible: use dp or fsdp alone"
+        )
     samples = size // strategy.replicas // strategy.microbatches
     split = strategy.schedule == "zero-bubble"
     wanted = strategy.tp, strategy.sp, samples, split, strategy.compiled, strategy.loss_pieces
