@@ -5,8 +5,9 @@ view         another shape of the same memory: free
 fused        elementwise operations and reductions: one kernel for all that need no other kernel between them
 
 An elementwise operation whose result two kernels use is computed in both, unless a product needs its result in memory.
-Reductions over other dimensions are other kernels; except on a GPU, where one kernel reduces the rows of a long matrix
-and adds up its columns. So does inductor (torch/_inductor/scheduler.py, `MixOrderReduction`).
+Reductions over other dimensions are other kernels; except on a GPU, where one kernel reduces the rows of a matrix and
+adds up its columns. So does inductor (torch/_inductor/scheduler.py, `MixOrderReduction`), unless a matrix is so small
+that the second kernel finds it in the cache: that is not told apart, so that profiles of all sizes have equal kernels.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ Step = fx.Node | FusedKernel
 """A call as it is, or a kernel of fused calls."""
 
 
-MIXED_ROWS, MIXED_COLUMNS, MIXED_ELEMENTS = 4096, 1 << 14, 5 << 20
-"""Least rows, most columns and least elements of a matrix whose rows and columns one kernel of a GPU reduces."""
+MIXED_COLUMNS = 1 << 14
+"""Most columns of a matrix whose rows and columns one kernel of a GPU reduces."""
 
 
 def grouped(graph: fx.Graph, *, gpu: bool) -> list[Step]:
@@ -131,12 +132,10 @@ def _shown(outputs: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
 
 
 def _mixed(rows: Signature, columns: Signature) -> bool:
-    """Return whether a GPU's kernel that reduces the rows of a long matrix may add up its columns, too."""
+    """Return whether a GPU's kernel that reduces the rows of a matrix may add up its columns, too."""
     if len(rows) != 2 or rows[0][1] or columns != tuple((size, not reduced) for size, reduced in rows):
         return False
-    count, width = rows[0][0], rows[1][0]
-    long = count >= max(MIXED_ROWS, 2 * width) and count * width >= MIXED_ELEMENTS
-    return long and width <= MIXED_COLUMNS
+    return rows[1][0] <= MIXED_COLUMNS
 
 
 class _Groups:
