@@ -71,7 +71,7 @@ def summing(group: Any, bucket: Any) -> Any:
 @pytest.mark.parametrize(
     ("strategy", "breaking"),
     [
-        ("fsdp=2,tp=2", lambda: mock.patch.object(fsdp, "_reduce_in_bfloat16", adding_in_bfloat16)),
+        ("fsdp=2,pp=2", lambda: mock.patch.object(fsdp, "_reduce_in_bfloat16", adding_in_bfloat16)),
         ("dp=2", lambda: mock.patch.object(ddp, "bf16_compress_hook", summing)),
     ],
 )

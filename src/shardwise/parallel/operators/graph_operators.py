@@ -82,11 +82,12 @@ class GraphOperators:
         Args:
             position: position of the microbatch.
             noted: list that the first run fills, in order, with the values of the opaque modules and the gradients of
-                losses in pieces. The recomputation empties it.
+                losses in pieces. Each recomputation reads it from the start: a derivative that a forward pass takes may
+                have recomputed the block before.
             again: whether the block is recomputed.
         """
         before = self.position, self.recomputing, self._noted
-        self.position, self.recomputing, self._noted = position, again, noted
+        self.position, self.recomputing, self._noted = position, again, list(noted) if again else noted
         try:
             yield
         finally:
