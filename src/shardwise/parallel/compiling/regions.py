@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwise.parallel.compiling.compiler import compile_function
+from shardwise.parallel.compiling.fusion import is_view
 from shardwise.parallel.compiling.kernels import modelled
 from shardwise.parallel.tensor.aliasing import roots, viewed, writes_in_place
 from shardwise.parallel.tensor.partitioner import is_local, operation_of
@@ -79,7 +80,7 @@ def pieces(
     run: list[fx.Node] = []
 
     def close() -> None:
-        if any(not _is_small(node) for node in run):
+        if not all(map(is_view, run)):  # views alone are not worth compiling
             found.extend(_region(run, results))
         else:
             found.extend(run)
@@ -156,9 +157,7 @@ def is_compiled(node: fx.Node, *, products: bool) -> bool:
     if target is None or target.namespace not in ("aten", "prims"):
         return False
     name = target.overloadpacket.__name__
-    if name in OUTSIDE:
-        return False
-    if any(tag in target.tags for tag in _UNSTEADY):
+    if name in OUTSIDE or any(tag in target.tags for tag in _UNSTEADY):
         return False
     if name == "embedding" and any(each is True for each in node.args[3:]):
         return False  # sparse gradients, or scaled by how often a row occurs
@@ -167,11 +166,6 @@ def is_compiled(node: fx.Node, *, products: bool) -> bool:
 
 def _is_tensor(node: fx.Node) -> bool:
     return node.op != "placeholder" or node.meta.get("shape") is not None or isinstance(node.meta.get("val"), Tensor)
-
-
-def _is_small(node: fx.Node) -> bool:
-    """Return whether a call is a view or an item, which is not worth compiling."""
-    return node.target is operator.getitem or bool(getattr(node.target, "is_view", False))
 
 
 def write_elsewhere(graph: fx.Graph) -> None:
