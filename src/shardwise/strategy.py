@@ -305,6 +305,15 @@ class Strategy:
         return self.tp == self.pp == 1 and not self.compile and not self.loss_pieces
 
     @property
+    def kernel_options(self) -> tuple[bool, str, int]:
+        """Return what decides which kernels run, beside sizes and precision.
+
+        It is whether gradients of weights have passes of their own (zero-bubble), what is compiled, and in how many
+        pieces the loss is computed.
+        """
+        return self.schedule == "zero-bubble", self.compiled, self.loss_pieces
+
+    @property
     def compiled(self) -> str:
         """Return what is compiled: `all`, `rest` (all but products, whose results are saved), or nothing (empty)."""
         if not self.compile:

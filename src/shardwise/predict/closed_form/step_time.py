@@ -129,8 +129,7 @@ def _check(profile: Profile, strategy: Strategy, size: int) -> None:
             f"{profile.name} cannot be traced, so that {strategy} is not possible: use dp or fsdp alone"
         )
     samples = size // strategy.replicas // strategy.microbatches
-    split = strategy.schedule == "zero-bubble"
-    wanted = strategy.tp, strategy.sp, samples, split, strategy.compiled, strategy.loss_pieces
+    wanted = strategy.tp, strategy.sp, samples, *strategy.kernel_options
     given = profile.tp, profile.sp, profile.microbatch, profile.split, profile.compiled, profile.loss_pieces
     precise = not strategy.precision or strategy.precision == profile.precision
     if wanted != given or not precise:

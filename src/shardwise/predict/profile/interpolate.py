@@ -194,7 +194,7 @@ class ScaledProfiles:
         return settled, size // settled.replicas // settled.microbatches
 
     def _corner(self, strategy: Strategy, tp: int, samples: int) -> Profile:
-        key = (tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, *_way(strategy))
+        key = (tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, *strategy.kernel_options)
         if key not in self._corners:
             sp = strategy.sp if tp > 1 else 0
             recompute = SELECTIVE if strategy.compiled == "rest" else NONE
@@ -207,7 +207,7 @@ class ScaledProfiles:
                 loss_pieces=strategy.loss_pieces,
                 recompute=recompute,
             )
-            if _is_split(strategy):
+            if strategy.schedule == "zero-bubble":
                 alone = alone.with_(pp=2, schedule="zero-bubble")
             self._corners[key] = replace(
                 self.traced.of(alone, samples), batch_size=self.traced.workload.batch_size, memo=Memo()
@@ -267,7 +267,7 @@ class _Plane(Generic[P]):
 
     @staticmethod
     def _key(strategy: Strategy, tp: int, samples: int) -> tuple[Any, ...]:
-        return tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, *_way(strategy)
+        return tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, *strategy.kernel_options
 
 
 def _convolves(profile: Profile | ProfileSummary) -> bool:
@@ -282,13 +282,3 @@ def _for_microbatch(profile: Profile, tp: int, samples: int) -> Profile:
 
 def _for_degree(summary: ProfileSummary, tp: int, _: int) -> ProfileSummary:
     return replace(summary, tp=tp)
-
-
-def _way(strategy: Strategy) -> tuple[bool, str, int]:
-    """Return what else than sizes decides which kernels run: split passes, what is compiled, pieces of the loss."""
-    return _is_split(strategy), strategy.compiled, strategy.loss_pieces
-
-
-def _is_split(strategy: Strategy) -> bool:
-    """Return whether gradients of weights and of inputs are computed in passes of their own (zero-bubble)."""
-    return strategy.schedule == "zero-bubble"

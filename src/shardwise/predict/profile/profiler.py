@@ -88,9 +88,7 @@ class Profiles:
             strategy.sp,
             size // strategy.replicas // strategy.microbatches,
             strategy.precision_of(self.workload.precision),
-            strategy.schedule == "zero-bubble",
-            strategy.compiled,
-            strategy.loss_pieces,
+            *strategy.kernel_options,
         )
         if key not in self._known:
             self._models = self._models or _Models(self.workload, self.device)
