@@ -19,7 +19,7 @@ import torch
 from shardwise.errors import DataError
 from shardwise.workload.data import Microbatch, Share, batch_samples, cut_batch, is_map_style, take
 from shardwise.workload.reading.failure import where
-from shardwise.workload.reading.order import epoch_batches
+from shardwise.workload.reading.order import EvenBatches, epoch_batches
 from shardwise.workload.reading.processes import LoadingProcesses
 from shardwise.workload.reading.reader import IndexReader, Loaded, Reader, ReadingPlan, StreamReader
 from shardwise.workload.reading.seen import FAILED, Seen
@@ -46,8 +46,7 @@ class Loader(ReadingPlan):
             return None
         if chooser is not None:
             return len(self._order(0))
-        full, rest = divmod(len(self.dataset), self.batch_size)
-        return full + (rest > 0 and not self.loading.drop_last)
+        return len(EvenBatches(range(len(self.dataset)), self.batch_size, self.loading.drop_last))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -109,7 +108,7 @@ class Loader(ReadingPlan):
             self.agree(Seen.of_order(epoch, order))
         return IndexReader(self, epoch, start, order)
 
-    def _order(self, epoch: int) -> list[Sequence[int]]:
+    def _order(self, epoch: int) -> Sequence[Sequence[int]]:
         return epoch_batches(len(self.dataset), self.batch_size, self.loading, self.seed, epoch)
 
     def _agreed(self, reader: Reader, read: Callable[[], Loaded | None]) -> Loaded | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,16 @@ def test_default_order() -> None:
     assert first != second
     assert lists(Loading(shuffle=False)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert lists(Loading(shuffle=False, drop_last=True)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_default_order_is_a_permutation_of_four_bytes_a_sample() -> None:
+    samples, size = 100_000, 64
+    batches = epoch_batches(samples, size, Loading(), 3, 1)
+    drawn = torch.randperm(samples, generator=torch.Generator().manual_seed(3 * 1_000_003 + 1)).tolist()
+    assert [index for batch in batches for index in batch] == drawn
+    assert batches[-1] == drawn[-(samples % size) :]
+    assert batches[1:3] == [drawn[size : 2 * size], drawn[2 * size : 3 * size]]
+    assert len(pickle.dumps(batches)) < 4.1 * samples  # what a worker holds, and each of its loading processes gets
 
 
 @pytest.mark.parametrize(
