@@ -5,7 +5,10 @@ skip connection across several stages is one message, not one per stage.
 
 Receives are posted one action ahead. A send is waited for, and its memory freed, once its receive must have been
 posted: a message from a worker shows how far that worker has come in its table. Waiting any sooner could deadlock.
-Waiting until the end of the pass would hold the messages of all microbatches.
+Waiting until the end of the pass would hold the messages of all microbatches. On a GPU a send that has completed is
+freed sooner; gloo does not tell before it is waited for.
+
+What a stage has sent is not held for its backward pass, which needs only the place of the value in autograd's graph.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.autograd.profiler import record_function
 
 from shardwise.parallel.pipeline.channels import Channels
@@ -37,12 +41,13 @@ class Inflight:
 
     Attributes:
         inputs: received values, as leaves that collect gradients.
-        outputs: computed values that other stages use.
+        outputs: place in autograd's graph, and dtype, of each computed value that other stages use and that has a
+            gradient. None on the last stage.
         loss: the scaled loss on the last stage. None on the others.
     """
 
     inputs: dict[fx.Node, Tensor]
-    outputs: dict[fx.Node, Tensor]
+    outputs: dict[fx.Node, tuple[GradientEdge, torch.dtype]] | None = None
     loss: Tensor | None = None
 
 
@@ -160,17 +165,20 @@ class PipelineExecutor:
         received = self._received(whole, action)
         inputs = {node: received[node].detach().requires_grad_(node.meta["grad"]) for node in stage_work.inputs}
         results = self.stages[stage](stage_work, work.given[microbatch], [inputs[node] for node in stage_work.inputs])
-        inflight = Inflight(inputs, dict(zip(stage_work.outputs, results, strict=True)))
-        self._inflight[stage, microbatch] = inflight
+        inflight = self._inflight[stage, microbatch] = Inflight(inputs)
         if stage == len(whole.stages) - 1:
             scale = work.scales[microbatch]
             inflight.loss = (results[0] * scale).where(scale != 0, 0)  # with scale 0 the nan of an empty mean becomes 0
             parts = [(each.detach().double() * scale).where(scale != 0, 0) for each in results[1:]]
             self.parts = [a + b for a, b in zip(self.parts, parts, strict=True)] if self.parts else parts
             return inflight.loss.detach()
+        outputs = dict(zip(stage_work.outputs, results, strict=True))
+        inflight.outputs = {
+            node: (get_gradient_edge(value), value.dtype) for node, value in outputs.items() if value.requires_grad
+        }
         for target in range(stage + 1, len(whole.stages)):
             nodes = whole.messages(stage, target)
-            self._send(action, target, nodes, [inflight.outputs[node] for node in nodes])
+            self._send(action, target, nodes, [outputs[node] for node in nodes])
         return None
 
     def _backward(self, work: PipelinePass, action: Action) -> None:
@@ -178,13 +186,13 @@ class PipelineExecutor:
         inflight = self._inflight.pop((stage, microbatch))
         gradients = self._received(work.works[microbatch], action)
         self.weights.begin((stage, microbatch) if action.kind == INPUT else None)
-        if inflight.loss is not None:
+        if inflight.outputs is None:
+            assert inflight.loss is not None
             inflight.loss.backward()  # type: ignore[no-untyped-call]
         else:
-            targets = [node for node in gradients if inflight.outputs[node].requires_grad]
-            outputs = [inflight.outputs[node] for node in targets]
-            arrived = [gradients[node].to(out.dtype) for node, out in zip(targets, outputs, strict=True)]
-            torch.autograd.backward(outputs, arrived)
+            targets = [node for node in gradients if node in inflight.outputs]
+            edges = [inflight.outputs[node][0] for node in targets]
+            torch.autograd.backward(edges, [gradients[node].to(inflight.outputs[node][1]) for node in targets])
         self.weights.begin(None)
         for source in range(stage):
             nodes = [node for node in work.works[microbatch].messages(source, stage) if node.meta["grad"]]
@@ -262,6 +270,7 @@ class PipelineExecutor:
 
     def _send(self, action: Action, target: int, nodes: Sequence[fx.Node], tensors: Sequence[Tensor]) -> None:
         """Send values, or their gradients, from the stage of an action to another stage."""
+        self._free()
         arrival = Action(action.kind, target, action.microbatch)
         for node, tensor in zip(nodes, tensors, strict=True):
             message = tensor.detach().to(node.meta["dtype"])
@@ -293,6 +302,18 @@ class PipelineExecutor:
             for sent in asked:
                 sent.handle.wait()
         self._sent = [sent for sent in self._sent if sent.worker != worker or sent.position > position + 1]
+
+    def _free(self) -> None:
+        """Free the sends that have completed, where the backend can tell."""
+        if self.device.type == "cpu":
+            return
+        waiting = []
+        for sent in self._sent:
+            if sent.handle.is_completed():
+                sent.handle.wait()  # returns at once; the backend lets go of the message
+            else:
+                waiting.append(sent)
+        self._sent = waiting
 
     def _finish(self) -> None:
         with record_function(WAIT):

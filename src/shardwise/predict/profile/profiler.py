@@ -39,7 +39,7 @@ from shardwise.predict.profile.segment_recorder import (
     SegmentRecorder,
     Spec,
 )
-from shardwise.predict.runtime.runtime import OWN
+from shardwise.predict.runtime.runtime import own_runtime
 from shardwise.strategy import Strategy
 from shardwise.workload.losses import losses_of, total
 from shardwise.workload.own_step import run_step
@@ -430,7 +430,7 @@ class _Profiler:
             sp=self.sp,
             microbatch=self.samples,
             precision=self.precision,
-            runtime=OWN[self.precision],
+            runtime=own_runtime(self.precision, self.device),
             device=self.device,
             batch_size=self.workload.batch_size,
             update=self.model.update(),

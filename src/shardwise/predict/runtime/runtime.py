@@ -115,5 +115,12 @@ SHARDWISE_AUTOCAST = replace(SHARDWISE, copies=True)
 SHARDWISE_BF16 = replace(SHARDWISE_AUTOCAST, gathered_bytes=2)
 """Shardwise's own program where products compute in bfloat16: `fully_shard` casts parameters before it gathers them."""
 
-OWN = {FLOAT32: SHARDWISE, AUTOCAST: SHARDWISE_AUTOCAST, BF16: SHARDWISE_BF16}
-"""Shardwise's own program by precision."""
+_OWN = {FLOAT32: SHARDWISE, AUTOCAST: SHARDWISE_AUTOCAST, BF16: SHARDWISE_BF16}
+
+
+def own_runtime(precision: str, device: str) -> Runtime:
+    """Return Shardwise's own program in a precision on a kind of device, `gpu` or `cpu`.
+
+    On a CPU a stage holds what it sent until it hears from the receiver, which is about when the gradient arrives.
+    """
+    return replace(_OWN[precision], keeps_outputs=device == "cpu")
