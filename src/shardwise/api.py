@@ -72,6 +72,7 @@ def train(
     on_nan: str = "stop",
     proof: bool = True,
     margin: float | None = None,
+    track: str | Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Train a workload on local workers, or as one of the workers that an outer torchrun started.
 
@@ -101,6 +102,8 @@ def train(
         proof: compare the loss and gradient of the first step with those of one process before training.
         margin: share of the usable memory that the chosen strategy leaves free; None: 0.05. Only for the strategy
             `auto`, or None.
+        track: trackers that get the metrics: `tensorboard`, `wandb`, `mlflow`, several with commas between them or as a
+            list, or `none`. None: TensorBoard if it is installed, or those of the run that is resumed.
 
     Returns:
         The document that `shardwise train --json` prints.
@@ -116,7 +119,7 @@ def train(
     from shardwise.commands.request import TrainingRequest, settle, settle_resume
     from shardwise.run.training.execute import run_job
 
-    asked = TrainingRequest(workload, settings or {}, seed, strategy, workers, steps, epochs)
+    asked = TrainingRequest(workload, settings or {}, seed, strategy, workers, steps, epochs, track)
     resumed = settle_resume(resume, out, asked)
     options: dict[str, Any] = {
         "checkpoint_every": checkpoint_every,
@@ -156,6 +159,7 @@ def train_parallel(
     quiet: bool = False,
     on_nan: str = "stop",
     proof: bool = True,
+    track: str | Sequence[str] | None = None,
     **fields: Any,
 ) -> TrainedModel:
     """Train a plain model in parallel, from a script or a notebook, and return it.
@@ -183,6 +187,7 @@ def train_parallel(
         quiet: show no progress bar.
         on_nan: as in `train`.
         proof: as in `train`.
+        track: as in `train`; needs `out`.
         fields: further fields of `Workload`: step, weight, collate, loading, schedule, schedule_every, groups,
             clip_norm, precision, float32, seed, whole_batch, stop, average, after_step, callbacks.
 
@@ -207,7 +212,7 @@ def train_parallel(
         metric=metric,
         **fields,
     )
-    asked = TrainingRequest(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs)
+    asked = TrainingRequest(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs, track=track)
     job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True, on_nan=on_nan, proof=proof)
     return _trained_model(plain, job, run_job(job))
 

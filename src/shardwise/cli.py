@@ -111,6 +111,7 @@ def _train(options: argparse.Namespace) -> None:
         on_nan=options.on_nan,
         proof=options.proof,
         margin=options.margin,
+        track=options.track,
     )
     _print(options, document, training_summary)
 
@@ -425,6 +426,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         default="stop",
         metavar="WHAT",
         help="at a loss or gradient that is not finite: stop, skip the step's update, or go on (default: stop)",
+    )
+    train.add_argument(
+        "--track",
+        metavar="NAMES",
+        help="tensorboard, wandb, mlflow, several with commas, or none (default: tensorboard if it is installed)",
     )
     _add_proof(train)
     _add_margin(train)

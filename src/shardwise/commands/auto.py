@@ -188,7 +188,7 @@ def train_automatically(
         WorkerFailed: a worker died for another reason than memory, or there is nothing smaller to fall back to.
     """
     check_margin(margin)
-    settled = settle_options(steps=asked.steps, epochs=asked.epochs, quiet=quiet, **options)
+    settled = settle_options(steps=asked.steps, epochs=asked.epochs, track=asked.track, quiet=quiet, **options)
     source = settle_source(asked.workload, asked.settings, asked.seed)
     loaded = Chosen(source, source.load())
     settle_length(settled, loaded.workload)  # before anything is measured

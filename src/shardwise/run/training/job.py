@@ -35,6 +35,7 @@ class Options:
         grace: seconds that a run has to write a checkpoint once it is told to end.
         on_nan: policy for a step whose loss or gradient is not finite: `stop`, `skip` its update, or `go` on.
         proof: compare the first step with that of one process before the training begins.
+        track: names of the trackers that get the metrics, see `run.training.tracking`; None: TensorBoard if installed.
     """
 
     steps: int | None = None
@@ -48,6 +49,7 @@ class Options:
     grace: float = 20.0
     on_nan: str = STOP
     proof: bool = True
+    track: tuple[str, ...] | None = None
 
     def total(self, batches: int | None) -> int | None:
         """Return the total number of optimizer steps, for epochs of `batches` steps. Returns None if it is unknown."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,10 +24,13 @@ from shardwise.run.control_group import Workers
 from shardwise.run.training.guard import Guard
 from shardwise.run.training.job import GO, Job
 from shardwise.run.training.log import Log, finite
+from shardwise.run.training.messages import add_message
 from shardwise.run.training.metrics import Sampler, TrainingClock, measure, sampled_steps, summarize, typical
 from shardwise.run.training.progress import Progress
 from shardwise.run.training.result import NO_STEP, FirstStep, Step, Trained, relative_error
 from shardwise.run.training.run_folder import write_summary
+from shardwise.run.training.tracking.choice import open_trackers
+from shardwise.run.training.tracking.tracker import TrackedRun, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +102,53 @@ class RunRecord:
             yield
             return
         job = self.job
-        with Log(job.folder, str(job.strategy), self._first, total, quiet=job.options.quiet) as self._log:
+        self._note_begin(total)
+        with Log(
+            job.folder,
+            str(job.strategy),
+            self._first,
+            total,
+            quiet=job.options.quiet,
+            trackers=self._trackers(),
+            peak_memory=self._sampler.peak_memory,
+        ) as self._log:
             for note in (str(self.first_step), *self._notes()):
                 self._log.say(note)
             self._clock.resume()
             yield
+
+    def _note_begin(self, total: int | None) -> None:
+        """Note in the run's messages that a training begins, which ends after step `total` (None: unknown)."""
+        if self.job.folder is None:
+            return
+        add_message(
+            self.job.folder,
+            "begin",
+            step=self._first,
+            total_steps=total,
+            workers=self.job.strategy.workers,
+            host=socket.gethostname(),
+            predicted_seconds=self.job.forecast.seconds,
+            predicted_memory_bytes=self.job.forecast.memory_bytes,
+        )
+
+    def _trackers(self) -> list[Tracker]:
+        """Open the trackers of the run; without a folder there are none."""
+        job, workload = self.job, self.program.workload
+        if job.folder is None:
+            return []
+        config = {
+            "workload": workload.name,
+            "settings": {name: str(value) for name, value in job.source.settings.items()},
+            "batch_size": workload.batch_size,
+            "seed": workload.seed,
+            "strategy": str(job.strategy),
+            "workers": job.strategy.workers,
+            "steps": job.options.steps,
+            "epochs": job.options.epochs,
+            "predicted_seconds": job.forecast.seconds,
+        }
+        return open_trackers(job.options.track, TrackedRun(job.folder, self._first, config, quiet=job.options.quiet))
 
     @contextmanager
     def step(self, epoch: int, samples: int) -> Iterator[Running]:
