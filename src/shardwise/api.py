@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 1e6
+"""Upper limit of the seconds between two states of a run."""
 
 EXPORT_FORMS = ("file", "folder", "adapter")
 """Forms that `export` writes."""
@@ -609,6 +612,37 @@ def validate(runs: str | Path, *, standing: bool = False) -> dict[str, Any]:
     from shardwise.predict.published.validate import validate as validate_runs
 
     return validate_runs(runs, standing=standing)
+
+
+def watch(run: str | Path, *, every: float = 1.0) -> Iterator[dict[str, Any]]:
+    """Return an iterator over the states of a run: its state now, and again every few seconds until the run has ended.
+
+        for state in watch("runs/digits"):
+            print(state["step"], state["loss"])
+
+    `next(watch(run))` is the state now. Only files of the run's folder are read: this works while the run goes on, from
+    another process or machine, and after it ended in whatever way.
+
+    Args:
+        run: the run's folder.
+        every: seconds between two states.
+
+    Returns:
+        The documents that `shardwise watch --json` prints. `state` is `starting` (no step yet), `running`; `finished`,
+        `stopped` (by a signal), `interrupted` (Ctrl-C), `failed` (`text` has the error), `killed` (ended without a
+        word); or `unknown`, if the file system has no locks. Values that are not known are None. Times of steps are
+        medians over the last 100; `losses` has means over equally long parts of the run; `busy_seconds` has the seconds
+        of a step in which each rank does not wait for others, by rank.
+
+    Raises:
+        RunFolderError: the folder holds no run.
+        RequestError: `every` is not above 0.
+    """
+    from shardwise.run.live.follower import Follower
+
+    if not 0 < every <= LONGEST_PAUSE:
+        raise RequestError(f"every={every:g}: must be a number of seconds above 0, at most {LONGEST_PAUSE:g}")
+    return Follower(Path(run)).states(every)
 
 
 def export(run: str | Path, out: str | Path, form: str = "file", *, best: bool = False) -> None:

@@ -88,6 +88,8 @@ def test_tracker_that_fails(run: Run, folder: Path, nobody: socket.socket, monke
     assert done.stderr.startswith("MLflow failed, the run goes on without it: ")
     assert done.stderr.count("\n") == 1
     assert len(losses(folder / "out")) == 3
+    state = json.loads(run("watch", "out", "--once", "--json", "--quiet").stdout)
+    assert state["warnings"][0]["text"] == done.stderr.strip()
 
 
 def test_one_run_under_torchrun(run: Run, folder: Path, nobody: socket.socket) -> None:
@@ -95,6 +97,8 @@ def test_one_run_under_torchrun(run: Run, folder: Path, nobody: socket.socket) -
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     run(*WORKLOAD, "--steps", "3", "--out", "out", "--track", "mlflow", launcher=launcher)
     assert mlflow_values(folder / "out/mlflow", "loss") == list(losses(folder / "out").items())
+    state = json.loads(run("watch", "out", "--once", "--json", "--quiet").stdout)
+    assert (state["state"], state["step"]) == ("finished", 3)
 
 
 def test_one_that_is_not_installed_is_refused(folder: Path) -> None:
