@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +15,15 @@ import warm
 from command import Run, command, processes_with, started
 
 
+def wait_for(path: Path, training: warm.Started) -> None:
+    while not path.exists():
+        assert training.poll() is None
+        time.sleep(0.01)
+
+
 def test_watches_a_run_to_its_end(run: Run, folder: Path) -> None:
     with started("--strategy", "dp=2", "--epochs", "10", "--out", "out", "--set", "pause=0.02") as training:
-        while not (folder / "out/run.json").exists():
-            assert training.poll() is None
+        wait_for(folder / "out/run.json", training)
         done = run("watch", "out", "--every", "0.2")
         assert training.wait(60) == 0
     lines = done.stdout.splitlines()
@@ -41,7 +50,8 @@ def test_states_of_ended_runs(run: Run, folder: Path, mark: str) -> None:
     assert found["state"] == "failed"
     assert "sample 17 is odd" in str(found["text"])
     with started("--out", "killed", *options, "fail=wait") as training:
-        while not (folder / "killed/metrics.jsonl").exists() or not state("killed")["step"]:
+        wait_for(folder / "killed/metrics.jsonl", training)
+        while not state("killed")["step"]:
             assert training.poll() is None
         assert state("killed")["state"] == "running"
         training.kill()
@@ -63,8 +73,7 @@ def test_not_a_run(run: Run, folder: Path) -> None:
 
 def test_reader_that_goes_away(run: Run, folder: Path) -> None:
     with started("--out", "out", "--set", "fail=wait", "--steps", "9") as training:
-        while not (folder / "out/run.json").exists():
-            assert training.poll() is None
+        wait_for(folder / "out/run.json", training)
         watching = warm.Started(
             command("watch", "out", "--every", "0.05", "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -80,3 +89,23 @@ def test_unknown_tracker(run: Run, folder: Path, track: str) -> None:
     assert done.stderr.count("\n") == 1
     assert "known are tensorboard, wandb, mlflow, none" in done.stderr
     assert not (folder / "out").exists()
+
+
+def test_frame_is_drawn_in_its_place(run: Run, folder: Path) -> None:
+    with started("--out", "out", "--set", "fail=wait", "--steps", "9") as training:
+        wait_for(folder / "out/run.json", training)
+        master, slave = pty.openpty()
+        watching = warm.Started(command("watch", "out", "--every", "0.05"), stdout=slave, stderr=subprocess.PIPE)
+        os.close(slave)
+        shown = ""
+        while shown.count("step") < 6:
+            shown += os.read(master, 4096).decode()
+        watching.send_signal(signal.SIGINT)
+        _, errors = watching.communicate(30)
+        os.close(master)
+    assert (watching.returncode, errors) == (0, "shardwise: watched no longer; the run is not touched\n")
+    first, *others = shown.replace("\r\n", "\n").split("\x1b[J")
+    assert first.startswith("\x1b[1msmall under single on 1 worker")
+    assert all(frame.startswith("\x1b[1msmall") for frame in others)
+    lines = first.rpartition("\x1b[")[0].count("\n")
+    assert first.endswith(f"\x1b[{lines}F")

@@ -163,7 +163,7 @@ def _warmth(ratio: float) -> str:
 
 
 def _memory(state: Mapping[str, Any]) -> str:
-    """Return the peak memory of the worker that needs most, or of rank 0 while the others are not known."""
+    """Return the peak memory of the worker that needs most, or of rank 0 if the others are not known."""
     predicted = state["predicted_memory_bytes"]
     if state["memory_bytes"] is None:
         return "" if predicted is None else f"{format_bytes(predicted)} per worker predicted"

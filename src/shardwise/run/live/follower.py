@@ -17,7 +17,7 @@ from typing import Any
 
 from shardwise.errors import RunFolderError, one_line
 from shardwise.run.checkpoint.folder import complete, step_of
-from shardwise.run.jsonfile import read_json
+from shardwise.run.jsonfile import entry, read_json
 from shardwise.run.live.curve import Curve
 from shardwise.run.live.json_lines import JsonLines
 from shardwise.run.training.lock import is_locked
@@ -47,7 +47,9 @@ RECENT_RANKS = 20
 WARNINGS = 5
 """Number of warnings that are kept."""
 
-RANKS = "ranks.jsonl"
+RANKS, MEMORY = "ranks.jsonl", "memory.json"
+"""Files that a run may have: seconds of each step by rank, and the peak memory of each rank."""
+
 _RANKS_BYTES = 1 << 21
 
 
@@ -74,7 +76,7 @@ class Follower:
         self._ranks = JsonLines(folder / RANKS, _RANKS_BYTES)
         self._begin_metrics()
         self._begin_messages()
-        self._busy: deque[list[float]] = deque(maxlen=RECENT_RANKS)
+        self._busy: deque[tuple[bool, list[float]]] = deque(maxlen=RECENT_RANKS)
 
     def states(self, every: float) -> Iterator[dict[str, Any]]:
         """Yield the state now, and again every `every` seconds until the run has ended."""
@@ -95,7 +97,7 @@ class Follower:
         state = self._judged(locked, summary)
         seconds, rate = self._speed()
         predicted = _number(begun, "predicted_seconds")
-        memory = _numbers(summary.get("memory_bytes_by_worker")) if state in (FINISHED, STOPPED) else []
+        memory = _numbers(summary.get("memory_bytes_by_worker")) if state in (FINISHED, STOPPED) else self._peaks()
         return {
             "run": str(self._folder),
             "workload": one_line(request["workload"]),
@@ -160,7 +162,7 @@ class Follower:
             self._busy.clear()
         for record in self._ranks.new():
             if busy := _numbers(record.get("busy_seconds")):
-                self._busy.append(busy)
+                self._busy.append((bool(record.get("profiled")), busy))
 
     def _hear(self, message: Mapping[str, Any]) -> None:
         kind = message.get("kind")
@@ -248,12 +250,26 @@ class Follower:
         return max(0.0, time.time() - last) if last else None
 
     def _busy_seconds(self) -> list[float] | None:
-        """Return the mean seconds of a step that each rank is busy, by rank. Returns None if nothing was recorded."""
-        if not self._busy:
+        """Return the mean seconds of a step that each rank is busy, by rank. Returns None if nothing was recorded.
+
+        The profiler slows a step down: profiled steps count only if there are no others, as on GPUs.
+        """
+        usual = [busy for profiled, busy in self._busy if not profiled] or [busy for _, busy in self._busy]
+        if not usual:
             return None
-        ranks = len(self._busy[-1])
-        alike = [each for each in self._busy if len(each) == ranks]  # a resume may change the number of workers
+        alike = [busy for busy in usual if len(busy) == len(usual[-1])]  # a resume may change the number of workers
         return [statistics.fmean(column) for column in zip(*alike, strict=True)]
+
+    def _peaks(self) -> list[float]:
+        """Return the peak memory by rank that this training has written so far, in bytes; empty if it has not."""
+        path = self._folder / MEMORY
+        try:
+            if path.stat().st_mtime < (_number(self._begun, "time") or math.inf):
+                return []
+            ranks = entry(read_json(path, MOST_BYTES, RunFolderError, "memory"), "ranks", list)
+            return _numbers([entry(rank, "peak_bytes", int) for rank in ranks])
+        except (OSError, RunFolderError, ValueError):
+            return []
 
     def _checkpoint(self) -> dict[str, Any] | None:
         """Return step and age of the newest complete checkpoint. Returns None if there is none."""

@@ -181,7 +181,7 @@ def test_damage_is_passed_over(run: Path) -> None:
     assert found["warnings"][0]["text"].isprintable()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "messages.jsonl", "ranks.jsonl", "summary.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "messages.jsonl", "ranks.jsonl", "summary.json", "memory.json"])
 def test_pipe_in_place_of_a_file(run: Path, name: str) -> None:
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
@@ -201,6 +201,13 @@ def test_busy_ranks(run: Path) -> None:
     lines = [{"step": 1, "busy_seconds": [9.0]}, *({"step": n, "busy_seconds": [1.0, 1.0 + n]} for n in (2, 4))]
     (run / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert state(run)["busy_seconds"] == [1.0, 4.0]  # the first line is of fewer workers, before a resume
+    lines = [{"step": 1, "busy_seconds": [None, None]}, {"step": 2, "busy_seconds": [2.0, 3.0], "profiled": True}]
+    (run / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    follower = Follower(run)
+    assert follower.state()["busy_seconds"] == [2.0, 3.0]  # on GPUs profiled steps alone have these times
+    with (run / "ranks.jsonl").open("a") as file:
+        file.write('{"step": 3, "busy_seconds": [1.0, 1.5]}\n')
+    assert follower.state()["busy_seconds"] == [1.0, 1.5]
 
 
 def test_memory(run: Path) -> None:
@@ -208,6 +215,9 @@ def test_memory(run: Path) -> None:
     assert state(run)["memory_bytes"] is None
     add_message(run, "memory", step=3, bytes=1000)
     assert (state(run)["memory_bytes"], state(run)["memory_bytes_by_worker"]) == (1000, None)
+    write_json(run / "memory.json", {"ranks": [{"rank": rank, "peak_bytes": 1200 + rank} for rank in range(2)]})
+    assert state(run)["memory_bytes_by_worker"] == [1200, 1201]
+    os.utime(run / "memory.json", (time.time() - 90, time.time() - 90))  # of the training before a resume
     write_json(run / "summary.json", {"memory_bytes_by_worker": [1000, 3000]})
     assert state(run)["memory_bytes"] == 1000  # the summary is of a training before this one
     add_message(run, "end", how="finished", text="")
