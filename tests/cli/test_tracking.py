@@ -24,6 +24,8 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
             monkeypatch.setenv(name, f"http://127.0.0.1:{listener.getsockname()[1]}")
         for name in ("no_proxy", "NO_PROXY", "WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
             monkeypatch.delenv(name, raising=False)
+        for name in ("PYTEST_CURRENT_TEST", "CI", "GITHUB_ACTIONS", "DO_NOT_TRACK"):  # there MLflow tells nobody
+            monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("NETRC", "/dev/null")
         yield listener
         with pytest.raises(BlockingIOError):
