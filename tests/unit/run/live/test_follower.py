@@ -14,7 +14,7 @@ import pytest
 from shardwise.errors import RunFolderError
 from shardwise.run.jsonfile import write_json
 from shardwise.run.live.follower import Follower
-from shardwise.run.training.lock import release_lock, take_lock
+from shardwise.run.training.lock import release_lock
 from shardwise.run.training.messages import add_message
 from shardwise.run.training.run_folder import create_run
 
@@ -266,26 +266,3 @@ def test_folder_that_holds_no_run(tmp_path: Path, name: str, said: str) -> None:
         (tmp_path / name / "run.json").write_text("{}")
     with pytest.raises(RunFolderError, match=said):
         Follower(tmp_path / name)
-
-
-def test_looking_does_not_refuse_a_training(tmp_path: Path) -> None:
-    from threading import Event, Thread
-
-    folder = create_run(tmp_path / "run", REQUEST)
-    release_lock(folder)
-    over = Event()
-
-    def look() -> None:
-        follower = Follower(folder)
-        while not over.is_set():
-            follower.state()
-
-    watcher = Thread(target=look)
-    watcher.start()
-    try:
-        for _ in range(200):
-            take_lock(folder)
-            release_lock(folder)
-    finally:
-        over.set()
-        watcher.join()
