@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from command import Run, command
+from command import Run, command, processes_with
 
 WORKLOAD = ("train", "work.py:small", "--quiet", "--checkpoint-every", "2")
 
@@ -66,11 +66,12 @@ def test_mlflow(run: Run, folder: Path, nobody: socket.socket) -> None:
     assert len(mlflow_values(folder / "out/mlflow", "loss")) == 6
 
 
-def test_wandb(run: Run, folder: Path, nobody: socket.socket) -> None:
+def test_wandb(run: Run, folder: Path, nobody: socket.socket, mark: str) -> None:
     pytest.importorskip("wandb")
     options = (*WORKLOAD, "--strategy", "dp=2", "--out", "out", "--steps")
     done = run(*options, "4", "--track", "wandb,tensorboard")
     assert done.stderr == ""
+    assert processes_with(mark) == []  # wandb has a process of its own
     assert list((folder / "out/tensorboard").iterdir())
     identity = json.loads((folder / "out/wandb.json").read_text())["id"]
     run(*options, "6", "--resume")

@@ -65,8 +65,9 @@ def settle_trackers(track: str | Sequence[str] | None) -> tuple[str, ...] | None
 
 
 def installed(name: str) -> bool:
-    """Return whether the package of a tracker is installed."""
-    return find_spec(KNOWN[name].module) is not None
+    """Return whether the package of a tracker is installed; a folder of its name, as wandb makes one, is none."""
+    found = find_spec(KNOWN[name].module)
+    return found is not None and found.origin is not None
 
 
 def open_trackers(names: Sequence[str] | None, run: TrackedRun) -> list[Tracker]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_one_that_opens_slowly_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_choice(asked: str | list[str] | None, expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "find_spec", lambda name: "there")
+    monkeypatch.setattr(choice, "find_spec", lambda name: ModuleSpec(name, None, origin="there"))
     assert settle_trackers(asked) == expected
 
 
@@ -133,8 +134,10 @@ def test_wrong_choice(asked: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_one_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+@pytest.mark.parametrize("folder", [True, False])
+def test_one_that_is_not_installed(name: str, folder: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = ModuleSpec(name, None, is_package=True) if folder else None  # a folder of that name, without __init__.py
+    monkeypatch.setattr(choice, "find_spec", lambda name: found)
     with pytest.raises(RequestError, match=rf"track={name}: .* is not installed: pip install 'shardwise\[{name}\]'"):
         settle_trackers(name)
     assert open_trackers(None, TrackedRun(tmp_path)) == []  # TensorBoard is used if it is there
