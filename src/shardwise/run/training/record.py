@@ -101,9 +101,16 @@ class RunRecord:
         if self.program.mesh.rank != 0:
             yield
             return
-        job = self.job
         self._note_begin(total)
-        with Log(
+        with self._new_log(total) as self._log:
+            for note in (str(self.first_step), *self._notes()):
+                self._log.say(note)
+            self._clock.resume()
+            yield
+
+    def _new_log(self, total: int | None) -> Log:
+        job = self.job
+        return Log(
             job.folder,
             str(job.strategy),
             self._first,
@@ -111,11 +118,7 @@ class RunRecord:
             quiet=job.options.quiet,
             trackers=self._trackers(),
             peak_memory=self._sampler.peak_memory,
-        ) as self._log:
-            for note in (str(self.first_step), *self._notes()):
-                self._log.say(note)
-            self._clock.resume()
-            yield
+        )
 
     def _note_begin(self, total: int | None) -> None:
         """Note in the run's messages that a training begins, which ends after step `total` (None: unknown)."""
