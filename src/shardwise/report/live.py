@@ -168,17 +168,13 @@ def _memory(state: Mapping[str, Any]) -> str:
     if state["memory_bytes"] is None:
         return "" if predicted is None else f"{format_bytes(predicted)} per worker predicted"
     alone = state["memory_bytes_by_worker"] is None and state["workers"] not in (None, 1)
-    said = (
-        f"{format_bytes(state['memory_bytes'])} on rank 0"
-        if alone
-        else f"{format_bytes(state['memory_bytes'])} per worker"
-    )
+    said = f"{format_bytes(state['memory_bytes'])} {'on rank 0' if alone else 'per worker'}"
     return said if predicted is None else f"{said}, predicted {format_bytes(predicted)}"
 
 
 def _saved(state: Mapping[str, Any]) -> str:
     if state["checkpoint"] is None:
         return "no checkpoint yet"
-    return (
-        f"checkpoint of step {state['checkpoint']['step']:,}, {format_seconds(state['checkpoint']['seconds_ago'])} ago"
-    )
+    seconds = state["checkpoint"]["seconds_ago"]
+    when = "just now" if seconds < 1 else f"{format_seconds(seconds)} ago"
+    return f"checkpoint of step {state['checkpoint']['step']:,}, {when}"

@@ -58,7 +58,7 @@ def test_frame() -> None:
         "  loss      0.4312  █▆▃▁",
         "  held out  loss 0.5, accuracy 91.20% after step 120",
         "  speed     1,234 samples/s, 51.2 ms per step, predicted 48.0 ms (-6%)",
-        "  ranks     ▁▁  busy 20.0 ms to 40.0 ms",
+        "  ranks     ▁█  busy 20.0 ms to 40.0 ms, rank 1 takes 2.00 times the median",
         "  memory    1.0 MiB on rank 0, predicted 2.0 MiB",
         "  saved     checkpoint of step 100, 12.0 s ago",
     ]
@@ -90,6 +90,7 @@ def test_slow_rank_stands_out() -> None:
         ({"seconds_since_step": 35.0, "step_seconds": 6.0}, "1 min 12 s left"),  # less than ten steps
         ({"first_not_finite_step": 7, "loss": None}, "not finite at step 7"),
         ({"epochs": 4}, "epoch 2 of 4"),
+        ({"checkpoint": {"step": 100, "seconds_ago": 0.25}}, "checkpoint of step 100, just now"),
         ({"warnings": [{"time": 0, "text": "the disk is slow"}]}, "warning: the disk is slow"),
         ({"memory_bytes_by_worker": [1, 1 << 20]}, "1.0 MiB per worker, predicted"),
         ({"memory_bytes": None}, "2.0 MiB per worker predicted"),
