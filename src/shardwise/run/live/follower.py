@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +198,22 @@ class Follower:
 
     def _judged(self, locked: bool | None, summary: Mapping[str, Any]) -> str:
         """Return the state of the run: one of GOING_ON, of ENDS, or KILLED."""
+        if self._end and not self._resumed_since():
+            return str(self._end["how"])
         if locked:
             return RUNNING if self._begun and not self._end else STARTING
-        if self._end:
-            return str(self._end["how"])
         if summary and not self._heard:  # a run of an earlier version, which wrote no messages
             return STOPPED if summary.get("stopped") else FINISHED
         return KILLED if locked is False else UNKNOWN
+
+    def _resumed_since(self) -> bool:
+        """Return whether the run was resumed after the end that was noted last."""
+        resumed = last_request(self._description).get("resumed")
+        ended = _number(self._end, "time")
+        try:
+            return ended is not None and datetime.fromisoformat(str(resumed)).timestamp() > ended
+        except (ValueError, OverflowError):  # it was never resumed
+            return False
 
     def _summary(self) -> dict[str, Any]:
         try:

@@ -52,17 +52,21 @@ def end_noted(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _note_end(folder, *_told(error))
+        note_end(folder, error)
         raise
-    _note_end(folder, FINISHED, "")
+    note_end(folder)
 
 
-def _note_end(folder: Path | None, how: str, text: str) -> None:
+def note_end(folder: Path | None, error: BaseException | None = None) -> None:
+    """Note how a training ended, see `end_noted`; `error` is what ended it, None: it is done."""
     if folder is not None and is_first():
+        how, text = _told(error)
         add_message(folder, "end", how=how, text=text)
 
 
-def _told(error: BaseException) -> tuple[str, str]:
+def _told(error: BaseException | None) -> tuple[str, str]:
+    if error is None:
+        return FINISHED, ""
     if isinstance(error, Terminated):
         return STOPPED, ""
     if isinstance(error, KeyboardInterrupt):

@@ -16,7 +16,7 @@ from shardwise.run.jsonfile import write_json
 from shardwise.run.live.follower import Follower
 from shardwise.run.training.lock import release_lock
 from shardwise.run.training.messages import add_message
-from shardwise.run.training.run_folder import create_run
+from shardwise.run.training.run_folder import create_run, reopen_run
 
 REQUEST: dict[str, Any] = {
     "workload": "small",
@@ -114,8 +114,12 @@ def test_run_that_goes_on_after_an_end(run: Path) -> None:
     begin(run)
     steps(run, 1, 3)
     add_message(run, "warning", text="the disk is slow")
-    add_message(run, "end", how="failed", text="broken")
-    assert state(run)["state"] == "starting"  # locked again, and not begun yet
+    with (run / "messages.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.time() - 10, "kind": "end", "how": "failed", "text": "broken"}) + "\n")
+    assert state(run)["state"] == "failed"  # whoever holds the lock: `compare` does so until all trainings are over
+    release_lock(run)
+    reopen_run(run, REQUEST)
+    assert state(run)["state"] == "starting"
     assert state(run)["warnings"][0]["text"] == "the disk is slow"
     add_message(run, "warning", text="a checkpoint is damaged")
     begin(run, 2, ago=0.0)
@@ -123,6 +127,16 @@ def test_run_that_goes_on_after_an_end(run: Path) -> None:
     assert (found["state"], found["text"]) == ("running", "")
     assert [warning["text"] for warning in found["warnings"]] == ["a checkpoint is damaged"]
     assert found["step_seconds"] is None  # those before the resume may be of another strategy
+    release_lock(run)
+    assert state(run)["state"] == "killed"
+
+
+def test_resume_that_is_killed_before_it_begins(run: Path) -> None:
+    with (run / "messages.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.time() - 10, "kind": "end", "how": "stopped", "text": ""}) + "\n")
+    release_lock(run)
+    assert state(run)["state"] == "stopped"
+    reopen_run(run, REQUEST)
     release_lock(run)
     assert state(run)["state"] == "killed"
 
