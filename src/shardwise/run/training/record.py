@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from shardwise.errors import blamed
-from shardwise.launch import waiting, watch
+from shardwise.launch import gate, waiting, watch
 from shardwise.launch.join import crowding
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint.checkpoints import Checkpoints
@@ -55,6 +55,7 @@ class RunRecord:
     _loading: tuple[str, ...] = field(init=False, default=())
     _first: int = field(init=False, default=0)
     _saved: int = field(init=False, default=0)
+    _told: int = field(init=False, default=0)
     _finite: int | None = field(init=False, default=None)
     _guard: Guard = field(init=False)
     _workers: Workers | None = field(init=False, default=None)
@@ -124,8 +125,10 @@ class RunRecord:
         """
         if self._checkpoints is not None:
             self._checkpoints.poll()
-        running, rate = Running(), self._learning_rate()
         number = self.program.steps - self._first
+        if self.job.slice_steps and number % self.job.slice_steps == 0:
+            self._wait_for_turn()
+        running, rate = Running(), self._learning_rate()
         with self._sampler.step(number):
             yield running
         profiled = number in self._sampler.steps
@@ -273,6 +276,15 @@ class RunRecord:
         """Complete and log the steps so far, and restart the clock, so that this time belongs to no step."""
         if self._log is not None:
             self._note(self._clock.drain())
+        self._resume()
+
+    def _wait_for_turn(self) -> None:
+        """Tell the parent of the steps since the last gate, and wait until it is this training's turn."""
+        self._pause()
+        steps = [asdict(step) for step in self._steps[self._told :]]
+        self._told = len(self._steps)
+        proof = str(self.first_step)
+        gate.pass_gate({"steps": steps, "peak_bytes": self._sampler.peak_memory(), "notes": [proof, *self._notes()]})
         self._resume()
 
     def _resume(self) -> None:
