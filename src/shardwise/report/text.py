@@ -207,10 +207,8 @@ def _equal(document: Mapping[str, Any]) -> list[str]:
     others = [name for name in document["equal"] or () if name != document["fastest"]]
     if not others:
         return []
-    verb = "is" if len(others) == 1 else "are"
-    return [
-        f"{' and '.join(filter(None, ('; '.join(others[:-1]), others[-1])))} {verb} as fast as {document['fastest']} within the spread."
-    ]
+    named, verb = " and ".join(filter(None, ("; ".join(others[:-1]), others[-1]))), "are" if others[1:] else "is"
+    return [f"{named} {verb} as fast as {document['fastest']} within the spread."]
 
 
 def _beside(document: Mapping[str, Any]) -> list[str]:

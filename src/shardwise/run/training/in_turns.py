@@ -139,7 +139,7 @@ class TrainingInTurns:
         budget = MEMORY_SHARE * free_memory(torch.device("cpu"))
         group: list[Turns] = []
         for each in left:
-            if group and (self._gpus or sum(self._need(one, group) for one in (*group, each)) > budget):
+            if group and (self._gpus or sum(self._need(one, group) for one in (*group, each) if not one.over) > budget):
                 break
             group.append(each)
             job = each.job
