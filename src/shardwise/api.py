@@ -275,8 +275,13 @@ def compare(
     seed: int | None = None,
     quiet: bool = False,
     proof: bool = True,
+    by_hand: bool = True,
 ) -> dict[str, Any]:
-    """Train a workload under each strategy in turn, from the same weights on the same data, and measure each training.
+    """Train a workload under several strategies in turns, from the same weights on the same data, and measure each.
+
+    The workers of all strategies live at the same time, and a slice of the steps of each is trained in turn: A B A B.
+    Those that memory does not hold at once, and all on GPUs, train one after the other; `groups` says so. A strategy
+    that fails has its row with the reason, and the others go on.
 
     Args:
         workload: as in `train`.
@@ -286,31 +291,33 @@ def compare(
         workers: number of workers for the strategies that do not state it, see above.
         steps: as in `train`.
         epochs: as in `train`.
-        out: folder that gets one run's folder per strategy; None: nothing is written to disk.
+        out: folder that gets one run's folder per strategy, and the document as `compare.json`; None: nothing is
+            written to disk.
         settings: as in `train`.
         seed: as in `train`.
         quiet: as in `train`.
         proof: as in `train`.
+        by_hand: let torch's DDP and FSDP2, as users write them by hand, take turns with `dp=K` and `fsdp=K`.
 
     Returns:
         The document that `shardwise compare --json` prints.
 
     Raises:
         RequestError: the request is wrong, or a requested strategy is; found before any worker starts.
-        WorkerFailed: a worker died.
+        ShardwiseError: all strategies failed; the error is that of the first.
+        ComparisonInterrupted: Ctrl-C, a KeyboardInterrupt whose `document` has what was measured until then.
+        ComparisonTerminated: a signal told the comparison to end, a SystemExit with the same `document`.
     """
-    from shardwise.commands.compare import comparison
+    from shardwise.commands.compare import compared
     from shardwise.commands.forecast import forecasts
     from shardwise.commands.request import settle_compared, settle_length, settle_options, settle_source
     from shardwise.launch.local import enough_gpus
-    from shardwise.run.training.execute import run_job
     from shardwise.run.training.job import Job
-    from shardwise.run.training.log import finite
 
     if under_launcher():
         raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
     source = settle_source(workload, settings, seed)
-    options = settle_options(steps=steps, epochs=epochs, quiet=quiet, on_nan="go", proof=proof)
+    options = settle_options(steps=steps, epochs=epochs, quiet=True, on_nan="go", proof=proof)
     loaded = source.load()
     options = settle_length(options, loaded)
     auto: Strategy | None = None
@@ -319,19 +326,27 @@ def compare(
 
         auto = choose(loaded, workers, quiet=quiet).best.strategy
         strategies = [auto if strategy == "auto" else strategy for strategy in strategies]
-    compared, refused = settle_compared(loaded, strategies, workers)
-    most = max(settled.workers for settled in compared)
+    settled, refused = settle_compared(loaded, strategies, workers)
+    most = max(strategy.workers for strategy in settled)
     threads, gpus = threads_per_worker(most), enough_gpus(most)  # equal for all strategies, so that rows compare
-    predicted = forecasts(loaded, compared, threads, quiet=quiet)
+    predicted = forecasts(loaded, settled, threads, quiet=quiet)
     jobs = [
-        Job(source=source, strategy=settled, options=options, forecast=forecast)
-        for settled, forecast in zip(compared, predicted, strict=True)
+        Job(source=source, strategy=strategy, options=options, forecast=forecast)
+        for strategy, forecast in zip(settled, predicted, strict=True)
     ]
     if out is not None:
         jobs = [replace(job, folder=_folder_in(Path(out), loaded, job)) for job in jobs]
-    trained = [run_job(job, threads=threads, gpus=gpus) for job in jobs]
-    document: dict[str, Any] = finite(comparison(trained, refused, threads)) | {"auto": auto and str(auto)}
-    return document
+    return compared(
+        loaded,
+        jobs,
+        refused,
+        auto=None if auto is None else str(auto),
+        threads=threads,
+        gpus=gpus,
+        by_hand=by_hand,
+        out=None if out is None else Path(out),
+        quiet=quiet,
+    )
 
 
 def verify(

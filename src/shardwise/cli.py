@@ -122,18 +122,25 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    document = api.compare(
-        options.workload,
-        options.strategy,
-        workers=options.workers,
-        steps=options.steps,
-        epochs=options.epochs,
-        out=options.out,
-        settings=agreed("--set", options.set),
-        seed=options.seed,
-        quiet=options.quiet,
-        proof=options.proof,
-    )
+    try:
+        document = api.compare(
+            options.workload,
+            options.strategy,
+            workers=options.workers,
+            steps=options.steps,
+            epochs=options.epochs,
+            out=options.out,
+            settings=agreed("--set", options.set),
+            seed=options.seed,
+            quiet=options.quiet,
+            proof=options.proof,
+            by_hand=options.by_hand,
+        )
+    except (KeyboardInterrupt, Terminated) as ended:
+        measured = getattr(ended, "document", None)  # none if it was told before anything was trained
+        if measured is not None:
+            _print(options, measured, comparison_table)
+        raise
     _print(options, document, comparison_table)
 
 
@@ -468,11 +475,17 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_margin(train)
     train.set_defaults(run=_train)
     compare = commands.add_parser(
-        "compare", help="train under several strategies", description="Measures one strategy after another."
+        "compare", help="train under several strategies", description="Measures strategies in turns, slice by slice."
     )
     _add_workload(compare)
     _add_strategies(compare, "one to compare; give several (default: each axis)")
     _add_proof(compare)
+    compare.add_argument(
+        "--no-by-hand",
+        dest="by_hand",
+        action="store_false",
+        help="leave out torch's own DDP and FSDP2, which train beside dp=K and fsdp=K",
+    )
     compare.set_defaults(run=_compare)
     verify = commands.add_parser(
         "verify",

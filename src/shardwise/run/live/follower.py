@@ -27,8 +27,10 @@ from shardwise.run.training.result import relative_error
 from shardwise.run.training.run_folder import (
     CHECKPOINTS,
     DESCRIPTION,
+    MEMORY,
     METRICS,
     MOST_BYTES,
+    RANKS,
     SUMMARY,
     last_request,
     read_run,
@@ -47,9 +49,6 @@ RECENT_RANKS = 20
 
 WARNINGS = 5
 """Number of warnings that are kept."""
-
-RANKS, MEMORY = "ranks.jsonl", "memory.json"
-"""Files that a run may have: seconds of each step by rank, and the peak memory of each rank."""
 
 _RANKS_BYTES = 1 << 21
 

@@ -67,6 +67,7 @@ class Job:
         options: length, checkpoints, output and limits.
         folder: the run's folder; None: nothing is written to disk.
         forecast: predicted step time and memory.
+        slice_steps: steps between two stops at the worker's gate, see `launch.gate`; 0: it never stops.
         cuts: cut points of the model into stages and blocks, from a plan; None: chosen by measured costs.
     """
 
@@ -74,5 +75,6 @@ class Job:
     strategy: Strategy
     options: Options
     folder: Path | None = None
+    slice_steps: int = 0
     cuts: Cuts | None = None
     forecast: Forecast = field(default_factory=lambda: Forecast(reason="nothing was predicted"))

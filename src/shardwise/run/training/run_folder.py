@@ -4,6 +4,7 @@ runs/image-dp2-1/
     run.json         the request: workload, strategy, workers, options, versions
     metrics.jsonl    one line per step and per evaluation
     messages.jsonl   how each training began and ended, and what it told the user: see `run.training.messages`
+    prediction.json, ranks.jsonl, timeline.json, memory.json     see `run.training.extras`
     tensorboard/     the metrics as TensorBoard files, if TensorBoard is installed
     wandb/, mlflow/  the metrics for other trackers, with the run's id there in wandb.json, mlflow.json
     checkpoints/     see `run.checkpoint.checkpoints`
@@ -34,13 +35,15 @@ from shardwise.run.training.messages import MESSAGES
 
 DESCRIPTION, SUMMARY, METRICS, TENSORBOARD = "run.json", "summary.json", "metrics.jsonl", "tensorboard"
 CHECKPOINTS = "checkpoints"
-UNUSED = {DESCRIPTION, METRICS, MESSAGES, LOCK, TENSORBOARD, "wandb", "wandb.json", "mlflow", "mlflow.json"}
-"""Names in the folder of a run that has not taken a step."""
-
+PREDICTION, RANKS, TIMELINE, MEMORY = "prediction.json", "ranks.jsonl", "timeline.json", "memory.json"
 RUNS = Path("runs")
 
 MOST_BYTES = 1 << 24
 """Largest size of a run.json or summary.json."""
+
+_TRACKED = {TENSORBOARD, "wandb", "wandb.json", "mlflow", "mlflow.json"}
+_WITHOUT_STEPS = {DESCRIPTION, METRICS, MESSAGES, LOCK, PREDICTION, RANKS, *_TRACKED}
+"""Names in the folder of a run that has taken no step."""
 
 _LONGEST_TEXT = 1000
 _FIRST_CHECKPOINT = "first_checkpoint"
@@ -278,7 +281,7 @@ def discard_unused(folder: Path) -> None:
     """Remove a new run's folder in which no step was taken, so that the command can be repeated unchanged."""
     metrics = folder / METRICS
     unused = not metrics.exists() or metrics.stat().st_size == 0
-    if unused and {path.name for path in folder.iterdir()} <= UNUSED:
+    if unused and {path.name for path in folder.iterdir()} <= _WITHOUT_STEPS:
         shutil.rmtree(folder)
 
 
