@@ -55,6 +55,7 @@ format: $(STAMP) ## lets ruff lay out and sort the code
 bench: $(STAMP) ## runs the benchmarks; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.digits
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.hosting
 	$(BIN)/python -m benchmarks.tracing

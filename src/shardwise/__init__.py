@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         train_parallel,
         validate,
         verify,
+        watch,
     )
     from shardwise.errors import RequestError, ShardwiseError, WorkerFailed
     from shardwise.strategy import Strategy
@@ -49,6 +50,7 @@ __all__ = [
     "train_parallel",
     "validate",
     "verify",
+    "watch",
 ]
 
 _HOMES = {

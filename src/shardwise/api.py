@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 1e6
+"""Upper limit of the seconds between two states of a run."""
 
 EXPORT_FORMS = ("file", "folder", "adapter")
 """Forms that `export` writes."""
@@ -72,6 +75,7 @@ def train(
     on_nan: str = "stop",
     proof: bool = True,
     margin: float | None = None,
+    track: str | Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Train a workload on local workers, or as one of the workers that an outer torchrun started.
 
@@ -101,6 +105,8 @@ def train(
         proof: compare the loss and gradient of the first step with those of one process before training.
         margin: share of the usable memory that the chosen strategy leaves free; None: 0.05. Only for the strategy
             `auto`, or None.
+        track: trackers that get the metrics: `tensorboard`, `wandb`, `mlflow`, several with commas between them or as a
+            list, or `none`. None: TensorBoard if it is installed, or those of the run that is resumed.
 
     Returns:
         The document that `shardwise train --json` prints.
@@ -116,7 +122,7 @@ def train(
     from shardwise.commands.request import TrainingRequest, settle, settle_resume
     from shardwise.run.training.execute import run_job
 
-    asked = TrainingRequest(workload, settings or {}, seed, strategy, workers, steps, epochs)
+    asked = TrainingRequest(workload, settings or {}, seed, strategy, workers, steps, epochs, track)
     resumed = settle_resume(resume, out, asked)
     options: dict[str, Any] = {
         "checkpoint_every": checkpoint_every,
@@ -156,6 +162,7 @@ def train_parallel(
     quiet: bool = False,
     on_nan: str = "stop",
     proof: bool = True,
+    track: str | Sequence[str] | None = None,
     **fields: Any,
 ) -> TrainedModel:
     """Train a plain model in parallel, from a script or a notebook, and return it.
@@ -183,6 +190,7 @@ def train_parallel(
         quiet: show no progress bar.
         on_nan: as in `train`.
         proof: as in `train`.
+        track: as in `train`; needs `out`.
         fields: further fields of `Workload`: step, weight, collate, loading, schedule, schedule_every, groups,
             clip_norm, precision, float32, seed, whole_batch, stop, average, after_step, callbacks.
 
@@ -207,7 +215,7 @@ def train_parallel(
         metric=metric,
         **fields,
     )
-    asked = TrainingRequest(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs)
+    asked = TrainingRequest(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs, track=track)
     job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True, on_nan=on_nan, proof=proof)
     return _trained_model(plain, job, run_job(job))
 
@@ -267,8 +275,13 @@ def compare(
     seed: int | None = None,
     quiet: bool = False,
     proof: bool = True,
+    by_hand: bool = True,
 ) -> dict[str, Any]:
-    """Train a workload under each strategy in turn, from the same weights on the same data, and measure each training.
+    """Train a workload under several strategies in turns, from the same weights on the same data, and measure each.
+
+    The workers of all strategies live at the same time, and a slice of the steps of each is trained in turn: A B A B.
+    Those that memory does not hold at once, and all on GPUs, train one after the other; `groups` says so. A strategy
+    that fails has its row with the reason, and the others go on.
 
     Args:
         workload: as in `train`.
@@ -278,31 +291,33 @@ def compare(
         workers: number of workers for the strategies that do not state it, see above.
         steps: as in `train`.
         epochs: as in `train`.
-        out: folder that gets one run's folder per strategy; None: nothing is written to disk.
+        out: folder that gets one run's folder per strategy, and the document as `compare.json`; None: nothing is
+            written to disk.
         settings: as in `train`.
         seed: as in `train`.
         quiet: as in `train`.
         proof: as in `train`.
+        by_hand: let torch's DDP and FSDP2, as users write them by hand, take turns with `dp=K` and `fsdp=K`.
 
     Returns:
         The document that `shardwise compare --json` prints.
 
     Raises:
         RequestError: the request is wrong, or a requested strategy is; found before any worker starts.
-        WorkerFailed: a worker died.
+        ShardwiseError: all strategies failed; the error is that of the first.
+        ComparisonInterrupted: Ctrl-C, a KeyboardInterrupt whose `document` has what was measured until then.
+        ComparisonTerminated: a signal told the comparison to end, a SystemExit with the same `document`.
     """
-    from shardwise.commands.compare import comparison
+    from shardwise.commands.compare import compared
     from shardwise.commands.forecast import forecasts
     from shardwise.commands.request import settle_compared, settle_length, settle_options, settle_source
     from shardwise.launch.local import enough_gpus
-    from shardwise.run.training.execute import run_job
     from shardwise.run.training.job import Job
-    from shardwise.run.training.log import finite
 
     if under_launcher():
         raise RequestError("compare starts its own workers, as many as each strategy needs: run it without torchrun")
     source = settle_source(workload, settings, seed)
-    options = settle_options(steps=steps, epochs=epochs, quiet=quiet, on_nan="go", proof=proof)
+    options = settle_options(steps=steps, epochs=epochs, quiet=True, on_nan="go", proof=proof)
     loaded = source.load()
     options = settle_length(options, loaded)
     auto: Strategy | None = None
@@ -311,19 +326,27 @@ def compare(
 
         auto = choose(loaded, workers, quiet=quiet).best.strategy
         strategies = [auto if strategy == "auto" else strategy for strategy in strategies]
-    compared, refused = settle_compared(loaded, strategies, workers)
-    most = max(settled.workers for settled in compared)
+    settled, refused = settle_compared(loaded, strategies, workers)
+    most = max(strategy.workers for strategy in settled)
     threads, gpus = threads_per_worker(most), enough_gpus(most)  # equal for all strategies, so that rows compare
-    predicted = forecasts(loaded, compared, threads, quiet=quiet)
+    predicted = forecasts(loaded, settled, threads, quiet=quiet)
     jobs = [
-        Job(source=source, strategy=settled, options=options, forecast=forecast)
-        for settled, forecast in zip(compared, predicted, strict=True)
+        Job(source=source, strategy=strategy, options=options, forecast=forecast)
+        for strategy, forecast in zip(settled, predicted, strict=True)
     ]
     if out is not None:
         jobs = [replace(job, folder=_folder_in(Path(out), loaded, job)) for job in jobs]
-    trained = [run_job(job, threads=threads, gpus=gpus) for job in jobs]
-    document: dict[str, Any] = finite(comparison(trained, refused, threads)) | {"auto": auto and str(auto)}
-    return document
+    return compared(
+        loaded,
+        jobs,
+        refused,
+        auto=None if auto is None else str(auto),
+        threads=threads,
+        gpus=gpus,
+        by_hand=by_hand,
+        out=None if out is None else Path(out),
+        quiet=quiet,
+    )
 
 
 def verify(
@@ -604,6 +627,37 @@ def validate(runs: str | Path, *, standing: bool = False) -> dict[str, Any]:
     from shardwise.predict.published.validate import validate as validate_runs
 
     return validate_runs(runs, standing=standing)
+
+
+def watch(run: str | Path, *, every: float = 1.0) -> Iterator[dict[str, Any]]:
+    """Return an iterator over the states of a run: its state now, and again every few seconds until the run has ended.
+
+        for state in watch("runs/digits"):
+            print(state["step"], state["loss"])
+
+    `next(watch(run))` is the state now. Only files of the run's folder are read: this works while the run goes on, from
+    another process or machine, and after it ended in whatever way.
+
+    Args:
+        run: the run's folder.
+        every: seconds between two states.
+
+    Returns:
+        The documents that `shardwise watch --json` prints. `state` is `starting` (no step yet), `running`; `finished`,
+        `stopped` (by a signal), `interrupted` (Ctrl-C), `failed` (`text` has the error), `killed` (ended without a
+        word); or `unknown`, if the file system has no locks. Values that are not known are None. Times of steps are
+        medians over the last 100; `losses` has means over equally long parts of the run; `busy_seconds` has the seconds
+        of a step in which each rank does not wait for others, by rank.
+
+    Raises:
+        RunFolderError: the folder holds no run.
+        RequestError: `every` is not above 0.
+    """
+    from shardwise.run.live.follower import Follower
+
+    if not 0 < every <= LONGEST_PAUSE:
+        raise RequestError(f"every={every:g}: must be a number of seconds above 0, at most {LONGEST_PAUSE:g}")
+    return Follower(Path(run)).states(every)
 
 
 def export(run: str | Path, out: str | Path, form: str = "file", *, best: bool = False) -> None:

@@ -36,9 +36,11 @@ from shardwise.launch.signals import Terminated
 from shardwise.report.accuracy import accuracy_table
 from shardwise.report.accuracy_page import accuracy_files
 from shardwise.report.calibration import calibration_summary
+from shardwise.report.live import frame, news
 from shardwise.report.plan import check_summary, plan_summary
 from shardwise.report.prediction import prediction_table
 from shardwise.report.standing_page import standing_page
+from shardwise.report.terminal import Terminal, in_place_of
 from shardwise.report.text import comparison_table, training_summary, verification_table
 from shardwise.starting import check_streams, leave_out_working_directory
 from shardwise.units import parse_number, parse_whole
@@ -46,6 +48,9 @@ from shardwise.version import __version__
 
 LESS_MEMORY = "less is needed with recompute=full, more microbatches, a smaller batch_size, or more workers and fsdp"
 """Remedies for a run that ran out of memory."""
+
+REFRESH_SECONDS, LINES_SECONDS = 1.0, 10.0
+"""Seconds between two looks of `watch` at a run: in a terminal, and if it prints lines to a file."""
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, by the convention of shells: 128 plus the number of SIGINT."""
@@ -111,23 +116,31 @@ def _train(options: argparse.Namespace) -> None:
         on_nan=options.on_nan,
         proof=options.proof,
         margin=options.margin,
+        track=options.track,
     )
     _print(options, document, training_summary)
 
 
 def _compare(options: argparse.Namespace) -> None:
-    document = api.compare(
-        options.workload,
-        options.strategy,
-        workers=options.workers,
-        steps=options.steps,
-        epochs=options.epochs,
-        out=options.out,
-        settings=agreed("--set", options.set),
-        seed=options.seed,
-        quiet=options.quiet,
-        proof=options.proof,
-    )
+    try:
+        document = api.compare(
+            options.workload,
+            options.strategy,
+            workers=options.workers,
+            steps=options.steps,
+            epochs=options.epochs,
+            out=options.out,
+            settings=agreed("--set", options.set),
+            seed=options.seed,
+            quiet=options.quiet,
+            proof=options.proof,
+            by_hand=options.by_hand,
+        )
+    except (KeyboardInterrupt, Terminated) as ended:
+        measured = getattr(ended, "document", None)  # none if it was told before anything was trained
+        if measured is not None:
+            _print(options, measured, comparison_table)
+        raise
     _print(options, document, comparison_table)
 
 
@@ -242,6 +255,29 @@ def _validate(options: argparse.Namespace) -> None:
         )
 
 
+def _watch(options: argparse.Namespace) -> None:
+    terminal = Terminal.of(sys.stdout)
+    usual = REFRESH_SECONDS if terminal.live else LINES_SECONDS
+    states = api.watch(options.folder, every=usual if options.every is None else options.every)
+    if options.once:
+        _print(options, next(states), lambda state: "\n".join(frame(state, terminal)))
+        return
+    shown: dict[str, Any] | None = None
+    lines: list[str] = []
+    try:
+        for state in states:
+            before = in_place_of(len(lines)) if terminal.live and not options.json else ""
+            if options.json:
+                lines = [json.dumps(state, allow_nan=False)]
+            else:
+                lines = frame(state, terminal) if terminal.live else news(shown, state)
+            if not _write(sys.stdout, before + "".join(f"{line}\n" for line in lines)):
+                return
+            shown = state
+    except KeyboardInterrupt:
+        sys.stderr.write("shardwise: watched no longer; the run is not touched\n")
+
+
 def _write_files(option: str, page: Path, files: Mapping[str, str]) -> None:
     try:
         for name, text in files.items():
@@ -266,8 +302,10 @@ def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable
         _write(sys.stderr if options.json else sys.stdout, view(document) + "\n")
 
 
-def _write(stream: TextIO, text: str) -> None:
+def _write(stream: TextIO, text: str) -> bool:
     """Write and flush a text; a reader that has closed the pipe (`| head -1`) is no error.
+
+    Returns False if the pipe is closed.
 
     Raises:
         ShardwiseError: it cannot be written for another reason, such as a full disk.
@@ -281,6 +319,8 @@ def _write(stream: TextIO, text: str) -> None:
             raise ShardwiseError(
                 f"the result cannot be written: {error.strerror}; the command itself was done"
             ) from error
+        return False
+    return True
 
 
 def _say_error(error: ShardwiseError) -> None:
@@ -426,15 +466,26 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         metavar="WHAT",
         help="at a loss or gradient that is not finite: stop, skip the step's update, or go on (default: stop)",
     )
+    train.add_argument(
+        "--track",
+        metavar="NAMES",
+        help="tensorboard, wandb, mlflow, several with commas, or none (default: tensorboard if it is installed)",
+    )
     _add_proof(train)
     _add_margin(train)
     train.set_defaults(run=_train)
     compare = commands.add_parser(
-        "compare", help="train under several strategies", description="Measures one strategy after another."
+        "compare", help="train under several strategies", description="Measures strategies in turns, slice by slice."
     )
     _add_workload(compare)
     _add_strategies(compare, "one to compare; give several (default: each axis)")
     _add_proof(compare)
+    compare.add_argument(
+        "--no-by-hand",
+        dest="by_hand",
+        action="store_false",
+        help="leave out torch's own DDP and FSDP2, which train beside dp=K and fsdp=K",
+    )
     compare.set_defaults(run=_compare)
     verify = commands.add_parser(
         "verify",
@@ -448,6 +499,18 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     verify.add_argument("--out", metavar="DIR", help="folder for verification.json (default: none)")
     _add_output(verify)
     verify.set_defaults(run=_verify)
+    watch = commands.add_parser(
+        "watch",
+        help="show the progress of a run",
+        description="Shows how far a run is, until it ends. It reads the run's folder, and changes nothing.",
+    )
+    watch.add_argument("folder", metavar="RUN", help="a run's folder")
+    watch.add_argument("--once", action="store_true", help="show the state now, and end")
+    watch.add_argument(
+        "--every", type=_seconds, metavar="SECONDS", help="between two looks (default: 1, or 10 if lines go to a file)"
+    )
+    _add_output(watch)
+    watch.set_defaults(run=_watch)
     export = commands.add_parser("export", help="write the plain weights of a run", description="Writes safetensors.")
     export.add_argument("folder", metavar="RUN", help="a run's folder")
     export.add_argument("file", metavar="OUT", help="the safetensors file or the folder to write")
@@ -545,6 +608,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "train": train,
         "verify": verify,
         "compare": compare,
+        "watch": watch,
         "export": export,
         "calibrate": calibrate,
         "simulate": simulate,

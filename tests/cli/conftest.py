@@ -11,7 +11,7 @@ import warm
 from command import Run, command
 
 WORKLOAD = """
-    import os, signal, time
+    import itertools, os, signal, time
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -19,17 +19,23 @@ WORKLOAD = """
     from shardwise import Evaluation, Workload
 
     def small(
-        batch_size: int = 8, samples: int = 28, fail: str = "", hidden: int = 6, pause: float = 0.0, slow: float = 0.0
+        batch_size: int = 8, samples: int = 28, fail: str = "", hidden: int = 6, pause: float = 0.0, slow: float = 0.0,
+        fail_at: int = 3,
+        when: str = "rank 1",
     ) -> Workload:
         generator = torch.Generator().manual_seed(1)
         data = TensorDataset(torch.randn(samples, 4, generator=generator), torch.arange(samples) % 3)
-        calls = []
+        calls, passes = [], itertools.count()
+
+        def slowed():
+            number, rank = next(passes), int(os.environ.get("RANK", 0))
+            return {"rank 1": rank == 1, "in turn": number % 2 == rank, "all": number % 5 == 0}[when]
 
         def loss(output, batch):
             if fail:  # tp and pp refuse a loss that changes values of its own
                 calls.append(0)
-            time.sleep(pause + (slow if os.environ.get("RANK") == "1" else 0.0))
-            if fail and len(calls) == 3:
+            time.sleep(pause + (slow if slow and slowed() else 0.0))
+            if fail and len(calls) == fail_at:
                 misbehave(fail)
             return F.cross_entropy(output, batch[1])
 

@@ -12,6 +12,7 @@ WITHOUT_TORCH = (
     "shardwise.cli",
     "shardwise.launch.local",
     "shardwise.launch.join",
+    "shardwise.run.live.follower",
     "shardwise.splitting.balance",
     "shardwise.splitting.buckets",
     "shardwise.splitting.ownership",

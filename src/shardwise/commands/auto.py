@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster, check_margin
-from shardwise.commands.forecast import FIRST_PREDICTS, own_cluster
+from shardwise.commands.forecast import FIRST_PREDICTS, details, own_cluster
 from shardwise.commands.request import (
     Chosen,
     TrainingRequest,
@@ -63,6 +63,7 @@ class Choice:
         words: the explanation, one string per paragraph.
         cuts: function that returns the cut points of a strategy with unequal stages, because its memory was predicted
             for these. It returns none for other strategies, which are cut by measured costs.
+        details: function that returns the whole prediction of a candidate for reports.
         last_resort: function that searches for the best strategy with offload. It returns None if there is none.
     """
 
@@ -70,6 +71,7 @@ class Choice:
     others: tuple[Candidate, ...]
     words: tuple[str, ...]
     cuts: Callable[[Strategy], Cuts] = lambda _: ()
+    details: Callable[[Candidate], Mapping[str, Any]] = lambda _: {}
     last_resort: Callable[[], Candidate | None] = lambda: None
 
     def smaller(self) -> Iterator[Candidate]:
@@ -132,7 +134,10 @@ def choose(
         offloading = replace(constraints, fixed={"offload": "1"})
         return search(workload, cluster, best.plan.workers, offloading, profiles).plan.best
 
-    return Choice(best.plan.best, tuple(candidates), tuple(words), cuts, last_resort)
+    def told(candidate: Candidate) -> Mapping[str, Any]:
+        return details(best.profile_of, candidate.strategy, cluster, candidate.prediction)
+
+    return Choice(best.plan.best, tuple(candidates), tuple(words), cuts, told, last_resort)
 
 
 def _compiles(workload: Workload, cluster: Cluster) -> bool:
@@ -188,7 +193,7 @@ def train_automatically(
         WorkerFailed: a worker died for another reason than memory, or there is nothing smaller to fall back to.
     """
     check_margin(margin)
-    settled = settle_options(steps=asked.steps, epochs=asked.epochs, quiet=quiet, **options)
+    settled = settle_options(steps=asked.steps, epochs=asked.epochs, track=asked.track, quiet=quiet, **options)
     source = settle_source(asked.workload, asked.settings, asked.seed)
     loaded = Chosen(source, source.load())
     settle_length(settled, loaded.workload)  # before anything is measured
@@ -208,7 +213,7 @@ def train_automatically(
     smaller = choice.smaller()
     candidate = choice.best
     while True:
-        chosen = _chosen(loaded, candidate, choice.cuts(candidate.strategy))
+        chosen = _chosen(loaded, candidate, choice)
         named = replace(asked, strategy=candidate.strategy, workers=None)
         job = settle(named, out, quiet=quiet, chosen=chosen, **options)
         try:
@@ -225,9 +230,10 @@ def train_automatically(
         return document
 
 
-def _chosen(loaded: Chosen, candidate: Candidate, cuts: Cuts) -> Chosen:
+def _chosen(loaded: Chosen, candidate: Candidate, choice: Choice) -> Chosen:
     """Return what a run needs to know of the candidate that was chosen for it."""
-    return replace(loaded, forecast=Forecast.of(candidate.prediction), cuts=cuts)
+    forecast = Forecast.of(candidate.prediction, choice.details(candidate))
+    return replace(loaded, forecast=forecast, cuts=choice.cuts(candidate.strategy))
 
 
 def _with_launcher(
@@ -252,7 +258,7 @@ def _with_launcher(
     asked = replace(asked, strategy=strategy, workers=None if strategy else asked.workers)
     chosen = replace(loaded, cuts=tuple(map(tuple, cuts)))
     if choice is not None:
-        chosen = _chosen(chosen, choice.best, chosen.cuts)
+        chosen = _chosen(chosen, choice.best, choice)
     elif strategy:
         chosen = replace(chosen, forecast=Forecast(reason=FIRST_PREDICTS))
     summary = run_job(settle(asked, out, chosen=chosen, **options)).summary

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.errors import NotMeasured, ShardwiseError, WorkerFailed
@@ -16,6 +17,8 @@ from shardwise.workload.turns import NOT_PREDICTED
 from shardwise.workload.workload import Workload
 
 if TYPE_CHECKING:
+    from shardwise.predict.prediction import Prediction
+    from shardwise.predict.profile.profile import Parameter, Profile
     from shardwise.predict.profile.source import ProfileSource
 
 FIRST_PREDICTS = "the first worker predicts"
@@ -77,7 +80,74 @@ def _forecast(profiles: ProfileSource, strategy: Strategy, cluster: Cluster) -> 
         return Forecast(reason=str(error))
     except Exception as error:  # the model can be trained, but not traced without its data
         return Forecast(reason=f"{type(error).__name__}: {error}")
-    return Forecast.of(prediction)
+    return Forecast.of(prediction, details(profiles.of, strategy, cluster, prediction))
+
+
+def details(
+    profile_of: Callable[[Strategy], Profile], strategy: Strategy, cluster: Cluster, prediction: Prediction
+) -> dict[str, Any]:
+    """Return the whole prediction of a strategy for reports, JSON-able.
+
+    Returns:
+        `cluster`; `candidate`, as in the document of `simulate`; `timeline`, the rows of the simulated step, of which
+        the longest `MOST_ROWS` are kept, and `timeline_left_out`, the number of others; `segments` of the model.
+        Where a part cannot be computed it is empty, and `timeline_reason` says why.
+    """
+    from shardwise.predict.document import candidate
+
+    found = {"cluster": _cluster(cluster, strategy.workers), "candidate": candidate(str(strategy), prediction)}
+    empty: dict[str, Any] = {"timeline": [], "timeline_left_out": 0, "segments": []}
+    if strategy.shares:
+        return {**found, **empty, "timeline_reason": f"shares={strategy.shares}: such a step is not simulated"}
+    try:
+        return {**found, **_played(profile_of(strategy), strategy, cluster)}
+    except Exception as error:  # a run never fails because of its prediction
+        return {**found, **empty, "timeline_reason": f"{type(error).__name__}: {error}"}
+
+
+def _played(profile: Profile, strategy: Strategy, cluster: Cluster) -> dict[str, Any]:
+    """Return the simulated step, and the segments of the model with their stages."""
+    from shardwise.predict.closed_form.step_time import costs_of
+    from shardwise.predict.timeline.rows import MOST_ROWS, longest
+    from shardwise.predict.timeline.timeline import timeline
+
+    rows, left_out = longest(timeline(profile, strategy, cluster).document(), MOST_ROWS)
+    stages = costs_of(profile, strategy, cluster).parts.stages.values()
+    stage_of = {segment: stage.number for stage in stages for segment in range(stage.first, stage.end)}
+    segments = [
+        _segment([each for each in profile.parameters if each.segments[:1] == (number,)], number, stage_of[number])
+        for number in range(len(profile.segments))
+    ]
+    return {"timeline": rows, "timeline_left_out": left_out, "segments": segments}
+
+
+def _segment(parameters: Sequence[Parameter], number: int, stage: int) -> dict[str, Any]:
+    """Return a segment of the model: what is common to the names of its parameters, and what one worker holds of it."""
+    names = [each.name for each in parameters]
+    modules = [name.split(".")[:-1] for name in names]
+    common = [words[0] for words in takewhile(lambda words: len(set(words)) == 1, zip(*modules, strict=False))]
+    return {
+        "name": ".".join(common) or (names[0] if len(names) == 1 else f"segment {number}"),
+        "parameters": sum(each.elements for each in parameters if not each.buffer),
+        "bytes": sum(each.bytes for each in parameters),
+        "stage": stage,
+    }
+
+
+def _cluster(cluster: Cluster, workers: int) -> dict[str, Any]:
+    """Return name, devices, links and usable memory of the devices that a strategy of `workers` workers uses."""
+    from shardwise.predict.simulate import link_document
+
+    device = cluster.device(0)
+    return {
+        "name": cluster.name,
+        "devices": cluster.size,
+        "used_devices": workers,
+        "device": device.name,
+        "kind": device.kind,
+        "usable_memory_bytes": cluster.memory_for_worker(device, workers),
+        "links": [link_document(level) for level in cluster.levels],
+    }
 
 
 def _with_threads(cluster: Cluster, threads: int) -> Cluster:

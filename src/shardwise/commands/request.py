@@ -25,6 +25,7 @@ from shardwise.run.training.run_folder import (
     read_run,
     reopen_run,
 )
+from shardwise.run.training.tracking.choice import settle_trackers
 from shardwise.strategy import Strategy
 from shardwise.workload.one_batch import in_one_batch
 from shardwise.workload.reading.check import check_data
@@ -74,6 +75,7 @@ class TrainingRequest:
     workers: int | None = None
     steps: int | None = None
     epochs: int | None = None
+    track: str | Sequence[str] | None = None
 
 
 def settle(
@@ -102,7 +104,9 @@ def settle(
     asked = asked if resumed is None else as_before(asked, resumed)
     source = chosen.source if chosen else settle_source(asked.workload, asked.settings, asked.seed)
     strategy = settle_strategy(asked.strategy, asked.workers)
-    settled = settle_options(steps=asked.steps, epochs=asked.epochs, resume=resume, **options)
+    settled = settle_options(steps=asked.steps, epochs=asked.epochs, track=asked.track, resume=resume, **options)
+    if settled.track and not on_disk:
+        raise RequestError(f"track={','.join(settled.track)}: trackers write to the run's folder: give out too")
     workload = chosen.workload if chosen else source.load()
     settled = settle_length(settled, workload)
     forecast = chosen.forecast if chosen else None
@@ -136,6 +140,7 @@ def as_before(asked: TrainingRequest, folder: Path) -> TrainingRequest:
         strategy=Strategy.parse(before["strategy"]) if same_split else asked.strategy,  # `parse` reads no plan file
         steps=before["steps"] if same_length else asked.steps,
         epochs=before["epochs"] if same_length else asked.epochs,
+        track=before.get("track") if asked.track is None else asked.track,
     )
 
 
@@ -218,7 +223,7 @@ def _cuts(strategy: str | Strategy | None) -> Cuts | None:
 
 def settle_options(**values: Any) -> Options:
     """Return checked options of a training. Raises RequestError."""
-    options = Options(**values)
+    options = Options(**{**values, "track": settle_trackers(values.get("track"))})
     for name, least in (("steps", 1), ("epochs", 1), ("checkpoint_every", 0), ("keep", 1), ("grace", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -307,6 +312,7 @@ def settle_folder(out: str | Path | None, workload: Workload, job: Job) -> Path:
         "workers": job.strategy.workers,
         "steps": job.options.steps,
         "epochs": job.options.epochs,
+        "track": None if job.options.track is None else list(job.options.track),
     }
 
     def make() -> Path:

@@ -70,26 +70,86 @@ def run_local(
         KeyboardInterrupt: Ctrl-C; all workers have been ended.
         Terminated: this process was told to end (SIGTERM, SIGHUP) and the workers did not return within `grace`.
     """
-    import cloudpickle
-
-    from shardwise.launch.sending import written
-    from shardwise.launch.switchboard import Switchboard  # its imports would slow down `shardwise --help`
-
     given_threads()  # raises for a wrong OMP_NUM_THREADS before any worker starts
-    setup = {"path": sys.path, "threads": threads or threads_per_worker(workers), "gpus": gpus, "workers": workers}
     with Signals() as signals:
-        switchboard = Switchboard(setup, written((function, args)))
-        processes: Processes | None = None
+        running = LocalRun(function, args, workers=workers, threads=threads, gpus=gpus, patience=patience)
         try:
-            processes = Processes(workers, switchboard.address)
-            _attend(processes, switchboard, signals, grace, StopDetector(processes, patience))
-            assert switchboard.returned is not None
-            return cloudpickle.loads(switchboard.returned)
+            _attend(running, signals, grace)
+            return running.returned()
         finally:
             signals.mute()  # a further signal cannot end it sooner: the rest takes milliseconds
-            if processes is not None:
-                processes.kill()
-            switchboard.close()
+            running.end()
+
+
+class LocalRun:
+    """Workers that run one call, from their start to their end. Its arguments are those of `run_local`."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        *,
+        workers: int,
+        threads: int | None = None,
+        gpus: bool = True,
+        patience: float = float("inf"),
+    ) -> None:
+        from shardwise.launch.sending import written
+        from shardwise.launch.switchboard import Switchboard  # its imports would slow down `shardwise --help`
+
+        setup = {"path": sys.path, "threads": threads or threads_per_worker(workers), "gpus": gpus, "workers": workers}
+        self._switchboard = Switchboard(setup, written((function, args)))
+        try:
+            self._processes = Processes(workers, self._switchboard.address)
+        except BaseException:
+            self._switchboard.close()
+            raise
+        self._stops = StopDetector(self._processes, patience)
+
+    @property
+    def finished(self) -> bool:
+        """Return whether all workers have answered."""
+        return len(self._switchboard.finished) == len(self._processes)
+
+    @property
+    def at_gate(self) -> list[dict[str, Any]] | None:
+        """Return the values by rank with which the workers came to their gates. Returns None unless all wait there."""
+        waiting = dict(self._switchboard.waiting)
+        return [waiting[rank] for rank in sorted(waiting)] if len(waiting) == len(self._processes) else None
+
+    def stop(self) -> None:
+        """Stop all workers that wait at their gates: even there, threads of process groups poll their connections."""
+        self._processes.send_to_all(signal.SIGSTOP)
+
+    def open_gates(self) -> None:
+        """Let all workers go on from their gates."""
+        self._processes.send_to_all(signal.SIGCONT)
+        self._switchboard.open_gates()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to each worker that still runs."""
+        self._processes.send(number)
+
+    def check(self) -> None:
+        """Look for a worker that has failed or is stopped. Raises ShardwiseError."""
+        early = self._processes.exits().keys() - self._switchboard.finished
+        self._switchboard.settle(early)
+        if self._switchboard.endings or early - self._switchboard.finished:
+            raise _linger(self._processes, self._switchboard)
+        self._stops.check()
+
+    def returned(self) -> Any:
+        """Wait a moment until the workers have ended, and return the result of rank 0."""
+        import cloudpickle
+
+        _await_exits(self._processes, ENDING_SECONDS)
+        assert self._switchboard.returned is not None
+        return cloudpickle.loads(self._switchboard.returned)
+
+    def end(self) -> None:
+        """End all workers that still run, with all that they have started."""
+        self._processes.kill()
+        self._switchboard.close()
 
 
 class StopDetector:
@@ -120,32 +180,27 @@ class StopDetector:
                 )
 
 
-def _attend(
-    processes: Processes, switchboard: Switchboard, signals: Signals, grace: float, patience: StopDetector
-) -> None:
-    """Wait until all workers have answered and ended; pass on signals, and notice failures.
+def _attend(running: LocalRun, signals: Signals, grace: float) -> None:
+    """Wait until all workers have answered; pass on signals, and notice failures.
 
     Raises:
         ShardwiseError: a worker failed.
         Terminated: this process was told to end.
     """
     told = 0.0
-    while len(switchboard.finished) < len(processes):
+    while not running.finished:
         if signals.stop and not told:
             told = time.monotonic()
-            processes.send(signal.SIGTERM)
+            running.send(signal.SIGTERM)
         if told and (signals.again or time.monotonic() >= told + grace):
             raise Terminated(128 + signals.stop)
-        early = processes.exits().keys() - switchboard.finished
-        switchboard.settle(early)
-        if switchboard.endings or early - switchboard.finished:
-            error = _linger(processes, switchboard)
-            if told and isinstance(error, WorkerFailed) and not error.traceback:
-                raise Terminated(128 + signals.stop)  # the worker died of SIGTERM before it had a handler
-            raise error
-        patience.check()
+        try:
+            running.check()
+        except WorkerFailed as error:
+            if told and not error.traceback and not isinstance(error, WorkerHung):
+                raise Terminated(128 + signals.stop) from None  # the worker died of SIGTERM before it had a handler
+            raise
         time.sleep(LOOK_SECONDS)
-    _await_exits(processes, ENDING_SECONDS)
 
 
 def _await_exits(processes: Processes, seconds: float) -> None:

@@ -56,11 +56,15 @@ class Processes:
         for process in self._processes:
             process.send_signal(number)  # does nothing for a process that has been waited for
 
-    def kill(self) -> None:
-        """Kill all processes, including stopped ones and all that they started, and wait until they are gone."""
+    def send_to_all(self, number: signal.Signals) -> None:
+        """Send a signal to all processes, and to all that they started."""
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # each worker leads a process group of its own
+                os.killpg(process.pid, number)  # each worker leads a process group of its own
+
+    def kill(self) -> None:
+        """Kill all processes, including stopped ones and all that they started, and wait until they are gone."""
+        self.send_to_all(signal.SIGKILL)
         for process in self._processes:
             process.wait()
 

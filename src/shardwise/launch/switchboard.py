@@ -5,6 +5,8 @@ Frames on the Unix socket between one worker and its parent, in this order:
     worker  {"rank"}                                   greeting
     parent  {"path", "threads", "gpus", "linger", ...}  import path, intra-op threads, whether to use GPUs
     parent  function and arguments                     by cloudpickle: to our own child, never through a file
+    worker  {"waiting": value}                         at its gate, any number of times; see `launch.gate`
+    parent  an empty frame                             opens the gate
     worker  {"time", "returned"} and the result, or {"time", "error", "message", "traceback"}
 
 A worker whose socket closes without an answer has died. A worker that reports an error lingers before it ends, so that
@@ -13,6 +15,7 @@ the parent does not stop the others yet: a worker that ends within that time end
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -55,6 +58,7 @@ class Switchboard:
         address: path of the socket that workers connect to.
         endings: workers that failed or died.
         finished: ranks of workers that have answered.
+        waiting: rank -> the value with which it came to its gate, where it waits.
         returned: result of rank 0 as pickled by cloudpickle; None until rank 0 has answered.
     """
 
@@ -71,6 +75,7 @@ class Switchboard:
         self._answered: list[Connection] = []
         self.endings: list[EarlyExit] = []
         self.finished: set[int] = set()
+        self.waiting: dict[int, dict[str, Any]] = {}
         self.returned: bytes | None = None
         self._thread = threading.Thread(target=self._serve, name="shardwise-switchboard", daemon=True)
         self._thread.start()
@@ -84,6 +89,15 @@ class Switchboard:
         for end in (self._listener, self._woken, self._wake):
             end.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def open_gates(self) -> None:
+        """Let all workers that wait at their gates go on."""
+        there = set(self.waiting)
+        self.waiting.clear()  # before they can come back
+        for connection, rank in list(self._ranks.items()):
+            if rank in there:
+                with contextlib.suppress(OSError):  # a worker that has died is noticed elsewhere
+                    connection.send_bytes(b"")
 
     def settle(self, ended: Collection[int], seconds: float = 5.0) -> None:
         """Wait at most `seconds` until the last frames of the workers in `ended` have been read."""
@@ -114,6 +128,9 @@ class Switchboard:
     def _hear(self, connection: Connection) -> None:
         try:
             answer = json.loads(connection.recv_bytes())
+            if "waiting" in answer:
+                self.waiting[self._ranks[connection]] = answer["waiting"]
+                return
             if "error" in answer:
                 self._hang_up(connection, answer)
                 return

@@ -31,7 +31,7 @@ def main(address: str) -> None:
     parent = Connection(line.detach())
     _send(parent, {"rank": int(os.environ["RANK"])})
     setup, work = json.loads(parent.recv_bytes()), parent.recv_bytes()
-    threading.Thread(target=_end_with, args=(parent,), name="shardwise-parent", daemon=True).start()
+    threading.Thread(target=_hear, args=(parent,), name="shardwise-parent", daemon=True).start()
     try:
         returned = _work(setup, work, parent)
     except BaseException as error:
@@ -53,12 +53,13 @@ def _work(setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
     if not setup["gpus"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     gc.disable()  # imports make many objects and no garbage
-    from shardwise.launch import watch
+    from shardwise.launch import gate, watch
     from shardwise.launch.join import die_with_parent, join_local, leave
 
     die_with_parent()
     rank = int(os.environ["RANK"])
     watch.settle(rank, setup["workers"], watch.FolderBoard(setup["folder"]), partial(_report, parent))
+    gate.settle(lambda value: _send(parent, {"waiting": value}))
     import cloudpickle
 
     join_local(os.path.join(setup["folder"], "store"), rank, setup["workers"])
@@ -86,10 +87,14 @@ def _send(parent: Connection, header: dict[str, Any]) -> None:
     parent.send_bytes(json.dumps(header).encode())
 
 
-def _end_with(parent: Connection) -> None:
-    """Kill this process and all that it started as soon as the parent closes the connection; it sends nothing more."""
+def _hear(parent: Connection) -> None:
+    """Open the gate at each frame of the parent; kill this process and all that it started once it hangs up."""
     with contextlib.suppress(EOFError, OSError):
-        parent.recv_bytes()
+        while True:
+            parent.recv_bytes()
+            from shardwise.launch.gate import open_gate  # a parent opens a gate only after this worker has come to it
+
+            open_gate()
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the parent starts each worker in a process group of its own
 
 

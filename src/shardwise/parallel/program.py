@@ -342,6 +342,18 @@ class Program:
         average = [] if self._average is None else self._average.pieces(self.engine.held)
         return model + average + self._update.state.pieces()
 
+    def held_bytes(self) -> dict[str, int]:
+        """Return the bytes that parameters (with buffers), gradients and optimizer state take on this worker's device.
+
+        Gradients are there after a step, until the next one begins.
+        """
+        found = {
+            "parameters": [local(held.tensor) for held in self.engine.held.values()],
+            "gradients": list(local_gradients(self.engine.parameters).values()),
+            "optimizer": self._update.state.tensors(),
+        }
+        return {name: _bytes_on(tensors, self.mesh.device) for name, tensors in found.items()}
+
     def optimizer_piece(
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
     ) -> TensorPiece | None:
@@ -473,6 +485,12 @@ class Program:
     def _by_all(self, count: Tensor) -> bool:
         """Return whether `count` equals the world size."""
         return int(count) == self.strategy.workers
+
+
+def _bytes_on(tensors: Iterable[Tensor], device: torch.device) -> int:
+    """Return the bytes that tensors take on a device; memory that several share counts once."""
+    blocks = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors if each.device == device}
+    return sum(block.nbytes() for block in blocks.values())
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:

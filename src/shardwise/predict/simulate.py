@@ -90,14 +90,15 @@ def simulation(
         raise refusal
     found = document(workload.name, cluster.name, predictions, rejected, time.perf_counter() - start, workload.notes)
     found["runtime"] = runtime
-    found["links"] = [_link(level) for level in cluster.levels]
+    found["links"] = [link_document(level) for level in cluster.levels]
     found["slowed"] = {str(rank): times for rank, times in (slowed or {}).items()}
     for candidate in found["candidates"] if dry else ():
         candidate["dry_run"] = judgements[candidate["strategy"]].document()
     return Simulated(found, timelines, profiles)
 
 
-def _link(level: Level) -> dict[str, Any]:
+def link_document(level: Level) -> dict[str, Any]:
+    """Return the JSON object of a level of links: the devices that it spans, bandwidth and latency."""
     return {
         "name": level.name,
         "devices": level.span,

@@ -140,18 +140,20 @@ def _error(value: float | None) -> str:
 
 
 def comparison_table(document: Mapping[str, Any]) -> str:
-    """Format a table with one row per strategy, and notes that explain its columns."""
+    """Format a table with one row per strategy and plain loop, and notes that explain its columns."""
+    shown = [*document["results"], *document["by_hand"]]
     metrics = list(dict.fromkeys(name for row in document["results"] for name in row["metrics"] if name != "loss"))
-    header = ["strategy", "workers", "loss", *metrics, "samples/s", "step", "predicted", "memory/worker", "predicted"]
-    header += ["communication", "speed", "loss difference"]
+    header = ["strategy", "workers", "loss", *metrics, "samples/s", "step", "spread", "predicted", "memory/worker"]
+    header += ["predicted", "communication", "speed", "loss difference"]
     rows = [
         [
             row["strategy"],
             str(row["workers"]),
-            _number(row["loss"]),
+            "failed" if row["failed"] else _number(row["loss"]),
             *(_metric(name, row["metrics"].get(name)) for name in metrics),
             UNKNOWN if row["samples_per_second"] is None else format_rate(row["samples_per_second"]),
             _seconds(row["measured_seconds"]),
+            _spread(row),
             _off(row["error"]),
             _bytes(row["measured_memory_bytes"]),
             _off(row["memory_error"]),
@@ -159,15 +161,20 @@ def comparison_table(document: Mapping[str, Any]) -> str:
             UNKNOWN if row["speedup"] is None else f"{row['speedup']:.2f}x",
             UNKNOWN if row["loss_difference"] is None else f"{row['loss_difference']:.1e}",
         ]
-        for row in document["results"]
+        for row in shown
     ]
     threads = f"{document['threads']} thread" + ("s" if document["threads"] != 1 else "")
     notes = [
+        *(["Interrupted: what was measured until then."] if document["interrupted"] else []),
         f"Each worker computes with {threads}.",
+        _turns(document),
         *_predictions(document),
+        *_equal(document),
+        *_beside(document),
         "communication: share of a step spent on nothing else, waiting for others included.",
         "speed: samples/s over one worker's.",
         "loss difference: the largest relative one to one worker's loss in the first 20 steps.",
+        *(f"{row['strategy']} failed after {row['steps']} steps: {row['failed']}" for row in shown if row["failed"]),
         *(f"{entry['strategy']} cannot be: {entry['reason']}" for entry in document["rejected"]),
         *(
             f"{row['strategy']}: loss or gradient are not finite from step {row['first_not_finite_step']} on"
@@ -178,6 +185,41 @@ def comparison_table(document: Mapping[str, Any]) -> str:
     return "\n".join([table(header, rows), "", *notes])
 
 
+def _spread(row: Mapping[str, Any]) -> str:
+    """Format half the range between the quartiles as a share of the step time: '±3%'."""
+    if row["spread_seconds"] is None:
+        return UNKNOWN
+    return f"±{row['spread_seconds'] / 2 / row['measured_seconds']:.0%}"
+
+
+def _turns(document: Mapping[str, Any]) -> str:
+    """Say how the trainings took turns."""
+    groups, size = document["groups"], document["slice_steps"]
+    step = "step: the median over slices of"
+    if len(groups) <= 1:
+        return f"{step} {size} steps, which the trainings took in turns; spread: half of the slices are as near to it."
+    apart = "; then ".join(", ".join(group) for group in groups)
+    return f"{step} {size} steps. Not all trainings took turns, for they would not fit at once: {apart}."
+
+
+def _equal(document: Mapping[str, Any]) -> list[str]:
+    """Say which strategies are as fast as the fastest, as far as the spread tells."""
+    others = [name for name in document["equal"] or () if name != document["fastest"]]
+    if not others:
+        return []
+    named, verb = " and ".join(filter(None, ("; ".join(others[:-1]), others[-1]))), "are" if others[1:] else "is"
+    return [f"{named} {verb} as fast as {document['fastest']} within the spread."]
+
+
+def _beside(document: Mapping[str, Any]) -> list[str]:
+    """Say what each strategy takes over the same by hand."""
+    return [
+        f"{row['beside']} takes {row['overhead']:+.1%} over {row['strategy'].partition(',')[0]}."
+        for row in document["by_hand"]
+        if row["overhead"] is not None
+    ]
+
+
 def _predictions(document: Mapping[str, Any]) -> list[str]:
     """Explain the columns of predictions, and how well the predictions chose the fastest strategy."""
     reason = document["reasons"].get("predicted_seconds")
@@ -186,7 +228,10 @@ def _predictions(document: Mapping[str, Any]) -> list[str]:
         return lines
     if document.get("auto") is not None:
         lines = [f"{document['auto']} is what train chooses where no strategy is given.", *lines]
-    regret = _regret(document["regret"])
+    within = document["chosen"] in (document["equal"] or ())
+    regret = (
+        ", and nothing was faster beyond the spread" if within and document["regret"] else _regret(document["regret"])
+    )
     return [
         "predicted: by how much the prediction made before the run is above (+) or below (-) what was measured.",
         f"{document['chosen']} was predicted to be the fastest{regret}.",

@@ -15,11 +15,10 @@ from torch.utils.data import TensorDataset
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Sample
 from shardwise.cluster.measure import machine
 from shardwise.cluster.toml_writer import write_cluster
-from shardwise.commands.compare import comparison
 from shardwise.commands.forecast import forecasts
 from shardwise.errors import ClusterError, NotMeasured
 from shardwise.run.calibration.local_cluster import cached_file, cluster_at_hand, keep
-from shardwise.run.training.result import Step, Trained, relative_error
+from shardwise.run.training.result import relative_error
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
@@ -165,42 +164,6 @@ def test_under_another_launcher(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_relative_error() -> None:
     assert relative_error(3.0, 2.0) == pytest.approx(0.5)
     assert relative_error(1.0, None) is relative_error(None, 1.0) is None
-
-
-def trained(strategy: str, predicted: float | None, measured: float) -> Trained:
-    summary: dict[str, Any] = {
-        "workload": "small",
-        "strategy": strategy,
-        "workers": 1 if strategy == "single" else 2,
-        "steps": 1,
-        "predicted_seconds": predicted,
-        "first_not_finite_step": None,
-        "step_seconds": measured,
-        "error": relative_error(predicted, measured),
-        "predicted_memory_bytes": 10,
-        "memory_bytes": 20,
-        "memory_error": -0.5,
-        "loss": 1.0,
-        "metrics": {},
-        "samples_per_second": 8 / measured,
-        "alpha": 0.0,
-        "exposed_alpha": 0.0,
-        "communication_share": 0.0,
-        "run": None,
-        "notes": [],
-        "reasons": {} if predicted else {"predicted_seconds": "why"},
-    }
-    return Trained(summary, (Step(1, 0, 1.0, None, None, 8, measured),), {})
-
-
-def test_comparison_says_how_well_the_predictions_chose() -> None:
-    document = comparison([trained("single", 1.0, 2.0), trained("dp=2", 2.0, 1.0)], [], 1)
-    assert (document["chosen"], document["fastest"], document["regret"]) == ("single", "dp=2", 1.0)
-    assert [row["error"] for row in document["results"]] == [-0.5, 1.0]
-    assert "predicted_seconds" not in document["reasons"]
-    nothing = comparison([trained("single", None, 2.0)], [], 1)
-    assert nothing["chosen"] is nothing["regret"] is None
-    assert nothing["reasons"]["chosen"] == nothing["reasons"]["predicted_seconds"] == "why"
 
 
 def test_memory_of_the_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

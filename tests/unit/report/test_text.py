@@ -77,15 +77,21 @@ def test_comparison_table() -> None:
         "speedup": 1.8,
         "loss_difference": 1.2e-7,
         "first_not_finite_step": None,
+        "spread_seconds": 0.0064,
+        "steps": 30,
+        "failed": None,
     }
     unknown = {**row, "strategy": "single", "workers": 1, "metrics": {}, "speedup": None, "loss_difference": None}
-    unknown |= {"error": None, "memory_error": None}
+    unknown |= {"error": None, "memory_error": None, "spread_seconds": None}
+    hand = {**row, "strategy": "DDP by hand, 2 workers", "beside": "dp=2", "overhead": 0.012}
     document = {"results": [unknown, row], "threads": 1, "rejected": [{"strategy": "tp=3", "reason": "16 heads"}]}
+    document |= {"by_hand": [hand], "interrupted": False, "groups": [["single", "dp=2"]], "slice_steps": 5}
+    document |= {"fastest": "dp=2", "equal": ["dp=2", "single"]}
     document |= {"chosen": "dp=2", "regret": 0.0, "reasons": {"predicted_seconds": "single was not measured"}}
     lines = comparison_table(document).splitlines()
     assert lines[0].split("  ")[0] == "strategy"
     assert "accuracy" in lines[0]
-    single = ["single", "1", "0.5", "-", "1,000", "64.0", "ms", "-", "1.0", "GiB", "-", "25%", "-", "-"]
+    single = ["single", "1", "0.5", "-", "1,000", "64.0", "ms", "-", "-", "1.0", "GiB", "-", "25%", "-", "-"]
     assert lines[2].split() == single
     assert lines[3].split() == [
         "dp=2",
@@ -95,6 +101,7 @@ def test_comparison_table() -> None:
         "1,000",
         "64.0",
         "ms",
+        "±5%",
         "+3%",
         "1.0",
         "GiB",
@@ -104,6 +111,9 @@ def test_comparison_table() -> None:
         "1.2e-07",
     ]
     assert "dp=2 was predicted to be the fastest, and it was." in lines
+    assert "single is as fast as dp=2 within the spread." in lines
+    assert "dp=2 takes +1.2% over DDP by hand." in lines
+    document["equal"] = ["single"]
     for regret, words in (
         (0.004, "and it was within 1% of the fastest"),
         (0.25, "and it was 25% slower than the fastest"),
@@ -113,6 +123,12 @@ def test_comparison_table() -> None:
     nothing = {**document, "chosen": None, "regret": None}
     assert "predicted to be" not in comparison_table(nothing)
     assert lines[-1] == "tp=3 cannot be: 16 heads"
+    failing = {**document, "results": [unknown, {**row, "failed": "worker 1 was killed"}], "interrupted": True}
+    lines = comparison_table(failing | {"groups": [["single"], ["dp=2"]]}).splitlines()
+    assert lines[3].split()[2] == "failed"
+    assert "dp=2 failed after 30 steps: worker 1 was killed" in lines
+    assert "Interrupted: what was measured until then." in lines
+    assert any(line.endswith("they would not fit at once: single; then dp=2.") for line in lines)
 
 
 def test_training_summary_names_an_earlier_best() -> None:

@@ -8,6 +8,7 @@ backward pass, and the replica then supplies a gradient of zero for them.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+
+from shardwise.launch import waiting
 
 
 class ReplicatedModel:
@@ -49,6 +52,7 @@ class ReplicatedModel:
         self._parameters = parameters
         self._before: dict[str, tuple[Tensor, int]] = {}
         self.unused: list[str] = []
+        self._computed = 0.0
 
     @contextmanager
     def microbatch(self, first: bool, last: bool) -> Iterator[None]:
@@ -60,7 +64,19 @@ class ReplicatedModel:
         # with accumulation a gradient exists already: its version shows whether this pass adds to it
         self._before = {} if first else self._versions()
         yield
+        if self._computed:
+            waiting.add(self._computed)
+            self._computed = 0.0
         self._complete()
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Note when the backward pass of `loss` has computed: what DDP does after that is to wait for its messages."""
+        if waiting.counts():
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            loss.register_hook(lambda _: queue(self._note_computed))  # type: ignore[no-untyped-call]
+
+    def _note_computed(self) -> None:
+        self._computed = time.perf_counter()
 
     def reshard(self) -> None:
         """Do nothing: no parameter is gathered."""

@@ -87,6 +87,9 @@ class ShardedModel:
             trained = (name for parameter, name in self._names.items() if parameter.requires_grad)
             self.unused = [name for name in trained if name not in self._used]
 
+    def before_backward(self, loss: Tensor) -> None:
+        """Do nothing: `fully_shard` waits in Python, where all waits are noted."""
+
     def reshard(self) -> None:
         """Free the gathered parameters, see the function `reshard`."""
         reshard(self.call)

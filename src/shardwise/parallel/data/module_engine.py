@@ -164,6 +164,8 @@ class ModuleEngine:
                 else:
                     losses = self._stepped(self.replicas.call, data, scale)
                 loss = total(losses)
+                if number == last:
+                    self.replicas.before_backward(loss)
                 with self._copies.adding(number < last or self._mesh.replica_group is None):
                     loss.backward(self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
             parts = {name: self._part(each, scale) for name, each in {**losses, "": loss}.items()}
@@ -435,6 +437,9 @@ class Alone:
     def microbatch(self, first: bool, last: bool) -> AbstractContextManager[None]:
         """Return a context for the forward and backward pass of a microbatch; it does nothing."""
         return nullcontext()
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Do nothing: nobody is waited for."""
 
     def reshard(self) -> None:
         """Do nothing: no parameter is gathered."""

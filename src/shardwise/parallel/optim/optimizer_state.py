@@ -49,6 +49,11 @@ class OptimizerState:
         self._codec = codec
         self._inner: dict[tuple[str, str], Tensor] = {}
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the state as they are stored here."""
+        states = self._optimizer.state.values()
+        return [local(tensor) for state in states for _, tensor in tensors_in(state, "")]
+
     def pieces(self) -> list[TensorPiece]:
         """Return the piece `optimizer/<parameter>/<state>` of every tensor; `<state>[1]` is one in a list."""
         return [

@@ -18,6 +18,7 @@ from shardwise.launch.signals import Terminated
 from shardwise.run.control_group import Workers
 from shardwise.run.training.job import Job
 from shardwise.run.training.lock import released
+from shardwise.run.training.messages import end_noted, warnings_noted
 from shardwise.run.training.result import Step, Trained
 from shardwise.run.training.run_folder import discard_unused
 
@@ -38,7 +39,7 @@ def run_job(job: Job, *, threads: int | None = None, gpus: bool | None = None) -
         RequestError: a worker found the request wrong.
         Terminated: a signal told the run to end.
     """
-    with released(job.folder):
+    with released(job.folder), end_noted(job.folder):  # the end is noted while the lock is held
         return _run(job, threads, gpus)
 
 
@@ -87,7 +88,8 @@ def work(job: Job) -> Trained:
         stop.listen(job.options.grace)
     with watch.watching(watch.limits(job.options.hang_timeout, job.forecast.seconds)):
         program = Program.build(job.source.load(), job.strategy, cuts=job.cuts)
-        return train(program, job)
+        with warnings_noted(job.folder if program.mesh.rank == 0 else None):
+            return train(program, job)
 
 
 def _everywhere(trained: Trained) -> Trained:

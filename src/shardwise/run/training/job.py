@@ -35,6 +35,7 @@ class Options:
         grace: seconds that a run has to write a checkpoint once it is told to end.
         on_nan: policy for a step whose loss or gradient is not finite: `stop`, `skip` its update, or `go` on.
         proof: compare the first step with that of one process before the training begins.
+        track: names of the trackers that get the metrics, see `run.training.tracking`; None: TensorBoard if installed.
     """
 
     steps: int | None = None
@@ -48,6 +49,7 @@ class Options:
     grace: float = 20.0
     on_nan: str = STOP
     proof: bool = True
+    track: tuple[str, ...] | None = None
 
     def total(self, batches: int | None) -> int | None:
         """Return the total number of optimizer steps, for epochs of `batches` steps. Returns None if it is unknown."""
@@ -65,6 +67,7 @@ class Job:
         options: length, checkpoints, output and limits.
         folder: the run's folder; None: nothing is written to disk.
         forecast: predicted step time and memory.
+        slice_steps: steps between two stops at the worker's gate, see `launch.gate`; 0: it never stops.
         cuts: cut points of the model into stages and blocks, from a plan; None: chosen by measured costs.
     """
 
@@ -72,5 +75,6 @@ class Job:
     strategy: Strategy
     options: Options
     folder: Path | None = None
+    slice_steps: int = 0
     cuts: Cuts | None = None
     forecast: Forecast = field(default_factory=lambda: Forecast(reason="nothing was predicted"))

@@ -13,12 +13,16 @@ import re
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from shardwise.errors import RunFolderError
 
 LOCK = ".lock"
+TRIES, PAUSE_SECONDS = 10, 0.005
+"""Number of times that a lock is tried, and the pause between them: `is_locked` of others holds it for an instant."""
+
 _HOLDER = re.compile(rb"([0-9]{1,10}) ([-.\w]{1,255})\n")
 
 _held: dict[Path, int] = {}
@@ -35,7 +39,7 @@ def take_lock(folder: Path) -> None:
     """
     file = _open(folder)
     try:
-        _lock(file)
+        _lock_patiently(file)
     except BlockingIOError:
         holder = _holder(file)
         os.close(file)
@@ -52,6 +56,25 @@ def take_lock(folder: Path) -> None:
     with contextlib.suppress(OSError):  # a full disk: the lock holds even without its holder's name
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Return whether a process trains in a folder. Returns None if this cannot be told, for example without locks."""
+    try:
+        file = os.open(folder / LOCK, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        _lock(file, shared=True)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+    return False
 
 
 def release_lock(folder: Path) -> None:
@@ -83,13 +106,23 @@ def _open(folder: Path) -> int:
     return file
 
 
-def _lock(file: int) -> None:
+def _lock_patiently(file: int) -> None:
+    """Lock a file in at most TRIES tries. Raises as `_lock`."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(BlockingIOError):
+            _lock(file)
+            return
+        time.sleep(PAUSE_SECONDS)
+    _lock(file)
+
+
+def _lock(file: int, *, shared: bool = False) -> None:
     """Lock a file without waiting. Raises BlockingIOError if another process holds it, OSError if locks do not work."""
     try:
         import fcntl
     except ImportError:
         raise OSError(errno.ENOSYS, "this system has no locks") from None
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 def _holder(file: int) -> str:

@@ -21,9 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from shardwise.launch import waiting
 from shardwise.parallel.pipeline.executor import WAIT
+from shardwise.predict.timeline.rows import Row
+from shardwise.run.training.measured_step import MARK, step_rows
 from shardwise.run.training.process_memory import give_back, only_new_garbage, peak_memory, restart_peak
 from shardwise.run.training.result import Step
 
@@ -152,12 +155,18 @@ class Sampler:
         spent: measurements, one entry per profiled step.
         peak: peak memory in bytes before a profiled step. The profiler's own memory is no part of the training's, so
             the system's peak is reset after each profiled step.
+        rows: the last profiled step as a timeline, see `measured_step`.
+        begin: when it began, in seconds of this host's monotonic clock.
+        computed: seconds in which a kernel ran that is no collective, in the last profiled step.
     """
 
     device: torch.device
     steps: range
     spent: list[ProfiledSeconds] = field(default_factory=list)
     peak: int = 0
+    rows: list[Row] = field(default_factory=list)
+    begin: float = 0.0
+    computed: float | None = None
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -170,13 +179,20 @@ class Sampler:
         gpu = self.device.type == "cuda"
         with only_new_garbage():
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-            with profile(activities=activities, acc_events=True) as profiler:  # else torch warns on a GPU
+            # acc_events: else torch warns on a GPU
+            with profile(activities=activities, acc_events=True) as profiler, waiting.recorded() as waits:
                 begin = self._now()
-                yield
+                with record_function(MARK):
+                    yield
                 seconds = self._now() - begin
-            communication, exposed = communicating(profiler.events() or [], self.device)
-            self.spent.append(ProfiledSeconds(seconds, communication, min(exposed, seconds)))
-            del profiler
+            events = profiler.events() or []
+            communication, exposed = communicating(events, self.device)
+            exposed = min(exposed, seconds)
+            self.spent.append(ProfiledSeconds(seconds, communication, exposed))
+            self.computed = seconds - exposed
+            if number == self.steps[-1]:
+                self.begin, self.rows = begin, step_rows(events, waits, begin, self.device)
+            del profiler, events
             self._forget(before)
 
     def _forget(self, before: int) -> None:

@@ -1,4 +1,4 @@
-"""File `metrics.jsonl` of a run: one JSON object per step and per evaluation; it is repaired when a run is resumed."""
+"""Files `metrics.jsonl` and `ranks.jsonl` of a run: a JSON object per step; they are repaired when a run is resumed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class MetricsFile:
 
     def _mend(self, done: int) -> None:
         """Rewrite the file with only its undamaged lines up to step `done`."""
-        partial, aside = self.path.with_name(f".{self.path.name}.partial"), self.path.with_name("metrics.damaged")
+        partial, aside = self.path.with_name(f".{self.path.name}.partial"), self.path.with_suffix(".damaged")
         partial.unlink(missing_ok=True)
         damaged = 0
         with partial.open("xb") as new:

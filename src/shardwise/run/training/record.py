@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
@@ -14,19 +15,23 @@ from typing import Any
 from torch import Tensor
 
 from shardwise.errors import blamed
-from shardwise.launch import watch
+from shardwise.launch import gate, waiting, watch
 from shardwise.launch.join import crowding
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.checkpoint.folder import final_path, step_of
 from shardwise.run.control_group import Workers
+from shardwise.run.training.extras import Extras
 from shardwise.run.training.guard import Guard
 from shardwise.run.training.job import GO, Job
 from shardwise.run.training.log import Log, finite
+from shardwise.run.training.messages import add_message
 from shardwise.run.training.metrics import Sampler, TrainingClock, measure, sampled_steps, summarize, typical
 from shardwise.run.training.progress import Progress
 from shardwise.run.training.result import NO_STEP, FirstStep, Step, Trained, relative_error
 from shardwise.run.training.run_folder import write_summary
+from shardwise.run.training.tracking.choice import open_trackers
+from shardwise.run.training.tracking.tracker import TrackedRun, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +59,11 @@ class RunRecord:
     _loading: tuple[str, ...] = field(init=False, default=())
     _first: int = field(init=False, default=0)
     _saved: int = field(init=False, default=0)
+    _told: int = field(init=False, default=0)
     _finite: int | None = field(init=False, default=None)
     _guard: Guard = field(init=False)
+    _workers: Workers | None = field(init=False, default=None)
+    _extras: Extras | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.job.folder is not None:
@@ -94,15 +102,68 @@ class RunRecord:
         """
         self._loading = tuple(notes)
         self._sampler = Sampler(self.program.mesh.device, sampled_steps(None if total is None else total - self._first))
-        if self.program.mesh.rank != 0:
+        with ExitStack() as stack:
+            job = self.job
+            if self.program.mesh.rank == 0:
+                self._note_begin(total)
+                self._log = stack.enter_context(self._new_log(total))
+            if job.folder is not None:
+                self._workers = Workers()
+                self._extras = Extras(self.program, job, job.folder, self._workers, self._warn)
+                if self.program.mesh.device.type == "cpu":
+                    stack.enter_context(waiting.counting())
+                stack.callback(self._extras.abandon)
+                self._extras.begin(self._first)
+            if self._log is not None:
+                for note in (str(self.first_step), *self._notes()):
+                    self._log.say(note)
+            self._resume()
             yield
-            return
+
+    def _new_log(self, total: int | None) -> Log:
         job = self.job
-        with Log(job.folder, str(job.strategy), self._first, total, quiet=job.options.quiet) as self._log:
-            for note in (str(self.first_step), *self._notes()):
-                self._log.say(note)
-            self._clock.resume()
-            yield
+        return Log(
+            job.folder,
+            str(job.strategy),
+            self._first,
+            total,
+            quiet=job.options.quiet,
+            trackers=self._trackers(),
+            peak_memory=self._sampler.peak_memory,
+        )
+
+    def _note_begin(self, total: int | None) -> None:
+        """Note in the run's messages that a training begins, which ends after step `total` (None: unknown)."""
+        if self.job.folder is None:
+            return
+        add_message(
+            self.job.folder,
+            "begin",
+            step=self._first,
+            total_steps=total,
+            workers=self.job.strategy.workers,
+            host=socket.gethostname(),
+            predicted_seconds=self.job.forecast.seconds,
+            predicted_memory_bytes=self.job.forecast.memory_bytes,
+        )
+
+    def _trackers(self) -> list[Tracker]:
+        """Open the trackers of the run; without a folder there are none."""
+        job, workload = self.job, self.program.workload
+        if job.folder is None:
+            return []
+        config = {
+            "workload": workload.name,
+            "settings": {name: str(value) for name, value in job.source.settings.items()},
+            "batch_size": workload.batch_size,
+            "seed": workload.seed,
+            "strategy": str(job.strategy),
+            "workers": job.strategy.workers,
+            "steps": job.options.steps,
+            "epochs": job.options.epochs,
+            "predicted_seconds": job.forecast.seconds,
+        }
+        return open_trackers(job.options.track, TrackedRun(job.folder, self._first, config, quiet=job.options.quiet))
 
     @contextmanager
     def step(self, epoch: int, samples: int) -> Iterator[Running]:
@@ -113,13 +174,20 @@ class RunRecord:
         """
         if self._checkpoints is not None:
             self._checkpoints.poll()
-        running, rate = Running(), self._learning_rate()
         number = self.program.steps - self._first
+        if self.job.slice_steps and number % self.job.slice_steps == 0:
+            self._wait_for_turn()
+        running, rate = Running(), self._learning_rate()
         with self._sampler.step(number):
             yield running
+        profiled = number in self._sampler.steps
+        if self._extras is not None:
+            last = profiled and number == self._sampler.steps[-1]
+            self._extras.step(self.program.steps, self._sampler, profiled=profiled, last_profiled=last)
+            if profiled:
+                self._extras.times.resume()
         if self._log is None or running.loss is None:
             return
-        profiled = number in self._sampler.steps
         step = Step(self.program.steps, epoch, 0.0, rate, None, samples, None)
         self._note(
             self._clock.add(step, running.loss, self.program.gradient_norm, self.program.losses, timed=not profiled)
@@ -139,7 +207,7 @@ class RunRecord:
         if self._log is not None:
             self._log.evaluation(step, epoch, values)
             self._tell("on_evaluation", step, dict(values))
-        self._clock.resume()
+        self._resume()
         return values
 
     def save(self, progress: Mapping[str, Any]) -> None:
@@ -155,7 +223,7 @@ class RunRecord:
         self._checkpoints.save(self.program, finite({**progress, **noted}))
         self._saved = self.program.steps
         self._finite = self._saved if whole else self._finite
-        self._clock.resume()
+        self._resume()
 
     def save_finite(self, progress: Mapping[str, Any]) -> None:
         """Write a checkpoint if all weights are finite, and wait until it is on disk."""
@@ -180,7 +248,10 @@ class RunRecord:
         """
         if self._checkpoints is not None:
             self._checkpoints.wait()
-        measured = [json.loads(text) for text in Workers().exchange(json.dumps(measure(self._sampler)))]
+        if self._extras is not None:
+            self._extras.end(self._sampler.peak_memory())
+        workers = self._workers or Workers()
+        measured = [json.loads(text) for text in workers.exchange(json.dumps(measure(self._sampler)))]
         summary = self._summary(progress, summarize(measured)) | {"stopped": stopped or None}
         if summary["stopped_early"]:
             self._warn(self._why_early(progress))
@@ -254,7 +325,22 @@ class RunRecord:
         """Complete and log the steps so far, and restart the clock, so that this time belongs to no step."""
         if self._log is not None:
             self._note(self._clock.drain())
+        self._resume()
+
+    def _wait_for_turn(self) -> None:
+        """Tell the parent of the steps since the last gate, and wait until it is this training's turn."""
+        self._pause()
+        steps = [asdict(step) for step in self._steps[self._told :]]
+        self._told = len(self._steps)
+        proof = str(self.first_step)
+        gate.pass_gate({"steps": steps, "peak_bytes": self._sampler.peak_memory(), "notes": [proof, *self._notes()]})
+        self._resume()
+
+    def _resume(self) -> None:
+        """Start the time of the next step now."""
         self._clock.resume()
+        if self._extras is not None:
+            self._extras.times.resume()
 
     def _note(self, steps: list[Step]) -> None:
         self._steps.extend(steps)

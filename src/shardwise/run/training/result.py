@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,18 @@ class Forecast:
         memory_bytes: memory of the worker that needs most, as a run measures it (`Memory.allocated`); None without a
             prediction.
         reason: why there is no prediction; empty if there is one.
+        details: the whole prediction for reports, see `commands.forecast.details`; empty without a prediction.
     """
 
     seconds: float | None = None
     memory_bytes: int | None = None
     reason: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, prediction: Prediction) -> Forecast:
+    def of(cls, prediction: Prediction, details: Mapping[str, Any] | None = None) -> Forecast:
         """Return the forecast of a step that was predicted."""
-        return cls(prediction.step_seconds, prediction.memory.allocated)
+        return cls(prediction.step_seconds, prediction.memory.allocated, details=details or {})
 
 
 def relative_error(predicted: float | None, measured: float | None) -> float | None:

@@ -3,7 +3,10 @@
 runs/image-dp2-1/
     run.json         the request: workload, strategy, workers, options, versions
     metrics.jsonl    one line per step and per evaluation
+    messages.jsonl   how each training began and ended, and what it told the user: see `run.training.messages`
+    prediction.json, ranks.jsonl, timeline.json, memory.json     see `run.training.extras`
     tensorboard/     the metrics as TensorBoard files, if TensorBoard is installed
+    wandb/, mlflow/  the metrics for other trackers, with the run's id there in wandb.json, mlflow.json
     checkpoints/     see `run.checkpoint.checkpoints`
     summary.json     the result: the document that `train --json` prints
     .lock            see `run.training.lock`
@@ -28,13 +31,19 @@ from shardwise.launch.context import is_first
 from shardwise.run.checkpoint.folder import complete
 from shardwise.run.jsonfile import parse_json, read_json, short, write_json
 from shardwise.run.training.lock import LOCK, release_lock, take_lock
+from shardwise.run.training.messages import MESSAGES
 
 DESCRIPTION, SUMMARY, METRICS, TENSORBOARD = "run.json", "summary.json", "metrics.jsonl", "tensorboard"
 CHECKPOINTS = "checkpoints"
+PREDICTION, RANKS, TIMELINE, MEMORY = "prediction.json", "ranks.jsonl", "timeline.json", "memory.json"
 RUNS = Path("runs")
 
 MOST_BYTES = 1 << 24
 """Largest size of a run.json or summary.json."""
+
+_TRACKED = {TENSORBOARD, "wandb", "wandb.json", "mlflow", "mlflow.json"}
+_WITHOUT_STEPS = {DESCRIPTION, METRICS, MESSAGES, LOCK, PREDICTION, RANKS, *_TRACKED}
+"""Names in the folder of a run that has taken no step."""
 
 _LONGEST_TEXT = 1000
 _FIRST_CHECKPOINT = "first_checkpoint"
@@ -272,7 +281,7 @@ def discard_unused(folder: Path) -> None:
     """Remove a new run's folder in which no step was taken, so that the command can be repeated unchanged."""
     metrics = folder / METRICS
     unused = not metrics.exists() or metrics.stat().st_size == 0
-    if unused and {path.name for path in folder.iterdir()} <= {DESCRIPTION, METRICS, TENSORBOARD, LOCK}:
+    if unused and {path.name for path in folder.iterdir()} <= _WITHOUT_STEPS:
         shutil.rmtree(folder)
 
 

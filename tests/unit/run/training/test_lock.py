@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shardwise.errors import RunFolderError
-from shardwise.run.training.lock import LOCK, release_lock, released, take_lock
+from shardwise.run.training.lock import LOCK, is_locked, release_lock, released, take_lock
 from shardwise.run.training.run_folder import create_run, reopen_run
 
 REQUEST: dict[str, Any] = {
@@ -89,3 +89,29 @@ def test_odd_holder(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="another process trains in it"):
         take_lock(tmp_path)
     os.close(file)
+
+
+def test_look_at_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_locked(tmp_path) is False  # nobody has ever trained in it
+    take_lock(tmp_path)
+    assert is_locked(tmp_path) is True
+    release_lock(tmp_path)
+    assert is_locked(tmp_path) is False
+    take_lock(tmp_path)  # the look has not kept it
+    assert is_locked(tmp_path / "gone") is False
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / LOCK).symlink_to(tmp_path / LOCK)
+    assert is_locked(tmp_path / "other") is None
+
+    def none(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert is_locked(tmp_path) is None
+
+
+def test_look_of_another_does_not_refuse_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(file, fcntl.LOCK_SH)  # as `is_locked` does for an instant
+    monkeypatch.setattr("shardwise.run.training.lock.time.sleep", lambda seconds: os.close(file))
+    take_lock(tmp_path)
