@@ -99,13 +99,16 @@ def test_interrupted_it_keeps_and_shows_what_it_has(number: int, status: int, fo
 
 
 def test_a_worker_that_waits_for_its_turn_is_killed(folder: Path, mark: str) -> None:
-    """The training whose worker it is fails when its turn comes; waiting workers use no processor time."""
+    """The training whose worker it is fails when its turn comes; workers that wait are stopped, and take no time."""
     arguments = ("--steps", "600", *LONG[2:], "--out", "out", "--quiet", "--json", "--no-by-hand")
     line = command("compare", "work.py:small", *strategies("single", "dp=2"), *arguments)
     process = warm.Started(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         _await_steps(folder / "out" / "dp2" / "metrics.jsonl", 50)
         victims = [each for each in processes_with(mark) if _variable(each, "WORLD_SIZE") == "2"]
+        looks = [_states(processes_with(mark)) for _ in range(20)]
+        assert sum("T" in states for states in looks) > 10, "those that wait are stopped"
+        assert all(any(state != "T" for state in states) for states in looks), "one trains"
         os.kill(victims[0], signal.SIGKILL)
         stdout, stderr = process.communicate(timeout=120)
     finally:
@@ -117,6 +120,12 @@ def test_a_worker_that_waits_for_its_turn_is_killed(folder: Path, mark: str) -> 
     assert 0 < dp["steps"] < 600
     assert dp["measured_seconds"] > 0.01
     assert processes_with(mark) == []
+
+
+def _states(processes: list[int]) -> list[str]:
+    """Return the states of processes as the kernel shows them."""
+    time.sleep(0.05)
+    return [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[0] for each in processes]
 
 
 def _variable(process: int, name: str) -> str:
