@@ -114,7 +114,7 @@ font-size:13px;fill:#1b1f24}
 .held{fill:#0072b2}.forward{fill:#0072b2}.backward{fill:#e69f00}.communication{fill:#cc79a7}.optimizer{fill:#009e73}
 .parameters{fill:#0072b2}.gradients{fill:#e69f00}.state{fill:#009e73}.activations{fill:#56b4e9}.rest{fill:#9aa4ae}
 @media (prefers-color-scheme:dark){text{fill:#e8eaed}.paper{fill:#1e2129}.cell{fill:#333a45}.line{stroke:#6b7685}
-.held,.forward,.parameters{fill:#4aa3df}}
+.held,.forward,.parameters{fill:#4aa3df}.activations{fill:#cfe8fb}}
 """
 
 WIDTH, LEFT, RIGHT = 880, 136, 16
