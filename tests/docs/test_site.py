@@ -94,6 +94,13 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
         assert not re.search(r"url\(['\"]?(https?:)?//|@import", sheet.read_text()), sheet
 
 
+def test_what_is_loaded_from_elsewhere_is_noticed() -> None:
+    parser = Loaded()
+    parser.feed('<script src="https://a/b.js"></script><img src="//a/b.png"><link rel="canonical" href="https://a/">')
+    parser.feed('<link rel="stylesheet" href="http://a/b.css"><script src="b.js"></script><a href="https://a/">a</a>')
+    assert parser.elsewhere == ["https://a/b.js", "//a/b.png", "http://a/b.css"]
+
+
 def test_functions_are_shown_with_their_docstrings(site: Path) -> None:
     text = (site / "reference.html").read_text()
     for name in shardwise.__all__:
