@@ -46,8 +46,7 @@ pages: $(STAMP) ## draws the pictures of docs/ and puts what commands print into
 	SHARDWISE_CLUSTER=off $(BIN)/python docs/write_outputs.py
 
 docs: $(STAMP) ## builds the site of docs/ into build/site, without a warning
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: $(STAMP) ## ruff, mypy --strict (over the tests too) and the import order of the layers
 	$(BIN)/ruff check .
