@@ -7,7 +7,7 @@ STRATEGIES := single dp=2 fsdp=2 tp=2 pp=2 dp=2,tp=2 fsdp=2,pp=2 auto
 DEMO = $(BIN)/shardwise compare image --epochs 4 --set schedule_epochs=4 $(foreach strategy,$(STRATEGIES),--strategy '$(strategy)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo readme test unit models plans check format bench clean
+.PHONY: help setup demo readme test unit models plans pages docs check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1 - /'
@@ -40,6 +40,13 @@ models: $(STAMP) ## tests all models of others under all strategies and writes d
 
 plans: $(STAMP) ## writes docs/plans.md: plans for models of up to a trillion parameters
 	$(BIN)/python docs/write_plans.py
+
+pages: $(STAMP) ## draws the pictures of docs/ and puts what commands print into its pages
+	$(BIN)/python docs/draw_pictures.py
+	SHARDWISE_CLUSTER=off $(BIN)/python docs/write_outputs.py
+
+docs: $(STAMP) ## builds the site of docs/ into build/site, without a warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: $(STAMP) ## ruff, mypy --strict (over the tests too) and the import order of the layers
 	$(BIN)/ruff check .

@@ -27,6 +27,8 @@ SLOW = (
     "test_playback.py",
     "test_pipeline.py",
     "test_products.py",
+    "test_site.py",
+    "test_lesson.py",
     "test_catalogue.py",
     "test_data_parallel.py",
     "test_huggingface.py",

@@ -21,8 +21,12 @@ from pathlib import Path
 import warm
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TWIN = ROOT / "README.zh-CN.md"
+_chinese = sorted((ROOT / "docs").glob("*.zh.md"))
+README, TWIN = ROOT / "README.md", ROOT / "README.zh-CN.md"
+TWINS = {TWIN: README, **{path: path.with_name(f"{path.name.removesuffix('.zh.md')}.md") for path in _chinese}}
+"""Page in Chinese -> the page in English whose code it shares, which is the one that is run."""
+
+PAGES = [README, *sorted(path for path in (ROOT / "docs").glob("*.md") if path not in TWINS)]
 TIMEOUT_SECONDS = 300
 
 SHELL = set("|&;<>()$`~*?[#!{}\n")

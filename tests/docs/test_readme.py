@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from blocks import PAGES, ROOT, TWIN, Block, blocks, commands, run_command
+from blocks import PAGES, ROOT, TWIN, TWINS, Block, blocks, commands, run_command
 
 LANGUAGES = ("python", "bash", "console", "toml", "csv")
 RUN = [block for page in PAGES for block in blocks(page) if block.language in LANGUAGES]
@@ -62,22 +62,24 @@ def test_there_is_something_to_run() -> None:
     assert any(block.language == "bash" for block in RUN)
 
 
-def test_twin_has_the_same_code() -> None:
+@pytest.mark.parametrize("twin", TWINS, ids=lambda page: page.name)
+def test_twin_has_the_same_code(twin: Path) -> None:
     def code(page: Path) -> list[str]:
         return [re.sub(r"#.*", "#", block.code) for block in blocks(page)]
 
-    assert code(TWIN) == code(PAGES[0])
+    assert code(twin) == code(TWINS[twin])
 
 
-def test_twin_has_the_same_sections() -> None:
+@pytest.mark.parametrize("twin", TWINS, ids=lambda page: page.name)
+def test_twin_has_the_same_sections(twin: Path) -> None:
     def levels(page: Path) -> list[str]:
         prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         return re.findall(r"^(#+) ", prose, re.MULTILINE)
 
-    assert levels(TWIN) == levels(PAGES[0])
+    assert levels(twin) == levels(TWINS[twin])
 
 
-@pytest.mark.parametrize("page", [*PAGES, TWIN, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *TWINS, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
