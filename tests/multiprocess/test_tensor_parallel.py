@@ -20,7 +20,7 @@ from random_models import random_workload
 from shardwise.parallel.graph.parameters import LocalStages
 from shardwise.parallel.operators.dropout import DropoutReplacements
 from shardwise.parallel.operators.graph_operators import GraphOperators
-from shardwise.parallel.tensor import communication
+from shardwise.parallel.tensor import communication, overlap
 from shardwise.workload.workload import Workload
 
 GROUPED = ("grouped", "grouped-expand", "grouped-flag", "grouped-fused", "multi-query", "multi-query-fused")
@@ -109,7 +109,10 @@ def no_reduction() -> Any:
 
 
 def no_sum_of_gradients() -> Any:
-    return mock.patch.object(communication.Exchange, "enter", lambda self, x: x.view_as(x))
+    def same(self: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return x.view_as(x)
+
+    return mock.patch.multiple(communication.Exchange, enter=same, enter_unawaited=same)
 
 
 def dropout_by_local_place() -> Any:
@@ -133,6 +136,10 @@ def recomputed_at_another_place() -> Any:
     return mock.patch.object(GraphOperators, "at", at)
 
 
+def late_gradients_lost() -> Any:
+    return mock.patch.object(overlap, "gradient_of_weight", lambda g, x: g.new_zeros(g.shape[-1], x.shape[-1]))
+
+
 def parts_not_added_up() -> Any:
     return mock.patch.object(LocalStages, "_sum", return_value=None)
 
@@ -142,6 +149,8 @@ def parts_not_added_up() -> Any:
     [
         ("tied", "tp=2", no_reduction),
         ("separate", "tp=2", no_sum_of_gradients),
+        ("separate", "tp=2", late_gradients_lost),
+        ("separate", "tp=2,sp=1", late_gradients_lost),
         ("manual", "tp=2", dropout_by_local_place),
         ("encoder", "tp=2,recompute=full", recomputed_at_another_place),
         ("separate", "tp=2,sp=1", parts_not_added_up),

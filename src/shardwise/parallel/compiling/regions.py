@@ -19,6 +19,7 @@ from shardwise.parallel.compiling.compiler import compile_function
 from shardwise.parallel.compiling.fusion import is_view
 from shardwise.parallel.compiling.kernels import modelled
 from shardwise.parallel.tensor.aliasing import roots, viewed, writes_in_place
+from shardwise.parallel.tensor.overlap import linear
 from shardwise.parallel.tensor.partitioner import is_local, operation_of
 from shardwise.workload.precision import is_for_gpu
 
@@ -139,7 +140,7 @@ def _shown_by(node: fx.Node) -> fx.Node | None:
 
 def is_product(node: fx.Node) -> bool:
     """Return whether a call is a product or attention, whose result selective recomputation saves."""
-    if is_local(node.target):
+    if is_local(node.target) or node.target is linear:
         return True
     target = operation_of(node.target)
     return target is not None and target.overloadpacket.__name__ in PRODUCTS

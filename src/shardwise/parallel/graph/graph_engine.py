@@ -40,6 +40,7 @@ from shardwise.parallel.state.layout import TensorPlacement
 from shardwise.parallel.state.materialize import move_values
 from shardwise.parallel.state.parameter_hooks import ParameterHooks, check_hooks, take_hooks
 from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.overlap import overlap
 from shardwise.parallel.tensor.partition import partition
 from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
 from shardwise.splitting.balance import Cuts, cuts_blocks
@@ -240,6 +241,8 @@ class GraphEngine:
         cut_loss(local, self._strategy.loss_pieces, operators.loss_in_pieces)
         if self._strategy.schedule == "zero-bubble":
             defer_weights(local.graph, self._weights, step.tensors)
+        elif step.training:
+            overlap(local.graph, step.tensors, direct=bool(self._strategy.compile))
         if self._strategy.compile:
             write_elsewhere(local.graph)
         return local

@@ -18,6 +18,7 @@ from torch import fx
 
 from shardwise.parallel.tensor.aliasing import roots, together, writes_in_place
 from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.overlap import late, overlapping
 from shardwise.parallel.tensor.partitioner import LocalGraph
 
 Use = tuple[str, int]
@@ -64,11 +65,11 @@ def from_batch(local: LocalGraph) -> set[fx.Node]:
 def uses(graph: fx.Graph, tensors: Mapping[str, str], parameters: Collection[str]) -> dict[fx.Node, list[Use]]:
     """Map each call to the parameter uses that it makes. `tensors` maps placeholders to parameter and buffer names."""
     names = {node: tensors.get(node.name) for node in graph.nodes if node.op == "placeholder"}
-    passed_on = (Exchange.enter, Exchange.divide)
+    passed_on = (Exchange.enter, Exchange.divide, late)
     counts: dict[str, int] = {}
     found: dict[fx.Node, list[Use]] = {}
     for node in calls(graph):
-        if getattr(node.target, "__func__", None) in passed_on:  # its result is the same tensor
+        if getattr(node.target, "__func__", node.target) in passed_on:  # its result is the same tensor
             names[node] = names.get(node.all_input_nodes[0])
             continue
         for argument in node.all_input_nodes:
@@ -116,7 +117,7 @@ def common(training: Sequence[CutPoint], evaluation: Sequence[CutPoint]) -> list
 def _uncut(local: LocalGraph, parameters: Collection[str]) -> list[tuple[fx.Node, fx.Node]]:
     """Return (first, last) pairs of calls that must stay in one part."""
     buffers = {placeholder for placeholder, name in local.step.tensors.items() if name not in parameters}
-    return together(local.graph, buffers)
+    return [*together(local.graph, buffers), *overlapping(local.graph)]
 
 
 def _crossing(local: LocalGraph, sequence: list[fx.Node]) -> list[tuple[int, int] | None]:

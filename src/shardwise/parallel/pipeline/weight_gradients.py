@@ -128,6 +128,18 @@ def accumulate(parameter: Tensor, gradient: Tensor) -> None:
         parameter.grad += gradient
 
 
+def gradient_of_weight(gradient: Tensor, x: Tensor) -> Tensor:
+    """Compute the gradient of a linear layer's weight from that of its output and from its input `x`."""
+    flat = gradient.flatten(0, -2) if gradient.dim() > 2 else gradient.view(-1, gradient.size(-1))
+    weights: Tensor = flat.t() @ x.reshape(-1, x.size(-1)).to(flat.dtype)
+    return weights
+
+
+def gradient_of_bias(gradient: Tensor) -> Tensor:
+    """Compute the gradient of a linear layer's bias from that of its output."""
+    return gradient.sum(tuple(range(gradient.dim() - 1)))
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, store: WeightGradients, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -143,12 +155,10 @@ class _Linear(torch.autograd.Function):
         to_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
 
         def of_weight() -> Tensor:
-            flat = gradient.flatten(0, -2) if gradient.dim() > 2 else gradient.view(-1, gradient.size(-1))
-            weights: Tensor = flat.t() @ x.reshape(-1, x.size(-1)).to(flat.dtype)
-            return weights
+            return gradient_of_weight(gradient, x)
 
         def of_bias() -> Tensor:
-            return gradient.sum(tuple(range(gradient.dim() - 1)))
+            return gradient_of_bias(gradient)
 
         return (None, to_x, *_now_or_later(ctx, ctx.weight, of_weight, bias, of_bias))
 

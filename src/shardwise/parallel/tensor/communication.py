@@ -11,11 +11,16 @@ exchange has a mirror image in the backward pass (the f and g of Megatron-LM; Sh
     slice            slice                          all-gather     a replicated value becomes sharded
     gather_enter     all-gather                     reduce-scatter gather, then enter
     reduce_scatter   reduce-scatter                 all-gather     a partial value becomes sharded
+
+`enter` and `gather_enter` can start their collective in the backward pass without waiting for it; the value that they
+are given then comes from `awaited`, which waits. What autograd computes between the two runs beside the collective, see
+`overlap`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +28,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 Segments = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Started:
+    """Collective that a backward pass has started and waits for later.
+
+    Attributes:
+        work: its handle; None if none is under way.
+        parts: what it reads, which lives as long as it runs.
+    """
+
+    work: Any = None
+    parts: list[Tensor] | None = None
+
+    def wait(self, gradient: Tensor) -> Tensor:
+        """Wait for the collective, and return the gradient that it computes."""
+        work, self.work = self.work, None
+        if work is not None:
+            work.wait()
+        self.parts = None
+        return gradient
 
 
 class Exchange:
@@ -70,6 +96,39 @@ class Exchange:
         """Reduce-scatter a value along `dim`; the gradient is all-gathered."""
         return _mirrored(x, self.scattered, self.joined, dim, spans)
 
+    def awaited(self, x: Tensor) -> Tensor:
+        """Return the value unchanged; its gradient waits for the collective that the exchange after it started."""
+        started = Started()
+        seen: Any = _mirrored(x, _same, started.wait)
+        seen.started = started
+        return seen  # type: ignore[no-any-return]
+
+    def enter_unawaited(self, x: Tensor, fresh: bool) -> Tensor:
+        """Do as `enter`, with a result of `awaited`, which waits for the all-reduce.
+
+        `fresh` says that nothing else reads the gradient: it is then summed in place.
+        """
+        started: Started = x.started  # type: ignore[attr-defined]
+
+        def summed(gradient: Tensor) -> Tensor:
+            own = fresh and gradient.is_contiguous()
+            total = gradient if own else gradient.clone(memory_format=torch.contiguous_format)
+            started.work = self._all_reduce(total, dist.ReduceOp.SUM, later=True)
+            return total
+
+        return _mirrored(x, _same, summed)
+
+    def gather_enter_unawaited(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
+        """Do as `gather_enter`, with a result of `awaited`, which waits for the reduce-scatter."""
+        started: Started = x.started  # type: ignore[attr-defined]
+
+        def scattered(gradient: Tensor, dim: int, spans: Segments) -> Tensor:
+            output, started.parts = self._cut_for_all(gradient, dim, spans)
+            started.work = self._reduce_scatter(output, started.parts, later=True)
+            return output
+
+        return _mirrored(x, self.joined, scattered, dim, spans)
+
     def summed(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """All-reduce into a new tensor, without autograd."""
         total = x.clone(memory_format=torch.contiguous_format)
@@ -101,19 +160,25 @@ class Exchange:
 
     def scattered(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
         """Reduce-scatter along `dim`, without autograd."""
-        parts = [Exchange(None, r, self.ranks).cut(x, dim, spans).contiguous() for r in range(self.ranks)]
-        output = torch.empty_like(parts[0])
+        output, parts = self._cut_for_all(x, dim, spans)
         self._reduce_scatter(output, parts)
         return output
 
-    def _all_reduce(self, total: Tensor, op: Any) -> None:
-        dist.all_reduce(total, op=op, group=self.group)
+    def _cut_for_all(self, x: Tensor, dim: int, spans: Segments) -> tuple[Tensor, list[Tensor]]:
+        """Return an empty part of `x` along `dim`, and the parts of all workers."""
+        parts = [Exchange(None, r, self.ranks).cut(x, dim, spans).contiguous() for r in range(self.ranks)]
+        return torch.empty_like(parts[0]), parts
+
+    def _all_reduce(self, total: Tensor, op: Any, *, later: bool = False) -> Any:
+        """All-reduce in place. With `later` return a handle to wait for it."""
+        return dist.all_reduce(total, op=op, group=self.group, async_op=later)
 
     def _all_gather(self, parts: list[Tensor], x: Tensor) -> None:
         dist.all_gather(parts, x, group=self.group)
 
-    def _reduce_scatter(self, output: Tensor, parts: list[Tensor]) -> None:
-        dist.reduce_scatter(output, parts, group=self.group)
+    def _reduce_scatter(self, output: Tensor, parts: list[Tensor], *, later: bool = False) -> Any:
+        """Reduce-scatter into `output`. With `later` return a handle to wait for it."""
+        return dist.reduce_scatter(output, parts, group=self.group, async_op=later)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from shardwise.cluster.cluster import Cluster, Device
 from shardwise.collective import Collective, Group
 from shardwise.options import dtype_of
 from shardwise.predict.hardware.constants import constants
-from shardwise.predict.hardware.times import KernelTimes, collective_seconds, launches, overlap_of, slowed
+from shardwise.predict.hardware.times import KernelTimes, collective_seconds, delay, launches, overlap_of
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Same
 from shardwise.predict.profile.profile import Exchanged, Layer, LayerPass, Profile
@@ -314,7 +314,8 @@ class Seconds:
             group = Group(exchange.ranks, exchange.stride) if exchange.ranks else Group(self.tp)
             collective = Collective(exchange.operation, exchange.bytes, group)
             seconds = collective_seconds(collective, self.cluster, self.crowd)
-            self.exchanges[exchange] = slowed(seconds, overlap_of(self.device)) if exchange.hidden else seconds
+            beside = seconds if exchange.hidden else self.of(LayerPass(exchange.beside)).device
+            self.exchanges[exchange] = delay(seconds, beside, overlap_of(self.device))
         return self.exchanges[exchange]
 
 

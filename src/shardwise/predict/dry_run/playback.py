@@ -213,7 +213,7 @@ class _Player:
             "message" if message else what.operation,
             self.prices.collective(what),
             launch=0.0 if self.inline else launching,
-            crowds=not message and what.axis != "tp",
+            crowds=not message,
             notes={"bytes": what.bytes},
         )
         self._operations[index] = self.simulation.issue(operation, self._needed(event), self._together(what))

@@ -133,6 +133,14 @@ def slowed(hidden: float, overlap: float) -> float:
     return hidden * (1.0 - 1.0 / overlap) if overlap > 1.0 else 0.0
 
 
+def delay(seconds: float, beside: float, overlap: float) -> float:
+    """Return the seconds by which a collective delays a worker that computes for `beside` seconds before it waits.
+
+    Both begin together. What is computed meanwhile takes `overlap` times as long (`cluster.Device.overlap`).
+    """
+    return max(seconds - beside, slowed(seconds, overlap)) if beside else seconds
+
+
 def launches(kernels: Iterable[Kernel]) -> int:
     """Count the kernels that the host launches: the sum of their `count`."""
     return sum(kernel.count for kernel in kernels)

@@ -19,7 +19,7 @@ from shardwise.errors import StrategyError, WorkloadError
 from shardwise.options import NONE, SELECTIVE
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Memo
-from shardwise.predict.profile.profile import LayerPass, Parameter, Profile, Segment, Value
+from shardwise.predict.profile.profile import Exchanged, LayerPass, Parameter, Profile, Segment, Value
 from shardwise.predict.profile.source import ProfileSource
 from shardwise.predict.profile.summary import ProfileSummary, summarize
 from shardwise.strategy import Strategy
@@ -118,6 +118,8 @@ class _Line:
             if len(first) != len(second):
                 first, second = _merged(first), _merged(second)
             return LayerPass(self.of(first, second), self.of(a.exchanges, b.exchanges))
+        if isinstance(a, Exchanged) and len(a.beside) != len(b.beside):
+            a, b = (replace(each, beside=_merged(each.beside)) for each in (a, b))
         return self._fields(a, b)
 
     def _number(self, a: int, b: int) -> int:

@@ -34,6 +34,7 @@ class Exchanged:
         operation, bytes: as in `collective.Collective`.
         hidden: whether the worker computes meanwhile, at the loss of speed that overlap costs.
         ranks, stride: its group, if that is not the tensor-parallel workers (context parallelism); 0: it is.
+        beside: kernels of the same pass that the worker computes before it waits for the result.
     """
 
     operation: str
@@ -41,6 +42,7 @@ class Exchanged:
     hidden: bool = False
     ranks: int = 0
     stride: int = 1
+    beside: tuple[Kernel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from shardwise.parallel.pipeline.cut_points import CutPoint, common, find_cut_po
 from shardwise.parallel.pipeline.subgraphs import Section, sections
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.build_model import untouched
+from shardwise.parallel.tensor.overlap import overlap
 from shardwise.parallel.tensor.partition import partition
 from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
 from shardwise.parallel.tensor.placement import Sharded, local_shape
@@ -282,6 +283,8 @@ class _Profiler:
     ) -> _Traced:
         local = self._partitioned(step, trained)
         cut_loss(local, self.loss_pieces, self.operators.loss_in_pieces)
+        if not self.split:
+            overlap(local.graph, step.tensors, direct=bool(self.compiled))
         found = find_cut_points(local, named)
         if self.workload.evaluations:
             found = common(found, self._evaluated(named, trained, local))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -98,14 +98,33 @@ class RecordedExchange(Exchange):
         super().__init__(None, 0, ranks)
         self._recorder = recorder
 
-    def _all_reduce(self, total: Tensor, op: Any) -> None:
-        self._recorder.exchange("all_reduce", total)
+    def _all_reduce(self, total: Tensor, op: Any, *, later: bool = False) -> RecordedWork:
+        return self._recorder.exchange("all_reduce", total)
 
     def _all_gather(self, parts: list[Tensor], x: Tensor) -> None:
         self._recorder.exchange("all_gather", *parts)
 
-    def _reduce_scatter(self, output: Tensor, parts: list[Tensor]) -> None:
-        self._recorder.exchange("reduce_scatter", *parts)
+    def _reduce_scatter(self, output: Tensor, parts: list[Tensor], *, later: bool = False) -> RecordedWork:
+        return self._recorder.exchange("reduce_scatter", *parts)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedWork:
+    """Handle of a recorded collective: what is recorded until someone waits for it runs beside it.
+
+    Attributes:
+        recorder: the recorder.
+        exchange, kernels: number of collectives and of kernels recorded before it.
+    """
+
+    recorder: SegmentRecorder
+    exchange: int
+    kernels: int
+
+    def wait(self) -> None:
+        """Note the kernels that were recorded since the collective started."""
+        exchanges, kernels = self.recorder.exchanges, self.recorder.kernels
+        exchanges[self.exchange] = replace(exchanges[self.exchange], beside=tuple(kernels[self.kernels :]))
 
 
 class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -154,9 +173,10 @@ class SegmentRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peak = max(self.peak, self.live + workspace(kernel))
         return result
 
-    def exchange(self, operation: str, *parts: Tensor) -> None:
-        """Record one collective whose message is all `parts` together."""
+    def exchange(self, operation: str, *parts: Tensor) -> RecordedWork:
+        """Record one collective whose message is all `parts` together. Returns a handle to wait for it."""
         self.exchanges.append(Exchanged(operation, sum(part.numel() * part.element_size() for part in parts)))
+        return RecordedWork(self, len(self.exchanges) - 1, len(self.kernels))
 
     def take(self) -> LayerPass:
         """Return the kernels and collectives recorded since the last call."""

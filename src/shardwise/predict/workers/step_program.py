@@ -246,8 +246,8 @@ class StepProgram:
     def exchanges(self, stage: Stage, kind: str, segments: range) -> Iterator[Collective]:
         """Yield the collectives inside of a range of segments: of tensor parallelism and batch norms.
 
-        Where in the backward pass of a recomputed block its recomputation begins, the program does not say: here it
-        comes first.
+        What computes beside those of tensor parallelism, the profile says (`Exchanged.beside`). Where in the backward
+        pass of a recomputed block its recomputation begins, the program does not say: here it comes first.
         """
         rank = stage.number % self.strategy.pp
         if kind == FORWARD:

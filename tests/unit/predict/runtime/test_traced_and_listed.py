@@ -33,7 +33,7 @@ SIZES = Sizes(
 RESIDUAL = SAMPLES * 2048 * HIDDEN
 """Elements of the residual stream of a microbatch."""
 
-EAGER = replace(known.FSDP, fused_norms=True)
+EAGER = replace(known.FSDP, fused_norms=True, async_tensor=True)
 
 STRATEGIES = [
     "dp=32,microbatches=8",
