@@ -8,8 +8,6 @@ safetensors package.
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import ShardwiseError
-from shardwise.launch import watch
+from shardwise.run.checkpoint.summed_file import FileSum, write_file
 
 _CODES = {
     torch.float64: "F64",
@@ -42,8 +40,6 @@ _CODES = {
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _CODES}
 """All dtypes of safetensors files, by their names in torch without `torch.`."""
 
-_READ_BYTES = 1 << 22
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -61,25 +57,6 @@ class TensorSpec:
     def code(self) -> str | None:
         """Return the dtype in the spelling of safetensors files. Returns None for a dtype that they cannot hold."""
         return _CODES.get(self.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class FileSum:
-    """Size in bytes and CRC-32 of a file: detects accidental damage, not manipulation."""
-
-    bytes: int
-    crc32: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileSum:
-        """Compute size and CRC-32 of a file, which is read once."""
-        size = crc = 0
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                size += len(block)
-                crc = zlib.crc32(block, crc)
-                watch.alive()
-        return cls(size, crc)
 
 
 def write_tensors(
@@ -104,20 +81,6 @@ def write_tensors(
     # wide elements first, so that every tensor begins at a multiple of its element size, which readers rely on
     names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
     return write_file(path, _blocks(names, specs, read, metadata))
-
-
-def write_file(path: Path, blocks: Iterator[memoryview | bytes]) -> FileSum:
-    """Write blocks to a new file, wait until they are on disk, and return its size and CRC-32."""
-    size = crc = 0
-    with path.open("xb") as file:
-        for block in blocks:
-            file.write(block)
-            watch.alive()
-            size += len(block)
-            crc = zlib.crc32(block, crc)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileSum(size, crc)
 
 
 def _blocks(
