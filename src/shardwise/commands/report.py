@@ -140,23 +140,24 @@ def _folder_document(folder: Path, notes: list[str]) -> dict[str, Any]:
 def _compared(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> list[dict[str, Any]]:
     """Return the entries of a comparison: those of its runs, and those of strategies that have none."""
     entries = {run.name: read_entry(run, notes.append) for run in runs_in(folder)}
-    samples = comparison.get("samples")
-    rows = comparison.get("results")
-    for row in rows if isinstance(rows, list) else []:
-        if not isinstance(row, dict) or not isinstance(row.get("strategy"), str):
-            continue
-        name, strategy = Path(str(row.get("run") or "")).name, row["strategy"]
+    if comparison.get("interrupted") is True:
+        notes.append("The comparison was interrupted: it shows what was measured until then.")
+    samples = mapping(comparison, "samples")
+    by_hand = [{**row, "by_hand": True} for row in objects(comparison, "by_hand")]
+    rows = [row for row in [*objects(comparison, "results"), *by_hand] if text(row, "strategy")]
+    for row in rows:
+        name, strategy = Path(str(row.get("run") or "")).name, text(row, "strategy")
         entry = entries.get(name) or next((e for e in entries.values() if e["strategy"] == strategy), None)
         if entry is None:
-            entry = entries.setdefault(strategy, {"label": strategy, "strategy": strategy, "summary": _as_summary(row)})
-        if isinstance(samples, dict) and isinstance(samples.get(strategy), list):
-            entry["samples"] = samples[strategy]
+            spelled = text(row, "beside") if row.get("by_hand") else strategy
+            entry = {"label": strategy, "strategy": spelled, "summary": _as_summary(row)}
+            entries[strategy] = entry
+        entry["samples"] = samples.get(strategy, [])
         if row.get("measured_seconds") is not None:
             entry["measured_seconds"], entry["measured_rate"] = row["measured_seconds"], row.get("samples_per_second")
-        elif isinstance(row.get("reason"), str):
-            entry["failure"] = row["reason"]
-    order = [row.get("strategy") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return sorted(entries.values(), key=lambda e: order.index(e["strategy"]) if e["strategy"] in order else len(order))
+        entry["failure"] = text(row, "failed")
+    order = [text(row, "strategy") for row in rows]
+    return sorted(entries.values(), key=lambda e: order.index(e["label"]) if e["label"] in order else len(order))
 
 
 def _as_summary(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shardwise.launch import watch
-from shardwise.run.checkpoint.summed_file import FileSum, write_file
+from shardwise.run.checkpoint.checked_file import FileSum, write_file
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from shardwise.reports.page.panels.strategies import strategies_panel
 from shardwise.reports.page.panels.timeline import pipeline_panel, timeline_panel
 from shardwise.reports.page.panels.what_if import what_if_panel
 from shardwise.reports.page.values import Document, lookup, text
-from shardwise.reports.page.verdict import Verdict, verdict
+from shardwise.reports.page.verdict import Verdict, main_entry, verdict
 
 WORDS = (
     ("worker, rank", "one process with one device; ranks number them"),
@@ -92,18 +92,20 @@ def embedded(content: Any) -> Markup:
 
 
 def _panels(document: Document, entries: Sequence[Entry]) -> list[ReportPanel]:
+    main = main_entry(document, entries)
+    first = sorted(entries, key=lambda entry: entry is not main)  # the views of the verdict's entry come first
     found = (
         strategies_panel(document, entries),
         split_panel(entries, batch_of(document, entries)),
-        timeline_panel(entries),
-        pipeline_panel(entries),
+        timeline_panel(first),
+        pipeline_panel(first),
         memory_panel(entries),
-        ranks_panel(entries),
+        ranks_panel(first),
         curves_panel(entries),
         proof_panel(document, entries),
         scaling_panel(document),
         what_if_panel(document),
-        model_panel(entries),
+        model_panel(first),
         accuracy_panel(document),
         calibration_panel(document),
         setup_panel(document, entries),

@@ -19,6 +19,9 @@ FULL = 0.9
 MATTERS = 0.1
 """Share of a step from which on waiting is said to bind, as in `planner.explain`."""
 
+SEEN = 0.005
+"""Share of a step from which on a part is drawn: what would be called 0% is left out."""
+
 GAIN = 1.02
 """Times the throughput from which on a change is worth a sentence."""
 
@@ -142,7 +145,7 @@ def _parts(entry: Entry) -> Iterator[tuple[str, str, float]]:
     parts = entry.parts
     total = sum(parts.values())
     for name in PARTS:
-        if parts.get(name, 0.0) > 0 and total > 0:
+        if total > 0 and parts.get(name, 0.0) >= SEEN * total:
             yield PART_NAMES[name], PARTS[name], parts[name] / total
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 from shardwise.errors import CheckpointError
-from shardwise.run.checkpoint.summed_file import FileSum, write_file
+from shardwise.run.checkpoint.checked_file import FileSum, write_file
 from shardwise.run.jsonfile import entry, read_json, short, sync_folder
 
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import ShardwiseError
-from shardwise.run.checkpoint.summed_file import FileSum, write_file
+from shardwise.run.checkpoint.checked_file import FileSum, write_file
 
 _CODES = {
     torch.float64: "F64",

@@ -35,10 +35,10 @@ from torch.futures import Future
 
 from shardwise.errors import ShardwiseError
 from shardwise.parallel.state.layout import Box, Layout, TensorPiece, Tile
+from shardwise.run.checkpoint.checked_file import FileSum, write_file
 from shardwise.run.checkpoint.folder import begin, hidden_path, prune, publish, write_manifest
 from shardwise.run.checkpoint.index import INDEX, Chunk, Index, Stored, chunk_key, merge_files, tensors_metadata
 from shardwise.run.checkpoint.safetensors_file import TensorSpec, write_tensors
-from shardwise.run.checkpoint.summed_file import FileSum, write_file
 from shardwise.run.control_group import Workers
 from shardwise.run.training.run_folder import note_checkpoint
 

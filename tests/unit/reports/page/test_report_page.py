@@ -139,7 +139,7 @@ def test_one_rank_and_a_thousand(tmp_path: Path) -> None:
     assert "There is one rank: nothing to compare." in one
     many = page_of(MadeRun(strategy="dp=1000", steps=6, events=3000).write(tmp_path / "many"))
     words = words_of(many)
-    assert "The 64 fullest of 1,000 ranks are drawn" in words
+    assert "The 16 fullest of 1,000 ranks are drawn" in words
     assert "6 steps of 1,000 ranks: a cell shows the slowest of up to 1 steps and 8 ranks." in words
     assert "the first 64 of 1000 ranks" in words
     assert len(many) < 5_000_000
@@ -147,10 +147,20 @@ def test_one_rank_and_a_thousand(tmp_path: Path) -> None:
 
 def test_a_comparison_shows_failed_strategies_and_regret(tmp_path: Path) -> None:
     words = words_of(page_of(comparison(tmp_path / "compared")))
-    assert "dp=4 was the fastest of 5 runs, 74.0 ms a step, 2.8 times the speed of one worker. 1 failed." in words
+    assert "dp=4 was the fastest of 6 runs, 74.0 ms a step, 2.8 times the speed of one worker. 1 failed." in words
     assert "failed: worker 2 died: made up" in words
     assert "Regret: it was 24% slower than the strategy that turned out fastest." in words
     assert "regret of the choice 24%" in words
+    assert "DDP by hand, 4 workers 74.5 ms" in words
+
+
+def test_an_interrupted_comparison_says_so(tmp_path: Path) -> None:
+    folder = comparison(tmp_path / "compared")
+    content = json.loads((folder / "compare.json").read_text())
+    write(folder / "compare.json", {**content, "interrupted": True, "equal": ["dp=4", "tp=4"]})
+    words = words_of(page_of(folder))
+    assert "The comparison was interrupted: it shows what was measured until then." in words
+    assert "Within the spread of the measurements tp=4 cannot be told apart from it." in words
 
 
 def test_strategies_within_the_spread_are_called_equal(tmp_path: Path) -> None:
@@ -158,7 +168,8 @@ def test_strategies_within_the_spread_are_called_equal(tmp_path: Path) -> None:
     content = json.loads((folder / "compare.json").read_text())
     content["samples"]["tp=4"] = content["samples"]["dp=4"]
     write(folder / "compare.json", content)
-    assert "Within the spread of the measurements tp=4 cannot be told apart from it." in words_of(page_of(folder))
+    words = words_of(page_of(folder))
+    assert "Within the spread of the measurements DDP by hand, 4 workers, tp=4 cannot be told apart from it." in words
 
 
 def test_runs_of_one_strategy_are_told_apart(tmp_path: Path) -> None:

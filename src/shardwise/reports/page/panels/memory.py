@@ -12,7 +12,7 @@ from shardwise.reports.page.panel import ReportPanel, View
 from shardwise.reports.page.values import amounts, number
 from shardwise.units import format_bytes, format_share
 
-MOST_RANKS = 64
+MOST_RANKS = 16
 """Largest number of ranks with a bar each."""
 
 Bar = tuple[str, dict[str, float]]

@@ -151,7 +151,7 @@ def _places(strategy: Strategy) -> list[WorkerShare]:
 def _picture(strategy: Strategy) -> Markup:
     places = _places(strategy)
     rest = strategy.workers - len(places)
-    width = len(places) * (BOX + GAP) + (64 if rest else 0)
+    width = len(places) * (BOX + GAP) + (84 if rest else 0)
     shapes = [
         shape for number_, place in enumerate(places) for shape in _worker(strategy, place, number_ * (BOX + GAP))
     ]

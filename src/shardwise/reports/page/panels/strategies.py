@@ -8,10 +8,13 @@ from typing import Any
 from shardwise.reports.page.colours import HATCHED, PART_NAMES, PARTS
 from shardwise.reports.page.entry import Entry
 from shardwise.reports.page.panel import ReportPanel, View
-from shardwise.reports.page.values import Document, as_number, number, objects, text
+from shardwise.reports.page.values import Document, as_number, lookup, number, objects, text
 from shardwise.units import format_bytes, format_rate, format_seconds, format_share
 
 UNKNOWN = "-"
+SEEN = 0.002
+"""Share of the longest step from which on a part is wide enough to be seen."""
+
 MOST_SHOWN = 12
 """Largest number of strategies in the picture."""
 
@@ -103,7 +106,8 @@ def _chart(entries: Sequence[Entry]) -> dict[str, Any]:
         if entry.predicted_seconds is not None:
             parts = entry.predicted_parts or {"whole": entry.predicted_seconds}
             bars.append((f"{entry.label}  predicted", parts, _range(entry)))
-    names = [name for name in PARTS if any(name in parts for _, parts, _ in bars)]
+    longest = max(sum(parts.values()) for _, parts, _ in bars)
+    names = [name for name in PARTS if any(parts.get(name, 0.0) >= SEEN * longest for _, parts, _ in bars)]
     return {
         "kind": "bars",
         "unit": "seconds",
@@ -134,7 +138,7 @@ def _lead(document: Document, entries: Sequence[Entry]) -> str:
         ordered = sorted(measured, key=lambda entry: entry.measured_seconds or 0.0)
         first, last = ordered[0], ordered[-1]
         times = (last.measured_seconds or 0.0) / (first.measured_seconds or 1.0)
-        near = [entry.label for entry in ordered[1:] if _within(first, entry)]
+        near = [entry.label for entry in ordered[1:] if _is_equal(document, first, entry)]
         equal = (
             f" Within the spread of the measurements {', '.join(near)} cannot be told apart from it." if near else ""
         )
@@ -156,8 +160,11 @@ def _lead(document: Document, entries: Sequence[Entry]) -> str:
     return f"{best.label} is predicted to take {format_seconds(best.predicted_seconds or 0.0)} a step{more}."
 
 
-def _within(first: Entry, other: Entry) -> bool:
-    """Return whether the spreads of two entries overlap."""
+def _is_equal(document: Document, first: Entry, other: Entry) -> bool:
+    """Return whether an entry equals the fastest within the spread: as the comparison says, else by the spreads."""
+    equal = lookup(document, "comparison", "equal")
+    if isinstance(equal, list):
+        return other.label in equal
     ours, theirs = first.spread, other.spread
     return ours is not None and theirs is not None and theirs[0] <= ours[1]
 

@@ -1,4 +1,4 @@
-"""Files with their size and CRC-32, which shows whether they were damaged later."""
+"""Files with checksums: written and read block by block, without torch."""
 
 from __future__ import annotations
 
