@@ -150,7 +150,8 @@ def _compared(folder: Path, comparison: Mapping[str, Any], notes: list[str]) -> 
         entry = entries.get(name) or next((e for e in entries.values() if e["strategy"] == strategy), None)
         if entry is None:
             spelled = text(row, "beside") if row.get("by_hand") else strategy
-            entry = {"label": strategy, "strategy": spelled, "summary": _as_summary(row)}
+            own = {"by_hand": True, "summary": {}} if row.get("by_hand") else {"summary": _as_summary(row)}
+            entry = {"label": strategy, "strategy": spelled, **own}
             entries[strategy] = entry
         entry["samples"] = samples.get(strategy, [])
         if row.get("measured_seconds") is not None:

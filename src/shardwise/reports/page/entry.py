@@ -46,6 +46,7 @@ class Entry:
     ranks           lines of ranks.jsonl
     timeline        timeline.json
     memory          memory.json
+    by_hand         whether it is a plain loop beside a strategy
     samples         seconds of a step, one for each time that it was measured
     failure         why it has no measurement
     reasons         what is missing -> why
@@ -134,6 +135,11 @@ class Entry:
     def was_run(self) -> bool:
         """Return whether this is a run, not a prediction alone."""
         return bool(self.request) or bool(self.summary) or bool(self.steps) or bool(self.samples)
+
+    @property
+    def by_hand(self) -> bool:
+        """Return whether this is a plain loop that was measured beside a strategy."""
+        return self.content.get("by_hand") is True
 
     @property
     def ended(self) -> bool:

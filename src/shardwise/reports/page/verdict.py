@@ -68,7 +68,7 @@ def verdict(document: Document, entries: Sequence[Entry]) -> Verdict:
 
 def main_entry(document: Document, entries: Sequence[Entry]) -> Entry | None:
     """Return the entry that the verdict is about: the fastest measured one, else the best predicted one."""
-    measured = [entry for entry in entries if entry.measured_seconds]
+    measured = [entry for entry in entries if entry.measured_seconds and not entry.by_hand]
     if measured:
         return min(measured, key=lambda entry: entry.measured_seconds or 0.0)
     best = [entry for entry in entries if entry.strategy == text(document, "best")]
@@ -81,7 +81,7 @@ def main_entry(document: Document, entries: Sequence[Entry]) -> Entry | None:
 
 def _headline(document: Document, entries: Sequence[Entry], entry: Entry) -> str:
     title, where = text(document, "title"), _where(document, entry)
-    ran = [each for each in entries if each.was_run]
+    ran = [each for each in entries if each.was_run and not each.by_hand]
     if len(ran) > 1:
         return _compared(title, where, ran, entry)
     if not ran:
@@ -135,6 +135,8 @@ def _where(document: Document, entry: Entry) -> str:
     count = "" if workers is None else f"{workers:,} worker{'s' if workers != 1 else ''}"
     if not name:
         return count or "an unknown machine"
+    if name[:1].isdigit():  # a measured machine is named after its workers
+        name = f"this machine ({name})"
     return f"{count} of {name}" if count else name
 
 
