@@ -7,7 +7,7 @@ STRATEGIES := single dp=2 fsdp=2 tp=2 pp=2 dp=2,tp=2 fsdp=2,pp=2 auto
 DEMO = $(BIN)/shardwise compare image --epochs 4 --set schedule_epochs=4 $(foreach strategy,$(STRATEGIES),--strategy '$(strategy)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo readme test unit models plans pages docs check format bench clean
+.PHONY: help setup demo readme test browser unit models plans pages docs check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1 - /'
@@ -29,8 +29,11 @@ readme: $(STAMP) ## runs the demo and puts its table into README.md and its twin
 	$(DEMO) > build/demo.txt
 	$(BIN)/python docs/insert_demo.py build/demo.txt README.md README.zh-CN.md
 
-test: $(STAMP) ## runs all tests, in two processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: $(STAMP) ## runs all tests but those in a browser, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/browser
+
+browser: $(STAMP) ## tests reports in headless Chromium (Debian: apt-get install chromium chromium-driver)
+	SHARDWISE_BROWSER=required $(BIN)/python -m pytest tests/browser
 
 unit: $(STAMP) ## runs the tests that start no process
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/unit
@@ -66,6 +69,7 @@ bench: $(STAMP) ## runs the benchmarks; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.hosting
 	$(BIN)/python -m benchmarks.tracing
+	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.this_machine
 	$(BIN)/python -m benchmarks.dryrun
 	$(BIN)/python -m benchmarks.regret

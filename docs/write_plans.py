@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shardwise.report.plan import plan_summary
+from shardwise.reports.plan import plan_summary
 
 HERE = Path(__file__).parent
 PAGE = HERE / "plans.md"

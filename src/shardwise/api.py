@@ -119,8 +119,8 @@ def train(
         NotProved: the first step is not that of one process; nothing was trained.
         SystemExit: the run was told to end, and has written a checkpoint.
     """
+    from shardwise.commands.reported import run_reported
     from shardwise.commands.request import TrainingRequest, settle, settle_resume
-    from shardwise.run.training.execute import run_job
 
     asked = TrainingRequest(workload, settings or {}, seed, strategy, workers, steps, epochs, track)
     resumed = settle_resume(resume, out, asked)
@@ -141,7 +141,7 @@ def train(
         raise RequestError(
             f"margin={margin:g}: only a strategy that is chosen leaves a margin: leave it out, or strategy"
         )
-    return run_job(settle(asked, out, resume=resumed, **options)).summary
+    return run_reported(settle(asked, out, resume=resumed, **options)).summary
 
 
 def train_parallel(
@@ -200,8 +200,8 @@ def train_parallel(
         NotFinite: a loss or a gradient is infinite or not a number.
         NotProved: the first step is not that of one process; nothing was trained.
     """
+    from shardwise.commands.reported import run_reported
     from shardwise.commands.request import TrainingRequest, settle
-    from shardwise.run.training.execute import run_job
     from shardwise.workload.plain import plain_workload
 
     plain = plain_workload(
@@ -217,7 +217,7 @@ def train_parallel(
     )
     asked = TrainingRequest(plain, strategy=strategy, workers=workers, steps=steps, epochs=epochs, track=track)
     job = settle(asked, out, on_disk=out is not None, quiet=quiet, weights=True, on_nan=on_nan, proof=proof)
-    return _trained_model(plain, job, run_job(job))
+    return _trained_model(plain, job, run_reported(job))
 
 
 def parallelize(
@@ -291,8 +291,7 @@ def compare(
         workers: number of workers for the strategies that do not state it, see above.
         steps: as in `train`.
         epochs: as in `train`.
-        out: folder that gets one run's folder per strategy, and the document as `compare.json`; None: nothing is
-            written to disk.
+        out: folder that gets one run's folder per strategy, the document and a report; None: a new one in runs/.
         settings: as in `train`.
         seed: as in `train`.
         quiet: as in `train`.
@@ -310,7 +309,15 @@ def compare(
     """
     from shardwise.commands.compare import compared
     from shardwise.commands.forecast import forecasts
-    from shardwise.commands.request import settle_compared, settle_length, settle_options, settle_source
+    from shardwise.commands.report import leaving_report, report_in
+    from shardwise.commands.reported import what_if_of
+    from shardwise.commands.request import (
+        settle_compared,
+        settle_comparison,
+        settle_length,
+        settle_options,
+        settle_source,
+    )
     from shardwise.launch.local import enough_gpus
     from shardwise.run.training.job import Job
 
@@ -334,19 +341,21 @@ def compare(
         Job(source=source, strategy=strategy, options=options, forecast=forecast)
         for strategy, forecast in zip(settled, predicted, strict=True)
     ]
-    if out is not None:
-        jobs = [replace(job, folder=_folder_in(Path(out), loaded, job)) for job in jobs]
-    return compared(
-        loaded,
-        jobs,
-        refused,
-        auto=None if auto is None else str(auto),
-        threads=threads,
-        gpus=gpus,
-        by_hand=by_hand,
-        out=None if out is None else Path(out),
-        quiet=quiet,
-    )
+    folder = settle_comparison(out, loaded)
+    jobs = [replace(job, folder=_folder_in(folder, loaded, job)) for job in jobs]
+    with leaving_report(folder, what_if_of(jobs, threads)):
+        document = compared(
+            loaded,
+            jobs,
+            refused,
+            auto=None if auto is None else str(auto),
+            threads=threads,
+            gpus=gpus,
+            by_hand=by_hand,
+            out=folder,
+            quiet=quiet,
+        )
+    return {**document, **report_in(folder)}
 
 
 def verify(
@@ -358,6 +367,7 @@ def verify(
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     out: str | Path | None = None,
+    report: str | Path | None = None,
 ) -> dict[str, Any]:
     """Show that training under each strategy equals training on one worker, or report what differs.
 
@@ -372,6 +382,7 @@ def verify(
         settings: parameters of the workload's function.
         seed: seed of weights, data order and dropout; None: the workload's own.
         out: folder that gets the document as `verification.json`; None: nothing is written to disk.
+        report: file that gets the result as a page of HTML; None: none is written.
 
     Returns:
         The document that `shardwise verify --json` prints.
@@ -380,7 +391,14 @@ def verify(
         RequestError: the request is wrong; found before any worker starts.
         WorkerFailed: a worker died.
     """
-    from shardwise.commands.request import check, settle_document, settle_source, settle_strategy, settle_verified
+    from shardwise.commands.request import (
+        check,
+        settle_document,
+        settle_file,
+        settle_source,
+        settle_strategy,
+        settle_verified,
+    )
     from shardwise.run.jsonfile import write_json
     from shardwise.run.training.log import finite
     from shardwise.run.verification.verify import verification
@@ -391,6 +409,7 @@ def verify(
     source = settle_source(workload, settings, seed)
     steps, dtype = settle_verified(steps, dtype)
     path = None if out is None else settle_document(Path(out), "verification.json")
+    page = None if report is None else settle_file(Path(report), "report")
     loaded = source.load()
     settled = [settle_strategy(strategy, None) for strategy in strategies]
     if not settled:
@@ -407,6 +426,8 @@ def verify(
     document: dict[str, Any] = finite(verification(loaded.name, proofs, dtype))
     if path is not None:
         write_json(path, document)
+    if page is not None:
+        _write_page(page, "verify", document)
     return document
 
 
@@ -422,6 +443,8 @@ def simulate(
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     margin: float | None = None,
+    bandwidth: float = 1.0,
+    report: str | Path | None = None,
 ) -> dict[str, Any]:
     """Predict step time and memory of strategies on a cluster; nothing is trained and none of its devices is needed.
 
@@ -439,6 +462,8 @@ def simulate(
         settings: parameters of the workload's function.
         seed: seed of weights, data order and dropout; None: the workload's own.
         margin: share of the memory usable on a device that has to stay free; None: 0.05.
+        bandwidth: times the bandwidth of all links of the cluster, to see what faster or slower ones would do.
+        report: file that gets the result as a page of HTML, with a what-if panel; None: none is written.
 
     Returns:
         The document that `shardwise simulate --json` prints.
@@ -447,10 +472,11 @@ def simulate(
         RequestError: the cluster or the workload is wrong, or every strategy is impossible.
     """
     from shardwise.cluster.find import find_cluster
-    from shardwise.commands.request import settle_file, settle_slow, settle_source, settle_strategy
+    from shardwise.commands.request import settle_bandwidth, settle_file, settle_slow, settle_source, settle_strategy
+    from shardwise.commands.what_if import with_all_bandwidths
     from shardwise.planner.launching.software import launch_document
     from shardwise.predict.simulate import simulation
-    from shardwise.report.perfetto import chrome_trace
+    from shardwise.reports.perfetto import chrome_trace
     from shardwise.run.jsonfile import write_json
     from shardwise.run.training.log import finite
 
@@ -458,9 +484,11 @@ def simulate(
     if not settled:
         raise RequestError("nothing to predict: give a strategy, for example --strategy dp=8")
     path = None if trace is None else settle_file(Path(trace), "trace")
+    page = None if report is None else settle_file(Path(report), "report")
     slowed = settle_slow(slow or {})
-    found = find_cluster(cluster).with_margin(margin)
-    loaded = settle_source(workload, settings, seed).load()
+    found = with_all_bandwidths(find_cluster(cluster).with_margin(margin), settle_bandwidth(bandwidth))
+    source = settle_source(workload, settings, seed)
+    loaded = source.load()
     found = found.importing(loaded.libraries)
     simulated = simulation(loaded, settled, found, play=path is not None, slowed=slowed, dry=dry_run, runtime=runtime)
     if simulated.profiles.software is not None:
@@ -470,6 +498,11 @@ def simulate(
         steps = {strategy: timeline.document() for strategy, timeline in simulated.timelines.items()}
         write_json(path, finite(chrome_trace(steps)))
     document: dict[str, Any] = finite(simulated.document)
+    if page is not None:
+        from shardwise.commands.predicted import write_predicted
+
+        write_predicted(page, "simulate", document, simulated.profiles, found, source, cluster)
+        document["report"] = str(page)
     return document
 
 
@@ -489,6 +522,7 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     margin: float | None = None,
+    report: str | Path | None = None,
 ) -> dict[str, Any]:
     """Find the best strategy for a workload on a cluster, and say why the others lost.
 
@@ -512,6 +546,7 @@ def plan(
         settings: parameters of the workload's function.
         seed: seed of weights, data order and dropout; None: the workload's own.
         margin: share of the memory usable on a device that has to stay free; None: 0.05.
+        report: file that gets the plan as a page of HTML, with a what-if panel; None: none is written.
 
     Returns:
         The document that `shardwise plan --json` prints.
@@ -521,9 +556,10 @@ def plan(
         DoesNotFit: no strategy fits into the memory of the devices.
     """
     from shardwise.commands.plan import planned
-    from shardwise.commands.request import settle_source
+    from shardwise.commands.request import settle_file, settle_source
     from shardwise.run.training.log import finite
 
+    page = None if report is None else settle_file(Path(report), "report")
     source = settle_source(workload, settings, seed)
     document: dict[str, Any] = finite(
         planned(
@@ -539,6 +575,7 @@ def plan(
             pareto=pareto,
             margin=margin,
             runtime=runtime,
+            report=page,
         )
     )
     return document
@@ -570,7 +607,13 @@ def check_plan(
     return document
 
 
-def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, quiet: bool = False) -> dict[str, Any]:
+def calibrate(
+    out: str | Path = "cluster.toml",
+    *,
+    workers: int | None = None,
+    quiet: bool = False,
+    report: str | Path | None = None,
+) -> dict[str, Any]:
     """Measure this machine for predictions, and write the measurements as a cluster file.
 
     The user's cache folder gets a copy, for the predictions of `train` and `compare`.
@@ -580,6 +623,7 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
         workers: largest number of local workers to measure with; None: 4 on a CPU, one for each GPU. Under an outer
             torchrun all of its workers measure, over all hosts.
         quiet: show no progress bar.
+        report: file that gets the measurements as a page of HTML; None: none is written.
 
     Returns:
         The document that `shardwise calibrate --json` prints.
@@ -589,12 +633,14 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
         WorkerFailed: a worker died.
     """
     from shardwise.cluster.toml_writer import check_place, write_cluster
+    from shardwise.commands.request import settle_file
     from shardwise.run.calibration.calibrate import calibrate as measure
     from shardwise.run.calibration.calibrate import summary
     from shardwise.run.calibration.local_cluster import check_place as check_kept
     from shardwise.run.calibration.local_cluster import keep
 
     check_place(out)
+    page = None if report is None else settle_file(Path(report), "report")
     begin = time.perf_counter()
     cluster = measure(workers, quiet=quiet)
     if cluster is None:  # under an outer launcher, only rank 0 gets the measurements
@@ -607,16 +653,20 @@ def calibrate(out: str | Path = "cluster.toml", *, workers: int | None = None, q
             sys.stderr.write(f"{out} is written; {error}\n")
     else:
         keep(cluster)
-    return summary(cluster, Path(out), time.perf_counter() - begin)
+    document = summary(cluster, Path(out), time.perf_counter() - begin)
+    if page is not None:
+        _write_page(page, "calibrate", document)
+    return document
 
 
-def validate(runs: str | Path, *, standing: bool = False) -> dict[str, Any]:
+def validate(runs: str | Path, *, standing: bool = False, report: str | Path | None = None) -> dict[str, Any]:
     """Compare predictions with training runs that others measured and published.
 
     Args:
         runs: CSV file with one run per row and the columns of tests/published/README.md.
         standing: also predict what Shardwise itself would take for a few runs of each group, on the same machine with
             the same strategy. This traces their models and takes minutes.
+        report: file that gets the result as a page of HTML; None: none is written.
 
     Returns:
         The document that `shardwise validate --json` prints; its errors are absolute values of relative errors.
@@ -626,7 +676,41 @@ def validate(runs: str | Path, *, standing: bool = False) -> dict[str, Any]:
     """
     from shardwise.predict.published.validate import validate as validate_runs
 
-    return validate_runs(runs, standing=standing)
+    if report is None:
+        return validate_runs(runs, standing=standing)
+    from shardwise.commands.request import settle_file
+
+    page = settle_file(Path(report), "report")
+    document = validate_runs(runs, standing=standing)
+    _write_page(page, "validate", document)
+    return document
+
+
+def report(runs: str | Path | Sequence[str | Path], out: str | Path = "report.html") -> Path:
+    """Write a page of HTML about one or several runs or comparisons, from their files alone.
+
+    The page needs no network and no server. Runs that are still going on or have crashed are shown as far as they came;
+    what is missing is said.
+
+    Args:
+        runs: folder of a run or of a comparison, or several.
+        out: the file to write.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunFolderError: a folder holds no run, or the page cannot be written.
+    """
+    from shardwise.commands.report import runs_document, write_report
+    from shardwise.commands.request import settle_file
+
+    path = settle_file(Path(out), "out")
+    folders = [runs] if isinstance(runs, str | Path) else list(runs)
+    if not folders:
+        raise RequestError("nothing to report: give the folder of a run")
+    write_report(path, runs_document([Path(folder) for folder in folders]))
+    return path
 
 
 def watch(run: str | Path, *, every: float = 1.0) -> Iterator[dict[str, Any]]:
@@ -686,6 +770,14 @@ def export(run: str | Path, out: str | Path, form: str = "file", *, best: bool =
     from shardwise.run.checkpoint.export_folder import export_adapter, export_folder
 
     (export_folder if form == "folder" else export_adapter)(Path(run), Path(out), best=best)
+
+
+def _write_page(path: Path, kind: str, document: dict[str, Any]) -> None:
+    """Write the page of a command's document, and name it in the document. Raises RunFolderError."""
+    from shardwise.commands.report import command_document, write_report
+
+    write_report(path, command_document(kind, document))
+    document["report"] = str(path)
 
 
 def _folder_in(parent: Path, workload: Workload, job: Job) -> Path:

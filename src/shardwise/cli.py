@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
@@ -33,15 +33,15 @@ from shardwise.errors import (
 from shardwise.launch.context import is_first, rank_context
 from shardwise.launch.exit import end
 from shardwise.launch.signals import Terminated
-from shardwise.report.accuracy import accuracy_table
-from shardwise.report.accuracy_page import accuracy_files
-from shardwise.report.calibration import calibration_summary
-from shardwise.report.live import frame, news
-from shardwise.report.plan import check_summary, plan_summary
-from shardwise.report.prediction import prediction_table
-from shardwise.report.standing_page import standing_page
-from shardwise.report.terminal import Terminal, in_place_of
-from shardwise.report.text import comparison_table, training_summary, verification_table
+from shardwise.reports.accuracy import accuracy_table
+from shardwise.reports.accuracy_page import accuracy_files
+from shardwise.reports.calibration import calibration_summary
+from shardwise.reports.live import frame, news
+from shardwise.reports.plan import check_summary, plan_summary
+from shardwise.reports.prediction import prediction_table
+from shardwise.reports.standing_page import standing_page
+from shardwise.reports.terminal import Terminal, in_place_of
+from shardwise.reports.text import comparison_table, training_summary, verification_table
 from shardwise.starting import check_streams, leave_out_working_directory
 from shardwise.units import parse_number, parse_whole
 from shardwise.version import __version__
@@ -153,6 +153,7 @@ def _verify(options: argparse.Namespace) -> None:
         settings=agreed("--set", options.set),
         seed=options.seed,
         out=options.out,
+        report=options.report,
     )
     _print(options, document, verification_table)
     failed = [row["strategy"] for row in document["results"] if not row["passed"]]
@@ -177,6 +178,8 @@ def _simulate(options: argparse.Namespace) -> None:
         settings=agreed("--set", options.set),
         seed=options.seed,
         margin=options.margin,
+        bandwidth=options.bandwidth,
+        report=options.report,
     )
     _print(options, document, prediction_table)
 
@@ -208,6 +211,7 @@ def _plan(options: argparse.Namespace) -> None:
         settings=agreed("--set", options.set),
         seed=options.seed,
         margin=options.margin,
+        report=options.report,
     )
     _print(options, document, plan_summary)
 
@@ -230,6 +234,7 @@ def _check_alone(options: argparse.Namespace) -> None:
         "--dry-run": options.dry_run,
         "--pareto": options.pareto,
         "--runtime": options.runtime != "shardwise",
+        "--report": options.report,
     }
     words = [name for name, value in given.items() if value not in (None, False, [])]
     if words:
@@ -237,12 +242,12 @@ def _check_alone(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    document = api.calibrate(options.out, workers=options.workers, quiet=options.quiet)
+    document = api.calibrate(options.out, workers=options.workers, quiet=options.quiet, report=options.report)
     _print(options, document, calibration_summary)
 
 
 def _validate(options: argparse.Namespace) -> None:
-    document = api.validate(options.runs, standing=bool(options.standing))
+    document = api.validate(options.runs, standing=bool(options.standing), report=options.report)
     if options.write:
         _write_files("--write", Path(options.write), accuracy_files(document, Path(options.write).name))
     if options.standing:
@@ -278,6 +283,11 @@ def _watch(options: argparse.Namespace) -> None:
         sys.stderr.write("shardwise: watched no longer; the run is not touched\n")
 
 
+def _report(options: argparse.Namespace) -> None:
+    path = api.report(options.folders, options.out)
+    _print(options, {"report": str(path)}, lambda document: "")
+
+
 def _write_files(option: str, page: Path, files: Mapping[str, str]) -> None:
     try:
         for name, text in files.items():
@@ -299,7 +309,14 @@ def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable
     if options.json:
         _write(sys.stdout, json.dumps(document, allow_nan=False) + "\n")
     if not (options.json and options.quiet):
-        _write(sys.stderr if options.json else sys.stdout, view(document) + "\n")
+        _write(sys.stderr if options.json else sys.stdout, "\n".join(filter(None, _view(document, view))) + "\n")
+
+
+def _view(document: dict[str, Any], view: Callable[[dict[str, Any]], str]) -> Iterator[str]:
+    """Yield the view of a document for people, and where its report is."""
+    yield view(document)
+    if document.get("report"):
+        yield f"report: {document['report']}"
 
 
 def _write(stream: TextIO, text: str) -> bool:
@@ -423,6 +440,10 @@ def _add_margin(parser: _Parser) -> None:
     )
 
 
+def _add_report(parser: _Parser) -> None:
+    parser.add_argument("--report", metavar="FILE", help="also write the result as a page of HTML")
+
+
 def _add_runtime(parser: _Parser) -> None:
     parser.add_argument(
         "--runtime",
@@ -498,6 +519,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     verify.add_argument("--dtype", default="float32", metavar="DTYPE", help="float32, or float64 for a strict pass")
     verify.add_argument("--out", metavar="DIR", help="folder for verification.json (default: none)")
     _add_output(verify)
+    _add_report(verify)
     verify.set_defaults(run=_verify)
     watch = commands.add_parser(
         "watch",
@@ -543,6 +565,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_runtime(simulate)
     _add_output(simulate)
     _add_margin(simulate)
+    _add_report(simulate)
+    simulate.add_argument(
+        "--bandwidth", type=_times, default=1.0, metavar="TIMES", help="times the bandwidth of all links (default: 1)"
+    )
     simulate.set_defaults(run=_simulate)
     plan = commands.add_parser(
         "plan",
@@ -575,6 +601,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument("--check", metavar="FILE", help="say whether a plan file still holds")
     _add_runtime(plan)
     _add_output(plan)
+    _add_report(plan)
     plan.set_defaults(run=_plan)
     calibrate = commands.add_parser(
         "calibrate",
@@ -586,6 +613,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--workers", type=_whole, metavar="N", help="local processes at most (default: 4 on a CPU, one for each GPU)"
     )
     _add_output(calibrate)
+    _add_report(calibrate)
     calibrate.set_defaults(run=_calibrate)
     validate = commands.add_parser(
         "validate",
@@ -603,7 +631,17 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--standing", metavar="PAGE.md", help="also predict Shardwise on a few runs of each group, and write a page"
     )
     _add_output(validate)
+    _add_report(validate)
     validate.set_defaults(run=_validate)
+    report = commands.add_parser(
+        "report",
+        help="write a page about runs",
+        description="Writes one page of HTML about runs or comparisons, from their files alone.",
+    )
+    report.add_argument("folders", nargs="+", metavar="RUN", help="folder of a run or of a comparison")
+    report.add_argument("--out", default="report.html", metavar="FILE", help="default: report.html")
+    _add_output(report)
+    report.set_defaults(run=_report)
     return parser, {
         "train": train,
         "verify": verify,
@@ -614,6 +652,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "simulate": simulate,
         "plan": plan,
         "validate": validate,
+        "report": report,
     }
 
 
@@ -674,6 +713,13 @@ def _share(text: str) -> float:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share: give 0.1 for 10%")
     return value
+
+
+def _times(text: str) -> float:
+    try:
+        return parse_number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number: give 0.1 for a tenth") from None
 
 
 def _slow(text: str) -> tuple[int, float]:

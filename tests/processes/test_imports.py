@@ -10,6 +10,7 @@ import pytest
 WITHOUT_TORCH = (
     "shardwise",
     "shardwise.cli",
+    "shardwise.commands.report",
     "shardwise.launch.local",
     "shardwise.launch.join",
     "shardwise.run.live.follower",

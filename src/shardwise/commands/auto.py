@@ -15,6 +15,7 @@ from typing import Any
 
 from shardwise.cluster.cluster import Cluster, check_margin
 from shardwise.commands.forecast import FIRST_PREDICTS, details, own_cluster
+from shardwise.commands.reported import run_reported
 from shardwise.commands.request import (
     Chosen,
     TrainingRequest,
@@ -39,7 +40,6 @@ from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.run.calibration.local_cluster import check_hosts
 from shardwise.run.control_group import Workers
-from shardwise.run.training.execute import run_job
 from shardwise.run.training.result import Forecast
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
@@ -207,7 +207,7 @@ def train_automatically(
         plain = _unmeasured(asked, error)
         job = settle(plain, out, quiet=quiet, chosen=loaded, **options)
         _say_unmeasured(plain, error, quiet=quiet)
-        return run_job(job).summary
+        return run_reported(job).summary
     if not quiet and choice.words:
         sys.stderr.write(f"{choice.words[1]}\n")
     smaller = choice.smaller()
@@ -217,7 +217,7 @@ def train_automatically(
         named = replace(asked, strategy=candidate.strategy, workers=None)
         job = settle(named, out, quiet=quiet, chosen=chosen, **options)
         try:
-            document = _with_verdict(candidate, run_job(job).summary, choice.words)
+            document = _with_verdict(candidate, run_reported(job).summary, choice.words)
         except WorkerFailed as error:
             following = next(smaller, None)
             if following is None or not error.out_of_memory:
@@ -261,7 +261,7 @@ def _with_launcher(
         chosen = _chosen(chosen, choice.best, choice)
     elif strategy:
         chosen = replace(chosen, forecast=Forecast(reason=FIRST_PREDICTS))
-    summary = run_job(settle(asked, out, chosen=chosen, **options)).summary
+    summary = run_reported(settle(asked, out, chosen=chosen, **options)).summary
     return summary if choice is None else _with_verdict(choice.best, summary, choice.words)
 
 

@@ -54,7 +54,7 @@ def compared(
     threads: int,
     gpus: bool,
     by_hand: bool,
-    out: Path | None,
+    out: Path,
     quiet: bool,
 ) -> dict[str, Any]:
     """Train all jobs in turns, and return the document of `compare`; see `api.compare`.
@@ -84,9 +84,8 @@ def compared(
             )
             | {"auto": auto}
         )
-        if out is not None:
-            with told_writing(out / COMPARISON):
-                write_json(out / COMPARISON, found)
+        with told_writing(out / COMPARISON):
+            write_json(out / COMPARISON, found)
         return found
 
     try:

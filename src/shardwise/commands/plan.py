@@ -13,6 +13,7 @@ import torch
 
 from shardwise.cluster.cluster import Cluster, check_margin
 from shardwise.cluster.find import find_cluster
+from shardwise.commands.predicted import write_predicted
 from shardwise.errors import DoesNotFit, RequestError, WorkloadError
 from shardwise.planner.constraints import Constraints
 from shardwise.planner.document import front_rows, plan_document
@@ -42,6 +43,7 @@ from shardwise.predict.profile.source import ProfileSource
 from shardwise.predict.runtime.runtime import SHARDWISE
 from shardwise.predict.simulate import check_own, profiles_on, simulate
 from shardwise.run.calibration.local_cluster import cluster_at_hand
+from shardwise.run.training.log import finite
 from shardwise.strategy import Strategy
 from shardwise.units import format_bytes, format_seconds, format_share, parse_whole
 from shardwise.version import __version__
@@ -68,6 +70,7 @@ def planned(
     pareto: bool = False,
     margin: float | None = None,
     runtime: str = SHARDWISE.name,
+    report: Path | None = None,
 ) -> dict[str, Any]:
     """Return the document of `plan`; see `api.plan` for the arguments and errors."""
     constraints = Constraints.parse(objective, max_memory, fix, forbid)
@@ -100,6 +103,9 @@ def planned(
     if out is not None:
         write_plan(out, _file(source, cluster_text, point.searched, cluster))
         document["out"] = str(out)
+    if report is not None:
+        write_predicted(report, "plan", finite(document), profiles.traced, cluster, source, cluster_text or "")
+        document["report"] = str(report)
     return document
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from shardwise.run.control_group import Workers
 from shardwise.run.training.job import POLICIES, Job, Options
 from shardwise.run.training.result import Forecast
 from shardwise.run.training.run_folder import (
+    RUNS,
     check_checkpoints,
     check_described,
     create_run,
@@ -345,6 +347,30 @@ def settle_slow(slow: Mapping[int, float]) -> dict[int, float]:
         if not 1.0 <= times < float("inf"):
             raise RequestError(f"slow={rank}={times:g}: how many times as long it computes is a number of 1 or more")
     return dict(slow)
+
+
+def settle_comparison(out: str | Path | None, workload: Workload) -> Path:
+    """Create the folder of a comparison: `out`, or a new one in runs/. Raises RunFolderError if it cannot be made."""
+    if out is not None:
+        return Path(out)
+    name = f"{workload.name}-compare".replace(os.sep, "-").replace(" ", "-")
+    try:
+        RUNS.mkdir(exist_ok=True)
+        number = 1
+        while (RUNS / f"{name}-{number}").exists():
+            number += 1
+        folder = RUNS / f"{name}-{number}"
+        folder.mkdir()
+    except OSError as error:
+        raise RunFolderError(f"{RUNS} cannot be made: {error.strerror}; use another --out") from error
+    return folder
+
+
+def settle_bandwidth(times: float) -> float:
+    """Check the factor of a cluster's bandwidths. Raises RequestError."""
+    if not 1e-6 <= times <= 1e6:
+        raise RequestError(f"bandwidth={times:g}: how many times the bandwidth of all links is from 1e-6 to 1e6")
+    return times
 
 
 def settle_file(path: Path, what: str) -> Path:

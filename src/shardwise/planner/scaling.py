@@ -11,12 +11,10 @@ from shardwise.cluster.cluster import Cluster
 from shardwise.errors import RequestError
 from shardwise.planner.constraints import Constraints
 from shardwise.planner.search.search import SearchResult, search
+from shardwise.planner.worth import last_worth
 from shardwise.predict.profile.interpolate import ScaledProfiles
 from shardwise.predict.simulate import profiles_on
 from shardwise.workload.workload import Workload
-
-WORTH = 0.5
-"""Least samples per second that an added device must bring, as a fraction of those of each of the first devices."""
 
 MOST_DEVICES = 2**19
 """Largest number of devices in the search for the smallest number that fits: a strategy has at most a million."""
@@ -63,16 +61,8 @@ def worth(points: Sequence[Point]) -> Point | None:
 
     Returns None if nothing fits at any point.
     """
-    fitting = [point for point in points if point.rate]
-    if not fitting:
-        return None
-    base = fitting[0].rate / fitting[0].workers
-    found = fitting[0]
-    for point in fitting[1:]:
-        if (point.rate - found.rate) / (point.workers - found.workers) < WORTH * base:
-            break
-        found = point
-    return found
+    last = last_worth([(point.workers, point.rate) for point in points])
+    return next((point for point in points if point.workers == last), None)
 
 
 def dollars(point: Point, cluster: Cluster) -> float | None:

@@ -14,6 +14,7 @@ from shardwise.predict.closed_form.unequal_shares import predict_shares, refuse_
 from shardwise.predict.crosscheck import Crosscheck, crosscheck
 from shardwise.predict.document import document
 from shardwise.predict.prediction import Prediction
+from shardwise.predict.profile.profile import Profile
 from shardwise.predict.profile.profiler import Profiles
 from shardwise.predict.profile.source import ProfileSource
 from shardwise.predict.runtime.profiles import profiles_by
@@ -160,11 +161,24 @@ def simulate(profiles: ProfileSource, strategy: Strategy, cluster: Cluster) -> P
         StrategyError: it needs more devices than the cluster has, or is not possible for this model and batch, or for
             the software.
     """
+    return simulate_batch(profiles, strategy, cluster, profiles.workload.batch_size)
+
+
+def simulate_batch(profiles: ProfileSource, strategy: Strategy, cluster: Cluster, batch_size: int) -> Prediction:
+    """Predict one strategy as `simulate` does, with another global batch size than the workload's.
+
+    Raises:
+        StrategyError: as `simulate` does.
+    """
     _check_size(strategy, cluster)
     refusal = None if profiles.software is None else profiles.software.refusal(strategy)
     if refusal is not None:
         raise StrategyError(refusal)
-    return predict_shares(profiles.of, strategy, cluster, profiles.workload.batch_size)
+
+    def profile_of(strategy: Strategy, batch_size: int = batch_size) -> Profile:
+        return profiles.of(strategy, batch_size)
+
+    return predict_shares(profile_of, strategy, cluster, batch_size)
 
 
 def played(profiles: ProfileSource, strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> Timeline:

@@ -21,7 +21,7 @@ from shardwise.planner.search.queue import BestSoFar, Queue
 from shardwise.planner.search.search import SearchResult, search
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.profile.interpolate import ScaledProfiles
-from shardwise.report.plan import plan_summary
+from shardwise.reports.plan import plan_summary
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 

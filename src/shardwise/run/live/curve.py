@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwise.report.sparkline import means
+from shardwise.reports.sparkline import means
 
 MOST_POINTS = 256
 """Largest number of points of a curve."""

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from shardwise.report.live import frame, news, outcome
-from shardwise.report.sparkline import heat, progress_bar, sparkline
-from shardwise.report.terminal import Terminal, in_place_of
+from shardwise.reports.live import frame, news, outcome
+from shardwise.reports.sparkline import heat, progress_bar, sparkline
+from shardwise.reports.terminal import Terminal, in_place_of
 
 STATE: dict[str, Any] = {
     "run": "runs/small",

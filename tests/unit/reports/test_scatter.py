@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from shardwise.report.scatter import COLOURS, Panel, scatter
+from shardwise.reports.scatter import COLOURS, Panel, scatter
 
 
 def plot(*panels: Panel, columns: int = 1) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from shardwise.report.perfetto import chrome_trace
+from shardwise.reports.perfetto import chrome_trace
 
 
 def row(process: str, stream: str, start: float, seconds: float, **notes: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardwise.report.prediction import dry_run_rows, prediction_rows
-from shardwise.report.text import launch_rows, table, trained_by
+from shardwise.reports.prediction import dry_run_rows, prediction_rows
+from shardwise.reports.text import launch_rows, table, trained_by
 from shardwise.units import format_bytes, format_rate, format_seconds, format_share
 
 SHOWN = 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardwise.report.sparkline import ASCII, BLOCKS, heat, heat_level, progress_bar, sparkline
-from shardwise.report.terminal import Segment, Terminal
-from shardwise.report.text import _metric, _number
+from shardwise.reports.sparkline import ASCII, BLOCKS, heat, heat_level, progress_bar, sparkline
+from shardwise.reports.terminal import Segment, Terminal
+from shardwise.reports.text import _metric, _number
 from shardwise.units import format_bytes, format_rate, format_seconds, format_share
 
 BAR, CURVE, HEAT = 24, 40, 64

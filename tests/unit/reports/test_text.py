@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from shardwise.report.text import comparison_table, table, training_summary
+from shardwise.reports.text import comparison_table, table, training_summary
 
 TRAINED = {
     "workload": "image",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardwise.options import FLOAT32
-from shardwise.report.text import UNKNOWN, launch_rows, table, trained_by
+from shardwise.reports.text import UNKNOWN, launch_rows, table, trained_by
 from shardwise.units import format_bits, format_bytes, format_rate, format_seconds, format_share
 
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardwise.report.scatter import Panel, scatter
+from shardwise.reports.scatter import Panel, scatter
 from shardwise.units import format_bytes, format_seconds
 
 PANEL_ROWS = 10

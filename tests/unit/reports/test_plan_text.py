@@ -14,7 +14,7 @@ from shardwise.planner.scaling import price, price_words
 from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Parameter
 from shardwise.predict.workers.padding import padding_notes
-from shardwise.report.plan import worth_words
+from shardwise.reports.plan import worth_words
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 

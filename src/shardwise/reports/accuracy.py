@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardwise.report.text import UNKNOWN, table
+from shardwise.reports.text import UNKNOWN, table
 from shardwise.units import format_seconds
 
 SKIPPED_SHOWN = 10

@@ -1,0 +1,1 @@
+"""The panels of the report; each module makes one kind of panel from the document of a report."""
