@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from shardwise.run.training.job import Job
     from shardwise.run.training.result import Trained
 
-SECONDS = 3.0
-"""Processor time for the settings of the what-if panel of a run."""
+RUN_SECONDS, COMPARISON_SECONDS = 3.0, 12.0
+"""Processor time for the settings of the what-if panel of a run and of a comparison, which takes minutes anyway."""
 
 
 def run_reported(job: Job) -> Trained:
@@ -35,15 +35,19 @@ def what_if_of(jobs: Sequence[Job], threads: int | None = None) -> Callable[[], 
     """Return the function that makes the what-if panel of jobs. Returns None if nothing was predicted for them."""
     if all(job.forecast.seconds is None for job in jobs):
         return None
-    return partial(own_what_if, jobs[0].source, [job.strategy for job in jobs], threads)
+    seconds = RUN_SECONDS if len(jobs) == 1 else COMPARISON_SECONDS
+    return partial(own_what_if, jobs[0].source, [job.strategy for job in jobs], seconds, threads)
 
 
-def own_what_if(source: Source, strategies: Sequence[Strategy], threads: int | None = None) -> Mapping[str, Any]:
+def own_what_if(
+    source: Source, strategies: Sequence[Strategy], seconds: float, threads: int | None = None
+) -> Mapping[str, Any]:
     """Return the document of the what-if panel for runs on this machine; only a reason if nothing can be predicted.
 
     Args:
         source: source of the workload.
         strategies: strategies that were trained; the one of most workers says where the panel begins.
+        seconds: processor time for its settings.
         threads: intra-op threads of each worker; None: an even share of the cores.
     """
     from shardwise.commands.predicted import what_if_document
@@ -55,7 +59,7 @@ def own_what_if(source: Source, strategies: Sequence[Strategy], threads: int | N
         cluster = cluster.importing(workload.libraries)
         name = os.environ.get(SETTING) or str(cached_file())
         largest = sorted(strategies, key=lambda strategy: -strategy.workers)
-        return what_if_document(profiles_on(workload, cluster), cluster, name, largest, source, SECONDS)
+        return what_if_document(profiles_on(workload, cluster), cluster, name, largest, source, seconds)
     except ShardwiseError as error:
         return {"reason": str(error)}
     except Exception as error:  # the model can be trained, but not traced without its data

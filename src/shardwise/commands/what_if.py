@@ -70,7 +70,7 @@ class WhatIf:
         name: name or file of the cluster on the command line; empty for this machine.
         given: strategies of the report.
         devices: number of devices of the report.
-        limit_seconds: processor time after which no further setting is begun.
+        limit_seconds: processor time after which no further batch or number of devices is begun: those take traces.
     """
 
     profiles: ProfileSource
@@ -90,12 +90,13 @@ class WhatIf:
         places = [WhatIfSetting(*each) for each in product(devices, BANDWIDTHS, batches)]
         begin = time.process_time()
         cells: list[dict[str, Any]] = []
-        left = 0
+        traced: set[tuple[int, int]] = set()
         for place in sorted(places, key=lambda each: _distance(each, here)):
-            if cells and time.process_time() - begin > self.limit_seconds:
-                left += 1
-                continue
-            cells.append(self._cell(place))
+            late = traced and time.process_time() - begin > self.limit_seconds
+            if not late or (place.devices, place.batch) in traced:
+                traced.add((place.devices, place.batch))
+                cells.append(self._cell(place))
+        left = len(places) - len(cells)
         notes = [f"{left} of {len(places)} settings were left out, to write this page in time."] if left else []
         return {
             "devices": devices,

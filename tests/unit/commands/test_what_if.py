@@ -50,8 +50,8 @@ def test_time_that_is_up_is_said() -> None:
     source = Source(workload=WORKLOAD)
     cluster = find_cluster("h100x4").with_margin(None)
     found = WhatIf(profiles_on(source.load(), cluster), cluster, "h100x4", [Strategy(dp=4)], 4, 0.0).document(None)
-    assert len(found["cells"]) == 1
-    assert found["notes"] == ["74 of 75 settings were left out, to write this page in time."]
+    assert len(found["cells"]) == 5  # the bandwidths cost next to nothing
+    assert found["notes"] == ["70 of 75 settings were left out, to write this page in time."]
     assert "command" not in found
 
 

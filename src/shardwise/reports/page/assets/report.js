@@ -451,9 +451,10 @@
       const refused = cell && cell.rejected.find((each) => each[0] === chosen.value);
       const write = (name, text) => { result(name).textContent = text; };
       if (!found) {
-        write("strategy", refused ? refused[0] : "none fits");
+        write("strategy", !cell ? "not computed" : refused ? refused[0] : "none fits");
         for (const name of ["step", "rate", "efficiency", "memory", "cost"]) write(name, "–");
-        write("binds", refused ? "Cannot be: " + refused[1] : "No strategy fits into the memory of these devices.");
+        write("binds", !cell ? "This setting was left out, to write this page in time: run the command."
+          : refused ? "Cannot be: " + refused[1] : "No strategy fits into the memory of these devices.");
       } else {
         const each = perDevice(at[1], at[2]), hourly = spec.dollars_per_hour[String(at[0])];
         write("strategy", found[NAME] + (found[FITS] ? "" : " (does not fit)"));
@@ -468,7 +469,7 @@
           .filter((wait) => wait[1] >= .005).map((wait) => `${Math.round(100 * wait[1])}% of the step is ${wait[0]}`);
         write("binds", waits.length ? waits.join(", ") + "." : "Computing fills the step.");
       }
-      const strategy = chosen.value || (found ? found[NAME] : "");
+      const strategy = chosen.value || (found ? found[NAME] : cell ? "" : at[0] === 1 ? "single" : `dp=${at[0]}`);
       write("command", command(at, strategy));
     }
 
