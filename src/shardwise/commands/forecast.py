@@ -86,16 +86,23 @@ def _forecast(profiles: ProfileSource, strategy: Strategy, cluster: Cluster) -> 
 def details(
     profile_of: Callable[[Strategy], Profile], strategy: Strategy, cluster: Cluster, prediction: Prediction
 ) -> dict[str, Any]:
-    """Return the whole prediction of a strategy for reports, JSON-able.
-
-    Returns:
-        `cluster`; `candidate`, as in the document of `simulate`; `timeline`, the rows of the simulated step, of which
-        the longest `MOST_ROWS` are kept, and `timeline_left_out`, the number of others; `segments` of the model.
-        Where a part cannot be computed it is empty, and `timeline_reason` says why.
+    """Return the whole prediction of a strategy for reports, JSON-able: `candidate`, as in the document of `simulate`,
+    and the parts of `step_parts`.
     """
     from shardwise.predict.document import candidate
 
-    found = {"cluster": _cluster(cluster, strategy.workers), "candidate": candidate(str(strategy), prediction)}
+    return {"candidate": candidate(str(strategy), prediction), **step_parts(profile_of, strategy, cluster)}
+
+
+def step_parts(profile_of: Callable[[Strategy], Profile], strategy: Strategy, cluster: Cluster) -> dict[str, Any]:
+    """Return what reports show of a predicted step beside its candidate, JSON-able.
+
+    Returns:
+        `cluster`; `timeline`, the rows of the simulated step, of which the longest `MOST_ROWS` are kept, and
+        `timeline_left_out`, the number of others; `segments` of the model. Where a part cannot be computed it is empty,
+        and `timeline_reason` says why.
+    """
+    found = {"cluster": cluster_document(cluster, strategy.workers)}
     empty: dict[str, Any] = {"timeline": [], "timeline_left_out": 0, "segments": []}
     if strategy.shares:
         return {**found, **empty, "timeline_reason": f"shares={strategy.shares}: such a step is not simulated"}
@@ -134,7 +141,7 @@ def _segment(parameters: Sequence[Parameter], number: int, stage: int) -> dict[s
     }
 
 
-def _cluster(cluster: Cluster, workers: int) -> dict[str, Any]:
+def cluster_document(cluster: Cluster, workers: int) -> dict[str, Any]:
     """Return name, devices, links and usable memory of the devices that a strategy of `workers` workers uses."""
     from shardwise.predict.simulate import link_document
 

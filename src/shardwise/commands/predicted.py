@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster
+from shardwise.commands.forecast import cluster_document, step_parts
 from shardwise.commands.report import predicted_document, write_report
+from shardwise.commands.report_files import left_out_note
 from shardwise.commands.what_if import WhatIf, source_words
-from shardwise.errors import RequestError
 from shardwise.predict.profile.source import ProfileSource
-from shardwise.predict.simulate import played
 from shardwise.run.training.log import finite
 from shardwise.strategy import Strategy
 from shardwise.workload.source import Source
 
 MOST_PLAYED = 4
 """Largest number of strategies of a report whose step is played, operation by operation."""
-
-MOST_EVENTS = 10_000
-"""Largest number of operations of a played step in a report: the longest are kept."""
 
 WHAT_IF_SECONDS = 20.0
 """Processor time for the settings of the what-if panel."""
@@ -78,24 +74,9 @@ def what_if_document(
 
 
 def step_details(profiles: ProfileSource, strategy: Strategy, cluster: Cluster) -> dict[str, Any]:
-    """Return what a report shows of a strategy beside its candidate: the cluster, and the played step or why not."""
-    device = cluster.device(0)
-    found: dict[str, Any] = {
-        "cluster": {
-            "name": cluster.name,
-            "devices": cluster.size,
-            "device": device.name,
-            "usable_memory_bytes": cluster.memory_for_worker(device, min(strategy.workers, cluster.node_size)),
-        }
-    }
+    """Return what a report shows of a strategy beside its candidate: cluster, played step or why not, model as cut."""
     if profiles.software is not None:
-        return {**found, "timeline_reason": "only the step of Shardwise's own program is played"}
-    try:
-        rows = played(profiles, strategy, cluster, {}).document()
-    except RequestError as error:
-        return {**found, "timeline_reason": str(error)}
-    if len(rows) > MOST_EVENTS:
-        left = len(rows) - MOST_EVENTS
-        found["timeline_note"] = f"Of the predicted step the {left:,} shortest operations were left out."
-        rows = heapq.nlargest(MOST_EVENTS, rows, key=lambda row: float(row["seconds"]))
-    return {**found, "timeline": sorted(rows, key=lambda row: float(row["start_seconds"]))}
+        reason = "only the step of Shardwise's own program is played"
+        return {"cluster": cluster_document(cluster, strategy.workers), "timeline_reason": reason}
+    parts = step_parts(profiles.of, strategy, cluster)
+    return {**parts, **left_out_note(parts), "model": {"segments": parts["segments"]}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,15 @@ def runs_in(folder: Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if each.is_dir() and is_run(each)) if folder.is_dir() else []
 
 
+def left_out_note(prediction: Mapping[str, Any]) -> dict[str, str]:
+    """Return the note on operations of a predicted step that are not shown, as an entry; empty if all are."""
+    left = number(prediction, "timeline_left_out")
+    said = f"Of the predicted step the {left:,.0f} shortest operations were left out."
+    return {"timeline_note": said} if left else {}
+
+
 def read_entry(folder: Path, note: Notes) -> dict[str, Any]:
-    """Return the entry of a report's document for the run in a folder; see `report.page.entry`."""
+    """Return the entry of a report's document for the run in a folder; see `reports.page.entry`."""
     reasons: dict[str, str] = {}
     request = _request(folder, note)
     summary = optional(folder / SUMMARY, note)
@@ -53,9 +60,7 @@ def read_entry(folder: Path, note: Notes) -> dict[str, Any]:
     why = text(summary, "reasons", "predicted_seconds")
     if why:
         reasons.setdefault("prediction", why)
-    left = number(prediction, "timeline_left_out")
-    if left:
-        prediction["timeline_note"] = f"Of the predicted step the {left:,.0f} shortest operations were not recorded."
+    prediction |= left_out_note(prediction)
     ranks = list(json_lines(folder / RANKS, note)) if (folder / RANKS).exists() else []
     if not ranks:
         reasons["ranks"] = f"the run's folder has no {RANKS}"
