@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shardwise.planner.constraints import Constraints
 from shardwise.planner.search.space import divisors, families, members
+from shardwise.predict.profile.profile import Profile
 from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
@@ -17,3 +18,8 @@ def everything(
     wanted = 0 if constraints.software else int(constraints.fixed.get("compile", 1))
     found = families(workers, workload.batch_size, constraints, divisors(workers), links, compile=wanted)
     return [member for family in found for member in members(family, constraints, spans)]
+
+
+def can_be_cut(profile: Profile, strategy: Strategy) -> bool:
+    """Whether there are as many segments as stages: with tp there are fewer than on one worker."""
+    return strategy.pp * strategy.stages_per_worker <= len(profile.segments)

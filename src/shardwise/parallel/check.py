@@ -17,6 +17,7 @@ from shardwise.parallel.state.build_model import plain_model
 from shardwise.parallel.state.mode_changes import check_modes
 from shardwise.parallel.state.parameter_hooks import check_hooks, take_hooks
 from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.overlap import overlap
 from shardwise.parallel.tensor.partition import partition
 from shardwise.parallel.tensor.partitioner import LocalGraph, Obstacle, Replacements
 from shardwise.splitting.balance import check_stages
@@ -63,10 +64,14 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
                 "pieces or fewer"
             )
     if strategy.pp > 1:
-        found = find_cut_points(split(step, 1, trained)[0], parameters)
+        local, _ = split(step, strategy.tp, trained, sequence=bool(strategy.sp))
+        if strategy.schedule != "zero-bubble":
+            overlap(local.graph, step.tensors, direct=bool(strategy.compile))
+        found = find_cut_points(local, parameters)
         if workload.evaluations:
             evaluation = traced(workload, model, batch, training=False)
-            found = common(found, find_cut_points(split(evaluation, 1, trained)[0], parameters))
+            whole, _ = split(evaluation, strategy.tp, trained, sequence=bool(strategy.sp))
+            found = common(found, find_cut_points(whole, parameters))
         check_stages(strategy, len(found))
 
 

@@ -38,6 +38,17 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 18), nn.ReLU(), nn.Linear(18, 6))
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Heads(), Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        output: Tensor = x + self.second(x)
+        return output
+
+
 def odd() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 18), nn.ReLU(), nn.Linear(18, 6))
 
@@ -105,6 +116,8 @@ def test_heads_that_nothing_divides_are_named_where_little_is_left(monkeypatch: 
             lambda: nn.Sequential(*(nn.Linear(12, 12) for _ in range(5))), "pp=2,schedule=interleaved,stages=3", X,
             "can be cut into 5 stages at most: use stages=2",
         ),
+        (TwoHeads, "pp=9", TOKENS, "can be cut into 8 stages at most: use pp=8 or fewer"),
+        (TwoHeads, "tp=2,pp=8", TOKENS, "can be cut into 7 stages at most"),  # layers share exchanges
         (mlp, "dp=3,tp=2", X, "batch_size=8 does not divide by the 3 replicas"),
     ],
 )  # fmt: skip

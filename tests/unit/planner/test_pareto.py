@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from small_gpt import SPEC, everything
+from small_gpt import SPEC, can_be_cut, everything
 
 from shardwise import api
 from shardwise.cluster.cluster import Cluster
@@ -37,7 +37,8 @@ def tried(workload: Workload, profiles: ScaledProfiles, cluster: Cluster, no_con
     every = {
         member.with_(recompute=again) for member in everything(workload, 4, Constraints(), segments) for again in PARTS
     }
-    return [Candidate(each, predict(profiles.traced.of(each), each, cluster)) for each in every]
+    found = {each: profiles.traced.of(each) for each in every}
+    return [Candidate(each, predict(own, each, cluster)) for each, own in found.items() if can_be_cut(own, each)]
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,18 @@ from itertools import accumulate, pairwise
 
 from shardwise.errors import StrategyError
 from shardwise.predict.profile.profile import Profile, module_blocks
-from shardwise.splitting.balance import blocks_from, cuts_blocks, recomputable, stage_starts
+from shardwise.splitting.balance import blocks_from, check_stages, cuts_blocks, recomputable, stage_starts
 from shardwise.strategy import Strategy
 
 
 def cuts_of(
     profile: Profile, strategy: Strategy, costs: tuple[float, ...], slower: tuple[float, ...] = ()
 ) -> tuple[tuple[int, ...], ...]:
-    """Return the segments at which the blocks of each stage begin; `costs` and `slower` as in `parts_of`."""
+    """Return the segments at which the blocks of each stage begin; `costs` and `slower` as in `parts_of`.
+
+    Raises:
+        StrategyError: there are more stages than segments. tp leaves fewer segments than one worker has.
+    """
     if strategy.runs_module:
         return (tuple(_module_cuts(profile, strategy)),)
     key = "cuts", costs, strategy.pp, strategy.stages_per_worker, cuts_blocks(strategy), strategy.speeds, slower
@@ -25,6 +29,7 @@ def _graph_cuts(
     profile: Profile, strategy: Strategy, costs: tuple[float, ...], slower: tuple[float, ...]
 ) -> list[list[int]]:
     """Cut stages and their blocks as `balance.divided` does; the cached stages do not depend on the blocks."""
+    check_stages(strategy, len(profile.segments) - 1)
     stages, messages = strategy.pp * strategy.stages_per_worker, [segment.message for segment in profile.segments[1:]]
     if profile.runtime.stages != "cost":
         bounds = [*block_starts(profile, stages), len(profile.segments)]

@@ -31,7 +31,7 @@ from shardwise.predict.workers.buckets import (
     stage_buckets,
 )
 from shardwise.predict.workers.cuts import cuts_of
-from shardwise.splitting.balance import check_stages, cuts_blocks
+from shardwise.splitting.balance import cuts_blocks
 from shardwise.splitting.buckets import bucket_bytes
 from shardwise.splitting.ownership import BUCKET_BYTES as BROADCAST_BYTES
 from shardwise.splitting.ownership import assign_owners
@@ -156,8 +156,6 @@ def parts_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], slo
     Raises:
         StrategyError: there are more stages than segments, or fsdp cannot shard a tied parameter.
     """
-    if strategy.pp > 1:
-        check_stages(strategy, len(profile.segments) - 1)
     key = ("parts", costs, _traits(strategy), slower)
 
     def divide() -> tuple[tuple[Worker, ...], tuple[tuple[int, ...], ...]]:
