@@ -61,6 +61,8 @@ def _leave(folder: Path | None, what_if: Callable[[], Mapping[str, Any]] | None)
         write_report(folder / REPORT, runs_document([folder]))
     except (OSError, ShardwiseError) as error:
         tell("no report: %s", error)
+    except Exception as error:  # a mistake of ours: the training is done, and its result must be returned
+        tell("no report: %s: %s", type(error).__name__, error)
 
 
 def report_in(folder: str | Path | None) -> dict[str, str]:

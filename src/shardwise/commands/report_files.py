@@ -39,8 +39,9 @@ def runs_in(folder: Path) -> list[Path]:
 def left_out_note(prediction: Mapping[str, Any]) -> dict[str, str]:
     """Return the note on operations of a predicted step that are not shown, as an entry; empty if all are."""
     left = number(prediction, "timeline_left_out")
-    said = f"Of the predicted step the {left:,.0f} shortest operations were left out."
-    return {"timeline_note": said} if left else {}
+    if not left:
+        return {}
+    return {"timeline_note": f"Of the predicted step the {left:,.0f} shortest operations were left out."}
 
 
 def read_entry(folder: Path, note: Notes) -> dict[str, Any]:
