@@ -21,5 +21,5 @@ def everything(
 
 
 def can_be_cut(profile: Profile, strategy: Strategy) -> bool:
-    """Whether there are as many segments as stages: with tp there are fewer than on one worker."""
+    """Return whether there are as many segments as stages: with tp there are fewer than on one worker."""
     return strategy.pp * strategy.stages_per_worker <= len(profile.segments)
