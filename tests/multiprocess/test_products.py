@@ -39,6 +39,8 @@ PRODUCTS = (
     "fsdp=2,tp=2,zero=2",
     "fsdp=2,tp=2",
     "fsdp=2,tp=2,sp=1,recompute=full",
+    "fsdp=2,tp=2,sp=1",
+    "tp=2,pp=2,sp=1",
     "fsdp=2,tp=2,microbatches=2",
     "fsdp=2,pp=2,zero=1",
     "fsdp=2,pp=2,zero=2",

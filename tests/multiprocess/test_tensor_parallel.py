@@ -60,6 +60,12 @@ def test_along_the_sequence(workers: Pools, name: str) -> None:
     check(workers, ALL[name], "tp=2,sp=1")
 
 
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize(("name", "tp"), [("separate", 2), ("tied", 4)])
+def test_inputs_that_are_gathered_again(workers: Pools, name: str, tp: int, recompute: str) -> None:
+    check(workers, ALL[name], f"tp={tp},sp=1,recompute={recompute}")
+
+
 @pytest.mark.parametrize("recompute", ["full", "1/3", "selective"])
 @pytest.mark.parametrize("name", ["tied", "encoder", "resnet"])
 def test_recomputation(workers: Pools, name: str, recompute: str) -> None:
@@ -140,6 +146,15 @@ def late_gradients_lost() -> Any:
     return mock.patch.object(overlap, "gradient_of_weight", lambda g, x: g.new_zeros(g.shape[-1], x.shape[-1]))
 
 
+def gathered_again_in_another_order() -> Any:
+    original = communication.Exchange._all_gather
+
+    def gather(self: Any, parts: list[torch.Tensor], x: torch.Tensor, *, later: bool = False) -> Any:
+        return original(self, parts[::-1] if later else parts, x, later=later)
+
+    return mock.patch.object(communication.Exchange, "_all_gather", gather)
+
+
 def parts_not_added_up() -> Any:
     return mock.patch.object(LocalStages, "_sum", return_value=None)
 
@@ -151,6 +166,7 @@ def parts_not_added_up() -> Any:
         ("separate", "tp=2", no_sum_of_gradients),
         ("separate", "tp=2", late_gradients_lost),
         ("separate", "tp=2,sp=1", late_gradients_lost),
+        ("separate", "tp=2,sp=1", gathered_again_in_another_order),
         ("manual", "tp=2", dropout_by_local_place),
         ("encoder", "tp=2,recompute=full", recomputed_at_another_place),
         ("separate", "tp=2,sp=1", parts_not_added_up),

@@ -15,6 +15,7 @@ from traces import remembered
 
 from shardwise.cluster.find import find_cluster
 from shardwise.collective import Group
+from shardwise.parallel.tensor import overlap
 from shardwise.predict.closed_form import memory
 from shardwise.predict.closed_form.fsdp_memory import StageMemory, held_at_segments
 from shardwise.predict.closed_form.segment_times import Seconds
@@ -231,6 +232,24 @@ def test_an_optimizer_that_needs_memory_for_a_moment_is_noticed() -> None:
     right = judge("few tokens", "single")
     wrong = costs_of(saved, Strategy(), find_cluster("h100x16")).memory
     assert wrong.tensors < (1 - MEMORY_TOLERANCE) * right.memory.total
+
+
+@pytest.mark.parametrize("strategy", ["tp=2,sp=1", "tp=4,sp=1,compile=1", "tp=2,sp=1,precision=float32"])
+def test_gathered_inputs_of_layers_are_not_saved(strategy: str) -> None:
+    """Two inputs of each block and that of the output layer are saved as this worker's part."""
+    parsed, name = Strategy.parse(strategy), "larger gpt"
+    right = judge(name, strategy)
+    with mock.patch.object(overlap, "_saves_input", return_value=True):
+        made = WORKLOADS[name]()
+        wrong = crosscheck(Profiles(made), parsed, find_cluster("h100x16"))
+    width = 4 if parsed.precision == "float32" else 2
+    gathered = (3 * 2 + 1) * (16 * 256 * 512 * width)
+    less = gathered * (parsed.tp - 1) // parsed.tp
+    assert wrong.memory.activations - right.memory.activations == less
+    assert wrong.run.memory.total - right.run.memory.total == pytest.approx(less, rel=0.05)
+    assert [each.operation for each in right.run.collectives].count("all_gather") == 7 + sum(
+        each.operation == "all_gather" for each in wrong.run.collectives
+    )
 
 
 def test_memory_that_is_not_counted_is_noticed() -> None:

@@ -14,7 +14,7 @@ exchange has a mirror image in the backward pass (the f and g of Megatron-LM; Sh
 
 `enter` and `gather_enter` can start their collective in the backward pass without waiting for it; the value that they
 are given then comes from `awaited`, which waits. What autograd computes between the two runs beside the collective, see
-`overlap`.
+`overlap`. What `gather_enter` gathers, the backward pass can gather again instead of saving it (`Regathered`).
 """
 
 from __future__ import annotations
@@ -49,6 +49,37 @@ class Started:
             work.wait()
         self.parts = None
         return gradient
+
+
+@dataclass(slots=True)
+class Regathered:
+    """Gathered value that is not saved: the backward pass gathers it again for the gradients of weights that took it.
+
+    Attributes:
+        begin: starts to gather it from this worker's part; returns a function that waits for it and returns it.
+        layers: number of layers that have not taken it yet.
+    """
+
+    begin: Callable[[Tensor], Callable[[], Tensor]]
+    layers: int = 0
+    _wait: Callable[[], Tensor] | None = None
+    _value: Tensor | None = None
+
+    def start(self, part: Tensor) -> None:
+        """Start to gather the value from this worker's part of it, at the first call."""
+        if self._wait is None:
+            self._wait = self.begin(part)
+
+    def take(self) -> Tensor:
+        """Return the value for one of its layers. Waits for it at the first call, and forgets it at the last."""
+        if self._wait is not None:
+            self._value, self._wait = self._wait(), None
+        assert self._value is not None
+        value = self._value
+        self.layers -= 1
+        if not self.layers:
+            self._value = None
+        return value
 
 
 class Exchange:
@@ -118,8 +149,11 @@ class Exchange:
 
         return _mirrored(x, _same, summed)
 
-    def gather_enter_unawaited(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
-        """Do as `gather_enter`, with a result of `awaited`, which waits for the reduce-scatter."""
+    def gather_enter_unawaited(self, x: Tensor, dim: int, spans: Segments, again: bool) -> Tensor:
+        """Do as `gather_enter`, with a result of `awaited`, which waits for the reduce-scatter.
+
+        `again` says that the layers which take the value save this worker's part of it, and gather it again.
+        """
         started: Started = x.started  # type: ignore[attr-defined]
 
         def scattered(gradient: Tensor, dim: int, spans: Segments) -> Tensor:
@@ -127,7 +161,11 @@ class Exchange:
             started.work = self._reduce_scatter(output, started.parts, later=True)
             return output
 
-        return _mirrored(x, self.joined, scattered, dim, spans)
+        whole: Any = _mirrored(x, self.joined, scattered, dim, spans)
+        if again:
+            whole.part = x.detach()
+            whole.regathered = Regathered(lambda part: self._join(part, dim, spans, later=True))
+        return whole  # type: ignore[no-any-return]
 
     def summed(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """All-reduce into a new tensor, without autograd."""
@@ -149,14 +187,27 @@ class Exchange:
 
     def joined(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
         """All-gather the workers' parts along `dim` and put them in place, without autograd."""
+        return self._join(x, dim, spans, later=False)()
+
+    def _join(self, x: Tensor, dim: int, spans: Segments, *, later: bool) -> Callable[[], Tensor]:
+        """All-gather the workers' parts along `dim`, and return a function that puts them in place.
+
+        With `later` that function waits for the all-gather.
+        """
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.ranks)]
-        self._all_gather(parts, x)
-        if len(spans) == 1:
-            return torch.cat(parts, dim)
-        sizes = [size // self.ranks for size in spans]
-        pieces = [torch.split(part, sizes, dim) for part in parts]
-        return torch.cat([pieces[r][s] for s in range(len(sizes)) for r in range(self.ranks)], dim)
+        work = self._all_gather(parts, x, later=later)
+
+        def joined() -> Tensor:
+            if later:
+                work.wait()
+            if len(spans) == 1:
+                return torch.cat(parts, dim)
+            sizes = [size // self.ranks for size in spans]
+            pieces = [torch.split(part, sizes, dim) for part in parts]
+            return torch.cat([pieces[r][s] for s in range(len(sizes)) for r in range(self.ranks)], dim)
+
+        return joined
 
     def scattered(self, x: Tensor, dim: int, spans: Segments) -> Tensor:
         """Reduce-scatter along `dim`, without autograd."""
@@ -173,8 +224,9 @@ class Exchange:
         """All-reduce in place. With `later` return a handle to wait for it."""
         return dist.all_reduce(total, op=op, group=self.group, async_op=later)
 
-    def _all_gather(self, parts: list[Tensor], x: Tensor) -> None:
-        dist.all_gather(parts, x, group=self.group)
+    def _all_gather(self, parts: list[Tensor], x: Tensor, *, later: bool = False) -> Any:
+        """All-gather into `parts`. With `later` return a handle to wait for it."""
+        return dist.all_gather(parts, x, group=self.group, async_op=later)
 
     def _reduce_scatter(self, output: Tensor, parts: list[Tensor], *, later: bool = False) -> Any:
         """Reduce-scatter into `output`. With `later` return a handle to wait for it."""

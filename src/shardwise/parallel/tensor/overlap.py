@@ -13,6 +13,14 @@ gradients of the layers' inputs, starts the collective, computes the gradients o
 
 The layers of one collective are those between it and the next one: those that take its value, and those after them that
 end in a partial sum, whose weights have gradients too that nothing waits for.
+
+A value that is gathered is not saved for the gradients of the weights. The layers save this worker's part of it, and
+the backward pass gathers it again, once for all layers that took it, beside the gradients of their inputs (section
+4.2.2):
+
+    gradient of the last layer's output arrives: start to gather the value
+    compute the gradients of the layers' inputs, start their reduce-scatter
+    wait for the value, compute the gradients of the weights, wait for the reduce-scatter
 """
 
 from __future__ import annotations
@@ -28,7 +36,7 @@ from torch import Tensor, fx
 
 from shardwise.parallel.pipeline.weight_gradients import gradient_of_bias, gradient_of_weight
 from shardwise.parallel.tensor.aliasing import roots, writes_in_place
-from shardwise.parallel.tensor.communication import Exchange
+from shardwise.parallel.tensor.communication import Exchange, Regathered
 
 aten = torch.ops.aten
 
@@ -120,7 +128,14 @@ def _overlap(graph: fx.Graph, entry: _Entry, tensors: Collection[str]) -> None:
         fresh = all(user.target in (linear, aten.linear.default) for user in node.users)
         node.target, node.args = exchange.enter_unawaited, (held, fresh)
     else:
-        node.target, node.args = exchange.gather_enter_unawaited, (held, *where)
+        again = not any(_saves_input(user) for user in node.users)
+        node.target, node.args = exchange.gather_enter_unawaited, (held, *where, again)
+
+
+def _saves_input(user: fx.Node) -> bool:
+    """Return whether a call that takes a gathered value saves it for the backward pass, unless it is our `linear`."""
+    frozen = user.target is aten.linear.default and not user.args[1].meta.get("grad")  # type: ignore[union-attr]
+    return user.target is not linear and not frozen
 
 
 def _called(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: Any) -> fx.Node:
@@ -152,21 +167,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     is_late = bias is not None and hasattr(bias, "put_off")
-    kept = _Input(gradient=None)
-    x = _Kept.apply(x, weight, bias if is_late else None, kept)  # type: ignore[no-untyped-call]
+    regathered: Regathered | None = getattr(x, "regathered", None)
+    saved: Any = x if regathered is None else x.part  # type: ignore[attr-defined]
+    x = _Kept.apply(x, saved, regathered, weight, bias if is_late else None)  # type: ignore[no-untyped-call]
     output = F.linear(x, weight.detach(), bias.detach() if bias is not None and is_late else bias)
-    output.register_hook(kept.take)  # type: ignore[no-untyped-call]
+    output.register_hook(partial(_arrived, x.grad_fn))  # type: ignore[no-untyped-call]
     return output
 
 
-@dataclass(slots=True)
-class _Input:
-    """Gradient of a linear layer's output, which the backward pass hands on to the input of the layer."""
-
-    gradient: Tensor | None
-
-    def take(self, gradient: Tensor) -> None:
-        self.gradient = gradient
+def _arrived(kept: Any, gradient: Tensor) -> None:
+    """Note the gradient of a linear layer's output at the node that is before it, and start to gather its input."""
+    (saved,) = kept.saved_tensors
+    if kept.regathered is not None:
+        kept.regathered.start(saved)
+    kept.gradient, kept.input = gradient, saved
 
 
 class _Late(torch.autograd.Function):
@@ -182,24 +196,33 @@ class _Late(torch.autograd.Function):
 
 
 class _Kept(torch.autograd.Function):
-    """The input of a linear layer, kept for the gradients of its weight and bias.
+    """The input of a linear layer, kept for the gradients of its weight and bias: whole, or this worker's part of it.
 
     It is a node before the layer: autograd has its input saved before the layer computes, so that a recomputation which
     needs no more than this ends there.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: _Input) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.kept = weight, bias, kept
+    def forward(
+        ctx: Any, x: Tensor, saved: Tensor, regathered: Regathered | None, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(saved)
+        ctx.regathered, ctx.weight, ctx.bias = regathered, weight, bias
+        if regathered is not None:
+            regathered.layers += 1
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        gradient, ctx.kept.gradient = ctx.kept.gradient, None
-        ctx.weight.put_off.compute = partial(gradient_of_weight, gradient, x)
+        gradient, x, regathered = ctx.gradient, ctx.input, ctx.regathered
+        ctx.gradient = ctx.input = None
+        whole = partial(_same, x) if regathered is None else regathered.take
+        ctx.weight.put_off.compute = lambda: gradient_of_weight(gradient, whole())
         if ctx.bias is not None:
             ctx.bias.put_off.compute = partial(gradient_of_bias, gradient)
         # in place of the gradients, which nothing reads before `_Late` computes them: autograd goes on to it
-        return gradients[0], ctx.weight.detach(), None if ctx.bias is None else ctx.bias.detach(), None
+        return gradients[0], None, None, ctx.weight.detach(), None if ctx.bias is None else ctx.bias.detach()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

@@ -101,8 +101,8 @@ class RecordedExchange(Exchange):
     def _all_reduce(self, total: Tensor, op: Any, *, later: bool = False) -> RecordedWork:
         return self._recorder.exchange("all_reduce", total)
 
-    def _all_gather(self, parts: list[Tensor], x: Tensor) -> None:
-        self._recorder.exchange("all_gather", *parts)
+    def _all_gather(self, parts: list[Tensor], x: Tensor, *, later: bool = False) -> RecordedWork:
+        return self._recorder.exchange("all_gather", *parts)
 
     def _reduce_scatter(self, output: Tensor, parts: list[Tensor], *, later: bool = False) -> RecordedWork:
         return self._recorder.exchange("reduce_scatter", *parts)

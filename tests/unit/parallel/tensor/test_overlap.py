@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,27 +21,39 @@ WIDTH, SHAPE = 4, (2, 6, 4)
 Log = list[str]
 
 
-class LoggedExchange(Exchange):
-    """Exchange of one worker that logs when collectives start, and when they are waited for."""
+@dataclass
+class Handle:
+    """Handle of a collective that logs when it is waited for."""
 
-    def __init__(self, log: Log) -> None:
-        super().__init__(None, 0, 1)
-        self.log = log
-
-    def _all_reduce(self, total: Tensor, op: Any, *, later: bool = False) -> Any:
-        self.log.append(f"sum {'later' if later else 'now'}")
-        return self
-
-    def _all_gather(self, parts: list[Tensor], x: Tensor) -> None:
-        parts[0].copy_(x)
-
-    def _reduce_scatter(self, output: Tensor, parts: list[Tensor], *, later: bool = False) -> Any:
-        self.log.append(f"scatter {'later' if later else 'now'}")
-        output.copy_(parts[0])
-        return self
+    log: Log
+    name: str
 
     def wait(self) -> None:
-        self.log.append("wait")
+        self.log.append(f"wait for {self.name}")
+
+
+class LoggedExchange(Exchange):
+    """Exchange of one worker, or of several with equal values, that logs when collectives start and end."""
+
+    def __init__(self, log: Log, ranks: int = 1) -> None:
+        super().__init__(None, 0, ranks)
+        self.log = log
+
+    def started(self, name: str, later: bool) -> Handle:
+        self.log.append(f"{name} {'later' if later else 'now'}")
+        return Handle(self.log, name)
+
+    def _all_reduce(self, total: Tensor, op: Any, *, later: bool = False) -> Any:
+        return self.started("sum", later)
+
+    def _all_gather(self, parts: list[Tensor], x: Tensor, *, later: bool = False) -> Any:
+        for part in parts:
+            part.copy_(x.detach())
+        return self.started("gather", later)
+
+    def _reduce_scatter(self, output: Tensor, parts: list[Tensor], *, later: bool = False) -> Any:
+        output.copy_(torch.stack(parts).sum(0))
+        return self.started("scatter", later)
 
 
 def tensors(log: Log) -> tuple[Tensor, list[nn.Parameter]]:
@@ -53,9 +66,18 @@ def tensors(log: Log) -> tuple[Tensor, list[nn.Parameter]]:
     return x, found
 
 
+ORDERS = {
+    "enter": ["sum later", "second", "bias", "weight", "wait for sum", "before"],
+    "gather_enter": ["scatter later", "second", "bias", "weight", "wait for scatter", "before"],
+    "gathered again": [
+        "gather later", "scatter later", "second", "bias", "wait for gather", "weight", "wait for scatter", "before",
+    ],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("sequence", [False, True])
-def test_gradients_of_weights_come_between_start_and_wait(sequence: bool, recompute: bool) -> None:
+@pytest.mark.parametrize("kind", ORDERS)
+def test_gradients_of_weights_come_between_start_and_wait(kind: str, recompute: bool) -> None:
     log: Log = []
     exchange = LoggedExchange(log)
     x, (weight, bias, second) = tensors(log)
@@ -65,18 +87,47 @@ def test_gradients_of_weights_come_between_start_and_wait(sequence: bool, recomp
     def compute(x: Tensor) -> Tensor:
         held = exchange.awaited(x)
         w, b, v = late(weight), late(bias), late(second)
-        entered = exchange.gather_enter_unawaited(held, 1, (6,)) if sequence else exchange.enter_unawaited(held, True)
+        if kind == "enter":
+            entered = exchange.enter_unawaited(held, True)
+        else:
+            entered = exchange.gather_enter_unawaited(held, 1, (6,), kind == "gathered again")
         return linear(linear(entered, w, b).square(), v)
 
     output = checkpoint(compute, before, use_reentrant=False) if recompute else compute(before)
     output.square().sum().backward()
-    start = "scatter later" if sequence else "sum later"
-    assert log == [start, "second", "bias", "weight", "wait", "before"]
+    assert [each for each in log if each != "gather now"] == ORDERS[kind]
+    assert log.count("gather now") == (0 if kind == "enter" else 1 + recompute)
     found = [each.grad for each in (x, weight, bias, second)]
     for each in (x, weight, bias, second):
         each.grad = None
     F.linear(F.linear(x * 2, weight, bias).square(), second).square().sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(found, [each.grad for each in (x, weight, bias, second)], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_layers_with_one_input_save_a_part_and_gather_once(again: bool) -> None:
+    log: Log = []
+    exchange, saved = LoggedExchange(log, ranks=2), list[torch.Size]()
+    x, weight = tensors([])[0], nn.Parameter(torch.randn(8, WIDTH, dtype=torch.float64))
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = exchange.awaited(x * 2)
+        seen = [late(weight) for _ in range(3)]
+        whole: Any = exchange.gather_enter_unawaited(held, 1, (12,), again)
+        outputs = [linear(whole, each) for each in seen]
+    assert (torch.Size((2, 12, WIDTH)) in saved) != again
+    assert (torch.Size((2, 6, WIDTH)) in saved) == again
+    kept = getattr(whole, "regathered", None)
+    sum(outputs).sum().backward()  # type: ignore[union-attr]
+    assert log.count("gather later") == (1 if again else 0)
+    assert kept is None or (kept.layers == 0 and kept._value is None)
+    expected = torch.cat([x.detach() * 2] * 2, 1).sum((0, 1))
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, 3 * expected.expand(8, -1), rtol=1e-12, atol=0)
 
 
 def test_a_gradient_that_others_read_is_not_summed_in_place() -> None:
@@ -143,8 +194,42 @@ def test_in_compiled_steps_layers_that_take_the_value_itself() -> None:
 
 
 def test_along_the_sequence() -> None:
-    found = called(rewritten(sequence=True))
-    assert found[-6:] == ["reduce_scatter", "awaited", "late", "late", "gather_enter_unawaited", "linear"]
+    graph = rewritten(sequence=True)
+    assert called(graph)[-6:] == ["reduce_scatter", "awaited", "late", "late", "gather_enter_unawaited", "linear"]
+    assert gathered_again(graph) == [True]
+
+
+def gathered_again(graph: LocalGraph) -> list[bool]:
+    """Return for each value that is gathered whether the backward pass gathers it again."""
+    targets = [(str(getattr(node.target, "__name__", "")), node.args) for node in graph.graph.nodes]
+    return [bool(args[-1]) for name, args in targets if name == "gather_enter_unawaited"]
+
+
+class Twice(Gated):
+    """A gathered value that two operations take."""
+
+    def second(self, x: Tensor) -> Tensor:
+        output: Tensor = self.gate(x)
+        return output
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.up(x))
+        output: Tensor = self.up(x) * self.second(x)
+        return output
+
+
+def test_what_another_operation_saves_is_not_gathered_again() -> None:
+    class Multiplied(Twice):
+        def second(self, x: Tensor) -> Tensor:
+            return x @ self.gate.weight.t()
+
+    class Frozen(Twice):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate.requires_grad_(False)  # saves its weight only
+
+    found = [gathered_again(rewritten(model, sequence=True)) for model in (Twice, Multiplied, Frozen)]
+    assert found == [[True], [False], [True]]
 
 
 def test_frozen_weights_have_no_gradient_to_wait_with() -> None:
