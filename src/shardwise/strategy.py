@@ -17,7 +17,7 @@ from math import gcd, isqrt
 from typing import Any
 
 from shardwise.errors import StrategyError, nearest
-from shardwise.options import BF16, EQUAL, MOST, NONE, PRECISIONS, Ratio, Recompute, dtype_of
+from shardwise.options import BF16, EQUAL, FULL, MOST, NONE, PRECISIONS, SELECTIVE, Ratio, Recompute, dtype_of
 from shardwise.units import parse_whole
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
@@ -305,13 +305,21 @@ class Strategy:
         return self.tp == self.pp == 1 and not self.compile and not self.loss_pieces
 
     @property
-    def kernel_options(self) -> tuple[bool, str, int]:
+    def kernel_options(self) -> tuple[bool, str, int, bool]:
         """Return what decides which kernels run, beside sizes and precision.
 
-        It is whether gradients of weights have passes of their own (zero-bubble), what is compiled, and in how many
-        pieces the loss is computed.
+        It is whether gradients of weights have passes of their own (zero-bubble), what is compiled, in how many pieces
+        the loss is computed, and `gathers_again`.
         """
-        return self.schedule == "zero-bubble", self.compiled, self.loss_pieces
+        return self.schedule == "zero-bubble", self.compiled, self.loss_pieces, self.gathers_again
+
+    @property
+    def gathers_again(self) -> bool:
+        """Return whether the backward pass gathers inputs of layers again that `sp=1` gathered, instead of saving them.
+
+        Blocks that are recomputed gather them anyway and save none. So it is not worth its time where all of them are.
+        """
+        return bool(self.sp) and self.schedule != "zero-bubble" and self.recompute not in (FULL, SELECTIVE)
 
     @property
     def compiled(self) -> str:

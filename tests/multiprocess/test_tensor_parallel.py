@@ -60,7 +60,7 @@ def test_along_the_sequence(workers: Pools, name: str) -> None:
     check(workers, ALL[name], "tp=2,sp=1")
 
 
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "1/2", "full", "selective"])
 @pytest.mark.parametrize(("name", "tp"), [("separate", 2), ("tied", 4)])
 def test_inputs_that_are_gathered_again(workers: Pools, name: str, tp: int, recompute: str) -> None:
     check(workers, ALL[name], f"tp={tp},sp=1,recompute={recompute}")

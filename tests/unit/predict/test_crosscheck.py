@@ -234,6 +234,13 @@ def test_an_optimizer_that_needs_memory_for_a_moment_is_noticed() -> None:
     assert wrong.tensors < (1 - MEMORY_TOLERANCE) * right.memory.total
 
 
+@pytest.mark.parametrize(("recompute", "again"), [("none", 7), ("1/3", 7), ("full", 0), ("selective", 0)])
+def test_inputs_are_gathered_again_unless_all_blocks_are_recomputed(recompute: str, again: int) -> None:
+    """Two inputs of each block and that of the output layer."""
+    run = judge("larger gpt", f"tp=2,sp=1,recompute={recompute}").run
+    assert sum(each.operation == "all_gather" and each.asynchronous for each in run.collectives) == again
+
+
 @pytest.mark.parametrize("strategy", ["tp=2,sp=1", "tp=4,sp=1,compile=1", "tp=2,sp=1,precision=float32"])
 def test_gathered_inputs_of_layers_are_not_saved(strategy: str) -> None:
     """Two inputs of each block and that of the output layer are saved as this worker's part."""

@@ -242,7 +242,8 @@ class GraphEngine:
         if self._strategy.schedule == "zero-bubble":
             defer_weights(local.graph, self._weights, step.tensors)
         elif step.training:
-            overlap(local.graph, step.tensors, direct=bool(self._strategy.compile))
+            strategy = self._strategy
+            overlap(local.graph, step.tensors, direct=bool(strategy.compile), again=strategy.gathers_again)
         if self._strategy.compile:
             write_elsewhere(local.graph)
         return local

@@ -14,9 +14,9 @@ gradients of the layers' inputs, starts the collective, computes the gradients o
 The layers of one collective are those between it and the next one: those that take its value, and those after them that
 end in a partial sum, whose weights have gradients too that nothing waits for.
 
-A value that is gathered is not saved for the gradients of the weights. The layers save this worker's part of it, and
-the backward pass gathers it again, once for all layers that took it, beside the gradients of their inputs (section
-4.2.2):
+With `again`, a value that is gathered is not saved for the gradients of the weights. The layers save this worker's part
+of it, and the backward pass gathers it again, once for all layers that took it, beside the gradients of their inputs
+(section 4.2.2):
 
     gradient of the last layer's output arrives: start to gather the value
     compute the gradients of the layers' inputs, start their reduce-scatter
@@ -52,7 +52,7 @@ class _Entry:
     layers: list[fx.Node] = field(default_factory=list)
 
 
-def overlap(graph: fx.Graph, tensors: Collection[str], *, direct: bool = False) -> None:
+def overlap(graph: fx.Graph, tensors: Collection[str], *, direct: bool = False, again: bool = False) -> None:
     """Start the collectives of a backward pass before the gradients of weights that do not need them.
 
     Changes the graph in place.
@@ -62,12 +62,13 @@ def overlap(graph: fx.Graph, tensors: Collection[str], *, direct: bool = False) 
         tensors: placeholders of parameters and buffers.
         direct: whether only layers that take the value of the collective itself are changed: the others are compiled
             with what is before them, and save less so.
+        again: whether layers save this worker's part of an input that is gathered, see `Strategy.gathers_again`.
     """
     where = roots(graph)
     written = {where[node] for node in graph.nodes if writes_in_place(node)}
     for entry in list(_entries(graph, tensors, direct=direct)):
         if entry.layers and entry.node not in written:
-            _overlap(graph, entry, tensors)
+            _overlap(graph, entry, tensors, again=again)
 
 
 def overlapping(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
@@ -110,7 +111,7 @@ def _is_tensor(argument: Any, tensors: Collection[str]) -> bool:
     return isinstance(argument, fx.Node) and argument.name in tensors and bool(argument.meta.get("grad"))
 
 
-def _overlap(graph: fx.Graph, entry: _Entry, tensors: Collection[str]) -> None:
+def _overlap(graph: fx.Graph, entry: _Entry, tensors: Collection[str], *, again: bool) -> None:
     """Rewrite one collective and its layers, see the module's docstring."""
     node = entry.node
     exchange: Exchange = node.target.__self__  # type: ignore[union-attr]
@@ -128,7 +129,7 @@ def _overlap(graph: fx.Graph, entry: _Entry, tensors: Collection[str]) -> None:
         fresh = all(user.target in (linear, aten.linear.default) for user in node.users)
         node.target, node.args = exchange.enter_unawaited, (held, fresh)
     else:
-        again = not any(_saves_input(user) for user in node.users)
+        again = again and not any(_saves_input(user) for user in node.users)
         node.target, node.args = exchange.gather_enter_unawaited, (held, *where, again)
 
 

@@ -172,6 +172,8 @@ class Candidates:
         if not self._may_be_selective(summary, strategy):
             return None
         selective = strategy.with_(recompute=SELECTIVE)
+        if strategy.gathers_again:  # which selective recomputation does not
+            summary = self.task.scaled.summary(_whole(family_of(selective)))
         return least_seconds(summary, selective, self.task.cluster), selective
 
     def _partly(self, strategy: Strategy) -> tuple[float, Strategy] | None:
@@ -238,5 +240,6 @@ def family_of(strategy: Strategy) -> Strategy:
 
 
 def _whole(family: Strategy) -> Strategy:
-    """Replace zero-bubble by 1f1b in a family, which saves a profile: the bounds of both profiles are equal."""
-    return family.with_(schedule="1f1b") if family.schedule == "zero-bubble" else family
+    """Replace zero-bubble by 1f1b in a family, which saves a profile where the bounds of both profiles are equal."""
+    alike = family.schedule == "zero-bubble" and not family.sp  # else 1f1b gathers again
+    return family.with_(schedule="1f1b") if alike else family

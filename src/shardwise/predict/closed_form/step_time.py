@@ -129,13 +129,14 @@ def _check(profile: Profile, strategy: Strategy, size: int) -> None:
             f"{profile.name} cannot be traced, so that {strategy} is not possible: use dp or fsdp alone"
         )
     samples = size // strategy.replicas // strategy.microbatches
+    again = strategy.gathers_again if profile.gathers_again is None else profile.gathers_again
     wanted = strategy.tp, strategy.sp, samples, *strategy.kernel_options
-    given = profile.tp, profile.sp, profile.microbatch, profile.split, profile.compiled, profile.loss_pieces
+    given = profile.tp, profile.sp, profile.microbatch, profile.split, profile.compiled, profile.loss_pieces, again
     precise = not strategy.precision or strategy.precision == profile.precision
     if wanted != given or not precise:
         raise StrategyError(
             f"the profile of {profile.name} in {profile.precision} has (tp, sp, microbatch, split, compiled, "
-            f"loss_pieces)={given}, strategy {strategy} with batch_size={size} needs {wanted}"
+            f"loss_pieces, gathers again)={given}, strategy {strategy} with batch_size={size} needs {wanted}"
             + (f" in {strategy.precision}" if strategy.precision else "")
         )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from shardwise.errors import StrategyError, WorkloadError
-from shardwise.options import NONE, SELECTIVE
+from shardwise.options import FULL, NONE, SELECTIVE
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Memo
 from shardwise.predict.profile.profile import Exchanged, LayerPass, Parameter, Profile, Segment, Value
@@ -199,7 +199,9 @@ class ScaledProfiles:
         key = (tp, strategy.sp if tp > 1 else 0, samples, strategy.precision, *strategy.kernel_options)
         if key not in self._corners:
             sp = strategy.sp if tp > 1 else 0
-            recompute = SELECTIVE if strategy.compiled == "rest" else NONE
+            recompute = NONE if strategy.gathers_again or not sp else FULL
+            if strategy.compiled == "rest":
+                recompute = SELECTIVE
             alone = Strategy(
                 tp=tp,
                 sp=sp,

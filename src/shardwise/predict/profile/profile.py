@@ -231,6 +231,7 @@ class Profile:
         split: whether gradients of weights and of inputs are computed in passes of their own (zero-bubble).
         compiled: what is compiled, see `Strategy.compiled`.
         loss_pieces: number of pieces of the tokens in which the loss is computed; 0: whole.
+        gathers_again: see `Strategy.gathers_again`; None if it is for strategies that do and that do not.
         cut: whether the step could be traced, so that tp and pp are possible.
         ready: indices of trained parameters in the order in which their gradients become complete.
         batch_bytes: bytes of the data of one microbatch.
@@ -256,6 +257,7 @@ class Profile:
     split: bool = False
     compiled: str = ""
     loss_pieces: int = 0
+    gathers_again: bool | None = None
     cut: bool = True
     ready: tuple[int, ...] = ()
     batch_bytes: int = 0

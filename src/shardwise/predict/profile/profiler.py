@@ -121,6 +121,7 @@ def profile(
     split: bool = False,
     compiled: str = "",
     loss_pieces: int = 0,
+    gathers_again: bool = False,
     device: str = "gpu",
 ) -> Profile:
     """Profile one microbatch of a workload on one device.
@@ -135,6 +136,7 @@ def profile(
             pipeline.
         compiled: what is compiled, see `Strategy.compiled`.
         loss_pieces: see `Strategy.loss_pieces`.
+        gathers_again: see `Strategy.gathers_again`.
         device: kind of device, `gpu` or `cpu`.
 
     Raises:
@@ -142,7 +144,8 @@ def profile(
         DataError: the dataset is empty.
     """
     models = _Models(workload, device)
-    return models.profile(tp, sp, microbatch, precision or workload.precision, split, compiled, loss_pieces)
+    kind = precision or workload.precision
+    return models.profile(tp, sp, microbatch, kind, split, compiled, loss_pieces, gathers_again)
 
 
 class _Models:
@@ -153,19 +156,16 @@ class _Models:
         self._builds = builds(workload, device)
         self._model: Model | None = next(self._builds)
 
-    def profile(
-        self, tp: int, sp: int, microbatch: int, precision: str, split: bool, compiled: str, loss_pieces: int
-    ) -> Profile:
+    def profile(self, *options: Any) -> Profile:
         """Profile the first build that can be traced, else the model with real values; see `profile` above."""
-        options = self._device, tp, sp, microbatch, precision, split, compiled, loss_pieces
         while self._model is not None:
-            profiler = _Profiler(self._model, *options)
+            profiler = _Profiler(self._model, self._device, *options)
             try:
                 return profiler.profile()
             except Untraceable:
                 self._model = next(self._builds, None)
         model = with_values(self._workload, self._device)
-        return _Profiler(model, *options).profile_with_values()
+        return _Profiler(model, self._device, *options).profile_with_values()
 
     def layer_class(self) -> str:
         """See `Profiles.layer_class`."""
@@ -201,10 +201,12 @@ class _Profiler:
         split: bool,
         compiled: str,
         loss_pieces: int,
+        gathers_again: bool,
     ) -> None:
         self.model, self.workload, self.device = model, model.workload, device
         self.tp, self.sp, self.precision = tp, sp, precision
         self.samples, self.split, self.compiled, self.loss_pieces = microbatch, split, compiled, loss_pieces
+        self.gathers_again = gathers_again
         self.recorder = SegmentRecorder(cpu=self.device == "cpu")
         self.exchange = RecordedExchange(tp, self.recorder)
         position = Position(seed=self.workload.seed, samples=microbatch, counted=microbatch)
@@ -284,7 +286,7 @@ class _Profiler:
         local = self._partitioned(step, trained)
         cut_loss(local, self.loss_pieces, self.operators.loss_in_pieces)
         if not self.split:
-            overlap(local.graph, step.tensors, direct=bool(self.compiled))
+            overlap(local.graph, step.tensors, direct=bool(self.compiled), again=self.gathers_again)
         found = find_cut_points(local, named)
         if self.workload.evaluations:
             found = common(found, self._evaluated(named, trained, local))
@@ -442,6 +444,7 @@ class _Profiler:
             split=self.split,
             compiled=self.compiled,
             loss_pieces=self.loss_pieces,
+            gathers_again=self.gathers_again,
             batch_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(data) if isinstance(t, Tensor)),
             **found,
         )

@@ -170,7 +170,7 @@ class Gated(nn.Module):
 
 def rewritten(model: type[nn.Module] = Gated, *, direct: bool = False, sequence: bool = False) -> LocalGraph:
     graph, _ = local(model, torch.randn(2, 6, 8), 2, sequence=sequence)
-    overlap(graph.graph, graph.step.tensors, direct=direct)
+    overlap(graph.graph, graph.step.tensors, direct=direct, again=True)
     return graph
 
 

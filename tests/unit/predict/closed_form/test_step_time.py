@@ -387,8 +387,8 @@ def test_memory_of_a_pipeline() -> None:
 @pytest.mark.parametrize(
     ("strategy", "others", "message"),
     [
-        ("tp=2", {}, "has \\(tp, sp, microbatch, split, compiled, loss_pieces\\)"),
-        ("single,microbatches=4", {}, "has \\(tp, sp, microbatch, split, compiled, loss_pieces\\)"),
+        ("tp=2", {}, "has \\(tp, sp, microbatch, split, compiled, loss_pieces, gathers again\\)"),
+        ("single,microbatches=4", {}, "has \\(tp, sp, microbatch, split, compiled, loss_pieces, gathers again\\)"),
         ("single,precision=bf16,microbatches=8", {}, "in float32"),
         ("pp=2,microbatches=8", {"cut": False}, "cannot be traced"),
         ("pp=8,microbatches=8", {}, "can be cut into 4 stages at most"),
