@@ -19,6 +19,7 @@ are given then comes from `awaited`, which waits. What autograd computes between
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -192,15 +193,21 @@ class Exchange:
     def _join(self, x: Tensor, dim: int, spans: Segments, *, later: bool) -> Callable[[], Tensor]:
         """All-gather the workers' parts along `dim`, and return a function that puts them in place.
 
-        With `later` that function waits for the all-gather.
+        Parts that lie one after another in the whole value, such as those of the sequence of a single sample, are
+        received in place. With `later` that function waits for the all-gather.
         """
         x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.ranks)]
+        whole = None
+        if len(spans) == 1 and math.prod(x.shape[:dim]) == 1:
+            whole = x.new_empty((*x.shape[:dim], *spans, *x.shape[dim + 1 :]))
+        parts = [torch.empty_like(x) for _ in range(self.ranks)] if whole is None else [*whole.chunk(self.ranks, dim)]
         work = self._all_gather(parts, x, later=later)
 
         def joined() -> Tensor:
             if later:
                 work.wait()
+            if whole is not None:
+                return whole
             if len(spans) == 1:
                 return torch.cat(parts, dim)
             sizes = [size // self.ranks for size in spans]

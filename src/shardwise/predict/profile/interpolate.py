@@ -260,7 +260,8 @@ class _Plane(Generic[P]):
         return self._known[key]
 
     def _along_samples(self, strategy: Strategy, tp: int, samples: int) -> P:
-        if samples in (SMALL, LARGE) or (samples == 1 and _convolves(self._corner(strategy, tp, SMALL))):
+        alone = samples == 1 and (strategy.sp or _convolves(self._corner(strategy, tp, SMALL)))
+        if samples in (SMALL, LARGE) or alone:  # gathers of a sequence have no copy then, convolutions other kernels
             return self._corner(strategy, tp, samples)
         first, second = self._corner(strategy, tp, SMALL), self._corner(strategy, tp, LARGE)
         found = between(first, second, (samples - SMALL) / (LARGE - SMALL))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -145,6 +146,15 @@ def test_a_gradient_that_others_read_is_not_summed_in_place() -> None:
         assert x.grad is not None
         assert torch.equal(x.grad, torch.full(SHAPE, 6.0))
         assert torch.equal(seen[0], torch.full(SHAPE, 6.0 if fresh else 3.0))
+
+
+@pytest.mark.parametrize(("samples", "copies"), [(1, 0), (2, 1)])
+def test_parts_of_a_single_sample_are_gathered_in_place(samples: int, copies: int) -> None:
+    x = torch.randn(samples, 3, WIDTH)
+    with mock.patch.object(torch, "cat", side_effect=torch.cat) as cat:
+        found = LoggedExchange([], ranks=2).joined(x, 1, (6,))
+    assert cat.call_count == copies
+    torch.testing.assert_close(found, x.repeat(1, 2, 1))
 
 
 def test_without_gradients_it_is_a_linear_layer() -> None:
