@@ -30,7 +30,8 @@ def test_in_turns_with_plain_loops_beside(run: Run, folder: Path, mark: str) -> 
     chosen = strategies("single", "dp=2", "fsdp=2")
     done = run("compare", "work.py:small", *chosen, "--steps", "20", "--out", "out", "--json", "--quiet")
     found = json.loads(done.stdout)
-    assert found == comparison(folder)
+    assert found == {**comparison(folder), "report": "out/report.html"}
+    assert (folder / "out" / "report.html").is_file()
     assert [row["strategy"] for row in found["results"]] == ["single", "dp=2", "fsdp=2"]
     assert [row["beside"] for row in found["by_hand"]] == ["dp=2", "fsdp=2"]
     assert len(found["groups"]) == 1

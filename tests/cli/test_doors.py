@@ -209,10 +209,10 @@ class TestNothingCanBeKept:
     def test_else_it_is_said_and_trained(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        def run_job(job: Job) -> Trained:
+        def run_reported(job: Job) -> Trained:
             return Trained({"strategy": str(job.strategy)}, (), {})
 
-        monkeypatch.setattr("shardwise.commands.auto.run_job", run_job)
+        monkeypatch.setattr("shardwise.commands.auto.run_reported", run_reported)
         document = api.train("work.py:small", steps=1, workers=2)
         assert document["strategy"] == "dp=2"
         assert "strategy dp=2, for nothing can be chosen: what is measured cannot be kept in" in capsys.readouterr().err

@@ -125,14 +125,14 @@ def run(monkeypatch: pytest.MonkeyPatch, outcomes: list[Any]) -> tuple[list[str]
     monkeypatch.setattr(auto, "choose", lambda *_, **__: Choice(options[0], options, ("needs", "Chosen: dp=2.")))
     monkeypatch.setattr(auto, "settle", lambda asked, *_, **__: SimpleNamespace(strategy=asked.strategy))
 
-    def run_job(job: Any) -> Any:
+    def run_reported(job: Any) -> Any:
         tried.append(str(job.strategy))
         outcome = outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
         return SimpleNamespace(summary=outcome)
 
-    monkeypatch.setattr(auto, "run_job", run_job)
+    monkeypatch.setattr(auto, "run_reported", run_reported)
     return tried, lambda: train_automatically(TrainingRequest(SPEC), None)
 
 
@@ -160,7 +160,7 @@ def test_unequal_stages_are_cut_as_they_were_planned(monkeypatch: pytest.MonkeyP
     for spec in ("pp=2,speeds=1:3", "pp=2", "dp=2"):
         best = candidate(spec, 1.0, 100)
         monkeypatch.setattr(auto, "choose", lambda *_, best=best, **__: replace(found, best=best, others=(best,)))
-        monkeypatch.setattr(auto, "run_job", run)
+        monkeypatch.setattr(auto, "run_reported", run)
         train_automatically(TrainingRequest(SPEC, steps=1), machine.parent / spec, quiet=True)
     unequal, equal, whole = (job.cuts for job in jobs)
     assert [len(stage) for stage in unequal] == [1, 1]
@@ -190,11 +190,11 @@ def test_a_workload_is_loaded_and_traced_once_and_trained_by_its_prediction(
     counts.clear()
     jobs: list[Any] = []
 
-    def run_job(job: Any) -> SimpleNamespace:
+    def run_reported(job: Any) -> SimpleNamespace:
         jobs.append(job)
         return SimpleNamespace(summary={"step_seconds": None})
 
-    monkeypatch.setattr(auto, "run_job", run_job)
+    monkeypatch.setattr(auto, "run_reported", run_reported)
     train_automatically(TrainingRequest(SPEC, workers=2, steps=1), machine.parent / "run", quiet=True)
     assert alone["traced"] > 0
     assert counts == alone + Counter(load_workload=1)
@@ -252,7 +252,7 @@ def test_without_measurements_train_takes_dp_and_says_so(
         settled.append(given)
 
     monkeypatch.setattr(auto, "settle", settle)
-    monkeypatch.setattr(auto, "run_job", lambda _: SimpleNamespace(summary={"loss": 1.0}))
+    monkeypatch.setattr(auto, "run_reported", lambda _: SimpleNamespace(summary={"loss": 1.0}))
     assert train_automatically(asked, None) == {"loss": 1.0}
     assert str(settled[0].strategy) == "dp=2"
     assert "strategy dp=2, for nothing can be chosen: this machine is not measured" in capsys.readouterr().err
