@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from shardwise.run.training.run_folder import (
     find_run,
     is_finished,
     last_request,
+    new_folder,
     read_run,
     reopen_run,
 )
@@ -353,17 +353,10 @@ def settle_comparison(out: str | Path | None, workload: Workload) -> Path:
     """Create the folder of a comparison: `out`, or a new one in runs/. Raises RunFolderError if it cannot be made."""
     if out is not None:
         return Path(out)
-    name = f"{workload.name}-compare".replace(os.sep, "-").replace(" ", "-")
     try:
-        RUNS.mkdir(exist_ok=True)
-        number = 1
-        while (RUNS / f"{name}-{number}").exists():
-            number += 1
-        folder = RUNS / f"{name}-{number}"
-        folder.mkdir()
+        return new_folder(f"{workload.name}-compare")
     except OSError as error:
         raise RunFolderError(f"{RUNS} cannot be made: {error.strerror}; use another --out") from error
-    return folder
 
 
 def settle_bandwidth(times: float) -> float:

@@ -307,7 +307,14 @@ def _check_unused(out: Path) -> None:
 
 
 def _numbered(workload: str, strategy: str) -> Path:
-    name = "-".join([workload, *strategy.replace("=", "").split(",")]).replace(os.sep, "-").replace(" ", "-")
+    folder = new_folder("-".join([workload, *strategy.replace("=", "").split(",")]))
+    take_lock(folder)
+    return folder
+
+
+def new_folder(name: str) -> Path:
+    """Make a folder in runs/ that has a name and a number that is free. Raises OSError if it cannot be made."""
+    name = name.replace(os.sep, "-").replace(" ", "-")
     RUNS.mkdir(exist_ok=True)
     number = 1
     while True:
@@ -317,7 +324,6 @@ def _numbered(workload: str, strategy: str) -> Path:
         except FileExistsError:
             number += 1
         else:
-            take_lock(folder)
             return folder
 
 
