@@ -129,7 +129,7 @@ COMMUNICATIONS = ("parameters", "gradients", "exchanges", "message", "report")
 
 @dataclass(frozen=True)
 class Shown:
-    """What a picture shows of one strategy.
+    """One strategy with all that its picture shows.
 
     Attributes:
         strategy: the strategy, with its number of microbatches.
