@@ -391,6 +391,7 @@ def verify(
         RequestError: the request is wrong; found before any worker starts.
         WorkerFailed: a worker died.
     """
+    from shardwise.commands.report_files import VERIFICATION
     from shardwise.commands.request import (
         check,
         settle_document,
@@ -408,7 +409,7 @@ def verify(
         raise RequestError("verify starts its own workers, as many as each strategy needs: run it without torchrun")
     source = settle_source(workload, settings, seed)
     steps, dtype = settle_verified(steps, dtype)
-    path = None if out is None else settle_document(Path(out), "verification.json")
+    path = None if out is None else settle_document(Path(out), VERIFICATION)
     page = None if report is None else settle_file(Path(report), "report")
     loaded = source.load()
     settled = [settle_strategy(strategy, None) for strategy in strategies]

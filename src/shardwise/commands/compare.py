@@ -9,6 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from shardwise.commands.report_files import COMPARISON
 from shardwise.launch.signals import Terminated
 from shardwise.run.jsonfile import write_json
 from shardwise.run.training.in_turns import TrainingInTurns, Turns, slice_steps
@@ -18,9 +19,6 @@ from shardwise.run.training.result import Step, relative_error
 from shardwise.run.training.run_folder import told_writing
 from shardwise.workload.reading.loader import Loader
 from shardwise.workload.workload import Workload
-
-COMPARISON = "compare.json"
-"""Name of the document in the folder of a comparison."""
 
 COMPARED_STEPS = 20
 """Number of first steps whose losses are compared with those of one worker."""

@@ -10,11 +10,20 @@ from shardwise.errors import RequestError, RunFolderError
 from shardwise.files import check_regular
 from shardwise.reports.page.values import number, text
 from shardwise.run.jsonfile import parse_json, read_json
-from shardwise.run.training.run_folder import DESCRIPTION, METRICS, SUMMARY, last_request, read_run
+from shardwise.run.training.run_folder import (
+    DESCRIPTION,
+    MEMORY,
+    METRICS,
+    PREDICTION,
+    RANKS,
+    SUMMARY,
+    TIMELINE,
+    last_request,
+    read_run,
+)
 
-PREDICTION, RANKS, TIMELINE, MEMORY = "prediction.json", "ranks.jsonl", "timeline.json", "memory.json"
 COMPARISON, VERIFICATION, WHAT_IF = "compare.json", "verification.json", "what_if.json"
-"""Files that reports read beside those of `run_folder`."""
+"""Names of the documents of commands that reports read, beside the files of `run_folder`."""
 
 MOST_BYTES = 1 << 28
 """Largest size of a file that is read for a report."""
