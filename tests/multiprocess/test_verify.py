@@ -122,6 +122,7 @@ def skip_a_gradient_sum(patch: pytest.MonkeyPatch) -> None:
     from shardwise.parallel.tensor.communication import Exchange
 
     patch.setattr(Exchange, "enter", lambda self, x: x)
+    patch.setattr(Exchange, "enter_unawaited", lambda self, x, fresh: x)
 
 
 def scale_by_the_wrong_degree(patch: pytest.MonkeyPatch) -> None:
