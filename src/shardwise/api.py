@@ -308,7 +308,7 @@ def compare(
         ComparisonTerminated: a signal told the comparison to end, a SystemExit with the same `document`.
     """
     from shardwise.commands.compare import compared
-    from shardwise.commands.forecast import forecasts
+    from shardwise.commands.forecast import forecasts, reference_here
     from shardwise.commands.report import leaving_report, report_in
     from shardwise.commands.reported import what_if_of
     from shardwise.commands.request import (
@@ -337,6 +337,7 @@ def compare(
     most = max(strategy.workers for strategy in settled)
     threads, gpus = threads_per_worker(most), enough_gpus(most)  # equal for all strategies, so that rows compare
     predicted = forecasts(loaded, settled, threads, quiet=quiet)
+    reference = reference_here() if any(forecast.seconds for forecast in predicted) else None
     jobs = [
         Job(source=source, strategy=strategy, options=options, forecast=forecast)
         for strategy, forecast in zip(settled, predicted, strict=True)
@@ -352,6 +353,7 @@ def compare(
             threads=threads,
             gpus=gpus,
             by_hand=by_hand,
+            reference=reference,
             out=folder,
             quiet=quiet,
         )

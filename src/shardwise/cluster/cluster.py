@@ -144,6 +144,9 @@ class Device:
             determined.
         crowding: measured samples per second of a training by more workers than cores, as a multiple of those by as
             many workers as cores. None if it was not measured.
+        reference_seconds: measured seconds of a step of the reference training (`run.calibration.reference`), which
+            tells at any later time whether the machine is as fast as it was. None if it was not measured.
+        reference_workers: number of its workers.
         host_memory_bytes: this device's share of the host's memory. None if it is not known, and for a CPU.
         host_memory_bandwidth: bytes per second between the host's processors and that share of its memory.
         host_bandwidth: bytes per second between the device and the host's memory in one direction, while the other
@@ -173,6 +176,8 @@ class Device:
     overheads: Mapping[str, float] = field(default_factory=dict)
     spreads: Mapping[str, float] = field(default_factory=dict)
     crowding: float | None = None
+    reference_seconds: float | None = None
+    reference_workers: int = 1
     host_memory_bytes: int | None = None
     host_memory_bandwidth: float | None = None
     host_bandwidth: float | None = None

@@ -89,6 +89,8 @@ DEVICE: dict[str, Field] = {
     "overheads": NestedTable("a table of what = seconds", default={}),
     "spreads": NestedTable("a table of what = share of the median", default={}),
     "crowding": Number("times the samples per second of as many workers as cores", default=None),
+    "reference_seconds": Number("seconds of a step of the reference training", default=None),
+    "reference_workers": Number("workers of the reference training", whole=True, default=1),
     "threads": Number("threads of each worker; 0: the cores shared out evenly", least=0, whole=True, default=0),
     "flops": NestedTable("a table of dtype = dense operations per second"),
     "shared": NestedTable("a table of workers = times slower", default={}),

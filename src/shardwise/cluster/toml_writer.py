@@ -130,7 +130,7 @@ def _field_lines(thing: Device | Level, described: Mapping[str, Field]) -> Itera
         value = getattr(thing, name)
         if name == "curves" or value is None or value == "" or (isinstance(value, Mapping) and not value):
             continue
-        if name in ("overlap", "threads", "strain", "heap") and value == defaults[name]:
+        if name in ("overlap", "threads", "strain", "heap", "reference_workers") and value == defaults[name]:
             continue
         text = _inline(value) if name in INLINE else _value(value)
         yield f"{name} = {text}" + (f"  # {field.unit}" if isinstance(field, Number) else "")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardwise.commands.report_files import COMPARISON
 from shardwise.launch.signals import Terminated
@@ -19,6 +19,12 @@ from shardwise.run.training.result import Step, relative_error
 from shardwise.run.training.run_folder import told_writing
 from shardwise.workload.reading.loader import Loader
 from shardwise.workload.workload import Workload
+
+if TYPE_CHECKING:
+    from shardwise.run.calibration.reference import Reference
+
+REFERENCE = "reference"
+"""Name of the reference training, see `run.calibration.reference`."""
 
 COMPARED_STEPS = 20
 """Number of first steps whose losses are compared with those of one worker."""
@@ -52,6 +58,7 @@ def compared(
     threads: int,
     gpus: bool,
     by_hand: bool,
+    reference: Reference | None,
     out: Path,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -66,6 +73,8 @@ def compared(
     ours = [Turns(job, str(job.strategy)) for job in jobs]
     hands, without = _by_hand(workload, ours) if by_hand else ([], [])
     order = [each for one in ours for each in (one, *(hand for hand in hands if hand.job.strategy == one.job.strategy))]
+    paced = _paced(reference, steps, gpus=gpus)
+    order += [each for each in (paced,) if each is not None]
     training = TrainingInTurns(order, steps=steps, threads=threads, gpus=gpus, quiet=quiet)
 
     def document(*, interrupted: bool = False) -> dict[str, Any]:
@@ -78,6 +87,7 @@ def compared(
                 threads=threads,
                 groups=training.groups,
                 no_hand=without,
+                pace=_pace(reference, paced),
                 interrupted=interrupted,
             )
             | {"auto": auto}
@@ -106,6 +116,25 @@ def _total(job: Job, workload: Workload) -> int | None:
     return job.options.total(loader.batches) if loading.chooser is None else job.options.steps
 
 
+def _paced(reference: Reference | None, steps: int | None, *, gpus: bool) -> Turns | None:
+    """Return the reference training with as many turns as the trainings have.
+
+    Returns None where trainings take no turns, or nobody knows how many.
+    """
+    if reference is None or steps is None or gpus:
+        return None
+    from shardwise.run.calibration.reference import train_reference
+
+    return Turns(reference.job(-(-steps // slice_steps(steps))), REFERENCE, train_reference)
+
+
+def _pace(reference: Reference | None, paced: Turns | None) -> float | None:
+    """Return how much longer the machine took for the reference than while it was measured. None: not known."""
+    if reference is None or paced is None:
+        return None
+    return reference.pace(samples(paced.steps, paced.job.slice_steps))
+
+
 def _by_hand(workload: Workload, ours: Sequence[Turns]) -> tuple[list[Turns], list[tuple[str, str]]]:
     """Return the plain loops that take turns with our strategies, and (strategy, reason) of those without one."""
     from shardwise.run.training.by_hand import NAMES, refusal, train_by_hand
@@ -131,6 +160,7 @@ def comparison(
     threads: int,
     groups: Sequence[Sequence[str]],
     no_hand: Sequence[tuple[str, str]] = (),
+    pace: float | None = None,
     interrupted: bool = False,
 ) -> dict[str, Any]:
     """Return the document that `compare --json` prints.
@@ -143,10 +173,11 @@ def comparison(
         threads: intra-op threads of each worker.
         groups: names of the trainings that took turns with each other.
         no_hand: (strategy, reason) of strategies beside which there is no plain loop.
+        pace: time that the machine took for the reference training, over that while it was measured; None: not known.
         interrupted: whether the comparison was ended before its end.
     """
     base = next((each for each in trainings if each.job.strategy.workers == 1 and not each.failed), None)
-    results = [_row(each, base) for each in trainings]
+    results = [_row(each, base, pace) for each in trainings]
     timed = [row for row in results if row["measured_seconds"] is not None and not row["failed"]]
     fastest = min(timed, key=lambda row: row["measured_seconds"], default=None)
     predicted = [row for row in results if row["predicted_seconds"] is not None]
@@ -166,13 +197,14 @@ def comparison(
         "workers": max(row["workers"] for row in results),
         "threads": threads,
         "results": results,
-        "by_hand": [_row(each, base) | _beside(each, trainings) for each in by_hand],
+        "by_hand": [_row(each, base, pace) | _beside(each, trainings) for each in by_hand],
         "rejected": [{"strategy": strategy, "reason": reason} for strategy, reason in refused],
         "not_by_hand": [{"strategy": strategy, "reason": reason} for strategy, reason in no_hand],
         "chosen": chosen and chosen["strategy"],
         "fastest": fastest and fastest["strategy"],
         "equal": equal,
         "regret": _regret(chosen, fastest),
+        "pace": pace,
         "slice_steps": trainings[0].job.slice_steps,
         "rounds": max(map(len, sliced.values())),
         "samples": sliced,
@@ -201,7 +233,7 @@ def spread(values: Sequence[float]) -> tuple[float | None, float | None]:
     return low, high
 
 
-def _row(each: Turns, base: Turns | None) -> dict[str, Any]:
+def _row(each: Turns, base: Turns | None, pace: float | None) -> dict[str, Any]:
     """Return the row of a training; what it has not come to is None."""
     summary = {} if each.trained is None else each.trained.summary
     job, last = each.job, each.steps[-1] if each.steps else None
@@ -221,6 +253,7 @@ def _row(each: Turns, base: Turns | None) -> dict[str, Any]:
         "high": high,
         "spread_seconds": None if low is None or high is None else high - low,
         "error": relative_error(job.forecast.seconds, seconds),
+        "error_at_pace": relative_error(_times(job.forecast.seconds, pace), seconds),
         "predicted_memory_bytes": job.forecast.memory_bytes,
         "measured_memory_bytes": memory,
         "memory_error": relative_error(job.forecast.memory_bytes, memory),
@@ -237,6 +270,10 @@ def _row(each: Turns, base: Turns | None) -> dict[str, Any]:
         "notes": summary.get("notes", []),
         "failed": each.failed or None,
     }
+
+
+def _times(value: float | None, factor: float | None) -> float | None:
+    return None if value is None or factor is None else value * factor
 
 
 def _beside(each: Turns, trainings: Sequence[Turns]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shardwise.predict.prediction import Prediction
     from shardwise.predict.profile.profile import Parameter, Profile
     from shardwise.predict.profile.source import ProfileSource
+    from shardwise.run.calibration.reference import Reference
 
 FIRST_PREDICTS = "the first worker predicts"
 """Reason why the other workers of an outer launcher have no prediction."""
@@ -64,6 +65,13 @@ def own_cluster(threads: int | None = None, *, quiet: bool = False) -> Cluster:
     cluster = cluster_at_hand(quiet=quiet)
     given = given_threads() or threads
     return cluster if given is None else _with_threads(cluster, given)
+
+
+def reference_here() -> Reference | None:
+    """Return the reference training of this machine. Returns None if it was measured without one."""
+    from shardwise.run.calibration.reference import Reference
+
+    return Reference.of(cluster_at_hand(quiet=True).device(0))
 
 
 def _forecast(profiles: ProfileSource, strategy: Strategy, cluster: Cluster) -> Forecast:

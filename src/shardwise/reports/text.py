@@ -143,8 +143,10 @@ def comparison_table(document: Mapping[str, Any]) -> str:
     """Format a table with one row per strategy and plain loop, and notes that explain its columns."""
     shown = [*document["results"], *document["by_hand"]]
     metrics = list(dict.fromkeys(name for row in document["results"] for name in row["metrics"] if name != "loss"))
-    header = ["strategy", "workers", "loss", *metrics, "samples/s", "step", "spread", "predicted", "memory/worker"]
-    header += ["predicted", "communication", "speed", "loss difference"]
+    pace = document["pace"]
+    header = ["strategy", "workers", "loss", *metrics, "samples/s", "step", "spread", "predicted"]
+    header += [*([] if pace is None else ["at pace"]), "memory/worker", "predicted", "communication", "speed"]
+    header += ["loss difference"]
     rows = [
         [
             row["strategy"],
@@ -155,6 +157,7 @@ def comparison_table(document: Mapping[str, Any]) -> str:
             _seconds(row["measured_seconds"]),
             _spread(row),
             _off(row["error"]),
+            *([] if pace is None else [_off(row["error_at_pace"])]),
             _bytes(row["measured_memory_bytes"]),
             _off(row["memory_error"]),
             _share(row["communication_share"]),
@@ -232,11 +235,21 @@ def _predictions(document: Mapping[str, Any]) -> list[str]:
     regret = (
         ", and nothing was faster beyond the spread" if within and document["regret"] else _regret(document["regret"])
     )
+    pace = document["pace"]
     return [
         "predicted: by how much the prediction made before the run is above (+) or below (-) what was measured.",
+        *([] if pace is None else [_pace(pace)]),
         f"{document['chosen']} was predicted to be the fastest{regret}.",
         *lines,
     ]
+
+
+def _pace(pace: float) -> str:
+    """Say how fast the machine was, compared with the time when it was measured."""
+    return (
+        f"at pace: the same for predictions times {pace:.2f}; a reference training, which took its turns too, took so "
+        "many times as long as while this machine was measured."
+    )
 
 
 def _regret(regret: float | None) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from shardwise.cluster.cluster import Device
 from shardwise.commands.compare import comparison, samples, spread
 from shardwise.errors import WorkerFailed
+from shardwise.run.calibration.reference import Reference
 from shardwise.run.training.in_turns import Turns, slice_steps
 from shardwise.run.training.job import Job, Options
 from shardwise.run.training.result import Forecast, Step, Trained
@@ -72,6 +75,30 @@ def test_comparison_says_how_well_the_predictions_chose() -> None:
     nothing = document(turns("single", slices(2.0)))
     assert nothing["chosen"] is nothing["regret"] is None
     assert nothing["reasons"]["chosen"] == nothing["reasons"]["predicted_seconds"] == "why"
+
+
+def test_predictions_at_the_pace_of_the_machine() -> None:
+    found = document(turns("single", slices(2.0), 1.0), turns("dp=2", slices(1.0), 2.0), pace=1.5)
+    assert found["pace"] == 1.5
+    assert [row["error_at_pace"] for row in found["results"]] == [-0.25, 2.0]
+    unknown = document(turns("single", slices(2.0), 1.0))
+    assert unknown["pace"] is unknown["results"][0]["error_at_pace"] is None
+
+
+def test_pace_is_that_of_the_reference() -> None:
+    reference = Reference(0.5, 2)
+    job = reference.job(4)
+    assert (job.options.steps, job.strategy.workers) == (4 * job.slice_steps, 2)
+    assert reference.pace([]) is None
+    assert reference.pace([0.5, 0.75, 1.0]) == 1.5
+    measured = Device(
+        name="box", kind="cpu", flops={}, memory_bytes=1, memory_bandwidth=1.0, cores=2, launch_seconds=0.0,
+        reference_seconds=0.5, reference_workers=2,
+    )  # fmt: skip
+    assert Reference.of(measured) == reference
+    assert (
+        Reference.of(replace(measured, reference_seconds=None)) is Reference.of(replace(measured, kind="gpu")) is None
+    )
 
 
 def test_what_lies_within_the_spread_is_equal() -> None:

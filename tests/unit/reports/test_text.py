@@ -88,6 +88,7 @@ def test_comparison_table() -> None:
     document |= {"by_hand": [hand], "interrupted": False, "groups": [["single", "dp=2"]], "slice_steps": 5}
     document |= {"fastest": "dp=2", "equal": ["dp=2", "single"]}
     document |= {"chosen": "dp=2", "regret": 0.0, "reasons": {"predicted_seconds": "single was not measured"}}
+    document |= {"pace": None}
     lines = comparison_table(document).splitlines()
     assert lines[0].split("  ")[0] == "strategy"
     assert "accuracy" in lines[0]
@@ -120,6 +121,11 @@ def test_comparison_table() -> None:
     ):
         assert f"dp=2 was predicted to be the fastest, {words}." in comparison_table({**document, "regret": regret})
     assert "not predicted: single was not measured" in lines
+    at_pace = [{**each, "error_at_pace": error} for each, error in ((unknown, None), (row, 0.25))]
+    paced = comparison_table({**document, "results": at_pace, "by_hand": [], "pace": 1.21})
+    assert "predicted  at pace  memory" in paced
+    assert "+3%     +25%" in paced
+    assert "predictions times 1.21" in paced
     nothing = {**document, "chosen": None, "regret": None}
     assert "predicted to be" not in comparison_table(nothing)
     assert lines[-1] == "tp=3 cannot be: 16 heads"

@@ -29,6 +29,8 @@ MEASURED = (
     "overheads",
     "spreads",
     "crowding",
+    "reference_seconds",
+    "reference_workers",
 )
 """Fields of `Device` that a calibration measures."""
 
@@ -42,6 +44,7 @@ def derived(team: Team, device: Device, collectives: list[CollectiveCurve], own:
         heap=own.heap(device),
         spreads=own.spreads,
         crowding=own.crowding,
+        **own.reference,
     )
     cluster = _cluster(team, device, collectives)
     device = replace(device, strain=own.strain(cluster))

@@ -25,7 +25,7 @@ from shardwise.workload.recipes.datasets.cache import cache_folder, check_writab
 SETTING = "SHARDWISE_CLUSTER"
 OFF = "off"
 
-FORMAT = 8
+FORMAT = 9
 """Version of the measurements; cached files of older versions are not used."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -93,6 +93,14 @@ class Footprint:
         if crowded is None or plain is None or plain.strategy.workers > machine.cores():
             return None
         return crowded.rate / plain.rate
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """Fields of `Device` about the reference training, which is the plain one; empty if none was timed."""
+        plain = self.trials.get(PLAIN)
+        if plain is None:
+            return {}
+        return {"reference_seconds": plain.seconds, "reference_workers": plain.strategy.workers}
 
     def with_crowd(self, crowd: FootprintTrial, busy: float) -> Footprint:
         """Return the measurements with those of a training by more workers than cores."""

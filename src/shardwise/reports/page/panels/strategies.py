@@ -33,7 +33,7 @@ def strategies_panel(document: Document, entries: Sequence[Entry]) -> ReportPane
         )
     chart = _chart(entries[:MOST_SHOWN])
     view = View(
-        words=(_lead(document, entries), *_regret(document)),
+        words=(_lead(document, entries), *_regret(document), *_pace(document)),
         charts=(chart,),
         header=HEADER,
         rows=[_row(entry) for entry in entries] + _rejected(document),
@@ -179,6 +179,16 @@ def _regret(document: Document) -> list[str]:
     return [
         f"Before anything ran, {chosen} was predicted to be the fastest. Regret: it was {format_share(regret)} slower "
         "than the strategy that turned out fastest."
+    ]
+
+
+def _pace(document: Document) -> list[str]:
+    pace = number(document.get("comparison"), "pace")
+    if pace is None:
+        return []
+    return [
+        f"A reference training, which took turns with the others, took {pace:.2f} times as long as while this machine "
+        "was measured. Predictions are shown as they were made before that."
     ]
 
 
