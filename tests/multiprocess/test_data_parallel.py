@@ -237,12 +237,12 @@ def test_offloaded(workers: Pools, strategy: str) -> None:
 
 def policies(strategy: str) -> tuple[set[str], set[str]]:
     """Return what torch does with slices on one worker, and where they are."""
-    from shardwise.parallel.data.fsdp import _parameter_groups
+    from shardwise.parallel.data.fsdp import parameter_groups
 
     program = Program.build(mlp(), Strategy.parse(strategy))
     engine: Any = program.engine
-    found = {type(group.offload_policy).__name__ for group in _parameter_groups(engine.model)}
-    return found, {part.sharded_param.device.type for g in _parameter_groups(engine.model) for part in g.fsdp_params}
+    found = {type(group.offload_policy).__name__ for group in parameter_groups(engine.model)}
+    return found, {part.sharded_param.device.type for g in parameter_groups(engine.model) for part in g.fsdp_params}
 
 
 def test_torch_is_told_to_offload(workers: Pools) -> None:

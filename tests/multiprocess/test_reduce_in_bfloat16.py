@@ -11,12 +11,12 @@ from breaking import Breaking, part_of_broken
 from equality import assert_equal, errors, merge, reference, train
 from pool import Pools
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.data import TensorDataset
 
 from shardwise import Strategy
 from shardwise.errors import StrategyError
-from shardwise.parallel.data import ddp, fsdp
+from shardwise.parallel.data import fsdp
+from shardwise.parallel.data.reducer import ExactReducer, Flat, Pending
 from shardwise.parallel.program import Program
 from shardwise.run.verification.verify import verify
 from shardwise.workload.loading import Loading
@@ -55,24 +55,26 @@ def test_gradients_of_a_replica_add_up_in_float32(workers: Pools, strategy: str)
     assert_equal(train(workers, work, asked, 1), reference(workers, work, asked, 1), TOLERANCE)
 
 
-def adding_in_bfloat16(group: Any, settle: Any) -> None:
+def adding_in_bfloat16(dtype: torch.dtype, group: Any, settle: Any) -> None:
     """Settle the dtypes of a group as torch's policy does."""
     settle()
-    group._reduce_dtype = torch.bfloat16
+    group._reduce_dtype = dtype
     for part in group.fsdp_params:
         part.reduce_dtype = None
 
 
-def summing(group: Any, bucket: Any) -> Any:
-    bucket.buffer().mul_(2)
-    return bf16_compress_hook(group, bucket)
+def summing(reducer: ExactReducer, flat: Tensor, what: Flat, *, mean: bool) -> Pending:
+    return right(reducer, flat.mul_(2), what, mean=mean)
+
+
+right = ExactReducer.all_reduce
 
 
 @pytest.mark.parametrize(
     ("strategy", "breaking"),
     [
-        ("fsdp=2,pp=2", lambda: mock.patch.object(fsdp, "_reduce_in_bfloat16", adding_in_bfloat16)),
-        ("dp=2", lambda: mock.patch.object(ddp, "bf16_compress_hook", summing)),
+        ("fsdp=2,pp=2", lambda: mock.patch.object(fsdp, "_reduce_in", adding_in_bfloat16)),
+        ("dp=2", lambda: mock.patch.object(ExactReducer, "all_reduce", summing)),
     ],
 )
 def test_what_is_wrong_is_noticed(workers: Pools, strategy: str, breaking: Breaking) -> None:

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.parallel.data.joining import Joining
 from shardwise.parallel.faults import Fault
-from shardwise.parallel.state.layout import TensorPlacement
+from shardwise.parallel.state.layout import Layout, TensorPlacement
 from shardwise.workload.data import Microbatch, Share
 
 
@@ -30,6 +32,7 @@ class Position:
         samples: samples that pass through the model here, at least 1 (a dummy sample that only keeps the worker in
             step).
         counted: samples that count; 0 for a dummy sample.
+        exact: whether replicas join gradients exactly, whatever the strategy says: to compare them.
     """
 
     seed: int = 0
@@ -38,6 +41,7 @@ class Position:
     first: int = 0
     samples: int = 1
     counted: int = 1
+    exact: bool = False
 
     def enter(self, microbatch: Microbatch) -> None:
         """Move to the position of a microbatch in its step."""
@@ -80,6 +84,10 @@ class Engine(Protocol):
     """This worker's parts of the last step's losses by name, 0-d, if there are several; else empty."""
     uniform: bool
     """True if all microbatches must have one size (see `cut_batch`)."""
+    joining: Joining | None
+    """Reducers of the gradients; None for a single replica."""
+    averages: bool
+    """True if replicas average the gradients, of losses times their number; False if they sum them."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -133,4 +141,12 @@ class Engine(Protocol):
 
     def evaluate(self, microbatch: Microbatch, number: int) -> Evaluated:
         """Compute loss and metric of a microbatch in evaluation mode, for evaluation `number` of the workload."""
+        ...
+
+    def unsplit_layout(self, name: str) -> Layout:
+        """Return the layout of a parameter as this worker would hold it if `fully_shard` did not split it."""
+        ...
+
+    def partial_groups(self, name: str) -> Sequence[dist.ProcessGroup]:
+        """Return the groups over which parts of a parameter's gradient are summed, besides its replicas."""
         ...

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from shardwise.launch import waiting
+from shardwise.parallel.data.reducer import Flat, Pending, Reducer
 
 
 class ReplicatedModel:
@@ -30,10 +33,10 @@ class ReplicatedModel:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         group: dist.ProcessGroup,
+        reducer: Reducer,
         *,
         accumulates: bool,
         bucket: int = 0,
-        narrow: bool = False,
     ) -> None:
         with warnings.catch_warnings():
             # torch 2.13 wants `forward_sync_buffers` instead, which torch 2.9 does not know
@@ -47,9 +50,12 @@ class ReplicatedModel:
                 # saves a copy; but gradients that are views of one bucket all look changed when one is (see below)
                 gradient_as_bucket_view=not accumulates,
             )
-        if narrow:  # gradients are sent and summed in bfloat16; DDP refuses a hook of this name where there is no NCCL
-            self.call.register_comm_hook(group, lambda group, bucket: bf16_compress_hook(group, bucket))
+        self._reducer = reducer
+        if not reducer.native or reducer.dtype is not None:
+            self.call.register_comm_hook(None, _weakly(self._join))
         self._parameters = parameters
+        self._names = {parameter: name for name, parameter in parameters.items()}
+        self._open: list[tuple[Pending, Tensor, torch.futures.Future[Tensor]]] = []
         self._before: dict[str, tuple[Tensor, int]] = {}
         self.unused: list[str] = []
         self._computed = 0.0
@@ -75,6 +81,28 @@ class ReplicatedModel:
             queue = torch.autograd.Variable._execution_engine.queue_callback
             loss.register_hook(lambda _: queue(self._note_computed))  # type: ignore[no-untyped-call]
 
+    def _join(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Start to average a bucket's gradients, and return a future of them: DDP's communication hook."""
+        flat, parameters = bucket.buffer(), bucket.parameters()
+        what = Flat(tuple(self._names[p] for p in parameters), tuple(tuple(p.shape) for p in parameters))
+        pending = self._reducer.all_reduce(flat, what, mean=True)
+        future = pending.future(flat)
+        if future is None:
+            future = torch.futures.Future(devices=[flat.device] if flat.is_cuda else [])
+            if not self._open:  # DDP itself waits in a callback that it queues after its last bucket
+                torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            self._open.append((pending, flat, future))
+        return future
+
+    def _finish(self) -> None:
+        """Complete the reductions of all buckets."""
+        for pending, flat, future in self._open:
+            pending.wait()
+            future.set_result(flat)
+        self._open.clear()
+        if self._computed:  # these waits are counted already
+            self._note_computed()
+
     def _note_computed(self) -> None:
         self._computed = time.perf_counter()
 
@@ -95,3 +123,12 @@ class ReplicatedModel:
             # a separate backward pass, in which DDP's hooks see the gradients that they wait for
             left_out = [self._parameters[name] for name in missing]
             torch.autograd.backward(left_out, [torch.zeros_like(parameter) for parameter in left_out])
+
+
+def _weakly(join: Callable[[GradBucket], torch.futures.Future[Tensor]]) -> Callable[..., Any]:
+    """Return a communication hook that keeps no reference to its owner, which refers to DDP.
+
+    Python cannot free a cycle through the hook that DDP holds in C++. DDP checks annotations of hooks that have any.
+    """
+    method: Any = WeakMethod(join)
+    return lambda _, bucket: method()(bucket)

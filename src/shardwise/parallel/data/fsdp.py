@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from shardwise.errors import StrategyError
-from shardwise.parallel.data.gradient_reducer import sum_gradients
+from shardwise.parallel.data.joining import Joining
 from shardwise.parallel.data.own_step import ForwardWatch, StepRoot
+from shardwise.parallel.data.reducer import Flat, Reducer, joined
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.state.dtensor_rows import is_split
 from shardwise.strategy import Strategy
@@ -42,6 +44,7 @@ class ShardedModel:
         model: nn.Module,
         blocks: Sequence[nn.Module],
         mesh: Mesh,
+        joining: Joining,
         root: StepRoot | None = None,
         *,
         narrow: bool = False,
@@ -53,14 +56,16 @@ class ShardedModel:
         self.call: nn.Module = root or model
         self._left = frozenset(name for name, p in model.named_parameters() if p.dim() == 0 or name in whole)
         parameters = dict(model.named_parameters())
-        split_parameters(self.call, blocks, mesh, [parameters[name] for name in self._left], narrow=narrow)
+        split_parameters(self.call, blocks, mesh, [parameters[name] for name in self._left], joining, narrow=narrow)
         self._model = model
-        self._group, self._narrow = mesh.replica_group, bool(mesh.strategy.reduce)
+        self._replicas, self._reducer = mesh.strategy.replicas, joining.whole
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        for group in parameter_groups(self.call):
+            join_by(group, joining, self._names.__getitem__)
         self._used: set[str] = set()
         self.unused: list[str] = []
         watch = ForwardWatch(self.call)
-        for group in _parameter_groups(self.call):
+        for group in parameter_groups(self.call):
             group.post_backward = self._filled(group, group.post_backward)
             group.pre_backward = watch.after(group.pre_backward)
 
@@ -99,11 +104,10 @@ class ShardedModel:
         if not self._whole:
             return
         self._used.update(name for name, parameter in self._whole.items() if parameter.grad is not None)
-        assert self._group is not None
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._whole.values()]
-        sum_gradients(gradients, self._group, narrow=self._narrow)
-        for parameter, gradient in zip(self._whole.values(), gradients, strict=True):
-            parameter.grad = gradient.div_(dist.get_world_size(self._group))
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self._whole.items()}
+        joined(self._reducer, gradients)
+        for name, parameter in self._whole.items():
+            parameter.grad = gradients[name].div_(self._replicas)
 
     def _filled(self, group: Any, post_backward: Callable[..., None]) -> Callable[..., None]:
         """Give unused parameters of a replica a gradient of zero before the gradients are reduce-scattered.
@@ -146,7 +150,7 @@ def _return_no_views(block: nn.Module) -> None:
     block.forward = forward
 
 
-def _parameter_groups(model: nn.Module) -> list[Any]:
+def parameter_groups(model: nn.Module) -> list[Any]:
     """Return torch's groups of parameters that are gathered together (one per module before torch 2.12)."""
     groups: list[Any] = []
     for module in model.modules():
@@ -158,12 +162,18 @@ def _parameter_groups(model: nn.Module) -> list[Any]:
 
 
 def split_parameters(
-    root: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, whole: Iterable[nn.Parameter], *, narrow: bool = False
+    root: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: Mesh,
+    whole: Iterable[nn.Parameter],
+    joining: Joining,
+    *,
+    narrow: bool = False,
 ) -> None:
     """Apply `fully_shard` to `blocks` and then to `root`, except for the parameters `whole`.
 
     With `narrow`, float32 parameters are gathered in bfloat16. Their gradients add up in float32, and are reduced in
-    float32 or as the strategy says.
+    the dtype of the reducers. Reducers that are not torch's own still have to be set (`join_by`).
     """
     # nothing writes into the returned tensors: blocks return no views, sections of a graph clone what they would
     # write into, and the loss does not change the model's own output
@@ -171,7 +181,7 @@ def split_parameters(
     strategy = mesh.strategy
     assert mesh.grid is not None
     options: dict[str, Any] = {
-        "mesh": mesh.grid["dp", "fsdp"] if strategy.dp > 1 else mesh.grid["fsdp"],
+        "mesh": mesh.grid["dp", "fsdp"] if strategy.dp > 1 and joining.mirrored is None else mesh.grid["fsdp"],
         "offload_policy": CPUOffloadPolicy(mesh.device.type == "cuda") if strategy.offload else OffloadPolicy(),
         "mp_policy": NARROW if narrow else MixedPrecisionPolicy(),
         "ignored_params": set(whole) or None,
@@ -180,17 +190,110 @@ def split_parameters(
         fully_shard(block, reshard_after_forward=strategy.zero == 3, **options)
     # by torch's default only the root stays gathered after its forward pass: its backward pass starts right then
     fully_shard(root, reshard_after_forward=None if strategy.zero == 3 else False, **options)
-    for group in _parameter_groups(root) if strategy.reduce else ():
-        group._init_mp_dtypes = partial(_reduce_in_bfloat16, group, group._init_mp_dtypes)
+    assert joining.scattered is not None
+    if joining.scattered.dtype is not None:
+        for group in parameter_groups(root):
+            group._init_mp_dtypes = partial(_reduce_in, joining.scattered.dtype, group, group._init_mp_dtypes)
 
 
-def _reduce_in_bfloat16(group: Any, settle: Callable[[], None]) -> None:
-    """Settle the dtypes of a group, with a reduction in bfloat16.
+def _reduce_in(dtype: torch.dtype, group: Any, settle: Callable[[], None]) -> None:
+    """Settle the dtypes of a group, with a reduction in `dtype`.
 
     `MixedPrecisionPolicy.reduce_dtype` would also be the dtype in which the gradients of several passes add up.
     """
     settle()
-    group._reduce_dtype = torch.bfloat16
+    group._reduce_dtype = dtype
+
+
+def join_by(group: Any, joining: Joining, name_of: Callable[[nn.Parameter], str]) -> None:
+    """Let the reducers of `joining` join the gradients of one of torch's groups of parameters, unless torch can.
+
+    Args:
+        group: parameters that are gathered together.
+        joining: the reducers.
+        name_of: returns the name of a split parameter.
+    """
+    scattered, mirrored = joining.scattered, joining.mirrored
+    assert scattered is not None
+    if scattered.native and mirrored is None:
+        return
+    contents = _Contents(group, name_of)
+    if not scattered.native:
+        group._reduce_scatter_comm = _Scattering(scattered, contents)
+    if mirrored is not None:
+
+        def mirror(part: Tensor) -> None:
+            mirrored.all_reduce(part, contents.own(), mean=True).wait()
+
+        group._all_reduce_hook = mirror
+
+
+class _Contents:
+    """Contents of a group's flat gradients: `fully_shard` leaves out parameters without a gradient.
+
+    Args:
+        group: torch's group of parameters.
+        name_of: returns the name of a split parameter.
+    """
+
+    def __init__(self, group: Any, name_of: Callable[[nn.Parameter], str]) -> None:
+        self._name_of = name_of
+        self._given: tuple[Any, ...] = ()
+        self._kept: dict[tuple[int, tuple[Any, ...]], Flat] = {}
+        post_backward = group.post_backward
+
+        def noted(*unused: Any) -> None:
+            self._given = tuple(part for part in group.fsdp_params if _has_gradient(part))
+            post_backward(*unused)
+
+        group.post_backward = noted
+
+    def of_all(self, ranks: int) -> Flat:
+        """Return the contents before the reduce-scatter."""
+        return self._flat(ranks, lambda part: part._orig_size)
+
+    def own(self) -> Flat:
+        """Return the contents of this worker's part."""
+        return self._flat(0, lambda part: part.padded_sharded_param_size)
+
+    def _flat(self, ranks: int, size_of: Callable[[Any], Sequence[int]]) -> Flat:
+        key = ranks, self._given
+        if key not in self._kept:
+            names = tuple(self._name_of(part.sharded_param) for part in self._given)
+            self._kept[key] = Flat(names, tuple(tuple(size_of(part)) for part in self._given), ranks)
+        return self._kept[key]
+
+
+def _has_gradient(part: Any) -> bool:
+    parameter = getattr(part, "_unsharded_param", None)  # it does not exist before the first forward pass
+    return parameter is not None and (parameter.grad is not None or part.unsharded_accumulated_grad is not None)
+
+
+class _Scattering(ReduceScatter):
+    """Reduce-scatter of torch's `fully_shard` by a reducer.
+
+    Args:
+        reducer: the reducer.
+        contents: contents of the flat gradients that are scattered.
+    """
+
+    def __init__(self, reducer: Reducer, contents: _Contents) -> None:
+        self._reducer, self._contents = reducer, contents
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate a flat gradient."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Write this worker's part of the mean of the flat gradients."""
+        self._reducer.reduce_scatter(output_tensor, input_tensor, self._contents.of_all(dist.get_world_size(group)))
 
 
 def gather_next(root: nn.Module, blocks: Iterable[nn.Module]) -> None:

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.parallel.data.reducer import Flat, Pending, Reducer
 from shardwise.splitting.buckets import bucket_bytes
 
 
 class GradientReducer:
-    """Reducer of the gradients of some parameters over a group, bucket by bucket as they become complete.
+    """Sums the gradients of some parameters over the replicas, bucket by bucket as they become complete.
 
     A bucket's gradients become parts of one flat tensor, which is summed.
 
     Gradients become ready roughly in the reverse order of the parameters, so the buckets are in that order too.
 
     Args:
-        parameters: the parameters whose gradients are summed.
-        group: the replicas.
+        parameters: the parameters whose gradients are summed, by name.
+        reducer: reducer of their buckets.
         bucket: bucket size in MiB; 0 selects the default.
-        narrow: whether gradients are sent and summed in bfloat16.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, bucket: int = 0, *, narrow: bool = False
-    ) -> None:
-        self._group, self._narrow = group, narrow
-        self._buckets = _buckets(parameters, bucket_bytes(bucket))
+    def __init__(self, parameters: Mapping[str, nn.Parameter], reducer: Reducer, bucket: int = 0) -> None:
+        self._reducer = reducer
+        self._buckets = _buckets(parameters.values(), bucket_bytes(bucket))
+        names = {parameter: name for name, parameter in parameters.items()}
+        self._flats = [
+            Flat(tuple(names[p] for p in bucket), tuple(tuple(p.shape) for p in bucket)) for bucket in self._buckets
+        ]
         self._missing: list[int] = []
-        self._running: list[tuple[Any, Tensor, Tensor]] = []
+        self._running: list[Pending] = []
         self._launched: set[int] = set()
         self._armed = False
         for index, members in enumerate(self._buckets):
@@ -77,8 +78,7 @@ class GradientReducer:
         for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
             if parameter.grad is not None:
                 parameter.grad = part.view_as(parameter)  # what it was before is free now
-        sent = _sent(flat, narrow=self._narrow)
-        self._running.append((dist.all_reduce(sent, group=self._group, async_op=True), sent, flat))
+        self._running.append(self._reducer.all_reduce(flat, self._flats[index], mean=False))
         self._launched.add(index)
 
     def finish(self) -> None:
@@ -86,10 +86,8 @@ class GradientReducer:
         for index in range(len(self._buckets)):
             if index not in self._launched:
                 self._launch(index)
-        for handle, sent, flat in self._running:
-            handle.wait()
-            if sent is not flat:
-                flat.copy_(sent)
+        for pending in self._running:
+            pending.wait()
         self._running.clear()
         self._launched.clear()
         self._armed = False
@@ -119,15 +117,10 @@ def _scatter(flat: Tensor, gradients: Sequence[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def _sent(flat: Tensor, *, narrow: bool) -> Tensor:
-    """Return what is sent of a flat gradient: itself, or with `narrow` its copy in bfloat16."""
-    return flat.to(torch.bfloat16) if narrow and flat.is_floating_point() else flat
-
-
-def sum_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup, *, narrow: bool = False) -> None:
-    """Sum tensors over a group in place, with one all-reduce per dtype, or in bfloat16 with `narrow`. Collective."""
+def sum_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum tensors over a group in place, with one all-reduce per dtype. Collective."""
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         chosen = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = _sent(_joined(chosen), narrow=narrow)
+        flat = _joined(chosen)
         dist.all_reduce(flat, group=group)
         _scatter(flat, chosen)

@@ -16,6 +16,7 @@ from shardwise.errors import WorkloadError
 from shardwise.options import BF16
 from shardwise.parallel.data.blocks import repeated_blocks, steady_modules
 from shardwise.parallel.data.ddp import ReplicatedModel
+from shardwise.parallel.data.joining import Joining, joining_of
 from shardwise.parallel.data.own_step import StepRoot, takes_derivatives
 from shardwise.parallel.data.turns import by_turn, trained_alone
 from shardwise.parallel.data.whole_batch import of_all_replicas
@@ -35,7 +36,7 @@ from shardwise.parallel.state.build_model import (
     untouched,
 )
 from shardwise.parallel.state.dtensor_rows import is_split, row_layout
-from shardwise.parallel.state.layout import TensorPlacement
+from shardwise.parallel.state.layout import Layout, TensorPlacement
 from shardwise.parallel.state.materialize import materialize, read_weights
 from shardwise.parallel.state.parameter_hooks import ParameterHooks, check_hooks, take_hooks
 from shardwise.splitting.ownership import assign_owners
@@ -65,7 +66,7 @@ class ModuleEngine:
         StrategyError: the model cannot be sharded.
     """
 
-    uniform = False
+    uniform, averages = False, True
 
     def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh) -> None:
         self._workload, self._strategy, self._mesh = workload, strategy, mesh
@@ -92,6 +93,7 @@ class ModuleEngine:
         self._operations.install(model)
         self._notes: list[str] = []
         self._root = None if workload.step is None else StepRoot(model)
+        self.joining = joining_of(mesh, self.position)
         self._by_turn = self._split(model)
         if self._root is not None:
             self._calls = calls_computing(self._precision, model, self._seen_parameters, self._copies, self._kept)
@@ -100,6 +102,14 @@ class ModuleEngine:
         self.parameters = {name: held[name] for name in self.trained}
         self.held = self._lay_out({**held, **self._buffers.persistent})
         self._hooks = ParameterHooks(hooks, self.held, mesh)
+
+    def unsplit_layout(self, name: str) -> Layout:
+        """Return the layout of a whole parameter, see `Engine.unsplit_layout`."""
+        return Layout.whole(self.parameters[name].shape)
+
+    def partial_groups(self, name: str) -> Sequence[dist.ProcessGroup]:
+        """Return none: each replica computes all of a gradient."""
+        return ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -332,33 +342,35 @@ class ModuleEngine:
 
     def _split(self, model: nn.Module) -> Sequence[Alone | ReplicatedModel | ShardedModel]:
         """Wrap the model for each turn as the strategy requires: recomputed blocks, FSDP, DDP or none."""
-        strategy, group = self._strategy, self._mesh.replica_group
+        strategy, joining = self._strategy, self.joining
         sharded = strategy.splits_parameters
         blocks = self._find_blocks(model) if sharded or strategy.recomputes else []
         for block in blocks[: strategy.recomputed_of(len(blocks))]:
             self._operations.recompute(block, products=strategy.saves_products)
-        if group is not None and sharded:
+        if joining is not None and sharded:
             from shardwise.parallel.data.fsdp import ShardedModel  # importing it takes a second
 
             replicas = ShardedModel(
-                model, blocks, self._mesh, self._root, narrow=self._precision == BF16, whole=self._kept.names
+                model, blocks, self._mesh, joining, self._root, narrow=self._precision == BF16, whole=self._kept.names
             )
             self._read(model)
             return [replicas]
         self._read(model)
         root = self._root or model
-        if group is None:
+        if joining is None:
             return [Alone(root)] * len(self._turns)
         parameters = dict(model.named_parameters())
         trained = {name: parameters[name] for name in self.trained}
         with self._mesh.allocating():
-            return [self._replicated(root, trained, names, group) for names in self._turns]
+            return [self._replicated(root, trained, names, joining) for names in self._turns]
 
     def _replicated(
-        self, root: nn.Module, trained: Mapping[str, nn.Parameter], names: Sequence[str], group: dist.ProcessGroup
+        self, root: nn.Module, trained: Mapping[str, nn.Parameter], names: Sequence[str], joining: Joining
     ) -> ReplicatedModel:
         """Wrap the model so that the gradients of the parameters `names` are averaged."""
         accumulates, bucket = self._strategy.microbatches > 1, self._strategy.bucket
+        group = self._mesh.replica_group
+        assert group is not None
         with trained_alone(
             trained, frozenset(names)
         ):  # DDP waits for the gradient of each parameter that needs one by now
@@ -366,9 +378,9 @@ class ModuleEngine:
                 root,
                 {name: trained[name] for name in names},
                 group,
+                joining.whole,
                 accumulates=accumulates,
                 bucket=bucket,
-                narrow=bool(self._strategy.reduce),
             )
 
     def _read(self, model: nn.Module) -> None:

@@ -14,10 +14,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.options import BF16
 from shardwise.parallel.compiling.regions import write_elsewhere
+from shardwise.parallel.data.joining import joining_of
 from shardwise.parallel.engine import Evaluated, Position
 from shardwise.parallel.faults import Fault, gradient_fault, passes_of
 from shardwise.parallel.graph.graph_faults import Watched
@@ -36,7 +38,7 @@ from shardwise.parallel.pipeline.stage import StepWork, prepare
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.state.buffers import ReplicaBuffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, trained_of
-from shardwise.parallel.state.layout import TensorPlacement
+from shardwise.parallel.state.layout import Layout, TensorPlacement
 from shardwise.parallel.state.materialize import move_values
 from shardwise.parallel.state.parameter_hooks import ParameterHooks, check_hooks, take_hooks
 from shardwise.parallel.tensor.communication import Exchange
@@ -97,6 +99,7 @@ class GraphEngine:
         self._workload, self._strategy, self._mesh = replace(workload, precision=precision), strategy, mesh
         self.position = Position(seed=workload.seed)
         self.uniform = strategy.pp > 1
+        self.averages, self.joining = strategy.splits_parameters, joining_of(mesh, self.position)
         self._exchange = Exchange(mesh.group("tp"), mesh.coordinate("tp"), strategy.tp)
         self._operators = GraphOperators(
             self.position,
@@ -150,6 +153,7 @@ class GraphEngine:
             mesh,
             self._exchange,
             self._operators,
+            self.joining,
             copies=self._copies,
             narrow=self._workload.precision == BF16,
             whole=self._kept,
@@ -179,6 +183,14 @@ class GraphEngine:
         self.cut_points = self.division.cut_points if self._strategy.pp > 1 else None
         self._local_notes = (*local.notes, *(str(each) for each in self.uncut if each.share >= WORTH_A_NOTE))
         self.sharded_parameter_share = local.sharded_share(named)
+
+    def unsplit_layout(self, name: str) -> Layout:
+        """Return the layout of a parameter that only `tp` splits, see `Engine.unsplit_layout`."""
+        return self._local_stages.unsplit_layout(name)
+
+    def partial_groups(self, name: str) -> Sequence[dist.ProcessGroup]:
+        """Return the groups that sum parts of a gradient over `tp` and `pp`, see `Engine.partial_groups`."""
+        return self._local_stages.partial_groups(name, self._summed)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.parallel.data.gradient_reducer import GradientReducer, sum_gradients
+from shardwise.parallel.data.joining import Joining
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.operators.graph_operators import GraphOperators
 from shardwise.parallel.pipeline.stage import StageModule, StepWork
@@ -53,13 +54,14 @@ class LocalStages:
         mesh: Mesh,
         exchange: Exchange,
         operators: GraphOperators,
+        joining: Joining | None,
         *,
         copies: Copies,
         narrow: bool = False,
         whole: Collection[str] = (),
         weights: Weights | None = None,
     ) -> None:
-        self._strategy, self._mesh, self._copies = strategy, mesh, copies
+        self._strategy, self._mesh, self._joining, self._copies = strategy, mesh, joining, copies
         self._placements, self._shapes = graph.placements, {name: t.shape for name, t in tensors.items()}
         self._homes = _homes(works, tensors)
         self.sharded = strategy.splits_parameters
@@ -75,17 +77,29 @@ class LocalStages:
         self._given: dict[dist.ProcessGroup, list[str]] = {}
         self._whole = [name for name in mine if self.sharded and (mine[name].dim() == 0 or name in whole)]
         if self.sharded:
-            from shardwise.parallel.data.fsdp import check_dtypes, gather_next, split_parameters
-
-            check_dtypes((tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)), strategy)
-            for stage in self.stages.values():
-                left = {self._tensor(name) for name in self._whole}
-                unsplit = [parameter for parameter in stage.parameters() if parameter in left]
-                split_parameters(stage, stage.blocks, mesh, unsplit, narrow=narrow)
-                gather_next(stage, stage.blocks)
+            self._share(mine, narrow=narrow)
         if weights is not None:
             self._read(weights)
         self._reducers = self._make_reducers()
+
+    def _share(self, mine: Mapping[str, Tensor], *, narrow: bool) -> None:
+        """Let `fully_shard` split the parameters of each stage."""
+        from shardwise.parallel.data.fsdp import check_dtypes, gather_next, join_by, parameter_groups, split_parameters
+
+        joining = self._joining
+        assert joining is not None
+        check_dtypes((tensor for tensor in mine.values() if isinstance(tensor, nn.Parameter)), self._strategy)
+        left = {self._tensor(name) for name in self._whole}
+        for stage in self.stages.values():
+            unsplit = [parameter for parameter in stage.parameters() if parameter in left]
+            split_parameters(stage, stage.blocks, self._mesh, unsplit, joining, narrow=narrow)
+            gather_next(stage, stage.blocks)
+            for group in parameter_groups(stage):
+                join_by(group, joining, self._name_of)
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        """Return the name of a parameter in the plain module."""
+        return next(name for name in self._owners if self._tensor(name) is parameter)
 
     # ---- which tensors where ----------------------------------------------------------------------------------------
 
@@ -151,11 +165,7 @@ class LocalStages:
     def _lay_out(self, name: str, replica: int, row: int) -> TensorPlacement:
         strategy, mesh = self._strategy, self._mesh
         tensor, placement = self._tensor(name), self._placements.get(name)
-        shape = tuple(self._shapes[name])
-        cut = isinstance(placement, Sharded)
-        layout = Layout.whole(shape)
-        if isinstance(placement, Sharded):
-            layout = Layout.split(shape, placement.dim, placement.spans, mesh.coordinate("tp"), strategy.tp)
+        cut, layout = isinstance(placement, Sharded), self.unsplit_layout(name)
         workers = self._workers_of(name)
         holders = len(workers) * (1 if cut else strategy.tp)
         writes = workers[0] == mesh.coordinate("pp") and (cut or mesh.coordinate("tp") == 0)
@@ -165,6 +175,19 @@ class LocalStages:
             layout = layout.rows(start, start + (rows[0].sizes[0] if rows else 0))
             return TensorPlacement(tensor, layout, holders * strategy.dp, writes and row == mesh.coordinate("dp"), cut)
         return TensorPlacement(tensor, layout, holders * strategy.replicas, writes and replica == mesh.replica, cut)
+
+    def unsplit_layout(self, name: str) -> Layout:
+        """Return the layout of a tensor that only `tp` splits, see `Engine.unsplit_layout`."""
+        shape, placement = tuple(self._shapes[name]), self._placements.get(name)
+        if not isinstance(placement, Sharded):
+            return Layout.whole(shape)
+        return Layout.split(shape, placement.dim, placement.spans, self._mesh.coordinate("tp"), self._strategy.tp)
+
+    def partial_groups(self, name: str, summed: Collection[str]) -> list[dist.ProcessGroup]:
+        """Return the groups that sum parts of a gradient: over `tp` if it is in `summed`, over stages if it is tied."""
+        group = self._mesh.group("tp")
+        tied = self._tied.get(tuple(self._workers_of(name)))
+        return [each for each in (group if name in summed else None, tied) if each is not None]
 
     def _workers_of(self, name: str) -> list[int]:
         """Return the indices of the pipeline workers that hold a tensor, in ascending order."""
@@ -215,20 +238,17 @@ class LocalStages:
 
         Returns an empty dict without replicas. With `fully_shard` the reducers cover only what it leaves whole.
         """
-        group = self._mesh.replica_group
-        if group is None:
+        if self._joining is None:
             return {}
         reducers = {}
         for key, stages in {**{stage: [stage] for stage in self.stages}, -1: []}.items():
             names = self._twice if key == -1 else [n for n in self._on(stages) if n not in self._twice]
             if self.sharded:
                 names = [name for name in names if name in self._whole]
-            parameters = [
-                p for p in (self._tensor(n) for n in names) if isinstance(p, nn.Parameter) and p.requires_grad
-            ]
+            tensors = {name: self._tensor(name) for name in names}
+            parameters = {n: p for n, p in tensors.items() if isinstance(p, nn.Parameter) and p.requires_grad}
             if parameters:
-                narrow = bool(self._strategy.reduce)
-                reducers[key] = GradientReducer(parameters, group, self._strategy.bucket, narrow=narrow)
+                reducers[key] = GradientReducer(parameters, self._joining.whole, self._strategy.bucket)
         return reducers
 
     def before_backward(self, stage: int, final: bool) -> None:
