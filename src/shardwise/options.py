@@ -109,6 +109,68 @@ class Ratio(tuple[int, ...]):
 EQUAL = Ratio()
 
 
+class Compression(NamedTuple):
+    """Compression of the gradients that replicas send: `int8`, or with a number `powersgd:4`; empty: none.
+
+    Attributes:
+        kind: one of COMPRESSIONS, or empty.
+        number: the rank of `powersgd`, or the share of the elements that `topk` sends; 0 for the others.
+    """
+
+    kind: str = ""
+    number: Fraction = Fraction(0)
+
+    @classmethod
+    def parse(cls, option: str, text: str) -> Compression:
+        """Parse a kind with its number; an empty text is no compression. Raises StrategyError."""
+        kind, colon, number = text.partition(":")
+        if not text:
+            return cls()
+        if kind not in COMPRESSIONS:
+            raise StrategyError(
+                f"{option}={text}: known are powersgd:4 (a rank), topk:0.01 (a share), "
+                + f"{', '.join(each for each, numbered in COMPRESSIONS.items() if not numbered)}"
+                + nearest(kind, list(COMPRESSIONS))
+            )
+        if bool(colon) != bool(COMPRESSIONS[kind]):
+            wanted = COMPRESSIONS[kind] and f"needs {COMPRESSIONS[kind]}: {option}={kind}:{_EXAMPLES[kind]}"
+            raise StrategyError(f"{option}={text}: {kind} {wanted or 'has no number'}")
+        if kind == "powersgd":
+            if not is_count(number):
+                raise StrategyError(f"{option}={text}: the rank of powersgd is a whole number of 1 or more")
+            return cls(kind, Fraction(parse_whole(number)))
+        return cls(kind, _share(option, text, number) if colon else Fraction(0))
+
+    def __bool__(self) -> bool:
+        return bool(self.kind)
+
+    def __str__(self) -> str:
+        if not self.number:
+            return self.kind
+        number = str(self.number) if self.kind == "powersgd" else f"{float(self.number):.{_DIGITS}f}".rstrip("0")
+        return f"{self.kind}:{number}"
+
+
+UNCOMPRESSED = Compression()
+
+COMPRESSIONS = {"powersgd": "a rank", "topk": "a share of the elements", "int8": "", "sign": "", "fp8": "", "bf16": ""}
+"""Kind of compression -> what its number is; empty if it has none."""
+
+_EXAMPLES = {"powersgd": "4", "topk": "0.01"}
+
+_DIGITS = 7
+"""Most decimal places of a share."""
+
+
+def _share(option: str, text: str, number: str) -> Fraction:
+    """Parse a share above 0 and below 1, with at most seven decimal places. Raises StrategyError."""
+    plain = len(number) <= 2 + _DIGITS and number.startswith("0.") and number[2:].isascii() and number[2:].isdigit()
+    share = Fraction(number) if plain else Fraction(0)
+    if not 0 < share < 1:
+        raise StrategyError(f"{option}={text}: a share is above 0 and below 1, such as 0.01")
+    return share
+
+
 def is_count(text: str) -> bool:
     """Return whether a text is a whole number from 1 to MOST."""
     try:

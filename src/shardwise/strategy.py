@@ -17,7 +17,20 @@ from math import gcd, isqrt
 from typing import Any
 
 from shardwise.errors import StrategyError, nearest
-from shardwise.options import BF16, EQUAL, FULL, MOST, NONE, PRECISIONS, SELECTIVE, Ratio, Recompute, dtype_of
+from shardwise.options import (
+    BF16,
+    EQUAL,
+    FULL,
+    MOST,
+    NONE,
+    PRECISIONS,
+    SELECTIVE,
+    UNCOMPRESSED,
+    Compression,
+    Ratio,
+    Recompute,
+    dtype_of,
+)
 from shardwise.units import parse_whole
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
@@ -60,17 +73,23 @@ _INTEGERS = (
     "compile",
     "loss_pieces",
     "states",
+    "plain_steps",
 )
 _TEXTS = ("schedule", "precision", "reduce", "outermost")
 _MAY_BE_EMPTY = ("precision", "reduce")
-_VALUES: dict[str, type[Recompute | Ratio]] = {"recompute": Recompute, "shares": Ratio, "speeds": Ratio}
+_VALUES: dict[str, type[Recompute | Ratio | Compression]] = {
+    "recompute": Recompute,
+    "shares": Ratio,
+    "speeds": Ratio,
+    "compress": Compression,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
     """Parallel strategy: one way to split a training step over workers; immutable, and checked when it is made.
 
-    `recompute`, `shares` and `speeds` may be given as they are spelled, and are values from then on.
+    `recompute`, `shares`, `speeds` and `compress` may be given as they are spelled, and are values from then on.
 
     Attributes:
         dp: number of replicas of the model, each with its share of the batch (torch DDP).
@@ -106,6 +125,11 @@ class Strategy:
             their gradients, so that the logits of one piece exist at a time (Hsu et al. 2024). 0: whole.
         states: bits of an element of the optimizer states between steps: 8, as codes with a scale for each block, which
             is lossy (Dettmers et al. 2022). 0: as the optimizer has them.
+        compress: compression of the gradients that replicas send each other, with error feedback: `powersgd:RANK`
+            (Vogels et al. 2019), `topk:SHARE` of the elements (Lin et al. 2018), 8 bits (`int8`, `fp8`), 16 (`bf16`) or
+            one (`sign`; Karimireddy et al. 2019) of each element, summed in float32. It is lossy. Of `dp` and `fsdp` in
+            one strategy, what crosses `dp` is compressed.
+        plain_steps: number of first steps that do not compress.
         outermost: axis whose ranks are farthest apart: replicas (`dp`) or stages (`pp`). It decides whether gradients
             or the activations between stages cross the slow links between hosts.
 
@@ -133,6 +157,8 @@ class Strategy:
     compile: int = 0
     loss_pieces: int = 0
     states: int = 0
+    compress: Compression = UNCOMPRESSED
+    plain_steps: int = 0
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -207,10 +233,27 @@ class Strategy:
             raise StrategyError(
                 f"bucket={self.bucket} needs replicas that add up whole gradients: dp=2 or more, or fsdp with zero=1"
             )
+        self._check_compression()
         if self.reduce and self.replicas == 1:
             raise StrategyError("reduce=bf16 needs dp=2 or fsdp=2 or more: replicas sum their gradients in bfloat16")
         if self.precision:
             self._check_reduction(self.precision)
+
+    def _check_compression(self) -> None:
+        """Check how replicas compress gradients. Raises StrategyError."""
+        if self.plain_steps < 0 or (self.plain_steps and not self.compress):
+            raise StrategyError(f"plain_steps={self.plain_steps} needs compress=...: it says how many steps do not")
+        if not self.compress:
+            return
+        what = f"compress={self.compress}"
+        if self.replicas == 1:
+            raise StrategyError(
+                f"{what} needs dp=2 or fsdp=2 or more: it is for gradients that replicas send each other"
+            )
+        if self.reduce:
+            raise StrategyError(f"{what} excludes reduce={self.reduce}: both say how gradients are sent")
+        if self.offload and self.dp == 1:
+            raise StrategyError(f"{what} excludes offload=1: each worker would hold the errors of all gradients")
 
     def _check_reduction(self, precision: str) -> None:
         if self.reduce and precision != BF16:
@@ -244,6 +287,11 @@ class Strategy:
         if "single" in parts and strategy.workers > 1:
             raise StrategyError(f"strategy {text!r}: single is one worker, the degrees make {strategy.workers}")
         return strategy
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Return how training differs from that of one process by more than rounding: `lossy`, or nothing."""
+        return ("lossy",) if self.compress else ()
 
     @property
     def workers(self) -> int:

@@ -117,7 +117,7 @@ def merge(parts: Sequence[Part]) -> Result:
         assert part.evaluation == first.evaluation, "workers report different evaluations"
         assert [repr(n) for n in part.norms] == [repr(n) for n in first.norms], "workers report different norms"
     tensors = paste([piece for part in parts for piece in part.pieces])
-    kinds: dict[str, dict[str, Tensor]] = {"gradient": {}, "model": {}, "optimizer": {}}
+    kinds: dict[str, dict[str, Tensor]] = {"gradient": {}, "model": {}, "optimizer": {}, "owed": {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         if kind == "average":

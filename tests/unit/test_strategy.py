@@ -30,6 +30,9 @@ SOURCE = Path(__file__).parents[2] / "src"
         "dp=2,fsdp=2,zero=2,offload=1",
         "single,loss_pieces=8",
         "dp=2,states=8",
+        "dp=2,compress=powersgd:4,plain_steps=100",
+        "fsdp=2,compress=topk:0.005",
+        "dp=2,fsdp=2,compress=sign",
     ],
 )
 def test_its_spelling_is_read_back(text: str) -> None:
@@ -107,6 +110,19 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
         ("dp=2,shares=3", "shares=3: one whole number of 1 or more for each of the 2 replicas"),
         ("dp=2,shares=3:0", "shares=3:0: one whole number"),
         ("dp=2,shares=a:b", "shares=a:b: one whole number"),
+        ("tp=2,compress=int8", "compress=int8 needs dp=2 or fsdp=2 or more"),
+        ("compress=int8", "compress=int8 needs dp=2 or fsdp=2 or more"),
+        ("dp=2,reduce=bf16,compress=int8", "compress=int8 excludes reduce=bf16"),
+        ("fsdp=2,offload=1,compress=sign", "compress=sign excludes offload=1"),
+        ("dp=2,compress=int4", "compress=int4: known are powersgd:4 .*int8, sign, fp8, bf16; did you mean"),
+        ("dp=2,compress=powersgd", "powersgd needs a rank: compress=powersgd:4"),
+        ("dp=2,compress=int8:2", "int8 has no number"),
+        ("dp=2,compress=powersgd:0", "the rank of powersgd is a whole number of 1 or more"),
+        ("dp=2,compress=topk:1.5", "a share is above 0 and below 1"),
+        ("dp=2,compress=topk:0", "a share is above 0 and below 1"),
+        ("dp=2,compress=topk:0.00000001", "a share is above 0 and below 1"),
+        ("dp=2,plain_steps=2", "plain_steps=2 needs compress="),
+        ("dp=2,compress=int8,plain_steps=-1", "plain_steps=-1"),
     ],
 )
 def test_what_is_wrong_is_refused(text: str, message: str) -> None:

@@ -15,6 +15,7 @@ from shardwise.errors import WorkloadError
 from shardwise.launch import watch
 from shardwise.launch.join import die_with_parent
 from shardwise.parallel.data.collected import Collected
+from shardwise.parallel.data.owed import OwedPieces
 from shardwise.parallel.data.same_data import check_same_data
 from shardwise.parallel.data.turns import check_turns
 from shardwise.parallel.engine import Engine
@@ -96,6 +97,7 @@ class Program:
         self.midway = False
         self._update = ParameterUpdate(workload, strategy, mesh, engine)
         self._members = [frozenset(names) for names in self._update.turns]
+        self._owed = OwedPieces(engine, mesh)
         self.optimizer, self.scheduler = self._update.optimizer, self._update.schedule.scheduler
         self._average: Average | None = None
         if workload.average is not None:
@@ -234,17 +236,21 @@ class Program:
             self.losses = taken[0].losses
 
     @contextmanager
-    def tried(self, share: Share, samples: int) -> Iterator[Tensor]:
+    def tried(self, share: Share, samples: int, *, exact: bool = True) -> Iterator[Tensor]:
         """Compute loss and gradient of the first `samples` samples of a global batch, and apply no update. Collective.
 
         Each turn of the step computes from the same weights, and all are taken. Yields the loss, 0-d; inside the block
         `gradient_pieces` returns the gradient. Afterwards everything that a pass changes is as before.
+        With `exact` replicas join gradients exactly; else as the strategy says, and errors of compression stay.
         """
         self._forget_gradients()
         self.engine.position.step = self.steps
+        before, self.engine.position.exact = self.engine.position.exact, exact
         with passes_undone(self.workload, self.engine.module, buffers_of(self.engine)):
             scales = self._scales(share, samples)
-            yield _sum([self._try_turn(turn, share, scales) for turn in range(len(self._update.turns))])
+            value = _sum([self._try_turn(turn, share, scales) for turn in range(len(self._update.turns))])
+            self.engine.position.exact = before
+            yield value
         self._forget_gradients()
 
     def _try_turn(self, turn: int, share: Share, scales: Sequence[Tensor]) -> Tensor:
@@ -334,25 +340,34 @@ class Program:
         return loss, metric
 
     def pieces(self) -> list[TensorPiece]:
-        """Return this worker's part of the model (`model/<name>`), its average and the optimizer state so far."""
+        """Return this worker's part of the model (`model/<name>`), its average and the optimizer state so far.
+
+        Under a strategy that compresses gradients also what is owed to them; then the call is collective.
+        """
         model = [
             TensorPiece(f"model/{name}", local(held.tensor), held.layout, held.writes)
             for name, held in self.engine.held.items()
         ]
         average = [] if self._average is None else self._average.pieces(self.engine.held)
-        return model + average + self._update.state.pieces()
+        return model + average + self._owed.pieces() + self._update.state.pieces()
 
     def held_bytes(self) -> dict[str, int]:
         """Return the bytes that parameters (with buffers), gradients and optimizer state take on this worker's device.
 
+        What compression keeps counts as optimizer state.
         Gradients are there after a step, until the next one begins.
         """
         found = {
             "parameters": [local(held.tensor) for held in self.engine.held.values()],
             "gradients": list(local_gradients(self.engine.parameters).values()),
-            "optimizer": self._update.state.tensors(),
+            "optimizer": [*self._update.state.tensors(), *self.compression_state()],
         }
         return {name: _bytes_on(tensors, self.mesh.device) for name, tensors in found.items()}
+
+    def compression_state(self) -> list[Tensor]:
+        """Return what compression of gradients keeps from step to step; it is empty at first."""
+        joining = self.engine.joining
+        return [] if joining is None or joining.compressed is None else joining.compressed.tensors()
 
     def optimizer_piece(
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
@@ -383,6 +398,7 @@ class Program:
         if self._average is not None:
             self._average.begun = bool(state["averaged"])
         self._update.load_counts(state)
+        self._owed.load()
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """Gather the plain weights and buffers under all their names, on the CPU of worker 0.

@@ -101,7 +101,7 @@ class Constraints:
     def _complete(self) -> dict[str, str]:
         """Return the fixed options with the axes that they require, so that the values can be checked alone."""
         needs = {"sp": "tp", "zero": "fsdp", "offload": "fsdp", "bucket": "dp"}
-        needs["reduce"] = "dp" if "fsdp" in self.fixed else "fsdp"
+        needs |= dict.fromkeys(("reduce", "compress"), "dp" if "fsdp" in self.fixed else "fsdp")
         needs |= dict.fromkeys(("schedule", "stages", "outermost"), "pp")
         found = dict(self.fixed)
         for option, axis in needs.items():

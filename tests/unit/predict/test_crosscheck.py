@@ -108,6 +108,23 @@ GRID = [
     *(("gpt", f"{axes},loss_pieces=3") for axes in ("tp=2,sp=1", "fsdp=2,zero=1")),
     ("language", "pp=2,schedule=zero-bubble,loss_pieces=2"),
     ("gpt", "fsdp=2,zero=1,states=8"),
+    *(
+        ("gpt", f"{axes},compress={kind}")
+        for axes, kind in (
+            ("dp=2", "powersgd:4"),
+            ("dp=3", "sign"),
+            ("dp=2,bucket=1", "topk:0.01"),
+            ("dp=2,tp=2", "int8"),
+            ("dp=2,pp=2,microbatches=2", "powersgd:4"),
+            ("fsdp=2", "powersgd:4"),
+            ("fsdp=3", "int8"),
+            ("fsdp=2,microbatches=2", "topk:0.01"),
+            ("dp=2,fsdp=2", "powersgd:4"),
+            ("fsdp=2,zero=1", "fp8"),
+            ("fsdp=2,tp=2", "sign"),
+        )
+    ),
+    *(("kept gpt", f"{axes},compress=bf16") for axes in ("fsdp=2,pp=2", "dp=2")),
 ]
 """Strategies that MEMORY_GRID does not have, or has for one stage of their pipeline."""
 

@@ -60,6 +60,8 @@ OTHERS: dict[str, tuple[str | int, ...]] = {
     "compile": (1,),
     "loss_pieces": (2, 4),
     "states": (8,),
+    "compress": ("int8", "powersgd:4", "topk:0.1"),
+    "plain_steps": (2,),
 }
 
 

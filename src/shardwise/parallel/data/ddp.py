@@ -54,7 +54,7 @@ class ReplicatedModel:
         if not reducer.native or reducer.dtype is not None:
             self.call.register_comm_hook(None, _weakly(self._join))
         self._parameters = parameters
-        self._names = {parameter: name for name, parameter in parameters.items()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._open: list[tuple[Pending, Tensor, torch.futures.Future[Tensor]]] = []
         self._before: dict[str, tuple[Tensor, int]] = {}
         self.unused: list[str] = []

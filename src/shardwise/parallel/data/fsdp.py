@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import _get_gradient_divide_factors
 
 from shardwise.errors import StrategyError
 from shardwise.parallel.data.joining import Joining
@@ -223,7 +224,9 @@ def join_by(group: Any, joining: Joining, name_of: Callable[[nn.Parameter], str]
     if mirrored is not None:
 
         def mirror(part: Tensor) -> None:
-            mirrored.all_reduce(part, contents.own(), mean=True).wait()
+            after = _factors(group._reduce_scatter_process_group, part)[1]  # by which torch divides the part later
+            mirrored.all_reduce(part.div_(after), contents.own(), mean=True).wait()
+            part.mul_(after)
 
         group._all_reduce_hook = mirror
 
@@ -292,8 +295,20 @@ class _Scattering(ReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> None:
-        """Write this worker's part of the mean of the flat gradients."""
+        """Write this worker's part of the mean of the flat gradients, as torch scales it."""
+        before, after = _factors(group, input_tensor)
+        input_tensor.mul_(before)
         self._reducer.reduce_scatter(output_tensor, input_tensor, self._contents.of_all(dist.get_world_size(group)))
+        output_tensor.mul_(after)
+
+
+def _factors(group: dist.ProcessGroup, flat: Tensor) -> tuple[float, float]:
+    """Return the factors by which `fully_shard` divides gradients before and after its reduce-scatter.
+
+    They are 1 in float32 and bfloat16, where it asks for a mean.
+    """
+    before, after, *_ = _get_gradient_divide_factors(group, None, flat.dtype, flat.device.type)
+    return before or 1.0, after or 1.0
 
 
 def gather_next(root: nn.Module, blocks: Iterable[nn.Module]) -> None:

@@ -94,6 +94,8 @@ class ModuleEngine:
         self._notes: list[str] = []
         self._root = None if workload.step is None else StepRoot(model)
         self.joining = joining_of(mesh, self.position)
+        if self.joining is not None:
+            self.joining.keep_exact(self._kept.names)
         self._by_turn = self._split(model)
         if self._root is not None:
             self._calls = calls_computing(self._precision, model, self._seen_parameters, self._copies, self._kept)

@@ -7,7 +7,7 @@ group, gives a gradient that takes part in training as that of all replicas does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
@@ -16,6 +16,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+reduce_scatter_flat: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather_flat: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Collectives of one flat tensor: torch renamed them, and warns where the old names are called."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,27 @@ class Flat:
         if not self.ranks:
             return {name: part.view(shape) for name, shape, part in named}
         return {name: part.reshape(-1)[: prod(shape)].reshape(shape) for name, shape, part in named}
+
+    def only(self, names: Container[str]) -> Flat:
+        """Return the contents without the parameters that are not in `names`."""
+        kept = [(n, s) for n, s in zip(self.names, self.shapes, strict=True) if n in names]
+        return Flat(tuple(n for n, _ in kept), tuple(s for _, s in kept), self.ranks)
+
+    def take(self, flat: Tensor, some: Flat) -> Tensor:
+        """Return the flat gradient of `some` of the parameters, as a copy; also of one worker's part."""
+        parts = self._columns(flat)
+        return torch.cat([parts[name] for name in some.names], dim=1).view(-1)
+
+    def put(self, flat: Tensor, some: Flat, given: Tensor) -> None:
+        """Write the flat gradient of `some` parameters to its place in that of all, or in a part of it."""
+        parts = self._columns(flat)
+        for name, part in some._columns(given).items():
+            parts[name].copy_(part)
+
+    def _columns(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a flat gradient by name, with a row for each worker's part in it."""
+        parts = torch.split(flat.view(-1, sum(self.sizes)), list(self.sizes), dim=1)
+        return dict(zip(self.names, parts, strict=True))
 
     def join(self, gradients: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """Return the flat tensor of some gradients, zeros for those left out, with dtype and device of `like`."""
@@ -94,7 +119,7 @@ class Reducer(Protocol):
         ...
 
 
-class Sent:
+class SentReduction:
     """Reduction by one collective, with what follows it."""
 
     def __init__(self, work: Any, after: Callable[[], object] | None = None) -> None:
@@ -118,7 +143,7 @@ class Sent:
         return done
 
 
-class Joined:
+class DoneReduction:
     """Reduction that was over when it began."""
 
     def wait(self) -> None:
@@ -153,12 +178,12 @@ class ExactReducer:
         work = dist.all_reduce(sent, group=self._group, async_op=True)
         factor = 1.0 if mean else self._factor
         if sent is flat and factor == 1:
-            return Sent(work)
-        return Sent(work, lambda: flat.copy_(sent) if factor == 1 else torch.mul(sent, factor, out=flat))
+            return SentReduction(work)
+        return SentReduction(work, lambda: flat.copy_(sent) if factor == 1 else torch.mul(sent, factor, out=flat))
 
     def reduce_scatter(self, output: Tensor, flat: Tensor, what: Flat) -> None:
         """Join scattered gradients, see `Reducer.reduce_scatter`."""
-        dist.reduce_scatter_tensor(output, flat, dist.ReduceOp.AVG, self._group)
+        reduce_scatter_flat(output, flat, op=dist.ReduceOp.AVG, group=self._group)
 
 
 class OwnGradients:
@@ -181,7 +206,7 @@ class OwnGradients:
             flat.mul_(self._replicas)
         if self._handed is not None:
             self._handed(flat, what)
-        return Joined()
+        return DoneReduction()
 
     def reduce_scatter(self, output: Tensor, flat: Tensor, what: Flat) -> None:
         """Raise AssertionError: workers that split parameters need each other's gradients."""

@@ -45,6 +45,7 @@ from shardwise.parallel.tensor.communication import Exchange
 from shardwise.parallel.tensor.overlap import overlap
 from shardwise.parallel.tensor.partition import partition
 from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
+from shardwise.parallel.tensor.placement import Sharded
 from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.splitting.schedule import Action, order
 from shardwise.strategy import Strategy
@@ -124,6 +125,10 @@ class GraphEngine:
         self._loss_names = step.losses
         local = self._partition(step, first=True)
         self._placements, self._summed = local.placements, local.summed
+        if self.joining is not None:
+            whole = self._trained - self._summed if self._strategy.tp > 1 else frozenset()
+            cut = {name for name, each in local.placements.items() if isinstance(each, Sharded)}
+            self.joining.keep_exact(self._kept | (whole - cut))
         return local, self._evaluation(model, data)
 
     def _cut(

@@ -220,7 +220,7 @@ class _Sizes:
 def _collectives(profile: Profile, strategy: Strategy, cluster: Cluster, size: _Sizes) -> tuple[float, ...]:
     """Return the seconds of the gathers and scatters of a stage, in the order in which `_pipeline` takes them."""
     gathers = (gather_seconds(profile, each, strategy, cluster) for each in (size.first, size.last, size.all))
-    shard = round(scattered(profile, strategy) * size.trained) // strategy.fsdp
+    shard = 0 if strategy.compress else round(scattered(profile, strategy) * size.trained) // strategy.fsdp
     return (
         *gathers,
         scatter_seconds(profile, size.trained, strategy, cluster),

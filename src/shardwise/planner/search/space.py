@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from shardwise.options import FULL, NONE, PRECISIONS, Recompute
+from shardwise.options import FULL, NONE, PRECISIONS, Compression, Recompute
 from shardwise.planner.constraints import Constraints
 from shardwise.predict.workers.groups import group_of, message_group
 from shardwise.strategy import OUTERMOST, Strategy
@@ -57,7 +57,8 @@ def _of_degrees(
     tp: int, pp: int, replicas: int, share: int, constraints: Constraints, segments: int
 ) -> Iterator[Strategy]:
     reduce = constraints.fixed.get("reduce", "") if replicas > 1 else ""
-    if not constraints.allows("reduce", reduce):
+    compress = constraints.fixed.get("compress", "") if replicas > 1 else ""
+    if not (constraints.allows("reduce", reduce) and constraints.allows("compress", compress)):
         return
     for microbatches in divisors(share):
         if not constraints.allows("microbatches", microbatches):
@@ -81,6 +82,8 @@ def _of_degrees(
                             recompute=recompute,
                             precision=precision,
                             reduce=reduce,
+                            compress=Compression.parse("compress", compress),
+                            plain_steps=int(constraints.fixed.get("plain_steps", 0)) if compress else 0,
                             loss_pieces=int(constraints.fixed.get("loss_pieces", 0)),
                             states=int(constraints.fixed.get("states", 0)),
                         )

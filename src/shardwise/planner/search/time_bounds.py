@@ -157,7 +157,7 @@ def least_seconds(profile: ProfileSummary, strategy: Strategy, cluster: Cluster)
         return max(filled, computing + update + (channel if blocking else 0.0), channel)
     if strategy.replicas == 1:
         return max(filled, computing + update)
-    size = round(reduced(profile, strategy) * profile.gradients) // strategy.pp
+    size = 0 if strategy.compress else round(reduced(profile, strategy) * profile.gradients) // strategy.pp
     sent = seconds_of(reduction(profile.runtime, strategy), size, strategy, "replicas", cluster)
     last = computing / strategy.microbatches - (times.forward + times.weights) / strategy.pp  # backward, recomputing
     return max(filled, computing + update, computing - last + sent + update)
@@ -218,8 +218,12 @@ def gather_seconds(profile: Profile | ProfileSummary, size: int, strategy: Strat
 
 
 def scatter_seconds(profile: Profile | ProfileSummary, size: int, strategy: Strategy, cluster: Cluster) -> float:
-    """Return the seconds in which `fully_shard` reduces and scatters the gradients of `size` bytes of parameters."""
-    return seconds_of("reduce_scatter", round(scattered(profile, strategy) * size), strategy, "fsdp", cluster)
+    """Return the seconds in which `fully_shard` reduces and scatters the gradients of `size` bytes of parameters.
+
+    Compressed ones are not bounded from below: 0.
+    """
+    sent = 0 if strategy.compress else round(scattered(profile, strategy) * size)
+    return seconds_of("reduce_scatter", sent, strategy, "fsdp", cluster)
 
 
 def seconds_of(operation: str, size: int, strategy: Strategy, axis: str, cluster: Cluster) -> float:

@@ -6,7 +6,7 @@ moments are computed, and the largest is the peak.
     parameters    parameters and buffers that this worker holds, and parameters that `fully_shard` has gathered
     gradients     gradients of the parameters that it holds; all of them from the start of the backward pass if DDP's
                   buckets or earlier microbatches have allocated them
-    optimizer     optimizer state
+    optimizer     optimizer state, and what compression of gradients keeps
     activations   saved for the backward passes of all microbatches in flight (Korthikanti et al. 2022, section 4)
     temporary     short-lived tensors of passes, gradient buckets and the optimizer, and the batch
 
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Device
+from shardwise.predict.closed_form.compression import state_bytes, temporary_bytes
 from shardwise.predict.closed_form.device_memory import in_process
 from shardwise.predict.closed_form.eight_bit import updated_alone
 from shardwise.predict.closed_form.fsdp_memory import (
@@ -72,7 +73,7 @@ def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: 
     elements, _ = worker.updated
     update = profile.update.of(strategy)
     each = element_bytes(profile.runtime, profile.precision, strategy)
-    state = round(elements * (update.state_bytes + each.copies))
+    state = round(elements * (update.state_bytes + each.copies)) + state_bytes(strategy, worker)
     at_once = update.at_once("cpu" if offloaded else device.kind)
     updating = Memory(
         parameters=_stored(profile, strategy, worker),
@@ -106,6 +107,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
     found: list[Memory] = []
     copied = worker.parameters - worker.kept
     narrow = round(copied * element_bytes(profile.runtime, profile.precision, strategy).narrow / WIDE)
+    compressing = temporary_bytes(strategy, worker)
     for moment in moments(strategy, worker.pipeline_rank):
         counts = moment.counts
         every = sum(count * saved[number] for number, count, _ in counts)
@@ -123,7 +125,7 @@ def _passing(profile: Profile, strategy: Strategy, worker: Worker, state: int, *
                     gradients=peak.gradients + gradients,
                     optimizer=state,
                     activations=every - saved[number] + peak.activations + stage.received,
-                    temporary=peak.temporary + unsharded + batches,
+                    temporary=peak.temporary + unsharded + batches + compressing,
                 )
             )
     return max(found, key=lambda memory: memory.total)

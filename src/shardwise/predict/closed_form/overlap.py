@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 
 from shardwise.predict.closed_form.segment_times import PassSeconds
 from shardwise.predict.workers.step_program import Piece
@@ -82,7 +82,7 @@ def overlapped(spent: PassSeconds, pieces: Sequence[TimedPiece], overlap: float,
         nonlocal channel, outer
         while reductions:
             ready, piece = reductions.pop(0)
-            first, *others = piece.reductions
+            first, *others = _by_group(piece)
             channel = max(channel, ready) + first
             outer = max(outer, channel) + sum(others) if others else outer
 
@@ -101,6 +101,12 @@ def overlapped(spent: PassSeconds, pieces: Sequence[TimedPiece], overlap: float,
     reduce()
     computed = sum(piece.compute for piece in pieces)
     return Passed(spent, total, max(now, channel, outer) - computed - more, more)
+
+
+def _by_group(timed: TimedPiece) -> list[float]:
+    """Return the seconds of a piece's reductions, summed for consecutive ones of one group."""
+    pairs = zip(timed.piece.communication.reductions, timed.reductions, strict=True)
+    return [sum(each for _, each in run) for _, run in groupby(pairs, key=lambda pair: pair[0].group)]
 
 
 def _advanced(now: float, compute: float, busy: float, overlap: float) -> float:

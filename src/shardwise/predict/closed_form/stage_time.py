@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
+from shardwise.predict.closed_form.compression import KERNELS, MOVED, flats_of
 from shardwise.predict.closed_form.offload import fetched, offloads
 from shardwise.predict.closed_form.overlap import Passed, TimedPiece, overlapped
 from shardwise.predict.closed_form.pipeline import Messages
@@ -23,6 +24,7 @@ from shardwise.predict.workers.passes import Sync
 from shardwise.predict.workers.small_kernels import BYTES, loss_kernels
 from shardwise.predict.workers.stage_keys import stage_key
 from shardwise.predict.workers.step_program import Communication, StepProgram, is_sharing
+from shardwise.splitting.compression import error_elements
 from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
 
@@ -259,6 +261,16 @@ class StageCosts:
             spent += self.calls.moved(elements, 2 * size, count)
             if self.strategy.reduce:  # each bucket is cast, and what comes back is cast again
                 spent += self.calls.moved(elements, size * 3 / 2, len(stage.buckets)).times(2)
+        if self.strategy.compress and (final or self.strategy.reduces_at_once):
+            spent += self._compressing(stage)
+        return spent
+
+    def _compressing(self, stage: Stage) -> PassSeconds:
+        """Return the time of the kernels that compress the gradients of a stage."""
+        kind, spent = self.strategy.compress.kind, PassSeconds()
+        for shapes in flats_of(self.strategy, stage):
+            elements = error_elements(shapes)
+            spent += self.calls.moved(elements, MOVED[kind] * elements / KERNELS[kind], 1).times(KERNELS[kind])
         return spent
 
     def trained(self, stage: Stage, *, copied: bool = False) -> tuple[int, int, int]:

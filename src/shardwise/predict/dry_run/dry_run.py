@@ -118,7 +118,7 @@ def dry_run(
         WorkloadError: The model cannot be built or traced.
         DataError: The dataset is empty.
     """
-    strategy = strategy.for_batch(workload.batch_size)
+    strategy = strategy.for_batch(workload.batch_size).with_(plain_steps=0)  # a step like all later ones
     workload = replace(workload, after_step=None)  # it would be tried on tensors with values
     if not 0 <= rank < strategy.workers:
         raise StrategyError(f"rank {rank} of strategy {strategy}: its workers are 0 to {strategy.workers - 1}")

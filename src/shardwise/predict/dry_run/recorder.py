@@ -178,6 +178,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _mark_states(self, program: Program) -> None:
         """Categorize optimizer states and gradients, which may exist before a step or only after it."""
         states = [] if program.optimizer is None else list(program.optimizer.state.values())
+        self._storages.mark(program.compression_state(), "optimizer")
         self._storages.mark((local(tensor) for tensor in tensors(states)), "optimizer", elsewhere=self._offloaded)
         self._mark_category((p.grad for p in program.engine.parameters.values() if p.grad is not None), "gradients")
 

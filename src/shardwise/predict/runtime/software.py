@@ -18,10 +18,12 @@ from shardwise.predict.runtime.sizes import Sizes
 from shardwise.strategy import Strategy
 
 EVERYWHERE = {
-    **dict.fromkeys(("bucket", "compile", "loss_pieces", "states"), ("0",)),
-    **dict.fromkeys(("reduce", "shares", "speeds"), ("",)),
+    **dict.fromkeys(("bucket", "compile", "loss_pieces", "states", "plain_steps"), ("0",)),
+    **dict.fromkeys(("reduce", "shares", "speeds", "compress"), ("",)),
 }
-"""Options of Shardwise alone: sizes of buckets, reduction of gradients, states in 8 bits, unequal parts."""
+"""Options of Shardwise alone: sizes of buckets, how gradients are sent, states in 8 bits, unequal parts."""
+
+_UNSET = {"reduce": "float32", "compress": "none"}
 
 MODULE = {**EVERYWHERE, "tp": ("1",), "sp": ("0",), "pp": ("1",), "recompute": ("none", "full")}
 """Options of software that wraps a module of the user's own, which it can neither cut nor shard by layers."""
@@ -185,10 +187,7 @@ class Software:
         return next(self._dividing(tp), None) if self.allows("tp", tp) else self._lacks("tp", tp)
 
     def _lacks(self, option: str, value: object) -> str:
-        has = " or ".join(
-            f"{option}={each or ('float32' if option == 'reduce' else 'equal')}"
-            for each in self.abilities.values[option]
-        )
+        has = " or ".join(f"{option}={each or _UNSET.get(option, 'equal')}" for each in self.abilities.values[option])
         parts = ", and parts of the blocks" if option == "recompute" and self.abilities.partly else ""
         return f"{self.abilities.title} has {has}{parts}, not {option}={value}"
 

@@ -332,8 +332,9 @@ class _StepSimulation:
         """Issue the reductions of pieces that have computed; `blocking` ones stop the host."""
         for timed, computed in waiting:
             after: list[Operation | None] = [computed, *host.barrier]
-            for each, seconds in zip(timed.piece.communication.reductions, timed.reductions, strict=True):
-                reduced = self._around(host, action, timed.piece, each, seconds, after)
+            reductions = zip(timed.piece.communication.reductions, timed.reductions, strict=True)
+            for number, (each, seconds) in enumerate(reductions):
+                reduced = self._around(host, action, timed.piece, each, seconds, after, number)
                 host.sums.append(reduced)
                 if blocking:
                     self.simulation.wait(host.number, reduced)
@@ -348,12 +349,16 @@ class _StepSimulation:
         each: Collective,
         seconds: float,
         after: Iterable[Operation | None],
+        number: int | None = None,
     ) -> Operation:
-        """Issue a collective around a piece; the workers of one group issue it together."""
+        """Issue a collective around a piece; the workers of one group issue it together.
+
+        `number` is that of a reduction of the piece; None for its gather.
+        """
         row = host.pipeline.row if each.axis == "fsdp" else None
-        together = each.axis, row, host.pipeline_rank, str(action), piece.name, each.operation
+        together = each.axis, row, host.pipeline_rank, str(action), piece.name, number
         name = f"{VERBS[each.operation]} {piece.name} of {action}"
-        kind = "parameters" if each.operation == "all_gather" else "gradients"
+        kind = "parameters" if number is None else "gradients"
         return self._issue(host, each.axis, name, kind, seconds, after, together, bytes=each.bytes)
 
     # ---- the end ----------------------------------------------------------------------------------------------------

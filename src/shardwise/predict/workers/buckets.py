@@ -12,16 +12,25 @@ from shardwise.predict.workers.cuts import recomputed_segments
 from shardwise.splitting.buckets import bucket_bytes
 from shardwise.strategy import Strategy
 
+Shape = tuple[int, ...]
+
 FIRST_BUCKET_BYTES = 2**20
 """Bytes of DDP's first bucket (Li et al. 2020; torch/csrc/distributed/c10d/reducer.hpp: kDefaultFirstBucketBytes)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Gradients that are all-reduced together, as soon as the backward pass is through segment `ready`."""
+    """Gradients that are all-reduced together, as soon as the backward pass is through segment `ready`.
+
+    Attributes:
+        bytes: bytes of their parameters.
+        ready: the segment.
+        shapes: shapes of those that are compressed, in order; the others are sent exactly.
+    """
 
     bytes: int
     ready: int
+    shapes: tuple[Shape, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +41,13 @@ class Gathered:
         gather: bytes of the gathered parameters, with padding.
         reduce: bytes of their gradients before the reduce-scatter, with padding; 0 if none is trained.
         parameters: bytes of the parameters, without padding.
+        shapes: shapes of those whose gradients are compressed, in order; the others are sent exactly.
     """
 
     gather: int
     reduce: int
     parameters: int
+    shapes: tuple[Shape, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +68,44 @@ class Block:
 
 def coalesced(parameters: Iterable[Parameter], limits: Sequence[int]) -> list[int]:
     """Return the bytes of torch's buckets, which close once they reach the limit and hold one element size each."""
-    return [size for size, _ in _assigned(parameters, limits)]
+    return [bucket.bytes for bucket in _assigned(parameters, limits)]
 
 
-def _assigned(parameters: Iterable[Parameter], limits: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (bytes, smallest first segment) of torch's buckets (c10d: compute_bucket_assignment_by_size).
+def _assigned(parameters: Iterable[Parameter], limits: Sequence[int], strategy: Strategy | None = None) -> list[Bucket]:
+    """Return torch's buckets (c10d: compute_bucket_assignment_by_size), ready after their smallest first segment.
 
     `limits` are the bytes at which successive buckets close; the last one holds for all further buckets.
     """
-    done: list[tuple[int, int]] = []
-    filling: dict[int, tuple[int, int]] = {}
+    done: list[Bucket] = []
+    filling: dict[int, list[Parameter]] = {}
+    sizes: dict[int, int] = {}
     used: dict[int, int] = {}
     for parameter in parameters:
         kind = parameter.itemsize
-        size, segment = filling.get(kind, (0, parameter.segments[0]))
-        size, segment = size + parameter.bytes, min(segment, parameter.segments[0])
-        filling[kind] = size, segment
+        filling.setdefault(kind, []).append(parameter)
+        sizes[kind] = sizes.get(kind, 0) + parameter.bytes
         number = used.get(kind, 0)
-        if size >= limits[min(number, len(limits) - 1)]:
-            done.append(filling.pop(kind))
+        if sizes[kind] >= limits[min(number, len(limits) - 1)]:
+            done.append(_bucket(filling.pop(kind), sizes.pop(kind), strategy))
             used[kind] = number + 1
-    return done + list(filling.values())
+    return done + [_bucket(left, sizes[kind], strategy) for kind, left in filling.items()]
 
 
-def reducer_buckets(parameters: Sequence[Parameter], first: int, limit: int) -> list[Bucket]:
-    """Return the buckets of `gradient_reducer.GradientReducer`.
+def _bucket(parameters: Sequence[Parameter], size: int, strategy: Strategy | None) -> Bucket:
+    return Bucket(size, min(each.segments[0] for each in parameters), _compressed(parameters, strategy))
+
+
+def _compressed(parameters: Iterable[Parameter], strategy: Strategy | None) -> tuple[Shape, ...]:
+    """Return the shapes of the gradients that a strategy compresses; see `CompressedReducer.exact` for the others."""
+    if strategy is None or not strategy.compress:
+        return ()
+    return tuple(each.shape for each in parameters if not each.kept and (strategy.tp == 1 or each.cut or each.summed))
+
+
+def reducer_buckets(
+    parameters: Sequence[Parameter], first: int, limit: int, strategy: Strategy | None = None
+) -> list[Bucket]:
+    """Return the buckets of `gradient_reducer.GradientReducer`; `strategy` says what of them is compressed.
 
     A parameter's gradient is complete when the backward pass is through its first segment from `first` on.
     """
@@ -94,7 +118,11 @@ def reducer_buckets(parameters: Sequence[Parameter], first: int, limit: int) -> 
         buckets[-1].append(parameter)
         size, kind = size + parameter.bytes, parameter.itemsize
     return [
-        Bucket(sum(p.bytes for p in bucket), min(next((k for k in p.segments if k >= first), first) for p in bucket))
+        Bucket(
+            sum(p.bytes for p in bucket),
+            min(next((k for k in p.segments if k >= first), first) for p in bucket),
+            _compressed(bucket, strategy),
+        )
         for bucket in buckets
     ]
 
@@ -114,8 +142,9 @@ def stage_buckets(
     if module:
         ready = [parameters[index] for index in profile.ready]
         limits = [limit] if strategy.bucket else [FIRST_BUCKET_BYTES, limit]
-        return [Bucket(size, segment) for size, segment in _assigned(ready, limits)]
-    return reducer_buckets([parameters[i] for i in own if parameters[i].trained and i not in twice], first, limit)
+        return _assigned(ready, limits, strategy)
+    trained = [parameters[i] for i in own if parameters[i].trained and i not in twice]
+    return reducer_buckets(trained, first, limit, strategy)
 
 
 def module_parts(
@@ -147,7 +176,7 @@ def graph_parts(
     again = set(recomputed_segments(profile, strategy, starts, ranges[-1][1]))
     groups: Sequence[Gathered | None] = [None] * (len(ranges) + 1)
     if sharded:
-        key = ("gathered", ranges, strategy.fsdp)
+        key = ("gathered", ranges, strategy.fsdp, bool(strategy.compress))
         groups = profile.memo.once(key, lambda: _gathered_apart(profile, strategy, ranges, own))
     blocks = (Block(a, b, group, (a, b) in again) for (a, b), group in zip(ranges, groups[:-1], strict=True))
     return tuple(blocks), groups[-1]
@@ -169,6 +198,7 @@ def _gathered(profile: Profile, indices: Iterable[int], strategy: Strategy) -> G
     Returns None if nothing is gathered.
     """
     gather = reduce = size = 0
+    trained = []
     for index in indices:
         parameter = profile.parameters[index]
         if parameter.buffer or parameter.whole or not parameter.shape[0]:
@@ -178,4 +208,6 @@ def _gathered(profile: Profile, indices: Iterable[int], strategy: Strategy) -> G
         gather += padded
         reduce += padded if parameter.trained else 0
         size += parameter.bytes
-    return Gathered(gather, reduce, size) if size else None
+        if parameter.trained:
+            trained.append(parameter)
+    return Gathered(gather, reduce, size, _compressed(trained, strategy)) if size else None

@@ -180,6 +180,7 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
         strategy.recomputes and strategy.schedule == "gpipe",  # see `balance.recomputable`
         strategy.speeds,
         strategy.bucket,
+        bool(strategy.compress),  # the shapes in buckets
     )
 
 
@@ -226,7 +227,7 @@ def _worker(
     return Worker(
         pipeline_rank,
         stages,
-        tuple(reducer_buckets(several, stages[0].first, bucket_bytes(strategy.bucket)))
+        tuple(reducer_buckets(several, stages[0].first, bucket_bytes(strategy.bucket), strategy))
         if replicated and several
         else (),
         _flat([(parameter, count) for parameter, count in trained if parameter.summed], strategy),

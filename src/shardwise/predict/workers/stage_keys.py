@@ -39,7 +39,7 @@ def _described(profile: Profile, stage: Stage) -> object:
     return (
         _gathered(profile, stage),
         tuple(block.recomputed for block in stage.blocks),
-        tuple((bucket.bytes, bucket.ready - first) for bucket in stage.buckets),
+        tuple((bucket.bytes, bucket.ready - first, bucket.shapes) for bucket in stage.buckets),
         stage.received,
         stage.saved,
         tuple((segment - first, size) for segment, size in stage.handed),

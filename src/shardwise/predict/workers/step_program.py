@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from shardwise.collective import Collective, Group
 from shardwise.predict.profile.profile import Exchanged, Profile
@@ -22,11 +23,15 @@ from shardwise.predict.workers.buckets import Bucket, Gathered
 from shardwise.predict.workers.groups import group_of, message_group, replica_axis
 from shardwise.predict.workers.holdings import Parts, Stage, Worker, report_bytes
 from shardwise.predict.workers.passes import EqualPasses, Sync, table
+from shardwise.splitting.compression import error_elements, scattered_messages, whole_messages
 from shardwise.splitting.schedule import FORWARD, INPUT, WEIGHT
 from shardwise.strategy import Strategy
 
 TENSORS = 7
 """Parameters of a block that are gathered one by one where nothing buckets them: four or five matrices, two norms."""
+
+ITEM = 4
+"""Bytes of an element of a gradient that is compressed, in float32."""
 
 AHEAD = 1
 """Blocks that a backward pass gathers ahead of the one that it computes (Zhao et al. 2023, PyTorch FSDP, 3.3.2)."""
@@ -39,7 +44,7 @@ class Communication:
     Attributes:
         gather: the all-gather that it waits for; None if its parameters are there.
         reductions: what its gradients go through, one after another: a bucket's all-reduce, or a reduce-scatter and
-            with hybrid sharding an all-reduce over dp.
+            with hybrid sharding an all-reduce over dp; compressed, the messages in place of these.
     """
 
     gather: Collective | None = None
@@ -180,7 +185,18 @@ class StepProgram:
         if not self.profile.runtime.overlap_gradients:
             return []
         rank = stage.number % self.strategy.pp
-        return [(bucket, Communication(reductions=(self._reduced(bucket.bytes, rank),))) for bucket in stage.buckets]
+        return [(bucket, Communication(reductions=self._joined(bucket, rank))) for bucket in stage.buckets]
+
+    def _joined(self, bucket: Bucket, pipeline_rank: int) -> tuple[Collective, ...]:
+        """Return the reductions over replicas of the gradients of a bucket."""
+        compression, replicas = self.strategy.compress, self.strategy.replicas
+        if not compression or self.strategy.splits_parameters:  # what `fully_shard` leaves whole is sent exactly
+            return (self._reduced(bucket.bytes, pipeline_rank),)
+        exact = bucket.bytes - ITEM * error_elements(bucket.shapes)
+        first = (self._reduced(exact, pipeline_rank),) if exact else ()
+        messages = whole_messages(compression, bucket.shapes, replicas)
+        rest = (self._collective(each, size, "replicas", "backward", pipeline_rank) for each, size in messages)
+        return (*first, *rest)
 
     def _reduced(self, size: int, pipeline_rank: int) -> Collective:
         """Return the reduction over replicas of the gradients of `size` bytes of parameters."""
@@ -234,12 +250,28 @@ class StepProgram:
             gather = self._collective("all_gather", gathered, "fsdp", when, rank) if gathers else None
             reductions: list[Collective] = []
             if reduces and sent:
-                reductions.append(self._collective("reduce_scatter", sent, "fsdp", when, rank))
-                if self.strategy.dp > 1:
-                    mirrored = sent // self.strategy.fsdp
-                    reductions.append(self._collective("all_reduce", mirrored, "dp", when, rank))
+                reductions += [self._collective(*each, when, rank) for each in self._scattered(group, sent)]
             self._around[key] = Communication(gather, tuple(reductions))
         return self._around[key]
+
+    def _scattered(self, group: Gathered, sent: int) -> Iterator[tuple[str, int, str]]:
+        """Yield (operation, bytes, axis) of what `fully_shard` does with gradients of a group, of `sent` bytes."""
+        strategy, compression = self.strategy, self.strategy.compress
+        if compression and strategy.dp == 1:
+            exact = group.reduce - ITEM * error_elements(group.shapes, strategy.fsdp)
+            if exact:
+                yield "reduce_scatter", exact, "fsdp"
+            yield from ((*each, "fsdp") for each in scattered_messages(compression, group.shapes, strategy.fsdp))
+            return
+        yield "reduce_scatter", sent, "fsdp"
+        if compression:
+            exact = (group.reduce - ITEM * error_elements(group.shapes, strategy.fsdp)) // strategy.fsdp
+            if exact:
+                yield "all_reduce", exact, "dp"
+            slices = [(ceil(shape[0] / strategy.fsdp), *shape[1:]) for shape in group.shapes]
+            yield from ((*each, "dp") for each in whole_messages(compression, slices, strategy.dp))
+        elif strategy.dp > 1:
+            yield "all_reduce", sent // strategy.fsdp, "dp"
 
     # ---- inside of a pass -------------------------------------------------------------------------------------------
 
@@ -351,9 +383,10 @@ class StepProgram:
     def sums(self, worker: Worker) -> tuple[Collective, ...]:
         """Return the reductions of gradients that are left when all passes are over."""
         rank = worker.pipeline_rank
-        found = [self._reduced(bucket.bytes, rank) for bucket in worker.twice]
+        found = [each for bucket in worker.twice for each in self._joined(bucket, rank)]
         if self.strategy.splits_parameters:  # buckets of what it leaves whole
-            found += [self._reduced(bucket.bytes, rank) for stage in worker.stages[::-1] for bucket in stage.buckets]
+            buckets = [bucket for stage in worker.stages[::-1] for bucket in stage.buckets]
+            found += [each for bucket in buckets for each in self._joined(bucket, rank)]
         elif not self.profile.runtime.overlap_gradients:
             size = sum(bucket.bytes for stage in worker.stages for bucket in stage.buckets)
             found += [self._reduced(size, rank)] if size else []

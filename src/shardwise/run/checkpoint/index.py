@@ -52,7 +52,7 @@ class Index:
     """Everything in a checkpoint except the values of its tensors.
 
     Attributes:
-        tensors: tensors by name: `model/<parameter or buffer>`, `average/<parameter>`,
+        tensors: tensors by name: `model/<parameter or buffer>`, `average/<parameter>`, `owed/<parameter>`,
             `optimizer/<parameter>/<state>`.
         aliases: further name of a tied tensor -> the name under which it is stored, both without `model/`.
         progress: progress that was given to `Checkpoints.save`.
@@ -164,7 +164,7 @@ def _parsed(content: Mapping[str, Any], files: Collection[str]) -> Index:
 def _check_stored(name: str, stored: Stored, files: Container[str]) -> None:
     """Check that a tensor's name, chunks and files are such as a training writes. Raises ValueError."""
     kind, _, rest = name.partition("/")
-    if kind not in ("model", "average", "optimizer") or not rest:
+    if kind not in ("model", "average", "owed", "optimizer") or not rest:
         raise ValueError(f"{short(name)} is the name of no tensor")
     if problem := cover_problem(stored.spec.shape, [(chunk.offsets, chunk.sizes) for chunk in stored.chunks]):
         raise ValueError(f"{short(name)} {problem}")

@@ -51,6 +51,7 @@ class FirstStep:
         seconds: seconds that the comparison took.
         reason: why nothing was proved; None if the step is proved.
         turns: number of turns whose gradients were compared, each from the first weights; 0 for a step without turns.
+        uncompressed: whether the strategy compresses gradients, so that exact ones were compared in their place.
     """
 
     proved: bool
@@ -59,12 +60,14 @@ class FirstStep:
     seconds: float = 0.0
     reason: str | None = None
     turns: int = 0
+    uncompressed: bool = False
 
     def __str__(self) -> str:
         if not self.proved:
             return f"first step not proved: {self.reason}"
         what = f"first step, each of its {self.turns} turns from the same weights," if self.turns else "first step"
-        return f"{what} equals one process: loss {self.loss_error:.0e}, gradients {self.gradient_error:.0e}"
+        gradients = "uncompressed gradients" if self.uncompressed else "gradients"
+        return f"{what} equals one process: loss {self.loss_error:.0e}, {gradients} {self.gradient_error:.0e}"
 
 
 NO_STEP = FirstStep(False, reason="no step was left to take")

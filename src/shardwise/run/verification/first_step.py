@@ -1,6 +1,7 @@
 """Proof of the first step: before a training begins, its first gradient is compared with that of one worker.
 
-The parallel program computes the gradient of the first samples of the first batch and applies nothing; the turns of a
+The parallel program computes the gradient of the first samples of the first batch, which replicas join exactly
+(uncompressed, where the strategy compresses), and applies nothing; the turns of a
 step are all taken, each from the same weights. Worker 0 then
 builds the plain module beside it, with the same weights, and computes the gradient of the same samples alone. It also
 compares the loss of a few samples with the mean of the losses of their halves, lets the optimizer take a step on the
@@ -79,7 +80,10 @@ def prove_first_step(program: Program, epoch: int = 0, batch: int = 0, loader: L
         raise NotProved(found.refusal)
     seconds = time.perf_counter() - begin
     turns = 0 if found.reason else len(program.workload.turns)
-    return FirstStep(not found.reason, found.loss_error, found.gradient_error, seconds, found.reason or None, turns)
+    compressed = bool(program.strategy.compress)
+    return FirstStep(
+        not found.reason, found.loss_error, found.gradient_error, seconds, found.reason or None, turns, compressed
+    )
 
 
 def _unprovable(program: Program) -> str:

@@ -35,6 +35,8 @@ OPTIONS = {
     "zero": "fsdp",
     "offload": "fsdp",
     "reduce": "dp fsdp",
+    "compress": "dp fsdp",
+    "plain_steps": "dp fsdp",
     "bucket": "dp",
     "sp": "tp",
     "schedule": "pp",
@@ -44,6 +46,15 @@ OPTIONS = {
     "outermost": "",
 }
 """Option -> the axes that it can be tried with alone."""
+
+COMPRESSED = 3
+"""Steps whose gradients are compressed for a proof; from the second on there are errors to feed back."""
+
+CONSERVED = (
+    "steps are compared with gradients that replicas join exactly; compressed ones, with what is owed after them, add "
+    "up to the exact ones"
+)
+"""Note of a proof of a strategy that compresses gradients."""
 
 TELLING = 1e-3
 """Least gradient of an element, relative to the typical one, for which its update is compared."""
@@ -284,7 +295,9 @@ def compare(trial: StrategyTrial) -> Proof | None:
     """
     from shardwise.parallel.program import Program
 
-    program = Program.build(trial.load(), trial.strategy)
+    strategy = trial.strategy.with_(plain_steps=0)
+    program = Program.build(trial.load(), strategy)
+    program.engine.position.exact = bool(strategy.compress)
     folder = Path(trial.folder)
     _start_from(program, load_file(folder / "initial.safetensors"))
     tolerance = rounding(program, next(_shares(program, 1)), float64=trial.float64)
@@ -299,6 +312,9 @@ def compare(trial: StrategyTrial) -> Proof | None:
         parameter |= _of_all(program, _model_pieces(program), expected, "model", counted)
         _start_from(program, expected)
     notes = _everybodys_notes(program)
+    if strategy.compress:
+        gradient |= _conserved(program)
+        notes = (*notes, CONSERVED)
     if program.mesh.rank != 0:
         return None
     return Proof(
@@ -313,6 +329,31 @@ def compare(trial: StrategyTrial) -> Proof | None:
         cut_points=getattr(program.engine, "cut_points", None),
         notes=notes,
     )
+
+
+def _conserved(program: Any) -> Deviation:
+    """Compare exact gradients with compressed ones and what is owed then, less what was owed before. Collective."""
+    found = Deviation()
+    for share in _shares(program, COMPRESSED):
+        with program.tried(share, share.samples):
+            exact = _gathered(program, program.gradient_pieces())
+        before = _gathered(program, program.pieces(), "owed")
+        with program.tried(share, share.samples, exact=False):
+            sent = _gathered(program, program.gradient_pieces())
+        after = _gathered(program, program.pieces(), "owed")
+        if exact is not None and sent is not None and before is not None and after is not None:
+            kept = {name: each + after[name] - before[name] if name in after else each for name, each in sent.items()}
+            found |= deviation(kept, exact)
+    return found
+
+
+def _gathered(program: Any, pieces: Sequence[Any], kind: str = "gradient") -> dict[str, Tensor] | None:
+    """Gather the full tensors of a kind by plain name on rank 0. Returns None elsewhere. Collective."""
+    from shardwise.parallel.state.gather import gather_full
+
+    chosen = [piece for piece in pieces if piece.name.startswith(f"{kind}/")]
+    full = gather_full(chosen, program.mesh.world, program.mesh.device)
+    return None if full is None else _kind(full, kind)
 
 
 def _everybodys_notes(program: Any) -> tuple[str, ...]:
