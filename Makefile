@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STRATEGIES := single dp=2 fsdp=2 tp=2 pp=2 dp=2,tp=2 fsdp=2,pp=2 auto
+ENGINES := slurm-wlm munge openmpi-bin openssh-client
 DEMO = $(BIN)/shardwise compare image --epochs 4 --set schedule_epochs=4 $(foreach strategy,$(STRATEGIES),--strategy '$(strategy)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo readme test browser unit models plans pages docs check format bench clean
+.PHONY: help setup demo readme test browser engines unit models plans pages docs check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1 - /'
@@ -29,11 +30,17 @@ readme: $(STAMP) ## runs the demo and puts its table into README.md and its twin
 	$(DEMO) > build/demo.txt
 	$(BIN)/python docs/insert_demo.py build/demo.txt README.md README.zh-CN.md
 
-test: $(STAMP) ## runs all tests but those in a browser, in two processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/browser
+test: $(STAMP) ## runs all tests but those in a browser and on engines, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/browser --ignore tests/engines
 
 browser: $(STAMP) ## tests reports in headless Chromium (Debian: apt-get install chromium chromium-driver)
 	SHARDWISE_BROWSER=required $(BIN)/python -m pytest tests/browser
+
+engines: $(STAMP) ## installs Slurm and Open MPI (Debian, as root) and runs the tests on them
+	for program in srun munged mpirun; do \
+		command -v $$program >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(ENGINES); break; }; \
+	done
+	SHARDWISE_ENGINES=required $(BIN)/python -m pytest tests/engines
 
 unit: $(STAMP) ## runs the tests that start no process
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/unit

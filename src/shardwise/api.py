@@ -144,6 +144,45 @@ def train(
     return run_reported(settle(asked, out, resume=resumed, **options)).summary
 
 
+def run_under(
+    engine: str,
+    arguments: Sequence[str],
+    *,
+    strategy: str | None = None,
+    workers: int | None = None,
+    hosts: str | None = None,
+    grace: float = 0.0,
+    dry_run: bool = False,
+) -> int | str:
+    """Run a command line of `shardwise` on workers that another engine starts, and return its exit status.
+
+    Args:
+        engine: `torchrun`, `mpi` or `slurm`.
+        arguments: the command line; options that name the engine are left out of it.
+        strategy: strategy of the training; None or `auto`: the workers choose it.
+        workers: number of workers; None: what the strategy needs, or what the allocation has.
+        hosts: hosts to run on, with commas between them; None: the engine chooses.
+        grace: seconds that the run has to write a checkpoint when it is told to end.
+        dry_run: start nothing, and return the text of the engine's script.
+
+    Raises:
+        RequestError: the request is wrong, the engine is not installed, hosts cannot be reached, or the allocation has
+            another size; found before anything starts.
+        SystemExit: the job was told to end.
+    """
+    from shardwise.commands import launching
+
+    return launching.run_under(
+        engine,
+        arguments,
+        strategy=strategy,
+        workers=workers,
+        hosts=hosts,
+        grace=grace,
+        dry_run=dry_run,
+    )
+
+
 def train_parallel(
     model: nn.Module | Callable[[], nn.Module],
     dataset: Any,

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from traceback import format_exc
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
@@ -30,8 +31,11 @@ from shardwise.errors import (
     nearest,
     one_line,
 )
-from shardwise.launch.context import is_first, rank_context
+from shardwise.launch.context import is_first, rank_context, under_launcher
 from shardwise.launch.exit import end
+from shardwise.launch.join import end_with_launcher
+from shardwise.launch.output import document_stream, keep_apart
+from shardwise.launch.ranks import RankContext
 from shardwise.launch.signals import Terminated
 from shardwise.reports.accuracy import accuracy_table
 from shardwise.reports.accuracy_page import accuracy_files
@@ -61,8 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A command that a signal ended returns 128 plus the number of the signal.
     """
-    options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parse(given)
     try:
+        if _names_engine(options) and not under_launcher():
+            return _run_under(options, given)
         options.run(options)
     except ShardwiseError as error:
         _say_error(error)
@@ -74,8 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"shardwise: the workload's code ended the program by sys.exit({code}): nothing was done\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("shardwise: interrupted, all workers have ended\n")
+        if _context() is None:  # another launcher, or the command that runs it, says so for all workers
+            sys.stderr.write("shardwise: interrupted, all workers have ended\n")
         return INTERRUPTED
+    except Exception as error:
+        context = _context()
+        if context is None:
+            raise
+        _say_failure(context, error)
+        return 1
     return 0
 
 
@@ -83,6 +97,10 @@ def command() -> NoReturn:
     """Run the program `shardwise` and end the process with the exit status of its command."""
     check_streams()
     leave_out_working_directory()
+    context = _context()
+    if context is not None:
+        end_with_launcher(context)
+        keep_apart()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt_once)
     end(main())
@@ -95,6 +113,40 @@ def _interrupt_once(number: int, frame: FrameType | None) -> None:
     """
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _names_engine(options: argparse.Namespace) -> bool:
+    """Return whether a command names an engine other than local workers.
+
+    Raises:
+        RequestError: it names none, and has options for one.
+    """
+    if not hasattr(options, "engine"):
+        return False
+    if options.engine != "local":
+        return True
+    given = {"--hosts": options.hosts, "--dry-run": options.dry_run}
+    words = [name for name, value in given.items() if value]
+    if words:
+        raise RequestError(f"{', '.join(words)}: only for another engine: give --engine too, --engine slurm say")
+    return False
+
+
+def _run_under(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Run the command under the engine that it names, and return its exit status."""
+    done = api.run_under(
+        options.engine,
+        arguments,
+        strategy=getattr(options, "strategy", None),
+        workers=options.workers,
+        hosts=options.hosts,
+        grace=getattr(options, "grace", 0.0),
+        dry_run=options.dry_run,
+    )
+    if isinstance(done, int):
+        return done
+    _write(sys.stdout, done)
+    return 0
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -307,9 +359,9 @@ def _print(options: argparse.Namespace, document: dict[str, Any], view: Callable
     if not is_first():
         return
     if options.json:
-        _write(sys.stdout, json.dumps(document, allow_nan=False) + "\n")
+        _write(document_stream(), json.dumps(document, allow_nan=False) + "\n")
     if not (options.json and options.quiet):
-        _write(sys.stderr if options.json else sys.stdout, "\n".join(filter(None, _view(document, view))) + "\n")
+        _write(sys.stderr if options.json else document_stream(), "\n".join(filter(None, _view(document, view))) + "\n")
 
 
 def _view(document: dict[str, Any], view: Callable[[dict[str, Any]], str]) -> Iterator[str]:
@@ -352,20 +404,43 @@ def _say_error(error: ShardwiseError) -> None:
         less = f": {LESS_MEMORY}" if error.out_of_memory else ""
         told = f"shardwise: worker {error.rank} {how}, all workers have ended{less}"
         sys.stderr.write(f"{error.traceback.rstrip()}\n{told}\n")
-    elif not isinstance(error, RequestError | NotFinite) or _is_to_say():
-        sys.stderr.write(f"shardwise: {error}\n")
+    else:
+        _say_once(error)
 
 
-def _is_to_say() -> bool:
-    try:
-        context = rank_context()
-    except RequestError:
-        return True
+def _say_once(error: ShardwiseError) -> None:
+    context = _context()
     if context is None:
-        return True
+        sys.stderr.write(f"shardwise: {error}\n")
+        return
+    from shardwise.launch.board import is_to_say, stay
+
+    if is_to_say(context) is not False:
+        sys.stderr.write(f"shardwise: {error}\n")
+    if isinstance(error, RequestError | NotFinite):  # those that all workers raise
+        stay(context)
+
+
+def _say_failure(context: RankContext, error: Exception) -> None:
+    """Write the traceback of an error of this worker, unless it only follows from that of another worker."""
     from shardwise.launch.board import is_to_say
 
-    return is_to_say(context)
+    first = is_to_say(context)
+    if first is None and context.rank:  # rank 0 is gone, or was never there: it is the one to say more
+        message = f"worker {context.rank} has lost the others: {type(error).__name__}: {error}"
+        sys.stderr.write(f"shardwise: {one_line(message)}\n")
+    elif first is not False:
+        failed = WorkerFailed(f"{type(error).__name__}: {error}", rank=context.rank, traceback=format_exc())
+        less = f" ran out of memory: {LESS_MEMORY}" if failed.out_of_memory else " failed"
+        sys.stderr.write(f"{failed.traceback}shardwise: worker {context.rank}{less}\n")
+
+
+def _context() -> RankContext | None:
+    """Return this process's rank under another launcher. Returns None if it has none, or a wrong one."""
+    try:
+        return rank_context()
+    except RequestError:
+        return None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -444,6 +519,17 @@ def _add_report(parser: _Parser) -> None:
     parser.add_argument("--report", metavar="FILE", help="also write the result as a page of HTML")
 
 
+def _add_engine(parser: _Parser) -> None:
+    parser.add_argument(
+        "--engine",
+        default="local",
+        metavar="NAME",
+        help="what starts the workers: local (default), torchrun, mpi or slurm",
+    )
+    parser.add_argument("--hosts", metavar="A,B", help="hosts to run on, for engines that choose none themselves")
+    parser.add_argument("--dry-run", action="store_true", help="print the engine's script, and start nothing")
+
+
 def _add_runtime(parser: _Parser) -> None:
     parser.add_argument(
         "--runtime",
@@ -494,6 +580,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     _add_proof(train)
     _add_margin(train)
+    _add_engine(train)
     train.set_defaults(run=_train)
     compare = commands.add_parser(
         "compare", help="train under several strategies", description="Measures strategies in turns, slice by slice."
@@ -612,6 +699,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     calibrate.add_argument(
         "--workers", type=_whole, metavar="N", help="local processes at most (default: 4 on a CPU, one for each GPU)"
     )
+    _add_engine(calibrate)
     _add_output(calibrate)
     _add_report(calibrate)
     calibrate.set_defaults(run=_calibrate)

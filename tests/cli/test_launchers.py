@@ -41,13 +41,13 @@ def test_what_is_wrong_is_told_once_under_torchrun(run: Run) -> None:
 def test_workers_end_with_a_torchrun_that_is_killed(folder: Path, mark: str) -> None:
     arguments = ("train", "work.py:small", "--strategy", "dp=2", "--set", "fail=wait", "--quiet")
     # fresh processes: warm ones are children of their server, which lives on
-    process = subprocess.Popen(command(*arguments, launcher=TORCHRUN), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while "waiting" not in process.stdout.readline():
+    process = subprocess.Popen(command(*arguments, launcher=TORCHRUN), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "waiting" not in process.stderr.readline():
         assert process.poll() is None
     process.kill()
     process.wait()
-    process.stdout.close()
+    process.stderr.close()
     deadline = time.monotonic() + SECONDS
     while processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.05)

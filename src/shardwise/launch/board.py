@@ -15,7 +15,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from shardwise.launch.context import RankContext
+from shardwise.errors import RequestError
+from shardwise.launch.meeting import meet
+from shardwise.launch.ranks import RankContext
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -28,6 +30,13 @@ ANSWER_SECONDS = 5.0
 
 SAY_SECONDS = 3.0
 """Seconds by which ranks above 0 delay an error report if they cannot learn whether rank 0 has reported it."""
+
+
+AFTER_SECONDS = 0.5
+"""Seconds for which a worker that leaves an error report to another stays: launchers end all others when one ends."""
+
+LOOK_SECONDS = 0.05
+"""Seconds between two looks at who has asked."""
 
 
 class OutOfReach(Exception):
@@ -123,18 +132,35 @@ class StoreBoard:
 
 
 def board_of(context: RankContext) -> StoreBoard:
-    """Return the board of the job in which `context` is one of the workers."""
-    return StoreBoard(context.address, context.port, f"shardwise-{context.restarts}")
+    """Return the board of the job in which `context` is one of the workers. Raises RequestError if nobody answers."""
+    met = meet(context)
+    return StoreBoard(met.address, met.port, f"shardwise-{context.restarts}")
 
 
-def is_to_say(context: RankContext) -> bool:
-    """Return whether this worker reports an error that all workers of the job may raise; the first one to ask does.
+def is_to_say(context: RankContext) -> bool | None:
+    """Return whether this worker reports an error; the first one to ask does. Returns None if nobody answers.
 
-    It cannot always be rank 0: torchrun ends all workers as soon as one has ended, maybe before rank 0 can report.
+    It cannot always be rank 0: launchers end all workers as soon as one has ended, maybe before rank 0 can report.
     """
-    if context.elastic:
-        with contextlib.suppress(OutOfReach):
-            return board_of(context).add("said") == 1
-    if context.rank:
-        time.sleep(SAY_SECONDS)
-    return True
+    end = time.monotonic() + SAY_SECONDS
+    try:
+        meet(context, SAY_SECONDS)
+        board = board_of(context)
+        first = board.add("said") == 1
+    except (OutOfReach, RequestError):
+        time.sleep(max(0.0, end - time.monotonic()) if context.rank else 0.0)
+        return None
+    if not first:
+        time.sleep(AFTER_SECONDS)
+    return first
+
+
+def stay(context: RankContext) -> None:
+    """Keep the store for those that still ask who reports an error, at most SAY_SECONDS; nothing if others keep it."""
+    if not context.keeps_store:
+        return
+    end = time.monotonic() + SAY_SECONDS
+    with contextlib.suppress(OutOfReach, RequestError):
+        board = board_of(context)
+        while time.monotonic() < end and int(board.get("said") or 0) < context.workers:
+            time.sleep(LOOK_SECONDS)

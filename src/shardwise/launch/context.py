@@ -1,12 +1,14 @@
-"""Rank of this process in the job of another launcher such as torchrun, read from the environment.
+"""Rank of this process in the job of another launcher, read from the environment.
 
-No other module reads these variables:
+No other module reads what a launcher says in the environment; `launch.engines` has one file for each launcher.
 
     variable                        meaning
     RANK, WORLD_SIZE                this process among all workers of the job
     LOCAL_RANK, LOCAL_WORLD_SIZE    this process among those of its host
     MASTER_ADDR, MASTER_PORT        address at which the workers meet
     TORCHELASTIC_...                set by torchrun's agent, which is then the parent process
+    OMPI_..., PMIX_...              see `launch.engines.mpi`
+    SLURM_...                       see `launch.engines.slurm`
 
 Source: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
 """
@@ -15,9 +17,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from shardwise.errors import RequestError
+from shardwise.launch.engines.mpi import mpi_rank
+from shardwise.launch.engines.slurm import slurm_rank
+from shardwise.launch.ranks import ENGINE, ENVIRONMENT, STORE_DESCRIPTOR, TORCHRUN, RankContext, number
 from shardwise.units import parse_whole
 
 LOCAL_WORKER = "SHARDWISE_LOCAL_WORKER"
@@ -26,46 +30,24 @@ LOCAL_WORKER = "SHARDWISE_LOCAL_WORKER"
 _IDENTITY, _MEETING = ("RANK", "WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
 
 
-@dataclass(frozen=True, slots=True)
-class RankContext:
-    """Rank of this process, and the other facts about its job that another launcher put into the environment.
-
-    Attributes:
-        rank: rank among all workers.
-        workers: number of all workers.
-        local_rank: rank among the workers of this host.
-        local_workers: number of workers on this host; None if the launcher does not say.
-        address: host at which the workers meet.
-        port: TCP port at which the workers meet.
-        elastic: True if torchrun started this process: its agent is the parent and keeps the store at `address`.
-        restarts: number of times that torchrun has restarted the workers.
-    """
-
-    rank: int
-    workers: int
-    local_rank: int
-    local_workers: int | None
-    address: str
-    port: int
-    elastic: bool
-    restarts: int
-
-    @property
-    def one_host(self) -> bool:
-        """Return whether all workers of the job are known to be on this host."""
-        return self.local_workers == self.workers
-
-
 def rank_context(environment: Mapping[str, str] | None = None) -> RankContext | None:
     """Return the rank of this process in another launcher's job. Returns None if no other launcher started it.
 
-    RANK or WORLD_SIZE alone are ignored: some shells and containers leave them behind.
+    RANK and WORLD_SIZE come first: who sets them by hand means them. RANK or WORLD_SIZE alone are ignored: some shells
+    and containers leave them behind. A job of one worker needs nobody to meet: it is no job of another launcher.
 
     Raises:
         RequestError: the variables contradict each other, or only a part of them is set.
     """
     env = os.environ if environment is None else environment
-    if LOCAL_WORKER in env or not all(name in env for name in _IDENTITY):
+    if LOCAL_WORKER in env:
+        return None
+    return _named_rank(env) or mpi_rank(env) or slurm_rank(env)
+
+
+def _named_rank(env: Mapping[str, str]) -> RankContext | None:
+    """Return the rank that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name. Returns None if they name none."""
+    if not all(name in env for name in _IDENTITY):
         return None
     missing = [name for name in _MEETING if name not in env]
     if missing:
@@ -75,19 +57,26 @@ def rank_context(environment: Mapping[str, str] | None = None) -> RankContext | 
             f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} are set, {' and '.join(missing)} not: set "
             "them too, or unset RANK and WORLD_SIZE to start local workers"
         )
-    rank, workers = _number(env, "RANK"), _number(env, "WORLD_SIZE")
-    if rank >= workers:
-        raise RequestError(f"RANK={rank} is not below WORLD_SIZE={workers}: start ranks 0 to {max(0, workers - 1)}")
+    elastic = "TORCHELASTIC_RUN_ID" in env
+    rank = number(env, "RANK")
     return RankContext(
         rank=rank,
-        workers=workers,
-        local_rank=_number(env, "LOCAL_RANK", 0),
-        local_workers=_number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else None,
+        workers=number(env, "WORLD_SIZE"),
+        local_rank=number(env, "LOCAL_RANK", 0),
+        local_workers=number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else None,
         address=env["MASTER_ADDR"],
-        port=_number(env, "MASTER_PORT"),
-        elastic="TORCHELASTIC_RUN_ID" in env,
-        restarts=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+        port=number(env, "MASTER_PORT"),
+        elastic=elastic,
+        restarts=number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+        engine=TORCHRUN if elastic else env.get(ENGINE, ENVIRONMENT),
+        keeps_store=rank == 0 and not elastic,
+        store_descriptor=number(env, STORE_DESCRIPTOR) if STORE_DESCRIPTOR in env else None,
     )
+
+
+def environment() -> Mapping[str, str]:
+    """Return this process's environment, for what a launcher says in it about a job that is yet to start."""
+    return os.environ
 
 
 def under_launcher() -> bool:
@@ -117,16 +106,3 @@ def given_threads() -> int | None:
     if threads < 1:
         raise RequestError(f"OMP_NUM_THREADS={text} in the environment: must be a whole number of 1 or more")
     return threads
-
-
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environment.get(name)
-    if text is None and default is not None:
-        return default
-    try:
-        number = parse_whole(text or "")
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise RequestError(f"{name}={text} in the environment is no whole number: unset it, or start with a launcher")
-    return number

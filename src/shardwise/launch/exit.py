@@ -1,15 +1,26 @@
-"""Fast exit of a process that has loaded torch, and protection from an `os._exit` in the workload's code."""
+"""Ends of a process: fast once it has loaded torch, together with its parent, and not by the workload's `os._exit`."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
 from os import _exit
 from typing import NoReturn
+
+PR_SET_PDEATHSIG = 1
+"""Option of Linux's prctl(2), <sys/prctl.h>: set the signal that this process gets when its parent dies."""
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when its parent dies, for whatever reason (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
 
 
 @contextlib.contextmanager

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import os
-import signal
 import socket
-import sys
 import threading
 import time
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +16,11 @@ from shardwise.errors import RequestError, StrategyError
 from shardwise.launch import watch
 from shardwise.launch.allocator import keep_memory
 from shardwise.launch.board import board_of
-from shardwise.launch.context import RankContext, given_threads, rank_context
+from shardwise.launch.context import given_threads, rank_context
+from shardwise.launch.exit import die_with_parent
+from shardwise.launch.meeting import meet
+from shardwise.launch.ranks import TORCHRUN, RankContext
 from shardwise.launch.scheduling import run_uninterrupted, state_of
-
-PR_SET_PDEATHSIG = 1
-"""Option of Linux's prctl(2), <sys/prctl.h>: set the signal that this process gets when its parent dies."""
-
-MEET_SECONDS = 120.0
-"""Seconds that the workers of another launcher wait for each other before they give up."""
-
-MEET_SETTING = "SHARDWISE_MEET_SECONDS"
-"""Environment variable that overrides MEET_SECONDS."""
 
 TASKS = Path("/proc/self/task")
 """Folder in which Linux lists the threads of this process."""
@@ -78,7 +68,7 @@ def join_launcher(workers: int | None = None) -> None:
 
     Raises:
         StrategyError: the launcher did not start `workers` workers.
-        RequestError: the other workers did not join within `meet_seconds()`, or this host has too few GPUs.
+        RequestError: the other workers did not join within `meeting.meet_seconds()`, or this host has too few GPUs.
     """
     import torch.distributed as dist
 
@@ -91,16 +81,21 @@ def join_launcher(workers: int | None = None) -> None:
     if dist.is_initialized():
         return
     _check_gpus(context.local_workers or context.workers)
-    if context.elastic:
-        die_with_parent()
+    end_with_launcher(context)
     _start(str(context.local_rank), context.local_workers or context.workers)
     if context.one_host:
         for variable, device in _loopback().items():
             os.environ.setdefault(variable, device)
-    _init(_meet(context), context.rank, context.workers)
+    _init(meet(context).store, context.rank, context.workers)
     board = board_of(context)
     watch.settle(context.rank, context.workers, board, partial(watch.report_here, board))
     atexit.register(_leave_at_exit)
+
+
+def end_with_launcher(context: RankContext) -> None:
+    """Let this process end with the launcher that is its parent; does nothing where the launcher sees to it itself."""
+    if context.engine in (TORCHRUN, "mpi"):
+        die_with_parent()
 
 
 def leave() -> None:
@@ -123,12 +118,6 @@ def rest(seconds: float = 1.0) -> None:
     while quiet < QUIET_LOOKS and time.monotonic() < end:
         time.sleep(LOOK_SECONDS)  # releases the interpreter's lock to threads that wait for it
         quiet = 0 if any(state_of(task) == "R" for task in TASKS.glob("*") if task.name != str(own)) else quiet + 1
-
-
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, for whatever reason (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _start(local_rank: str, local_workers: int) -> None:
@@ -165,60 +154,6 @@ def _init(store: Any, rank: int, workers: int) -> None:
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=workers)
-
-
-def _meet(context: RankContext) -> Any:
-    """Connect to the launcher's store and return it. Raises RequestError if the other workers do not join in time."""
-    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
-
-    seconds = meet_seconds()
-    begin = time.monotonic()
-    try:
-        if context.elastic or context.rank:
-            _await_port(context, begin + seconds)
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
-    except (OSError, RuntimeError, ValueError) as error:  # DistNetworkError, DistStoreError: nobody answers
-        raise RequestError(
-            f"rank {context.rank} of {context.workers} (RANK, WORLD_SIZE): the other workers did not meet at "
-            f"{context.address}:{context.port} within {seconds:g} s ({_first_line(error)}): start all of them, or "
-            "unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT to start local workers"
-        ) from error
-    # torchrun keeps its store over restarts, and keys of an earlier attempt must not be read again
-    return PrefixStore(f"shardwise/{context.restarts}", store)
-
-
-def _await_port(context: RankContext, end: float) -> None:
-    """Wait until the meeting point accepts connections, without the log lines of torch's own attempts.
-
-    Raises:
-        OSError: it does not until the monotonic time `end`.
-    """
-    while True:
-        left = end - time.monotonic()
-        try:
-            socket.create_connection((context.address, context.port), timeout=max(left, 0.1)).close()
-        except OSError:
-            if left <= 0:
-                raise
-            time.sleep(0.1)
-        else:
-            return
-
-
-def meet_seconds() -> float:
-    """Return the seconds that workers wait for each other. Raises RequestError if the setting is not a valid number."""
-    text = os.environ.get(MEET_SETTING, str(MEET_SECONDS))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e6:
-        raise RequestError(f"{MEET_SETTING}={text}: must be a number of seconds above 0")
-    return seconds
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _leave_at_exit() -> None:

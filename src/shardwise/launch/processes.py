@@ -81,7 +81,7 @@ def _start(rank: int, workers: int, address: str) -> subprocess.Popen[bytes]:
     }
     # -P would keep this folder off the import path, but Python 3.10 lacks it: worker.py removes the folder itself
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), address],
+        [sys.executable, str(PROGRAM), address, str(rank)],
         stdin=subprocess.DEVNULL,
         env={**inherited, **starting(), **own},
         start_new_session=True,

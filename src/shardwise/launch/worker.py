@@ -1,4 +1,4 @@
-"""Program of one local worker process, started as `python .../worker.py SOCKET`; `switchboard` is the parent's side.
+"""Program of one local worker process, `python .../worker.py SOCKET RANK`; `switchboard` is the parent's side.
 
 Heavy modules are imported only after the parent has sent the import path and the number of threads.
 """
@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-def main(address: str) -> None:
+def main(address: str, rank: int) -> None:
     """Connect to the parent, call the function that it sends, send back the result, and end this process."""
     os.dup2(2, 1)  # only the parent writes to standard output: prints of workers must not mix with its JSON
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -29,11 +29,11 @@ def main(address: str) -> None:
     line = socket.socket(socket.AF_UNIX)
     line.connect(address)
     parent = Connection(line.detach())
-    _send(parent, {"rank": int(os.environ["RANK"])})
+    _send(parent, {"rank": rank})
     setup, work = json.loads(parent.recv_bytes()), parent.recv_bytes()
     threading.Thread(target=_hear, args=(parent,), name="shardwise-parent", daemon=True).start()
     try:
-        returned = _work(setup, work, parent)
+        returned = _work(rank, setup, work, parent)
     except BaseException as error:
         _report(parent, error)
         time.sleep(setup["linger"])
@@ -45,7 +45,7 @@ def main(address: str) -> None:
     end(0)
 
 
-def _work(setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
+def _work(rank: int, setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
     """Join the other workers and call the function; return its pickled result on rank 0, else empty bytes."""
     sys.path[:] = setup["path"]
     os.environ.setdefault("OMP_NUM_THREADS", str(setup["threads"]))
@@ -54,10 +54,10 @@ def _work(setup: dict[str, Any], work: bytes, parent: Connection) -> bytes:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     gc.disable()  # imports make many objects and no garbage
     from shardwise.launch import gate, watch
-    from shardwise.launch.join import die_with_parent, join_local, leave
+    from shardwise.launch.exit import die_with_parent
+    from shardwise.launch.join import join_local, leave
 
     die_with_parent()
-    rank = int(os.environ["RANK"])
     watch.settle(rank, setup["workers"], watch.FolderBoard(setup["folder"]), partial(_report, parent))
     gate.settle(lambda value: _send(parent, {"waiting": value}))
     import cloudpickle
@@ -100,4 +100,4 @@ def _hear(parent: Connection) -> None:
 
 if __name__ == "__main__":
     del sys.path[0]  # this folder: its modules must not be importable by their bare names
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

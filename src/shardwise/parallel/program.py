@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardwise.errors import WorkloadError
 from shardwise.launch import watch
-from shardwise.launch.join import die_with_parent
+from shardwise.launch.exit import die_with_parent
 from shardwise.parallel.data.collected import Collected
 from shardwise.parallel.data.owed import OwedPieces
 from shardwise.parallel.data.same_data import check_same_data

@@ -76,6 +76,8 @@ def _unless_stopped(trained: Trained) -> Trained:
         summary = trained.summary
         kept = f"a checkpoint is in {summary['run']}, --resume goes on" if summary["run"] else "nothing was kept"
         sys.stderr.write(f"shardwise: told to end after step {summary['steps']}: {kept}\n")
+    if under_launcher():
+        Workers().exchange("")  # launchers end all workers when one has ended, maybe before rank 0 has said so
     raise Terminated(128 + trained.stopped)
 
 

@@ -1,0 +1,91 @@
+"""`--engine` starts as many workers as it should, with the right arguments, and refuses wrong requests first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from shardwise.commands import launching
+from shardwise.commands.launching import passed_on, run_under
+from shardwise.errors import RequestError
+from shardwise.launch.engines.slurm import SlurmLauncher
+from shardwise.launch.engines.torchrun import TorchrunLauncher
+from shardwise.launch.launcher import LaunchRequest
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[LaunchRequest]:
+    """The jobs that would have been started."""
+    started: list[LaunchRequest] = []
+
+    def launch(_: object, request: LaunchRequest) -> int:
+        started.append(request)
+        return 0
+
+    monkeypatch.setattr(launching, "launch", launch)
+    return started
+
+
+def under(monkeypatch: pytest.MonkeyPatch, environment: Mapping[str, str], **options: Any) -> int | str:
+    monkeypatch.setattr(launching, "environment", lambda: environment)
+    return run_under("slurm", ("train", "image"), **({"strategy": None, "workers": None} | options))
+
+
+def test_workers_are_those_of_the_strategy_or_of_the_allocation(
+    asked: list[LaunchRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}
+    under(monkeypatch, {}, strategy="dp=2,tp=2")
+    under(monkeypatch, {}, strategy="auto", workers=3)
+    under(monkeypatch, allocation)
+    assert [each.workers for each in asked] == [4, 3, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "how many workers to start"),
+        ({"strategy": "dp=2", "workers": 3}, "needs 2 workers, there are 3"),
+        ({"workers": 0}, "workers=0"),
+        ({"workers": 2, "hosts": "a,,b"}, "'' is no host"),
+        ({"workers": 2, "hosts": "a,-oProxyCommand=x"}, "'-oProxyCommand=x' is no host"),
+    ],
+)
+def test_a_wrong_request_is_refused(
+    asked: list[LaunchRequest], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        under(monkeypatch, {}, **options)
+    assert asked == []
+
+
+def test_an_unknown_engine_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RequestError, match="did you mean 'slurm'"):
+        run_under("slrum", (), strategy="dp=2", workers=None)
+
+
+def test_workers_do_not_get_the_options_of_the_engine() -> None:
+    given = ("train", "image", "--engine", "mpi", "--strategy", "dp=2", "--hosts=a,b", "--hosts", "c", "--dry-run")
+    assert passed_on(given) == ("train", "image", "--strategy", "dp=2")
+
+
+def test_torchrun_starts_no_other_hosts() -> None:
+    with pytest.raises(RequestError, match="engine torchrun takes no --hosts"):
+        TorchrunLauncher().check(LaunchRequest(arguments=(), workers=2, hosts=("a",)))
+
+
+def test_a_batch_script_resumes_and_quotes() -> None:
+    request = LaunchRequest(arguments=("train", "my work.py:small"), workers=2, hosts=("n1", "n2"), grace=20)
+    script = SlurmLauncher().script(request)
+    assert script.startswith(
+        "#!/bin/bash\n#SBATCH --job-name=shardwise\n#SBATCH --ntasks=2\n#SBATCH --nodelist=n1,n2\n"
+    )
+    assert "#SBATCH --requeue\n" in script
+    assert "train 'my work.py:small' --resume auto --out \"runs/slurm-$SLURM_JOB_ID\"\n" in script
+
+
+def test_a_batch_script_keeps_the_folder_of_its_user() -> None:
+    request = LaunchRequest(arguments=("train", "image", "--out=here", "--resume"), workers=2)
+    assert SlurmLauncher().script(request).endswith("-m shardwise train image --out=here --resume\n")
