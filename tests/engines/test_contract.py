@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,7 @@ def test_interrupted(way: Way, folder: Path, mark: str) -> None:
     await_steps(folder / "out", process)
     process.send_signal(signal.SIGINT)
     if way.name == "srun":
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)  # the first one only shows the state of the tasks
     status, errors = ended(process)
     assert status != 0

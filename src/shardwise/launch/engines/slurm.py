@@ -161,7 +161,7 @@ class SlurmLauncher:
 
 def srun(asked: LaunchRequest, *, name: str) -> list[str]:
     """Return the beginning of srun's command line for a job; an empty name leaves the job's own."""
-    line = ["srun", f"--ntasks={asked.workers}", "--kill-on-bad-exit=1"]
+    line = ["srun", f"--ntasks={asked.workers}"]
     if name:
         line += [f"--job-name={name}"]
     if asked.hosts and name:
