@@ -37,6 +37,7 @@ FLOORS: dict[str, set[str]] = {
     | {"cluster", "workload", "splitting", "parallel", "predict", "planner", "launch", "reports", "run"},
     "api": VALUES
     | {"commands", "cluster", "workload", "splitting", "parallel", "predict", "planner", "launch", "reports", "run"},
+    "compat": VALUES | {"workload", "launch"},
     "cli": VALUES | {"launch", "reports", "api", "starting"},
     "__main__": {"cli", "starting"},
     "__init__": VALUES | {"workload", "api"},

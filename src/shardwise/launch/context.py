@@ -27,6 +27,9 @@ from shardwise.units import parse_whole
 LOCAL_WORKER = "SHARDWISE_LOCAL_WORKER"
 """Environment variable set in workers that Shardwise itself started: it tells them to ignore other launchers."""
 
+OUTPUT = "SHARDWISE_OUTPUT"
+"""Environment variable with the file descriptor of the command's standard output in workers that Shardwise started."""
+
 _IDENTITY, _MEETING = ("RANK", "WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
 
 
@@ -88,6 +91,11 @@ def is_first() -> bool:
     """Return whether this process prints for its job: it is rank 0 of another launcher, or has no other launcher."""
     context = rank_context()
     return context is None or context.rank == 0
+
+
+def write_to_output() -> None:
+    """Let this worker write to the command's standard output, which is the parent's alone otherwise."""
+    os.dup2(int(os.environ[OUTPUT]), 1)
 
 
 def given_threads() -> int | None:

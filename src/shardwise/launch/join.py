@@ -60,6 +60,16 @@ def join_local(store: str, rank: int, workers: int) -> None:
     _init(FileStore(store, workers), rank, workers)
 
 
+def join_alone() -> None:
+    """Make this process a group of one worker, which listens on the loopback device alone."""
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+    for variable, device in _loopback().items():
+        os.environ.setdefault(variable, device)
+    _init(HashStore(), 0, 1)
+    atexit.register(_leave_at_exit)
+
+
 def join_launcher(workers: int | None = None) -> None:
     """Make this process a worker of the launcher that started it, until it ends; does nothing if it already is one.
 

@@ -23,6 +23,7 @@ from typing import Any
 
 def main(address: str, rank: int) -> None:
     """Connect to the parent, call the function that it sends, send back the result, and end this process."""
+    os.environ["SHARDWISE_OUTPUT"] = str(os.dup(1))  # see `context.write_to_output`
     os.dup2(2, 1)  # only the parent writes to standard output: prints of workers must not mix with its JSON
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.enable()
