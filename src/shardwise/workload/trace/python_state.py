@@ -38,7 +38,10 @@ _LARGE = 4096
 _DEPTH = 6
 """Number of containers inside each other that are looked at."""
 
-_FOREIGN = ("torch", "numpy", "builtins", "typing", "collections", "functools", "shardwise", "transformers")
+_FOREIGN = (
+    *("torch", "numpy", "builtins", "typing", "collections", "functools", "logging", "shardwise", "transformers"),
+    *("keras", "lightning", "pytorch_lightning"),
+)
 
 
 @dataclass(slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from unittest import mock
 
 import pytest
@@ -46,3 +47,20 @@ def test_how_often_a_step_is_traced(kind: type[nn.Linear], traces: int, mode: bo
     assert list(found) == (["1"] if kind is Counting else [])
     assert all(module.training == mode for module in model.modules())
     assert kind is not Counting or model[1].calls == 0
+
+
+logger = logging.getLogger("shardwise_test_of_a_logger")
+
+
+class Logging(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        logger.info("a pass")
+        return super().forward(x)
+
+
+def test_what_a_logger_remembers_is_no_change() -> None:
+    logger.manager._clear_cache()  # type: ignore[attr-defined]
+    model = nn.Sequential(nn.ReLU(), Logging(3, 2))
+    with mock.patch.object(evolving, "trace", wraps=graph.trace) as trace:
+        _, found = trace_evolving(workload(), model, torch.zeros(1, 3), training=True, opaque={})
+    assert (trace.call_count, dict(found)) == (1, {})
