@@ -59,11 +59,17 @@ def _load(spec: str, settings: Mapping[str, Any]) -> Workload:
         raise
     except (Exception, SystemExit) as error:
         raise WorkloadError(f"workload {spec!r} cannot be built: {_one_line(error)}{_place(error)}") from error
-    if not isinstance(workload, Workload):
-        raise WorkloadError(
-            f"{spec!r} returned {_kind(workload)}, not a Workload: the function must return a shardwise.Workload"
-        )
-    return workload
+    if isinstance(workload, Workload):
+        return workload
+    if isinstance(workload, tuple) and len(workload) in (3, 4):
+        from shardwise.workload.keras.compiled import is_keras_model, of_function
+
+        if is_keras_model(workload[0]):
+            return of_function(*workload)
+    raise WorkloadError(
+        f"{spec!r} returned {_kind(workload)}, not a Workload: the function must return a shardwise.Workload, or a "
+        "compiled Keras model with its data: model, x, y"
+    )
 
 
 def workload_parameters(spec: str) -> dict[str, inspect.Parameter]:
