@@ -155,17 +155,26 @@ class _Models:
         self._workload, self._device = workload, device
         self._builds = builds(workload, device)
         self._model: Model | None = next(self._builds)
+        self._recordings: dict[tuple[Any, ...], _Recording] = {}
 
     def profile(self, *options: Any) -> Profile:
         """Profile the first build that can be traced, else the model with real values; see `profile` above."""
         while self._model is not None:
-            profiler = _Profiler(self._model, self._device, *options)
             try:
-                return profiler.profile()
+                return self._profiler(self._model, *options).profile()
             except Untraceable:
                 self._model = next(self._builds, None)
-        model = with_values(self._workload, self._device)
-        return _Profiler(model, self._device, *options).profile_with_values()
+                self._recordings.clear()
+        return self._profiler(with_values(self._workload, self._device), *options).profile_with_values()
+
+    def _profiler(
+        self, model: Model, tp: int, sp: int, samples: int, precision: str, split: bool, compiled: str, *options: Any
+    ) -> _Profiler:
+        """Return the profiler of a model. Profiles of equal sizes share what is known of equal segments."""
+        key = tp, samples, precision, split, compiled
+        if key not in self._recordings:
+            self._recordings[key] = _Recording.of(self._workload.seed, self._device, tp, samples, split, compiled)
+        return _Profiler(model, self._device, self._recordings[key], *key, sp, *options)
 
     def layer_class(self) -> str:
         """See `Profiles.layer_class`."""
@@ -189,17 +198,52 @@ class _Traced:
     parts: list[Section]
 
 
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """All that segments of one size are run with, and what is known of those that ran.
+
+    Attributes:
+        exchange: the collectives of tensor parallelism.
+        operators: the operations of ours.
+        weights: the weight gradients that are put off.
+        analyst: the analyst, with its recorder.
+    """
+
+    exchange: RecordedExchange
+    operators: GraphOperators
+    weights: WeightGradients
+    analyst: Analyst
+
+    @classmethod
+    def of(cls, seed: int, device: str, tp: int, samples: int, split: bool, compiled: str) -> _Recording:
+        """Build an empty recording; the arguments are as of `profile`."""
+        recorder, weights = SegmentRecorder(cpu=device == "cpu"), WeightGradients()
+        exchange = RecordedExchange(tp, recorder)
+        operators = GraphOperators(Position(seed=seed, samples=samples, counted=samples), exchange, None)
+        analyst = Analyst(
+            FakeTensorMode(allow_non_fake_inputs=True),
+            recorder,
+            device == "gpu",
+            weights if split else None,
+            {operators.dropout: 2, operators.draw: 1, operators.attention: 7},
+            compiled,
+            operators.loss_in_pieces,
+        )
+        return cls(exchange, operators, weights, analyst)
+
+
 class _Profiler:
     def __init__(
         self,
         model: Model,
         device: str,
+        recording: _Recording,
         tp: int,
-        sp: int,
         microbatch: int,
         precision: str,
         split: bool,
         compiled: str,
+        sp: int,
         loss_pieces: int,
         gathers_again: bool,
     ) -> None:
@@ -207,11 +251,8 @@ class _Profiler:
         self.tp, self.sp, self.precision = tp, sp, precision
         self.samples, self.split, self.compiled, self.loss_pieces = microbatch, split, compiled, loss_pieces
         self.gathers_again = gathers_again
-        self.recorder = SegmentRecorder(cpu=self.device == "cpu")
-        self.exchange = RecordedExchange(tp, self.recorder)
-        position = Position(seed=self.workload.seed, samples=microbatch, counted=microbatch)
-        self.operators = GraphOperators(position, self.exchange, None)
-        self.weights = WeightGradients()
+        self.exchange, self.operators, self.weights = recording.exchange, recording.operators, recording.weights
+        self.analyst, self.recorder = recording.analyst, recording.analyst.recorder
 
     def profile(self) -> Profile:
         """Profile a model without values. Raises Untraceable if its step cannot be traced."""
@@ -250,20 +291,10 @@ class _Profiler:
         named = dict(model.named_parameters())
         trained = frozenset(name for name, parameter in named.items() if parameter.requires_grad)
         cut = self._cut_at_cut_points(step, named, trained)
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        given = _given(step, data, mode)
+        given = _given(step, data, self.analyst.mode)
         tensors = tensors_of(model)
         specs = _specs(cut.local, tensors)
-        analyst = Analyst(
-            mode,
-            self.recorder,
-            self.device == "gpu",
-            self.weights if self.split else None,
-            {self.operators.dropout: 2, self.operators.draw: 1, self.operators.attention: 7},
-            self.compiled,
-            self.operators.loss_in_pieces,
-        )
-        chain = _Chain(analyst, cut, given, specs)
+        chain = _Chain(self.analyst, cut, given, specs)
         chain.run()
         used = _used(cut.parts)
         kept = self._kept(model).names

@@ -257,14 +257,15 @@ class Analyst:
     sites: Mapping[Any, int] = field(default_factory=dict)
     compiled: str = ""
     once: Any = None
-    _known: dict[Any, Analysis] = field(default_factory=dict)
+    _known: dict[Any, tuple[Analysis, SegmentCalls]] = field(default_factory=dict)
+    """Key -> analysis, and the calls: keys name objects of theirs by identity, which has to stay theirs."""
 
     def segment(self, calls: SegmentCalls) -> Analysis:
         """Return the analysis of a segment, cached for all equal segments."""
         key = self._key(calls)
         if key not in self._known:
-            self._known[key] = _SegmentRun(self, calls).analysis()
-        return self._known[key]
+            self._known[key] = _SegmentRun(self, calls).analysis(), calls
+        return self._known[key][0]
 
     def _key(self, segment: SegmentCalls) -> Any:
         number: dict[fx.Node, int] = {}
