@@ -133,8 +133,9 @@ class Finalists:
         found: Candidate | None = None
         try:
             in_one_batch(self.task.workload, strategy)
-            for profiles in (self.task.scaled, self.task.scaled.traced):  # tracing takes longer: the last word
-                found = Candidate(strategy, predict(profiles.of(strategy), strategy, self.task.cluster))
+            like = strategy.with_(compile=best.strategy.compile)  # in profiles that the search has, and no slower
+            for profiles, tried in ((self.task.scaled, like), (self.task.scaled.traced, strategy)):
+                found = Candidate(strategy, predict(profiles.of(tried), tried, self.task.cluster))
                 if found.prediction.memory.total > self.task.room or not are_equal(found, best):
                     return None
         except (StrategyError, WorkloadError):
