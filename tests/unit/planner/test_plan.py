@@ -28,7 +28,7 @@ from shardwise.planner.search.candidates import family_of
 from shardwise.planner.search.memory_bounds import least_memory
 from shardwise.planner.search.search import SearchResult, search
 from shardwise.planner.search.sharded_bounds import sharded_seconds
-from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds
+from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds, summed_seconds
 from shardwise.predict.closed_form.step_time import predict
 from shardwise.predict.closed_form.unequal_shares import predict_shares
 from shardwise.predict.profile.interpolate import ScaledProfiles
@@ -117,6 +117,7 @@ def test_bounds_hold_for_deep_pipelines_too(deep: ScaledProfiles, slower: float,
             assert staged_seconds(profile, strategy, cluster) <= seconds, strategy
             assert staged_seconds(profile, family_of(strategy), cluster) <= seconds, strategy
         assert sharded_seconds(profile, strategy, cluster) <= seconds, strategy
+        assert summed_seconds(profile, strategy, cluster) <= seconds, strategy
         checked += 1
     assert checked > 100
 
@@ -153,6 +154,38 @@ def test_no_sharded_pipeline_costs_less_than_its_bound(deep: ScaledProfiles, sch
             ratios.append(bound / prediction.step_seconds)
     assert len(ratios) > 40
     assert max(ratios) > 0.2
+
+
+SUMMED = {
+    "pp": (2, 4, 8),
+    "dp,fsdp,zero": ("2,1,3", "32,1,3", "1,4,1", "1,32,1", "2,4,1"),
+    "tp,sp": ("1,0", "2,0", "2,1"),
+    "recompute": ("none", "selective", "full", "1/3"),
+    "schedule,stages": ("1f1b,1", "gpipe,1", "interleaved,2", "interleaved,3"),
+    "microbatches": (32, 64, 128, 256),
+}
+"""Values of each option of pipelines with whole parameters; a sample of them is compared with its bounds."""
+
+
+@pytest.mark.parametrize("bandwidth", [1, 30], ids=["fast links", "slow links"])
+def test_no_pipeline_with_summed_gradients_costs_less_than_its_bound(deep: ScaledProfiles, bandwidth: float) -> None:
+    """Replicas that all-reduce gradients, with and without updates of their own parts (zero=1)."""
+    fast = find_cluster("h100x512")
+    levels = tuple(replace(level, bandwidth=level.bandwidth / bandwidth) for level in fast.levels)
+    cluster, ratios, waits = replace(fast, levels=levels), [], []
+    for values in random.Random(3).sample(list(product(*SUMMED.values())), 200):
+        options = dict(zip(",".join(SUMMED).split(","), ",".join(map(str, values)).split(","), strict=True))
+        strategy = Strategy.parse(",".join(f"{name}={value}" for name, value in options.items()))
+        profile = deep.of(strategy, size := strategy.replicas * strategy.microbatches)
+        bound = summed_seconds(profile, strategy, cluster)
+        seconds = predict(profile, strategy, cluster, size).step_seconds
+        assert bound <= seconds * 1.0001, strategy
+        if bound:
+            ratios.append(bound / seconds)
+            waits.append(bound > staged_seconds(profile, strategy, cluster))
+    assert len(ratios) > 40
+    assert max(ratios) > 0.2
+    assert any(waits)
 
 
 def test_as_few_blocks_as_must_be_are_computed_again(cluster: Cluster) -> None:

@@ -18,7 +18,7 @@ from shardwise.planner.search.problem import SearchProblem
 from shardwise.planner.search.rejections import Rejections
 from shardwise.planner.search.sharded_bounds import sharded_seconds
 from shardwise.planner.search.space import divisors, families, members, spellings
-from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds
+from shardwise.planner.search.time_bounds import family_seconds, least_seconds, staged_seconds, summed_seconds
 from shardwise.predict.closed_form.segment_times import times_of
 from shardwise.predict.profile.summary import ProfileSummary
 from shardwise.strategy import Strategy
@@ -125,13 +125,17 @@ class Candidates:
         except (StrategyError, WorkloadError):
             return family.bound  # the reason is recorded with its members
 
-    def sharded_bound(self, strategy: Strategy) -> float:
-        """Return the bound of a pipeline with sharded parameters, as `sharded_seconds`; 0 if it is of no use."""
-        if self.task.least_memory or not strategy.splits_parameters:
+    def replicated_bound(self, strategy: Strategy) -> float:
+        """Return the bound of a pipeline by what its replicas communicate, in seconds; 0 if there is none.
+
+        See `sharded_seconds` and `summed_seconds`.
+        """
+        if self.task.least_memory or strategy.pp == 1 or strategy.replicas == 1:
             return 0.0
         try:
             profile = self.task.scaled.of(_whole(strategy))
-            return sharded_seconds(profile, strategy, self.task.cluster)
+            bound = sharded_seconds if strategy.splits_parameters else summed_seconds
+            return bound(profile, strategy, self.task.cluster)
         except (StrategyError, WorkloadError):
             return 0.0  # the reason is recorded when the strategy is predicted
 
@@ -172,8 +176,8 @@ class Candidates:
         if not self._may_be_selective(summary, strategy):
             return None
         selective = strategy.with_(recompute=SELECTIVE)
-        if strategy.gathers_again:  # which selective recomputation does not
-            summary = self.task.scaled.summary(_whole(family_of(selective)))
+        if strategy.gathers_again:  # which selective recomputation does not, as full does not
+            summary = self.task.scaled.summary(_whole(family_of(strategy.with_(recompute=FULL))))
         return least_seconds(summary, selective, self.task.cluster), selective
 
     def _partly(self, strategy: Strategy) -> tuple[float, Strategy] | None:
@@ -240,6 +244,11 @@ def family_of(strategy: Strategy) -> Strategy:
 
 
 def _whole(family: Strategy) -> Strategy:
-    """Replace zero-bubble by 1f1b in a family, which saves a profile where the bounds of both profiles are equal."""
-    alike = family.schedule == "zero-bubble" and not family.sp  # else 1f1b gathers again
-    return family.with_(schedule="1f1b") if alike else family
+    """Return the strategy whose profile bounds a family: 1f1b for zero-bubble, which saves a profile.
+
+    Zero-bubble gathers no inputs again. Of 1f1b, only what recomputes whole blocks does not either.
+    """
+    if family.schedule != "zero-bubble":
+        return family
+    plain = family.with_(schedule="1f1b")
+    return plain.with_(recompute=FULL) if plain.gathers_again else plain

@@ -205,7 +205,7 @@ class _Search:
 
     def _closer(self, bound: float, strategy: Strategy) -> float:
         """Return a tighter bound that takes longer to compute than `bound`; `bound` itself if the strategy may win."""
-        closer = max(bound, self.prospects.sharded_bound(strategy))
+        closer = max(bound, self.prospects.replicated_bound(strategy))
         if closer > self.standing.limit:
             self.put_off.add(strategy)
         return closer if closer > bound else max(bound, self._seconds_above(strategy) or 0.0)

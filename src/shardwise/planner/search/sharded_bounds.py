@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.planner.search.time_bounds import cut_stages, gather_seconds, scatter_seconds, seconds_of
+from shardwise.planner.search.time_bounds import MANY, cut_stages, gather_seconds, scatter_seconds, seconds_of
 from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import timed
 from shardwise.predict.closed_form.step_time import SHORT_TABLE
@@ -97,6 +97,7 @@ class _Pipeline:
 
     Attributes:
         forward, backward: seconds that a pass computes.
+        adds: the part of `backward` in which gradients are added to those of earlier microbatches: not in a first pass.
         arrives, returns: seconds of the messages before a forward and before a backward pass.
         gathers_forward, gathers_backward: wait of a pass that gathers.
         scatters: wait of the last backward pass.
@@ -105,6 +106,7 @@ class _Pipeline:
 
     forward: Floats
     backward: Floats
+    adds: Floats
     arrives: Floats
     returns: Floats
     gathers_forward: _Wait
@@ -133,7 +135,7 @@ class _Pipeline:
         A zero-bubble pipeline may compute gradients of weights after it that it could have computed earlier.
         """
         gathers = self.passes.forward * self.gathers_forward.most + self.passes.backward * self.gathers_backward.most
-        busy = strategy.microbatches * (self.forward + self.backward) + gathers + self.scatters.most
+        busy = strategy.microbatches * (self.forward + self.backward) - self.adds + gathers + self.scatters.most
         first = self._once if strategy.schedule != "zero-bubble" else self._entering(self.gathers_forward.most)
         before = np.cumsum(first[: strategy.pp]) - first[: strategy.pp]
         return float((before + _by_worker(busy, strategy.pp)).max())
@@ -182,13 +184,23 @@ def _by_worker(seconds: Floats, workers: int) -> Floats:
 
 
 def _pipeline(profile: Profile, strategy: Strategy, cluster: Cluster) -> _Pipeline:
-    stages = cut_stages(profile, strategy, cluster)
+    cut = cut_stages(profile, strategy, cluster)
     times = timed(profile, cluster, strategy)
-    computed = profile.memo.once(
-        ("bounds", "arrays", Same(stages)),
-        lambda: np.array([(each.forward, each.backward, each.arrives, each.returns) for each in stages]).T,
+    *computed, adds = profile.memo.once(
+        ("bounds", "arrays", Same(cut)),
+        lambda: (
+            np.array(
+                [
+                    (each.forward, each.backward, each.arrives, each.returns, adds)
+                    for each, adds in zip(cut.passes, cut.adds, strict=True)
+                ]
+            ).T
+        ),
     )
     forward, backward, arrives, returns = computed
+    if strategy.microbatches < MANY:
+        adds = np.zeros_like(adds)
+    backward = backward + adds
     cuts = cuts_of(profile, strategy, times.forward.each)
     sizes, kinds = profile.memo.once(("bounds", "sizes", Same(cuts)), lambda: _kinds(profile, cuts))
     waits = np.array([_collectives(profile, strategy, cluster, size) for size in sizes])[kinds].T
@@ -197,6 +209,7 @@ def _pipeline(profile: Profile, strategy: Strategy, cluster: Cluster) -> _Pipeli
     return _Pipeline(
         forward,
         backward,
+        adds,
         arrives,
         returns,
         _Wait.of(first, gathers, slowdown, forward),

@@ -8,8 +8,9 @@ Terms: T seconds of one microbatch through all stages, B of its backward pass, m
     gathers        `fully_shard` gathers and scatters on one channel: a step takes at least as long as these do; if they
                    block (on a CPU), their time is added
     messages       one microbatch goes through all workers and back
-    stages         a tighter bound that takes longer to compute: the slowest worker of the pipeline as it would be cut;
-                   tighter still where stages gather parameters, see `sharded_bounds`
+    stages         a tighter bound that takes longer to compute: the slowest worker of the pipeline as it would be cut,
+                   which recomputes its blocks and adds each gradient to that of earlier microbatches; tighter still
+                   where stages gather parameters, see `sharded_bounds`
 
 The lower bounds of memory are in `memory_bounds`.
 
@@ -19,8 +20,8 @@ strategies whose bound exceeds a known cost never loses the best one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
@@ -29,6 +30,8 @@ from shardwise.planner.search.memory_bounds import even, owners
 from shardwise.predict.closed_form.pipeline import StageTime, alone
 from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import SegmentTimes, Times, timed, times_of
+from shardwise.predict.closed_form.stage_time import CommunicationTimes, trained_within
+from shardwise.predict.closed_form.step_time import SHORT_TABLE
 from shardwise.predict.hardware.times import collective_seconds
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.memo import Same
@@ -46,6 +49,24 @@ INPUTS = 0.4
 
 It is one half if the gradients of inputs and of weights are matmuls of the same size.
 """
+
+MANY = 6
+"""Fewest microbatches with which the most frequent backward pass of a stage certainly adds to earlier gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class CutStages:
+    """Lower bounds of the passes of each stage, by stage index, without the communication of replicas.
+
+    Attributes:
+        passes: seconds of the passes of one microbatch, and of the messages before them.
+        adds: seconds in which a backward pass adds its gradients to those of earlier microbatches.
+        trained: bytes of the trained parameters that no other segment uses.
+    """
+
+    passes: list[StageTime]
+    adds: list[float]
+    trained: list[int]
 
 
 def family_seconds(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> float:
@@ -94,20 +115,22 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
     words = OUTERMOST if strategy.pp > 1 and strategy.replicas > 1 else (strategy.outermost,)
     if any(slower_links(profile, strategy.with_(outermost=word), cluster) for word in words):
         return 0.0
-    stages = cut_stages(profile, strategy, cluster)
+    cut = cut_stages(profile, strategy, cluster)
+    stages, count = cut.passes, strategy.microbatches
+    adding = count - 2 if count >= MANY else 0  # all but the first pass, and the last one, which may do so in buckets
     around, best = 0.0, alone(stages)
     for index, stage in enumerate(stages[: strategy.pp]):
         around += stage.arrives
         busy = sum(each.forward + each.backward for each in stages[index :: strategy.pp])
-        best = max(best, around + strategy.microbatches * busy)
+        best = max(best, around + count * busy + adding * sum(cut.adds[index :: strategy.pp]))
         around += stage.forward
         if strategy.schedule != "zero-bubble":  # zero-bubble may compute weight gradients after sending the others back
             around += stage.backward + stage.returns
     return best
 
 
-def cut_stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[StageTime]:
-    """Return lower bounds of the passes of each stage, without the communication of replicas."""
+def cut_stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> CutStages:
+    """Return the stages of a family, cached."""
     times = timed(profile, cluster, strategy)
     key = (
         "bounds",
@@ -121,28 +144,54 @@ def cut_stages(profile: Profile, strategy: Strategy, cluster: Cluster) -> list[S
     return profile.memo.once(key, lambda: _cut_in_stages(profile, strategy, cluster, times))
 
 
-def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: SegmentTimes) -> list[StageTime]:
+def _cut_in_stages(profile: Profile, strategy: Strategy, cluster: Cluster, times: SegmentTimes) -> CutStages:
     cuts = cuts_of(profile, strategy, times.forward.each)
     ends = [*(starts[0] for starts in cuts[1:]), len(profile.segments)]
-    recomputed = times.recomputed_rest if strategy.saves_products else times.recomputed
-    each = (
-        spent.device if segment.layer.saves else 0.0
-        for spent, segment in zip(recomputed, profile.segments, strict=True)
-    )
-    again = list(accumulate(each, initial=0.0))
     message = 0.0
     if strategy.pp > 1:
         least = min(segment.message for segment in profile.segments[1:])
         message = _collective("send", least, 2, strategy.tp, Same(cluster)) if least else 0.0
-    found = []
+    calls = CommunicationTimes(profile, strategy, cluster, times)
+    copied = 5 / 2 if profile.runtime.copies else 3.0  # bytes read and written, see `StageCosts`
+    passes, adds, trained = [], [], []
     for starts, end in zip(cuts, ends, strict=True):
         first = starts[0]
         backward = times.backward.between(first, end).device + times.weights.between(first, end).device
-        backward += sum(again[b] - again[a] for a, b in recomputed_segments(profile, strategy, starts, end))
+        for block, after in recomputed_segments(profile, strategy, starts, end):
+            backward += times.again(block, after, products=strategy.saves_products).device
         received = message if first else 0.0
         sends = message if end < len(profile.segments) else 0.0
-        found.append(StageTime(times.forward.between(first, end).device, backward, 0.0, received, sends))
-    return found
+        passes.append(StageTime(times.forward.between(first, end).device, backward, 0.0, received, sends))
+        elements, size, count = trained_within(profile, first, end)
+        adds.append(0.0 if profile.runtime.kernels else calls.moved(elements, copied * size, count).kernels)
+        trained.append(size - trained_within(profile, first, end, shared=True)[1])
+    return CutStages(passes, adds, trained)
+
+
+def summed_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> float:
+    """Bound the step time of a pipeline whose replicas all-reduce whole gradients from below, in seconds.
+
+    The first worker is the last to end its passes. Its last backward passes hide its all-reduces no longer than they
+    compute. With zero=1 its replicas then broadcast the parameters that each has updated. Returns 0 for any other
+    strategy, and where a formula of `pipeline` does not give the time of these passes.
+    """
+    pipeline = strategy.pp > 1 and strategy.sums_in_buckets and strategy.schedule != "zero-bubble"
+    if not pipeline or strategy.speeds or cluster.collectives or strategy.microbatches < MANY:
+        return 0.0
+    if strategy.pp * strategy.stages_per_worker * strategy.microbatches <= SHORT_TABLE:
+        return 0.0
+    times, runtime = timed(profile, cluster, strategy), profile.runtime
+    if times.device.kind == "cpu" or times.normalised or not runtime.overlap_pipeline or runtime.kernels:
+        return 0.0
+    if slower_links(profile, strategy, cluster):
+        return 0.0
+    cut, own = cut_stages(profile, strategy, cluster), slice(None, None, strategy.pp)
+    passing = sum(each.backward for each in cut.passes[own]) + sum(cut.adds[own])
+    operation, width = reduction(runtime, strategy), reduced(profile, strategy)
+    sent = sum(seconds_of(operation, round(width * size), strategy, "replicas", cluster) for size in cut.trained[own])
+    dealt = sum(cut.trained[own]) if strategy.zero == 1 and runtime.owners else 0
+    after = seconds_of("broadcast", dealt, strategy, "replicas", cluster)
+    return staged_seconds(profile, strategy, cluster) + max(0.0, sent - passing) + after
 
 
 def least_seconds(profile: ProfileSummary, strategy: Strategy, cluster: Cluster) -> float:

@@ -274,11 +274,27 @@ class StageCosts:
         return spent
 
     def trained(self, stage: Stage, *, copied: bool = False) -> tuple[int, int, int]:
-        """Return (elements, bytes, count) of the trained parameters of a stage, or of those with a narrow copy."""
+        """Return `trained_within` of a stage's segments."""
+        return trained_within(self.profile, stage.first, stage.end, copied=copied)
 
-        def count() -> tuple[int, int, int]:
-            own = [self.profile.parameters[index] for index in self.profile.within(stage.first, stage.end)]
-            own = [parameter for parameter in own if parameter.trained and not (copied and parameter.kept)]
-            return sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
 
-        return self.profile.memo.once(("trained", stage.first, stage.end, copied), count)
+def trained_within(
+    profile: Profile, first: int, end: int, *, copied: bool = False, shared: bool = False
+) -> tuple[int, int, int]:
+    """Return (elements, bytes, count) of the trained parameters of segments.
+
+    Args:
+        profile: the profile.
+        first: first segment.
+        end: the segment after the last one.
+        copied: whether to count only those with a narrow copy.
+        shared: whether to count only those that several segments of the profile use.
+    """
+
+    def count() -> tuple[int, int, int]:
+        own = [profile.parameters[index] for index in profile.within(first, end)]
+        own = [parameter for parameter in own if parameter.trained and not (copied and parameter.kept)]
+        own = [parameter for parameter in own if not shared or len(parameter.segments) > 1]
+        return sum(p.elements for p in own), sum(p.bytes for p in own), len(own)
+
+    return profile.memo.once(("trained", first, end, copied, shared), count)
