@@ -44,6 +44,7 @@ PRELOAD = (
     "shardwise.parallel.graph.graph_engine",
     "shardwise.parallel.data.module_engine",
     "shardwise.run.checkpoint.checkpoints",
+    "shardwise.launch.shared_memory.process_group",
 )
 """Modules that every worker comes to need. Importing these starts no thread, so the server may fork."""
 
@@ -60,7 +61,7 @@ class Pools:
 
         results = workers(4, function, *args)       # function(*args) on each worker -> results by rank
 
-    The function runs with a fresh default process group (gloo) and one thread; functions and arguments travel by
+    The function runs with a fresh default process group and one thread; functions and arguments travel by
     cloudpickle. The first exception of a worker is raised here. One worker is this process, without a process group.
     """
 
@@ -203,11 +204,12 @@ def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, byt
     import torch.distributed as dist
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+    from shardwise.launch.shared_memory.backend import backend
     from shardwise.parallel.mesh import forget_meshes
 
     try:
         dist.distributed_c10d._world.group_count = 0  # where the last group was not made, torch goes on counting
-        dist.init_process_group("gloo", store=FileStore(store, count), rank=rank, world_size=count)
+        dist.init_process_group(backend(), store=FileStore(store, count), rank=rank, world_size=count)
         try:
             dist.barrier()  # a worker that fails at once must not be gone before the others have connected
             function, args = cloudpickle.loads(message)

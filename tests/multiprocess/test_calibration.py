@@ -18,6 +18,7 @@ from shardwise.cluster.measure.collectives import OPERATIONS, layouts
 from shardwise.cluster.measure.kernel_cases import KernelCase, all_cases
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
+from shardwise.launch.shared_memory.backend import backend
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibration.calibrate import Effort, summary, work
 from shardwise.run.calibration.footprint import footprint
@@ -44,7 +45,7 @@ def measure() -> Cluster | None:
 
 
 def measure_among(count: int, rank: int, store: str, pipe: Connection) -> None:
-    dist.init_process_group("gloo", store=FileStore(store, count), rank=rank, world_size=count)
+    dist.init_process_group(backend(), store=FileStore(store, count), rank=rank, world_size=count)
     pipe.send(measure())
     dist.destroy_process_group()
 

@@ -21,6 +21,8 @@ from shardwise.launch.exit import die_with_parent
 from shardwise.launch.meeting import meet
 from shardwise.launch.ranks import TORCHRUN, RankContext
 from shardwise.launch.scheduling import run_uninterrupted, state_of
+from shardwise.launch.shared_memory.backend import backend
+from shardwise.launch.shared_memory.choice import transport
 
 TASKS = Path("/proc/self/task")
 """Folder in which Linux lists the threads of this process."""
@@ -78,7 +80,8 @@ def join_launcher(workers: int | None = None) -> None:
 
     Raises:
         StrategyError: the launcher did not start `workers` workers.
-        RequestError: the other workers did not join within `meeting.meet_seconds()`, or this host has too few GPUs.
+        RequestError: the other workers did not join within `meeting.meet_seconds()`, this host has too few GPUs, or
+            `launch.shared_memory.choice.SETTING` is wrong.
     """
     import torch.distributed as dist
 
@@ -91,6 +94,7 @@ def join_launcher(workers: int | None = None) -> None:
     if dist.is_initialized():
         return
     _check_gpus(context.local_workers or context.workers)
+    transport()  # raises for a wrong setting before the workers meet
     end_with_launcher(context)
     _start(str(context.local_rank), context.local_workers or context.workers)
     if context.one_host:
@@ -159,11 +163,9 @@ def _check_gpus(local_workers: int) -> None:
 
 
 def _init(store: Any, rank: int, workers: int) -> None:
-    import torch
     import torch.distributed as dist
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=workers)
+    dist.init_process_group(backend(), store=store, rank=rank, world_size=workers)
 
 
 def _leave_at_exit() -> None:

@@ -5,7 +5,7 @@
 
 Workers do not import the parent's main module: scripts need no `__main__` guard, and functions defined in a script or a
 notebook travel by value. Nothing listens on a network: the socket and the file lie in a folder that only this user can
-enter, and gloo's own connections use the loopback device.
+enter. Workers on CPUs share memory that has no name; where they use gloo, its connections use the loopback device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shardwise.errors import ShardwiseError, WorkerFailed, WorkerHung
 from shardwise.launch.context import given_threads
 from shardwise.launch.join import threads_per_worker
 from shardwise.launch.processes import Processes
+from shardwise.launch.shared_memory.choice import transport
 from shardwise.launch.signals import Signals, Terminated
 from shardwise.launch.watch import SUSPENDED_SECONDS
 
@@ -71,6 +72,7 @@ def run_local(
         Terminated: this process was told to end (SIGTERM, SIGHUP) and the workers did not return within `grace`.
     """
     given_threads()  # raises for a wrong OMP_NUM_THREADS before any worker starts
+    transport()  # and for a wrong setting
     with Signals() as signals:
         running = LocalRun(function, args, workers=workers, threads=threads, gpus=gpus, patience=patience)
         try:

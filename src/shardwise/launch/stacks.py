@@ -18,6 +18,7 @@ _IDLE = ("threading.py", "queue.py", "_base.py", "thread.py")
 """Files of the standard library in which a thread waits for another one."""
 
 _PACKAGE = str(Path(__file__).parents[1])
+_TRANSPORT = str(Path(__file__).parent / "shared_memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,15 @@ def _runs(thread: threading.Thread) -> bool:
 
 
 def _operation(frame: FrameType) -> str:
-    """Name the operation of a frame: a collective, the backward pass, else the innermost function outside torch."""
+    """Name the operation of a frame: a collective, the backward pass, else the innermost function outside torch.
+
+    What runs a collective through shared memory counts as part of torch.
+    """
     outer: FrameType | None = frame
     operation = ""
-    while outer is not None and _in_torch(outer.f_code.co_filename):
+    while outer is not None and (
+        _in_torch(outer.f_code.co_filename) or outer.f_code.co_filename.startswith(_TRANSPORT)
+    ):
         if outer.f_code.co_filename.endswith("/distributed_c10d.py"):
             operation = outer.f_code.co_name
         elif outer.f_code.co_name == "_engine_run_backward":

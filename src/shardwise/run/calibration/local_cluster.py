@@ -19,6 +19,7 @@ from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import ClusterError, NotMeasured
 from shardwise.launch.context import rank_context, under_launcher
+from shardwise.launch.shared_memory.choice import transport
 from shardwise.run.calibration.trust import disturbed
 from shardwise.workload.recipes.datasets.cache import cache_folder, check_writable
 
@@ -126,7 +127,10 @@ def keep(cluster: Cluster) -> None:
 
 
 def cached_file() -> Path:
-    """Return the path of this machine's cluster in the cache, keyed by processor, cores, GPUs and version of torch."""
+    """Return the path of this machine's cluster in the cache.
+
+    Its key is made of the processor, its cores, the GPUs, the version of torch, and how workers on CPUs communicate.
+    """
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    facts = (FORMAT, machine.processor(), machine.cores(), gpus, torch.__version__)
+    facts = (FORMAT, machine.processor(), machine.cores(), gpus, torch.__version__, transport())
     return cache_folder() / f"cluster-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.toml"

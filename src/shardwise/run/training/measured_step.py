@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 
+from shardwise.launch.shared_memory.choice import EVENTS
 from shardwise.launch.waiting import Interval
 from shardwise.parallel.pipeline.executor import WAIT
 from shardwise.predict.timeline.rows import Row
@@ -24,7 +25,7 @@ MARK = "shardwise::step"
 
 _BACKWARD = "autograd::engine::evaluate_function: "
 _OPTIMIZER = "Optimizer.step#"
-_MESSAGES = ("gloo:", "nccl:")
+_MESSAGES = ("gloo:", EVENTS, "nccl:")
 
 
 def step_rows(

@@ -24,6 +24,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shardwise.launch import waiting
+from shardwise.launch.shared_memory.choice import EVENTS
 from shardwise.parallel.pipeline.executor import WAIT
 from shardwise.predict.timeline.rows import Row
 from shardwise.run.training.measured_step import MARK, step_rows
@@ -39,8 +40,11 @@ PROFILED = 2
 """Number of profiled steps, if the run is long enough."""
 
 
-MESSAGES = ("gloo:recv", "gloo:send", "c10d::recv", "c10d::send")
+MESSAGES = ("gloo:recv", "gloo:send", f"{EVENTS}recv", f"{EVENTS}send", "c10d::recv", "c10d::send")
 """Prefixes of the profiler's events for messages between pipeline stages."""
+
+COLLECTIVES = ("gloo:", EVENTS, "c10d::", "_c10d_functional::")
+"""Prefixes of the profiler's events for all that is sent."""
 
 
 @dataclass(slots=True)
@@ -242,15 +246,25 @@ def communicating(events: Iterable[FunctionEvent], device: torch.device) -> tupl
             waits.append(interval)
         elif event.name.startswith(MESSAGES):
             messages.append(interval)
-        elif event.name.startswith(("gloo:", "c10d::", "_c10d_functional::")):
+        elif event.name.startswith(COLLECTIVES):
             communication.append(interval)
-        elif event.name.startswith("aten::") and not event.cpu_children and not event.is_async:
+        elif event.name.startswith("aten::") and not (event.cpu_children or event.is_async or _within_message(event)):
             compute.append(interval)  # only innermost operations: enclosing ones may wait for others in between
     collectives, waiting = merged(communication), merged(waits)
     exposed = length(collectives) - overlap(collectives, merged(compute))
     # a message is posted long before it is needed: only the wait for it costs time
     exposed += length(waiting) - overlap(waiting, collectives)
     return length(merged([*communication, *messages, *waits])), exposed
+
+
+def _within_message(event: FunctionEvent) -> bool:
+    """Return whether an operation copies or adds what is sent through shared memory."""
+    outer = event.cpu_parent
+    while outer is not None:
+        if outer.name.startswith(EVENTS):
+            return True
+        outer = outer.cpu_parent
+    return False
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:

@@ -1,0 +1,1 @@
+"""Collectives and messages between the workers of one host, through memory that they share."""
