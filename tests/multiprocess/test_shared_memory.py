@@ -311,3 +311,19 @@ def test_ddp_waits_for_futures(workers: Pools) -> None:
     for mine, theirs in zip(first, second, strict=True):
         assert mine.abs().sum() > 0
         assert torch.equal(mine, theirs)
+
+
+def replicated_alone() -> None:
+    """One worker leaves the group while the other waits for its gradients in C++."""
+    group = dist.new_group()
+    model = nn.parallel.DistributedDataParallel(nn.Linear(64, 300), process_group=group)
+    loss = model(torch.randn(4, 64)).square().sum()
+    if dist.get_rank() == 1:
+        dist.destroy_process_group(group)
+    else:
+        with pytest.raises(RuntimeError, match="Connection closed: worker 1 of the group"):
+            loss.backward()
+
+
+def test_ddp_is_told_of_a_worker_that_leaves(workers: Pools) -> None:
+    workers(2, replicated_alone)

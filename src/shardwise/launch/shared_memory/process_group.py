@@ -384,19 +384,17 @@ class _CalledWork(_DoneWork):
 
     def get_future(self) -> Future[list[Tensor]]:
         """Return a future of its tensors; from now on it runs by itself."""
-        future: Future[list[Tensor]] = Future()
-
-        def settle() -> None:
-            error = self._pending.error
-            if error is None:
-                future.set_result(self._tensors)
-            else:
-                future.set_exception(error)  # type: ignore[arg-type]
-
-        self._pending.tell(settle)
+        ran: Future[None] = Future()
+        self._pending.tell(lambda: ran.set_result(None))
         if not self._pending.done:
             self._order.hurry()
-        return future
+        return ran.then(self._outcome)
+
+    def _outcome(self, ran: Future[None]) -> list[Tensor]:
+        """Return the tensors, or raise what it failed with: C++ learns of the error of a callback only."""
+        if self._pending.error is not None:
+            raise self._pending.error
+        return self._tensors
 
 
 class _MessageWork(_DoneWork):
