@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +58,12 @@ class StandIn:
 
     def pieces(self) -> list[TensorPiece]:
         return list(self.held.values())
+
+    def saved_pieces(self) -> list[TensorPiece]:
+        return self.pieces()
+
+    def replica_in(self, state: Mapping[str, Any]) -> int | None:
+        return None
 
     def optimizer_piece(
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype

@@ -50,6 +50,9 @@ PRODUCTS = frozenset(
 The matmul of two activations (`bmm`) is recomputed: it occurs in unfused attention, and its results are large.
 """
 OUTERMOST = ("dp", "pp")
+CHANGES = ("lossy", "async")
+"""Ways in which training may differ from that of one process: updates are others, or workers do not wait."""
+OUTER = ("average", "nesterov")
 SUGGESTED = 16
 """Largest number of values that a message suggests."""
 
@@ -58,6 +61,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
     "reduce": (BF16,),
     "outermost": OUTERMOST,
+    "outer": OUTER,
 }
 _INTEGERS = (
     "dp",
@@ -74,8 +78,11 @@ _INTEGERS = (
     "loss_pieces",
     "states",
     "plain_steps",
+    "local",
+    "fragments",
+    "delay",
 )
-_TEXTS = ("schedule", "precision", "reduce", "outermost")
+_TEXTS = ("schedule", "precision", "reduce", "outermost", "outer")
 _MAY_BE_EMPTY = ("precision", "reduce")
 _VALUES: dict[str, type[Recompute | Ratio | Compression]] = {
     "recompute": Recompute,
@@ -130,6 +137,13 @@ class Strategy:
             one (`sign`; Karimireddy et al. 2019) of each element, summed in float32. It is lossy. Of `dp` and `fsdp` in
             one strategy, what crosses `dp` is compressed.
         plain_steps: number of first steps that do not compress.
+        local: steps that each replica along `dp` takes by itself before the replicas average their parameters (local
+            SGD; Stich 2019); `fsdp`, `tp` and `pp` inside one such replica stay synchronous. 0: replicas sum gradients.
+        outer: step that follows an average of `local` replicas. `average`: they go on from it. `nesterov`: its
+            difference from the last one is the gradient of an outer optimizer (DiLoCo; Douillard et al. 2023).
+        fragments: parts of the parameters that `local` replicas average at different steps (Streaming DiLoCo;
+            Douillard et al. 2025).
+        delay: steps that go on while an average of `local` replicas is on its way.
         outermost: axis whose ranks are farthest apart: replicas (`dp`) or stages (`pp`). It decides whether gradients
             or the activations between stages cross the slow links between hosts.
 
@@ -159,6 +173,10 @@ class Strategy:
     states: int = 0
     compress: Compression = UNCOMPRESSED
     plain_steps: int = 0
+    local: int = 0
+    outer: str = "average"
+    fragments: int = 1
+    delay: int = 0
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -206,6 +224,7 @@ class Strategy:
     def _check_options(self) -> None:
         """Check that each option comes with the axis that it belongs to. Raises StrategyError."""
         self._check_gradients()
+        self._check_local()
         if self.shares:
             self.shares.check("shares", self.replicas, "replicas")
         if self.speeds:
@@ -232,10 +251,14 @@ class Strategy:
         if self.bucket and not self.sums_in_buckets:
             raise StrategyError(
                 f"bucket={self.bucket} needs replicas that add up whole gradients: dp=2 or more, or fsdp with zero=1"
+                + ("; those that take local steps add up none" if self.local else "")
+            )
+        if self.reduce and self.summing == 1:
+            raise StrategyError(
+                "reduce=bf16 needs dp=2 or fsdp=2 or more: replicas sum their gradients in bfloat16"
+                + ("; those that take local steps sum none" if self.local else "")
             )
         self._check_compression()
-        if self.reduce and self.replicas == 1:
-            raise StrategyError("reduce=bf16 needs dp=2 or fsdp=2 or more: replicas sum their gradients in bfloat16")
         if self.precision:
             self._check_reduction(self.precision)
 
@@ -250,10 +273,36 @@ class Strategy:
             raise StrategyError(
                 f"{what} needs dp=2 or fsdp=2 or more: it is for gradients that replicas send each other"
             )
+        if self.local:
+            raise StrategyError(f"{what} excludes local={self.local}: replicas that take local steps send no gradients")
         if self.reduce:
             raise StrategyError(f"{what} excludes reduce={self.reduce}: both say how gradients are sent")
         if self.offload and self.dp == 1:
             raise StrategyError(f"{what} excludes offload=1: each worker would hold the errors of all gradients")
+
+    def _check_local(self) -> None:
+        """Check the options that say how replicas take local steps. Raises StrategyError."""
+        for name, least in (("local", 0), ("fragments", 1), ("delay", 0)):
+            if getattr(self, name) < least:
+                raise StrategyError(f"{name}={getattr(self, name)}: must be {max(least, 1)} or more")
+        if not self.local:
+            given = [name for name in ("outer", "fragments", "delay") if getattr(self, name) != _DEFAULTS[name]]
+            if given:
+                raise StrategyError(
+                    f"{given[0]}={getattr(self, given[0])} needs local=1 or more: it is for local steps"
+                )
+            return
+        if self.dp == 1:
+            raise StrategyError(f"local={self.local} needs dp=2 or more: replicas along dp take local steps")
+        if self.local % self.fragments:
+            raise StrategyError(
+                f"fragments={self.fragments} must divide local={self.local}: use fragments={_divisors(self.local)}"
+            )
+        if self.delay >= self.local:
+            raise StrategyError(
+                f"delay={self.delay} needs local={self.delay + 1} or more: an average must be there before the next "
+                "one of the same parameters begins"
+            )
 
     def _check_reduction(self, precision: str) -> None:
         if self.reduce and precision != BF16:
@@ -289,11 +338,6 @@ class Strategy:
         return strategy
 
     @property
-    def changes(self) -> tuple[str, ...]:
-        """Return how training differs from that of one process by more than rounding: `lossy`, or nothing."""
-        return ("lossy",) if self.compress else ()
-
-    @property
     def workers(self) -> int:
         """Return the number of worker processes: the product of the degrees."""
         return self.dp * self.fsdp * self.tp * self.pp
@@ -302,6 +346,34 @@ class Strategy:
     def replicas(self) -> int:
         """Return the number of replicas, which share the batch: dp times fsdp."""
         return self.dp * self.fsdp
+
+    @property
+    def summing(self) -> int:
+        """Return the number of replicas that sum gradients in every step: with `local` those of one `dp` replica."""
+        return self.fsdp if self.local else self.replicas
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Return what a strategy changes in a training beside rounding, as `--allow` names it: some of CHANGES.
+
+        With `local=1` and plain averages updates are those of data parallelism for optimizers that are linear in the
+        gradient (SGD, also with momentum, without clipping); with any other optimizer they are not.
+        """
+        return ("lossy",) if self.local or self.compress else ()
+
+    def of_replica(self, row: int) -> Strategy:
+        """Return the strategy of the workers with index `row` along dp, which take local steps together."""
+        columns = self.shares[row * self.fsdp : (row + 1) * self.fsdp] if self.fsdp > 1 else ()
+        return self.with_(
+            dp=1,
+            shares=Ratio(columns),
+            outermost=self.outermost if self.fsdp > 1 else "dp",
+            **{name: _DEFAULTS[name] for name in ("local", "outer", "fragments", "delay")},
+        )
+
+    def batch_of(self, row: int, batch_size: int) -> int:
+        """Return the samples of a global batch that fall to the workers with index `row` along dp."""
+        return batch_size * sum(self.parts[row * self.fsdp : (row + 1) * self.fsdp]) // sum(self.parts)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -396,7 +468,7 @@ class Strategy:
 
         Replicas that hold slices of the parameters reduce-scatter the gradients instead (`fully_shard`).
         """
-        return self.replicas > 1 and not self.splits_parameters
+        return self.summing > 1 and not self.splits_parameters
 
     def precision_of(self, precision: str) -> str:
         """Return the precision in which a workload of `precision` computes; the strategy's own overrides it.
@@ -491,6 +563,9 @@ class Strategy:
         if self.workers == 1:
             shown.insert(0, "single")
         return ",".join(shown)
+
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Strategy)}
 
 
 def _integer(key: str, value: str) -> int:

@@ -33,11 +33,30 @@ SOURCE = Path(__file__).parents[2] / "src"
         "dp=2,compress=powersgd:4,plain_steps=100",
         "fsdp=2,compress=topk:0.005",
         "dp=2,fsdp=2,compress=sign",
+        "dp=2,fsdp=2,local=12,outer=nesterov,fragments=4,delay=3",
     ],
 )
 def test_its_spelling_is_read_back(text: str) -> None:
     assert str(Strategy.parse(text)) == text
     assert Strategy.parse(str(Strategy.parse(text))) == Strategy.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "expected", "samples"),
+    [
+        ("dp=2,local=4", 1, "single", 8),
+        ("dp=2,fsdp=2,pp=2,outermost=pp,local=4,outer=nesterov", 0, "fsdp=2,pp=2,outermost=pp", 8),
+        ("dp=2,pp=2,outermost=pp,local=4,delay=1", 0, "pp=2", 8),
+        ("dp=2,shares=3:1,local=2", 0, "single", 12),
+        ("dp=2,fsdp=2,shares=1:2:3:2,local=2", 1, "fsdp=2,shares=3:2", 10),
+    ],
+)
+def test_a_replica_of_local_steps_is_a_strategy_of_its_own(text: str, row: int, expected: str, samples: int) -> None:
+    strategy = Strategy.parse(text)
+    assert str(strategy.of_replica(row)) == expected
+    assert strategy.batch_of(row, 16) == samples
+    assert strategy.changes == ("lossy",)
+    assert strategy.summing == strategy.fsdp
 
 
 def test_parts_of_blocks_are_in_lowest_terms() -> None:
@@ -105,6 +124,18 @@ def test_so_many_blocks_are_computed_again(recompute: str, blocks: int, again: i
         ("pp=2,outermost=pp", "outermost=pp needs pp=2 or more, and dp=2 or fsdp=2 or more beside it"),
         ("dp=2,outermost=pp", "outermost=pp needs pp=2 or more"),
         ("dp=2,pp=2,outermost=tp", "outermost=tp: known are dp, pp"),
+        ("local=4", "local=4 needs dp=2 or more: replicas along dp take local steps"),
+        ("fsdp=2,local=4", "local=4 needs dp=2 or more"),
+        ("dp=2,local=-1", "local=-1: must be 1 or more"),
+        ("dp=2,fragments=0", "fragments=0: must be 1 or more"),
+        ("dp=2,outer=nesterov", "outer=nesterov needs local=1 or more"),
+        ("dp=2,fragments=2", "fragments=2 needs local=1 or more"),
+        ("dp=2,delay=1", "delay=1 needs local=1 or more"),
+        ("dp=2,local=4,outer=adam", "outer=adam: known are average, nesterov"),
+        ("dp=2,local=4,fragments=3", "fragments=3 must divide local=4: use fragments=1 or 2 or 4"),
+        ("dp=2,local=4,delay=4", "delay=4 needs local=5 or more"),
+        ("dp=2,local=4,bucket=5", "add up whole gradients: .*; those that take local steps add up none"),
+        ("dp=2,local=4,precision=bf16,reduce=bf16", "reduce=bf16 needs .*; those that take local steps sum none"),
         ("dp=2,shares=1", "one whole number of 1 or more for each of the 2 replicas"),
         ("dp=2,shares=1:0", "shares=1:0: one whole number of 1 or more"),
         ("dp=2,shares=3", "shares=3: one whole number of 1 or more for each of the 2 replicas"),

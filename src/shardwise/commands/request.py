@@ -283,12 +283,14 @@ def check(workload: Workload, strategy: Strategy) -> None:
     import torch
 
     from shardwise.parallel.compiling.compiler import check_compiler
+    from shardwise.parallel.data.local_steps import check_local
     from shardwise.parallel.data.turns import check_turns
     from shardwise.parallel.operators.refused_modules import check_modules
     from shardwise.parallel.optim.check import check_optimizer
     from shardwise.predict.profile.meta_model import builds
 
     check_turns(workload, strategy)
+    check_local(workload, strategy)
     check_compiler(strategy, "gpu" if torch.cuda.is_available() else "cpu")
     model = next(builds(workload)).module
     check_modules(workload, strategy, model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ class Mesh:
     """Axes dp and fsdp flattened into one, if both are used."""
     allocating: Allocating = nullcontext
     """Context manager around every allocation of parameters and gradient buckets; a dry run allocates nothing in it."""
+    whole: Mesh | None = None
+    """Mesh of all workers, if this one is of those that take local steps together; see `of_replica`."""
+    together: dist.ProcessGroup | None = None
+    """Group of the workers of this mesh if they are not all; None for a single one."""
 
     @classmethod
     def build(
@@ -59,8 +63,8 @@ class Mesh:
         return cls(strategy, device, dist.get_rank(), grid, replicas, allocating)
 
     def coordinate(self, axis: str) -> int:
-        """Return this worker's index along `axis`; 0 without a grid."""
-        return 0 if self.grid is None else self.grid.get_local_rank(axis)
+        """Return this worker's index along `axis`; 0 without a grid, and along axes of one worker."""
+        return 0 if self.grid is None or getattr(self.strategy, axis) == 1 else self.grid.get_local_rank(axis)
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """Return the group of workers that differ from this one in `axis` only.
@@ -86,6 +90,28 @@ class Mesh:
             return self.replicas.get_group()
         return self.group("dp") or self.group("fsdp")
 
+    def of_replica(self) -> Mesh:
+        """Return the mesh of the workers that take local steps together: those with our index along dp. Collective.
+
+        Its strategy has dp=1, its axes and groups are those of this mesh. Without `local` it is this mesh itself.
+        """
+        if not self.strategy.local or self.grid is None:
+            return self
+        strategy = self.strategy.of_replica(self.coordinate("dp"))
+        axes = tuple(axis for axis in self.strategy.axes if axis != "dp" and getattr(strategy, axis) > 1)
+        together = None
+        if axes:
+            together = self.grid[axes]._flatten("together").get_group() if axes[1:] else self.grid.get_group(axes[0])
+        return replace(self, strategy=strategy, replicas=None, whole=self, together=together)
+
+    def new_replica_group(self) -> dist.ProcessGroup:
+        """Create another group of the workers of `replica_group`, which has some. Collective over them."""
+        assert self.replica_group is not None
+        if self.whole is None:
+            return dist.new_group()  # type: ignore[no-any-return]
+        ranks = dist.get_process_group_ranks(self.replica_group)
+        return dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[no-any-return]
+
     def parts_group(self) -> dist.ProcessGroup | None:
         """Return the group of workers that together hold the parts of each parameter that `fsdp` or `tp` cuts.
 
@@ -104,8 +130,10 @@ class Mesh:
 
     @property
     def world(self) -> dist.ProcessGroup | None:
-        """Return the group of all workers. Returns None if this is the only one."""
-        return None if self.strategy.workers == 1 else dist.group.WORLD
+        """Return the group of all workers of this mesh. Returns None if this is the only one."""
+        if self.strategy.workers == 1:
+            return None
+        return dist.group.WORLD if self.whole is None else self.together
 
 
 def default_device() -> torch.device:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from shardwise.errors import WorkloadError
 from shardwise.launch import watch
 from shardwise.launch.exit import die_with_parent
 from shardwise.parallel.data.collected import Collected
+from shardwise.parallel.data.local_steps import LocalSteps, check_local
 from shardwise.parallel.data.owed import OwedPieces
 from shardwise.parallel.data.same_data import check_same_data
 from shardwise.parallel.data.turns import check_turns
@@ -32,13 +33,19 @@ from shardwise.parallel.state.layout import TensorPiece
 from shardwise.parallel.state.pass_state import passes_undone
 from shardwise.splitting.balance import Cuts
 from shardwise.strategy import Strategy
-from shardwise.workload.data import Share
+from shardwise.workload.data import Share, cut_batch
 from shardwise.workload.evaluation import values_of
 from shardwise.workload.loading import Loading
 from shardwise.workload.one_batch import in_one_batch
 from shardwise.workload.reading.loader import Loader, share_of
 from shardwise.workload.turns import losses_of_turns
 from shardwise.workload.workload import Workload
+
+LOCAL = "local"
+"""Entry of a program's state that holds the numbers of local steps."""
+
+OUTER, REPLICA = "outer/", "replica/"
+"""Beginnings of the names of an outer optimizer's tensors, and of those of one of several replicas."""
 
 
 def build_engine(workload: Workload, strategy: Strategy, mesh: Mesh, cuts: Cuts | None = None) -> Engine:
@@ -89,23 +96,27 @@ class Program:
         midway: whether a turn of a step has been applied and the step is not complete.
     """
 
-    def __init__(self, workload: Workload, strategy: Strategy, mesh: Mesh, engine: Engine) -> None:
-        self.workload, self.strategy, self.mesh, self.engine = workload, strategy, mesh, engine
+    def __init__(self, workload: Workload, mesh: Mesh, together: Mesh, engine: Engine) -> None:
+        self.workload, self.strategy, self.mesh, self.engine = workload, mesh.strategy, mesh, engine
+        self._together = together
         self.steps = 0
         self.gradient_norm: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
         self.midway = False
-        self._update = ParameterUpdate(workload, strategy, mesh, engine)
+        self._update = ParameterUpdate(workload, together.strategy, together, engine)
         self._members = [frozenset(names) for names in self._update.turns]
-        self._owed = OwedPieces(engine, mesh)
+        self._owed = OwedPieces(engine, together)
         self.optimizer, self.scheduler = self._update.optimizer, self._update.schedule.scheduler
         self._average: Average | None = None
         if workload.average is not None:
             with mesh.allocating():
                 self._average = Average(engine.parameters, workload.average)
-        self._after_step = after_step_of(workload, engine.parameters, engine.held, mesh)
+        self._after_step = after_step_of(workload, engine.parameters, engine.held, together)
+        self._local = LocalSteps(engine.held, engine.trained, mesh) if mesh.strategy.local else None
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
+        self._begun: tuple[str, ...] = ()
+        self._weight = self._constant(0.0)
         self._applied: list[Tensor] = []
         self._judgement: Judgement | None = None
 
@@ -134,10 +145,15 @@ class Program:
             DataError: the data differs between workers.
         """
         check_turns(workload, strategy)
+        check_local(workload, strategy)
         strategy = in_one_batch(workload, strategy).for_batch(workload.batch_size)
         mesh = Mesh.build(strategy, device, allocating)
         check_same_data(workload, mesh)
-        return cls(workload, strategy, mesh, build_engine(workload, strategy, mesh, cuts))
+        together = mesh.of_replica()
+        own = workload
+        if strategy.local:  # its engine knows the workers of one replica alone, which share a batch of their own
+            own = replace(workload, batch_size=strategy.batch_of(mesh.coordinate("dp"), workload.batch_size))
+        return cls(workload, mesh, together, build_engine(own, together.strategy, together, cuts))
 
     def loader(
         self,
@@ -186,6 +202,8 @@ class Program:
         self._note(taken)
         self.midway = False
         self.steps += 1
+        if self._local is not None and taken:
+            self._local.after_step(self.steps, self._weight, next(iter(taken.values())).report[3])
         watch.beat()
         return _sum([each.report[0] for each in taken.values()])
 
@@ -200,15 +218,14 @@ class Program:
         mine = {name: each for name, each in self.engine.parameters.items() if name in names}
         gradients = local_gradients(mine) if clipped or judgement else {}
         square = self._squared_norm(gradients)
-        report = self._report(loss, square)
-        pending = None if self.mesh.world is None else dist.all_reduce(report, group=self.mesh.world, async_op=True)
+        report, own, pending = self._sum_report(self._report(loss, square))
         together = clipped and not self._whole_everywhere
         if pending is not None and (together or judgement or self.engine.unused):
-            pending.wait()
+            pending()
         if self.engine.unused:
-            self._forget_unused(report)
+            self._forget_unused(own)
         if clipped:
-            norm = (report[1] if together else square).sqrt()
+            norm = (own[1] if together else square).sqrt()
         applied = judgement is None or judgement.accepts(share, scales, report)
         if applied:
             if self.workload.clip_norm is not None and norm is not None:
@@ -216,8 +233,8 @@ class Program:
             self._update.step(turn)
             self._after_step(names)
         if pending is not None:
-            pending.wait()  # it ran in parallel with the optimizer
-        return _TakenTurn(report, dict(zip(self.engine.losses, report[3:], strict=True)), norm, applied)
+            pending()  # it ran in parallel with the optimizer
+        return _TakenTurn(report, dict(zip(self.engine.losses, report[self._facts :], strict=True)), norm, applied)
 
     def _note(self, taken: Mapping[int, _TakenTurn]) -> None:
         """Note what the turns of a step gave, by their numbers, and do what follows all updates of a step."""
@@ -257,11 +274,16 @@ class Program:
         """Compute loss and gradient of a turn, and apply no update. Returns the loss, 0-d."""
         self.engine.position.turn = turn
         loss = self.engine.forward_backward(share, scales)
-        report = self._report(loss, self._constant(0.0))
-        if self.mesh.world is not None:
-            dist.all_reduce(report, group=self.mesh.world)
+        report, own, pending = self._sum_report(self._report(loss, self._constant(0.0)))
+        if pending is not None:
+            pending()
         if self.engine.unused:
-            self._forget_unused(report)
+            self._forget_unused(own)
+        if self._local is not None:
+            mine = {
+                name: self.engine.parameters[name] for name in self.engine.parameters if name in self._members[turn]
+            }
+            self._local.average_gradients(mine, self._weight, report[3])
         return report[0]
 
     def next_epoch(self, values: Mapping[str, float | None] | None = None) -> None:
@@ -275,7 +297,7 @@ class Program:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, one line each."""
-        return (*self.engine.notes, *self._update.notes)
+        return (*self.engine.notes, *self._update.notes, *self._begun)
 
     def ask_before_update(self, judge: Judge | None) -> None:
         """Ask `judge` from now on whether to apply the update of a step.
@@ -311,9 +333,21 @@ class Program:
                 found.update(zip((value.key for value in keys), self._evaluate(number), strict=True))
         return found
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """Give the parameters the values of their moving average inside the block, if the workload has one."""
-        return nullcontext() if self._average is None else self._average.in_place()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the parameters the values of their moving average inside the block, if the workload has one.
+
+        Of replicas that take local steps they have the mean, and their buffers as well.
+        """
+        with ExitStack() as stack:
+            if self._average is not None:
+                stack.enter_context(self._average.in_place())
+            stack.enter_context(self.at_means())
+            yield
+
+    def at_means(self) -> AbstractContextManager[None]:
+        """Give the parameters of replicas that take local steps their means inside the block, and buffers as well."""
+        return nullcontext() if self._local is None else self._local.averaged()
 
     def _evaluate(self, number: int) -> tuple[float, float]:
         """Return the loss and the metric of one evaluation."""
@@ -342,14 +376,41 @@ class Program:
     def pieces(self) -> list[TensorPiece]:
         """Return this worker's part of the model (`model/<name>`), its average and the optimizer state so far.
 
+        Of replicas that take local steps it is this one's, and `outer/<name>/...` is the state of the outer optimizer.
         Under a strategy that compresses gradients also what is owed to them; then the call is collective.
         """
+        outer = [] if self._local is None else self._local.outer_pieces()
+        return [*self._of_first(self._pieces()), *outer]
+
+    def means(self, pieces: Sequence[TensorPiece]) -> Sequence[TensorPiece]:
+        """Return the means of pieces over replicas that take local steps, on the CPU; without them the pieces."""
+        return pieces if self._local is None else self._local.mean_pieces(pieces)
+
+    def _pieces(self) -> list[TensorPiece]:
         model = [
             TensorPiece(f"model/{name}", local(held.tensor), held.layout, held.writes)
             for name, held in self.engine.held.items()
         ]
         average = [] if self._average is None else self._average.pieces(self.engine.held)
         return model + average + self._owed.pieces() + self._update.state.pieces()
+
+    def _of_first(self, pieces: Iterable[TensorPiece]) -> list[TensorPiece]:
+        """Return the pieces, which of replicas that take local steps only the first one writes."""
+        first = self._local is None or self.mesh.coordinate("dp") == 0
+        return [piece if first else replace(piece, writes=False) for piece in pieces]
+
+    def saved_pieces(self) -> list[TensorPiece]:
+        """Return the pieces that a checkpoint stores.
+
+        Of replicas that take local steps they are the means, under the usual names, and `replica/<index>/<name>` of
+        each. Averages that are on their way are merged first.
+        """
+        if self._local is None:
+            return self.pieces()
+        self._local.settle()
+        mine, index = self._pieces(), self.mesh.coordinate("dp")
+        own = [replace(piece, name=f"{REPLICA}{index}/{piece.name}") for piece in mine]
+        return [*self._local.mean_pieces(mine), *own, *self._local.outer_pieces()]
 
     def held_bytes(self) -> dict[str, int]:
         """Return the bytes that parameters (with buffers), gradients and optimizer state take on this worker's device.
@@ -360,7 +421,11 @@ class Program:
         found = {
             "parameters": [local(held.tensor) for held in self.engine.held.values()],
             "gradients": list(local_gradients(self.engine.parameters).values()),
-            "optimizer": [*self._update.state.tensors(), *self.compression_state()],
+            "optimizer": [
+                *self._update.state.tensors(),
+                *self.compression_state(),
+                *([] if self._local is None else self._local.tensors()),
+            ],
         }
         return {name: _bytes_on(tensors, self.mesh.device) for name, tensors in found.items()}
 
@@ -382,12 +447,15 @@ class Program:
         """Return the gradients `gradient/<name>` of the last step, after clipping. Unused parameters have none."""
         gradients = local_gradients(self.engine.parameters)
         held = self.engine.held
-        return [TensorPiece(f"gradient/{n}", g, held[n].layout, held[n].writes) for n, g in gradients.items()]
+        return self._of_first(
+            TensorPiece(f"gradient/{n}", g, held[n].layout, held[n].writes) for n, g in gradients.items()
+        )
 
     def state(self) -> dict[str, Any]:
         """Return the completed steps, the scheduler's counters and the optimizer's numbers, JSON-able. Collective."""
         average = {} if self._average is None else {"averaged": self._average.begun}
-        return {"steps": self.steps, **average, **self._update.counts()}
+        apart = {} if self._local is None else {LOCAL: self._local.counts()}
+        return {"steps": self.steps, **average, **apart, **self._update.counts()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state`, under any strategy.
@@ -399,15 +467,26 @@ class Program:
             self._average.begun = bool(state["averaged"])
         self._update.load_counts(state)
         self._owed.load()
+        self._begun = _unlike_before(state.get(LOCAL, {}), self.strategy)
+        if self._local is not None:
+            self._local.load_counts(state.get(LOCAL, {}), exactly=self.replica_in(state) is not None)
+
+    def replica_in(self, state: Mapping[str, Any]) -> int | None:
+        """Return the index of the replica whose own tensors this worker reads from a checkpoint with this state.
+
+        Returns None if it reads the means: the checkpoint, or this program, has other replicas or takes no local steps.
+        """
+        there = state.get(LOCAL, {}).get("replicas")
+        return self.mesh.coordinate("dp") if self._local is not None and there == self.strategy.dp else None
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """Gather the plain weights and buffers under all their names, on the CPU of worker 0.
 
         Returns None elsewhere.
         """
-        pieces = [
+        pieces = self._of_first(
             TensorPiece(name, local(held.tensor), held.layout, held.writes) for name, held in self.engine.held.items()
-        ]
+        )
         full = gather_full(pieces, self.mesh.world, self.mesh.device)
         if full is None:
             return None
@@ -415,11 +494,12 @@ class Program:
 
     def _is_whole_everywhere(self) -> bool:
         """Return whether all workers hold all gradients whole, so that each can compute their norm alone."""
-        if self.mesh.world is None:
+        world = self._together.world
+        if world is None:
             return True
         held = [self.engine.held[name].holders for name in self.engine.parameters]
-        parts = any(holders != self.strategy.workers for holders in held)
-        return not anywhere([parts], self.mesh.world, self.mesh.device)[0]
+        parts = any(holders != self._together.strategy.workers for holders in held)
+        return not anywhere([parts], world, self.mesh.device)[0]
 
     def _forget_gradients(self) -> None:
         for parameter in self.engine.parameters.values():
@@ -430,18 +510,32 @@ class Program:
 
         Only microbatches within the first `samples` samples of the batch count. None counts all.
         """
-        total_samples = share.samples if samples is None else samples
-        counts = [microbatch.first + microbatch.samples <= total_samples for microbatch in share.microbatches]
+        limit = share.samples if samples is None else samples
+        counts = [samples is None or each.first + each.samples <= limit for each in share.microbatches]
         if self.workload.weight is None:
+            total_samples = self._samples_together(share.samples, limit) if self.strategy.local else limit
+            self._weight = self._constant(float(total_samples))
             pairs = zip(share.microbatches, counts, strict=True)
-            return [self._constant(microbatch.samples * counted / total_samples) for microbatch, counted in pairs]
+            return [self._constant(each.samples * counted / max(total_samples, 1)) for each, counted in pairs]
         weights = torch.stack(self._weights(share))
         if samples is not None:
             weights = weights.where(torch.tensor(counts, device=self.mesh.device), 0)
         total = weights.sum()
-        if self.mesh.replica_group is not None:
-            dist.all_reduce(total, group=self.mesh.replica_group)
+        if self._together.replica_group is not None:
+            dist.all_reduce(total, group=self._together.replica_group)
+        self._weight = total.clamp(min=0)
         return list((weights / total).where(~(total <= 0), 0).unbind())  # nan stays nan
+
+    def _samples_together(self, samples: int, limit: int) -> int:
+        """Return how many of a batch's samples fall to the workers that take local steps with this one.
+
+        Only cells within the first `limit` samples count.
+        """
+        strategy = self.strategy
+        rows = cut_batch(samples, strategy.parts, strategy.microbatches, uniform=self.engine.uniform)
+        first = self.mesh.coordinate("dp") * strategy.fsdp
+        cells = (cell for row in rows for cell in row[first : first + strategy.fsdp])
+        return sum(len(cell) for cell in cells if cell.stop <= limit)
 
     def _weights(self, share: Share) -> list[Tensor]:
         """Return the weight of each microbatch, 0-d float64: its number of samples, or the workload's own weight."""
@@ -473,23 +567,62 @@ class Program:
         if not gradients:
             return self._constant(0.0)
         square = squared_norm(gradients, self.engine.held, self.mesh.device)
-        return square * self.strategy.workers if self._whole_everywhere else square
+        return square * self._together.strategy.workers if self._whole_everywhere else square
 
     def _report(self, loss: Tensor, square: Tensor) -> Tensor:
         """Stack the numbers that all workers sum in one message: loss, squared norm, unused parameters (1 or 0).
 
-        Several losses follow one by one.
+        The weight of a replica that takes local steps follows, by which its losses are multiplied; then several losses
+        one by one.
         """
         unused = self._constant(float(bool(self.engine.unused)))
-        return torch.stack([loss.double(), square.double(), unused, *(x.double() for x in self.engine.losses.values())])
+        losses = [loss.double(), *(each.double() for each in self.engine.losses.values())]
+        weight = []
+        if self._local is not None:
+            losses = [each * self._weight for each in losses]
+            weight = [self._weight / self._together.strategy.workers]
+        return torch.stack([losses[0], square.double(), unused, *weight, *losses[1:]])
+
+    @property
+    def _facts(self) -> int:
+        """Return the number of entries of a report before several losses."""
+        return 3 if self._local is None else 4
+
+    def _sum_report(self, report: Tensor) -> tuple[Tensor, Tensor, Callable[[], None] | None]:
+        """Begin to sum a report over all workers.
+
+        Returns:
+            the report, whose sums are there once the function has been called (None: they are there); and the sums
+            over the workers that update their parameters together.
+        """
+        together, local = self._together.world, self._local is not None
+        if local and together is not None:
+            dist.all_reduce(report, group=together)
+        own = report.clone() if local else report
+        group = self.mesh.group("dp") if local else self.mesh.world
+        if group is None:
+            return report, own, None
+        handle = dist.all_reduce(report, group=group, async_op=True)
+        done = False
+
+        def wait() -> None:
+            nonlocal done
+            handle.wait()
+            if local and not done:  # sums of weighted losses become means
+                total = report[3].clone()
+                for losses in (report[:1], report[4:]):
+                    losses.copy_((losses / total).where(~(total <= 0), 0))
+            done = True
+
+        return report, own, wait
 
     def _forget_unused(self, report: Tensor) -> None:
         """Remove the zero gradients of parameters that no replica used, so that the optimizer skips them.
 
         Called on workers that left some unused. A parameter can be unused everywhere only if all workers did, and
-        `report` tells them so.
+        `report` tells them so: the sums over the workers that update their parameters together.
         """
-        group = self.mesh.replica_group
+        group = self._together.replica_group
         if group is None or not self._by_all(report[2]):
             return
         unused = set(self.engine.unused)
@@ -499,8 +632,28 @@ class Program:
                 parameter.grad = None
 
     def _by_all(self, count: Tensor) -> bool:
-        """Return whether `count` equals the world size."""
-        return int(count) == self.strategy.workers
+        """Return whether `count` equals the number of workers that update their parameters together."""
+        return int(count) == self._together.strategy.workers
+
+
+def _unlike_before(saved: Mapping[str, Any], strategy: Strategy) -> tuple[str, ...]:
+    """Return what a training does not take over from a checkpoint of local steps, one line each.
+
+    Args:
+        saved: numbers of local steps in the checkpoint; empty if it has none.
+        strategy: how the training goes on.
+    """
+    notes = []
+    there = saved.get("replicas")
+    if there is not None and (not strategy.local or there != strategy.dp):
+        goes_on = f"each of the {strategy.dp} replicas goes on" if strategy.local else "the training goes on"
+        notes.append(f"the checkpoint has {there} replicas that took local steps: {goes_on} from their mean")
+    before, now = saved.get("outer"), strategy.outer if strategy.local else ""
+    if before == "nesterov" and now != before:
+        notes.append("the momentum of the outer optimizer in the checkpoint is not used")
+    if now == "nesterov" and before != now:
+        notes.append("the checkpoint has no outer optimizer: it begins here, without momentum")
+    return tuple(notes)
 
 
 def _bytes_on(tensors: Iterable[Tensor], device: torch.device) -> int:

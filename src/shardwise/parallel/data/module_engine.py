@@ -86,7 +86,7 @@ class ModuleEngine:
         self._operations = ModulePatches(
             self.position,
             mesh.device,
-            dist.new_group if mesh.replica_group is not None else None,
+            mesh.new_replica_group if mesh.replica_group is not None else None,
             recompute=strategy.recomputes,
             gradient_factor=strategy.replicas,
         )

@@ -222,7 +222,7 @@ class LocalStages:
         for workers in (each for each in sets if len(each) > 1):
             assert self._mesh.grid is not None
             ranks = self._mesh.grid.mesh
-            stages = self._strategy.axes.index("pp")
+            stages = (self._mesh.grid.mesh_dim_names or ()).index("pp")
             columns = ranks.movedim(stages, -1).reshape(-1, ranks.shape[stages])  # one row per pipeline
             for column in columns.tolist():
                 members = [column[worker] for worker in workers]

@@ -133,7 +133,7 @@ class AfterStep:
         own = torch.zeros(max(sizes), dtype=parts[0][1], device=device)
         parameter = self._parameters.get(name)
         if parameter is not None:
-            own[: sizes[self._mesh.rank]] = local(parameter).flatten()
+            own[: sizes[dist.get_rank(self._mesh.world)]] = local(parameter).flatten()
         received = [torch.empty_like(own) for _ in parts]
         dist.all_gather(received, own, group=self._mesh.world)
         if parameter is None:

@@ -148,7 +148,7 @@ def _of_worker_0(
     """
     numbers = [*seconds.values(), *(cut_point.bytes for cut_point in found)]
     agreed = torch.tensor(numbers, dtype=torch.float64, device=mesh.device)
-    if mesh.world is not None:
+    if (mesh.whole or mesh).world is not None:
         dist.broadcast(agreed, 0)
     values = agreed.tolist()
     return dict(zip(seconds, values, strict=False)), values[len(seconds) :]

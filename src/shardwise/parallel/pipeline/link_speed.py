@@ -39,7 +39,7 @@ def measured_links(mesh: Mesh) -> list[float]:
             found[source] = _per_byte(
                 pipeline_rank == source, target if pipeline_rank == source else source, mesh, group
             )
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.world)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=(mesh.whole or mesh).world)
     return [float(each) for each in found]
 
 

@@ -46,9 +46,10 @@ def build_model(workload: Workload, mesh: Mesh) -> nn.Module:
     check_modes(model, workload, mesh.strategy)
     _BUILT.add(model)
     move_values(model, mesh.device)
-    if mesh.world is not None:
-        _make_equal(model, workload, mesh)
-    torch.manual_seed(workload.seed + mesh.replica)
+    everyone = mesh.whole or mesh
+    if everyone.world is not None:
+        _make_equal(model, workload, everyone)
+    torch.manual_seed(workload.seed + everyone.replica)
     return model
 
 

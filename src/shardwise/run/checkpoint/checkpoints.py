@@ -20,6 +20,7 @@ from shardwise.errors import CheckpointError
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.optim.making import name_of
 from shardwise.parallel.optim.update import OPTIMIZER
+from shardwise.parallel.program import LOCAL, OUTER
 from shardwise.parallel.state.layout import TensorPiece
 from shardwise.run.checkpoint.folder import complete, damage, final_path, newest_whole, step_of
 from shardwise.run.checkpoint.headers import header_problem
@@ -41,6 +42,8 @@ class Checkpointed(Protocol):
     @property
     def optimizer(self) -> torch.optim.Optimizer | None: ...  # noqa: D102
     def pieces(self) -> list[TensorPiece]: ...  # noqa: D102
+    def saved_pieces(self) -> list[TensorPiece]: ...  # noqa: D102
+    def replica_in(self, state: Mapping[str, Any]) -> int | None: ...  # noqa: D102
     def optimizer_piece(  # noqa: D102
         self, parameter: str, state: str, global_shape: Sequence[int], dtype: torch.dtype
     ) -> TensorPiece | None: ...
@@ -79,7 +82,7 @@ class Checkpoints:
         Waits for the previous checkpoint first, and raises its error (see `wait`). `progress` must be JSON-able.
         """
         self.wait()
-        workers, optimizer = self._workers(), program.optimizer
+        workers, optimizer, pieces = self._workers(), program.optimizer, program.saved_pieces()
         index = Index(
             tensors={},
             aliases=dict(program.engine.aliases),
@@ -91,7 +94,7 @@ class Checkpoints:
         writer = FolderWriter(
             final_path(self.folder, program.steps), index, self.keep, workers, frozenset(self.protected)
         )
-        self._pending = _start(program.pieces(), writer, self._stager)
+        self._pending = _start(pieces, writer, self._stager)
 
     def poll(self) -> None:
         """Raise the error of the last save soon after it happened, on all workers before the same step.
@@ -170,7 +173,8 @@ class Checkpoints:
         workers.raise_first(damage(path, workers.rank, workers.count), CheckpointError)
         index = workers.all_or_none(lambda: Index.read(path), CheckpointError)
         workers.raise_first(header_problem(path, index, workers.rank, workers.count), CheckpointError)
-        pieces = {piece.name: piece for piece in program.pieces()}
+        index = index.of_replica(program.replica_in(index.state))
+        pieces = {piece.name: piece for piece in program.pieces() if _is_needed(piece, index)}
         now = program.state()  # collective, unlike the comparison
         workers.raise_first(_mismatch(path, index, pieces, program.optimizer, now), CheckpointError)
         _check_all_held(path, index, pieces, workers)
@@ -252,6 +256,11 @@ def _optimizer_pieces(path: Path, index: Index, program: Checkpointed) -> dict[s
     return found
 
 
+def _is_needed(piece: TensorPiece, index: Index) -> bool:
+    """Return whether a program cannot begin without a piece: an outer optimizer can begin anew."""
+    return piece.name in index.tensors or not piece.name.startswith(OUTER)
+
+
 def _mismatch(
     path: Path,
     index: Index,
@@ -260,7 +269,8 @@ def _mismatch(
     now: Mapping[str, Any],
 ) -> str:
     """Return one line on the first thing in the checkpoint that does not fit this worker, else an empty string."""
-    known = {key: value for key, value in now.items() if key != OPTIMIZER}  # a fresh optimizer has no state yet
+    # a fresh optimizer has no state yet, and a training without local steps none of these
+    known = {key: value for key, value in now.items() if key not in (OPTIMIZER, LOCAL)}
     return _other_model(path, index, pieces, optimizer) or _other_state(path, index, known)
 
 

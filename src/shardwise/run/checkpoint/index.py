@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ class Index:
 
     Attributes:
         tensors: tensors by name: `model/<parameter or buffer>`, `average/<parameter>`, `owed/<parameter>`,
-            `optimizer/<parameter>/<state>`.
+            `optimizer/<parameter>/<state>`. Of replicas that take local steps they are the means, and
+            `replica/<index>/<name>` is that of one of them, `outer/<parameter>/<state>` is of their outer optimizer.
         aliases: further name of a tied tensor -> the name under which it is stored, both without `model/`.
         progress: progress that was given to `Checkpoints.save`.
         state: state of the program besides tensors: steps, schedule.
@@ -67,6 +68,19 @@ class Index:
     state: dict[str, Any] = field(default_factory=dict)
     optimizer: str = ""
     random: str = ""
+
+    def of_replica(self, number: int | None) -> Index:
+        """Return the index in which each tensor is that of one of several replicas, where it is stored.
+
+        None returns this index: its tensors are the means of replicas.
+        """
+        if number is None:
+            return self
+        own = f"replica/{number}/"
+        apart = {name.removeprefix(own): stored for name, stored in self.tensors.items() if name.startswith(own)}
+        # another replica may have state of its optimizer that this one has not
+        rest = {name: stored for name, stored in self.tensors.items() if not name.startswith("optimizer/")}
+        return replace(self, tensors={**rest, **apart})
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -164,7 +178,7 @@ def _parsed(content: Mapping[str, Any], files: Collection[str]) -> Index:
 def _check_stored(name: str, stored: Stored, files: Container[str]) -> None:
     """Check that a tensor's name, chunks and files are such as a training writes. Raises ValueError."""
     kind, _, rest = name.partition("/")
-    if kind not in ("model", "average", "owed", "optimizer") or not rest:
+    if kind not in ("model", "average", "owed", "optimizer", "outer", "replica") or not rest:
         raise ValueError(f"{short(name)} is the name of no tensor")
     if problem := cover_problem(stored.spec.shape, [(chunk.offsets, chunk.sizes) for chunk in stored.chunks]):
         raise ValueError(f"{short(name)} {problem}")

@@ -117,17 +117,27 @@ class TrainingClock:
         )
 
 
-def typical(steps: Sequence[Step]) -> tuple[float | None, float | None]:
+def typical(steps: Sequence[Step], every: int = 1) -> tuple[float | None, float | None]:
     """Return the medians of seconds per step and of samples per second. Returns (None, None) if no step was timed.
 
     The first timed step is a warm-up: it counts only if it is the only one.
+
+    Args:
+        steps: steps of a run.
+        every: number of steps that make a round, such as local steps and the average after them: medians are those of
+            the means of whole rounds, as far as there are any.
     """
     timed = [step for step in steps if step.seconds]
     timed = timed[1:] or timed
     if not timed:
         return None, None
-    rates = [step.samples_per_second or 0.0 for step in timed]
-    return statistics.median(step.seconds or 0.0 for step in timed), statistics.median(rates)
+    rounds: dict[int, list[Step]] = {}
+    for step in timed:
+        rounds.setdefault((step.step - 1) // max(every, 1), []).append(step)
+    whole = [each for each in rounds.values() if len(each) == every] or [[step] for step in timed]
+    seconds = [statistics.fmean(step.seconds or 0.0 for step in each) for each in whole]
+    rates = [sum(step.samples for step in each) / (mean * len(each)) for each, mean in zip(whole, seconds, strict=True)]
+    return statistics.median(seconds), statistics.median(rates)
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,7 +272,7 @@ class RunRecord:
 
     def _summary(self, progress: Progress, measured: dict[str, Any]) -> dict[str, Any]:
         loss, best = progress.loss, progress.best
-        seconds, rate = typical(self._steps)
+        seconds, rate = typical(self._steps, self.program.strategy.local)
         strategy, folder = self.job.strategy, self.job.folder
         forecast = self.job.forecast
         reasons = {"predicted_seconds": forecast.reason} if forecast.seconds is None else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -45,15 +45,25 @@ class OneWorker:
             for name, held in self._engine.held.items():
                 held.tensor.copy_(weights[name])
 
-    def loss_and_gradients(self, share: Share) -> tuple[float, dict[str, Tensor]]:
-        """Return the mean loss of a share of one microbatch, and the gradient of each parameter by name, on the CPU.
+    def loss_and_gradients(self, shares: Sequence[Share]) -> tuple[float, dict[str, Tensor]]:
+        """Return the mean loss of shares of one microbatch each, and the gradient of each parameter, on the CPU.
 
         Raises:
             WorkloadError: the loss depends on tensors that are trained, but are no parameters of the model.
         """
-        with self._undone():
-            losses = [float(self._backward(share.microbatches[0])) for _ in self._turns()]
-        return sum(losses), {name: g.cpu() for name, g in local_gradients(self._engine.parameters).items()}
+        weights = [self._weight(share.microbatches[0]) if shares[1:] else 1.0 for share in shares]
+        total, sums = 0.0, dict[str, Tensor]()
+        for share, weight in zip(shares, weights, strict=True):
+            for parameter in self._engine.parameters.values():
+                parameter.grad = None
+            with self._undone():
+                losses = [float(self._backward(share.microbatches[0])) for _ in self._turns()]
+            part = weight / sum(weights) if sum(weights) > 0 else 0.0
+            total += part * sum(losses) if part else 0.0
+            for name, gradient in local_gradients(self._engine.parameters).items():
+                scaled = gradient.cpu() if part == 1.0 else gradient.cpu() * part
+                sums[name] = sums[name] + scaled if name in sums else scaled
+        return total, sums
 
     def _turns(self) -> Iterator[None]:
         """Move the engine to each turn of a step, one by one."""

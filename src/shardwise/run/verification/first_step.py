@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -115,10 +116,11 @@ def _prove(program: Program, loader: Loader, epoch: int, batch: int) -> _Found:
 def _compare(program: Program, share: Share, samples: int, epoch: int, batch: int) -> _Found:
     """Compute the first `samples` samples of a batch in parallel, and on worker 0 also alone. Collective."""
     mesh = program.mesh
-    weights = program.full_state_dict()
-    with program.tried(share, samples) as value:
-        loss = float(value)
-        gradients = gather_full(program.gradient_pieces(), mesh.world, mesh.device)
+    with program.at_means():
+        weights = program.full_state_dict()
+        with program.tried(share, samples) as value:
+            loss = float(value)
+            gradients = gather_full(program.gradient_pieces(), mesh.world, mesh.device)
     draws = program.engine.draws_other_random_numbers
     draws = draws if mesh.world is None else anywhere([draws], mesh.world, mesh.device)[0]
     found = _Found()
@@ -158,8 +160,9 @@ class _Comparison:
         Raises:
             WorkloadError: see `OneWorker`.
         """
-        whole = self._read(self.samples, 1)
-        repeatable = same_data(whole, self._read(self.samples, 1))  # before a pass, which may write into its batch
+        whole = self._shares()
+        # before a pass, which may write into its batch
+        repeatable = all(same_data(*pair) for pair in zip(whole, self._shares(), strict=True))
         value, expected = alone.loss_and_gradients(whole)
         alone.update()
         alone.evaluate()
@@ -212,10 +215,29 @@ class _Comparison:
         dtypes = {parameter.dtype for parameter in self.program.engine.parameters.values()}
         return rounding(self.program, self.share, float64=dtypes == {torch.float64})
 
-    def _read(self, samples: int, cells: int) -> Share:
-        """Read the first samples of the batch again, collated into so many microbatches of one worker."""
+    def _shares(self) -> list[Share]:
+        """Read the samples again, as the passes of one worker: one, or one for each replica that takes local steps.
+
+        A batch norm sees those of one replica at a time.
+        """
+        strategy = self.program.strategy
+        if not strategy.local:
+            return [self._read(self.samples, 1)]
+        row = cut_batch(self.share.samples, strategy.parts, strategy.microbatches, uniform=self.program.engine.uniform)[
+            0
+        ]
+        ends = [row[number].stop for number in range(strategy.fsdp - 1, strategy.replicas, strategy.fsdp)]
+        sizes = [min(end, self.samples) - start for start, end in pairwise([0, *ends])]
+        sizes = [size for size in sizes if size > 0]
+        return [self._read(self.samples, 1, number, sizes) for number in range(len(sizes))]
+
+    def _read(self, samples: int, cells: int, part: int = 0, parts: Sequence[int] = (1,)) -> Share:
+        """Read the first samples of the batch again, collated into so many microbatches of one worker.
+
+        Only part `part` of them in the proportion `parts` is read.
+        """
         whole: Loader = replace(
-            self.program.loader(), replica=0, parts=(1,), microbatches=cells, uniform=False, limit=samples
+            self.program.loader(), replica=part, parts=tuple(parts), microbatches=cells, uniform=False, limit=samples
         )
         share = whole.first(self.epoch, self.batch)
         assert share is not None
