@@ -71,7 +71,8 @@ class Collective:
         group: the ranks that take part; for send and recv the two ends.
         axis: axis of the strategy that needs it: `dp`, `fsdp`, `tp`, `pp`, `world`.
         when: phase of the step: `forward`, `backward`, `recompute`, `optimizer`, `report`
-            (losses, norms), or `weight` (of the batch, summed over replicas).
+            (losses, norms), `weight` (of the batch, summed over replicas), or `average` (of parameters after local
+            steps).
         asynchronous: True if computation may overlap it.
         tag: number that pairs a send with its recv; 0 for other operations.
     """

@@ -125,6 +125,21 @@ GRID = [
         )
     ),
     *(("kept gpt", f"{axes},compress=bf16") for axes in ("fsdp=2,pp=2", "dp=2")),
+    *(
+        ("gpt", strategy)
+        for strategy in (
+            "dp=2,local=4",
+            "dp=2,local=1,outer=nesterov",
+            "dp=2,local=4,fragments=2,delay=1",
+            "dp=2,fsdp=2,local=4,outer=nesterov",
+            "dp=2,fsdp=2,zero=1,local=4",
+            "dp=2,tp=2,local=4,fragments=4",
+            "dp=2,pp=2,local=2,outer=nesterov",
+            "dp=2,fsdp=2,pp=2,outermost=pp,local=2",
+        )
+    ),
+    ("weighted gpt", "dp=2,fsdp=2,local=2"),
+    ("resnet", "dp=2,fsdp=2,local=2"),
 ]
 """Strategies that MEMORY_GRID does not have, or has for one stage of their pipeline."""
 

@@ -35,6 +35,8 @@ BASES = (
     "dp=2,pp=2",
     "pp=4,recompute=full",
     "dp=2,fsdp=2",
+    "dp=2,fsdp=2,local=4",
+    "dp=4,local=4,outer=nesterov",
     "fsdp=2,tp=2",
     "pp=2,schedule=interleaved",
 )
@@ -62,6 +64,10 @@ OTHERS: dict[str, tuple[str | int, ...]] = {
     "states": (8,),
     "compress": ("int8", "powersgd:4", "topk:0.1"),
     "plain_steps": (2,),
+    "local": (1, 4),
+    "outer": ("nesterov",),
+    "fragments": (2,),
+    "delay": (1,),
 }
 
 

@@ -19,7 +19,7 @@ def updated_alone(profile: Profile, strategy: Strategy, worker: Worker) -> tuple
     indices = sorted({index for stage in worker.stages for index in profile.within(stage.first, stage.end)})
     held = [profile.parameters[index] for index in indices if profile.parameters[index].trained]
     sizes = {each.name: shard_bytes(each, strategy) // each.itemsize for each in held}
-    shared = strategy.replicas if strategy.zero == 1 else 1
+    shared = strategy.summing if strategy.zero == 1 else 1
     counts = Counter(owner for name, owner in assign_owners(sizes, shared).items() if sizes[name] >= LEAST)
     largest = max((size for size in sizes.values() if size >= LEAST), default=0)
     return largest, max(counts.values(), default=0)

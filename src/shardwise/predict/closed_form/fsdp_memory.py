@@ -85,7 +85,7 @@ def held_at_segments(
             whole = made * (done_root + (done_block if inside else 0)) + behind
             if inside and segment == blocks[index].first:
                 reducing = made * (done_root + reduces[index]) + max(behind, sent * reduces[index])
-                if strategy.dp > 1:  # the slices that replicas of shards all-reduce
+                if strategy.summing > strategy.fsdp:  # the slices that replicas of shards all-reduce
                     reducing += sent * reduces[index] / strategy.fsdp
             slices = trained if later else done // strategy.fsdp
         after = round(reducing) + done_unsplit if reducing else 0

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from shardwise.cluster.cluster import Device
@@ -73,7 +73,7 @@ def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: 
     elements, _ = worker.updated
     update = profile.update.of(strategy)
     each = element_bytes(profile.runtime, profile.precision, strategy)
-    state = round(elements * (update.state_bytes + each.copies)) + state_bytes(strategy, worker)
+    state = round(elements * (update.state_bytes + each.copies)) + state_bytes(strategy, worker) + _outer(strategy, worker)
     at_once = update.at_once("cpu" if offloaded else device.kind)
     updating = Memory(
         parameters=_stored(profile, strategy, worker),
@@ -82,9 +82,28 @@ def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: 
         activations=0,
         temporary=round(elements * update.temporary_bytes) if at_once else _one(profile, strategy, worker),
     )
-    return max(
-        (updating, _passing(profile, strategy, worker, state, offloaded=offloaded)), key=lambda memory: memory.total
-    )
+    passing = _passing(profile, strategy, worker, state, offloaded=offloaded)
+    underway = 2 * _averaged(worker) if strategy.delay else 0  # what was sent, and a copy of it
+    moments = [replace(each, temporary=each.temporary + underway) for each in (updating, passing)]
+    if strategy.local:
+        sent = _averaged(worker) * (2 if strategy.delay else 1)
+        moments.append(replace(updating, temporary=sent + _merging(profile, strategy)))
+    return max(moments, key=lambda memory: memory.total)
+
+
+def _outer(strategy: Strategy, worker: Worker) -> int:
+    """Return the bytes of the outer optimizer of local steps: the last average, and momentum."""
+    return 2 * worker.trained if strategy.local and strategy.outer == "nesterov" else 0
+
+
+def _averaged(worker: Worker) -> int:
+    """Return the bytes of the largest fragment that is averaged; 0 without local steps."""
+    return max(map(sum, worker.averaged), default=0)
+
+
+def _merging(profile: Profile, strategy: Strategy) -> int:
+    """Return the temporary bytes in which the largest parameter takes its average."""
+    return profile.largest * (strategy.outer == "nesterov" or bool(strategy.delay))
 
 
 def _one(profile: Profile, strategy: Strategy, worker: Worker) -> int:
@@ -217,7 +236,7 @@ def _left(profile: Profile, strategy: Strategy, stage: Stage, left: Left) -> Sta
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
     """Return the cache key of a strategy: the options that decide what `fully_shard` holds of a stage."""
-    return strategy.runs_module, strategy.fsdp, strategy.dp > 1, strategy.reduce
+    return strategy.runs_module, strategy.fsdp, strategy.summing > strategy.fsdp, strategy.reduce
 
 
 def _beside(gradients: tuple[int, int], activations: int, temporary: int) -> tuple[int, int, int]:
@@ -320,7 +339,7 @@ def _stored(profile: Profile, strategy: Strategy, worker: Worker) -> int:
 def _accumulated(profile: Profile, strategy: Strategy, worker: Worker) -> int:
     """Return the bytes of all gradients of a worker, as its software keeps them."""
     each = element_bytes(profile.runtime, profile.precision, strategy).gradients
-    shards = strategy.replicas if profile.runtime.sharded_gradients and not strategy.splits_parameters else 1
+    shards = strategy.summing if profile.runtime.sharded_gradients and not strategy.splits_parameters else 1
     return round(worker.trained * each / WIDE / shards)
 
 
@@ -331,9 +350,9 @@ def _gradients(
     if profile.runtime.kernels or profile.runtime.own_gradients:  # in buffers of their own from the start
         kept = _accumulated(profile, strategy, worker), 0
         return lambda done: kept
-    bucket = 0 if strategy.replicas == 1 else max(profile.largest, bucket_bytes(strategy.bucket))
+    bucket = 0 if strategy.summing == 1 else max(profile.largest, bucket_bytes(strategy.bucket))
     half = profile.half if strategy.reduce else 0.0
-    if strategy.replicas > 1 and strategy.runs_module:
+    if strategy.summing > 1 and strategy.runs_module:
         copies = worker.trained if strategy.microbatches > 1 else 0
         return lambda done: (worker.trained, copies + round(half * min(done, bucket)))
     return lambda done: (

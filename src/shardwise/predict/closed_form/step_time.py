@@ -153,6 +153,9 @@ class Epilogue:
         exchange: broadcasts of updated parameters between replicas (zero=1).
         report: all-reduce of losses and norms over all workers.
         host: fixed host time per step.
+        hideable: part of the report that may run beside the update, if nothing waits for the norm.
+        averages: seconds of the message of each fragment that local steps average.
+        averaging: copies, and steps of an outer optimizer, that come with averages of all fragments.
     """
 
     start: float
@@ -161,16 +164,29 @@ class Epilogue:
     exchange: float
     report: float
     host: float
+    hideable: float
+    averages: tuple[float, ...] = ()
+    averaging: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class _ComputedStep:
-    """The computed step: per-worker work and epilogue, step time, exposed time of the loss all-reduce (seconds)."""
+    """The computed step: per-worker work and epilogue, step time, exposed time of the loss all-reduce (seconds).
+
+    `average` is the exposed time of averages after local steps: the mean over `local` steps.
+    """
 
     works: list[WorkerTime]
     finishes: list[Epilogue]
     seconds: float
     report: float
+    average: float
+
+
+def unhidden(seconds: float, beside: float, overlap: float) -> float:
+    """Return by how much communication of `seconds` lengthens steps of which `beside` seconds may hide it."""
+    hidden = min(seconds, beside)
+    return seconds - hidden + slowed(hidden, overlap)
 
 
 class Costs:
@@ -203,9 +219,36 @@ class Costs:
             reduce=self._seconds(program.sums(worker)),
             update=self.update(worker),
             exchange=self._exchange(worker),
-            report=self._seconds(program.report()),
+            report=self._seconds(program.report(worker)),
             host=host,
+            hideable=0.0 if self.waits_for_report else self._seconds(program.report(worker)[-1:]),
+            averages=tuple(map(self._seconds, program.averages(worker))),
+            averaging=self._averaging(worker),
         )
+
+    def _averaging(self, worker: Worker) -> float:
+        """Compute the seconds in which a worker packs and unpacks averages, and takes steps of an outer optimizer."""
+        strategy, size = self.strategy, sum(map(sum, worker.averaged))
+        if not strategy.local:
+            return 0.0
+        tensors = self._held(worker)[1]
+        moved = 2 * size + (2 * size if strategy.delay else 0)  # into the message, and what was sent
+        spent = self.calls.moved(size / 4, moved, strategy.fragments) + self.calls.moved(size / 4, 2 * size, 1)
+        out = 2 + (4 if strategy.delay else 0) + (12 if strategy.outer == "nesterov" else 0)
+        return (spent + self.calls.moved(size / 4, out * size, tensors)).total
+
+    def average_exposed(self, finish: Epilogue, step: float) -> float:
+        """Compute the seconds per step for which a worker waits for averages and what comes with them, as a mean.
+
+        Args:
+            finish: what the worker does after its passes.
+            step: seconds of a step without averages, which hide them for `delay` steps.
+        """
+        if not self.strategy.local:
+            return 0.0
+        beside = self.strategy.delay * step
+        exposed = sum(unhidden(seconds, beside, self.stages.overlap) for seconds in finish.averages)
+        return (exposed + finish.averaging) / self.strategy.local
 
     def _seconds(self, collectives: Sequence[Collective]) -> float:
         return sum(count * self.calls.of(each) for each, count in Counter(collectives).items())
@@ -248,7 +291,7 @@ class Costs:
         if not self.profile.runtime.overlap_parameters:
             return seconds
         hidden = min(seconds, sum(self.stages.spent(stage, FORWARD).device for stage in worker.stages))
-        return seconds - hidden + slowed(hidden, self.stages.overlap)
+        return unhidden(seconds, hidden, self.stages.overlap)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -262,8 +305,11 @@ class Costs:
             end + f.reduce + f.update + f.exchange + f.host for end, f in zip(ends, finishes, strict=True)
         )
         report = max(finish.report for finish in finishes)
-        hidden = min(report, max(finish.update for finish in finishes)) if not self.waits_for_norm else 0.0
-        return _ComputedStep(works, finishes, start + last + report - hidden, report - hidden)
+        hideable = max(finish.hideable for finish in finishes)
+        hidden = min(hideable, max(finish.update for finish in finishes))
+        step = start + last + report - hidden
+        average = max(self.at(w).average_exposed(f, step) for w, f in zip(self.parts.workers, finishes, strict=True))
+        return _ComputedStep(works, finishes, step + average, report - hidden, average)
 
     @property
     def step_seconds(self) -> float:
@@ -277,11 +323,13 @@ class Costs:
         index = max(range(len(works)), key=lambda number: works[number].seconds)
         work, finish = works[index], finishes[index]
         exposed = work.exposed + work.spent.exchanges + finish.start + finish.reduce + finish.exchange + report
+        exposed += played.average
+        averages = sum(finish.averages) / self.strategy.local if self.strategy.local else 0.0
         host = work.host + finish.host
         busy = work.spent.kernels + work.slowed + host
         bubble = max(0.0, step - busy - exposed - finish.update)
         communication = work.communication + work.spent.exchanges + work.messages
-        communication += finish.start + finish.reduce + finish.exchange + finish.report
+        communication += finish.start + finish.reduce + finish.exchange + finish.report + averages
         return Prediction(
             step_seconds=step,
             compute_seconds=work.spent.kernels + work.slowed,
@@ -301,6 +349,7 @@ class Costs:
                 "gradient sums": finish.reduce,
                 "parameter exchange": finish.exchange,
                 "report": finish.report,
+                **({"averages of local steps": averages} if self.strategy.local else {}),
             },
         )
 
@@ -326,11 +375,14 @@ class Costs:
         }
 
     @property
-    def waits_for_norm(self) -> bool:
-        """Return whether clipping needs an all-reduce of the gradient norm, so that the update waits for the report."""
+    def waits_for_report(self) -> bool:
+        """Return whether clipping needs an all-reduce of the gradient norm, so that the update waits for the report.
+
+        Replicas that take local steps clip by their own norm, and wait for the first sum of the report anyway.
+        """
         strategy = self.strategy
         whole = strategy.runs_module and not strategy.splits_parameters
-        return self.profile.clipped and not whole
+        return self.profile.clipped and not whole and not strategy.local
 
     @property
     def memory(self) -> Memory:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shardwise.collective import Collective
 from shardwise.parallel.pipeline.executor import channel_of
 from shardwise.predict.closed_form.segment_times import PassSeconds, Seconds
-from shardwise.predict.closed_form.step_time import Costs
+from shardwise.predict.closed_form.step_time import Costs, unhidden
 from shardwise.predict.dry_run.dry_run import DryRun
-from shardwise.predict.dry_run.recorder import Event
+from shardwise.predict.dry_run.recorder import AVERAGE, Event
 from shardwise.predict.dry_run.streams import COMPUTE as MAIN
 from shardwise.predict.profile.kernel import Kernel
 from shardwise.predict.profile.profile import LayerPass
@@ -35,7 +35,18 @@ def step_seconds(costs: Costs, runs: Sequence[DryRun]) -> float:
         costs: costs of the strategy, which price the events.
         runs: dry run of the first worker of each pipeline rank, in order.
     """
-    return played(costs, runs).run()
+    strategy, seconds = costs.strategy, played(costs, runs).run()
+    if not strategy.local:
+        return seconds
+    usual = played(costs, [without_average(run) for run in runs]).run()
+    exposed = unhidden(seconds - usual, strategy.delay * usual, costs.stages.overlap)
+    return usual + exposed * strategy.fragments / strategy.local
+
+
+def without_average(run: DryRun) -> DryRun:
+    """Return a dry run without the average that ends its step."""
+    events = tuple(event for event in run.events if event.mark != AVERAGE)
+    return replace(run, record=replace(run.record, events=events))
 
 
 def played(costs: Costs, runs: Sequence[DryRun]) -> Simulation:

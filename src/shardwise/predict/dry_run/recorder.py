@@ -54,6 +54,10 @@ from shardwise.splitting.schedule import Action
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 
+AVERAGE = "average"
+"""Mark of what averages parameters after local steps."""
+
+
 @contextmanager
 def collector_off() -> Iterator[None]:
     """Turn Python's garbage collector off inside the context.
@@ -179,6 +183,8 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Categorize optimizer states and gradients, which may exist before a step or only after it."""
         states = [] if program.optimizer is None else list(program.optimizer.state.values())
         self._storages.mark(program.compression_state(), "optimizer")
+        if program._local is not None:
+            self._storages.mark(program._local.tensors(), "optimizer", elsewhere=False)
         self._storages.mark((local(tensor) for tensor in tensors(states)), "optimizer", elsewhere=self._offloaded)
         self._mark_category((p.grad for p in program.engine.parameters.values() if p.grad is not None), "gradients")
 
@@ -218,7 +224,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             collective = collective_of(func, args, kwargs, result, self._axes, when or "report")
             self._communicate(phase, collective, work_of(result), made or given)
         else:
-            kernel = kernel_of(func, args, kwargs, result, "optimizer" if when in ("", "weight") else when)
+            kernel = kernel_of(func, args, kwargs, result, "optimizer" if when in ("", "weight", AVERAGE) else when)
             if kernel is not None:
                 after = self._streams.kernel(len(self._events), (*given, *made))
                 self._events.append(Event(phase, kernel, self._streams.current, after))
@@ -253,6 +259,8 @@ def _wrapped(recorder: StepRecorder, program: Program) -> Iterator[None]:
     if program.workload.weight is not None:
         around(program, "_scales", lambda *_: (None, "weight"))
     around(program._update, "step", lambda *_: ("update", "optimizer"))
+    if program._local is not None:
+        around(program._local, "after_step", lambda *_: (AVERAGE, AVERAGE))
     if isinstance(engine, GraphEngine):
         pipeline: Any = engine._pipeline
         around(pipeline, "_forward", lambda _, action: (str(action), "forward"))

@@ -13,14 +13,14 @@ at the same time, so that one replica of each kind represents all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective
 from shardwise.predict.closed_form.overlap import TimedPiece
 from shardwise.predict.closed_form.segment_times import PassSeconds
-from shardwise.predict.closed_form.step_time import Costs, costs_of
+from shardwise.predict.closed_form.step_time import Costs, costs_of, unhidden
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timeline.breakdown import Breakdown
@@ -91,7 +91,29 @@ def timeline(
     """
     usual = costs_of(profile, strategy, cluster, batch_size)
     pipelines = representatives(usual.strategy, cluster, slowed or {})
-    return _StepSimulation(usual, pipelines, _costs_by_device(usual, pipelines, batch_size)).timeline()
+    costs = _costs_by_device(usual, pipelines, batch_size)
+    found = _StepSimulation(usual, pipelines, costs).timeline()
+    if not strategy.local:
+        return found
+    averaging = _StepSimulation(usual, pipelines, costs, averaging=True).timeline()
+    return replace(averaging, prediction=_mean(found.prediction, averaging.prediction, usual))
+
+
+def _mean(usual: Prediction, averaging: Prediction, costs: Costs) -> Prediction:
+    """Return the mean over local steps: `fragments` in `local` of them average a fragment.
+
+    An average that may take `delay` steps has so many times the time of a step to hide in.
+    """
+    waited, strategy = averaging.step_seconds - usual.step_seconds, costs.strategy
+    exposed = unhidden(waited, strategy.delay * usual.step_seconds, costs.stages.overlap)
+    share = strategy.fragments / strategy.local
+    return replace(
+        usual,
+        step_seconds=usual.step_seconds + share * exposed,
+        communication_seconds=usual.communication_seconds
+        + share * (averaging.communication_seconds - usual.communication_seconds),
+        exposed_communication_seconds=usual.exposed_communication_seconds + share * exposed,
+    )
 
 
 def _costs_by_device(usual: Costs, pipelines: Iterable[SimulatedReplica], batch_size: int) -> dict[int, Costs]:
@@ -132,7 +154,15 @@ class _Host:
 class _StepSimulation:
     """Issues the operations of each worker's program, then runs the simulation."""
 
-    def __init__(self, usual: Costs, pipelines: Sequence[SimulatedReplica], costs: Mapping[int, Costs]) -> None:
+    def __init__(
+        self,
+        usual: Costs,
+        pipelines: Sequence[SimulatedReplica],
+        costs: Mapping[int, Costs],
+        *,
+        averaging: bool = False,
+    ) -> None:
+        self._averaging = averaging
         self.usual, self.strategy, self.pipelines = usual, usual.strategy, pipelines
         self.inline = usual.stages.blocking
         self.hosts = [
@@ -384,9 +414,14 @@ class _StepSimulation:
             self._needed(host, self._left(host, left, number))
         after = [*host.barrier, host.last]
         report = None
-        for summed in costs.stages.program.report():
-            report = self._issue(host, "world", "report", "report", finish.report, after, "report", bytes=summed.bytes)
-            if costs.waits_for_norm:
+        reports = costs.stages.program.report(worker)
+        for number, summed in enumerate(reports):
+            last = number == len(reports) - 1
+            together = "report", None if last else host.pipeline.row
+            seconds = costs.calls.of(summed)
+            stream = "dp" if self.strategy.local and last else "world"
+            report = self._issue(host, stream, "report", "report", seconds, after, together, bytes=summed.bytes)
+            if not last or costs.waits_for_report:
                 self._needed(host, report)
         hosted = finish.host * host.factor
         update = Operation(
@@ -400,7 +435,22 @@ class _StepSimulation:
             self._needed(host, told)
         if report is not None:
             self._needed(host, report)
+        if self._averaging:
+            self._average(host, finish.averaging)
         self._on_compute(host, Operation(host.number, COMPUTE, "end", "end", 0.0))
+
+    def _average(self, host: _Host, copies: float) -> None:
+        """Issue the average of the largest fragment after local steps."""
+        averages = host.costs.stages.program.averages(host.worker)
+        largest = max(averages, key=lambda each: sum(message.bytes for message in each))
+        packed = Operation(host.number, COMPUTE, "pack parameters", "optimizer", copies / len(averages) * host.factor)
+        self._on_compute(host, packed)
+        for number, each in enumerate(largest):
+            together = "average", host.pipeline_rank, number
+            seconds = host.costs.calls.of(each)
+            name = "average of parameters"
+            sent = self._issue(host, "dp", name, "averages", seconds, [packed], together, bytes=each.bytes)
+            self._needed(host, sent)
 
 
 def _shares(pieces: Sequence[TimedPiece]) -> list[float]:

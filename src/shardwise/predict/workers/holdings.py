@@ -33,6 +33,7 @@ from shardwise.predict.workers.buckets import (
 from shardwise.predict.workers.cuts import cuts_of
 from shardwise.splitting.balance import cuts_blocks
 from shardwise.splitting.buckets import bucket_bytes
+from shardwise.splitting.local_steps import cut_fragments
 from shardwise.splitting.ownership import BUCKET_BYTES as BROADCAST_BYTES
 from shardwise.splitting.ownership import assign_owners
 from shardwise.strategy import Strategy
@@ -113,6 +114,7 @@ class Worker:
         broadcast: bytes of the messages in which replicas send each other updated parameters (zero=1).
         sliced: (bytes of parameters, bytes of gradients, elements updated) of the shards that `fully_shard` leaves on
             this worker; included in `parameters`, `trained` and `updated`.
+        averaged: bytes of the messages that average each fragment of the parameters after local steps, by fragment.
     """
 
     pipeline_rank: int
@@ -126,6 +128,7 @@ class Worker:
     updated: tuple[int, int]
     broadcast: tuple[int, ...]
     sliced: tuple[int, int, int]
+    averaged: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,7 @@ def parts_of(profile: Profile, strategy: Strategy, costs: tuple[float, ...], slo
 
 def _traits(strategy: Strategy) -> tuple[object, ...]:
     """Return the cache key of a strategy: the options that decide which worker holds what."""
-    dealt = strategy.replicas if strategy.zero == 1 else strategy.replicas > 1
+    dealt = strategy.summing if strategy.zero == 1 else strategy.summing > 1
     sharded = strategy.fsdp if strategy.splits_parameters else 0
     return (
         strategy.pp,
@@ -181,6 +184,7 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
         strategy.speeds,
         strategy.bucket,
         bool(strategy.compress),  # the shapes in buckets
+        strategy.fragments if strategy.local else 0,
     )
 
 
@@ -222,7 +226,7 @@ def _worker(
     for index, workers in homes.items():
         if len(workers) > 1:
             tied.setdefault(workers, []).append((profile.parameters[index], 1))
-    replicated = strategy.replicas > 1 and not strategy.splits_parameters
+    replicated = strategy.summing > 1 and not strategy.splits_parameters
     several = [profile.parameters[index] for index in sorted(twice) if profile.parameters[index].trained]
     return Worker(
         pipeline_rank,
@@ -237,7 +241,32 @@ def _worker(
         sum(count * shard_bytes(parameter, strategy) for parameter, count in trained),
         *_updated(profile, ranges, trained, strategy),
         _sliced(kinds, strategy),
+        _averaged(profile, strategy, ranges),
     )
+
+
+def _averaged(profile: Profile, strategy: Strategy, ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the bytes of the messages that average each fragment; see `Worker.averaged`.
+
+    There is one message per size of an element. Buffers belong to the first fragment, except for counters: these are
+    single whole numbers.
+    """
+    if not strategy.local:
+        return ()
+    trained = [parameter for parameter in profile.parameters if parameter.trained]
+    whole = [parameter.bytes * (profile.tp if parameter.cut else 1) for parameter in trained]
+    number_of = {
+        trained[index].name: number
+        for number, fragment in enumerate(cut_fragments(whole, strategy.fragments))
+        for index in fragment
+    }
+    found: list[dict[int, int]] = [{} for _ in range(strategy.fragments)]
+    for index in sorted({index for first, end in ranges for index in profile.within(first, end)}):
+        parameter = profile.parameters[index]
+        if parameter.trained or (parameter.buffer and parameter.shape):
+            sizes = found[number_of.get(parameter.name, 0)]
+            sizes[parameter.itemsize] = sizes.get(parameter.itemsize, 0) + shard_bytes(parameter, strategy)
+    return tuple(tuple(sizes.values()) for sizes in found)
 
 
 def _sliced(kinds: Sequence[tuple[Parameter, int]], strategy: Strategy) -> tuple[int, int, int]:
@@ -283,16 +312,16 @@ def _updated(
 
     Only under zero=1 does each replica update its own parameters and broadcast them.
     """
-    if strategy.zero != 1 or strategy.replicas == 1:
+    if strategy.zero != 1 or strategy.summing == 1:
         elements = sum(count * (shard_bytes(parameter, strategy) // parameter.itemsize) for parameter, count in kinds)
         return (elements, sum(count for _, count in kinds)), ()
     if not profile.runtime.owners:
         elements = sum(count * parameter.elements for parameter, count in kinds)
-        return (ceil(elements / strategy.replicas), sum(count for _, count in kinds)), ()
+        return (ceil(elements / strategy.summing), sum(count for _, count in kinds)), ()
     indices = sorted({index for first, end in ranges for index in profile.within(first, end)})
     trained = [profile.parameters[index] for index in indices if profile.parameters[index].trained]
-    owners = assign_owners({parameter.name: parameter.elements for parameter in trained}, strategy.replicas)
-    by_owner: list[list[Parameter]] = [[] for _ in range(strategy.replicas)]
+    owners = assign_owners({parameter.name: parameter.elements for parameter in trained}, strategy.summing)
+    by_owner: list[list[Parameter]] = [[] for _ in range(strategy.summing)]
     for parameter in trained:
         by_owner[owners[parameter.name]].append(parameter)
     most = max(by_owner, key=lambda owned: sum(parameter.elements for parameter in owned))

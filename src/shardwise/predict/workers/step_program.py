@@ -1,6 +1,7 @@
 """Program of one step: what a pipeline worker computes, and every collective and message that it issues, in order.
 
-    the step     weights of the losses; passes in the order of the schedule; what is left to sum; report; update
+    the step     weights of the losses; passes in the order of the schedule; what is left to sum; report; update;
+                 average of the last fragment of the parameters, if replicas take local steps
     a pass       receives, computes its pieces one after another, sends
     a piece      waits for its gather, computes a range of segments, and starts the reductions of its gradients
 
@@ -142,7 +143,9 @@ class StepProgram:
 
     def after_passes(self, worker: Worker) -> Iterator[Collective]:
         """Yield everything that a worker issues after its passes; order as in `collectives`."""
-        yield from (*self.sums(worker), *self.report(), *self.updated(worker))
+        yield from (*self.sums(worker), *self.report(worker), *self.updated(worker))
+        for last in self.averages(worker)[-1:]:
+            yield from last
 
     # ---- one pass ---------------------------------------------------------------------------------------------------
 
@@ -270,7 +273,7 @@ class StepProgram:
                 yield "all_reduce", exact, "dp"
             slices = [(ceil(shape[0] / strategy.fsdp), *shape[1:]) for shape in group.shapes]
             yield from ((*each, "dp") for each in whole_messages(compression, slices, strategy.dp))
-        elif strategy.dp > 1:
+        elif strategy.summing > strategy.fsdp:
             yield "all_reduce", sent // strategy.fsdp, "dp"
 
     # ---- inside of a pass -------------------------------------------------------------------------------------------
@@ -299,7 +302,7 @@ class StepProgram:
 
     def norms(self, stage: Stage, kind: str) -> Iterator[Collective]:
         """Yield the part of `exchanges` that is of batch norms."""
-        if self.strategy.replicas > 1 and self._normalised:
+        if self.strategy.summing > 1 and self._normalised:
             segments = range(stage.first, stage.end)
             yield from (each for each in self.exchanges(stage, kind, segments) if each.axis != "tp")
 
@@ -329,13 +332,13 @@ class StepProgram:
 
     def _norms(self, segment: int, when: str, rank: int) -> Iterator[Collective]:
         """Yield what batch norms exchange: (mean, variance, count) of all replicas, and on the way back two sums."""
-        if self.strategy.replicas == 1:
+        if self.strategy.summing == 1:
             return
         for channels in self.profile.segments[segment].layer.normalised:
             if when == "backward":
                 yield self._collective("all_reduce", 4 * 2 * channels, "replicas", when, rank)
             else:
-                size = 4 * self.strategy.replicas * (2 * channels + 1)
+                size = 4 * self.strategy.summing * (2 * channels + 1)
                 yield self._collective("all_gather", size, "replicas", when, rank)
 
     # ---- messages ---------------------------------------------------------------------------------------------------
@@ -376,7 +379,7 @@ class StepProgram:
 
     def start(self, worker: Worker) -> tuple[Collective, ...]:
         """Return what precedes the passes: the sum of the batch's weight over replicas."""
-        if not self.profile.weighted or self.strategy.replicas == 1:
+        if not self.profile.weighted or self.strategy.summing == 1:
             return ()
         return (self._collective("all_reduce", 8, "replicas", "weight", worker.pipeline_rank),)
 
@@ -397,16 +400,20 @@ class StepProgram:
             found.append(Collective("all_reduce", round(self.profile.reduced * size), group, "pp", "backward"))
         return tuple(found)
 
-    def report(self) -> tuple[Collective, ...]:
-        """Return the sum of losses and norms over all workers."""
+    def report(self, worker: Worker) -> tuple[Collective, ...]:
+        """Return the sum of losses and norms over all workers; local steps sum over those of a replica first."""
         if self.strategy.workers == 1:
             return ()
+        if self.strategy.local:
+            groups = [group_of(self.strategy, axis, worker.pipeline_rank) for axis in ("together", "dp")]
+            size = report_bytes(self.profile) + 8  # and the weight of each replica
+            return tuple(Collective("all_reduce", size, group, "world", "report") for group in groups if group.size > 1)
         return (self._collective("all_reduce", report_bytes(self.profile), "world", "report"),)
 
     def updated(self, worker: Worker) -> tuple[Collective, ...]:
         """Return how replicas that update parts of the parameters (zero=1) give each other the results."""
         rank, runtime = worker.pipeline_rank, self.profile.runtime
-        if self.strategy.zero != 1 or self.strategy.replicas == 1:
+        if self.strategy.zero != 1 or self.strategy.summing == 1:
             return ()
         if runtime.owners:
             return tuple(
@@ -415,6 +422,13 @@ class StepProgram:
         calls = 1 if runtime.bucketed else TENSORS * sum(stage.end - stage.first for stage in worker.stages)
         size = round(self.profile.gathered * worker.parameters) // calls
         return (self._collective("all_gather", size, "replicas", "optimizer", rank),) * calls
+
+    def averages(self, worker: Worker) -> tuple[tuple[Collective, ...], ...]:
+        """Return the messages that average each fragment of the parameters; every `local` steps each has its turn."""
+        return tuple(
+            tuple(self._collective("all_reduce", size, "dp", "average", worker.pipeline_rank) for size in sizes)
+            for sizes in worker.averaged
+        )
 
     def _collective(self, operation: str, size: int, axis: str, when: str, pipeline_rank: int = 0) -> Collective:
         """Return a collective of `pipeline_rank`; axis `replicas` is counted as the mesh axis that replicas have."""

@@ -67,6 +67,17 @@ GRID = [
         for strategy in ("dp=16", "fsdp=16", "fsdp=16,zero=1", "dp=2,fsdp=8", "fsdp=8,pp=2")
     ),
     *(
+        ("wide", "g5x16", f"{strategy},precision=float32")
+        for strategy in (
+            "dp=16,local=1",
+            "dp=16,local=8,outer=nesterov",
+            "dp=16,local=8,fragments=2,delay=1",
+            "dp=2,fsdp=8,local=4",
+            "dp=4,tp=4,local=4",
+        )
+    ),
+    *(("small", "epyc-7763x4", f"dp=2,{axis}local=4,precision=float32") for axis in ("", "pp=2,")),
+    *(
         ("image", "h100x16", f"{strategy}{bf16}")
         for strategy in ("single", "fsdp=4")
         for bf16 in ("", ",precision=bf16")
