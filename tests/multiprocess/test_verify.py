@@ -106,6 +106,50 @@ def test_what_is_right_passes(strategy: str, workers: Pools, recorded: Callable[
         assert found.sharded_share > 0.9
 
 
+def forget_momentum(patch: pytest.MonkeyPatch) -> None:
+    from shardwise.parallel.data import local_steps
+
+    patch.setattr(local_steps, "MOMENTUM", 0.0)
+
+
+def average_unequally(patch: pytest.MonkeyPatch) -> None:
+    from shardwise.parallel.data.local_steps import LocalSteps
+
+    right = LocalSteps._factor
+    patch.setattr(LocalSteps, "_factor", lambda self, own, everybody: right(self, own, everybody) * 0.9)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sabotage"),
+    [
+        ("dp=2,local=2,outer=nesterov", forget_momentum),
+        ("dp=2,fsdp=2,local=2,fragments=2", None),
+        ("dp=2,tp=2,local=2,outer=nesterov", None),
+        ("dp=2,pp=2,local=2,delay=1", average_unequally),
+    ],
+)
+def test_local_steps_are_compared_with_replicas_that_one_process_plays(
+    strategy: str, sabotage: Break | None, workers: Pools, tmp_path: Path
+) -> None:
+    workers(1, verify.record, trial(tmp_path, strategy))
+    found = proof(workers, tmp_path, strategy)
+    assert found.passed, found
+    assert max(found.loss.error, found.gradient.error, found.parameter.error) < 1e-10
+    assert any("one process that plays the 2 replicas" in note for note in found.notes)
+    if sabotage is not None:
+        assert not proof(workers, tmp_path, strategy, sabotage=sabotage).passed
+
+
+def test_few_steps_shorten_what_is_between_averages() -> None:
+    def shortened(text: str, steps: int) -> str:
+        return str(verify._shortened(Strategy.parse(text), steps))
+
+    assert shortened("dp=2,local=500", 3) == "dp=2,local=3"
+    assert shortened("dp=2,local=500,fragments=5,delay=7", 3) == "dp=2,local=5,fragments=5,delay=4"
+    assert shortened("dp=2,local=2,delay=1", 3) == "dp=2,local=2,delay=1"
+    assert shortened("dp=2", 3) == "dp=2"
+
+
 def test_float32_has_a_wider_tolerance(workers: Pools, recorded: Callable[..., Path]) -> None:
     found = proof(workers, recorded("tp=2", float64=False), "tp=2", float64=False)
     assert found.passed, found

@@ -73,7 +73,8 @@ def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: 
     elements, _ = worker.updated
     update = profile.update.of(strategy)
     each = element_bytes(profile.runtime, profile.precision, strategy)
-    state = round(elements * (update.state_bytes + each.copies)) + state_bytes(strategy, worker) + _outer(strategy, worker)
+    state = round(elements * (update.state_bytes + each.copies))
+    state += state_bytes(strategy, worker) + _outer(strategy, worker)
     at_once = update.at_once("cpu" if offloaded else device.kind)
     updating = Memory(
         parameters=_stored(profile, strategy, worker),

@@ -21,7 +21,7 @@ EVERYWHERE = {
     **dict.fromkeys(("bucket", "compile", "loss_pieces", "states", "plain_steps", "local"), ("0",)),
     **dict.fromkeys(("reduce", "shares", "speeds", "compress"), ("",)),
 }
-"""Options of Shardwise alone: sizes of buckets, how and how often gradients are sent, states in 8 bits, unequal parts."""
+"""Options of Shardwise alone: sizes of buckets, how and when gradients are sent, states in 8 bits, unequal parts."""
 
 _UNSET = {"reduce": "float32", "compress": "none"}
 

@@ -7,6 +7,7 @@ in parallel: the same steps from the same initial weights; rank 0 gathers full t
 from __future__ import annotations
 
 import gc
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,10 @@ OPTIONS = {
     "speeds": "pp",
     "shares": "",
     "outermost": "",
+    "local": "dp",
+    "outer": "dp",
+    "fragments": "dp",
+    "delay": "dp",
 }
 """Option -> the axes that it can be tried with alone."""
 
@@ -195,21 +200,22 @@ class _Prover:
 
     def prove(self, strategies: Sequence[Strategy]) -> list[Proof]:
         """Return a proof for each strategy; strategies with equal numbers of workers share processes, one by one."""
-        settled = [strategy.for_batch(self._batch_size) for strategy in strategies]
+        settled = [_shortened(each.for_batch(self._batch_size), self._trial.steps) for each in strategies]
         if self._gpus is None:  # the same for one worker as for all: a GPU rounds otherwise than a CPU
             self._gpus = enough_gpus(max(each.workers for each in settled))
-        alone = [Strategy(microbatches=each.microbatches, precision=each.precision) for each in settled]
+        alone = [
+            each if each.local else Strategy(microbatches=each.microbatches, precision=each.precision)
+            for each in settled
+        ]
         missing = [each for each in dict.fromkeys(alone) if each not in self._recorded]
         if missing:
-            self._run(
-                record_all, [replace(self._trial, strategy=each, folder=self._folder_of(each)) for each in missing]
-            )
+            self._run(record_all, [self._trial_of(each, each) for each in missing], workers=1)
             self._recorded.update(missing)
         proofs: dict[int, Proof] = {}
         for count in sorted({each.workers for each in settled}):
             chosen = [index for index, each in enumerate(settled) if each.workers == count]
-            trials = [replace(self._trial, strategy=settled[i], folder=self._folder_of(alone[i])) for i in chosen]
-            proofs.update(zip(chosen, self._run(compare_all, trials), strict=True))
+            trials = [self._trial_of(settled[i], alone[i]) for i in chosen]
+            proofs.update(zip(chosen, self._run(compare_all, trials, workers=count), strict=True))
         return [replace(proofs[index], strategy=strategy) for index, strategy in enumerate(strategies)]
 
     def blame(self, strategy: Strategy) -> str:
@@ -225,12 +231,15 @@ class _Prover:
                 return axis
         return " with ".join(degrees)
 
-    def _folder_of(self, alone: Strategy) -> str:
-        """Return the folder with the recorded steps of the strategy `alone`, which has one worker."""
-        return str(self._folder / str(alone))
+    def _trial_of(self, strategy: Strategy, alone: Strategy) -> StrategyTrial:
+        """Return the trial of a strategy; the steps of `alone`, recorded on one worker, have a folder by its name.
 
-    def _run(self, function: Any, trials: Sequence[StrategyTrial]) -> Any:
-        workers = trials[0].strategy.workers
+        Local steps are tried until each part of the parameters has been averaged.
+        """
+        steps = max(self._trial.steps, strategy.local + strategy.delay)
+        return replace(self._trial, strategy=strategy, steps=steps, folder=str(self._folder / str(alone)))
+
+    def _run(self, function: Any, trials: Sequence[StrategyTrial], *, workers: int) -> Any:
         sent = [written(trial) for trial in trials]
         return run_local(watched, (function, sent), workers=workers, threads=self._threads, gpus=bool(self._gpus))
 
@@ -270,9 +279,15 @@ def _read(trials: Sequence[bytes]) -> Iterator[StrategyTrial]:
 
 
 def record(trial: StrategyTrial) -> None:
-    """Run the steps of a trial on one worker, and save loss, gradients and weights of each to files."""
+    """Run the steps of a trial on one worker, and save loss, gradients and weights of each to files.
+
+    Replicas that take local steps are played one after the other.
+    """
     from shardwise.parallel.program import Program
 
+    if trial.strategy.local:
+        _record_replicas(trial)
+        return
     program = Program.build(trial.load(), trial.strategy)
     folder = Path(trial.folder)
     folder.mkdir(exist_ok=True)
@@ -285,6 +300,52 @@ def record(trial: StrategyTrial) -> None:
         }
         tensors = {**gradients, **_model(program), "loss": loss.cpu().double()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"step-{step}.safetensors")
+
+
+def _record_replicas(trial: StrategyTrial) -> None:
+    """Play the replicas of a trial, and save their mean loss, gradient and weights after each step, and each one's.
+
+    `least/<name>` has the smallest size of each element of their gradients.
+    """
+    from shardwise.run.verification.replicas import PlayedReplicas, mean_of
+
+    replicas = PlayedReplicas(trial.load(), trial.strategy)
+    folder = Path(trial.folder)
+    folder.mkdir(exist_ok=True)
+    _check_repeatable(replicas.programs[0])
+    save_file(_model(replicas.programs[0]), folder / "initial.safetensors")
+    epochs = itertools.chain.from_iterable(replicas.shares(epoch) for epoch in itertools.count())
+    for step, shares in enumerate(itertools.islice(epochs, trial.steps)):
+        loss, gradients, tensors = replicas.step(shares), replicas.gradients(), replicas.tensors()
+        saved = {f"gradient/{name}": each for name, each in mean_of(gradients).items()}
+        for name in list(saved):
+            given = [each[name.partition("/")[2]].abs() for each in gradients if name.partition("/")[2] in each]
+            saved[f"least/{name.partition('/')[2]}"] = torch.stack(given).amin(0)
+        saved |= {f"model/{name}": each for name, each in mean_of(tensors).items()}
+        for number, own in enumerate(tensors):
+            saved |= {f"replica/{number}/model/{name}": each for name, each in own.items()}
+        saved["loss"] = torch.tensor(loss, dtype=torch.float64)
+        written = {name: each.detach().cpu().contiguous() for name, each in saved.items()}
+        save_file(written, folder / f"step-{step}.safetensors")
+
+
+def _shortened(strategy: Strategy, steps: int) -> Strategy:
+    """Return a strategy whose local steps end within `steps` steps, as far as its fragments allow."""
+    if not strategy.local:
+        return strategy
+    every = max(1, min(strategy.local, steps) // strategy.fragments)
+    local = min(strategy.local, every * strategy.fragments)
+    return strategy.with_(local=local, delay=min(strategy.delay, local - 1))
+
+
+def _promised(strategy: Strategy) -> tuple[str, ...]:
+    """Return what the comparison of local steps says, and what it does not; nothing for other strategies."""
+    if not strategy.local:
+        return ()
+    return (
+        f"replicas take local steps: compared with one process that plays the {strategy.dp} replicas one after the "
+        f"other, averages after every {strategy.local} steps; it is not the training of data parallelism",
+    )
 
 
 def compare(trial: StrategyTrial) -> Proof | None:
@@ -306,12 +367,12 @@ def compare(trial: StrategyTrial) -> Proof | None:
         value = float(program.step_share(share))
         expected = load_file(folder / f"step-{step}.safetensors")
         alone = float(expected.pop("loss"))
-        counted = _told(_kind(expected, "gradient"), tolerance)
+        counted = _told(_kind(expected, "gradient"), tolerance, _kind(expected, "least"))
         loss |= loss_deviation(value, alone, f"step {step + 1}")
-        gradient |= _of_all(program, program.gradient_pieces(), expected, "gradient", None)
-        parameter |= _of_all(program, _model_pieces(program), expected, "model", counted)
-        _start_from(program, expected)
-    notes = _everybodys_notes(program)
+        gradient |= _of_all(program, program.means(program.gradient_pieces()), expected, "gradient", None)
+        parameter |= _of_all(program, program.means(_model_pieces(program)), expected, "model", counted)
+        _start_from(program, _own(program, expected))
+    notes = (*_promised(trial.strategy), *_everybodys_notes(program))
     if strategy.compress:
         gradient |= _conserved(program)
         notes = (*notes, CONSERVED)
@@ -400,18 +461,26 @@ def _start_from(program: Any, initial: dict[str, Tensor]) -> None:
                 piece.local.copy_(piece.layout.cut(initial[piece.name]))
 
 
-def _told(gradients: dict[str, Tensor], tolerance: float) -> dict[str, Tensor]:
+def _own(program: Any, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of this worker's replica, where each replica has its own."""
+    own = f"replica/{program.mesh.coordinate('dp')}/"
+    return expected | {n.removeprefix(own): each for n, each in expected.items() if n.startswith(own)}
+
+
+def _told(gradients: dict[str, Tensor], tolerance: float, sizes: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return masks of the elements whose gradient is large enough for their update to be compared.
+
+    `sizes` are those of their smallest gradient, if several replicas have updated them.
 
     An optimizer that divides by the gradient's size (Adam) amplifies tiny gradients: the update of such an element
     shows rounding errors, not errors of the parallel run. Its gradient is compared nevertheless.
     """
     least = max(tolerance, TELLING) * typical_size(gradients)
-    return {name: gradient.abs() > least for name, gradient in gradients.items()}
+    return {name: sizes.get(name, gradient.abs()) > least for name, gradient in gradients.items()}
 
 
 def _of_all(
-    program: Any, pieces: list[Any], expected: dict[str, Tensor], kind: str, counted: dict[str, Tensor] | None
+    program: Any, pieces: Sequence[Any], expected: dict[str, Tensor], kind: str, counted: dict[str, Tensor] | None
 ) -> Deviation:
     """Return the largest deviation of the full tensors, and of every copy of a part on any worker. Collective."""
     from shardwise.parallel.state.gather import gather_full, gather_json
