@@ -462,6 +462,11 @@ def verify(
                 f"{strategy} rounds the optimizer states after each step, and updates differ from the second step on: "
                 "verify it with --steps 1"
             )
+        if strategy.stale:
+            raise RequestError(
+                f"{strategy} computes with parameters that are not the newest, so that it differs from one process: "
+                "verify it with staleness=0; train proves the gradient of its first step"
+            )
         check(loaded, strategy)
     threads = threads_per_worker(max(strategy.workers for strategy in settled))
     proofs = verify_each(source, settled, steps=steps, float64=dtype == "float64", threads=threads)

@@ -23,6 +23,8 @@ FLOAT32, BF16, AUTOCAST = "float32", "bf16", "autocast"
 PRECISIONS = (FLOAT32, BF16, AUTOCAST)
 """Precisions in which a module computes from parameters in float32; see `workload.precision`."""
 
+UNBOUNDED = "unbounded"
+
 
 def dtype_of(precision: str) -> str:
     """Return the dtype in which products compute in a precision."""
@@ -169,6 +171,30 @@ def _share(option: str, text: str, number: str) -> Fraction:
     if not 0 < share < 1:
         raise StrategyError(f"{option}={text}: a share is above 0 and below 1, such as 0.01")
     return share
+
+
+class Staleness(NamedTuple):
+    """Steps by which a worker may be ahead of the slowest one: a whole number, or None for any number (`unbounded`)."""
+
+    steps: int | None = 0
+
+    @classmethod
+    def parse(cls, option: str, text: str) -> Staleness:
+        """Parse a whole number or `unbounded`. Raises StrategyError."""
+        if text == UNBOUNDED:
+            return cls(None)
+        if text != "0" and not is_count(text):
+            raise StrategyError(
+                f"{option}={text}: must be a whole number of steps (0: synchronous), or {UNBOUNDED}"
+                + nearest(text, [UNBOUNDED])
+            )
+        return cls(int(text))
+
+    def __str__(self) -> str:
+        return UNBOUNDED if self.steps is None else str(self.steps)
+
+
+SYNCHRONOUS = Staleness()
 
 
 def is_count(text: str) -> bool:

@@ -25,10 +25,12 @@ from shardwise.options import (
     NONE,
     PRECISIONS,
     SELECTIVE,
+    SYNCHRONOUS,
     UNCOMPRESSED,
     Compression,
     Ratio,
     Recompute,
+    Staleness,
     dtype_of,
 )
 from shardwise.units import parse_whole
@@ -81,14 +83,16 @@ _INTEGERS = (
     "local",
     "fragments",
     "delay",
+    "ps",
 )
 _TEXTS = ("schedule", "precision", "reduce", "outermost", "outer")
 _MAY_BE_EMPTY = ("precision", "reduce")
-_VALUES: dict[str, type[Recompute | Ratio | Compression]] = {
+_VALUES: dict[str, type[Recompute | Ratio | Compression | Staleness]] = {
     "recompute": Recompute,
     "shares": Ratio,
     "speeds": Ratio,
     "compress": Compression,
+    "staleness": Staleness,
 }
 
 
@@ -146,6 +150,10 @@ class Strategy:
         delay: steps that go on while an average of `local` replicas is on its way.
         outermost: axis whose ranks are farthest apart: replicas (`dp`) or stages (`pp`). It decides whether gradients
             or the activations between stages cross the slow links between hosts.
+        ps: number of parameter servers, beside the workers: processes that hold the parameters and run the optimizer
+            (Li et al. 2014); each worker of `dp` sends them gradients and fetches parameters. 0: none.
+        staleness: steps by which a worker of `ps` may be ahead of the slowest one (Ho et al. 2013). 0: none, so that
+            the training is that of one process. `unbounded`: nobody waits.
 
     Raises:
         StrategyError: a degree is below one, a word is unknown, or an option is given without its axis.
@@ -177,6 +185,8 @@ class Strategy:
     outer: str = "average"
     fragments: int = 1
     delay: int = 0
+    ps: int = 0
+    staleness: Staleness = SYNCHRONOUS
 
     def __post_init__(self) -> None:
         self._check_kinds()
@@ -217,12 +227,15 @@ class Strategy:
             value = getattr(self, name)
             if isinstance(value, kind):
                 continue
+            if kind is Staleness and type(value) is int:
+                value = str(value)
             if not isinstance(value, str):
                 raise StrategyError(f"{name}={value!r}: must be a text")
             object.__setattr__(self, name, kind.parse(name, value))
 
     def _check_options(self) -> None:
         """Check that each option comes with the axis that it belongs to. Raises StrategyError."""
+        self._check_servers()
         self._check_gradients()
         self._check_local()
         if self.shares:
@@ -243,6 +256,23 @@ class Strategy:
             raise StrategyError(f"stages={self.stages} needs pp=2 or more and stages=1 or more")
         if self.stages > 1 and self.schedule != "interleaved":
             raise StrategyError(f"stages={self.stages} needs schedule=interleaved, not {self.schedule}")
+
+    def _check_servers(self) -> None:
+        """Check that parameter servers come with what they can be combined with. Raises StrategyError."""
+        if self.ps < 0:
+            raise StrategyError(f"ps={self.ps}: must be 1 or more, or 0 for no parameter servers")
+        if not self.ps:
+            if self.staleness != SYNCHRONOUS:
+                raise StrategyError(f"staleness={self.staleness} needs ps=1 or more: it is for parameter servers")
+            return
+        if self.dp == 1:
+            raise StrategyError(f"ps={self.ps} needs dp=2 or more: workers that each hold the whole module")
+        for option in _NOT_SERVED:
+            if (value := getattr(self, option)) != _DEFAULTS[option]:
+                raise StrategyError(
+                    f"ps={self.ps} excludes {option}={value}: each worker runs the whole module, and the servers the "
+                    f"optimizer; leave {option} out"
+                )
 
     def _check_gradients(self) -> None:
         """Check the options that say how replicas sum gradients. Raises StrategyError."""
@@ -343,6 +373,11 @@ class Strategy:
         return self.dp * self.fsdp * self.tp * self.pp
 
     @property
+    def stale(self) -> bool:
+        """Return whether workers may compute with parameters that are not the newest (`staleness` above 0)."""
+        return self.staleness != SYNCHRONOUS
+
+    @property
     def replicas(self) -> int:
         """Return the number of replicas, which share the batch: dp times fsdp."""
         return self.dp * self.fsdp
@@ -359,7 +394,9 @@ class Strategy:
         With `local=1` and plain averages updates are those of data parallelism for optimizers that are linear in the
         gradient (SGD, also with momentum, without clipping); with any other optimizer they are not.
         """
-        return ("lossy",) if self.local or self.compress else ()
+        return tuple(
+            word for word, changed in zip(CHANGES, (self.local or self.compress, self.stale), strict=True) if changed
+        )
 
     def of_replica(self, row: int) -> Strategy:
         """Return the strategy of the workers with index `row` along dp, which take local steps together."""
@@ -468,7 +505,7 @@ class Strategy:
 
         Replicas that hold slices of the parameters reduce-scatter the gradients instead (`fully_shard`).
         """
-        return self.summing > 1 and not self.splits_parameters
+        return self.summing > 1 and not self.splits_parameters and not self.ps
 
     def precision_of(self, precision: str) -> str:
         """Return the precision in which a workload of `precision` computes; the strategy's own overrides it.
@@ -564,6 +601,12 @@ class Strategy:
             shown.insert(0, "single")
         return ",".join(shown)
 
+
+_NOT_SERVED = (
+    *("fsdp", "tp", "pp", "zero", "sp", "bucket", "reduce", "offload", "compile", "loss_pieces", "states"),
+    *("compress", "local"),
+)
+"""Fields that exclude parameter servers, unless they have their default."""
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Strategy)}
 

@@ -55,10 +55,12 @@ def _work(rank: int, setup: dict[str, Any], work: bytes, parent: Connection) -> 
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     gc.disable()  # imports make many objects and no garbage
     from shardwise.launch import gate, watch
+    from shardwise.launch.beside import STATE_FOLDER
     from shardwise.launch.exit import die_with_parent
     from shardwise.launch.join import join_local, leave
 
     die_with_parent()
+    os.environ[STATE_FOLDER] = setup["folder"]
     watch.settle(rank, setup["workers"], watch.FolderBoard(setup["folder"]), partial(_report, parent))
     gate.settle(lambda value: _send(parent, {"waiting": value}))
     import cloudpickle

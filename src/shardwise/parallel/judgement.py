@@ -34,9 +34,13 @@ def buffers_of(engine: Engine) -> list[Tensor]:
 
 
 class Judgement:
-    """Caller of a judge: asks it about each step, and undoes the effects of its passes if the update is not applied."""
+    """Caller of a judge: asks it about each step, and undoes the effects of its passes if the update is not applied.
 
-    def __init__(self, engine: Engine, mesh: Mesh, judge: Judge) -> None:
+    With `alone`, it decides on what this worker gives to an update, whatever the others do.
+    """
+
+    def __init__(self, engine: Engine, mesh: Mesh, judge: Judge, *, alone: bool = False) -> None:
+        self._world = None if alone else mesh.world
         self._engine, self._mesh, self._judge = engine, mesh, judge
         self._buffers = buffers_of(engine)
         self._values = [buffer.clone() for buffer in self._buffers]
@@ -79,9 +83,9 @@ class Judgement:
 
     def _first(self, fault: Fault | None) -> Fault | None:
         """Return the first fault of all workers. Returns None if there is none. Collective."""
-        if self._mesh.world is None:
+        if self._world is None:
             return fault
-        everybody = gather_json(fault and astuple(fault), self._mesh.world, self._mesh.device)
+        everybody = gather_json(fault and astuple(fault), self._world, self._mesh.device)
         return min((Fault(*each) for each in everybody if each is not None), default=None)
 
     @contextmanager

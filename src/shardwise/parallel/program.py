@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.errors import WorkloadError
+from shardwise.errors import NotFinite, WorkloadError
 from shardwise.launch import watch
 from shardwise.launch.exit import die_with_parent
+from shardwise.launch.stop import requested
 from shardwise.parallel.data.collected import Collected
 from shardwise.parallel.data.local_steps import LocalSteps, check_local
 from shardwise.parallel.data.owed import OwedPieces
@@ -25,7 +26,7 @@ from shardwise.parallel.judgement import Judge, Judgement, buffers_of
 from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optim.after_step import after_step_of
 from shardwise.parallel.optim.average import Average
-from shardwise.parallel.optim.clipping import clip, local_gradients, local_tensors, squared_norm
+from shardwise.parallel.optim.clipping import clip, clip_factor, local_gradients, local_tensors, squared_norm
 from shardwise.parallel.optim.update import ParameterUpdate
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
@@ -111,7 +112,9 @@ class Program:
         if workload.average is not None:
             with mesh.allocating():
                 self._average = Average(engine.parameters, workload.average)
-        self._after_step = after_step_of(workload, engine.parameters, engine.held, together)
+        self._served = self._update.served
+        after = workload if self._served is None else replace(workload, after_step=None)  # servers call it
+        self._after_step = after_step_of(after, engine.parameters, engine.held, together)
         self._local = LocalSteps(engine.held, engine.trained, mesh) if mesh.strategy.local else None
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
@@ -191,13 +194,14 @@ class Program:
 
         Returns the global mean loss, 0-d.
         """
-        scales = self._scales(share)
+        scales = self._own_scales(share) if self.strategy.stale else self._scales(share)
         self._forget_gradients()
         self.engine.position.step = self.steps
         taken: dict[int, _TakenTurn] = {}
         for turn in range(len(self._update.turns)):
             if not self.workload.turns or self.workload.turns[turn].is_due(self.steps):
-                taken[turn] = self._take_turn(turn, share, scales)
+                take = self._take_alone if self.strategy.stale else self._take_turn
+                taken[turn] = take(turn, share, scales)
                 self.midway |= taken[turn].applied
         self._note(taken)
         self.midway = False
@@ -216,8 +220,8 @@ class Program:
         loss = self.engine.forward_backward(share, scales)
         clipped = self.workload.clip_norm is not None
         mine = {name: each for name, each in self.engine.parameters.items() if name in names}
-        gradients = local_gradients(mine) if clipped or judgement else {}
-        square = self._squared_norm(gradients)
+        gradients = local_gradients(mine) if (clipped or judgement) and self._served is None else {}
+        square = self._squared_norm(gradients) if self._served is None else self._joined(loss, self.optimizer)
         report, own, pending = self._sum_report(self._report(loss, square))
         together = clipped and not self._whole_everywhere
         if pending is not None and (together or judgement or self.engine.unused):
@@ -227,7 +231,11 @@ class Program:
         if clipped:
             norm = (own[1] if together else square).sqrt()
         applied = judgement is None or judgement.accepts(share, scales, report)
-        if applied:
+        if self._served is not None:
+            limit = self.workload.clip_norm
+            factor = None if limit is None or norm is None else float(clip_factor(norm, limit))
+            self._served.settle(applied=applied, factor=factor)
+        elif applied:
             if self.workload.clip_norm is not None and norm is not None:
                 clip(list(gradients.values()), norm, self.workload.clip_norm)
             self._update.step(turn)
@@ -235,6 +243,67 @@ class Program:
         if pending is not None:
             pending()  # it ran in parallel with the optimizer
         return _TakenTurn(report, dict(zip(self.engine.losses, report[self._facts :], strict=True)), norm, applied)
+
+    def _joined(self, loss: Tensor, optimizer: torch.optim.Optimizer | None) -> Tensor:
+        """Join the gradients of all workers on the servers, for an update of `optimizer`. Returns the squared norm."""
+        assert self._served is not None
+        if optimizer is not None:
+            self._served.forget(optimizer)
+        square = self._served.join([float(loss), *(float(x) for x in self.engine.losses.values())], optimizer)
+        return torch.tensor(square, dtype=torch.float64, device=self.mesh.device)
+
+    def _take_alone(self, turn: int, share: Share, scales: Sequence[Tensor]) -> _TakenTurn:
+        """Give the gradient of our own samples to the servers, and go on with the parameters as they are then.
+
+        Loss and gradient are means over our own samples; their weight is the total weight of these. Clipping and the
+        decision on the update are about our gradient alone.
+        """
+        assert self._served is not None
+        judgement, norm, clipped = self._judgement, None, self.workload.clip_norm
+        stop: int | str = 0
+        if judgement is not None:
+            judgement.begin()
+        loss = self.engine.forward_backward(share, scales)
+        gradients = {n: g.coalesce() if g.is_sparse else g for n, g in local_gradients(self.engine.parameters).items()}
+        values = {name: each._values() if each.is_sparse else each for name, each in gradients.items()}
+        torch._foreach_div_(list(values.values()), self.strategy.replicas)  # by which the engine multiplied the loss
+        square = squared_norm(values, self.engine.held, self.mesh.device) * self.strategy.replicas
+        report = self._report(loss, square)
+        applied = True
+        try:
+            applied = judgement is None or judgement.accepts(share, scales, report)
+        except NotFinite as error:
+            applied, stop = False, str(error)
+        if clipped is not None:
+            norm = square.sqrt()
+            clip(list(values.values()), norm, clipped)
+        self._served.forget(self.optimizer)
+        weight = float(torch.stack(self._weights(share)).sum()) if applied else 0.0
+        own = [float(each) for each in (report[0], *report[3:])]
+        mean = self._served.give(gradients if applied else {}, own, weight, self.optimizer, stop or requested())
+        report[0] = mean[0]
+        names = self.engine.losses
+        return _TakenTurn(
+            report, {n: report.new_tensor(x) for n, x in zip(names, mean[1:], strict=True)}, norm, applied
+        )
+
+    def told_to_stop(self) -> int:
+        """Return the signal on which workers of different steps stop at this one; 0 if they go on.
+
+        Raises:
+            NotFinite: they stop because a loss or a gradient of one is not finite.
+        """
+        return 0 if self._served is None else self._served.check_stop()
+
+    def meet(self) -> None:
+        """Let workers of different steps wait for each other, so that all have the same parameters. Collective."""
+        if self.strategy.stale and self._served is not None:
+            self._served.meet()
+
+    def parameters_written(self) -> None:
+        """Take over parameters that were written from outside, equally on all workers. Collective."""
+        if self._served is not None:
+            self._served.write()
 
     def _note(self, taken: Mapping[int, _TakenTurn]) -> None:
         """Note what the turns of a step gave, by their numbers, and do what follows all updates of a step."""
@@ -274,6 +343,9 @@ class Program:
         """Compute loss and gradient of a turn, and apply no update. Returns the loss, 0-d."""
         self.engine.position.turn = turn
         loss = self.engine.forward_backward(share, scales)
+        if self._served is not None:
+            self._joined(loss, None)
+            self._served.settle(applied=False)
         report, own, pending = self._sum_report(self._report(loss, self._constant(0.0)))
         if pending is not None:
             pending()
@@ -304,13 +376,15 @@ class Program:
 
         None applies all updates without waiting for a decision.
         """
-        self._judgement = None if judge is None else Judgement(self.engine, self.mesh, judge)
+        alone = self.strategy.stale
+        self._judgement = None if judge is None else Judgement(self.engine, self.mesh, judge, alone=alone)
 
     def is_finite(self) -> bool:
         """Return whether all parameters, and loss and gradient of the last update, are finite. Collective.
 
         A step that ended between its turns counts as not finite.
         """
+        self.meet()
         parameters = local_tensors(self.engine.parameters)
         broken = parameter_fault(parameters, self.mesh.rank) is not None
         broken |= self.midway or not all(bool(report.isfinite().all()) for report in self._applied)
@@ -326,6 +400,7 @@ class Program:
             {"loss": ..., metric name: ...} of the first evaluation, {"<name>/loss": ..., ...} of each further one; an
             empty dict for a workload without evaluation.
         """
+        self.meet()
         found: dict[str, float] = {}
         with self.averaged():
             for number in range(len(self.workload.evaluations)) if numbers is None else numbers:
@@ -387,6 +462,8 @@ class Program:
         return pieces if self._local is None else self._local.mean_pieces(pieces)
 
     def _pieces(self) -> list[TensorPiece]:
+        self.meet()
+        self._update.mirror()
         model = [
             TensorPiece(f"model/{name}", local(held.tensor), held.layout, held.writes)
             for name, held in self.engine.held.items()
@@ -445,7 +522,10 @@ class Program:
 
     def gradient_pieces(self) -> list[TensorPiece]:
         """Return the gradients `gradient/<name>` of the last step, after clipping. Unused parameters have none."""
-        gradients = local_gradients(self.engine.parameters)
+        if self._served is not None:
+            self._served.show_gradients()
+        found = local_gradients(self.engine.parameters)
+        gradients = {name: each.to_dense() if each.is_sparse else each for name, each in found.items()}
         held = self.engine.held
         return self._of_first(
             TensorPiece(f"gradient/{n}", g, held[n].layout, held[n].writes) for n, g in gradients.items()
@@ -453,6 +533,7 @@ class Program:
 
     def state(self) -> dict[str, Any]:
         """Return the completed steps, the scheduler's counters and the optimizer's numbers, JSON-able. Collective."""
+        self.meet()
         average = {} if self._average is None else {"averaged": self._average.begun}
         apart = {} if self._local is None else {LOCAL: self._local.counts()}
         return {"steps": self.steps, **average, **apart, **self._update.counts()}
@@ -484,6 +565,7 @@ class Program:
 
         Returns None elsewhere.
         """
+        self.meet()
         pieces = self._of_first(
             TensorPiece(name, local(held.tensor), held.layout, held.writes) for name, held in self.engine.held.items()
         )
@@ -536,6 +618,11 @@ class Program:
         first = self.mesh.coordinate("dp") * strategy.fsdp
         cells = (cell for row in rows for cell in row[first : first + strategy.fsdp])
         return sum(len(cell) for cell in cells if cell.stop <= limit)
+
+    def _own_scales(self, share: Share) -> list[Tensor]:
+        """Compute the factor of each microbatch's loss, 0-d: its weight divided by the total weight of this replica."""
+        own = torch.stack(self._weights(share))
+        return list((own / own.sum()).where(~(own.sum() <= 0), 0).unbind())
 
     def _weights(self, share: Share) -> list[Tensor]:
         """Return the weight of each microbatch, 0-d float64: its number of samples, or the workload's own weight."""

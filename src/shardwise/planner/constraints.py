@@ -23,6 +23,9 @@ OPTIONS = tuple(each.name for each in fields(Strategy))
 FOUND = ("shares", "speeds")
 """Options that are derived from the devices instead of searched."""
 
+NOT_SEARCHED = ("ps", "staleness")
+"""Options that plans do not use."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
@@ -159,6 +162,11 @@ def _fixed(text: str) -> tuple[str, str]:
     _option(f"--fix {text}", name)
     if not value:
         raise RequestError(f"--fix {text}: has no value, write --fix {name}=...")
+    if name in NOT_SEARCHED:
+        raise RequestError(
+            f"--fix {text}: plan does not search parameter servers; see what they cost with shardwise simulate "
+            "--strategy dp=4,ps=1"
+        )
     if name in FOUND:
         raise RequestError(
             f"--fix {text}: plan finds {name} itself where devices differ; for those of your own use "

@@ -55,7 +55,7 @@ class Joining:
 
 
 def joining_of(mesh: Mesh, position: ReducerClock) -> Joining | None:
-    """Return the reducers of a strategy on this worker. Returns None for a single replica.
+    """Return the reducers of a strategy on this worker. Returns None for a single replica, and for parameter servers.
 
     Of `dp` and `fsdp` in one strategy, only what crosses `dp` is compressed: its ranks are farther apart.
 
@@ -64,7 +64,7 @@ def joining_of(mesh: Mesh, position: ReducerClock) -> Joining | None:
         position: position in the training, which says what is joined exactly.
     """
     strategy, group = mesh.strategy, mesh.replica_group
-    if group is None:
+    if group is None or strategy.ps:
         return None
     dtype = torch.bfloat16 if strategy.reduce else None
     whole = ExactReducer(group, strategy.replicas, dtype)

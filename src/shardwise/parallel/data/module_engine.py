@@ -78,15 +78,16 @@ class ModuleEngine:
         self.aliases, self.trained = aliases_of(model), trained_of(model)
         self._kept = kept_of(self._precision, model, workload.float32)
         hooks = take_hooks(model)
-        check_hooks(hooks, replaced=strategy.splits_parameters)
+        check_hooks(hooks, replaced=strategy.splits_parameters, served=bool(strategy.ps))
         self._turns = names_of_turns(workload.name, workload.turns, list(self.trained))
         self._members = [frozenset(names) for names in self._turns]
         self._workloads = by_turn(workload)
-        self._buffers = Buffers(model, mesh.replica_group)
+        group = None if strategy.stale else mesh.replica_group  # workers of different steps cannot compute together
+        self._buffers = Buffers(model, group)
         self._operations = ModulePatches(
             self.position,
             mesh.device,
-            mesh.new_replica_group if mesh.replica_group is not None else None,
+            mesh.new_replica_group if group is not None else None,
             recompute=strategy.recomputes,
             gradient_factor=strategy.replicas,
         )
@@ -178,7 +179,7 @@ class ModuleEngine:
                 loss = total(losses)
                 if number == last:
                     self.replicas.before_backward(loss)
-                with self._copies.adding(number < last or self._mesh.replica_group is None):
+                with self._copies.adding(number < last or isinstance(self.replicas, Alone)):
                     loss.backward(self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
             parts = {name: self._part(each, scale) for name, each in {**losses, "": loss}.items()}
             sums = parts if sums is None else {name: sums[name] + part for name, part in parts.items()}
@@ -441,7 +442,7 @@ class ModuleEngine:
 
 
 class Alone:
-    """Replication over a single worker, which has nothing to communicate."""
+    """Replication over a single worker, or by parameter servers: nothing is communicated in a pass."""
 
     unused: Sequence[str] = ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from shardwise.errors import WorkloadError
 from shardwise.strategy import Strategy
@@ -23,11 +24,17 @@ def check_modules(workload: Workload, strategy: Strategy, model: nn.Module) -> N
     if strategy.workers == 1:
         return
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (why := _why(module)):
-            raise WorkloadError(f"{name or 'the model'} of workload {workload.name!r} {why}, or use one worker")
+        where = f"{name or 'the model'} of workload {workload.name!r}"
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (why := _why(module, strategy)):
+            raise WorkloadError(f"{where} {why}, or use one worker")
+        if strategy.stale and isinstance(module, _BatchNorm):
+            raise WorkloadError(
+                f"{where} normalises over the samples of all workers, and with staleness={strategy.staleness} these "
+                "take different steps: use staleness=0, or a norm of each sample (GroupNorm, LayerNorm)"
+            )
 
 
-def _why(module: nn.Embedding | nn.EmbeddingBag) -> str:
+def _why(module: nn.Embedding | nn.EmbeddingBag, strategy: Strategy) -> str:
     """Return why several workers cannot train an embedding as one does, and the remedy; empty if they can."""
     if module.max_norm is not None:
         return (
@@ -36,6 +43,9 @@ def _why(module: nn.Embedding | nn.EmbeddingBag) -> str:
         )
     if module.scale_grad_by_freq:
         return "has scale_grad_by_freq, which counts how often a worker's own samples use a row: leave it out"
-    if module.sparse:
-        return "has sparse=True, and sparse gradients cannot be averaged over workers: leave it out"
+    if module.sparse and not strategy.ps:
+        return (
+            "has sparse=True, and sparse gradients cannot be averaged over workers: leave it out, or use parameter "
+            "servers (ps=1 with dp=2), which can"
+        )
     return ""

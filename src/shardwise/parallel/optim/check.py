@@ -10,10 +10,11 @@ from unittest import mock
 import torch
 from torch import nn
 
-from shardwise.errors import WorkloadError
+from shardwise.errors import StrategyError, WorkloadError
 from shardwise.parallel.optim.eight_bit import check_states
 from shardwise.parallel.optim.making import make_optimizer
 from shardwise.parallel.optim.schedule import Schedule
+from shardwise.parallel.optim.served import too_many_servers
 from shardwise.parallel.optim.update import settled_nature
 from shardwise.parallel.state.build_model import trained_of
 from shardwise.strategy import Strategy
@@ -38,12 +39,14 @@ def check_optimizer(workload: Workload, strategy: Strategy, model: nn.Module) ->
         try:
             optimizer = make_optimizer(workload, trained)
             schedule = Schedule(workload, optimizer)
+            if strategy.ps > len(trained):
+                raise StrategyError(too_many_servers(strategy, len(trained)))
             if strategy.states:
                 check_states(optimizer, workload.name)
             if not torch.cuda.is_available():  # it may work on a GPU only, where the workers try it
                 settled_nature(workload, strategy, trained, torch.device("cpu"))
         except WorkloadError as error:
-            if error.__cause__ is None or strategy.workers > strategy.dp:
+            if error.__cause__ is None or strategy.workers > strategy.dp or strategy.ps:
                 raise
             return  # its function looks at the values of parameters, which are whole on each worker
     if workload.schedule_every == "metric":

@@ -35,12 +35,17 @@ def squared_norm(gradients: Mapping[str, Tensor], held: Mapping[str, TensorPlace
     return total
 
 
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """Return the factor, at most 1, that scales gradients of global norm `norm` down to `limit`."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
 def clip(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
     """Scale gradients of global norm `norm` down to `limit`, as `torch.nn.utils.clip_grad_norm_` does.
 
     Changes them in place.
     """
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    scale = clip_factor(norm, limit)
     for device in dict.fromkeys(gradient.device for gradient in gradients):
         several = [gradient for gradient in gradients if gradient.device == device]
         torch._foreach_mul_(several, scale.to(device, several[0].dtype))

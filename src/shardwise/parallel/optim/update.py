@@ -3,6 +3,7 @@
 each element from itself      an optimizer over the local parts, whatever cut them
 whole matrices                `whole_matrices`: each is updated by one of the workers that hold its parts
 zero=1                        `zero1`: each parameter is updated by one of the replicas
+ps                            `served`: each parameter is updated by one of the parameter servers
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from shardwise.parallel.optim.making import Several, make_optimizer, partly, par
 from shardwise.parallel.optim.nature import Nature, nature_of
 from shardwise.parallel.optim.optimizer_state import SHARED, OptimizerState
 from shardwise.parallel.optim.schedule import Schedule, load_schedule_state, schedule_state
+from shardwise.parallel.optim.served import ServedParameters, check_served
 from shardwise.parallel.optim.whole_matrices import WholeMatrices
 from shardwise.parallel.optim.zero1 import OwnedParameters
 from shardwise.parallel.state.dtensor_rows import is_split, local
@@ -48,6 +50,7 @@ class ParameterUpdate:
         turns: names of the parameters that each turn of a step trains; all as one without turns.
         schedule: schedule of its learning rates.
         state: its state as named pieces.
+        served: the parameter servers that update the parameters; None if workers do.
 
     Raises:
         WorkloadError: the optimizer or the schedule cannot train this model.
@@ -61,7 +64,9 @@ class ParameterUpdate:
             Nature("", plain=True) if alone else settled_nature(workload, strategy, engine.trained, mesh.device)
         )
         self._dealt = self._deal()
-        names = list(engine.parameters) if self._dealt is None else self._dealt.mine
+        self.served = ServedParameters(workload, strategy, mesh, engine) if strategy.ps else None
+        owned = self.served or self._dealt
+        names = list(engine.parameters) if owned is None else owned.mine
         self._matrices = self._share_matrices(names)
         self._rows: list[tuple[nn.Parameter, nn.Parameter]] = []
         here = self._updated(names)
@@ -82,6 +87,7 @@ class ParameterUpdate:
             for name in here
         }
         codec = None if self._eight_bit is None else self._eight_bit.codec
+        self._here = here
         self.state = OptimizerState(self.optimizer, here, held, self._written(here), codec)
 
     @property
@@ -114,6 +120,7 @@ class ParameterUpdate:
 
     def counts(self) -> dict[str, Any]:
         """Return the numbers of groups and schedule, and the state that is no tensor, JSON-able. Collective."""
+        self.mirror()
         now = schedule_state(self.optimizer, self.schedule.scheduler)
         return {**with_made(now, self._made), **self._plain()}
 
@@ -126,6 +133,13 @@ class ParameterUpdate:
             self.state.load_plain(plain)
         if self._eight_bit is not None:
             self._eight_bit.narrow()
+        if self.served is not None:
+            self.served.write(self.optimizer, self._here)
+
+    def mirror(self) -> None:
+        """Fetch the state of the optimizer, if it is on parameter servers. Collective."""
+        if self.served is not None:
+            self.served.mirror(self.optimizer, self._here)
 
     def _plain(self) -> dict[str, Any]:
         mine = self.state.plain() if self.nature.plain else {}
@@ -215,7 +229,7 @@ def settled_nature(
     try:
         nature = nature_of(workload, trained, device)
     except WorkloadError as error:
-        if strategy.workers > strategy.dp or error.__cause__ is None:
+        if strategy.workers > strategy.dp or strategy.ps or error.__cause__ is None:
             raise
         return Nature("", plain=True)  # its function looks at the values of parameters, which are whole here
     check_nature(workload, strategy, nature)
@@ -229,6 +243,8 @@ def check_nature(workload: Workload, strategy: Strategy, nature: Nature) -> None
         StrategyError: it needs to see what lies on several workers.
         WorkloadError: its state cannot be saved, or it draws random numbers.
     """
+    if strategy.ps:
+        check_served(workload, strategy, together=nature.together)
     what = f"{nature.name}, the optimizer of workload {workload.name!r},"
     if nature.random and strategy.workers > 1:
         raise StrategyError(

@@ -81,8 +81,22 @@ class _Taken(dict[int, Hook]):
         return [hook for number, hook in self.items() if number in self._placed]
 
 
-def check_hooks(hooks: Mapping[str, Hooked], *, replaced: bool) -> None:
-    """Raise StrategyError if a hook reads parameters themselves where the strategy puts others in their place."""
+def check_hooks(hooks: Mapping[str, Hooked], *, replaced: bool, served: bool = False) -> None:
+    """Check that hooks on the gradients of parameters can be called under a strategy.
+
+    Args:
+        hooks: hooks by the name of their parameter.
+        replaced: whether the strategy puts others in place of the parameters.
+        served: whether parameter servers add up the gradients, which workers then do not see.
+
+    Raises:
+        StrategyError: a hook reads parameters themselves that are replaced, or there is one and servers add up.
+    """
+    if served and hooks:
+        raise StrategyError(
+            f"parameter {next(iter(hooks))!r} has a hook on its gradient, which parameter servers add up: use dp "
+            "without ps, or leave the hook out"
+        )
     if not replaced:
         return
     for name, hooked in hooks.items():

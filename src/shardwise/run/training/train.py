@@ -51,7 +51,7 @@ def train(program: Program, job: Job) -> Trained:
                 with record.step(progress.epoch, share.samples) as step:
                     step.loss = program.step_share(share)
                 progress = replace(progress, batch=progress.batch + 1)
-                if signal := agreement.stop():
+                if signal := program.told_to_stop() if program.strategy.stale else agreement.stop():
                     progress = replace(progress, loss=record.loss())
                     record.save(asdict(progress))
                     return record.close(progress, signal)

@@ -43,6 +43,8 @@ OPTIONS = {
     "schedule": "pp",
     "stages": "pp",
     "speeds": "pp",
+    "ps": "dp",
+    "staleness": "dp",
     "shares": "",
     "outermost": "",
     "local": "dp",
@@ -459,6 +461,7 @@ def _start_from(program: Any, initial: dict[str, Tensor]) -> None:
         for piece in program.pieces():
             if piece.name in initial:
                 piece.local.copy_(piece.layout.cut(initial[piece.name]))
+    program.parameters_written()
 
 
 def _own(program: Any, expected: dict[str, Tensor]) -> dict[str, Tensor]:
