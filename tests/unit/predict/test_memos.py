@@ -39,6 +39,7 @@ BASES = (
     "dp=4,local=4,outer=nesterov",
     "fsdp=2,tp=2",
     "pp=2,schedule=interleaved",
+    "dp=4,ps=2",
 )
 WORKERS = 4
 OTHERS: dict[str, tuple[str | int, ...]] = {
@@ -68,6 +69,8 @@ OTHERS: dict[str, tuple[str | int, ...]] = {
     "outer": ("nesterov",),
     "fragments": (2,),
     "delay": (1,),
+    "ps": (1, 2),
+    "staleness": ("2", "unbounded"),
 }
 
 

@@ -351,9 +351,9 @@ def _gradients(
     if profile.runtime.kernels or profile.runtime.own_gradients:  # in buffers of their own from the start
         kept = _accumulated(profile, strategy, worker), 0
         return lambda done: kept
-    bucket = 0 if strategy.summing == 1 else max(profile.largest, bucket_bytes(strategy.bucket))
+    bucket = 0 if strategy.summing == 1 or strategy.ps else max(profile.largest, bucket_bytes(strategy.bucket))
     half = profile.half if strategy.reduce else 0.0
-    if strategy.summing > 1 and strategy.runs_module:
+    if strategy.summing > 1 and strategy.runs_module and not strategy.ps:
         copies = worker.trained if strategy.microbatches > 1 else 0
         return lambda done: (worker.trained, copies + round(half * min(done, bucket)))
     return lambda done: (

@@ -29,6 +29,7 @@ from shardwise.predict.closed_form.offload import FIELDS, check_host, check_room
 from shardwise.predict.closed_form.pipeline import StageTime, pipeline_seconds, played
 from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import SegmentTimes, half_rate, timed
+from shardwise.predict.closed_form.served import check_servers, message_seconds, server_notes, server_seconds
 from shardwise.predict.closed_form.stage_time import StageCosts
 from shardwise.predict.closed_form.worker_time import WorkerTime, table_of, work_of
 from shardwise.predict.hardware.times import origins, slowed
@@ -96,7 +97,9 @@ def costs_of(
             check_room(worker, profile.update.of(strategy).state_bytes, times.device)
 
     def on(times: SegmentTimes, by_pipeline_rank: Sequence[Costs] = ()) -> Costs:
-        return Costs(StageCosts(profile, strategy, cluster, times, parts), size, by_pipeline_rank)
+        stages = StageCosts(profile, strategy, cluster, times, parts)
+        check_servers(strategy, parts.workers[0], stages.calls)
+        return Costs(stages, size, by_pipeline_rank)
 
     def on_device(device: Device) -> Costs:
         return on(timed(profile, cluster, strategy, device))
@@ -149,8 +152,8 @@ class Epilogue:
         start: all-reduce of the batch's weight, before the first forward pass.
         reduce: all-reduces of gradients over tp, over pipeline workers that share parameters, and over replicas for
             parameters that several stages of the worker use.
-        update: optimizer, gradient norm and clipping.
-        exchange: broadcasts of updated parameters between replicas (zero=1).
+        update: optimizer, gradient norm and clipping; that of the busiest server with parameter servers.
+        exchange: broadcasts of updated parameters between replicas (zero=1), or messages to and from servers.
         report: all-reduce of losses and norms over all workers.
         host: fixed host time per step.
         hideable: part of the report that may run beside the update, if nothing waits for the norm.
@@ -255,6 +258,8 @@ class Costs:
 
     def update(self, worker: Worker) -> float:
         """Compute the seconds of the optimizer, gradient norm and clipping included."""
+        if self.strategy.ps:
+            return server_seconds(self.calls, self.profile, self.strategy, worker)
         elements, tensors = worker.updated
         update = self.profile.update.of(self.strategy)
         if offloads(self.strategy, self.times.device):
@@ -282,6 +287,10 @@ class Costs:
 
         Broadcasts come with copies into and out of their messages. Gathers may hide behind the next forward pass.
         """
+        if self.strategy.ps:
+            served = self.stages.program.served(worker)
+            ways = served[: self.strategy.ps], served[self.strategy.ps :]
+            return sum(message_seconds(self.calls, way, self.strategy.workers) for way in ways)
         seconds = self._seconds(self.stages.program.updated(worker))
         if worker.broadcast:
             size, messages = sum(worker.broadcast), len(worker.broadcast)
@@ -371,7 +380,10 @@ class Costs:
             "error": relative_error(self.cluster, device, self.strategy, communicating),
             "samples": self.batch_size,
             "origins": self.origins,
-            "notes": padding_notes(self.profile, self.strategy),
+            "notes": (
+                *padding_notes(self.profile, self.strategy),
+                *server_notes(self.profile, self.strategy, self.parts.workers[0]),
+            ),
         }
 
     @property

@@ -18,10 +18,10 @@ from shardwise.predict.runtime.sizes import Sizes
 from shardwise.strategy import Strategy
 
 EVERYWHERE = {
-    **dict.fromkeys(("bucket", "compile", "loss_pieces", "states", "plain_steps", "local"), ("0",)),
+    **dict.fromkeys(("bucket", "compile", "loss_pieces", "states", "plain_steps", "local", "ps", "staleness"), ("0",)),
     **dict.fromkeys(("reduce", "shares", "speeds", "compress"), ("",)),
 }
-"""Options of Shardwise alone: sizes of buckets, how and when gradients are sent, states in 8 bits, unequal parts."""
+"""Options of Shardwise alone: how and when gradients are sent, and to whom; states in 8 bits, unequal parts."""
 
 _UNSET = {"reduce": "float32", "compress": "none"}
 

@@ -22,6 +22,11 @@ class SimulatedReplica:
     column: int
     machines: tuple[tuple[Device, float], ...]
 
+    @property
+    def kind(self) -> object:
+        """Return what is equal for replicas that are alike."""
+        return _described(self.machines)
+
 
 def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> list[SimulatedReplica]:
     """Choose the replicas to simulate: one of each kind in each kind of fsdp group.
@@ -39,6 +44,11 @@ def representatives(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, f
             found.setdefault(_described(machines), SimulatedReplica(row, column, machines))
         rows.setdefault(frozenset(found), list(found.values()))
     return [pipeline for found in rows.values() for pipeline in found]
+
+
+def kinds_of_replicas(strategy: Strategy, cluster: Cluster, slowed: Mapping[int, float]) -> list[object]:
+    """Return the kind of each replica along dp, equal for those that one simulated replica represents."""
+    return [_described([_machine(strategy, cluster, slowed, row, 0, 0)]) for row in range(strategy.dp)]
 
 
 def _machine(

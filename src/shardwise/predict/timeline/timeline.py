@@ -25,7 +25,8 @@ from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timeline.breakdown import Breakdown
 from shardwise.predict.timeline.events import COMPUTE, Operation, Simulation
-from shardwise.predict.timeline.replicas import SimulatedReplica, representatives
+from shardwise.predict.timeline.replicas import SimulatedReplica, kinds_of_replicas, representatives
+from shardwise.predict.timeline.staleness import paces
 from shardwise.predict.workers.holdings import Stage, Worker
 from shardwise.predict.workers.passes import EqualPasses, table
 from shardwise.predict.workers.step_program import Piece
@@ -92,10 +93,10 @@ def timeline(
     usual = costs_of(profile, strategy, cluster, batch_size)
     pipelines = representatives(usual.strategy, cluster, slowed or {})
     costs = _costs_by_device(usual, pipelines, batch_size)
-    found = _StepSimulation(usual, pipelines, costs).timeline()
+    found = _StepSimulation(usual, pipelines, costs, slowed or {}).timeline()
     if not strategy.local:
         return found
-    averaging = _StepSimulation(usual, pipelines, costs, averaging=True).timeline()
+    averaging = _StepSimulation(usual, pipelines, costs, slowed or {}, averaging=True).timeline()
     return replace(averaging, prediction=_mean(found.prediction, averaging.prediction, usual))
 
 
@@ -159,10 +160,11 @@ class _StepSimulation:
         usual: Costs,
         pipelines: Sequence[SimulatedReplica],
         costs: Mapping[int, Costs],
+        slowed: Mapping[int, float],
         *,
         averaging: bool = False,
     ) -> None:
-        self._averaging = averaging
+        self._averaging, self._slowed = averaging, slowed
         self.usual, self.strategy, self.pipelines = usual, usual.strategy, pipelines
         self.inline = usual.stages.blocking
         self.hosts = [
@@ -186,6 +188,8 @@ class _StepSimulation:
             self._program(host)
         seconds = self.simulation.run()
         breakdown = Breakdown(self.simulation.done, self._received(), inline=self.inline)
+        if self.strategy.stale:
+            seconds = self._pace()
         index = max(range(len(self.hosts)), key=breakdown.computed)
         ranks = tuple(
             self.strategy.rank(dp=h.pipeline.row, fsdp=h.pipeline.column, pp=h.pipeline_rank) for h in self.hosts
@@ -197,6 +201,16 @@ class _StepSimulation:
         )
         names = tuple(_name(host, rank) for host, rank in zip(self.hosts, ranks, strict=True))
         return Timeline(prediction, tuple(self.simulation.done), ranks, names)
+
+    def _pace(self) -> float:
+        """Return the seconds between two updates of a training whose workers may be ahead of each other.
+
+        Each worker's own step takes as long as its last operation says: none waits for another in it.
+        """
+        ends = [max(o.end for o in self.simulation.done if o.worker == host.number) for host in self.hosts]
+        kinds = {host.pipeline.kind: end for host, end in zip(self.hosts, ends, strict=True)}
+        own = [kinds[kind] for kind in kinds_of_replicas(self.strategy, self.usual.cluster, self._slowed)]
+        return paces(lambda worker, step: own[worker], len(own), self.strategy.staleness.steps).step_seconds
 
     def _received(self) -> dict[int, list[Operation]]:
         """Return the pipeline messages by the number of the worker that receives them."""
@@ -424,13 +438,18 @@ class _StepSimulation:
             if not last or costs.waits_for_report:
                 self._needed(host, report)
         hosted = finish.host * host.factor
-        update = Operation(
-            host.number, COMPUTE, "update", "optimizer", finish.update * host.factor + hosted, hosted=hosted
-        )
+        updating = finish.update * (1.0 if self.strategy.ps else host.factor)  # a server is no slower for a slow worker
+        update = Operation(host.number, COMPUTE, "update", "optimizer", updating + hosted, hosted=hosted)
         self._on_compute(host, update)
         if finish.exchange:
             told = self._issue(
-                host, "dp", "updated parameters", "parameters", finish.exchange, [update], ("told", host.pipeline_rank)
+                host,
+                "ps" if self.strategy.ps else "dp",
+                "gradients and parameters" if self.strategy.ps else "updated parameters",
+                "parameters",
+                finish.exchange,
+                [update],
+                None if self.strategy.stale else ("told", host.pipeline_rank),
             )
             self._needed(host, told)
         if report is not None:

@@ -131,7 +131,7 @@ def stage_buckets(
     profile: Profile, strategy: Strategy, own: Sequence[int], twice: set[int], first: int, *, module: bool
 ) -> list[Bucket]:
     """Return the buckets of a stage's gradients, in the order in which they are complete."""
-    if strategy.summing == 1:
+    if strategy.summing == 1 or strategy.ps:
         return []
     parameters, limit = profile.parameters, bucket_bytes(strategy.bucket)
     if strategy.splits_parameters:

@@ -36,6 +36,7 @@ from shardwise.splitting.buckets import bucket_bytes
 from shardwise.splitting.local_steps import cut_fragments
 from shardwise.splitting.ownership import BUCKET_BYTES as BROADCAST_BYTES
 from shardwise.splitting.ownership import assign_owners
+from shardwise.splitting.servers import server_of
 from shardwise.strategy import Strategy
 
 REPORT_BYTES = 24
@@ -112,6 +113,7 @@ class Worker:
         trained: bytes of the gradients of these parameters.
         updated: (elements, tensors) that its optimizer updates, for the replica that updates most.
         broadcast: bytes of the messages in which replicas send each other updated parameters (zero=1).
+        served: (elements, tensors, bytes) of the parameters that each parameter server updates.
         sliced: (bytes of parameters, bytes of gradients, elements updated) of the shards that `fully_shard` leaves on
             this worker; included in `parameters`, `trained` and `updated`.
         averaged: bytes of the messages that average each fragment of the parameters after local steps, by fragment.
@@ -127,6 +129,7 @@ class Worker:
     trained: int
     updated: tuple[int, int]
     broadcast: tuple[int, ...]
+    served: tuple[tuple[int, int, int], ...]
     sliced: tuple[int, int, int]
     averaged: tuple[tuple[int, ...], ...] = ()
 
@@ -185,6 +188,7 @@ def _traits(strategy: Strategy) -> tuple[object, ...]:
         strategy.bucket,
         bool(strategy.compress),  # the shapes in buckets
         strategy.fragments if strategy.local else 0,
+        strategy.ps,
     )
 
 
@@ -226,7 +230,7 @@ def _worker(
     for index, workers in homes.items():
         if len(workers) > 1:
             tied.setdefault(workers, []).append((profile.parameters[index], 1))
-    replicated = strategy.summing > 1 and not strategy.splits_parameters
+    replicated = strategy.sums_in_buckets
     several = [profile.parameters[index] for index in sorted(twice) if profile.parameters[index].trained]
     return Worker(
         pipeline_rank,
@@ -240,6 +244,7 @@ def _worker(
         sum(count * shard_bytes(parameter, strategy) for parameter, count in kinds if parameter.kept),
         sum(count * shard_bytes(parameter, strategy) for parameter, count in trained),
         *_updated(profile, ranges, trained, strategy),
+        _served(profile, strategy),
         _sliced(kinds, strategy),
         _averaged(profile, strategy, ranges),
     )
@@ -312,6 +317,8 @@ def _updated(
 
     Only under zero=1 does each replica update its own parameters and broadcast them.
     """
+    if strategy.ps:
+        return (0, 0), ()
     if strategy.zero != 1 or strategy.summing == 1:
         elements = sum(count * (shard_bytes(parameter, strategy) // parameter.itemsize) for parameter, count in kinds)
         return (elements, sum(count for _, count in kinds)), ()
@@ -327,6 +334,16 @@ def _updated(
     most = max(by_owner, key=lambda owned: sum(parameter.elements for parameter in owned))
     sizes = tuple(size for owned in by_owner for size in coalesced(owned, [BROADCAST_BYTES]))
     return (sum(parameter.elements for parameter in most), len(most)), sizes
+
+
+def _served(profile: Profile, strategy: Strategy) -> tuple[tuple[int, int, int], ...]:
+    """Return what each parameter server updates; empty without servers. See `Worker.served`."""
+    trained = [parameter for parameter in profile.parameters if parameter.trained] if strategy.ps else []
+    owners = server_of({parameter.name: parameter.elements for parameter in trained}, strategy.ps)
+    by_server: list[list[Parameter]] = [[] for _ in range(strategy.ps)]
+    for parameter in trained:
+        by_server[owners[parameter.name]].append(parameter)
+    return tuple((sum(p.elements for p in own), len(own), sum(p.bytes for p in own)) for own in by_server)
 
 
 # ---- one stage ------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class StepProgram:
 
     def after_passes(self, worker: Worker) -> Iterator[Collective]:
         """Yield everything that a worker issues after its passes; order as in `collectives`."""
-        yield from (*self.sums(worker), *self.report(worker), *self.updated(worker))
+        yield from (*self.sums(worker), *self.report(worker), *self.updated(worker), *self.served(worker))
         for last in self.averages(worker)[-1:]:
             yield from last
 
@@ -379,7 +379,7 @@ class StepProgram:
 
     def start(self, worker: Worker) -> tuple[Collective, ...]:
         """Return what precedes the passes: the sum of the batch's weight over replicas."""
-        if not self.profile.weighted or self.strategy.summing == 1:
+        if not self.profile.weighted or self.strategy.summing == 1 or self.strategy.stale:
             return ()
         return (self._collective("all_reduce", 8, "replicas", "weight", worker.pipeline_rank),)
 
@@ -402,7 +402,7 @@ class StepProgram:
 
     def report(self, worker: Worker) -> tuple[Collective, ...]:
         """Return the sum of losses and norms over all workers; local steps sum over those of a replica first."""
-        if self.strategy.workers == 1:
+        if self.strategy.workers == 1 or self.strategy.stale:
             return ()
         if self.strategy.local:
             groups = [group_of(self.strategy, axis, worker.pipeline_rank) for axis in ("together", "dp")]
@@ -429,6 +429,13 @@ class StepProgram:
             tuple(self._collective("all_reduce", size, "dp", "average", worker.pipeline_rank) for size in sizes)
             for sizes in worker.averaged
         )
+
+    def served(self, worker: Worker) -> tuple[Collective, ...]:
+        """Return the messages to and from parameter servers: gradients to each, and its parameters back."""
+        group = group_of(self.strategy, "dp")
+        pair = Group(2, group.size - 1, group.first)  # the farthest of those beside which servers may run
+        pushed = [Collective("send", size, pair, "ps", "push") for _, _, size in worker.served]
+        return (*pushed, *(Collective("recv", size, pair, "ps", "pull") for _, _, size in worker.served))
 
     def _collective(self, operation: str, size: int, axis: str, when: str, pipeline_rank: int = 0) -> Collective:
         """Return a collective of `pipeline_rank`; axis `replicas` is counted as the mesh axis that replicas have."""
