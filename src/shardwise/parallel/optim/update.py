@@ -79,6 +79,8 @@ class ParameterUpdate:
             held_by = {parameter: name for name, parameter in here.items()}
             self._parts = parts_of_turns(self.optimizer, self.turns, held_by)
         self.schedule = Schedule(workload, self.optimizer)
+        if self.served is not None:  # torch warns of a schedule that moves before a step, and this one never steps
+            self.optimizer._opt_called = True
         self._made = schedule_state(self.optimizer, self.schedule.scheduler)
         held = {
             name: replace(engine.held[name], layout=Layout.whole(here[name].shape))
