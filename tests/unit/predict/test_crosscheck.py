@@ -153,6 +153,7 @@ MEMORY_GRID = [
             "dp=2",
             "dp=2,reduce=bf16",
             "dp=2,tp=2,microbatches=2,reduce=bf16",
+            "dp=2,compress=powersgd:4",
             "fsdp=4",
             "fsdp=4,reduce=bf16",
             "fsdp=4,offload=1",

@@ -1,29 +1,63 @@
 """Memory and kernels of compressing gradients (`compress`): errors, PowerSGD's factors, and passes over the gradients.
 
-A method reads and writes each gradient several times. The tables count that in kernels of the program, as dry runs of
-it list them; products of PowerSGD with its narrow factors take as long as reading the gradient.
+A method reads and writes each gradient several times. Products of PowerSGD with its narrow factors take as long as
+reading the gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import ceil
 
 from shardwise.predict.workers.holdings import Stage, Worker
-from shardwise.splitting.compression import Shape, error_elements, start_elements
+from shardwise.splitting.compression import CODE_BITS, Shape, error_elements, start_elements
 from shardwise.strategy import Strategy
 
 ERROR_BYTES = 4
 """Bytes of an element of an error, in float32."""
 
-KERNELS = {"powersgd": 12, "topk": 12, "int8": 28, "fp8": 30, "sign": 30, "bf16": 16}
-"""Kernels on a flat gradient, or on its parts."""
 
-MOVED = {"powersgd": 60, "topk": 60, "int8": 160, "fp8": 180, "sign": 240, "bf16": 90}
-"""Bytes that these kernels read and write for each element of the gradient."""
+@dataclass(frozen=True, slots=True)
+class CompressionWork:
+    """Work of compressing one flat gradient, as dry runs of a GPT list it (width 1024, on four replicas).
 
-TEMPORARY = {"powersgd": 4, "topk": 4, "int8": 12, "fp8": 12, "sign": 16, "bf16": 10}
-"""Bytes for each element of the gradient that is in progress, beside it and its error."""
+    Attributes:
+        kernels: number of kernels.
+        moved: bytes that they read and write for each element of the gradient.
+        temporary: bytes for each element that are needed for a moment, beside the gradient and its error.
+    """
+
+    kernels: int
+    moved: int
+    temporary: int
+
+
+WHOLE = {
+    "powersgd": CompressionWork(25, 72, 0),
+    "topk": CompressionWork(23, 98, 2),
+    "int8": CompressionWork(41, 194, 8),
+    "fp8": CompressionWork(39, 184, 8),
+    "sign": CompressionWork(65, 228, 6),
+    "bf16": CompressionWork(18, 125, 14),
+}
+"""Work for gradients that each replica gets whole."""
+
+SCATTERED = {
+    "powersgd": CompressionWork(69, 127, 16),
+    "topk": CompressionWork(25, 65, 3),
+    "int8": CompressionWork(25, 141, 8),
+    "fp8": CompressionWork(25, 141, 8),
+    "sign": CompressionWork(37, 157, 7),
+    "bf16": CompressionWork(13, 90, 9),
+}
+"""Work for gradients that are reduce-scattered."""
+
+
+def work_of(strategy: Strategy) -> CompressionWork:
+    """Return the work of a strategy that compresses, for each flat gradient."""
+    scattered = strategy.splits_parameters and strategy.dp == 1
+    return (SCATTERED if scattered else WHOLE)[strategy.compress.kind]
 
 
 def state_bytes(strategy: Strategy, worker: Worker) -> int:
@@ -37,11 +71,17 @@ def state_bytes(strategy: Strategy, worker: Worker) -> int:
 
 
 def temporary_bytes(strategy: Strategy, worker: Worker) -> int:
-    """Return the bytes that compressing the largest flat gradient needs for a moment."""
+    """Return the bytes that compressing gradients needs for a moment.
+
+    They are those of the largest flat gradient, or of the sums in code that all buckets keep until they are waited for.
+    """
     if not strategy.compress:
         return 0
-    largest = max((error_elements(flat) for flat in _flats(strategy, worker)), default=0)
-    return TEMPORARY[strategy.compress.kind] * largest
+    sizes = [error_elements(flat) for flat in _flats(strategy, worker)]
+    codes = 0
+    if strategy.compress.kind in CODE_BITS and strategy.sums_in_buckets:
+        codes = sum(sizes) * CODE_BITS[strategy.compress.kind] // 8
+    return max(work_of(strategy).temporary * max(sizes, default=0), codes)
 
 
 def flats_of(strategy: Strategy, stage: Stage) -> Iterator[tuple[Shape, ...]]:

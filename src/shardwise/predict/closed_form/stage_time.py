@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from shardwise.cluster.cluster import Cluster
 from shardwise.collective import Collective, Group
-from shardwise.predict.closed_form.compression import KERNELS, MOVED, flats_of
+from shardwise.predict.closed_form.compression import flats_of, work_of
 from shardwise.predict.closed_form.offload import fetched, offloads
 from shardwise.predict.closed_form.overlap import Passed, TimedPiece, overlapped
 from shardwise.predict.closed_form.pipeline import Messages
@@ -267,10 +267,10 @@ class StageCosts:
 
     def _compressing(self, stage: Stage) -> PassSeconds:
         """Return the time of the kernels that compress the gradients of a stage."""
-        kind, spent = self.strategy.compress.kind, PassSeconds()
+        work, spent = work_of(self.strategy), PassSeconds()
         for shapes in flats_of(self.strategy, stage):
             elements = error_elements(shapes)
-            spent += self.calls.moved(elements, MOVED[kind] * elements / KERNELS[kind], 1).times(KERNELS[kind])
+            spent += self.calls.moved(elements, work.moved * elements / work.kernels, 1).times(work.kernels)
         return spent
 
     def trained(self, stage: Stage, *, copied: bool = False) -> tuple[int, int, int]:

@@ -203,6 +203,8 @@ class _SingleDryRun:
         with self.allocating(), answers, device:
             program.step_share(first)
             answers.rebuild_buckets(program.engine)
+            if self.strategy.compress:  # errors move to the new buckets once
+                program.step_share(first)
             if self.strategy.local:  # the step that is recorded ends with an average
                 program.steps = self.strategy.local - 1
             with StepRecorder(offloaded=offloaded, streams=streams) as recorder, recorder.following(program):

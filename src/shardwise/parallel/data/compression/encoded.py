@@ -39,6 +39,7 @@ class Encoded:
         work = all_gather_flat(everybodys.view(-1), sent.view(-1), group=peers.group, async_op=True)
         parts[peers.rank] += (own - self._codec.decode(sent, flat.dtype)).view(-1)
         flat.copy_(parts.view(-1)[: len(flat)])
+        del parts, code, received, own  # other gradients may come before the last message is waited for
         yield work, True
         return self._codec.decode(everybodys, flat.dtype).view(-1)[: len(flat)]
 

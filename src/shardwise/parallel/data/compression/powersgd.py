@@ -38,27 +38,24 @@ class PowerSGD:
     def whole(self, flat: Tensor, what: Flat, peers: Peers) -> Steps:
         """Sum whole gradients, see `Method.whole`."""
         matrices, exact = self._parted(what.split(flat))
-        total = torch.empty_like(flat)
-        totals = what.split(total)
-        products = yield from self._products(matrices, exact, totals, peers, more=False)
-        for name, product in products.items():
-            totals[name].copy_(product.view_as(totals[name]))
-            matrices[name] -= product / peers.ranks
+        found = yield from self._products(matrices, exact, peers, more=False)
+        for name, each in matrices.items():
+            each.sub_(found[name], alpha=1 / peers.ranks)
         for each in exact.values():
             each.zero_()
-        return total
+        return torch.cat([found[name].reshape(-1) for name in what.names])
 
     def scattered(self, flat: Tensor, what: Flat, peers: Peers) -> Steps:
         """Sum scattered gradients, see `Method.scattered`."""
         matrices, exact = self._parted(what.split(flat))
         total = flat.new_zeros(sum(what.sizes))
         parts = dict(zip(what.names, torch.split(total, list(what.sizes)), strict=True))
-        products = yield from self._products(matrices, {}, {}, peers, more=bool(exact))
+        products = yield from self._products(matrices, {}, peers, more=bool(exact))
         for name, product in products.items():
             rows = -(-len(product) // peers.ranks)
             mine = product[peers.rank * rows : (peers.rank + 1) * rows].reshape(-1)
             parts[name][: len(mine)] = mine
-            matrices[name] -= product / peers.ranks
+            matrices[name].sub_(product, alpha=1 / peers.ranks)
         if exact:
             shapes = dict(zip(what.names, what.shapes, strict=True))
             rest = Flat(tuple(exact), tuple(shapes[name] for name in exact), peers.ranks)
@@ -87,28 +84,26 @@ class PowerSGD:
         return is_factored(gradient.shape, self._rank)
 
     def _products(
-        self, matrices: Named, exact: Named, totals: Named, peers: Peers, *, more: bool
+        self, matrices: Named, exact: Named, peers: Peers, *, more: bool
     ) -> Generator[tuple[Any, bool], None, Named]:
-        """Sum matrices, and on the way gradients exactly, of which `totals` get the sums. Returns sums of the matrices.
-
-        `more` says that other messages follow.
-        """
+        """Sum matrices, and on the way gradients exactly. Returns the sums; `more` says that other messages follow."""
+        found: Named = {}
         lefts = [each @ self._start(name, each) for name, each in matrices.items()]
         if lefts or exact:
             first = torch.cat([each.reshape(-1) for each in (*exact.values(), *lefts)])
             yield dist.all_reduce(first, group=peers.group, async_op=True), not (lefts or more)
             sums = _cut(first, [*exact.values(), *lefts])
-            for name, each in zip(exact, sums, strict=False):
-                totals[name].copy_(each)
+            found = dict(zip(exact, sums, strict=False))
             lefts = [torch.linalg.qr(each).Q for each in sums[len(exact) :]]
         if not lefts:
-            return {}
+            return found
         rights = [each.T @ left for each, left in zip(matrices.values(), lefts, strict=True)]
         second = torch.cat([each.reshape(-1) for each in rights])
         yield dist.all_reduce(second, group=peers.group, async_op=True), not more
         rights = _cut(second, rights)
         self.starts.update((name, right / peers.ranks) for name, right in zip(matrices, rights, strict=True))
-        return {name: left @ right.T for name, left, right in zip(matrices, lefts, rights, strict=True)}
+        products = zip(matrices, lefts, rights, strict=True)
+        return found | {name: left @ right.T for name, left, right in products}
 
     def _start(self, name: str, gradient: Tensor) -> Tensor:
         """Return Q of a matrix: that of the step before, or random numbers that all workers draw alike."""

@@ -44,7 +44,8 @@ class Owed:
         if what not in self._flats:
             wanted = set(what.names)
             for other in [flat for flat in self._flats if wanted & set(flat.names)]:
-                self._apart.update(other.split(self._flats.pop(other)))
+                parts = other.split(self._flats.pop(other))
+                self._apart.update((name, part.clone()) for name, part in parts.items())
             found = {name: self._apart.pop(name) for name in what.names if name in self._apart}
             dtype = torch.promote_types(like.dtype, torch.float32)
             self._flats[what] = what.join(found, like.new_empty(0, dtype=dtype))
