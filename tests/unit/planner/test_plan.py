@@ -122,6 +122,15 @@ def test_bounds_hold_for_deep_pipelines_too(deep: ScaledProfiles, slower: float,
     assert checked > 100
 
 
+def test_a_single_microbatch_does_not_wait_for_gradients_that_are_put_off() -> None:
+    """Each stage of a zero-bubble pipeline computes those of its weights after it has sent the others back."""
+    workload = load_workload("gpt:layers=8,hidden=4096,heads=32,vocabulary=512,sequence=2048,batch_size=4")
+    profiles, cluster = ScaledProfiles(Profiles(workload)), find_cluster("h100x8")
+    strategy = Strategy.parse("pp=8,microbatches=1,schedule=zero-bubble,recompute=full")
+    seconds = predict(profiles.of(strategy), strategy, cluster).step_seconds
+    assert staged_seconds(profiles.of(strategy), strategy, cluster) <= seconds
+
+
 SHARDED = {
     "pp": (2, 4, 8),
     "fsdp": (2, 8),

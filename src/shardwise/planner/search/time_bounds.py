@@ -109,8 +109,9 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
 
     This takes longer than `family_seconds` and is tighter, because stages are not equal. Whatever the schedule, a
     worker computes all its stages for each microbatch; it starts after the stages before its first one, which also run
-    after it on the way back. One microbatch goes through all stages. Returns 0 if links between stages are slow: they
-    then influence where stages are cut, and the strategies of a family send over different links.
+    after it on the way back. One microbatch goes through all stages, except for gradients of weights that are put off.
+    Returns 0 if links between stages are slow: they then influence where stages are cut, and the strategies of a family
+    send over different links.
     """
     words = OUTERMOST if strategy.pp > 1 and strategy.replicas > 1 else (strategy.outermost,)
     if any(slower_links(profile, strategy.with_(outermost=word), cluster) for word in words):
@@ -118,13 +119,14 @@ def staged_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
     cut = cut_stages(profile, strategy, cluster)
     stages, count = cut.passes, strategy.microbatches
     adding = count - 2 if count >= MANY else 0  # all but the first pass, and the last one, which may do so in buckets
-    around, best = 0.0, alone(stages)
+    later = strategy.schedule == "zero-bubble"  # gradients of weights, after the others have been sent back
+    around, best = 0.0, 0.0 if later else alone(stages)
     for index, stage in enumerate(stages[: strategy.pp]):
         around += stage.arrives
         busy = sum(each.forward + each.backward for each in stages[index :: strategy.pp])
         best = max(best, around + count * busy + adding * sum(cut.adds[index :: strategy.pp]))
         around += stage.forward
-        if strategy.schedule != "zero-bubble":  # zero-bubble may compute weight gradients after sending the others back
+        if not later:
             around += stage.backward + stage.returns
     return best
 
