@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,24 +158,26 @@ class _Models:
         self._model: Model | None = next(self._builds)
         self._recordings: dict[tuple[Any, ...], _Recording] = {}
 
-    def profile(self, *options: Any) -> Profile:
-        """Profile the first build that can be traced, else the model with real values; see `profile` above."""
+    def profile(
+        self, tp: int, sp: int, samples: int, precision: str, split: bool, compiled: str, *options: Any
+    ) -> Profile:
+        """Profile the first build that can be traced, else the model with real values; see `profile` above.
+
+        Profiles of equal sizes share what is known of equal segments.
+        """
+        sizes = tp, samples, precision, split, compiled
+        made = partial(_Recording.of, self._workload.seed, self._device, tp, samples, split, compiled)
         while self._model is not None:
+            if sizes not in self._recordings:
+                self._recordings[sizes] = made()
             try:
-                return self._profiler(self._model, *options).profile()
+                return _Profiler(self._model, self._device, self._recordings[sizes], *sizes, sp, *options).profile()
             except Untraceable:
                 self._model = next(self._builds, None)
                 self._recordings.clear()
-        return self._profiler(with_values(self._workload, self._device), *options).profile_with_values()
-
-    def _profiler(
-        self, model: Model, tp: int, sp: int, samples: int, precision: str, split: bool, compiled: str, *options: Any
-    ) -> _Profiler:
-        """Return the profiler of a model. Profiles of equal sizes share what is known of equal segments."""
-        key = tp, samples, precision, split, compiled
-        if key not in self._recordings:
-            self._recordings[key] = _Recording.of(self._workload.seed, self._device, tp, samples, split, compiled)
-        return _Profiler(model, self._device, self._recordings[key], *key, sp, *options)
+        model = with_values(self._workload, self._device)
+        # with a recording of its own, which keeps the model alive
+        return _Profiler(model, self._device, made(), *sizes, sp, *options).profile_with_values()
 
     def layer_class(self) -> str:
         """See `Profiles.layer_class`."""
