@@ -230,6 +230,17 @@ def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, byt
         return False, payload
 
 
+def use_gloo() -> None:
+    """Replace this worker's process group by one of gloo, whose operations a dispatch mode sees. Collective."""
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    rank, count = dist.get_rank(), dist.get_world_size()
+    store = PrefixStore("gloo", dist.distributed_c10d._get_default_store())
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+
+
 def cause(errors: list[BaseException]) -> BaseException | None:
     """The first error that is not what another worker's end did to a connection, which may arrive before it."""
     return next((error for error in errors if "Connection" not in str(error)), errors[0] if errors else None)

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 from models import ODDITIES, WORKLOADS
-from pool import Pools
+from pool import Pools, use_gloo
 from torch.utils.data import Subset
 from traces import remembered
 
@@ -76,6 +76,8 @@ def observed(factory: Factory, strategy: str, ranks: range) -> Observed | None:
     from shardwise.parallel.program import Program
     from shardwise.predict.dry_run.recorder import StepRecorder
 
+    if dist.is_initialized():
+        use_gloo()
     with remembered(factory):
         program = Program.build(factory(), Strategy.parse(strategy))
     share = next(program.loader().shares(0))

@@ -283,7 +283,7 @@ class SharedMemoryGroup(_Untyped):  # type: ignore[misc]
         event = _begun(call.name)
         work = _CalledWork(self._order, self._order.later(call), call.tensors)
         if event is not None:
-            event._call_end_callbacks_on_future(work.get_future())
+            work.end_with(event)
         return work
 
 
@@ -358,11 +358,21 @@ class _CalledWork(_DoneWork):
     def __init__(self, order: Order, pending: Pending, tensors: Sequence[Tensor]) -> None:
         super().__init__(tensors)
         self._order, self._pending = order, pending
+        self._seen: Future[Any] | None = None
+
+    def end_with(self, event: Any) -> None:
+        """Let an event of the profiler end with it, in the group's thread.
+
+        Within one thread, what computes beside it would count as a part of the event.
+        """
+        self._seen = event._call_end_callbacks_on_future(self.get_future())
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait until it has run. Raises what it failed with."""
         begin = time.perf_counter()
         try:
+            if self._seen is not None:
+                self._seen.wait()
             self._order.wait(self._pending)
         finally:
             waiting.add(begin)

@@ -23,7 +23,7 @@ from torch import Tensor
 from shardwise.launch.shared_memory import semaphore
 from shardwise.launch.shared_memory.semaphore import Semaphore
 
-SLOTS, SLOT_BYTES = 4, 2**20
+SLOTS, SLOT_BYTES = 4, 2**19
 """Number and size of a worker's slots: enough to write one while others read another, and little enough to stay in the
 processor's cache."""
 
