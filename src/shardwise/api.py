@@ -75,6 +75,7 @@ def train(
     on_nan: str = "stop",
     proof: bool = True,
     margin: float | None = None,
+    allow: Sequence[str] = (),
     track: str | Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Train a workload on local workers, or as one of the workers that an outer torchrun started.
@@ -105,6 +106,7 @@ def train(
         proof: compare the loss and gradient of the first step with those of one process before training.
         margin: share of the usable memory that the chosen strategy leaves free; None: 0.05. Only for the strategy
             `auto`, or None.
+        allow: how the chosen strategy may change training: `lossy`, `async`. Only for the strategy `auto`, or None.
         track: trackers that get the metrics: `tensorboard`, `wandb`, `mlflow`, several with commas between them or as a
             list, or `none`. None: TensorBoard if it is installed, or those of the run that is resumed.
 
@@ -136,10 +138,14 @@ def train(
     if strategy in (None, "auto") and not resumed:
         from shardwise.commands.auto import train_automatically
 
-        return train_automatically(asked, out, margin=margin, **options)
+        return train_automatically(asked, out, margin=margin, allow=allow, **options)
     if margin is not None:
         raise RequestError(
             f"margin={margin:g}: only a strategy that is chosen leaves a margin: leave it out, or strategy"
+        )
+    if allow:
+        raise RequestError(
+            f"allow={','.join(allow)}: only a strategy that is chosen needs to be allowed: leave it out, or strategy"
         )
     return run_reported(settle(asked, out, resume=resumed, **options)).summary
 
@@ -562,6 +568,7 @@ def plan(
     max_memory: str | None = None,
     fix: Sequence[str] = (),
     forbid: Sequence[str] = (),
+    allow: Sequence[str] = (),
     out: str | Path | None = None,
     dry_run: bool = False,
     pareto: bool = False,
@@ -582,6 +589,9 @@ def plan(
         max_memory: memory limit of a device, for example `40GiB`; None: all that it has, less by the margin.
         fix: options that the strategy must have, for example `tp=8`.
         forbid: options that the strategy must not have, for example `pp`, `schedule=gpipe`.
+        allow: how the strategy may change training: `lossy` (what is sent is compressed, or sent less often), `async`
+            (workers do not wait for each other). By default every strategy computes what one process computes, and
+            `means` of the document says what others would bring.
         out: path at which to write the best strategy as a plan file.
         dry_run: also run the real program of the finalists with fake workers and fake tensors, and reject those that
             need more memory than a device has. A small model takes seconds per finalist, a large one up to a minute.
@@ -617,6 +627,7 @@ def plan(
             max_memory=max_memory,
             fix=fix,
             forbid=forbid,
+            allow=allow,
             out=None if out is None else Path(out),
             dry_run=dry_run,
             pareto=pareto,

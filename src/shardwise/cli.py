@@ -168,6 +168,7 @@ def _train(options: argparse.Namespace) -> None:
         on_nan=options.on_nan,
         proof=options.proof,
         margin=options.margin,
+        allow=options.allow,
         track=options.track,
     )
     _print(options, document, training_summary)
@@ -256,6 +257,7 @@ def _plan(options: argparse.Namespace) -> None:
         max_memory=options.max_memory,
         fix=options.fix,
         forbid=options.forbid,
+        allow=options.allow,
         out=options.out,
         dry_run=options.dry_run,
         pareto=options.pareto,
@@ -282,6 +284,7 @@ def _check_alone(options: argparse.Namespace) -> None:
         "--max-memory": options.max_memory,
         "--fix": options.fix,
         "--forbid": options.forbid,
+        "--allow": options.allow,
         "--out": options.out,
         "--dry-run": options.dry_run,
         "--pareto": options.pareto,
@@ -515,6 +518,16 @@ def _add_margin(parser: _Parser) -> None:
     )
 
 
+def _add_allow(parser: _Parser) -> None:
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="lossy|async",
+        help="how the strategy that is chosen may change training (default: not at all)",
+    )
+
+
 def _add_report(parser: _Parser) -> None:
     parser.add_argument("--report", metavar="FILE", help="also write the result as a page of HTML")
 
@@ -581,6 +594,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_proof(train)
     _add_margin(train)
     _add_engine(train)
+    _add_allow(train)
     train.set_defaults(run=_train)
     compare = commands.add_parser(
         "compare", help="train under several strategies", description="Measures strategies in turns, slice by slice."
@@ -676,6 +690,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--max-memory", metavar="SIZE", help="of a device, for example 40GiB (default: what it has, less the margin)"
     )
     _add_margin(plan)
+    _add_allow(plan)
     plan.add_argument("--fix", action="append", default=[], metavar="KEY=VALUE", help="an option it must have: tp=8")
     plan.add_argument(
         "--forbid", action="append", default=[], metavar="KEY[=VALUE]", help="one it must not have: pp, schedule=gpipe"

@@ -29,7 +29,7 @@ from shardwise.commands.request import (
 from shardwise.errors import DoesNotFit, NotMeasured, RequestError, WorkerFailed
 from shardwise.launch.context import is_first, rank_context
 from shardwise.launch.join import join_launcher
-from shardwise.planner.constraints import Constraints
+from shardwise.planner.constraints import Constraints, allowed_changes
 from shardwise.planner.explain import explanation
 from shardwise.planner.plan import Candidate, Plan
 from shardwise.planner.scaling import counts
@@ -87,7 +87,12 @@ class Choice:
 
 
 def choose(
-    workload: Workload, workers: int | None = None, *, quiet: bool = False, margin: float | None = None
+    workload: Workload,
+    workers: int | None = None,
+    *,
+    quiet: bool = False,
+    margin: float | None = None,
+    allow: Sequence[str] = (),
 ) -> Choice:
     """Choose the best strategy for this machine.
 
@@ -96,6 +101,7 @@ def choose(
         workers: number of workers; None: as many as are fastest, up to the number that was measured to pay here.
         quiet: do not print that the machine is being measured.
         margin: share of the usable memory that has to stay free; None: the default.
+        allow: changes of training that the strategy may bring, as `--allow` names them.
 
     Raises:
         NotMeasured: the machine may not be measured, or was measured with fewer workers; or a step has turns.
@@ -111,7 +117,9 @@ def choose(
             f"shardwise calibrate --workers {workers}"
         )
     profiles = ScaledProfiles(profiles_on(workload, cluster))
-    constraints = Constraints(forbidden=() if _compiles(workload, cluster) else (("compile", ""),))
+    constraints = Constraints(
+        forbidden=() if _compiles(workload, cluster) else (("compile", ""),), allowed=allowed_changes(allow)
+    )
     numbers = counts(1, cluster.worthwhile) if workers is None else [workers]
     found = [search(workload, cluster, number, constraints, profiles) for number in numbers]
     fitting = [each for each in found if each.plan.best is not None]
@@ -173,6 +181,7 @@ def train_automatically(
     *,
     quiet: bool = False,
     margin: float | None = None,
+    allow: Sequence[str] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Plan, train, and report the prediction error.
@@ -182,6 +191,7 @@ def train_automatically(
         out: the run's folder, as in `api.train`.
         quiet: print neither a progress bar nor the choice.
         margin: share of the usable memory that has to stay free; None: the default.
+        allow: as in `choose`.
         options: as in `request.settle`.
 
     Returns:
@@ -193,6 +203,7 @@ def train_automatically(
         WorkerFailed: a worker died for another reason than memory, or there is nothing smaller to fall back to.
     """
     check_margin(margin)
+    allowed = allowed_changes(allow)
     settled = settle_options(steps=asked.steps, epochs=asked.epochs, track=asked.track, quiet=quiet, **options)
     source = settle_source(asked.workload, asked.settings, asked.seed)
     loaded = Chosen(source, source.load())
@@ -200,9 +211,9 @@ def train_automatically(
     check(loaded.workload, Strategy())
     context = rank_context()
     if context is not None:
-        return _with_launcher(context.workers, loaded, asked, out, margin, quiet=quiet, **options)
+        return _with_launcher(context.workers, loaded, asked, out, margin, allowed, quiet=quiet, **options)
     try:
-        choice = choose(loaded.workload, asked.workers, quiet=quiet, margin=margin)
+        choice = choose(loaded.workload, asked.workers, quiet=quiet, margin=margin, allow=allowed)
     except NotMeasured as error:
         plain = _unmeasured(asked, error)
         job = settle(plain, out, quiet=quiet, chosen=loaded, **options)
@@ -237,7 +248,13 @@ def _chosen(loaded: Chosen, candidate: Candidate, choice: Choice) -> Chosen:
 
 
 def _with_launcher(
-    count: int, loaded: Chosen, asked: TrainingRequest, out: str | Path | None, margin: float | None, **options: Any
+    count: int,
+    loaded: Chosen,
+    asked: TrainingRequest,
+    out: str | Path | None,
+    margin: float | None,
+    allowed: Sequence[str],
+    **options: Any,
 ) -> dict[str, Any]:
     """Train as one of the workers of an outer launcher with the strategy that rank 0 chooses. Collective.
 
@@ -248,7 +265,8 @@ def _with_launcher(
     if is_first():
         try:
             check_hosts()
-            choice = choose(loaded.workload, asked.workers or count, quiet=bool(options["quiet"]), margin=margin)
+            quiet = bool(options["quiet"])
+            choice = choose(loaded.workload, asked.workers or count, quiet=quiet, margin=margin, allow=allowed)
         except NotMeasured as error:
             asked = _unmeasured(asked, error)
             _say_unmeasured(asked, error, quiet=bool(options["quiet"]))

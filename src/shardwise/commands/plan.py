@@ -65,6 +65,7 @@ def planned(
     max_memory: str | None,
     fix: Sequence[str],
     forbid: Sequence[str],
+    allow: Sequence[str] = (),
     out: Path | None,
     dry_run: bool = False,
     pareto: bool = False,
@@ -73,7 +74,7 @@ def planned(
     report: Path | None = None,
 ) -> dict[str, Any]:
     """Return the document of `plan`; see `api.plan` for the arguments and errors."""
-    constraints = Constraints.parse(objective, max_memory, fix, forbid)
+    constraints = Constraints.parse(objective, max_memory, fix, forbid, allow)
     check_margin(margin)
     cluster = _cluster(cluster_text).with_margin(margin)
     numbers = _numbers(workers, cluster)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from shardwise.errors import RequestError, agreed, nearest
 from shardwise.options import Recompute
 from shardwise.predict.runtime.software import Software
-from shardwise.strategy import Strategy
+from shardwise.strategy import CHANGES, Strategy
 from shardwise.units import parse_bytes
 
 OBJECTIVES = ("time", "memory", "money")
@@ -23,8 +23,8 @@ OPTIONS = tuple(each.name for each in fields(Strategy))
 FOUND = ("shares", "speeds")
 """Options that are derived from the devices instead of searched."""
 
-NOT_SEARCHED = ("ps", "staleness")
-"""Options that plans do not use."""
+MEANS = ("local", "outer", "fragments", "delay", "ps", "staleness")
+"""Options that a plan tries only on its finalists, see `planner.means`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,7 @@ class Constraints:
         max_memory: bytes that a device may use. None means all that it has.
         fixed: map from an option of a strategy to the value that it must have.
         forbidden: (option, value that it must not have); an empty value forbids all but the default.
+        allowed: changes of training that the strategy may bring, of `strategy.CHANGES`.
         software: software that is to run the strategy. None for Shardwise's own, which runs every one.
     """
 
@@ -43,11 +44,17 @@ class Constraints:
     max_memory: int | None = None
     fixed: Mapping[str, str] = field(default_factory=dict)
     forbidden: tuple[tuple[str, str], ...] = ()
+    allowed: tuple[str, ...] = ()
     software: Software | None = None
 
     @classmethod
     def parse(
-        cls, objective: str = "time", max_memory: str | None = None, fix: Iterable[str] = (), forbid: Iterable[str] = ()
+        cls,
+        objective: str = "time",
+        max_memory: str | None = None,
+        fix: Iterable[str] = (),
+        forbid: Iterable[str] = (),
+        allow: Iterable[str] = (),
     ) -> Constraints:
         """Parse the constraints as the command line spells them.
 
@@ -66,6 +73,7 @@ class Constraints:
             max_memory=None if max_memory is None else _memory(max_memory),
             fixed=fixed,
             forbidden=forbidden,
+            allowed=allowed_changes(allow),
         )
         constraints._check()
         return constraints
@@ -119,6 +127,10 @@ class Constraints:
     def _fixed_words(self) -> list[str]:
         return [f"{option}={value}" for option, value in self.fixed.items()]
 
+    def permits(self, strategy: Strategy) -> bool:
+        """Return whether the user allows all that a strategy changes of training."""
+        return set(strategy.changes) <= set(self.allowed)
+
     def refusal(self, strategy: Strategy) -> str | None:
         """Return the constraint that a strategy violates. Returns None if it meets all."""
         for option, value in self.fixed.items():
@@ -143,6 +155,15 @@ class Constraints:
         )
 
 
+def allowed_changes(texts: Iterable[str]) -> tuple[str, ...]:
+    """Parse the changes of training that `--allow` names. Raises RequestError for an unknown one."""
+    words = tuple(dict.fromkeys(_words(texts)))
+    for word in words:
+        if word not in CHANGES:
+            raise RequestError(f"--allow {word}: known are {', '.join(CHANGES)}{nearest(word, CHANGES)}")
+    return words
+
+
 def _words(texts: Iterable[str]) -> Iterable[str]:
     return (word.strip() for text in texts for word in text.split(",") if word.strip())
 
@@ -162,10 +183,10 @@ def _fixed(text: str) -> tuple[str, str]:
     _option(f"--fix {text}", name)
     if not value:
         raise RequestError(f"--fix {text}: has no value, write --fix {name}=...")
-    if name in NOT_SEARCHED:
+    if name in MEANS:
         raise RequestError(
-            f"--fix {text}: plan does not search parameter servers; see what they cost with shardwise simulate "
-            "--strategy dp=4,ps=1"
+            f"--fix {text}: plan tries {name} itself, and chooses it with --allow lossy or async; for one of your own "
+            f"use shardwise simulate --strategy dp=4,...,{name}={value}"
         )
     if name in FOUND:
         raise RequestError(

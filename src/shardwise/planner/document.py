@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardwise.planner.equality import are_equal
-from shardwise.planner.plan import Candidate, Plan
+from shardwise.planner.plan import Candidate, Offer, Plan
 from shardwise.predict.document import PROGRAM, candidate
 from shardwise.units import format_bytes, format_seconds
 
@@ -42,6 +42,7 @@ def plan_document(plan: Plan, explanation: Sequence[str]) -> dict[str, Any]:
         **_fastest(plan),
         "candidates": [_candidate(each, shown[0]) for each in shown],
         "rejected": rejected,
+        "means": [_offer(each, plan) for each in plan.offers],
         "search_seconds": plan.seconds,
         "predicted": plan.looked_at,
         "left_out": plan.left_out,
@@ -55,6 +56,19 @@ def _fastest(plan: Plan) -> dict[str, Any]:
         return {"fastest": None, "slower_than_fastest": None}
     ratio = plan.best.prediction.step_seconds / plan.fastest.prediction.step_seconds
     return {"fastest": str(plan.fastest.strategy), "slower_than_fastest": ratio - 1}
+
+
+def _offer(offer: Offer, plan: Plan) -> dict[str, Any]:
+    """Return what a means would bring: the costs of the strategy with it, and its time over that of the chosen one."""
+    prediction = offer.candidate.prediction
+    assert plan.best is not None
+    return {
+        **candidate(str(offer.candidate.strategy), prediction),
+        "means": offer.means,
+        "changes": list(offer.changes),
+        "allowed": plan.constraints.permits(offer.candidate.strategy),
+        "times_best": prediction.step_seconds / plan.best.prediction.step_seconds,
+    }
 
 
 def front_rows(front: Sequence[Candidate]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from shardwise.cluster.cluster import Cluster, CollectiveCurve, Sample
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.options import EQUAL
 from shardwise.planner.equality import WITHIN, are_equal
-from shardwise.planner.plan import Candidate, Plan
+from shardwise.planner.plan import Candidate, Offer, Plan
 from shardwise.predict.closed_form.step_time import costs_of, predict
 from shardwise.predict.closed_form.unequal_shares import ProfileOf, predict_shares
 from shardwise.predict.document import PARTS, needs, note_words, step_words
@@ -45,6 +45,7 @@ def explanation(plan: Plan, cluster: Cluster, profile_of: ProfileOf) -> list[str
         _needs(plan, profile_of),
         _chosen(plan, plan.best),
         *_simpler(plan, plan.best),
+        *_means(plan, plan.best),
         *_offloaded(plan),
         *_unequal(plan.best, cluster, profile_of),
         *_data_against_model(plan, pure, profile_of),
@@ -114,6 +115,38 @@ def _simpler(plan: Plan, best: Candidate) -> Iterator[str]:
     share = best.prediction.step_seconds / fastest.prediction.step_seconds - 1
     faster = f"{format_share(share)} faster" if share >= WITHIN else f"faster by less than {format_share(WITHIN)}"
     yield f"{fastest.strategy} is predicted {faster}, which cannot be told apart: the simpler is chosen."
+
+
+WORTHWHILE = 0.1
+"""Share of the step that a means has to save to be named in the explanation."""
+
+SHOWN_OFFERS = 4
+"""Largest number of means that the explanation names: those that change training least."""
+
+
+def _means(plan: Plan, best: Candidate) -> Iterator[str]:
+    """Say what the means that change training bring: the chosen one, or those that the user has not allowed."""
+    changes = best.strategy.changes
+    if changes:
+        exact = min(
+            (each for each in plan.candidates if not each.strategy.changes),
+            key=lambda each: each.prediction.step_seconds,
+            default=None,
+        )
+        other = "" if exact is None else f" Without it {exact.strategy} takes {step_words(exact.prediction)}."
+        yield f"It changes training ({' and '.join(changes)}): it does not compute what one process computes.{other}"
+        return
+    limit = (1 - WORTHWHILE) * best.prediction.step_seconds
+    good = [each for each in plan.offers if each.candidate.prediction.step_seconds <= limit][:SHOWN_OFFERS]
+    if good:
+        named = "; ".join(_offered(offer) for offer in good)
+        needed = " ".join(f"--allow {word}" for word in dict.fromkeys(word for each in good for word in each.changes))
+        yield f"Means that change training would shorten the step: {named}. {needed} lets plan choose among them."
+
+
+def _offered(offer: Offer) -> str:
+    seconds = format_seconds(offer.candidate.prediction.step_seconds)
+    return f"{offer.candidate.strategy} takes {seconds} ({' and '.join(offer.changes)})"
 
 
 def _program(plan: Plan) -> str:

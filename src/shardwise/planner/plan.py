@@ -26,6 +26,24 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """A means that makes training cheaper by changing it, see `planner.means`.
+
+    Attributes:
+        means: the means as a strategy spells it.
+        candidate: fastest strategy with it.
+    """
+
+    means: str
+    candidate: Candidate
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Return what it changes, as `--allow` names it."""
+        return self.candidate.strategy.changes
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """A strategy, or a family of strategies, that was not chosen.
 
@@ -58,6 +76,7 @@ class Plan:
         looked_at: number of strategies that were predicted.
         left_out: number of strategies that were skipped by their bounds.
         notes: remarks on the workload.
+        offers: means that change training, and what each would bring here; empty for one worker.
     """
 
     workload: str
@@ -71,6 +90,7 @@ class Plan:
     looked_at: int
     left_out: int
     notes: tuple[str, ...] = ()
+    offers: tuple[Offer, ...] = ()
 
     @property
     def best(self) -> Candidate | None:

@@ -6,12 +6,14 @@ are simpler variants of them: the search ends before it comes to those that are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardwise.errors import StrategyError, WorkloadError
 from shardwise.options import EQUAL
 from shardwise.planner.equality import WITHIN, are_equal
-from shardwise.planner.plan import Candidate
+from shardwise.planner.means import Means, order
+from shardwise.planner.plan import Candidate, Offer
 from shardwise.planner.search.memory_balance import evened, may_be_evened
 from shardwise.planner.search.partial_recompute import enough
 from shardwise.planner.search.problem import SearchProblem, words
@@ -42,10 +44,33 @@ class Finalists:
     task: SearchProblem
     lost: Rejections
 
-    def settled(self, predicted: list[Candidate]) -> list[Candidate]:
-        """Try further options and simpler variants. Returns all, the chosen one first, then the best first."""
-        best = self._simplest_first(self._with_simpler(self._with_buckets(self._with_shares(predicted))))
+    def settled(self, predicted: list[Candidate], offers: Sequence[Offer] = ()) -> list[Candidate]:
+        """Try further options, simpler variants, and the means that the user allows.
+
+        Returns all, the chosen one first, then the best first.
+        """
+        exact = self._with_simpler(self._with_buckets(self._with_shares(predicted)))
+        best = self._simplest_first(self._with_means(exact, offers))
         return [self._in_few_words(candidate) for candidate in best]
+
+    def offers(self, predicted: list[Candidate]) -> tuple[Offer, ...]:
+        """Return what means that change training would bring for the finalists, or for all workers as replicas."""
+        if self.task.workers == 1 or self.task.least_memory or self.task.constraints.software is not None:
+            return ()
+        bases = [each.strategy for each in predicted[:FINALISTS]] + [Strategy(dp=self.task.workers)]
+        means = Means(
+            profile_of=self.task.scaled.of,
+            cluster=self.task.cluster,
+            batch_size=self.task.workload.batch_size,
+            room=self.task.room,
+            constraints=self.task.constraints,
+        )
+        return tuple(means.offers(bases))
+
+    def _with_means(self, predicted: list[Candidate], offers: Sequence[Offer]) -> list[Candidate]:
+        """Add the offers whose changes the user allows."""
+        found = [offer.candidate for offer in offers if self.task.constraints.permits(offer.candidate.strategy)]
+        return sorted([*found, *predicted], key=self.task.rank) if found else predicted
 
     def traced(self, strategy: Strategy) -> Candidate | None:
         """Predict a strategy from a profile traced for it. Returns None if it does not fit.
@@ -143,12 +168,15 @@ class Finalists:
         return found
 
     def _simplest_first(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Move the simplest strategy to the front: of those that are equal to the best, the one with fewest `words`."""
+        """Move the simplest strategy to the front.
+
+        Of those that are equal to the best it is the one that changes training least, then the one with fewest `words`.
+        """
         if not candidates:
             return candidates
         best = min(candidates, key=lambda candidate: self.task.value(candidate.prediction))
         good = [candidate for candidate in candidates if self._are_equal(candidate, best)]
-        first = min(good, key=lambda c: (words(self._in_few_words(c).strategy), *self.task.rank(c)))
+        first = min(good, key=lambda c: (order(c.strategy), words(self._in_few_words(c).strategy), *self.task.rank(c)))
         return [first, *(candidate for candidate in candidates if candidate is not first)]
 
     def _are_equal(self, candidate: Candidate, best: Candidate) -> bool:

@@ -151,7 +151,9 @@ class _Search:
     def plan(self) -> Plan:
         """Run the search, see `search`."""
         start = time.perf_counter()
-        best = self.finalists.settled(self._searched())
+        searched = self._searched()
+        offers = self.finalists.offers(searched)
+        best = self.finalists.settled(searched, offers)
         return Plan(
             workload=self.task.workload.name,
             cluster=self.task.cluster.name,
@@ -164,6 +166,7 @@ class _Search:
             looked_at=self.looked_at,
             left_out=self.lost.unpredicted,
             notes=self.task.workload.notes,
+            offers=offers,
         )
 
     def _searched(self) -> list[Candidate]:
