@@ -40,6 +40,7 @@ BASES = (
     "fsdp=2,tp=2",
     "pp=2,schedule=interleaved",
     "dp=4,ps=2",
+    "dp=2,fsdp=2,compress=sign",
 )
 WORKERS = 4
 OTHERS: dict[str, tuple[str | int, ...]] = {
