@@ -178,7 +178,7 @@ def summed_seconds(profile: Profile, strategy: Strategy, cluster: Cluster) -> fl
     strategy, and where a formula of `pipeline` does not give the time of these passes.
     """
     pipeline = strategy.pp > 1 and strategy.sums_in_buckets and strategy.schedule != "zero-bubble"
-    if not pipeline or strategy.speeds or cluster.collectives or strategy.microbatches < MANY:
+    if not pipeline or strategy.speeds or strategy.compress or cluster.collectives or strategy.microbatches < MANY:
         return 0.0
     if strategy.pp * strategy.stages_per_worker * strategy.microbatches <= SHORT_TABLE:
         return 0.0
