@@ -50,14 +50,6 @@ def test_two_hosts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rank 1 of 2, 0 of 1, by mpi" in done.stderr
 
 
-@pytest.mark.usefixtures("agent")
-def test_workers_meet_on_the_host_of_mpirun_if_none_is_named() -> None:
-    line = ("mpirun", "--allow-run-as-root", "--oversubscribe", "--host", "b:1,localhost:1", "-n", "2")
-    done = call(*line, *TRAIN, "--steps", "3")
-    assert done.returncode == 0, done.stderr
-    assert "rank 1 of 2, 0 of 1, by mpi" in done.stderr
-
-
 def test_a_job_of_one_worker_is_local() -> None:
     done = call("mpirun", "--allow-run-as-root", "-n", "1", *TRAIN, "--steps", "2")
     assert done.returncode == 0, done.stderr
