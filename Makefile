@@ -36,10 +36,11 @@ test: $(STAMP) ## runs all tests but those in a browser and on engines, in two p
 browser: $(STAMP) ## tests reports in headless Chromium (Debian: apt-get install chromium chromium-driver)
 	SHARDWISE_BROWSER=required $(BIN)/python -m pytest tests/browser
 
-engines: $(STAMP) ## installs Slurm and Open MPI (Debian, as root) and runs the tests on them
+engines: $(STAMP) ## installs Slurm, Open MPI and Ray (Debian, as root) and runs the tests on them
 	for program in srun munged mpirun; do \
 		command -v $$program >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(ENGINES); break; }; \
 	done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-engines.txt
 	SHARDWISE_ENGINES=required $(BIN)/python -m pytest tests/engines
 
 unit: $(STAMP) ## runs the tests that start no process

@@ -158,18 +158,20 @@ def run_under(
     workers: int | None = None,
     hosts: str | None = None,
     grace: float = 0.0,
+    image: str | None = None,
     dry_run: bool = False,
 ) -> int | str:
     """Run a command line of `shardwise` on workers that another engine starts, and return its exit status.
 
     Args:
-        engine: `torchrun`, `mpi` or `slurm`.
+        engine: `torchrun`, `mpi`, `slurm`, `ray` or `kubernetes`.
         arguments: the command line; options that name the engine are left out of it.
         strategy: strategy of the training; None or `auto`: the workers choose it.
         workers: number of workers; None: what the strategy needs, or what the allocation has.
         hosts: hosts to run on, with commas between them; None: the engine chooses.
         grace: seconds that the run has to write a checkpoint when it is told to end.
-        dry_run: start nothing, and return the text of the engine's script.
+        image: container image of the workers, for `kubernetes`.
+        dry_run: start nothing, and return the text of the engine's script or manifest.
 
     Raises:
         RequestError: the request is wrong, the engine is not installed, hosts cannot be reached, or the allocation has
@@ -185,6 +187,7 @@ def run_under(
         workers=workers,
         hosts=hosts,
         grace=grace,
+        image=image,
         dry_run=dry_run,
     )
 

@@ -125,7 +125,7 @@ def _names_engine(options: argparse.Namespace) -> bool:
         return False
     if options.engine != "local":
         return True
-    given = {"--hosts": options.hosts, "--dry-run": options.dry_run}
+    given = {"--hosts": options.hosts, "--image": options.image, "--dry-run": options.dry_run}
     words = [name for name, value in given.items() if value]
     if words:
         raise RequestError(f"{', '.join(words)}: only for another engine: give --engine too, --engine slurm say")
@@ -141,6 +141,7 @@ def _run_under(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         workers=options.workers,
         hosts=options.hosts,
         grace=getattr(options, "grace", 0.0),
+        image=options.image,
         dry_run=options.dry_run,
     )
     if isinstance(done, int):
@@ -537,10 +538,13 @@ def _add_engine(parser: _Parser) -> None:
         "--engine",
         default="local",
         metavar="NAME",
-        help="what starts the workers: local (default), torchrun, mpi or slurm",
+        help="what starts the workers: local (default), torchrun, mpi, slurm, ray or kubernetes",
     )
     parser.add_argument("--hosts", metavar="A,B", help="hosts to run on, for engines that choose none themselves")
-    parser.add_argument("--dry-run", action="store_true", help="print the engine's script, and start nothing")
+    parser.add_argument("--image", metavar="NAME", help="container image of the workers, for kubernetes")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the engine's script or manifest, and start nothing"
+    )
 
 
 def _add_runtime(parser: _Parser) -> None:

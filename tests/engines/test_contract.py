@@ -125,6 +125,6 @@ def test_goes_on_under_another_engine_and_number_of_workers(way: Way, folder: Pa
     done = run(other, 3, "--strategy", "fsdp=3", "--steps", "4", "--out", "out", "--resume", "--quiet", "--no-proof")
     assert done.returncode == 0, done.stderr
     assert (folder / "out" / "checkpoints" / "step-00000004").is_dir()
-    back = run(way, 3, "--strategy", "tp=3", "--steps", "5", "--out", "out", "--resume", "--quiet", "--no-proof")
+    back = run(way, 3, "--strategy", "dp=3", "--steps", "5", "--out", "out", "--resume", "--quiet", "--no-proof")
     assert back.returncode == 0, back.stderr
     assert (folder / "out" / "checkpoints" / "step-00000005").is_dir()

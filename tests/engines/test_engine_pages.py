@@ -22,7 +22,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_engine_is_there() -> None:
     words = " ".join(COMMANDS)
-    assert all(f"--engine {engine}" in words for engine in ("torchrun", "mpi", "slurm"))
+    assert all(f"--engine {engine}" in words for engine in ("torchrun", "mpi", "slurm", "ray"))
 
 
 @pytest.mark.usefixtures("slurm")

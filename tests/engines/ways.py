@@ -85,6 +85,7 @@ WAYS = (
     Way("--engine mpi", "mpi", by_engine("mpi"), True, terminate),
     Way("srun", "slurm", srun, False, preempt),
     Way("--engine slurm", "slurm", by_engine("slurm"), True, terminate),
+    Way("--engine ray", "ray", by_engine("ray"), True, terminate),
 )
 
 

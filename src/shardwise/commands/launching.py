@@ -10,7 +10,7 @@ from shardwise.launch.context import environment
 from shardwise.launch.engines.choice import launcher_of
 from shardwise.launch.launcher import LaunchRequest, launch
 
-WITH_VALUE, ALONE = ("--engine", "--hosts"), ("--dry-run",)
+WITH_VALUE, ALONE = ("--engine", "--hosts", "--image"), ("--dry-run",)
 """Options that name the engine, and that workers do not get."""
 
 
@@ -22,6 +22,7 @@ def run_under(
     workers: int | None,
     hosts: str | None = None,
     grace: float = 0.0,
+    image: str | None = None,
     dry_run: bool = False,
 ) -> int | str:
     """Run a command under an engine and return its exit status; with `dry_run`, return the engine's script instead.
@@ -33,6 +34,7 @@ def run_under(
         workers: number of workers; None: what the strategy needs, or what the allocation has.
         hosts: hosts to run on, with commas between them.
         grace: seconds that the run has to write a checkpoint when it is told to end.
+        image: container image of the workers.
         dry_run: start nothing.
 
     Raises:
@@ -57,6 +59,7 @@ def run_under(
         workers=needed,
         hosts=_hosts(hosts),
         grace=grace,
+        image=image or "",
         environment=around,
     )
     return launcher.script(asked) if dry_run else launch(launcher, asked)

@@ -43,6 +43,7 @@ class LaunchRequest:
         workers: number of workers.
         hosts: hosts to run on; empty: those that the launcher chooses.
         grace: seconds that the workers have to write a checkpoint once they are told to end.
+        image: container image of the workers, for launchers that start containers.
         environment: environment of this process.
     """
 
@@ -50,6 +51,7 @@ class LaunchRequest:
     workers: int
     hosts: tuple[str, ...] = ()
     grace: float = 0.0
+    image: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -178,7 +180,7 @@ def not_installed(engine: str, program: str, package: str) -> RequestError:
 
 def no_script(engine: str) -> RequestError:
     """Return the error of a launcher that has no file which starts a job later."""
-    return RequestError(f"engine {engine} has no script to write: leave out --dry-run (slurm has one)")
+    return RequestError(f"engine {engine} has no script to write: leave out --dry-run (slurm and kubernetes have one)")
 
 
 def no_hosts(engine: str, remedy: str) -> RequestError:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shardwise.errors import RequestError, nearest
+from shardwise.launch.engines.kubernetes import KubernetesLauncher
 from shardwise.launch.engines.mpi import MpiLauncher
+from shardwise.launch.engines.ray import RayLauncher
 from shardwise.launch.engines.slurm import SlurmLauncher
 from shardwise.launch.engines.torchrun import TorchrunLauncher
 from shardwise.launch.launcher import Launcher
@@ -17,6 +19,8 @@ LAUNCHERS: dict[str, Callable[[], Launcher]] = {
     "torchrun": TorchrunLauncher,
     "mpi": MpiLauncher,
     "slurm": SlurmLauncher,
+    "ray": RayLauncher,
+    "kubernetes": KubernetesLauncher,
 }
 """Launchers of other engines."""
 
