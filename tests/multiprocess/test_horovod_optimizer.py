@@ -351,8 +351,34 @@ def schedules() -> None:
     assert torch.allclose(extra, torch.full((2,), -sum(range(hvd.size())) / hvd.size()))
 
 
+def freezes_one_of_a_group() -> None:
+    model: Any = network()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5), model.named_parameters(), num_groups=1
+    )
+    frozen = model[0].weight.requires_grad_(False)
+    before, other = frozen.clone(), model[2].weight.detach().clone()
+    model(torch.ones(1, 4).double()).sum().backward()
+    optimizer.step()
+    assert torch.equal(frozen, before)
+    assert not torch.equal(model[2].weight, other)
+
+
 @pytest.mark.parametrize(
-    "function", [accumulates, closes, clips, branches, freezes, names, broadcasts_badly, runs_dry, schedules, adaptive]
+    "function",
+    [
+        freezes_one_of_a_group,
+        accumulates,
+        closes,
+        clips,
+        branches,
+        freezes,
+        names,
+        broadcasts_badly,
+        runs_dry,
+        schedules,
+        adaptive,
+    ],
 )
 def test_two_ranks(workers: Pools, function: Callable[[], None]) -> None:
     workers(2, started, function)

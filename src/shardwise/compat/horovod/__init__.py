@@ -16,7 +16,7 @@ Nothing that arrives from another rank is unpickled. docs/horovod.md lists what 
 import torch
 
 from shardwise.compat.horovod import elastic as elastic
-from shardwise.compat.horovod.compression import Compression as Compression
+from shardwise.compat.horovod.compression import Compressions as Compression
 from shardwise.compat.horovod.functions import allgather_object as allgather_object
 from shardwise.compat.horovod.functions import broadcast_object as broadcast_object
 from shardwise.compat.horovod.functions import broadcast_optimizer_state as broadcast_optimizer_state

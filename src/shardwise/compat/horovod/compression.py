@@ -31,7 +31,7 @@ class HalfCompressor(Compressor):
         return tensor.to(torch.float16), tensor.dtype
 
 
-class Compression:
+class Compressions:
     """Known compressions: `none` and `fp16`."""
 
     none = Compressor

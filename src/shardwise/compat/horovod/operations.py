@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.compat.horovod.compression import Compression, Compressor
+from shardwise.compat.horovod.compression import Compressions, Compressor
 from shardwise.compat.horovod.execution import share_of
 from shardwise.compat.horovod.negotiation import CollectiveHandle
 from shardwise.compat.horovod.requests import (
@@ -217,7 +217,7 @@ def allreduce(
     tensor: Tensor,
     average: bool | None = None,
     name: str | None = None,
-    compression: type[Compressor] = Compression.none,
+    compression: type[Compressor] = Compressions.none,
     op: str | None = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
@@ -291,7 +291,7 @@ def grouped_allreduce(
     tensors: Sequence[Tensor],
     average: bool | None = None,
     name: str | None = None,
-    compression: type[Compressor] = Compression.none,
+    compression: type[Compressor] = Compressions.none,
     op: str | None = None,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
@@ -432,7 +432,7 @@ def reducescatter_async(
 def reducescatter(
     tensor: Tensor,
     name: str | None = None,
-    compression: type[Compressor] = Compression.none,
+    compression: type[Compressor] = Compressions.none,
     op: str | None = Average,
     process_set: ProcessSet = global_process_set,
     prescale_factor: float = 1.0,
@@ -461,7 +461,7 @@ def grouped_reducescatter_async(
 def grouped_reducescatter(
     tensors: Sequence[Tensor],
     name: str | None = None,
-    compression: type[Compressor] = Compression.none,
+    compression: type[Compressor] = Compressions.none,
     op: str | None = Average,
     process_set: ProcessSet = global_process_set,
     prescale_factor: float = 1.0,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.compat.horovod import operations
-from shardwise.compat.horovod.compression import Compression, Compressor
+from shardwise.compat.horovod.compression import Compressions, Compressor
 from shardwise.compat.horovod.requests import ADASUM, AVERAGE
 from shardwise.compat.horovod.world import ProcessSet, global_process_set, optimizer_number, size
 
@@ -68,13 +68,14 @@ class _ReducedGradients(torch.optim.Optimizer):
             self._send(bucket)
 
     def _send(self, bucket: Bucket) -> None:
-        """Begin to reduce the gradients of a bucket."""
-        for parameter in bucket:
+        """Begin to reduce the gradients of a bucket, but for those of frozen parameters."""
+        members = [parameter for parameter in bucket if parameter.requires_grad]
+        for parameter in members:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             elif parameter.grad.is_sparse and self._sparse_as_dense:
                 parameter.grad = parameter.grad.to_dense()
-        gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in members if parameter.grad is not None]
         name = self._names[bucket[0]]
         if len(bucket) == 1 and gradients[0].is_sparse:
             self._flying[bucket] = self._sent_sparse(bucket[0], gradients[0], name)
@@ -211,7 +212,7 @@ class _AdasumUpdates(torch.optim.Optimizer):
 def DistributedOptimizer(  # noqa: N802  Horovod's name
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, nn.Parameter]] | None = None,
-    compression: type[Compressor] = Compression.none,
+    compression: type[Compressor] = Compressions.none,
     backward_passes_per_step: int = 1,
     op: str = AVERAGE,
     gradient_predivide_factor: float = 1.0,
