@@ -1,6 +1,6 @@
 """Collectives through shared memory and by gloo, in turns, between workers of this machine.
 
-    python -m benchmarks.transport [--rounds N] [--workers N ...]
+    python -m benchmarks.transport [--rounds N] [--turns N] [--workers N ...]
 
 Each round runs every collective on a group of each kind. `times` is how many times faster shared memory is. The second
 part trains the recipes with the workers of one kind, then the other.
@@ -89,7 +89,7 @@ def trained(recipe: str, strategy: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3, help="trainings of each kind; 0: none")
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     options = parser.parse_args()
     before = environment(threads=None)
@@ -101,7 +101,7 @@ def main() -> None:
         for name, rounds in found.items():
             shm, gloo = (1e3 * median([each[kind] for each in rounds]) for kind in (0, 1))
             rows.append({"what": name, "workers": workers, "ms shm": shm, "ms gloo": gloo, "times": gloo / shm})
-    for recipe, strategy in RUNS:
+    for recipe, strategy in RUNS if options.turns else ():
         seconds: dict[str, list[float]] = {SHM: [], GLOO: []}
         for _ in range(options.turns):
             for kind, took in seconds.items():

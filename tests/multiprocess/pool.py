@@ -230,15 +230,15 @@ def answer(rank: int, count: int, store: str, message: bytes) -> tuple[bool, byt
         return False, payload
 
 
-def use_gloo() -> None:
-    """Replace this worker's process group by one of gloo, whose operations a dispatch mode sees. Collective."""
+def use_backend(name: str) -> None:
+    """Replace this worker's process group by one of another backend. Collective."""
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     rank, count = dist.get_rank(), dist.get_world_size()
-    store = PrefixStore("gloo", dist.distributed_c10d._get_default_store())
+    store = PrefixStore(name, dist.distributed_c10d._get_default_store())
     dist.destroy_process_group()
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    dist.init_process_group(name, store=store, rank=rank, world_size=count)
 
 
 def cause(errors: list[BaseException]) -> BaseException | None:

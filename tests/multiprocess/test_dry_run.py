@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 from models import ODDITIES, WORKLOADS
-from pool import Pools, use_gloo
+from pool import Pools, use_backend
 from torch.utils.data import Subset
 from traces import remembered
 
@@ -77,7 +77,7 @@ def observed(factory: Factory, strategy: str, ranks: range) -> Observed | None:
     from shardwise.predict.dry_run.recorder import StepRecorder
 
     if dist.is_initialized():
-        use_gloo()
+        use_backend("gloo")  # whose operations a dispatch mode sees
     with remembered(factory):
         program = Program.build(factory(), Strategy.parse(strategy))
     share = next(program.loader().shares(0))

@@ -9,16 +9,27 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pools
+from pool import Pools, use_backend
 from torch import Tensor, nn
 
 from shardwise.launch.shared_memory.mailbox import PIECE_BYTES
-from shardwise.launch.shared_memory.process_group import SharedMemoryGroup
+from shardwise.launch.shared_memory.process_group import SharedMemoryGroup, register
 from shardwise.launch.shared_memory.segment import ARENA_BYTES, ENTRIES, SLOT_BYTES
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.int32, torch.int64, torch.uint8, torch.bool)
 SIZES = (0, 1, 1000, SLOT_BYTES // 4 + 3)
+
+
+def connected(function: Callable[[], Any]) -> Any:
+    """Run a function whose process group shares memory."""
+    use_backend(register())
+    return function()
+
+
+@pytest.fixture
+def workers(workers: Pools) -> Callable[[int, Callable[[], Any]], list[Any]]:  # type: ignore[misc]
+    return lambda count, function: workers(count, connected, function)
 
 
 def values(size: int, dtype: torch.dtype, rank: int, salt: int = 0) -> Tensor:

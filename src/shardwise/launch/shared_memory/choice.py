@@ -1,4 +1,4 @@
-"""Choice of how workers on CPUs reach each other: through shared memory if they are on one host, else by gloo."""
+"""Choice of how workers on CPUs reach each other: by gloo, or through shared memory where they are on one host."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def transport() -> str:
     Raises:
         RequestError: the environment variable SETTING is none of TRANSPORTS.
     """
-    chosen = os.environ.get(SETTING, SHM)
+    chosen = os.environ.get(SETTING, GLOO)
     if chosen not in TRANSPORTS:
         raise RequestError(f"{SETTING}={chosen}: must be {' or '.join(TRANSPORTS)}")
     possible = sys.platform == "linux" and hasattr(os, "memfd_create") and sys.maxsize > 2**32
