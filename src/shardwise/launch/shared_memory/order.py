@@ -22,7 +22,7 @@ LEFT = SLOTS - 2
 read while it does something else."""
 
 
-class Pending:
+class Queued:
     """Collective that has been called and need not have run.
 
     Attributes:
@@ -68,7 +68,7 @@ class Order:
     """Queue of a group's collectives."""
 
     def __init__(self) -> None:
-        self._queue: deque[Pending] = deque()
+        self._queue: deque[Queued] = deque()
         self._running = threading.Lock()
         self._wanted = threading.Semaphore(0)
         self._thread: threading.Thread | None = None
@@ -81,9 +81,9 @@ class Order:
                 self._run_first()
             operation.finish()
 
-    def later(self, operation: SlotOperation) -> Pending:
+    def later(self, operation: SlotOperation) -> Queued:
         """Call a collective that is waited for later."""
-        pending = Pending(operation)
+        pending = Queued(operation)
         self._queue.append(pending)
         if self._running.acquire(blocking=False):
             try:
@@ -94,7 +94,7 @@ class Order:
             self.hurry()
         return pending
 
-    def wait(self, pending: Pending) -> None:
+    def wait(self, pending: Queued) -> None:
         """Run the collectives up to one that was called. Raises what it failed with."""
         while not pending.done:
             with self._running:

@@ -27,7 +27,7 @@ from shardwise.launch.shared_memory.choice import EVENTS, SHM
 from shardwise.launch.shared_memory.collectives import SlotOperation
 from shardwise.launch.shared_memory.mailbox import Inbox, Outbox, Receiving, Sending
 from shardwise.launch.shared_memory.neighbours import Neighbours, meet
-from shardwise.launch.shared_memory.order import Order, Pending
+from shardwise.launch.shared_memory.order import Order, Queued
 from shardwise.launch.shared_memory.reduction import Reduction
 from shardwise.launch.shared_memory.slots import Slots
 
@@ -355,7 +355,7 @@ class _DoneWork(Work):
 class _CalledWork(_DoneWork):
     """Collective that was called to be waited for later."""
 
-    def __init__(self, order: Order, pending: Pending, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, order: Order, pending: Queued, tensors: Sequence[Tensor]) -> None:
         super().__init__(tensors)
         self._order, self._pending = order, pending
         self._seen: Future[Any] | None = None
