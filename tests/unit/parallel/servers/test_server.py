@@ -17,7 +17,7 @@ from serving import SHAPES, first, gradients, trained, work
 
 from shardwise.errors import RequestError, ShardwiseError
 from shardwise.launch.beside import listen
-from shardwise.parallel.servers import client, handshake
+from shardwise.parallel.servers import client, handshake, server
 from shardwise.parallel.servers.client import ServerGroup
 from shardwise.parallel.servers.frames import HEADER, MAGIC, VERSION, Frame, Kind, receive_frame, send_frame
 from shardwise.parallel.servers.handshake import chosen_token, greet, prove
@@ -241,3 +241,27 @@ def test_a_short_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen_token()
     monkeypatch.delenv(handshake.TOKEN_SETTING)
     assert chosen_token() != chosen_token()
+
+
+def test_a_server_that_starts_again_has_the_state_that_replaced_its_log(start: Start, tmp_path: Path) -> None:
+    with mock.patch.object(server, "LEAST_EVENT_BYTES", 1000):
+        servers = group(start(1, None), 0)
+        fill(servers)
+        for _ in range(20):
+            before = give(servers, 0)[0].tensors
+    states = list((tmp_path / "1").glob("state-*"))
+    assert len(states) == 1, "the log was never replaced, or an old state is left"
+    assert int(states[0].name.partition("-")[2]) > 1
+    setup = ServerSetup(
+        workload=work(),
+        trained=trained(),
+        names=tuple(SHAPES),
+        workers=1,
+        token=TOKEN,
+        staleness=None,
+        folder=str(tmp_path / "1"),
+    )
+    with socket.socket() as listener:
+        again = ParameterServer(setup, listener)._shard
+    assert again.updates == 20
+    assert all(torch.equal(value, before[name]) for name, value in again.shown_parameters().items())
