@@ -28,7 +28,7 @@ def connected(function: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture
-def workers(workers: Pools) -> Callable[[int, Callable[[], Any]], list[Any]]:  # type: ignore[misc]
+def workers(workers: Pools) -> Callable[[int, Callable[[], Any]], list[Any]]:
     return lambda count, function: workers(count, connected, function)
 
 
