@@ -7,8 +7,11 @@ STRATEGIES := single dp=2 fsdp=2 tp=2 pp=2 dp=2,tp=2 fsdp=2,pp=2 auto
 ENGINES := slurm-wlm munge openmpi-bin openssh-client
 DEMO = $(BIN)/shardwise compare image --epochs 4 --set schedule_epochs=4 $(foreach strategy,$(STRATEGIES),--strategy '$(strategy)')
 
+COMPAT := $(addprefix tests/,$(addprefix multiprocess/,test_keras.py test_script_objects.py test_horovod_operations.py \
+	test_horovod_optimizer.py) cli/test_horovod_scripts.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo readme test browser engines unit models plans pages docs check format bench clean
+.PHONY: help setup demo readme test compat browser engines unit models plans pages docs check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1 - /'
@@ -30,8 +33,11 @@ readme: $(STAMP) ## runs the demo and puts its table into README.md and its twin
 	$(DEMO) > build/demo.txt
 	$(BIN)/python docs/insert_demo.py build/demo.txt README.md README.zh-CN.md
 
-test: $(STAMP) ## runs all tests but those in a browser and on engines, in two processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/browser --ignore tests/engines
+test: $(STAMP) ## runs all tests but those in a browser, on engines and of other software, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/browser --ignore tests/engines $(COMPAT:%=--ignore %)
+
+compat: $(STAMP) ## runs the tests of Horovod's calls, Keras, Lightning and Accelerate
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(COMPAT)
 
 browser: $(STAMP) ## tests reports in headless Chromium (Debian: apt-get install chromium chromium-driver)
 	SHARDWISE_BROWSER=required $(BIN)/python -m pytest tests/browser
