@@ -97,7 +97,7 @@ def learned(recipe: str, strategies: Sequence[str], seeds: int) -> dict[str, lis
     for seed, strategy in itertools.product(range(seeds), strategies):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "run")
-            train(recipe, strategy, steps=STEPS[recipe], seed=seed, out=out, quiet=True, proof=False)
+            train(recipe, strategy=strategy, steps=STEPS[recipe], seed=seed, out=out, quiet=True, proof=False)
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         found[strategy].append([line["loss"] for line in lines if "step" in line and "learning_rate" in line])
         sys.stderr.write(f"{recipe} {strategy} seed {seed}: loss {smooth(found[strategy][-1])[-1]:.4g}\n")

@@ -16,7 +16,6 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from shardwise.errors import RequestError
-from shardwise.launch.meeting import meet
 from shardwise.launch.ranks import RankContext
 
 if TYPE_CHECKING:
@@ -133,6 +132,8 @@ class StoreBoard:
 
 def board_of(context: RankContext) -> StoreBoard:
     """Return the board of the job in which `context` is one of the workers. Raises RequestError if nobody answers."""
+    from shardwise.launch.meeting import meet  # only workers need it, and every start would take longer
+
     met = meet(context)
     return StoreBoard(met.address, met.port, f"shardwise-{context.restarts}")
 
@@ -142,6 +143,8 @@ def is_to_say(context: RankContext) -> bool | None:
 
     It cannot always be rank 0: launchers end all workers as soon as one has ended, maybe before rank 0 can report.
     """
+    from shardwise.launch.meeting import meet
+
     end = time.monotonic() + SAY_SECONDS
     try:
         meet(context, SAY_SECONDS)

@@ -19,8 +19,6 @@ import os
 from collections.abc import Mapping
 
 from shardwise.errors import RequestError
-from shardwise.launch.engines.mpi import mpi_rank
-from shardwise.launch.engines.slurm import slurm_rank
 from shardwise.launch.ranks import ENGINE, ENVIRONMENT, STORE_DESCRIPTOR, TORCHRUN, RankContext, number
 from shardwise.units import parse_whole
 
@@ -29,6 +27,9 @@ LOCAL_WORKER = "SHARDWISE_LOCAL_WORKER"
 
 OUTPUT = "SHARDWISE_OUTPUT"
 """Environment variable with the file descriptor of the command's standard output in workers that Shardwise started."""
+
+_OTHERS = ("OMPI_", "SLURM_")
+"""Beginnings of the variables of launchers that have a file in `launch.engines`."""
 
 _IDENTITY, _MEETING = ("RANK", "WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
 
@@ -45,7 +46,13 @@ def rank_context(environment: Mapping[str, str] | None = None) -> RankContext | 
     env = os.environ if environment is None else environment
     if LOCAL_WORKER in env:
         return None
-    return _named_rank(env) or mpi_rank(env) or slurm_rank(env)
+    named = _named_rank(env)
+    if named is not None or not any(name.startswith(_OTHERS) for name in env):
+        return named
+    from shardwise.launch.engines.mpi import mpi_rank  # every start would take longer
+    from shardwise.launch.engines.slurm import slurm_rank
+
+    return mpi_rank(env) or slurm_rank(env)
 
 
 def _named_rank(env: Mapping[str, str]) -> RankContext | None:

@@ -18,10 +18,8 @@ from shardwise.launch.allocator import keep_memory
 from shardwise.launch.board import board_of
 from shardwise.launch.context import given_threads, rank_context
 from shardwise.launch.exit import die_with_parent
-from shardwise.launch.meeting import meet
 from shardwise.launch.ranks import TORCHRUN, RankContext
 from shardwise.launch.scheduling import run_uninterrupted, state_of
-from shardwise.launch.shared_memory.backend import backend
 from shardwise.launch.shared_memory.choice import transport
 
 TASKS = Path("/proc/self/task")
@@ -100,6 +98,8 @@ def join_launcher(workers: int | None = None) -> None:
     if context.one_host:
         for variable, device in _loopback().items():
             os.environ.setdefault(variable, device)
+    from shardwise.launch.meeting import meet  # only workers need it, and every start would take longer
+
     _init(meet(context).store, context.rank, context.workers)
     board = board_of(context)
     watch.settle(context.rank, context.workers, board, partial(watch.report_here, board))
@@ -164,6 +164,8 @@ def _check_gpus(local_workers: int) -> None:
 
 def _init(store: Any, rank: int, workers: int) -> None:
     import torch.distributed as dist
+
+    from shardwise.launch.shared_memory.backend import backend
 
     dist.init_process_group(backend(), store=store, rank=rank, world_size=workers)
 

@@ -17,7 +17,7 @@ from shardwise.compat.horovod.elastic import loop, sampler, state
 from shardwise.compat.horovod.execution import scaled, share_of
 from shardwise.compat.horovod.requests import CollectiveRequest, disagreement
 from shardwise.errors import RequestError
-from shardwise.launch.context import RankContext
+from shardwise.launch.ranks import RankContext
 
 
 def asked(name: str = "x", *shape: int, **fields: object) -> CollectiveRequest:
@@ -131,7 +131,7 @@ def test_a_state_returns_to_its_last_commit(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def context(**fields: object) -> RankContext:
-    known = RankContext(0, 2, 0, 2, "localhost", 1, True, 0)
+    known = RankContext(rank=0, workers=2, local_rank=0, local_workers=2, address="localhost", port=1, elastic=True)
     return replace(known, **fields)  # type: ignore[arg-type]
 
 

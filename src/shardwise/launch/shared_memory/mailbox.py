@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shardwise.launch.shared_memory.neighbours import Neighbours
-from shardwise.launch.shared_memory.segment import ARENA_BYTES, ENTRIES, Kind
+from shardwise.launch.shared_memory.segment import ARENA_BYTES, ENTRIES, SemaphoreKind
 
 PIECE_BYTES = 4 * 2**20
 ALIGNED = 64
@@ -60,8 +60,8 @@ class Outbox:
     def __init__(self, neighbours: Neighbours) -> None:
         own = neighbours.segments[neighbours.rank]
         self._neighbours, self._segment = neighbours, own
-        self._posted = [own.semaphore(Kind.POSTED, other) for other in range(neighbours.count)]
-        self._taken = [own.semaphore(Kind.TAKEN, other) for other in range(neighbours.count)]
+        self._posted = [own.semaphore(SemaphoreKind.POSTED, other) for other in range(neighbours.count)]
+        self._taken = [own.semaphore(SemaphoreKind.TAKEN, other) for other in range(neighbours.count)]
         self._sent = [0] * neighbours.count
         self._places: list[deque[tuple[int, int]]] = [deque() for _ in range(neighbours.count)]
         self._waiting: list[deque[Sending]] = [deque() for _ in range(neighbours.count)]
@@ -144,8 +144,8 @@ class Inbox:
     def __init__(self, neighbours: Neighbours, other: int) -> None:
         self._neighbours, self._other = neighbours, other
         self._segment = neighbours.segments[other]
-        self._posted = self._segment.semaphore(Kind.POSTED, neighbours.rank)
-        self._taken = self._segment.semaphore(Kind.TAKEN, neighbours.rank)
+        self._posted = self._segment.semaphore(SemaphoreKind.POSTED, neighbours.rank)
+        self._taken = self._segment.semaphore(SemaphoreKind.TAKEN, neighbours.rank)
         self._read = 0
         self._asked: list[Receiving] = []
         self._aside: list[Receiving] = []

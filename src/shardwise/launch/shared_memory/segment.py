@@ -1,7 +1,7 @@
 """The memory that each worker of a group owns and all of them map: what it writes for the others.
 
     nonce         16 bytes by which the others see that they have mapped the right memory, then one: its owner has left
-    semaphores    four kinds for each other worker, see `Kind`
+    semaphores    four kinds for each other worker, see `SemaphoreKind`
     entries       for each other worker a ring of ENTRIES descriptions of messages to it
     slots         SLOTS pieces of SLOT_BYTES, for collectives
     arena         the messages themselves
@@ -36,7 +36,7 @@ ARENA_BYTES = 128 * 2**20
 NONCE_BYTES = 16
 
 
-class Kind(IntEnum):
+class SemaphoreKind(IntEnum):
     """Kind of a semaphore in the memory of a worker, one for each other worker.
 
     FILLED and FREE count the slots that the other may read and those that it has read. POSTED and TAKEN count the
@@ -74,8 +74,8 @@ class SharedSegment:
         os.ftruncate(file, -(-entries // mmap.PAGESIZE) * mmap.PAGESIZE + SLOTS * SLOT_BYTES + ARENA_BYTES)
         segment = cls(file, workers)
         for worker in range(workers):
-            for kind in Kind:
-                segment.semaphore(kind, worker).initialize(SLOTS if kind is Kind.FREE else 0)
+            for kind in SemaphoreKind:
+                segment.semaphore(kind, worker).initialize(SLOTS if kind is SemaphoreKind.FREE else 0)
         segment.memory[:NONCE_BYTES] = nonce
         return segment, file
 
@@ -102,7 +102,7 @@ class SharedSegment:
         """Note that its owner leaves the group, so that nobody waits for it any more."""
         self.memory[NONCE_BYTES] = 1
 
-    def semaphore(self, kind: Kind, worker: int) -> Semaphore:
+    def semaphore(self, kind: SemaphoreKind, worker: int) -> Semaphore:
         """Return the semaphore of a kind for another worker of the group."""
         return Semaphore(self._address + _semaphore_at(kind, worker, self._workers))
 
@@ -116,4 +116,4 @@ def _semaphore_at(kind: int, worker: int, workers: int) -> int:
 
 
 def _entries_at(workers: int) -> int:
-    return _semaphore_at(len(Kind), 0, workers)
+    return _semaphore_at(len(SemaphoreKind), 0, workers)

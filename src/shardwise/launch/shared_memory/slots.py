@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardwise.launch.shared_memory.neighbours import Neighbours
-from shardwise.launch.shared_memory.segment import SLOTS, Kind
+from shardwise.launch.shared_memory.segment import SLOTS, SemaphoreKind
 
 
 class Slots:
@@ -20,11 +20,11 @@ class Slots:
         self.rank, self.count = neighbours.rank, neighbours.count
         self._neighbours = neighbours
         own, others = neighbours.segments[self.rank], neighbours.others
-        self._free = [(other, own.semaphore(Kind.FREE, other)) for other in others]
-        self._filled = [own.semaphore(Kind.FILLED, other) for other in others]
+        self._free = [(other, own.semaphore(SemaphoreKind.FREE, other)) for other in others]
+        self._filled = [own.semaphore(SemaphoreKind.FILLED, other) for other in others]
         segments = neighbours.segments
-        self._arriving = [segment.semaphore(Kind.FILLED, self.rank) for segment in segments]
-        self._read = [segment.semaphore(Kind.FREE, self.rank) for segment in segments]
+        self._arriving = [segment.semaphore(SemaphoreKind.FILLED, self.rank) for segment in segments]
+        self._read = [segment.semaphore(SemaphoreKind.FREE, self.rank) for segment in segments]
         self._turn = [0] * self.count
         self._claimed = 0
         self._views: dict[torch.dtype, list[list[Tensor]]] = {}

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from shardwise.collective import Collective, Group
 from shardwise.predict.closed_form.overlap import Passed, TimedPiece, overlapped
 from shardwise.predict.closed_form.pipeline import Messages, StageTime, TimedPass, pipeline_seconds, played
 from shardwise.predict.closed_form.segment_times import PassSeconds
-from shardwise.predict.workers.step_program import Piece
+from shardwise.predict.workers.step_program import Communication, Piece
 from shardwise.splitting.schedule import BACKWARD, Action, order
 
 
@@ -103,7 +104,9 @@ def shares(passed: Passed) -> tuple[float, float, float]:
 
 
 def piece(compute: float, gather: float = 0.0, *reductions: float) -> TimedPiece:
-    return TimedPiece(Piece(0, 1), compute, gather, reductions)
+    """Return a piece whose reductions are over groups of their own."""
+    sent = (Collective("reduce_scatter", 8, Group(2, stride)) for stride, _ in enumerate(reductions, 1))
+    return TimedPiece(Piece(0, 1, Communication(reductions=tuple(sent))), compute, gather, reductions)
 
 
 def sharded(
