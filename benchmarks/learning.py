@@ -31,19 +31,13 @@ from typing import Any
 
 from benchmarks.harness import environment, median, record
 from benchmarks.hosts import HOSTS, NoHosts, device, hosts, run_on_hosts
+from shardwise.planner import means as planner
 
 RECIPES = ("image", "language", "medical")
 PLAIN = "dp=2"
-MEANS = (
-    "compress=bf16",
-    "compress=int8",
-    "compress=powersgd:4",
-    "compress=topk:0.01",
-    "compress=sign",
-    "local=16",
-    "local=16,outer=nesterov",
-    "local=64,outer=nesterov",
-)
+MEANS = tuple(means for means in planner.MEANS if not means.startswith("ps="))
+"""Means to measure: those that a plan offers, but for stale servers, whose learning depends on the link."""
+
 LINKS = (10_000, 1_000, 100)
 """Megabits per second between the hosts."""
 
