@@ -262,14 +262,14 @@ def _with_launcher(
     """
     join_launcher(count)
     choice: Choice | None = None
+    quiet = bool(options["quiet"])
     if is_first():
         try:
             check_hosts()
-            quiet = bool(options["quiet"])
             choice = choose(loaded.workload, asked.workers or count, quiet=quiet, margin=margin, allow=allowed)
         except NotMeasured as error:
             asked = _unmeasured(asked, error)
-            _say_unmeasured(asked, error, quiet=bool(options["quiet"]))
+            _say_unmeasured(asked, error, quiet=quiet)
     told = None if choice is None else (str(choice.best.strategy), choice.cuts(choice.best.strategy))
     chosen = json.loads(Workers().exchange(json.dumps(told))[0])
     strategy, cuts = chosen or (None, ())
