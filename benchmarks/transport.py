@@ -59,7 +59,9 @@ def measured(rounds: int) -> dict[str, list[list[float]]]:
     """Return seconds of (shared memory, gloo) in each round, by operation and bytes. Collective."""
     import torch.distributed as dist
 
-    groups = (dist.group.WORLD, dist.new_group(backend=GLOO))
+    from shardwise.launch.shared_memory.process_group import register
+
+    groups = (dist.new_group(backend=register()), dist.new_group(backend=GLOO))
     found = {}
     for size in SIZES:
         for operation in OPERATIONS:
