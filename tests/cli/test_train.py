@@ -32,6 +32,7 @@ def test_train_and_resume(run: Run, folder: Path) -> None:
     whole = document(done.stdout)
     assert whole["strategy"] == "dp=2"
     assert (whole["steps"], whole["workers"], whole["run"]) == (6, 2, "whole")
+    assert whole["transport"] == "shm"
     assert {"loss", "accuracy"} == set(whole["metrics"])
     assert all(whole[key] > 0 for key in ("loss", "samples_per_second", "step_seconds", "alpha", "memory_bytes"))
     assert whole["first_step"]["proved"]

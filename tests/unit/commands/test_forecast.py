@@ -98,6 +98,22 @@ def test_threads_that_were_not_measured(home: Path, monkeypatch: pytest.MonkeyPa
     assert "Box was not measured with 1 workers of 7 threads each" in found.reason
 
 
+def test_a_file_of_another_transport_is_not_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = home / "box.toml"
+    write_cluster(replace(BOX, software={"backend": "gloo"}), path)
+    monkeypatch.setenv("SHARDWISE_CLUSTER", str(path))
+    monkeypatch.delenv("SHARDWISE_TRANSPORT", raising=False)
+    (found,) = forecasts(workload(), strategies("dp=2"))
+    assert found.seconds is None
+    assert found.reason == (
+        f"{path} was measured with SHARDWISE_TRANSPORT=gloo, workers use shm here: "
+        f"run shardwise calibrate --out {path} again, or set SHARDWISE_TRANSPORT=gloo"
+    )
+    monkeypatch.setenv("SHARDWISE_TRANSPORT", "gloo")
+    (found,) = forecasts(workload(), strategies("dp=2"))
+    assert found.seconds is not None
+
+
 def test_a_wrong_file_is_an_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHARDWISE_CLUSTER", str(home / "nowhere.toml"))
     with pytest.raises(ClusterError, match=r"nowhere\.toml: there is no such file"):

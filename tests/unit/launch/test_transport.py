@@ -8,10 +8,10 @@ from shardwise.errors import RequestError
 from shardwise.launch.shared_memory.choice import GLOO, SETTING, SHM, transport
 
 
-def test_it_is_gloo_unless_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(SETTING, raising=False)
+def test_it_is_shared_memory_unless_gloo_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SETTING, GLOO)
     assert transport() == GLOO
-    monkeypatch.setenv(SETTING, SHM)
+    monkeypatch.delenv(SETTING)
     assert transport() == SHM
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")  # torch checks collectives of its own backends only
     assert transport() == GLOO

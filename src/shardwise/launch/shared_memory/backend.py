@@ -1,8 +1,8 @@
-"""Backend of torch.distributed for the process groups of a worker."""
+"""Backend of torch.distributed for the process groups of a worker, and what a group communicates by."""
 
 from __future__ import annotations
 
-from shardwise.launch.shared_memory.choice import GLOO, transport
+from shardwise.launch.shared_memory.choice import GLOO, NCCL, SHM, transport
 
 
 def backend() -> str:
@@ -16,3 +16,17 @@ def backend() -> str:
     from shardwise.launch.shared_memory.process_group import register
 
     return register()
+
+
+def used() -> str | None:
+    """Return what the group of all workers communicates by: NCCL, SHM or GLOO. Returns None for a single worker."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    if torch.cuda.is_available():
+        return NCCL
+    from shardwise.launch.shared_memory.process_group import SharedMemoryGroup
+
+    return SHM if isinstance(dist.group.WORLD, SharedMemoryGroup) else GLOO

@@ -1,4 +1,4 @@
-"""Choice of how workers on CPUs reach each other: by gloo, or through shared memory where they are on one host."""
+"""Choice of how workers on CPUs reach each other: through shared memory if they are on one host, else by gloo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ SETTING = "SHARDWISE_TRANSPORT"
 """Environment variable that chooses one of TRANSPORTS for workers of one host."""
 
 SHM, GLOO = TRANSPORTS = ("shm", "gloo")
+
+NCCL = "nccl"
+"""Transport between workers on GPUs, which none of TRANSPORTS changes."""
 
 EVENTS = f"{SHM}:"
 """Prefix of the names that the profiler gives to what is sent through shared memory; that of gloo is `gloo:`."""
@@ -25,7 +28,7 @@ def transport() -> str:
     Raises:
         RequestError: the environment variable SETTING is none of TRANSPORTS.
     """
-    chosen = os.environ.get(SETTING, GLOO)
+    chosen = os.environ.get(SETTING, SHM)
     if chosen not in TRANSPORTS:
         raise RequestError(f"{SETTING}={chosen}: must be {' or '.join(TRANSPORTS)}")
     possible = sys.platform == "linux" and hasattr(os, "memfd_create") and sys.maxsize > 2**32

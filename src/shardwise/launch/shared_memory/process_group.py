@@ -1,7 +1,7 @@
 """Process group of torch.distributed whose workers share memory: a backend in Python, see `Backend.register_backend`.
 
 It is the only module here that depends on how torch calls a backend. torch calls the methods of a Python process group
-directly, from Python and from C++ (DDP); `tests/processes/test_shared_memory.py` notices when their names change.
+directly, from Python and from C++ (DDP); `tests/multiprocess/test_shared_memory.py` notices when their names change.
 """
 
 from __future__ import annotations

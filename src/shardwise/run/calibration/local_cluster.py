@@ -19,7 +19,8 @@ from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.errors import ClusterError, NotMeasured
 from shardwise.launch.context import rank_context, under_launcher
-from shardwise.launch.shared_memory.choice import transport
+from shardwise.launch.shared_memory.choice import SETTING as TRANSPORT
+from shardwise.launch.shared_memory.choice import TRANSPORTS, transport
 from shardwise.run.calibration.trust import disturbed
 from shardwise.workload.recipes.datasets.cache import cache_folder, check_writable
 
@@ -40,15 +41,16 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
         quiet: do not print that it is being measured.
 
     Raises:
-        NotMeasured: measuring is switched off, or not possible here.
-        ClusterError: the cluster file that the environment sets is wrong.
+        NotMeasured: measuring is switched off, or not possible here; or the cluster file that the environment sets was
+            measured with another transport than workers use here.
+        ClusterError: that file is wrong.
         WorkerFailed: a worker died during the measurement.
     """
     setting = os.environ.get(SETTING, "")
     if setting == OFF:
         raise NotMeasured(f"this machine is not measured: {SETTING}={OFF}")
     if setting:
-        return read_cluster(setting)
+        return _of_this_transport(read_cluster(setting), setting)
     check_place()
     known = _kept()
     if known is not None and not _to_measure_again(known):
@@ -67,6 +69,17 @@ def cluster_at_hand(*, quiet: bool = False) -> Cluster:
     cluster = calibrate(effort=QUICK, quiet=quiet)
     assert cluster is not None
     keep(cluster)
+    return cluster
+
+
+def _of_this_transport(cluster: Cluster, path: str) -> Cluster:
+    """Return a cluster that was measured with the transport of workers here. Raises NotMeasured if it was not."""
+    backend = cluster.software.get("backend")
+    if backend in TRANSPORTS and backend != transport():
+        raise NotMeasured(
+            f"{path} was measured with {TRANSPORT}={backend}, workers use {transport()} here: run shardwise calibrate "
+            f"--out {path} again, or set {TRANSPORT}={backend}"
+        )
     return cluster
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from shardwise.errors import blamed
 from shardwise.launch import gate, waiting, watch
 from shardwise.launch.join import crowding
+from shardwise.launch.shared_memory.backend import used
 from shardwise.parallel.program import Program
 from shardwise.run.checkpoint.checkpoints import Checkpoints
 from shardwise.run.checkpoint.folder import final_path, step_of
@@ -290,6 +291,7 @@ class RunRecord:
                 "strategy": str(strategy),
                 "microbatches": self.program.strategy.microbatches,
                 "workers": strategy.workers,
+                "transport": used(),
                 "steps": self.program.steps,
                 "loss": loss,
                 "skipped_steps": self._guard.skipped,
