@@ -83,6 +83,7 @@ bench: $(STAMP) ## runs the benchmarks; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.hosting
 	$(BIN)/python -m benchmarks.transport
+	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.tracing
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.this_machine

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ import torch.distributed as dist
 from pool import Pools, use_backend
 from torch import Tensor, nn
 
+from shardwise.host_layers import LEAST_BYTES
+from shardwise.launch.shared_memory import neighbours
+from shardwise.launch.shared_memory.backend import used
+from shardwise.launch.shared_memory.layered_group import PIECE_BYTES as LAYERED_PIECE_BYTES
 from shardwise.launch.shared_memory.mailbox import PIECE_BYTES
 from shardwise.launch.shared_memory.process_group import SharedMemoryGroup, register
 from shardwise.launch.shared_memory.segment import ARENA_BYTES, ENTRIES, SLOT_BYTES
@@ -21,15 +27,19 @@ DTYPES = (*FLOATS, torch.int32, torch.int64, torch.uint8, torch.bool)
 SIZES = (0, 1, 1000, SLOT_BYTES // 4 + 3)
 
 
-def connected(function: Callable[[], Any]) -> Any:
-    """Run a function whose process group shares memory."""
-    use_backend(register())
-    return function()
+def on_hosts(host: Callable[[int], int], function: Callable[[], Any]) -> Any:
+    """Run a function whose process groups take workers for those of several hosts."""
+    name = [f"host {host(dist.get_rank())}"]
+    with mock.patch.object(neighbours, "_host", return_value=name):
+        use_backend(register())
+        return function()
 
 
-@pytest.fixture
-def workers(workers: Pools) -> Callable[[int, Callable[[], Any]], list[Any]]:
-    return lambda count, function: workers(count, connected, function)
+@pytest.fixture(params=["neighbours", "others"])
+def two_hosts(workers: Pools, request: pytest.FixtureRequest) -> Callable[[Callable[[], Any]], list[Any]]:
+    """Four workers on two hosts of two: ranks 0 and 1 on one host, or 0 and 2."""
+    host = {"neighbours": lambda rank: rank // 2, "others": lambda rank: rank % 2}[request.param]
+    return lambda function: workers(4, on_hosts, host, function)
 
 
 def values(size: int, dtype: torch.dtype, rank: int, salt: int = 0) -> Tensor:
@@ -40,7 +50,7 @@ def values(size: int, dtype: torch.dtype, rank: int, salt: int = 0) -> Tensor:
 
 def shared() -> SharedMemoryGroup:
     group = dist.group.WORLD
-    assert type(group) is SharedMemoryGroup
+    assert isinstance(group, SharedMemoryGroup)
     return group
 
 
@@ -338,3 +348,86 @@ def replicated_alone() -> None:
 
 def test_ddp_is_told_of_a_worker_that_leaves(workers: Pools) -> None:
     workers(2, replicated_alone)
+
+
+Hosts = Callable[[Callable[[], Any]], list[Any]]
+
+
+def layered() -> None:
+    assert used() == "shm+gloo"
+    equal_to_gloo()
+
+
+def test_every_operation_over_hosts_equals_gloo(two_hosts: Hosts) -> None:
+    two_hosts(layered)
+
+
+def layered_numbers() -> list[Tensor]:
+    """Results of random numbers in several pieces that no number of workers divides: as all ranks have them.
+
+    They equal those of gloo, which runs over all workers at once, in float64.
+    """
+    torch.manual_seed(dist.get_rank())
+    gloo, count, found = dist.new_group(backend="gloo"), dist.get_world_size(), []
+    for size in (LEAST_BYTES // 8, 3 * LAYERED_PIECE_BYTES // 8 + 5):
+        whole = torch.randn(size * count, dtype=torch.float64)
+        for operation in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+            sums, parts = [], []
+            for group in (None, gloo):
+                x, part = whole[: size + 1].clone(), torch.empty(size, dtype=torch.float64)
+                dist.all_reduce(x, operation, group=group)
+                dist.reduce_scatter_single(part, whole, operation, group=group)
+                sums.append(x)
+                parts.append(part)
+            torch.testing.assert_close(*sums, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(*parts, rtol=1e-12, atol=1e-12)
+            everything = torch.empty_like(whole)
+            dist.all_gather_single(everything, parts[0])
+            found += [sums[0], everything]
+    return found
+
+
+def test_layers_sum_as_all_workers_at_once_do(two_hosts: Hosts) -> None:
+    first, *others = two_hosts(layered_numbers)
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_layered_collectives_may_be_waited_for_in_any_order(two_hosts: Hosts) -> None:
+    two_hosts(overtaking)
+
+
+def test_ddp_over_hosts(two_hosts: Hosts) -> None:
+    first, *others = two_hosts(replicated)
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def left_by_one() -> None:
+    """One worker leaves the group: all others are told, also on the other host."""
+    group = dist.new_group()
+    if dist.get_rank() == 1:
+        dist.destroy_process_group(group)
+        return
+    try:
+        with pytest.raises(RuntimeError, match=r"Connection|closed|reset"):
+            dist.all_reduce(torch.ones(LEAST_BYTES), group=group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def test_a_worker_that_leaves_is_noticed_on_all_hosts(two_hosts: Hosts) -> None:
+    start = time.monotonic()
+    two_hosts(left_by_one)
+    assert time.monotonic() - start < 30
+
+
+def apart() -> str | None:
+    return used()
+
+
+def test_hosts_of_different_sizes_use_gloo(workers: Pools) -> None:
+    assert workers(3, on_hosts, partial(min, 1), apart) == ["gloo"] * 3
+    assert workers(2, on_hosts, int, apart) == ["gloo"] * 2

@@ -13,7 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "shardwise"
 
-VALUES = {"errors", "units", "options", "strategy", "collective", "files", "tomlfile", "version"}
+VALUES = {"errors", "units", "options", "strategy", "collective", "files", "host_layers", "tomlfile", "version"}
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "units": set(),
@@ -21,6 +21,7 @@ FLOORS: dict[str, set[str]] = {
     "strategy": {"errors", "units", "options"},
     "collective": {"errors", "units"},
     "files": {"errors", "units"},
+    "host_layers": {"collective"},
     "tomlfile": {"errors", "units", "files"},
     "version": set(),
     "starting": set(),

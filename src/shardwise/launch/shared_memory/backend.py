@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwise.launch.shared_memory.choice import GLOO, NCCL, SHM, transport
+from shardwise.launch.shared_memory.choice import GLOO, NCCL, transport
 
 
 def backend() -> str:
@@ -19,7 +19,7 @@ def backend() -> str:
 
 
 def used() -> str | None:
-    """Return what the group of all workers communicates by: NCCL, SHM or GLOO. Returns None for a single worker."""
+    """Return what the group of all workers communicates by: NCCL, SHM, LAYERED or GLOO. None for a single worker."""
     import torch
     import torch.distributed as dist
 
@@ -29,4 +29,5 @@ def used() -> str | None:
         return NCCL
     from shardwise.launch.shared_memory.process_group import SharedMemoryGroup
 
-    return SHM if isinstance(dist.group.WORLD, SharedMemoryGroup) else GLOO
+    group = dist.group.WORLD
+    return group.transport if isinstance(group, SharedMemoryGroup) else GLOO

@@ -12,6 +12,9 @@ SETTING = "SHARDWISE_TRANSPORT"
 
 SHM, GLOO = TRANSPORTS = ("shm", "gloo")
 
+LAYERED = "shm+gloo"
+"""Transport of a group over several hosts: shared memory within each of them, gloo between them."""
+
 NCCL = "nccl"
 """Transport between workers on GPUs, which none of TRANSPORTS changes."""
 

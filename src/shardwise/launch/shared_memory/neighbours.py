@@ -9,9 +9,11 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardwise.host_layers import host_grid
 from shardwise.launch.scheduling import state_of
 from shardwise.launch.shared_memory.segment import NONCE_BYTES, SharedSegment
 from shardwise.launch.shared_memory.semaphore import Semaphore
@@ -25,25 +27,39 @@ are what somebody wants to use."""
 
 
 class Neighbours:
-    """Memory of each worker of a group, by rank in the group.
+    """Memory of each worker of a group that is on this host, by its number among them.
 
     Attributes:
-        rank: rank of this process in the group.
+        rank: number of this process.
         segments: memory of each worker.
+
+    Args:
+        rank: number of this process.
+        segments: memory of each worker.
+        processes: process of each worker.
+        names: rank of each worker in the group.
+        seconds: time limit of the group's operations.
     """
 
-    def __init__(self, rank: int, segments: Sequence[SharedSegment], processes: Sequence[int], seconds: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        segments: Sequence[SharedSegment],
+        processes: Sequence[int],
+        names: Sequence[int],
+        seconds: float,
+    ) -> None:
         self.rank, self.segments = rank, tuple(segments)
-        self._processes, self._seconds = tuple(processes), seconds
+        self._processes, self._names, self._seconds = tuple(processes), tuple(names), seconds
 
     @property
     def count(self) -> int:
-        """Number of workers of the group."""
+        """Number of workers."""
         return len(self.segments)
 
     @property
     def others(self) -> list[int]:
-        """Return the ranks of the others in ascending order."""
+        """Return the numbers of the others in ascending order."""
         return [rank for rank in range(self.count) if rank != self.rank]
 
     def wait(self, semaphore: Semaphore, rank: int) -> None:
@@ -62,13 +78,13 @@ class Neighbours:
             if gone:
                 self.check(rank)
             if time.monotonic() > end:
-                raise RuntimeError(f"worker {rank} of the group did not answer within {self._seconds:g} s")
+                raise RuntimeError(f"worker {self._names[rank]} of the group did not answer within {self._seconds:g} s")
 
     def check(self, rank: int) -> None:
         """Raise RuntimeError if a worker has left the group or ended."""
         if self._is_gone(rank):
             raise RuntimeError(
-                f"Connection closed: worker {rank} of the group (process {self._processes[rank]}) is gone"
+                f"Connection closed: worker {self._names[rank]} of the group (process {self._processes[rank]}) is gone"
             )
 
     def leave(self) -> None:
@@ -79,8 +95,21 @@ class Neighbours:
         return self.segments[rank].left or not _runs(self._processes[rank])
 
 
-def meet(store: Any, rank: int, count: int, seconds: float) -> Neighbours | str:
-    """Map the memory of all workers of a group. Collective.
+@dataclass(frozen=True)
+class Met:
+    """Workers of a group that share memory within each host.
+
+    Attributes:
+        neighbours: the workers of this host.
+        hosts: ranks in the group of the workers of each host; equally many.
+    """
+
+    neighbours: Neighbours
+    hosts: tuple[tuple[int, ...], ...]
+
+
+def meet(store: Any, rank: int, count: int, seconds: float) -> Met | str:
+    """Map the memory of all workers of a group that are on this host. Collective.
 
     Args:
         store: store of the group.
@@ -90,24 +119,30 @@ def meet(store: Any, rank: int, count: int, seconds: float) -> Neighbours | str:
 
     Returns:
         The workers. On all of them the reason why they do not share memory if one may not open the memory of another,
-        and an empty text if they run on several hosts.
+        and an empty text if hosts have one worker each, or not equally many.
     """
     nonce = secrets.token_bytes(NONCE_BYTES)
     with _created(count, nonce) as (segment, file):
         cards = _exchange(store, "card", rank, count, [*_host(), os.getpid(), file, nonce.hex()])
-        if len({tuple(card[:-3]) for card in cards}) > 1:
+        hosts = host_grid([tuple(card[:-3]) for card in cards])
+        if not hosts:
             return ""
-        segments, problem = [segment] * count, ""
+        members = next(row for row in hosts if rank in row)
+        own = members.index(rank)
+        segments, problem = [segment] * len(members), ""
         try:
-            for other in range(count):
+            for number, other in enumerate(members):
                 if other != rank:
                     process, theirs, mark = cards[other][-3:]
-                    segments[other] = SharedSegment.attach(process, theirs, count, bytes.fromhex(mark))
+                    segments[number] = SharedSegment.attach(process, theirs, count, bytes.fromhex(mark))
         except OSError as error:
             problem = f"worker {rank} cannot open the memory of another: {error}"
         # nobody closes a file before all have opened it
         problems = [each for each in _exchange(store, "mapped", rank, count, problem) if each]
-    return problems[0] if problems else Neighbours(rank, segments, [card[-3] for card in cards], seconds)
+    if problems:
+        return str(problems[0])
+    processes = [cards[member][-3] for member in members]
+    return Met(Neighbours(own, segments, processes, members, seconds), hosts)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from shardwise.launch.shared_memory import collectives
 from shardwise.launch.shared_memory.choice import EVENTS, SHM
 from shardwise.launch.shared_memory.collectives import SlotOperation
 from shardwise.launch.shared_memory.mailbox import Inbox, Outbox, Receiving, Sending
-from shardwise.launch.shared_memory.neighbours import Neighbours, meet
+from shardwise.launch.shared_memory.neighbours import Met, Neighbours, meet
 from shardwise.launch.shared_memory.order import Order, Queued
 from shardwise.launch.shared_memory.reduction import Reduction
 from shardwise.launch.shared_memory.slots import Slots
@@ -40,13 +41,23 @@ def register() -> str:
 
 
 def _create(store: Any, rank: int, count: int, timeout: timedelta) -> Any:
-    """Create a group that shares memory; one of gloo if its workers are on several hosts or cannot. Collective."""
-    found = meet(store, rank, count, timeout.total_seconds())
-    if isinstance(found, Neighbours):
-        return SharedMemoryGroup(found)
-    if found and rank == 0:
-        logging.getLogger("shardwise").warning("workers use gloo instead of shared memory, which is slower: %s", found)
-    group = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, count, timeout=timeout)
+    """Create a group that shares memory within each host; one of gloo if its workers cannot or need not. Collective."""
+    met = meet(store, rank, count, timeout.total_seconds())
+    if isinstance(met, Met) and len(met.hosts) == 1:
+        return SharedMemoryGroup(met.neighbours, rank, count)
+    gloo = partial(_gloo, store, timeout)
+    if isinstance(met, Met):
+        from shardwise.launch.shared_memory.layered_group import LayeredGroup
+
+        return LayeredGroup(met, rank, count, gloo)
+    if met and rank == 0:
+        logging.getLogger("shardwise").warning("workers use gloo instead of shared memory, which is slower: %s", met)
+    return gloo("gloo", rank, count)
+
+
+def _gloo(store: Any, timeout: timedelta, name: str, rank: int, count: int) -> Any:
+    """Create a group of gloo. Collective over its workers, which give it the same name."""
+    group = dist.ProcessGroupGloo(PrefixStore(name, store), rank, count, timeout=timeout)
     group._set_sequence_number_for_group()
     return group
 
@@ -58,9 +69,11 @@ _Untyped: Any = ProcessGroup
 class SharedMemoryGroup(_Untyped):  # type: ignore[misc]
     """Process group whose workers share memory."""
 
-    def __init__(self, neighbours: Neighbours) -> None:
-        super().__init__(neighbours.rank, neighbours.count)
-        self._rank, self._count = neighbours.rank, neighbours.count
+    transport = SHM
+
+    def __init__(self, neighbours: Neighbours, rank: int, count: int) -> None:
+        super().__init__(rank, count)
+        self._rank, self._count = rank, count
         self._neighbours = neighbours
         self._slots, self._order = Slots(neighbours), Order()
         self._outbox = Outbox(neighbours)
@@ -114,10 +127,9 @@ class SharedMemoryGroup(_Untyped):  # type: ignore[misc]
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
         """Reduce each tensor over all workers, in place."""
-        reduction = Reduction(dist.ReduceOp.SUM if opts is None else opts.reduceOp)
         call = _Call("all_reduce", tensors, opts)
         for tensor in tensors:
-            call.add(collectives.all_reduce(self._slots, call.output(tensor), reduction))
+            call.add(self._reduced(call.output(tensor), _operator(opts)))
         return self._run(call)
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
@@ -129,21 +141,21 @@ class SharedMemoryGroup(_Untyped):  # type: ignore[misc]
         call, root = _Call("reduce", tensors, opts), self._rank == opts.rootRank
         for tensor in tensors:
             flat = call.output(tensor) if root else tensor.detach().clone().reshape(-1)
-            call.add(collectives.all_reduce(self._slots, flat, Reduction(opts.reduceOp)))
+            call.add(self._reduced(flat, opts.reduceOp))
         return self._run(call)
 
     def broadcast(self, tensors: Sequence[Tensor], opts: Any) -> Work:
         """Copy each tensor of the root to all workers."""
         call = _Call("broadcast", tensors, opts)
         for tensor in tensors:
-            call.add(collectives.broadcast(self._slots, _bytes(call.output(tensor)), opts.rootRank))
+            call.add(self._told(_bytes(call.output(tensor)), opts.rootRank))
         return self._run(call)
 
     def allgather(self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = None) -> Work:
         """Copy each input of all workers to each worker's list of outputs."""
         call = _Call("all_gather", [each for row in outputs for each in row], opts)
         for row, part in zip(outputs, inputs, strict=True):
-            call.add(self._gathered([_bytes(call.output(each)) for each in row], part))
+            call.add(self._parts_gathered([_bytes(call.output(each)) for each in row], part))
         return self._run(call)
 
     allgather_coalesced = allgather
@@ -158,7 +170,7 @@ class SharedMemoryGroup(_Untyped):  # type: ignore[misc]
         """Copy each input of all workers to each worker's output, one after another."""
         call = _Call("all_gather", outputs, opts)
         for output, part in zip(outputs, inputs, strict=True):
-            call.add(self._gathered(_cut(_bytes(call.output(output)), self._count), part))
+            call.add(self._parts_gathered(_cut(_bytes(call.output(output)), self._count), part))
         return self._run(call)
 
     _allgather_base = all_gather_single
@@ -190,18 +202,34 @@ class SharedMemoryGroup(_Untyped):  # type: ignore[misc]
     def barrier(self, opts: Any = None) -> Work:
         """Wait until all workers have called this."""
         call = _Call("barrier", [], opts)
-        call.add(collectives.barrier(self._slots))
+        call.add(self._joined())
         return self._run(call)
 
-    def _gathered(self, outputs: Sequence[Tensor], part: Tensor) -> SlotOperation:
+    def _parts_gathered(self, outputs: Sequence[Tensor], part: Tensor) -> SlotOperation:
         mine = _bytes(_flat(part))
         _check_sizes([len(output) for output in outputs], len(mine))
-        return collectives.all_gather(self._slots, outputs, mine)
+        return self._gathered(outputs, mine)
 
     def _scattered(self, output: Tensor, parts: Sequence[Tensor], opts: Any) -> SlotOperation:
         _check_sizes([len(part) for part in parts], len(output))
-        reduction = Reduction(dist.ReduceOp.SUM if opts is None else opts.reduceOp)
-        return collectives.reduce_scatter(self._slots, output, parts, reduction)
+        return self._reduce_scattered(output, parts, _operator(opts))
+
+    # ---- operations of flat tensors, of which a group over several hosts has others ----
+
+    def _told(self, data: Tensor, root: int) -> SlotOperation:
+        return collectives.broadcast(self._slots, data, root)
+
+    def _joined(self) -> SlotOperation:
+        return collectives.barrier(self._slots)
+
+    def _reduced(self, flat: Tensor, asked: Any) -> SlotOperation:
+        return collectives.all_reduce(self._slots, flat, Reduction(asked))
+
+    def _reduce_scattered(self, output: Tensor, parts: Sequence[Tensor], asked: Any) -> SlotOperation:
+        return collectives.reduce_scatter(self._slots, output, parts, Reduction(asked))
+
+    def _gathered(self, outputs: Sequence[Tensor], part: Tensor) -> SlotOperation:
+        return collectives.all_gather(self._slots, outputs, part)
 
     # ---- exchanges of pieces of any size, which are messages ----
 
@@ -513,6 +541,11 @@ def _contiguous(tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
         data.copy_(copied)
 
     return copied, put_back
+
+
+def _operator(opts: Any) -> Any:
+    """Return the operation of a reduction; a sum if there are no options."""
+    return dist.ReduceOp.SUM if opts is None else opts.reduceOp
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
     cluster with collectives     their curves, for the group size and the number of concurrent groups of the job
     cluster without, and         `predict.hardware.network`, from the latency and bandwidth of the levels
     operations not measured
+    group of CPUs over hosts     the sum of its steps, see `host_layers`, if its size was not measured
 
 Workers that share the cores of a CPU slow each other down; calibration measures by how much.
 """
@@ -19,6 +20,7 @@ from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device
 from shardwise.cluster.curves import Curves, Line, situations
 from shardwise.collective import Collective
 from shardwise.errors import RequestError
+from shardwise.host_layers import layer_steps
 from shardwise.predict.hardware import gpu, network
 from shardwise.predict.hardware.constants import constants
 from shardwise.predict.profile.kernel import Kernel
@@ -164,18 +166,25 @@ def collective_seconds(collective: Collective, cluster: Cluster, workers: int = 
     group = collective.group
     if group.size <= 1:
         return 0.0
-    if not cluster.collectives:
-        return network.collective_seconds(collective, cluster)
     nodes = _nodes_of(collective, cluster)
     known = [c for c in cluster.collectives if c.operation == collective.operation and c.nodes == nodes and c.samples]
+    if nodes > 1 and _in_layers(cluster) and all(curve.ranks != group.size for curve in known):
+        steps = layer_steps(collective, cluster.node_size)
+        if steps:
+            return sum(collective_seconds(step, cluster, workers) for step in steps)
     if not known:
         return network.collective_seconds(collective, cluster)
     ranks = min({curve.ranks for curve in known}, key=lambda count: (abs(count - group.size), -count))
     seconds = _at_once([curve for curve in known if curve.ranks == ranks], collective.bytes, workers // group.size)
     if ranks == group.size:
         return seconds
-    measured = replace(collective, group=replace(group, size=ranks))
-    return seconds * _modelled(collective, cluster) / _modelled(measured, cluster)
+    nearest = replace(collective, group=replace(group, size=ranks))
+    return seconds * _modelled(collective, cluster) / _modelled(nearest, cluster)
+
+
+def _in_layers(cluster: Cluster) -> bool:
+    """Return whether workers of a cluster run collectives over hosts in layers: those on CPUs, unless by gloo alone."""
+    return cluster.nodes[0].device.kind == "cpu" and cluster.software.get("backend") != "gloo"
 
 
 def _modelled(collective: Collective, cluster: Cluster) -> float:
