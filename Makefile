@@ -11,7 +11,7 @@ COMPAT := $(addprefix tests/,$(addprefix multiprocess/,test_keras.py test_script
 	test_horovod_optimizer.py) cli/test_horovod_scripts.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo readme test compat browser engines unit models plans pages docs check format bench clean
+.PHONY: help setup demo readme test compat horovod browser engines unit models plans pages docs check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1 - /'
@@ -38,6 +38,9 @@ test: $(STAMP) ## runs all tests but those in a browser, on engines and of other
 
 compat: $(STAMP) ## runs the tests of Horovod's calls, Keras, Lightning and Accelerate
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(COMPAT)
+
+horovod: $(STAMP) ## downloads Horovod's source and compares its calls with those of shardwise.compat.horovod
+	$(BIN)/python -m benchmarks.horovod_calls
 
 browser: $(STAMP) ## tests reports in headless Chromium (Debian: apt-get install chromium chromium-driver)
 	SHARDWISE_BROWSER=required $(BIN)/python -m pytest tests/browser

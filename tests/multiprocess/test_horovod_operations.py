@@ -50,7 +50,9 @@ def ranks() -> None:
     assert hvd.is_homogeneous()
     hvd.shutdown()
     assert not hvd.is_initialized()
-    hvd.init()
+    with pytest.raises(ValueError, match="has not been initialized"):
+        hvd.size()
+    hvd.init(process_sets="dynamic")
     assert hvd.is_initialized()
 
 
@@ -115,6 +117,19 @@ def groups() -> None:
             assert gathered.shape[0] == SIDE * size
     mixed = hvd.grouped_allreduce([numbers(1), numbers(2, torch.int64)], op=hvd.Sum)
     assert [each.dtype for each in mixed] == [torch.float32, torch.int64]
+
+
+def sparse_reductions() -> None:
+    """Sparse tensors of other places on each rank have the sum and mean of dense ones; several at a time."""
+    dense = [numbers(2, dtype, rows=9, seed=hvd.rank()) * (numbers(2, dtype, rows=9, seed=9) > 5) for dtype in TRAINED]
+    waiting = [
+        (one, op, hvd.sparse_allreduce_async(one.to_sparse(), name=f"{op}.{number}", op=op))
+        for number, one in enumerate(dense)
+        for op in (hvd.Average, hvd.Sum)
+    ]
+    for one, op, result in waiting:
+        assert result().is_sparse
+        assert torch.equal(result().to_dense(), hvd.allreduce(one, op=op))
 
 
 def names_in_another_order() -> None:
@@ -264,6 +279,11 @@ def misuses() -> None:
         first = hvd.allreduce_async(torch.ones(1), name="twice")  # the others ask for it after the barrier
         with pytest.raises(ValueError, match="has not ended"):
             hvd.allreduce_async(torch.ones(1), name="twice")
+    with pytest.raises(ValueError, match="must be Average or Sum"):
+        hvd.sparse_allreduce_async(torch.eye(2).to_sparse(), "sparse", hvd.Max)
+    for wrong in ([0.5], "01"):
+        with pytest.raises(ValueError, match="whole numbers"):
+            hvd.ProcessSet(wrong)  # type: ignore[arg-type]
     hvd.barrier()
     if hvd.rank():
         first = hvd.allreduce_async(torch.ones(1), name="twice")
@@ -302,6 +322,7 @@ def sets() -> None:
     assert mine.included()
     assert not other.included()
     assert mine.rank() == rank // 2
+    assert even.ranks == list(range(0, size, 2))
     assert hvd.get_process_set_ids_and_ranks()[even.process_set_id or 0] == list(range(0, size, 2))
     summed = hvd.allreduce(torch.tensor([float(rank)]), op=hvd.Sum, process_set=mine)
     assert float(summed) == sum(mine.ranks)
@@ -312,7 +333,7 @@ def sets() -> None:
     assert hvd.broadcast_object({"rank": rank}, root, process_set=mine) == {"rank": root}
     with pytest.raises(RequestError, match="is not in the process set"):
         hvd.allreduce(torch.ones(1), process_set=other)
-    with pytest.raises(RequestError, match="already"):
+    with pytest.raises(ValueError, match="already"):
         hvd.add_process_set(range(0, size, 2))
     with pytest.raises(RequestError, match="must be some of"):
         hvd.add_process_set([size])
@@ -383,6 +404,7 @@ def normalized() -> None:
 
 ALL = (
     *(ranks, reductions, factors, handles, groups, names_in_another_order, gathers, broadcasts, exchanges, scatters),
+    *(sparse_reductions,),
     *(gradients, disagreements, misuses, joins, compressed, objects, normalized),
 )
 

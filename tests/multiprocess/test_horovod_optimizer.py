@@ -168,7 +168,7 @@ def clips() -> None:
     assert_close(model, list(whole.parameters()))
     F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
     optimizer.synchronize()
-    with pytest.warns(UserWarning, match="skip_synchronize"):
+    with pytest.warns(UserWarning, match=r"step\(\) called without optimizer.skip_synchronize\(\) context"):
         optimizer.step()
 
 
@@ -249,6 +249,8 @@ def names() -> None:
             hvd.DistributedOptimizer(make(model.parameters()), named_parameters=wrong)
     with pytest.raises(ValueError, match="needs op=Average"):
         hvd.DistributedOptimizer(make(model.parameters()), gradient_predivide_factor=2.0, op=hvd.Sum)
+    with pytest.raises(ValueError, match="backward_passes_per_step=0: must be 1 or more"):
+        hvd.DistributedOptimizer(make(model.parameters()), backward_passes_per_step=0)
     with pytest.raises(ValueError, match="several groups"):
         hvd.DistributedOptimizer(make(model.parameters()), groups=[list(model.parameters())] * 2)
     optimizer = hvd.DistributedOptimizer(make([{"params": model[0].parameters()}, {"params": model[2].parameters()}]))
@@ -287,6 +289,7 @@ def same_state(name: str, wrap: bool) -> None:
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     assert optimizer.param_groups[0]["lr"] == 0.5
+    hvd.broadcast_optimizer_state(optimizer, 0, model)
     for value in hvd.allgather_object(optimizer.state_dict()):
         assert str(value) == str(optimizer.state_dict())
     for parameter in model.parameters():

@@ -54,6 +54,7 @@ from shardwise.compat.horovod.operations import (
     poll,
     reducescatter,
     reducescatter_async,
+    sparse_allreduce_async,
     synchronize,
 )
 from shardwise.compat.horovod.optimizer import DistributedOptimizer as DistributedOptimizer
@@ -89,9 +90,12 @@ def gloo_enabled() -> bool:
     return True
 
 
-def nccl_built() -> bool:
-    """Return whether collectives on GPUs use NCCL."""
-    return torch.cuda.is_available()
+def nccl_built() -> int:
+    """Return the version of NCCL that collectives on GPUs use, such as 22703 for 2.27.3; 0 without GPUs."""
+    if not torch.cuda.is_available():
+        return 0
+    major, minor, patch = torch.cuda.nccl.version()[:3]
+    return major * 10000 + minor * 100 + patch
 
 
 def cuda_built() -> bool:
@@ -197,5 +201,6 @@ __all__ = [
     "run",
     "shutdown",
     "size",
+    "sparse_allreduce_async",
     "synchronize",
 ]

@@ -15,9 +15,9 @@ class Compressor:
         return tensor, None
 
     @staticmethod
-    def decompress(tensor: Tensor, context: torch.dtype | None) -> Tensor:
+    def decompress(tensor: Tensor, ctx: torch.dtype | None) -> Tensor:
         """Return the received tensor as it was before `compress`."""
-        return tensor if context is None else tensor.to(context)
+        return tensor if ctx is None else tensor.to(ctx)
 
 
 class HalfCompressor(Compressor):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwise.compat.horovod import operations
 from shardwise.compat.horovod.objects import decode, encode
@@ -46,9 +46,18 @@ def broadcast_parameters(
 
 
 def broadcast_optimizer_state(
-    optimizer: torch.optim.Optimizer, root_rank: int, process_set: ProcessSet = global_process_set
+    optimizer: torch.optim.Optimizer,
+    root_rank: int,
+    model: nn.Module | None = None,
+    process_set: ProcessSet = global_process_set,
 ) -> None:
     """Replace the state and the options of an optimizer on all ranks by those of rank `root_rank`.
+
+    Args:
+        optimizer: an optimizer, distributed or not.
+        root_rank: rank that has the values.
+        model: not needed: in Horovod it says which parameters have sparse gradients.
+        process_set: ranks that take part.
 
     Raises:
         RequestError: the state holds something that is no tensor and no plain value.

@@ -6,7 +6,7 @@ each rank gets that of its own part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,11 +43,11 @@ def _ask(
     form: str = "one",
     **fields: Any,
 ) -> CollectiveHandle:
-    """Ask for a collective and return its handle. Raises ValueError for tensors that none can send."""
+    """Ask for a collective and return its handle. Raises ValueError or HorovodInternalError for unfit tensors."""
     negotiator = negotiator_of(process_set)
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
-        raise ValueError(
+        raise HorovodInternalError(
             f"{kind}: the tensors of a group must be on one device, these are on {sorted(map(str, devices))}"
         )
     for tensor in tensors:
@@ -477,19 +477,31 @@ def grouped_reducescatter(
 
 def sparse_allreduce_async(
     tensor: Tensor, name: str, op: str, process_set: ProcessSet = global_process_set
-) -> tuple[CollectiveHandle, CollectiveHandle]:
-    """Begin to gather the indices and values of a sparse tensor from all ranks; `sparse_result` adds them up."""
-    coalesced = tensor.detach().coalesce()
-    return (
+) -> Callable[[], Tensor]:
+    """Begin to reduce a sparse tensor over all ranks; the returned function waits for the result and returns it.
+
+    Args:
+        tensor: the sparse tensor.
+        name: name by which the ranks find each other's tensors.
+        op: Average or Sum.
+        process_set: ranks that take part.
+
+    Raises:
+        ValueError: another `op`, which zeros between the values would change.
+    """
+    if op not in (AVERAGE, SUM):
+        raise ValueError(f"sparse all-reduce with op={op!r}: must be Average or Sum")
+    coalesced, divisor = tensor.detach().coalesce(), process_set.size() if op == AVERAGE else 1
+    handles = (
         allgather_async(coalesced.indices().t().contiguous(), f"{name}.indices", process_set),
         allgather_async(coalesced.values(), f"{name}.values", process_set),
     )
 
+    def result() -> Tensor:
+        indices, values = (synchronize(handle) for handle in handles)
+        return torch.sparse_coo_tensor(indices.t(), values / divisor, tensor.shape).coalesce()
 
-def sparse_result(handles: tuple[CollectiveHandle, CollectiveHandle], shape: Any, divisor: int) -> Tensor:
-    """Return the sparse sum over the ranks, divided by `divisor`."""
-    indices, values = (synchronize(handle) for handle in handles)
-    return torch.sparse_coo_tensor(indices.t(), values / divisor, shape).coalesce()
+    return result
 
 
 def join(device: int = -1) -> int:

@@ -92,11 +92,10 @@ class _ReducedGradients(torch.optim.Optimizer):
 
     def _sent_sparse(self, parameter: nn.Parameter, gradient: Tensor, name: str) -> Callable[[], None]:
         process_set, op = self._reduction["process_set"], self._reduction["op"]
-        handles = operations.sparse_allreduce_async(gradient, name, op, process_set)
-        divisor = process_set.size() if op == AVERAGE else 1
+        result = operations.sparse_allreduce_async(gradient, name, op, process_set)
 
         def receive() -> None:
-            parameter.grad = operations.sparse_result(handles, gradient.shape, divisor)
+            parameter.grad = result()
 
         return receive
 
@@ -139,7 +138,8 @@ class _ReducedGradients(torch.optim.Optimizer):
         if self._should_synchronize:
             if self._synchronized:
                 warnings.warn(
-                    "optimizer.step() after optimizer.synchronize() reduces the gradients again: put it into "
+                    "optimizer.step() called without optimizer.skip_synchronize() context after "
+                    "optimizer.synchronize() reduces the gradients again: put it into "
                     "`with optimizer.skip_synchronize():`",
                     stacklevel=2,
                 )
@@ -237,10 +237,13 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
         process_set: ranks that take part.
 
     Raises:
-        ValueError: the names are no pairs, not unique or not all, or options contradict each other.
+        ValueError: the names are no pairs, not unique or not all, an option is out of range, or options contradict
+            each other.
     """
     if gradient_predivide_factor != 1.0 and op != AVERAGE:
         raise ValueError("gradient_predivide_factor needs op=Average")
+    if backward_passes_per_step < 1:
+        raise ValueError(f"backward_passes_per_step={backward_passes_per_step}: must be 1 or more")
     names = _named(optimizer, named_parameters)
     number = optimizer_number()
     base = _AdasumUpdates if op == ADASUM else _ReducedGradients

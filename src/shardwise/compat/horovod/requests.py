@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shardwise.errors import ShardwiseError
+from shardwise.errors import RequestError, ShardwiseError
 
 AVERAGE, SUM, ADASUM, MIN, MAX, PRODUCT = "Average", "Sum", "Adasum", "Min", "Max", "Product"
 
@@ -22,6 +22,10 @@ PIECES = ("allgather", "alltoall")
 
 class HorovodInternalError(ShardwiseError, RuntimeError):
     """A collective that failed: the ranks do not agree about it, or one of them is gone."""
+
+
+class HorovodUseError(RequestError, ValueError):
+    """A call that is wrong by itself, found before anything is sent: no `init`, unknown ranks or process sets."""
 
 
 class HostsUpdatedInterrupt(ShardwiseError, RuntimeError):

@@ -9,7 +9,7 @@ import json
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from shardwise.compat.horovod import execution
 from shardwise.compat.horovod.execution import Members
 from shardwise.compat.horovod.negotiation import Negotiator
-from shardwise.errors import RequestError
+from shardwise.compat.horovod.requests import HorovodUseError
 from shardwise.launch.context import rank_context, under_launcher
 from shardwise.launch.join import join_alone, join_launcher
 
@@ -28,10 +28,15 @@ class ProcessSet:
     Attributes:
         ranks: global ranks, ascending.
         process_set_id: number of the set; 0 is the set of all ranks, None a set that was not added.
+
+    Raises:
+        HorovodUseError: a rank is no whole number.
     """
 
     def __init__(self, ranks: Sequence[int]) -> None:
-        self.ranks: tuple[int, ...] = tuple(sorted({int(rank) for rank in ranks}))
+        if isinstance(ranks, str) or not all(isinstance(rank, int) for rank in ranks):
+            raise HorovodUseError(f"ProcessSet({ranks!r}): must be a list of ranks, which are whole numbers")
+        self.ranks: list[int] = sorted(set(ranks))
         self.process_set_id: int | None = None
 
     def size(self) -> int:
@@ -40,7 +45,7 @@ class ProcessSet:
         return len(self.ranks)
 
     def rank(self) -> int:
-        """Return the place of this process in the set. Raises RequestError if it is not in it."""
+        """Return the place of this process in the set. Raises HorovodUseError if it is not in it."""
         self.check_included()
         return self.ranks.index(rank())
 
@@ -50,12 +55,12 @@ class ProcessSet:
         return rank() in self.ranks
 
     def check_included(self) -> None:
-        """Raise RequestError if this process is not in the set."""
+        """Raise HorovodUseError if this process is not in the set."""
         if not self.included():
-            raise RequestError(f"rank {rank()} is not in the process set of ranks {list(self.ranks)}")
+            raise HorovodUseError(f"rank {rank()} is not in the process set of ranks {self.ranks}")
 
     def __repr__(self) -> str:
-        return f"ProcessSet(process_set_id={self.process_set_id}, ranks={list(self.ranks)})"
+        return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks})"
 
 
 @dataclass(slots=True)
@@ -80,15 +85,18 @@ global_process_set = ProcessSet(())
 _world: _World | None = None
 
 
-def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | None = None) -> None:
+def init(
+    comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | Literal["dynamic"] | None = None
+) -> None:
     """Join the job that this process belongs to; collective. Does nothing if it already has.
 
     Args:
         comm: must be all ranks, or None: a job of some of the ranks of another one is a process set here.
-        process_sets: sets of ranks to add.
+        process_sets: sets of ranks to add; `dynamic` adds none, as None: sets can always be added later.
 
     Raises:
-        RequestError: the launcher's variables are wrong, the other workers do not come, or `comm` is not all ranks.
+        RequestError: the launcher's variables are wrong, or the other workers do not come.
+        HorovodUseError: `comm` is not all ranks, or a process set is wrong.
     """
     global _world
     if _world is not None:
@@ -96,12 +104,12 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
     _join()
     count = dist.get_world_size()
     if comm is not None and sorted(comm) != list(range(count)):
-        raise RequestError(f"init(comm={list(comm)}): must be all {count} ranks: use process_sets for some of them")
+        raise HorovodUseError(f"init(comm={list(comm)}): must be all {count} ranks: use process_sets for some of them")
     members = _members(range(count))
     _world = _placed(members)
-    global_process_set.ranks, global_process_set.process_set_id = members.ranks, 0
+    global_process_set.ranks, global_process_set.process_set_id = list(members.ranks), 0
     _world.negotiators[0], _world.sets[0] = Negotiator(members), global_process_set
-    for process_set in process_sets or ():
+    for process_set in () if process_sets is None or process_sets == "dynamic" else process_sets:
         add_process_set(process_set)
 
 
@@ -206,15 +214,15 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     """Add a set of ranks and return it; all ranks call this, also those that are not in it.
 
     Raises:
-        RequestError: a rank does not exist, the set is empty, or it was added before.
+        HorovodUseError: a rank does not exist, the set is empty, or it was added before.
     """
     world = _present()
     added = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
     wrong = [each for each in added.ranks if not 0 <= each < world.size]
     if wrong or not added.ranks:
-        raise RequestError(f"process set of ranks {list(added.ranks)}: must be some of 0 to {world.size - 1}")
+        raise HorovodUseError(f"process set of ranks {added.ranks}: must be some of 0 to {world.size - 1}")
     if any(each.ranks == added.ranks for each in world.sets.values()):
-        raise RequestError(f"there is a process set of ranks {list(added.ranks)} already: use that one")
+        raise HorovodUseError(f"there is a process set of ranks {added.ranks} already: use that one")
     members = _members(added.ranks)
     added.process_set_id, world.next_set = world.next_set, world.next_set + 1
     world.sets[added.process_set_id] = added
@@ -242,7 +250,7 @@ def get_process_set_ids_and_ranks() -> dict[int, list[int]]:
 
 
 def negotiator_of(process_set: ProcessSet) -> Negotiator:
-    """Return the negotiator of a process set. Raises RequestError if this process is not in it."""
+    """Return the negotiator of a process set. Raises HorovodUseError if this process is not in it."""
     process_set.check_included()
     assert process_set.process_set_id is not None
     return _present().negotiators[process_set.process_set_id]
@@ -258,10 +266,10 @@ def optimizer_number() -> int:
 def _check_added(process_set: ProcessSet) -> None:
     _present()
     if process_set.process_set_id is None:
-        raise RequestError(f"the process set of ranks {list(process_set.ranks)} was not added: call add_process_set")
+        raise HorovodUseError(f"the process set of ranks {process_set.ranks} was not added: call add_process_set")
 
 
 def _present() -> _World:
     if _world is None:
-        raise RequestError("Horovod has not been initialized: call shardwise.compat.horovod.init() first")
+        raise HorovodUseError("Horovod has not been initialized: call shardwise.compat.horovod.init() first")
     return _world
