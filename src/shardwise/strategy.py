@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from math import gcd, isqrt
+from operator import attrgetter
 from typing import Any
 
 from shardwise.errors import StrategyError, nearest
@@ -85,6 +86,8 @@ _INTEGERS = (
     "delay",
     "ps",
 )
+_WHOLE = attrgetter(*_INTEGERS)
+"""Function that returns all whole numbers of a strategy at once: a search makes a hundred thousand strategies."""
 _TEXTS = ("schedule", "precision", "reduce", "outermost", "outer")
 _MAY_BE_EMPTY = ("precision", "reduce")
 _VALUES: dict[str, type[Recompute | Ratio | Compression | Staleness]] = {
@@ -214,12 +217,9 @@ class Strategy:
 
     def _check_kinds(self) -> None:
         """Parse what is spelled, and check the type of each field and the size of numbers. Raises StrategyError."""
-        for name in _INTEGERS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise StrategyError(f"{name}={value!r}: must be a whole number")
-            if not -MOST <= value <= MOST:
-                raise StrategyError(f"{name}={_shown(value)}: must be {MOST} or less")
+        whole = _WHOLE(self)
+        if set(map(type, whole)) != {int} or max(whole) > MOST or min(whole) < -MOST:
+            self._check_integers()
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise StrategyError(f"{name}={getattr(self, name)!r}: must be a text")
@@ -232,6 +232,14 @@ class Strategy:
             if not isinstance(value, str):
                 raise StrategyError(f"{name}={value!r}: must be a text")
             object.__setattr__(self, name, kind.parse(name, value))
+
+    def _check_integers(self) -> None:
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise StrategyError(f"{name}={value!r}: must be a whole number")
+            if not -MOST <= value <= MOST:
+                raise StrategyError(f"{name}={_shown(value)}: must be {MOST} or less")
 
     def _check_options(self) -> None:
         """Check that each option comes with the axis that it belongs to. Raises StrategyError."""

@@ -47,14 +47,13 @@ def families(
             replicas = workers // tp // pp
             if pp > segments or batch_size % replicas or not constraints.allows("pp", pp):
                 continue
-            for family in _of_degrees(tp, pp, replicas, batch_size // replicas, constraints, segments):
-                family = family.with_(compile=compile) if compile else family
+            for family in _of_degrees(tp, pp, replicas, batch_size // replicas, constraints, segments, compile):
                 if software is None or software.family_refusal(family) is None:
                     yield family
 
 
 def _of_degrees(
-    tp: int, pp: int, replicas: int, share: int, constraints: Constraints, segments: int
+    tp: int, pp: int, replicas: int, share: int, constraints: Constraints, segments: int, compiled: int
 ) -> Iterator[Strategy]:
     reduce = constraints.fixed.get("reduce", "") if replicas > 1 else ""
     compress = constraints.fixed.get("compress", "") if replicas > 1 else ""
@@ -86,6 +85,7 @@ def _of_degrees(
                             plain_steps=int(constraints.fixed.get("plain_steps", 0)) if compress else 0,
                             loss_pieces=int(constraints.fixed.get("loss_pieces", 0)),
                             states=int(constraints.fixed.get("states", 0)),
+                            compile=compiled,
                         )
 
 
@@ -140,14 +140,13 @@ def spellings(family: Strategy, constraints: Constraints, spans: Sequence[int] =
         outermost = (fixed,)
     found: list[dict[str, Any]] = []
     for fsdp in reversed(divisors(replicas)):
+        words = [word for word in outermost if word != "pp" or fixed or not _same_layout(family, fsdp, spans)]
         for zero in (3, 2, 1) if fsdp > 1 else (3,):
             if zero == 1 and fsdp != replicas:
                 continue  # the optimizer state is split over all replicas in either spelling
-            for word in outermost:
-                if word == "pp" and not fixed and _same_layout(family, fsdp, spans):
-                    continue
+            for word in words:
                 spelling: dict[str, Any] = {"dp": replicas // fsdp, "fsdp": fsdp, "zero": zero, "outermost": word}
-                spelling |= _asked_for(constraints, family.with_(dp=replicas // fsdp, fsdp=fsdp, zero=zero))
+                spelling |= _asked_for(constraints, family, fsdp, zero)
                 if all(constraints.allows(option, value) for option, value in spelling.items()) and (
                     constraints.software is None or constraints.software.refusal(family.with_(**spelling)) is None
                 ):
@@ -155,12 +154,14 @@ def spellings(family: Strategy, constraints: Constraints, spans: Sequence[int] =
     return found
 
 
-def _asked_for(constraints: Constraints, strategy: Strategy) -> dict[str, int]:
-    """Return bucket and offload as the user fixed them, or 0 where the strategy does not support them."""
-    return {
-        "bucket": int(constraints.fixed.get("bucket", 0)) if strategy.sums_in_buckets else 0,
-        "offload": int(constraints.fixed.get("offload", 0)) if strategy.splits_parameters else 0,
-    }
+def _asked_for(constraints: Constraints, family: Strategy, fsdp: int, zero: int) -> dict[str, int]:
+    """Return bucket and offload as the user fixed them, or 0 where a member of the family does not support them."""
+    bucket, offload = (int(constraints.fixed.get(option, 0)) for option in ("bucket", "offload"))
+    if bucket or offload:
+        member = family.with_(dp=family.dp // fsdp, fsdp=fsdp, zero=zero)
+        bucket *= member.sums_in_buckets
+        offload *= member.splits_parameters
+    return {"bucket": bucket, "offload": offload}
 
 
 def _same_layout(family: Strategy, fsdp: int, spans: Sequence[int]) -> bool:
