@@ -567,6 +567,7 @@ def plan(
     *,
     cluster: str | None = None,
     workers: int | str | None = None,
+    engine: str = "local",
     objective: str = "time",
     max_memory: str | None = None,
     fix: Sequence[str] = (),
@@ -588,6 +589,8 @@ def plan(
         cluster: as in `simulate`; None: this machine, as `calibrate` measured it.
         workers: number of devices to use; None: all devices of the cluster, but of workers that share the cores of a
             measured CPU no more than were measured to pay. `"1..64"` adds the scaling curve from 1 to 64 devices.
+        engine: `slurm` plans for the allocation that this process is in: for as many workers as it has tasks. Its
+            nodes must be as the cluster's.
         objective: quantity to minimize: `time`, `memory` or `money`.
         max_memory: memory limit of a device, for example `40GiB`; None: all that it has, less by the margin.
         fix: options that the strategy must have, for example `tp=8`.
@@ -612,7 +615,8 @@ def plan(
         The document that `shardwise plan --json` prints.
 
     Raises:
-        RequestError: the cluster, the workload or a constraint is wrong, or two constraints contradict each other.
+        RequestError: the cluster, the workload, the allocation or a constraint is wrong, or two constraints contradict
+            each other.
         DoesNotFit: no strategy fits into the memory of the devices.
     """
     from shardwise.commands.plan import planned
@@ -626,6 +630,7 @@ def plan(
             source,
             cluster,
             workers,
+            engine=engine,
             objective=objective,
             max_memory=max_memory,
             fix=fix,

@@ -254,6 +254,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.workload,
         cluster=options.cluster,
         workers=options.workers,
+        engine=options.plan_engine,
         objective=options.objective,
         max_memory=options.max_memory,
         fix=options.fix,
@@ -281,6 +282,7 @@ def _check_alone(options: argparse.Namespace) -> None:
         "--set": options.set,
         "--seed": options.seed,
         "--workers": options.workers,
+        "--engine": options.plan_engine != "local",
         "--objective": options.objective != "time",
         "--max-memory": options.max_memory,
         "--fix": options.fix,
@@ -686,6 +688,13 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     plan.add_argument(
         "--workers", metavar="N|A..B", help="devices to use; a range for the curve of scaling (default: all that pay)"
+    )
+    plan.add_argument(
+        "--engine",
+        dest="plan_engine",  # `engine` is that of commands which start workers
+        default="local",
+        metavar="NAME",
+        help="slurm: plan for the tasks of the allocation that this command is in",
     )
     plan.add_argument(
         "--objective", default="time", metavar="WHAT", help="time, memory or money: what is to be small (default: time)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
@@ -81,6 +82,16 @@ def test_an_allocation_is_used(folder: Path) -> None:
     done = call("salloc", "--nodes=2", "--ntasks=2", *line, "--steps", "2", "--engine", "slurm")
     assert done.returncode == 0, done.stderr
     assert "rank 1 of 2, 0 of 1, by slurm" in done.stderr
+
+
+def test_a_plan_reads_the_allocation() -> None:
+    plan = (*SHARDWISE, "plan", "gpt:layers=2", "--engine", "slurm", "--json", "--cluster")
+    done = call("salloc", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", *plan, "h100x4")
+    assert done.returncode == 2
+    assert "the allocation has 2 + 2 tasks on its nodes, h100x4 has 4 devices" in done.stderr
+    done = call("salloc", "--nodes=1", "--ntasks=3", *plan, "h100x4")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["workers"] == 3
 
 
 def test_a_step_of_another_size_is_refused_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shardwise.cluster.cluster import Cluster
 from shardwise.commands.request import settle_strategy
 from shardwise.errors import RequestError
 from shardwise.launch.context import environment
@@ -45,7 +46,7 @@ def run_under(
     around = environment()
     allocated = launcher.allocated(around)
     if strategy in (None, "auto"):
-        needed = workers if workers is not None else allocated
+        needed = workers if workers is not None or allocated is None else allocated.workers
         if needed is None:
             raise RequestError(
                 f"engine {engine}: how many workers to start? give --workers, or a --strategy that says it"
@@ -63,6 +64,34 @@ def run_under(
         environment=around,
     )
     return launcher.script(asked) if dry_run else launch(launcher, asked)
+
+
+def allocated_workers(engine: str, workers: int | str | None, cluster: Cluster) -> int:
+    """Return the workers of the allocation of `engine` that this command is in, to plan for them on `cluster`.
+
+    Raises:
+        RequestError: there is no allocation, `workers` is another number, or the workers of the allocation's nodes are
+            not those of the cluster's nodes, so that ranks would not share the nodes that a plan means.
+    """
+    allocation = launcher_of(engine).allocated(environment())
+    if allocation is None:
+        raise RequestError(f"engine {engine}: this command is in no allocation: leave out --engine, or allocate first")
+    count = allocation.workers
+    if workers is not None and str(workers) != str(count):
+        raise RequestError(f"workers={workers}: the allocation of {engine} was made for {count} tasks: leave one out")
+    has = [nodes.devices for nodes in cluster.nodes for _ in range(nodes.count)][: len(allocation.nodes)]
+    *full, last = allocation.nodes or (0,)
+    if not last or len(has) <= len(full) or full != has[:-1] or last > has[-1]:
+        raise RequestError(
+            f"engine {engine}: the allocation has {_numbers(allocation.nodes)} tasks on its nodes, {cluster.name} has "
+            f"{_numbers(has)} devices on as many: give the cluster file of these nodes (shardwise calibrate --engine "
+            f"{engine}), or allocate with --ntasks-per-node"
+        )
+    return count
+
+
+def _numbers(nodes: Sequence[int]) -> str:
+    return " + ".join(map(str, nodes)) or "no known number of"
 
 
 def passed_on(arguments: Sequence[str]) -> tuple[str, ...]:

@@ -13,8 +13,10 @@ import torch
 
 from shardwise.cluster.cluster import Cluster, check_margin
 from shardwise.cluster.find import find_cluster
+from shardwise.commands.launching import allocated_workers
 from shardwise.commands.predicted import write_predicted
 from shardwise.errors import DoesNotFit, RequestError, WorkloadError
+from shardwise.launch.engines.choice import LOCAL
 from shardwise.planner.constraints import Constraints
 from shardwise.planner.document import front_rows, plan_document
 from shardwise.planner.dry_run_check import judge
@@ -61,6 +63,7 @@ def planned(
     cluster_text: str | None,
     workers: int | str | None,
     *,
+    engine: str = LOCAL,
     objective: str,
     max_memory: str | None,
     fix: Sequence[str],
@@ -77,6 +80,8 @@ def planned(
     constraints = Constraints.parse(objective, max_memory, fix, forbid, allow)
     check_margin(margin)
     cluster = _cluster(cluster_text).with_margin(margin)
+    if engine != LOCAL:
+        workers = allocated_workers(engine, workers, cluster)
     numbers = _numbers(workers, cluster)
     if out is not None and not isinstance(source.workload, str):
         raise WorkloadError(f"out={out}: a plan file names its workload; give one by name, not as an object")

@@ -60,6 +60,19 @@ class LaunchRequest:
         return (sys.executable, "-m", "shardwise", *self.arguments)
 
 
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """Allocation of a scheduler.
+
+    Attributes:
+        workers: number of workers that it was made for.
+        nodes: workers of each node, in the order of the ranks; empty if the scheduler does not say.
+    """
+
+    workers: int
+    nodes: tuple[int, ...]
+
+
 class RunningJob(Protocol):
     """Job that a launcher has started. Its workers write to this process's standard output and error."""
 
@@ -80,8 +93,8 @@ class Launcher(Protocol):
     def name(self) -> str:
         """Return the name by which users choose it."""
 
-    def allocated(self, environment: Mapping[str, str]) -> int | None:
-        """Return the workers of the allocation that this process is in. Returns None if it is in none."""
+    def allocated(self, environment: Mapping[str, str]) -> Allocation | None:
+        """Return the allocation that this process is in. Returns None if it is in none."""
 
     def check(self, asked: LaunchRequest) -> None:
         """Check a job before anything starts. Raises RequestError."""

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from shardwise.cluster.find import find_cluster
 from shardwise.commands import launching
-from shardwise.commands.launching import passed_on, run_under
+from shardwise.commands.launching import allocated_workers, passed_on, run_under
 from shardwise.errors import RequestError
 from shardwise.launch.engines.slurm import SlurmLauncher
 from shardwise.launch.engines.torchrun import TorchrunLauncher
@@ -89,3 +90,40 @@ def test_a_batch_script_resumes_and_quotes() -> None:
 def test_a_batch_script_keeps_the_folder_of_its_user() -> None:
     request = LaunchRequest(arguments=("train", "image", "--out=here", "--resume"), workers=2)
     assert SlurmLauncher().script(request).endswith("-m shardwise train image --out=here --resume\n")
+
+
+def planned(
+    monkeypatch: pytest.MonkeyPatch, per_node: str, tasks: int, cluster: str, workers: int | None = None
+) -> int:
+    around = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": str(tasks), "SLURM_TASKS_PER_NODE": per_node}
+    monkeypatch.setattr(launching, "environment", lambda: around)
+    return allocated_workers("slurm", workers, find_cluster(cluster))
+
+
+@pytest.mark.parametrize(("per_node", "tasks"), [("8(x2)", 16), ("8", 8), ("5", 5), ("8,3", 11)])
+def test_a_plan_is_for_the_tasks_of_the_allocation(monkeypatch: pytest.MonkeyPatch, per_node: str, tasks: int) -> None:
+    assert planned(monkeypatch, per_node, tasks, "h100x16") == tasks
+
+
+@pytest.mark.parametrize(
+    ("per_node", "tasks", "message"),
+    [
+        ("4(x4)", 16, r"has 4 \+ 4 \+ 4 \+ 4 tasks on its nodes, h100x16 has 8 \+ 8 devices"),
+        ("16", 16, "has 16 tasks on its nodes, h100x16 has 8 devices"),
+        ("8(x3)", 24, r"has 8 \+ 8 \+ 8 tasks on its nodes, h100x16 has 8 \+ 8 devices"),
+        ("8", 16, "has no known number of tasks"),
+    ],
+)
+def test_a_plan_for_other_nodes_than_the_allocations_is_refused(
+    monkeypatch: pytest.MonkeyPatch, per_node: str, tasks: int, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        planned(monkeypatch, per_node, tasks, "h100x16")
+
+
+def test_a_plan_outside_an_allocation_or_for_another_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="workers=4: the allocation of slurm was made for 8 tasks"):
+        planned(monkeypatch, "8", 8, "h100x8", workers=4)
+    monkeypatch.setattr(launching, "environment", dict)
+    with pytest.raises(RequestError, match="engine slurm: this command is in no allocation"):
+        allocated_workers("slurm", None, find_cluster("h100x8"))

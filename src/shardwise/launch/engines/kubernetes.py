@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardwise.errors import RequestError
-from shardwise.launch.launcher import LaunchRequest, RunningJob, has_option, no_hosts
+from shardwise.launch.launcher import Allocation, LaunchRequest, RunningJob, has_option, no_hosts
 
 SPARE_SECONDS = 10
 """Seconds beyond the grace of a run that a pod gets to end."""
@@ -25,7 +25,7 @@ class KubernetesLauncher:
 
     name = "kubernetes"
 
-    def allocated(self, environment: Mapping[str, str]) -> int | None:
+    def allocated(self, environment: Mapping[str, str]) -> Allocation | None:
         """Return None: there is no allocation."""
         return None
 

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from shardwise.errors import RequestError
-from shardwise.launch.launcher import LaunchRequest, ProcessJob, no_script, not_installed
+from shardwise.launch.launcher import Allocation, LaunchRequest, ProcessJob, no_script, not_installed
 from shardwise.launch.ranks import LOOPBACK, RankContext, number
 
 RANK, SIZE = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
@@ -98,7 +98,7 @@ class MpiLauncher:
 
     name = "mpi"
 
-    def allocated(self, environment: Mapping[str, str]) -> int | None:
+    def allocated(self, environment: Mapping[str, str]) -> Allocation | None:
         """Return None: mpirun's own environment tells no number of workers."""
         return None
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from shardwise.errors import RequestError
 from shardwise.launch.engines.member import Member, Roll, member_environment, shared_environment
-from shardwise.launch.launcher import LaunchRequest, no_hosts, no_script, not_installed
+from shardwise.launch.launcher import Allocation, LaunchRequest, no_hosts, no_script, not_installed
 from shardwise.launch.ranks import LOOPBACK
 
 PLACED_SECONDS = 120
@@ -43,7 +43,7 @@ class RayLauncher:
 
     name = "ray"
 
-    def allocated(self, environment: Mapping[str, str]) -> int | None:
+    def allocated(self, environment: Mapping[str, str]) -> Allocation | None:
         """Return None: a cluster is no allocation, it may have other work."""
         return None
 

@@ -6,7 +6,7 @@
     SLURM_LOCALID, SLURM_STEP_TASKS_PER_NODE      this process among those of its node; tasks of each node: `2(x3),1`
     SLURM_NODEID, SLURM_STEP_NODELIST             number of its node, and the step's nodes in that order: `n[1-3,7]`
     SLURM_JOB_ID, SLURM_RESTART_COUNT             number of the job, and how often it has been requeued
-    SLURM_NTASKS                                  tasks that the allocation was made for
+    SLURM_NTASKS, SLURM_TASKS_PER_NODE            tasks that the allocation was made for, and those of each node
 
 Workers meet on the step's first node, at its first worker, whatever rank that has.
 
@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Mapping
 
 from shardwise.errors import RequestError
-from shardwise.launch.launcher import LaunchRequest, ProcessJob, has_option, not_installed
+from shardwise.launch.launcher import Allocation, LaunchRequest, ProcessJob, has_option, not_installed
 from shardwise.launch.ranks import LOOPBACK, RankContext, number
 
 SPECIAL_STEPS = 0xFFFFFFF0
@@ -117,17 +117,20 @@ class SlurmLauncher:
 
     name = "slurm"
 
-    def allocated(self, environment: Mapping[str, str]) -> int | None:
-        """Return the tasks of the allocation. Returns None outside an allocation, or if it was made for none."""
-        inside = "SLURM_JOB_ID" in environment and "SLURM_NTASKS" in environment
-        return number(environment, "SLURM_NTASKS") if inside else None
+    def allocated(self, environment: Mapping[str, str]) -> Allocation | None:
+        """Return the allocation. Returns None outside of one, or if it was made for no number of tasks."""
+        if "SLURM_JOB_ID" not in environment or "SLURM_NTASKS" not in environment:
+            return None
+        tasks, nodes = number(environment, "SLURM_NTASKS"), tasks_per_node(environment.get("SLURM_TASKS_PER_NODE", ""))
+        return Allocation(tasks, tuple(nodes) if sum(nodes) == tasks else ())
 
     def check(self, asked: LaunchRequest) -> None:
         """Check that srun is there, and that allocation and nodes are as asked for. Raises RequestError."""
         if shutil.which("srun") is None:
             raise not_installed("slurm", "srun", PACKAGE)
-        tasks = self.allocated(asked.environment)
-        if tasks is not None and tasks != asked.workers:
+        allocation = self.allocated(asked.environment)
+        tasks = asked.workers if allocation is None else allocation.workers
+        if tasks != asked.workers:
             raise RequestError(
                 f"engine slurm: the strategy needs {asked.workers} workers, the allocation "
                 f"{asked.environment['SLURM_JOB_ID']} was made for {tasks} tasks: use --workers {tasks}, or an "

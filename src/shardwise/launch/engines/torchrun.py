@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Mapping
 
-from shardwise.launch.launcher import LaunchRequest, ProcessJob, no_hosts, no_script
+from shardwise.launch.launcher import Allocation, LaunchRequest, ProcessJob, no_hosts, no_script
 
 AGENT = "shardwise.launch.engines.agent"
 """Module that is the agent."""
@@ -21,7 +21,7 @@ class TorchrunLauncher:
 
     name = "torchrun"
 
-    def allocated(self, environment: Mapping[str, str]) -> int | None:
+    def allocated(self, environment: Mapping[str, str]) -> Allocation | None:
         """Return None: there is no allocation."""
         return None
 
