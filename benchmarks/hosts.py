@@ -2,8 +2,9 @@
 
     host 0 ── core 0 ── 10.77.0.1 ── link0 ═══ tbf, both ways ═══ link1 ── 10.77.0.2 ── core 1 ── host 1
 
-Each is a namespace of the network, with a name, an address and an equal share of the cores of its own. Workers of one
-host talk over its loopback device, which is not shaped. All of it is gone when the context ends.
+Each is a namespace of the network, with a name, an address and an equal share of the cores of its own. Both know each
+other's names. Workers of one host talk over its loopback device, which is not shaped. All of it is gone when the
+context ends.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ BURST_SECONDS = 0.0005
 With more, small messages would cost nothing on a slow link. Larger pieces from the kernel are cut to frames."""
 LEAST_BURST = 8 * 1024
 QUEUE_SECONDS = 0.4
+FILES = Path("/etc/netns")
+"""Folder of the files that `ip netns exec NAME` shows in place of those in /etc, in a folder for each name."""
 
 
 class NoHosts(RuntimeError):
@@ -84,7 +87,7 @@ def started_on_hosts(
                 "GLOO_SOCKET_IFNAME": device(host),
                 "OMP_NUM_THREADS": max(1, len(share(host)) // per_host),
             }
-            command = [*_inside(host), sys.executable, "-m", module, *arguments]
+            command = [*inside(host), sys.executable, "-m", module, *arguments]
             everything = {**os.environ, **environment, **{key: str(value) for key, value in own.items()}}
             workers.append(subprocess.Popen(command, env=everything, start_new_session=True, **streams))
         yield workers
@@ -97,7 +100,22 @@ def started_on_hosts(
 
 def cut_link() -> None:
     """Take the link between the hosts down: what is sent from now on is lost, and nobody is told."""
-    _run("ip", "-n", _namespace(1), "link", "set", device(1), "down")
+    _run("ip", "-n", name(1), "link", "set", device(1), "down")
+
+
+def lose_all() -> None:
+    """Let the link stay up, and lose all that is sent over it from now on: frames go to an address that nobody has."""
+    for host in range(HOSTS):
+        wrong = ("lladdr", "02:00:00:00:00:01", "dev", device(host), "nud", "permanent")
+        _run("ip", "-n", name(host), "neighbour", "replace", address(1 - host), *wrong)
+
+
+def set_rate(rate: float) -> None:
+    """Give the link between the hosts another rate, in bits per second."""
+    burst = max(LEAST_BURST, int(rate / 8 * BURST_SECONDS))
+    shape = ("tbf", "rate", f"{int(rate)}bit", "burst", str(burst), "latency", f"{int(1e3 * QUEUE_SECONDS)}ms")
+    for host in range(HOSTS):
+        _run("tc", "-n", name(host), "qdisc", "replace", "dev", device(host), "root", *shape)
 
 
 def cores() -> list[int]:
@@ -119,36 +137,38 @@ def device(host: int) -> str:
     return f"{PREFIX}-l{host}"
 
 
-def _namespace(host: int) -> str:
+def name(host: int) -> str:
+    """The name of a host, and of its namespace."""
     return f"{PREFIX}-{host}"
 
 
-def _inside(host: int) -> list[str]:
+def inside(host: int) -> list[str]:
     """Begins a command line that runs on a host."""
-    named = f'hostname {_namespace(host)} && exec "$@"'
+    named = f'hostname {name(host)} && exec "$@"'
     pinned = ["taskset", "--cpu-list", ",".join(map(str, share(host)))]
-    return ["ip", "netns", "exec", _namespace(host), *pinned, "unshare", "--uts", "sh", "-c", named, "sh"]
+    return ["ip", "netns", "exec", name(host), *pinned, "unshare", "--uts", "sh", "-c", named, "sh"]
 
 
 def _make(rate: float) -> None:
     for host in range(HOSTS):
-        _run("ip", "netns", "add", _namespace(host))
-        _run("ip", "-n", _namespace(host), "link", "set", "lo", "up")
+        _run("ip", "netns", "add", name(host))
+        _run("ip", "-n", name(host), "link", "set", "lo", "up")
     _run("ip", "link", "add", device(0), "type", "veth", "peer", "name", device(1))
-    burst = max(LEAST_BURST, int(rate / 8 * BURST_SECONDS))
+    names = "".join(f"{address(host)} {name(host)}\n" for host in range(HOSTS))
     for host in range(HOSTS):
-        inside = ("ip", "-n", _namespace(host))
-        _run("ip", "link", "set", device(host), "netns", _namespace(host))
-        _run(*inside, "address", "add", f"{address(host)}/24", "dev", device(host))
-        _run(*inside, "link", "set", device(host), "up")
-        shaped = ("tbf", "rate", f"{int(rate)}bit", "burst", str(burst), "latency", f"{int(1e3 * QUEUE_SECONDS)}ms")
-        _run("tc", "-n", _namespace(host), "qdisc", "add", "dev", device(host), "root", *shaped)
+        (FILES / name(host)).mkdir(parents=True)
+        (FILES / name(host) / "hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n{names}")
+        _run("ip", "link", "set", device(host), "netns", name(host))
+        _run("ip", "-n", name(host), "address", "add", f"{address(host)}/24", "dev", device(host))
+        _run("ip", "-n", name(host), "link", "set", device(host), "up")
+    set_rate(rate)
 
 
 def _remove() -> None:
     for host in range(HOSTS):
-        if Path("/run/netns", _namespace(host)).exists():
-            _run("ip", "netns", "delete", _namespace(host))  # with its end of the link, and the other end with it
+        if Path("/run/netns", name(host)).exists():
+            _run("ip", "netns", "delete", name(host))  # with its end of the link, and the other end with it
+        shutil.rmtree(FILES / name(host), ignore_errors=True)
 
 
 def _run(*command: str) -> None:

@@ -430,7 +430,9 @@ def _say_once(error: ShardwiseError) -> None:
 def _say_failure(context: RankContext, error: Exception) -> None:
     """Write the traceback of an error of this worker, unless it only follows from that of another worker."""
     from shardwise.launch.board import is_to_say
+    from shardwise.launch.host_watch import await_loss
 
+    await_loss(error)
     first = is_to_say(context)
     if first is None and context.rank:  # rank 0 is gone, or was never there: it is the one to say more
         message = f"worker {context.rank} has lost the others: {type(error).__name__}: {error}"

@@ -7,6 +7,7 @@ over a connection of the board's own, because a store's connection is blocked wh
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -123,10 +124,12 @@ class StoreBoard:
             if self._store is None:
                 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+                # torch's own attempts write many lines about a host that is gone
+                socket.create_connection((self._address, self._port), timeout=ANSWER_SECONDS).close()
                 limit = timedelta(seconds=ANSWER_SECONDS)
                 self._store = TCPStore(self._address, self._port, is_master=False, timeout=limit)
             return question(self._store)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             return OutOfReach(str(error))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from shardwise.errors import RequestError, StrategyError
 from shardwise.launch import watch
 from shardwise.launch.allocator import keep_memory
-from shardwise.launch.board import board_of
+from shardwise.launch.board import StoreBoard, board_of
 from shardwise.launch.context import given_threads, rank_context
 from shardwise.launch.exit import die_with_parent
 from shardwise.launch.ranks import TORCHRUN, RankContext
@@ -83,6 +83,8 @@ def join_launcher(workers: int | None = None) -> None:
     """
     import torch.distributed as dist
 
+    from shardwise.launch import host_watch  # only workers need it, and every start would take longer
+
     context = rank_context()
     assert context is not None
     if workers is not None and workers != context.workers:
@@ -93,6 +95,7 @@ def join_launcher(workers: int | None = None) -> None:
         return
     _check_gpus(context.local_workers or context.workers)
     transport()  # raises for a wrong setting before the workers meet
+    host_watch.host_seconds()  # and so does this
     end_with_launcher(context)
     _start(str(context.local_rank), context.local_workers or context.workers)
     if context.one_host:
@@ -100,10 +103,20 @@ def join_launcher(workers: int | None = None) -> None:
             os.environ.setdefault(variable, device)
     from shardwise.launch.meeting import meet  # only workers need it, and every start would take longer
 
-    _init(meet(context).store, context.rank, context.workers)
-    board = board_of(context)
-    watch.settle(context.rank, context.workers, board, partial(watch.report_here, board))
+    met, board = meet(context), board_of(context)
+    host_watch.settle(context, met, board)
+    atexit.register(host_watch.leave)
+    _init(met.store, context.rank, context.workers)
+    watch.settle(context.rank, context.workers, board, partial(_report, board))
     atexit.register(_leave_at_exit)
+
+
+def _report(board: StoreBoard, error: BaseException) -> None:
+    """Report that the job hangs, upon which this process ends itself."""
+    from shardwise.launch import host_watch
+
+    watch.report_here(board, error)
+    host_watch.leave()
 
 
 def end_with_launcher(context: RankContext) -> None:
