@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from shardwise.strategy import Strategy
     from shardwise.workload.evaluation import Evaluation, Stopping
     from shardwise.workload.loading import Loading
+    from shardwise.workload.parquet import ParquetRows
     from shardwise.workload.turns import Turn
     from shardwise.workload.workload import WarmStart, Workload
 
 __all__ = [
     "Evaluation",
     "Loading",
+    "ParquetRows",
     "RequestError",
     "ShardwiseError",
     "Stopping",
@@ -58,6 +60,7 @@ __all__ = [
 _HOMES = {
     "Evaluation": "shardwise.workload.evaluation",
     "Loading": "shardwise.workload.loading",
+    "ParquetRows": "shardwise.workload.parquet",
     "RequestError": "shardwise.errors",
     "ShardwiseError": "shardwise.errors",
     "Stopping": "shardwise.workload.evaluation",

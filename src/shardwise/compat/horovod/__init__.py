@@ -94,8 +94,8 @@ def nccl_built() -> int:
     """Return the version of NCCL that collectives on GPUs use, such as 22703 for 2.27.3; 0 without GPUs."""
     if not torch.cuda.is_available():
         return 0
-    major, minor, patch = torch.cuda.nccl.version()[:3]
-    return major * 10000 + minor * 100 + patch
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return version[0] * 10000 + version[1] * 100 + version[2]
 
 
 def cuda_built() -> bool:
