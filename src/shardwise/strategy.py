@@ -36,7 +36,8 @@ from shardwise.options import (
 )
 from shardwise.units import parse_whole
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+PIPEDREAM = "pipedream"
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble", PIPEDREAM)
 PRODUCTS = frozenset(
     {
         "aten.mm",
@@ -114,7 +115,9 @@ class Strategy:
         pp: number of pipeline workers, each with its share of the layers.
         microbatches: number of microbatches that each replica's batch is cut into; their gradients accumulate.
             0: chosen by `for_batch`.
-        schedule: order of the microbatches in the pipeline, one of SCHEDULES.
+        schedule: order of the microbatches in the pipeline, one of SCHEDULES. `pipedream`: stages do not wait for the
+            end of a step; each update uses the gradient at weights one step old (PipeDream-2BW; Narayanan et al.
+            2021).
         stages: pipeline stages per worker; 0: two for `interleaved`, else one.
         recompute: activations that are not saved but recomputed in the backward pass. `none`: nothing is recomputed.
             `full`: all blocks. A fraction such as `1/2`: the first blocks of each stage, by their share (Chen et al.
@@ -264,6 +267,11 @@ class Strategy:
             raise StrategyError(f"stages={self.stages} needs pp=2 or more and stages=1 or more")
         if self.stages > 1 and self.schedule != "interleaved":
             raise StrategyError(f"stages={self.stages} needs schedule=interleaved, not {self.schedule}")
+        if self.delayed and self.replicas > 1:
+            raise StrategyError(
+                f"schedule={PIPEDREAM} excludes dp={self.dp}, fsdp={self.fsdp}: replicas would wait for each other in "
+                "every step, which its stages do not; use pp and tp alone, or schedule=1f1b"
+            )
 
     def _check_servers(self) -> None:
         """Check that parameter servers come with what they can be combined with. Raises StrategyError."""
@@ -386,6 +394,11 @@ class Strategy:
         return self.staleness != SYNCHRONOUS
 
     @property
+    def delayed(self) -> bool:
+        """Return whether each update uses the gradient of the step before it, at weights one step old (`pipedream`)."""
+        return self.schedule == PIPEDREAM
+
+    @property
     def replicas(self) -> int:
         """Return the number of replicas, which share the batch: dp times fsdp."""
         return self.dp * self.fsdp
@@ -403,7 +416,9 @@ class Strategy:
         gradient (SGD, also with momentum, without clipping); with any other optimizer they are not.
         """
         return tuple(
-            word for word, changed in zip(CHANGES, (self.local or self.compress, self.stale), strict=True) if changed
+            word
+            for word, changed in zip(CHANGES, (self.local or self.compress, self.stale or self.delayed), strict=True)
+            if changed
         )
 
     def of_replica(self, row: int) -> Strategy:
@@ -595,6 +610,13 @@ class Strategy:
             hint = f"use microbatches={' or '.join(map(str, fitting[:4]))}" if fitting else "use another batch_size"
             raise StrategyError(
                 f"schedule=interleaved needs microbatches that divide by pp={self.pp}, not {count}: {hint}"
+            )
+        if self.delayed and count < self.pp:
+            raise StrategyError(
+                f"schedule={PIPEDREAM} needs microbatches={self.pp} or more, as many as stages, not {count}: "
+                f"use {_multiples(batch_size, self.pp * pieces)}"
+                if share < self.pp
+                else f"schedule={PIPEDREAM} needs as many microbatches as stages, {self.pp} or more, not {count}"
             )
         return self if count == self.microbatches else self.with_(microbatches=count)
 

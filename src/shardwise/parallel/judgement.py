@@ -36,35 +36,50 @@ def buffers_of(engine: Engine) -> list[Tensor]:
 class Judgement:
     """Caller of a judge: asks it about each step, and undoes the effects of its passes if the update is not applied.
 
-    With `alone`, it decides on what this worker gives to an update, whatever the others do.
+    With `alone`, it decides on what this worker gives to an update, whatever the others do. With `settle`, it decides
+    on a step once passes of the next one are under way, which `settle` ends; what they did to buffers is undone too.
     """
 
-    def __init__(self, engine: Engine, mesh: Mesh, judge: Judge, *, alone: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        mesh: Mesh,
+        judge: Judge,
+        *,
+        alone: bool = False,
+        settle: Callable[[], None] | None = None,
+    ) -> None:
         self._world = None if alone else mesh.world
         self._engine, self._mesh, self._judge = engine, mesh, judge
         self._buffers = buffers_of(engine)
         self._values = [buffer.clone() for buffer in self._buffers]
+        self._settle = settle
+        self._next = self._values if settle is None else [buffer.clone() for buffer in self._buffers]
         self._random = self._state()
 
     def begin(self) -> None:
         """Save the state that the passes of the next step may change: buffers and torch's random state."""
-        _copy(self._values, self._buffers)
+        self._values, self._next = self._next, self._values
+        _copy(self._next, self._buffers)
         self._random = self._state()
 
-    def accepts(self, share: Share, scales: Sequence[Tensor], report: Tensor) -> bool:
+    def accepts(self, share: Share | None, scales: Sequence[Tensor], report: Tensor) -> bool:
         """Return whether the update of a step is applied.
 
-        `report` holds its sums over all workers: loss, squared norm, ...
+        `report` holds its sums over all workers: loss, squared norm, ... Without a share nothing can be searched.
         """
         loss, square, *_ = report.tolist()
         accepted = False
         try:
-            accepted = self._judge(loss, square, lambda: self._find_fault(share, scales))
+            accepted = self._judge(loss, square, lambda: None if share is None else self._find_fault(share, scales))
         except BaseException:
             self._set(self._random)
             raise
         finally:
             if not accepted:
+                if self._settle is not None:
+                    self._settle()
+                    _copy(self._next, self._values)
                 _copy(self._buffers, self._values)
         return accepted
 
@@ -74,6 +89,8 @@ class Judgement:
         It checks in this order: weights of the batch, parameters, outputs of modules, gradients.
         """
         engine = self._engine
+        if self._settle is not None:
+            self._settle()
         found = scale_fault(scales) or self._first(parameter_fault(local_tensors(engine.parameters), self._mesh.rank))
         for search in (engine.find_fault, engine.find_gradient_fault):
             if found is None:

@@ -27,6 +27,7 @@ from shardwise.parallel.mesh import Allocating, Mesh
 from shardwise.parallel.optim.after_step import after_step_of
 from shardwise.parallel.optim.average import Average
 from shardwise.parallel.optim.clipping import clip, clip_factor, local_gradients, local_tensors, squared_norm
+from shardwise.parallel.optim.delayed import GRADIENT, DelayedGradient, TakenStep
 from shardwise.parallel.optim.update import ParameterUpdate
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
@@ -116,6 +117,11 @@ class Program:
         after = workload if self._served is None else replace(workload, after_step=None)  # servers call it
         self._after_step = after_step_of(after, engine.parameters, engine.held, together)
         self._local = LocalSteps(engine.held, engine.trained, mesh) if mesh.strategy.local else None
+        self._delayed: DelayedGradient | None = None
+        if mesh.strategy.delayed:
+            streamed: Any = engine  # a graph engine: the strategy has a pipeline
+            self._delayed = DelayedGradient(engine, mesh, streamed.stream)
+            self.optimizer._opt_called = True  # the schedule moves in the first step too, which has no update
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
         self._begun: tuple[str, ...] = ()
@@ -201,6 +207,7 @@ class Program:
         for turn in range(len(self._update.turns)):
             if not self.workload.turns or self.workload.turns[turn].is_due(self.steps):
                 take = self._take_alone if self.strategy.stale else self._take_turn
+                take = self._take_delayed if self.strategy.delayed else take
                 taken[turn] = take(turn, share, scales)
                 self.midway |= taken[turn].applied
         self._note(taken)
@@ -287,6 +294,47 @@ class Program:
             report, {n: report.new_tensor(x) for n, x in zip(names, mean[1:], strict=True)}, norm, applied
         )
 
+    def _take_delayed(self, turn: int, share: Share, scales: Sequence[Tensor]) -> _TakenTurn:
+        """Run a step of a pipeline that does not wait for its end, and update by the gradient of the step before.
+
+        The numbers of a turn are those of the step before, too: nothing else is known on all workers without waiting.
+        The first step has no update, and its own numbers.
+        """
+        assert self._delayed is not None
+        streamed: Any = self.engine
+        before, judgement, limit = self._delayed.last, self._judgement, self.workload.clip_norm
+        gradients: dict[str, Tensor] = {}
+        begun: list[tuple[Tensor, Tensor, Callable[[], None] | None]] = []
+
+        def complete() -> None:
+            if before is not None:
+                if limit is not None or judgement is not None:
+                    gradients.update(local_gradients(self.engine.parameters))
+                square = self._squared_norm(gradients)
+                begun.append(self._sum_report(self._report(before.loss, square, before.losses)))
+
+        if judgement is not None:
+            judgement.begin()
+        loss = streamed.advance(share, scales, complete)
+        self._delayed.last = now = TakenStep(loss, dict(self.engine.losses), share, scales)
+        if before is None:
+            begun.append(self._sum_report(self._report(loss, self._constant(0.0))))
+        report, _, pending = begun[0]
+        if pending is not None:
+            pending()
+        norm = report[1].sqrt() if limit is not None and before is not None else None
+        applied = True
+        if before is not None and judgement is not None:
+            applied = judgement.accepts(before.share, before.scales, report)
+        streamed.stream.versions.advance()
+        if applied and before is not None:
+            if limit is not None and norm is not None:
+                clip(list(gradients.values()), norm, limit)
+            self._update.step(turn)
+            self._after_step(self._members[turn])
+        names = (now if before is None else before).losses
+        return _TakenTurn(report, dict(zip(names, report[self._facts :], strict=True)), norm, applied)
+
     def told_to_stop(self) -> int:
         """Return the signal on which workers of different steps stop at this one; 0 if they go on.
 
@@ -296,9 +344,14 @@ class Program:
         return 0 if self._served is None else self._served.check_stop()
 
     def meet(self) -> None:
-        """Let workers of different steps wait for each other, so that all have the same parameters. Collective."""
+        """Let workers of different steps wait for each other, so that all have the same parameters. Collective.
+
+        Stages that do not wait for the end of a step take its last backward passes.
+        """
         if self.strategy.stale and self._served is not None:
             self._served.meet()
+        if self._delayed is not None:
+            self._delayed.stream.drain()
 
     def parameters_written(self) -> None:
         """Take over parameters that were written from outside, equally on all workers. Collective."""
@@ -329,6 +382,7 @@ class Program:
         `gradient_pieces` returns the gradient. Afterwards everything that a pass changes is as before.
         With `exact` replicas join gradients exactly; else as the strategy says, and errors of compression stay.
         """
+        self.meet()
         self._forget_gradients()
         self.engine.position.step = self.steps
         before, self.engine.position.exact = self.engine.position.exact, exact
@@ -367,6 +421,11 @@ class Program:
         self._update.schedule.after_epoch(values or {})
 
     @property
+    def judged(self) -> int:
+        """Return the number of the step, from 1, that is judged within a step, see `ask_before_update`."""
+        return self.steps + (0 if self.strategy.delayed else 1)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Return what the user should know, one line each."""
         return (*self.engine.notes, *self._update.notes, *self._begun)
@@ -377,7 +436,10 @@ class Program:
         None applies all updates without waiting for a decision.
         """
         alone = self.strategy.stale
-        self._judgement = None if judge is None else Judgement(self.engine, self.mesh, judge, alone=alone)
+        settle = None if self._delayed is None else self._delayed.stream.drain
+        self._judgement = (
+            None if judge is None else Judgement(self.engine, self.mesh, judge, alone=alone, settle=settle)
+        )
 
     def is_finite(self) -> bool:
         """Return whether all parameters, and loss and gradient of the last update, are finite. Collective.
@@ -464,12 +526,21 @@ class Program:
     def _pieces(self) -> list[TensorPiece]:
         self.meet()
         self._update.mirror()
-        model = [
+        average = [] if self._average is None else self._average.pieces(self.engine.held)
+        delayed = [] if self._delayed is None else self._delayed.pieces()
+        return self._model_pieces() + average + delayed + self._owed.pieces() + self._update.state.pieces()
+
+    def model_pieces(self) -> list[TensorPiece]:
+        """Return this worker's part of the model alone, see `pieces`; stages do not wait for each other."""
+        if self.strategy.stale:
+            self.meet()
+        return list(self._of_first(self._model_pieces()))
+
+    def _model_pieces(self) -> list[TensorPiece]:
+        return [
             TensorPiece(f"model/{name}", local(held.tensor), held.layout, held.writes)
             for name, held in self.engine.held.items()
         ]
-        average = [] if self._average is None else self._average.pieces(self.engine.held)
-        return model + average + self._owed.pieces() + self._update.state.pieces()
 
     def _of_first(self, pieces: Iterable[TensorPiece]) -> list[TensorPiece]:
         """Return the pieces, which of replicas that take local steps only the first one writes."""
@@ -536,6 +607,7 @@ class Program:
         self.meet()
         average = {} if self._average is None else {"averaged": self._average.begun}
         apart = {} if self._local is None else {LOCAL: self._local.counts()}
+        apart |= {} if self._delayed is None else {GRADIENT: self._delayed.counts()}
         return {"steps": self.steps, **average, **apart, **self._update.counts()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -549,6 +621,10 @@ class Program:
         self._update.load_counts(state)
         self._owed.load()
         self._begun = _unlike_before(state.get(LOCAL, {}), self.strategy)
+        if self._delayed is not None:
+            self._delayed.load(state.get(GRADIENT, {}))
+        elif state.get(GRADIENT):
+            self._begun += ("the gradient of the last step in the checkpoint, which no update has used, is not used",)
         if self._local is not None:
             self._local.load_counts(state.get(LOCAL, {}), exactly=self.replica_in(state) is not None)
 
@@ -656,14 +732,15 @@ class Program:
         square = squared_norm(gradients, self.engine.held, self.mesh.device)
         return square * self._together.strategy.workers if self._whole_everywhere else square
 
-    def _report(self, loss: Tensor, square: Tensor) -> Tensor:
+    def _report(self, loss: Tensor, square: Tensor, parts: Mapping[str, Tensor] | None = None) -> Tensor:
         """Stack the numbers that all workers sum in one message: loss, squared norm, unused parameters (1 or 0).
 
         The weight of a replica that takes local steps follows, by which its losses are multiplied; then several losses
-        one by one.
+        one by one: `parts`, or those of the engine.
         """
         unused = self._constant(float(bool(self.engine.unused)))
-        losses = [loss.double(), *(each.double() for each in self.engine.losses.values())]
+        own = self.engine.losses if parts is None else parts
+        losses = [loss.double(), *(each.double() for each in own.values())]
         weight = []
         if self._local is not None:
             losses = [each * self._weight for each in losses]

@@ -10,6 +10,12 @@ Stage s is on worker s % P of P workers. For P = 3 workers and 4 microbatches, F
     interleaved (Narayanan et al. 2021)    several stages per worker: smaller bubbles, more messages
     zero-bubble (ZB-H1; Qi et al. 2023)    the backward pass in two: I for the inputs, which others need, and W for
                                            the weights, which fills the bubbles
+    pipedream (Narayanan et al. 2021)      1f1b without an end: the backward passes that a step leaves (b) run between
+                                           the forward passes of the next one, see `streamed`
+
+    0  F0 F1 F2 B0 F3 B1 | F0 b2 F1 b3 F2 B0 F3 B1 | ...
+    1  F0 F1 B0 F2 B1 F3 B2 | F0 b3 F1 B0 F2 B1 F3 B2 | ...
+    2  F0 B0 F1 B1 F2 B2 F3 B3 | F0 B0 F1 B1 F2 B2 F3 B3 | ...
 """
 
 from __future__ import annotations
@@ -40,7 +46,7 @@ def order(
     """Return the actions of one pipeline worker in one step, in its order.
 
     Args:
-        schedule: gpipe, 1f1b, interleaved or zero-bubble.
+        schedule: gpipe, 1f1b, interleaved or zero-bubble; a step of pipedream alone is one of 1f1b.
         worker: its index in the pipeline.
         workers: number of workers in the pipeline.
         stages_per_worker: 1, or more for interleaved.
@@ -95,6 +101,42 @@ def interleaved(worker: int, workers: int, stages_per_worker: int, microbatches:
     forward = [action(FORWARD, k) for k in range(total)]
     backward = [action(BACKWARD, k) for k in range(total)]
     return _alternate(forward, backward, ahead)
+
+
+def left_after(worker: int, workers: int) -> int:
+    """Return the number of backward passes that a step of `pipedream` leaves to the next one on a worker."""
+    return workers - worker - 1
+
+
+def streamed(
+    worker: int, workers: int, microbatches: int, half: int = 0, *, left: bool = True, goes_on: bool = True
+) -> list[Action]:
+    """Return the actions of one step of `pipedream`, in which the next step begins before this one has ended.
+
+    Microbatches have numbers in a window of two steps: 0 to m - 1 in one half of it, m to 2 m - 1 in the other.
+
+    Args:
+        worker: index in the pipeline.
+        workers: number of workers in the pipeline.
+        microbatches: number of microbatches m of the step; where it goes on, at least workers - 1.
+        half: half of the window, 0 or 1, that the step has; the step before has the other.
+        left: whether the step before has left backward passes to this one.
+        goes_on: whether this step leaves backward passes to the next one; else it ends with all of them.
+    """
+    ahead = min(left_after(worker, workers), microbatches)
+    before = ahead if left else 0
+    forward = [Action(FORWARD, worker, half * microbatches + m) for m in range(microbatches)]
+    backward = remaining(worker, workers, microbatches, 1 - half) if left else []
+    backward += [Action(BACKWARD, worker, each.microbatch) for each in forward]
+    first = ahead - before
+    return _alternate(forward, backward[: microbatches - first] if goes_on else backward, first)
+
+
+def remaining(worker: int, workers: int, microbatches: int, half: int) -> list[Action]:
+    """Return the backward passes that a step of `pipedream` in this half of its window leaves to the next one."""
+    count = left_after(worker, workers)
+    end = (half + 1) * microbatches
+    return [Action(BACKWARD, worker, m) for m in range(end - count, end)]
 
 
 def _alternate(forward: list[Action], backward: list[Action], ahead: int) -> list[Action]:

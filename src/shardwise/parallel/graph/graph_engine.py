@@ -9,14 +9,16 @@ the same points.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.errors import StrategyError
 from shardwise.options import BF16
 from shardwise.parallel.compiling.regions import write_elsewhere
 from shardwise.parallel.data.joining import joining_of
@@ -35,7 +37,9 @@ from shardwise.parallel.pipeline.channels import open_channels
 from shardwise.parallel.pipeline.divide import divide
 from shardwise.parallel.pipeline.executor import MOST_STAGES, PipelineExecutor, PipelinePass
 from shardwise.parallel.pipeline.stage import StepWork, prepare
+from shardwise.parallel.pipeline.stream import PipelineStream, StreamedMicrobatch
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
+from shardwise.parallel.pipeline.weight_versions import WeightVersions
 from shardwise.parallel.state.buffers import ReplicaBuffers
 from shardwise.parallel.state.build_model import aliases_of, build_model, persistent_buffers, trained_of
 from shardwise.parallel.state.layout import Layout, TensorPlacement
@@ -48,7 +52,7 @@ from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
 from shardwise.parallel.tensor.placement import Sharded
 from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.splitting.schedule import Action, order
-from shardwise.strategy import Strategy
+from shardwise.strategy import PIPEDREAM, Strategy
 from shardwise.workload.data import Microbatch, Share
 from shardwise.workload.precision import Copies, kept_of
 from shardwise.workload.pytree import to_device
@@ -71,6 +75,7 @@ class GraphEngine:
 
     Attributes:
         division: the cut points of the step, which make stages and blocks.
+        stream: the steps of a pipeline that does not wait for their ends; None for other schedules.
 
     Raises:
         WorkloadError: the step cannot be traced.
@@ -181,6 +186,20 @@ class GraphEngine:
         )
         held = {name: held.tensor for name, held in self.held.items() if not isinstance(held.tensor, nn.Parameter)}
         self._buffers = ReplicaBuffers(held, mesh.replica_group)
+        self.stream = self._make_stream() if self._strategy.delayed else None
+
+    def _make_stream(self) -> PipelineStream:
+        """Make the two versions of the weights, and the stream of steps. Raises StrategyError for tied parameters."""
+        stages = self._local_stages
+        if tied := stages.tied:
+            raise StrategyError(
+                f"schedule={PIPEDREAM}: {tied[0]} is used in several stages, which would wait for each other's "
+                "gradients of it in every step: use schedule=1f1b"
+            )
+        with self._mesh.allocating():
+            versions = WeightVersions(self.parameters, stages.slots)
+        before = stages.before_backward
+        return PipelineStream(self._pipeline, versions, self._strategy.microbatches, before)
 
     def _describe(self, local: LocalGraph, named: Mapping[str, nn.Parameter]) -> None:
         """Note what is not sharded, and where the stages begin."""
@@ -300,12 +319,48 @@ class GraphEngine:
         self._pipeline.parts = []
         with self._copies.anew():
             total = self._pipeline.run(self._pass(share, scales))
+        self._join()
+        return self._shown(total)
+
+    def _join(self) -> None:
+        """Sum the gradients over the workers that contribute to them, and do what follows complete gradients."""
         self._local_stages.reduce(self._summed)
         self._buffers.settle()
         self._hooks.apply(self.trained)
+
+    def _shown(self, total: Tensor) -> Tensor:
+        """Note this worker's parts of several losses, and return its part of their sum."""
         shown = float(self._mesh.coordinate("tp") == 0) / self._local_stages.loss_factor
         self.losses = self._losses(total, shown)
         return total * shown
+
+    def advance(self, share: Share, scales: Sequence[Tensor], complete: Callable[[], None]) -> Tensor:
+        """Run a step of a pipeline that does not wait for its end, see `PipelineStream.advance`.
+
+        When `complete` is called, `.grad` of `parameters` is the gradient of the step before.
+        Returns this worker's part of the loss of this step.
+        """
+        assert self.stream is not None
+        stream, position = self.stream, self.position
+        self._notice_changes()
+        self._pipeline.parts = []
+        batches = [to_device(microbatch.data, self._mesh.device) for microbatch in share.microbatches]
+        works = [self._work(self._key(TRAINING, data), data) for data in batches]
+
+        def joined() -> None:
+            stream.versions.hand_over()
+            self._join()
+            complete()
+
+        with self._copies.anew():
+            total = stream.advance(
+                [
+                    StreamedMicrobatch(work, self._given(work, data), scale, partial(position.enter, microbatch))
+                    for work, data, scale, microbatch in zip(works, batches, scales, share.microbatches, strict=True)
+                ],
+                joined,
+            )
+        return self._shown(total)
 
     def _losses(self, total: Tensor, factor: float) -> dict[str, Tensor]:
         """Return this worker's part of each loss; zeros on workers without the last stage."""
@@ -341,7 +396,7 @@ class GraphEngine:
             [self._given(work, data) for work, data in zip(works, batches, strict=True)],
             [scale * self._local_stages.loss_factor for scale in scales],
             enter=lambda number: self.position.enter(microbatches[number]),
-            before_backward=self._local_stages.before_backward,
+            before_backward=lambda action, final: self._local_stages.before_backward(action.stage, final),
         )
 
     def _given(self, work: StepWork, data: Any) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class LocalStages:
         self._strategy, self._mesh, self._joining, self._copies = strategy, mesh, joining, copies
         self._placements, self._shapes = graph.placements, {name: t.shape for name, t in tensors.items()}
         self._homes = _homes(works, tensors)
+        self._trained = {n for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
         self.sharded = strategy.splits_parameters
         self.loss_factor = strategy.replicas if self.sharded else 1
         work = works[0]
@@ -150,6 +151,17 @@ class LocalStages:
         module, attribute = self._owners[name]
         tensor: Tensor = getattr(module, attribute)
         return tensor
+
+    @property
+    def slots(self) -> dict[str, tuple[nn.Module, str]]:
+        """Return the module and attribute that hold each tensor, by name."""
+        return self._owners
+
+    @property
+    def tied(self) -> list[str]:
+        """Return the names of the trained parameters that stages of several workers use."""
+        several = (name for name in self._homes if len(self._workers_of(name)) > 1)
+        return [name for name in several if name in self._trained]
 
     def trained(self, names: Collection[str]) -> dict[str, nn.Parameter]:
         """Return the parameters among `names` that this worker holds, by name."""

@@ -8,6 +8,8 @@ posted: a message from a worker shows how far that worker has come in its table.
 Waiting until the end of the pass would hold the messages of all microbatches. On a GPU a send that has completed is
 freed sooner; gloo does not tell before it is waited for.
 
+A pass may leave backward passes to the next one (`goes_on`). Its sends stay in flight, and positions count on.
+
 What a stage has sent is not held for its backward pass, which needs only the place of the value in autograd's graph.
 """
 
@@ -56,22 +58,24 @@ class PipelinePass:
     """Microbatches of a step that go through the pipeline together; their shapes may differ.
 
     Attributes:
-        works: per microbatch, the work of the stages for its shapes.
+        works: per microbatch, by its number, the work of the stages for its shapes.
         actions: the actions of this worker.
         others: returns the actions of any worker.
         given: per microbatch, the batch and constants by placeholder.
         scales: per microbatch, the factor of its loss.
         enter: called with the number of a microbatch before its forward pass.
-        before_backward: called with (stage, whether it is the stage's last backward of this pass).
+        before_backward: called with (action, whether it is the stage's last backward of this pass).
+        goes_on: whether the next pass has backward passes of microbatches of this one.
     """
 
-    works: Sequence[StepWork]
+    works: Sequence[StepWork] | Mapping[int, StepWork]
     actions: Sequence[Action]
     others: Callable[[int], Sequence[Action]]
-    given: Sequence[Mapping[str, Any]]
-    scales: Sequence[Tensor]
+    given: Sequence[Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
+    scales: Sequence[Tensor] | Mapping[int, Tensor]
     enter: Callable[[int], None]
-    before_backward: Callable[[int, bool], None]
+    before_backward: Callable[[Action, bool], None]
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ class Sent:
 
     Attributes:
         worker: the worker that receives it.
-        position: index of the receiving action in that worker's table.
+        position: index of the receiving action in that worker's table, or in all of them one after the other.
         handle: the handle of the send.
         message: the sent tensor, kept alive until the send completes.
     """
@@ -128,6 +132,7 @@ class PipelineExecutor:
         self._sent: list[Sent] = []
         self._tables: Callable[[int], Sequence[Action]] = lambda _: ()
         self._positions: dict[int, dict[Action, int]] = {}
+        self._passed = [0] * workers
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -152,9 +157,12 @@ class PipelineExecutor:
             elif action.kind == WEIGHT:
                 self.weights.compute((action.stage, action.microbatch))
             else:
-                work.before_backward(action.stage, final)
+                work.before_backward(action, final)
                 self._backward(work, action)
-        self._finish()
+        if work.goes_on:
+            self._pause()
+        else:
+            self._finish()
         return total
 
     def _forward(self, work: PipelinePass, action: Action) -> Tensor | None:
@@ -261,7 +269,7 @@ class PipelineExecutor:
             values[node] = buffer if node not in values else values[node] + buffer
         for source, nodes in self._sources(work, action):
             if self._on(source) != self.worker:
-                self._forget(self._on(source), self._position(Action(action.kind, source, action.microbatch)))
+                self._forget(self._on(source), self._position(Action(action.kind, source, action.microbatch), 0))
             else:
                 for node in nodes:
                     value = self._here.pop((_key(action), source, node))
@@ -280,15 +288,24 @@ class PipelineExecutor:
             message = message.contiguous()
             tag = self._tag(action, action.stage, target)
             handle = dist.isend(message, self._rank(target), self._group(action.stage, target), tag)
-            self._sent.append(Sent(self._on(target), self._position(arrival), handle, message))
+            worker = self._on(target)
+            self._sent.append(Sent(worker, self._position(arrival, self._later(worker)), handle, message))
 
-    def _position(self, action: Action) -> int:
-        """Return the index of an action in its worker's table. Returns 0 in an evaluation, which has no table."""
+    def _position(self, action: Action, otherwise: int) -> int:
+        """Return the index of an action in its worker's table, after those before it.
+
+        Returns `otherwise` if it is in another table: of the pass before, or of the next one; an evaluation has none.
+        """
         worker = self._on(action.stage)
         if worker not in self._positions:
-            table = enumerate(self._tables(worker))
+            table = enumerate(self._tables(worker), self._passed[worker])
             self._positions[worker] = {_key(each): position for position, each in table if each.kind != WEIGHT}
-        return self._positions[worker].get(_key(action), 0)
+        return self._positions[worker].get(_key(action), otherwise)
+
+    def _later(self, worker: int) -> int:
+        """Return a position in a worker's next table that no backward pass left to it is after; 0 in an evaluation."""
+        table = self._tables(worker)
+        return self._passed[worker] + len(table) + 1 + 2 * self.workers if table else 0
 
     def _forget(self, worker: int, position: int) -> None:
         """Free the sends to a worker that must have posted their receives, because it is at `position` in its table.
@@ -315,12 +332,22 @@ class PipelineExecutor:
                 waiting.append(sent)
         self._sent = waiting
 
+    def _pause(self) -> None:
+        """End a pass that the next one goes on from.
+
+        Positions skip one between two tables: the last action of a table posts no receive of the next table.
+        """
+        for worker in range(self.workers):
+            self._passed[worker] += len(self._tables(worker)) + 1
+        self._positions.clear()
+
     def _finish(self) -> None:
         with record_function(WAIT):
             for sent in self._sent:
                 sent.handle.wait()
         self._sent.clear()
         self._positions.clear()
+        self._passed = [0] * self.workers
         self._tables = lambda _: ()
 
     def _on(self, stage: int) -> int:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from shardwise.errors import CheckpointError
 from shardwise.parallel.engine import Engine
+from shardwise.parallel.optim.delayed import GRADIENT
 from shardwise.parallel.optim.making import name_of
 from shardwise.parallel.optim.update import OPTIMIZER
 from shardwise.parallel.program import LOCAL, OUTER
@@ -257,8 +258,8 @@ def _optimizer_pieces(path: Path, index: Index, program: Checkpointed) -> dict[s
 
 
 def _is_needed(piece: TensorPiece, index: Index) -> bool:
-    """Return whether a program cannot begin without a piece: an outer optimizer can begin anew."""
-    return piece.name in index.tensors or not piece.name.startswith(OUTER)
+    """Return whether a program cannot begin without a piece: an outer optimizer, or a delay, can begin anew."""
+    return piece.name in index.tensors or not piece.name.startswith((OUTER, f"{GRADIENT}/"))
 
 
 def _mismatch(
@@ -269,8 +270,8 @@ def _mismatch(
     now: Mapping[str, Any],
 ) -> str:
     """Return one line on the first thing in the checkpoint that does not fit this worker, else an empty string."""
-    # a fresh optimizer has no state yet, and a training without local steps none of these
-    known = {key: value for key, value in now.items() if key not in (OPTIMIZER, LOCAL)}
+    # a fresh optimizer has no state yet, and a training without local steps or delay none of these
+    known = {key: value for key, value in now.items() if key not in (OPTIMIZER, LOCAL, GRADIENT)}
     return _other_model(path, index, pieces, optimizer) or _other_state(path, index, known)
 
 

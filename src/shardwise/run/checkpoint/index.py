@@ -178,7 +178,7 @@ def _parsed(content: Mapping[str, Any], files: Collection[str]) -> Index:
 def _check_stored(name: str, stored: Stored, files: Container[str]) -> None:
     """Check that a tensor's name, chunks and files are such as a training writes. Raises ValueError."""
     kind, _, rest = name.partition("/")
-    if kind not in ("model", "average", "owed", "optimizer", "outer", "replica") or not rest:
+    if kind not in ("model", "average", "owed", "optimizer", "outer", "replica", "delayed") or not rest:
         raise ValueError(f"{short(name)} is the name of no tensor")
     if problem := cover_problem(stored.spec.shape, [(chunk.offsets, chunk.sizes) for chunk in stored.chunks]):
         raise ValueError(f"{short(name)} {problem}")

@@ -56,7 +56,7 @@ class Guard:
         if math.isfinite(loss) and math.isfinite(square):
             self._in_a_row[turn] = 0
             return True
-        step = self._program.steps + 1
+        step = self._program.judged
         told, self.first = self.first is not None, self.first or step
         self._in_a_row[turn] += 1
         if self._policy == STOP:

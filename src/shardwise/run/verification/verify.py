@@ -57,6 +57,9 @@ OPTIONS = {
 COMPRESSED = 3
 """Steps whose gradients are compressed for a proof; from the second on there are errors to feed back."""
 
+DELAYED = 4
+"""Least steps of a proof of delayed updates: the first has none, and the fourth uses a gradient at other weights."""
+
 CONSERVED = (
     "steps are compared with gradients that replicas join exactly; compressed ones, with what is owed after them, add "
     "up to the exact ones"
@@ -206,7 +209,7 @@ class _Prover:
         if self._gpus is None:  # the same for one worker as for all: a GPU rounds otherwise than a CPU
             self._gpus = enough_gpus(max(each.workers for each in settled))
         alone = [
-            each if each.local else Strategy(microbatches=each.microbatches, precision=each.precision)
+            each if each.local or each.delayed else Strategy(microbatches=each.microbatches, precision=each.precision)
             for each in settled
         ]
         missing = [each for each in dict.fromkeys(alone) if each not in self._recorded]
@@ -236,9 +239,10 @@ class _Prover:
     def _trial_of(self, strategy: Strategy, alone: Strategy) -> StrategyTrial:
         """Return the trial of a strategy; the steps of `alone`, recorded on one worker, have a folder by its name.
 
-        Local steps are tried until each part of the parameters has been averaged.
+        Local steps are tried until each part of the parameters has been averaged, delayed updates until one has used
+        the gradient at weights that an update had made.
         """
-        steps = max(self._trial.steps, strategy.local + strategy.delay)
+        steps = max(self._trial.steps, strategy.local + strategy.delay, DELAYED if strategy.delayed else 0)
         return replace(self._trial, strategy=strategy, steps=steps, folder=str(self._folder / str(alone)))
 
     def _run(self, function: Any, trials: Sequence[StrategyTrial], *, workers: int) -> Any:
@@ -283,14 +287,20 @@ def _read(trials: Sequence[bytes]) -> Iterator[StrategyTrial]:
 def record(trial: StrategyTrial) -> None:
     """Run the steps of a trial on one worker, and save loss, gradients and weights of each to files.
 
-    Replicas that take local steps are played one after the other.
+    Replicas that take local steps are played one after the other. For pipelines that do not wait for the end of a step
+    each update uses the gradient of the step before.
     """
     from shardwise.parallel.program import Program
 
     if trial.strategy.local:
         _record_replicas(trial)
         return
-    program = Program.build(trial.load(), trial.strategy)
+    delayed, alone = trial.strategy.delayed, trial.strategy
+    if delayed:
+        alone = Strategy(microbatches=alone.microbatches, precision=alone.precision)
+    program = Program.build(trial.load(), alone)
+    if delayed:
+        delay_updates(program)
     folder = Path(trial.folder)
     folder.mkdir(exist_ok=True)
     _check_repeatable(program)
@@ -331,6 +341,22 @@ def _record_replicas(trial: StrategyTrial) -> None:
         save_file(written, folder / f"step-{step}.safetensors")
 
 
+def delay_updates(program: Any) -> None:
+    """Let each update of a program on one worker use the gradient of the step before; the first step has none."""
+    update, kept = program._update.step, list[dict[str, Tensor | None]]()
+
+    def later(turn: int = 0) -> None:
+        parameters = program.engine.parameters
+        kept.append({name: parameter.grad for name, parameter in parameters.items()})
+        before = kept.pop(0) if kept[1:] else {}
+        for name, parameter in parameters.items():
+            parameter.grad = before.get(name)
+        if before:
+            update(turn)
+
+    program._update.step = later
+
+
 def _shortened(strategy: Strategy, steps: int) -> Strategy:
     """Return a strategy whose local steps end within `steps` steps, as far as its fragments allow."""
     if not strategy.local:
@@ -341,7 +367,12 @@ def _shortened(strategy: Strategy, steps: int) -> Strategy:
 
 
 def _promised(strategy: Strategy) -> tuple[str, ...]:
-    """Return what the comparison of local steps says, and what it does not; nothing for other strategies."""
+    """Return what the comparison of changed updates says, and what it does not; nothing for other strategies."""
+    if strategy.delayed:
+        return (
+            "stages do not wait for the end of a step: compared with one process whose updates use the gradient of the "
+            "step before, at weights one step old; it is not the training of schedule=1f1b",
+        )
     if not strategy.local:
         return ()
     return (
@@ -369,11 +400,14 @@ def compare(trial: StrategyTrial) -> Proof | None:
         value = float(program.step_share(share))
         expected = load_file(folder / f"step-{step}.safetensors")
         alone = float(expected.pop("loss"))
+        if strategy.delayed and step:  # the loss of the step before is told
+            alone = float(load_file(folder / f"step-{step - 1}.safetensors")["loss"])
         counted = _told(_kind(expected, "gradient"), tolerance, _kind(expected, "least"))
         loss |= loss_deviation(value, alone, f"step {step + 1}")
         gradient |= _of_all(program, program.means(program.gradient_pieces()), expected, "gradient", None)
         parameter |= _of_all(program, program.means(_model_pieces(program)), expected, "model", counted)
         _start_from(program, _own(program, expected))
+    program.meet()
     notes = (*_promised(trial.strategy), *_everybodys_notes(program))
     if strategy.compress:
         gradient |= _conserved(program)
@@ -444,7 +478,7 @@ def _shares(program: Any, steps: int) -> Any:
 
 
 def _model_pieces(program: Any) -> list[Any]:
-    return [piece for piece in program.pieces() if piece.name.startswith("model/")]
+    return list(program.model_pieces())
 
 
 def _model(program: Any) -> dict[str, Tensor]:
@@ -458,7 +492,7 @@ def _kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 def _start_from(program: Any, initial: dict[str, Tensor]) -> None:
     """Copy this worker's parts of full tensors into the model; names that are not in `initial` stay unchanged."""
     with torch.no_grad():
-        for piece in program.pieces():
+        for piece in program.model_pieces():
             if piece.name in initial:
                 piece.local.copy_(piece.layout.cut(initial[piece.name]))
     program.parameters_written()
