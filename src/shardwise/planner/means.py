@@ -26,6 +26,7 @@ MEANS = (
     "local=16",
     "local=16,outer=nesterov",
     "local=64,outer=nesterov",
+    "schedule=pipedream",
     "ps=1,staleness=4",
 )
 """Means that are tried, those that change least first; of equally fast ones the first is chosen."""
@@ -61,13 +62,19 @@ class Means:
     def _with(self, base: Strategy, means: str) -> Candidate | None:
         """Predict a strategy with a means. Returns None if the two exclude each other, or it does not fit."""
         try:
-            strategy = Strategy.parse(f"{base},{means}").for_batch(self.batch_size)
+            strategy = Strategy.parse(f"{_without_order(base) if 'schedule' in means else base},{means}")
+            strategy = strategy.for_batch(self.batch_size)
             if self.constraints.refusal(strategy) is not None:
                 return None
             prediction = predict(self.profile_of(strategy), strategy, self.cluster)
         except (StrategyError, WorkloadError):
             return None
         return Candidate(strategy, prediction) if prediction.memory.total <= self.room else None
+
+
+def _without_order(strategy: Strategy) -> Strategy:
+    """Return a strategy without what it says of the order of microbatches."""
+    return strategy.with_(schedule="1f1b", stages=0, microbatches=0)
 
 
 def order(strategy: Strategy) -> int:

@@ -32,7 +32,7 @@ def planned(workload: Workload, cluster: Cluster, profiles: ScaledProfiles, *all
 
 
 def test_each_means_is_a_strategy_that_says_what_it_changes() -> None:
-    strategies = [Strategy.parse(f"dp=4,{means}") for means in MEANS]
+    strategies = [Strategy.parse(f"{'pp=4' if 'schedule' in means else 'dp=4'},{means}") for means in MEANS]
     assert [order(strategy) for strategy in strategies] == list(range(1, len(MEANS) + 1))
     for strategy in strategies:
         assert strategy.changes
@@ -46,13 +46,24 @@ def test_means_are_offered_and_not_chosen(workload: Workload, cluster: Cluster, 
     plan = planned(workload, links, profiles)
     assert plan.best is not None
     assert plan.best.strategy.changes == ()
-    assert {offer.means for offer in plan.offers} == set(MEANS)
+    assert {offer.means for offer in plan.offers} == set(MEANS) - {"schedule=pipedream"}, "pp=1"
     words = "\n".join(explanation(plan, links, profiles.of))
     assert "--allow lossy" in words
     rows = plan_document(plan, [])["means"]
     assert [row["means"] for row in rows] == [offer.means for offer in plan.offers]
     assert not any(row["allowed"] for row in rows)
     assert min(row["times_best"] for row in rows) < 0.5
+
+
+def test_a_pipeline_without_an_end_is_offered_and_has_no_bubble(
+    workload: Workload, cluster: Cluster, profiles: ScaledProfiles
+) -> None:
+    constraints = Constraints.parse(fix=["pp=2,tp=2"], allow=["async"])
+    plan = search(workload, cluster, 4, constraints, profiles).plan
+    found = next(offer for offer in plan.offers if offer.means == "schedule=pipedream").candidate
+    assert found.strategy.changes == ("async",)
+    assert found.prediction.bubble_seconds < 0.05 * found.prediction.step_seconds
+    assert any("one step old" in note for note in found.prediction.notes)
 
 
 def test_what_is_allowed_is_chosen_where_it_is_faster(

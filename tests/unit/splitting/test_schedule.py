@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.splitting.schedule import Action, order
+from shardwise.splitting.schedule import Action, order, remaining, streamed
 
 
 def run(tables: list[list[Action]], stages: int) -> int:
@@ -72,3 +72,36 @@ def test_gradients_that_are_reduced_as_they_appear_come_last() -> None:
     for worker in range(4):
         table = order("zero-bubble", worker, 4, 1, 8, last_whole=True)
         assert table[-1] == Action("B", worker, 7)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4, 8])
+@pytest.mark.parametrize("extra", [-1, 0, 1, 7])
+def test_steps_without_an_end_do_everything_once_with_as_much_in_flight(workers: int, extra: int) -> None:
+    count, steps = workers + extra, 4
+    for worker in range(workers):
+        actions = [
+            action
+            for step in range(steps)
+            for action in streamed(worker, workers, count, step % 2, left=step > 0, goes_on=True)
+        ]
+        actions += remaining(worker, workers, count, (steps - 1) % 2)
+        window = range(2 * count)
+        assert [a.microbatch for a in actions if a.kind == "F"] == [m for _ in range(steps // 2) for m in window]
+        assert [a.microbatch for a in actions if a.kind == "B"] == [m for _ in range(steps // 2) for m in window]
+        flying, most = 0, 0
+        for action in actions:
+            flying += 1 if action.kind == "F" else -1
+            most = max(most, flying)
+        assert flying == 0
+        assert most <= workers - worker, "no more than in 1f1b"
+
+
+def test_the_steps_without_an_end_that_are_drawn() -> None:
+    def drawn(worker: int, *, left: bool) -> str:
+        return " ".join(f"{a.kind}{a.microbatch}" for a in streamed(worker, 3, 4, int(left), left=left))
+
+    assert drawn(0, left=False) == "F0 F1 F2 B0 F3 B1"
+    assert drawn(0, left=True) == "F4 B2 F5 B3 F6 B4 F7 B5"
+    assert drawn(1, left=True) == "F4 B3 F5 B4 F6 B5 F7 B6"
+    assert drawn(2, left=True) == "F4 B4 F5 B5 F6 B6 F7 B7"
+    assert streamed(0, 3, 4, goes_on=False, left=False) == order("1f1b", 0, 3, 1, 4)

@@ -54,10 +54,11 @@ class Finalists:
         return [self._in_few_words(candidate) for candidate in best]
 
     def offers(self, predicted: list[Candidate]) -> tuple[Offer, ...]:
-        """Return what means that change training would bring for the finalists, or for all workers as replicas."""
+        """Return what means that change training would bring for the finalists, or for replicas or stages alone."""
         if self.task.workers == 1 or self.task.least_memory or self.task.constraints.software is not None:
             return ()
-        bases = [each.strategy for each in predicted[:FINALISTS]] + [Strategy(dp=self.task.workers)]
+        alone = [Strategy(dp=self.task.workers), Strategy(pp=self.task.workers)]
+        bases = [each.strategy for each in predicted[:FINALISTS]] + alone
         means = Means(
             profile_of=self.task.scaled.of,
             cluster=self.task.cluster,

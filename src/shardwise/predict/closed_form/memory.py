@@ -3,7 +3,8 @@
 The peak can occur at any segment of a backward pass, with its microbatches in flight, or in the optimizer. All of these
 moments are computed, and the largest is the peak.
 
-    parameters    parameters and buffers that this worker holds, and parameters that `fully_shard` has gathered
+    parameters    parameters and buffers that this worker holds, and parameters that `fully_shard` has gathered; with
+                  `schedule=pipedream` also the weights before the last update
     gradients     gradients of the parameters that it holds; all of them from the start of the backward pass if DDP's
                   buckets or earlier microbatches have allocated them
     optimizer     optimizer state, and what compression of gradients keeps
@@ -42,6 +43,7 @@ from shardwise.predict.workers.holdings import Parts, Stage, Worker
 from shardwise.predict.workers.passes import Left, Moment, Sync, moments
 from shardwise.predict.workers.stage_keys import gathered_stage_key, stage_key
 from shardwise.splitting.buckets import bucket_bytes
+from shardwise.splitting.schedule import left_after
 from shardwise.strategy import Strategy
 
 
@@ -80,16 +82,36 @@ def worker_memory(profile: Profile, strategy: Strategy, worker: Worker, device: 
         parameters=_stored(profile, strategy, worker),
         gradients=_accumulated(profile, strategy, worker),
         optimizer=state,
-        activations=0,
+        activations=_left_saved(profile, strategy, worker),
         temporary=round(elements * update.temporary_bytes) if at_once else _one(profile, strategy, worker),
     )
     passing = _passing(profile, strategy, worker, state, offloaded=offloaded)
     underway = 2 * _averaged(worker) if strategy.delay else 0  # what was sent, and a copy of it
     moments = [replace(each, temporary=each.temporary + underway) for each in (updating, passing)]
+    if strategy.delayed:  # gradients of two steps, and weights before the last update
+        moments = [_twice(each, worker.trained, profile.batch_bytes * strategy.microbatches) for each in moments]
     if strategy.local:
         sent = _averaged(worker) * (2 if strategy.delay else 1)
         moments.append(replace(updating, temporary=sent + _merging(profile, strategy)))
     return max(moments, key=lambda memory: memory.total)
+
+
+def _twice(memory: Memory, trained: int, batches: int) -> Memory:
+    """Return the memory at a moment with the weights, gradients and batches of the step before as well."""
+    return replace(
+        memory,
+        parameters=memory.parameters + trained,
+        gradients=memory.gradients + trained,
+        temporary=memory.temporary + batches,
+    )
+
+
+def _left_saved(profile: Profile, strategy: Strategy, worker: Worker) -> int:
+    """Return the bytes saved for backward passes that a step leaves to the next one; 0 where it waits for them."""
+    if not strategy.delayed:
+        return 0
+    left = left_after(worker.pipeline_rank, strategy.pp)
+    return left * sum(_saved(profile, stage, products=strategy.saves_products) for stage in worker.stages)
 
 
 def _outer(strategy: Strategy, worker: Worker) -> int:

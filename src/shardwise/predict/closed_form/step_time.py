@@ -31,6 +31,7 @@ from shardwise.predict.closed_form.pipeline_links import slower_links
 from shardwise.predict.closed_form.segment_times import SegmentTimes, half_rate, timed
 from shardwise.predict.closed_form.served import check_servers, message_seconds, server_notes, server_seconds
 from shardwise.predict.closed_form.stage_time import StageCosts
+from shardwise.predict.closed_form.streamed import stream_seconds
 from shardwise.predict.closed_form.worker_time import WorkerTime, table_of, work_of
 from shardwise.predict.hardware.times import origins, slowed
 from shardwise.predict.hardware.uncertainty import relative_error
@@ -47,6 +48,10 @@ SHORT_TABLE = 256
 
 The formulas, used beyond it, are accurate if there are many passes.
 """
+
+
+STALENESS = "each update uses the gradient at weights one step old; the last gradient of a training updates nothing"
+"""Note on the staleness of a pipeline that does not wait for the end of a step."""
 
 
 def predict(profile: Profile, strategy: Strategy, cluster: Cluster, batch_size: int = 0) -> Prediction:
@@ -99,6 +104,7 @@ def costs_of(
     def on(times: SegmentTimes, by_pipeline_rank: Sequence[Costs] = ()) -> Costs:
         stages = StageCosts(profile, strategy, cluster, times, parts)
         check_servers(strategy, parts.workers[0], stages.calls)
+        _check_tied(strategy, stages)
         return Costs(stages, size, by_pipeline_rank)
 
     def on_device(device: Device) -> Costs:
@@ -113,6 +119,15 @@ def costs_of(
         else []
     )
     return on(times, by_pipeline_rank)
+
+
+def _check_tied(strategy: Strategy, stages: StageCosts) -> None:
+    """Raise StrategyError if stages would have to sum gradients in each step that do not wait for each other."""
+    if strategy.delayed and any(each.axis == "pp" for w in stages.parts.workers for each in stages.program.sums(w)):
+        raise StrategyError(
+            f"schedule={strategy.schedule}: a parameter is used in several stages, which would wait for each other's "
+            "gradients of it in every step: use schedule=1f1b"
+        )
 
 
 def slowest_at(strategy: Strategy, cluster: Cluster, pipeline_rank: int) -> Device:
@@ -271,6 +286,8 @@ class Costs:
         spent = self.calls.small(step_kernels(self.profile, self.strategy))
         for kernel in update.kernels:
             spent += self.calls.moved(elements, kernel.bytes * elements, kernels)
+        if self.strategy.delayed:  # the weights of the next version
+            spent += self.calls.moved(elements, 8 * elements, tensors)
         if self.profile.clipped:
             gradients = self._held(worker)[0] if worker.broadcast else elements
             spent += self.calls.moved(gradients, 4 * gradients, 1)  # the norm
@@ -307,8 +324,13 @@ class Costs:
     @cached_property
     def _played(self) -> _ComputedStep:
         works = [work_of(self.at(worker).stages, worker) for worker in self.parts.workers]
-        ends = self._ends(works)
         finishes = [self.at(worker).finish(worker) for worker in self.parts.workers]
+        if self.strategy.delayed:  # the report runs beside the passes of the next step
+            updates = [finish.reduce + finish.update + finish.exchange + finish.host for finish in finishes]
+            tables = [table_of(self.at(worker).stages, worker) for worker in self.parts.workers]
+            seconds = stream_seconds(tables, updates, self.stages.messages)
+            return _ComputedStep(works, finishes, seconds, 0.0, 0.0)
+        ends = self._ends(works)
         start = max(finish.start for finish in finishes)
         last = start + max(
             end + f.reduce + f.update + f.exchange + f.host for end, f in zip(ends, finishes, strict=True)
@@ -383,6 +405,7 @@ class Costs:
             "notes": (
                 *padding_notes(self.profile, self.strategy),
                 *server_notes(self.profile, self.strategy, self.parts.workers[0]),
+                *((STALENESS,) if self.strategy.delayed else ()),
             ),
         }
 

@@ -121,6 +121,8 @@ def dry_run(
     strategy = strategy.for_batch(workload.batch_size).with_(plain_steps=0)  # a step like all later ones
     if strategy.ps:
         raise StrategyError(f"{strategy}: a dry run starts no parameter servers: predict it without --dry-run")
+    if strategy.delayed:
+        raise StrategyError(f"{strategy}: a dry run plays steps that end: predict it without --dry-run")
     workload = replace(workload, after_step=None)  # it would be tried on tensors with values
     if not 0 <= rank < strategy.workers:
         raise StrategyError(f"rank {rank} of strategy {strategy}: its workers are 0 to {strategy.workers - 1}")

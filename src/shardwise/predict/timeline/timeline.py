@@ -21,6 +21,7 @@ from shardwise.collective import Collective
 from shardwise.predict.closed_form.overlap import TimedPiece
 from shardwise.predict.closed_form.segment_times import PassSeconds
 from shardwise.predict.closed_form.step_time import Costs, costs_of, unhidden
+from shardwise.predict.closed_form.streamed import FILLING, FULL, numbered
 from shardwise.predict.prediction import Prediction
 from shardwise.predict.profile.profile import Profile
 from shardwise.predict.timeline.breakdown import Breakdown
@@ -30,8 +31,14 @@ from shardwise.predict.timeline.staleness import paces
 from shardwise.predict.workers.holdings import Stage, Worker
 from shardwise.predict.workers.passes import EqualPasses, table
 from shardwise.predict.workers.step_program import Piece
-from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
+from shardwise.splitting.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action, left_after
 from shardwise.strategy import Strategy
+
+TIMES = (
+    *("step_seconds", "compute_seconds", "communication_seconds", "exposed_communication_seconds"),
+    *("bubble_seconds", "optimizer_seconds", "host_seconds"),
+)
+"""Fields of a prediction that are times of a step."""
 
 VERBS = {"all_gather": "gather", "reduce_scatter": "scatter", "all_reduce": "sum"}
 NAMES = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward of inputs", WEIGHT: "backward of weights"}
@@ -93,6 +100,10 @@ def timeline(
     usual = costs_of(profile, strategy, cluster, batch_size)
     pipelines = representatives(usual.strategy, cluster, slowed or {})
     costs = _costs_by_device(usual, pipelines, batch_size)
+    if strategy.delayed:
+        filling, full = (_StepSimulation(usual, pipelines, costs, slowed or {}, steps=n) for n in (FILLING, FULL))
+        more = full.timeline()
+        return replace(more, prediction=_between(filling.timeline(full.busiest).prediction, more.prediction))
     found = _StepSimulation(usual, pipelines, costs, slowed or {}).timeline()
     if not strategy.local:
         return found
@@ -115,6 +126,17 @@ def _mean(usual: Prediction, averaging: Prediction, costs: Costs) -> Prediction:
         + share * (averaging.communication_seconds - usual.communication_seconds),
         exposed_communication_seconds=usual.exposed_communication_seconds + share * exposed,
     )
+
+
+def _between(few: Prediction, more: Prediction) -> Prediction:
+    """Return a step of a full pipeline from the predictions of FILLING and of FULL steps."""
+
+    def each(name: str) -> float:
+        difference: float = getattr(more, name) - getattr(few, name)
+        return difference / (FULL - FILLING)
+
+    terms = {name: (more.terms[name] - few.terms.get(name, 0.0)) / (FULL - FILLING) for name in more.terms}
+    return replace(more, **{name: each(name) for name in TIMES}, terms=terms)
 
 
 def _costs_by_device(usual: Costs, pipelines: Iterable[SimulatedReplica], batch_size: int) -> dict[int, Costs]:
@@ -163,8 +185,9 @@ class _StepSimulation:
         slowed: Mapping[int, float],
         *,
         averaging: bool = False,
+        steps: int = 1,
     ) -> None:
-        self._averaging, self._slowed = averaging, slowed
+        self._averaging, self._slowed, self._steps = averaging, slowed, steps
         self.usual, self.strategy, self.pipelines = usual, usual.strategy, pipelines
         self.inline = usual.stages.blocking
         self.hosts = [
@@ -181,16 +204,18 @@ class _StepSimulation:
         ]
         self.simulation = Simulation([host.costs.stages.overlap for host in self.hosts])
         self._messages: dict[object, Operation] = {}
+        self.busiest = 0
 
-    def timeline(self) -> Timeline:
-        """Simulate the step; see the function `timeline`."""
+    def timeline(self, seen_by: int | None = None) -> Timeline:
+        """Simulate the step; see the function `timeline`. `seen_by` is a worker's number; None: the busiest."""
         for host in self.hosts:
             self._program(host)
         seconds = self.simulation.run()
         breakdown = Breakdown(self.simulation.done, self._received(), inline=self.inline)
         if self.strategy.stale:
             seconds = self._pace()
-        index = max(range(len(self.hosts)), key=breakdown.computed)
+        index = max(range(len(self.hosts)), key=breakdown.computed) if seen_by is None else seen_by
+        self.busiest = index
         ranks = tuple(
             self.strategy.rank(dp=h.pipeline.row, fsdp=h.pipeline.column, pp=h.pipeline_rank) for h in self.hosts
         )
@@ -228,13 +253,38 @@ class _StepSimulation:
             seconds, together = host.costs.calls.of(each), ("weight", host.pipeline_rank)
             weight = self._issue(host, each.axis, "weight of the batch", "report", seconds, (), together)
             self._needed(host, weight)
+        if strategy.delayed:
+            self._stream(host)
+            return
         for turn in table(strategy, host.pipeline_rank):
-            action = turn.action
-            stage = stages[action.stage]
-            self._arrive(host, action)
-            self._pass(host, turn, stage)
-            self._send(host, action, stage)
+            self._turn(host, turn, stages[turn.action.stage])
         self._finish(host)
+
+    def _turn(self, host: _Host, turn: EqualPasses, stage: Stage) -> None:
+        self._arrive(host, turn.action)
+        self._pass(host, turn, stage)
+        self._send(host, turn.action, stage)
+
+    def _stream(self, host: _Host) -> None:
+        """Issue steps that begin before the one before them has ended, each with the update of that one."""
+        rank, workers, stage = host.pipeline_rank, self.strategy.pp, host.worker.stages[0]
+        turns = {(turn.action.kind, turn.action.microbatch): turn for turn in table(self.strategy, rank)}
+        count, finish = self.strategy.microbatches, host.costs.finish(host.worker)
+        for step in range(self._steps):
+            left, report = left_after(rank, workers) if step else 0, None
+            for action in numbered(rank, workers, count, step):
+                if not left and report is None:
+                    report = self._issue(
+                        host, "world", "report", "report", finish.report, [host.last], ("report", step)
+                    )
+                left -= action.kind != FORWARD and left > 0
+                self._turn(host, replace(turns[action.kind, action.microbatch % count], action=action), stage)
+            if report is not None:
+                self._needed(host, report)
+            hosted = finish.host * host.factor
+            seconds = (finish.reduce + finish.update + finish.exchange) * host.factor + hosted
+            self._on_compute(host, Operation(host.number, COMPUTE, "update", "optimizer", seconds, hosted=hosted))
+        self._on_compute(host, Operation(host.number, COMPUTE, "end", "end", 0.0))
 
     def _issue(
         self,

@@ -41,6 +41,9 @@ GRID = [
     "pp=4,schedule=gpipe",
     "pp=4,schedule=interleaved",
     "pp=4,schedule=zero-bubble",
+    "pp=4,schedule=pipedream",
+    "pp=8,schedule=pipedream,recompute=full",
+    "tp=2,pp=4,schedule=pipedream",
     "dp=2,pp=4",
     "dp=2,fsdp=2,pp=2,outermost=pp",
     "fsdp=2,pp=2",
@@ -108,7 +111,15 @@ def test_closed_form_where_hosts_are_slow(profiles: dict[tuple[str, str], Profil
 
 
 @pytest.mark.parametrize("slower", [10, 1000])
-@pytest.mark.parametrize("text", ["dp=2,pp=2,schedule=interleaved", "dp=2,pp=2", "dp=2,pp=2,schedule=zero-bubble"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dp=2,pp=2,schedule=interleaved",
+        "dp=2,pp=2",
+        "dp=2,pp=2,schedule=zero-bubble",
+        "pp=4,schedule=pipedream",
+    ],
+)
 def test_closed_form_over_slow_links(profiles: dict[tuple[str, str], Profiles], text: str, slower: int) -> None:
     """There buckets of one stage are still under way when those of the next one are complete."""
     machines = find_cluster("h100x8")
