@@ -38,6 +38,8 @@ def test_staleness_is_asynchronous() -> None:
         ("dp=2,bucket=5,ps=1", "ps=1 excludes bucket=5"),
         ("dp=2,compile=1,ps=2", "ps=2 excludes compile=1"),
         ("dp=2,states=8,ps=1", "ps=1 excludes states=8"),
+        ("dp=2,compress=int8,ps=1", "ps=1 excludes compress=int8"),
+        ("dp=2,local=4,ps=1", "ps=1 excludes local=4"),
     ],
 )
 def test_what_excludes_each_other_is_one_line(text: str, told: str) -> None:

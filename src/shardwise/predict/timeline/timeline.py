@@ -136,7 +136,8 @@ def _between(few: Prediction, more: Prediction) -> Prediction:
         return difference / (FULL - FILLING)
 
     terms = {name: (more.terms[name] - few.terms.get(name, 0.0)) / (FULL - FILLING) for name in more.terms}
-    return replace(more, **{name: each(name) for name in TIMES}, terms=terms)
+    times: dict[str, Any] = {name: each(name) for name in TIMES}
+    return replace(more, terms=terms, **times)
 
 
 def _costs_by_device(usual: Costs, pipelines: Iterable[SimulatedReplica], batch_size: int) -> dict[int, Costs]:
