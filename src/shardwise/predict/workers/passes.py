@@ -122,6 +122,11 @@ def _shorter(strategy: Strategy) -> tuple[Strategy, Strategy, int]:
 @lru_cache(maxsize=65536)
 def _turns(key: Order, pipeline_rank: int) -> tuple[EqualPasses, ...]:
     strategy = _normalized(key)
+    if pipeline_rank and not strategy.splits_parameters and strategy.schedule != "zero-bubble":  # equal on every worker
+        return tuple(
+            replace(turn, action=replace(turn.action, stage=turn.action.stage + pipeline_rank))
+            for turn in _turns(key, 0)
+        )
     short, long, times = _shorter(strategy)
     if times:
         few, more = (_turns(_of_order(each), pipeline_rank) for each in (short, long))
