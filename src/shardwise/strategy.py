@@ -38,18 +38,18 @@ from shardwise.units import parse_whole
 
 PIPEDREAM = "pipedream"
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble", PIPEDREAM)
-PRODUCTS = frozenset(
-    {
-        "aten.mm",
-        "aten.addmm",
-        "aten.convolution",
-        "aten._scaled_dot_product_flash_attention_for_cpu",
-        "aten._scaled_dot_product_flash_attention",
-        "aten._scaled_dot_product_efficient_attention",
-        "aten._scaled_dot_product_cudnn_attention",
-    }
-)
-"""Operations whose results `recompute=selective` saves: matmuls with weights, convolutions and fused attention.
+_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"
+PRODUCTS = {
+    "aten.mm": ("linear", "mm", "matmul"),
+    "aten.addmm": ("addmm",),
+    "aten.convolution": tuple(_CONVOLUTIONS.split()),
+    "aten._scaled_dot_product_flash_attention_for_cpu": ("_scaled_dot_product_flash_attention_for_cpu",),
+    "aten._scaled_dot_product_flash_attention": ("scaled_dot_product_attention",),
+    "aten._scaled_dot_product_efficient_attention": ("scaled_dot_product_attention",),
+    "aten._scaled_dot_product_cudnn_attention": ("scaled_dot_product_attention",),
+}
+"""Operations whose results `recompute=selective` saves, as torch dispatches them -> names of those in a traced graph
+that become them: matmuls with weights, convolutions and fused attention.
 
 The matmul of two activations (`bmm`) is recomputed: it occurs in unfused attention, and its results are large.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from shardwise.parallel.compiling.kernels import modelled
 from shardwise.parallel.tensor.aliasing import roots, viewed, writes_in_place
 from shardwise.parallel.tensor.overlap import linear
 from shardwise.parallel.tensor.partitioner import is_local, operation_of
+from shardwise.strategy import PRODUCTS
 from shardwise.workload.precision import is_for_gpu
 
 OUTSIDE = frozenset(
@@ -30,11 +32,8 @@ OUTSIDE = frozenset(
 """Names of operations that are not compiled: they may return their input, change buffers, unroll into thousands of
 others, or have results of changing shapes."""
 
-PRODUCTS = frozenset(
-    "linear mm addmm matmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
-    "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu".split()
-)
-"""Names of operations as the trace has them whose results `recompute=selective` saves, see `strategy.PRODUCTS`."""
+_TRACED_PRODUCTS = frozenset(chain.from_iterable(PRODUCTS.values()))
+"""Names of the operations of a traced graph whose results `recompute=selective` saves."""
 
 _UNSTEADY = (torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
@@ -143,7 +142,7 @@ def is_product(node: fx.Node) -> bool:
     if is_local(node.target) or node.target is linear:
         return True
     target = operation_of(node.target)
-    return target is not None and target.overloadpacket.__name__ in PRODUCTS
+    return target is not None and target.overloadpacket.__name__ in _TRACED_PRODUCTS
 
 
 def is_compiled(node: fx.Node, *, products: bool) -> bool:
