@@ -20,6 +20,7 @@ from shardwise.commands.request import (
     Chosen,
     TrainingRequest,
     check,
+    check_step,
     settle,
     settle_length,
     settle_options,
@@ -153,7 +154,7 @@ def _compiles(workload: Workload, cluster: Cluster) -> bool:
     if all(nodes.device.kind != "gpu" for nodes in cluster.nodes):
         return False
     try:
-        check(workload, Strategy(compile=1))
+        check_step(workload, Strategy(compile=1))
     except RequestError:
         return False
     return True

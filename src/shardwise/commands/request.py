@@ -37,6 +37,8 @@ from shardwise.workload.source import Source
 from shardwise.workload.workload import Workload
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from shardwise.splitting.balance import Cuts
 
 AnyWorkload = str | Workload | Callable[..., Workload]
@@ -280,25 +282,35 @@ def check(workload: Workload, strategy: Strategy) -> None:
         from shardwise.workload.warm_start import check_warm_start
 
         check_warm_start(workload)
-    import torch
-
-    from shardwise.parallel.compiling.compiler import check_compiler
     from shardwise.parallel.data.local_steps import check_local
     from shardwise.parallel.data.turns import check_turns
-    from shardwise.parallel.operators.refused_modules import check_modules
     from shardwise.parallel.optim.check import check_optimizer
-    from shardwise.predict.profile.meta_model import builds
 
     check_turns(workload, strategy)
     check_local(workload, strategy)
+    check_optimizer(workload, strategy, check_step(workload, strategy))
+
+
+def check_step(workload: Workload, strategy: Strategy) -> nn.Module:
+    """Check that a step of a workload can run under a strategy here, and return its plain module without values.
+
+    Raises:
+        StrategyError, WorkloadError: as `check`.
+    """
+    import torch
+
+    from shardwise.parallel.compiling.compiler import check_compiler
+    from shardwise.parallel.operators.refused_modules import check_modules
+    from shardwise.predict.profile.meta_model import builds
+
     check_compiler(strategy, "gpu" if torch.cuda.is_available() else "cpu")
     model = next(builds(workload)).module
     check_modules(workload, strategy, model)
-    check_optimizer(workload, strategy, model)
     if not strategy.runs_module:
         from shardwise.parallel.check import check_strategy
 
         check_strategy(workload, strategy)
+    return model
 
 
 def settle_folder(out: str | Path | None, workload: Workload, job: Job) -> Path:
