@@ -9,7 +9,7 @@ from typing import Any
 from shardwise.errors import RequestError, RunFolderError
 from shardwise.files import check_regular
 from shardwise.reports.page.values import number, text
-from shardwise.run.jsonfile import parse_json, read_json
+from shardwise.run.jsonfile import parse_record, read_json
 from shardwise.run.training.run_folder import (
     DESCRIPTION,
     MEMORY,
@@ -113,17 +113,10 @@ def json_lines(path: Path, note: Notes) -> list[dict[str, Any]]:
     except (OSError, RequestError) as error:
         note(f"{error}; it is left out.")
         return []
-    found, damaged = [], 0
     half = lines.pop()
-    for line in lines[:MOST_LINES]:
-        try:
-            record = parse_json(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            found.append(record)
-        else:
-            damaged += 1
+    records = list(map(parse_record, lines[:MOST_LINES]))
+    found = [record for record in records if record is not None]
+    damaged = len(records) - len(found)
     if damaged:
         note(f"{path}: {damaged} damaged line{'s are' if damaged > 1 else ' is'} left out.")
     if half:

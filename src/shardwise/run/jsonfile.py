@@ -23,6 +23,15 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Parse one line of a file with a JSON object on each line. Returns None if it is damaged, or is no object."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def read_json(path: Path, limit_bytes: int, error_class: type[RequestError], what: str) -> Any:
     """Read a JSON document; see `read_regular` for the arguments.
 

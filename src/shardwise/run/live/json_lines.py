@@ -8,7 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any
 
-from shardwise.run.jsonfile import parse_json
+from shardwise.run.jsonfile import parse_record
 
 LONGEST_LINE = 1 << 20
 """Largest number of bytes in a line; a longer line is left out."""
@@ -67,9 +67,6 @@ class JsonLines:
             if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
                 return
             self._offset += len(line)
-            try:
-                record = parse_json(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
+            record = parse_record(line)
+            if record is not None:
                 yield record
