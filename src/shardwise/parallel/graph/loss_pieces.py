@@ -121,7 +121,7 @@ def _cut(graph: fx.Graph, node: fx.Node, pieces: int, function: Callable[..., Te
             x = _called(graph, move.target, (x, *move.rest), like=x, shape=move.shape)
         if layer.transposed:
             weight = _called(graph, aten.t.default, (weight,), like=weight, shape=weight.meta["shape"][::-1])
-        arguments = (pieces, x, weight, layer.bias, loss.target, loss.spans, *loss.options, node.meta["dtype"])
+        arguments = (pieces, (x, weight, layer.bias), loss.target, loss.spans, loss.options, node.meta["dtype"])
         node.replace_all_uses_with(_called(graph, function, arguments, like=node, shape=()))
     for each in (node, *reversed(line)):
         graph.erase_node(each)

@@ -22,7 +22,13 @@ from shardwise.parallel.operators.batch_norm import batch_norm
 from shardwise.parallel.operators.dropout import attention_probabilities
 from shardwise.parallel.operators.dropout import mask as draw_mask
 from shardwise.parallel.operators.module_patches import ModulePatches
-from shardwise.parallel.operators.piecewise_loss import LossGradients, loss_and_gradients, with_gradients
+from shardwise.parallel.operators.piecewise_loss import (
+    LossGradients,
+    LossKind,
+    OutputLayer,
+    loss_and_gradients,
+    with_gradients,
+)
 from shardwise.parallel.operators.random_numbers import draw
 from shardwise.parallel.operators.selective_checkpoint import products_not_saved
 from shardwise.parallel.tensor.communication import Exchange, Segments
@@ -172,32 +178,28 @@ class GraphOperators:
     def loss_in_pieces(
         self,
         pieces: int,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
         target: Tensor,
         spans: Segments,
-        reduction: int,
-        ignore: int,
-        smoothing: float,
+        options: tuple[int, int, float],
         dtype: torch.dtype,
     ) -> Tensor:
         """Compute an output layer and its cross entropy in pieces, once: the recomputation of a block gets the results.
 
-        `spans` are those of the classes that the tensor-parallel workers share, empty if each has all of them. `dtype`
-        is that of the loss. The other arguments are those of `piecewise_loss.loss_and_gradients`.
+        `tensors` are those of an `OutputLayer` and `options` those of a `LossKind`, as plain tuples of a graph. `spans`
+        are those of the classes that the tensor-parallel workers share, empty if each has all. `dtype` is that of the
+        loss. The other arguments are those of `piecewise_loss.loss_and_gradients`.
         """
+        layer = OutputLayer(*tensors)
         found = self._noted.pop(0) if self._noted is not None and self.recomputing else None
         if not isinstance(found, LossGradients):
-            wanted = [torch.is_grad_enabled() and each is not None and each.requires_grad for each in (x, weight, bias)]
-            exchange, spans = (self.exchange, spans) if spans else (_ALONE, (weight.shape[0],))
+            wanted = [torch.is_grad_enabled() and each is not None and each.requires_grad for each in layer]
+            exchange, spans = (self.exchange, spans) if spans else (_ALONE, (layer.weight.shape[0],))
             with products_not_saved():
-                found = loss_and_gradients(
-                    exchange, pieces, x, weight, bias, target, spans, reduction, ignore, smoothing, wanted
-                )
+                found = loss_and_gradients(exchange, spans, pieces, layer, target, LossKind(*options), wanted)
             if self._noted is not None:
                 self._noted.append(found)
-        return with_gradients(found, x, weight, bias, dtype)
+        return with_gradients(found, layer, dtype)
 
     def opaque(self, call: Call, site: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call a module that was not traced. `site` is the number of calls that have drawn dropout before it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,34 @@ from shardwise.parallel.tensor.vocab_parallel import Classes, local_index
 
 MEAN = 1
 """Number that torch gives `reduction="mean"`; 2 is the sum."""
+
+
+class OutputLayer(NamedTuple):
+    """Inputs of an output layer, and its parameters on this worker.
+
+    Attributes:
+        x: inputs, shape (..., features).
+        weight: weight, shape (classes / ranks, features).
+        bias: bias; None if it has none.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class LossKind(NamedTuple):
+    """Options of a cross entropy.
+
+    Attributes:
+        reduction: 1 mean over the targets that are not ignored, 2 sum.
+        ignored: the target value that is ignored.
+        smoothing: share of the target spread evenly over all classes.
+    """
+
+    reduction: int
+    ignored: int
+    smoothing: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,41 +71,34 @@ class LossGradients:
 @torch.no_grad()
 def loss_and_gradients(
     exchange: Exchange,
-    pieces: int,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
     spans: Segments,
-    reduction: int,
-    ignore: int,
-    smoothing: float,
+    pieces: int,
+    layer: OutputLayer,
+    target: Tensor,
+    kind: LossKind,
     wanted: Sequence[bool],
 ) -> LossGradients:
-    """Compute the cross entropy of `F.linear(x, weight, bias)` and its gradients in pieces of the tokens.
+    """Compute the cross entropy of an output layer and its gradients in pieces of the tokens.
 
     Args:
         exchange: the exchanges among the workers that share the vocabulary; a single one has all of it.
-        pieces: number of pieces; each has as many tokens, the last one maybe fewer.
-        x: inputs of the output layer, shape (..., features).
-        weight: its weight on this worker, shape (classes / ranks, features).
-        bias: its bias on this worker; None if it has none.
-        target: class indices, shape of `x` without the features.
         spans: spans of the classes.
-        reduction: 1 mean over the targets that are not ignored, 2 sum.
-        ignore: the target value that is ignored.
-        smoothing: share of the target spread evenly over all classes.
-        wanted: whether the gradients of `x`, of `weight` and of `bias` are wanted.
+        pieces: number of pieces; each has as many tokens, the last one maybe fewer.
+        layer: the output layer.
+        target: class indices, shape of the inputs without the features.
+        kind: options of the cross entropy.
+        wanted: whether the gradient of each tensor of the layer is wanted.
     """
+    x, weight, bias = layer
     rows, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1)
-    ignored = labels == ignore
+    ignored = labels == kind.ignored
     local = labels.masked_fill(ignored, 0)
     local = local_index(exchange, spans, local) if exchange.ranks > 1 else local
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     counted = (~ignored).to(wide)
-    number = counted.sum() if reduction == MEAN else None
+    number = counted.sum() if kind.reduction == MEAN else None
     each = counted if number is None else (counted / number).masked_fill_(ignored, 0.0)  # all ignored: no 0 / 0
-    classes = Classes(exchange, 1, sum(spans), smoothing)
+    classes = Classes(exchange, 1, sum(spans), kind.smoothing)
     to_x = rows.new_empty(rows.shape) if wanted[0] else None
     to_weight = to_bias = None
     losses: list[Tensor] = []
@@ -112,12 +133,12 @@ def _plus_product(total: Tensor | None, gradient: Tensor, x: Tensor, wide: torch
     return total.add_(gradient.t() @ x)
 
 
-def with_gradients(found: LossGradients, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the loss in `dtype` as a function of inputs, weight and bias, whose gradients are known.
+def with_gradients(found: LossGradients, layer: OutputLayer, dtype: torch.dtype) -> Tensor:
+    """Return the loss in `dtype` as a function of the tensors of its output layer, whose gradients are known.
 
     One backward pass can run through it: it changes the gradients.
     """
-    loss: Tensor = _Known.apply(found, x, weight, bias)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Known.apply(found, *layer)  # type: ignore[no-untyped-call]
     return loss.to(dtype)
 
 

@@ -52,8 +52,8 @@ def in_pieces(
     ignore: int = -100,
     smoothing: float = 0.0,
 ) -> Tensor:
-    options = REDUCTIONS[reduction], ignore, smoothing, torch.float64
-    return operators().loss_in_pieces(pieces, x, weight, bias, target, (), *options)
+    options = REDUCTIONS[reduction], ignore, smoothing
+    return operators().loss_in_pieces(pieces, (x, weight, bias), target, (), options, torch.float64)
 
 
 @pytest.mark.parametrize("pieces", [2, 3, 10])
