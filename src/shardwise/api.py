@@ -619,9 +619,12 @@ def plan(
             each other.
         DoesNotFit: no strategy fits into the memory of the devices.
     """
-    from shardwise.commands.plan import planned
-    from shardwise.commands.request import settle_file, settle_source
-    from shardwise.run.training.log import finite
+    from shardwise.planner.garbage import few_collections
+
+    with few_collections():  # an import of torch makes many objects that stay, too
+        from shardwise.commands.plan import planned
+        from shardwise.commands.request import settle_file, settle_source
+        from shardwise.run.training.log import finite
 
     page = None if report is None else settle_file(Path(report), "report")
     source = settle_source(workload, settings, seed)
