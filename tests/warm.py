@@ -23,11 +23,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 IMPORTED = (
+    "pytest",
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.run",
@@ -43,6 +45,9 @@ IMPORTED = (
 
 LENGTH = struct.Struct("=I")
 """Number of bytes of the order that follows, as JSON."""
+
+MOST_PASSED = 1
+"""Largest number of descriptors that a process gets beside its streams, under the numbers that they have here."""
 
 ENVIRONMENT = "environment"
 """Name of the file without a folder (memfd_create(2)) in which a process of the server holds its environment."""
@@ -64,25 +69,27 @@ class Started:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         start_new_session: bool = False,
+        pass_fds: Sequence[int] = (),
         address: str | None = None,
     ) -> None:
         """Start `python -m MODULE ...` or `python SCRIPT ...`, by the server at `address` or else by our own."""
-        assert stdin == subprocess.DEVNULL
+        assert len(pass_fds) <= MOST_PASSED
         self.arguments, self.returncode = list(args), None
         order = {
             "arguments": self.arguments[1:],
             "folder": str(cwd or Path.cwd()),
             "environment": dict(os.environ if env is None else env),
             "session": start_new_session,
+            "passed": list(pass_fds),
         }
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(address or _server().address)
+        self._connection.connect(address or server_address())
         with contextlib.ExitStack() as theirs:
-            nothing = theirs.enter_context(Path(os.devnull).open())
+            self.stdin, given = _input(stdin, theirs)
             self.stdout, output = _stream(stdout, 1, theirs)
             self.stderr, errors = (None, output) if stderr == subprocess.STDOUT else _stream(stderr, 2, theirs)
             text = json.dumps(order).encode()
-            socket.send_fds(self._connection, [LENGTH.pack(len(text))], [nothing.fileno(), output, errors])
+            socket.send_fds(self._connection, [LENGTH.pack(len(text))], [given, output, errors, *pass_fds])
             self._connection.sendall(text)
             self.pid = self._number()
 
@@ -99,8 +106,7 @@ class Started:
                 selector.register(self._connection, selectors.EVENT_READ)
                 if not selector.select(timeout):
                     raise subprocess.TimeoutExpired(self.arguments, timeout or 0.0)
-            self.returncode = self._number()
-            self._connection.close()
+            self.returncode = self._number(socket.MSG_PEEK)  # another thread may wait for it, too
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -129,8 +135,8 @@ class Started:
         self.wait(timeout)
         return read[1], read[2]
 
-    def _number(self) -> int:
-        (number,) = NUMBER.unpack(self._connection.recv(NUMBER.size, socket.MSG_WAITALL))
+    def _number(self, flags: int = 0) -> int:
+        (number,) = NUMBER.unpack(self._connection.recv(NUMBER.size, socket.MSG_WAITALL | flags))
         return int(number)
 
 
@@ -149,6 +155,15 @@ def environment(process: Path) -> bytes:
     held = (process / "fd" / "3", process / "fd" / "4")
     found = [file for file in held if file.is_symlink() and f"memfd:{ENVIRONMENT}" in str(file.readlink())]
     return b"".join(file.read_bytes() for file in found)
+
+
+def _input(chosen: int, theirs: contextlib.ExitStack) -> tuple[IO[bytes] | None, int]:
+    """Return our end of standard input, if it is a pipe, and the descriptor that the process gets."""
+    if chosen != subprocess.PIPE:
+        return None, theirs.enter_context(Path(os.devnull).open()).fileno()
+    reading, writing = os.pipe()
+    theirs.callback(os.close, reading)
+    return os.fdopen(writing, "wb"), reading
 
 
 def _stream(chosen: int | None, own: int, theirs: contextlib.ExitStack) -> tuple[IO[str] | None, int]:
@@ -180,3 +195,25 @@ class _Server:
 @functools.cache
 def _server() -> _Server:
     return _Server()
+
+
+def server_address() -> str:
+    """Return the address of this process's server, which is started if there is none."""
+    return _server().address
+
+
+def start_here(address: str, replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let this process start workers, and processes beside them such as parameter servers, by the server at `address`.
+
+    `replace(module, name, value)` puts the server in the place of `subprocess`.
+    """
+    from shardwise.launch import beside, processes
+
+    own = SimpleNamespace(
+        Popen=functools.partial(Started, address=address),
+        TimeoutExpired=subprocess.TimeoutExpired,
+        DEVNULL=subprocess.DEVNULL,
+        PIPE=subprocess.PIPE,
+    )
+    for module in (processes, beside):
+        replace(module, "subprocess", own)

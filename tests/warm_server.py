@@ -15,11 +15,9 @@ import runpy
 import select
 import signal
 import socket
-import subprocess
 import sys
 import traceback
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import warm
@@ -56,7 +54,7 @@ def serve(address: str) -> None:
 
 def fork(connection: socket.socket) -> int:
     """Receive an order, fork a process for it, and answer with its number."""
-    head, streams, _, _ = socket.recv_fds(connection, warm.LENGTH.size, 3)
+    head, streams, _, _ = socket.recv_fds(connection, warm.LENGTH.size, 3 + warm.MOST_PASSED)
     (length,) = warm.LENGTH.unpack(head)
     order = json.loads(connection.recv(length, socket.MSG_WAITALL))
     process = os.fork()
@@ -108,9 +106,14 @@ def settle(order: dict[str, Any], streams: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if order["session"]:
         os.setsid()
-    for number, stream in enumerate(streams):
+    for number, stream in enumerate(streams[:3]):
         os.dup2(stream, number)
-    os.closerange(3, OPEN_FILES)
+    kept = 2
+    for number, descriptor in zip(order["passed"], streams[3:], strict=True):
+        os.dup2(descriptor, number)
+        os.closerange(3, number)
+        kept = number
+    os.closerange(kept + 1, OPEN_FILES)
     assert order["environment"].get("PYTHONPATH") == os.environ.get("PYTHONPATH"), "read when the server started"
     os.environ.clear()
     os.environ.update(order["environment"])
@@ -125,14 +128,8 @@ def start_workers_here(address: str) -> None:
     """Let Shardwise and torchrun start their workers by the server at `address`, in all processes that it forks."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    from shardwise.launch import processes
-
-    started = partial(warm.Started, address=address)
-    for module, name, value in (
-        (subprocess_handler, "Popen", started),
-        (processes, "subprocess", SimpleNamespace(Popen=started, DEVNULL=subprocess.DEVNULL)),
-    ):
-        setattr(module, name, value)
+    setattr(subprocess_handler, "Popen", partial(warm.Started, address=address))  # noqa: B010  # mypy: no such attribute
+    warm.start_here(address)
 
 
 def tell_environment() -> None:

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+import warm
 from breaking import Breaking, assert_noticed
 from equality import assert_equal, reference, resumed, shares_of, train
 from pool import Pools
@@ -39,6 +40,16 @@ from shardwise.strategy import Strategy
 from shardwise.workload.workload import Workload
 
 STRATEGIES = ("ps=1,dp=2", "ps=2,dp=2", "ps=1,dp=4", "ps=2,dp=4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm_servers(workers: Pools) -> None:
+    """Fork parameter servers from a process that has imported torch; tests/processes starts interpreters of their own.
+
+    A pool that replaces a broken one starts interpreters, too.
+    """
+    for count in (2, 4):
+        workers(count, warm.start_here, warm.server_address())
 
 
 def clipped() -> Workload:

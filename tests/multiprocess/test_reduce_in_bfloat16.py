@@ -103,6 +103,7 @@ def test_replicas_sum_in_bfloat16(workers: Pools, strategy: str) -> None:
     assert not any(workers(count, built, f"{strategy},microbatches=1"))
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_language_models_train_alike() -> None:
     source = Source(workload="language", settings={"tied": True, "layers": 2, "hidden": 64, "sequence": 64})
     strategies = [

@@ -107,6 +107,7 @@ def test_checkpoints_are_float32_and_read_back_unchanged(workers: Pools, tmp_pat
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_verify_takes_the_first_step_alone() -> None:
     with pytest.raises(RequestError, match=r"states=8 rounds the optimizer states .* verify it with --steps 1"):
         verify(work, ["dp=2,states=8"])
