@@ -34,7 +34,7 @@ def measure(rounds: int, out: Path) -> None:
     import torch.distributed as dist
 
     from shardwise.launch.shared_memory.layered_group import LayeredGroup
-    from shardwise.launch.shared_memory.process_group import register
+    from shardwise.launch.shared_memory.registration import register
 
     layered, flat = dist.new_group(backend=register()), dist.new_group(backend=GLOO)
     assert isinstance(layered, LayeredGroup), "the workers of a host do not share memory"

@@ -59,7 +59,7 @@ def measured(rounds: int) -> dict[str, list[list[float]]]:
     """Return seconds of (shared memory, gloo) in each round, by operation and bytes. Collective."""
     import torch.distributed as dist
 
-    from shardwise.launch.shared_memory.process_group import register
+    from shardwise.launch.shared_memory.registration import register
 
     groups = (dist.new_group(backend=register()), dist.new_group(backend=GLOO))
     found = {}

@@ -44,7 +44,7 @@ PRELOAD = (
     "shardwise.parallel.graph.graph_engine",
     "shardwise.parallel.data.module_engine",
     "shardwise.run.checkpoint.checkpoints",
-    "shardwise.launch.shared_memory.process_group",
+    "shardwise.launch.shared_memory.registration",
 )
 """Modules that every worker comes to need. Importing these starts no thread, so the server may fork."""
 

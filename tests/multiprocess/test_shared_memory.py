@@ -19,7 +19,8 @@ from shardwise.launch.shared_memory import direct, neighbours
 from shardwise.launch.shared_memory.backend import used
 from shardwise.launch.shared_memory.layered_group import PIECE_BYTES as LAYERED_PIECE_BYTES
 from shardwise.launch.shared_memory.mailbox import PIECE_BYTES
-from shardwise.launch.shared_memory.process_group import SharedMemoryGroup, register
+from shardwise.launch.shared_memory.process_group import SharedMemoryGroup
+from shardwise.launch.shared_memory.registration import register
 from shardwise.launch.shared_memory.segment import ARENA_BYTES, ENTRIES, SLOT_BYTES
 from shardwise.launch.shared_memory.slots import Slots
 
@@ -479,6 +480,7 @@ def test_a_worker_that_leaves_is_noticed_on_all_hosts(two_hosts: Hosts) -> None:
 
 
 def apart() -> str | None:
+    dist.barrier()  # nobody leaves before all have connected
     return used()
 
 

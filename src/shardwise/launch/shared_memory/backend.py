@@ -13,7 +13,7 @@ def backend() -> str:
         return "cpu:gloo,cuda:nccl"
     if transport() == GLOO:
         return GLOO
-    from shardwise.launch.shared_memory.process_group import register
+    from shardwise.launch.shared_memory.registration import register
 
     return register()
 

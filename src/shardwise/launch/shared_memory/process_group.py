@@ -6,12 +6,10 @@ directly, from Python and from C++ (DDP); `tests/multiprocess/test_shared_memory
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.autograd.profiler import record_function
-from torch.distributed import PrefixStore, ProcessGroup, Work  # type: ignore[attr-defined]
+from torch.distributed import ProcessGroup, Work
 from torch.futures import Future
 
 from shardwise.launch import waiting
@@ -27,40 +25,10 @@ from shardwise.launch.shared_memory import collectives
 from shardwise.launch.shared_memory.choice import EVENTS, SHM
 from shardwise.launch.shared_memory.collectives import SlotOperation
 from shardwise.launch.shared_memory.mailbox import Inbox, Outbox, Receiving, Sending
-from shardwise.launch.shared_memory.neighbours import Met, Neighbours, meet
+from shardwise.launch.shared_memory.neighbours import Neighbours
 from shardwise.launch.shared_memory.order import Order, Queued
 from shardwise.launch.shared_memory.reduction import Reduction
 from shardwise.launch.shared_memory.slots import Slots
-
-
-def register() -> str:
-    """Register the backend with torch.distributed, and return its name."""
-    if SHM not in dist.Backend.backend_list:
-        dist.Backend.register_backend(SHM, _create, devices=["cpu"])
-    return SHM
-
-
-def _create(store: Any, rank: int, count: int, timeout: timedelta) -> Any:
-    """Create a group that shares memory within each host; one of gloo if its workers cannot or need not. Collective."""
-    met = meet(store, rank, count, timeout.total_seconds())
-    if isinstance(met, Met) and len(met.hosts) == 1:
-        return SharedMemoryGroup(met.neighbours, rank, count)
-    gloo = partial(_gloo, store, timeout)
-    if isinstance(met, Met):
-        from shardwise.launch.shared_memory.layered_group import LayeredGroup
-
-        return LayeredGroup(met, rank, count, gloo)
-    if met and rank == 0:
-        logging.getLogger("shardwise").warning("workers use gloo instead of shared memory, which is slower: %s", met)
-    return gloo("gloo", rank, count)
-
-
-def _gloo(store: Any, timeout: timedelta, name: str, rank: int, count: int) -> Any:
-    """Create a group of gloo. Collective over its workers, which give it the same name."""
-    group = dist.ProcessGroupGloo(PrefixStore(name, store), rank, count, timeout=timeout)
-    group._set_sequence_number_for_group()
-    return group
-
 
 _Untyped: Any = ProcessGroup
 """Class of torch, of which mypy knows more forms of each method than torch calls on a group in Python."""
