@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from two_hosts import Started, again, await_steps, elastic, ended, kill_all, static, told, torchrun
+from two_hosts import Started, again, await_steps, elastic, ended, kill_all, mpi, static, told, torchrun
 from ways import processes_with
 
 from benchmarks import hosts
@@ -35,6 +36,15 @@ def outcome(started: Started, seconds: float) -> list[list[str]]:
     """Return what each host has said; all of them must end within so many seconds."""
     end = time.monotonic() + seconds
     return [told(process.communicate(timeout=max(0.1, end - time.monotonic()))[1]) for process in started]
+
+
+def command_lines() -> bytes:
+    """Return the command lines of all processes, as ps reads them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes())
+    return b"".join(found)
 
 
 def goes_on(folder: Path) -> None:
@@ -102,3 +112,33 @@ def test_an_error_is_told_once_on_all_hosts(folder: Path) -> None:
     with ended([torchrun(static(host), host, *LONG, "--set", "fail=1") for host in (0, 1)]) as started:
         said = outcome(started, 60)
         assert said == [[], ["worker 1 failed"]]
+
+
+def test_mpirun_gives_up_a_host_that_is_gone(folder: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ended([mpi(folder, monkeypatch, *LONG)]) as started:
+        await_steps(folder / "out", started, 12)
+        hosts.cut_link()
+        _, errors = started[0].communicate(timeout=SECONDS + 30)
+        assert started[0].returncode == 1
+        assert "on node engines-1" in errors or "host engines-1 (worker 1) cannot be reached" in errors, errors
+        end = time.monotonic() + SECONDS + 30
+        while processes_with(mark) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert processes_with(mark) == []
+    goes_on(folder)
+
+
+def test_no_secret_is_in_a_command_line_or_a_log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hush-hush-hush-hush"
+    monkeypatch.setenv("SHARDWISE_TOKEN", secret)
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    with ended([mpi(folder, monkeypatch, *TRAIN, "--steps", "40", "--set", "pause=0.05")]) as started:
+        await_steps(folder / "out", started, 2)
+        lines = command_lines()
+        output, errors = started[0].communicate(timeout=120)
+        assert started[0].returncode == 0, errors
+    assert b"work.py:small" in lines
+    assert secret.encode() not in lines
+    assert secret not in output + errors
+    kept = [path for path in (folder / "out").rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert kept == []

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pytest
 from ways import SHARDWISE
 
 from benchmarks import hosts
@@ -37,11 +38,29 @@ def torchrun(options: Sequence[str], host: int, *arguments: str) -> subprocess.P
     return on_host(host, *TORCHRUN, *options, "-m", "shardwise", *arguments)
 
 
+AGENT = """#!/bin/sh
+# what ssh does, between the hosts: AGENT [-x] HOST COMMAND
+while [ "${1#-}" != "$1" ]; do shift; done
+test -e "/run/netns/$1" || { echo "no route to $1" >&2; exit 255; }
+host=$1; shift
+exec ip netns exec "$host" unshare --uts sh -c 'hostname "$0" && exec sh -c "$1"' "$host" "$*"
+"""
+
+
+def mpi(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> subprocess.Popen[str]:
+    """Start `shardwise ARGUMENTS` with --engine mpi for both hosts on the first one."""
+    agent = folder / "agent"
+    agent.write_text(AGENT)
+    agent.chmod(0o755)
+    monkeypatch.setenv("OMPI_MCA_plm_rsh_agent", str(agent))
+    both = f"{hosts.name(0)},{hosts.name(1)}"
+    return on_host(0, *SHARDWISE, *arguments, "--engine", "mpi", "--hosts", both)
+
+
 def on_host(host: int, *line: str) -> subprocess.Popen[str]:
     """Start a command on a host."""
     return subprocess.Popen(
         [*hosts.inside(host), *line],
-        env={**os.environ, "GLOO_SOCKET_IFNAME": hosts.device(host)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from shardwise.errors import RequestError
+from shardwise.launch.host_watch import host_seconds
 from shardwise.launch.launcher import Allocation, LaunchRequest, ProcessJob, no_script, not_installed
 from shardwise.launch.ranks import LOOPBACK, RankContext, number
 
@@ -131,13 +132,24 @@ def mpirun(asked: LaunchRequest) -> list[str]:
     if not asked.hosts:
         return [*line, "--host", f"localhost:{asked.workers}", "--mca", "oob_tcp_if_include", "lo", *asked.command]
     slots = -(-asked.workers // len(asked.hosts))
-    line += ["--host", ",".join(f"{host}:{slots}" for host in asked.hosts)]
+    line += ["--host", ",".join(f"{host}:{slots}" for host in asked.hosts), *_keepalive(host_seconds())]
     passed = [name for name in asked.environment if name in PASSED_ON or name.startswith("SHARDWISE_")]
     for name in passed:
         line += ["-x", name]  # its value is not in the command line, which others can read
     if "MASTER_ADDR" not in passed and not any(map(_is_here, asked.hosts)):
         line += ["-x", f"MASTER_ADDR={asked.hosts[0]}"]
     return [*line, *asked.command]
+
+
+def _keepalive(seconds: float) -> list[str]:
+    """Return the options that let mpirun give up a host just before its workers do after `seconds`.
+
+    What it sends to a host that is gone keeps it waiting for a quarter of an hour, so it must notice it first.
+    """
+    pause = max(1, int(seconds / 15))
+    first = max(1, int(seconds / 2))
+    times = {"time": first, "intvl": pause, "probes": max(1, int((0.9 * seconds - first) / pause))}
+    return [word for name, value in times.items() for word in ("--mca", f"oob_tcp_keepalive_{name}", str(value))]
 
 
 def _is_here(host: str) -> bool:
