@@ -12,18 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardwise.errors import RequestError, StrategyError
+from shardwise.errors import RequestError, StrategyError, one_line
 from shardwise.launch import watch
 from shardwise.launch.allocator import keep_memory
 from shardwise.launch.board import StoreBoard, board_of
 from shardwise.launch.context import given_threads, rank_context
 from shardwise.launch.exit import die_with_parent
-from shardwise.launch.ranks import TORCHRUN, RankContext
+from shardwise.launch.ranks import LOOPBACK, TORCHRUN, RankContext
 from shardwise.launch.scheduling import run_uninterrupted, state_of
 from shardwise.launch.shared_memory.choice import transport
 
 TASKS = Path("/proc/self/task")
 """Folder in which Linux lists the threads of this process."""
+
+GLOO_TRANSPORT = "GLOO_DEVICE_TRANSPORT"
+"""Environment variable with which gloo is asked for connections with TLS, if torch was built with them."""
 
 LOOK_SECONDS, QUIET_LOOKS = 0.005, 3
 """Seconds between two looks at other threads, and number of looks in a row that must find none running."""
@@ -95,6 +98,7 @@ def join_launcher(workers: int | None = None) -> None:
         return
     _check_gpus(context.local_workers or context.workers)
     transport()  # raises for a wrong setting before the workers meet
+    check_encryption()
     host_watch.host_seconds()  # and so does this
     end_with_launcher(context)
     _start(str(context.local_rank), context.local_workers or context.workers)
@@ -145,6 +149,22 @@ def rest(seconds: float = 1.0) -> None:
     while quiet < QUIET_LOOKS and time.monotonic() < end:
         time.sleep(LOOK_SECONDS)  # releases the interpreter's lock to threads that wait for it
         quiet = 0 if any(state_of(task) == "R" for task in TASKS.glob("*") if task.name != str(own)) else quiet + 1
+
+
+def check_encryption() -> None:
+    """Check that gloo can do what GLOO_DEVICE_TRANSPORT asks of it. Raises RequestError: torch's wheels have no TLS."""
+    if os.environ.get(GLOO_TRANSPORT) != "TCP_TLS":
+        return
+    from torch.distributed import ProcessGroupGloo
+
+    try:
+        ProcessGroupGloo.create_device(hostname=LOOPBACK)
+    except RuntimeError as error:
+        raise RequestError(
+            f"{GLOO_TRANSPORT}=TCP_TLS: {one_line(str(error))}: this build of torch connects workers without TLS: "
+            "unset it, and let the hosts reach each other over an encrypted network (WireGuard, IPsec), whose device "
+            "GLOO_SOCKET_IFNAME names"
+        ) from error
 
 
 def _start(local_rank: str, local_workers: int) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shardwise import errors
 from shardwise.errors import ShardwiseError, WorkerFailed, WorkerHung
 from shardwise.launch.context import given_threads
-from shardwise.launch.join import threads_per_worker
+from shardwise.launch.join import check_encryption, threads_per_worker
 from shardwise.launch.processes import Processes
 from shardwise.launch.shared_memory.choice import transport
 from shardwise.launch.signals import Signals, Terminated
@@ -73,6 +73,7 @@ def run_local(
     """
     given_threads()  # raises for a wrong OMP_NUM_THREADS before any worker starts
     transport()  # and for a wrong setting
+    check_encryption()
     with Signals() as signals:
         running = LocalRun(function, args, workers=workers, threads=threads, gpus=gpus, patience=patience)
         try:
