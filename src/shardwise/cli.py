@@ -542,7 +542,7 @@ def _add_engine(parser: _Parser) -> None:
         "--engine",
         default="local",
         metavar="NAME",
-        help="what starts the workers: local (default), torchrun, mpi, slurm, ray or kubernetes",
+        help="what starts the workers: local (default), torchrun, mpi, slurm, ray, spark or kubernetes",
     )
     parser.add_argument("--hosts", metavar="A,B", help="hosts to run on, for engines that choose none themselves")
     parser.add_argument("--image", metavar="NAME", help="container image of the workers, for kubernetes")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from daemons import Daemons
+from other_clusters import ray_cluster, spark_cluster
 from slurm_cluster import SlurmCluster
+from ways import THREE
 
 collect_ignore_glob = [] if os.environ.get("SHARDWISE_ENGINES") else ["test_*.py"]
 
@@ -58,13 +62,19 @@ WORKLOAD = """
 """
 
 
+SETTINGS = {"OMP_NUM_THREADS": "1", "SHARDWISE_CLUSTER": "off"}
+
+
+def write_work(folder: Path) -> None:
+    (folder / "work.py").write_text(textwrap.dedent(WORKLOAD))
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with the file work.py in it."""
-    (tmp_path / "work.py").write_text(textwrap.dedent(WORKLOAD))
+    write_work(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("SHARDWISE_CLUSTER", "off")
+    put(SETTINGS, monkeypatch)
     return tmp_path
 
 
@@ -83,9 +93,52 @@ def slurm_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmClu
     cluster.close()
 
 
+@pytest.fixture(scope="session")
+def ray_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
+    cluster = ray_cluster(tmp_path_factory.mktemp("ray"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="session")
+def spark_daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
+    cluster = spark_cluster(tmp_path_factory.mktemp("spark"))
+    yield cluster
+    cluster.close()
+
+
+def put(environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture
 def slurm(slurm_daemons: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
-    """The cluster, for processes that the test starts."""
-    for name, value in slurm_daemons.environment.items():
-        monkeypatch.setenv(name, value)
+    """The cluster of Slurm, for processes that the test starts."""
+    put(slurm_daemons.environment, monkeypatch)
     return slurm_daemons
+
+
+@pytest.fixture
+def ray(ray_daemons: Daemons, monkeypatch: pytest.MonkeyPatch) -> Daemons:
+    """The cluster of Ray, for processes that the test starts."""
+    put(ray_daemons.environment, monkeypatch)
+    return ray_daemons
+
+
+@pytest.fixture
+def spark(spark_daemons: Daemons, monkeypatch: pytest.MonkeyPatch) -> Daemons:
+    """The cluster of Spark, for processes that the test starts."""
+    put(spark_daemons.environment, monkeypatch)
+    return spark_daemons
+
+
+@pytest.fixture(scope="session")
+def run_of_three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps that three workers of torchrun have trained."""
+    folder = tmp_path_factory.mktemp("three")
+    write_work(folder)
+    around = os.environ | SETTINGS
+    done = subprocess.run(THREE, cwd=folder, env=around, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"

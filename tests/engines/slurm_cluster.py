@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
+
+from daemons import READY_SECONDS, Daemons, free_ports
 
 CONFIGURATION = """
 ClusterName=shardwise
@@ -44,32 +44,27 @@ PartitionName=high Nodes=n[1-2] PriorityTier=10 MaxTime=60
 PartitionName=old Nodes=gone
 """
 
-READY_SECONDS = 60.0
 
-
-class SlurmCluster:
+class SlurmCluster(Daemons):
     """Daemons of the cluster; they run from the creation of the object until `close`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._daemons: list[subprocess.Popen[bytes]] = []
-        self.configuration = folder / "slurm.conf"
+        super().__init__(folder, {"SLURM_CONF": str(folder / "slurm.conf")})
         (folder / "state").mkdir()
         folder.chmod(0o755)
-        text = CONFIGURATION.format(host=socket.gethostname(), folder=folder, ports=_free_ports(4))
-        self.configuration.write_text(text)
-        self.environment = {"SLURM_CONF": str(self.configuration)}
+        text = CONFIGURATION.format(host=socket.gethostname(), folder=folder, ports=free_ports(4))
+        (folder / "slurm.conf").write_text(text)
         try:
-            self._start()
+            self._prepare()
         except BaseException:
             self.close()
             raise
 
-    def _start(self) -> None:
+    def _prepare(self) -> None:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        self._daemon(
+        self.start(
             "munged",
             "--foreground",
             "--force",
@@ -79,10 +74,10 @@ class SlurmCluster:
             f"--seed-file={self.folder}/munged.seed",
             f"--log-file={self.folder}/munged.log",
         )
-        self._daemon("slurmctld", "-D", "-c")
+        self.start("slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
             (self.folder / node).mkdir()
-            self._daemon("slurmd", "-D", "-N", node)
+            self.start("slurmd", "-D", "-N", node)
         end = time.monotonic() + READY_SECONDS
         while "n[1-2] idle" not in self.ask("sinfo", "--noheader", "--partition=low", "--format=%N %T"):
             assert time.monotonic() < end, self.logs()
@@ -93,43 +88,3 @@ class SlurmCluster:
         return subprocess.run(
             command, env=os.environ | self.environment, capture_output=True, text=True, check=False
         ).stdout
-
-    def logs(self) -> str:
-        return "\n".join(path.read_text(errors="replace") for path in self.folder.glob("*.log"))
-
-    def close(self) -> None:
-        for daemon in reversed(self._daemons):
-            daemon.send_signal(signal.SIGTERM)
-        for daemon in reversed(self._daemons):
-            try:
-                daemon.wait(15)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-
-    def _daemon(self, name: str, *arguments: str) -> None:
-        program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        assert program is not None, f"{name} is not installed: make engines"
-        environment = {key: value for key, value in os.environ.items() if key != "SHARDWISE_TEST_MARK"}
-        with (self.folder / f"{name}.out").open("ab") as output:
-            self._daemons.append(
-                subprocess.Popen(
-                    [program, *arguments],
-                    env=environment | self.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                )
-            )
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports in a row of which nobody uses the first ones."""
-    for first in range(16_000, 19_000, 10):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", first))
-            except OSError:
-                continue
-            return list(range(first, first + count))
-    raise AssertionError("no ports are free")

@@ -3,40 +3,71 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from ways import WAYS, Way, await_no_process, await_steps, run, start
+from _pytest.mark import ParameterSet
+from ways import SECONDS, STATIC_WAY, WAYS, Way, await_no_process, await_steps, run, start
 
 LONG = ("--strategy", "dp=2", "--epochs", "500", "--set", "pause=0.05", "--out", "out", "--quiet", "--no-proof")
 
+CLUSTERS = ("slurm", "ray", "spark")
 
-@pytest.fixture(params=WAYS, ids=str)
+
+def in_group(way: Way) -> ParameterSet:
+    """The tests of one cluster run in one process of pytest, which starts it."""
+    return pytest.param(
+        way, id=str(way), marks=pytest.mark.xdist_group(way.engine if way.engine in CLUSTERS else "none")
+    )
+
+
+@pytest.fixture(params=map(in_group, WAYS))
 def way(request: pytest.FixtureRequest, folder: Path, mark: str) -> Way:
-    if request.param.engine == "slurm":
-        request.getfixturevalue("slurm")
     found: Way = request.param
+    if found.engine in CLUSTERS:
+        request.getfixturevalue(found.engine)
     return found
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Return exit status, output and errors."""
     try:
-        _, errors = process.communicate(timeout=90)
+        output, errors = process.communicate(timeout=SECONDS)
     finally:
         process.kill()
-    return process.returncode, errors
+    return process.returncode, output, errors
 
 
-def test_ranks_and_one_document(way: Way, mark: str) -> None:
-    done = run(way, 2, "--strategy", "dp=2", "--steps", "3", "--out", "out", "--quiet", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["strategy"] == "dp=2"
-    told = sorted(line for line in done.stderr.splitlines() if line.startswith("rank "))
-    assert [line.split(",")[0] for line in told] == ["rank 0 of 2", "rank 1 of 2"], done.stderr
-    assert all(line.endswith(f"by {way.engine}") for line in told)
+def check_output(way: Way, done: tuple[int, str, str], lines: int) -> None:
+    """Check the exit status, the document, the ranks, and that the lines of both workers are whole."""
+    status, output, errors = done
+    assert status == 0, errors
+    assert json.loads(output)["strategy"] == "dp=2"
+    told = sorted(line for line in errors.splitlines() if line.startswith("rank "))
+    place = ("0 of 1", "0 of 1") if way.name == "srun" else ("0 of 2", "1 of 2")
+    assert told == [f"rank {rank} of 2, {place[rank]}, by {way.engine}" for rank in (0, 1)], errors
+    expected = [f"line {number} of rank {rank} " + 200 * str(rank) for rank in (0, 1) for number in range(lines)]
+    assert sorted(line for line in errors.splitlines() if "line " in line) == sorted(expected)
+
+
+def test_ranks_one_document_and_whole_lines_of_two_jobs_at_once(way: Way, mark: str) -> None:
+    lines = 15 if way.engine == "mpi" else 200  # mpirun passes on blocks of 4 KiB, and may cut a line between two
+    length = ("--strategy", "dp=2", "--steps", "3", "--set", f"lines={lines}", "--quiet", "--json")
+    jobs = [start(way, 2, *length, "--out", f"out{number}") for number in (0, 1)]
+    for job in jobs:
+        check_output(way, ended(job), lines)
+    await_no_process(mark)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_static_rendezvous(mark: str) -> None:
+    job = start(STATIC_WAY, 2, "--strategy", "dp=2", "--steps", "3", "--out", "out", "--quiet", "--json")
+    check_output(STATIC_WAY, ended(job), 0)
     await_no_process(mark)
 
 
@@ -73,7 +104,7 @@ def test_interrupted(way: Way, folder: Path, mark: str) -> None:
     if way.name == "srun":
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)  # the first one only shows the state of the tasks
-    status, errors = ended(process)
+    status, _, errors = ended(process)
     assert status != 0
     if way.outside:
         assert status == 130
@@ -81,15 +112,28 @@ def test_interrupted(way: Way, folder: Path, mark: str) -> None:
     await_no_process(mark)
 
 
-def test_told_to_end_it_leaves_a_checkpoint(way: Way, folder: Path, mark: str) -> None:
-    process = start(way, 2, *LONG)
-    await_steps(folder / "out", process)
+def test_told_to_end_it_leaves_a_checkpoint_from_which_others_go_on(
+    way: Way, folder: Path, mark: str, run_of_three: Path
+) -> None:
+    """The run begins with three workers of torchrun, goes on with two here, and again with three of another engine."""
+    shutil.copytree(run_of_three, folder / "out")
+    process = start(way, 2, *LONG, "--resume")
+    await_steps(folder / "out", process, steps=4)
     way.tell(process)
-    status, errors = ended(process)
-    assert errors.count("shardwise: told to end after step ") == 1, errors
-    assert list((folder / "out" / "checkpoints").glob("step-*"))
+    status, _, errors = ended(process)
+    (step,) = re.findall(r"shardwise: told to end after step (\d+)", errors)
     assert status == (1 if way.name.startswith("torchrun") else 143), errors
     await_no_process(mark)
+    assert (folder / "out" / "checkpoints" / f"step-{int(step):08}").is_dir()
+    other = next(
+        each for each in WAYS if each.outside and each.engine == ("torchrun" if way.engine == "mpi" else "mpi")
+    )
+    more = int(step) + 2
+    length = ("--strategy", "fsdp=3", "--steps", str(more), "--out", "out", "--resume", "--quiet", "--no-proof")
+    done = run(other, 3, *length)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, more + 1))
 
 
 def test_no_worker_outlives_a_launcher_that_is_killed(way: Way, folder: Path, mark: str) -> None:
@@ -98,33 +142,3 @@ def test_no_worker_outlives_a_launcher_that_is_killed(way: Way, folder: Path, ma
     process.kill()
     process.communicate()
     await_no_process(mark, 60)
-
-
-def test_lines_are_whole(way: Way) -> None:
-    many = 15 if way.engine == "mpi" else 200  # mpirun passes on blocks of 4 KiB, and may cut a line between two
-    done = run(way, 2, "--strategy", "dp=2", "--steps", "3", "--out", "out", "--quiet", "--set", f"lines={many}")
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "line " in line]
-    expected = [f"line {number} of rank {rank} " + 200 * str(rank) for rank in (0, 1) for number in range(many)]
-    assert sorted(lines) == sorted(expected)
-
-
-def test_two_jobs_at_once(way: Way) -> None:
-    if way.name == "torchrun static":
-        pytest.xfail("its port is the user's to choose")
-    jobs = [start(way, 2, "--strategy", "dp=2", "--steps", "3", "--out", f"out{i}", "--quiet") for i in (0, 1)]
-    for job in jobs:
-        status, errors = ended(job)
-        assert status == 0, errors
-
-
-def test_goes_on_under_another_engine_and_number_of_workers(way: Way, folder: Path) -> None:
-    run(way, 2, "--strategy", "dp=2", "--steps", "2", "--out", "out", "--quiet", "--no-proof")
-    others = {"torchrun": "mpi", "mpi": "torchrun", "slurm": "mpi"}
-    other = next(each for each in WAYS if each.outside and each.engine == others.get(way.engine, "torchrun"))
-    done = run(other, 3, "--strategy", "fsdp=3", "--steps", "4", "--out", "out", "--resume", "--quiet", "--no-proof")
-    assert done.returncode == 0, done.stderr
-    assert (folder / "out" / "checkpoints" / "step-00000004").is_dir()
-    back = run(way, 3, "--strategy", "dp=3", "--steps", "5", "--out", "out", "--resume", "--quiet", "--no-proof")
-    assert back.returncode == 0, back.stderr
-    assert (folder / "out" / "checkpoints" / "step-00000005").is_dir()

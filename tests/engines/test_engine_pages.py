@@ -12,6 +12,8 @@ import pytest
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 BLOCK = re.compile(r"<!-- not run: on the engine, by make engines -->\n```bash\n(.*?)```", re.DOTALL)
+pytestmark = pytest.mark.xdist_group("slurm")
+
 COMMANDS = [line for block in BLOCK.findall(PAGE.read_text()) for line in block.splitlines()]
 
 
@@ -22,7 +24,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_engine_is_there() -> None:
     words = " ".join(COMMANDS)
-    assert all(f"--engine {engine}" in words for engine in ("torchrun", "mpi", "slurm", "ray"))
+    assert all(f"--engine {engine}" in words for engine in ("torchrun", "mpi", "slurm", "ray", "spark"))
 
 
 @pytest.mark.usefixtures("slurm")

@@ -12,7 +12,7 @@ import pytest
 from slurm_cluster import SlurmCluster
 from ways import SHARDWISE, await_no_process
 
-pytestmark = pytest.mark.usefixtures("folder", "slurm")
+pytestmark = [pytest.mark.usefixtures("folder", "slurm"), pytest.mark.xdist_group("slurm")]
 
 TRAIN = (*SHARDWISE, "train", "work.py:small", "--strategy", "dp=2", "--quiet", "--no-proof")
 

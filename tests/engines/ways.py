@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 120.0
+SECONDS = 300.0
+"""Longest time of one job, on a machine that has other work, too."""
 
 SHARDWISE = (sys.executable, "-m", "shardwise")
 
@@ -77,8 +78,9 @@ def preempt(_: subprocess.Popen[str]) -> None:
 STATIC = ("--rdzv-backend", "static", "--master-addr", "127.0.0.1", "--master-port", "29517")
 ELASTIC = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "0")
 
+STATIC_WAY = Way("torchrun static", "torchrun", torchrun(*STATIC), False, terminate)
+
 WAYS = (
-    Way("torchrun static", "torchrun", torchrun(*STATIC), False, terminate),
     Way("torchrun elastic", "torchrun", torchrun(*ELASTIC), False, terminate),
     Way("--engine torchrun", "torchrun", by_engine("torchrun"), True, terminate),
     Way("mpirun", "mpi", mpirun, False, pass_usr2),
@@ -86,7 +88,14 @@ WAYS = (
     Way("srun", "slurm", srun, False, preempt),
     Way("--engine slurm", "slurm", by_engine("slurm"), True, terminate),
     Way("--engine ray", "ray", by_engine("ray"), True, terminate),
+    Way("--engine spark", "spark", by_engine("spark"), True, terminate),
 )
+
+THREE = [
+    *(*SHARDWISE, "train", "work.py:small", "--engine", "torchrun", "--strategy", "fsdp=3"),
+    *("--steps", "2", "--out", "out", "--quiet", "--no-proof"),
+]
+"""Command line of a run on three workers."""
 
 
 def start(way: Way, count: int, *arguments: str) -> subprocess.Popen[str]:

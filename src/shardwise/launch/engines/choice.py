@@ -9,6 +9,7 @@ from shardwise.launch.engines.kubernetes import KubernetesLauncher
 from shardwise.launch.engines.mpi import MpiLauncher
 from shardwise.launch.engines.ray import RayLauncher
 from shardwise.launch.engines.slurm import SlurmLauncher
+from shardwise.launch.engines.spark import SparkLauncher
 from shardwise.launch.engines.torchrun import TorchrunLauncher
 from shardwise.launch.launcher import Launcher
 
@@ -20,6 +21,7 @@ LAUNCHERS: dict[str, Callable[[], Launcher]] = {
     "mpi": MpiLauncher,
     "slurm": SlurmLauncher,
     "ray": RayLauncher,
+    "spark": SparkLauncher,
     "kubernetes": KubernetesLauncher,
 }
 """Launchers of other engines."""
