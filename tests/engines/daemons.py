@@ -53,7 +53,7 @@ class Daemons:
             daemon.terminate()
         for daemon in reversed(self._running):
             try:
-                daemon.wait(15)
+                daemon.wait(60)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import secrets
 import sys
 from pathlib import Path
 
@@ -24,7 +25,8 @@ spark.executor.memory 512m
 def ray_cluster(folder: Path) -> Daemons:
     """Start a node with room for two jobs."""
     port, client, agent = free_ports(3)
-    cluster = Daemons(folder, {"RAY_ADDRESS": f"127.0.0.1:{port}"})
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    cluster = Daemons(folder, {"RAY_ADDRESS": f"127.0.0.1:{port}", **secret})
     node = ("--node-ip-address=127.0.0.1", "--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats")
     ports = (f"--port={port}", f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}")
     free = ("--min-worker-port=0", "--max-worker-port=0")
