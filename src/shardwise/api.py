@@ -77,8 +77,10 @@ def train(
     margin: float | None = None,
     allow: Sequence[str] = (),
     track: str | Sequence[str] | None = None,
+    engine: str | None = None,
+    hosts: str | None = None,
 ) -> dict[str, Any]:
-    """Train a workload on local workers, or as one of the workers that an outer torchrun started.
+    """Train a workload on local workers, on those of an engine, or as one of those that an outer torchrun started.
 
     Args:
         workload: a recipe's name, `file.py:function`, `module:function`, a `Workload`, or a function that returns one.
@@ -109,6 +111,10 @@ def train(
         allow: how the chosen strategy may change training: `lossy`, `async`. Only for the strategy `auto`, or None.
         track: trackers that get the metrics: `tensorboard`, `wandb`, `mlflow`, several with commas between them or as a
             list, or `none`. None: TensorBoard if it is installed, or those of the run that is resumed.
+        engine: what starts the workers: `torchrun`, `mpi`, `slurm` or `ray`; None: local workers. With Ray, they run in
+            the cluster that the program has joined by `ray.init`. The workload is then a name, or a function of a file,
+            and `out` a folder that all hosts share.
+        hosts: hosts for the engine, with commas between them; None: the engine chooses.
 
     Returns:
         The document that `shardwise train --json` prints.
@@ -124,6 +130,32 @@ def train(
     from shardwise.commands.reported import run_reported
     from shardwise.commands.request import TrainingRequest, settle, settle_resume
 
+    if engine not in (None, "local") and not under_launcher():
+        from shardwise.commands.launching import train_under
+
+        return train_under(
+            engine,
+            workload,
+            out=out,
+            hosts=hosts,
+            resume=resume,
+            settings=settings or {},
+            proof=proof,
+            strategy=strategy,
+            workers=workers,
+            steps=steps,
+            epochs=epochs,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            keep=keep,
+            hang_timeout=hang_timeout,
+            grace=grace,
+            quiet=quiet,
+            on_nan=on_nan,
+            margin=margin,
+            allow=allow,
+            track=track,
+        )
     asked = TrainingRequest(workload, settings or {}, seed, strategy, workers, steps, epochs, track)
     resumed = settle_resume(resume, out, asked)
     options: dict[str, Any] = {

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from shardwise.cluster.cluster import Cluster
-from shardwise.commands.request import settle_strategy
-from shardwise.errors import RequestError
+from shardwise.commands.report import report_in
+from shardwise.commands.request import AnyWorkload, settle_strategy
+from shardwise.errors import RequestError, ShardwiseError
 from shardwise.launch.context import environment
 from shardwise.launch.engines.choice import launcher_of
 from shardwise.launch.launcher import LaunchRequest, launch
+from shardwise.run.training.run_folder import new_folder, read_summary
 
 WITH_VALUE, ALONE = ("--engine", "--hosts", "--image"), ("--dry-run",)
 """Options that name the engine, and that workers do not get."""
@@ -92,6 +98,96 @@ def allocated_workers(engine: str, workers: int | str | None, cluster: Cluster) 
 
 def _numbers(nodes: Sequence[int]) -> str:
     return " + ".join(map(str, nodes)) or "no known number of"
+
+
+def train_under(
+    engine: str,
+    workload: AnyWorkload,
+    *,
+    out: str | Path | None,
+    hosts: str | None,
+    resume: bool | str,
+    settings: Mapping[str, Any],
+    proof: bool,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a workload under an engine and return the run's summary, which its folder has.
+
+    Args:
+        engine: name of the engine.
+        workload: a name, or a function of a file, which workers load by its name.
+        out: the run's folder, which this host and that of rank 0 share; None: a new one in runs/.
+        hosts: hosts to run on, with commas between them.
+        resume: as in `api.train`; needs `out`.
+        settings: parameters of the workload's function.
+        proof: as in `api.train`.
+        options: further options of `shardwise train`, by name.
+
+    Raises:
+        RequestError: the request is wrong; found before anything starts, or by the workers.
+        ShardwiseError: a worker failed; its error is on standard error.
+        Terminated: a signal told the job to end.
+    """
+    if resume and out is None:
+        raise RequestError(f"resume={resume} with engine {engine}: give out too, the folder of the run")
+    name = _name_of(workload, engine)
+    words = [word for key, value in options.items() for word in _option(key, value)]
+    words += [word for key, value in settings.items() for word in ("--set", f"{key}={_plain(key, value)}")]
+    words += ["--no-proof"] * (not proof) + ["--resume"] * bool(resume) + ["auto"] * (resume == "auto")
+    folder = new_folder(f"{name.rpartition(':')[2]}-{engine}") if out is None else Path(out)
+    strategy, workers = options.get("strategy"), options.get("workers")
+    try:
+        status = run_under(
+            engine,
+            ("train", name, "--out", str(folder), *words),
+            strategy=None if strategy is None else str(strategy),
+            workers=workers,
+            hosts=hosts,
+            grace=options.get("grace", 0.0),
+        )
+    finally:
+        if out is None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # it stays empty if nothing started
+    if status:
+        kind = RequestError if status == 2 else ShardwiseError
+        raise kind(f"engine {engine}: the job ended with exit status {status}; its error is on standard error")
+    return {**read_summary(folder), **report_in(folder)}
+
+
+def _name_of(workload: AnyWorkload, engine: str) -> str:
+    """Return the name by which a worker loads a workload. Raises RequestError if it has none."""
+    if isinstance(workload, str):
+        return workload
+    name = getattr(workload, "__qualname__", ".")
+    module = inspect.getmodule(workload)
+    source = getattr(module, "__file__", None)
+    if not inspect.isfunction(workload) or not name.isidentifier() or source is None or module is None:
+        raise RequestError(
+            f"engine {engine}: its workers load the workload themselves: give its name, file.py:function, or a "
+            "function of a file, not an object or a function within another"
+        )
+    return f"{module.__name__}:{name}" if module.__package__ else f"{Path(source).resolve()}:{name}"
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """Return the words of an option on a command line; none for None, False and empty ones."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value is False or value == ():
+        return []
+    if value is True:
+        return [flag]
+    if name == "track" and not isinstance(value, str):
+        value = ",".join(value)
+    many = value if isinstance(value, list | tuple) else [value]
+    return [word for each in many for word in (flag, str(each))]
+
+
+def _plain(name: str, value: Any) -> str:
+    """Return a value of `--set`. Raises RequestError if it is no number and no text."""
+    if not isinstance(value, bool | int | float | str):
+        raise RequestError(f"settings: {name}={value!r}: workers of an engine get numbers and text alone")
+    return str(value)
 
 
 def passed_on(arguments: Sequence[str]) -> tuple[str, ...]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import shardwise
 from shardwise.cluster.find import find_cluster
 from shardwise.commands import launching
 from shardwise.commands.launching import allocated_workers, passed_on, run_under
-from shardwise.errors import RequestError
+from shardwise.errors import RequestError, ShardwiseError
 from shardwise.launch.engines.slurm import SlurmLauncher
 from shardwise.launch.engines.torchrun import TorchrunLauncher
 from shardwise.launch.launcher import LaunchRequest
@@ -59,6 +61,92 @@ def test_a_wrong_request_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         under(monkeypatch, {}, **options)
+    assert asked == []
+
+
+@pytest.fixture
+def status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: list[LaunchRequest]) -> list[int]:
+    """The exit status of jobs that leave a summary in their folder."""
+    statuses = [0]
+
+    def launch(_: object, request: LaunchRequest) -> int:
+        asked.append(request)
+        folder = Path(request.arguments[request.arguments.index("--out") + 1])
+        if not statuses[0]:
+            (folder / "summary.json").write_text('{"loss": 0.5}')
+        return statuses[0]
+
+    monkeypatch.setattr(launching, "launch", launch)
+    monkeypatch.setattr(launching, "environment", dict)
+    monkeypatch.chdir(tmp_path)
+    return statuses
+
+
+@pytest.mark.usefixtures("status")
+def test_training_from_a_program_asks_for_what_the_program_says(asked: list[LaunchRequest], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    done = shardwise.train(
+        "image",
+        engine="slurm",
+        hosts="n1,n2",
+        out="out",
+        resume="auto",
+        strategy=shardwise.Strategy.parse("dp=2"),
+        steps=3,
+        seed=0,
+        grace=2.5,
+        settings={"layers": 2, "name": "a b", "flag": False},
+        proof=False,
+        quiet=True,
+        track=["tensorboard", "mlflow"],
+    )
+    assert done == {"loss": 0.5}
+    (job,) = asked
+    assert (job.workers, job.hosts, job.grace) == (2, ("n1", "n2"), 2.5)
+    assert job.arguments == (
+        *("train", "image", "--out", "out", "--strategy", "dp=2", "--steps", "3", "--seed", "0"),
+        *("--checkpoint-every", "0", "--keep", "3", "--grace", "2.5", "--quiet", "--on-nan", "stop"),
+        *("--track", "tensorboard,mlflow", "--set", "layers=2", "--set", "name=a b", "--set", "flag=False"),
+        *("--no-proof", "--resume", "auto"),
+    )
+
+
+def of_this_file() -> shardwise.Workload:
+    raise NotImplementedError
+
+
+def test_workers_load_a_function_by_its_file(asked: list[LaunchRequest], status: list[int], tmp_path: Path) -> None:
+    shardwise.train(of_this_file, engine="slurm", workers=2, allow=("lossy", "async"))
+    name, words = asked[0].arguments[1], asked[0].arguments
+    assert name == f"{Path(__file__).resolve()}:of_this_file"
+    assert words[words.index("--out") + 1] == "runs/of_this_file-slurm-1"
+    assert words[-4:] == ("--allow", "lossy", "--allow", "async")
+    status[0] = 1
+    with pytest.raises(
+        ShardwiseError, match="engine slurm: the job ended with exit status 1; its error is on standard"
+    ):
+        shardwise.train(of_this_file, engine="slurm", workers=2)
+    status[0] = 2
+    with pytest.raises(RequestError, match="exit status 2"):
+        shardwise.train(of_this_file, engine="slurm", workers=2)
+    assert [each.name for each in (tmp_path / "runs").iterdir()] == ["of_this_file-slurm-1"]
+
+
+@pytest.mark.parametrize(
+    ("workload", "options", "message"),
+    [
+        (lambda: None, {}, "not an object or a function within another"),
+        ("image", {"settings": {"data": [1]}}, "settings: data=\\[1\\]: workers of an engine get numbers and text"),
+        ("image", {"resume": True}, "resume=True with engine slurm: give out too"),
+        ("image", {"engine": "slrum"}, "did you mean 'slurm'"),
+    ],
+)
+@pytest.mark.usefixtures("status")
+def test_what_an_engine_cannot_train_is_refused(
+    asked: list[LaunchRequest], workload: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        shardwise.train(workload, **{"engine": "slurm", "workers": 2, **options})
     assert asked == []
 
 

@@ -3,7 +3,8 @@
     driver ── placement group ──┬── actor ── python -m shardwise train ...   rank 0
                                 └── actor ── python -m shardwise train ...   rank 1
 
-It joins the cluster that RAY_ADDRESS names (`auto`: the one on this host), or else starts one on the loopback device.
+It runs in the cluster that this program has joined (`ray.init`), or joins the one that RAY_ADDRESS names (`auto`: the
+one on this host), or else starts one on the loopback device. It leaves only what it has joined or started itself.
 Source: https://docs.ray.io/en/latest/ray-core/scheduling/placement-group.html
 """
 
@@ -43,6 +44,9 @@ class RayLauncher:
 
     name = "ray"
 
+    def __init__(self) -> None:
+        self._joined = False
+
     def allocated(self, environment: Mapping[str, str]) -> Allocation | None:
         """Return None: a cluster is no allocation, it may have other work."""
         return None
@@ -52,10 +56,11 @@ class RayLauncher:
         if asked.hosts:
             raise no_hosts(self.name, "it places workers itself; RAY_ADDRESS names the cluster")
         ray = _ray()
-        _connect(asked)
+        self._joined = _connect(asked)
         cpus = int(ray.cluster_resources().get("CPU", 0))
         if cpus < asked.workers:
-            ray.shutdown()
+            if self._joined:
+                ray.shutdown()
             raise RequestError(
                 f"engine ray: the strategy needs {asked.workers} workers, the cluster has {cpus} CPUs: use --workers "
                 f"{cpus}, or add nodes (ray start)"
@@ -63,7 +68,7 @@ class RayLauncher:
 
     def start(self, asked: LaunchRequest) -> RayJob:
         """Start the job. Raises RequestError if the cluster has no room."""
-        return RayJob(asked)
+        return RayJob(asked, leaves=self._joined)
 
     def script(self, asked: LaunchRequest) -> str:
         """Raise RequestError: Ray starts a job at once."""
@@ -78,18 +83,19 @@ def _ray() -> Any:
     return ray
 
 
-def _connect(asked: LaunchRequest) -> None:
-    """Join the cluster that runs, or start one on the loopback device."""
+def _connect(asked: LaunchRequest) -> bool:
+    """Join the cluster that runs, or start one on the loopback device. Returns False if this program is in one."""
     ray = _ray()
     if ray.is_initialized():
-        return
+        return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = asked.environment.get("RAY_ADDRESS")
     if address is None:  # never `auto`, which may be the private cluster of another job, and end with it
         ray.init(address="local", num_cpus=asked.workers, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
-        return
+        return True
     try:
         ray.init(address=address, **quiet)
+        return True
     except ConnectionError as error:
         raise RequestError(
             f"engine ray: no cluster answers at RAY_ADDRESS={address}: nothing was started; start it, or "
@@ -98,15 +104,15 @@ def _connect(asked: LaunchRequest) -> None:
 
 
 class RayJob:
-    """Job of actors."""
+    """Job of actors; `leaves` says whether its end leaves the cluster too."""
 
-    def __init__(self, asked: LaunchRequest) -> None:
+    def __init__(self, asked: LaunchRequest, *, leaves: bool) -> None:
         ray = _ray()
         from ray.util.placement_group import placement_group
 
         gpus = int(ray.cluster_resources().get("GPU", 0) >= asked.workers)
         bundle = {"CPU": 1, **({"GPU": 1} if gpus else {})}
-        self._name = RayLauncher.name
+        self._name, self._leaves = RayLauncher.name, leaves
         self._roll = Roll(asked.workers)
         self._seats: list[Any] = []
         self._group = placement_group([bundle] * asked.workers, strategy="PACK")
@@ -178,7 +184,7 @@ class RayJob:
             seat.send.remote(int(signal.SIGTERM))
 
     def kill(self) -> None:
-        """End all workers at once, and leave the cluster."""
+        """End all workers at once, and leave the cluster if this job has joined it."""
         ray = _ray()
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get([seat.kill.remote() for seat in self._seats], timeout=ANSWER_SECONDS)
@@ -186,7 +192,8 @@ class RayJob:
             ray.kill(seat)
         with contextlib.suppress(ray.exceptions.RayError):
             ray.util.remove_placement_group(self._group)
-        ray.shutdown()
+        if self._leaves:
+            ray.shutdown()
 
 
 def _has_path(asked: LaunchRequest) -> bool:

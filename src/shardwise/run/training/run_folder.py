@@ -95,13 +95,20 @@ def find_run(out: Path | None, workload: str) -> Path:
     return out
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read summary.json. Raises RunFolderError if there is none that can be read."""
+    summary = read_json(folder / SUMMARY, MOST_BYTES, RunFolderError, "summary")
+    if not isinstance(summary, dict):
+        raise RunFolderError(f"{folder / SUMMARY} is not the summary of a run: it holds {short(summary)}")
+    return summary
+
+
 def is_finished(folder: Path) -> bool:
     """Return whether the run in `folder` reached its end, instead of being ended by a signal, a failure or a kill."""
     try:
-        summary = read_json(folder / SUMMARY, MOST_BYTES, RunFolderError, "summary")
+        return not read_summary(folder).get("stopped")
     except RunFolderError:
         return False
-    return isinstance(summary, dict) and not summary.get("stopped")
 
 
 def _is_of(folder: Path, workload: str) -> bool:
@@ -236,10 +243,9 @@ def _wrote_checkpoints(folder: Path) -> bool:
     if _FIRST_CHECKPOINT in read_run(folder):
         return True
     try:
-        summary = read_json(folder / SUMMARY, MOST_BYTES, RunFolderError, "summary")
+        return bool(read_summary(folder).get("steps", 0) != 0)
     except RunFolderError:
         return False
-    return isinstance(summary, dict) and summary.get("steps", 0) != 0
 
 
 def note_checkpoint(folder: Path, step: int) -> None:
