@@ -298,3 +298,29 @@ def test_trained_values_go_back_into_the_model() -> None:
             parameter.fill_(0.5)
     module.write_back()
     assert all((value == 0.5).all() for value in values(model))
+
+
+@pytest.mark.parametrize("loss", ["binary_crossentropy", "mse", "binary_focal_crossentropy"])
+def test_labels_may_lack_the_last_dimension(loss: str) -> None:
+    model = compiled(loss=loss, model=keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(1, "sigmoid")]))
+    x, y = data()[0], np.arange(SAMPLES) % 2
+    made = workload(model, x, y, batch_size=SAMPLES)
+    batch = made.dataset[:]
+    value = made.loss(made.model()(batch[0]), batch)
+    assert float(value) == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-5)
+
+
+def test_inputs_by_name() -> None:
+    first, second = keras.Input((3,), name="first"), keras.Input((FEATURES,), name="second")
+    joined = keras.layers.Concatenate()([keras.layers.Dense(2)(first), second])
+    model = compiled(model=keras.Model([second, first], keras.layers.Dense(CLASSES)(joined)))
+    x, y = data()
+    named = {"first": x[:, :3], "second": x}
+    made = workload(model, named, y, batch_size=SAMPLES, validation_data=(named, y))
+    batch = made.dataset[:]
+    value = made.loss(made.model()(*made.inputs(batch)), batch)
+    assert float(value) == pytest.approx(model.evaluate(named, y, verbose=0), rel=1e-5)
+    with pytest.raises(
+        WorkloadError, match=r"x is a dict of first, third, the inputs of Keras model .* are second, first"
+    ):
+        workload(model, {"first": x[:, :3], "third": x}, y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -192,9 +193,45 @@ def batched() -> Any:
     return from_accelerate.workload(model, optimizer, DataLoader(points(24), batch_sampler=sampler), loss)
 
 
+class Hooked(Classifier):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise NotImplementedError
+
+
+class Alone(Classifier):
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+        return F.cross_entropy(self.net(batch[0]), batch[1]) * (self.asked() if self.asked else 1)
+
+    asked: Any = None
+
+
+def test_a_step_may_leave_out_the_number_of_its_batch() -> None:
+    made = from_lightning.workload(Alone(adam), loader())
+    assert made.step is not None
+    model, batch = made.model(), next(iter(loader()))
+    value = made.step(model, batch)  # type: ignore[operator]
+    assert float(value) == float(F.cross_entropy(model.net(batch[0]), batch[1]))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["current_epoch", "global_step", "trainer.optimizers"])
+def test_values_of_a_trainer_are_refused(name: str) -> None:
+    module = from_lightning.workload(Alone(adam), loader())
+    model: Any = copy.deepcopy(module.model())
+    model.asked = lambda: eval(f"model.{name}", {"model": model})
+    with pytest.raises(WorkloadError, match=f"asks its Trainer for {name.rpartition('.')[2]}, and there is none"):
+        module.step(model, next(iter(loader())))  # type: ignore[operator, misc]
+
+
+def test_hooks_are_left_out_only_by_name() -> None:
+    made = from_lightning.workload(Hooked(adam), loader(), without=["on_train_batch_end"])
+    assert made.name == "Hooked"
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (lambda: from_lightning.workload(Hooked(adam), loader()), "has on_train_batch_end, which nothing calls here"),
+        (lambda: from_lightning.workload(Classifier(adam), lightning.LightningDataModule()), "a data module has it as"),
         (manual, "optimizes by itself"),
         (lambda: classifier(two_optimizers), "makes 2 optimizers"),
         (lambda: from_lightning.workload(Classifier(adam), loader(), precision="16-mixed"), "precision='16-mixed'"),

@@ -6,6 +6,7 @@ Lightning itself is not imported: any module with these two methods will do.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,24 @@ PRECISIONS: dict[str | int, str] = {
 """Precision of Lightning's Trainer -> that of a workload."""
 
 
+HOOKS = (
+    *("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"),
+    *(
+        "on_train_epoch_end",
+        "on_before_backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_before_zero_grad",
+    ),
+    *("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
+    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "configure_model", "setup"),
+)
+"""Methods of a module that the Trainer calls and may change the training by; nothing calls them here."""
+
+LIBRARIES = ("pytorch_lightning", "lightning", "torch")
+"""Packages whose own methods of these names do nothing."""
+
+
 def workload(
     module: nn.Module,
     train_dataloader: DataLoader[Any],
@@ -34,6 +53,7 @@ def workload(
     precision: str | int = "32-true",
     accumulate_grad_batches: int = 1,
     devices: int = 1,
+    without: Sequence[str] = (),
     name: str = "",
     **fields: Any,
 ) -> Workload:
@@ -47,15 +67,27 @@ def workload(
         precision: as of the Trainer: 32-true, bf16-mixed or bf16-true.
         accumulate_grad_batches: as of the Trainer; the batch of an update is so many times that of the loader.
         devices: devices that the Trainer used; each has batches of the loader's size.
+        without: hooks of the module that may be left out, because they only log, say.
         name: name in runs and reports; by default the class of the module.
         fields: further fields of `Workload`, which take precedence. An `evaluation` needs `inputs` and `loss`.
 
     Raises:
-        WorkloadError: the module has manual optimization or several optimizers, or the loader cannot be taken over.
+        WorkloadError: the module has manual optimization, several optimizers or hooks, or the loader cannot be taken
+            over.
     """
     if not getattr(module, "automatic_optimization", True):
         raise WorkloadError(
             f"{type(module).__name__} optimizes by itself: write its turns, see docs/workloads.md#turns"
+        )
+    if hooks := [each for each in HOOKS if each not in without and _is_own(module, each)]:
+        raise WorkloadError(
+            f"{type(module).__name__} has {', '.join(hooks)}, which nothing calls here: do it in training_step, or "
+            f"name what the training does not need, without={hooks}"
+        )
+    if not isinstance(train_dataloader, DataLoader):
+        raise WorkloadError(
+            f"train_dataloader is a {type(train_dataloader).__name__}: give a DataLoader; a data module has it as "
+            "train_dataloader(), after prepare_data() and setup('fit')"
         )
     if precision not in PRECISIONS:
         raise WorkloadError(f"precision={precision!r}: known are {', '.join(str(each) for each in PRECISIONS)}")
@@ -78,9 +110,24 @@ def workload(
     )
 
 
+def _is_own(module: nn.Module, name: str) -> bool:
+    """Return whether a module's method is not that of a library."""
+    home = next((each for each in type(module).__mro__ if name in vars(each)), None)
+    return home is not None and home.__module__.partition(".")[0] not in LIBRARIES
+
+
+class _NoTrainer:
+    """Trainer of a module that has none: a value of it would be wrong, such as epoch 0 for `self.current_epoch`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of copies
+            raise AttributeError(name)
+        raise WorkloadError(f"the module asks its Trainer for {name}, and there is none: leave it out of training_step")
+
+
 def _silent(module: nn.Module) -> nn.Module:
-    """Let `self.log` and `self.log_dict` of a module do nothing: there is no Trainer, and they would say so."""
-    for name in ("log", "log_dict"):
+    """Let `self.log`, `self.log_dict` and `self.print` of a module do nothing: there is no Trainer."""
+    for name in ("log", "log_dict", "print"):
         if hasattr(module, name):
             object.__setattr__(module, name, _nothing)
     return module
@@ -91,7 +138,11 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _step(module: Any, batch: Any) -> Tensor:
-    result = module.training_step(batch, 0)
+    if getattr(module, "_trainer", module) is None:  # at each step, because copies of a Lightning module lose it
+        object.__setattr__(module, "_trainer", _NoTrainer())
+    parameters = inspect.signature(module.training_step).parameters.values()
+    takes_number = len(parameters) > 1 or any(each.kind is each.VAR_POSITIONAL for each in parameters)
+    result = module.training_step(batch, 0) if takes_number else module.training_step(batch)
     loss: Tensor = result["loss"] if isinstance(result, Mapping) else result
     return loss
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def workload(
 
     Args:
         model: built or buildable Keras model with one output, on Keras's torch backend.
-        x: inputs, an array or tensor, or a list of them.
+        x: inputs, an array or tensor, a list of them, or a dict by the names of the model's inputs.
         y: labels.
         batch_size: global batch size.
         epochs: passes over the data.
@@ -64,7 +64,7 @@ def workload(
         raise WorkloadError(f"workload() needs a Keras model, not a value of type {type(model).__name__}")
     if not getattr(model, "compiled", False) and (optimizer is None or loss is None):
         raise WorkloadError(f"Keras model {model.name!r} is not compiled: call model.compile(optimizer, loss)")
-    inputs, labels = _tensors(x, "x"), _tensor(y, "y")
+    inputs, labels = _inputs(model, x), _tensor(y, "y")
     _build(model, inputs)
     use_torch_dropout(model)
     if weights is not None:
@@ -73,7 +73,7 @@ def workload(
     measured = _measured(model, compiled)
     fields = {**_optimizer_fields(model), **fields} if optimizer is None else {"optimizer": optimizer, **fields}
     if validation_data is not None:
-        held_out = TensorDataset(*_tensors(validation_data[0], "x"), _tensor(validation_data[1], "y"))
+        held_out = TensorDataset(*_inputs(model, validation_data[0]), _tensor(validation_data[1], "y"))
         fields["evaluation"] = _evaluation(model, held_out, measured)
     return Workload(
         name=name or type(model).__name__,
@@ -137,7 +137,16 @@ def _loss(model: Any) -> Callable[[Any, Any], Tensor]:
         raise WorkloadError(f"the loss has reduction={reduction!r}: it must be the mean over the samples")
     if isinstance(found, keras.losses.Loss):
         return found  # type: ignore[no-any-return]
-    return lambda labels, output: found(labels, output).mean()
+
+    def mean(labels: Any, output: Any) -> Tensor:
+        if (
+            labels.dim() == output.dim() - 1 and output.shape[-1] == 1
+        ):  # Keras accepts labels without the last dimension
+            labels = labels.unsqueeze(-1)
+        value: Tensor = found(labels, output).mean()
+        return value
+
+    return mean
 
 
 def _measured(model: Any, loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
@@ -198,8 +207,17 @@ def _accuracy(model: Any) -> str:
     return "binary_accuracy" if "binary" in text else "categorical_accuracy"
 
 
-def _tensors(data: Data, what: str) -> list[Tensor]:
-    return [_tensor(each, what) for each in data] if isinstance(data, list | tuple) else [_tensor(data, what)]
+def _inputs(model: Any, x: Data) -> list[Tensor]:
+    """Return the inputs of a model in its own order; those of a dict are found by name. Raises WorkloadError."""
+    if isinstance(x, Mapping):
+        names = [each.name for each in getattr(model, "inputs", None) or ()]
+        if set(names) != x.keys():
+            raise WorkloadError(
+                f"x is a dict of {', '.join(map(str, x))}, the inputs of Keras model {model.name!r} are "
+                f"{', '.join(names) or 'without names: give a list in the order of its inputs'}"
+            )
+        x = [x[name] for name in names]
+    return [_tensor(each, "x") for each in x] if isinstance(x, list | tuple) else [_tensor(x, "x")]
 
 
 def _tensor(data: Any, what: str) -> Tensor:
