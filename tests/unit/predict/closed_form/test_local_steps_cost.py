@@ -91,3 +91,11 @@ def test_the_simulated_step_ends_with_an_average_and_its_prediction_is_the_mean(
     assert not any("sum bucket" in row["name"] for row in found.document())
     longest = max(row["start_seconds"] + row["seconds"] for row in found.document())
     assert usual.prediction.step_seconds < found.prediction.step_seconds < longest
+
+
+def test_a_slow_replica_slows_all_of_them() -> None:
+    """Averages, and the losses of each step, are waited for: local steps hide slow links, not slow workers."""
+    strategy = Strategy.parse("dp=4,local=50").for_batch(16)
+    profile = profiles().of(strategy)
+    usual, slow = (timeline(profile, strategy, cluster(), slowed=each).prediction for each in ({}, {1: 3.0}))
+    assert slow.step_seconds == pytest.approx(3 * usual.step_seconds, rel=0.1)

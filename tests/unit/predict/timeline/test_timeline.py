@@ -311,3 +311,12 @@ def test_what_hosts_need_beside_kernels_adds_up(profiles: dict[tuple[str, str], 
             )
             if text != "pp=2":  # where others wait meanwhile
                 assert found.step_seconds - without.step_seconds == pytest.approx(0.01 * times, rel=0.01, abs=1e-6)
+
+
+def test_a_slow_stage_sets_the_pace_of_a_pipeline_without_an_end(profiles: dict[tuple[str, str], Profiles]) -> None:
+    cluster = quick("h100x8")
+    strategy = settled("pp=4,schedule=pipedream", 32)
+    profile = profiles["gpt", "gpu"].of(strategy)
+    usual, slow = (timeline(profile, strategy, cluster, slowed=each).prediction for each in ({}, {2: 3.0}))
+    assert slow.step_seconds == pytest.approx(3 * usual.step_seconds, rel=0.2)
+    assert slow.compute_seconds + slow.optimizer_seconds > 0.9 * slow.step_seconds, "it never waits"
