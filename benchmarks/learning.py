@@ -37,10 +37,16 @@ from benchmarks.hosts import HOSTS, NoHosts, device, hosts, run_on_hosts
 from benchmarks.learning_page import write_page
 from shardwise.planner import means as planner
 
-RECIPES = ("image", "language", "medical")
+RECIPES: dict[str, dict[str, int]] = {
+    "image": {},
+    "language": {"sequence": 64, "evaluation_samples": 64},
+    "medical": {"patch": 16},
+}
+"""Recipes to train, with smaller samples than usual, so that all means with three seeds take minutes."""
+
 PLAIN = "dp=2"
 MEANS = (
-    *(means for means in planner.MEANS if not means.startswith("ps=")),
+    *(means for means in planner.MEANS if not means.startswith(("ps=", "schedule="))),
     *("local=64", "local=128", "compress=topk:0.004"),
 )
 """Means to measure: those that a plan offers, but for stale servers, whose learning depends on the link; and some that
@@ -49,7 +55,7 @@ send more than 50 times fewer bytes."""
 LINKS = (10_000, 1_000, 100)
 """Megabits per second between the hosts."""
 
-STEPS = 256
+STEPS = {"image": 256, "language": 128, "medical": 128}
 """Steps of a training, over which the learning rate rises and falls: whole rounds of 128 local steps."""
 
 EVERY = 16
@@ -77,7 +83,7 @@ def main() -> None:
         return
     before = environment(1)
     strategies = [PLAIN, *(f"{PLAIN},{means}" for means in options.means or MEANS)]
-    settings = {"seeds": options.seeds, "steps": STEPS, "workers": 2}
+    settings = {"seeds": options.seeds, "steps": STEPS, "changed": RECIPES, "workers": 2}
     rows: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
     for recipe in options.recipe or RECIPES:
@@ -125,12 +131,12 @@ def _losses(recipe: str, strategies: Sequence[str], seed: int) -> dict[str, list
     from shardwise.workload.recipes.training import warmup_cosine
 
     workers = Workers()
-    workload = replace(load_workload(recipe), seed=seed, schedule=warmup_cosine(STEPS))
+    workload = replace(load_workload(recipe, RECIPES[recipe]), seed=seed, schedule=warmup_cosine(STEPS[recipe]))
     found: dict[str, list[float]] = {}
     for text in strategies:
         program = Program.build(workload, Strategy.parse(text))
         loader = program.loader()
-        shares = itertools.islice(itertools.chain.from_iterable(map(loader.shares, itertools.count())), STEPS)
+        shares = itertools.islice(itertools.chain.from_iterable(map(loader.shares, itertools.count())), STEPS[recipe])
         losses = []
         for step, share in enumerate(shares, 1):
             program.step_share(share)
@@ -174,7 +180,7 @@ def work(settings: dict[str, Any]) -> None:
 
     join_launcher(2)
     workers = Workers()
-    workload = load_workload(settings["recipe"])
+    workload = load_workload(settings["recipe"], RECIPES[settings["recipe"]])
     pause = settings["slow"] * _alone(workload, workers) if workers.rank == 1 else 0.0
     found = {text: _steps(workload, text, pause, workers) for text in settings["strategies"]}
     if workers.rank == 0:

@@ -15,17 +15,16 @@ INTRODUCTION = """# What communicating less costs in learning
 
 Written by `python -m benchmarks.learning`. Each recipe is trained on 2 workers by data parallelism (`dp=2`) and under
 [means that send less](strategies.md): with as many samples, the workload's own optimizer and learning rate, and {seeds}
-seeds. Nothing was tuned for any of them. The seconds of a step are measured on two hosts of one core each (network
-namespaces) with a shaped link between them.
+seeds. Nothing was tuned for any of them. Samples are smaller than usual: {changed}.
+The seconds of a step are measured on two hosts of one core each (network namespaces) with a shaped link between them.
 
-- `loss` is that of held-out samples after {steps} steps: the mean over the seeds and its standard deviation. Replicas
-  that take local steps are evaluated at the mean of their parameters. `=` marks a loss within the spread of `dp=2`,
-  `<` a lower one, `>` a higher one.
+- `loss` is that of held-out samples after all steps: {steps}. It is the mean over the seeds and its standard deviation.
+  Replicas that take local steps are evaluated at the mean of their parameters. `=` marks a loss within the spread of
+  `dp=2`, `<` a lower one, `>` a higher one.
 - `MB a step` is what one host sent in a step, as its network device counts, and `fewer bytes` how many times less that
   is than what `dp=2` sent.
 - `s to the loss` is the time to the loss that `dp=2` ends with (plus its spread), for the median seed, and in brackets
-  how many times sooner that is than by `dp=2` on the same link. `-` means that fewer than half of the seeds reach it in
-  {steps} steps.
+  how many times sooner that is than by `dp=2` on the same link. `-` means that fewer than half of the seeds reach it.
 """
 
 
@@ -33,7 +32,13 @@ def write_page(name: str) -> None:
     """Write docs/learning.md."""
     found = json.loads((RESULTS / f"{name}.json").read_text())
     settings, rows = found["settings"], found["rows"]
-    parts = [INTRODUCTION.format(seeds=settings["seeds"], steps=settings["steps"]), "## Loss and bytes\n"]
+    steps = ", ".join(f"{count} ({recipe})" for recipe, count in settings["steps"].items())
+    changed = ", ".join(
+        f"`{recipe}` with `{name}={value}`"
+        for recipe, options in settings["changed"].items()
+        for name, value in options.items()
+    )
+    parts = [INTRODUCTION.format(seeds=settings["seeds"], steps=steps, changed=changed), "## Loss and bytes\n"]
     first = [row for row in rows if (row["Mb/s"], row["slow"]) == (rows[0]["Mb/s"], rows[0]["slow"])]
     parts += [table(learned(first)), "", "## Time to the same loss\n"]
     parts += [table(timed(rows)), ""]

@@ -9,11 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
-from models import ALL, WORKLOADS, adam, make, points
+from models import WORKLOADS, adam, make, points
 from pool import Pools
 from torch import Tensor, nn
 
 from shardwise.errors import NotFinite, StrategyError
+from shardwise.parallel.check import check_strategy
 from shardwise.parallel.pipeline.executor import PipelineExecutor
 from shardwise.parallel.pipeline.weight_versions import WeightVersions
 from shardwise.parallel.program import Program
@@ -237,7 +238,10 @@ def refused(name: str) -> str:
 
 
 def test_parameters_of_several_stages_are_refused(workers: Pools) -> None:
-    assert "tied" in ALL
+    strategy = Strategy.parse("pp=2,schedule=pipedream")
+    check_strategy(WORKLOADS["separate"](), strategy)
+    with pytest.raises(StrategyError, match="is used in several stages"):
+        check_strategy(WORKLOADS["tied"](), strategy)  # before any worker starts
     for each in workers(2, refused, "tied"):
         assert "is used in several stages" in each
 

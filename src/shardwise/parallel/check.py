@@ -12,7 +12,9 @@ from shardwise.errors import StrategyError
 from shardwise.parallel.graph.loss_pieces import cut_loss
 from shardwise.parallel.graph.trace import traced
 from shardwise.parallel.mesh import random_state_kept
-from shardwise.parallel.pipeline.cut_points import common, find_cut_points
+from shardwise.parallel.pipeline.cut_points import common, find_cut_points, positions
+from shardwise.parallel.pipeline.stream import tied_stages
+from shardwise.parallel.pipeline.subgraphs import sections
 from shardwise.parallel.state.build_model import plain_model
 from shardwise.parallel.state.mode_changes import check_modes
 from shardwise.parallel.state.parameter_hooks import check_hooks, take_hooks
@@ -73,6 +75,11 @@ def check_strategy(workload: Workload, strategy: Strategy) -> None:
             whole, _ = split(evaluation, strategy.tp, trained, sequence=bool(strategy.sp))
             found = common(found, find_cut_points(whole, parameters))
         check_stages(strategy, len(found))
+        if strategy.delayed:
+            ends = sections(local, positions(local, [found[0].use, found[-1].use], parameters))
+            tied = [name for name in ends[0].tensors if name in ends[-1].tensors and name in trained]
+            if tied:  # wherever the step is cut
+                raise StrategyError(tied_stages(tied[0]))
 
 
 def split(

@@ -37,7 +37,7 @@ from shardwise.parallel.pipeline.channels import open_channels
 from shardwise.parallel.pipeline.divide import divide
 from shardwise.parallel.pipeline.executor import MOST_STAGES, PipelineExecutor, PipelinePass
 from shardwise.parallel.pipeline.stage import StepWork, prepare
-from shardwise.parallel.pipeline.stream import PipelineStream, StreamedMicrobatch
+from shardwise.parallel.pipeline.stream import PipelineStream, StreamedMicrobatch, tied_stages
 from shardwise.parallel.pipeline.weight_gradients import WeightGradients, defer_weights
 from shardwise.parallel.pipeline.weight_versions import WeightVersions
 from shardwise.parallel.state.buffers import ReplicaBuffers
@@ -52,7 +52,7 @@ from shardwise.parallel.tensor.partitioner import LocalGraph, Replacements
 from shardwise.parallel.tensor.placement import Sharded
 from shardwise.splitting.balance import Cuts, cuts_blocks
 from shardwise.splitting.schedule import Action, order
-from shardwise.strategy import PIPEDREAM, Strategy
+from shardwise.strategy import Strategy
 from shardwise.workload.data import Microbatch, Share
 from shardwise.workload.precision import Copies, kept_of
 from shardwise.workload.pytree import to_device
@@ -192,10 +192,7 @@ class GraphEngine:
         """Make the two versions of the weights, and the stream of steps. Raises StrategyError for tied parameters."""
         stages = self._local_stages
         if tied := stages.tied:
-            raise StrategyError(
-                f"schedule={PIPEDREAM}: {tied[0]} is used in several stages, which would wait for each other's "
-                "gradients of it in every step: use schedule=1f1b"
-            )
+            raise StrategyError(tied_stages(tied[0]))
         with self._mesh.allocating():
             versions = WeightVersions(self.parameters, stages.slots)
         before = stages.before_backward

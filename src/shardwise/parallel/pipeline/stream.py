@@ -19,6 +19,15 @@ from shardwise.parallel.pipeline.executor import PipelineExecutor, PipelinePass
 from shardwise.parallel.pipeline.stage import StepWork
 from shardwise.parallel.pipeline.weight_versions import WeightVersions
 from shardwise.splitting.schedule import Action, left_after, remaining, streamed
+from shardwise.strategy import PIPEDREAM
+
+
+def tied_stages(name: str) -> str:
+    """Return the message that several stages use a parameter, which `schedule=pipedream` cannot train."""
+    return (
+        f"schedule={PIPEDREAM}: {name} is used in several stages, which would wait for each other's gradients of it in "
+        "every step: use schedule=1f1b"
+    )
 
 
 @dataclass(frozen=True, slots=True)
