@@ -18,7 +18,7 @@ from shardwise.workload.recipes.datasets import cache
 from shardwise.workload.recipes.datasets.splits import split_names, stratified_split
 from shardwise.workload.recipes.language import next_token_loss
 from shardwise.workload.recipes.medical import dice, segmentation_loss
-from shardwise.workload.recipes.models.gpt import GPT
+from shardwise.workload.recipes.models.gpt import GPT, CausalAttention
 from shardwise.workload.recipes.training import adamw, warmup_cosine
 from shardwise.workload.workload import Workload
 
@@ -433,3 +433,19 @@ def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cache.cached("numbers", ["key"], lambda: np.arange(3)).tolist() == [0, 1, 2]
+
+
+def test_attention_keeps_no_part_of_the_fused_projection_alive() -> None:
+    """The backward pass needs rotated queries and keys, and values: values as a view would keep all of it."""
+    attention, x = CausalAttention(16, 2, 2, 8, 0.0), torch.randn(3, 8, 16)
+    saved: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.add(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        attention(x)
+    whole = x.nbytes * 3
+    assert x.nbytes in saved
+    assert whole not in saved

@@ -54,6 +54,7 @@ class CausalAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         grouped = self.kv_heads != self.heads
         q, k = self.rotary(q), self.rotary(k)
+        v = v.contiguous()  # a part of the projection would keep all of it until the backward pass
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
         out: Tensor = self.out(y.transpose(1, 2).contiguous().view(B, T, C))
         return out
