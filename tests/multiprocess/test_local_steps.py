@@ -15,6 +15,7 @@ from models import adam, make, points
 from pool import Pools
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from traces import remembered
 
 from shardwise.parallel.data import local_steps
 from shardwise.parallel.program import Program
@@ -163,6 +164,11 @@ def by_hand(made: Workload, strategy: str, steps: int = STEPS) -> Alone:
 
 def run(factory: Any, strategy: str, steps: int = STEPS, folder: Path | None = None) -> dict[str, Any]:
     """Losses, the mean of parameters and buffers over the replicas, and this replica's own, by name."""
+    with remembered(factory):
+        return _run(factory, strategy, steps, folder)
+
+
+def _run(factory: Any, strategy: str, steps: int, folder: Path | None) -> dict[str, Any]:
     program = Program.build(factory(), Strategy.parse(strategy))
     checkpoints = None if folder is None else Checkpoints(folder)
     path = None if checkpoints is None else checkpoints.latest()
@@ -297,7 +303,8 @@ def test_other_strategies_and_workers_that_join_go_on_from_the_mean(workers: Poo
 
 def begun(strategy: str, folder: Path) -> tuple[Any, dict[str, Tensor], tuple[str, ...]]:
     """Weights after loading: gathered, and those that this worker holds whole."""
-    program, checkpoints = Program.build(workload(), Strategy.parse(strategy)), Checkpoints(folder)
+    with remembered(workload):
+        program, checkpoints = Program.build(workload(), Strategy.parse(strategy)), Checkpoints(folder)
     path = checkpoints.latest()
     assert path is not None
     checkpoints.load(program, path)
