@@ -18,6 +18,7 @@ from equality import check
 from pool import Pools
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
+from traces import remembered
 
 from shardwise.parallel.program import Program
 from shardwise.run.training.job import Job, Options
@@ -160,7 +161,9 @@ def losses(kind: str, strategy: str, steps: int, folder: Path | None) -> list[fl
     options = Options(steps=steps, quiet=True, resume=folder is not None)
     job = Job(source=Source(workload=work), strategy=Strategy.parse(strategy), options=options, folder=folder)
     before = set(multiprocessing.active_children())
-    trained = train(Program.build(work, job.strategy), job)
+    with remembered(Kind(kind)):
+        program = Program.build(work, job.strategy)
+    trained = train(program, job)
     assert set(multiprocessing.active_children()) == before
     return [step.loss for step in trained.steps]
 

@@ -12,6 +12,7 @@ from equality import DOUBLE_TOLERANCE, paste, portable, tensor_error
 from pool import Pools
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from traces import remembered
 
 from shardwise.errors import NotFinite
 from shardwise.parallel.program import Program
@@ -72,7 +73,8 @@ def workload(value: float, column: int) -> Workload:
 
 def run(strategy: str, policy: str, value: float, column: int) -> dict[str, Any]:
     """All steps in the dataset's own order, or up to the one at which it stops."""
-    program = Program.build(workload(value, column), Strategy.parse(strategy))
+    with remembered(workload):
+        program = Program.build(workload(value, column), Strategy.parse(strategy))
     said: list[str] = []
     losses = []
     guard = Guard(program, policy, said.append)
@@ -138,7 +140,8 @@ def test_nothing_of_the_step_is_applied_where_it_stops(workers: Pools, strategy:
 
 def first_steps(strategy: str) -> dict[str, Any]:
     """The steps before the one that is not finite, without a guard."""
-    program = Program.build(workload(float("nan"), 0), Strategy.parse(strategy))
+    with remembered(workload):
+        program = Program.build(workload(float("nan"), 0), Strategy.parse(strategy))
     shares = program.loader(shuffle=False).shares(0)
     for _ in range(BAD_STEP - 1):
         program.step_share(next(shares))
