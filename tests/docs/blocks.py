@@ -29,6 +29,13 @@ TWINS = {TWIN: README, **{path: path.with_name(f"{path.name.removesuffix('.zh.md
 PAGES = [README, *sorted(path for path in (ROOT / "docs").glob("*.md") if path not in TWINS)]
 TIMEOUT_SECONDS = 300
 
+MODULES: dict[str, tuple[str, ...]] = {
+    "python": (),
+    "shardwise": ("-m", "shardwise"),
+    "torchrun": ("-m", "torch.distributed.run"),
+}
+"""Command -> the arguments of the interpreter that runs the same program."""
+
 SHELL = set("|&;<>()$`~*?[#!{}\n")
 """A line with one of these characters needs a shell."""
 
@@ -86,8 +93,8 @@ def run_command(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "COLUMNS": "120"}
     words = shlex.split(command)
-    if words[0] in ("shardwise", "python") and not set(command) & SHELL:
-        line = [sys.executable, *(("-m", "shardwise") if words[0] == "shardwise" else ()), *words[1:]]
+    if words[0] in MODULES and not set(command) & SHELL:
+        line = [sys.executable, *MODULES[words[0]], *words[1:]]
         return warm.run(line, cwd=folder, env=environment, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS)
     return subprocess.run(
         ["bash", "-c", command],
