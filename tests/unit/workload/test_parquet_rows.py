@@ -64,6 +64,8 @@ def test_row_groups_are_cached_and_do_not_travel(tmp_path: Path) -> None:
         copied = pickle.loads(pickle.dumps(rows))
         assert int(copied[5]["x"]) == 5
         assert decoded.call_count == CACHED_GROUPS + 2
+        pickle.loads(pickle.dumps(rows)).__getitems__([*range(0, len(rows), 2), *range(1, len(rows), 2)])
+        assert decoded.call_count == CACHED_GROUPS + 2 + CACHED_GROUPS + 1
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
