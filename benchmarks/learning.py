@@ -47,10 +47,10 @@ RECIPES: dict[str, dict[str, int]] = {
 PLAIN = "dp=2"
 MEANS = (
     *(means for means in planner.MEANS if not means.startswith(("ps=", "schedule="))),
-    *("local=64", "local=128", "compress=topk:0.004"),
+    *("local=128", "compress=topk:0.004"),
 )
-"""Means to measure: those that a plan offers, but for stale servers, whose learning depends on the link; and some that
-send more than 50 times fewer bytes."""
+"""Means to measure: those that a plan offers, but for stale servers, whose learning depends on the link; and two that
+send more than 100 times fewer bytes."""
 
 LINKS = (10_000, 1_000, 100)
 """Megabits per second between the hosts."""

@@ -24,7 +24,7 @@ MEANS = (
     "compress=topk:0.01",
     "compress=sign",
     "local=16",
-    "local=16,outer=nesterov",
+    "local=64",
     "local=64,outer=nesterov",
     "schedule=pipedream",
     "ps=1,staleness=4",
