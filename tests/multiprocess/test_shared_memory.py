@@ -389,6 +389,24 @@ def test_ddp_waits_for_futures(workers: Pools) -> None:
         assert torch.equal(mine, theirs)
 
 
+def asking_again(future: Any) -> Tensor:
+    """Sum the result of a collective over the workers once more, and wait for it."""
+    x = future.value()[0]
+    dist.all_reduce(x)
+    found: Tensor = dist.all_reduce(x, async_op=True).get_future().wait()[0]
+    return found
+
+
+def asked_again() -> float:
+    x = torch.ones(2**20)
+    return float(dist.all_reduce(x, async_op=True).get_future().then(asking_again).wait()[0])
+
+
+def test_a_callback_may_wait_for_a_further_collective(workers: Pools) -> None:
+    """The hook of torch's PowerSGD does."""
+    assert workers(2, asked_again) == [8.0, 8.0]
+
+
 def replicated_alone() -> None:
     """One worker leaves the group while the other waits for its gradients in C++."""
     group = dist.new_group()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 
 import torch
 
@@ -20,6 +21,37 @@ from shardwise.launch.shared_memory.segment import SLOTS
 LEFT = SLOTS - 2
 """Small collectives that may be left for the thread that waits for them: with more, the slots of others would not be
 read while it does something else."""
+
+
+class Callers:
+    """Threads that call what follows a collective, as many as are needed at once.
+
+    A callback may wait for a further collective (torch's PowerSGD hook does), which the thread that ran the first one
+    may have to run.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call a function soon, in a thread of its own."""
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+            else:
+                threading.Thread(target=self._run, name="shardwise-callbacks", daemon=True).start()
+        self._calls.put(function)
+
+    def _run(self) -> None:
+        while True:
+            self._calls.get()()
+            with self._lock:
+                self._idle += 1
+
+
+_callers = Callers()
 
 
 class Queued:
@@ -52,10 +84,10 @@ class Queued:
         with self._lock:
             self.done = self.started = True
         for call in self._told:
-            call()
+            _callers.call(call)
 
     def tell(self, call: Callable[[], None]) -> None:
-        """Call a function once it is done, now if it is."""
+        """Call a function once it is done: now if it is, else in another thread."""
         with self._lock:
             done = self.done
             if not done:
