@@ -48,7 +48,7 @@ def _no_worker_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--strategy dpp=2", "unknown axis 'dpp' in strategy 'dpp=2'"),
         (
             "--strategy pp=2,schedule=gpip",
-            "schedule=gpip: known are gpipe, 1f1b, interleaved, zero-bubble; did you mean",
+            "schedule=gpip: known are gpipe, 1f1b, interleaved, zero-bubble, pipedream; did you mean",
         ),
         ("--strategy dp=3", "batch_size=8 does not divide by the 3 replicas of dp=3: use batch_size=6 or 9"),
         ("--workers 0", "workers=0: must be 1 or more"),

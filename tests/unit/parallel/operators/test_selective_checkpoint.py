@@ -116,4 +116,5 @@ def test_plan_takes_it_where_nothing_fits_without() -> None:
     other = search(workload, cluster, 4, forbidden, scaled).plan.best
     assert other is not None
     assert other.strategy.recompute.partial
-    assert other.prediction.step_seconds > best.prediction.step_seconds
+    # equal at least: of strategies within 1% the simpler is chosen, and a share of the blocks is not
+    assert other.prediction.step_seconds > 0.99 * best.prediction.step_seconds
