@@ -75,7 +75,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--curves", type=Path, help="file of losses that are known; others are added to it")
     parser.add_argument("--slow", type=float, action="append", help="times a step that one host sleeps")
-    parser.add_argument("--name", default=NAME, help="of the files in results/")
+    parser.add_argument(
+        "--name", default=NAME, help="of the files in results/; the page has all that begin with learning"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -96,7 +98,7 @@ def main() -> None:
             rows += rows_of(recipe, link, slow, curves, steps)
             record(options.name, settings, rows, measured, before)  # each time: a long run may be cut short
     if measured:
-        write_page(options.name)
+        write_page(NAME)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
@@ -181,7 +183,8 @@ def work(settings: dict[str, Any]) -> None:
     join_launcher(2)
     workers = Workers()
     workload = load_workload(settings["recipe"], RECIPES[settings["recipe"]])
-    pause = settings["slow"] * _alone(workload, workers) if workers.rank == 1 else 0.0
+    alone = _alone(workload, workers)
+    pause = settings["slow"] * alone if workers.rank == 1 else 0.0
     found = {text: _steps(workload, text, pause, workers) for text in settings["strategies"]}
     if workers.rank == 0:
         Path(settings["out"]).write_text(json.dumps(found))

@@ -23,26 +23,30 @@ The seconds of a step are measured on two hosts of one core each (network namesp
   `dp=2`, `<` a lower one, `>` a higher one.
 - `MB a step` is what one host sent in a step, as its network device counts, and `fewer bytes` how many times less that
   is than what `dp=2` sent.
+- With `a slow host`, the second host sleeps for as long as a step takes without the link.
 - `s to the loss` is the time to the loss that `dp=2` ends with (plus its spread), for the median seed, and in brackets
   how many times sooner that is than by `dp=2` on the same link. `-` means that fewer than half of the seeds reach it.
 """
 
 
 def write_page(name: str) -> None:
-    """Write docs/learning.md."""
-    found = json.loads((RESULTS / f"{name}.json").read_text())
-    settings, rows = found["settings"], found["rows"]
+    """Write docs/learning.md from the results `name`, and those beside them whose names begin so: further links."""
+    files = [RESULTS / f"{name}.json", *sorted(RESULTS.glob(f"{name}-*.json"))]
+    all_found = [json.loads(file.read_text()) for file in files]
+    found, rows = all_found[0], [row for each in all_found for row in each["rows"]]
+    settings = found["settings"]
     steps = ", ".join(f"{count} ({recipe})" for recipe, count in settings["steps"].items())
     changed = ", ".join(
-        f"`{recipe}` with `{name}={value}`"
+        f"`{recipe}` with " + " and ".join(f"`{option}={value}`" for option, value in options.items())
         for recipe, options in settings["changed"].items()
-        for name, value in options.items()
+        if options
     )
     parts = [INTRODUCTION.format(seeds=settings["seeds"], steps=steps, changed=changed), "## Loss and bytes\n"]
     first = [row for row in rows if (row["Mb/s"], row["slow"]) == (rows[0]["Mb/s"], rows[0]["slow"])]
     parts += [table(learned(first)), "", "## Time to the same loss\n"]
     parts += [table(timed(rows)), ""]
-    parts.append(f"{found['date']}, {found['cpus']} cores, torch {found['torch']}: `{found['command']}`\n")
+    commands = ", ".join(f"`{each['command']}`" for each in all_found)
+    parts.append(f"{found['date']}, {found['cpus']} cores, torch {found['torch']}: {commands}\n")
     PAGE.write_text("\n".join(parts))
 
 
