@@ -15,14 +15,13 @@ from pool import Pools, use_backend
 from torch import Tensor, nn
 
 from shardwise.host_layers import LEAST_BYTES
-from shardwise.launch.shared_memory import direct, neighbours
+from shardwise.launch.shared_memory import neighbours
 from shardwise.launch.shared_memory.backend import used
 from shardwise.launch.shared_memory.layered_group import PIECE_BYTES as LAYERED_PIECE_BYTES
 from shardwise.launch.shared_memory.mailbox import PIECE_BYTES
 from shardwise.launch.shared_memory.process_group import SharedMemoryGroup
 from shardwise.launch.shared_memory.registration import register
 from shardwise.launch.shared_memory.segment import ARENA_BYTES, ENTRIES, SLOT_BYTES
-from shardwise.launch.shared_memory.slots import Slots
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.int32, torch.int64, torch.uint8, torch.bool)
@@ -155,59 +154,6 @@ def cases(size: int, dtype: torch.dtype) -> Iterator[Case]:
 @pytest.mark.parametrize("count", [2, 4])
 def test_every_operation_equals_gloo(workers: Pools, count: int) -> None:
     workers(count, equal_to_gloo)
-
-
-def read_directly(function: Callable[[], Any]) -> Any:
-    """Run a function whose collectives of any size read the memory of the others."""
-    with mock.patch.object(direct, "LEAST_BYTES", 1):
-        return function()
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_every_operation_that_reads_other_processes_equals_gloo(workers: Pools, count: int) -> None:
-    workers(count, read_directly, equal_to_gloo)
-
-
-def read_slowly() -> None:
-    """The second worker begins to read late: no other may change its tensor before that."""
-    wait, rank = 0.3 * dist.get_rank(), dist.get_rank()
-    read = Slots.read
-
-    def late(*arguments: Any) -> None:
-        time.sleep(wait)
-        read(*arguments)
-
-    with mock.patch.object(Slots, "read", late):
-        data, whole = torch.full((1000,), 3.0 - rank), torch.full((1000,), 1.0 + rank)
-        parts, output = list(torch.zeros(2, 1000)), torch.zeros(500)
-        dist.broadcast(data, 0)
-        assert data.eq(3).all()
-        data.zero_()
-        dist.all_gather(parts, whole)
-        assert parts[0].eq(1).all()
-        assert parts[1].eq(2).all()
-        dist.reduce_scatter_single(output, whole)
-        assert output.eq(3).all()
-        dist.all_reduce(whole)
-        assert whole.eq(3).all()
-        whole.zero_()
-
-
-def test_nobody_goes_on_before_its_memory_is_read(workers: Pools) -> None:
-    workers(2, read_directly, read_slowly)
-
-
-def not_allowed() -> bool:
-    """A group of which one worker may not read the memory of another."""
-    allowed = dist.get_rank() != 1
-    with mock.patch.object(neighbours, "_may_read", return_value=allowed):
-        use_backend(register())
-    equal_to_gloo()
-    return shared()._slots.reads
-
-
-def test_slots_carry_all_if_one_may_not_read_another(workers: Pools) -> None:
-    assert not any(workers(2, read_directly, not_allowed))
 
 
 def random_sums() -> list[Tensor]:

@@ -6,8 +6,6 @@ workers:
 
     bytes that a worker reads of others, of n bytes and p workers:    one phase  n (p - 1)     two  2 n (p - 1) / p
 
-Large ones do not copy to slots where workers may read each other's memory, see `direct`.
-
 A small collective of one phase that is not waited for at once fills its slot when it starts, and uses those of the
 others when it is waited for: the others never wait for it, and no thread has to run it beside what computes.
 """
@@ -20,7 +18,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shardwise.launch.shared_memory import direct
 from shardwise.launch.shared_memory.reduction import Reduction
 from shardwise.launch.shared_memory.segment import SLOT_BYTES
 from shardwise.launch.shared_memory.slots import Slots
@@ -166,8 +163,6 @@ class Reduced:
 
 def all_reduce(slots: Slots, flat: Tensor, reduction: Reduction) -> SlotOperation:
     """Return the all-reduce of a flat tensor in place."""
-    if _is_direct(slots, flat.nbytes):
-        return direct.all_reduce(slots, flat, reduction)
     if slots.count > 2 and flat.nbytes >= TWO_PHASES:
         return Reduced(slots, flat, reduction)
     pieces = _pieces(flat, _per_slot(flat.dtype))
@@ -185,8 +180,6 @@ def all_reduce(slots: Slots, flat: Tensor, reduction: Reduction) -> SlotOperatio
 
 def reduce_scatter(slots: Slots, output: Tensor, parts: Sequence[Tensor], reduction: Reduction) -> SlotOperation:
     """Return the reduce-scatter of each worker's flat parts; `output` is the sum of the parts of this worker's rank."""
-    if _is_direct(slots, output.nbytes * slots.count):
-        return direct.reduce_scatter(slots, output, parts, reduction)
     per = _per_slot(output.dtype) // slots.count // ALIGNED * ALIGNED
     pieces = [_pieces(part, per) for part in parts]
     results = _pieces(output, per)
@@ -209,13 +202,11 @@ def reduce_scatter(slots: Slots, output: Tensor, parts: Sequence[Tensor], reduct
 
 def all_gather(slots: Slots, outputs: Sequence[Tensor], part: Tensor) -> SlotOperation:
     """Return the all-gather of a flat tensor of bytes of each worker, which all have equally many."""
+    pieces = _pieces(part, SLOT_BYTES)
+    results = [_pieces(output, SLOT_BYTES) for output in outputs]
     own = outputs[slots.rank]
     if own.data_ptr() != part.data_ptr():
         own.copy_(part)
-    if _is_direct(slots, len(part) * slots.count):
-        return direct.all_gather(slots, outputs, part)
-    pieces = _pieces(part, SLOT_BYTES)
-    results = [_pieces(output, SLOT_BYTES) for output in outputs]
 
     def fill(number: int, slot: Tensor) -> None:
         piece = pieces[number]
@@ -232,8 +223,6 @@ def all_gather(slots: Slots, outputs: Sequence[Tensor], part: Tensor) -> SlotOpe
 
 def broadcast(slots: Slots, data: Tensor, root: int) -> SlotOperation:
     """Return the broadcast of a flat tensor of bytes."""
-    if _is_direct(slots, len(data)):
-        return direct.broadcast(slots, data, root)
     pieces = _pieces(data, SLOT_BYTES)
 
     def fill(number: int, slot: Tensor) -> None:
@@ -252,10 +241,6 @@ def broadcast(slots: Slots, data: Tensor, root: int) -> SlotOperation:
 def barrier(slots: Slots) -> SlotOperation:
     """Return a collective of one empty round: a worker ends it when all have begun it."""
     return Streamed(slots, torch.uint8, 1, 0, lambda number, slot: None, lambda number, found: None)
-
-
-def _is_direct(slots: Slots, bytes_: int) -> bool:
-    return slots.reads and bytes_ >= direct.LEAST_BYTES
 
 
 def _pieces(flat: Tensor, size: int) -> list[Tensor]:

@@ -13,12 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from shardwise.host_layers import host_grid
 from shardwise.launch.scheduling import state_of
-from shardwise.launch.shared_memory.peer_memory import read_memory
 from shardwise.launch.shared_memory.segment import NONCE_BYTES, SharedSegment
 from shardwise.launch.shared_memory.semaphore import Semaphore
 
@@ -36,7 +32,6 @@ class Neighbours:
     Attributes:
         rank: number of this process.
         segments: memory of each worker.
-        reads: whether all may read each other's memory, not only what is shared.
 
     Args:
         rank: number of this process.
@@ -44,7 +39,6 @@ class Neighbours:
         processes: process of each worker.
         names: rank of each worker in the group.
         seconds: time limit of the group's operations.
-        reads: True if all may read each other's memory.
     """
 
     def __init__(
@@ -54,10 +48,8 @@ class Neighbours:
         processes: Sequence[int],
         names: Sequence[int],
         seconds: float,
-        *,
-        reads: bool,
     ) -> None:
-        self.rank, self.segments, self.reads = rank, tuple(segments), reads
+        self.rank, self.segments = rank, tuple(segments)
         self._processes, self._names, self._seconds = tuple(processes), tuple(names), seconds
 
     @property
@@ -95,18 +87,6 @@ class Neighbours:
                 f"Connection closed: worker {self._names[rank]} of the group (process {self._processes[rank]}) is gone"
             )
 
-    def read(self, rank: int, address: int, target: Tensor) -> None:
-        """Copy bytes at an address of a worker's process to a contiguous tensor.
-
-        Raises:
-            RuntimeError: it has left the group or ended, or it cannot be read any more.
-        """
-        try:
-            read_memory(self._processes[rank], address, target)
-        except OSError as error:
-            self.check(rank)
-            raise RuntimeError(f"worker {self._names[rank]} of the group: {error}") from error
-
     def leave(self) -> None:
         """Note that this worker leaves the group, so that the others do not wait for it any more."""
         self.segments[self.rank].leave()
@@ -143,39 +123,26 @@ def meet(store: Any, rank: int, count: int, seconds: float) -> Met | str:
     """
     nonce = secrets.token_bytes(NONCE_BYTES)
     with _created(count, nonce) as (segment, file):
-        cards = _exchange(store, "card", rank, count, [*_host(), os.getpid(), file, nonce.hex(), segment.address])
-        hosts = host_grid([tuple(card[:-4]) for card in cards])
+        cards = _exchange(store, "card", rank, count, [*_host(), os.getpid(), file, nonce.hex()])
+        hosts = host_grid([tuple(card[:-3]) for card in cards])
         if not hosts:
             return ""
         members = next(row for row in hosts if rank in row)
         own = members.index(rank)
-        segments, problem, reads = [segment] * len(members), "", True
+        segments, problem = [segment] * len(members), ""
         try:
             for number, other in enumerate(members):
                 if other != rank:
-                    process, theirs, mark, address = cards[other][-4:]
+                    process, theirs, mark = cards[other][-3:]
                     segments[number] = SharedSegment.attach(process, theirs, count, bytes.fromhex(mark))
-                    reads = reads and _may_read(process, address, bytes.fromhex(mark))
         except OSError as error:
             problem = f"worker {rank} cannot open the memory of another: {error}"
         # nobody closes a file before all have opened it
-        found = _exchange(store, "mapped", rank, count, [problem, reads])
-    problems = [str(each) for each, _ in found if each]
+        problems = [each for each in _exchange(store, "mapped", rank, count, problem) if each]
     if problems:
-        return problems[0]
-    processes = [cards[member][-4] for member in members]
-    reads = all(may for _, may in found)
-    return Met(Neighbours(own, segments, processes, members, seconds, reads=reads), hosts)
-
-
-def _may_read(process: int, address: int, nonce: bytes) -> bool:
-    """Return whether this process may read the memory of another one, where `nonce` is."""
-    found = torch.zeros(len(nonce), dtype=torch.uint8)
-    try:
-        read_memory(process, address, found)
-    except OSError:
-        return False
-    return bytes(found.tolist()) == nonce
+        return str(problems[0])
+    processes = [cards[member][-3] for member in members]
+    return Met(Neighbours(own, segments, processes, members, seconds), hosts)
 
 
 @contextmanager

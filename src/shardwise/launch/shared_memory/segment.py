@@ -53,7 +53,6 @@ class SharedSegment:
     """Mapped memory of one worker.
 
     Attributes:
-        address: where this process has mapped it.
         slots: its slots, one row each.
         arena: its messages.
     """
@@ -63,7 +62,7 @@ class SharedSegment:
         start = -(-entries // mmap.PAGESIZE) * mmap.PAGESIZE
         self.memory = mmap.mmap(file, start + SLOTS * SLOT_BYTES + ARENA_BYTES)
         everything = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self._workers, self.address = workers, everything.data_ptr()
+        self._workers, self._address = workers, everything.data_ptr()
         self.slots: Tensor = everything[start : start + SLOTS * SLOT_BYTES].view(SLOTS, SLOT_BYTES)
         self.arena: Tensor = everything[start + SLOTS * SLOT_BYTES :]
 
@@ -105,7 +104,7 @@ class SharedSegment:
 
     def semaphore(self, kind: SemaphoreKind, worker: int) -> Semaphore:
         """Return the semaphore of a kind for another worker of the group."""
-        return Semaphore(self.address + _semaphore_at(kind, worker, self._workers))
+        return Semaphore(self._address + _semaphore_at(kind, worker, self._workers))
 
     def entry_at(self, worker: int, number: int) -> int:
         """Return the position in `memory` of the description of message `number` to a worker."""

@@ -62,23 +62,6 @@ class Slots:
         self._turn[other] += 1
         self._read[other].post()
 
-    def meet(self) -> None:
-        """Wait until all others have called this too: an empty round of slots."""
-        self.claim(torch.uint8)
-        self.publish()
-        for other in self._neighbours.others:
-            self.take(other, torch.uint8)
-            self.release(other)
-
-    @property
-    def reads(self) -> bool:
-        """Return whether all workers may read each other's memory."""
-        return self._neighbours.reads
-
-    def read(self, other: int, address: int, target: Tensor) -> None:
-        """Copy bytes at an address of another worker to a tensor. Raises RuntimeError if that worker is gone."""
-        self._neighbours.read(other, address, target)
-
     def _view(self, worker: int, dtype: torch.dtype) -> Tensor:
         views = self._views.get(dtype)
         if views is None:
