@@ -196,7 +196,7 @@ def run_under(
     """Run a command line of `shardwise` on workers that another engine starts, and return its exit status.
 
     Args:
-        engine: `torchrun`, `mpi`, `slurm`, `ray` or `kubernetes`.
+        engine: `torchrun`, `mpi`, `slurm`, `ray`, `spark` or `kubernetes`.
         arguments: the command line; options that name the engine are left out of it.
         strategy: strategy of the training; None or `auto`: the workers choose it.
         workers: number of workers; None: what the strategy needs, or what the allocation has.

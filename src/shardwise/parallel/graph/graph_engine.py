@@ -195,8 +195,7 @@ class GraphEngine:
             raise StrategyError(tied_stages(tied[0]))
         with self._mesh.allocating():
             versions = WeightVersions(self.parameters, stages.slots)
-        before = stages.before_backward
-        return PipelineStream(self._pipeline, versions, self._strategy.microbatches, before)
+        return PipelineStream(self._pipeline, versions, self._strategy.microbatches, stages.before_backward)
 
     def _describe(self, local: LocalGraph, named: Mapping[str, nn.Parameter]) -> None:
         """Note what is not sharded, and where the stages begin."""

@@ -208,10 +208,7 @@ class _Prover:
         settled = [_shortened(each.for_batch(self._batch_size), self._trial.steps) for each in strategies]
         if self._gpus is None:  # the same for one worker as for all: a GPU rounds otherwise than a CPU
             self._gpus = enough_gpus(max(each.workers for each in settled))
-        alone = [
-            each if each.local or each.delayed else Strategy(microbatches=each.microbatches, precision=each.precision)
-            for each in settled
-        ]
+        alone = [each if each.local or each.delayed else _on_one_worker(each) for each in settled]
         missing = [each for each in dict.fromkeys(alone) if each not in self._recorded]
         if missing:
             self._run(record_all, [self._trial_of(each, each) for each in missing], workers=1)
@@ -295,11 +292,8 @@ def record(trial: StrategyTrial) -> None:
     if trial.strategy.local:
         _record_replicas(trial)
         return
-    delayed, alone = trial.strategy.delayed, trial.strategy
-    if delayed:
-        alone = Strategy(microbatches=alone.microbatches, precision=alone.precision)
-    program = Program.build(trial.load(), alone)
-    if delayed:
+    program = Program.build(trial.load(), _on_one_worker(trial.strategy))
+    if trial.strategy.delayed:
         delay_updates(program)
     folder = Path(trial.folder)
     folder.mkdir(exist_ok=True)
@@ -357,6 +351,11 @@ def delay_updates(program: Any) -> None:
     program._update.step = later
 
 
+def _on_one_worker(strategy: Strategy) -> Strategy:
+    """Return the strategy of one worker that computes as a strategy does: in its microbatches and precision."""
+    return Strategy(microbatches=strategy.microbatches, precision=strategy.precision)
+
+
 def _shortened(strategy: Strategy, steps: int) -> Strategy:
     """Return a strategy whose local steps end within `steps` steps, as far as its fragments allow."""
     if not strategy.local:
@@ -405,7 +404,7 @@ def compare(trial: StrategyTrial) -> Proof | None:
         counted = _told(_kind(expected, "gradient"), tolerance, _kind(expected, "least"))
         loss |= loss_deviation(value, alone, f"step {step + 1}")
         gradient |= _of_all(program, program.means(program.gradient_pieces()), expected, "gradient", None)
-        parameter |= _of_all(program, program.means(_model_pieces(program)), expected, "model", counted)
+        parameter |= _of_all(program, program.means(program.model_pieces()), expected, "model", counted)
         _start_from(program, _own(program, expected))
     program.meet()
     notes = (*_promised(trial.strategy), *_everybodys_notes(program))
@@ -477,12 +476,8 @@ def _shares(program: Any, steps: int) -> Any:
         epoch += 1
 
 
-def _model_pieces(program: Any) -> list[Any]:
-    return list(program.model_pieces())
-
-
 def _model(program: Any) -> dict[str, Tensor]:
-    return {piece.name: piece.local.cpu().contiguous() for piece in _model_pieces(program)}
+    return {piece.name: piece.local.cpu().contiguous() for piece in program.model_pieces()}
 
 
 def _kind(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
