@@ -1,12 +1,12 @@
 """Predictions for this machine against its runs: recipes and small Hugging Face models x strategies on 1 to 4 workers.
 
-    python -m benchmarks.this_machine [--minutes N] [--steps N] [--workload NAME ...] [--strategy SPEC ...]
-                                      [--cluster FILE]
+    python -m benchmarks.this_machine [--steps N] [--workload NAME ...] [--strategy SPEC ...] [--cluster FILE]
 
 The machine is measured as a first run measures it by itself, unless a cluster file is given; all runs are predicted
-before any is made. Then the runs take turns, one after the other, in rounds, until the time is over: the first round
-is always made whole. Measured are medians over the rounds. Nothing of the runs goes into the predictions. It needs an
-idle machine: what others use meanwhile is told beside the rows.
+before any is made. The trainings of a workload take turns, a slice of steps each, as those of `compare` do; measured
+are medians over slices. Nothing of the runs goes into the predictions. Beside them a reference training takes its
+turns: how much longer it takes than while the machine was measured is the pace, and "error at pace" is that of the
+prediction times the pace. It needs an idle machine: what others use meanwhile is told beside the rows.
 
 Models of Hugging Face have random weights and are described here: nothing is downloaded.
 """
@@ -27,12 +27,14 @@ from benchmarks.harness import environment, median, record
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.measure.interference import busy_seconds, cores_of_others
 from shardwise.cluster.toml_reader import read_cluster
+from shardwise.commands.compare import samples
 from shardwise.commands.request import check
 from shardwise.errors import StrategyError
 from shardwise.predict.profile.source import ProfileSource
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibration.calibrate import QUICK, THOROUGH, Effort, calibrate
-from shardwise.run.training.execute import run_job
+from shardwise.run.calibration.reference import Reference, train_reference
+from shardwise.run.training.in_turns import TrainingInTurns, Turns, slice_steps
 from shardwise.run.training.job import Job, Options
 from shardwise.strategy import Strategy
 from shardwise.workload.source import Source
@@ -81,7 +83,8 @@ class Run:
         strategy: the strategy.
         predicted: seconds of a step, and bytes of a worker.
         range: relative range around the predicted seconds.
-        measured: the same two of each round.
+        measured: the same two of each slice of its steps.
+        pace: time of the reference training beside it, over that while the machine was measured; None: not known.
     """
 
     workload: str
@@ -90,6 +93,7 @@ class Run:
     predicted: tuple[float, float] = (0.0, 0.0)
     range: float = 0.0
     measured: list[tuple[float, float]] = field(default_factory=list)
+    pace: float | None = None
 
     @property
     def name(self) -> str:
@@ -106,14 +110,15 @@ def main() -> None:
         runs = [run for name, each in sources.items() for run in runs_of(name, each, strategies)]
         cluster = measured_cluster(options.cluster, QUICK)
         predict(runs, cluster)
-        busy = measure(runs, options.steps, begin + 60 * options.minutes)
+        reference = Reference.of(cluster.device(0))
+        busy = [measure([run for run in runs if run.workload == name], options.steps, reference) for name in sources]
     rows = [row(run) for run in runs]
     settings = {
         "steps": options.steps,
-        "rounds": max(len(run.measured) for run in runs),
+        "slices": max(len(run.measured) for run in runs),
         "seconds": round(time.perf_counter() - begin),
         "cores used by others, calibration": cluster.busy,
-        "cores used by others, runs": round(busy, 3),
+        "cores used by others, runs": round(max(busy), 3),
         **summary(rows),
     }
     both = {run.name: {"predicted": run.predicted, "range": run.range, "measured": run.measured} for run in runs}
@@ -124,8 +129,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=14.0, help="end with the run that is under way then")
-    parser.add_argument("--steps", type=int, default=16, help="of each run")
+    parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--workload", action="append", choices=(*RECIPES, *MODELS), help="default: all")
     parser.add_argument("--strategy", action="append", help=f"default: {' '.join(STRATEGIES)}")
     parser.add_argument("--name", default="this-machine", help="of the files in results/")
@@ -178,29 +182,44 @@ def predict(runs: Sequence[Run], cluster: Cluster) -> None:
         run.range = found.error or 0.0
 
 
-def measure(runs: Sequence[Run], steps: int, end: float) -> float:
-    """Make the runs in turns until the time `end`, every one at least once.
+def measure(runs: Sequence[Run], steps: int, reference: Reference | None) -> float:
+    """Make the runs of a workload in turns, and the reference training with them.
 
     Returns:
-        Cores that other programs used, on average over looks between the runs.
+        Cores that other programs used before the first turn and after the last, on average.
     """
-    looks: list[float] = []
-    while True:
-        for number, run in enumerate(runs, 1):
-            if run.measured and time.perf_counter() > end:
-                return sum(looks) / len(looks)
-            looks.append(cores_of_others(0.5) if busy_seconds() else 0.0)
-            job = Job(source=run.source, strategy=run.strategy, options=Options(steps=steps, quiet=True, proof=False))
-            found = run_job(job).summary
-            run.measured.append((found["step_seconds"], float(found["memory_bytes"])))
-            say(f"round {len(run.measured)}, {number} of {len(runs)}: {_told(run)}")
+    size = slice_steps(steps)
+    options = Options(steps=steps, quiet=True, proof=False)
+    turns = [
+        Turns(Job(source=run.source, strategy=run.strategy, options=options, slice_steps=size), run.name)
+        for run in runs
+    ]
+    beside = [Turns(reference.job(-(-steps // size)), "reference", train_reference)] if reference else []
+    looks = [_others()]
+    TrainingInTurns([*turns, *beside], steps=steps, threads=None, gpus=False, quiet=True).run()
+    looks.append(_others())
+    for each in beside:
+        pace = reference.pace(samples(each.steps, each.job.slice_steps)) if reference else None
+        for run in runs:
+            run.pace = pace
+    for run, each in zip(runs, turns, strict=True):
+        if each.trained is None:
+            raise SystemExit(f"{run.name}: {each.failed}")
+        memory = float(each.trained.summary["memory_bytes"])
+        run.measured = [(seconds, memory) for seconds in samples(each.steps, size)]
+        say(_told(run))
+    return sum(looks) / len(looks)
+
+
+def _others() -> float:
+    return cores_of_others(0.5) if busy_seconds() else 0.0
 
 
 def _told(run: Run) -> str:
-    seconds, _ = run.measured[-1]
-    error = run.predicted[0] / seconds - 1
-    foreseen = f"{1e3 * run.predicted[0]:.1f} ms ± {run.range:.0%}"
-    return f"{run.name}: {1e3 * seconds:.1f} ms, predicted {foreseen} ({error:+.0%})"
+    found = row(run)
+    foreseen = f"{found['predicted ms']:.1f} ms ± {run.range:.0%}"
+    pace = "" if run.pace is None else f", at pace {found['error at pace']:+.0%}"
+    return f"{run.name}: {found['measured ms']:.1f} ms, predicted {foreseen} ({found['error']:+.0%}{pace})"
 
 
 def say(text: str) -> None:
@@ -219,6 +238,8 @@ def row(run: Run) -> dict[str, Any]:
         "±": run.range,
         "measured ms": 1e3 * seconds,
         "error": error,
+        "pace": run.pace,
+        "error at pace": None if run.pace is None else run.pace * run.predicted[0] / seconds - 1,
         "within": abs(seconds / run.predicted[0] - 1) <= run.range,
         "predicted MiB": run.predicted[1] / 2**20,
         "measured MiB": memory / 2**20,
@@ -228,18 +249,26 @@ def row(run: Run) -> dict[str, Any]:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarize what the aims are about: median and worst errors, and the share of rows within their range."""
-    errors = sorted(abs(each["error"]) for each in rows)
-    worst = max(rows, key=lambda each: abs(each["error"]))
     worst_memory = max(rows, key=lambda each: abs(each["memory error"]))
+    paced = [each for each in rows if each["pace"] is not None]
     return {
-        "median error of time": round(median(errors), 4),
-        "error of time in nine of ten rows": round(errors[max(0, -(-9 * len(errors) // 10) - 1)], 4),
-        "worst row of time": f"{worst['workload']} {worst['strategy']} {worst['error']:+.1%}",
+        **_errors("time", rows, "error"),
+        **(_errors("time at pace", paced, "error at pace") if paced else {}),
         "share of rows within their range": round(sum(each["within"] for each in rows) / len(rows), 3),
         "median error of memory": round(median([abs(each["memory error"]) for each in rows]), 4),
         "worst row of memory": f"{worst_memory['workload']} {worst_memory['strategy']} "
         f"{worst_memory['memory error']:+.1%}",
         "aimed at": f"time {TARGET_TIME:.0%}, worst {WORST_TIME:.0%}, memory {TARGET_MEMORY:.0%}, within {WITHIN:.0%}",
+    }
+
+
+def _errors(what: str, rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
+    errors = sorted(abs(each[key]) for each in rows)
+    worst = max(rows, key=lambda each: abs(each[key]))
+    return {
+        f"median error of {what}": round(median(errors), 4),
+        f"error of {what} in nine of ten rows": round(errors[max(0, -(-9 * len(errors) // 10) - 1)], 4),
+        f"worst row of {what}": f"{worst['workload']} {worst['strategy']} {worst[key]:+.1%}",
     }
 
 

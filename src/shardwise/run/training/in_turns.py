@@ -84,12 +84,14 @@ class TrainingInTurns:
     Args:
         trainings: the trainings.
         steps: steps of each; None: unknown.
-        threads: intra-op threads of each worker.
+        threads: intra-op threads of each worker; None: an even share of the cores for each training.
         gpus: whether workers may use GPUs.
         quiet: show no progress bar.
     """
 
-    def __init__(self, trainings: Sequence[Turns], *, steps: int | None, threads: int, gpus: bool, quiet: bool) -> None:
+    def __init__(
+        self, trainings: Sequence[Turns], *, steps: int | None, threads: int | None, gpus: bool, quiet: bool
+    ) -> None:
         self.trainings, self._steps = list(trainings), steps
         self.groups: list[list[str]] = []
         self._threads, self._gpus, self._quiet = threads, gpus, quiet

@@ -16,12 +16,20 @@ def run(strategy: str, predicted: float, measured: list[float]) -> Run:
     return found
 
 
-def test_rows_are_of_medians_over_rounds() -> None:
+def test_rows_are_of_medians_over_slices() -> None:
     found = row(run("dp=2", 0.11, [0.1, 0.5, 0.1]))
     assert found["measured ms"] == pytest.approx(100)
     assert found["error"] == pytest.approx(0.1)
     assert found["memory error"] == pytest.approx(0.25)
     assert found["within"]
+
+
+def test_a_slower_machine_is_told_apart_from_a_wrong_prediction() -> None:
+    slowed = run("dp=2", 0.1, [0.15])
+    slowed.pace = 1.5
+    assert row(slowed)["error at pace"] == pytest.approx(0.0)
+    assert summary([row(slowed)])["worst row of time at pace"] == "image dp=2 +0.0%"
+    assert row(run("dp=2", 0.1, [0.15]))["error at pace"] is None
 
 
 def test_the_summary_tells_the_worst_row() -> None:
