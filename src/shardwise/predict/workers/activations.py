@@ -27,8 +27,9 @@ def boundary_values(
             if profile.runtime.keeps_outputs and not any(first <= segment < end for segment in value.saved[:1]):
                 saved += value.held  # an output is held until its gradient arrives
         elif value.made >= 0:
-            received += value.message
-            saved += value.message if not first <= (value.saved or (-1,))[0] < end else 0
+            arrived = value.held if profile.runtime.scatter_pipeline else value.message  # whose parts are gathered
+            received += arrived
+            saved += arrived if not first <= (value.saved or (-1,))[0] < end else 0
             if value.grad:
                 returned.setdefault(stage_of[value.made], []).append(value.message)
         elif any(first <= segment < end for segment in value.saved):

@@ -101,6 +101,17 @@ def test_messages_are_split_among_tensor_parallel_ranks(spelled: str) -> None:
     assert parts.stages.waits(FORWARD, 1) == pytest.approx(MESSAGE / 8)
 
 
+def test_what_arrives_in_parts_is_held_whole() -> None:
+    """The ranks gather the parts of a message before they compute with it; with sp=1 each holds its part."""
+    stage = 1
+    whole, parts, sequence = (
+        costs(spelled, scatter_pipeline=scattered).parts.stages[stage]
+        for spelled, scattered in (("tp=8,pp=4", False), ("tp=8,pp=4", True), ("tp=8,sp=1,pp=4", False))
+    )
+    assert parts.received == whole.received == 8 * sequence.received
+    assert parts.saved == whole.saved
+
+
 def test_first_and_last_stage_sum_their_embeddings() -> None:
     # 2 bytes of 6,400 rows of 4,096 between two ranks of different nodes: once there and once back
     found = costs("tp=8,pp=4")
