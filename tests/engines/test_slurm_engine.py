@@ -85,7 +85,7 @@ def test_an_allocation_is_used(folder: Path) -> None:
 
 
 def test_a_plan_reads_the_allocation() -> None:
-    plan = (*SHARDWISE, "plan", "gpt:layers=2", "--engine", "slurm", "--json", "--cluster")
+    plan = (*SHARDWISE, "plan", "gpt:layers=2,hidden=64,heads=4", "--engine", "slurm", "--json", "--cluster")
     done = call("salloc", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", *plan, "h100x4")
     assert done.returncode == 2
     assert "the allocation has 2 + 2 tasks on its nodes, h100x4 has 4 devices" in done.stderr

@@ -1,7 +1,6 @@
 """Standard output of a worker of another launcher: for the command's document alone, as with local workers.
 
-What the workload's code prints goes to standard error, line by line, so that the lines of two workers do not mix and a
-document of JSON stays one.
+What the workload's code prints goes to standard error, so that a document of JSON stays one.
 """
 
 from __future__ import annotations
@@ -21,8 +20,17 @@ def keep_apart() -> None:
         return
     _own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)
+    write_whole_lines()
+
+
+def write_whole_lines() -> None:
+    """Write what is printed from now on line by line, each line at once, so that those of two workers do not mix.
+
+    Python writes a line and its end apart where PYTHONUNBUFFERED is set, and many lines at once into a file or a pipe.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def document_stream() -> TextIO:

@@ -58,8 +58,10 @@ def _work(rank: int, setup: dict[str, Any], work: bytes, parent: Connection) -> 
     from shardwise.launch.beside import STATE_FOLDER
     from shardwise.launch.exit import die_with_parent
     from shardwise.launch.join import join_local, leave
+    from shardwise.launch.output import write_whole_lines
 
     die_with_parent()
+    write_whole_lines()
     os.environ[STATE_FOLDER] = setup["folder"]
     watch.settle(rank, setup["workers"], watch.FolderBoard(setup["folder"]), partial(_report, parent))
     gate.settle(lambda value: _send(parent, {"waiting": value}))
