@@ -45,9 +45,19 @@ class Beside:
         """Start the process. `folder` is removed when it has ended for good."""
         from shardwise.launch.sending import written
 
-        self._listener, self._folder = listener, folder
+        self._begin(written((function, args)), listener, folder)
+
+    @classmethod
+    def of_work(cls, work: bytes, listener: socket.socket, folder: str | None) -> Beside:
+        """Start a process whose function and arguments a worker has written, in a session of its own."""
+        self = cls.__new__(cls)
+        self._begin(work, listener, folder, session=True)
+        return self
+
+    def _begin(self, work: bytes, listener: socket.socket, folder: str | None, *, session: bool = False) -> None:
+        self._listener, self._folder, self._session = listener, folder, session
         setup = {"path": sys.path, "listener": listener.fileno(), "folder": folder}
-        head, work = json.dumps(setup).encode(), written((function, args))
+        head = json.dumps(setup).encode()
         self._input = b"".join(len(each).to_bytes(8, "little") + each for each in (head, work))
         self._closing = False
         self._lock = threading.Lock()
@@ -90,6 +100,7 @@ class Beside:
             stdin=subprocess.PIPE,
             pass_fds=[self._listener.fileno()],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            start_new_session=self._session,  # a terminal's Ctrl-C reaches the parent alone, which ends it in order
         )
         assert process.stdin is not None
         with contextlib.suppress(OSError):  # it has died: the watcher notices

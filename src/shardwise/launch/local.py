@@ -13,7 +13,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from shardwise import errors
@@ -51,6 +51,7 @@ def run_local(
     gpus: bool = True,
     grace: float = 0.0,
     patience: float = float("inf"),
+    restarts: int = 0,
 ) -> Any:
     """Call `function(*args)` in each of `workers` processes that form one process group; return rank 0's result.
 
@@ -63,6 +64,7 @@ def run_local(
         grace: seconds that workers get to return by themselves after SIGTERM, which is passed on to them (see
             `launch.stop`); 0: they are ended at once.
         patience: seconds for which a worker may be stopped (SIGSTOP) before all workers are ended.
+        restarts: number of workers to start again after SIGKILL, while the function allows it: see `launch.regroup`.
 
     Raises:
         RequestError: the function or its arguments cannot be sent.
@@ -75,7 +77,9 @@ def run_local(
     transport()  # and for a wrong setting
     check_encryption()
     with Signals() as signals:
-        running = LocalRun(function, args, workers=workers, threads=threads, gpus=gpus, patience=patience)
+        running = LocalRun(
+            function, args, workers=workers, threads=threads, gpus=gpus, patience=patience, restarts=restarts
+        )
         try:
             _attend(running, signals, grace)
             return running.returned()
@@ -96,11 +100,14 @@ class LocalRun:
         threads: int | None = None,
         gpus: bool = True,
         patience: float = float("inf"),
+        restarts: int = 0,
     ) -> None:
         from shardwise.launch.sending import written
         from shardwise.launch.switchboard import Switchboard  # its imports would slow down `shardwise --help`
 
         setup = {"path": sys.path, "threads": threads or threads_per_worker(workers), "gpus": gpus, "workers": workers}
+        setup["restarts"] = restarts > 0
+        self._left = self._restarts = restarts
         self._switchboard = Switchboard(setup, written((function, args)))
         try:
             self._processes = Processes(workers, self._switchboard.address)
@@ -137,9 +144,32 @@ class LocalRun:
         """Look for a worker that has failed or is stopped. Raises ShardwiseError."""
         early = self._processes.exits().keys() - self._switchboard.finished
         self._switchboard.settle(early)
-        if self._switchboard.endings or early - self._switchboard.finished:
+        if (self._switchboard.endings or early - self._switchboard.finished) and not self._restarted(early):
             raise _linger(self._processes, self._switchboard)
         self._stops.check()
+
+    def _restarted(self, early: Collection[int]) -> bool:
+        """Start the only worker that has ended again, if it was killed and the others can go on. Returns whether."""
+        board, exits = self._switchboard, self._processes.exits()
+        ended = {each.rank for each in board.endings if each.report is None} | set(early)
+        reports = [each for each in board.endings if each.report is not None]
+        everybody = len(board.restartable) == len(self._processes) and not board.finished
+        if len(ended) != 1 or reports or not everybody or not self._left:
+            return False
+        (rank,) = ended
+        if exits.get(rank) is None:  # its socket closed a moment before its end
+            return True
+        if exits[rank] != -signal.SIGKILL:
+            return False
+        self._left -= 1
+        board.replace(rank)
+        number = self._restarts - self._left
+        sys.stderr.write(
+            f"shardwise: worker {rank} {_ended(exits[rank])}: the others go on, and it is started again "
+            f"({number} of {self._restarts})\n"
+        )
+        self._processes.restart(rank)
+        return True
 
     def returned(self) -> Any:
         """Wait a moment until the workers have ended, and return the result of rank 0."""

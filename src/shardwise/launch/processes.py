@@ -27,6 +27,7 @@ class Processes:
 
     def __init__(self, workers: int, address: str) -> None:
         """Start `workers` processes that connect to the switchboard at `address`."""
+        self._address = address
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(workers):
@@ -37,6 +38,12 @@ class Processes:
 
     def __len__(self) -> int:
         return len(self._processes)
+
+    def restart(self, rank: int) -> None:
+        """Start a process that has ended again; what it started is killed before."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._processes[rank].pid, signal.SIGKILL)
+        self._processes[rank] = _start(rank, len(self._processes), self._address)
 
     def exits(self) -> dict[int, int]:
         """Return the exit status of each process that has ended, by rank; -N means that signal N ended it."""

@@ -7,6 +7,8 @@ Frames on the Unix socket between one worker and its parent, in this order:
     parent  function and arguments                     by cloudpickle: to our own child, never through a file
     worker  {"waiting": value}                         at its gate, any number of times; see `launch.gate`
     parent  an empty frame                             opens the gate
+    worker  {"beside": folder}, the work, a socket     a process that is to run beside the parent; see `launch.beside`
+    both    what `launch.regroup` says                 where killed workers are started again
     worker  {"time", "returned"} and the result, or {"time", "error", "message", "traceback"}
 
 A worker whose socket closes without an answer has died. A worker that reports an error lingers before it ends, so that
@@ -26,8 +28,11 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any
+
+from shardwise.launch.beside import Beside
 
 LINGER_SECONDS = 0.5
 """Seconds between a worker's report of an error and its end."""
@@ -59,13 +64,16 @@ class Switchboard:
         endings: workers that failed or died.
         finished: ranks of workers that have answered.
         waiting: rank -> the value with which it came to its gate, where it waits.
+        restartable: ranks of workers that can go on if another one is killed.
+        generation: number of times that workers were started again.
+        beside: processes that run beside this one for the workers.
         returned: result of rank 0 as pickled by cloudpickle; None until rank 0 has answered.
     """
 
     def __init__(self, setup: dict[str, Any], work: bytes) -> None:
         self._folder = tempfile.mkdtemp(prefix="shardwise-", dir=_socket_parent())
         shown = {**setup, "linger": LINGER_SECONDS, "folder": self._folder}
-        self._setup, self._work = json.dumps(shown).encode(), work
+        self._setup, self._work = shown, work
         self.address = str(Path(self._folder) / "socket")
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.address)  # the folder is ours alone (mkdtemp), so nobody else can connect
@@ -76,6 +84,9 @@ class Switchboard:
         self.endings: list[EarlyExit] = []
         self.finished: set[int] = set()
         self.waiting: dict[int, dict[str, Any]] = {}
+        self.restartable: set[int] = set()
+        self.generation = 0
+        self.beside: list[Beside] = []
         self.returned: bytes | None = None
         self._thread = threading.Thread(target=self._serve, name="shardwise-switchboard", daemon=True)
         self._thread.start()
@@ -86,6 +97,8 @@ class Switchboard:
         self._thread.join()
         for connection in (*self._ranks, *self._answered):
             connection.close()
+        for each in self.beside:
+            each.close()
         for end in (self._listener, self._woken, self._wake):
             end.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -98,6 +111,20 @@ class Switchboard:
             if rank in there:
                 with contextlib.suppress(OSError):  # a worker that has died is noticed elsewhere
                     connection.send_bytes(b"")
+
+    def replace(self, rank: int) -> None:
+        """Forget a worker that was killed, and tell the others that it is started again."""
+        self.endings = [each for each in self.endings if each.rank != rank]
+        self.restartable.clear()
+        self.generation += 1
+        self._tell({"lost": rank})
+
+    def _tell(self, message: dict[str, Any], but: int | None = None) -> None:
+        """Send a message to all workers, but for one."""
+        for connection, rank in list(self._ranks.items()):
+            if rank != but:
+                with contextlib.suppress(OSError):  # a worker that has died is noticed elsewhere
+                    connection.send_bytes(json.dumps(message).encode())
 
     def settle(self, ended: Collection[int], seconds: float = 5.0) -> None:
         """Wait at most `seconds` until the last frames of the workers in `ended` have been read."""
@@ -120,7 +147,7 @@ class Switchboard:
         connection = Connection(self._listener.accept()[0].detach())
         try:
             self._ranks[connection] = json.loads(connection.recv_bytes())["rank"]
-            connection.send_bytes(self._setup)
+            connection.send_bytes(json.dumps({**self._setup, "generation": self.generation}).encode())
             connection.send_bytes(self._work)
         except (EOFError, OSError):
             self._hang_up(connection, None)
@@ -130,6 +157,16 @@ class Switchboard:
             answer = json.loads(connection.recv_bytes())
             if "waiting" in answer:
                 self.waiting[self._ranks[connection]] = answer["waiting"]
+                return
+            if "restartable" in answer:
+                self.restartable.add(self._ranks[connection])
+                return
+            if "ready" in answer:
+                self._tell({"regroup": self.generation}, but=self._ranks[connection])
+                return
+            if "beside" in answer:
+                work, listener = connection.recv_bytes(), socket.socket(fileno=recv_handle(connection))
+                self.beside.append(Beside.of_work(work, listener, answer["beside"]))
                 return
             if "error" in answer:
                 self._hang_up(connection, answer)

@@ -18,7 +18,10 @@ import time
 import traceback
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
 from typing import Any
+
+_sending = threading.Lock()
 
 
 def main(address: str, rank: int) -> None:
@@ -54,21 +57,27 @@ def _work(rank: int, setup: dict[str, Any], work: bytes, parent: Connection) -> 
     if not setup["gpus"]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     gc.disable()  # imports make many objects and no garbage
-    from shardwise.launch import gate, watch
+    from shardwise.launch import gate, regroup, watch
     from shardwise.launch.beside import STATE_FOLDER
     from shardwise.launch.exit import die_with_parent
     from shardwise.launch.join import join_local, leave
     from shardwise.launch.output import write_whole_lines
 
+    generation = setup["generation"]
     die_with_parent()
     write_whole_lines()
     os.environ[STATE_FOLDER] = setup["folder"]
     watch.settle(rank, setup["workers"], watch.FolderBoard(setup["folder"]), partial(_report, parent))
     gate.settle(lambda value: _send(parent, {"waiting": value}))
+    place = (setup["folder"], rank, setup["workers"], generation)
+    regroup.settle(partial(_send, parent), partial(_hand_over, parent), *place, wanted=setup["restarts"])
     import cloudpickle
 
-    join_local(os.path.join(setup["folder"], "store"), rank, setup["workers"])
-    function, arguments = cloudpickle.loads(work)
+    if not setup["restarts"]:
+        join_local(os.path.join(setup["folder"], "store"), rank, setup["workers"])
+    elif not generation:
+        regroup.join()
+    function, arguments = cloudpickle.loads(work)  # one that is started again joins once it has loaded what it needs
     gc.enable()
     value = function(*arguments)
     leave()
@@ -89,17 +98,33 @@ def _report(parent: Connection, error: BaseException) -> None:
 
 
 def _send(parent: Connection, header: dict[str, Any]) -> None:
-    parent.send_bytes(json.dumps(header).encode())
+    with _sending:
+        parent.send_bytes(json.dumps(header).encode())
+
+
+def _hand_over(parent: Connection, work: bytes, listener: socket.socket, folder: str) -> None:
+    """Let the parent run a process that listens on `listener`, which is closed here, see `launch.beside`."""
+    with _sending:
+        parent.send_bytes(json.dumps({"beside": folder}).encode())
+        parent.send_bytes(work)
+        send_handle(parent, listener.fileno(), None)
+    listener.close()
 
 
 def _hear(parent: Connection) -> None:
-    """Open the gate at each frame of the parent; kill this process and all that it started once it hangs up."""
+    """Open the gate at each empty frame of the parent, and pass on the others.
+
+    Kills this process and all that it started once the parent hangs up.
+    """
     with contextlib.suppress(EOFError, OSError):
         while True:
-            parent.recv_bytes()
-            from shardwise.launch.gate import open_gate  # a parent opens a gate only after this worker has come to it
+            message = parent.recv_bytes()
+            from shardwise.launch import gate, regroup  # a parent sends no frame before this worker has sent one
 
-            open_gate()
+            if message:
+                regroup.hear(json.loads(message))
+            else:
+                gate.open_gate()
     os.killpg(os.getpgrp(), signal.SIGKILL)  # the parent starts each worker in a process group of its own
 
 

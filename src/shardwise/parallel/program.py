@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import NotFinite, WorkloadError
-from shardwise.launch import watch
+from shardwise.launch import regroup, watch
 from shardwise.launch.exit import die_with_parent
 from shardwise.launch.stop import requested
 from shardwise.parallel.data.collected import Collected
@@ -349,9 +349,31 @@ class Program:
         Stages that do not wait for the end of a step take its last backward passes.
         """
         if self.strategy.stale and self._served is not None:
+            regroup.before_meeting()
             self._served.meet()
         if self._delayed is not None:
             self._delayed.stream.drain()
+
+    @property
+    def clock(self) -> int:
+        """Return the number of contributions that this worker has given to parameter servers; 0 without them."""
+        return 0 if self._served is None else self._served.clock
+
+    @property
+    def left_out(self) -> int:
+        """Return the contributions that this worker has left out, because it was away while the others went on."""
+        return 0 if self._served is None else self._served.left_out
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the numbers of the optimizer's groups and of the schedule on this worker alone, JSON-able."""
+        return self._update.numbers()
+
+    def go_on(self, steps: int, numbers: Mapping[str, Any], further: int) -> None:
+        """Go on after `steps` steps with the result of `numbers`, and `further` steps that it does not have."""
+        self.steps = steps + further
+        self._update.load_numbers(numbers)
+        for _ in range(further):
+            self._update.schedule.after_step()
 
     def parameters_written(self) -> None:
         """Take over parameters that were written from outside, equally on all workers. Collective."""

@@ -6,19 +6,22 @@ groups with their numbers, which a schedule moves, and, for a checkpoint, the st
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.errors import NotFinite, RequestError, StrategyError
+from shardwise.launch import regroup
 from shardwise.launch.beside import STATE_FOLDER, Beside, listen
 from shardwise.launch.context import rank_context
+from shardwise.launch.sending import written
 from shardwise.parallel.engine import Engine
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.optim.optimizer_state import SHARED
@@ -28,7 +31,7 @@ from shardwise.parallel.servers.client import ServerGroup
 from shardwise.parallel.servers.frames import Frame, Kind
 from shardwise.parallel.servers.handshake import chosen_token
 from shardwise.parallel.servers.rows import contribution
-from shardwise.parallel.servers.server import ServerSetup, run_server
+from shardwise.parallel.servers.server import ABSENT_SECONDS, ServerSetup, run_server
 from shardwise.parallel.state.gather import anywhere, gather_json
 from shardwise.splitting.servers import host_rank, server_of
 from shardwise.strategy import Strategy
@@ -42,6 +45,24 @@ LOOPBACK = "127.0.0.1"
 
 EVERYWHERE = ("0.0.0.0", "::", "")
 """Addresses that name no host: others could not connect to them."""
+
+
+DEAD_SECONDS = 1.0
+"""Seconds without a connection after which a worker counts as dead where killed workers are started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ServerAddresses:
+    """Servers of this process's training, for a worker that joins later."""
+
+    addresses: list[tuple[str, int]]
+    token: str
+
+
+_known: list[_ServerAddresses] = []
+
+_held: list[ServerGroup] = []
+"""Connections of a program that has ended because workers meet again, until the next one has connected."""
 
 
 class ServedParameters:
@@ -68,16 +89,50 @@ class ServedParameters:
         if strategy.ps > len(sizes):
             raise StrategyError(too_many_servers(strategy, len(sizes)))
         owners = server_of(sizes, strategy.ps)
+        if regroup.generation():
+            self._hosted: dict[int, Beside] = {}
+            self._go_on(owners)
+            return
         hosted, addresses, token = self._start(workload, owners)
         self._servers = ServerGroup(addresses, token, mesh.rank, owners)
         self._end = weakref.finalize(self, _end, self._servers, list(hosted.values()))
         self._hosted = hosted
+        _known.append(_ServerAddresses(addresses, token))
         self.write()
+
+    def _go_on(self, owners: Mapping[str, int]) -> None:
+        """Connect to the servers again after a worker was started again, and go on where they stand. Collective."""
+        mesh, strategy = self._mesh, self._strategy
+        assert mesh.world is not None
+        mine = asdict(_known[-1]) if _known else None
+        everybody = gather_json(mine, mesh.world, mesh.device)
+        found = next(each for each in everybody if each is not None)
+        known = _ServerAddresses([(host, port) for host, port in found["addresses"]], found["token"])
+        again = mine is None and strategy.stale
+        self._servers = ServerGroup(known.addresses, known.token, mesh.rank, owners, again=again)
+        self._end = weakref.finalize(self, _end, self._servers, [])
+        _known[:] = [known]
+        while _held:
+            _held.pop().close()
+        self._all_done()  # now all are connected, and what the connections before them have asked is over
+        if not strategy.stale:
+            settled = int(max(gather_json(self._servers.settled, mesh.world, mesh.device)))
+            if mesh.rank == 0:
+                self._servers.regroup(regroup.generation())
+            self._servers.begin_at(settled)
+            self._all_done()
+        self._take(self._read("parameters"))
+        self._all_done()
 
     @property
     def clock(self) -> int:
         """Return the number of contributions that this worker has given."""
         return int(self._servers.clock)
+
+    @property
+    def left_out(self) -> int:
+        """Return the contributions that this worker has left out, because it was away while the others went on."""
+        return int(self._servers.left_out)
 
     @property
     def hosted(self) -> Mapping[int, Beside]:
@@ -116,8 +171,12 @@ class ServedParameters:
                 staleness=strategy.staleness.steps,
                 folder=tempfile.mkdtemp(prefix="shardwise-server-", dir=os.environ.get(STATE_FOLDER)),
                 threads=torch.get_num_threads(),
+                absent_seconds=_absent_seconds(strategy),
             )
-            hosted[number] = Beside(run_server, (setup,), listener, setup.folder)
+            if (keep := regroup.keeper()) is None:
+                hosted[number] = Beside(run_server, (setup,), listener, setup.folder)
+            else:
+                keep(written((run_server, (setup,))), listener, setup.folder)
         return hosted, [addresses[number] for number in range(strategy.ps)], token
 
     # ---- steps ----------------------------------------------------------------------------------------------------
@@ -362,6 +421,17 @@ def _for_server(workload: Workload) -> Workload:
     )
 
 
+def _absent_seconds(strategy: Strategy) -> float:
+    """Return the seconds without a connection after which a worker is dropped.
+
+    Where killed workers are started again, one that is gone has died: the others go on at once, or, where each update
+    needs all of them, wait for it.
+    """
+    if not regroup.possible():
+        return ABSENT_SECONDS
+    return DEAD_SECONDS if strategy.stale else math.inf
+
+
 def _unused(*_: Any) -> Any:
     raise AssertionError("servers compute no loss")
 
@@ -372,6 +442,9 @@ def _numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def _end(servers: ServerGroup, hosted: Sequence[Beside]) -> None:
+    if regroup.lost():  # servers would count this worker as gone, too, until it connects again
+        _held.append(servers)
+        return
     servers.close()
     for each in hosted:
         each.close()

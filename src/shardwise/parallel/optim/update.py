@@ -120,15 +120,22 @@ class ParameterUpdate:
         if self._dealt is not None:
             self._dealt.exchange()
 
+    def numbers(self) -> dict[str, Any]:
+        """Return the numbers of groups and schedule of this worker alone, JSON-able."""
+        return with_made(schedule_state(self.optimizer, self.schedule.scheduler), self._made)
+
+    def load_numbers(self, saved: Mapping[str, Any]) -> None:
+        """Restore the result of `numbers`. Raises CheckpointError."""
+        load_schedule_state(self.optimizer, self.schedule.scheduler, saved, self._made)
+
     def counts(self) -> dict[str, Any]:
         """Return the numbers of groups and schedule, and the state that is no tensor, JSON-able. Collective."""
         self.mirror()
-        now = schedule_state(self.optimizer, self.schedule.scheduler)
-        return {**with_made(now, self._made), **self._plain()}
+        return {**self.numbers(), **self._plain()}
 
     def load_counts(self, saved: Mapping[str, Any]) -> None:
         """Restore the result of `counts`, after the tensors of the state. Raises CheckpointError."""
-        load_schedule_state(self.optimizer, self.schedule.scheduler, saved, self._made)
+        self.load_numbers(saved)
         optimizer: Any = self.optimizer
         optimizer._opt_called = True  # torch warns of a schedule that moves before the first step, which was long ago
         if isinstance(plain := saved.get(OPTIMIZER), Mapping):

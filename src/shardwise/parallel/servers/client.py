@@ -6,6 +6,7 @@ does so twice.
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from shardwise.errors import RequestError, ShardwiseError
-from shardwise.launch import waiting
+from shardwise.launch import regroup, waiting, watch
 from shardwise.parallel.servers.frames import BadFrame, Frame, Kind, receive_frame, send_frame
 from shardwise.parallel.servers.handshake import Refused, greet
 
@@ -23,6 +24,9 @@ LOST_SECONDS = 60.0
 
 RETRY_SECONDS = 0.05
 """Seconds between two attempts to connect."""
+
+LOOK_SECONDS = 0.1
+"""Seconds between two looks at whether workers are to meet again, while an answer has not come."""
 
 UNLIMITED = 2**62
 """Limit of an answer: a server has proved that it knows the token."""
@@ -84,6 +88,7 @@ class ServerLink:
                 self.send(self._request)
             try:
                 if self._line is not None:
+                    self._await_answer(self._line)
                     answer = receive_frame(self._line, UNLIMITED)
                     break
             except BadFrame as error:
@@ -94,6 +99,13 @@ class ServerLink:
         if answer.kind == Kind.WRONG:
             raise ShardwiseError(f"{self}: {answer.facts.get('error')}")
         return answer
+
+    def _await_answer(self, line: socket.socket) -> None:
+        """Wait until an answer comes. Raises Regroup if workers are to meet again, which it may wait for."""
+        while regroup.possible() and not select.select([line], [], [], LOOK_SECONDS)[0]:
+            regroup.check()
+            if regroup.lost():
+                watch.alive()
 
     def close(self) -> None:
         """Close the connection."""
@@ -114,27 +126,57 @@ class ServerGroup:
         token: the run's token.
         rank: rank of this worker.
         owners: parameter -> number of the server that holds it.
+        again: whether this worker was started again while the others went on.
 
     Attributes:
         clock: number of contributions that this worker has given.
         joint: number of those that were joined with one of each other worker.
+        left_out: contributions that this worker has left out, because it was away while the others went on.
     """
 
-    def __init__(self, addresses: Sequence[tuple[str, int]], token: str, rank: int, owners: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[tuple[str, int]],
+        token: str,
+        rank: int,
+        owners: Mapping[str, int],
+        *,
+        again: bool = False,
+    ) -> None:
         self._links = [ServerLink(number, address, token, rank) for number, address in enumerate(addresses)]
         self._owners = owners
         for link in self._links:
             link.connect()
         self.clock = self._links[0].welcome["clock"]
         self.joint = self._links[0].welcome["settled"]
-        if not all(link.welcome["member"] for link in self._links):
-            self._enter()
+        self.left_out = 0
+        if again or not all(link.welcome["member"] for link in self._links):
+            self._enter(again=again)
 
-    def _enter(self) -> None:
+    def _enter(self, *, again: bool) -> None:
         """Be counted again after this worker was dropped; it goes on where the fastest worker is."""
-        self.clock = max(link.welcome["front"] for link in self._links)
+        given, self.clock = self.clock, max(link.welcome["front"] for link in self._links)
+        self.left_out = max(0, self.clock - given)
         self.joint = max(link.welcome["settled"] for link in self._links)
-        self.ask(Kind.ENTER, lambda _: {"clock": self.clock})
+        self.ask(Kind.ENTER, lambda _: {"clock": self.clock, "again": again})
+
+    def regroup(self, generation: int) -> None:
+        """Let all workers go on together after the last joint mean that any server has settled.
+
+        One worker asks for it, after all have connected and before any gives a contribution.
+        """
+        first = max(self._links, key=lambda link: int(link.welcome["settled"])).welcome
+        facts = {"generation": generation, "settled": first["settled"], "clock": first["settled"], **first["settling"]}
+        self.ask(Kind.REGROUP, lambda _: dict(facts))
+
+    def begin_at(self, clock: int) -> None:
+        """Go on as a worker that has given so many contributions, each of them settled."""
+        self.clock = self.joint = clock
+
+    @property
+    def settled(self) -> int:
+        """Return the number of joint means that were settled when this worker connected."""
+        return max(int(link.welcome["settled"]) for link in self._links)
 
     def push(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], *, together: bool) -> list[Frame]:
         """Give a contribution. Returns the servers' answers.

@@ -71,6 +71,7 @@ class Kind(IntEnum):
     WRONG = 11
     STATE = 12
     WAIT = 13
+    REGROUP = 14
 
 
 class BadFrame(Exception):

@@ -58,7 +58,7 @@ class ServerSetup:
         staleness: steps by which a worker may be ahead of the slowest one; None: any number.
         folder: folder of its log.
         threads: threads of its optimizer.
-        absent_seconds: see ABSENT_SECONDS.
+        absent_seconds: see ABSENT_SECONDS; infinite: workers are never dropped.
     """
 
     workload: Workload
@@ -161,6 +161,7 @@ class ParameterServer:
                 "clock": shard.clocks[rank],
                 "front": shard.front(),
                 "settled": shard.settled,
+                "settling": shard.settling,
             }
 
     def _answered(self, rank: int, request: Frame) -> Frame:
@@ -172,6 +173,7 @@ class ParameterServer:
             Kind.READ: self._read,
             Kind.WRITE: self._write,
             Kind.ENTER: self._enter,
+            Kind.REGROUP: self._write,
         }
         if request.kind not in answer:
             return Frame(Kind.WRONG, {"error": f"no request: {request.kind.name}"})
@@ -255,9 +257,9 @@ class ParameterServer:
             return Frame(Kind.DONE)
 
     def _enter(self, rank: int, request: Frame) -> Frame:
-        """Count a dropped worker again, from the clock that it gives."""
+        """Count a worker that was dropped, or was started again, from the clock that it gives."""
         with self._changed:
-            if rank not in self._shard.members:
+            if rank not in self._shard.members or request.facts.get("again"):
                 self._take(rank, request)
             return self._parameters()
 

@@ -68,8 +68,10 @@ class Shard:
         gradients: mean gradients of the last update or proof, by name; a missing one was used by nobody.
         losses: mean losses of the same, their sum first; empty before.
         square: squared norm of the mean gradients of the last update or proof, before clipping.
+        settling: facts with which the last joint mean was settled; empty before.
         stop_at: clock at which all workers are to stop; 0: none.
         reason: why they are to stop: the number of a signal, or a message.
+        generation: number of times that workers were started again and all went on together.
     """
 
     workload: Workload
@@ -87,8 +89,10 @@ class Shard:
     gradients: dict[str, Tensor] = field(init=False, default_factory=dict)
     losses: tuple[float, ...] = field(init=False, default=())
     square: float = field(init=False, default=0.0)
+    settling: dict[str, Any] = field(init=False, default_factory=dict)
     stop_at: int = field(init=False, default=0)
     reason: Any = field(init=False, default=None)
+    generation: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.parameters = {
@@ -112,6 +116,7 @@ class Shard:
             Kind.WRITE: self._write,
             Kind.ENTER: self._enter,
             Kind.DROP: self._drop,
+            Kind.REGROUP: self._regroup,
             Kind.STATE: self._restore,
         }[event.kind](event)
 
@@ -119,7 +124,9 @@ class Shard:
         """Return whether a request of a worker has not taken effect yet: it asks again if an answer was lost."""
         if event.kind == Kind.PUSH:
             return bool(event.facts["clock"] == self.clocks[event.facts["rank"]])
-        return event.kind != Kind.APPLY or bool(event.facts["clock"] >= self.settled)
+        if event.kind == Kind.REGROUP:
+            return bool(event.facts["generation"] > self.generation)
+        return event.kind != Kind.APPLY or bool(self.joined > event.facts["clock"] >= self.settled)
 
     def _push(self, event: Frame) -> None:
         facts = event.facts
@@ -168,6 +175,7 @@ class Shard:
         """Settle the joint contributions of a clock: update by the mean times a factor, or not at all."""
         self.settled += 1
         self.waiting = []
+        self.settling = {name: event.facts.get(name) for name in ("applied", "factor")}
         if event.facts["applied"]:
             if (factor := event.facts.get("factor")) is not None:
                 for gradient in self.gradients.values():
@@ -189,6 +197,19 @@ class Shard:
         rank = event.facts["rank"]
         self.members.add(rank)
         self.clocks[rank] = event.facts["clock"]
+
+    def _regroup(self, event: Frame) -> None:
+        """Let all workers go on together from a number of settled joint means, after one was started again.
+
+        The mean of one that the other servers have settled is settled here too, as there; all else is given again.
+        """
+        facts = event.facts
+        self.generation = facts["generation"]
+        if self.settled < facts["settled"]:
+            self._apply(event)
+        self.waiting, self.joined = [], self.settled
+        self.members = set(range(self.workers))
+        self.clocks = dict.fromkeys(self.clocks, facts["clock"])
 
     def _drop(self, event: Frame) -> None:
         """Count a worker no longer; nobody waits for it."""
@@ -273,7 +294,8 @@ class Shard:
             "options": self.options(),
             "clocks": sorted(self.clocks.items()),
             "members": sorted(self.members),
-            "counts": [self.joined, self.settled, self.updates, self.stop_at],
+            "counts": [self.joined, self.settled, self.updates, self.stop_at, self.generation],
+            "settling": self.settling,
             "reason": self.reason,
             "losses": list(self.losses),
             "square": self.square,
@@ -287,7 +309,8 @@ class Shard:
         self._write(replace(event, kind=Kind.WRITE))
         self.clocks = {int(rank): clock for rank, clock in facts["clocks"]}
         self.members = set(facts["members"])
-        self.joined, self.settled, self.updates, self.stop_at = facts["counts"]
+        self.joined, self.settled, self.updates, self.stop_at, self.generation = facts["counts"]
+        self.settling = facts["settling"]
         self.reason, self.losses, self.square = facts["reason"], tuple(facts["losses"]), facts["square"]
         self.gradients = {
             name: event.tensors[f"m/{name}"].to_sparse(1) if name in facts["sparse"] else event.tensors[f"m/{name}"]

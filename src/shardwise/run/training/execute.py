@@ -5,11 +5,12 @@ Modules that compute are imported by the workers only.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import asdict, replace
 
-from shardwise.launch import stop, watch
+from shardwise.launch import regroup, stop, watch
 from shardwise.launch.context import is_first, under_launcher
 from shardwise.launch.exit import failing_exits
 from shardwise.launch.join import join_launcher
@@ -57,6 +58,7 @@ def _run(job: Job, threads: int | None, gpus: bool | None) -> Trained:
             threads=threads,
             gpus=enough_gpus(workers) if gpus is None else gpus,
             grace=0.0 if job.folder is None else job.options.grace,
+            restarts=regroup.restarts() if job.strategy.ps else 0,
             patience=watch.limits(job.options.hang_timeout, job.forecast.seconds).idle + PATIENCE_SECONDS,
         )
     except BaseException as error:
@@ -84,14 +86,27 @@ def _unless_stopped(trained: Trained) -> Trained:
 def work(job: Job) -> Trained:
     """Run a job as one of its workers, and return the result. Collective."""
     from shardwise.parallel.program import Program
+    from shardwise.run.training.join_point import JoinPoint
     from shardwise.run.training.train import train
 
     if job.folder is not None:
         stop.listen(job.options.grace)
+    workload, join_point = job.source.load(), JoinPoint()
     with watch.watching(watch.limits(job.options.hang_timeout, job.forecast.seconds)):
-        program = Program.build(job.source.load(), job.strategy, cuts=job.cuts)
-        with warnings_noted(job.folder if program.mesh.rank == 0 else None):
-            return train(program, job)
+        regroup.begin()
+        while True:
+            program = None
+            try:
+                program = Program.build(workload, job.strategy, cuts=job.cuts)
+                with warnings_noted(job.folder if program.mesh.rank == 0 else None):
+                    return train(program, job, join_point)
+            except Exception as error:
+                if join_point.progress is None or not regroup.expected(error):
+                    raise
+            join_point.lost = regroup.lost()
+            del program
+            gc.collect()  # connections and process groups of the program
+            regroup.join()
 
 
 def _everywhere(trained: Trained) -> Trained:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.errors import ShardwiseError
+from shardwise.launch import regroup
 from shardwise.parallel.program import Program
 from shardwise.predict.timeline.rows import MOST_ROWS, longest
 from shardwise.run.control_group import Workers
@@ -73,6 +74,16 @@ class Extras:
             profiled: whether this step was profiled.
             last_profiled: whether it was the last one to be profiled.
         """
+        apart = self.program.strategy.stale and regroup.generation() > 0  # workers went on from different steps
+        if apart or regroup.lost():  # nothing is exchanged before the workers meet again
+            return
+        try:
+            self._exchange(number, sampler, profiled=profiled, last_profiled=last_profiled)
+        except RuntimeError as error:
+            if not regroup.expected(error):
+                raise
+
+    def _exchange(self, number: int, sampler: Sampler, *, profiled: bool, last_profiled: bool) -> None:
         with self._warning():
             self.times.add(number, profiled=profiled, computed=sampler.computed if profiled else None)
         if profiled:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from shardwise.errors import blamed
-from shardwise.launch import gate, waiting, watch
+from shardwise.launch import gate, regroup, waiting, watch
 from shardwise.launch.join import crowding
 from shardwise.launch.shared_memory.backend import used
 from shardwise.parallel.program import Program
@@ -25,6 +25,7 @@ from shardwise.run.control_group import Workers
 from shardwise.run.training.extras import Extras
 from shardwise.run.training.guard import Guard
 from shardwise.run.training.job import GO, Job
+from shardwise.run.training.join_point import JoinPoint, can_go_on
 from shardwise.run.training.log import Log, finite
 from shardwise.run.training.messages import add_message
 from shardwise.run.training.metrics import Sampler, TrainingClock, measure, sampled_steps, summarize, typical
@@ -51,6 +52,7 @@ class RunRecord:
     program: Program
     job: Job
     first_step: FirstStep = NO_STEP
+    join_point: JoinPoint = field(default_factory=JoinPoint)
     _checkpoints: Checkpoints | None = field(init=False, default=None)
     _log: Log | None = field(init=False, default=None)
     _clock: TrainingClock = field(init=False)
@@ -65,6 +67,7 @@ class RunRecord:
     _guard: Guard = field(init=False)
     _workers: Workers | None = field(init=False, default=None)
     _extras: Extras | None = field(init=False, default=None)
+    _noted: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         if self.job.folder is not None:
@@ -89,11 +92,30 @@ class RunRecord:
             self._warn(f"resuming from {path.name}, which is not finite; the last finite one is {last and last.name}")
         return progress
 
+    def offer(self, progress: Progress, batches: int | None) -> None:
+        """Offer to go on without a worker that is killed, if this training can; its epochs have `batches` batches."""
+        if can_go_on(self.program, batches):
+            self.join_point.first_step, self._noted = self.first_step, True
+            self.note_join_point(progress)
+            regroup.offer()
+
+    def note_join_point(self, progress: Progress) -> None:
+        """Note where this worker stands, if it has offered to go on without another one."""
+        if self._noted:
+            self.join_point.note(self.program, progress, self._guard.skipped)
+
+    def go_on(self) -> None:
+        """Go on after a killed worker was started again, from the program's steps. Collective."""
+        self._first, self._guard.skipped = self.program.steps, self.join_point.skipped
+        path = None if self._checkpoints is None else self._checkpoints.latest(finite=False)
+        self._saved = 0 if path is None else step_of(path)
+
     def _notes(self) -> list[str]:
         """Return what the user should know about the workload, the strategy and the machine, one line each."""
         mesh = self.program.mesh
         crowded = crowding(self.program.strategy.workers) if mesh.device.type == "cpu" else ""
-        return [*self.program.workload.notes, *self.program.notes, *self._loading, *([crowded] if crowded else [])]
+        noted = [*self.program.workload.notes, *self.program.notes, *self._loading, *self.join_point.notes]
+        return [*noted, *([crowded] if crowded else [])]
 
     @contextmanager
     def open(self, total: int | None, notes: Iterable[str] = ()) -> Iterator[None]:
@@ -247,6 +269,7 @@ class RunRecord:
             progress: progress at the end.
             stopped: number of the signal that ended the run early; 0: none did.
         """
+        regroup.before_meeting()
         if self._checkpoints is not None:
             self._checkpoints.wait()
         if self._extras is not None:
@@ -311,6 +334,7 @@ class RunRecord:
                 "run": None if folder is None else str(folder),
                 "notes": self._notes(),
                 "slow_workers": watch.slow_workers(),
+                "restarted_workers": self.join_point.restarted,
                 "reasons": reasons,
             }
         )

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 from shardwise.errors import CheckpointError, DataError, NotFinite
+from shardwise.launch import regroup
 from shardwise.parallel.program import Program
 from shardwise.run.training.agreement import Agreement
 from shardwise.run.training.job import Job
+from shardwise.run.training.join_point import JoinPoint
 from shardwise.run.training.process_memory import forget_peak
 from shardwise.run.training.progress import Progress, restored
 from shardwise.run.training.record import RunRecord
@@ -19,8 +21,10 @@ from shardwise.run.verification.first_step import prove_first_step
 from shardwise.workload.reading.loader import Loader
 
 
-def train(program: Program, job: Job) -> Trained:
+def train(program: Program, job: Job, join_point: JoinPoint | None = None) -> Trained:
     """Train until the steps or epochs of `job` are done. Collective; all workers must see the run's folder.
+
+    `join_point` is noted after each step, and is where the training goes on once a killed worker was started again.
 
     Raises:
         DataError: the dataset is empty, or differs between workers.
@@ -29,8 +33,8 @@ def train(program: Program, job: Job) -> Trained:
         NotProved: the first step is not that of one process.
     """
     options = job.options
-    record, agreement = RunRecord(program, job), Agreement()
-    progress = _start(record, program, resume=options.resume)
+    record, agreement = RunRecord(program, job, join_point=join_point or JoinPoint()), Agreement()
+    progress = _begun(record, program, resume=options.resume)
     loader = agreeing(program)
     # a sampler may give another number of batches in each epoch
     total = options.total(loader.batches) if loader.loading.chooser is None else options.steps
@@ -39,11 +43,14 @@ def train(program: Program, job: Job) -> Trained:
         enough = _done(program.steps, total) or _done(progress.epoch, options.epochs)
         return enough or progress.stopped(program.workload)
 
-    if not options.proof:
+    if regroup.generation():
+        record.first_step = record.join_point.first_step
+    elif not options.proof:
         record.first_step = FirstStep(False, reason="left out, as asked for")
     elif not over():
         record.first_step = _proved(program, progress, loader)
     with record.open(options.total(loader.batches), loader.notes), _left_finite(record, lambda: progress):
+        record.offer(progress, loader.batches)
         progress = _evaluated(record, program, progress)  # makes up for evaluations that a kill interrupted
         while not over():
             ended = False
@@ -51,6 +58,8 @@ def train(program: Program, job: Job) -> Trained:
                 with record.step(progress.epoch, share.samples) as step:
                     step.loss = program.step_share(share)
                 progress = replace(progress, batch=progress.batch + 1)
+                record.note_join_point(progress)
+                regroup.check()
                 if signal := program.told_to_stop() if program.strategy.stale else agreement.stop():
                     progress = replace(progress, loss=record.loss())
                     record.save(asdict(progress))
@@ -65,6 +74,7 @@ def train(program: Program, job: Job) -> Trained:
             progress = _evaluated(record, program, progress, ended=ended, last=over())
             if not options.checkpoint_every:
                 record.save(asdict(progress))
+            record.note_join_point(progress)
         progress = _evaluated(record, program, progress, last=True)
         record.save(asdict(progress))
         return record.close(progress)
@@ -77,6 +87,16 @@ def _proved(program: Program, progress: Progress, loader: Loader) -> FirstStep:
         loader.agree.begin(program.steps + 1)
     forget_peak(program.mesh.device)
     return found
+
+
+def _begun(record: RunRecord, program: Program, *, resume: bool) -> Progress:
+    """Return the progress to start from: where the others are, if a killed worker was started again, else `_start`."""
+    record.join_point.begin(program)
+    if not regroup.generation():
+        return _start(record, program, resume=resume)
+    progress = record.join_point.take(program)
+    record.go_on()
+    return progress
 
 
 def _start(record: RunRecord, program: Program, *, resume: bool) -> Progress:

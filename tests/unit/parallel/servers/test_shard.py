@@ -232,3 +232,43 @@ def test_sparse_gradients_train_as_in_one_process() -> None:
         held.grad = ((gradients(0, step)["table"] + gradients(1, step)["table"]) / 2).to_sparse(1)
         alone_.step()
     torch.testing.assert_close(made.parameters["table"].detach(), held.detach())
+
+
+def regrouped(settled: int, generation: int = 1, **settling: Any) -> Frame:
+    facts = {"generation": generation, "settled": settled, "clock": settled, **settling}
+    return Frame(Kind.REGROUP, facts)
+
+
+def test_workers_that_meet_again_go_on_from_the_last_mean_that_a_server_has_settled() -> None:
+    """One server has settled the mean of the second step, the other one has not: it settles it as that one did."""
+    parts = [shard(2, ["table"]), shard(2, ["weight", "bias"])]
+    for made in parts:
+        for step in range(2):
+            for rank in range(2):
+                made.take(push(rank, step, together=True))
+            if step == 0 or made is parts[0]:
+                made.take(apply(step, factor=0.5))
+        made.take(push(0, 2, together=True))  # worker 1 dies before it gives its own
+    for made in parts:
+        again = regrouped(2, **parts[0].settling)
+        assert made.is_new(again)
+        made.take(again)
+        assert not made.is_new(again)
+        assert not made.is_new(apply(2)), "of a mean that is not there"
+        assert (made.joined, made.settled, made.updates, made.waiting) == (2, 2, 2, [])
+        for rank in range(2):
+            made.take(push(rank, 2, together=True))
+        made.take(apply(2, factor=0.5))
+    whole = alone(3, 2, factor=0.5)
+    for made in parts:
+        assert_parameters(made, {name: whole[name] for name in made.parameters})
+
+
+def test_a_server_that_died_since_workers_met_again_knows_it() -> None:
+    made, copy = shard(2), shard(2)
+    for rank in range(2):
+        made.take(push(rank, 0, together=True))
+    made.take(apply(0))
+    made.take(regrouped(1, **made.settling))
+    copy.take(made.state())
+    assert (copy.generation, copy.settling, copy.clocks) == (1, made.settling, {0: 1, 1: 1})
