@@ -28,6 +28,7 @@ from shardwise.parallel.optim.after_step import after_step_of
 from shardwise.parallel.optim.average import Average
 from shardwise.parallel.optim.clipping import clip, clip_factor, local_gradients, local_tensors, squared_norm
 from shardwise.parallel.optim.delayed import GRADIENT, DelayedGradient, TakenStep
+from shardwise.parallel.optim.schedule import note_step
 from shardwise.parallel.optim.update import ParameterUpdate
 from shardwise.parallel.state.dtensor_rows import local
 from shardwise.parallel.state.gather import anywhere, gather_full
@@ -121,7 +122,7 @@ class Program:
         if mesh.strategy.delayed:
             streamed: Any = engine  # a graph engine: the strategy has a pipeline
             self._delayed = DelayedGradient(engine, mesh, streamed.stream)
-            self.optimizer._opt_called = True  # the schedule moves in the first step too, which has no update
+            note_step(self.optimizer)  # the schedule moves in the first step too, which has no update
         self._whole_everywhere = self._is_whole_everywhere()
         self._constants: dict[float, Tensor] = {}
         self._begun: tuple[str, ...] = ()

@@ -96,6 +96,16 @@ class Schedule:
         return evaluation.metric if rises == evaluation.higher_is_better else "loss"
 
 
+def note_step(optimizer: torch.optim.Optimizer) -> None:
+    """Note that an optimizer has taken a step that torch has not seen: elsewhere, before a resume, or one to come.
+
+    torch warns of a schedule that moves before the first step. Its schedulers look at this attribute of an optimizer,
+    which no public function of torch sets.
+    """
+    made: Any = optimizer
+    made._opt_called = True
+
+
 def schedule_state(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:
     """Return the scheduler's counters and the numbers of the optimizer's groups (learning rates, ...), JSON-able."""
     groups = optimizer.param_groups

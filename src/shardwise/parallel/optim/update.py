@@ -23,7 +23,7 @@ from shardwise.parallel.optim.eight_bit import EightBitStates, check_states
 from shardwise.parallel.optim.making import Several, make_optimizer, partly, parts_of_turns
 from shardwise.parallel.optim.nature import Nature, nature_of
 from shardwise.parallel.optim.optimizer_state import SHARED, OptimizerState
-from shardwise.parallel.optim.schedule import Schedule, load_schedule_state, schedule_state
+from shardwise.parallel.optim.schedule import Schedule, load_schedule_state, note_step, schedule_state
 from shardwise.parallel.optim.served import ServedParameters, check_served
 from shardwise.parallel.optim.whole_matrices import WholeMatrices
 from shardwise.parallel.optim.zero1 import OwnedParameters
@@ -79,8 +79,8 @@ class ParameterUpdate:
             held_by = {parameter: name for name, parameter in here.items()}
             self._parts = parts_of_turns(self.optimizer, self.turns, held_by)
         self.schedule = Schedule(workload, self.optimizer)
-        if self.served is not None:  # torch warns of a schedule that moves before a step, and this one never steps
-            self.optimizer._opt_called = True
+        if self.served is not None:  # servers take its steps
+            note_step(self.optimizer)
         self._made = schedule_state(self.optimizer, self.schedule.scheduler)
         held = {
             name: replace(engine.held[name], layout=Layout.whole(here[name].shape))
@@ -136,8 +136,7 @@ class ParameterUpdate:
     def load_counts(self, saved: Mapping[str, Any]) -> None:
         """Restore the result of `counts`, after the tensors of the state. Raises CheckpointError."""
         self.load_numbers(saved)
-        optimizer: Any = self.optimizer
-        optimizer._opt_called = True  # torch warns of a schedule that moves before the first step, which was long ago
+        note_step(self.optimizer)
         if isinstance(plain := saved.get(OPTIMIZER), Mapping):
             self.state.load_plain(plain)
         if self._eight_bit is not None:
