@@ -257,6 +257,23 @@ def poisoned() -> Workload:
     return make(lambda: nn.Sequential(Poisoned(), *layers(norm=True)), data, optimizer=adam, seed=SEED)
 
 
+def held(strategy: str) -> tuple[dict[str, int], int]:
+    """Return the bytes that a program holds after some steps, and those of its trained parameters."""
+    made = workload()
+    program = Program.build(made, Strategy.parse(strategy))
+    for share in program.loader().shares(0):
+        program.step_share(share)
+    return program.held_bytes(), sum(each.numel() * each.element_size() for each in program.engine.parameters.values())
+
+
+def test_two_versions_of_weights_and_gradients_are_held(workers: Pools) -> None:
+    for found, trained in workers(2, held, "pp=2,microbatches=4,schedule=pipedream"):
+        assert found["parameters"] == 2 * trained
+        assert found["gradients"] == 2 * trained
+    for found, trained in workers(2, held, "pp=2,microbatches=4"):
+        assert found["parameters"] == found["gradients"] == trained
+
+
 def stopped(strategy: str, policy: str) -> tuple[str, int]:
     program = Program.build(poisoned(), Strategy.parse(f"{strategy},schedule=pipedream"))
     Guard(program, policy, print)

@@ -587,11 +587,13 @@ class Program:
         """Return the bytes that parameters (with buffers), gradients and optimizer state take on this worker's device.
 
         What compression keeps counts as optimizer state.
-        Gradients are there after a step, until the next one begins.
+        Gradients are there after a step, until the next one begins. Pipelines that do not wait for the end of a step
+        have two versions of both.
         """
+        weights, pending = ([], []) if self._delayed is None else self._delayed.stream.versions.tensors()
         found = {
-            "parameters": [local(held.tensor) for held in self.engine.held.values()],
-            "gradients": list(local_gradients(self.engine.parameters).values()),
+            "parameters": [*(local(held.tensor) for held in self.engine.held.values()), *weights],
+            "gradients": [*local_gradients(self.engine.parameters).values(), *pending],
             "optimizer": [
                 *self._update.state.tensors(),
                 *self.compression_state(),

@@ -65,6 +65,11 @@ class WeightVersions:
                 parameter.data = older[name].data
         self.newest = self.older
 
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the weights of both versions, and the gradients at them that exist."""
+        leaves = [leaf for version in self._leaves for leaf in version.values()]
+        return [leaf.data for leaf in leaves], [leaf.grad for leaf in leaves if leaf.grad is not None]
+
     def pending(self) -> dict[str, Tensor | None]:
         """Return the gradients at the older weights by name, which no update has used yet."""
         return {name: leaf.grad for name, leaf in self._leaves[self.older].items()}
