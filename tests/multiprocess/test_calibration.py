@@ -8,13 +8,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from pool import Pools
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from shardwise.cluster.cluster import PROGRAMS, SHAPES, Cluster
-from shardwise.cluster.measure.collectives import OPERATIONS, layouts
+from shardwise.cluster.measure.collectives import OPERATIONS, layouts, partner_of
 from shardwise.cluster.measure.kernel_cases import KernelCase, all_cases
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
@@ -103,6 +104,19 @@ def test_one_worker(workers: Pools) -> None:
     assert document["workers"] == 1
     assert document["flops"]["float32"] > 1e8
     assert document["launch_seconds"] >= 0
+
+
+@pytest.mark.parametrize("hosts", [[[0, 1], [2, 3]], [[0, 1], [2, 3], [4, 5]], [[0, 1, 2], [3, 4, 5]], [[0], [1], [2]]])
+def test_messages_over_hosts_leave_their_host(hosts: list[list[int]]) -> None:
+    host_of = {rank: number for number, ranks in enumerate(hosts) for rank in ranks}
+    for layout in layouts(hosts):
+        for ranks in layout.groups:
+            pairs = [(index, partner_of(index, len(ranks))) for index in range(len(ranks))]
+            assert sum(other is None for _, other in pairs) == len(ranks) % 2
+            for index, other in pairs:
+                if other is not None:
+                    assert partner_of(other, len(ranks)) == index
+                    assert (host_of[ranks[index]] != host_of[ranks[other]]) == (layout.nodes > 1)
 
 
 def test_layouts() -> None:

@@ -228,17 +228,28 @@ def _send(size: int, group: dist.ProcessGroup, device: torch.device) -> Callable
     tensor = _elements(size, device)
     ranks = dist.get_process_group_ranks(group)
     index = ranks.index(dist.get_rank())
-    other = ranks[index ^ 1] if index ^ 1 < len(ranks) else None
+    partner = partner_of(index, len(ranks))
 
     def once() -> int:
-        if other is None:
+        if partner is None:
             return 1
-        steps = (dist.send, dist.recv) if index % 2 == 0 else (dist.recv, dist.send)
+        steps = (dist.send, dist.recv) if index < partner else (dist.recv, dist.send)
         for step in steps:
-            step(tensor, other, group=group)
+            step(tensor, ranks[partner], group=group)
         return 2
 
     return once
+
+
+def partner_of(index: int, count: int) -> int | None:
+    """Return with whom a worker of a group exchanges messages, by index; None: it is the odd one out.
+
+    It is one of the other half: where a group has equally many workers of each of several hosts, another host's.
+    """
+    half = count // 2
+    if index >= 2 * half:
+        return None
+    return index + half if index < half else index - half
 
 
 OPERATIONS: dict[str, Call] = {
