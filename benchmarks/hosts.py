@@ -44,7 +44,7 @@ def hosts(rate: float) -> Iterator[None]:
     """
     if os.geteuid() != 0:
         raise NoHosts("network namespaces need root")
-    for tool in ("ip", "tc", "unshare"):
+    for tool in ("ip", "tc", "nsenter"):
         if shutil.which(tool) is None:
             raise NoHosts(f"{tool} is missing: install iproute2 and util-linux")
     if len(cores()) < HOSTS:
@@ -143,10 +143,15 @@ def name(host: int) -> str:
 
 
 def inside(host: int) -> list[str]:
-    """Begins a command line that runs on a host."""
-    named = f'hostname {name(host)} && exec "$@"'
+    """Begins a command line that runs on a host.
+
+    Unlike `ip netns exec` it leaves /sys as it is, where slurmd looks for the groups of processes.
+    """
+    known = FILES / name(host) / "hosts"
+    named = f'mount --bind {known} /etc/hosts && hostname {name(host)} && exec "$@"'
     pinned = ["taskset", "--cpu-list", ",".join(map(str, share(host)))]
-    return ["ip", "netns", "exec", name(host), *pinned, "unshare", "--uts", "sh", "-c", named, "sh"]
+    entered = ["nsenter", f"--net=/run/netns/{name(host)}", *pinned, "unshare", "--mount", "--uts"]
+    return [*entered, "sh", "-c", named, "sh"]
 
 
 def _make(rate: float) -> None:

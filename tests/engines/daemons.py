@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 READY_SECONDS = 120.0
@@ -21,15 +21,15 @@ class Daemons:
         self.environment = dict(environment)
         self._running: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str, *arguments: str) -> None:
-        """Start a program, the tests' mark not in its environment."""
+    def start(self, name: str, *arguments: str, before: Sequence[str] = ()) -> None:
+        """Start a program, the tests' mark not in its environment; `before` begins its command line."""
         program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
         assert program is not None, f"{name} is not installed: make engines"
         around = {key: value for key, value in os.environ.items() if key != "SHARDWISE_TEST_MARK"}
         with (self.folder / f"{Path(name).name}.out").open("ab") as output:
             self._running.append(
                 subprocess.Popen(
-                    [program, *arguments],
+                    [*before, program, *arguments],
                     env=around | self.environment,
                     stdin=subprocess.DEVNULL,
                     stdout=output,

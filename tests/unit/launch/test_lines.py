@@ -11,7 +11,7 @@ from shardwise.launch.output import write_whole_lines
 
 
 class Writes(BytesIO):
-    """What each call wrote."""
+    """Bytes that notes each write."""
 
     def __init__(self) -> None:
         super().__init__()
