@@ -20,10 +20,8 @@ CLUSTERS = ("slurm", "ray", "spark")
 
 
 def in_group(way: Way) -> ParameterSet:
-    """The tests of one cluster run in one process of pytest, which starts it."""
-    return pytest.param(
-        way, id=str(way), marks=pytest.mark.xdist_group(way.engine if way.engine in CLUSTERS else "none")
-    )
+    """The tests of one engine run in one process of pytest, which starts its cluster if it has one."""
+    return pytest.param(way, id=str(way), marks=pytest.mark.xdist_group(way.engine))
 
 
 @pytest.fixture(params=map(in_group, WAYS))

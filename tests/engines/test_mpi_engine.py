@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ways import SHARDWISE, await_no_process
 
-pytestmark = [pytest.mark.usefixtures("folder"), pytest.mark.xdist_group("none")]
+pytestmark = [pytest.mark.usefixtures("folder"), pytest.mark.xdist_group("mpi")]
 
 TRAIN = (*SHARDWISE, "train", "work.py:small", "--strategy", "dp=2", "--quiet", "--no-proof", "--out", "out")
 

@@ -15,6 +15,8 @@ from ways import processes_with
 
 from benchmarks import hosts
 
+pytestmark = pytest.mark.xdist_group("hosts")  # whose names and addresses are always the same
+
 SECONDS = 5.0
 """Seconds after which a silent host counts as gone, in these tests."""
 
