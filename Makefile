@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STRATEGIES := single dp=2 fsdp=2 tp=2 pp=2 dp=2,tp=2 fsdp=2,pp=2 auto
-ENGINES := slurm-wlm munge openmpi-bin openssh-client default-jre-headless
+ENGINES := slurm-wlm munge openmpi-bin openssh-client default-jre-headless iproute2 util-linux
 DEMO = $(BIN)/shardwise compare image --epochs 4 --set schedule_epochs=4 $(foreach strategy,$(STRATEGIES),--strategy '$(strategy)')
 
 COMPAT := $(addprefix tests/,$(addprefix multiprocess/,test_keras.py test_script_objects.py test_horovod_operations.py \
@@ -46,11 +46,11 @@ browser: $(STAMP) ## tests reports in headless Chromium (Debian: apt-get install
 	SHARDWISE_BROWSER=required $(BIN)/python -m pytest tests/browser
 
 engines: $(STAMP) ## installs Slurm, Open MPI, Ray and Spark (Debian, as root) and runs the tests on them
-	for program in srun munged mpirun ssh java; do \
+	for program in srun munged mpirun ssh java tc nsenter; do \
 		command -v $$program >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(ENGINES); break; }; \
 	done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-engines.txt
-	SHARDWISE_ENGINES=required $(BIN)/python -m pytest --numprocesses 3 --dist loadgroup tests/engines
+	SHARDWISE_ENGINES=required $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/engines
 
 unit: $(STAMP) ## runs the tests that start no process
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/unit
