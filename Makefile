@@ -47,7 +47,7 @@ browser: $(STAMP) ## tests reports in headless Chromium (Debian: apt-get install
 
 engines: $(STAMP) ## installs Slurm, Open MPI, Ray and Spark (Debian, as root) and runs the tests on them
 	for program in srun munged mpirun ssh java tc nsenter; do \
-		command -v $$program >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(ENGINES); break; }; \
+		command -v $$program >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(ENGINES) || exit 1; break; }; \
 	done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-engines.txt
 	SHARDWISE_ENGINES=required $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/engines
