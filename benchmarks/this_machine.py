@@ -27,13 +27,13 @@ from benchmarks.harness import environment, median, record
 from shardwise.cluster.cluster import Cluster
 from shardwise.cluster.measure.interference import busy_seconds, cores_of_others
 from shardwise.cluster.toml_reader import read_cluster
-from shardwise.commands.compare import samples
+from shardwise.commands.compare import pace_of, reference_turns, samples
 from shardwise.commands.request import check
 from shardwise.errors import StrategyError
 from shardwise.predict.profile.source import ProfileSource
 from shardwise.predict.simulate import profiles_on, simulate
 from shardwise.run.calibration.calibrate import QUICK, THOROUGH, Effort, calibrate
-from shardwise.run.calibration.reference import Reference, train_reference
+from shardwise.run.calibration.reference import Reference
 from shardwise.run.training.in_turns import TrainingInTurns, Turns, slice_steps
 from shardwise.run.training.job import Job, Options
 from shardwise.strategy import Strategy
@@ -194,15 +194,13 @@ def measure(runs: Sequence[Run], steps: int, reference: Reference | None) -> flo
         Turns(Job(source=run.source, strategy=run.strategy, options=options, slice_steps=size), run.name)
         for run in runs
     ]
-    beside = [Turns(reference.job(-(-steps // size)), "reference", train_reference)] if reference else []
+    paced = reference_turns(reference, steps, gpus=False)
     looks = [_others()]
-    TrainingInTurns([*turns, *beside], steps=steps, threads=None, gpus=False, quiet=True).run()
+    everything = [*turns, *([paced] if paced else [])]
+    TrainingInTurns(everything, steps=steps, threads=None, gpus=False, quiet=True).run()
     looks.append(_others())
-    for each in beside:
-        pace = reference.pace(samples(each.steps, each.job.slice_steps)) if reference else None
-        for run in runs:
-            run.pace = pace
     for run, each in zip(runs, turns, strict=True):
+        run.pace = pace_of(reference, paced)
         if each.trained is None:
             raise SystemExit(f"{run.name}: {each.failed}")
         memory = float(each.trained.summary["memory_bytes"])

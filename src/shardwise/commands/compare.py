@@ -73,7 +73,7 @@ def compared(
     ours = [Turns(job, str(job.strategy)) for job in jobs]
     hands, without = _by_hand(workload, ours) if by_hand else ([], [])
     order = [each for one in ours for each in (one, *(hand for hand in hands if hand.job.strategy == one.job.strategy))]
-    paced = _paced(reference, steps, gpus=gpus)
+    paced = reference_turns(reference, steps, gpus=gpus)
     order += [each for each in (paced,) if each is not None]
     training = TrainingInTurns(order, steps=steps, threads=threads, gpus=gpus, quiet=quiet)
 
@@ -87,7 +87,7 @@ def compared(
                 threads=threads,
                 groups=training.groups,
                 no_hand=without,
-                pace=_pace(reference, paced),
+                pace=pace_of(reference, paced),
                 interrupted=interrupted,
             )
             | {"auto": auto}
@@ -116,7 +116,7 @@ def _total(job: Job, workload: Workload) -> int | None:
     return job.options.total(loader.batches) if loading.chooser is None else job.options.steps
 
 
-def _paced(reference: Reference | None, steps: int | None, *, gpus: bool) -> Turns | None:
+def reference_turns(reference: Reference | None, steps: int | None, *, gpus: bool) -> Turns | None:
     """Return the reference training with as many turns as the trainings have.
 
     Returns None where trainings take no turns, or nobody knows how many.
@@ -128,7 +128,7 @@ def _paced(reference: Reference | None, steps: int | None, *, gpus: bool) -> Tur
     return Turns(reference.job(-(-steps // slice_steps(steps))), REFERENCE, train_reference)
 
 
-def _pace(reference: Reference | None, paced: Turns | None) -> float | None:
+def pace_of(reference: Reference | None, paced: Turns | None) -> float | None:
     """Return how much longer the machine took for the reference than while it was measured. None: not known."""
     if reference is None or paced is None:
         return None
