@@ -107,24 +107,25 @@ class Switchboard:
         """Let all workers that wait at their gates go on."""
         there = set(self.waiting)
         self.waiting.clear()  # before they can come back
-        for connection, rank in list(self._ranks.items()):
-            if rank in there:
-                with contextlib.suppress(OSError):  # a worker that has died is noticed elsewhere
-                    connection.send_bytes(b"")
+        self._send(b"", there)
 
     def replace(self, rank: int) -> None:
         """Forget a worker that was killed, and tell the others that it is started again."""
         self.endings = [each for each in self.endings if each.rank != rank]
         self.restartable.clear()
         self.generation += 1
-        self._tell({"lost": rank})
+        self._tell({"lost": rank}, {rank})
 
-    def _tell(self, message: dict[str, Any], but: int | None = None) -> None:
-        """Send a message to all workers, but for one."""
+    def _tell(self, message: dict[str, Any], but: Collection[int]) -> None:
+        """Send a message to all workers, but for some."""
+        self._send(json.dumps(message).encode(), set(self._ranks.values()).difference(but))
+
+    def _send(self, frame: bytes, ranks: Collection[int]) -> None:
+        """Send a frame to workers."""
         for connection, rank in list(self._ranks.items()):
-            if rank != but:
+            if rank in ranks:
                 with contextlib.suppress(OSError):  # a worker that has died is noticed elsewhere
-                    connection.send_bytes(json.dumps(message).encode())
+                    connection.send_bytes(frame)
 
     def settle(self, ended: Collection[int], seconds: float = 5.0) -> None:
         """Wait at most `seconds` until the last frames of the workers in `ended` have been read."""
@@ -162,7 +163,7 @@ class Switchboard:
                 self.restartable.add(self._ranks[connection])
                 return
             if "ready" in answer:
-                self._tell({"regroup": self.generation}, but=self._ranks[connection])
+                self._tell({"regroup": self.generation}, {self._ranks[connection]})
                 return
             if "beside" in answer:
                 work, listener = connection.recv_bytes(), socket.socket(fileno=recv_handle(connection))
