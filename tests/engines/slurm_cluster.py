@@ -24,6 +24,7 @@ CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TopologyPlugin=topology/tree
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
@@ -45,6 +46,14 @@ PartitionName=low Nodes={names} Default=YES PriorityTier=1 GraceTime=60 MaxTime=
 PartitionName=high Nodes={names} PriorityTier=10 MaxTime=60
 PartitionName=old Nodes=gone
 """
+
+
+SWITCHES = """
+{nodes}
+SwitchName=none Nodes=gone
+SwitchName=root Switches={switches},none
+"""
+"""Network of the cluster: each node at a switch of its own."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,9 @@ class SlurmCluster(Daemons):
         names = ",".join(node.name for node in nodes)
         text = CONFIGURATION.format(folder=folder, ports=ports, first=nodes[0], nodes="\n".join(lines), names=names)
         (folder / "slurm.conf").write_text(text)
+        switches = "\n".join(f"SwitchName=at-{node.name} Nodes={node.name}" for node in nodes)
+        above = ",".join(f"at-{node.name}" for node in nodes)
+        (folder / "topology.conf").write_text(SWITCHES.format(nodes=switches, switches=above))
         try:
             self._prepare(nodes)
         except BaseException:

@@ -62,7 +62,15 @@ def on_first(*line: str) -> tuple[str, str]:
 SRUN = ("srun", "-N", "2", "-n", "4")
 
 
-@pytest.mark.parametrize(("before", "after"), [(SRUN, ()), ((), ("--engine", "slurm"))], ids=["srun", "--engine slurm"])
+DEALT_OUT = (*SRUN, "--distribution", "cyclic")
+"""Slurm gives ranks 0 and 2 to the first host, 1 and 3 to the second."""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(SRUN, ()), (DEALT_OUT, ()), ((), ("--engine", "slurm"))],
+    ids=["srun", "cyclic", "--engine slurm"],
+)
 def test_a_job_trains_on_both(before: tuple[str, ...], after: tuple[str, ...], mark: str) -> None:
     train = ("train", "work.py:small", "--strategy", "dp=4", "--steps", "3", "--out", "out", "--quiet", "--json")
     output, errors = on_first(*before, *SHARDWISE, *train, *after)
@@ -70,7 +78,14 @@ def test_a_job_trains_on_both(before: tuple[str, ...], after: tuple[str, ...], m
     assert sorted(line for line in errors.splitlines() if line.startswith("rank ")) == [
         f"rank {rank} of 4, {rank % 2} of 2, by slurm" for rank in range(4)
     ]
+    assert errors.count("ranks are numbered anew") == (before is DEALT_OUT)
     await_no_process(mark)
+
+
+def test_ranks_learn_their_switch() -> None:
+    ask = "from shardwise.launch.context import rank_context; print(rank_context().switch)"
+    output, _ = on_first(*SRUN, sys.executable, "-c", ask)
+    assert sorted(output.split()) == [f"root.at-{hosts.name(host)}" for host in (0, 0, 1, 1)]
 
 
 MEASURE = """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
@@ -14,15 +16,19 @@ import torch.distributed as dist
 from pool import Pools
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from shardwise.cluster.cluster import PROGRAMS, SHAPES, Cluster
-from shardwise.cluster.measure.collectives import OPERATIONS, layouts, partner_of
+from shardwise.cluster.cluster import PROGRAMS, SHAPES, Cluster, Device
+from shardwise.cluster.find import find_cluster
+from shardwise.cluster.measure.collectives import OPERATIONS, collective_curves, layouts, partner_of
 from shardwise.cluster.measure.kernel_cases import KernelCase, all_cases
+from shardwise.cluster.measure.team import Team, near
 from shardwise.cluster.toml_reader import read_cluster
 from shardwise.cluster.toml_writer import write_cluster
 from shardwise.launch.shared_memory.backend import backend
 from shardwise.predict.simulate import profiles_on, simulate
+from shardwise.run.calibration.assembly import derived
 from shardwise.run.calibration.calibrate import Effort, summary, work
 from shardwise.run.calibration.footprint import footprint
+from shardwise.run.calibration.trials import Footprint, FootprintTrial, small
 from shardwise.strategy import Strategy
 from shardwise.workload.load import load_workload
 
@@ -117,6 +123,43 @@ def test_messages_over_hosts_leave_their_host(hosts: list[list[int]]) -> None:
                 if other is not None:
                     assert partner_of(other, len(ranks)) == index
                     assert (host_of[ranks[index]] != host_of[ranks[other]]) == (layout.nodes > 1)
+
+
+SAID = {0: ("east", "n1"), 1: ("east", "n2"), 2: ("west", "n3"), 3: ("west", "n4")}
+"""Switch and host that each of four workers says that it has."""
+
+
+def measure_over_switches(device: Device) -> tuple[int, Cluster]:
+    switch, host = SAID[dist.get_rank()]
+    with mock.patch.object(socket, "gethostname", return_value=host):
+        team = Team(torch.device("cpu"), switch)
+    found = [
+        curve
+        for layout in layouts(team.hosts, team.near)
+        for curve in collective_curves(team, layout, 0.0005, lambda _: None)
+    ]
+    nothing = Footprint({}, small(4), FootprintTrial(Strategy(dp=4), 0.0), 0, {})
+    return team.near, derived(team, device, found, nothing)
+
+
+def test_hosts_at_two_switches_have_a_level_of_links_more(workers: Pools, tmp_path: Path) -> None:
+    at_switch, measured = workers(4, measure_over_switches, find_cluster("h100x4").device(0))[0]
+    assert at_switch == 2
+    assert [(level.name, level.span) for level in measured.levels] == [("within a switch", 2), ("between switches", 4)]
+    assert {(curve.ranks, curve.nodes, curve.level) for curve in measured.collectives} == {
+        (2, 2, "within a switch"),
+        (4, 4, "between switches"),
+    }
+    write_cluster(measured, tmp_path / "cluster.toml")
+    assert read_cluster(tmp_path / "cluster.toml").collectives == measured.collectives
+
+
+@pytest.mark.parametrize(
+    ("switches", "expected"),
+    [("aabb", 2), ("aaabbbccc", 3), ("aaaa", 0), ("abcd", 0), ("aabbb", 0), ([""] * 4, 0), (["", "", "a", "a"], 0)],
+)
+def test_switches_matter_if_each_has_as_many_hosts(switches: Sequence[str], expected: int) -> None:
+    assert near(list(switches)) == expected
 
 
 def test_layouts() -> None:

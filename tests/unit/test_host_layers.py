@@ -9,6 +9,7 @@ import pytest
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, Level, Nodes, Sample
 from shardwise.collective import Collective, Group
 from shardwise.host_layers import LEAST_BYTES, host_grid, layer_steps
+from shardwise.planner.explain import with_bandwidth
 from shardwise.predict.hardware.network import collective_seconds as flat_seconds
 from shardwise.predict.hardware.times import collective_seconds
 
@@ -91,3 +92,26 @@ def test_a_measured_size_is_taken_as_it_was_measured() -> None:
     assert collective_seconds(whole, replace(HOSTS, collectives=(measured,))) == pytest.approx(0.5)
     other = replace(measured, ranks=2)  # that of a step
     assert collective_seconds(whole, replace(HOSTS, collectives=(other,))) > 0.25
+
+
+def test_curves_of_two_levels_over_as_many_hosts_are_told_apart() -> None:
+    """Four hosts of one worker, two at each switch."""
+    near, far = (Level(name=name, span=span, bandwidth=1e9, latency=1e-6) for name, span in (("near", 2), ("far", 4)))
+    curves = [
+        CollectiveCurve("all_reduce", 2, 2, (Sample((1024,), 0.1), Sample((MIB,), seconds)), 1, level)
+        for level, seconds in (("near", 0.5), ("far", 2.1))
+    ]
+    cluster = Cluster(
+        name="switches",
+        nodes=(Nodes(HOST, 1, 4),),
+        levels=(near, far),
+        collectives=tuple(curves),
+        software=HOSTS.software,
+    )
+    within, between = (Collective("all_reduce", MIB, Group(2, stride=stride)) for stride in (1, 2))
+    assert collective_seconds(within, cluster) == pytest.approx(0.5)
+    assert collective_seconds(between, cluster) == pytest.approx(2.1)
+    faster = with_bandwidth(cluster, "far", 4)
+    assert collective_seconds(within, faster) == pytest.approx(0.5)
+    assert collective_seconds(between, faster) == pytest.approx(0.6)
+    assert [level.bandwidth for level in faster.levels] == [1e9, 4e9]

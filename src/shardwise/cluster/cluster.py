@@ -99,6 +99,7 @@ class CollectiveCurve:
         nodes: number of nodes over which the ranks are spread.
         samples: measurements; a shape is (bytes,), counted as in `collective.Collective`.
         groups: number of such groups that communicated at the same time on the same nodes.
+        level: name of the level of links that joined the ranks; empty if the number of nodes says it.
     """
 
     operation: str
@@ -106,6 +107,7 @@ class CollectiveCurve:
     nodes: int
     samples: tuple[Sample, ...]
     groups: int = 1
+    level: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

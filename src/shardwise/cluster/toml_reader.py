@@ -129,6 +129,7 @@ COLLECTIVE_CURVE: dict[str, Field] = {
     "ranks": Number("ranks that take part", whole=True),
     "nodes": Number("nodes that they are spread over", whole=True),
     "groups": Number("such groups at the same time", whole=True, default=1),
+    "level": Text("of links that joined them", default=""),
     "samples": NestedTable("rows of [bytes, seconds, spread]", kind=list),
 }
 

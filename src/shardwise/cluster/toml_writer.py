@@ -161,6 +161,8 @@ def _collective_lines(curve: CollectiveCurve) -> Iterator[str]:
     yield from (f"ranks = {curve.ranks}", f"nodes = {curve.nodes}")
     if curve.groups != 1:
         yield f"groups = {curve.groups}"
+    if curve.level:
+        yield f"level = {_value(curve.level)}"
     yield from _sample_lines(curve.samples)
 
 

@@ -9,6 +9,7 @@ No other module reads what a launcher says in the environment; `launch.engines` 
     TORCHELASTIC_...                set by torchrun's agent, which is then the parent process
     OMPI_..., PMIX_...              see `launch.engines.mpi`
     SLURM_...                       see `launch.engines.slurm`
+    SHARDWISE_SWITCH                the network switch of this host, where the launcher does not know it
 
 Source: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
 """
@@ -19,7 +20,7 @@ import os
 from collections.abc import Mapping
 
 from shardwise.errors import RequestError
-from shardwise.launch.ranks import ENGINE, ENVIRONMENT, STORE_DESCRIPTOR, TORCHRUN, RankContext, number
+from shardwise.launch.ranks import ENGINE, ENVIRONMENT, STORE_DESCRIPTOR, SWITCH, TORCHRUN, RankContext, number
 from shardwise.units import parse_whole
 
 LOCAL_WORKER = "SHARDWISE_LOCAL_WORKER"
@@ -31,7 +32,11 @@ OUTPUT = "SHARDWISE_OUTPUT"
 _OTHERS = ("OMPI_", "SLURM_")
 """Beginnings of the variables of launchers that have a file in `launch.engines`."""
 
-_IDENTITY, _MEETING = ("RANK", "WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
+_settled: RankContext | None = None
+"""The rank of this process once its workers have met, if it is another than the launcher's."""
+
+_RANK = "RANK"
+_IDENTITY, _MEETING = (_RANK, "WORLD_SIZE"), ("MASTER_ADDR", "MASTER_PORT")
 
 
 def rank_context(environment: Mapping[str, str] | None = None) -> RankContext | None:
@@ -43,6 +48,8 @@ def rank_context(environment: Mapping[str, str] | None = None) -> RankContext | 
     Raises:
         RequestError: the variables contradict each other, or only a part of them is set.
     """
+    if environment is None and _settled is not None:
+        return _settled
     env = os.environ if environment is None else environment
     if LOCAL_WORKER in env:
         return None
@@ -53,6 +60,17 @@ def rank_context(environment: Mapping[str, str] | None = None) -> RankContext | 
     from shardwise.launch.engines.slurm import slurm_rank
 
     return mpi_rank(env) or slurm_rank(env)
+
+
+def settle_rank(context: RankContext) -> None:
+    """Make `context` what `rank_context()` returns in this process, whatever the environment says.
+
+    RANK, if it is set, follows: the workload's own code may read it.
+    """
+    global _settled
+    _settled = context
+    if _RANK in os.environ:
+        os.environ[_RANK] = str(context.rank)
 
 
 def _named_rank(env: Mapping[str, str]) -> RankContext | None:
@@ -81,6 +99,7 @@ def _named_rank(env: Mapping[str, str]) -> RankContext | None:
         engine=TORCHRUN if elastic else env.get(ENGINE, ENVIRONMENT),
         keeps_store=rank == 0 and not elastic,
         store_descriptor=number(env, STORE_DESCRIPTOR) if STORE_DESCRIPTOR in env else None,
+        switch=env.get(SWITCH, ""),
     )
 
 

@@ -106,8 +106,10 @@ def join_launcher(workers: int | None = None) -> None:
         for variable, device in _loopback().items():
             os.environ.setdefault(variable, device)
     from shardwise.launch.meeting import meet  # only workers need it, and every start would take longer
+    from shardwise.launch.places import take_place
 
     met, board = meet(context), board_of(context)
+    context = take_place(context, met.store)
     host_watch.settle(context, met, board)
     atexit.register(host_watch.leave)
     _init(met.store, context.rank, context.workers)

@@ -15,6 +15,9 @@ LOOPBACK = "127.0.0.1"
 ENVIRONMENT, TORCHRUN = "environment", "torchrun"
 """Engines of a worker whose launcher sets RANK and WORLD_SIZE: one that has no name, and torchrun."""
 
+SWITCH = "SHARDWISE_SWITCH"
+"""Environment variable with the name of this host's switch, where the launcher itself does not know it."""
+
 ENGINE = "SHARDWISE_ENGINE"
 """Environment variable with the engine's name, in workers that an engine starts through `launch.engines.member`."""
 
@@ -39,6 +42,7 @@ class RankContext:
         key: text that only this job has, from which the ports to meet at follow; empty if `port` is set.
         keeps_store: True if this process opens the store at which the workers meet. It need not be rank 0.
         store_descriptor: descriptor of the open socket at which it does; None: it binds one itself.
+        switch: name of the network switch that this host is at, with those above it; empty if nobody names it.
     """
 
     rank: int
@@ -53,6 +57,7 @@ class RankContext:
     key: str = ""
     keeps_store: bool = False
     store_descriptor: int | None = None
+    switch: str = ""
 
     def __post_init__(self) -> None:
         if self.rank >= self.workers:

@@ -390,9 +390,11 @@ def with_bandwidth(cluster: Cluster, level: str, factor: float) -> Cluster:
         replace(each, bandwidth=each.bandwidth * factor) if each.name == level else each for each in cluster.levels
     )
     within = next(each.span for each in cluster.levels if each.name == level) <= cluster.node_size
-    curves = tuple(
-        _stretched(curve, 1 / factor) if (curve.nodes == 1) == within else curve for curve in cluster.collectives
-    )
+
+    def joins(curve: CollectiveCurve) -> bool:
+        return curve.level == level if curve.level else (curve.nodes == 1) == within
+
+    curves = tuple(_stretched(curve, 1 / factor) if joins(curve) else curve for curve in cluster.collectives)
     return replace(cluster, levels=levels, collectives=curves)
 
 

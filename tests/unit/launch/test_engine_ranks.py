@@ -133,3 +133,31 @@ def test_ranks_are_read_in_one_place() -> None:
     source = Path(shardwise.__file__).parent
     names = r"environ\b.*\b(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|SLURM_\w+|OMPI_\w+|PMIX_\w+)\b"
     assert [path.name for path in source.rglob("*.py") if re.search(names, path.read_text())] == []
+
+
+TREE = {"SLURM_TOPOLOGY_ADDR": "root.leaf.m1", "SLURM_TOPOLOGY_ADDR_PATTERN": "switch.switch.node"}
+
+
+@pytest.mark.parametrize(
+    ("said", "switch"),
+    [
+        (TREE, "root.leaf"),
+        (TREE | {"SHARDWISE_SWITCH": "mine"}, "root.leaf"),
+        ({"SLURM_TOPOLOGY_ADDR": "m1", "SLURM_TOPOLOGY_ADDR_PATTERN": "node"}, ""),
+        ({"SLURM_TOPOLOGY_ADDR": "b1.m1", "SLURM_TOPOLOGY_ADDR_PATTERN": "block.node"}, ""),
+        ({"SHARDWISE_SWITCH": "mine"}, "mine"),
+        ({}, ""),
+    ],
+)
+def test_slurm_names_the_switches_of_a_node(said: dict[str, str], switch: str) -> None:
+    context = rank_context(SLURM | said)
+    assert context is not None
+    assert context.switch == switch
+
+
+def test_a_variable_names_the_switch_for_other_launchers() -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for env in (MPI, variables):
+        context = rank_context(env | {"SHARDWISE_SWITCH": "leaf-3"})
+        assert context is not None
+        assert context.switch == "leaf-3"

@@ -26,6 +26,11 @@ GPU_SIZES = (1024, 64 * 1024, 1024**2, 8 * 1024**2, 64 * 1024**2, 512 * 1024**2)
 The links of GPUs are so fast that they are not filled by less, and the gradients of a layer are as large.
 """
 
+WITHIN_HOST, BETWEEN_HOSTS = "within a host", "between hosts"
+WITHIN_SWITCH, BETWEEN_SWITCHES = "within a switch", "between switches"
+"""Names of the levels of links of a measured cluster; the last two take the place of the second where hosts are at
+several switches."""
+
 LEAST, MOST, TURNS = 4, 60, 4
 """Fewest and most calls of each size in a turn, and turns in which all sizes are measured."""
 
@@ -40,10 +45,12 @@ class GroupLayout:
     Attributes:
         groups: ranks of each group; all groups have the same size.
         nodes: number of hosts over which each group is spread.
+        level: name of the level of links that each group is spread over, where others spread over as many hosts.
     """
 
     groups: tuple[tuple[int, ...], ...]
     nodes: int
+    level: str = ""
 
     @property
     def ranks(self) -> int:
@@ -56,8 +63,14 @@ class GroupLayout:
         return sorted(rank for group in self.groups for rank in group)
 
 
-def layouts(hosts: Sequence[Sequence[int]]) -> Iterator[GroupLayout]:
-    """Yield layouts: groups of the first host's workers, alone and side by side, then groups across hosts if any."""
+def layouts(hosts: Sequence[Sequence[int]], near: int = 0) -> Iterator[GroupLayout]:
+    """Yield layouts: groups of the first host's workers, alone and side by side, then groups across hosts if any.
+
+    Args:
+        hosts: ranks on each host.
+        near: number of hosts at each switch; 0 if switches do not matter. Groups across the hosts of the first switch
+            come before those across all hosts.
+    """
     first = tuple(hosts[0])
     size = 2
     while size <= len(first):
@@ -66,13 +79,20 @@ def layouts(hosts: Sequence[Sequence[int]]) -> Iterator[GroupLayout]:
             yield GroupLayout(tuple(first[i * size : (i + 1) * size] for i in range(count)), 1)
             count *= 2
         size *= 2
+    if near:
+        yield from _across(hosts[:near], WITHIN_SWITCH)
     if len(hosts) > 1:
-        least = min(len(host) for host in hosts)
-        across = tuple(tuple(host[index] for host in hosts) for index in range(least))
-        yield GroupLayout(across[:1], len(hosts))
-        if least > 1:
-            yield GroupLayout(across, len(hosts))
-            yield GroupLayout((tuple(sorted(rank for host in hosts for rank in host[:least])),), len(hosts))
+        yield from _across(hosts, BETWEEN_SWITCHES if near else "")
+
+
+def _across(hosts: Sequence[Sequence[int]], level: str) -> Iterator[GroupLayout]:
+    """Yield layouts of groups across hosts: with one worker of each, alone and side by side, and with all of each."""
+    least = min(len(host) for host in hosts)
+    across = tuple(tuple(host[index] for host in hosts) for index in range(least))
+    yield GroupLayout(across[:1], len(hosts), level)
+    if least > 1:
+        yield GroupLayout(across, len(hosts), level)
+        yield GroupLayout((tuple(sorted(rank for host in hosts for rank in host[:least])),), len(hosts), level)
 
 
 def collective_curves(
@@ -108,7 +128,8 @@ def collective_curves(
             each = found[operation, size]
             quick, scatter = team.most([_undisturbed(each), spread(each)] if each else [0.0, 0.0])
             samples.append(Sample((size,), rounded(quick), round(scatter, 3)))
-        curves.append(CollectiveCurve(operation, layout.ranks, layout.nodes, tuple(samples), len(layout.groups)))
+        several = len(layout.groups)
+        curves.append(CollectiveCurve(operation, layout.ranks, layout.nodes, tuple(samples), several, layout.level))
     for _, group in made:
         if group != dist.GroupMember.NON_GROUP_MEMBER:
             dist.destroy_process_group(group)

@@ -1,4 +1,4 @@
-"""Workers that measure together: which of them share a host, and how they wait for each other.
+"""Workers that measure together: which of them share a host and a switch, and how they wait for each other.
 
 Some measurements run on a few workers while the others must not compute. The others wait in a gloo barrier in main
 memory, which needs no core.
@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+TEXT_BYTES = 128
+"""Bytes of a host's or a switch's name that are compared, from its end."""
+
 
 class Team:
     """All workers of the default process group, or this process alone. Creating it is collective.
@@ -22,19 +25,27 @@ class Team:
         device: device on which this worker computes.
         host: index in `hosts` of this worker's host.
         hosts: ranks on each host, in the order of the hosts' first ranks.
+        near: number of hosts at each switch; 0 if they are all at one, each at its own, or not equally many at each.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, switch: str = "") -> None:
+        """Meet the others.
+
+        Args:
+            device: see the attribute.
+            switch: name of the switch of this worker's host; empty if it is not known.
+        """
         together = dist.is_initialized()
         self.device = device
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
         self._everybody = dist.new_group(backend="gloo", group_desc="calibration") if together else None
         self._first: dict[int, dist.ProcessGroup | None] = {1: None, self.size: self._everybody}
-        names = self._names()
-        order = list(dict.fromkeys(names))
-        self.hosts = [[rank for rank, name in enumerate(names) if name == host] for host in order]
-        self.host = order.index(names[self.rank])
+        places = list(zip(self._texts(switch), self._texts(socket.gethostname()), strict=True))
+        order = list(dict.fromkeys(places))
+        self.hosts = [[rank for rank, place in enumerate(places) if place == host] for host in order]
+        self.host = order.index(places[self.rank])
+        self.near = near([name for name, _ in order])
 
     def first(self, count: int) -> dist.ProcessGroup | None:
         """Return the process group of the first `count` workers. Collective over all; returns None for a single one."""
@@ -65,6 +76,18 @@ class Team:
         dist.all_gather(parts, mine, group=group)
         return [part.tolist() for part in parts]
 
-    def _names(self) -> list[str]:
-        name = socket.gethostname().encode()[:64].ljust(64)
-        return [bytes(int(value) for value in row).decode().strip() for row in self.gathered(list(name))]
+    def _texts(self, text: str) -> list[str]:
+        """Return the texts of all workers by rank, each of at most TEXT_BYTES. Collective."""
+        own = text.encode()[-TEXT_BYTES:].ljust(TEXT_BYTES)
+        return [bytes(int(value) for value in row).decode(errors="replace").strip() for row in self.gathered(list(own))]
+
+
+def near(switches: Sequence[str]) -> int:
+    """Return the number of hosts at each switch, see `Team.near`.
+
+    Args:
+        switches: switch of each host; hosts of one switch are in a row.
+    """
+    counts = {switches.count(switch) for switch in switches}
+    several = len(set(switches)) > 1 and "" not in switches
+    return counts.pop() if several and len(counts) == 1 and 1 not in counts else 0

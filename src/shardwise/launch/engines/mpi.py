@@ -28,7 +28,7 @@ from pathlib import Path
 from shardwise.errors import RequestError
 from shardwise.launch.host_watch import host_seconds
 from shardwise.launch.launcher import Allocation, LaunchRequest, ProcessJob, no_script, not_installed
-from shardwise.launch.ranks import LOOPBACK, RankContext, number
+from shardwise.launch.ranks import LOOPBACK, SWITCH, RankContext, number
 
 RANK, SIZE = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
 
@@ -67,6 +67,7 @@ def mpi_rank(env: Mapping[str, str]) -> RankContext | None:
         engine="mpi",
         key="" if port else f"mpi {env.get('PMIX_NAMESPACE', '')} {env.get('OMPI_MCA_orte_precondition_transports')}",
         keeps_store=keeps,
+        switch=env.get(SWITCH, ""),
     )
 
 

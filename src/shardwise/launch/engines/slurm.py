@@ -6,6 +6,7 @@
     SLURM_LOCALID, SLURM_STEP_TASKS_PER_NODE      this process among those of its node; tasks of each node: `2(x3),1`
     SLURM_NODEID, SLURM_STEP_NODELIST             number of its node, and the step's nodes in that order: `n[1-3,7]`
     SLURM_JOB_ID, SLURM_RESTART_COUNT             number of the job, and how often it has been requeued
+    SLURM_TOPOLOGY_ADDR, ..._PATTERN              its node and the switches above it, outermost first: `s0.s1.n7`
     SLURM_NTASKS, SLURM_TASKS_PER_NODE            tasks that the allocation was made for, and those of each node
 
 Workers meet on the step's first node, at its first worker, whatever rank that has.
@@ -26,7 +27,7 @@ from collections.abc import Mapping
 
 from shardwise.errors import RequestError
 from shardwise.launch.launcher import Allocation, LaunchRequest, ProcessJob, has_option, not_installed
-from shardwise.launch.ranks import LOOPBACK, RankContext, number
+from shardwise.launch.ranks import LOOPBACK, SWITCH, RankContext, number
 
 SPECIAL_STEPS = 0xFFFFFFF0
 """Number from which on a step is no set of workers: batch scripts, interactive shells (slurm.h, SLURM_BATCH_SCRIPT)."""
@@ -70,7 +71,20 @@ def slurm_rank(env: Mapping[str, str]) -> RankContext | None:
         engine="slurm",
         key="" if named else f"slurm {' '.join(job)}",
         keeps_store=rank == 0 if named else node == local_rank == 0,
+        switch=_switch(env),
     )
+
+
+def _switch(env: Mapping[str, str]) -> str:
+    """Return the switches of this node, outermost first, or what SHARDWISE_SWITCH says of them.
+
+    Slurm knows them where its administrator has described the network (topology/tree).
+    """
+    names = env.get("SLURM_TOPOLOGY_ADDR", "").split(".")
+    kinds = env.get("SLURM_TOPOLOGY_ADDR_PATTERN", "").split(".")
+    if len(names) == len(kinds) and kinds[:-1] and set(kinds[:-1]) == {"switch"}:
+        return ".".join(names[:-1])
+    return env.get(SWITCH, "")
 
 
 def tasks_per_node(text: str) -> list[int]:

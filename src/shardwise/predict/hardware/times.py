@@ -166,8 +166,7 @@ def collective_seconds(collective: Collective, cluster: Cluster, workers: int = 
     group = collective.group
     if group.size <= 1:
         return 0.0
-    nodes = _nodes_of(collective, cluster)
-    known = [c for c in cluster.collectives if c.operation == collective.operation and c.nodes == nodes and c.samples]
+    nodes, known = _nodes_of(collective, cluster), _joined(collective, cluster)
     if nodes > 1 and _in_layers(cluster) and all(curve.ranks != group.size for curve in known):
         steps = layer_steps(collective, cluster.node_size)
         if steps:
@@ -180,6 +179,16 @@ def collective_seconds(collective: Collective, cluster: Cluster, workers: int = 
         return seconds
     nearest = replace(collective, group=replace(group, size=ranks))
     return seconds * _modelled(collective, cluster) / _modelled(nearest, cluster)
+
+
+def _joined(collective: Collective, cluster: Cluster) -> list[CollectiveCurve]:
+    """Return the curves of an operation among as many nodes, joined by the same level of links."""
+    alike = (collective.operation, _nodes_of(collective, cluster))
+    known = [curve for curve in cluster.collectives if (curve.operation, curve.nodes) == alike and curve.samples]
+    if not any(curve.level for curve in known):
+        return known
+    level = network.level_of(collective.group, cluster).name
+    return [curve for curve in known if curve.level in ("", level)]
 
 
 def _in_layers(cluster: Cluster) -> bool:

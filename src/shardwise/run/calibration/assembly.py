@@ -12,6 +12,7 @@ import torch.distributed as dist
 from shardwise.cluster.cluster import Cluster, CollectiveCurve, Device, KernelCurve, Level, Nodes, Origin
 from shardwise.cluster.curves import ANY
 from shardwise.cluster.measure import machine
+from shardwise.cluster.measure.collectives import BETWEEN_HOSTS, BETWEEN_SWITCHES, WITHIN_HOST, WITHIN_SWITCH
 from shardwise.cluster.measure.team import Team
 from shardwise.run.calibration.trials import Footprint
 
@@ -54,8 +55,10 @@ def derived(team: Team, device: Device, collectives: list[CollectiveCurve], own:
 
 def _cluster(team: Team, device: Device, collectives: list[CollectiveCurve]) -> Cluster:
     local, hosts = min(len(host) for host in team.hosts), len(team.hosts)
-    levels = [_level("within a host", local, [curve for curve in collectives if curve.nodes == 1])]
-    levels.append(_level("between hosts", local * hosts, [curve for curve in collectives if curve.nodes > 1]))
+    across = [curve for curve in collectives if curve.nodes > 1]
+    levels = [_level(WITHIN_HOST, local, [curve for curve in collectives if curve.nodes == 1])]
+    for name, span in ((WITHIN_SWITCH, team.near), (BETWEEN_SWITCHES if team.near else BETWEEN_HOSTS, hosts)):
+        levels.append(_level(name, local * span, [curve for curve in across if curve.level in ("", name)]))
     backend = {"backend": dist.get_backend()} if dist.is_initialized() else {}
     return Cluster(
         name=f"{hosts * local} workers on {device.name}",

@@ -127,10 +127,11 @@ def work(effort: Effort, quiet: bool, own: Footprint) -> Cluster | None:
         quiet: show no progress bar.
         own: memory and step times of small trainings, from `footprint`.
     """
-    team = Team(default_device())
+    context = rank_context()
+    team = Team(default_device(), context.switch if context else "")
     arena = Arena(team.device)
     measured = [note(case, arena) for case in effort.on(team.device)]
-    layered = list(layouts(team.hosts))
+    layered = list(layouts(team.hosts, team.near))
     settings = situations(team)
     patience = Patience(team, effort.patience)
     total = len(measured) * len(settings) + len(layered) * len(OPERATIONS) * len(sizes_on(team.device))
